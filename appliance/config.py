@@ -1,0 +1,71 @@
+"""Every option once: name, default, type and help. The command line, TOML files and the environment are made from these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What the engine needs to know. Nothing is ever written back into it."""
+
+    model: str | None = None
+    """A directory with a Hugging Face checkpoint, or a name on the hub. Without one the embedded demo model is served."""
+    tokenizer: str | None = None
+    """Where the tokenizer is, if not with the model."""
+    revision: str | None = None
+    """Branch, tag or commit of a model that comes from the hub."""
+    quantization: str | None = None
+    """awq, gptq, compressed-tensors, fp8 or none. Read from the checkpoint when not given; a contradiction is an error."""
+    dtype: str = "auto"
+    """Activations: auto, float16 (half), bfloat16, float32 (float)."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    max_model_len: int | str = "auto"
+    """Longest prompt plus answer, in tokens (32k is understood). auto = the longest that the model allows and the memory holds."""
+    gpu_memory_utilization: float | None = None
+    """Share of the device's memory that may be taken: of a card's total (default 0.92), or of the memory a CPU machine has available at start (default 0.5)."""
+    kv_cache_memory_bytes: int | None = None
+    """Size of the KV cache in bytes, instead of what gpu-memory-utilization leaves."""
+    swap_space: float = 0.0
+    """Host memory for swapped-out sequences, in GiB a device."""
+    block_size: int = 16
+    """Tokens in one KV block."""
+    max_num_batched_tokens: int = 2048
+    """Most tokens in one step, prompts and answers together."""
+    max_num_seqs: int = 256
+    """Most sequences in one step."""
+    seed: int = 0
+    """Seeds the requests that bring no seed of their own."""
+    threads: int | None = None
+    """CPU threads; default: the physical cores."""
+    skip_tokenizer_init: bool = False
+    """Work on token ids alone."""
+    reference_ops: bool = False
+    """Compute with the slow reference operators."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What the HTTP server needs to know."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8000
+    """Port to listen on; 0 picks a free one and prints it."""
+    served_model_name: tuple[str, ...] = ()
+    """Names under which the model answers; the first one is the one returned."""
+    chat_template: str | None = None
+    """A Jinja file, or the template itself, instead of the model's own."""
+    strict_requests: bool = False
+    """Refuse requests with unknown fields (400) instead of naming them once in the log."""
+    generation_config: str = "auto"
+    """auto: the model's generation_config.json gives the sampling defaults; appliance: its own defaults are used."""
+    max_logprobs: int = 20
+    """Most logprobs a request may ask for; -1 for no limit."""
+    shutdown_timeout: float = 5.0
+    """Seconds that running requests get to finish after ctrl-C or SIGTERM."""
+    log_level: str = "info"
+    """debug, info, warning or error."""

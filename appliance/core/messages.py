@@ -1,0 +1,88 @@
+"""All that crosses the engine's border: plain values, picklable, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from appliance.core.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Ask for ``params.n`` completions of one prompt. The engine answers with Events of the same request_id."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    arrival: float  # time.time() at the door
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Stop a request (all its completions, or the one of ``index``) and free its blocks before the next step."""
+
+    request_id: str
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability, its rank (1 = the most likely) and the most likely tokens beside it."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """News of completion ``index`` of a request: new tokens, or its end, or both. ``finish_reason`` comes exactly once."""
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None  # one per token, where asked for
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # once, before or with the first token; [0] is None
+    finish_reason: str | None = None  # stop, length, abort, error
+    stop_reason: int | str | None = None  # the stop token id or stop string that ended it; None for the end-of-text token
+    error: str | None = None  # with finish_reason "error"
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStat:
+    """One request as the dashboard shows it."""
+
+    request_id: str
+    index: int
+    state: str  # running, waiting
+    prompt_tokens: int
+    output_tokens: int
+    computed_tokens: int
+    blocks: int
+    age_s: float
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The engine at one moment. Counters only grow. Feeds /stats, /metrics, the dashboard and the log alike."""
+
+    time: float = 0.0
+    steps: int = 0
+    running: int = 0
+    waiting: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    block_size: int = 16
+    block_map: str = ""  # one character a block (or a run of blocks when there are very many): "." free, "#" used
+    prompt_tokens: int = 0  # counter: prompt tokens computed
+    generation_tokens: int = 0  # counter
+    requests: int = 0  # counter: completions that arrived
+    finished: dict[str, int] = field(default_factory=dict)  # counter by finish_reason
+    preemptions: int = 0  # counter
+    last_step_s: float = 0.0
+    last_step_tokens: int = 0
+    rss_bytes: int = 0
+    requests_now: tuple[RequestStat, ...] = ()  # at most 64, oldest first

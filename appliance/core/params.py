@@ -1,0 +1,127 @@
+"""What a request may ask of the sampler: names, defaults and meaning are vLLM's SamplingParams."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from quant.errors import InputError
+
+MAX_LOGPROBS = 20
+
+
+class RequestError(InputError):
+    """A request that cannot be served as asked. ``param`` names the field, ``code`` is OpenAI's slug, ``status`` the HTTP status."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param, self.code, self.status = param, code, status
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to pick tokens. Raises RequestError naming the field that is out of range."""
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] | list[str] | str | None = None
+    stop_token_ids: tuple[int, ...] | list[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | list[int] | None = None
+    bad_words: tuple[str, ...] | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        self._check_numbers()
+        self._check_lists()
+        if 0 < self.temperature < 0.01:  # as vLLM: below this the division overflows half precision
+            object.__setattr__(self, "temperature", 0.01)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def _check_numbers(self) -> None:
+        _number("n", self.n, 1, 16384, integer=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _number("temperature", self.temperature, 0.0, math.inf)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _number("top_k", self.top_k, 0, math.inf, integer=True, hint="0 or -1 keeps all tokens")
+        _number("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _number("seed", self.seed, -(2**63), 2**64 - 1, integer=True)
+        if self.max_tokens is not None:
+            _number("max_tokens", self.max_tokens, 1, math.inf, integer=True)
+        _number("min_tokens", self.min_tokens, 0, math.inf, integer=True)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens is {self.min_tokens}, more than max_tokens = {self.max_tokens}", param="min_tokens")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _number(name, value, -1, math.inf, integer=True, hint="-1 returns the whole vocabulary")
+        if self.greedy and self.n > 1:
+            raise RequestError(f"n is {self.n}, but temperature 0 gives one answer: use n=1 or a temperature above 0", param="n")
+
+    def _check_lists(self) -> None:
+        if any(not isinstance(s, str) or not s for s in self.stop or ()):
+            raise RequestError("stop holds an empty or non-text entry: every stop string needs at least one character", param="stop")
+        if self.stop and not self.detokenize:
+            raise RequestError("stop strings need detokenize=True: use stop_token_ids instead", param="stop")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            ids = getattr(self, name) or ()
+            if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+                raise RequestError(f"{name} must be a list of token ids (integers >= 0), got {list(ids)[:5]}", param=name)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError("allowed_token_ids is empty: no token could be sampled", param="allowed_token_ids")
+
+
+def _bias(bias: dict[Any, Any]) -> dict[int, float]:
+    try:
+        clean = {int(token): float(value) for token, value in bias.items()}
+    except (TypeError, ValueError, AttributeError):
+        raise RequestError(f"logit_bias must map token ids to numbers, got {bias!r:.80}", param="logit_bias") from None
+    for token, value in clean.items():
+        if token < 0 or not -100.0 <= value <= 100.0:
+            raise RequestError(f"logit_bias[{token}] is {value}: ids are >= 0 and values in [-100, 100]", param="logit_bias")
+    return clean
+
+
+def _number(
+    name: str, value: Any, low: float, high: float, *, integer: bool = False, open_low: bool = False, hint: str = ""
+) -> None:
+    kinds = int if integer else (int, float)
+    good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if good and (low < value if open_low else low <= value) and value <= high:
+        return
+    what = "an integer" if integer else "a number"
+    below = f"above {low}" if open_low else f"at least {low}"
+    above = "" if high == math.inf else f" and at most {high}"
+    raise RequestError(f"{name} must be {what} {below}{above}{f' ({hint})' if hint else ''}, got {value!r}", param=name)

@@ -1,0 +1,55 @@
+"""One completion in flight. ``computed`` chases ``len(tokens)``: prefill, chunk, decode and resume are one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from appliance.core.params import SamplingParams
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """State of completion ``index`` of a submitted request."""
+
+    request_id: str
+    index: int
+    tokens: list[int]  # prompt, then what was sampled
+    prompt_len: int
+    params: SamplingParams
+    max_total: int  # len(tokens) at which it ends with "length"
+    seed: int  # 64 bits; with the position it decides the random number, so batch mates and preemption do not
+    arrival: float
+    eos_token_ids: frozenset[int] = frozenset()  # end it with "stop" (empty under ignore_eos)
+    computed: int = 0  # tokens whose keys and values are in the cache
+    blocks: list[int] = field(default_factory=list)
+    preemptions: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return (self.request_id, self.index)
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose keys and values are still to be computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def output_len(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def append(self, token: int) -> None:
+        """Take a sampled token, and see whether it ends the request (stop strings are the text layer's)."""
+        self.tokens.append(token)
+        if self.output_len >= self.params.min_tokens:
+            if token in self.eos_token_ids:
+                self.finish_reason = "stop"
+            elif token in self.params.stop_token_ids:  # type: ignore[operator]  # a tuple since __post_init__
+                self.finish_reason, self.stop_reason = "stop", token
+        if self.finish_reason is None and len(self.tokens) >= self.max_total:
+            self.finish_reason = "length"

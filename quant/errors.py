@@ -1,0 +1,9 @@
+"""Errors about what the user gave us. The command line prints them as one line and exits with 2."""
+
+
+class InputError(ValueError):
+    """The input is wrong. The message names the thing, what was found and what would work."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint on disk is incomplete, damaged, contradictory or of a kind that is not supported."""
