@@ -86,3 +86,20 @@ class Stats:
     last_step_tokens: int = 0
     rss_bytes: int = 0
     requests_now: tuple[RequestStat, ...] = ()  # at most 64, oldest first
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine says of itself once it is ready."""
+
+    model: str  # as the user named it
+    directory: str
+    architecture: str
+    quantization: str
+    dtype: str
+    device: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    ready_s: float  # from the start of loading
+    plan: dict[str, object]  # MemoryPlan.to_dict()
