@@ -1,0 +1,68 @@
+"""What a request must satisfy to be let in: everything that can be said before any work is done."""
+
+from __future__ import annotations
+
+from appliance.core.messages import EngineInfo, Submit
+from appliance.core.params import RequestError
+from appliance.core.request import Request
+
+_MASK = 2**64 - 1
+
+
+def check_submit(submit: Submit, info: EngineInfo) -> None:
+    """Raise RequestError, naming the field and the numbers, where the engine could never serve this request."""
+    params, prompt, limit, vocab = submit.params, submit.prompt_token_ids, info.max_model_len, info.vocab_size
+    if not prompt:
+        raise RequestError("the prompt is empty: it needs at least one token", param="prompt")
+    check_ids("prompt", prompt, vocab)
+    if len(prompt) + (params.max_tokens or 1) > limit:
+        raise context_overflow(len(prompt), params.max_tokens, limit)
+    check_ids("logit_bias", params.logit_bias or (), vocab)
+    check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab)
+
+
+def check_ids(name: str, ids: object, vocab: int) -> None:
+    wrong = next((t for t in ids if not 0 <= t < vocab), None)  # type: ignore[attr-defined]
+    if wrong is not None:
+        raise RequestError(f"{name} holds token id {wrong}, but the vocabulary has ids 0 to {vocab - 1}", param=name)
+
+
+def context_overflow(prompt_len: int, max_tokens: int | None, limit: int) -> RequestError:
+    """OpenAI's error for a prompt (with its answer) that is longer than the context."""
+    asked = "" if max_tokens is None or prompt_len >= limit else f" and max_tokens asks for {max_tokens} more"
+    return RequestError(
+        f"This model's maximum context length is {limit} tokens. However, your prompt contains {prompt_len} input tokens{asked}. "
+        f"Please reduce the length of the prompt{' or max_tokens' if asked else ''}.",
+        param="max_tokens" if asked else "prompt",
+        code="context_length_exceeded",
+    )
+
+
+def make_requests(submit: Submit, info: EngineInfo, *, fallback_seed: int) -> list[Request]:
+    """The ``n`` requests of a submission. ``fallback_seed`` serves those that bring no seed of their own."""
+    params, prompt = submit.params, submit.prompt_token_ids
+    max_total = info.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
+    eos = frozenset() if params.ignore_eos else frozenset(info.eos_token_ids)
+    seed = params.seed if params.seed is not None else fallback_seed
+    return [
+        Request(
+            request_id=submit.request_id,
+            index=index,
+            tokens=list(prompt),
+            prompt_len=len(prompt),
+            params=params,
+            max_total=max_total,
+            seed=hash_u64(seed, index),
+            arrival=submit.arrival,
+            eos_token_ids=eos,
+        )
+        for index in range(params.n)
+    ]
+
+
+def hash_u64(a: int, b: int) -> int:
+    """Mix two integers into 64 bits (the finalizer of Steele, Lea and Flood's SplitMix64)."""
+    z = (a * 0x9E3779B97F4A7C15 + b * 0xD1B54A32D192ED03 + 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)

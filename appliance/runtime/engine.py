@@ -1,0 +1,229 @@
+"""The engine: requests in, events out, one step at a time. Knows nothing of text, HTTP or processes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import psutil
+import torch
+
+from appliance.config import EngineConfig
+from appliance.core.blocks import BlockPool
+from appliance.core.door import check_submit, hash_u64, make_requests
+from appliance.core.messages import EngineInfo, Event, RequestStat, Stats, Submit, TokenLogprob
+from appliance.core.request import Request
+from appliance.core.scheduler import Scheduler, StepPlan
+from appliance.memory.planner import make_plan
+from appliance.runtime.runner import Runner, StepResult
+from kernels.ops import get_ops
+from models.loader import load_model
+from models.spec import ModelSpec
+from quant.checkpoint import Checkpoint
+from quant.errors import InputError
+from quant.headers import read_json
+
+log = logging.getLogger("appliance.engine")
+
+MAX_FAILURES = 3  # steps in a row that may fail (their requests end with an error) before the engine gives up
+SHOWN_REQUESTS = 64
+
+
+class Engine:
+    """Drives scheduler and runner. Not thread-safe: one caller submits, steps and reads."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, info: EngineInfo, *, seed: int = 0) -> None:
+        self.runner, self.scheduler, self.info, self.seed = runner, scheduler, info, seed
+        self._scores: dict[Request, list[TokenLogprob | None]] = {}  # prompt log-probabilities collected so far
+        self._counts: Counter[str] = Counter()
+        self._finished: Counter[str] = Counter()
+        self._failures = 0
+        self._last_step = (0.0, 0)  # seconds, tokens
+        self._process = psutil.Process()
+
+    @classmethod
+    def load(cls, config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> Engine:
+        """Plan the memory, load the checkpoint in directory ``config.model`` and allocate everything.
+
+        Raises InputError (also its subclasses CheckpointError and PlanError) with one line for the user. ``progress`` is called
+        with (bytes loaded, bytes to load).
+        """
+        begun = time.perf_counter()
+        if config.model is None:
+            raise InputError("no model given: name a directory with a Hugging Face checkpoint")
+        if config.device not in ("auto", "cpu"):
+            raise InputError(f"--device {config.device} is not supported by this version: it runs on the cpu (use --device cpu)")
+        torch.set_num_threads(config.threads or psutil.cpu_count(logical=False) or 1)
+        directory, device = Path(config.model), torch.device("cpu")
+        plan = make_plan(directory, config)
+        log.info("memory plan\n%s", plan.table())
+        checkpoint = Checkpoint.open(directory, config.quantization)
+        try:
+            spec = ModelSpec.from_config(checkpoint.config)
+            dtype = getattr(torch, plan.dtype)
+            ops = get_ops(device.type, reference=config.reference_ops)
+            decoder = load_model(checkpoint, spec, ops, dtype=dtype, progress=progress, max_len=plan.max_model_len)
+        finally:
+            checkpoint.close()
+        runner = Runner(decoder, plan, dtype=dtype, device=device)
+        pool = BlockPool(plan.num_blocks, plan.kv.block_size)
+        scheduler = Scheduler(pool, max_num_batched_tokens=plan.max_num_batched_tokens, max_num_seqs=plan.max_num_seqs)
+        info = EngineInfo(
+            model=config.model,
+            directory=str(directory),
+            architecture=spec.architecture,
+            quantization=checkpoint.scheme.method,
+            dtype=plan.dtype,
+            device=device.type,
+            max_model_len=plan.max_model_len,
+            vocab_size=spec.vocab,
+            eos_token_ids=eos_token_ids(directory, spec),
+            ready_s=time.perf_counter() - begun,
+            plan=plan.to_dict(),
+        )
+        return cls(runner, scheduler, info, seed=config.seed)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def submit(self, submit: Submit) -> None:
+        """Take a request, or raise RequestError when it can never be served."""
+        check_submit(submit, self.info)
+        self._counts["submitted"] += 1
+        for request in make_requests(submit, self.info, fallback_seed=hash_u64(self.seed, self._counts["submitted"])):
+            self._counts["requests"] += 1
+            self.scheduler.add(request)
+
+    def abort(self, request_id: str, index: int | None = None) -> list[Event]:
+        """End a request now and free its blocks; an Event with finish_reason "abort" for each completion that was alive."""
+        return self._end(self.scheduler.abort(request_id, index), "abort")
+
+    def step(self) -> list[Event]:
+        """Schedule, compute and commit one step. A step that fails ends its own requests with an error; the engine goes on."""
+        plan = self.scheduler.schedule()
+        if not plan.chunks:
+            return []
+        begun = time.perf_counter()
+        self._counts["preemptions"] += len(plan.preempted)
+        for request in plan.preempted:
+            log.info("preempted %s/%d: the block pool is full; it will be computed again", *request.key)
+        try:
+            result = self.runner.run(plan, [len(self._scores.get(c.request, ())) for c in plan.chunks])
+        except (RuntimeError, MemoryError) as error:
+            return self._fail(plan, error)
+        self._failures = 0
+        events = self._commit(plan, result)
+        self._last_step = (time.perf_counter() - begun, sum(c.length for c in plan.chunks))
+        self._counts["steps"] += 1
+        return events
+
+    def _commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
+        for scores in result.prompt_scores:
+            self._scores.setdefault(scores.request, [None]).extend(scores.logprobs)
+        events: list[Event] = []
+        for chunk, one in zip(plan.chunks, result.sampled, strict=True):
+            fresh = min(chunk.start + chunk.length, chunk.request.prompt_len) - min(chunk.start, chunk.request.prompt_len)
+            self._counts["prompt_tokens"] += fresh
+            if one is not None and one.error is not None:
+                events += self._end(self.scheduler.abort(*chunk.request.key), "error", one.error)
+        self.scheduler.commit(plan, [one.token if one is not None else None for one in result.sampled])
+        for chunk, one in zip(plan.chunks, result.sampled, strict=True):
+            if one is None or one.error is not None:
+                continue
+            request = chunk.request
+            self._counts["generation_tokens"] += 1
+            prompt = self._take_scores(request)
+            events.append(
+                Event(
+                    request_id=request.request_id,
+                    index=request.index,
+                    token_ids=(one.token,),
+                    logprobs=None if one.logprob is None else (one.logprob,),
+                    prompt_logprobs=prompt,
+                    finish_reason=request.finish_reason,
+                    stop_reason=request.stop_reason,
+                    preemptions=request.preemptions,
+                )
+            )
+            if request.finish_reason is not None:
+                self._finished[request.finish_reason] += 1
+        return events
+
+    def _take_scores(self, request: Request) -> tuple[TokenLogprob | None, ...] | None:
+        """The whole prompt's log-probabilities, once: with the first token."""
+        if request.params.prompt_logprobs is None or request.output_len != 1:
+            return None
+        return tuple(self._scores.pop(request, [None]))
+
+    def _end(self, requests: Iterable[Request], reason: str, error: str | None = None) -> list[Event]:
+        events = []
+        for request in requests:
+            self._scores.pop(request, None)
+            self._finished[reason] += 1
+            events.append(
+                Event(request.request_id, request.index, finish_reason=reason, error=error, preemptions=request.preemptions)
+            )
+        return events
+
+    def _fail(self, plan: StepPlan, error: Exception) -> list[Event]:
+        self._failures += 1
+        log.exception("step failed (%d in a row); its %d requests end with an error", self._failures, len(plan.chunks))
+        if self._failures >= MAX_FAILURES:
+            raise error
+        ended = [r for chunk in plan.chunks for r in self.scheduler.abort(*chunk.request.key)]
+        return self._end(ended, "error", f"the engine failed to compute this request: {error}")
+
+    def stats(self) -> Stats:
+        """The engine at this moment; costs well under a millisecond."""
+        pool, scheduler, now = self.scheduler.pool, self.scheduler, time.time()
+        shown = [(r, "running") for r in scheduler.running] + [(r, "waiting") for r in scheduler.waiting]
+        shown.sort(key=lambda pair: pair[0].arrival)
+        return Stats(
+            time=now,
+            steps=self._counts["steps"],
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_total=pool.num_blocks,
+            blocks_used=pool.used,
+            block_size=pool.block_size,
+            block_map=pool.map(2048),
+            prompt_tokens=self._counts["prompt_tokens"],
+            generation_tokens=self._counts["generation_tokens"],
+            requests=self._counts["requests"],
+            finished=dict(self._finished),
+            preemptions=self._counts["preemptions"],
+            last_step_s=self._last_step[0],
+            last_step_tokens=self._last_step[1],
+            rss_bytes=self._process.memory_info().rss,
+            requests_now=tuple(_stat(r, state, now) for r, state in shown[:SHOWN_REQUESTS]),
+        )
+
+    def check(self) -> None:
+        """Raise when pool and scheduler disagree."""
+        self.scheduler.check()
+
+
+def _stat(request: Request, state: str, now: float) -> RequestStat:
+    return RequestStat(
+        request_id=request.request_id,
+        index=request.index,
+        state=state,
+        prompt_tokens=request.prompt_len,
+        output_tokens=request.output_len,
+        computed_tokens=request.computed,
+        blocks=len(request.blocks),
+        age_s=now - request.arrival,
+        preemptions=request.preemptions,
+    )
+
+
+def eos_token_ids(directory: Path, spec: ModelSpec) -> tuple[int, ...]:
+    """End-of-text ids: generation_config.json's (chat models list several there) together with config.json's."""
+    path = directory / "generation_config.json"
+    more = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = [] if more is None else [more] if isinstance(more, int) else list(more)
+    return tuple(sorted({*spec.eos_token_ids, *ids}))

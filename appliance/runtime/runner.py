@@ -1,0 +1,83 @@
+"""Runs one planned step on the device: batch, forward, logits in slices of fixed size, sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from appliance.core.messages import TokenLogprob
+from appliance.core.request import Request
+from appliance.core.scheduler import Chunk, StepPlan
+from appliance.memory.planner import LOGIT_ROWS, MemoryPlan
+from appliance.runtime.batch import build_batch
+from appliance.runtime.sampler import Sampled, sample, token_logprobs
+from kernels.ops import KVCache
+from models.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """Log-probabilities of the prompt tokens ``first ..`` of one request, as one chunk gave them."""
+
+    request: Request
+    first: int
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    sampled: tuple[Sampled | None, ...]  # one per chunk; None where the chunk does not sample
+    prompt_scores: tuple[PromptScores, ...]
+
+
+class Runner:
+    """Owns the model and its KV cache. Everything that lasts is allocated here, before the first request."""
+
+    def __init__(self, decoder: Decoder, plan: MemoryPlan, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.decoder, self.device, self.block_size = decoder, device, plan.kv.block_size
+        self.caches = allocate_caches(plan, dtype=dtype, device=device)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, scored: Sequence[int]) -> StepResult:
+        """Execute a plan. ``scored[i]`` says how many prompt tokens of chunk i's request have their log-probabilities already."""
+        ids, batch = build_batch(plan.chunks, self.block_size, self.device)
+        hidden = self.decoder.forward(ids, batch, self.caches)
+        starts = batch.query_starts_list
+        scores = [self._score_prompt(c, hidden[a:], n) for c, a, n in zip(plan.chunks, starts, scored, strict=False)]
+        return StepResult(sampled=self._sample(plan.chunks, hidden, starts), prompt_scores=tuple(s for s in scores if s))
+
+    def _sample(self, chunks: Sequence[Chunk], hidden: Tensor, starts: Sequence[int]) -> tuple[Sampled | None, ...]:
+        out: list[Sampled | None] = [None] * len(chunks)
+        rows = [i for i, c in enumerate(chunks) if c.samples]
+        for part in (rows[i : i + LOGIT_ROWS] for i in range(0, len(rows), LOGIT_ROWS)):
+            logits = self.decoder.logits(hidden[[starts[i + 1] - 1 for i in part]])
+            for i, one in zip(part, sample(logits, [chunks[i].request for i in part]), strict=True):
+                out[i] = one
+        return tuple(out)
+
+    def _score_prompt(self, chunk: Chunk, hidden: Tensor, scored: int) -> PromptScores | None:
+        """Row p of the chunk predicts token p + 1. The first prompt token has nothing before it and no log-probability."""
+        request = chunk.request
+        if request.params.prompt_logprobs is None:
+            return None
+        first = max(chunk.start + 1, scored)
+        last = min(chunk.start + chunk.length + 1, request.prompt_len)  # one past the last token that can be scored
+        found: list[TokenLogprob] = []
+        for a in range(first, last, LOGIT_ROWS):
+            b = min(a + LOGIT_ROWS, last)
+            logits = self.decoder.logits(hidden[a - 1 - chunk.start : b - 1 - chunk.start])
+            found += token_logprobs(logits, request.tokens[a:b], [request.params.prompt_logprobs] * (b - a))
+        return PromptScores(request, first, tuple(found)) if found else None
+
+
+def allocate_caches(plan: MemoryPlan, *, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
+    """The whole pool, layer by layer: [blocks, block_size, Hkv, D] for keys and for values."""
+    kv = plan.kv
+    shape = (plan.num_blocks, kv.block_size, kv.kv_heads, kv.head_dim)
+    return [
+        KVCache(k=torch.zeros(shape, dtype=dtype, device=device), v=torch.zeros(shape, dtype=dtype, device=device))
+        for _ in range(kv.layers)
+    ]

@@ -1,0 +1,258 @@
+"""The engine in a process of its own, and the asyncio client that talks to it.
+
+The child is started with ``python -m appliance.runtime.worker FD``: no fork of a process that holds threads, no second import
+of the caller's main module. One socket pair carries pickled tuples both ways; when either end goes away the other one sees it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+from appliance.config import EngineConfig
+from appliance.core.messages import Abort, EngineInfo, Event, Stats, Submit
+from appliance.core.params import RequestError
+from quant.errors import InputError
+
+log = logging.getLogger("appliance.worker")
+
+STATS_INTERVAL = 0.2  # seconds between snapshots while steps run
+
+
+class EngineDied(RuntimeError):
+    """The engine process is gone; the requests it held cannot be answered."""
+
+
+class Client:
+    """Starts the engine process and multiplexes requests over it. All methods belong to one event loop."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.state = "loading"  # loading, ready, dead, stopped
+        self.info: EngineInfo | None = None
+        self.failure: str | None = None
+        self.loading: tuple[int, int] = (0, 0)
+        self._stats = Stats()
+        self._streams: dict[str, asyncio.Queue[Event | Exception]] = {}
+        self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._conn: Connection | None = None
+        self._ended = asyncio.Event()
+
+    async def start(self) -> None:
+        """Start the process and wait until the model is loaded. Raises InputError with the engine's own message, or EngineDied."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "appliance.runtime.worker", str(theirs.fileno())]
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        theirs.close()
+        self._conn = Connection(ours.detach())
+        loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = loop.create_future()
+        self._outbox.put((self.config, logging.getLogger("appliance").getEffectiveLevel()))
+        threading.Thread(target=self._write, name="engine-writer", daemon=True).start()
+        threading.Thread(target=self._read, args=(loop,), name="engine-reader", daemon=True).start()
+        await self._ready
+
+    async def generate(self, submit: Submit) -> AsyncIterator[Event]:
+        """Events of all ``n`` completions, until each has ended. Closing or cancelling the iterator aborts the rest in the engine.
+
+        Raises RequestError when the engine refuses the request, EngineDied when it dies on the way.
+        """
+        if self.state != "ready":
+            raise EngineDied(self.failure or f"the engine is {self.state}")
+        if submit.request_id in self._streams:
+            raise RequestError(f"request id {submit.request_id!r} is already in use", param="request_id", status=409)
+        stream = self._streams[submit.request_id] = asyncio.Queue()
+        left = submit.params.n
+        try:
+            self._outbox.put(submit)
+            while left:
+                item = await stream.get()
+                if isinstance(item, Exception):
+                    left = 0
+                    raise item
+                left -= item.finish_reason is not None
+                yield item
+        finally:
+            del self._streams[submit.request_id]
+            if left:
+                self.abort(submit.request_id)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one of its completions, in the engine. Unknown or ended ones are ignored."""
+        self._outbox.put(Abort(request_id, index))
+
+    @property
+    def active(self) -> int:
+        """Requests that are not yet answered to the end."""
+        return len(self._streams)
+
+    def knows(self, request_id: str) -> bool:
+        return request_id in self._streams
+
+    async def stats(self) -> Stats:
+        """The latest snapshot; never waits for a step."""
+        return self._stats
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Let running requests finish for up to ``drain_s`` seconds, abort the rest, and end the process."""
+        deadline = time.monotonic() + drain_s
+        while self.state == "ready" and self._streams and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for request_id in list(self._streams):
+            self.abort(request_id)
+        if self.state in ("loading", "ready"):
+            self.state = "stopped"
+        if self._process is None:
+            return
+        self._outbox.put(None)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), 2.0)
+        if self._process.poll() is None:
+            self._process.kill()
+        await asyncio.to_thread(self._process.wait)
+
+    def _write(self) -> None:
+        assert self._conn is not None
+        try:
+            while (message := self._outbox.get()) is not None:
+                self._conn.send(message)
+            self._conn.send(None)
+        except OSError:
+            log.debug("the engine's end of the pipe is closed")  # the reader sees the same and reports it
+
+    def _read(self, loop: asyncio.AbstractEventLoop) -> None:
+        assert self._conn is not None
+        try:
+            while True:
+                loop.call_soon_threadsafe(self._take, self._conn.recv())
+        except (EOFError, OSError):
+            with contextlib.suppress(RuntimeError):  # the loop may be closed already
+                loop.call_soon_threadsafe(self._gone)
+
+    def _take(self, message: tuple[Any, ...]) -> None:
+        match message:
+            case ("events", events, stats):
+                if stats is not None:
+                    self._stats = stats
+                for event in events:
+                    if stream := self._streams.get(event.request_id):
+                        stream.put_nowait(event)
+            case ("refused", request_id, text, param, code, status):
+                if stream := self._streams.get(request_id):
+                    stream.put_nowait(RequestError(text, param=param, code=code, status=status))
+            case ("loading", done, total):
+                self.loading = (done, total)
+            case ("ready", info, stats):
+                self.info, self._stats = info, stats
+                if self.state == "loading":
+                    self.state = "ready"
+                if not self._ready.done():
+                    self._ready.set_result(None)
+            case ("failed", text, is_input):
+                self.failure = text
+                if not self._ready.done():
+                    self._ready.set_exception(InputError(text) if is_input else EngineDied(text))
+
+    def _gone(self) -> None:
+        """The pipe closed: the process has ended, or is about to."""
+        self._ended.set()
+        if self.state != "stopped":
+            self.state = "dead"
+            assert self._process is not None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.5)
+            self.failure = self.failure or f"the engine process ended unexpectedly (exit code {self._process.returncode})"
+            log.error("%s", self.failure)
+        reason = self.failure or "the server is shutting down"
+        if not self._ready.done():
+            self._ready.set_exception(EngineDied(reason))
+        for stream in self._streams.values():
+            stream.put_nowait(EngineDied(reason))
+
+
+def serve(conn: Connection) -> None:
+    """The engine process: load, then take messages and step until the pipe closes or None arrives."""
+    config, level = conn.recv()
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    from appliance.runtime.engine import Engine  # imports torch: seconds, and the client shall be told why it waits
+
+    try:
+        engine = Engine.load(config, _Progress(conn))
+    except (InputError, RuntimeError, MemoryError, OSError) as error:
+        log.debug("loading failed", exc_info=True)
+        conn.send(("failed", str(error) or type(error).__name__, isinstance(error, InputError | OSError)))
+        return
+    conn.send(("ready", engine.info, engine.stats()))
+    last = time.monotonic()
+    while True:
+        events: list[Event] = []
+        try:
+            while conn.poll(0 if engine.has_work else None):
+                message = conn.recv()
+                if message is None:
+                    return
+                events += handle(engine, conn, message)
+                if not engine.has_work:
+                    break
+            events += engine.step()
+        except EOFError:
+            return
+        except Exception as error:
+            log.exception("the engine stops")
+            conn.send(("failed", f"the engine failed: {type(error).__name__}: {error}", False))
+            raise
+        now = time.monotonic()
+        fresh = now - last >= STATS_INTERVAL or not engine.has_work
+        last = now if fresh else last
+        conn.send(("events", events, engine.stats() if fresh else None))
+
+
+def handle(engine: Any, conn: Connection, message: Submit | Abort) -> list[Event]:
+    """Take one message; a refusal goes straight back to the client that waits for it."""
+    if isinstance(message, Abort):
+        return engine.abort(message.request_id, message.index)
+    try:
+        engine.submit(message)
+    except RequestError as error:
+        conn.send(("refused", message.request_id, str(error), error.param, error.code, error.status))
+    return []
+
+
+class _Progress:
+    """Reports loading at most ten times a second."""
+
+    def __init__(self, conn: Connection) -> None:
+        self.conn, self.last = conn, 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last >= 0.1 or done >= total:
+            self.last = now
+            self.conn.send(("loading", done, total))
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the whole group; the server decides when the engine ends
+    conn = Connection(int(sys.argv[1]))
+    try:
+        serve(conn)
+    except (BrokenPipeError, ConnectionResetError):
+        log.warning("the server is gone; the engine ends")
+    os._exit(0) if sys.exc_info()[0] is None else sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
