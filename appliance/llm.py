@@ -1,0 +1,269 @@
+"""The offline API: ``LLM(...).generate(prompts, SamplingParams(...))``, shaped as vLLM's, so that its tutorials run as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import count
+from typing import Any
+
+from tqdm import tqdm
+
+from appliance.config import EngineConfig
+from appliance.core.messages import Event, Submit, TokenLogprob
+from appliance.core.params import RequestError, SamplingParams
+from appliance.hub import resolve
+from appliance.runtime.engine import Engine
+from appliance.text.output import OutputStream
+from appliance.text.prepare import prepare
+from appliance.text.tokenizer import Tokenizer
+from quant.errors import InputError
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+# vLLM arguments that change nothing here, with the values under which that is true.
+HARMLESS: dict[str, tuple[object, ...]] = {
+    "tokenizer_mode": ("auto",),
+    "trust_remote_code": (False, True),  # repository code is never run; models that need it are refused by architecture
+    "tensor_parallel_size": (1,),
+    "pipeline_parallel_size": (1,),
+    "tokenizer_revision": (None,),
+    "enforce_eager": (False, True),
+    "disable_log_stats": (False, True),
+    "enable_prefix_caching": (False, None),
+    "enable_chunked_prefill": (True, None),
+    "load_format": ("auto", "safetensors"),
+    "cpu_offload_gb": (0,),
+}
+
+
+@dataclass(frozen=True)
+class Logprob:
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One answer. ``logprobs`` holds, for each token, a dict from token id to Logprob."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and its ``n`` answers. The first entry of ``prompt_logprobs`` is None: nothing comes before it."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    finished: bool = False
+    num_cached_tokens: int = 0
+
+
+class LLM:
+    """A model in this process.
+
+    Arguments are those of EngineConfig (``appliance/config.py``) and ``chat_template``. Raises InputError where the model, the
+    memory or an argument does not do, and TypeError for an argument that does not exist.
+    """
+
+    def __init__(self, model: str, *, chat_template: str | None = None, **options: Any) -> None:
+        config = _engine_config(model, options)
+        directory = resolve(model, config.revision)
+        self._config = replace(config, model=str(directory))
+        self._tokenizer = None
+        if not config.skip_tokenizer_init:
+            source = resolve(config.tokenizer, config.revision) if config.tokenizer else directory
+            self._tokenizer = Tokenizer.load(source, chat_template)
+        with _load_bar() as progress:
+            self._engine = Engine.load(self._config, progress)
+        self._ids = count()
+
+    def get_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise InputError("there is no tokenizer: this LLM was made with skip_tokenizer_init=True")
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer prompts (text, token ids, ``{"prompt": ...}`` or ``{"prompt_token_ids": ...}``), all in one batch, in their order."""
+        many = _prompt_list(prompts)
+        params = _params_list(sampling_params, len(many))
+        jobs = [self._job(prompt, one) for prompt, one in zip(many, params, strict=True)]
+        submitted: list[str] = []
+        try:
+            for job in jobs:
+                self._engine.submit(job.submit)
+                submitted.append(job.submit.request_id)
+            self._run({job.submit.request_id: job for job in jobs}, use_tqdm)
+        finally:  # also after ctrl-C or a refused prompt: nothing stays behind in the engine
+            for request_id in submitted:
+                self._engine.abort(request_id)
+        return [job.output() for job in jobs]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several, written with the model's own chat template."""
+        tokenizer = self.get_tokenizer()
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = messages if several else [messages]
+        texts = [
+            tokenizer.chat(
+                list(conversation),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        prompts = [{"prompt": t, "prompt_token_ids": tokenizer.encode(t, add_special_tokens=False)} for t in texts]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def _job(self, prompt: Prompt, params: SamplingParams) -> _Job:
+        text, ids = self._tokens(prompt)
+        if self._tokenizer is None and params.stop:
+            raise RequestError("stop strings need a tokenizer: use stop_token_ids", param="stop")
+        params = prepare(params, self._tokenizer)
+        submit = Submit(str(next(self._ids)), tuple(ids), params, time.time())
+        return _Job(text, submit, self._tokenizer, [OutputStream(self._tokenizer, params, ids) for _ in range(params.n)])
+
+    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+            if ids is None and text is None:
+                raise InputError(f"a prompt needs 'prompt' or 'prompt_token_ids', found {sorted(prompt)}")
+            return text, self.get_tokenizer().encode(text) if ids is None else list(ids)
+        if isinstance(prompt, str):
+            return prompt, self.get_tokenizer().encode(prompt)
+        return None, list(prompt)
+
+    def _run(self, jobs: dict[str, _Job], use_tqdm: bool) -> None:
+        with tqdm(total=len(jobs), desc="Processed prompts", disable=not use_tqdm, unit="prompt") as bar:
+            tokens, begun = 0, time.perf_counter()
+            while self._engine.has_work:
+                for event in self._engine.step():
+                    tokens += len(event.token_ids)
+                    job = jobs[event.request_id]
+                    if job.take(event):
+                        self._engine.abort(event.request_id, event.index)
+                    if event.finish_reason and job.finished:
+                        bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):.1f} tok/s", refresh=False)
+                        bar.update()
+
+
+@dataclass
+class _Job:
+    """A prompt on its way."""
+
+    prompt: str | None
+    submit: Submit
+    tokenizer: Tokenizer | None
+    streams: list[OutputStream]
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(s.finish_reason is not None for s in self.streams)
+
+    def take(self, event: Event) -> bool:
+        """Returns True when a stop string ended a completion that the engine is still working on."""
+        if event.finish_reason == "error":
+            raise RuntimeError(event.error)
+        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
+        return self.streams[event.index].push(event).abort
+
+    def output(self) -> RequestOutput:
+        scores = self.prompt_logprobs
+        return RequestOutput(
+            request_id=self.submit.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=list(self.submit.prompt_token_ids),
+            prompt_logprobs=None if scores is None else [None if s is None else self._shown(s) for s in scores],
+            outputs=[self._completion(i, s) for i, s in enumerate(self.streams)],
+            finished=self.finished,
+        )
+
+    def _completion(self, index: int, stream: OutputStream) -> CompletionOutput:
+        scored = list(stream.logprobs) if self.submit.params.logprobs is not None else None
+        return CompletionOutput(
+            index=index,
+            text=stream.text,
+            token_ids=list(stream.token_ids),
+            cumulative_logprob=None if scored is None else sum(s.logprob for s in scored),
+            logprobs=None if scored is None else [self._shown(s) for s in scored],
+            finish_reason=stream.finish_reason,
+            stop_reason=stream.stop_reason,
+        )
+
+    def _shown(self, scored: TokenLogprob) -> dict[int, Logprob]:
+        """The token itself first, then the most likely ones: up to k + 1 entries."""
+        entries = {scored.token_id: Logprob(scored.logprob, scored.rank, self._text(scored.token_id))}
+        for rank, (token, logprob) in enumerate(scored.top, 1):
+            entries.setdefault(token, Logprob(logprob, rank, self._text(token)))
+        return entries
+
+    def _text(self, token: int) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.token_str(token)
+
+
+def _engine_config(model: str, options: dict[str, Any]) -> EngineConfig:
+    known = {f.name for f in fields(EngineConfig)} - {"model"}
+    for name in [n for n in options if n not in known]:
+        value = options.pop(name)
+        if name not in HARMLESS:
+            raise TypeError(f"LLM() has no argument {name!r}; it has {', '.join(sorted(known))}")
+        if value not in HARMLESS[name]:
+            raise InputError(f"{name}={value!r} is not supported: leave it out")
+    return EngineConfig(model=model, **options)
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, number: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * number
+    if len(params) != number:
+        raise InputError(f"{len(params)} sampling_params for {number} prompts: give one for all, or one for each")
+    return list(params)
+
+
+@contextlib.contextmanager
+def _load_bar() -> Iterator[Any]:
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc="Loading weights", leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
