@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.config import EngineConfig
+from appliance.core.messages import Event, Submit
+from appliance.core.params import SamplingParams
+from appliance.runtime.engine import Engine
+from tests.tiny_model import make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def load(tiny: Path) -> Callable[..., Engine]:
+    """An engine over the tiny model with the reference operators in float32, where equality is exact."""
+
+    def make(**options: Any) -> Engine:
+        settings = {"dtype": "float32", "reference_ops": True, "max_model_len": 256, "kv_cache_memory_bytes": 4 << 20, "threads": 1}
+        return Engine.load(EngineConfig(model=str(tiny), **{**settings, **options}))
+
+    return make
+
+
+def submit(name: str, ids: Iterable[int], **params: Any) -> Submit:
+    settings = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+    return Submit(name, tuple(ids), SamplingParams(**{**settings, **params}), arrival=0.0)
+
+
+def finish(engine: Engine, limit: int = 10_000) -> dict[tuple[str, int], list[Event]]:
+    """Step until nothing is left; every request must end, and the pool must be whole and empty."""
+    events: dict[tuple[str, int], list[Event]] = {}
+    for _ in range(limit):
+        if not engine.has_work:
+            break
+        for event in engine.step():
+            events.setdefault((event.request_id, event.index), []).append(event)
+        engine.check()
+    assert not engine.has_work, "requests were left after so many steps"
+    assert engine.scheduler.pool.used == 0
+    return events
+
+
+def answers(engine: Engine, submits: Iterable[Submit]) -> dict[tuple[str, int], list[int]]:
+    for one in submits:
+        engine.submit(one)
+    events = finish(engine)
+    for news in events.values():
+        assert [e.finish_reason is not None for e in news].count(True) == 1 and news[-1].finish_reason
+    return {key: [t for e in news for t in e.token_ids] for key, news in events.items()}

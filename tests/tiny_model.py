@@ -1,0 +1,98 @@
+"""A small random Llama checkpoint in AWQ form, written without anybody's help: for tests that need some model, not a good one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, GROUP = 256, 64, 2, 4, 2, 16, 128, 32
+
+
+def make_checkpoint(directory: Path, *, seed: int = 0, vocab: int = VOCAB, max_len: int = 512, tokenizer: bool = True) -> Path:
+    """Random int4 weights with the magnitudes of a real model; token ids 0 (unknown), 1 (start), 2 (end of text) are special."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rng = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+
+    def linear(name: str, inputs: int, outputs: int) -> None:
+        words = torch.randint(-(2**31), 2**31 - 1, (inputs, outputs // 8), generator=rng, dtype=torch.int64)
+        tensors[f"{name}.qweight"] = words.to(torch.int32)
+        zeros = torch.full((inputs // GROUP, outputs // 8), 0x88888888 - 2**32, dtype=torch.int64)
+        tensors[f"{name}.qzeros"] = zeros.to(torch.int32)
+        scale = 0.25 / inputs**0.5
+        tensors[f"{name}.scales"] = (scale * (0.5 + torch.rand(inputs // GROUP, outputs, generator=rng))).half()
+
+    tensors["model.embed_tokens.weight"] = torch.randn(vocab, HIDDEN, generator=rng).half()
+    tensors["lm_head.weight"] = torch.randn(vocab, HIDDEN, generator=rng).mul(0.3).half()
+    tensors["model.norm.weight"] = torch.ones(HIDDEN).half()
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        tensors[f"{prefix}.input_layernorm.weight"] = torch.ones(HIDDEN).half()
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = torch.ones(HIDDEN).half()
+        for name, inputs, outputs in (
+            ("self_attn.q_proj", HIDDEN, HEADS * HEAD_DIM),
+            ("self_attn.k_proj", HIDDEN, KV_HEADS * HEAD_DIM),
+            ("self_attn.v_proj", HIDDEN, KV_HEADS * HEAD_DIM),
+            ("self_attn.o_proj", HEADS * HEAD_DIM, HIDDEN),
+            ("mlp.gate_proj", HIDDEN, MLP),
+            ("mlp.up_proj", HIDDEN, MLP),
+            ("mlp.down_proj", MLP, HIDDEN),
+        ):
+            linear(f"{prefix}.{name}", inputs, outputs)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config(vocab, max_len)))
+    if tokenizer:
+        write_tokenizer(directory)
+    return directory
+
+
+def config(vocab: int = VOCAB, max_len: int = 512) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "vocab_size": vocab,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": max_len,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+    }
+
+
+def write_tokenizer(directory: Path) -> None:
+    """One token a printable character, and a chat template that names the roles."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    characters = [chr(c) for c in range(32, 127)] + ["\n"]
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{c: i for i, c in enumerate(characters, 3)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": "<s>{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
