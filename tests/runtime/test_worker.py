@@ -1,0 +1,155 @@
+"""The engine in a process of its own: right answers, refusals, aborts, deaths, and a quiet end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from appliance.config import EngineConfig
+from appliance.core.messages import Event, Submit
+from appliance.core.params import RequestError
+from appliance.runtime.worker import Client, EngineDied
+from quant.errors import InputError
+from tests.runtime.conftest import submit
+
+
+def config(model: Path, **options: Any) -> EngineConfig:
+    settings = {"dtype": "float32", "reference_ops": True, "max_model_len": 256, "kv_cache_memory_bytes": 4 << 20, "threads": 1}
+    return EngineConfig(model=str(model), **{**settings, **options})
+
+
+async def collect(client: Client, one: Submit) -> list[Event]:
+    return [event async for event in client.generate(one)]
+
+
+async def until(condition: Any, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.02)
+
+
+def test_a_life(tiny: Path) -> None:
+    """One process for many checks: starting it takes seconds."""
+
+    async def life() -> None:
+        client = Client(config(tiny))
+        assert client.state == "loading"
+        with pytest.raises(EngineDied, match="loading"):
+            await collect(client, submit("early", [3]))
+        await client.start()
+        assert client.state == "ready" and client.info is not None and client.info.max_model_len == 256
+        assert client.loading[0] == client.loading[1] > 0
+        try:
+            await answers_together(client)
+            await refusals(client)
+            await leaving(client)
+            await idle(client)
+        finally:
+            begun = time.monotonic()
+            await client.stop()
+        assert time.monotonic() - begun < 3 and client.state == "stopped"
+        assert client._process is not None and client._process.returncode == 0
+
+    asyncio.run(life())
+
+
+async def answers_together(client: Client) -> None:
+    alone = await collect(client, submit("alone", [7, 8, 9]))
+    many = await asyncio.gather(*(collect(client, submit(f"m{i}", [7, 8, 9], n=1)) for i in range(20)))
+    for news in many:
+        assert [e.token_ids for e in news] == [e.token_ids for e in alone]
+    both = await collect(client, submit("two", [7, 8], n=2, temperature=1.0))
+    assert sorted(e.index for e in both if e.finish_reason) == [0, 1]
+    assert client.active == 0
+
+
+async def refusals(client: Client) -> None:
+    with pytest.raises(RequestError, match="maximum context length is 256") as error:
+        await collect(client, submit("long", [3] * 300))
+    assert (error.value.param, error.value.code, error.value.status) == ("prompt", "context_length_exceeded", 400)
+    endless = client.generate(submit("twice", [3], max_tokens=200))
+    await anext(endless)
+    with pytest.raises(RequestError, match="already in use"):
+        await collect(client, submit("twice", [3]))
+    await endless.aclose()
+
+
+async def leaving(client: Client) -> None:
+    """A client that goes away frees its blocks; a request may also be ended from outside."""
+    stream = client.generate(submit("leaver", [3] * 40, max_tokens=200))
+    await anext(stream)
+    await stream.aclose()
+    ended = asyncio.create_task(collect(client, submit("ended", [4], max_tokens=250)))
+    await asyncio.sleep(0.05)
+    client.abort("ended")
+    assert (await ended)[-1].finish_reason == "abort"
+    cancelled = asyncio.create_task(collect(client, submit("cancelled", [4], max_tokens=250)))
+    await asyncio.sleep(0.05)
+    cancelled.cancel()
+    await asyncio.gather(cancelled, return_exceptions=True)
+    await collect(client, submit("after", [4], max_tokens=2))
+    stats = await client.stats()
+    assert stats.blocks_used == 0 and stats.running == stats.waiting == 0
+    assert stats.finished["abort"] >= 3
+
+
+async def idle(client: Client) -> None:
+    """Nothing to do means no processor time at all."""
+    assert client._process is not None
+    process = psutil.Process(client._process.pid)
+    before = process.cpu_times()
+    await asyncio.sleep(1.0)
+    after = process.cpu_times()
+    assert after.user + after.system - before.user - before.system < 0.05
+
+
+def test_death_is_told_to_everyone_who_waits(tiny: Path) -> None:
+    async def life() -> None:
+        client = Client(config(tiny))
+        await client.start()
+        assert client._process is not None
+        waiting = [asyncio.create_task(collect(client, submit(f"w{i}", [3], max_tokens=250))) for i in range(3)]
+        await until(lambda: client._stats.running == 3)
+        os.kill(client._process.pid, signal.SIGKILL)
+        results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
+        assert all(isinstance(r, EngineDied) and "exit code -9" in str(r) for r in results)
+        assert client.state == "dead"
+        with pytest.raises(EngineDied):
+            await collect(client, submit("late", [3]))
+        await client.stop()
+
+    asyncio.run(life())
+
+
+def test_drain_lets_requests_finish_then_ends_the_rest(tiny: Path) -> None:
+    async def life() -> None:
+        client = Client(config(tiny))
+        await client.start()
+        short = asyncio.create_task(collect(client, submit("short", [3], max_tokens=5)))
+        await asyncio.sleep(0)
+        await client.stop(drain_s=10)
+        assert (await short)[-1].finish_reason == "length"
+
+    asyncio.run(life())
+
+
+def test_a_model_that_cannot_be_loaded(tmp_path: Path, tiny: Path) -> None:
+    async def life() -> None:
+        client = Client(config(tmp_path / "nothing"))
+        with pytest.raises(InputError, match="nothing"):
+            await client.start()
+        await client.stop()
+        client = Client(config(tiny, max_model_len=100_000))
+        with pytest.raises(InputError, match="100000"):
+            await client.start()
+        await client.stop()
+
+    asyncio.run(life())

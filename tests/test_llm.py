@@ -1,0 +1,105 @@
+"""The offline API as vLLM's tutorials use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from appliance import LLM, SamplingParams
+from appliance.core.params import RequestError
+from quant.errors import InputError
+from tests.tiny_model import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    model = make_checkpoint(tmp_path_factory.mktemp("tiny"))
+    return LLM(model=str(model), dtype="float32", reference_ops=True, threads=1, kv_cache_memory_bytes=4 << 20, enforce_eager=True)
+
+
+def test_prompts_keep_their_order(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = ["Hello", "The sky is", "x"]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=8))
+    assert "Processed prompts" in capsys.readouterr().err
+    assert [o.prompt for o in outputs] == prompts and all(o.finished for o in outputs)
+    tokenizer = llm.get_tokenizer()
+    for output in outputs:
+        answer = output.outputs[0]
+        assert output.prompt_token_ids == tokenizer.encode(output.prompt or "")
+        assert answer.text == tokenizer.decode(answer.token_ids)
+        assert answer.finish_reason in ("length", "stop") and 1 <= len(answer.token_ids) <= 8
+
+
+def test_forms_of_a_prompt(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    ids = llm.get_tokenizer().encode("Hi")
+    forms = ["Hi", {"prompt": "Hi"}, {"prompt_token_ids": ids}, ids]
+    answers = [llm.generate(form, params, use_tqdm=False)[0].outputs[0].token_ids for form in forms]
+    assert all(a == answers[0] for a in answers)
+    assert llm.generate([], params) == []
+    with pytest.raises(InputError, match="'prompt' or 'prompt_token_ids'"):
+        llm.generate({"text": "Hi"})
+
+
+def test_params_for_each_prompt_and_default(llm: LLM) -> None:
+    outputs = llm.generate(["a", "b"], [SamplingParams(max_tokens=2, ignore_eos=True), SamplingParams(max_tokens=4, ignore_eos=True)])
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [2, 4]
+    with pytest.raises(InputError, match="1 sampling_params for 2 prompts"):
+        llm.generate(["a", "b"], [SamplingParams()])
+    assert len(llm.generate("a")[0].outputs[0].token_ids) <= 16
+
+
+def test_logprobs(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=3, logprobs=2, prompt_logprobs=1, ignore_eos=True)
+    output = llm.generate("abc", params, use_tqdm=False)[0]
+    answer = output.outputs[0]
+    assert answer.logprobs is not None and output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None and len(output.prompt_logprobs) == len(output.prompt_token_ids)
+    for token, entry in zip(answer.token_ids, answer.logprobs, strict=True):
+        assert next(iter(entry)) == token and entry[token].rank == 1 and 2 <= len(entry) <= 3
+        assert entry[token].decoded_token == llm.get_tokenizer().token_str(token)
+    total = sum(entry[t].logprob for t, entry in zip(answer.token_ids, answer.logprobs, strict=True))
+    assert answer.cumulative_logprob == pytest.approx(total)
+    assert llm.generate("abc", SamplingParams(max_tokens=1))[0].outputs[0].logprobs is None
+
+
+def test_stop_string_ends_the_text_and_the_work(llm: LLM) -> None:
+    free = llm.generate("abc", SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True))[0].outputs[0]
+    stop = free.text[4:6]
+    answer = llm.generate("abc", SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, stop=[stop]))[0].outputs[0]
+    assert answer.text == free.text[: free.text.index(stop)]
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", stop)
+
+
+def test_chat(llm: LLM) -> None:
+    message = [{"role": "user", "content": "Hello"}]
+    one, two = llm.chat([message, message], SamplingParams(temperature=0.0, max_tokens=4))
+    assert one.prompt == "<s>user: Hello\nassistant:" and one.prompt_token_ids.count(1) == 1
+    assert one.outputs[0].text == two.outputs[0].text
+    assert llm.chat(message, SamplingParams(temperature=0.0, max_tokens=4))[0].outputs[0].text == one.outputs[0].text
+
+
+def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="maximum context length"):
+        llm.generate(["fine", "x" * 5000], SamplingParams(max_tokens=4))
+    assert llm.generate("fine", SamplingParams(max_tokens=1))[0].finished
+
+
+def test_arguments(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m", tokenizer=False)
+    with pytest.raises(TypeError, match="no argument 'max_length'"):
+        LLM(model=str(model), max_length=5)
+    with pytest.raises(InputError, match="tensor_parallel_size=2"):
+        LLM(model=str(model), tensor_parallel_size=2)
+    with pytest.raises(InputError, match="tokenizer"):
+        LLM(model=str(model))
+    with pytest.raises(InputError, match="quantization"):
+        LLM(model=str(model), quantization="gptq", skip_tokenizer_init=True)
+    bare = LLM(model=str(model), skip_tokenizer_init=True, kv_cache_memory_bytes=4 << 20, threads=1)
+    answer = bare.generate([[3, 4, 5]], SamplingParams(max_tokens=3, ignore_eos=True))[0].outputs[0]
+    assert len(answer.token_ids) == 3 and answer.text == ""
+    with pytest.raises(RequestError, match="stop_token_ids"):
+        bare.generate([[3]], SamplingParams(stop="x"))
+    with pytest.raises(InputError, match="skip_tokenizer_init"):
+        bare.generate("text")
