@@ -108,7 +108,6 @@ class Engine:
         if not plan.chunks:
             return []
         begun = time.perf_counter()
-        self._counts["preemptions"] += len(plan.preempted)
         for request in plan.preempted:
             log.info("preempted %s/%d: the block pool is full; it will be computed again", *request.key)
         try:
@@ -195,7 +194,7 @@ class Engine:
             generation_tokens=self._counts["generation_tokens"],
             requests=self._counts["requests"],
             finished=dict(self._finished),
-            preemptions=self._counts["preemptions"],
+            preemptions=scheduler.num_preemptions,
             last_step_s=self._last_step[0],
             last_step_tokens=self._last_step[1],
             rss_bytes=self._process.memory_info().rss,
