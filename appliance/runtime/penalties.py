@@ -1,0 +1,71 @@
+"""What a request does to its row of logits before the draw: masks, biases and penalties, in vLLM's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from appliance.core.request import Request
+
+_NEVER = float("-inf")
+
+
+def touches_logits(request: Request) -> bool:
+    """Whether ``adjust`` would change this request's row."""
+    p = request.params
+    return bool(
+        p.allowed_token_ids is not None
+        or p.bad_words_token_ids
+        or p.logit_bias
+        or request.output_len < p.min_tokens
+        or p.repetition_penalty != 1.0
+        or p.presence_penalty
+        or p.frequency_penalty
+    )
+
+
+def adjust(row: Tensor, request: Request) -> None:
+    """Apply the request's masks, biases and penalties to its logits, float32 [V], in place."""
+    params = request.params
+    if params.allowed_token_ids is not None:
+        allowed = _index(params.allowed_token_ids, row)
+        values = row[allowed]
+        row.fill_(_NEVER)[allowed] = values
+    row[_index(_ends_bad_word(request), row)] = _NEVER
+    if request.output_len < params.min_tokens:
+        row[_index({*request.eos_token_ids, *(params.stop_token_ids or ())}, row)] = _NEVER
+    if params.logit_bias:
+        ids = [t for t in params.logit_bias if t < row.numel()]
+        row[_index(ids, row)] += torch.tensor([params.logit_bias[t] for t in ids], dtype=row.dtype, device=row.device)
+    _penalize(row, request)
+
+
+def _penalize(row: Tensor, request: Request) -> None:
+    """The repetition penalty of CTRL (Keskar et al. 2019, over prompt and output), then OpenAI's two (over the output)."""
+    params = request.params
+    if params.repetition_penalty != 1.0:
+        seen = _index(set(request.tokens), row)
+        values, penalty = row[seen], params.repetition_penalty
+        row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    output = request.tokens[request.prompt_len :]
+    if output and (params.frequency_penalty or params.presence_penalty):
+        ids, counts = torch.unique(_index(output, row), return_counts=True)
+        row[ids] -= params.frequency_penalty * counts + params.presence_penalty
+
+
+def _ends_bad_word(request: Request) -> set[int]:
+    """Tokens that would complete one of the request's bad words now; a match lies within the output, as in vLLM."""
+    banned = set()
+    for word in request.params.bad_words_token_ids:
+        prefix = word[:-1]
+        start = len(request.tokens) - len(prefix)
+        if start >= request.prompt_len and tuple(request.tokens[start:]) == prefix:
+            banned.add(word[-1])
+    return banned
+
+
+def _index(ids: Iterable[int], row: Tensor) -> Tensor:
+    """Token ids as an index into the row. A stop id or bad word beyond the model's vocabulary can never be drawn anyway."""
+    return torch.tensor([t for t in ids if t < row.numel()], dtype=torch.int64, device=row.device)

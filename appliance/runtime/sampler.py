@@ -1,0 +1,157 @@
+"""From logits to tokens. Each row is worked on by itself, with the same operations whoever its neighbours are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from appliance.core.door import hash_u64
+from appliance.core.messages import TokenLogprob
+from appliance.core.request import Request
+from appliance.runtime.penalties import adjust, touches_logits
+
+_BLOCK = 128  # probabilities summed together, so that a draw needs no cumulative sum over the whole vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A drawn token, its log-probability where asked for, or why none could be drawn (the token is -1 then)."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+    error: str | None = None
+
+
+def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled]:
+    """Draw the next token of each request from its row of ``logits``, float32 [R, V], which is overwritten.
+
+    Log-probabilities are those of the model, before masks, penalties and temperature (vLLM's ``raw_logprobs``). A random draw
+    depends on the row, the request's seed and its number of tokens, and on nothing else. Among equal logits greedy takes the
+    lowest id. Workspace: a few vectors of V, whatever R is.
+    """
+    best = logits.amax(dim=-1).tolist()
+    easy = [_is_plain_greedy(r) for r in requests]
+    picks = logits.argmax(dim=-1).tolist() if all(easy) else None
+    out = []
+    for i, request in enumerate(requests):
+        if math.isnan(best[i]) or best[i] == math.inf:
+            out.append(Sampled(-1, error="the model produced logits that are not finite numbers"))
+        elif picks is not None and best[i] > -math.inf:
+            out.append(Sampled(picks[i]))
+        else:
+            out.append(_sample_row(logits[i], request))
+    return out
+
+
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: Sequence[int]) -> list[TokenLogprob]:
+    """Log-probability and rank of ``token_ids[i]`` in row i of ``logits``, float32 [R, V], with the ``top[i]`` most likely tokens.
+
+    ``top`` -1 gives the whole vocabulary. Rank is 1 + the number of tokens with a larger logit. Equal tokens come by id.
+    """
+    return [_row_logprob(row, token, k) for row, token, k in zip(logits.unbind(), token_ids, top, strict=True)]
+
+
+def _is_plain_greedy(request: Request) -> bool:
+    return request.params.greedy and request.params.logprobs is None and not touches_logits(request)
+
+
+def _sample_row(row: Tensor, request: Request) -> Sampled:
+    wanted = request.params.logprobs
+    raw = row
+    if touches_logits(request):
+        raw = row.clone() if wanted is not None else row
+        adjust(row, request)
+    best = row.amax().item()
+    if best == -math.inf:
+        return Sampled(-1, error="every token is ruled out (by allowed_token_ids, bad_words or min_tokens)")
+    token = int(row.argmax()) if request.params.greedy else _draw(row, best, request)
+    return Sampled(token, None if wanted is None else _row_logprob(raw, token, wanted))
+
+
+def _draw(row: Tensor, best: float, request: Request) -> int:
+    """One draw from softmax(row / temperature), cut by top_k, min_p and top_p. ``best`` is the largest logit.
+
+    The order of the cuts is vLLM's: min_p and top_k are thresholds (so they commute; ties at top_k's stay in), and top_p is a
+    share of what they leave.
+    """
+    params, ids = request.params, None
+    if 0 < params.top_k < row.numel():
+        ids = (row >= row.topk(params.top_k).values[-1]).nonzero().view(-1)
+        row = row[ids]
+    weights = ((row - best) / params.temperature).exp_()  # the largest is 1: min_p compares with it as it stands
+    if params.min_p > 0:
+        weights, ids = _keep((weights >= params.min_p).nonzero().view(-1), weights, ids)
+    if params.top_p < 1:
+        weights, ids = _nucleus(weights, ids, params.top_p)
+    pick = _inverse_cdf(weights, uniform(request.seed, len(request.tokens)))
+    return pick if ids is None else int(ids[pick])
+
+
+def uniform(seed: int, position: int) -> float:
+    """The random number in [0, 1) for the token at this position: 53 bits of a hash, so that it needs no state."""
+    return (hash_u64(seed, position) >> 11) * 2.0**-53
+
+
+def _keep(index: Tensor, weights: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    return weights[index], index if ids is None else ids[index]
+
+
+def _nucleus(weights: Tensor, ids: Tensor | None, top_p: float) -> tuple[Tensor, Tensor]:
+    """The fewest most likely tokens whose share reaches ``top_p`` (Holtzman et al. 2020), by id; equal ones enter by id.
+
+    Tokens under (1 - top_p) / n of the mass cannot reach the nucleus: all of them together weigh less than what it leaves out.
+    They are peeled off, again and again, while that at least halves what has to be sorted.
+    """
+    total = weights.sum(dtype=torch.float64).item()
+    spare = (1 - top_p) * total
+    while True:
+        index = (weights >= spare / weights.numel()).nonzero().view(-1)
+        if 2 * index.numel() > weights.numel():
+            break
+        before = weights.sum(dtype=torch.float64).item()
+        weights, ids = _keep(index, weights, ids)
+        spare -= before - weights.sum(dtype=torch.float64).item()
+    values, order = weights.sort(descending=True, stable=True)
+    reached = values.cumsum(0, dtype=torch.float64)
+    goal = reached[-1].item() - spare
+    count = int(torch.searchsorted(reached, goal)) + 1  # the token that reaches the goal is in
+    return _keep(order[:count].sort().values, weights, ids)
+
+
+def _inverse_cdf(weights: Tensor, u: float) -> int:
+    """The first index at which the running sum of ``weights`` (float32 [n], >= 0, not all 0) exceeds ``u`` of their total.
+
+    Sums are float64. A weight of 0 is never picked.
+    """
+    blocks = pad(weights, (0, -weights.numel() % _BLOCK)).view(-1, _BLOCK)
+    sums = blocks.sum(dim=1, dtype=torch.float64).cumsum(0)
+    target = u * sums[-1].item()
+    block = _first_above(sums, target)
+    before = sums[block - 1].item() if block else 0.0
+    return block * _BLOCK + _first_above(blocks[block].cumsum(0, dtype=torch.float64), target - before)
+
+
+def _first_above(sums: Tensor, target: float) -> int:
+    """The first place where the running sum is above ``target``; the last place where it grows, should rounding leave none."""
+    first = int(torch.searchsorted(sums, target, right=True))
+    return min(first, int(torch.searchsorted(sums, sums[-1].item())))
+
+
+def _row_logprob(row: Tensor, token: int, k: int) -> TokenLogprob:
+    norm = row.logsumexp(0)
+    logprob = (row[token] - norm).item()
+    rank = 1 + int((row > row[token]).count_nonzero())
+    return TokenLogprob(token, logprob, rank, _most_likely(row, norm, row.numel() if k == -1 else min(k, row.numel())))
+
+
+def _most_likely(row: Tensor, norm: Tensor, k: int) -> tuple[tuple[int, float], ...]:
+    if k == 0:
+        return ()
+    ids = (row >= row.topk(k).values[-1]).nonzero().view(-1) if k < row.numel() else torch.arange(k, device=row.device)
+    values, order = row[ids].sort(descending=True, stable=True)
+    return tuple(zip(ids[order[:k]].tolist(), (values[:k] - norm).tolist(), strict=True))
