@@ -1,0 +1,30 @@
+"""A local server, and a Python API, for quantized language models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from appliance.version import __version__
+
+if TYPE_CHECKING:
+    from appliance.core.params import SamplingParams
+    from appliance.llm import LLM
+
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: ``import appliance`` alone must not cost the seconds that torch takes."""
+    if name == "LLM":
+        from appliance.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from appliance.core.params import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

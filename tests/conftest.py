@@ -1,0 +1,37 @@
+"""What all tests share: real data where it is present, and one thread each for the arithmetic."""
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")  # before torch is imported: several test processes share the machine
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("APPLIANCE_SHARED_DATA") or ROOT.parent / "shared" / "data")
+
+settings.register_profile("default", deadline=None)  # a busy machine is no failure
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real checkpoints, tokenizers and traces; APPLIANCE_SHARED_DATA names another place."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no real data: {SHARED} is absent (APPLIANCE_SHARED_DATA names another place)")
+    return SHARED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever uses the real data is marked so, whether or not the test said it."""
+    for item in items:
+        if "shared_data" in getattr(item, "fixturenames", ()):
+            item.add_marker("realdata")
+        elif item.get_closest_marker("realdata") and not SHARED.is_dir():
+            item.add_marker(pytest.mark.skip(reason=f"no real data: {SHARED} is absent"))
