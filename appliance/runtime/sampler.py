@@ -49,7 +49,7 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled]:
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: Sequence[int]) -> list[TokenLogprob]:
-    """Log-probability and rank of ``token_ids[i]`` in row i of ``logits``, float32 [R, V], with the ``top[i]`` most likely tokens.
+    """Log-probability and rank of ``token_ids[i]`` in row i of ``logits`` float32 [R, V], and the ``top[i]`` most likely tokens.
 
     ``top`` -1 gives the whole vocabulary. Rank is 1 + the number of tokens with a larger logit. Equal tokens come by id.
     """
