@@ -1,0 +1,185 @@
+"""What lies where in a checkpoint, read from the safetensors headers alone (no torch, never a weight).
+
+A safetensors file is 8 bytes of header length (little endian), a JSON header {name: {dtype, shape, data_offsets}}, and the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from quant.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+ITEM_SIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file: bytes ``start`` to ``end`` of the file (absolute offsets) hold it, row-major."""
+
+    name: str
+    file: Path
+    dtype: str  # as safetensors writes it: F16, BF16, F32, I32, I8, U8, F8_E4M3, I64, ...
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """Every tensor of a checkpoint directory by name."""
+
+    directory: Path
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @classmethod
+    def open(cls, directory: str | Path) -> CheckpointIndex:
+        """Read the headers of ``model.safetensors``, of the shards of an index, or else of every safetensors file there.
+
+        Raises CheckpointError where a file is missing or damaged, or where the files contradict each other.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: there is no such directory; a model is a directory with config.json and *.safetensors")
+        index = directory / INDEX
+        if (directory / "model.safetensors").is_file():
+            tensors = _merge([directory / "model.safetensors"])
+        elif index.is_file():
+            tensors = _indexed(index)
+        else:
+            tensors = _merge(_all_files(directory))
+        return cls(directory, MappingProxyType(tensors))
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file; CheckpointError says where it is damaged."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: the file is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the file again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file. Every byte range is checked against the size of the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
+        if not 0 < length <= MAX_HEADER:
+            raise CheckpointError(f"{path}: not a safetensors file: the header's length reads as {length} (the file has {size} bytes)")
+        if 8 + length > size:
+            raise CheckpointError(f"{path}: truncated: the header alone needs {8 + length} bytes, the file has {size}; fetch it again")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: the safetensors header is not valid JSON ({error}); fetch the file again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the safetensors header is not a JSON object")
+    return {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> TensorInfo:
+    try:
+        dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+        begin, end = (int(n) for n in entry["data_offsets"])
+        if not isinstance(dtype, str):
+            raise TypeError
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{path}: damaged safetensors header: the entry of {name} reads {entry!r}") from None
+    if not 0 <= begin <= end or min(shape, default=0) < 0:
+        raise CheckpointError(f"{path}: damaged safetensors header: {name} has shape {list(shape)} at offsets [{begin}, {end}]")
+    if data + end > size:
+        raise CheckpointError(
+            f"{path}: truncated: {name} ends at byte {data + end}, the file has {size}; fetch it again"
+        )
+    if dtype in ITEM_SIZE and end - begin != math.prod(shape) * ITEM_SIZE[dtype]:
+        raise CheckpointError(f"{path}: damaged safetensors header: {name} is {dtype}{list(shape)} but spans {end - begin} bytes")
+    return TensorInfo(name, path, dtype, shape, data + begin, data + end)
+
+
+def _merge(files: list[Path]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for path in files:
+        for name, info in read_header(path).items():
+            if name in tensors:
+                raise CheckpointError(f"{name} is in two files, {tensors[name].file.name} and {path.name}: remove the one that is stale")
+            tensors[name] = info
+    return tensors
+
+
+def _indexed(index: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index}: the index has no weight_map of tensor names to files")
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (index.parent / file).is_file()]
+    if missing:
+        raise CheckpointError(f"{index}: {len(missing)} of {len(files)} files are missing: {', '.join(missing)}")
+    tensors = _merge([index.parent / file for file in files])
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file.name != file:
+            found = f"it is in {tensors[name].file.name}" if name in tensors else "no file has it"
+            raise CheckpointError(f"{index}: {name} should be in {file}, but {found}")
+    return tensors
+
+
+def _all_files(directory: Path) -> list[Path]:
+    files = sorted(path for path in directory.glob("*.safetensors") if path.is_file())
+    if not files:
+        raise CheckpointError(f"{directory}: no *.safetensors file{_other_formats(directory)}")
+    names = {path.name for path in files}
+    for name in sorted(names):
+        numbered = re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\.safetensors)", name)
+        if numbered is None:
+            continue
+        head, digits, of, total, tail = numbered.groups()
+        missing = [n for n in range(1, int(total) + 1) if f"{head}{n:0{len(digits)}d}{of}{total}{tail}" not in names]
+        if missing:
+            numbers = ", ".join(map(str, missing))
+            raise CheckpointError(f"{directory}: of {int(total)} files like {name}, these numbers are missing: {numbers}")
+    return files
+
+
+def _other_formats(directory: Path) -> str:
+    for pattern, hint in (
+        ("*.gguf", "GGUF is not supported: take the AWQ, GPTQ or original safetensors version of the model"),
+        ("*.bin", "PyTorch pickles are not loaded, since they can run code: convert them to safetensors"),
+        ("*.pt", "PyTorch pickles are not loaded, since they can run code: convert them to safetensors"),
+        ("*.pth", "PyTorch pickles are not loaded, since they can run code: convert them to safetensors"),
+    ):
+        found = sorted(path.name for path in directory.glob(pattern))
+        if found:
+            return f", only {found[0]}. {hint}"
+    return "; a model is a directory with config.json and *.safetensors"

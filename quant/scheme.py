@@ -1,0 +1,163 @@
+"""What a checkpoint's quantization settings mean, module by module (no torch, no weight read).
+
+The settings come from config.json, from the quantize_config.json beside it, or, without either, from the tensors themselves.
+Where the headers are known (``index``), they decide which modules are quantized: lists of exceptions in configs are often imprecise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from quant import configs
+from quant.detect import awq_layout, detect, family
+from quant.errors import CheckpointError, InputError
+from quant.headers import CheckpointIndex, TensorInfo, read_json
+from quant.rules import DENSE, Rule, Settings, WeightScheme
+
+__all__ = ["DENSE", "QuantScheme", "Rule", "WeightScheme", "load_configs", "read_scheme"]
+
+ALIASES = {
+    "awq": "awq", "auto_awq": "awq", "autoawq": "awq", "awq_marlin": "awq", "llm-awq": "awq",
+    "gptq": "gptq", "auto_gptq": "gptq", "autogptq": "gptq", "gptq_marlin": "gptq", "gptqmodel": "gptq",
+    "compressed-tensors": "compressed-tensors", "compressed_tensors": "compressed-tensors",
+    "fp8": "fp8", "fbgemm_fp8": "fp8",
+    "none": "none",
+}  # fmt: skip
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """The quantization of a whole checkpoint."""
+
+    method: str  # awq, gptq, compressed-tensors, fp8, none
+    rules: tuple[Rule, ...] = ()  # the first that matches decides
+    default: WeightScheme = DENSE  # for modules of decoder layers that no rule names
+    source: str = "config.json has no quantization_config"
+    index: CheckpointIndex | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], quantize_config: Mapping[str, Any] | None = None, index: CheckpointIndex | None = None
+    ) -> QuantScheme:
+        """Read config.json's settings (and quantize_config.json's); with ``index``, check and complete them by the tensors.
+
+        Raises CheckpointError for a method, bit width, version, strategy or format that is not known, or that the tensors belie.
+        """
+        section, source = _section(config, quantize_config)
+        if section is not None:
+            settings = configs.parse(section, source)
+        elif index is not None:
+            settings = detect(index)
+        else:
+            settings = Settings("none", (), DENSE, cls.source)
+        found = family(index) if index is not None else None
+        if found is not None and found[0] != settings.method:
+            raise CheckpointError(
+                f"the config says {settings.method!r} ({settings.source}), but the tensors are laid out as {found[0]!r}: {found[1]}"
+            )
+        return cls(settings.method, settings.rules, settings.default, settings.source, index)
+
+    def check_stated(self, quantization: str | None) -> None:
+        """Raise InputError where ``--quantization`` names another method than the checkpoint has."""
+        if quantization is None:
+            return
+        stated = ALIASES.get(quantization.lower())
+        if stated is None:
+            raise InputError(f"quantization: {quantization!r} is not known; one of awq, gptq, compressed-tensors, fp8, none is")
+        if stated != self.method:
+            raise InputError(
+                f"quantization: {quantization!r} was stated, but the checkpoint is {self.method!r} ({self.source}); "
+                f"leave the option out or give {self.method!r}"
+            )
+
+    def for_module(self, name: str) -> WeightScheme:
+        """The scheme of a module, such as model.layers.0.self_attn.q_proj or lm_head.
+
+        A fused name (qkv_proj, gate_up_proj) that the checkpoint and the rules do not have takes the scheme its parts share.
+        """
+        head, _, last = name.rpartition(".")
+        if last not in FUSED or self._has(name) or any(rule.kind != "class" and rule.matches(name) for rule in self.rules):
+            return self._one(name)
+        schemes = {self._one(f"{head}.{part}") for part in FUSED[last]}
+        if len(schemes) > 1:
+            raise CheckpointError(f"{name}: its parts {', '.join(FUSED[last])} are quantized in different ways")
+        return schemes.pop()
+
+    def _has(self, name: str) -> bool:
+        suffixes = ("weight", "qweight", "weight_packed")
+        return self.index is not None and any(f"{name}.{suffix}" in self.index.tensors for suffix in suffixes)
+
+    def _one(self, name: str) -> WeightScheme:
+        stated = self._stated(name)
+        if self.index is None:
+            return stated
+        tensors = self.index.tensors
+        found = tensors.get(f"{name}.qweight") or tensors.get(f"{name}.weight_packed") or tensors.get(f"{name}.weight")
+        if found is None:
+            return stated  # tied or fused away
+        if found.name.endswith(".weight") and found.dtype in FLOATS:
+            return DENSE
+        if not stated.quantized:
+            stated = self._fallback(name, found)
+        if stated.layout.startswith("awq"):
+            layout = awq_layout(name, tensors)
+            if layout is None:
+                raise CheckpointError(
+                    f"{name}: qweight {found} and scales {tensors.get(name + '.scales')} fit none of AWQ's packings: gemm "
+                    "[in, out/8] and [groups, out], gemv [out, in/8] and [out, groups], gemv_fast I16 [out/4, in] and [groups, out]"
+                )
+            return replace(stated, layout=layout)
+        return stated
+
+    def _stated(self, name: str) -> WeightScheme:
+        for rule in self.rules:
+            if rule.matches(name):
+                return rule.scheme
+        in_layer = any(part.isdigit() for part in name.split("."))
+        return self.default if in_layer else DENSE
+
+    def _fallback(self, name: str, found: TensorInfo) -> WeightScheme:
+        """The settings for a module that the config calls unquantized and whose tensors say otherwise."""
+        schemes = {self.default} if self.default.quantized else {rule.scheme for rule in self.rules if rule.scheme.quantized}
+        if len(schemes) != 1:
+            raise CheckpointError(f"{name}: {found.name} is {found}, which is quantized, but nothing says how ({self.source})")
+        return schemes.pop()
+
+
+def load_configs(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """config.json, and quantize_config.json (AutoGPTQ, GPTQModel) or quant_config.json (early AutoAWQ) where there is one."""
+    directory = Path(directory)
+    config = read_json(directory / "config.json")
+    for name in ("quantize_config.json", "quant_config.json"):
+        if (directory / name).is_file():
+            return config, read_json(directory / name)
+    return config, None
+
+
+def read_scheme(index: CheckpointIndex, quantization: str | None = None) -> tuple[dict[str, Any], QuantScheme]:
+    """(config.json, the scheme) of an opened checkpoint, with ``--quantization`` checked against it."""
+    config, quantize_config = load_configs(index.directory)
+    scheme = QuantScheme.from_config(config, quantize_config, index)
+    scheme.check_stated(quantization)
+    return config, scheme
+
+
+def _section(config: Mapping[str, Any], quantize_config: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, str]:
+    """The quantization settings and where they stand; config.json wins, the file beside it fills in what is missing."""
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, Mapping) else {}):
+        for key in ("quantization_config", "compression_config"):
+            section = place.get(key)
+            if section is None:
+                continue
+            if not isinstance(section, Mapping):
+                raise CheckpointError(f"config.json: {key} is {type(section).__name__}, expected an object")
+            return {**(quantize_config or {}), **section}, f"config.json's {key}"
+    if quantize_config is not None:
+        return dict(quantize_config), "quantize_config.json"
+    return None, ""

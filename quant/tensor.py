@@ -1,0 +1,163 @@
+"""The one canonical form of a quantized weight. Every published format becomes this; every kernel starts from this."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quant.bits import pack_nibbles, unpack_nibbles
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantTensor:
+    """A weight of N outputs and K inputs: w[n, perm[j]] = (q[n, j] - zero[j // group_size, n]) * scale[j // group_size, n].
+
+    2- and 3-bit weights are kept in 4 bits, 5- to 7-bit weights in 8.
+    """
+
+    packed: Tensor  # 4 bits: uint8 [N, ceil(K / 2)], low nibble = even j; 8 bits: uint8 [N, K]; fp8: float8_e4m3fn [N, K]
+    scales: Tensor  # [G, N], G = ceil(K / group_size), in the published dtype
+    zeros: Tensor | None  # uint8 [G, N]; None: 2 ** (bits - 1) everywhere (fp8: no offset)
+    perm: Tensor | None  # int64 [K]: column j of packed is the original input column perm[j]; None: the identity
+    bits: int  # 4 or 8
+    group_size: int  # columns per group; the last group may be shorter; K: one scale per output
+    K: int
+    N: int
+    activation: str | None = None  # how the checkpoint wants the activations quantized; see quant.scheme.WeightScheme
+
+    @staticmethod
+    def from_values(
+        values: Tensor,
+        *,
+        scales: Tensor,
+        bits: int,
+        group_size: int,
+        zeros: Tensor | None = None,
+        perm: Tensor | None = None,
+        activation: str | None = None,
+    ) -> QuantTensor:
+        """From unpacked codes uint8 [N, K] (columns in packed order); bits is 4 or 8. Raises ValueError on what does not fit."""
+        N, K = values.shape
+        packed = pack_nibbles(values) if bits == 4 else values.contiguous()
+        tensor = QuantTensor(packed, scales, zeros, perm, bits, group_size, K, N, activation)
+        tensor.check()
+        return tensor
+
+    @property
+    def kind(self) -> str:
+        """"int" or "fp8"."""
+        return "fp8" if self.packed.dtype == torch.float8_e4m3fn else "int"
+
+    @property
+    def groups(self) -> int:
+        return self.scales.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.packed, self.scales, self.zeros, self.perm) if t is not None)
+
+    def unpack(self) -> Tensor:
+        """The codes, uint8 [N, K], columns in packed order. ValueError for fp8, whose values are not codes."""
+        if self.kind == "fp8":
+            raise ValueError("an fp8 weight has no integer codes to unpack")
+        return unpack_nibbles(self.packed, self.K) if self.bits == 4 else self.packed
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [N, K] in original column order, computed in float32 and rounded once."""
+        group = torch.arange(self.K, device=self.packed.device) // self.group_size
+        if self.kind == "fp8":
+            weight = self.packed.float()
+        elif self.zeros is None:
+            weight = self.unpack().float() - 2 ** (self.bits - 1)
+        else:
+            weight = self.unpack().float() - self.zeros.t()[:, group].float()
+        weight *= self.scales.t()[:, group].float()
+        if self.perm is not None:
+            original = torch.empty_like(weight)
+            original[:, self.perm] = weight
+            weight = original
+        return weight.to(dtype)
+
+    def check(self) -> None:
+        """Raise ValueError unless every shape and dtype is as the fields say."""
+        if self.bits not in (4, 8) or not 0 < self.group_size <= max(self.K, 1):
+            raise ValueError(f"bits {self.bits} and group size {self.group_size} do not make a weight of {self.K} inputs")
+        shape = (self.N, (self.K + 1) // 2 if self.bits == 4 else self.K)
+        kinds = (torch.uint8,) if self.bits == 4 else (torch.uint8, torch.float8_e4m3fn)
+        if self.packed.dtype not in kinds or tuple(self.packed.shape) != shape:
+            raise ValueError(f"packed is {self.packed.dtype} {list(self.packed.shape)}, not {list(shape)} for {self.bits} bits")
+        groups = (math.ceil(self.K / self.group_size), self.N)
+        if self.scales.dtype not in SCALE_DTYPES or tuple(self.scales.shape) != groups:
+            raise ValueError(f"scales are {self.scales.dtype} {list(self.scales.shape)}, not a float dtype {list(groups)}")
+        if self.zeros is not None:
+            if self.kind == "fp8" or self.zeros.dtype != torch.uint8 or tuple(self.zeros.shape) != groups:
+                raise ValueError(f"zeros are {self.zeros.dtype} {list(self.zeros.shape)}, not uint8 {list(groups)}")
+        if self.perm is not None and not torch.equal(self.perm.sort().values, torch.arange(self.K, device=self.perm.device)):
+            raise ValueError(f"perm is not a permutation of {self.K} columns")
+
+    @staticmethod
+    def can_cat(tensors: Sequence[QuantTensor]) -> bool:
+        """Whether ``cat`` would take these."""
+        return _difference(tensors) is None
+
+    @staticmethod
+    def cat(tensors: Sequence[QuantTensor]) -> QuantTensor:
+        """One weight with the outputs of all, in order. ValueError where kind, bits, K, group, activation or perm differ."""
+        difference = _difference(tensors)
+        if difference is not None:
+            raise ValueError(f"weights with different {difference} cannot be joined")
+        zeros = None
+        if any(t.zeros is not None for t in tensors):
+            zeros = torch.cat([t.explicit_zeros() for t in tensors], dim=1)
+        # Joined as bytes: torch has no cat for every float8 build.
+        packed = torch.cat([t.packed.view(torch.uint8) for t in tensors]).view(tensors[0].packed.dtype)
+        scales = torch.cat([t.scales for t in tensors], dim=1)
+        return replace(tensors[0], packed=packed, scales=scales, zeros=zeros, N=sum(t.N for t in tensors))
+
+    def explicit_zeros(self) -> Tensor:
+        """The zero points uint8 [G, N], written out where the weight is symmetric."""
+        if self.zeros is not None:
+            return self.zeros
+        return torch.full(self.scales.shape, 2 ** (self.bits - 1), dtype=torch.uint8, device=self.scales.device)
+
+    def split(self, sizes: Sequence[int]) -> list[QuantTensor]:
+        """Weights with the next ``sizes[i]`` outputs each; the sizes sum up to N."""
+        if sum(sizes) != self.N:
+            raise ValueError(f"cannot split {self.N} outputs into {list(sizes)}")
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return [self._rows(slice(start, start + size), size) for start, size in zip(starts, sizes, strict=True)]
+
+    def select_rows(self, index: Tensor) -> QuantTensor:
+        """The weight whose output i is this one's output index[i] (int64)."""
+        return self._rows(index, index.numel())
+
+    def _rows(self, rows: slice | Tensor, count: int) -> QuantTensor:
+        packed = self.packed.view(torch.uint8)[rows].contiguous().view(self.packed.dtype)
+        scales = self.scales[:, rows].contiguous()
+        zeros = None if self.zeros is None else self.zeros[:, rows].contiguous()
+        return replace(self, packed=packed, scales=scales, zeros=zeros, N=count)
+
+    def without_perm(self) -> QuantTensor:
+        """The same codes for a caller that feeds activations already permuted: its input j is the original input perm[j]."""
+        return replace(self, perm=None)
+
+
+def _difference(tensors: Sequence[QuantTensor]) -> str | None:
+    first = tensors[0]
+    for other in tensors[1:]:
+        for field in ("kind", "bits", "K", "group_size", "activation"):
+            if getattr(first, field) != getattr(other, field):
+                return field
+        if first.scales.dtype != other.scales.dtype:
+            return "scale dtype"
+        if (first.perm is None) != (other.perm is None):
+            return "perm"
+        if first.perm is not None and other.perm is not None and not torch.equal(first.perm, other.perm):
+            return "perm"
+    return None
