@@ -1,3 +1,11 @@
-"""The version, said once: pyproject.toml reads it from here."""
+"""The installed version."""
 
-__version__ = "0.1.0"
+from importlib import metadata
+
+
+def version() -> str:
+    """As the package's metadata has it; "0+source" where the code runs without being installed."""
+    try:
+        return metadata.version("appliance")
+    except metadata.PackageNotFoundError:
+        return "0+source"

@@ -1,0 +1,126 @@
+"""The HTTP application: routes, request ids, errors. It knows nothing of how the engine runs."""
+
+from __future__ import annotations
+
+import uuid
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from appliance.config import EngineConfig, ServerConfig
+from appliance.runtime.worker import EngineDied
+from appliance.server import chat, completions, info
+from appliance.server.errors import EngineFailed, JSONResponse, error_body, error_response
+from appliance.server.info import state_of
+from appliance.server.respond import read, while_connected
+from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from appliance.server.state import EngineClient, ServerState
+from appliance.server.tokens import detokenize_answer, tokenize_answer
+from appliance.text.tokenizer import Tokenizer
+from quant.errors import InputError
+
+router = APIRouter()
+
+
+def create_app(
+    client: EngineClient, tokenizer: Tokenizer | None, engine_config: EngineConfig, server_config: ServerConfig
+) -> FastAPI:
+    """The application over an engine's client, which may still be loading. ``engine_config.model`` is a local directory.
+
+    Its ``state.server`` is the ServerState. Raises InputError for a bad generation_config.json.
+    """
+    app = FastAPI(title="appliance", openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.server = ServerState(client, tokenizer, engine_config, server_config)
+    app.include_router(info.router)
+    app.include_router(router)
+    app.add_middleware(RequestIds)
+    for kind in (InputError, EngineDied, EngineFailed, Exception):
+        app.add_exception_handler(kind, _on_error)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(RequestValidationError, _on_http)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    return app
+
+
+@router.post("/v1/completions")
+async def post_completions(request: Request) -> Response:
+    body = await read(request, CompletionRequest)
+    return await while_connected(request, completions.answer(state_of(request), _id(request, body.request_id), body))
+
+
+@router.post("/v1/chat/completions")
+async def post_chat(request: Request) -> Response:
+    body = await read(request, ChatRequest)
+    return await while_connected(request, chat.answer(state_of(request), _id(request, body.request_id), body))
+
+
+@router.post("/tokenize")
+async def post_tokenize(request: Request) -> Response:
+    body = await read(request, TokenizeRequest)
+    return JSONResponse(await tokenize_answer(state_of(request), body))
+
+
+@router.post("/detokenize")
+async def post_detokenize(request: Request) -> Response:
+    body = await read(request, DetokenizeRequest)
+    return JSONResponse(detokenize_answer(state_of(request), body))
+
+
+def _id(request: Request, asked: str | None) -> str:
+    """The X-Request-Id header, else the body's request_id, else the one that was made up."""
+    ids = request.scope["state"]
+    if asked is not None and not ids["request_id_given"] and _fit(asked):
+        ids["request_id"] = asked
+    return ids["request_id"]
+
+
+def _fit(name: str) -> bool:
+    return 0 < len(name) <= 128 and name.isascii() and name.isprintable()
+
+
+class RequestIds:
+    """Gives every request an id (its X-Request-Id where it brings a usable one) and returns it as a header."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
+        ids = scope.setdefault("state", {})
+        ids["request_id_given"] = _fit(given)
+        ids["request_id"] = given if _fit(given) else uuid.uuid4().hex
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = ids["request_id"]
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    """Unknown routes and wrong methods, in the same JSON form as everything else."""
+    if not isinstance(error, HTTPException):
+        return JSONResponse(error_body(str(error), status=400), status_code=400)
+    where = f"{request.method} {request.url.path}"
+    message, code = {
+        404: (f"there is no route {where}", "not_found"),
+        405: (f"the method is not allowed here: {where}", "method_not_allowed"),
+    }.get(error.status_code, (str(error.detail), None))
+    body = error_body(message, status=error.status_code, code=code)
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)

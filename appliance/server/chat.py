@@ -1,0 +1,95 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+
+from appliance.server.errors import JSONResponse
+from appliance.server.job import Job
+from appliance.server.logprobs import Logprobs
+from appliance.server.prompts import chat_prompt
+from appliance.server.respond import stream
+from appliance.server.sampling import chat_params
+from appliance.server.schemas import ChatRequest
+from appliance.server.state import ServerState
+
+
+async def answer(state: ServerState, request_id: str, body: ChatRequest) -> Response:
+    body.check()
+    state.check_unknown(body)
+    state.check_model(body.model)
+    params = chat_params(body, state.defaults, state.server_config.max_logprobs)
+    prompt = await chat_prompt(body, state.tokenizer, state.info.max_model_len)
+    view = ChatView(state, Job(state, request_id, "chatcmpl", [prompt], params), body)
+    return await stream(view.chunks()) if body.stream else JSONResponse(await view.full())
+
+
+class ChatView:
+    """A job as OpenAI's chat.completion object, whole or in chunks."""
+
+    def __init__(self, state: ServerState, job: Job, body: ChatRequest) -> None:
+        self.state, self.job, self.body = state, job, body
+        self.format = Logprobs(state, as_ids=body.return_tokens_as_token_ids)
+
+    def _base(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.job.id,
+            "object": kind,
+            "created": int(self.job.begun),
+            "model": self.state.names[0],
+            "system_fingerprint": f"appliance-{self.state.version}",
+        }
+
+    async def full(self) -> dict[str, Any]:
+        async with aclosing(self.job.run()) as deltas:
+            async for _ in deltas:
+                pass
+        choices = []
+        for c, output in enumerate(self.job.outputs):
+            choice: dict[str, Any] = {
+                "index": c,
+                "message": {"role": "assistant", "content": output.text, "refusal": None},
+                "logprobs": self.format.chat(output.logprobs or (), self.body.top_logprobs or 0) if self.body.logprobs else None,
+                "finish_reason": output.finish_reason,
+                "stop_reason": output.stop_reason,
+            }
+            if self.body.return_token_ids:
+                choice["token_ids"] = list(output.token_ids)
+            choices.append(choice)
+        result = {**self._base("chat.completion"), "choices": choices, "usage": self.job.usage()}
+        if self.body.prompt_logprobs is not None:
+            result["prompt_logprobs"] = self.format.prompt(self.job.prompt_logprobs[0])
+        if self.body.return_token_ids:
+            result["prompt_token_ids"] = list(self.job.prompts[0].token_ids)
+        return result
+
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        seen: set[int] = set()
+        async with aclosing(self.job.run()) as deltas:
+            async for c, delta in deltas:
+                if c not in seen:
+                    seen.add(c)
+                    yield self._chunk(c, {"role": "assistant", "content": ""})
+                logprobs = None
+                if self.body.logprobs and delta.logprobs:
+                    logprobs = self.format.chat(delta.logprobs, self.body.top_logprobs or 0)
+                if delta.text or logprobs or delta.finish_reason or self.body.return_token_ids:
+                    more: dict[str, Any] = {"logprobs": logprobs, "finish_reason": delta.finish_reason}
+                    if delta.finish_reason:
+                        more["stop_reason"] = delta.stop_reason
+                    if self.body.return_token_ids:
+                        more["token_ids"] = list(delta.token_ids)
+                    yield self._chunk(c, {"content": delta.text} if delta.text else {}, **more)
+        if self.body.stream_options and self.body.stream_options.include_usage:
+            yield {**self._base("chat.completion.chunk"), "choices": [], "usage": self.job.usage()}
+
+    def _chunk(self, c: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+        choice = {"index": c, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+        chunk = {**self._base("chat.completion.chunk"), "choices": [choice]}
+        if (options := self.body.stream_options) and options.include_usage:
+            chunk["usage"] = self.job.usage() if options.continuous_usage_stats else None
+        return chunk

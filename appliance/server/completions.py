@@ -1,0 +1,110 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+
+from appliance.core.messages import TokenLogprob
+from appliance.server.errors import JSONResponse
+from appliance.server.job import Job, clamp_max_tokens
+from appliance.server.logprobs import Logprobs
+from appliance.server.prompts import completion_prompts, text_of
+from appliance.server.respond import stream
+from appliance.server.sampling import completion_params
+from appliance.server.schemas import CompletionRequest
+from appliance.server.state import ServerState
+from appliance.text.output import Delta
+
+
+async def answer(state: ServerState, request_id: str, body: CompletionRequest) -> Response:
+    body.check()
+    state.check_unknown(body)
+    state.check_model(body.model)
+    limit = state.info.max_model_len
+    params = completion_params(body, state.defaults, state.server_config.max_logprobs)
+    prompts = await completion_prompts(body, state.tokenizer, limit)
+    if body.max_tokens is None:
+        params = clamp_max_tokens(params, prompts, limit)
+    view = CompletionView(state, Job(state, request_id, "cmpl", prompts, params), body)
+    return await stream(view.chunks()) if body.stream else JSONResponse(await view.full())
+
+
+class CompletionView:
+    """A job as OpenAI's text_completion object, whole or in chunks."""
+
+    def __init__(self, state: ServerState, job: Job, body: CompletionRequest) -> None:
+        self.state, self.job, self.body = state, job, body
+        self.logprobs = Logprobs(state, as_ids=body.return_tokens_as_token_ids)
+        self.hidden = 1 if body.max_tokens == 0 else 0  # the one token that the engine computed for echo alone
+        self.offsets = [0] * len(job.outputs)  # text offset of each choice's next token
+
+    def _base(self) -> dict[str, Any]:
+        return {
+            "id": self.job.id,
+            "object": "text_completion",
+            "created": int(self.job.begun),
+            "model": self.state.names[0],
+            "system_fingerprint": f"appliance-{self.state.version}",
+        }
+
+    async def full(self) -> dict[str, Any]:
+        async with aclosing(self.job.run()) as deltas:
+            async for _ in deltas:
+                pass
+        choices = []
+        for c, output in enumerate(self.job.outputs):
+            whole = Delta(
+                text=output.text,
+                token_ids=tuple(output.token_ids),
+                logprobs=tuple(output.logprobs or ()),
+                finish_reason=output.finish_reason,
+                stop_reason=output.stop_reason,
+                abort=False,
+            )
+            prompt = self.logprobs.prompt(self._prompt_scores(c)) if self.body.prompt_logprobs is not None else None
+            choices.append({**self._choice(c, whole, first=True), "prompt_logprobs": prompt})
+        return {**self._base(), "choices": choices, "usage": self.job.usage(self.hidden)}
+
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        options, seen = self.body.stream_options, set[int]()
+        async with aclosing(self.job.run()) as deltas:
+            async for c, delta in deltas:
+                first = c not in seen
+                seen.add(c)
+                choice = self._choice(c, delta, first)
+                if not (choice["text"] or choice["finish_reason"] or choice["logprobs"] or self.body.return_token_ids):
+                    continue
+                chunk = {**self._base(), "choices": [choice]}
+                if options and options.include_usage:
+                    chunk["usage"] = self.job.usage(self.hidden) if options.continuous_usage_stats else None
+                yield chunk
+        if options and options.include_usage:
+            yield {**self._base(), "choices": [], "usage": self.job.usage(self.hidden)}
+
+    def _prompt_scores(self, c: int) -> tuple[TokenLogprob | None, ...] | None:
+        return self.job.prompt_logprobs[c // self.job.params.n]
+
+    def _choice(self, c: int, delta: Delta, first: bool) -> dict[str, Any]:
+        """What is new of choice ``c``; its first piece brings the echoed prompt."""
+        prompt = self.job.prompts[c // self.job.params.n]
+        text, ids = ("", ()) if self.hidden else (delta.text, delta.token_ids)
+        scored: tuple[TokenLogprob | None, ...] = () if self.hidden else tuple(delta.logprobs or ())
+        reason = "length" if self.hidden and delta.finish_reason == "stop" else delta.finish_reason
+        shown = ids
+        if first and self.body.echo:
+            text = text_of(prompt, self.state.tokenizer) + text
+            shown = prompt.token_ids + ids
+            scored = (self._prompt_scores(c) or (None,) * len(prompt.token_ids)) + scored
+        logprobs = None
+        if self.body.logprobs is not None and scored:
+            logprobs = self.logprobs.completion(shown[: len(scored)], scored, self.offsets[c])
+            self.offsets[c] += sum(map(len, logprobs["tokens"]))
+        choice = {"index": c, "text": text, "logprobs": logprobs, "finish_reason": reason, "stop_reason": delta.stop_reason}
+        if self.body.return_token_ids:
+            choice["token_ids"] = list(ids)
+            choice["prompt_token_ids"] = list(prompt.token_ids) if first else None
+        return choice

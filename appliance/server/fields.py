@@ -1,0 +1,94 @@
+"""Request fields that are not served: which of them are harmless, and which would change the answer and are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from appliance.core.params import RequestError
+
+# Accepted: these cannot change the text of the answer here.
+HARMLESS = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+        "cache_salt",
+        "priority",
+        "stream_interval",
+        "length_penalty",
+        "include_reasoning",
+        "cache_prompt",
+        "mm_processor_kwargs",
+        "media_io_kwargs",
+        "id_slot",
+        "timings_per_token",
+        "return_progress",
+    }
+)
+
+_OFF: tuple[object, ...] = (False, "", [], {})  # False == 0, so 0 is among them
+_STRUCTURED = "structured output is not supported: ask for the format in the prompt"
+_SAMPLER = "this sampler is not supported: use temperature, top_p, top_k, min_p and the penalties"
+_TOOLS = "tool calling is not supported: leave tools out, or set tool_choice to 'none'"
+
+# Known, and they would change the answer: field -> (values that ask for nothing, what to do instead).
+REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+    "response_format": ((*_OFF, {"type": "text"}), _STRUCTURED),
+    "structured_outputs": (_OFF, _STRUCTURED),
+    "guided_json": (_OFF, _STRUCTURED),
+    "guided_regex": (_OFF, _STRUCTURED),
+    "guided_choice": (_OFF, _STRUCTURED),
+    "guided_grammar": (_OFF, _STRUCTURED),
+    "guided_json_object": (_OFF, _STRUCTURED),
+    "guided_whitespace_pattern": (_OFF, _STRUCTURED),
+    "guided_decoding_backend": (_OFF, _STRUCTURED),
+    "structural_tag": (_OFF, _STRUCTURED),
+    "grammar": (_OFF, _STRUCTURED),
+    "json_schema": (_OFF, _STRUCTURED),
+    "functions": (_OFF, _TOOLS),
+    "function_call": ((*_OFF, "none", "auto"), _TOOLS),
+    "suffix": (_OFF, "filling in the middle is not supported: send the prompt alone"),
+    "use_beam_search": (_OFF, "beam search is not supported: use n with a temperature above 0"),
+    "logits_processors": (_OFF, "logits processors are not supported: use logit_bias, bad_words or allowed_token_ids"),
+    "audio": (_OFF, "audio is not supported: only text is"),
+    "modalities": ((*_OFF, ["text"]), "only the modality 'text' is supported"),
+    "prediction": (_OFF, "predicted outputs are not supported: leave it out"),
+    "web_search_options": (_OFF, "web search is not supported: leave it out"),
+    "moderation": (_OFF, "moderation is not supported: leave it out"),
+    "verbosity": ((*_OFF, "medium"), "verbosity is not supported: ask for it in the prompt"),
+    "chat_template": (_OFF, "templates are not taken from requests: start the server with --chat-template"),
+    "prompt_embeds": (_OFF, "embeddings as a prompt are not supported: send text or token ids"),
+    "logprob_token_ids": ((), "not supported: use logprobs with a number of most likely tokens"),
+    "thinking_token_budget": ((), "not supported: use max_tokens"),
+    "repetition_detection": (_OFF, "not supported: use repetition_penalty"),
+    "vllm_xargs": (_OFF, "not supported: leave it out"),
+    "kv_transfer_params": (_OFF, "not supported: leave it out"),
+    "n_predict": ((), "not supported under this name: use max_tokens"),
+    "repeat_penalty": ((1, 1.0), "not supported under this name: use repetition_penalty"),
+    "mirostat": (_OFF, _SAMPLER),
+    "typical_p": ((1, 1.0), _SAMPLER),
+    "tfs_z": ((1, 1.0), _SAMPLER),
+    "top_a": (_OFF, _SAMPLER),
+    "top_n_sigma": ((-1, -1.0), _SAMPLER),
+    "dynatemp_range": (_OFF, _SAMPLER),
+    "dry_multiplier": (_OFF, _SAMPLER),
+    "xtc_probability": (_OFF, _SAMPLER),
+}
+
+
+def refuse(fields: Mapping[str, Any], table: Mapping[str, tuple[tuple[object, ...], str]] = REFUSED) -> None:
+    """Raise RequestError for the first field that would change the answer and cannot be served."""
+    for name, value in fields.items():
+        if name in table and value not in table[name][0]:
+            raise RequestError(f"{name}: {table[name][1]}", param=name, code="unsupported_parameter")
+
+
+def unknown(fields: Mapping[str, Any]) -> list[str]:
+    """Names that are in neither list."""
+    return [name for name in fields if name not in HARMLESS and name not in REFUSED]

@@ -1,0 +1,114 @@
+"""Routes that ask about the server: models, health, version, metrics, stats."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from appliance.core.params import RequestError
+from appliance.server.errors import RETRY_AFTER_S, JSONResponse, error_body
+from appliance.server.state import ServerState
+
+router = APIRouter()
+
+
+def state_of(request: Request) -> ServerState:
+    return request.app.state.server
+
+
+def _card(state: ServerState, name: str) -> dict[str, Any]:
+    info = state.client.info
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(state.begun),
+        "owned_by": "appliance",
+        "root": state.engine_config.model or name,
+        "parent": None,
+        "max_model_len": info.max_model_len if info else None,
+        "permission": [],
+    }
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    state = state_of(request)
+    return JSONResponse({"object": "list", "data": [_card(state, name) for name in state.names]})
+
+
+@router.get("/v1/models/{model:path}")
+async def model(request: Request, model: str) -> Response:
+    state = state_of(request)
+    state.check_model(model or "(none)")
+    return JSONResponse(_card(state, model))
+
+
+@router.get("/health")
+@router.get("/v1/health")
+@router.get("/ready")
+async def health(request: Request) -> Response:
+    """200 when requests are served, else 503; never asks the engine process."""
+    state = state_of(request)
+    if state.status == "ok":
+        return JSONResponse({"status": "ok"})
+    error = state.refusal()
+    body = {"status": state.status, **error_body(str(error), status=503, code=error.code)}
+    if state.status == "loading":
+        body["loaded_bytes"], body["total_bytes"] = state.client.loading
+    return JSONResponse(body, status_code=503, headers={"Retry-After": str(RETRY_AFTER_S[503])})
+
+
+@router.get("/ping")
+async def ping() -> Response:
+    """Says that the process answers, whatever the engine does."""
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/version")
+async def version(request: Request) -> Response:
+    return JSONResponse({"version": state_of(request).version})
+
+
+@router.get("/load")
+async def load(request: Request) -> Response:
+    return JSONResponse({"server_load": len(state_of(request).jobs)})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    state = state_of(request)
+    text = state.metrics.text(await state.client.stats())
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/stats")
+async def stats(request: Request) -> Response:
+    """All that the dashboard shows, in one object."""
+    state = state_of(request)
+    info = state.client.info
+    return JSONResponse(
+        {
+            "version": state.version,
+            "model": state.names[0],
+            "state": state.status,
+            "uptime_s": time.time() - state.begun,
+            "info": asdict(info) if info else None,
+            "engine": asdict(await state.client.stats()),
+        }
+    )
+
+
+@router.delete("/v1/requests/{request_id:path}")
+async def abort(request: Request, request_id: str) -> Response:
+    """Abort a running request by its X-Request-Id, or by the id of its answer."""
+    jobs = [job for job in state_of(request).jobs if request_id in (job.id, job.request_id)]
+    if not jobs:
+        message = f"no running request has the id {request_id!r}"
+        raise RequestError(message, param="request_id", code="request_not_found", status=404)
+    for job in jobs:
+        job.abort()
+    return JSONResponse({"id": request_id, "object": "request", "aborted": True})

@@ -1,0 +1,141 @@
+"""One HTTP request in the engine: its prompts, n completions of each, and the text that comes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from appliance.core.door import check_submit
+from appliance.core.messages import Event, Submit, TokenLogprob
+from appliance.core.params import SamplingParams
+from appliance.server.errors import EngineFailed
+from appliance.server.prompts import Prompt
+from appliance.text.output import Delta, OutputStream
+from appliance.text.prepare import prepare
+
+if TYPE_CHECKING:
+    from appliance.server.state import ServerState
+
+_numbers = count(1)  # clients may send the same X-Request-Id twice; the engine never sees a name twice
+
+
+class Job:
+    """Choice ``c`` is completion ``c % n`` of prompt ``c // n``. Raises RequestError where a prompt can never be served."""
+
+    def __init__(
+        self, state: ServerState, request_id: str, prefix: str, prompts: Sequence[Prompt], params: SamplingParams
+    ) -> None:
+        self.state, self.request_id, self.prompts = state, request_id, prompts
+        self.id = f"{prefix}-{request_id}"
+        self.begun = time.time()
+        self.params = prepare(params, state.tokenizer) if state.tokenizer else params
+        self._queue: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
+        self.submits = [self._submit(k, prompt) for k, prompt in enumerate(prompts)]
+        for submit in self.submits:
+            check_submit(submit, state.info)
+        self.outputs = [OutputStream(state.tokenizer, self.params, p.token_ids) for p in prompts for _ in range(params.n)]
+        self.prompt_logprobs: list[tuple[TokenLogprob | None, ...] | None] = [None] * len(prompts)
+        self._latest: list[float | None] = [None] * len(self.outputs)  # when each choice had its latest token
+
+    def _submit(self, k: int, prompt: Prompt) -> Submit:
+        name = self.id if len(self.prompts) == 1 else f"{self.id}-{k}"
+        return Submit(f"{name}-{next(_numbers)}", prompt.token_ids, self.params, self.begun)
+
+    async def run(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """(choice, what is new) until every choice has its finish_reason. Closing it frees everything in the engine.
+
+        Raises RequestError, EngineDied, or EngineFailed.
+        """
+        self.state.jobs.add(self)
+        tasks = [asyncio.create_task(self._pump(k, submit)) for k, submit in enumerate(self.submits)]
+        left = len(self.outputs)
+        try:
+            while left:
+                item = await self._queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                choice = item[0] * self.params.n + item[1].index
+                if self.outputs[choice].finish_reason is not None:
+                    continue  # the engine's answer to the abort after a stop string
+                delta = self._take(choice, item[0], item[1])
+                left -= delta.finish_reason is not None
+                yield choice, delta
+        finally:
+            self.state.jobs.discard(self)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._count_unfinished()
+
+    async def _pump(self, k: int, submit: Submit) -> None:
+        try:
+            async with contextlib.aclosing(self.state.client.generate(submit)) as events:
+                async for event in events:
+                    self._queue.put_nowait((k, event))
+        except Exception as error:  # the consumer raises it
+            self._queue.put_nowait(error)
+
+    def _take(self, choice: int, k: int, event: Event) -> Delta:
+        if event.finish_reason == "error":
+            raise EngineFailed(event.error or "the engine failed to compute this request")
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs[k] = event.prompt_logprobs
+        now = time.time()
+        if event.token_ids:
+            self.state.metrics.token(now - self.begun if (last := self._latest[choice]) is None else None, last and now - last)
+            self._latest[choice] = now
+        delta = self.outputs[choice].push(event)
+        if delta.abort:
+            self.state.client.abort(self.submits[k].request_id, event.index)
+        if delta.finish_reason is not None:
+            self._count(choice, delta.finish_reason, now)
+        return delta
+
+    def _count(self, choice: int, reason: str, now: float) -> None:
+        prompt = self.prompts[choice // self.params.n]
+        self.state.metrics.finished(
+            reason,
+            e2e=now - self.begun,
+            prompt_tokens=len(prompt.token_ids),
+            output_tokens=len(self.outputs[choice].token_ids),
+            params=self.params,
+        )
+
+    def _count_unfinished(self) -> None:
+        now = time.time()
+        for choice, output in enumerate(self.outputs):
+            if output.finish_reason is None:
+                self._count(choice, "abort", now)
+
+    def fail(self, error: Exception) -> None:
+        """End the job now: whoever waits for it gets this error."""
+        self._queue.put_nowait(error)
+
+    def abort(self) -> None:
+        """Ask the engine to stop; the choices end with finish_reason "abort"."""
+        for submit in self.submits:
+            self.state.client.abort(submit.request_id)
+
+    def usage(self, hidden: int = 0) -> dict[str, Any]:
+        """OpenAI's usage object so far; ``hidden`` tokens of each choice are not the client's."""
+        prompt = sum(len(p.token_ids) for p in self.prompts)
+        completion = sum(max(0, len(output.token_ids) - hidden) for output in self.outputs)
+        return {
+            "prompt_tokens": prompt,
+            "total_tokens": prompt + completion,
+            "completion_tokens": completion,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
+
+
+def clamp_max_tokens(params: SamplingParams, prompts: Sequence[Prompt], limit: int) -> SamplingParams:
+    """A max_tokens that nobody asked for shall not push a prompt over the context."""
+    room = limit - max(len(p.token_ids) for p in prompts)
+    if params.max_tokens is None or room < 1 or room >= params.max_tokens or room < params.min_tokens:
+        return params
+    return replace(params, max_tokens=room)

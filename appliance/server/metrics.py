@@ -1,0 +1,121 @@
+"""GET /metrics: the engine's counters and gauges read at scrape time, and histograms of what clients see.
+
+Every series comes twice: as ``appliance:*``, and under vLLM's name where it has one, for its Grafana dashboards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from appliance.core.messages import Stats
+from appliance.core.params import SamplingParams
+
+TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
+TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+TOKENS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
+LABELS = ("model_name", "engine")
+REASONS = ("stop", "length", "abort", "error")
+
+# Engine gauges and counters: (kind, name, help, value of a Stats, vLLM's name if it has one)
+ENGINE: tuple[tuple[str, str, str, Callable[[Stats], float], bool], ...] = (
+    ("gauge", "num_requests_running", "Completions in the running batch.", lambda s: s.running, True),
+    ("gauge", "num_requests_waiting", "Completions waiting for a place.", lambda s: s.waiting, True),
+    ("gauge", "kv_cache_usage_perc", "Used share of the KV blocks, 0 to 1.", lambda s: _usage(s), True),
+    ("gauge", "gpu_cache_usage_perc", "kv_cache_usage_perc under its old name.", lambda s: _usage(s), True),
+    ("gauge", "kv_blocks_total", "KV blocks in the pool.", lambda s: s.blocks_total, False),
+    ("gauge", "kv_blocks_free", "KV blocks not in use.", lambda s: s.blocks_total - s.blocks_used, False),
+    ("gauge", "engine_rss_bytes", "Resident memory of the engine process.", lambda s: s.rss_bytes, False),
+    ("gauge", "last_step_seconds", "Duration of the latest step.", lambda s: s.last_step_s, False),
+    ("counter", "engine_steps", "Steps computed.", lambda s: s.steps, False),
+    ("counter", "prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens, True),
+    ("counter", "generation_tokens", "Tokens generated.", lambda s: s.generation_tokens, True),
+    ("counter", "num_preemptions", "Completions put back to make room.", lambda s: s.preemptions, True),
+)
+
+
+def _usage(stats: Stats) -> float:
+    return stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
+
+
+class Metrics:
+    """One registry per server, so that several can live in a process."""
+
+    def __init__(self, model: str) -> None:
+        self._labels = (model, "0")
+        self._kept = CollectorRegistry(auto_describe=False)
+        self._ttft = self._histogram("time_to_first_token_seconds", "From the arrival to the first token.", TTFT)
+        self._itl = self._histogram("inter_token_latency_seconds", "Between two tokens of a completion.", TOKEN)
+        self._tpot = self._histogram("time_per_output_token_seconds", "inter_token_latency_seconds under its old name.", TOKEN)
+        self._e2e = self._histogram("e2e_request_latency_seconds", "From the arrival to the end.", REQUEST)
+        self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a completion.", TOKENS)
+        self._output = self._histogram("request_generation_tokens", "Generated tokens of a completion.", TOKENS)
+        self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens asked for.", TOKENS)
+        self._n = self._histogram("request_params_n", "n asked for.", (1, 2, 5, 10, 20))
+        self._success = Counter(
+            "appliance:request_success", "Completions that ended, by reason.", (*LABELS, "finished_reason"), registry=self._kept
+        )
+        for reason in REASONS:
+            self._success.labels(*self._labels, reason)
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+        PlatformCollector(registry=self._process)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Any:
+        return Histogram(f"appliance:{name}", text, LABELS, buckets=buckets, registry=self._kept).labels(*self._labels)
+
+    def token(self, first_s: float | None, gap_s: float | None) -> None:
+        """A completion's first token ``first_s`` after the arrival, or a later one ``gap_s`` after the one before."""
+        if first_s is not None:
+            self._ttft.observe(first_s)
+        if gap_s is not None:
+            self._itl.observe(gap_s)
+            self._tpot.observe(gap_s)
+
+    def finished(self, reason: str, *, e2e: float, prompt_tokens: int, output_tokens: int, params: SamplingParams) -> None:
+        self._success.labels(*self._labels, reason).inc()
+        self._e2e.observe(e2e)
+        self._prompt.observe(prompt_tokens)
+        self._output.observe(output_tokens)
+        self._n.observe(params.n)
+        if params.max_tokens is not None:
+            self._max_tokens.observe(params.max_tokens)
+
+    def text(self, stats: Stats) -> bytes:
+        """Prometheus' text format, with the engine as it is in ``stats``."""
+        return generate_latest(_Snapshot([*self._families(stats), *self._process.collect()]))
+
+    def _families(self, stats: Stats) -> Iterator[Metric]:
+        kept = [(metric, True) for metric in self._kept.collect()]
+        for metric, theirs in [*kept, *self._engine(stats)]:
+            yield metric
+            if theirs:
+                yield _renamed(metric)
+
+    def _engine(self, stats: Stats) -> Iterator[tuple[Metric, bool]]:
+        for kind, name, text, value, theirs in ENGINE:
+            family = (GaugeMetricFamily if kind == "gauge" else CounterMetricFamily)(f"appliance:{name}", text, labels=LABELS)
+            family.add_metric(self._labels, value(stats))
+            yield family, theirs
+
+
+class _Snapshot(Collector):
+    """What ``generate_latest`` asks of a registry."""
+
+    def __init__(self, metrics: list[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> list[Metric]:
+        return self._metrics
+
+
+def _renamed(metric: Metric) -> Metric:
+    """The same samples under vLLM's prefix."""
+    other = Metric(metric.name.replace("appliance:", "vllm:", 1), metric.documentation, metric.type, metric.unit)
+    other.samples = [s._replace(name=s.name.replace("appliance:", "vllm:", 1)) for s in metric.samples]
+    return other

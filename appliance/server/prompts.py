@@ -1,0 +1,145 @@
+"""From what a body calls a prompt to token ids. Long texts are tokenized off the event loop, and never further than needed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from appliance.core.door import context_overflow
+from appliance.core.params import RequestError
+from appliance.server.schemas import ChatRequest, CompletionRequest, TokenizeRequest
+from appliance.text.tokenizer import Tokenizer
+
+INLINE_CHARS = 2000  # texts up to this length are tokenized on the event loop (well under a millisecond)
+CHARS_PER_TOKEN = 8  # first guess at how much text certainly overflows the context
+SLACK = 16  # tokens by which a cut text may differ from the uncut one
+
+
+@dataclass(frozen=True)
+class Prompt:
+    token_ids: tuple[int, ...]
+    text: str | None = None  # None where token ids were sent, or the text was truncated
+
+
+async def completion_prompts(body: CompletionRequest, tokenizer: Tokenizer | None, limit: int) -> list[Prompt]:
+    """The prompts of a /v1/completions body. Raises RequestError, also when one is longer than ``limit`` tokens."""
+    special = body.add_special_tokens is not False
+    prompts = []
+    for one in _split(body.prompt):
+        if isinstance(one, str):
+            prompts.append(await _from_text(one, body, _needed(tokenizer), limit, special))
+        else:
+            prompts.append(_truncate(Prompt(tuple(one)), body, limit))
+    return prompts
+
+
+async def chat_prompt(body: ChatRequest, tokenizer: Tokenizer | None, limit: int) -> Prompt:
+    """Messages, written with the model's chat template. Raises RequestError."""
+    if tokenizer is None:
+        raise RequestError("chat needs a tokenizer, and this server runs without one: use /v1/completions with token ids")
+    kwargs = dict(body.chat_template_kwargs or {})
+    for name in ("documents", "reasoning_effort"):
+        if getattr(body, name) is not None:
+            kwargs.setdefault(name, getattr(body, name))
+    text = await render(tokenizer, body, kwargs, None)
+    return await _from_text(text, body, tokenizer, limit, bool(body.add_special_tokens))
+
+
+async def render(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest, kwargs: Mapping[str, Any], tools: Any) -> str:
+    messages = [flat(message, i) for i, message in enumerate(body.messages or [])]
+    if not messages:
+        raise RequestError("messages is empty: it needs at least one message", param="messages")
+    clash = {"messages", "tools", "add_generation_prompt", "continue_final_message"} & kwargs.keys()
+    if clash:
+        raise RequestError(f"chat_template_kwargs may not hold {sorted(clash)[0]!r}", param="chat_template_kwargs")
+    return await asyncio.to_thread(
+        tokenizer.chat,
+        messages,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        tools=tools,
+        **kwargs,
+    )
+
+
+def flat(message: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """A message with its content as one text (text parts joined by newlines); "developer" is a system message by another name."""
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise RequestError(f"messages[{i}].role must be text such as 'user', got {role!r:.80}", param=f"messages[{i}].role")
+    if isinstance(content, list):
+        content = "\n".join(_part(part, f"messages[{i}].content[{k}]") for k, part in enumerate(content))
+    elif content is None and message.get("tool_calls"):
+        content = ""
+    elif not isinstance(content, str):
+        where = f"messages[{i}].content"
+        raise RequestError(f"{where} must be text or a list of text parts, got {content!r:.80}", param=where)
+    return {**message, "role": "system" if role == "developer" else role, "content": content}
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+        found = f"a part of type {kind!r}" if kind and kind != "text" else repr(part)[:80]
+        message = f"{where}: only text parts ({{'type': 'text', 'text': ...}}) are supported, got {found}"
+        raise RequestError(message, param=where, code="unsupported_parameter")
+    return part["text"]
+
+
+async def tokenize(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
+    if len(text) <= INLINE_CHARS:
+        return tokenizer.encode(text, add_special_tokens=special)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=special)
+
+
+async def _from_text(text: str, body: CompletionRequest | ChatRequest, tokenizer: Tokenizer, limit: int, special: bool) -> Prompt:
+    if body.truncate_prompt_tokens is None:
+        cut = limit * CHARS_PER_TOKEN
+        while cut < len(text):  # a text that is far too long shall not cost the time of tokenizing it all
+            count = len(await tokenize(tokenizer, text[:cut], special))
+            if count > limit + SLACK:
+                raise context_overflow(count, None, limit)
+            cut *= 2
+    ids = await tokenize(tokenizer, text, special)
+    return _truncate(Prompt(tuple(ids), text), body, limit)
+
+
+def _truncate(prompt: Prompt, body: CompletionRequest | ChatRequest, limit: int) -> Prompt:
+    """Cut to what the request asks for (-1: what fits with the tokens it wants); nothing is cut where it does not ask."""
+    wanted = body.truncate_prompt_tokens
+    if wanted is None:
+        return prompt
+    keep = limit - max(body.max_tokens or 1, 1) if wanted == -1 else wanted
+    if keep < 1 or keep >= len(prompt.token_ids):
+        return prompt
+    return Prompt(prompt.token_ids[-keep:] if body.truncation_side == "left" else prompt.token_ids[:keep])
+
+
+def _split(prompt: Any) -> list[str | list[int]]:
+    """Text, token ids, or a list of either -> a list of prompts."""
+    if isinstance(prompt, str) or _is_ids(prompt):
+        return [prompt]
+    if isinstance(prompt, list) and prompt and all(isinstance(p, str) or _is_ids(p) for p in prompt):
+        return prompt
+    what = "text, a list of texts, a list of token ids, or a list of lists of token ids"
+    found = "an empty list" if prompt == [] else f"{type(prompt).__name__} {prompt!r:.60}"
+    raise RequestError(f"prompt must be {what}, got {found}", param="prompt", code="invalid_type")
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
+
+
+def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise RequestError("this server runs without a tokenizer: send token ids as prompt", param="prompt")
+    return tokenizer
+
+
+def text_of(prompt: Prompt, tokenizer: Tokenizer | None) -> str:
+    """A prompt as text, for echo."""
+    if prompt.text is not None:
+        return prompt.text
+    return tokenizer.decode(list(prompt.token_ids), skip_special_tokens=False) if tokenizer else ""

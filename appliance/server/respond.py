@@ -1,0 +1,114 @@
+"""Reading bodies, answering, and noticing clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from appliance.core.params import RequestError
+from appliance.server.errors import describe
+from appliance.server.schemas import Body, parse
+
+log = logging.getLogger("appliance.server")
+
+MAX_BODY = 32 * 1024**2
+LARGE_BODY = 256 * 1024  # above this, parsing leaves the event loop
+DONE = b"data: [DONE]\n\n"
+
+
+async def read(request: Request, schema: type[Body]) -> Body:
+    """The request's JSON body, whatever content type it claims. Raises RequestError (400, 413)."""
+    raw = bytearray()
+    async for chunk in request.stream():
+        raw += chunk
+        if len(raw) > MAX_BODY:
+            raise RequestError(f"the body is longer than {MAX_BODY} bytes", code="body_too_large", status=413)
+    if len(raw) > LARGE_BODY:
+        return await asyncio.to_thread(parse, schema, bytes(raw))
+    return parse(schema, bytes(raw))
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """Answer a request whose body is read; cancel the work when the client goes away."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        log.info("a client went away; its request is aborted")
+        return Response(status_code=499)  # nobody reads it
+    finally:
+        await _end(task, gone)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Server-sent events: each chunk goes out as it comes; when the client goes away the generator is closed."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        task, gone = asyncio.create_task(self._send(send)), asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+            else:
+                log.info("a client went away from its stream; its request is aborted")
+        finally:
+            await _end(task, gone)
+            await self.chunks.aclose()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for chunk in self.chunks:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def stream(chunks: AsyncGenerator[dict[str, Any], None]) -> EventStream:
+    """Start to stream. What fails before the first chunk is raised, and so has its HTTP status; later it is an error event."""
+    try:
+        first = await anext(chunks)
+    except BaseException:
+        await chunks.aclose()
+        raise
+    return EventStream(_events(first, chunks))
+
+
+async def _events(first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(chunks):
+        yield sse(first)
+        try:
+            async for chunk in chunks:
+                yield sse(chunk)
+        except Exception as error:
+            yield sse(describe(error)[1])
+        yield DONE
+
+
+def sse(data: dict[str, Any]) -> bytes:
+    return b"data: " + to_json(data) + b"\n\n"

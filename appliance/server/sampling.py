@@ -1,0 +1,88 @@
+"""From a request body to SamplingParams: the request wins over the model's generation_config, which wins over vLLM's defaults."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from appliance.core.params import RequestError, SamplingParams
+from appliance.server.schemas import ChatRequest, CompletionRequest, SamplingFields
+from quant.errors import InputError
+
+# Fields that a body and SamplingParams share by name.
+SHARED = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "min_tokens",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "prompt_logprobs",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+)
+
+# What of a generation_config.json is a default for requests.
+FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat goes on to the end of the context
+
+
+def model_defaults(directory: Path | None, choice: str) -> dict[str, Any]:
+    """Sampling defaults from the model's generation_config.json; none where it has none or ``choice`` is "appliance"."""
+    if choice not in ("auto", "appliance", "vllm"):  # "vllm" is what vLLM's users write for "not the model's"
+        raise InputError(f"--generation-config is 'auto' or 'appliance', got {choice!r}")
+    path = directory / "generation_config.json" if directory else None
+    if choice != "auto" or path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+        defaults = {name: found[name] for name in FROM_MODEL if found.get(name) is not None}
+        SamplingParams(**defaults)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: {error} (--generation-config appliance leaves this file aside)") from None
+    return defaults
+
+
+def check_logprobs(name: str, value: int | None, limit: int) -> None:
+    """Refuse more logprobs than the server allows; -1 (all) needs a server without a limit."""
+    if value is not None and limit != -1 and (value == -1 or value > limit):
+        raise RequestError(f"{name} is {value}, but at most {limit} are allowed here (the server's --max-logprobs)", param=name)
+
+
+def completion_params(body: CompletionRequest, defaults: Mapping[str, Any], max_logprobs: int) -> SamplingParams:
+    """With echo=true and max_tokens=0 one token is computed, and left out of the answer."""
+    check_logprobs("logprobs", body.logprobs, max_logprobs)
+    more: dict[str, Any] = {"logprobs": body.logprobs}
+    if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
+        more["prompt_logprobs"] = body.logprobs
+    tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens or 1
+    return _params(body, defaults, max_logprobs, {**more, "max_tokens": tokens})
+
+
+def chat_params(body: ChatRequest, defaults: Mapping[str, Any], max_logprobs: int) -> SamplingParams:
+    check_logprobs("top_logprobs", body.top_logprobs, max_logprobs)
+    if (body.top_logprobs or 0) < 0 and max_logprobs != -1:
+        raise RequestError(f"top_logprobs must be at least 0, got {body.top_logprobs}", param="top_logprobs")
+    tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    more = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "max_tokens": tokens}
+    return _params(body, defaults, max_logprobs, more)
+
+
+def _params(body: SamplingFields, defaults: Mapping[str, Any], limit: int, more: Mapping[str, Any]) -> SamplingParams:
+    check_logprobs("prompt_logprobs", body.prompt_logprobs, limit)
+    given = {name: value for name in SHARED if (value := getattr(body, name)) is not None}
+    return SamplingParams(**{**defaults, **given, **more})

@@ -1,0 +1,164 @@
+"""The bodies of requests. Every optional field may be null, which means absent; types are strict; extra fields are kept apart."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from appliance.core.params import RequestError
+from appliance.server.fields import refuse
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class Fields(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+
+class StreamOptions(Fields):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class SamplingFields(Fields):
+    """What completions and chat share. None = not given: the model's generation_config or SamplingParams decides."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    best_of: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: Any = None  # text or a list of texts
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str = "left"
+    return_tokens_as_token_ids: bool = False
+    return_token_ids: bool = False
+    request_id: str | None = None
+
+    def check(self) -> None:
+        """What can be said of the fields without a model. Raises RequestError."""
+        refuse(self.model_extra or {})
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is only allowed together with stream=true", param="stream_options")
+        if self.best_of is not None and self.best_of > (self.n or 1):
+            message = f"best_of is {self.best_of}, more than n = {self.n or 1}: best_of is not supported, use n"
+            raise RequestError(message, param="best_of", code="unsupported_parameter")
+        texts = self.stop if isinstance(self.stop, list) else [self.stop or ""]
+        if not all(isinstance(text, str) for text in texts):
+            raise RequestError(f"stop must be text or a list of texts, got {self.stop!r:.80}", param="stop")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs cannot be streamed: set stream=false", param="prompt_logprobs")
+        if self.truncation_side not in ("left", "right"):
+            raise RequestError(f"truncation_side is left or right, got {self.truncation_side!r}", param="truncation_side")
+        if self.truncate_prompt_tokens is not None and (self.truncate_prompt_tokens < -1 or self.truncate_prompt_tokens == 0):
+            message = f"truncate_prompt_tokens is -1 (the model's limit) or at least 1, got {self.truncate_prompt_tokens}"
+            raise RequestError(message, param="truncate_prompt_tokens")
+
+
+class CompletionRequest(SamplingFields):
+    prompt: Any  # text, token ids, or a list of either: checked in prompts.py, where a long list costs one pass
+    echo: bool = False
+    logprobs: int | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens must be at least 1 (0 only together with echo=true), got 0", param="max_tokens")
+
+
+class ChatRequest(SamplingFields):
+    messages: list[dict[str, Any]]
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    max_completion_tokens: int | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    echo: bool = False
+
+    def check(self) -> None:
+        super().check()
+        if self.echo:
+            raise RequestError("echo: not supported in chat", param="echo", code="unsupported_parameter")
+        if self.tools and self.tool_choice != "none":
+            message = "tools: tool calling is not supported: leave tools out, or set tool_choice to 'none'"
+            raise RequestError(message, param="tools", code="unsupported_parameter")
+        if self.tool_choice not in (None, "none", "auto"):
+            message = "tool_choice: tool calling is not supported: use 'none'"
+            raise RequestError(message, param="tool_choice", code="unsupported_parameter")
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "continue_final_message=true needs add_generation_prompt=false"
+            raise RequestError(message, param="continue_final_message")
+
+
+class TokenizeRequest(Fields):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    content: str | None = None  # llama.cpp's form, with the three below
+    add_special: bool = False
+    parse_special: bool = True
+    with_pieces: bool = False
+
+
+class DetokenizeRequest(Fields):
+    model: str | None = None
+    tokens: list[int]
+
+
+def parse(schema: type[Body], raw: bytes) -> Body:
+    """Read a JSON body. Raises RequestError (400) that names the field."""
+    try:
+        return schema.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise _refusal(first["type"], first["loc"], first["msg"], first.get("input")) from None
+
+
+def _refusal(kind: str, where: tuple[int | str, ...], message: str, found: Any) -> RequestError:
+    if kind == "json_invalid":
+        return RequestError(f"the body is not JSON: {message.removeprefix('Invalid JSON: ')}", code="invalid_json")
+    if not where:
+        return RequestError(f"the body must be a JSON object, got {type(found).__name__}", code="invalid_json")
+    param = str(where[0]) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where[1:])
+    if kind == "missing":
+        return RequestError(f"{param} is required", param=param, code="missing_required_parameter")
+    return RequestError(f"{param}: {message}, got {found!r:.80}", param=param, code="invalid_type")

@@ -1,0 +1,98 @@
+"""What all routes share."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from appliance.config import EngineConfig, ServerConfig
+from appliance.core.messages import EngineInfo, Event, Stats, Submit
+from appliance.core.params import RequestError
+from appliance.server.errors import unavailable
+from appliance.server.fields import unknown
+from appliance.server.job import Job
+from appliance.server.metrics import Metrics
+from appliance.server.sampling import model_defaults
+from appliance.server.schemas import Fields
+from appliance.text.tokenizer import Tokenizer
+from appliance.version import version
+
+log = logging.getLogger("appliance.server")
+
+
+class EngineClient(Protocol):
+    """What the server needs of ``appliance.runtime.worker.Client``."""
+
+    state: str
+    info: EngineInfo | None
+    failure: str | None
+    loading: tuple[int, int]
+
+    def generate(self, submit: Submit) -> AsyncIterator[Event]: ...
+    def abort(self, request_id: str, index: int | None = None) -> None: ...
+    async def stats(self) -> Stats: ...
+
+
+class ServerState:
+    def __init__(
+        self, client: EngineClient, tokenizer: Tokenizer | None, engine_config: EngineConfig, server_config: ServerConfig
+    ) -> None:
+        self.client, self.tokenizer = client, tokenizer
+        self.engine_config, self.server_config = engine_config, server_config
+        self.names = tuple(server_config.served_model_name) or (engine_config.model or "demo",)
+        directory = Path(engine_config.model) if engine_config.model else None
+        self.defaults: dict[str, Any] = model_defaults(directory, server_config.generation_config)
+        self.metrics = Metrics(self.names[0])
+        self.jobs: set[Job] = set()
+        self.begun = time.time()
+        self.draining = False
+        self.version = version()
+        self._named: set[str] = set()  # unknown request fields that the log has named already
+        self.token_name = lru_cache(maxsize=65536)(tokenizer.token_str if tokenizer else str)
+        self.token_bytes = lru_cache(maxsize=65536)(self._bytes)
+
+    @property
+    def status(self) -> str:
+        """loading, ok, draining or dead."""
+        if self.client.state == "ready":
+            return "draining" if self.draining else "ok"
+        return {"loading": "loading", "dead": "dead"}.get(self.client.state, "draining")
+
+    @property
+    def info(self) -> EngineInfo:
+        """Raises RequestError (503) when no request can be served now."""
+        if self.status != "ok" or self.client.info is None:
+            raise self.refusal()
+        return self.client.info
+
+    def refusal(self) -> RequestError:
+        """Why no request is served now."""
+        match self.status:
+            case "draining":
+                return unavailable("the server is shutting down", "shutting_down")
+            case "dead":
+                return unavailable(self.client.failure or "the engine has died", "engine_dead")
+        return unavailable("the model is still loading", "model_loading")
+
+    def check_model(self, model: str | None) -> None:
+        if model and model not in self.names:
+            message = f"The model `{model}` does not exist. This server has: {', '.join(self.names)}"
+            raise RequestError(message, param="model", code="model_not_found", status=404)
+
+    def check_unknown(self, body: Fields) -> None:
+        """Name unknown fields once in the log, or refuse them under --strict-requests."""
+        names = unknown(body.model_extra or {})
+        if names and self.server_config.strict_requests:
+            raise RequestError(f"unknown field {names[0]!r} (--strict-requests)", param=names[0], code="unknown_parameter")
+        fresh = set(names) - self._named
+        if fresh and len(self._named) < 1000:  # a client that makes names up shall not fill the memory
+            self._named |= fresh
+            log.warning("requests hold fields that are unknown here and ignored: %s", ", ".join(sorted(fresh))[:500])
+
+    def _bytes(self, token: int) -> list[int] | None:
+        raw = self.tokenizer.token_bytes(token) if self.tokenizer else None
+        return None if raw is None else list(raw)
