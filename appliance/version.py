@@ -1,11 +1,3 @@
-"""The installed version."""
+"""The version, said once: pyproject.toml reads it from here."""
 
-from importlib import metadata
-
-
-def version() -> str:
-    """As the package's metadata has it; "0+source" where the code runs without being installed."""
-    try:
-        return metadata.version("appliance")
-    except metadata.PackageNotFoundError:
-        return "0+source"
+__version__ = "0.1.0"

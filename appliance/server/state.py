@@ -19,7 +19,7 @@ from appliance.server.metrics import Metrics
 from appliance.server.sampling import model_defaults
 from appliance.server.schemas import Fields
 from appliance.text.tokenizer import Tokenizer
-from appliance.version import version
+from appliance.version import __version__
 
 log = logging.getLogger("appliance.server")
 
@@ -50,7 +50,7 @@ class ServerState:
         self.jobs: set[Job] = set()
         self.begun = time.time()
         self.draining = False
-        self.version = version()
+        self.version = __version__
         self._named: set[str] = set()  # unknown request fields that the log has named already
         self.token_name = lru_cache(maxsize=65536)(tokenizer.token_str if tokenizer else str)
         self.token_bytes = lru_cache(maxsize=65536)(self._bytes)
