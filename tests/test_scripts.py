@@ -1,0 +1,169 @@
+"""The two commands' set-up, with a stand-in for Python and pip: no network, no real environment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = "bash cat cp dirname env find mkdir rm sleep chmod"
+
+STAND_IN = f"""#!/usr/bin/env bash
+echo "$*" >>"$LOG"
+case "$1 $2" in
+"-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+"-m pip")
+    sleep "${{PIP_TAKES:-0}}"
+    case ${{PIP_DOES:-}} in fail) exit 1 ;; die) kill -9 $$ ;; esac
+    printf '#!/bin/sh\\nprintf "<%%s>" "$@"\\nexit 7\\n' >"$(dirname "$0")/appliance"
+    chmod +x "$(dirname "$0")/appliance" ;;
+"-m pytest") shift 2; printf "<%s>" "$@" ;;
+*) exec "{sys.executable}" "$@" ;;
+esac
+"""
+
+
+class Checkout:
+    """A folder (with a space in its name) that holds the scripts, and a PATH on which the only Python is the stand-in."""
+
+    def __init__(self, tmp: Path) -> None:
+        self.root, self.tools, self.log = tmp / "a checkout", tmp / "bin", tmp / "log"
+        (self.root / "scripts").mkdir(parents=True)
+        self.tools.mkdir()
+        for name in ("scripts/run", "scripts/test", "scripts/setup.sh", "pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, self.root / name)
+        for tool in TOOLS.split():
+            (self.tools / tool).symlink_to(str(shutil.which(tool)))
+        self.python("python3.12", STAND_IN)
+
+    def python(self, name: str, text: str) -> None:
+        path = self.tools / name
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    def start(self, script: str, *args: str, **env: str) -> subprocess.Popen[str]:
+        environment = {"PATH": str(self.tools), "HOME": str(self.root.parent), "LOG": str(self.log), **env}
+        command = [str(self.root / "scripts" / script), *args]
+        return subprocess.Popen(command, cwd="/", env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def run(self, script: str, *args: str, **env: str) -> tuple[int, str, str]:
+        process = self.start(script, *args, **env)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def calls(self, module: str) -> list[str]:
+        """The stand-in's calls of ``-m module`` so far."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [line for line in lines if line.startswith(f"-m {module} ")]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_first_run_installs_then_passes_arguments_and_status_on(checkout: Checkout) -> None:
+    status, out, err = checkout.run("run", "serve", "two words", "", "*")
+    assert (status, out) == (7, "<serve><two words><><*>")
+    assert "making .venv with python3.12" in err and "pip install -c constraints.txt -e ." in err
+    assert [call.split(" -c ")[1] for call in checkout.calls("pip")] == ["constraints.txt -e ."]
+    assert checkout.run("run", "plan") == (7, "<plan>", ""), "a second start says and installs nothing"
+    assert len(checkout.calls("pip")) == len(checkout.calls("venv")) == 1
+
+
+def test_what_was_installed_for_tests_serves_to_run_but_not_the_reverse(checkout: Checkout) -> None:
+    checkout.run("run")
+    checkout.run("test")
+    assert [call.split(" -e ")[1] for call in checkout.calls("pip")] == [".", ".[dev]"]
+    (checkout.root / "constraints.txt").write_text("torch==0\n")
+    checkout.run("test")
+    checkout.run("run")
+    assert [call.split(" -e ")[1] for call in checkout.calls("pip")] == [".", ".[dev]", ".[dev]"]
+    assert len(checkout.calls("venv")) == 1
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_a_change_of_what_is_wanted_installs_again(checkout: Checkout, name: str) -> None:
+    checkout.run("run")
+    path = checkout.root / name
+    path.write_text(path.read_text() + "\n# changed\n")
+    assert checkout.run("run")[0] == 7
+    assert len(checkout.calls("pip")) == 2 and len(checkout.calls("venv")) == 1
+
+
+def test_a_moved_folder_installs_again(checkout: Checkout) -> None:
+    checkout.run("run")
+    checkout.root = checkout.root.rename(checkout.root.with_name("moved"))
+    assert checkout.run("run")[0] == 7
+    assert len(checkout.calls("pip")) == 2
+
+
+def test_a_killed_pip_has_the_environment_made_anew(checkout: Checkout) -> None:
+    status, _, err = checkout.run("run", PIP_DOES="die")
+    assert status == 1 and "the installation failed (pip's exit status is 137)" in err
+    (checkout.root / ".venv" / "half a package").mkdir()
+    status, out, _ = checkout.run("run", "x")
+    assert (status, out) == (7, "<x>") and len(checkout.calls("venv")) == 2
+    assert not (checkout.root / ".venv" / "half a package").exists()
+
+
+def test_a_killed_script_has_the_environment_made_anew(checkout: Checkout) -> None:
+    process = checkout.start("run", PIP_TAKES="1")
+    while not checkout.calls("pip"):
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    status, out, _ = checkout.run("run", "x")
+    assert (status, out) == (7, "<x>") and len(checkout.calls("venv")) == 2
+
+
+def test_a_pip_that_refused_is_asked_again_in_the_same_environment(checkout: Checkout) -> None:
+    status, _, err = checkout.run("run", PIP_DOES="fail")
+    assert status == 1 and "pip's exit status is 1); run this again when the cause is mended" in err
+    assert checkout.run("run")[0] == 7
+    assert len(checkout.calls("venv")) == 1
+
+
+def test_an_environment_without_its_python_is_made_anew(checkout: Checkout) -> None:
+    checkout.run("run")
+    (checkout.root / ".venv" / "bin" / "python").unlink()
+    assert checkout.run("run")[0] == 7
+    assert len(checkout.calls("venv")) == 2
+
+
+def test_two_at_once_install_once(checkout: Checkout) -> None:
+    both = [checkout.start("run", "a", PIP_TAKES="1"), checkout.start("run", "b", PIP_TAKES="1")]
+    assert [process.communicate(timeout=60)[0] for process in both] == ["<a>", "<b>"]
+    assert len(checkout.calls("pip")) == len(checkout.calls("venv")) == 1
+
+
+def test_says_which_pythons_will_not_do(checkout: Checkout) -> None:
+    (checkout.tools / "python3.12").unlink()
+    status, _, err = checkout.run("run")
+    assert status == 1 and "Python 3.11 or newer is needed" in err and "Found, but of no use" not in err
+    checkout.python("python3", "#!/bin/sh\necho is 3.9\n")
+    checkout.python("python", "#!/bin/sh\nexit 127\n")
+    status, _, err = checkout.run("run")
+    assert status == 1 and "python3 is 3.9\n" in err and "python does not run" in err
+
+
+def test_a_python_may_be_named(checkout: Checkout) -> None:
+    named = (checkout.tools / "python3.12").rename(checkout.root.parent / "my python")
+    assert checkout.run("run", PYTHON=str(named))[0] == 7
+
+
+CALLS = [((), False), (("-q", "-x"), False), (("tests/a.py::b",), True), (("-k", "a or b"), True), (("-n0",), True)]
+
+
+@pytest.mark.parametrize(("args", "alone"), CALLS)
+def test_tests_run_side_by_side_unless_chosen(checkout: Checkout, args: tuple[str, ...], alone: bool) -> None:
+    status, out, _ = checkout.run("test", *args)
+    given = "".join(f"<{argument}>" for argument in args)
+    assert status == 0 and out.endswith(given)
+    assert ("<--dist><loadfile>" in out) == (len(os.sched_getaffinity(0)) > 1 and not alone)
