@@ -88,7 +88,7 @@ class BlockPool:
         return blocks
 
     def _seat(self, want: int, expect: int) -> int:
-        """Where to start a new run: at the cursor if all that the sequence may need fits there, else amid about the longest gap."""
+        """Where to start a new run: at the cursor if all that may be needed fits there, else amid about the longest gap."""
         room = min(max(want, expect), self.free)
         needle = _FREE * room
         for start in (self._cursor, 0):

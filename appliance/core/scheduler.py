@@ -26,7 +26,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. ``chunks``: single tokens (decodes) first, then the longer ones, each group in order of arrival."""
+    """One step. ``chunks`` are in order of arrival: single tokens (decodes), then what is left of prompts."""
 
     chunks: tuple[Chunk, ...]
     preempted: tuple[Request, ...]
@@ -86,21 +86,21 @@ class Scheduler:
         """Decide the next step, and give its tokens their blocks."""
         for request in [r for r in self.running if r.finished]:
             self._drop(request)
-        step = _Step(self)
-        for request in [r for r in self.running if r.pending == 1]:
-            step.place(request)
-        for request in [r for r in self.running if r.pending > 1]:
-            step.place(request)
-        while self.waiting and step.budget > 0 and len(self.running) < self.max_num_seqs and not step.preempted:
-            request = self.waiting[0]
-            if request.finished:
-                self._drop(request)
-                continue
-            if self._blocks(self._foreseen(request)) > self.pool.free:
-                break
-            self.running.append(self.waiting.popleft())
-            step.place(request)
-        return StepPlan(tuple(step.chunks.values()), tuple(step.preempted))
+        budget = self.max_num_batched_tokens
+        chunks: list[Chunk] = []
+        preempted: list[Request] = []
+        while len(chunks) < len(self.running) or self._admit(budget):
+            request = self.running[len(chunks)]
+            start, known = request.computed, len(request.tokens)
+            end = min(known, start + budget)  # the budget is never spent here: only the youngest has more than one token pending
+            while not self._extend(request, end):
+                preempted.append(self._preempt_youngest())
+                if preempted[-1] is request:
+                    break
+            else:
+                chunks.append(Chunk(request, start, end - start, end == known))
+                budget -= end - start
+        return StepPlan(tuple(chunks), tuple(preempted))
 
     def commit(self, plan: StepPlan, sampled: Sequence[int | None]) -> list[Request]:
         """Take what the step computed: ``sampled[i]`` is the token of chunk i where it samples, else None.
@@ -152,10 +152,33 @@ class Scheduler:
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.pool.block_size)
 
-    def _foreseen(self, request: Request) -> int:
-        """Tokens that must fit before a request is admitted: all that are known and the next one (the very last is never stored)."""
-        known = len(request.tokens)
-        return max(known, min(known + 1, request.max_total - 1))
+    def _admit(self, budget: int) -> bool:
+        """Move the head of the queue to the running ones, if there is budget, a seat, and blocks for all of it.
+
+        "All" is every known token and the next one (but the very last is never stored). So a request that was preempted in
+        this step, or one behind it, cannot come in again at once: fewer blocks are free now than it had.
+        """
+        while self.waiting and self.waiting[0].finished:
+            self._drop(self.waiting[0])
+        if not self.waiting or budget == 0 or len(self.running) == self.max_num_seqs:
+            return False
+        request, known = self.waiting[0], len(self.waiting[0].tokens)
+        if self._blocks(max(known, min(known + 1, request.max_total - 1))) > self.pool.free:
+            return False
+        self.running.append(self.waiting.popleft())
+        return True
+
+    def _extend(self, request: Request, tokens: int) -> bool:
+        """Give the request blocks for its first ``tokens`` tokens, if they are free."""
+        held, size = len(request.blocks), self.pool.block_size
+        need = -(-tokens // size) - held
+        if need > 0:
+            after = request.blocks[-1] if held else None
+            blocks = self.pool.allocate(need, after=after, expect=-(-(request.max_total - 1) // size) - held)
+            if blocks is None:
+                return False
+            request.blocks += blocks
+        return True
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)
@@ -179,37 +202,3 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(victim)
         return victim
-
-
-class _Step:
-    """A step while it is being decided."""
-
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
-        self.budget = scheduler.max_num_batched_tokens
-        self.chunks: dict[Request, Chunk] = {}
-        self.preempted: list[Request] = []
-
-    def place(self, request: Request) -> None:
-        """Give a running request as many of its pending tokens as the budget allows, preempting younger ones for blocks."""
-        if request in self.preempted or self.budget == 0:
-            return
-        pool, start = self.scheduler.pool, request.computed
-        length = min(len(request.tokens) - start, self.budget)
-        held = len(request.blocks)
-        need = -(-(start + length) // pool.block_size) - held
-        while need > 0:
-            after = request.blocks[-1] if held else None
-            expect = -(-(request.max_total - 1) // pool.block_size) - held
-            blocks = pool.allocate(need, after=after, expect=expect)
-            if blocks is not None:
-                request.blocks += blocks
-                break
-            victim = self.scheduler._preempt_youngest()
-            self.preempted.append(victim)
-            given = self.chunks.pop(victim, None)
-            self.budget += given.length if given else 0
-            if victim is request:
-                return
-        self.chunks[request] = Chunk(request, start, length, start + length == len(request.tokens))
-        self.budget -= length
