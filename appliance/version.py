@@ -2,6 +2,3 @@
 
 __version__ = "0.1.0"
 
-
-def version() -> str:
-    return __version__
