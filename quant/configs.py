@@ -60,7 +60,9 @@ def _integer(source: str, config: Mapping[str, Any], keys: tuple[str, ...], defa
 def _group(source: str, config: Mapping[str, Any], keys: tuple[str, ...], default: int) -> int:
     size = _integer(source, config, keys, default)
     if size == 0 or size < -1:
-        raise CheckpointError(f"{source}: {keys[0]} {size} is not a group size; a positive number is, or -1 for one group per output")
+        raise CheckpointError(
+            f"{source}: {keys[0]} {size} is not a group size; a positive number is, or -1 for one group per output"
+        )
     return size
 
 
@@ -101,7 +103,11 @@ def _gptq(config: Mapping[str, Any], source: str) -> Settings:
         raise CheckpointError(f"{source}: dynamic is {dynamic!r}, expected an object of patterns")
     for key, overrides in dynamic.items():
         pattern = _regex(source, "dynamic", key[2:] if key[:2] in ("+:", "-:") else key)
-        scheme = DENSE if key.startswith("-:") else _gptq_scheme({**config, **(overrides or {})}, f"{source}, dynamic {key!r}", default)
+        scheme = (
+            DENSE
+            if key.startswith("-:")
+            else _gptq_scheme({**config, **(overrides or {})}, f"{source}, dynamic {key!r}", default)
+        )
         rules.append(Rule("regex", pattern, scheme))
     if config.get("lm_head"):
         rules += [Rule("regex", r"(.*\.)?lm_head$", default)]
@@ -115,7 +121,9 @@ def _gptq_scheme(config: Mapping[str, Any], source: str, base: WeightScheme | No
         stored = "marlin"
     _choice(source, "checkpoint_format", stored, ("gptq", "gptq_v2", "gptq_p"))
     if config.get("rotation"):
-        raise CheckpointError(f"{source}: rotation {config['rotation']!r} is not supported: it needs activations rotated at run time")
+        raise CheckpointError(
+            f"{source}: rotation {config['rotation']!r} is not supported: it needs activations rotated at run time"
+        )
     pack = str(config.get("pack_dtype") or "int32").removeprefix("torch.")
     _choice(source, "pack_dtype", pack, ("int32",) if bits not in (2, 4, 8) else ("int32", "int8", "int16", "int64"))
     meta = config.get("meta")
@@ -172,12 +180,16 @@ def _ct_scheme(group: Mapping[str, Any], stored: str, source: str) -> WeightSche
     kind = _choice(source, "weights.type", str(weights.get("type", "int")).lower(), ("int", "float"))
     bits = _choice(source, "weights.num_bits", weights.get("num_bits", 8), (8,) if kind == "float" else (2, 3, 4, 5, 6, 7, 8))
     if weights.get("dynamic"):
-        raise CheckpointError(f"{source}: weights.dynamic {weights['dynamic']!r} is not supported; weights are quantized beforehand")
+        raise CheckpointError(
+            f"{source}: weights.dynamic {weights['dynamic']!r} is not supported; weights are quantized beforehand"
+        )
     size = weights.get("group_size")
     implied = "tensor" if size is None else "channel" if size == -1 else "group"
     strategy = str(weights.get("strategy") or implied).lower()
     _choice(source, "weights.strategy", strategy, ("tensor", "channel", "group", "block"))
-    order = _choice(source, "weights.actorder", weights.get("actorder"), (None, False, True, "weight", "static", "group", "dynamic"))
+    order = _choice(
+        source, "weights.actorder", weights.get("actorder"), (None, False, True, "weight", "static", "group", "dynamic")
+    )
     activation = _ct_activation(group.get("input_activations"), source)
     layout = {"naive-quantized": f"{kind}-quantized", "mixed-precision": ""}.get(stored, stored)
     if not layout:  # as compressed-tensors infers it
@@ -199,7 +211,7 @@ def _ct_scheme(group: Mapping[str, Any], stored: str, source: str) -> WeightSche
 
 
 def _ct_activation(args: Mapping[str, Any] | None, source: str) -> str | None:
-    """The 8-bit kinds by name; other run-time roundings of activations (4 bits, groups) are left out, which only adds precision."""
+    """The 8-bit kinds by name; other run-time roundings (4 bits, groups) are left out, which only adds precision."""
     if args is None:
         return None
     kind = _choice(source, "input_activations.type", str(args.get("type", "int")).lower(), ("int", "float"))
@@ -219,7 +231,7 @@ def _block(source: str, key: str, value: Any) -> tuple[int, int]:
 
 
 def _fp8(config: Mapping[str, Any], source: str, method: str) -> Settings:
-    """FP8 as DeepSeek and Qwen publish it (scales per block), as AutoFP8 does (one per weight) and as fbgemm does (per output)."""
+    """FP8 as DeepSeek and Qwen publish it (scales per block), AutoFP8 (one per weight) and fbgemm (one per output)."""
     _choice(source, "fmt", str(config.get("fmt") or "e4m3").lower(), ("e4m3", "float8_e4m3fn"))
     scheme = _choice(source, "activation_scheme", config.get("activation_scheme") or "dynamic", ("dynamic", "static"))
     activation = "fp8-token" if scheme == "dynamic" else "fp8-tensor"
@@ -229,5 +241,8 @@ def _fp8(config: Mapping[str, Any], source: str, method: str) -> Settings:
         # Activations are rounded per 128 inputs there; leaving them alone is closer to the original model.
         default = replace(default, layout="fp8-block", group_size=block[1], activation=None, block=block)
     names = [name for key in ("modules_to_not_convert", "ignored_layers") for name in _names(source, config, key)]
-    rules = [Rule("regex", _regex(source, "ignored_layers", n[3:]), DENSE) if n.startswith("re:") else Rule("part", n, DENSE) for n in names]
+    rules = [
+        Rule("regex", _regex(source, "ignored_layers", n[3:]), DENSE) if n.startswith("re:") else Rule("part", n, DENSE)
+        for n in names
+    ]
     return Settings("fp8", tuple(rules), default, f"{source}, {method}")

@@ -60,7 +60,7 @@ def _without_words(index: CheckpointIndex) -> Settings:
             return Settings("fp8", (), scheme, f"seen from the tensors: {name} {info}")
         if name.endswith((".weight_packed", ".weight_scale", ".qweight")):
             raise CheckpointError(
-                f"{name} {info} is quantized, but config.json has no quantization_config to say how; take it from the model's publisher"
+                f"{name} {info} is quantized, but config.json has no quantization_config to say how; fetch the publisher's config.json"
             )
     return Settings("none", (), DENSE, "config.json has no quantization_config and the tensors are not quantized")
 
@@ -83,7 +83,9 @@ def _gptq(module: str, tensors: Mapping[str, TensorInfo]) -> WeightScheme:
     elif g_idx is not None and g_idx.numel:
         bits = round(rows * 32 / g_idx.numel)
     else:
-        raise CheckpointError(f"{module}: neither qzeros nor g_idx tells the bits of this GPTQ weight; a quantize_config.json would")
+        raise CheckpointError(
+            f"{module}: neither qzeros nor g_idx tells the bits of this GPTQ weight; a quantize_config.json would"
+        )
     if bits not in (2, 3, 4, 8):
         raise CheckpointError(f"{module}: {bits}-bit GPTQ needs a quantize_config.json that says how it is packed")
     inputs = g_idx.numel if g_idx is not None else rows * 32 // bits

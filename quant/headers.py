@@ -66,7 +66,9 @@ class CheckpointIndex:
         """
         directory = Path(directory)
         if not directory.is_dir():
-            raise CheckpointError(f"{directory}: there is no such directory; a model is a directory with config.json and *.safetensors")
+            raise CheckpointError(
+                f"{directory}: there is no such directory; a model is a directory with config.json and *.safetensors"
+            )
         index = directory / INDEX
         if (directory / "model.safetensors").is_file():
             tensors = _merge([directory / "model.safetensors"])
@@ -97,9 +99,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
         if not 0 < length <= MAX_HEADER:
-            raise CheckpointError(f"{path}: not a safetensors file: the header's length reads as {length} (the file has {size} bytes)")
+            raise CheckpointError(
+                f"{path}: not a safetensors file: the header's length reads as {length} (the file has {size} bytes)"
+            )
         if 8 + length > size:
-            raise CheckpointError(f"{path}: truncated: the header alone needs {8 + length} bytes, the file has {size}; fetch it again")
+            raise CheckpointError(
+                f"{path}: truncated: the header alone needs {8 + length} bytes, the file has {size}; fetch it again"
+            )
         text = file.read(length)
     try:
         header = json.loads(text.decode("utf-8"))
@@ -121,9 +127,7 @@ def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> TensorInf
     if not 0 <= begin <= end or min(shape, default=0) < 0:
         raise CheckpointError(f"{path}: damaged safetensors header: {name} has shape {list(shape)} at offsets [{begin}, {end}]")
     if data + end > size:
-        raise CheckpointError(
-            f"{path}: truncated: {name} ends at byte {data + end}, the file has {size}; fetch it again"
-        )
+        raise CheckpointError(f"{path}: truncated: {name} ends at byte {data + end}, the file has {size}; fetch it again")
     if dtype in ITEM_SIZE and end - begin != math.prod(shape) * ITEM_SIZE[dtype]:
         raise CheckpointError(f"{path}: damaged safetensors header: {name} is {dtype}{list(shape)} but spans {end - begin} bytes")
     return TensorInfo(name, path, dtype, shape, data + begin, data + end)
@@ -134,7 +138,9 @@ def _merge(files: list[Path]) -> dict[str, TensorInfo]:
     for path in files:
         for name, info in read_header(path).items():
             if name in tensors:
-                raise CheckpointError(f"{name} is in two files, {tensors[name].file.name} and {path.name}: remove the one that is stale")
+                raise CheckpointError(
+                    f"{name} is in two files, {tensors[name].file.name} and {path.name}: remove the one that is stale"
+                )
             tensors[name] = info
     return tensors
 

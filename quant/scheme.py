@@ -1,7 +1,7 @@
 """What a checkpoint's quantization settings mean, module by module (no torch, no weight read).
 
 The settings come from config.json, from the quantize_config.json beside it, or, without either, from the tensors themselves.
-Where the headers are known (``index``), they decide which modules are quantized: lists of exceptions in configs are often imprecise.
+Where the headers are known (``index``), they decide which modules are quantized: the lists in configs are imprecise.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class QuantScheme:
         found = family(index) if index is not None else None
         if found is not None and found[0] != settings.method:
             raise CheckpointError(
-                f"the config says {settings.method!r} ({settings.source}), but the tensors are laid out as {found[0]!r}: {found[1]}"
+                f"{settings.source} says {settings.method!r}, but the tensors are laid out as {found[0]!r}: {found[1]}"
             )
         return cls(settings.method, settings.rules, settings.default, settings.source, index)
 
@@ -108,8 +108,8 @@ class QuantScheme:
             layout = awq_layout(name, tensors)
             if layout is None:
                 raise CheckpointError(
-                    f"{name}: qweight {found} and scales {tensors.get(name + '.scales')} fit none of AWQ's packings: gemm "
-                    "[in, out/8] and [groups, out], gemv [out, in/8] and [out, groups], gemv_fast I16 [out/4, in] and [groups, out]"
+                    f"{name}: qweight {found} and scales {tensors.get(name + '.scales')} fit no packing of AWQ: "
+                    "gemm [in, out/8] and [groups, out], gemv [out, in/8] and [out, groups], gemv_fast [out/4, in] and [groups, out]"
                 )
             return replace(stated, layout=layout)
         return stated

@@ -51,7 +51,7 @@ class QuantTensor:
 
     @property
     def kind(self) -> str:
-        """"int" or "fp8"."""
+        """ "int" or "fp8"."""
         return "fp8" if self.packed.dtype == torch.float8_e4m3fn else "int"
 
     @property
@@ -95,9 +95,9 @@ class QuantTensor:
         groups = (math.ceil(self.K / self.group_size), self.N)
         if self.scales.dtype not in SCALE_DTYPES or tuple(self.scales.shape) != groups:
             raise ValueError(f"scales are {self.scales.dtype} {list(self.scales.shape)}, not a float dtype {list(groups)}")
-        if self.zeros is not None:
-            if self.kind == "fp8" or self.zeros.dtype != torch.uint8 or tuple(self.zeros.shape) != groups:
-                raise ValueError(f"zeros are {self.zeros.dtype} {list(self.zeros.shape)}, not uint8 {list(groups)}")
+        zeros = self.zeros
+        if zeros is not None and (self.kind == "fp8" or zeros.dtype != torch.uint8 or tuple(zeros.shape) != groups):
+            raise ValueError(f"zeros of a {self.kind} weight are {zeros.dtype} {list(zeros.shape)}, not uint8 {list(groups)}")
         if self.perm is not None and not torch.equal(self.perm.sort().values, torch.arange(self.K, device=self.perm.device)):
             raise ValueError(f"perm is not a permutation of {self.K} columns")
 

@@ -1,6 +1,6 @@
 """AutoAWQ's three packings of 4-bit weights.
 
-gemm       qweight I32 [K, N/8], qzeros I32 [G, N/8], scales [G, N]; the nibbles of a word are the columns 0 2 4 6 1 3 5 7 of eight
+gemm       qweight I32 [K, N/8], qzeros I32 [G, N/8], scales [G, N]; a word's nibbles: columns 0 2 4 6 1 3 5 7
 gemv       qweight I32 [N, K/8], qzeros I32 [N, Z], scales [N, 8 Z]; nibbles in order along K; Z padded beyond ceil(G / 8)
 gemv_fast  qweight I16 [N/4, K], qzeros and scales F16 [8 Z, N]; qzeros hold -zero * scale
 
@@ -77,15 +77,15 @@ def _gemv_fast(source: Source, name: str, scheme: WeightScheme) -> QuantTensor:
     exact = torch.where(scales == 0, 0.0, -shifts / scales.float())
     zeros = exact.round().clamp(0, 15)
     if (exact - zeros).abs().max() > 0.3:
-        raise CheckpointError(f"{stored}: -qzeros / scales should be whole numbers from 0 to 15, found {exact.min():.2f} to {exact.max():.2f}")
-    # A word holds, for 4 outputs in turn, 64 inputs of which every 32 are shuffled: [4 outputs, 16 words, 4 nibbles] of a 64-block.
+        raise CheckpointError(
+            f"{stored}: -qzeros / scales should be whole numbers from 0 to 15, found {exact.min():.2f} to {exact.max():.2f}"
+        )
+    # Four outputs share a row of words: of every 64 inputs first those of one output, then of the next. Each 32 are shuffled:
     nibbles = unpack_stream(words, 4, K * 4).view(quads, K // 64, 4, 64)
-    # Each 32 of a row were split as 4 x 4 x 2, the first two axes swapped, then each 8 of the result as 4 x 2, swapped.
+    # split as 4 x 4 x 2, the first two axes swapped, then each 8 of the result split as 4 x 2 and swapped.
     blocks = nibbles.transpose(1, 2).reshape(N, K // 32, 4, 2, 4).transpose(3, 4).reshape(N, K // 32, 4, 4, 2)
     values = blocks.transpose(2, 3).reshape(N, K)
-    return QuantTensor.from_values(
-        values, scales=scales, zeros=_simplify(zeros.to(torch.uint8), scheme), bits=4, group_size=size
-    )
+    return QuantTensor.from_values(values, scales=scales, zeros=_simplify(zeros.to(torch.uint8), scheme), bits=4, group_size=size)
 
 
 def _has_zeros(source: Source, name: str, scheme: WeightScheme) -> bool:

@@ -57,9 +57,9 @@ def widen(values: Tensor, zeros: Tensor | None, bits: int) -> tuple[Tensor, int]
 def regroup(g_idx: Tensor, group_size: int) -> tuple[Tensor | None, int, Tensor | None]:
     """(perm, group size, rows) for the group g_idx[k] of every input column k.
 
-    Sorting the columns by group (stably) makes groups contiguous. Where every group then has ``group_size`` columns, rows is None:
-    the scales stand as they are. Groups of uneven sizes are cut into pieces as long as the greatest common divisor of the borders;
-    piece i then takes row rows[i] of the published scales and zeros, which is exact for any g_idx.
+    Sorting the columns by group (stably) makes groups contiguous. Where every group then has ``group_size`` columns, rows is
+    None: the scales stand as they are. Groups of uneven sizes are cut into pieces as long as the greatest common divisor of the
+    borders; piece i then takes row rows[i] of the published scales and zeros, which is exact for any g_idx.
     """
     K = g_idx.numel()
     if torch.equal(g_idx, torch.arange(K) // group_size):

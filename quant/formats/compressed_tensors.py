@@ -1,7 +1,7 @@
 """compressed-tensors' integer formats (its FP8 weights are read by quant.formats.fp8).
 
 pack-quantized  weight_packed I32 [N, ceil(K * bits / 32)], a dense stream of code + 2 ** (bits - 1); weight_scale [N, G];
-                weight_zero_point packed the same way along N, I32 [ceil(N * bits / 32), G]; weight_g_idx [K]; weight_shape = (N, K)
+                weight_zero_point packed the same way along N, I32 [ceil(N * bits / 32), G]; weight_g_idx [K]; weight_shape
 int-quantized   weight I8 [N, K]; weight_scale, weight_zero_point I8 of one number, [N, 1] or [N, G]
 """
 
@@ -36,9 +36,7 @@ def _plain(source: Source, name: str, scheme: WeightScheme, expect: tuple[int, i
     scale = source.take(f"{name}.weight_scale", dtypes=SCALES)
     scales, size = expand_scales(f"{name}.weight_scale", scale, scheme, N, K)
     zeros = _zeros(source, name, scheme, N, K, scales.shape[0])
-    return QuantTensor.from_values(
-        values, scales=scales, zeros=zeros, bits=wide, group_size=size, activation=scheme.activation
-    )
+    return QuantTensor.from_values(values, scales=scales, zeros=zeros, bits=wide, group_size=size, activation=scheme.activation)
 
 
 def _packed(source: Source, name: str, scheme: WeightScheme, expect: tuple[int, int] | None) -> QuantTensor:
@@ -53,7 +51,9 @@ def _packed(source: Source, name: str, scheme: WeightScheme, expect: tuple[int, 
     if g_idx is not None and scale.dim() == 2 and scale.shape[0] == N:
         scales, size = scale.t().contiguous(), K if scheme.group_size == -1 else min(scheme.group_size, K)
         if int(g_idx.max()) >= scales.shape[0]:
-            raise CheckpointError(f"{name}.weight_g_idx: found groups up to {int(g_idx.max())}, the scales have {scales.shape[0]}")
+            raise CheckpointError(
+                f"{name}.weight_g_idx: found groups up to {int(g_idx.max())}, the scales have {scales.shape[0]}"
+            )
     else:
         g_idx = None if scheme.group_size == -1 else g_idx
         scales, size = expand_scales(f"{name}.weight_scale", scale, scheme, N, K)
@@ -87,7 +87,9 @@ def _shape(source: Source, name: str, expect: tuple[int, int] | None, held: tupl
 
 def _check_width(name: str, found: int, expected: tuple[int, ...]) -> None:
     if found not in expected:
-        raise CheckpointError(f"{name}: found {found} words a row, expected {expected[0]}; the config's bits or the shape do not fit")
+        raise CheckpointError(
+            f"{name}: found {found} words a row, expected {expected[0]}; the config's bits or the shape do not fit"
+        )
 
 
 def _unpack(name: str, words: Tensor, bits: int, count: int) -> Tensor:

@@ -1,7 +1,7 @@
 """GPTQ as AutoGPTQ and GPTQModel write it: qweight [K * bits / 32, N], qzeros [G, N * bits / 32], scales [G, N], g_idx [K].
 
-Codes and zero points are dense little-endian streams, along K in qweight and along N in qzeros (3-bit fields straddle words), or bit
-planes (``planar``). Version 1 stores the zero point less one, version 2 as it is. g_idx[k] is the group of input k.
+Codes and zero points are dense little-endian streams, along K in qweight and along N in qzeros (3-bit fields straddle words),
+or bit planes (``planar``). Version 1 stores the zero point less one, version 2 as it is. g_idx[k] is the group of input k.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _inputs(source: Source, name: str, words: Tensor, scheme: WeightScheme, expe
     needed = math.ceil(K / 32) * scheme.bits if scheme.planar else math.ceil(K * scheme.bits / word_bits)
     if rows != needed:
         raise CheckpointError(
-            f"{name}.qweight: found {rows} rows, expected {needed} for {K} inputs of {scheme.bits} bits in {word_bits}-bit words; "
+            f"{name}.qweight: found {rows} rows, expected {needed} for {K} inputs of {scheme.bits} bits in words of {word_bits}; "
             "the bits of the config, or the shape in config.json, do not fit this weight"
         )
     return K
@@ -86,7 +86,7 @@ def _zeros(source: Source, name: str, scheme: WeightScheme, groups: int, N: int,
 
 
 def _add_one_to_each_field(words: Tensor, bits: int) -> Tensor:
-    """Bytes [R, W, B] of packed words, as int64 -> uint8 [R, W * B] of the words plus 1 in every field, with carries between fields."""
+    """Bytes [R, W, B] of packed words, as int64 -> uint8 [R, W * B] with 1 added to every field, carries included."""
     ones = sum(1 << i for i in range(0, 8, bits))
     carry = torch.zeros_like(words[..., 0])
     out = torch.empty(words.shape, dtype=torch.uint8)
