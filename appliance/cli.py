@@ -1,0 +1,180 @@
+"""The command line. Options are the fields of EngineConfig and ServerConfig; nothing heavy is imported until a command needs it.
+
+What wins: the command line, then APPLIANCE_* in the environment, then the file of --config, then the default.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Dict, Env
+
+from appliance.cli_flags import translate
+from appliance.config import EngineConfig, ServerConfig
+from appliance.version import __version__
+from quant.errors import InputError
+
+EPILOGUE = (
+    "Every option can also be set as APPLIANCE_OPTION_NAME in the environment, or in a TOML file given with --config FILE "
+    "(option_name = value; tables [engine] and [server] are allowed). -q is short for --quantization."
+)
+FLAT = Parameter(name="*")
+ENGINE, SERVER = EngineConfig(), ServerConfig()
+EngineFlags = Annotated[EngineConfig, FLAT]
+ServerFlags = Annotated[ServerConfig, FLAT]
+
+app = App(
+    name="appliance",
+    help="Serve quantized language models from your own machine.",
+    help_epilogue=EPILOGUE,
+    version=f"appliance {__version__}",
+    version_flags=["--version"],
+    result_action="return_value",
+)
+
+
+@app.command
+def serve(model: str | None = None, /, *, engine: EngineFlags = ENGINE, server: ServerFlags = SERVER) -> int:
+    """Serve a model over HTTP, with OpenAI's API.
+
+    Parameters
+    ----------
+    model
+        A directory with a Hugging Face checkpoint, or a name on the hub; the embedded demo model when left out.
+    """
+    from appliance.server.run import serve
+
+    return serve(_with_model(engine, model), server)
+
+
+@app.command
+def plan(model: str | None = None, /, *, json: bool = False, engine: EngineFlags = ENGINE) -> int:
+    """Print where the memory would go, from the checkpoint's headers alone. Exit code 0: fits; 1: does not fit; 2: bad input.
+
+    Parameters
+    ----------
+    model
+        A directory with a Hugging Face checkpoint, or a name on the hub; the embedded demo model when left out.
+    json
+        Print JSON instead of a table.
+    """
+    from json import dumps
+
+    from appliance.hub import demo_model, resolve
+    from appliance.memory.planner import PlanError, make_plan
+
+    engine = _with_model(engine, model)
+    directory = resolve(engine.model, engine.revision) if engine.model else demo_model()
+    try:
+        made = make_plan(directory, replace(engine, model=str(directory)))
+    except PlanError as error:
+        if json:
+            print(dumps({"fits": False, "error": str(error)}))
+        _complain(error)
+        return 1
+    print(dumps({"fits": True, **made.to_dict()}, indent=2) if json else made.table())
+    return 0
+
+
+@app.command
+def tui(*, url: str = "http://127.0.0.1:8000") -> int:
+    """Watch a running server in the terminal.
+
+    Parameters
+    ----------
+    url
+        Where the server is.
+    """
+    from appliance.tui.app import main
+
+    return main(url) or 0
+
+
+@app.command
+def version() -> int:
+    """Print the version."""
+    print(f"appliance {__version__}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command and exit: 0 fine, 1 no (or the engine died), 2 bad input, told in one line on stderr."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    debug = _debug(argv)
+    try:
+        command = argv[0] if argv else ""
+        if command in ("serve", "plan"):
+            argv, notes = translate(argv)
+            for note in notes:
+                print(f"appliance: note: {note}", file=sys.stderr)
+        argv, file = _take_config(argv)
+        app.config = (Env("APPLIANCE_", command=False), *_file_options(file, command))
+        return app(argv, exit_on_error=False, print_error=False) or 0
+    except (InputError, CycloptsError) as error:
+        if debug:
+            raise
+        _complain(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _complain(error: Exception) -> None:
+    text = " ".join(str(error).split()) if isinstance(error, CycloptsError) else str(error)
+    print(f"appliance: error: {text}", file=sys.stderr)
+
+
+def _debug(argv: Sequence[str]) -> bool:
+    """Whether errors shall show where they come from."""
+    joined = " ".join(argv).replace("--log_level", "--log-level").replace("--log-level=", "--log-level ")
+    return "--log-level debug" in joined or os.environ.get("APPLIANCE_LOG_LEVEL") == "debug"
+
+
+def _with_model(engine: EngineConfig, model: str | None) -> EngineConfig:
+    return engine if model is None else replace(engine, model=model)
+
+
+def _take_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """Take --config FILE out of the arguments."""
+    rest, file, given = [], os.environ.get("APPLIANCE_CONFIG"), iter(argv)
+    for token in given:
+        if token == "--config":
+            file = next(given, None)
+            if file is None:
+                raise InputError("--config needs the name of a TOML file")
+        elif token.startswith("--config="):
+            file = token.removeprefix("--config=")
+        else:
+            rest.append(token)
+    return rest, file
+
+
+def _file_options(file: str | None, command: str) -> list[Dict]:
+    if not file:
+        return []
+    try:
+        found = tomllib.loads(Path(file).read_text())
+    except OSError as error:
+        raise InputError(f"--config {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"--config {file} is not valid TOML: {error}") from None
+    flat: dict[str, Any] = {}
+    for key, value in found.items():
+        flat.update(value if key in ("engine", "server") and isinstance(value, dict) else {key: value})
+    flat = {key.replace("-", "_"): value for key, value in flat.items()}
+    engine, server = ({f.name for f in fields(kind)} for kind in (EngineConfig, ServerConfig))
+    strange = sorted(flat.keys() - engine - server)
+    if strange:
+        raise InputError(f"--config {file}: there is no option {strange[0]!r}; options are those of `appliance serve --help`")
+    known = {"serve": engine | server, "plan": engine}.get(command, set())
+    return [Dict({k: v for k, v in flat.items() if k in known}, use_commands_as_keys=False, source=file)]
