@@ -106,6 +106,10 @@ class Client:
         """The latest snapshot; never waits for a step."""
         return self._stats
 
+    async def wait_ended(self) -> None:
+        """Until the engine process is gone."""
+        await self._ended.wait()
+
     async def stop(self, drain_s: float = 0.0) -> None:
         """Let running requests finish for up to ``drain_s`` seconds, abort the rest, and end the process."""
         deadline = time.monotonic() + drain_s

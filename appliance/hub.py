@@ -1,0 +1,90 @@
+"""From what the user calls a model to a directory on this machine. A directory is taken as it is, without any network call."""
+
+from __future__ import annotations
+
+import errno
+import re
+from pathlib import Path
+
+from quant.errors import InputError
+
+# What a checkpoint needs, from the top folder of a repository: no code, no second copy of the weights in another format.
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+UNWANTED = ["*/*", "consolidated*.safetensors"]
+
+REPO = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+
+
+def demo_model() -> Path:
+    """The model that comes with the package."""
+    directory = Path(__file__).parent / "demo"
+    if not (directory / "config.json").is_file():
+        raise InputError(
+            "no model given, and this installation has no embedded demo model: name a directory or a model on the hub"
+        )
+    return directory
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """The directory of ``model``: a path, or a repository on the hub, which is downloaded (and resumed) into the hub's cache.
+
+    HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN and HF_HOME are respected. Raises InputError that says what to do.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{model} is a file: name the directory of a Hugging Face checkpoint (the one with config.json)")
+    if _looks_like_a_path(model, path):
+        raise InputError(f"no such directory: {model}")
+    if not REPO.fullmatch(model):
+        raise InputError(f"{model!r} is neither a directory nor a name on the hub (those look like organisation/model)")
+    directory = _download(model, revision)
+    for pattern, what in (("config.json", "config.json"), ("*.safetensors", ".safetensors file")):
+        if not any(directory.glob(pattern)):
+            raise InputError(f"{model} has no {what}: only Hugging Face checkpoints in safetensors files can be served")
+    return directory
+
+
+def _looks_like_a_path(model: str, path: Path) -> bool:
+    """Whether it is written like a path, or its first folders exist here."""
+    return (
+        model.startswith((".", "/", "~"))
+        or model.count("/") > 1
+        or "\\" in model
+        or (path.parent != Path() and path.parent.exists())
+    )
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    except Exception as error:  # the hub's library raises its own, its HTTP library's and the system's errors
+        raise InputError(_explain(repo, revision, error)) from error
+
+
+def _explain(repo: str, revision: str | None, error: BaseException) -> str:
+    """One line: what went wrong with the download, and what to do."""
+    from huggingface_hub import constants, errors
+
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    where = constants.ENDPOINT
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} is gated: accept its terms at {where}/{repo} and set HF_TOKEN to a token of that account"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{repo} was not found on {where}: check the name; a private model needs HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r}: check --revision"
+    if any(isinstance(one, OSError) and one.errno == errno.ENOSPC for one in causes):
+        return f"{repo}: the disk is full; make room in {constants.HF_HUB_CACHE}, or set HF_HOME to a folder on a larger disk"
+    if constants.is_offline_mode():
+        return f"{repo} is not complete in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: unset it to download the model"
+    response = getattr(causes[-1], "response", None) or getattr(error, "response", None)
+    if response is not None:
+        return f"{repo}: {where} answered with HTTP status {response.status_code}; try again later (a download is resumed)"
+    detail = str(causes[-1]).strip().split("\n")[0] or type(causes[-1]).__name__
+    return f"{repo} could not be downloaded from {where}: {detail}; check the connection and try again (a download is resumed)"
