@@ -1,0 +1,79 @@
+"""A conversation as clients send it, made into the plain data that chat templates are written for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from appliance.core.params import RequestError
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def plain_messages(messages: Sequence[Any], convert: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    """Fresh copies of the messages: text content in the form ``convert`` gives it, tool arguments as objects.
+
+    Raises RequestError naming the message that is not one, or whose content is not text.
+    """
+    if isinstance(messages, str | Mapping) or not messages:
+        raise RequestError(
+            "messages must be a list of at least one message such as {'role': 'user', 'content': 'Hi'}", param="messages"
+        )
+    return [_message(index, message, convert) for index, message in enumerate(messages)]
+
+
+def join_parts(content: Any) -> Any:
+    """Content as one string, its parts a line each; for templates that know nothing else."""
+    return "\n".join(part["text"] for part in content) if isinstance(content, list) else content
+
+
+def split_parts(content: Any) -> Any:
+    """Content as a list of parts; for templates that know nothing else."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _message(index: int, message: Any, convert: Callable[[Any], Any]) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise RequestError(f"{where} must be an object with a 'role', got {message!r:.80}", param=where)
+    plain = dict(message)
+    if "content" in plain:
+        plain["content"] = convert(_text(plain["content"], f"{where}.content"))
+    reasoning = next((plain[name] for name in _REASONING if plain.get(name) is not None), None)
+    if reasoning is not None:  # templates read it under either name, clients send it under all three
+        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    calls = plain.get("tool_calls")
+    if calls is not None and not isinstance(calls, list):
+        raise RequestError(f"{where}.tool_calls must be a list, got {type(calls).__name__}", param=f"{where}.tool_calls")
+    if calls:
+        plain["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
+    return plain
+
+
+def _text(content: Any, where: str) -> Any:
+    """A string or None as it is; a list as text parts."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(f"{where} must be text or a list of text parts, got {type(content).__name__}", param=where)
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    for i, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RequestError(
+                f"{where}[{i}] is of type {kind!r}: this model reads {{'type': 'text', 'text': ...}} only", param=where
+            )
+    return [dict(part) for part in parts]
+
+
+def _tool_call(call: Any, where: str) -> Any:
+    """OpenAI sends a function's arguments as JSON text; templates write them as an object."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{where}.function.arguments is not JSON: {error}", param=where) from None
+    return {**call, "function": {**function, "arguments": arguments}}
