@@ -19,9 +19,7 @@ def demo_model() -> Path:
     """The model that comes with the package."""
     directory = Path(__file__).parent / "demo"
     if not (directory / "config.json").is_file():
-        raise InputError(
-            "no model given, and this installation has no embedded demo model: name a directory or a model on the hub"
-        )
+        raise InputError("no model given, and this installation has no demo model: name a directory or a model on the hub")
     return directory
 
 
@@ -48,12 +46,8 @@ def resolve(model: str, revision: str | None = None) -> Path:
 
 def _looks_like_a_path(model: str, path: Path) -> bool:
     """Whether it is written like a path, or its first folders exist here."""
-    return (
-        model.startswith((".", "/", "~"))
-        or model.count("/") > 1
-        or "\\" in model
-        or (path.parent != Path() and path.parent.exists())
-    )
+    written_so = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
+    return written_so or (path.parent != Path() and path.parent.exists())
 
 
 def _download(repo: str, revision: str | None) -> Path:

@@ -48,10 +48,8 @@ async def chat_prompt(body: ChatRequest, tokenizer: Tokenizer | None, limit: int
 
 
 async def render(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest, kwargs: Mapping[str, Any], tools: Any) -> str:
-    messages = [flat(message, i) for i, message in enumerate(body.messages or [])]
-    if not messages:
-        raise RequestError("messages is empty: it needs at least one message", param="messages")
-    clash = {"messages", "tools", "add_generation_prompt", "continue_final_message"} & kwargs.keys()
+    messages = [_plain(message, i) for i, message in enumerate(body.messages or [])]
+    clash = {"tools", "add_generation_prompt", "continue_final_message"} & kwargs.keys()
     if clash:
         raise RequestError(f"chat_template_kwargs may not hold {sorted(clash)[0]!r}", param="chat_template_kwargs")
     return await asyncio.to_thread(
@@ -64,28 +62,12 @@ async def render(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest, kwar
     )
 
 
-def flat(message: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """A message with its content as one text (text parts joined by newlines); "developer" is a system message by another name."""
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not role:
-        raise RequestError(f"messages[{i}].role must be text such as 'user', got {role!r:.80}", param=f"messages[{i}].role")
-    if isinstance(content, list):
-        content = "\n".join(_part(part, f"messages[{i}].content[{k}]") for k, part in enumerate(content))
-    elif content is None and message.get("tool_calls"):
-        content = ""
-    elif not isinstance(content, str):
+def _plain(message: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """Templates know no "developer", which is a system message by another name, and would print a missing content as "None"."""
+    if message.get("content") is None and not message.get("tool_calls"):
         where = f"messages[{i}].content"
-        raise RequestError(f"{where} must be text or a list of text parts, got {content!r:.80}", param=where)
-    return {**message, "role": "system" if role == "developer" else role, "content": content}
-
-
-def _part(part: Any, where: str) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-        found = f"a part of type {kind!r}" if kind and kind != "text" else repr(part)[:80]
-        message = f"{where}: only text parts ({{'type': 'text', 'text': ...}}) are supported, got {found}"
-        raise RequestError(message, param=where, code="unsupported_parameter")
-    return part["text"]
+        raise RequestError(f"{where} must be text or a list of text parts, got nothing", param=where)
+    return {**message, "role": "system"} if message.get("role") == "developer" else dict(message)
 
 
 async def tokenize(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:

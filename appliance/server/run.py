@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -46,8 +47,8 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
             logging.getLogger(noisy).setLevel("WARNING")
     with contextlib.closing(bind(server.host, server.port)) as sock:
         engine, server = locate(engine, server)
-        plan = make_plan(demo_model() if engine.model is None else resolve(engine.model), engine)
-        print(plan.table(), flush=True)
+        assert engine.model is not None  # locate() has filled it in
+        print(make_plan(Path(engine.model), engine).table(), flush=True)
         return asyncio.run(_Service(sock, engine, server).run())
 
 
@@ -63,6 +64,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen(2048)
     except OSError as error:
         sock.close()
         hint = "stop what listens there, or choose another --port (0 picks a free one)"
@@ -168,6 +170,7 @@ class _Service:
                 print(f"appliance: error: the engine died {deaths} times in a row: {client.failure}", file=sys.stderr)
                 return 1
             log.error("the engine has died (%s); it is started again", client.failure)
+            await client.stop(0)
             client = Client(self.engine)
             self.state.client = client
             loading = asyncio.create_task(client.start())
