@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from models.fields import Fields
+from models.rope_spec import RopeSpec, read_rope
+from quant.errors import InputError
+
+__all__ = ["ARCHITECTURES", "ModelSpec", "ModuleShape", "RopeSpec"]
 
 
 @dataclass(frozen=True)
-class RopeSpec:
-    """Rotary embedding. ``rotary_dim`` features of each head rotate; the kinds and their parameters are transformers'."""
+class Architecture:
+    """How a family differs from plain Llama, and transformers' defaults for keys that configs leave out."""
 
-    kind: str  # default, linear, dynamic, llama3, yarn, longrope
-    theta: float
-    rotary_dim: int
-    max_position: int  # max_position_embeddings
-    factor: float = 1.0
-    original_max_position: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attention_factor: float | None = None
-    truncate: bool = True
-    short_factor: tuple[float, ...] | None = None
-    long_factor: tuple[float, ...] | None = None
+    qkv_bias: bool | str = "attention_bias"  # a fact, or the config key that says
+    o_bias: bool | str = "attention_bias"
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    fused_qkv: bool = False
+    window: str = "none"  # none; "all": sliding_window in every layer; "upper": from layer max_window_layers on, if switched on
+    default_window: int | None = None
+    default_head_dim: int | None = None
+    eps: float = 1e-6
+    max_position: int = 2048
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture(mlp_bias="mlp_bias"),
+    "MistralForCausalLM": Architecture(qkv_bias=False, o_bias=False, window="all", default_window=4096, max_position=131072),
+    "Qwen2ForCausalLM": Architecture(qkv_bias=True, o_bias=False, window="upper", max_position=32768),
+    "Qwen3ForCausalLM": Architecture(qk_norm=True, window="upper", default_head_dim=128, max_position=32768),
+    "Phi3ForCausalLM": Architecture(qkv_bias=False, o_bias=False, fused_qkv=True, window="all", eps=1e-5, max_position=4096),
+}
+DTYPES = ("float16", "bfloat16", "float32")
+# Keys that would change the arithmetic, with the values under which they do not.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "pretraining_tp": (None, 1),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1, 1.0),
+    "embedding_multiplier": (None, 1, 1.0),
+    "residual_multiplier": (None, 1, 1.0),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+}
 
 
 @dataclass(frozen=True)
@@ -63,3 +88,146 @@ class ModelSpec:
     windows: tuple[int | None, ...] = ()  # sliding window by layer; None sees everything
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelSpec:
+        """Read config.json. Raises InputError naming the architecture, key or value that is not supported."""
+        name = _architecture(config)
+        kind, fields = ARCHITECTURES[name], Fields(config)
+        for key, allowed in NEUTRAL.items():
+            if config.get(key) not in allowed:
+                raise InputError(f"config.json: {key} = {config[key]!r} is not supported for {name}")
+        activation = config.get("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise InputError(f"config.json: hidden_act {activation!r} is not supported; supported is silu")
+        hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+        kv_heads = fields.integer("num_key_value_heads", default=heads)
+        if heads % kv_heads:
+            raise InputError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        head_dim = fields.integer("head_dim", default=kind.default_head_dim or _divide(hidden, heads))
+        layers = fields.integer("num_hidden_layers")
+        max_position = fields.integer("max_position_embeddings", default=kind.max_position)
+        rope = read_rope(Fields({"max_position_embeddings": max_position, **config}), head_dim, max_position)
+        return cls(
+            architecture=name,
+            layers=layers,
+            hidden=hidden,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate=fields.integer("intermediate_size"),
+            vocab=fields.integer("vocab_size"),
+            rope=rope,
+            eps=fields.number("rms_norm_eps", default=kind.eps),
+            tie_embeddings=fields.flag("tie_word_embeddings", default=False),
+            max_len=rope.max_len,
+            dtype=_dtype(config),
+            qkv_bias=_flag(kind.qkv_bias, fields),
+            o_bias=_flag(kind.o_bias, fields),
+            mlp_bias=_flag(kind.mlp_bias, fields),
+            qk_norm=kind.qk_norm,
+            fused_qkv=kind.fused_qkv,
+            windows=_windows(kind, fields, layers),
+            eos_token_ids=_token_ids(config, "eos_token_id"),
+            bos_token_id=next(iter(_token_ids(config, "bos_token_id")), None),
+        )
+
+    @property
+    def q_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def modules(self) -> list[ModuleShape]:
+        """Embedding, every linear of every layer, and the head (absent where it is tied to the embedding)."""
+        found = [ModuleShape("model.embed_tokens", self.vocab, self.hidden, "embedding", False)]
+        for layer in range(self.layers):
+            found += [
+                ModuleShape(f"model.layers.{layer}.{m.name}", m.N, m.K, m.part, m.bias) for m in self.layer_modules()
+            ]
+        if not self.tie_embeddings:
+            found.append(ModuleShape("lm_head", self.vocab, self.hidden, "head", False))
+        return found
+
+    def layer_modules(self) -> Iterator[ModuleShape]:
+        """The linears of one layer, by their name within it."""
+        q, kv, hidden, inner = self.q_size, self.kv_size, self.hidden, self.intermediate
+        if self.fused_qkv:
+            yield ModuleShape("self_attn.qkv_proj", q + 2 * kv, hidden, "attention", self.qkv_bias)
+        else:
+            for name, size in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+                yield ModuleShape(f"self_attn.{name}", size, hidden, "attention", self.qkv_bias)
+        yield ModuleShape("self_attn.o_proj", hidden, q, "attention", self.o_bias)
+        if self.fused_qkv:
+            yield ModuleShape("mlp.gate_up_proj", 2 * inner, hidden, "mlp", self.mlp_bias)
+        else:
+            for name in ("gate_proj", "up_proj"):
+                yield ModuleShape(f"mlp.{name}", inner, hidden, "mlp", self.mlp_bias)
+        yield ModuleShape("mlp.down_proj", hidden, inner, "mlp", self.mlp_bias)
+
+    def small_tensors(self) -> list[tuple[str, int]]:
+        """Norm weights: (name, number of values)."""
+        found = [("model.norm.weight", self.hidden)]
+        for layer in range(self.layers):
+            prefix = f"model.layers.{layer}"
+            found += [(f"{prefix}.{n}.weight", self.hidden) for n in ("input_layernorm", "post_attention_layernorm")]
+            if self.qk_norm:
+                found += [(f"{prefix}.self_attn.{n}.weight", self.head_dim) for n in ("q_norm", "k_norm")]
+        return found
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(m.N * m.K + (m.N if m.bias else 0) for m in self.modules()) + sum(n for _, n in self.small_tensors())
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise InputError(f"config.json: architectures is {names!r}, expected one of {', '.join(ARCHITECTURES)}")
+    if names[0] not in ARCHITECTURES:
+        raise InputError(f"config.json: architecture {names[0]} is not supported; supported are {', '.join(ARCHITECTURES)}")
+    return names[0]
+
+
+def _divide(hidden: int, heads: int) -> int:
+    if hidden % heads:
+        raise InputError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is missing")
+    return hidden // heads
+
+
+def _flag(source: bool | str, fields: Fields) -> bool:
+    return source if isinstance(source, bool) else fields.flag(source, default=False)
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"  # transformers' default
+    if dtype not in DTYPES:
+        raise InputError(f"config.json: torch_dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
+    return dtype
+
+
+def _windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None, ...]:
+    """The sliding window of each layer; layer_types, where given, decides."""
+    types = fields.get("layer_types")
+    given = fields.get("sliding_window") if "sliding_window" in fields.values else kind.default_window
+    window = None if given is None else fields.integer("sliding_window", default=given)
+    if kind.window == "none":
+        window = None
+    if kind.window == "upper" and not fields.flag("use_sliding_window", default=False):
+        window = None
+    if types is not None:
+        if not isinstance(types, list) or len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+            raise InputError(f"config.json: layer_types must name full_attention or sliding_attention for each of {layers} layers")
+        return tuple(window if t == "sliding_attention" else None for t in types)
+    first = fields.integer("max_window_layers", default=28, minimum=0) if kind.window == "upper" else 0
+    return tuple(window if layer >= first else None for layer in range(layers))
+
+
+def _token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    value = config.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise InputError(f"config.json: {key} is {value!r:.60}, expected a token id or a list of them")
+    return tuple(ids)

@@ -1,0 +1,41 @@
+"""Checked access to the keys of a JSON object: every complaint names the key, what was found and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quant.errors import InputError
+
+_MISSING = object()
+
+
+class Fields:
+    """A JSON object with a name for messages. A key whose value is null counts as absent."""
+
+    def __init__(self, values: Mapping[str, Any], name: str = "config.json") -> None:
+        self.values, self.name = values, name
+
+    def get(self, key: str) -> Any:
+        return self.values.get(key)
+
+    def integer(self, key: str, *, default: Any = _MISSING, minimum: int = 1) -> int:
+        return self._checked(key, default, lambda v: type(v) is int and v >= minimum, f"an integer of at least {minimum}")
+
+    def number(self, key: str, *, default: Any = _MISSING, positive: bool = True) -> float:
+        what = "a positive number" if positive else "a number"
+        good = self._checked(key, default, lambda v: type(v) in (int, float) and (v > 0 or not positive), what)
+        return float(good)
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        return self._checked(key, default, lambda v: type(v) is bool, "true or false")
+
+    def _checked(self, key: str, default: Any, good: Any, what: str) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            if default is _MISSING:
+                raise InputError(f"{self.name}: {key} is missing, expected {what}")
+            return default
+        if not good(value):
+            raise InputError(f"{self.name}: {key} is {value!r:.60}, expected {what}")
+        return value

@@ -1,0 +1,118 @@
+"""Rotary embeddings as configs describe them: old style (rope_theta beside rope_scaling) and new (rope_parameters). No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from models.fields import Fields
+from quant.errors import InputError
+
+ALIASES = {"su": "longrope"}  # Phi-3's first releases
+KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim",
+        "truncate",
+    ),
+    "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor", "attention_factor"),
+}  # fmt: skip
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
+    "longrope": ("short_factor", "long_factor"),
+}
+COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
+# Keys that other kinds use and that published configs carry along; transformers passes over them too.
+IDLE = {"finetuned", "short_mscale", "long_mscale"} | {key for keys in KEYS.values() for key in keys}
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary embedding. ``rotary_dim`` features of each head rotate; the kinds and their parameters are transformers'."""
+
+    kind: str  # default, linear, dynamic, llama3, yarn, longrope
+    theta: float
+    rotary_dim: int
+    max_position: int  # max_position_embeddings
+    factor: float = 1.0
+    original_max_position: int = 0  # set for llama3, yarn and longrope
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    @property
+    def max_len(self) -> int:
+        """The longest context these positions were scaled for: as vLLM derives it from the same keys."""
+        if self.kind in ("linear", "dynamic"):
+            return int(self.max_position * self.factor)
+        if self.kind == "yarn":
+            return max(self.max_position, int(self.original_max_position * self.factor))
+        return self.max_position
+
+
+def read_rope(config: Fields, head_dim: int, max_position: int) -> RopeSpec:
+    """InputError, naming the key, for a kind or value that is not known."""
+    raw = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(raw, Mapping):
+        raise InputError(f"config.json: rope_scaling is {raw!r:.60}, expected an object or null")
+    rope = Fields(dict(raw), "rope settings of config.json")
+    kind = str(rope.get("rope_type") or rope.get("type") or "default")
+    kind = ALIASES.get(kind, kind)
+    if kind not in KEYS or any(isinstance(value, Mapping) for value in raw.values()):
+        nested = "settings by layer type" if kind in KEYS else repr(kind)
+        raise InputError(f"config.json: rope type {nested} is not supported; supported are {', '.join(KEYS)}")
+    unknown = sorted(set(raw) - COMMON - IDLE)
+    if unknown:
+        raise InputError(f"config.json: rope settings hold {unknown[0]!r}, which the {kind} kind does not know")
+    theta = rope.number("rope_theta", default=config.number("rope_theta", default=10000.0))
+    partial = rope.number("partial_rotary_factor", default=config.number("partial_rotary_factor", default=1.0))
+    rotary = int(head_dim * partial)
+    if rotary < 2 or rotary % 2 or rotary > head_dim:
+        raise InputError(f"config.json: partial_rotary_factor {partial} of head size {head_dim} gives {rotary} rotary features")
+    return RopeSpec(kind=kind, theta=theta, rotary_dim=rotary, max_position=max_position, **_scaling(kind, rope, config, rotary))
+
+
+def _scaling(kind: str, rope: Fields, config: Fields, rotary: int) -> dict[str, Any]:
+    """The keys of one kind, checked; nothing for the default."""
+    values: dict[str, Any] = {}
+    max_position = config.integer("max_position_embeddings")
+    for key in KEYS[kind]:
+        given = rope.get(key)
+        if given is None:
+            if key in REQUIRED[kind]:
+                raise InputError(f"config.json: rope type {kind} needs {key!r} and it is missing")
+        elif key.endswith("_factor") and key.split("_")[0] in ("short", "long"):
+            values[key] = _factors(key, given, rotary)
+        elif key == "truncate":
+            values[key] = bool(given)
+        elif key == "original_max_position_embeddings":
+            values["original_max_position"] = rope.integer(key)
+        else:
+            values[key] = rope.number(key, positive=key in ("factor", "low_freq_factor", "high_freq_factor"))
+    if "original_max_position_embeddings" in KEYS[kind]:
+        # The model's own key wins over the one among the rope settings, as in transformers.
+        own = config.integer("original_max_position_embeddings", default=0)
+        values["original_max_position"] = own or values.get("original_max_position", max_position)
+        values.setdefault("factor", max_position / values["original_max_position"])
+    return values
+
+
+def _factors(key: str, given: Any, rotary: int) -> tuple[float, ...]:
+    if not isinstance(given, list) or len(given) != rotary // 2 or not all(isinstance(f, int | float) and f > 0 for f in given):
+        found = f"{len(given)} values" if isinstance(given, list) else repr(given)[:40]
+        raise InputError(f"config.json: rope {key} has {found}, expected {rotary // 2} positive numbers")
+    return tuple(float(f) for f in given)
