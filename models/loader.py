@@ -1,0 +1,169 @@
+"""From a checkpoint to a Decoder, module by module: read, join, lay out, drop. Strict: nothing missing, nothing left over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.ops import Ops, Weight
+from models.decoder import Decoder, Layer, Linear
+from models.rope import cos_sin_table
+from models.spec import ModelSpec, ModuleShape
+from quant.checkpoint import Checkpoint
+from quant.errors import CheckpointError
+from quant.tensor import QuantTensor
+
+log = logging.getLogger("appliance.loader")
+
+Part = tuple[QuantTensor | Tensor, Tensor | None]  # a published weight [N, K] and its bias [N]
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    ops: Ops,
+    *,
+    dtype: torch.dtype,
+    max_len: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoder:
+    """Load every weight for activations of ``dtype`` and positions below ``max_len``.
+
+    ``progress`` is called with (bytes read, bytes in the files). Raises CheckpointError naming the tensors where some are missing,
+    left over, of another shape than config.json says, or have scales that are not finite.
+    """
+    return _Loader(checkpoint, spec, ops, dtype, progress or (lambda done, total: None)).load(max_len)
+
+
+class _Loader:
+    def __init__(
+        self, checkpoint: Checkpoint, spec: ModelSpec, ops: Ops, dtype: torch.dtype, progress: Callable[[int, int], None]
+    ) -> None:
+        self.checkpoint, self.spec, self.ops, self.dtype, self.progress = checkpoint, spec, ops, dtype, progress
+        self.shapes = {m.name: m for m in spec.layer_modules()}
+
+    def load(self, max_len: int) -> Decoder:
+        self._tell()
+        embedding, head = self._ends()
+        layers = []
+        for number in range(self.spec.layers):
+            layers.append(self._layer(number))
+            self._tell()
+        norm = self._norm("model.norm", self.spec.hidden)
+        rest = self.checkpoint.leftover()
+        if rest:
+            shown = ", ".join(rest[:5]) + (", ..." if len(rest) > 5 else "")
+            raise CheckpointError(
+                f"{self.checkpoint.index.directory}: {len(rest)} tensors have no place in a {self.spec.architecture}: {shown}"
+            )
+        total = self.checkpoint.index.total_bytes
+        self.progress(total, total)
+        return Decoder(
+            spec=self.spec,
+            ops=self.ops,
+            embedding=embedding,
+            layers=tuple(layers),
+            norm=norm,
+            head=self._pack((embedding, None)) if head is None else self._pack((head, None)),
+            cos_sin=cos_sin_table(self.spec.rope, max_len).to(self.ops.device),
+            tied=head is None,
+        )
+
+    def _tell(self) -> None:
+        tensors = self.checkpoint.index.tensors
+        self.progress(sum(tensors[name].nbytes for name in self.checkpoint.consumed), self.checkpoint.index.total_bytes)
+
+    def _ends(self) -> tuple[Tensor, QuantTensor | Tensor | None]:
+        """(embedding, head); None for a head that is the embedding. A tied model may store the one table under either name."""
+        shape = (self.spec.vocab, self.spec.hidden)
+        tied, stored = self.spec.tie_embeddings, self.checkpoint.has(f"{EMBEDDING}.weight")
+        embedding = self.checkpoint.weight(EMBEDDING if stored or not tied else HEAD, expect=shape)
+        if isinstance(embedding, QuantTensor):
+            raise CheckpointError(f"{EMBEDDING} is quantized: quantized embeddings are not supported")
+        embedding = embedding.to(self.ops.device, self.dtype)
+        if tied and not self._has_head(stored):
+            return embedding, None
+        head = self.checkpoint.weight(HEAD, expect=shape)
+        if isinstance(head, QuantTensor):
+            return embedding, head
+        head = head.to(self.ops.device, self.dtype)
+        if tied and torch.equal(head, embedding):
+            return embedding, None
+        if tied:
+            log.warning("config.json says that the head is tied to the embedding, but the checkpoint has both and they differ: using both")
+        return embedding, head
+
+    def _has_head(self, embedding_stored: bool) -> bool:
+        return embedding_stored and any(name.startswith(f"{HEAD}.") for name in self.checkpoint.index.tensors)
+
+    def _layer(self, number: int) -> Layer:
+        spec, prefix = self.spec, f"model.layers.{number}"
+        if spec.fused_qkv:
+            qkv, gate_up = [self._read(prefix, "self_attn.qkv_proj")], self._halves(self._read(prefix, "mlp.gate_up_proj"))
+        else:
+            qkv = [self._read(prefix, f"self_attn.{n}_proj") for n in ("q", "k", "v")]
+            gate_up = [self._read(prefix, f"mlp.{n}_proj") for n in ("gate", "up")]
+        down, down_bias = self._read(prefix, "mlp.down_proj")
+        if isinstance(down, QuantTensor) and down.perm is not None:
+            # The inputs of down are the outputs of gate and up: put those in down's order once, and no step needs a gather.
+            gate_up = [_select(part, down.perm) for part in gate_up]
+            down = down.without_perm()
+        norms = {}
+        if spec.qk_norm:
+            norms = {n: self._norm(f"{prefix}.self_attn.{n}", spec.head_dim) for n in ("q_norm", "k_norm")}
+        return Layer(
+            input_norm=self._norm(f"{prefix}.input_layernorm", spec.hidden),
+            qkv=self._fuse(qkv),
+            o=self._pack(self._read(prefix, "self_attn.o_proj")),
+            post_norm=self._norm(f"{prefix}.post_attention_layernorm", spec.hidden),
+            gate_up=self._fuse(gate_up),
+            down=self._pack((down, down_bias)),
+            window=spec.windows[number],
+            **norms,
+        )
+
+    def _read(self, prefix: str, module: str) -> Part:
+        shape: ModuleShape = self.shapes[module]
+        name = f"{prefix}.{module}"
+        weight = self.checkpoint.weight(name, expect=(shape.N, shape.K))
+        if isinstance(weight, QuantTensor) and not bool(torch.isfinite(weight.scales.float()).all()):
+            raise CheckpointError(f"{name}: some of its scales are not finite numbers: the checkpoint is damaged")
+        return weight, self._vector(f"{name}.bias", shape.N) if shape.bias else None
+
+    def _norm(self, name: str, size: int) -> Tensor:
+        return self._vector(f"{name}.weight", size)
+
+    def _vector(self, name: str, size: int) -> Tensor:
+        vector = self.checkpoint.take(name, dtypes=("F16", "BF16", "F32"), shape=(size,))
+        return vector.to(self.ops.device, self.dtype)
+
+    def _halves(self, part: Part) -> list[Part]:
+        weight, bias = part
+        size = self.spec.intermediate
+        halves = weight.split([size, size]) if isinstance(weight, QuantTensor) else list(weight.split(size))
+        biases = [None, None] if bias is None else list(bias.split(size))
+        return list(zip(halves, biases, strict=True))
+
+    def _fuse(self, parts: Sequence[Part]) -> Linear:
+        """One weight where the parts allow it, else one each."""
+        weights, biases = [w for w, _ in parts], [b for _, b in parts]
+        bias = torch.cat([b for b in biases if b is not None]) if biases[0] is not None else None
+        quantized = [w for w in weights if isinstance(w, QuantTensor)]
+        if len(quantized) == len(weights) and QuantTensor.can_cat(quantized):
+            return (self._pack((QuantTensor.cat(quantized), bias)),)
+        if not quantized:
+            return (self._pack((torch.cat([w.to(self.dtype) for w in weights]), bias)),)  # type: ignore[union-attr]
+        return tuple(self._pack(part) for part in parts)
+
+    def _pack(self, part: Part) -> Weight:
+        return self.ops.pack(part[0], dtype=self.dtype, bias=part[1])
+
+
+def _select(part: Part, index: Tensor) -> Part:
+    weight, bias = part
+    rows = weight.select_rows(index) if isinstance(weight, QuantTensor) else weight[index]
+    return rows, None if bias is None else bias[index]
