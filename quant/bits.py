@@ -11,12 +11,18 @@ from torch import Tensor
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # widths of the bit planes, low plane first
 
 
+def as_bytes(words: Tensor) -> Tensor:
+    """Integer words [R, W] of B bytes -> uint8 [R, W * B]."""
+    # By way of one dimension: torch wants a unit stride even where the width is 1.
+    return words.contiguous().reshape(-1).view(torch.uint8).view(words.shape[0], words.shape[1] * words.element_size())
+
+
 def unpack_stream(words: Tensor, bits: int, count: int) -> Tensor:
     """Integer words [R, W] holding a dense little-endian stream of ``bits``-wide fields per row -> uint8 [R, count].
 
     Field i is the bits i * bits .. i * bits + bits - 1 of the row, so 3-bit fields may straddle words.
     """
-    data = words.contiguous().view(torch.uint8)
+    data = as_bytes(words)
     if bits == 8:
         return data[:, :count]
     if bits in (2, 4):

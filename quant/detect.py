@@ -60,7 +60,8 @@ def _without_words(index: CheckpointIndex) -> Settings:
             return Settings("fp8", (), scheme, f"seen from the tensors: {name} {info}")
         if name.endswith((".weight_packed", ".weight_scale", ".qweight")):
             raise CheckpointError(
-                f"{name} {info} is quantized, but config.json has no quantization_config to say how; fetch the publisher's config.json"
+                f"{name} {info} is quantized, but config.json has no quantization_config to say how; "
+                "take config.json from the model's publisher"
             )
     return Settings("none", (), DENSE, "config.json has no quantization_config and the tensors are not quantized")
 

@@ -109,7 +109,7 @@ class QuantScheme:
             if layout is None:
                 raise CheckpointError(
                     f"{name}: qweight {found} and scales {tensors.get(name + '.scales')} fit no packing of AWQ: "
-                    "gemm [in, out/8] and [groups, out], gemv [out, in/8] and [out, groups], gemv_fast [out/4, in] and [groups, out]"
+                    "gemm [in, out/8] and [groups, out], gemv [out, in/8] and [out, groups], gemv_fast [out/4, in], [groups, out]"
                 )
             return replace(stated, layout=layout)
         return stated

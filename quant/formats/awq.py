@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from quant.bits import unpack_stream
+from quant.bits import as_bytes, unpack_stream
 from quant.errors import CheckpointError
 from quant.formats.common import SCALES, Source, from_nibbles, group_columns
 from quant.rules import WeightScheme
@@ -60,7 +60,7 @@ def _gemv(source: Source, name: str, scheme: WeightScheme) -> QuantTensor:
         width = _padded_width(source, f"{name}.qzeros", (N, math.ceil(groups / 8)), 1)
         packed_zeros = source.take(f"{name}.qzeros", dtypes=("I32",), shape=(N, width))
         zeros = _simplify(unpack_stream(packed_zeros, 4, groups).t().contiguous(), scheme)
-    return from_nibbles(words.view(torch.uint8), K, scales=scales, zeros=zeros, group_size=size)
+    return from_nibbles(as_bytes(words), K, scales=scales, zeros=zeros, group_size=size)
 
 
 def _gemv_fast(source: Source, name: str, scheme: WeightScheme) -> QuantTensor:

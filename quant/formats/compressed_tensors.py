@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from quant.bits import unpack_stream, unpack_words
+from quant.bits import as_bytes, unpack_stream, unpack_words
 from quant.errors import CheckpointError
 from quant.formats.common import SCALES, Source, from_nibbles, regroup, skip_input_scales, widen
 from quant.formats.fp8 import expand_scales
@@ -46,14 +46,13 @@ def _packed(source: Source, name: str, scheme: WeightScheme, expect: tuple[int, 
     rows, K = _shape(source, name, expect, (N, words.shape[1] * 32 // bits))
     if rows != N:
         raise CheckpointError(f"{name}.weight_packed: found {N} rows, but weight_shape says {rows}")
+    _check_width(f"{name}.weight_packed", words, bits, K)
     scale = source.take(f"{name}.weight_scale", dtypes=SCALES)
     g_idx = _group_index(source, name, K)
     if g_idx is not None and scale.dim() == 2 and scale.shape[0] == N:
         scales, size = scale.t().contiguous(), K if scheme.group_size == -1 else min(scheme.group_size, K)
         if int(g_idx.max()) >= scales.shape[0]:
-            raise CheckpointError(
-                f"{name}.weight_g_idx: found groups up to {int(g_idx.max())}, the scales have {scales.shape[0]}"
-            )
+            raise CheckpointError(f"{name}.weight_g_idx: found group {int(g_idx.max())} of {scales.shape[0]}")
     else:
         g_idx = None if scheme.group_size == -1 else g_idx
         scales, size = expand_scales(f"{name}.weight_scale", scale, scheme, N, K)
@@ -65,8 +64,7 @@ def _packed(source: Source, name: str, scheme: WeightScheme, expect: tuple[int, 
         if zeros is not None:
             zeros = (zeros if pieces is None else zeros[pieces])[: math.ceil(K / size)].contiguous()
     if bits == 4 and perm is None:
-        _check_width(name, words.shape[1], (math.ceil(K / 8),))
-        return from_nibbles(words.view(torch.uint8), K, scales=scales, zeros=zeros, group_size=size, activation=scheme.activation)
+        return from_nibbles(as_bytes(words), K, scales=scales, zeros=zeros, group_size=size, activation=scheme.activation)
     values = _unpack(f"{name}.weight_packed", words, bits, K)
     if perm is not None:
         values = values[:, perm]
@@ -85,17 +83,17 @@ def _shape(source: Source, name: str, expect: tuple[int, int] | None, held: tupl
     return N, K
 
 
-def _check_width(name: str, found: int, expected: tuple[int, ...]) -> None:
-    if found not in expected:
-        raise CheckpointError(
-            f"{name}: found {found} words a row, expected {expected[0]}; the config's bits or the shape do not fit"
-        )
+def _check_width(name: str, words: Tensor, bits: int, count: int) -> int:
+    """The words a row of a dense stream; CheckpointError unless the rows are that wide, or as wide as whole fields a word make."""
+    dense, padded = math.ceil(count * bits / 32), math.ceil(count / (32 // bits))
+    if words.shape[1] not in (dense, padded):
+        raise CheckpointError(f"{name}: found {words.shape[1]} words for {count} codes of {bits} bits, expected {dense}")
+    return dense
 
 
 def _unpack(name: str, words: Tensor, bits: int, count: int) -> Tensor:
-    """Dense fields, or whole fields a word as versions before 0.10 wrote 3, 5, 6 and 7 bits: the width of the rows tells."""
-    dense, padded = math.ceil(count * bits / 32), math.ceil(count / (32 // bits))
-    _check_width(name, words.shape[1], (dense, padded))
+    """Dense fields, or whole fields a word as early versions wrote 3, 5, 6 and 7 bits: the width of the rows tells."""
+    dense = _check_width(name, words, bits, count)
     return unpack_stream(words, bits, count) if words.shape[1] == dense else unpack_words(words, bits, count)
 
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from quant.bits import unpack_planes, unpack_stream
+from quant.bits import as_bytes, unpack_planes, unpack_stream
 from quant.errors import CheckpointError
 from quant.formats.common import SCALES, Source, from_nibbles, group_columns, regroup, widen
 from quant.rules import WeightScheme
@@ -41,7 +41,7 @@ def load(source: Source, name: str, scheme: WeightScheme, expect: tuple[int, int
     zeros = zeros[: math.ceil(K / size)].contiguous() if zeros is not None else None
     stream = words.t().contiguous()
     if bits == 4 and perm is None and not scheme.planar:
-        return from_nibbles(stream.view(torch.uint8), K, scales=scales, zeros=zeros, group_size=size)
+        return from_nibbles(as_bytes(stream), K, scales=scales, zeros=zeros, group_size=size)
     values = unpack_planes(stream, bits, K) if scheme.planar else unpack_stream(stream, bits, K)
     if perm is not None:
         values = values[:, perm]
@@ -76,10 +76,10 @@ def _zeros(source: Source, name: str, scheme: WeightScheme, groups: int, N: int,
     stored = unpack_planes(words, bits, N) if scheme.planar else unpack_stream(words, bits, N)
     middle = 2 ** (bits - 1)
     # Symmetric weights tell their version by themselves, and some are published under the wrong one.
-    if scheme.symmetric and bool((stored == middle - scheme.zero_offset).all() or (stored == middle).all()):
+    if scheme.symmetric and bool((stored == middle - 1).all() or (stored == middle).all()):
         return None
     if scheme.zero_offset and scheme.zero_borrow:
-        words = words.clone().view(torch.uint8).to(torch.int64).view(groups, -1, word_bits // 8)
+        words = as_bytes(words).to(torch.int64).view(groups, -1, word_bits // 8)
         return unpack_stream(_add_one_to_each_field(words, bits), bits, N).contiguous()
     # A stored 2 ** bits - 1 is a zero point of 0 that wrapped.
     return (stored + scheme.zero_offset) & (2**bits - 1)
