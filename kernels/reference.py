@@ -1,0 +1,126 @@
+"""Every operator in plain torch, computed in float32: the oracle of all others, and the fallback that always works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.ops import KVCache, Ops, PagedBatch
+from quant.tensor import QuantTensor
+
+FP8_MAX = 448.0  # the largest float8_e4m3fn
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceWeight:
+    """The canonical weight as it is; dequantized anew at every use."""
+
+    tensor: QuantTensor | Tensor
+    bias: Tensor | None
+    N: int
+    K: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+def pack(weight: QuantTensor | Tensor, *, dtype: torch.dtype, bias: Tensor | None = None) -> ReferenceWeight:
+    if isinstance(weight, QuantTensor):
+        return ReferenceWeight(weight, bias, weight.N, weight.K)
+    return ReferenceWeight(weight.to(dtype), bias, *weight.shape)
+
+
+def matmul(x: Tensor, weight: ReferenceWeight) -> Tensor:
+    tensor, wide = weight.tensor, x.float()
+    if isinstance(tensor, QuantTensor):
+        wide = quantize_activations(wide, tensor.activation)
+        dense = tensor.dequantize()
+    else:
+        dense = tensor.float()
+    return F.linear(wide, dense, None if weight.bias is None else weight.bias.float()).to(x.dtype)
+
+
+def quantize_activations(x: Tensor, activation: str | None) -> Tensor:
+    """x float32 [T, K] rounded to what int8 or FP8 activations can hold, one scale a token; x itself where none are asked for."""
+    if activation is None:
+        return x
+    peak = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-12)
+    if activation.startswith("int8"):
+        scale = peak / 127.0
+        return (x / scale).round().clamp(-128, 127) * scale
+    scale = peak / FP8_MAX
+    return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    return table[ids]
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return rms_norm(total, weight, eps=eps), total
+
+
+def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, rotary / 2]
+
+    def rotate(x: Tensor) -> Tensor:
+        half = cos.shape[-1]
+        a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+        return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
+
+    return rotate(q), rotate(k)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def store_kv(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+    cache.k.flatten(0, 1)[slots] = k
+    cache.v.flatten(0, 1)[slots] = v
+
+
+def attention(q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None) -> Tensor:
+    out = torch.empty_like(q)
+    for s, (end, table) in enumerate(zip(batch.seq_lens_list, batch.block_tables_list, strict=True)):
+        rows = slice(batch.query_starts_list[s], batch.query_starts_list[s + 1])
+        blocks = torch.tensor(table, device=q.device)
+        k = cache.k[blocks].flatten(0, 1)[:end].float().transpose(0, 1)  # [Hkv, end, D]
+        v = cache.v[blocks].flatten(0, 1)[:end].float().transpose(0, 1)
+        mine = q[rows].float()
+        queries = mine.shape[0]
+        grouped = mine.unflatten(1, (k.shape[0], -1)).permute(1, 2, 0, 3)  # [Hkv, group, T, D]
+        scores = grouped @ k.unsqueeze(1).transpose(-1, -2) * scale  # [Hkv, group, T, end]
+        key, query = torch.arange(end, device=q.device), torch.arange(end - queries, end, device=q.device).unsqueeze(1)
+        seen = key <= query if window is None else (key <= query) & (key > query - window)
+        found = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.unsqueeze(1)
+        out[rows] = found.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
+    return out
+
+
+def make_ops(device: torch.device) -> Ops:
+    """The reference on any device."""
+    return Ops(
+        name="reference",
+        device=device,
+        pack=pack,
+        matmul=matmul,
+        embedding=embedding,
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        rope=rope,
+        silu_mul=silu_mul,
+        store_kv=store_kv,
+        attention=attention,
+    )
