@@ -90,9 +90,7 @@ class Checkpoint:
         weight = self._load(name, scheme, expect)
         shape = (weight.N, weight.K) if isinstance(weight, QuantTensor) else tuple(weight.shape)
         if expect is not None and shape != tuple(expect):
-            raise CheckpointError(
-                f"{name}: found a weight of {list(shape)} (outputs, inputs), expected {list(expect)} by config.json"
-            )
+            raise CheckpointError(f"{name}: found a weight [out, in] of {list(shape)}, config.json expects {list(expect)}")
         return weight
 
     def _load(self, name: str, scheme: WeightScheme, expect: tuple[int, int] | None) -> QuantTensor | Tensor:

@@ -25,7 +25,7 @@ def awq_layout(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
 
 
 def family(index: CheckpointIndex) -> tuple[str, str] | None:
-    """(awq or gptq, the evidence) from the first packed module; None where no module has a qweight, or it fits neither."""
+    """(awq or gptq, the evidence) from the first packed module; None where there is none, or where it fits neither or both."""
     tensors = index.tensors
     for name, qweight in tensors.items():
         if not name.endswith(".qweight") or len(qweight.shape) != 2:
@@ -35,6 +35,8 @@ def family(index: CheckpointIndex) -> tuple[str, str] | None:
         evidence = f"{name} {qweight} beside scales {scales}"
         if f"{module}.g_idx" in tensors:
             return "gptq", f"{evidence} and a g_idx"
+        if scales is not None and scales.shape == qweight.shape:
+            return None  # GPTQ in groups of one word, or AWQ's gemv with as many padded groups as words: the config must tell
         if scales is not None and len(scales.shape) == 2 and scales.shape[1] == qweight.shape[1]:
             return "gptq", evidence
         return ("awq", evidence) if awq_layout(module, tensors) else None

@@ -66,9 +66,7 @@ class CheckpointIndex:
         """
         directory = Path(directory)
         if not directory.is_dir():
-            raise CheckpointError(
-                f"{directory}: there is no such directory; a model is a directory with config.json and *.safetensors"
-            )
+            raise CheckpointError(f"{directory}: no such directory; a model is a directory with config.json and *.safetensors")
         index = directory / INDEX
         if (directory / "model.safetensors").is_file():
             tensors = _merge([directory / "model.safetensors"])
@@ -97,15 +95,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file. Every byte range is checked against the size of the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
+        length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
         if not 0 < length <= MAX_HEADER:
-            raise CheckpointError(
-                f"{path}: not a safetensors file: the header's length reads as {length} (the file has {size} bytes)"
-            )
+            raise CheckpointError(f"{path}: not a safetensors file: its header would have {length} bytes, the file has {size}")
         if 8 + length > size:
-            raise CheckpointError(
-                f"{path}: truncated: the header alone needs {8 + length} bytes, the file has {size}; fetch it again"
-            )
+            raise CheckpointError(f"{path}: truncated: the header ends at byte {8 + length}, the file has {size}; fetch it again")
         text = file.read(length)
     try:
         header = json.loads(text.decode("utf-8"))
@@ -138,9 +132,7 @@ def _merge(files: list[Path]) -> dict[str, TensorInfo]:
     for path in files:
         for name, info in read_header(path).items():
             if name in tensors:
-                raise CheckpointError(
-                    f"{name} is in two files, {tensors[name].file.name} and {path.name}: remove the one that is stale"
-                )
+                raise CheckpointError(f"{name} is in two files, {tensors[name].file.name} and {path.name}: remove the stale one")
             tensors[name] = info
     return tensors
 

@@ -1,4 +1,4 @@
-"""Every published layout, written from its definition, comes back exactly: random shapes, groups, bits, zero points and orders."""
+"""Every published layout, written from its definition, comes back exactly: any shape, group, bits, zero points and order."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def same(weight: QuantTensor, written: writers.Weight) -> None:
 
 @FEW
 @given(
-    SEEDS, st.sampled_from([2, 3, 4, 8]), st.integers(1, 20), st.integers(1, 150), st.sampled_from([-1, 16, 32, 50]), st.booleans(),
-    st.sampled_from(["plain", "act", "wild"]), st.sampled_from(["gptq", "gptq_v2", "gptq_p"]),
+    SEEDS, st.sampled_from([2, 3, 4, 8]), st.integers(1, 20), st.integers(1, 150), st.sampled_from([-1, 16, 32, 50]),
+    st.booleans(), st.sampled_from(["plain", "act", "wild"]), st.sampled_from(["gptq", "gptq_v2", "gptq_p"]),
 )  # fmt: skip
 def test_gptq(tmp_path: Path, seed: int, bits: int, N: int, K: int, group: int, sym: bool, order: str, version: str) -> None:
     written = make(np.random.default_rng(seed), N, K, group, bits, sym=sym, order=order)
@@ -166,8 +166,8 @@ def test_awq_gemv_fast(tmp_path: Path, K: int, group: int, name: str) -> None:
 
 @FEW
 @given(
-    SEEDS, st.sampled_from([2, 3, 4, 5, 6, 8]), st.integers(1, 20), st.integers(1, 150), st.sampled_from([-1, 16, 50]), st.booleans(),
-    st.sampled_from(["plain", "act"]),
+    SEEDS, st.sampled_from([2, 3, 4, 5, 6, 8]), st.integers(1, 20), st.integers(1, 150), st.sampled_from([-1, 16, 50]),
+    st.booleans(), st.sampled_from(["plain", "act"]),
 )  # fmt: skip
 def test_pack_quantized(tmp_path: Path, seed: int, bits: int, N: int, K: int, group: int, sym: bool, order: str) -> None:
     written = make(np.random.default_rng(seed), N, K, group, bits, sym=sym, order=order)
@@ -323,7 +323,7 @@ def test_awq_gemv_group_that_does_not_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight_shape": torch.tensor([16, 72])}, "weight_packed: found 8 words for 72 codes of 4 bits, expected 9"),
+        ({"weight_shape": torch.tensor([16, 72])}, "weight_packed: found 8 words for 72 codes of 4 bits, not 9"),
         ({"weight_shape": torch.tensor([17, 64])}, "weight_packed: found 16 rows, but weight_shape says 17"),
         ({"weight_scale": torch.ones(16, 4)}, "64 inputs in groups of 32 make 2 groups, but the scales have 4"),
         ({"weight_scale": torch.ones(15, 2)}, r"weight_scale: found \[15, 2\], expected one number, \[16, 1\] or \[16, groups\]"),

@@ -1,4 +1,4 @@
-"""Checkpoints written from the definitions of the formats, in plain numpy: an opinion of its own about what the readers should see."""
+"""Checkpoints written from the definitions of the formats, in plain numpy: a second opinion about what the readers should see."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def awq_gemm(w: Weight) -> dict[str, Tensor]:
 def padded_words(groups: int, group_size: int) -> int:
     """AutoAWQ's width of the gemv zeros: words of 8 groups, rounded up to 1, 2 (group 64) or 4 (group 32)."""
     step = {32: 4, 64: 2}.get(group_size, 1)
-    return -(-(-(-groups // 8)) // step) * step
+    words = (groups + 7) // 8
+    return (words + step - 1) // step * step
 
 
 def awq_gemv(w: Weight, group_size: int) -> dict[str, Tensor]:

@@ -1,0 +1,87 @@
+"""Against the reference libraries' own packers and dequantizers. ``pip install --no-deps autoawq compressed-tensors`` runs these.
+
+Without the packages they are skipped; tests/quant/test_formats.py holds the same layouts to the formats' definitions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.quant.writers import ct_config, load, save
+
+AWQ = {"quant_method": "awq", "bits": 4}
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_autoawq_gemm(tmp_path: Path, group: int) -> None:
+    packing = pytest.importorskip("awq.utils.packing_utils", exc_type=ImportError)
+    torch.manual_seed(group)
+    words = torch.randint(-(2**31), 2**31 - 1, (256, 6), dtype=torch.int32)
+    zeros = torch.randint(-(2**31), 2**31 - 1, (256 // group, 6), dtype=torch.int32)
+    scales = torch.rand(256 // group, 48).half()
+    save(tmp_path, {"qweight": words, "qzeros": zeros, "scales": scales}, {**AWQ, "group_size": group})
+    expected = packing.dequantize_gemm(words, zeros, scales.float(), 4, group)
+    assert torch.equal(load(tmp_path).dequantize(), expected.t())
+
+
+@pytest.mark.parametrize("kind", ["gemm", "gemv", "gemv_fast"])
+@pytest.mark.parametrize(("K", "group"), [(256, 64), (320, 32), (384, 128), (192, -1)])
+def test_autoawq_packers(tmp_path: Path, kind: str, K: int, group: int) -> None:
+    """A linear layer through the packer of AutoAWQ's module itself."""
+    name = {"gemm": "WQLinear_GEMM", "gemv": "WQLinear_GEMV", "gemv_fast": "WQLinear_GEMVFast"}[kind]
+    module = pytest.importorskip(f"awq.modules.linear.{kind}", exc_type=ImportError)
+    torch.manual_seed(K)
+    N, size = 32, K if group == -1 else group
+    zeros, scales = torch.randint(0, 16, (N, K // size)), (torch.rand(N, K // size) * 0.05 + 0.01).half()
+    codes = torch.randint(0, 16, (N, K))
+    weight = (codes - zeros.repeat_interleave(size, 1)).float() * scales.repeat_interleave(size, 1).float()
+    linear = torch.nn.Linear(K, N, bias=False)
+    linear.weight.data = weight
+    order = (lambda t: t.t().contiguous()) if kind == "gemm" else (lambda t: t)
+    made = getattr(module, name).from_linear(linear, 4, size, scales=order(scales), zeros=order(zeros))
+    tensors = {key: tensor.contiguous() for key, tensor in made.state_dict().items()}
+    save(tmp_path, tensors, {**AWQ, "group_size": group, "version": kind})
+    assert torch.equal(load(tmp_path, (N, K)).dequantize(), weight)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("strategy", ["group", "channel"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_compressed_tensors_packed(tmp_path: Path, bits: int, strategy: str, symmetric: bool) -> None:
+    library = pytest.importorskip("compressed_tensors.quantization", exc_type=ImportError)
+    compressors = pytest.importorskip("compressed_tensors.compressors", exc_type=ImportError)
+    if not hasattr(compressors.BaseCompressor, "decompress"):
+        pytest.skip("this version of compressed-tensors has another interface")
+    torch.manual_seed(bits)
+    N, K, G = 24, 160, 5 if strategy == "group" else 1
+    args = {"num_bits": bits, "symmetric": symmetric, "strategy": strategy, "group_size": 32 if strategy == "group" else None}
+    scheme = library.QuantizationScheme(targets=["Linear"], weights=library.QuantizationArgs(**args))
+    zero = torch.zeros(N, G) if symmetric else torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (N, G))
+    state = {"weight": torch.randn(N, K), "weight_scale": torch.rand(N, G) + 0.1, "weight_zero_point": zero.to(torch.int8)}
+    packer = compressors.BaseCompressor.get_value_from_registry("pack-quantized")
+    packed = packer.compress(state, scheme)
+    expected = packer.decompress(packed, scheme)["weight"]
+    save(tmp_path, {name: tensor.contiguous() for name, tensor in packed.items()}, ct_config(args))
+    assert torch.equal(load(tmp_path, (N, K)).dequantize(), expected)
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "group", "block"])
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_compressed_tensors_plain(tmp_path: Path, kind: str, strategy: str) -> None:
+    library = pytest.importorskip("compressed_tensors.quantization", exc_type=ImportError)
+    compressors = pytest.importorskip("compressed_tensors.compressors", exc_type=ImportError)
+    if not hasattr(compressors.BaseCompressor, "decompress"):
+        pytest.skip("this version of compressed-tensors has another interface")
+    torch.manual_seed(0)
+    shape = {"tensor": (1,), "channel": (64, 1), "group": (64, 4), "block": (4, 2)}[strategy]
+    args = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy}
+    args |= {"group_size": 32 if strategy == "group" else None, "block_structure": [16, 64] if strategy == "block" else None}
+    scheme = library.QuantizationScheme(targets=["Linear"], weights=library.QuantizationArgs(**args))
+    packer = compressors.BaseCompressor.get_value_from_registry(f"{kind}-quantized")
+    packed = packer.compress({"weight": torch.randn(64, 128), "weight_scale": torch.rand(shape) * 0.01 + 0.01}, scheme)
+    expected = packer.decompress(packed, scheme)["weight"]
+    save(tmp_path, {name: tensor.contiguous() for name, tensor in packed.items()}, ct_config(args, f"{kind}-quantized"))
+    assert torch.equal(load(tmp_path, (64, 128)).dequantize(), expected.float())
