@@ -1,0 +1,116 @@
+"""An engine client that needs no engine: it repeats the prompt's tokens, slowly if asked to, and counts what is asked of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from appliance.core.messages import EngineInfo, Event, Stats, Submit, TokenLogprob
+from appliance.runtime.worker import EngineDied
+
+VOCAB = 99
+END = 2  # "</s>" of the tiny tokenizer
+
+
+def info(max_model_len: int = 512) -> EngineInfo:
+    return EngineInfo(
+        model="tiny",
+        directory="tiny",
+        architecture="LlamaForCausalLM",
+        quantization="awq",
+        dtype="float32",
+        device="cpu",
+        max_model_len=max_model_len,
+        vocab_size=VOCAB,
+        eos_token_ids=(END,),
+        ready_s=0.1,
+        plan={"num_blocks": 64},
+    )
+
+
+class FakeClient:
+    """Answers a prompt with itself: output token k is prompt token ``(k + index) % len``, so every answer shows whose it is."""
+
+    def __init__(self, *, delay_s: float = 0.0, max_model_len: int = 512, state: str = "ready") -> None:
+        self.state = state
+        self.info: EngineInfo | None = info(max_model_len)
+        self.failure: str | None = None
+        self.loading = (3, 10)
+        self.delay_s = delay_s
+        self.fail_at: int | None = None  # the output token at which every request ends with an error
+        self.aborted: list[tuple[str, int | None]] = []
+        self.submitted: list[Submit] = []
+        self.running: dict[str, set[int]] = {}
+        self.tokens = 0
+        self._dead = asyncio.Event()
+
+    async def generate(self, submit: Submit) -> AsyncIterator[Event]:
+        if self.state != "ready":
+            raise EngineDied(self.failure or f"the engine is {self.state}")
+        assert submit.request_id not in self.running
+        self.submitted.append(submit)
+        alive = self.running[submit.request_id] = set(range(submit.params.n))
+        told: set[int] = set()
+        try:
+            step = 0
+            while len(told) < submit.params.n:
+                await self._wait()
+                for index in range(submit.params.n):
+                    if index in told:
+                        continue
+                    event = self._event(submit, index, step) if index in alive else Event(submit.request_id, index, finish_reason="abort")
+                    if event.finish_reason:
+                        told.add(index)
+                    yield event
+                step += 1
+        finally:
+            del self.running[submit.request_id]
+            if len(told) < submit.params.n:
+                self.aborted.append((submit.request_id, None))
+
+    async def _wait(self) -> None:
+        try:
+            await asyncio.wait_for(self._dead.wait(), self.delay_s)
+        except TimeoutError:
+            return
+        raise EngineDied(self.failure or "dead")
+
+    def _event(self, submit: Submit, index: int, step: int) -> Event:
+        prompt, params = submit.prompt_token_ids, submit.params
+        if self.fail_at is not None and step >= self.fail_at:
+            return Event(submit.request_id, index, finish_reason="error", error="the step failed")
+        token = prompt[(step + index) % len(prompt)]
+        self.tokens += 1
+        limit = params.max_tokens or self.info.max_model_len - len(prompt)  # type: ignore[union-attr]
+        reason = "stop" if token == END and not params.ignore_eos else "length" if step + 1 >= limit else None
+        return Event(
+            submit.request_id,
+            index,
+            token_ids=(token,),
+            logprobs=None if params.logprobs is None else (score(token, params.logprobs),),
+            prompt_logprobs=None
+            if params.prompt_logprobs is None or step
+            else (None, *(score(t, params.prompt_logprobs) for t in prompt[1:])),
+            finish_reason=reason,
+        )
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        self.aborted.append((request_id, index))
+        if alive := self.running.get(request_id):
+            alive -= {index} if index is not None else set(alive)
+
+    async def stats(self) -> Stats:
+        return Stats(
+            running=len(self.running), blocks_total=64, blocks_used=4 * len(self.running), generation_tokens=self.tokens, steps=7
+        )
+
+    def die(self, why: str) -> None:
+        """As when the engine process is killed."""
+        self.state, self.failure = "dead", why
+        self._dead.set()
+
+
+def score(token: int, top: int) -> TokenLogprob:
+    """Any numbers that depend on the token."""
+    others = tuple(((token + k) % VOCAB, -0.5 - k) for k in range(top))
+    return TokenLogprob(token, -0.5, 1, others)
