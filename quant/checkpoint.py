@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,19 @@ class Checkpoint:
         """
         scheme = self.scheme.for_module(name)
         weight = self._load(name, scheme, expect)
+        if scheme.layout == "gptq" and isinstance(weight, QuantTensor):
+            weight = self._in_model_dtype(weight)
         shape = (weight.N, weight.K) if isinstance(weight, QuantTensor) else tuple(weight.shape)
         if expect is not None and shape != tuple(expect):
             raise CheckpointError(f"{name}: found a weight [out, in] of {list(shape)}, config.json expects {list(expect)}")
         return weight
+
+    def _in_model_dtype(self, weight: QuantTensor) -> QuantTensor:
+        """GPTQ files hold float16 scales, but GPTQModel and transformers cast them to the model's dtype and dequantize in that."""
+        dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(
+            self.config.get("dtype") or self.config.get("torch_dtype") or ""
+        )
+        return weight if dtype is None else replace(weight, scales=weight.scales.to(dtype))
 
     def _load(self, name: str, scheme: WeightScheme, expect: tuple[int, int] | None) -> QuantTensor | Tensor:
         try:
