@@ -96,25 +96,22 @@ def _awq(config: Mapping[str, Any], source: str) -> Settings:
 
 def _gptq(config: Mapping[str, Any], source: str) -> Settings:
     """AutoGPTQ, GPTQModel, GPTQ-for-LLaMa. ``dynamic`` overrides single modules; its first matching pattern decides."""
-    default = _gptq_scheme(config, source, None)
+    default = _gptq_scheme(config, source)
     rules = [Rule("part", name, DENSE) for name in _names(source, config, "modules_to_not_convert")]
     dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, Mapping):
         raise CheckpointError(f"{source}: dynamic is {dynamic!r}, expected an object of patterns")
     for key, overrides in dynamic.items():
         pattern = _regex(source, "dynamic", key[2:] if key[:2] in ("+:", "-:") else key)
-        scheme = (
-            DENSE
-            if key.startswith("-:")
-            else _gptq_scheme({**config, **(overrides or {})}, f"{source}, dynamic {key!r}", default)
-        )
+        merged = {**config, **(overrides or {})}
+        scheme = DENSE if key.startswith("-:") else _gptq_scheme(merged, f"{source}, dynamic {key!r}")
         rules.append(Rule("regex", pattern, scheme))
     if config.get("lm_head"):
         rules += [Rule("regex", r"(.*\.)?lm_head$", default)]
     return Settings("gptq", tuple(rules), default, source)
 
 
-def _gptq_scheme(config: Mapping[str, Any], source: str, base: WeightScheme | None) -> WeightScheme:
+def _gptq_scheme(config: Mapping[str, Any], source: str) -> WeightScheme:
     bits = _choice(source, "bits", _integer(source, config, ("bits", "w_bit", "wbits"), None), (2, 3, 4, 5, 6, 7, 8))
     stored = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
     if config.get("is_marlin_format"):

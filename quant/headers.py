@@ -95,7 +95,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file. Every byte range is checked against the size of the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
+        first = file.read(8)
+        if first == b"version " and size < 1024:
+            raise CheckpointError(f"{path}: a git-lfs pointer of {size} bytes, not the file itself; run git lfs pull")
+        length = int.from_bytes(first, "little") if size >= 8 else 0
         if not 0 < length <= MAX_HEADER:
             raise CheckpointError(f"{path}: not a safetensors file: its header would have {length} bytes, the file has {size}")
         if 8 + length > size:

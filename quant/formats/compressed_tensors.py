@@ -84,7 +84,7 @@ def _shape(source: Source, name: str, expect: tuple[int, int] | None, held: tupl
 
 
 def _check_width(name: str, words: Tensor, bits: int, count: int) -> int:
-    """The words a row of a dense stream; CheckpointError unless the rows are that wide, or as wide as whole fields a word make."""
+    """The words a row of a dense stream; CheckpointError unless the rows are that wide, or as wide as for whole fields."""
     dense, padded = math.ceil(count * bits / 32), math.ceil(count / (32 // bits))
     if words.shape[1] not in (dense, padded):
         raise CheckpointError(f"{name}: found {words.shape[1]} words for {count} codes of {bits} bits, not {dense}")

@@ -64,7 +64,7 @@ def test_expected_shape(tmp_path: Path) -> None:
         checkpoint.weight(MODULE, (16, 128))
     with pytest.raises(CheckpointError, match=r"gone.weight: the tensor is missing .*, expected F16/BF16/F32\[4, 4\]"):
         checkpoint.weight("gone", (4, 4))
-    with pytest.raises(CheckpointError, match="model.norm.weight: the tensor is missing .*, expected a tensor"):
+    with pytest.raises(CheckpointError, match=r"model.norm.weight: the tensor is missing .*, expected a tensor"):
         checkpoint.tensor("model.norm.weight")
 
 
@@ -83,8 +83,8 @@ def test_dense_weights(tmp_path: Path) -> None:
 
 def test_dtypes_and_shapes_survive(tmp_path: Path) -> None:
     tensors = {
-        "a": torch.arange(6, dtype=torch.int64).reshape(2, 3), "b": torch.tensor(1.5, dtype=torch.bfloat16), "c": torch.empty(0, 4),
-        "d": torch.tensor([True, False]), "e": torch.randn(3).to(torch.float8_e4m3fn), "f": torch.randn(7, dtype=torch.float64),
+        "a": torch.arange(6, dtype=torch.int64).reshape(2, 3), "b": torch.tensor(1.5, dtype=torch.bfloat16),
+        "c": torch.empty(0, 4), "d": torch.tensor([True, False]), "e": torch.randn(3).to(torch.float8_e4m3fn), "f": torch.randn(7, dtype=torch.float64),
     }  # fmt: skip
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
@@ -139,10 +139,10 @@ def test_tensors_that_do_not_fit_together(tmp_path: Path) -> None:
 def test_config_is_needed(tmp_path: Path) -> None:
     save(tmp_path, {"weight": torch.ones(2, 2)}, None)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="config.json: not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"config.json: not valid JSON"):
         Checkpoint.open(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="config.json: the file is missing"):
+    with pytest.raises(CheckpointError, match=r"config.json: the file is missing"):
         Checkpoint.open(tmp_path)
 
 
@@ -151,7 +151,7 @@ def test_a_file_that_shrinks_after_opening(tmp_path: Path) -> None:
     with Checkpoint.open(tmp_path) as checkpoint:
         path = tmp_path / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(CheckpointError, match="truncated while reading model.layers.0.mlp.up_proj.weight"):
+        with pytest.raises(CheckpointError, match=r"truncated while reading model.layers.0.mlp.up_proj.weight"):
             checkpoint.weight(MODULE)
 
 

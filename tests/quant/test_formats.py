@@ -160,7 +160,7 @@ def test_awq_gemv_fast(tmp_path: Path, K: int, group: int, name: str) -> None:
     same(load(tmp_path, (24, K)), written)
     module[name] += 0.4 * module["scales"]
     save(tmp_path, module, {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemv_fast"})
-    with pytest.raises(CheckpointError, match="-qzeros / scales should be whole numbers from 0 to 15, found -?[0-9.]+ to"):
+    with pytest.raises(CheckpointError, match=r"-qzeros / scales should be whole numbers from 0 to 15, found -?[0-9.]+ to"):
         load(tmp_path)
 
 

@@ -116,6 +116,10 @@ def test_damaged_headers(tmp_path: Path, header: object, data: bytes, message: s
         (b"", "not a safetensors file"),
         (b"abc", "not a safetensors file"),
         (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "a git-lfs pointer of 62 bytes, not the file itself",
+        ),
+        (
             struct.pack("<Q", 2**60) + b"{}",
             "not a safetensors file: its header would have 1152921504606846976 bytes, the file has 10",
         ),
@@ -144,7 +148,7 @@ def test_unknown_dtypes_are_listed(tmp_path: Path) -> None:
 
 def test_read_json(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    with pytest.raises(CheckpointError, match="config.json: the file is missing"):
+    with pytest.raises(CheckpointError, match=r"config.json: the file is missing"):
         read_json(path)
     for content, message in (("{", "not valid JSON"), ("[]", "expected a JSON object, found list"), ("\udcff", "not valid JSON")):
         path.write_bytes(content.encode("utf-8", "surrogateescape"))

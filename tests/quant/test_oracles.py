@@ -1,11 +1,15 @@
-"""Against the reference libraries' own packers and dequantizers. ``pip install --no-deps autoawq compressed-tensors`` runs these.
+"""Against the reference libraries' own packers and dequantizers.
 
-Without the packages they are skipped; tests/quant/test_formats.py holds the same layouts to the formats' definitions.
+``pip install --no-deps autoawq compressed-tensors accelerate loguru zstandard`` makes these run; without the packages they are
+skipped, and tests/quant/test_formats.py alone holds the same layouts to the formats' definitions.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,6 +17,15 @@ import torch
 from tests.quant.writers import ct_config, load, save
 
 AWQ = {"quant_method": "awq", "bits": 4}
+
+
+@pytest.fixture(autouse=True)
+def no_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoAWQ imports the large ``datasets`` package for calibration, which nothing here needs."""
+    if importlib.util.find_spec("datasets") is None:
+        stub = ModuleType("datasets")
+        stub.load_dataset = None  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "datasets", stub)
 
 
 @pytest.mark.parametrize("group", [32, 128])

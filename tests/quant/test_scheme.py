@@ -182,7 +182,7 @@ def test_detection_without_a_config(tmp_path: Path) -> None:
 def test_config_and_tensors_contradict(tmp_path: Path) -> None:
     arrays = {"l__0__q__qweight": words(8, 64), "l__0__q__scales": torch.ones(2, 64), "l__0__q__g_idx": words(64)}
     with pytest.raises(
-        CheckpointError, match="config.json's quantization_config says 'awq', but the tensors are laid out as 'gptq': l.0.q"
+        CheckpointError, match=r"config.json's quantization_config says 'awq', but the tensors are laid out as 'gptq': l.0.q"
     ):
         with_tensors(tmp_path, {"quantization_config": {"quant_method": "awq", "bits": 4}}, **arrays)
     packed = {"layers__0__q__weight": torch.ones(4, 4, dtype=torch.int8)}
