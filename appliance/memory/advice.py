@@ -1,0 +1,85 @@
+"""Flags that would make a model fit, each found by planning again with it: what is advised is known to work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from appliance.memory.demand import Demand
+from appliance.memory.devices import DeviceInfo
+from appliance.memory.plan import SHORTEST_AUTO, MemoryPlan, PlanError, fit
+from appliance.memory.settings import Settings
+
+SMALLEST = 16  # shorter contexts and smaller steps than this are not advised
+
+
+def advise(error: PlanError, demand: Demand, settings: Settings, device: DeviceInfo) -> PlanError:
+    """The error, with the remedies that work; where no single flag helps, one set of flags; else the plain truth."""
+
+    def plan(**changes: float | int | None) -> MemoryPlan | None:
+        try:
+            return fit(demand, replace(settings, **changes), device)  # type: ignore[arg-type]
+        except PlanError:
+            return None
+
+    remedies = tuple(single_flags(plan, demand, settings))
+    if not remedies:
+        remedies = tuple(flag_sets(plan, demand, settings))
+    if remedies:
+        return PlanError(f"{error}. What would fit: {', or '.join(remedies)}", remedies)
+    return PlanError(f"{error}. No setting makes it fit on this device: it needs one with more memory, or a smaller model")
+
+
+Plan = Callable[..., MemoryPlan | None]
+
+
+def single_flags(plan: Plan, demand: Demand, settings: Settings) -> list[str]:
+    """The mildest value of each flag that, changed alone, makes the model fit."""
+    found = []
+    longest = _largest(lambda n: plan(max_len=n) is not None, SMALLEST, wanted_length(demand, settings) - 1)
+    if longest is not None:
+        found.append(f"--max-model-len {longest}")
+    if settings.kv_bytes is None:
+        spare = _largest(lambda n: plan(utilization=(100 - n) / 100) is not None, 0, 99)  # hundredths that may stay free
+        if spare is not None:
+            found.append(f"--gpu-memory-utilization {(100 - spare) / 100:g}")
+    else:
+        found += _cache_size(plan, demand, settings)
+    step = _largest(lambda n: plan(max_tokens=n) is not None, SMALLEST, settings.max_tokens - 1)
+    if step is not None:
+        found.append(f"--max-num-batched-tokens {step}")
+    return found
+
+
+def wanted_length(demand: Demand, settings: Settings) -> int:
+    """The context that must fit: the one asked for, or the least that auto is content with."""
+    return settings.max_len or min(SHORTEST_AUTO, demand.max_len)
+
+
+def _cache_size(plan: Plan, demand: Demand, settings: Settings) -> list[str]:
+    """A --kv-cache-memory-bytes that fits: enough for one sequence of the length that was asked for."""
+    one = plan(kv_bytes=None, utilization=1.0)
+    if one is None:
+        return []
+    need = one.kv.blocks(wanted_length(demand, settings)) * one.kv.block_bytes
+    return [f"--kv-cache-memory-bytes {need}"] if plan(kv_bytes=need) is not None else []
+
+
+def flag_sets(plan: Plan, demand: Demand, settings: Settings) -> list[str]:
+    """All the memory there is, small steps, and the longest context that they leave."""
+    step = min(settings.max_tokens, 256)
+    everything = {"kv_bytes": None, "utilization": 1.0, "max_tokens": step}
+    length = _largest(lambda n: plan(max_len=n, **everything) is not None, SMALLEST, wanted_length(demand, settings))
+    if length is None:
+        return []
+    return [f"--gpu-memory-utilization 1 --max-num-batched-tokens {step} --max-model-len {length}"]
+
+
+def _largest(good: Callable[[int], bool], low: int, high: int) -> int | None:
+    """The largest n in low .. high with good(n), where good holds up to some n and no further; None where it never does."""
+    if low > high or not good(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if good(middle) else (low, middle - 1)
+    return low

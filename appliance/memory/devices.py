@@ -1,0 +1,104 @@
+"""How much memory the machine has, and how much of it may be taken: control groups respected, no torch."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from quant.errors import InputError
+
+MIB = 1024**2
+_UNLIMITED = 2**60  # version 1 of control groups writes "no limit" as a huge number
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """A place for weights and KV cache. ``total`` and ``available`` are bytes."""
+
+    kind: str  # cpu, cuda
+    name: str
+    total: int
+    available: int
+
+
+def this_device(kind: str) -> DeviceInfo:
+    """The machine's memory ("cpu") or its first card's ("cuda"). Raises InputError where there is no such device."""
+    if kind == "cpu":
+        memory = psutil.virtual_memory()
+        total, available = memory.total, memory.available
+        for limit, free in cgroup_limits():
+            total, available = min(total, limit), min(available, free)
+        return DeviceInfo("cpu", _cpu_name(), total, available)
+    if kind == "cuda":
+        return _first_card()
+    raise InputError(f"--device {kind!r} is not known; auto, cpu and cuda are")
+
+
+def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
+    """(limit, what is free under it) in bytes of each control group, version 1 or 2, that this process is in.
+
+    Page cache that the kernel would give back (inactive_file) counts as free, as it does in MemAvailable. A container often
+    sees its own group as the root of the tree, so every parent of the stated path is tried, and those that are absent skipped.
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    found = []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers == "":
+            mounts, names = (root, root / "unified"), ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mounts, names = (root / "memory",), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        for mount in mounts:
+            below = mount / path.lstrip("/")
+            groups = [below, *(p for p in below.parents if p.is_relative_to(mount))]
+            found += [pair for group in groups if (pair := _limit(group, *names)) is not None]
+    return found
+
+
+def _limit(group: Path, limit_name: str, usage_name: str, reclaimable: str) -> tuple[int, int] | None:
+    try:
+        text = (group / limit_name).read_text().strip()
+        if text == "max" or int(text) >= _UNLIMITED:
+            return None
+        limit, usage = int(text), int((group / usage_name).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except FileNotFoundError:  # no such group under this mount
+        return None
+    return limit, max(0, limit - usage + int(stat.get(reclaimable, 0)))
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine() or "CPU"
+
+
+def _first_card() -> DeviceInfo:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        raise InputError("--device cuda: no NVIDIA card answers on this machine (nvidia-smi failed); use --device cpu") from None
+    return parse_card(answer)
+
+
+def parse_card(answer: str) -> DeviceInfo:
+    """The first card of nvidia-smi's answer: name, total and free memory in MiB, separated by commas."""
+    try:
+        name, total, free = (part.strip() for part in answer.splitlines()[0].rsplit(",", 2))
+        return DeviceInfo("cuda", name, int(total) * MIB, int(free) * MIB)
+    except (IndexError, ValueError):
+        raise InputError(
+            f"--device cuda: nvidia-smi says {answer.strip()!r:.80}, which names no card; use --device cpu"
+        ) from None

@@ -1,0 +1,86 @@
+"""The options that decide the memory plan, checked and in plain numbers. Every refusal names the flag and what would work."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from appliance.config import EngineConfig
+from appliance.memory.devices import DeviceInfo
+from quant.errors import InputError
+
+DEFAULT_UTILIZATION = {"cpu": 0.5, "cuda": 0.92}  # of the memory available at start; of a card's total
+ITEM_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
+_DTYPES = {"half": "float16", "float": "float32", **{name: name for name in ITEM_SIZE}}
+_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a plan is made from, beside the model and the device."""
+
+    utilization: float
+    kv_bytes: int | None
+    block_size: int
+    max_tokens: int  # in one step
+    max_seqs: int
+    max_len: int | None  # None: the longest that fits
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, device: DeviceInfo) -> Settings:
+        """Raises InputError for a value that could not work on any machine."""
+        share = config.gpu_memory_utilization
+        utilization = DEFAULT_UTILIZATION[device.kind] if share is None else share
+        if isinstance(utilization, bool) or not isinstance(utilization, (int, float)) or not 0 < utilization <= 1:
+            raise InputError(f"--gpu-memory-utilization is {share!r}: a share of the memory, above 0 and at most 1, is needed")
+        if config.block_size not in BLOCK_SIZES or not isinstance(config.block_size, int):
+            raise InputError(f"--block-size is {config.block_size!r}: one of {', '.join(map(str, BLOCK_SIZES))} is needed")
+        if config.kv_cache_memory_bytes is not None:
+            _at_least_one("--kv-cache-memory-bytes", config.kv_cache_memory_bytes)
+        _at_least_one("--max-num-batched-tokens", config.max_num_batched_tokens)
+        _at_least_one("--max-num-seqs", config.max_num_seqs)
+        return cls(
+            utilization=utilization,
+            kv_bytes=config.kv_cache_memory_bytes,
+            block_size=config.block_size,
+            max_tokens=config.max_num_batched_tokens,
+            max_seqs=config.max_num_seqs,
+            max_len=parse_length(config.max_model_len),
+        )
+
+
+def parse_length(value: int | str | None) -> int | None:
+    """--max-model-len as a number, or None for auto. As with vLLM 32k is 32,000, 32K is 32,768, and -1 or None is auto."""
+    text = str(value).strip()
+    if value is None or text.lower() == "auto" or text == "-1":
+        return None
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kmgKMG]?)", text)
+    length = float(match[1]) * _SUFFIXES.get(match[2], 1) if match else math.nan
+    if isinstance(value, bool) or not length >= 2 or length != int(length):
+        raise InputError(
+            f"--max-model-len is {value!r}: a whole number of at least 2 tokens (a prompt's and an answer's) is needed, "
+            "with a suffix if you like (32k = 32,000, 32K = 32,768), or auto"
+        )
+    return int(length)
+
+
+def resolve_dtype(dtype: str, published: str, device_kind: str) -> str:
+    """The type of activations and KV cache.
+
+    auto: on a CPU bfloat16 for checkpoints published in 16 bits (it has no overflow, and CPUs multiply it) and float32 for those
+    published in float32; on a card the published one, float16 where that is float32.
+    """
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise InputError(f"--dtype {dtype!r} is not known; auto, float16 (half), bfloat16 and float32 (float) are")
+        return _DTYPES[dtype]
+    if device_kind == "cpu":
+        return "float32" if published == "float32" else "bfloat16"
+    return "float16" if published == "float32" else published
+
+
+def _at_least_one(flag: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{flag} is {value!r}: a whole number of at least 1 is needed")

@@ -1,0 +1,262 @@
+"""The arithmetic of the planner, on random models and machines: pure integers, no files."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from appliance.memory.advice import advise
+from appliance.memory.demand import LOGIT_ROWS, Demand
+from appliance.memory.devices import DeviceInfo
+from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, KVSpec, MemoryPlan, PlanError, fit
+from appliance.memory.settings import Settings
+from quant.errors import InputError
+
+GIB = 1 << 30
+
+Case = tuple[Demand, Settings, DeviceInfo]
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, fits: bool, explicit: bool = False) -> Case:
+    """A model, settings and a machine that has between nothing and plenty more (or less) than the model needs."""
+    head_dim = draw(st.sampled_from([16, 64, 128]))
+    demand = Demand(
+        model="m",
+        architecture="LlamaForCausalLM",
+        quantization="awq",
+        dtype=draw(st.sampled_from(["bfloat16", "float32"])),
+        layers=draw(st.integers(1, 80)),
+        kv_heads=draw(st.integers(1, 16)),
+        head_dim=head_dim,
+        max_len=draw(st.integers(2, 200_000)),
+        weights={"attention": draw(st.integers(0, 4 * GIB)), "mlp": draw(st.integers(0, 8 * GIB))},
+        slab=draw(st.integers(0, GIB)),
+        token_bytes=draw(st.integers(1, 300_000)),
+        logits_row_bytes=draw(st.integers(1, 1_000_000)),
+        position_bytes=4 * draw(st.sampled_from([head_dim, head_dim // 2])),
+    )
+    lengths = st.integers(2, demand.max_len)
+    chosen = Settings(
+        utilization=draw(st.floats(0.01, 1.0)),
+        kv_bytes=None if explicit else draw(st.none() | st.integers(1, 16 * GIB)),
+        block_size=draw(st.sampled_from([8, 16, 64, 256])),
+        max_tokens=draw(st.integers(1, 20_000)),
+        max_seqs=draw(st.integers(1, 600)),
+        max_len=draw(lengths if explicit else st.none() | lengths),
+    )
+    kind = draw(st.sampled_from(["cpu", "cuda"]))
+    fixed = sum(demand.weights.values()) + demand.slab + demand.token_bytes * chosen.max_tokens + RUNTIME[kind]
+    cache = demand.layers * demand.kv_heads * head_dim * 8 * ((chosen.max_len or 512) + 256)
+    need = int((fixed + cache + demand.logits_row_bytes * LOGIT_ROWS) / chosen.utilization)
+    available = draw(st.integers(need, 4 * need) if fits else st.integers(0, need))
+    return demand, chosen, DeviceInfo(kind, "d", available + draw(st.integers(0, GIB)), available)
+
+
+def plan_or_none(demand: Demand, chosen: Settings, device: DeviceInfo) -> MemoryPlan | None:
+    try:
+        return fit(demand, chosen, device)
+    except PlanError:
+        return None
+
+
+@given(case=cases(fits=True))
+@settings(max_examples=300, deadline=None)
+def test_a_plan_holds_what_it_promises(case: Case) -> None:
+    demand, chosen, device = case
+    plan = plan_or_none(demand, chosen, device)
+    assume(plan is not None)
+    assert plan.total <= plan.budget <= max(device.available, int(chosen.utilization * device.total))
+    assert plan.total == plan.weight_bytes + plan.workspace + plan.runtime + plan.num_blocks * plan.kv.block_bytes
+    assert plan.sequences(plan.max_model_len) >= 1
+    assert plan.num_blocks <= chosen.max_seqs * plan.kv.blocks(plan.max_model_len)
+    assert plan.tokens == plan.num_blocks * chosen.block_size
+    if chosen.kv_bytes is not None:
+        assert plan.kv_bytes <= chosen.kv_bytes
+    if chosen.max_len is not None:
+        assert plan.max_model_len == chosen.max_len
+    else:
+        assert min(SHORTEST_AUTO, demand.max_len) <= plan.max_model_len <= demand.max_len
+        longer = min(plan.max_model_len + chosen.block_size, demand.max_len)
+        if longer > plan.max_model_len:
+            assert plan_or_none(demand, replace(chosen, max_len=longer), device) is None, "auto is not the longest"
+    assert json.loads(json.dumps(plan.to_dict()))["total_bytes"] == plan.total
+
+
+@given(case=cases(fits=True), data=st.data())
+@settings(max_examples=500, deadline=None)
+def test_the_plan_is_monotone(case: Case, data: st.DataObject) -> None:
+    """More of what helps never gives fewer blocks or a shorter context, and never turns a fit into a refusal."""
+    demand, chosen, device = case
+    before = plan_or_none(demand, chosen, device)
+    assume(before is not None)
+    more = data.draw(
+        st.sampled_from(["utilization", "available", "max_tokens", "weights", "slab", "max_seqs"]), label="what becomes better"
+    )
+    if more == "utilization":
+        chosen = replace(chosen, utilization=data.draw(st.floats(chosen.utilization, 1.0)))
+    elif more == "available":
+        available = data.draw(st.integers(device.available, device.available + 20 * GIB))
+        device = replace(device, available=available, total=max(device.total, available))
+    elif more == "max_tokens":
+        chosen = replace(chosen, max_tokens=data.draw(st.integers(1, chosen.max_tokens)))
+    elif more == "max_seqs":
+        chosen = replace(chosen, max_seqs=data.draw(st.integers(chosen.max_seqs, 1000)))
+    elif more == "weights":
+        demand = replace(demand, weights={"mlp": data.draw(st.integers(0, sum(demand.weights.values())))})
+    else:
+        demand = replace(demand, slab=data.draw(st.integers(0, demand.slab)))
+    after = plan_or_none(demand, chosen, device)
+    assume(
+        not (more == "max_seqs" and chosen.kv_bytes is not None and after is None)
+    )  # a larger given cache may exceed the device
+    assert after is not None
+    assert after.num_blocks >= before.num_blocks
+    assert after.max_model_len >= before.max_model_len
+
+
+@given(case=cases(fits=True, explicit=True), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_shorter_context_never_fits_fewer_sequences(case: Case, data: st.DataObject) -> None:
+    demand, chosen, device = case
+    before = plan_or_none(demand, chosen, device)
+    assume(before is not None)
+    shorter = data.draw(st.integers(2, chosen.max_len))
+    after = plan_or_none(demand, replace(chosen, max_len=shorter), device)
+    assert after is not None
+    assert after.sequences(shorter) >= before.sequences(chosen.max_len)
+
+
+@given(case=cases(fits=False))
+@settings(max_examples=200, deadline=None)
+def test_every_advised_flag_makes_it_fit(case: Case) -> None:
+    demand, chosen, device = case
+    assume(plan_or_none(demand, chosen, device) is None)
+    with pytest.raises(PlanError) as error:
+        fit(demand, chosen, device)
+    advised = advise(error.value, demand, chosen, device)
+    assert str(advised).startswith(str(error.value))
+    for remedy in advised.remedies:
+        assert remedy in str(advised)
+        fit(demand, replace(chosen, **parse(remedy)), device)
+    if not advised.remedies:
+        assert "No setting makes it fit" in str(advised)
+        everything = {"utilization": 1.0, "kv_bytes": None, "max_tokens": min(16, chosen.max_tokens)}
+        assert plan_or_none(demand, replace(chosen, **everything), device) is None
+
+
+def parse(remedy: str) -> dict[str, float | int]:
+    """An advised set of flags, as the command line would read it."""
+    names = {
+        "max-model-len": "max_len",
+        "gpu-memory-utilization": "utilization",
+        "max-num-batched-tokens": "max_tokens",
+        "kv-cache-memory-bytes": "kv_bytes",
+    }
+    found = dict(re.findall(r"--([a-z-]+) (\S+)", remedy))
+    return {names[k]: float(v) if k == "gpu-memory-utilization" else int(v) for k, v in found.items()}
+
+
+LLAMA_8B = Demand(
+    model="llama",
+    architecture="LlamaForCausalLM",
+    quantization="awq",
+    dtype="float16",
+    layers=32,
+    kv_heads=8,
+    head_dim=128,
+    max_len=131072,
+    weights={"embedding": 1 << 30, "attention": 1 << 30, "mlp": 3 << 30, "head": 1 << 30},
+    slab=100 << 20,
+    token_bytes=120_000,
+    logits_row_bytes=128256 * 6,
+    position_bytes=512,
+)
+DEFAULTS = Settings(utilization=0.5, kv_bytes=None, block_size=16, max_tokens=2048, max_seqs=256, max_len=None)
+
+
+def cpu(gib: float) -> DeviceInfo:
+    return DeviceInfo("cpu", "some CPU", int(gib * GIB) + GIB, int(gib * GIB))
+
+
+def test_a_plan_worked_out_by_hand() -> None:
+    plan = fit(LLAMA_8B, replace(DEFAULTS, max_len=8192), cpu(24))
+    workspace = 120_000 * 2048 + 128256 * 6 * LOGIT_ROWS + (100 << 20) + 512 * 8192
+    left = 12 * GIB - 6 * GIB - workspace - RUNTIME["cpu"]
+    assert plan.kv == KVSpec(32, 8, 128, 16, "float16")
+    assert plan.kv.token_bytes == 128 * 1024 and plan.kv.block_bytes == 2 << 20  # the worked example of Llama-3-8B
+    assert plan.workspace == workspace
+    assert plan.num_blocks == left // (2 << 20)
+    assert plan.sequences(8192) == plan.num_blocks / 512
+    assert plan.sequences(8193) == plan.num_blocks / 513
+
+
+def test_auto_takes_the_whole_context_where_it_fits_and_the_longest_elsewhere() -> None:
+    assert fit(LLAMA_8B, DEFAULTS, cpu(64)).max_model_len == 131072
+    plan = fit(LLAMA_8B, DEFAULTS, cpu(24))
+    assert 256 < plan.max_model_len < 131072 and plan.max_model_len % 16 == 0 and plan.sequences(plan.max_model_len) >= 1
+
+
+def test_no_more_blocks_than_the_sequences_can_fill() -> None:
+    plan = fit(LLAMA_8B, replace(DEFAULTS, max_len=100, max_seqs=3), cpu(64))
+    assert plan.num_blocks == 3 * 7 and plan.total < plan.budget // 2
+
+
+def test_a_card_shared_with_others_gives_what_is_free() -> None:
+    card = DeviceInfo("cuda", "card", 24 * GIB, 23 * GIB)
+    wide = replace(DEFAULTS, utilization=0.92)
+    assert fit(LLAMA_8B, wide, card).budget == int(0.92 * 24 * GIB)
+    taken = fit(LLAMA_8B, wide, replace(card, available=10 * GIB))
+    assert taken.budget == 10 * GIB and "free of 24.00 GiB" in taken.budget_source
+
+
+def test_refusals_have_the_numbers_and_the_flags() -> None:
+    with pytest.raises(PlanError) as short:
+        fit(LLAMA_8B, replace(DEFAULTS, max_len=65536), cpu(24))
+    numbers = (
+        r"llama does not fit: one sequence of 65536 tokens needs 4096 KV blocks of 16 tokens \(8\.00 GiB\), but there is "
+        r"room for 2\d\d\d \(5\.\d\d GiB\): the budget is 12\.00 GiB \(0\.5 of 24\.00 GiB available\), of which "
+        r"weights 6\.00 GiB, workspace .* MiB \(2048 tokens a step\), runtime 300\.00 MiB are taken$"
+    )
+    assert re.match(numbers, str(short.value)), str(short.value)
+    advised = advise(short.value, LLAMA_8B, replace(DEFAULTS, max_len=65536), cpu(24))
+    assert re.search(r"What would fit: --max-model-len 4\d{4}, or --gpu-memory-utilization 0\.6\d$", str(advised)), str(advised)
+
+    with pytest.raises(PlanError, match=r"weights 6\.00 GiB, .* make 6\.\d\d GiB, but the budget is 4\.00 GiB"):
+        fit(LLAMA_8B, DEFAULTS, cpu(8))
+    with pytest.raises(PlanError, match=r"and a KV cache of 30\.00 GiB make 36\..* but the budget is 24\.00 GiB \(all that is"):
+        fit(LLAMA_8B, replace(DEFAULTS, kv_bytes=30 * GIB), cpu(24))
+    with pytest.raises(InputError, match=r"--max-model-len is 131073, but the model was made for at most 131072 tokens") as long:
+        fit(LLAMA_8B, replace(DEFAULTS, max_len=131073), cpu(240))
+    assert not isinstance(long.value, PlanError)
+
+
+def test_one_set_of_flags_where_no_single_one_helps() -> None:
+    tight = replace(DEFAULTS, utilization=0.1, max_tokens=8192, max_len=100_000)
+    with pytest.raises(PlanError) as error:
+        fit(LLAMA_8B, tight, cpu(7))
+    advised = advise(error.value, LLAMA_8B, tight, cpu(7))
+    assert len(advised.remedies) == 1
+    assert re.fullmatch(r"--gpu-memory-utilization 1 --max-num-batched-tokens 256 --max-model-len \d+", advised.remedies[0])
+    hopeless = advise(error.value, LLAMA_8B, tight, cpu(2))
+    assert hopeless.remedies == () and "needs one with more memory, or a smaller model" in str(hopeless)
+
+
+def test_the_table_says_it_all() -> None:
+    plan = fit(LLAMA_8B, replace(DEFAULTS, max_len=8192), cpu(24))
+    table = plan.table()
+    assert f"Maximum concurrency for 8,192 tokens per request: {plan.sequences(8192):.2f}x" in table
+    assert f"KV cache: {plan.tokens:,} tokens in blocks of 16 (2.00 MiB a block, 128.00 KiB a token)" in table
+    for part in ("weights: mlp", "workspace: logits", "runtime", "total", "left of the budget"):
+        assert re.search(rf"^  {part} +\d+\.\d\d [GMK]iB +\d+\.\d%", table, re.M), part
+    for length in ("512", "1,024", "4,096", "8,192"):
+        assert re.search(rf"^ +{length} +[\d,]+\.\d$", table, re.M), length
+    assert max(map(len, table.splitlines())) <= 100
+    assert "16,384" not in table
+    full = re.search(r"^  total .*?(#+)$", table, re.M)[1]
+    assert len(full) == round(plan.total / plan.budget * 30)

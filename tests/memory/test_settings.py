@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from appliance.config import EngineConfig
+from appliance.memory.devices import DeviceInfo
+from appliance.memory.settings import Settings, parse_length, resolve_dtype
+from quant.errors import InputError
+
+CPU, CARD = DeviceInfo("cpu", "c", 8 << 30, 4 << 30), DeviceInfo("cuda", "g", 8 << 30, 8 << 30)
+
+
+def test_defaults() -> None:
+    assert Settings.from_config(EngineConfig(), CPU) == Settings(
+        utilization=0.5, kv_bytes=None, block_size=16, max_tokens=2048, max_seqs=256, max_len=None
+    )
+    assert Settings.from_config(EngineConfig(), CARD).utilization == 0.92
+
+
+@pytest.mark.parametrize(
+    ("field", "flag", "bad"),
+    [
+        ("gpu_memory_utilization", "--gpu-memory-utilization", (0, 0.0, -0.1, 1.0001, 1.5, math.nan, math.inf, "0.5", True)),
+        ("block_size", "--block-size", (0, -16, 1, 4, 24, 512, 16.0, "16")),
+        ("max_num_batched_tokens", "--max-num-batched-tokens", (0, -1, 2.5, True, "64")),
+        ("max_num_seqs", "--max-num-seqs", (0, -1, 2.5, None)),
+        ("kv_cache_memory_bytes", "--kv-cache-memory-bytes", (0, -1, 1e9, "4GiB")),
+        ("max_model_len", "--max-model-len", (0, 1, -2, "", "long", "32kb", "1.5", 1.5, "nan", True, "1_0", "٣٣")),
+    ],
+)
+def test_values_that_could_not_work_are_refused_by_flag(field: str, flag: str, bad: tuple[object, ...]) -> None:
+    for value in bad:
+        with pytest.raises(InputError) as error:
+            Settings.from_config(EngineConfig(**{field: value}), CPU)
+        assert str(error.value).startswith(f"{flag} is {value!r}: ") and str(error.value).endswith(("needed", "auto"))
+
+
+@pytest.mark.parametrize("share", [1, 1.0, 0.001, 0.92])
+def test_shares_that_are_fine(share: float) -> None:
+    assert Settings.from_config(EngineConfig(gpu_memory_utilization=share), CPU).utilization == share
+
+
+@pytest.mark.parametrize(
+    ("value", "length"),
+    [
+        ("auto", None),
+        ("Auto", None),
+        (-1, None),
+        (None, None),
+        ("-1", None),
+        (4096, 4096),
+        (" 4096 ", 4096),
+        ("32k", 32_000),
+        ("32K", 32_768),
+        ("25.6k", 25_600),
+        ("0.5K", 512),
+        ("1m", 10**6),
+        ("1M", 2**20),
+        (2, 2),
+    ],
+)
+def test_lengths(value: int | str | None, length: int | None) -> None:
+    assert parse_length(value) == length
+
+
+@pytest.mark.parametrize(
+    ("asked", "published", "cpu", "card"),
+    [
+        ("auto", "float16", "bfloat16", "float16"),
+        ("auto", "bfloat16", "bfloat16", "bfloat16"),
+        ("auto", "float32", "float32", "float16"),
+        ("half", "float32", "float16", "float16"),
+        ("float", "float16", "float32", "float32"),
+        ("bfloat16", "float32", "bfloat16", "bfloat16"),
+    ],
+)
+def test_dtypes(asked: str, published: str, cpu: str, card: str) -> None:
+    assert resolve_dtype(asked, published, "cpu") == cpu
+    assert resolve_dtype(asked, published, "cuda") == card
+
+
+def test_an_unknown_dtype() -> None:
+    with pytest.raises(
+        InputError, match=r"--dtype 'int8' is not known; auto, float16 \(half\), bfloat16 and float32 \(float\) are"
+    ):
+        resolve_dtype("int8", "float16", "cpu")
