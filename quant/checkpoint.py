@@ -97,7 +97,7 @@ class Checkpoint:
         return weight
 
     def _in_model_dtype(self, weight: QuantTensor) -> QuantTensor:
-        """GPTQ files hold float16 scales, but GPTQModel and transformers cast them to the model's dtype and dequantize in that."""
+        """GPTQ files hold float16 scales, but GPTQModel and transformers cast them to the model's dtype before use."""
         dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(
             self.config.get("dtype") or self.config.get("torch_dtype") or ""
         )

@@ -83,9 +83,13 @@ def test_dense_weights(tmp_path: Path) -> None:
 
 def test_dtypes_and_shapes_survive(tmp_path: Path) -> None:
     tensors = {
-        "a": torch.arange(6, dtype=torch.int64).reshape(2, 3), "b": torch.tensor(1.5, dtype=torch.bfloat16),
-        "c": torch.empty(0, 4), "d": torch.tensor([True, False]), "e": torch.randn(3).to(torch.float8_e4m3fn), "f": torch.randn(7, dtype=torch.float64),
-    }  # fmt: skip
+        "a": torch.arange(6, dtype=torch.int64).reshape(2, 3),
+        "b": torch.tensor(1.5, dtype=torch.bfloat16),
+        "c": torch.empty(0, 4),
+        "d": torch.tensor([True, False]),
+        "e": torch.randn(3).to(torch.float8_e4m3fn),
+        "f": torch.randn(7, dtype=torch.float64),
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     with Checkpoint.open(tmp_path) as checkpoint:

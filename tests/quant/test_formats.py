@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -258,13 +259,16 @@ def test_fp8_method(tmp_path: Path) -> None:
     assert torch.equal(loaded.dequantize(), weight.float() * 0.5)
 
 
-def test_scales_keep_their_dtype(tmp_path: Path) -> None:
+def test_scale_dtypes(tmp_path: Path) -> None:
     written = make(np.random.default_rng(0), 16, 64, 32, 4, sym=True)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         module = writers.gptq(written)
         module["scales"] = module["scales"].to(dtype)
         save(tmp_path, module, {"quant_method": "gptq", "bits": 4, "group_size": 32})
         assert load(tmp_path).scales.dtype == dtype
+    config = {"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(load(tmp_path).scales, torch.from_numpy(written.scales).bfloat16())  # as the GPTQ tools compute
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}

@@ -117,7 +117,7 @@ def test_damaged_headers(tmp_path: Path, header: object, data: bytes, message: s
         (b"abc", "not a safetensors file"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-            "a git-lfs pointer of 62 bytes, not the file itself",
+            "a git-lfs pointer of 63 bytes, not the file itself",
         ),
         (
             struct.pack("<Q", 2**60) + b"{}",
