@@ -31,7 +31,9 @@ class Layer:
     @property
     def nbytes(self) -> int:
         norms = (self.input_norm, self.post_norm, self.q_norm, self.k_norm)
-        return sum(w.nbytes for w in (*self.qkv, self.o, *self.gate_up, self.down)) + sum(n.nbytes for n in norms if n is not None)
+        return sum(w.nbytes for w in (*self.qkv, self.o, *self.gate_up, self.down)) + sum(
+            n.nbytes for n in norms if n is not None
+        )
 
 
 @dataclass(frozen=True)

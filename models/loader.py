@@ -94,7 +94,9 @@ class _Loader:
         if tied and torch.equal(head, embedding):
             return embedding, None
         if tied:
-            log.warning("config.json says that the head is tied to the embedding, but the checkpoint has both and they differ: using both")
+            log.warning(
+                "config.json says that the head is tied to the embedding, but the checkpoint has both and they differ: using both"
+            )
         return embedding, head
 
     def _has_head(self, embedding_stored: bool) -> bool:

@@ -144,9 +144,7 @@ class ModelSpec:
         """Embedding, every linear of every layer, and the head (absent where it is tied to the embedding)."""
         found = [ModuleShape("model.embed_tokens", self.vocab, self.hidden, "embedding", False)]
         for layer in range(self.layers):
-            found += [
-                ModuleShape(f"model.layers.{layer}.{m.name}", m.N, m.K, m.part, m.bias) for m in self.layer_modules()
-            ]
+            found += [ModuleShape(f"model.layers.{layer}.{m.name}", m.N, m.K, m.part, m.bias) for m in self.layer_modules()]
         if not self.tie_embeddings:
             found.append(ModuleShape("lm_head", self.vocab, self.hidden, "head", False))
         return found
@@ -193,7 +191,9 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 def _divide(hidden: int, heads: int) -> int:
     if hidden % heads:
-        raise InputError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is missing")
+        raise InputError(
+            f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is missing"
+        )
     return hidden // heads
 
 
@@ -219,7 +219,9 @@ def _windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | Non
         window = None
     if types is not None:
         if not isinstance(types, list) or len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
-            raise InputError(f"config.json: layer_types must name full_attention or sliding_attention for each of {layers} layers")
+            raise InputError(
+                f"config.json: layer_types must name full_attention or sliding_attention for each of {layers} layers"
+            )
         return tuple(window if t == "sliding_attention" else None for t in types)
     first = fields.integer("max_window_layers", default=28, minimum=0) if kind.window == "upper" else 0
     return tuple(window if layer >= first else None for layer in range(layers))

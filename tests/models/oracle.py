@@ -1,0 +1,38 @@
+"""Run by a test in a process and folder of its own: transformers' logits in float32 for small random models of every kind.
+
+    python oracle.py OUTPUT_DIR < cases.json      {name: {"architecture": ..., "config": {...}}}
+
+Writes OUTPUT_DIR/NAME/{config.json, model.safetensors} and OUTPUT_DIR/NAME.expected.safetensors (ids [T], logits [T, V]).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+LENGTH = 45
+
+
+def main() -> None:
+    output = Path(sys.argv[1])
+    for number, (name, case) in enumerate(json.load(sys.stdin).items()):
+        torch.manual_seed(number)
+        kind = getattr(transformers, case["architecture"])
+        config = kind.config_class(**case["config"])
+        config._attn_implementation = "eager"
+        model = kind(config).float().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():  # initial values are so small that attention would be uniform
+                parameter.copy_(torch.randn_like(parameter) * 0.15 + (1.0 if parameter.dim() == 1 else 0.0))
+            model.tie_weights()
+            ids = torch.randint(0, config.vocab_size, (LENGTH,))
+            logits = model(ids[None]).logits[0]
+        model.save_pretrained(output / name)
+        save_file({"ids": ids, "logits": logits.contiguous()}, output / f"{name}.expected.safetensors")
+
+
+if __name__ == "__main__":
+    main()

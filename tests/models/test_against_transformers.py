@@ -1,0 +1,155 @@
+"""Every architecture and every kind of rotary embedding against transformers in float32, whole, in chunks and token by token."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kernels.ops import KVCache, Ops, PagedBatch, get_ops
+from models.decoder import Decoder
+from models.loader import load_model
+from models.spec import ModelSpec
+from quant.checkpoint import Checkpoint
+
+BASE = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+PARTIAL = {"original_max_position_embeddings": 16}
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn-mscale": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 0.9,
+        "beta_fast": 20, "beta_slow": 2,
+    },
+}  # fmt: skip
+
+
+def longrope(rotary: int) -> dict[str, Any]:
+    short, long = [1.0 + 0.1 * i for i in range(rotary // 2)], [2.0 + 0.5 * i for i in range(rotary // 2)]
+    return {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+
+
+def case(architecture: str, **config: Any) -> dict[str, Any]:
+    return {"architecture": architecture, "config": {**BASE, **config}}
+
+
+CASES = {
+    "llama": case("LlamaForCausalLM"),
+    "llama-tied-mha-bias": case(
+        "LlamaForCausalLM", tie_word_embeddings=True, num_key_value_heads=6, attention_bias=True, mlp_bias=True
+    ),
+    "llama-head-dim": case("LlamaForCausalLM", head_dim=20, num_key_value_heads=1),
+    **{f"llama-{name}": case("LlamaForCausalLM", rope_parameters={"rope_theta": 5000.0, **rope}) for name, rope in ROPES.items()},
+    "mistral-window": case("MistralForCausalLM", sliding_window=12),
+    "mistral-full": case("MistralForCausalLM", sliding_window=None),
+    "qwen2": case("Qwen2ForCausalLM", tie_word_embeddings=True),
+    "qwen2-window": case("Qwen2ForCausalLM", use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    "qwen3": case("Qwen3ForCausalLM", head_dim=16),
+    "qwen3-bias": case("Qwen3ForCausalLM", head_dim=16, attention_bias=True, tie_word_embeddings=True),
+    "phi3": case("Phi3ForCausalLM", sliding_window=20),
+    "phi3-partial": case(
+        "Phi3ForCausalLM",
+        head_dim=16,
+        partial_rotary_factor=0.75,
+        rope_parameters={"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.75},
+    ),
+    "phi3-long": case("Phi3ForCausalLM", **PARTIAL, rope_parameters={"rope_theta": 1e4, **longrope(8)}),
+    "phi3-short": case(
+        "Phi3ForCausalLM",
+        original_max_position_embeddings=64,
+        max_position_embeddings=128,
+        rope_parameters={"rope_theta": 1e4, **longrope(8)},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made in another working directory and without this repository on the path: transformers looks for a package ``kernels``."""
+    folder = tmp_path_factory.mktemp("oracle")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    script = (Path(__file__).parent / "oracle.py").read_text()
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], input=json.dumps(CASES), cwd=folder, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def load(folder: Path, name: str, ops: Ops) -> tuple[Decoder, torch.Tensor, torch.Tensor]:
+    with Checkpoint.open(folder / name) as checkpoint:
+        spec = ModelSpec.from_config(checkpoint.config)
+        max_len = min(spec.max_len, 64)
+        decoder = load_model(checkpoint, spec, ops, dtype=torch.float32, max_len=max_len)
+    expected = load_file(folder / f"{name}.expected.safetensors")
+    return decoder, expected["ids"], expected["logits"]
+
+
+def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int = 8) -> torch.Tensor:
+    """Logits [T, V] of the sequence fed in chunks, over a cache of shuffled blocks whose unused slots are poison."""
+    spec, total = decoder.spec, len(ids)
+    count = -(-total // block_size)
+    table = torch.randperm(count + 3, generator=torch.Generator().manual_seed(total))[:count].tolist()
+    shape = (count + 3, block_size, spec.kv_heads, spec.head_dim)
+    caches = [KVCache(torch.full(shape, float("nan")), torch.full(shape, float("nan"))) for _ in range(spec.layers)]
+    out, start = [], 0
+    for length in chunks:
+        end = start + length
+        positions = torch.arange(start, end)
+        slots = torch.tensor([table[p // block_size] * block_size + p % block_size for p in positions.tolist()])
+        used = table[: -(-end // block_size)]
+        batch = PagedBatch(
+            positions=positions,
+            slots=slots,
+            query_starts=torch.tensor([0, length], dtype=torch.int32),
+            seq_lens=torch.tensor([end], dtype=torch.int32),
+            block_tables=torch.tensor([used], dtype=torch.int32),
+            query_starts_list=(0, length),
+            seq_lens_list=(end,),
+            block_tables_list=(tuple(used),),
+            max_query=length,
+            max_seq=end,
+        )
+        out.append(decoder.logits(decoder.forward(ids[start:end], batch, caches)))
+        start = end
+    assert start == total
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "cpu"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_logits(models: Path, name: str, reference: bool) -> None:
+    decoder, ids, logits = load(models, name, get_ops("cpu", reference=reference))
+    total = len(ids)
+    for chunks in ([total], [17, total - 17], [8, 8, 9, total - 25], [total - 5, *[1] * 5]):
+        found = feed(decoder, ids, chunks)
+        assert (found - logits).abs().max() < 2e-4, (name, chunks)
+
+
+def test_the_comparison_can_fail(models: Path) -> None:
+    """The expected logits are no near-constant: another model's are far away."""
+    logits = {name: load_file(models / f"{name}.expected.safetensors")["logits"] for name in ("mistral-window", "mistral-full")}
+    assert all(one.std() > 0.5 for one in logits.values())
+    assert (logits["mistral-window"] - logits["mistral-full"]).abs().max() > 0.5
