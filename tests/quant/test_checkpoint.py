@@ -57,7 +57,7 @@ def test_every_real_checkpoint_is_read_whole(shared_data: Path) -> None:
 def test_expected_shape(tmp_path: Path) -> None:
     save(tmp_path, writers.awq_gemm(make(np.random.default_rng(0), 16, 64, 32, 4, sym=False)), AWQ)
     checkpoint = Checkpoint.open(tmp_path)
-    assert checkpoint.weight(MODULE, (16, 64)).N == 16
+    assert isinstance(checkpoint.weight(MODULE, (16, 64)), QuantTensor)
     with pytest.raises(
         CheckpointError, match=r"up_proj: found a weight \[out, in\] of \[16, 64\], config.json expects \[16, 128\]"
     ):
@@ -73,7 +73,8 @@ def test_dense_weights(tmp_path: Path) -> None:
         weight = torch.randn(3, 5).to(dtype)
         save(tmp_path, {"weight": weight}, None)
         with Checkpoint.open(tmp_path, "none") as checkpoint:
-            assert torch.equal(checkpoint.weight(MODULE, (3, 5)), weight)
+            read = checkpoint.weight(MODULE, (3, 5))
+            assert isinstance(read, torch.Tensor) and torch.equal(read, weight)
             with pytest.raises(CheckpointError, match=r"up_proj.weight: found \w+\[3, 5\], expected F16/BF16/F32\[5, 3\]"):
                 checkpoint.weight(MODULE, (5, 3))
     save(tmp_path, {"weight": torch.ones(3, 5, dtype=torch.float64)}, None)
@@ -168,9 +169,14 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.Monk
         tmp_path / "model.safetensors",
     )
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": AWQ}))
-    read = []
+    read: list[int] = []
     real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: read.append(real(fd, buffers, at)) or read[-1])
+
+    def counted(fd: int, buffers: list[memoryview], at: int) -> int:
+        read.append(real(fd, buffers, at))
+        return read[-1]
+
+    monkeypatch.setattr(os, "preadv", counted)
     with Checkpoint.open(tmp_path) as checkpoint:
         assert read == []
         checkpoint.weight(MODULE)

@@ -220,7 +220,7 @@ def test_fp8(tmp_path: Path, shape: tuple[int, ...] | str) -> None:
     torch.manual_seed(0)
     weight = torch.randn(10, 70).to(torch.float8_e4m3fn)
     block = shape == "block"
-    scale = torch.rand(3, 3) + 0.5 if block else torch.rand(shape) + 0.5
+    scale = torch.rand((3, 3) if isinstance(shape, str) else shape) + 0.5
     args = {"num_bits": 8, "type": "float", "strategy": "block" if block else "channel"}
     grouped = shape == (10, 3)
     if grouped:
@@ -376,7 +376,7 @@ def test_group_sizes_of_uneven_orders() -> None:
     from quant.formats.common import regroup
 
     perm, size, rows = regroup(torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 2]), 4)
-    assert perm is None and size == math.gcd(4, 6) and rows.tolist() == [0, 0, 1, 2, 2]
+    assert perm is None and size == math.gcd(4, 6) and rows is not None and rows.tolist() == [0, 0, 1, 2, 2]
 
 
 def test_index_is_what_it_says(tmp_path: Path) -> None:
