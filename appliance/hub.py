@@ -29,9 +29,9 @@ def resolve(model: str, revision: str | None = None) -> Path:
     HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN and HF_HOME are respected. Raises InputError that says what to do.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
-    if path.exists():
+    if path.is_file():
         raise InputError(f"{model} is a file: name the directory of a Hugging Face checkpoint (the one with config.json)")
     if _looks_like_a_path(model, path):
         raise InputError(f"no such directory: {model}")

@@ -58,7 +58,11 @@ class FakeClient:
                 for index in range(submit.params.n):
                     if index in told:
                         continue
-                    event = self._event(submit, index, step) if index in alive else Event(submit.request_id, index, finish_reason="abort")
+                    event = (
+                        self._event(submit, index, step)
+                        if index in alive
+                        else Event(submit.request_id, index, finish_reason="abort")
+                    )
                     if event.finish_reason:
                         told.add(index)
                     yield event

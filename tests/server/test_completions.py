@@ -128,7 +128,9 @@ def test_truncation_only_when_asked(served: Served) -> None:
     assert left["choices"][0]["prompt_token_ids"] == [70, 71]
     right = served.post("/v1/completions", **body, truncate_prompt_tokens=2, truncation_side="right").json()
     assert right["choices"][0]["prompt_token_ids"] == [68, 69]
-    long = served.post("/v1/completions", prompt=[68] * 600, max_tokens=3, truncate_prompt_tokens=-1, return_token_ids=True).json()
+    long = served.post(
+        "/v1/completions", prompt=[68] * 600, max_tokens=3, truncate_prompt_tokens=-1, return_token_ids=True
+    ).json()
     assert len(long["choices"][0]["prompt_token_ids"]) == 509
 
 

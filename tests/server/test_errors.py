@@ -164,7 +164,9 @@ def test_body_that_is_no_object(served: Served, raw: bytes) -> None:
 
 def test_content_type_does_not_matter(served: Served) -> None:
     with served.http as http:
-        response = http.post("/v1/completions", content=b'{"prompt": "a", "max_tokens": 1}', headers={"content-type": "text/plain"})
+        response = http.post(
+            "/v1/completions", content=b'{"prompt": "a", "max_tokens": 1}', headers={"content-type": "text/plain"}
+        )
     assert response.status_code == 200
 
 
@@ -202,7 +204,12 @@ def test_error_of_one_request(slow: Served) -> None:
     slow.client.fail_at = 2
     response = slow.post("/v1/completions", prompt="a", max_tokens=9)
     assert response.status_code == 500
-    assert response.json()["error"] == {"message": "the step failed", "type": "server_error", "param": None, "code": "engine_error"}
+    assert response.json()["error"] == {
+        "message": "the step failed",
+        "type": "server_error",
+        "param": None,
+        "code": "engine_error",
+    }
     text = slow.post("/v1/completions", prompt="a", max_tokens=9, stream=True).text
     *_, error, done, rest = text.split("\n\n")
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_error" and (done, rest) == ("data: [DONE]", "")

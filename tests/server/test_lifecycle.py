@@ -1,0 +1,131 @@
+"""Clients that go away, engines that die, requests that are aborted, servers that load and drain."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from appliance.config import EngineConfig, ServerConfig
+from appliance.server.errors import unavailable
+from appliance.text.tokenizer import Tokenizer
+from tests.server.conftest import Served, serve_in_thread
+from tests.server.fake import FakeClient
+
+LONG = {"prompt": "abc", "max_tokens": 400, "ignore_eos": True}
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.005)
+
+
+class Asker(threading.Thread):
+    """Posts in a thread of its own."""
+
+    def __init__(self, served: Served, **body: Any) -> None:
+        super().__init__(daemon=True)
+        self.served, self.body = served, body
+        self.response: httpx.Response | None = None
+        self.start()
+
+    def run(self) -> None:
+        self.response = self.served.post("/v1/completions", **self.body)
+
+    def answer(self) -> httpx.Response:
+        self.join(10)
+        assert self.response is not None
+        return self.response
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["abc", ["abc", "def"]])
+def test_a_client_that_goes_away_frees_the_engine(slow: Served, stream: bool, prompt: Any) -> None:
+    with slow.http as http:
+        request = http.build_request("POST", "/v1/completions", json={**LONG, "prompt": prompt, "stream": stream})
+        if stream:
+            response = http.send(request, stream=True)
+            assert next(response.iter_lines()).startswith("data: ")
+            response.close()
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                http.request("POST", "/v1/completions", json={**LONG, "prompt": prompt}, timeout=0.2)
+    number = 1 if isinstance(prompt, str) else 2
+    eventually(lambda: len(slow.client.aborted) == number and not slow.client.running and not slow.state.jobs, 1.0)
+    assert slow.client.tokens < 60 * number  # it did not go on to the end
+    assert slow.post("/v1/completions", prompt="abc", max_tokens=1).status_code == 200
+
+
+def test_delete_aborts(slow: Served) -> None:
+    with slow.http as http:
+        asker = Asker(slow, **LONG, request_id="long-one")
+        eventually(lambda: slow.client.tokens > 3)
+        assert http.delete("/v1/requests/long-one").json() == {"id": "long-one", "object": "request", "aborted": True}
+        choice = asker.answer().json()["choices"][0]
+        assert choice["finish_reason"] == "abort" and choice["text"].startswith("ab")
+        gone = http.delete("/v1/requests/cmpl-long-one")
+        assert gone.status_code == 404 and gone.json()["error"]["code"] == "request_not_found"
+
+
+def test_the_same_request_id_twice_at_once(slow: Served) -> None:
+    askers = [Asker(slow, prompt="abc", max_tokens=9, request_id="twin") for _ in range(2)]
+    assert [a.answer().status_code for a in askers] == [200, 200]
+
+
+def test_engine_death_reaches_everyone_at_once(slow: Served) -> None:
+    waiting = [Asker(slow, **LONG) for _ in range(3)]
+    with slow.http as http, http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        eventually(lambda: len(slow.client.running) == 4)
+        slow.run(slow.client.die, "the engine process ended unexpectedly (exit code -9)")
+        died = time.monotonic()
+        rest = [line for line in lines if line]
+        error = json.loads(rest[-2].removeprefix("data: "))["error"]
+        assert error["code"] == "engine_dead" and "exit code -9" in error["message"] and rest[-1] == "data: [DONE]"
+        for asker in waiting:
+            assert asker.answer().status_code == 503 and asker.answer().json()["error"]["code"] == "engine_dead"
+        assert time.monotonic() - died < 2
+        health = http.get("/health")
+        assert health.status_code == 503 and health.json()["status"] == "dead" and "exit code -9" in health.text
+        again = http.post("/v1/completions", json=LONG)
+        assert again.status_code == 503 and again.headers["retry-after"]
+        assert http.get("/ping").status_code == 200
+
+
+def test_loading(tokenizer: Tokenizer, model_dir: Path) -> None:
+    def loading() -> FakeClient:
+        client = FakeClient(state="loading")
+        client.info = None
+        return client
+
+    with serve_in_thread(loading, tokenizer, EngineConfig(model=str(model_dir)), ServerConfig()) as served, served.http as http:
+        health = http.get("/health")
+        assert health.status_code == 503 and health.headers["retry-after"]
+        assert health.json()["status"] == "loading"
+        assert (health.json()["loaded_bytes"], health.json()["total_bytes"]) == (3, 10)
+        refused = http.post("/v1/completions", json={"prompt": "a"})
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "model_loading"
+        assert http.get("/v1/models").status_code == 200
+        assert http.get("/stats").json()["state"] == "loading"
+        assert http.get("/metrics").status_code == 200
+
+
+def test_draining(slow: Served) -> None:
+    asker = Asker(slow, **LONG)
+    eventually(lambda: slow.client.tokens > 3)
+    slow.state.draining = True
+    refused = slow.post("/v1/completions", prompt="a")
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+    for job in list(slow.state.jobs):
+        slow.run(job.fail, unavailable("the server is shutting down", "shutting_down"))
+    assert asker.answer().status_code == 503
+    eventually(lambda: not slow.client.running)

@@ -1,0 +1,99 @@
+"""OpenAI's own client, and OpenAI's own description of the answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.server.conftest import Served
+from tests.server.test_completions import events
+
+HELLO: list[Any] = [{"role": "user", "content": "hello"}]
+
+
+def test_models(served: Served) -> None:
+    client = served.openai
+    assert [m.id for m in client.models.list()] == ["tiny", "alias/of-tiny"]
+    assert client.models.retrieve("alias/of-tiny").id == "alias/of-tiny"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("nothing")
+    assert caught.value.code == "model_not_found"
+
+
+def test_completions(served: Served) -> None:
+    answer = served.openai.completions.create(model="tiny", prompt="hello", max_tokens=4, logprobs=1, echo=True)
+    assert answer.choices[0].text == "hello" + "hel" and answer.usage and answer.usage.total_tokens == 10
+    assert answer.choices[0].logprobs and answer.choices[0].logprobs.tokens and len(answer.choices[0].logprobs.tokens) == 10
+    chunks = list(served.openai.completions.create(model="tiny", prompt="hello", max_tokens=4, stream=True))
+    assert "".join(c.choices[0].text for c in chunks) == "hel" and chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_chat(served: Served) -> None:
+    answer = served.openai.chat.completions.create(
+        model="tiny", messages=HELLO, max_completion_tokens=5, logprobs=True, user="me"
+    )
+    assert answer.choices[0].message.content == "user" and answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].logprobs and answer.choices[0].logprobs.content and len(answer.choices[0].logprobs.content) == 5
+    stream = served.openai.chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=5, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "user"
+    assert chunks[-1].usage and chunks[-1].usage.completion_tokens == 5 and not chunks[-1].choices
+
+
+def test_errors(slow: Served) -> None:
+    client = slow.openai
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="tiny", messages=HELLO, temperature=-1)
+    assert caught.value.param == "temperature" and caught.value.type == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt="a" * 1000)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="a")
+    slow.client.fail_at = 3
+    with pytest.raises(openai.APIError, match="the step failed"):
+        list(client.completions.create(model="tiny", prompt="a", stream=True))
+    slow.client.fail_at = None
+    slow.run(slow.client.die, "gone")
+    with pytest.raises(openai.InternalServerError) as dead:
+        client.completions.create(model="tiny", prompt="a")
+    assert dead.value.status_code == 503
+
+
+def nullable(node: Any) -> Any:
+    """OpenAPI's ``nullable: true`` in JSON schema's words."""
+    if isinstance(node, list):
+        return [nullable(one) for one in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: nullable(value) for key, value in node.items()}
+    return {"anyOf": [node, {"type": "null"}]} if node.get("nullable") is True else node
+
+
+@pytest.fixture(scope="module")
+def schemas(shared_data: Path) -> Any:
+    """From the name of one of OpenAI's schemas to its validator."""
+    yaml, jsonschema = pytest.importorskip("yaml"), pytest.importorskip("jsonschema")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    components = nullable(yaml.load((shared_data / "openai" / "openapi.yaml").read_text(), Loader=loader)["components"])
+    return lambda name: jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": components})
+
+
+@pytest.mark.realdata
+def test_answers_are_as_openai_describes_them(served: Served, schemas: Any) -> None:
+    chat = {"messages": HELLO, "max_tokens": 3, "logprobs": True, "top_logprobs": 2, "n": 2}
+    with served.http as http:
+        schemas("ListModelsResponse").validate(http.get("/v1/models").json())
+        schemas("Model").validate(http.get("/v1/models/tiny").json())
+    schemas("CreateChatCompletionResponse").validate(served.post("/v1/chat/completions", **chat).json())
+    schemas("CreateCompletionResponse").validate(served.post("/v1/completions", prompt="ab", max_tokens=3, logprobs=2).json())
+    for options in ({"include_usage": True}, {"include_usage": False}):
+        text = served.post("/v1/chat/completions", **chat, stream=True, stream_options=options).text
+        for chunk in events(text):
+            schemas("CreateChatCompletionStreamResponse").validate(chunk)
+    schemas("ErrorResponse").validate(served.post("/v1/completions", prompt="a", n=0).json())

@@ -1,0 +1,231 @@
+"""Models by path and by name: no network for a path; for a name a stand-in hub on loopback, asked by the real client library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.hub import resolve
+from quant.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+WEIGHTS = bytes(range(256)) * 49152  # 12 MiB: the client library writes 10 MiB at a time
+
+
+class Hub(ThreadingHTTPServer):
+    """One repository, org/tiny, as huggingface_hub sees it."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files = {
+            "config.json": b'{"model_type": "llama"}',
+            "tokenizer.json": b"{}",
+            "model.safetensors": WEIGHTS,
+            "consolidated.safetensors": b"a second copy",
+            "pytorch_model.bin": b"a third copy",
+            "original/model.safetensors": b"a fourth copy",
+            "modeling_tiny.py": b"raise SystemExit('code from a repository is never run')",
+        }
+        self.calls: list[tuple[str, str, str | None]] = []  # method, path, Range
+        self.tokens: list[str | None] = []
+        self.cut_after: int | None = None  # cut the next answer that is longer, once
+        self.gated = False
+        self.status: int | None = None  # answer everything with it
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        hub, path = self.server, self.path.split("?")[0]
+        hub.calls.append((self.command, path, self.headers.get("Range")))
+        hub.tokens.append(self.headers.get("Authorization"))
+        parts = path.strip("/").split("/")
+        if hub.status is not None:
+            self._send(hub.status, b"trouble")
+        elif "org/tiny" not in path:
+            self._send(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
+        elif hub.gated and not self.headers.get("Authorization"):
+            self._send(403, b'{"error": "gated"}', {"X-Error-Code": "GatedRepo"})
+        elif parts[0] == "api" and "tree" in parts:
+            self._json([self._entry(name, data) for name, data in hub.files.items()])
+        elif parts[0] == "api":
+            revision = parts[parts.index("revision") + 1] if "revision" in parts else "main"
+            if revision not in ("main", COMMIT):
+                self._send(404, b'{"error": "no revision"}', {"X-Error-Code": "RevisionNotFound"})
+            else:
+                self._json({"id": "org/tiny", "sha": COMMIT, "siblings": [{"rfilename": name} for name in hub.files]})
+        else:
+            self._file("/".join(parts[parts.index("resolve") + 2 :]))
+
+    def _entry(self, name: str, data: bytes) -> dict[str, Any]:
+        return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+
+    def _file(self, name: str) -> None:
+        data = self.server.files[name]
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        status, wanted = 200, self.headers.get("Range")
+        if wanted:
+            start = int(wanted.removeprefix("bytes=").split("-")[0])
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            status, data = 206, data[start:]
+        cut = self.server.cut_after
+        if cut is not None and self.command == "GET" and len(data) > cut:
+            self.server.cut_after = None
+            self._send(status, data, headers, stop_at=cut)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        else:
+            self._send(status, data, headers)
+
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None, stop_at: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[:stop_at])
+            self.wfile.flush()
+
+    def log_message(self, *args: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join(5)
+
+
+def ask(home: Path, endpoint: str, model: str = "org/tiny", revision: str | None = None, **env: str) -> str:
+    """resolve() in a process of its own, since the client library reads its settings once. Returns the path, or the error."""
+    code = (
+        "import sys\n"
+        "from appliance.hub import resolve\n"
+        "from quant.errors import InputError\n"
+        "try:\n    print(resolve(sys.argv[1], sys.argv[2] or None))\n"
+        "except InputError as error:\n    print('refused:', error)\n"
+    )
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
+    settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, model, revision or ""],
+        env={**clean, **settings, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        timeout=90,
+        cwd=home,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 1, result.stdout
+    return result.stdout.strip()
+
+
+def test_download_only_what_is_needed(hub: Hub, tmp_path: Path) -> None:
+    directory = Path(ask(tmp_path, hub.url))
+    assert sorted(p.name for p in directory.rglob("*") if p.is_file()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert (directory / "model.safetensors").read_bytes() == WEIGHTS
+    assert Path(ask(tmp_path, hub.url, revision=COMMIT)) == directory
+    files = [path for method, path, _ in hub.calls if method == "GET" and path.endswith(".safetensors")]
+    assert len(files) == 1  # the second time it was there
+    assert Path(ask(tmp_path, hub.url, HF_HUB_OFFLINE="1")) == directory
+    assert Path(ask(tmp_path, "http://127.0.0.1:9")) == directory  # nobody there: what is cached and complete will do
+
+
+def test_a_cut_download_is_resumed(hub: Hub, tmp_path: Path) -> None:
+    hub.cut_after = 11 << 20
+    directory = Path(ask(tmp_path, hub.url))
+    assert (directory / "model.safetensors").read_bytes() == WEIGHTS
+    ranges = [found for method, path, found in hub.calls if method == "GET" and path.endswith("model.safetensors") and found]
+    assert ranges == [f"bytes={10 << 20}-"]
+
+
+def test_token_opens_a_gated_model(hub: Hub, tmp_path: Path) -> None:
+    hub.gated = True
+    refused = ask(tmp_path, hub.url)
+    assert (
+        refused
+        == f"refused: org/tiny is gated: accept its terms at {hub.url}/org/tiny and set HF_TOKEN to a token of that account"
+    )
+    assert Path(ask(tmp_path, hub.url, HF_TOKEN="hf_x")).is_dir() and hub.tokens[-1] == "Bearer hf_x"
+
+
+def test_refusals(hub: Hub, tmp_path: Path) -> None:
+    assert ask(tmp_path, hub.url, "org/other").startswith(f"refused: org/other was not found on {hub.url}: check the name")
+    assert ask(tmp_path, hub.url, revision="v9") == "refused: org/tiny has no revision 'v9': check --revision"
+    offline = ask(tmp_path, hub.url, HF_HUB_OFFLINE="1")
+    assert offline.startswith("refused: org/tiny is not complete in ") and "HF_HUB_OFFLINE is set" in offline
+    nobody = ask(tmp_path, "http://127.0.0.1:9")
+    assert nobody.startswith("refused: org/tiny could not be downloaded from http://127.0.0.1:9: ") and "refused" in nobody[9:]
+    del hub.files["model.safetensors"], hub.files["consolidated.safetensors"]
+    hub.files.pop("original/model.safetensors")
+    assert "org/tiny has no .safetensors file" in ask(tmp_path, hub.url)
+
+
+def test_server_trouble(hub: Hub, tmp_path: Path) -> None:
+    hub.status = 401
+    assert "org/tiny" in ask(tmp_path, hub.url)
+    hub.status = 418
+    assert f"org/tiny: {hub.url} answered with HTTP status 418" in ask(tmp_path, hub.url)
+
+
+def test_disk_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def full(*args: Any, **kwargs: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(InputError, match=r"^org/tiny: the disk is full; make room in .*, or set HF_HOME"):
+        resolve("org/tiny")
+
+
+def test_a_path_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def blocked(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", blocked)
+    monkeypatch.setattr(socket, "getaddrinfo", blocked)
+    assert resolve(str(tmp_path)) == tmp_path
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert resolve("org/model") == Path("org/model")
+    for name in ("./nothing", "/nothing/here", "org/other", "a/b/c", "~/no-such-model", "..\\x"):
+        with pytest.raises(InputError, match="^no such directory: "):
+            resolve(name)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"model\.gguf is a file: name the directory"):
+        resolve("model.gguf")
+    for name in ("", "a b", "org/mo?del", "ü"):
+        with pytest.raises(InputError, match="neither a directory nor a name|no such"):
+            resolve(name)
