@@ -115,7 +115,7 @@ class QuantTensor:
         zeros = None
         if any(t.zeros is not None for t in tensors):
             zeros = torch.cat([t.explicit_zeros() for t in tensors], dim=1)
-        # Joined as bytes: torch has no cat for every float8 build.
+        # As bytes: whether torch can index and join float8 depends on its version and device.
         packed = torch.cat([t.packed.view(torch.uint8) for t in tensors]).view(tensors[0].packed.dtype)
         scales = torch.cat([t.scales for t in tensors], dim=1)
         return replace(tensors[0], packed=packed, scales=scales, zeros=zeros, N=sum(t.N for t in tensors))
