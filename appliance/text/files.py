@@ -24,6 +24,8 @@ _DEFAULTS: dict[str, dict[str, str]] = {
     "GPT2Tokenizer": {"bos_token": _END, "eos_token": _END, "unk_token": _END},
 }
 
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
 # How Qwen2 cuts text into words before merging (its tokenizer.json says the same).
 _QWEN2_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -62,10 +64,10 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
     backend.no_truncation()  # some published files carry the limit of the day they were made: never cut a prompt silently
     backend.no_padding()
     backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
+    _add_tokens(backend, directory, config, named)
     for key, token in _DEFAULTS.get(kind, {}).items():
         if key not in config and backend.token_to_id(token) is not None:
             named.setdefault(key, token)
-    _add_tokens(backend, directory, config, named)
     if merges_only:
         _add_ends(backend, config, named)
     return TokenizerFiles(backend, named, _templates(directory, config))
@@ -96,6 +98,8 @@ def _class(directory: Path, config: dict[str, Any]) -> str:
 
 
 def _content(token: Any) -> str:
+    if isinstance(token, dict) and "content" not in token:
+        raise CheckpointError(f"tokenizer_config.json: a special token without 'content': {token!r:.80}")
     return str(token["content"]) if isinstance(token, dict) else str(token)
 
 
@@ -164,7 +168,9 @@ def _add_tokens(backend: tokenizers.Tokenizer, directory: Path, config: dict[str
     exact, contents = {repr(token) for token in known}, {token.content for token in known}
     try:
         declared = sorted((int(i), token) for i, token in (config.get("added_tokens_decoder") or {}).items())
-        tokens = [AddedToken(**token) for _, token in declared]
+        tokens = [
+            AddedToken(token["content"], **{name: token[name] for name in _FLAGS if name in token}) for _, token in declared
+        ]
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         others = [*named.values(), *map(_content, extra.values() if isinstance(extra, dict) else extra)]
     except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -1,0 +1,218 @@
+"""Chat templates against transformers' renderer, and what wrong conversations are answered with."""
+
+import json
+import re
+
+import pytest
+
+from appliance.core.params import RequestError
+from appliance.text import template as module
+from appliance.text.template import ChatTemplates
+from appliance.text.tokenizer import Tokenizer
+from quant.errors import InputError
+
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+USER, ANSWER = {"role": "user", "content": "What is 2 < 3 & 'x'?"}, {"role": "assistant", "content": "Yes.\n  It is, größer."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+PARTS = {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather <now>",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "which"}},
+            "required": ["city"],
+        },
+    },
+}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}],
+}
+RESULT = {"role": "tool", "name": "weather", "tool_call_id": "abcdefghi", "content": "sunny"}
+CONVERSATIONS = {
+    "one": ([USER], {}),
+    "system": ([SYSTEM, USER, ANSWER, USER], {}),
+    "thinking": ([USER, {**ANSWER, "reasoning_content": "Hm."}, USER], {"enable_thinking": False}),
+    "tools": ([USER], {"tools": [WEATHER]}),
+    "call": ([USER, CALL, RESULT], {"tools": [WEATHER]}),
+    "no_prompt": ([USER, ANSWER], {"add_generation_prompt": False}),
+    "continue": (
+        [USER, {"role": "assistant", "content": "It is  "}],
+        {"add_generation_prompt": False, "continue_final_message": True},
+    ),
+}
+
+
+def chat(source, messages, /, **options):
+    options = {"add_generation_prompt": True, "continue_final_message": False, "tools": None, "documents": None, **options}
+    known = {k: options.pop(k) for k in ("add_generation_prompt", "continue_final_message", "tools", "documents")}
+    sources = source if isinstance(source, dict) else {"default": source}
+    return ChatTemplates(sources, TOKENS, where="model").render(messages, extra=options, **known)
+
+
+@pytest.mark.realdata
+def test_every_template_as_transformers(shared_data, ask):
+    sources = {p.name: p.read_text() for p in sorted((shared_data / "tokenizers" / "chat_templates").glob("*.jinja"))}
+    assert len(sources) >= 50
+    cases = [(name, case) for name in sources for case in CONVERSATIONS]
+    job = []
+    for name, case in cases:
+        messages, options = CONVERSATIONS[case]
+        job.append(
+            {"template": sources[name], "messages": messages, "options": {"add_generation_prompt": True, **TOKENS, **options}}
+        )
+    agreed = 0
+    for (name, case), want in zip(cases, ask("render", job), strict=True):
+        messages, options = CONVERSATIONS[case]
+        try:
+            got = chat(sources[name], messages, **options)
+        except RequestError as error:
+            assert isinstance(want, dict), (name, case, error)
+            if "TemplateError" in want["error"]:  # the template's own refusal, word for word
+                assert want["error"].split(": ", 1)[1] in str(error)
+            continue
+        assert got == want, (name, case)
+        agreed += 1
+    assert agreed > 0.8 * len(cases)
+
+
+def test_parts_become_what_the_template_knows():
+    text = "{% for m in messages %}{{ m.content }};{% endfor %}"
+    parts = "{% for m in messages %}{% for p in m['content'] %}[{{ p.text }}]{% endfor %};{% endfor %}"
+    both = (
+        "{% for m in messages %}{% set c = m.content %}{% if c is string %}{{ c }}{% else %}"
+        "{% for p in c %}[{{ p.text }}]{% endfor %}{% endif %};{% endfor %}"
+    )
+    hello = {"role": "user", "content": "hello"}
+    assert chat(text, [PARTS, hello]) == "one\ntwo;hello;"
+    assert chat(parts, [PARTS, hello]) == "[one][two];[hello];"
+    assert chat(both, [PARTS, hello]) == "[one][two];hello;"
+    assert chat(text, [{"role": "user", "content": ["plain"]}, {"role": "user", "content": []}]) == "plain;;"
+
+
+def test_tool_arguments_arrive_as_an_object():
+    source = (
+        "{% for c in messages[0].tool_calls %}{{ c.function.arguments.city }} {{ c.function.arguments | tojson }}{% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"city": "Zürich <1>"}'}}
+    assert chat(source, [{"role": "assistant", "content": None, "tool_calls": [call]}]) == 'Zürich <1> {"city": "Zürich <1>"}'
+    call = {"type": "function", "function": {"name": "f", "arguments": "{city}"}}
+    with pytest.raises(RequestError, match=r"messages\[0\].tool_calls\[0\].function.arguments is not JSON"):
+        chat(source, [{"role": "assistant", "tool_calls": [call]}])
+    with pytest.raises(RequestError, match=r"messages\[0\].tool_calls must be a list, got str"):
+        chat(source, [{"role": "assistant", "tool_calls": "f"}])
+
+
+def test_the_callers_messages_stay_as_they_are():
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a "}]}]
+    before = json.dumps(messages)
+    source = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    assert chat(source, messages, add_generation_prompt=False, continue_final_message=True) == "a "
+    assert json.dumps(messages) == before
+
+
+def test_tool_use_template_is_chosen_for_tools():
+    sources = {"default": "plain", "tool_use": "tools"}
+    assert chat(sources, [USER]) == "plain" and chat(sources, [USER], tools=[WEATHER]) == "tools"
+    assert chat({"other": "only"}, [USER]) == "only"
+    with pytest.raises(RequestError, match=r"several chat templates \(a, b\) and none is the default"):
+        chat({"a": "", "b": ""}, [USER])
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "messages must be a list of at least one message"),
+        ("hi", "messages must be a list of at least one message"),
+        ([{"content": "x"}], r"messages\[0\] must be an object with a 'role'"),
+        ([USER, "hi"], r"messages\[1\] must be an object with a 'role'"),
+        ([{"role": "user", "content": 3}], r"messages\[0\].content must be text or a list of text parts, got int"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            r"messages\[0\].content\[0\] is of type 'image_url'",
+        ),
+        ([{"role": "user", "content": [7]}], r"messages\[0\].content\[0\] is of type 'int'"),
+    ],
+)
+def test_wrong_messages_are_named(messages, message):
+    with pytest.raises(RequestError, match=message):
+        chat("{{ messages[0].content }}", messages)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('Roles must alternate') }}", "did not accept this conversation: Roles must alternate"),
+        ("{{ messages[5].content.x }}", "did not accept this conversation: .*no element 5"),
+        ("{{ 1 + 'a' }}", "did not accept this conversation: unsupported operand"),
+        ("{{ messages.append(1) }}", "did not accept this conversation: .*unsafe"),
+        ("{{ ''.__class__.__mro__ }}", "did not accept this conversation: .*unsafe"),
+        ("{% if %}", r"chat template of model is damaged \(line 1: .*give another one with --chat-template"),
+    ],
+)
+def test_what_a_template_refuses_is_told(source, message):
+    with pytest.raises(RequestError, match=message) as caught:
+        chat(source, [USER])
+    assert caught.value.status == 400 and caught.value.param == "messages"
+
+
+def test_a_template_cannot_write_for_ever(monkeypatch):
+    monkeypatch.setattr(module, "MAX_CHARACTERS", 1000)
+    with pytest.raises(RequestError, match="it wrote more than 1000 characters"):
+        chat("{% for i in range(99999) %}xxxxxxxxxx{% endfor %}", [USER])
+
+
+def test_options_that_contradict():
+    with pytest.raises(RequestError, match="set one to false"):
+        chat("x", [USER], continue_final_message=True)
+    with pytest.raises(RequestError, match="may not hold 'messages'"):
+        chat("x", [USER], messages=[])
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    with pytest.raises(RequestError, match="leaves out the end of the last message"):
+        chat("x", [USER], **options)
+    with pytest.raises(RequestError, match="needs a last message with text"):
+        chat("x", [{"role": "assistant", "content": None}], **options)
+
+
+def test_jinja_extras():
+    assert re.fullmatch(r"20\d\d", chat("{{ strftime_now('%Y') }}", [USER]))
+    assert chat("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", [USER]) == "01"
+    assert chat("{% generation %}{% set x = 1 %}a{% endgeneration %}{{ x }}", [USER]) == "a"
+    assert chat("{{ bos_token }}{{ style }}{{ documents[0].text }}", [USER], style="!", documents=[{"text": "d"}]) == "<s>!d"
+
+
+def test_where_templates_come_from(byte_level_dir, tmp_path):
+    own = Tokenizer.load(byte_level_dir)
+    assert own.has_chat_template
+    assert own.chat([{"role": "user", "content": "Hi"}]) == "<|user|>Hi<|end|><|assistant|>"
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_text((byte_level_dir / name).read_text())
+    bare = Tokenizer.load(tmp_path)
+    assert not bare.has_chat_template
+    with pytest.raises(RequestError, match="has no chat template: start the server with --chat-template FILE"):
+        bare.chat([USER])
+    entries = [{"name": "default", "template": "listed"}, {"name": "tool_use", "template": "listed tools"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": entries}))
+    assert Tokenizer.load(tmp_path).chat([USER], tools=[WEATHER]) == "listed tools"
+    (tmp_path / "chat_template.jinja").write_text("from the file")
+    assert Tokenizer.load(tmp_path).chat([USER], tools=[WEATHER]) == "from the file"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("file for tools")
+    assert Tokenizer.load(tmp_path).chat([USER], tools=[WEATHER]) == "file for tools"
+    assert Tokenizer.load(tmp_path).chat([USER]) == "from the file"
+
+
+def test_a_template_of_ones_own(byte_level_dir, tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("mine: {{ messages[0].content }}")
+    assert Tokenizer.load(byte_level_dir, str(path)).chat([USER]) == "mine: " + USER["content"]
+    assert Tokenizer.load(byte_level_dir, "{{ 'spelled out' }}").chat([USER]) == "spelled out"
+    with pytest.raises(InputError, match=r"--chat-template .*none.jinja: cannot read this file"):
+        Tokenizer.load(byte_level_dir, str(tmp_path / "none.jinja"))
+    path.write_text("\n{% for %}")
+    with pytest.raises(InputError, match=r"mine.jinja: line 2: not a Jinja template"):
+        Tokenizer.load(byte_level_dir, str(path))
