@@ -69,6 +69,10 @@ def _sample_row(row: Tensor, request: Request) -> Sampled:
     best = row.amax().item()
     if best == -math.inf:
         return Sampled(-1, error="every token is ruled out (by allowed_token_ids, bad_words or min_tokens)")
+    if best == math.inf:
+        return Sampled(
+            -1, error=f"repetition_penalty {request.params.repetition_penalty} makes a logit infinite: use one nearer to 1"
+        )
     token = int(row.argmax()) if request.params.greedy else _draw(row, best, request)
     return Sampled(token, None if wanted is None else _row_logprob(raw, token, wanted))
 

@@ -212,6 +212,13 @@ def test_a_row_that_cannot_be_drawn_from_ends_its_own_request_only(temperature):
     assert out[3].error == out[4].error == "every token is ruled out (by allowed_token_ids, bad_words or min_tokens)"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalty_beyond_all_numbers_is_an_error(temperature):
+    request = make(prompt=[0], temperature=temperature, repetition_penalty=1e-42)
+    one = sample(torch.tensor([[1.0, 2.0]]), [request])[0]
+    assert one.token == -1 and one.error is not None and "repetition_penalty 1e-42 makes a logit infinite" in one.error
+
+
 def test_logprobs_are_those_of_the_untouched_logits():
     logits = random_logits(2, 300, 8)
     want = logits.double().log_softmax(-1)
