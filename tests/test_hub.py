@@ -221,11 +221,11 @@ def test_a_path_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "org" / "model").mkdir(parents=True)
     assert resolve("org/model") == Path("org/model")
     for name in ("./nothing", "/nothing/here", "org/other", "a/b/c", "~/no-such-model", "..\\x"):
-        with pytest.raises(InputError, match="^no such directory: "):
+        with pytest.raises(InputError, match=r"^no such directory: "):
             resolve(name)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match=r"model\.gguf is a file: name the directory"):
         resolve("model.gguf")
     for name in ("", "a b", "org/mo?del", "ü"):
-        with pytest.raises(InputError, match="neither a directory nor a name|no such"):
+        with pytest.raises(InputError, match=r"neither a directory nor a name|no such"):
             resolve(name)

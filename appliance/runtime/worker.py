@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -65,7 +65,7 @@ class Client:
         threading.Thread(target=self._read, args=(loop,), name="engine-reader", daemon=True).start()
         await self._ready
 
-    async def generate(self, submit: Submit) -> AsyncIterator[Event]:
+    async def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
         """Events of all ``n`` completions, until each has ended. Closing or cancelling the iterator aborts the rest in the engine.
 
         Raises RequestError when the engine refuses the request, EngineDied when it dies on the way.

@@ -131,7 +131,7 @@ class _Service:
         finally:
             http.stop.set()
             await self._drain()
-            await self.state.client.stop(0)  # type: ignore[attr-defined]
+            await self.state.client.stop(0)
             await answering
 
     async def _app(self, client: Client) -> FastAPI:
@@ -180,10 +180,9 @@ class _Service:
         assert info is not None
         host, port = self.sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        tokens = int(info.plan["num_blocks"]) * self.engine.block_size  # type: ignore[call-overload]
         print(
             f"appliance: ready at http://{shown}:{port}/v1 with model {self.state.names[0]}: up to {info.max_model_len} tokens a "
-            f"sequence, {tokens / info.max_model_len:.1f} such sequences at once, loaded in {info.ready_s:.1f} s",
+            f"sequence, {info.plan['max_concurrency']:.1f} such sequences at once, loaded in {info.ready_s:.1f} s",
             flush=True,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,9 +32,10 @@ class EngineClient(Protocol):
     failure: str | None
     loading: tuple[int, int]
 
-    def generate(self, submit: Submit) -> AsyncIterator[Event]: ...
+    def generate(self, submit: Submit) -> AsyncGenerator[Event, None]: ...
     def abort(self, request_id: str, index: int | None = None) -> None: ...
     async def stats(self) -> Stats: ...
+    async def stop(self, drain_s: float = 0.0) -> None: ...
 
 
 class ServerState:

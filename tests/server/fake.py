@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from appliance.core.messages import EngineInfo, Event, Stats, Submit, TokenLogprob
 from appliance.runtime.worker import EngineDied
@@ -44,7 +44,7 @@ class FakeClient:
         self.tokens = 0
         self._dead = asyncio.Event()
 
-    async def generate(self, submit: Submit) -> AsyncIterator[Event]:
+    async def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
         if self.state != "ready":
             raise EngineDied(self.failure or f"the engine is {self.state}")
         assert submit.request_id not in self.running
@@ -58,11 +58,9 @@ class FakeClient:
                 for index in range(submit.params.n):
                     if index in told:
                         continue
-                    event = (
-                        self._event(submit, index, step)
-                        if index in alive
-                        else Event(submit.request_id, index, finish_reason="abort")
-                    )
+                    event = Event(submit.request_id, index, finish_reason="abort")
+                    if index in alive:
+                        event = self._event(submit, index, step)
                     if event.finish_reason:
                         told.add(index)
                     yield event
@@ -107,6 +105,9 @@ class FakeClient:
         return Stats(
             running=len(self.running), blocks_total=64, blocks_used=4 * len(self.running), generation_tokens=self.tokens, steps=7
         )
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        self.state = "stopped"
 
     def die(self, why: str) -> None:
         """As when the engine process is killed."""
