@@ -15,6 +15,7 @@ from appliance.core.params import RequestError, SamplingParams
 from appliance.core.scheduler import StepPlan
 from appliance.runtime.engine import MAX_FAILURES, Engine
 from appliance.runtime.runner import StepResult
+from models.decoder import Decoder
 from tests.runtime.conftest import answers, finish, submit
 
 Load = Callable[..., Engine]
@@ -193,13 +194,11 @@ def test_a_failing_step_ends_its_own_requests_only(load: Load, monkeypatch: pyte
         engine.step()
 
 
-def test_nan_logits_end_the_request_with_an_error(load: Load) -> None:
+def test_nan_logits_end_the_request_with_an_error(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load()
     engine.runner.caches[0].k.fill_(float("nan"))  # unused slots are never read: this must not matter
     assert answers(engine, [submit("fine", [3, 4, 5])])
-    with torch.no_grad():
-        logits = engine.runner.decoder.logits
-        engine.runner.decoder.logits = lambda hidden: logits(hidden) * float("nan")  # type: ignore[method-assign]
+    monkeypatch.setattr(Decoder, "logits", lambda self, hidden: torch.full((len(hidden), 256), float("nan")))
     engine.submit(submit("bad", [3, 4, 5]))
     event = finish(engine)[("bad", 0)][-1]
     assert event.finish_reason == "error" and "not finite" in (event.error or "")
