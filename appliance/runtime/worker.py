@@ -49,7 +49,6 @@ class Client:
         self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._process: subprocess.Popen[bytes] | None = None
         self._conn: Connection | None = None
-        self._ended = asyncio.Event()
 
     async def start(self) -> None:
         """Start the process and wait until the model is loaded. Raises InputError with the engine's own message, or EngineDied."""
@@ -122,11 +121,11 @@ class Client:
         if self._process is None:
             return
         self._outbox.put(None)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._ended.wait(), 2.0)
-        if self._process.poll() is None:
+        try:
+            await asyncio.to_thread(self._process.wait, 2.0)
+        except subprocess.TimeoutExpired:  # in the middle of a long step, or still loading
             self._process.kill()
-        await asyncio.to_thread(self._process.wait)
+            await asyncio.to_thread(self._process.wait)
 
     def _write(self) -> None:
         assert self._conn is not None
@@ -172,7 +171,6 @@ class Client:
 
     def _gone(self) -> None:
         """The pipe closed: the process has ended, or is about to."""
-        self._ended.set()
         if self.state != "stopped":
             self.state = "dead"
             assert self._process is not None
