@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from appliance.memory.demand import Demand
 from appliance.memory.devices import DeviceInfo
-from appliance.memory.plan import SHORTEST_AUTO, MemoryPlan, PlanError, fit
+from appliance.memory.plan import SHORTEST_AUTO, KVSpec, MemoryPlan, PlanError, fit
 from appliance.memory.settings import Settings
 
 SMALLEST = 16  # shorter contexts and smaller steps than this are not advised
@@ -35,16 +35,16 @@ Plan = Callable[..., MemoryPlan | None]
 
 def single_flags(plan: Plan, demand: Demand, settings: Settings) -> list[str]:
     """The mildest value of each flag that, changed alone, makes the model fit."""
+    sized = None if settings.kv_bytes is None else _cache_size(plan, demand, settings, settings.kv_bytes)
+    if sized is not None:
+        return [f"--kv-cache-memory-bytes {sized}"]
     found = []
     longest = _largest(lambda n: plan(max_len=n) is not None, SMALLEST, wanted_length(demand, settings) - 1)
     if longest is not None:
         found.append(f"--max-model-len {longest}")
-    if settings.kv_bytes is None:
-        spare = _largest(lambda n: plan(utilization=(100 - n) / 100) is not None, 0, 99)  # hundredths that may stay free
-        if spare is not None:
-            found.append(f"--gpu-memory-utilization {(100 - spare) / 100:g}")
-    else:
-        found += _cache_size(plan, demand, settings)
+    spare = _largest(lambda n: plan(utilization=(100 - n) / 100) is not None, 0, 99)  # hundredths that may stay free
+    if spare is not None:
+        found.append(f"--gpu-memory-utilization {(100 - spare) / 100:g}")
     step = _largest(lambda n: plan(max_tokens=n) is not None, SMALLEST, settings.max_tokens - 1)
     if step is not None:
         found.append(f"--max-num-batched-tokens {step}")
@@ -56,13 +56,12 @@ def wanted_length(demand: Demand, settings: Settings) -> int:
     return settings.max_len or min(SHORTEST_AUTO, demand.max_len)
 
 
-def _cache_size(plan: Plan, demand: Demand, settings: Settings) -> list[str]:
-    """A --kv-cache-memory-bytes that fits: enough for one sequence of the length that was asked for."""
-    one = plan(kv_bytes=None, utilization=1.0)
-    if one is None:
-        return []
-    need = one.kv.blocks(wanted_length(demand, settings)) * one.kv.block_bytes
-    return [f"--kv-cache-memory-bytes {need}"] if plan(kv_bytes=need) is not None else []
+def _cache_size(plan: Plan, demand: Demand, settings: Settings, given: int) -> int | None:
+    """A --kv-cache-memory-bytes that fits: one sequence where too little was given, all that there is where it was too much."""
+    block = KVSpec(demand.layers, demand.kv_heads, demand.head_dim, settings.block_size, demand.dtype).block_bytes
+    one = -(-wanted_length(demand, settings) // settings.block_size)
+    blocks = _largest(lambda n: plan(kv_bytes=n * block) is not None, one, max(one, given // block))
+    return None if blocks is None else blocks * block
 
 
 def flag_sets(plan: Plan, demand: Demand, settings: Settings) -> list[str]:

@@ -113,6 +113,7 @@ def module_nbytes(module: ModuleShape, stored: WeightScheme, *, dtype: str, devi
         group_size=stored.block[1] if stored.block else module.K if stored.group_size == -1 else stored.group_size,
         asymmetric=not stored.symmetric,
         act_order=stored.act_order,
+        activation=stored.activation,
     )
     return packed + (module.N * size if module.bias else 0)
 

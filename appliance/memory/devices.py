@@ -51,9 +51,9 @@ def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("
     found = []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers == "":
-            mounts, names = (root, root / "unified"), ("memory.max", "memory.current", "inactive_file")
+            mounts, names = [root, root / "unified"], ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            mounts, names = (root / "memory",), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            mounts, names = [root / "memory"], ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
         for mount in mounts:

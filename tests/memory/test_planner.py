@@ -1,0 +1,176 @@
+"""Plans of checkpoints: byte totals against the files and against what the loader really holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.config import EngineConfig
+from appliance.memory.planner import DeviceInfo, MemoryPlan, PlanError, make_plan
+from models.spec import ModelSpec
+from quant.errors import CheckpointError, InputError
+from quant.headers import CheckpointIndex
+
+GIB = 1 << 30
+CPU = DeviceInfo("cpu", "some CPU", 24 * GIB, 22 * GIB)
+QUANTIZED = (
+    "awq-gemm-g128", "awq-gemm-g32", "ct-fp8-dynamic", "ct-w4a16-g128", "ct-w8a8-int8",
+    "gptq-4bit-g32-act-order", "gptq-4bit-g32-sym", "gptq-4bit-g64-asym", "gptq-8bit-channel",
+)  # fmt: skip
+
+
+def write_headers(directory: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], config: dict[str, Any]) -> Path:
+    """A checkpoint of any size that takes no disk: a true header, and a hole where the data would be."""
+    sizes = {"F16": 2, "BF16": 2, "F32": 4, "I32": 4}
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        begin, count = end, sizes[dtype]
+        for n in shape:
+            count *= n
+        end += count
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def awq_checkpoint(directory: Path, config: dict[str, Any], group: int = 128) -> Path:
+    """The tensors that AutoAWQ writes for a model (gemm packing)."""
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    config = {**config, "torch_dtype": "float16", "quantization_config": quantization}
+    spec = ModelSpec.from_config(config)
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for m in spec.modules():
+        if m.part in ("embedding", "head"):
+            tensors[f"{m.name}.weight"] = ("F16", (m.N, m.K))
+        else:
+            tensors[f"{m.name}.qweight"] = ("I32", (m.K, m.N // 8))
+            tensors[f"{m.name}.qzeros"] = ("I32", (m.K // group, m.N // 8))
+            tensors[f"{m.name}.scales"] = ("F16", (m.K // group, m.N))
+    tensors |= {name: ("F16", (numel,)) for name, numel in spec.small_tensors()}
+    return write_headers(directory, tensors, config)
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_what_is_planned_is_what_the_loader_holds(shared_data: Path, name: str, dtype: str) -> None:
+    import torch
+
+    from kernels.ops import get_ops
+    from models.loader import load_model
+    from quant.checkpoint import Checkpoint
+
+    directory = shared_data / "quantized" / name
+    plan = make_plan(directory, EngineConfig(dtype=dtype, max_model_len=300), CPU)
+    checkpoint = Checkpoint.open(directory)
+    spec = ModelSpec.from_config(checkpoint.config)
+    decoder = load_model(checkpoint, spec, get_ops("cpu"), dtype=getattr(torch, plan.dtype), max_len=plan.max_model_len)
+    assert plan.weight_bytes + plan.scratch["positions"] == decoder.nbytes
+
+
+@pytest.mark.realdata
+def test_a_tied_head_is_counted_once(shared_data: Path) -> None:
+    plan = make_plan(shared_data / "models" / "TinyStories-656K", EngineConfig(), CPU)
+    assert plan.weights["head"] == 0 and plan.weights["embedding"] == 2048 * 128 * 4  # published in float32
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(
+    ("config", "published_gib"),  # of the 4-bit AWQ versions on the hub, group 128
+    [("meta-llama--Meta-Llama-3.1-8B_config.json", 5.34), ("meta-llama--Meta-Llama-3.1-70B_config.json", 37.0)],
+)
+def test_large_awq_models(shared_data: Path, tmp_path: Path, config: str, published_gib: float) -> None:
+    directory = awq_checkpoint(tmp_path, json.loads((shared_data / "configs" / config).read_text()))
+    published = CheckpointIndex.open(directory).total_bytes
+    assert published / GIB == pytest.approx(published_gib, rel=0.01)
+    machine = DeviceInfo("cpu", "big", 256 * GIB, 256 * GIB)
+    plan = make_plan(directory, EngineConfig(max_model_len=8192), machine)
+    assert plan.weight_bytes == pytest.approx(published, rel=0.03)
+    assert plan.dtype == "bfloat16" and plan.kv.token_bytes == 2 * plan.kv.layers * 8 * 128 * 2
+    assert plan.total <= plan.budget == 128 * GIB
+    tight = DeviceInfo("cpu", "small", 8 * GIB, published + GIB)
+    with pytest.raises(PlanError, match=r"does not fit: .* What would fit: .*--gpu-memory-utilization (0\.[89]\d?|1)\b"):
+        make_plan(directory, EngineConfig(max_model_len=512, max_num_batched_tokens=256), tight)
+
+
+def plan_of(directory: Path, **options: Any) -> MemoryPlan:
+    return make_plan(directory, EngineConfig(**options), CPU)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A Llama with everything in 16 bits, 1024 tokens long."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 256,
+        "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3,
+        "vocab_size": 1000, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "torch_dtype": "float16",
+    }  # fmt: skip
+    spec = ModelSpec.from_config(config)
+    tensors = {f"{m.name}.weight": ("F16", (m.N, m.K)) for m in spec.modules()}
+    tensors |= {name: ("F16", (numel,)) for name, numel in spec.small_tensors()}
+    return write_headers(tmp_path, tensors, config)
+
+
+def test_a_dense_model_takes_what_its_files_take(small: Path) -> None:
+    plan = plan_of(small)
+    assert plan.weight_bytes == CheckpointIndex.open(small).total_bytes
+    assert plan.weights["mlp"] == 3 * 3 * 256 * 512 * 2 and plan.weights["norms"] == 7 * 256 * 2
+    assert plan.max_model_len == 1024 and plan.num_blocks == 256 * 64
+    assert plan.scratch["dequantization"] == 0
+    assert plan.quantization == "none"
+    wide = plan_of(small, dtype="float")
+    assert wide.weight_bytes == 2 * plan.weight_bytes and wide.kv.block_bytes == 2 * plan.kv.block_bytes
+
+
+def test_the_plan_is_plain_data(small: Path) -> None:
+    found = json.loads(json.dumps(plan_of(small, max_model_len="0.6k").to_dict()))
+    assert found["max_model_len"] == 600 and found["kv_cache"]["block_size"] == 16
+    assert (
+        found["weights_bytes"]["total"] + found["workspace_bytes"]["total"] + found["runtime_bytes"] + found["kv_cache"]["bytes"]
+        == found["total_bytes"]
+    )
+    assert list(found["sequences"]) == ["512", "600"]
+    assert found["max_concurrency"] == found["sequences"]["600"] == 256.0
+
+
+def test_bad_input_is_named(small: Path) -> None:
+    with pytest.raises(InputError, match="--max-model-len is 2048, but the model was made for at most 1024 tokens"):
+        plan_of(small, max_model_len=2048)
+    with pytest.raises(InputError, match="--block-size is 12"):
+        plan_of(small, block_size=12)
+    with pytest.raises(InputError, match="'awq' was stated, but the checkpoint is 'none'"):
+        plan_of(small, quantization="awq")
+    with pytest.raises(InputError, match="--device 'tpu' is not known"):
+        make_plan(small, EngineConfig(device="tpu"))
+    with pytest.raises(CheckpointError, match="no such directory"):
+        plan_of(small / "absent")
+    with open(small / "model.safetensors", "r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(CheckpointError, match="truncated"):
+        plan_of(small)
+
+
+def test_this_machine_is_the_default(small: Path) -> None:
+    plan = make_plan(small, EngineConfig(kv_cache_memory_bytes=1 << 20))
+    assert plan.device.kind == "cpu" and plan.kv_bytes <= 1 << 20
+
+
+def test_planning_needs_no_torch(small: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from appliance.config import EngineConfig; "
+        "from appliance.memory.planner import make_plan; make_plan(Path(sys.argv[1]), EngineConfig()).table(); "
+        "assert 'torch' not in sys.modules"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program, str(small)], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
