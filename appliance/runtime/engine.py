@@ -59,7 +59,7 @@ class Engine:
         torch.set_num_threads(config.threads or psutil.cpu_count(logical=False) or 1)
         directory, device = Path(config.model), torch.device("cpu")
         plan = make_plan(directory, config)
-        log.info("memory plan\n%s", plan.table())
+        log.debug("memory plan\n%s", plan.table())
         checkpoint = Checkpoint.open(directory, config.quantization)
         try:
             spec = ModelSpec.from_config(checkpoint.config)

@@ -49,6 +49,7 @@ class Client:
         self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._process: subprocess.Popen[bytes] | None = None
         self._conn: Connection | None = None
+        self._ended = asyncio.Event()
 
     async def start(self) -> None:
         """Start the process and wait until the model is loaded. Raises InputError with the engine's own message, or EngineDied."""
@@ -171,6 +172,7 @@ class Client:
 
     def _gone(self) -> None:
         """The pipe closed: the process has ended, or is about to."""
+        self._ended.set()
         if self.state != "stopped":
             self.state = "dead"
             assert self._process is not None
