@@ -1,0 +1,178 @@
+"""Attention over the paged cache without copying it.
+
+The blocks of a sequence are mostly consecutive ids (the pool sees to that), so a sequence is a few segments, and a segment of
+consecutive blocks is a strided view of the cache. Torch's flash kernel runs on each and returns the logarithms of the softmax
+sums, by which the partial results are merged. Only where a sequence is scattered are short runs gathered, at most GATHER blocks
+at a time.
+
+Queries are taken in tiles that do not cross a segment's start, so that a tile meets its own tokens in one segment under the
+plain causal mask and everything before without a mask:
+
+    keys    0 ........... | masked by the window | seen by all rows | tile (causal) |
+    window: first row sees from i0 - w + 1; the last row of the tile from i1 - w
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.ops import KVCache, PagedBatch
+
+TILE = 256  # queries
+VIEW_BLOCKS = 8  # shorter runs of consecutive blocks are gathered with their neighbours
+GATHER = 64  # blocks gathered at a time
+HIDDEN = -30000.0  # added to scores that a window hides: finite in every dtype, so that rows that see nothing stay numbers
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Positions start .. stop - 1 of one sequence: slots from ``slot`` on, or the blocks ``gather`` where those are scattered."""
+
+    start: int
+    stop: int
+    slot: int
+    gather: Tensor | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Keys first .. last - 1 of a segment, for one tile."""
+
+    segment: Segment
+    first: int
+    last: int
+    causal: bool
+    mask: Tensor | None  # float32 [rows, keys]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of q and all the keys they see."""
+
+    row: int
+    rows: int
+    parts: tuple[Part, ...]
+
+
+def segments(table: Sequence[int], length: int, block_size: int) -> list[Segment]:
+    """Cut the first ``length`` positions of a block table into long views and gathered stretches."""
+    count = -(-length // block_size)
+    runs = [0] + [i for i in range(1, count) if table[i] != table[i - 1] + 1] + [count]
+    found: list[Segment] = []
+
+    def add(first: int, last: int) -> None:
+        if first < last:
+            ids = table[first:last]
+            scattered = ids[-1] - ids[0] != last - first - 1 or any(b != a + 1 for a, b in zip(ids, ids[1:]))
+            gather = torch.tensor(ids, dtype=torch.int64) if scattered else None
+            found.append(Segment(first * block_size, min(last * block_size, length), ids[0] * block_size, gather))
+
+    waiting = 0  # first block that is in no segment yet
+    for first, last in zip(runs, runs[1:]):
+        if last - first >= VIEW_BLOCKS or last - waiting > GATHER:
+            add(waiting, first)
+            waiting = first
+        if last - first >= VIEW_BLOCKS:
+            add(first, last)
+            waiting = last
+    add(waiting, count)
+    return found
+
+
+def plan(batch: PagedBatch, block_size: int, window: int | None) -> list[Tile]:
+    """All tiles of a step: the same for every layer with this window."""
+    tiles: list[Tile] = []
+    for s, (end, table) in enumerate(zip(batch.seq_lens_list, batch.block_tables_list, strict=True)):
+        row, stop = batch.query_starts_list[s], batch.query_starts_list[s + 1]
+        begin = end - (stop - row)
+        pieces = segments(table, end, block_size)
+        size = TILE if window is None else min(TILE, window)
+        for segment in pieces:
+            for i0 in range(max(begin, segment.start), segment.stop, size):
+                i1 = min(i0 + size, segment.stop)
+                tiles.append(Tile(row + i0 - begin, i1 - i0, tuple(_parts(pieces, segment, i0, i1, window))))
+    return tiles
+
+
+def _parts(pieces: Sequence[Segment], own: Segment, i0: int, i1: int, window: int | None) -> list[Part]:
+    """What the queries i0 .. i1 - 1 see."""
+    low, clear = (0, 0) if window is None else (max(0, i0 - window + 1), max(0, i1 - window))
+    single = i1 == i0 + 1  # one row needs no causal mask: its own key goes with those before
+    found = []
+    for segment in pieces:
+        last = min(segment.stop, i1 if single else i0)
+        hidden = max(low, segment.start), min(last, clear)
+        if hidden[0] < hidden[1] and window is not None:
+            keys, queries = torch.arange(*hidden), torch.arange(i0, i1).unsqueeze(1)
+            found.append(Part(segment, *hidden, False, torch.where(keys > queries - window, 0.0, HIDDEN)))
+        first = max(clear, segment.start)
+        if first < last:
+            found.append(Part(segment, first, last, False, None))
+    if not single:
+        found.append(Part(own, i0, i1, True, None))
+    return found
+
+
+class PagedAttention:
+    """The ``attention`` of Ops. Holds the tiles of the current step, which all layers share."""
+
+    def __init__(self) -> None:
+        self._batch: PagedBatch | None = None
+        self._tiles: dict[tuple[int, int | None], list[Tile]] = {}
+
+    def __call__(self, q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype)
+        group = q.shape[1] // cache.k.shape[2]
+        for tile in self._plan(batch, cache.block_size, window):
+            rows = slice(tile.row, tile.row + tile.rows)
+            grouped = q[rows].unflatten(1, (-1, group)).permute(1, 2, 0, 3)  # [Hkv, group, rows, D]
+            if tile.rows == 1:
+                grouped = grouped.permute(2, 0, 1, 3)  # the group takes the queries' place: [1, Hkv, group, D]
+            pieces = [_attend(grouped, cache, part, scale) for part in tile.parts]
+            found = pieces[0][0] if len(pieces) == 1 else _merge(pieces)
+            target = out[rows].unflatten(1, (-1, group))
+            target.copy_(found if tile.rows == 1 else found.permute(2, 0, 1, 3))
+        return out
+
+    def _plan(self, batch: PagedBatch, block_size: int, window: int | None) -> list[Tile]:
+        if self._batch is not batch:
+            self._batch, self._tiles = batch, {}
+        key = (block_size, window)
+        if key not in self._tiles:
+            self._tiles[key] = plan(batch, block_size, window)
+        return self._tiles[key]
+
+
+def _attend(q: Tensor, cache: KVCache, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """(partial output like q, logarithms of the sums float32) of one tile over one part of its keys."""
+    k, v = (_keys(t, part, q) for t in (cache.k, cache.v))
+    mask = None if part.mask is None else part.mask.to(q.dtype)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, part.causal, attn_mask=mask, scale=scale)
+
+
+def _keys(cache: Tensor, part: Part, q: Tensor) -> Tensor:
+    """The part's keys or values as the kernel wants them: [1, Hkv, L, D] for one query, [Hkv, group, L, D] without copies for many."""
+    segment, heads, size = part.segment, cache.shape[2], cache.shape[3]
+    if segment.gather is not None:
+        cache, slot = cache[segment.gather], 0
+    else:
+        slot = segment.slot
+    length, width = part.last - part.first, heads * size
+    offset = cache.storage_offset() + (slot + part.first - segment.start) * width
+    if q.shape[0] == 1 and q.shape[1] == heads:
+        return cache.as_strided((1, heads, length, size), (0, size, width, 1), offset)
+    return cache.as_strided((heads, q.shape[1], length, size), (size, 0, width, 1), offset)
+
+
+def _merge(pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Partial softmax results weighted by their shares of the whole sum."""
+    sums = torch.stack([s for _, s in pieces])
+    shares = torch.exp(sums - sums.logsumexp(0)).unsqueeze(-1)
+    total = pieces[0][0] * shares[0]
+    for (found, _), share in zip(pieces[1:], shares[1:]):
+        total = torch.addcmul(total, found.to(total.dtype), share)
+    return total
