@@ -1,0 +1,203 @@
+"""The command as a user starts it, over a real engine: a small random model, computed by the reference operators."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.server.test_lifecycle import eventually
+from tests.tiny_model import make_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+READY = re.compile(r"appliance: ready at (http://127\.0\.0\.1:\d+)/v1 with model (\S+)")
+FLAGS = ["--port", "0", "--dtype", "float32", "--reference-ops", "--threads", "1", "--kv-cache-memory-bytes", "4000000"]
+
+
+@dataclass
+class Running:
+    process: subprocess.Popen[str]
+    url: str
+    output: list[str]
+
+    @property
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+
+    @property
+    def engine(self) -> psutil.Process:
+        (child,) = psutil.Process(self.process.pid).children()
+        return child
+
+    def ended(self, seconds: float) -> int:
+        return self.process.wait(seconds)
+
+
+@contextmanager
+def started(*args: str) -> Iterator[Running]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "appliance", "serve", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    output: list[str] = []
+    reader = threading.Thread(target=lambda: output.extend(process.stdout or ()), daemon=True)
+    reader.start()
+    try:
+        eventually(lambda: any(READY.match(line) for line in output) or process.poll() is not None, 90)
+        match = next((m for line in output if (m := READY.match(line))), None)
+        assert match, "".join(output)
+        yield Running(process, match[1], output)
+    finally:
+        process.kill()
+        process.wait(10)
+        reader.join(10)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "tiny", max_len=4096)
+
+
+@pytest.fixture(scope="module")
+def running(model: Path) -> Iterator[Running]:
+    with started(str(model), *FLAGS, "--served-model-name", "tiny") as one:
+        yield one
+
+
+def post(running: Running, **body: Any) -> Any:
+    with running.http as http:
+        response = http.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+
+def used(running: Running) -> int:
+    with running.http as http:
+        return int(http.get("/stats").json()["engine"]["blocks_used"])
+
+
+def test_ready_means_ready(running: Running) -> None:
+    with running.http as http:
+        assert http.get("/health").json() == {"status": "ok"}
+        stats = http.get("/stats").json()
+    assert stats["model"] == "tiny" and stats["info"]["quantization"] == "awq" and stats["engine"]["blocks_total"] > 0
+    assert any("KV cache" in line for line in running.output)  # the plan comes before the model
+
+
+def test_greedy_is_the_same_alone_streamed_and_in_company(running: Running) -> None:
+    prompts = ["hello", "who are you?", "a b c d e f g"]
+    alone = [post(running, prompt=p, temperature=0, max_tokens=20, ignore_eos=True)["choices"][0]["text"] for p in prompts]
+    together = post(running, prompt=prompts, temperature=0, max_tokens=20, ignore_eos=True)["choices"]
+    assert [c["text"] for c in together] == alone
+    scored = post(running, prompt=prompts[0], max_tokens=1, echo=True, logprobs=3)["choices"][0]["logprobs"]
+    assert scored["tokens"][1:6] == list("hello") and scored["token_logprobs"][0] is None
+    assert all(value < 0 for value in scored["token_logprobs"][1:])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_blocks(running: Running, stream: bool) -> None:
+    eventually(lambda: used(running) == 0)
+    body = {"prompt": "abc", "max_tokens": 3800, "ignore_eos": True, "stream": stream}
+    with running.http as http:
+        if stream:
+            with http.stream("POST", "/v1/completions", json=body) as response:
+                lines = response.iter_lines()
+                assert next(lines)
+                eventually(lambda: used(running) > 0)
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                http.post("/v1/completions", json=body, timeout=0.5)
+    eventually(lambda: used(running) == 0, 2)
+
+
+def test_refusals_come_from_the_door(running: Running) -> None:
+    with running.http as http:
+        response = http.post("/v1/completions", json={"prompt": "a" * 5000})
+        assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_idle_costs_nothing(running: Running) -> None:
+    eventually(lambda: used(running) == 0)
+    processes = [psutil.Process(running.process.pid), running.engine]
+    time.sleep(0.3)
+    before = [sum(p.cpu_times()[:2]) for p in processes]
+    time.sleep(2.0)
+    after = [sum(p.cpu_times()[:2]) for p in processes]
+    assert all(b - a <= 0.02 for a, b in zip(before, after)), (before, after)  # at most one or two clock ticks
+
+
+def test_second_server_on_the_same_port(running: Running, model: Path) -> None:
+    port = running.url.rsplit(":", 1)[1]
+    result = subprocess.run(
+        [sys.executable, "-m", "appliance", "serve", str(model), "--port", port],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=60,
+    )
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(
+        f"appliance: error: cannot listen on 127.0.0.1 port {port}: Address already in use; stop what"
+    )
+
+
+def test_killed_engine_is_reported_and_started_again(model: Path) -> None:
+    with started(str(model), *FLAGS) as running, running.http as http:
+        first = running.engine
+        body = {"prompt": "abc", "max_tokens": 3800, "ignore_eos": True, "stream": True}
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            assert next(lines)
+            first.send_signal(signal.SIGKILL)
+            *_, error, done = [line for line in lines if line]
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_dead" and done == "data: [DONE]"
+        eventually(lambda: http.get("/health").status_code == 200, 60)
+        assert running.engine.pid != first.pid
+        assert http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 2}).status_code == 200
+        running.process.send_signal(signal.SIGTERM)
+        assert running.ended(8) == 0
+
+
+def test_ctrl_c_drains_then_ends_the_rest(model: Path) -> None:
+    with started(str(model), *FLAGS, "--shutdown-timeout", "1") as running, running.http as http:
+        engine = running.engine
+        body = {"prompt": "abc", "max_tokens": 3800, "ignore_eos": True, "stream": True}
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            assert next(lines)
+            running.process.send_signal(signal.SIGINT)
+            *_, error, done = [line for line in lines if line]
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "shutting_down" and done == "data: [DONE]"
+        assert running.ended(6) == 0 and not engine.is_running()
+
+
+def test_ctrl_c_twice_ends_at_once(model: Path) -> None:
+    with started(str(model), *FLAGS, "--shutdown-timeout", "60") as running, running.http as http:
+        engine = running.engine
+        body = {"prompt": "abc", "max_tokens": 3800, "ignore_eos": True, "stream": True}
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            assert next(lines)
+            running.process.send_signal(signal.SIGINT)
+            eventually(lambda: any("again to stop at once" in line for line in running.output))
+            running.process.send_signal(signal.SIGINT)
+            assert running.ended(5) == 130
+        eventually(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, 5)

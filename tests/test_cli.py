@@ -1,0 +1,233 @@
+"""The command line: options, their sources, errors in one line, and what may not be imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance import cli
+from appliance.cli_flags import INSTEAD, SWITCHES, VALUED, translate
+from appliance.config import EngineConfig, ServerConfig
+from appliance.version import __version__
+from quant.errors import InputError
+from tests.tiny_model import make_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineConfig, ServerConfig]]:
+    """What ``serve`` would be called with."""
+    calls: list[tuple[EngineConfig, ServerConfig]] = []
+
+    def serve(engine: EngineConfig, server: ServerConfig) -> int:
+        calls.append((engine, server))
+        return 0
+
+    monkeypatch.setattr("appliance.server.run.serve", serve)
+    for name in [name for name in os.environ if name.startswith("APPLIANCE_")]:
+        monkeypatch.delenv(name)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def test_no_arguments_is_all_defaults(served: list[Any]) -> None:
+    assert cli.run(["serve"]) == 0
+    assert served == [(EngineConfig(), ServerConfig())]
+
+
+def test_flags(served: list[Any]) -> None:
+    line = (
+        "serve my/model --gpu-memory-utilization 0.5 --max_model_len 32k -q awq_marlin --swap-space=2 --port 9 "
+        "--served-model-name one two --strict-requests --max-logprobs -1 --host ::1"
+    )
+    assert cli.run(line.split()) == 0
+    engine = EngineConfig(model="my/model", gpu_memory_utilization=0.5, max_model_len="32k", quantization="awq", swap_space=2.0)
+    server = ServerConfig(port=9, served_model_name=("one", "two"), strict_requests=True, max_logprobs=-1, host="::1")
+    assert served == [(engine, server)]
+    cli.run(["serve", "--model", "m", "--max-model-len", "4096"])
+    assert served[-1][0].model == "m" and served[-1][0].max_model_len == 4096
+
+
+def test_every_option_is_a_flag_a_file_key_and_a_variable(
+    served: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in (EngineConfig, ServerConfig):
+        for field in fields(kind):
+            default = getattr(kind(), field.name)
+            value: Any = (not default) if isinstance(default, bool) else 3 if isinstance(default, int) else "3"
+            if field.name in ("gpu_memory_utilization", "swap_space", "shutdown_timeout"):
+                value = 3.0
+            if field.name in ("kv_cache_memory_bytes", "threads", "max_model_len"):
+                value = 3
+            expected = ("3",) if field.name == "served_model_name" else value
+            flag = "--" + field.name.replace("_", "-")
+            cli.run(["serve", flag] if isinstance(default, bool) else ["serve", flag, str(value)])
+            (tmp_path / "a.toml").write_text(f"{field.name} = {json.dumps(list(expected) if expected == ('3',) else value)}\n")
+            cli.run(["serve", "--config", str(tmp_path / "a.toml")])
+            with monkeypatch.context() as patch:
+                patch.setenv(f"APPLIANCE_{field.name.upper()}", str(value))
+                cli.run(["serve"])
+            found = [getattr(engine if kind is EngineConfig else server, field.name) for engine, server in served]
+            assert found == [expected] * 3, field.name
+            served.clear()
+
+
+def test_which_source_wins(served: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text('model = "file"\n[engine]\nmax-num-seqs = 1\nseed = 1\nblock_size = 1\n[server]\nport = 1\n')
+    monkeypatch.setenv("APPLIANCE_CONFIG", str(file))
+    monkeypatch.setenv("APPLIANCE_SEED", "2")
+    monkeypatch.setenv("APPLIANCE_BLOCK_SIZE", "2")
+    assert cli.run(["serve", "--block-size", "3"]) == 0
+    engine, server = served[-1]
+    assert (engine.model, engine.max_num_seqs, engine.seed, engine.block_size, server.port) == ("file", 1, 2, 3, 1)
+    assert cli.run(["serve", "mine"]) == 0 and served[-1][0].model == "mine"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("serve --port x", 'Invalid value for --port: unable to convert "x" into int.'),
+        ("serve --frobnicate 3", "Unknown option: --frobnicate."),
+        ("serve a b", "Unused Tokens: ['b']."),
+        ("serve a --model b", "Unused Tokens: ['b']."),
+        ("serve --model", "--model needs a value"),
+        ("serve --config", "--config needs the name of a TOML file"),
+        ("serve --config nowhere.toml", "--config nowhere.toml: No such file or directory"),
+        ("serve -tp 2", "--tensor-parallel-size 2: only one device is supported: leave it out, or use 1"),
+        ("serve --tensor_parallel_size=2", "--tensor-parallel-size 2: only one device"),
+        ("serve --enable-lora", "--enable-lora: LoRA adapters are not supported"),
+        ("serve --api-key secret", "--api-key: keys are not supported"),
+        ("serve --kv-cache-dtype fp8", "--kv-cache-dtype fp8: the cache has the dtype"),
+        ("plan /no/such/model", "no such directory: /no/such/model"),
+        ("frobnicate", 'Unknown command "frobnicate".'),
+    ],
+)
+def test_errors_are_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.run(line.split()) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith(f"appliance: error: {message}") and len(output.err.splitlines()) == 1 and not output.out
+
+
+def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.toml"
+    for text, words in (("port = ", "is not valid TOML"), ("prot = 3", "there is no option 'prot'"), ('port = "x"', "port")):
+        file.write_text(text)
+        assert cli.run(["serve", "--config", str(file)]) == 2
+        error = capsys.readouterr().err
+        assert words in error and len(error.splitlines()) == 1
+
+
+def test_foreign_flags(capsys: pytest.CaptureFixture[str], served: list[Any]) -> None:
+    line = (
+        "serve m --enforce-eager --tensor-parallel-size 1 --disable-log-requests --trust_remote_code --no-enable-prefix-caching"
+    )
+    assert cli.run(line.split()) == 0 and served == [(EngineConfig(model="m"), ServerConfig())]
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 5 and notes[0] == "appliance: note: --enforce-eager changes nothing here"
+    own = {"--" + field.name.replace("_", "-") for kind in (EngineConfig, ServerConfig) for field in fields(kind)}
+    assert not own & (SWITCHES | VALUED.keys() | INSTEAD.keys())
+    for name, values in VALUED.items():
+        assert translate(["serve", name, values[0] if values else "x"]) == (["serve"], [f"{name} changes nothing here"])
+    for name in INSTEAD:
+        with pytest.raises(InputError, match=name):
+            translate(["serve", f"{name}=something-else"])
+    assert translate(["serve", "-q", "gptq_marlin"])[0] == ["serve", "--quantization", "gptq"]
+
+
+def test_debug_shows_where_an_error_comes_from() -> None:
+    with pytest.raises(InputError):
+        cli.run(["plan", "/no/such/model", "--config", "nowhere", "--log-level", "debug"])
+
+
+def test_plan(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", str(model)]) == 0
+    assert "KV cache" in capsys.readouterr().out
+    assert cli.run(["plan", str(model), "--json", "--max-model-len", "64"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] is True and plan["max_model_len"] == 64
+    assert cli.run(["plan", str(model), "--kv-cache-memory-bytes", "64", "--json"]) in (1, 2)
+    assert cli.run(["plan", str(model), "--gpu-memory-utilization", "1.5"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("appliance: error: ") and "1.5" in error
+
+
+def test_plan_that_does_not_fit(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", str(model), "--gpu-memory-utilization", "0.0001"]) == 1
+    output = capsys.readouterr()
+    assert output.err.startswith("appliance: error: ") and not output.out
+    assert cli.run(["plan", str(model), "--gpu-memory-utilization", "0.0001", "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["fits"] is False and answer["error"]
+
+
+def python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=env, timeout=60)
+
+
+def test_help_and_plan_import_nothing_heavy_and_open_no_socket(model: Path) -> None:
+    code = (
+        "import socket, sys\n"
+        "def blocked(*a, **k): raise AssertionError('a socket was opened')\n"
+        "socket.socket = socket.create_connection = socket.getaddrinfo = blocked\n"
+        "from appliance.cli import run\n"
+        "code = run(sys.argv[1:])\n"
+        "heavy = {'torch', 'transformers', 'fastapi', 'pydantic', 'uvicorn', 'textual', 'huggingface_hub', 'tokenizers'}\n"
+        "print('HEAVY', sorted(heavy & sys.modules.keys()), file=sys.stderr)\n"
+        "sys.exit(code)\n"
+    )
+    for args in (["--help"], ["serve", "--help"], ["version"], ["plan", str(model)]):
+        result = python(code, *args)
+        assert result.returncode == 0 and result.stderr.splitlines()[-1] == "HEAVY []", (args, result.stderr)
+    help_text = python(code, "serve", "--help").stdout
+    for kind in (EngineConfig, ServerConfig):
+        assert all("--" + field.name.replace("_", "-") in help_text for field in fields(kind))
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["version"], ["--version"]):
+        assert cli.run(args) == 0
+        assert capsys.readouterr().out.strip() == f"appliance {__version__}"
+    result = subprocess.run([sys.executable, "-m", "appliance", "version"], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.returncode == 0 and result.stdout.strip() == f"appliance {__version__}"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--port", "99999"], "--port is 0 to 65535, got 99999"),
+        (["--host", "no.such.host.invalid"], "--host no.such.host.invalid: "),
+        (["--log-level", "loud"], "--log-level is one of debug, info, warning, error, got 'loud'"),
+    ],
+)
+def test_serve_refuses(model: Path, args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["serve", str(model), *args]) == 2
+    assert capsys.readouterr().err.startswith(f"appliance: error: {words}")
+
+
+def test_a_model_that_cannot_be_loaded(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    make_checkpoint(broken)
+    (broken / "tokenizer.json").unlink()
+    result = subprocess.run(
+        [sys.executable, "-m", "appliance", "serve", str(broken), "--port", "0", "--log-level", "warning"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=90,
+    )
+    assert result.returncode == 2 and result.stderr.startswith("appliance: error: ") and len(result.stderr.splitlines()) == 1
+    assert "tokenizer" in result.stderr
