@@ -74,7 +74,7 @@ def test_perplexity_of_the_default_dtype(shared_data: Path, name: str) -> None:
     """Within 0.2 % of float32 over 16 windows of 256 tokens of the TinyStories text."""
     text = (shared_data / "text" / "tinystories.txt").read_text()
     found = {dtype: perplexity(load(shared_data / "quantized" / name, dtype=dtype), text) for dtype in ("float32", "auto")}
-    assert found["float32"] < 20, "a trained model reads its own kind of text easily"
+    assert found["float32"] < 100, "tokens are phrases here: 2048 would be guessing, a trained model is far below"
     assert abs(found["auto"] / found["float32"] - 1) < 0.002, found
 
 
