@@ -56,9 +56,13 @@ def wanted_length(demand: Demand, settings: Settings) -> int:
     return settings.max_len or min(SHORTEST_AUTO, demand.max_len)
 
 
+def _block_bytes(demand: Demand, settings: Settings) -> int:
+    return KVSpec(demand.layers, demand.kv_heads, demand.head_dim, settings.block_size, demand.dtype).block_bytes
+
+
 def _cache_size(plan: Plan, demand: Demand, settings: Settings, given: int) -> int | None:
     """A --kv-cache-memory-bytes that fits: one sequence where too little was given, all that there is where it was too much."""
-    block = KVSpec(demand.layers, demand.kv_heads, demand.head_dim, settings.block_size, demand.dtype).block_bytes
+    block = _block_bytes(demand, settings)
     one = -(-wanted_length(demand, settings) // settings.block_size)
     blocks = _largest(lambda n: plan(kv_bytes=n * block) is not None, one, max(one, given // block))
     return None if blocks is None else blocks * block
@@ -66,12 +70,19 @@ def _cache_size(plan: Plan, demand: Demand, settings: Settings, given: int) -> i
 
 def flag_sets(plan: Plan, demand: Demand, settings: Settings) -> list[str]:
     """All the memory there is, small steps, and the longest context that they leave."""
-    step = min(settings.max_tokens, 256)
-    everything = {"kv_bytes": None, "utilization": 1.0, "max_tokens": step}
-    length = _largest(lambda n: plan(max_len=n, **everything) is not None, SMALLEST, wanted_length(demand, settings))
+    step, block = min(settings.max_tokens, 256), _block_bytes(demand, settings)
+
+    def memory(length: int) -> tuple[str, dict[str, float]]:
+        if settings.kv_bytes is None:
+            return "--gpu-memory-utilization 1", {"utilization": 1.0}
+        cache = -(-length // settings.block_size) * block
+        return f"--kv-cache-memory-bytes {cache}", {"kv_bytes": cache}
+
+    longest = wanted_length(demand, settings)
+    length = _largest(lambda n: plan(max_len=n, max_tokens=step, **memory(n)[1]) is not None, SMALLEST, longest)
     if length is None:
         return []
-    return [f"--gpu-memory-utilization 1 --max-num-batched-tokens {step} --max-model-len {length}"]
+    return [f"{memory(length)[0]} --max-num-batched-tokens {step} --max-model-len {length}"]
 
 
 def _largest(good: Callable[[int], bool], low: int, high: int) -> int | None:

@@ -187,16 +187,16 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) 
 
 
 def _budget(settings: Settings, device: DeviceInfo) -> tuple[int, str]:
+    """Bytes that may be taken, and why so many."""
+    total, available = device.total, device.available
     if settings.kv_bytes is not None:
-        return device.available, f"all that is available, since --kv-cache-memory-bytes {settings.kv_bytes} is given"
+        return available, f"all that is available, since --kv-cache-memory-bytes {settings.kv_bytes} is given"
+    share = int(settings.utilization * (available if device.kind == "cpu" else total))
     if device.kind == "cpu":
-        return int(
-            settings.utilization * device.available
-        ), f"{settings.utilization:g} of {size_text(device.available)} available"
-    share = int(settings.utilization * device.total)
-    if share > device.available:  # other programs hold memory of the card: what they hold cannot be taken
-        return device.available, f"the {size_text(device.available)} that are free of {size_text(device.total)}"
-    return share, f"{settings.utilization:g} of {size_text(device.total)}"
+        return share, f"{settings.utilization:g} of {size_text(available)} available"
+    if share > available:  # other programs hold memory of the card: what they hold cannot be taken
+        return available, f"the {size_text(available)} that are free of {size_text(total)}"
+    return share, f"{settings.utilization:g} of {size_text(total)}"
 
 
 def _holds_one(plan: MemoryPlan) -> bool:

@@ -146,8 +146,7 @@ def test_every_advised_flag_makes_it_fit(case: Case) -> None:
         fit(demand, replace(chosen, **parse(remedy)), device)
     if not advised.remedies:
         assert "No setting makes it fit" in str(advised)
-        everything = {"utilization": 1.0, "kv_bytes": None, "max_tokens": min(16, chosen.max_tokens)}
-        assert plan_or_none(demand, replace(chosen, **everything), device) is None
+        assert plan_or_none(demand, replace(chosen, utilization=1.0, kv_bytes=None), device) is None
 
 
 def parse(remedy: str) -> dict[str, float | int]:
@@ -243,6 +242,13 @@ def test_one_set_of_flags_where_no_single_one_helps() -> None:
     advised = advise(error.value, LLAMA_8B, tight, cpu(7))
     assert len(advised.remedies) == 1
     assert re.fullmatch(r"--gpu-memory-utilization 1 --max-num-batched-tokens 256 --max-model-len \d+", advised.remedies[0])
+    given = replace(tight, kv_bytes=16 * GIB)
+    with pytest.raises(PlanError) as error:
+        fit(LLAMA_8B, given, cpu(7.2))
+    assert re.fullmatch(
+        r"--kv-cache-memory-bytes \d+ --max-num-batched-tokens 256 --max-model-len \d+",
+        advise(error.value, LLAMA_8B, given, cpu(7.2)).remedies[0],
+    )
     hopeless = advise(error.value, LLAMA_8B, tight, cpu(2))
     assert hopeless.remedies == () and "needs one with more memory, or a smaller model" in str(hopeless)
 
