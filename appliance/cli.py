@@ -84,17 +84,23 @@ def plan(model: str | None = None, /, *, json: bool = False, engine: EngineFlags
 
 
 @app.command
-def tui(*, url: str = "http://127.0.0.1:8000") -> int:
+def tui(*, url: str = "http://127.0.0.1:8000", interval: float = 1.0, once: bool = False, json: bool = False) -> int:
     """Watch a running server in the terminal.
 
     Parameters
     ----------
     url
         Where the server is.
+    interval
+        Seconds between two looks.
+    once
+        Print one look as text, and end.
+    json
+        Print the server's own /stats as JSON, and end.
     """
     from appliance.tui.app import main
 
-    return main(url) or 0
+    return main(url, interval=interval, once=once, json_output=json)
 
 
 @app.command

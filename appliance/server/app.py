@@ -39,7 +39,7 @@ def create_app(
     app.include_router(info.router)
     app.include_router(router)
     app.add_middleware(RequestIds)
-    for kind in (InputError, EngineDied, EngineFailed, Exception):
+    for kind in (InputError, EngineDied, EngineFailed):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(RequestValidationError, _on_http)
@@ -84,7 +84,7 @@ def _fit(name: str) -> bool:
 
 
 class RequestIds:
-    """Gives every request an id (its X-Request-Id where it brings a usable one) and returns it as a header."""
+    """Gives every request an id (its X-Request-Id where it brings a usable one) and returns it as a header, also of a 500."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -97,12 +97,21 @@ class RequestIds:
         ids["request_id_given"] = _fit(given)
         ids["request_id"] = given if _fit(given) else uuid.uuid4().hex
 
+        started = False
+
         async def send_with_id(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 MutableHeaders(scope=message)["X-Request-Id"] = ids["request_id"]
             await send(message)
 
-        await self.app(scope, receive, send_with_id)
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            if started:
+                raise
+            await error_response(error)(scope, receive, send_with_id)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -54,6 +54,7 @@ class Job:
         self.state.jobs.add(self)
         tasks = [asyncio.create_task(self._pump(k, submit)) for k, submit in enumerate(self.submits)]
         left = len(self.outputs)
+        reason = "abort"  # of the choices that do not come to their end
         try:
             while left:
                 item = await self._queue.get()
@@ -65,12 +66,17 @@ class Job:
                 delta = self._take(choice, item[0], item[1])
                 left -= delta.finish_reason is not None
                 yield choice, delta
+        except Exception:
+            reason = "error"
+            raise
         finally:
             self.state.jobs.discard(self)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._count_unfinished()
+            for choice, output in enumerate(self.outputs):
+                if output.finish_reason is None:
+                    self._count(choice, reason, time.time())
 
     async def _pump(self, k: int, submit: Submit) -> None:
         try:
@@ -105,12 +111,6 @@ class Job:
             output_tokens=len(self.outputs[choice].token_ids),
             params=self.params,
         )
-
-    def _count_unfinished(self) -> None:
-        now = time.time()
-        for choice, output in enumerate(self.outputs):
-            if output.finish_reason is None:
-                self._count(choice, "abort", now)
 
     def fail(self, error: Exception) -> None:
         """End the job now: whoever waits for it gets this error."""

@@ -82,7 +82,8 @@ async def _from_text(text: str, body: CompletionRequest | ChatRequest, tokenizer
         while cut < len(text):  # a text that is far too long shall not cost the time of tokenizing it all
             count = len(await tokenize(tokenizer, text[:cut], special))
             if count > limit + SLACK:
-                raise context_overflow(count, None, limit)
+                error = context_overflow(count, None, limit)
+                raise RequestError(str(error).replace("contains", "contains at least"), param=error.param, code=error.code)
             cut *= 2
     ids = await tokenize(tokenizer, text, special)
     return _truncate(Prompt(tuple(ids), text), body, limit)
@@ -93,7 +94,8 @@ def _truncate(prompt: Prompt, body: CompletionRequest | ChatRequest, limit: int)
     wanted = body.truncate_prompt_tokens
     if wanted is None:
         return prompt
-    keep = limit - max(body.max_tokens or 1, 1) if wanted == -1 else wanted
+    asked = getattr(body, "max_completion_tokens", None) or body.max_tokens or 1
+    keep = limit - max(asked, 1) if wanted == -1 else wanted
     if keep < 1 or keep >= len(prompt.token_ids):
         return prompt
     return Prompt(prompt.token_ids[-keep:] if body.truncation_side == "left" else prompt.token_ids[:keep])

@@ -120,6 +120,7 @@ class _Service:
             log_config=None,
             access_log=self.server.log_level == "debug",
             lifespan="off",
+            ws="none",
             date_header=False,
             server_header=False,
             timeout_graceful_shutdown=max(1, round(self.server.shutdown_timeout)),
