@@ -218,6 +218,20 @@ def test_serve_refuses(model: Path, args: list[str], words: str, capsys: pytest.
     assert capsys.readouterr().err.startswith(f"appliance: error: {words}")
 
 
+def test_the_demo_model_is_served_when_none_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from appliance import hub
+    from appliance.server import run
+
+    monkeypatch.setattr(run, "demo_model", lambda: tmp_path)
+    engine, server = run.locate(EngineConfig(), ServerConfig())
+    assert (engine.model, engine.tokenizer, server.served_model_name) == (str(tmp_path), str(tmp_path), ("demo",))
+    engine, server = run.locate(EngineConfig(model=str(tmp_path)), ServerConfig())
+    assert server.served_model_name == (str(tmp_path),)
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "hub.py"))
+    with pytest.raises(InputError, match=r"^no model given, and this installation has no demo model: name a directory"):
+        hub.demo_model()
+
+
 def test_a_model_that_cannot_be_loaded(model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     make_checkpoint(broken)

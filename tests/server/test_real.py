@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -48,13 +49,13 @@ class Running:
 
 
 @contextmanager
-def started(*args: str) -> Iterator[Running]:
+def started(*args: str, path: str = "") -> Iterator[Running]:
     process = subprocess.Popen(
         [sys.executable, "-m", "appliance", "serve", *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": f"{path}:{ROOT}", "OMP_NUM_THREADS": "1"},
     )
     assert process.stdout is not None
     output: list[str] = []
@@ -77,9 +78,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(model: Path) -> Iterator[Running]:
-    with started(str(model), *FLAGS, "--served-model-name", "tiny") as one:
+def running(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server whose processes note every attempt to reach another machine, and are not let through."""
+    folder = tmp_path_factory.mktemp("site")
+    calls = folder / "calls.txt"
+    (folder / "sitecustomize.py").write_text(
+        "import socket\n"
+        "def blocked(*args, **kwargs):\n"
+        f"    open({str(calls)!r}, 'a').write(repr(args) + '\\n')\n"
+        "    raise OSError('no network')\n"
+        "socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = socket.gethostbyname = blocked\n"
+        "open(" + repr(str(folder / "loaded")) + ", 'a').write('x')\n"
+    )
+    with started(str(model), *FLAGS, "--served-model-name", "tiny", path=str(folder)) as one:
         yield one
+    assert (folder / "loaded").read_text() >= "xx"  # the server's process and the engine's
+    assert not calls.exists(), calls.read_text()
 
 
 def post(running: Running, **body: Any) -> Any:
@@ -110,6 +124,18 @@ def test_greedy_is_the_same_alone_streamed_and_in_company(running: Running) -> N
     scored = post(running, prompt=prompts[0], max_tokens=1, echo=True, logprobs=3)["choices"][0]["logprobs"]
     assert scored["tokens"][1:6] == list("hello") and scored["token_logprobs"][0] is None
     assert all(value < 0 for value in scored["token_logprobs"][1:])
+
+
+async def test_64_connections_get_their_own_answers(running: Running) -> None:
+    prompts = [f"{number} bottles of {number % 7} beers" for number in range(64)]
+    body = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    some = {p: post(running, prompt=p, **body)["choices"][0]["text"] for p in prompts[::9]}
+    limits = httpx.Limits(max_connections=64)
+    async with httpx.AsyncClient(base_url=running.url, timeout=60, limits=limits, trust_env=False) as http:
+        answers = await asyncio.gather(*(http.post("/v1/completions", json={**body, "prompt": p}) for p in prompts))
+    texts = {p: answer.json()["choices"][0]["text"] for p, answer in zip(prompts, answers)}
+    assert len(texts) == 64 and {p: texts[p] for p in some} == some
+    eventually(lambda: used(running) == 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
