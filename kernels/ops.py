@@ -50,8 +50,11 @@ class PagedBatch:
 class Weight(Protocol):
     """A weight in the layout a device wants; made by ``Ops.pack`` and understood only by the same Ops."""
 
-    N: int
-    K: int
+    @property
+    def N(self) -> int: ...
+
+    @property
+    def K(self) -> int: ...
 
     @property
     def nbytes(self) -> int: ...
@@ -64,7 +67,7 @@ class Pack(Protocol):
 
 class MatMul(Protocol):
     def __call__(self, x: Tensor, weight: Weight) -> Tensor:
-        """x [T, K] @ weight.T + bias -> [T, N], in x's dtype. Gathers x first where the weight carries an act-order permutation."""
+        """x [T, K] @ weight.T + bias -> [T, N], in x's dtype; x is gathered first where the weight carries a permutation."""
 
 
 class Embedding(Protocol):
@@ -128,10 +131,8 @@ class Ops:
 
 def get_ops(device: str = "cpu", *, reference: bool = False) -> Ops:
     """The fastest Ops for a device, or the plain-torch reference, which always works."""
-    if reference:
-        from kernels import reference as module
-    elif torch.device(device).type == "cpu":
-        from kernels.cpu import torch_ops as module
+    if torch.device(device).type == "cpu" and not reference:
+        from kernels.cpu.torch_ops import make_ops
     else:
-        from kernels import reference as module
-    return module.make_ops(torch.device(device))
+        from kernels.reference import make_ops
+    return make_ops(torch.device(device))

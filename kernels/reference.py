@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.ops import KVCache, Ops, PagedBatch
+from kernels.ops import KVCache, Ops, PagedBatch, Weight
 from quant.tensor import QuantTensor
 
 
@@ -32,7 +32,9 @@ def pack(weight: QuantTensor | Tensor, *, dtype: torch.dtype, bias: Tensor | Non
     return ReferenceWeight(weight.to(dtype), bias, *weight.shape)
 
 
-def matmul(x: Tensor, weight: ReferenceWeight) -> Tensor:
+def matmul(x: Tensor, weight: Weight) -> Tensor:
+    if not isinstance(weight, ReferenceWeight):
+        raise TypeError(f"a {type(weight).__name__} was packed for other operators than the reference")
     tensor, wide = weight.tensor, x.float()
     if isinstance(tensor, QuantTensor):
         wide = quantize_activations(wide, tensor.activation)

@@ -47,7 +47,7 @@ def int4_block() -> int | None:
 
 
 def int4_product(x: Tensor, codes: Tensor, unit: int, affine: Tensor) -> Tensor:
-    """bfloat16 x [T, K] times the packed weight -> [T, N]; weight = (code - 8) * affine[k // unit, n, 0] + affine[k // unit, n, 1]."""
+    """bfloat16 x [T, K] times the packed weight -> [T, N]; w = (code - 8) * scale + offset, pairs in affine [K / unit, N, 2]."""
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, unit, affine)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -67,12 +68,12 @@ def segments(table: Sequence[int], length: int, block_size: int) -> list[Segment
     def add(first: int, last: int) -> None:
         if first < last:
             ids = table[first:last]
-            scattered = ids[-1] - ids[0] != last - first - 1 or any(b != a + 1 for a, b in zip(ids, ids[1:]))
+            scattered = ids[-1] - ids[0] != last - first - 1 or any(b != a + 1 for a, b in pairwise(ids))
             gather = torch.tensor(ids, dtype=torch.int64) if scattered else None
             found.append(Segment(first * block_size, min(last * block_size, length), ids[0] * block_size, gather))
 
     waiting = 0  # first block that is in no segment yet
-    for first, last in zip(runs, runs[1:]):
+    for first, last in pairwise(runs):
         if last - first >= VIEW_BLOCKS or last - waiting > GATHER:
             add(waiting, first)
             waiting = first
@@ -155,7 +156,7 @@ def _attend(q: Tensor, cache: KVCache, part: Part, scale: float) -> tuple[Tensor
 
 
 def _keys(cache: Tensor, part: Part, q: Tensor) -> Tensor:
-    """The part's keys or values as the kernel wants them: [1, Hkv, L, D] for one query, [Hkv, group, L, D] without copies for many."""
+    """The part's keys or values, not copied: [1, Hkv, L, D] for one query, [Hkv, group, L, D] with a stride of 0 for many."""
     segment, heads, size = part.segment, cache.shape[2], cache.shape[3]
     if segment.gather is not None:
         cache, slot = cache[segment.gather], 0

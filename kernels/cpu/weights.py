@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from kernels.cpu.nibbles import Expander, int4_block, int4_product, pack_affine, pack_codes
 from kernels.layout import BLOCK_N, UNITS, int8_product, padded, scale_unit
+from kernels.ops import Weight
 from kernels.reference import int8_scales, quantize_activations
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
@@ -210,6 +211,7 @@ def pack(weight: QuantTensor | Tensor, *, dtype: torch.dtype, bias: Tensor | Non
         return Int8Weight(codes, weight.scales[0].float(), perm, bias, weight.N, weight.K)
     name = str(dtype).removeprefix("torch.")
     unit, stored = scale_unit(weight.K, weight.group_size, name), compute_dtype(dtype)
+    planes = weight.bits // 4  # an 8-bit weight costs the int4 kernel twice as much a row
     suits = stored == torch.bfloat16 and unit in UNITS and weight.K % unit == 0 and int4_block() is not None
     codes = pack_codes(weight, int4_block() or BLOCK_N, padded(weight.K, unit))
     return NibbleWeight(
@@ -217,11 +219,11 @@ def pack(weight: QuantTensor | Tensor, *, dtype: torch.dtype, bias: Tensor | Non
         affine=pack_affine(weight, unit, stored),
         perm=perm,
         bias=bias,
-        planes=weight.bits // 4,
+        planes=planes,
         unit=unit,
         activation=weight.activation,
         rounding=published_rounding(weight.scales, dtype),
-        few_rows=FEW_ROWS // (weight.bits // 4) if suits else 0,
+        few_rows=FEW_ROWS // planes if suits else 0,
         N=weight.N,
         K=weight.K,
     )
@@ -235,7 +237,9 @@ def _pack_fp8(weight: QuantTensor, perm: Tensor | None, bias: Tensor | None, rou
     return Fp8Weight(values, scales, weight.group_size, perm, bias, rounding, weight.N, weight.K)
 
 
-def matmul(x: Tensor, weight: CpuWeight) -> Tensor:
+def matmul(x: Tensor, weight: Weight) -> Tensor:
+    if not isinstance(weight, CpuWeight):
+        raise TypeError(f"a {type(weight).__name__} was packed for other operators than the CPU's")
     if x.shape[0] == 0:
         return x.new_empty(0, weight.N)
     return weight.product(x)

@@ -1,0 +1,63 @@
+"""A paged cache and a step's batch for tests: chosen lengths over block tables that are in order, shuffled or half and half."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from kernels.ops import KVCache, PagedBatch
+
+
+def make_step(
+    sequences: Sequence[tuple[int, int]],  # (tokens in the cache already, tokens of this step)
+    *,
+    block_size: int = 16,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    order: str = "shuffled",
+    seed: int = 0,
+) -> tuple[PagedBatch, KVCache]:
+    """The cache holds every token of the step already; every slot that belongs to no token is NaN."""
+    rng = random.Random(seed)
+    lengths = [before + now for before, now in sequences]
+    counts = [-(-n // block_size) for n in lengths]
+    total = sum(counts) + 3
+    ids = list(range(total))
+    if order != "consecutive":
+        half = total // 2 if order == "half" else 0
+        tail = ids[half:]
+        rng.shuffle(tail)
+        ids[half:] = tail
+    tables = [tuple(ids[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(len(counts))]
+    shape = (total, block_size, kv_heads, head_dim)
+    cache = KVCache(torch.full(shape, float("nan")), torch.full(shape, float("nan")))
+    generator = torch.Generator().manual_seed(seed)
+    positions: list[int] = []
+    slots: list[int] = []
+    starts = [0]
+    for (before, now), length, table in zip(sequences, lengths, tables, strict=True):
+        owned = [table[p // block_size] * block_size + p % block_size for p in range(length)]
+        for tensor in (cache.k, cache.v):
+            tensor.flatten(0, 1)[owned] = torch.randn(length, kv_heads, head_dim, generator=generator)
+        positions += range(before, length)
+        slots += owned[before:]
+        starts.append(starts[-1] + now)
+    padded = torch.zeros(len(tables), max(counts, default=0), dtype=torch.int32)
+    for row, table in zip(padded, tables, strict=True):
+        row[: len(table)] = torch.tensor(table)
+    batch = PagedBatch(
+        positions=torch.tensor(positions, dtype=torch.int64),
+        slots=torch.tensor(slots, dtype=torch.int64),
+        query_starts=torch.tensor(starts, dtype=torch.int32),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        block_tables=padded,
+        query_starts_list=tuple(starts),
+        seq_lens_list=tuple(lengths),
+        block_tables_list=tuple(tables),
+        max_query=max((now for _, now in sequences), default=0),
+        max_seq=max(lengths, default=0),
+    )
+    return batch, KVCache(cache.k.to(dtype), cache.v.to(dtype))

@@ -1,0 +1,115 @@
+"""Paged attention on views against the reference, over every kind of block table, with poison in every slot nobody wrote."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from kernels import reference
+from kernels.cpu.paged_attention import GATHER, VIEW_BLOCKS, PagedAttention, segments
+from tests.kernels.paged import make_step
+
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def check(q_heads: int, *, window: int | None, sequences: list[tuple[int, int]], dtype: torch.dtype, **step: object) -> None:
+    batch, cache = make_step(sequences, dtype=dtype, **step)  # type: ignore[arg-type]
+    size = cache.k.shape[3]
+    q = torch.randn(batch.query_starts_list[-1], q_heads, size, generator=torch.Generator().manual_seed(3)).to(dtype)
+    found = PagedAttention()(q, cache, batch, scale=size**-0.5, window=window)
+    expected = reference.attention(q, cache, batch, scale=size**-0.5, window=window)
+    assert found.shape == q.shape and found.dtype == dtype
+    assert (found.float() - expected.float()).abs().max() < TOLERANCE[dtype]  # also false for NaN
+
+
+@pytest.mark.parametrize("case", range(40))
+def test_random_steps(case: int) -> None:
+    rng = random.Random(case)
+    kv_heads = rng.choice([1, 2, 4])
+    check(
+        kv_heads * rng.choice([1, 2, 3, 7]),
+        window=rng.choice([None, None, 1, 5, 17, 128, 300]),
+        sequences=[
+            (rng.choice([0, 1, 15, 16, 17, 100, 400]), rng.choice([1, 1, 2, 16, 17, 40, 300])) for _ in range(rng.randint(1, 4))
+        ],
+        dtype=rng.choice(list(TOLERANCE)),
+        block_size=rng.choice([8, 16, 32]),
+        kv_heads=kv_heads,
+        head_dim=rng.choice([16, 48, 64, 80, 96, 128, 256]),
+        order=rng.choice(["consecutive", "shuffled", "half"]),
+        seed=case,
+    )
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33])
+@pytest.mark.parametrize("before", [0, 15, 16, 17])
+def test_block_borders(before: int, length: int) -> None:
+    check(4, window=None, sequences=[(before, length), (length, 1)], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("size", [16, 48, 80, 96, 112, 192, 256])
+def test_head_sizes(size: int) -> None:
+    check(6, window=None, sequences=[(40, 1), (0, 30), (20, 20)], dtype=torch.bfloat16, head_dim=size)
+
+
+def test_tiles_of_a_long_chunk_over_scattered_blocks() -> None:
+    for window in (None, 100, 700):
+        check(2, window=window, sequences=[(500, 900)], dtype=torch.float32, kv_heads=1, order="half")
+
+
+def test_nothing() -> None:
+    batch, cache = make_step([])
+    assert PagedAttention()(torch.empty(0, 4, 16), cache, batch, scale=1.0).shape == (0, 4, 16)
+
+
+def test_steps_do_not_mix() -> None:
+    """One instance serves step after step, and two windows within a step."""
+    attention = PagedAttention()
+    for seed in range(3):
+        batch, cache = make_step([(20, 3), (9, 1)], seed=seed)
+        q = torch.randn(4, 4, 16)
+        for window in (None, 4, None):
+            expected = reference.attention(q, cache, batch, scale=0.25, window=window)
+            assert torch.allclose(attention(q, cache, batch, scale=0.25, window=window), expected, atol=3e-6)
+
+
+def test_consecutive_blocks_are_one_view() -> None:
+    (only,) = segments(range(40, 140), 1595, 16)
+    assert (only.start, only.stop, only.slot, only.gather) == (0, 1595, 640, None)
+
+
+def test_a_tail_elsewhere_is_a_view_too() -> None:
+    assert [(s.start, s.stop, s.slot, s.gather) for s in segments([*range(20), 99], 330, 16)] == [
+        (0, 320, 0, None),
+        (320, 330, 1584, None),
+    ]
+
+
+def test_scattered_blocks_are_gathered_a_bounded_stretch_at_a_time() -> None:
+    table = random.Random(0).sample(range(10_000), 300)
+    found = segments(table, 300 * 16 - 3, 16)
+    assert all(s.gather is not None and len(s.gather) <= GATHER for s in found)
+    assert [i for s in found if s.gather is not None for i in s.gather.tolist()] == table
+    assert len(found) == -(-300 // GATHER)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_segments_cover_every_position_once(seed: int) -> None:
+    rng = random.Random(seed)
+    table: list[int] = []
+    while len(table) < 150:
+        first = rng.randrange(10_000)
+        table += range(first, first + rng.choice([1, 2, VIEW_BLOCKS - 1, VIEW_BLOCKS, 30]))
+    length = len(table) * 16 - rng.randrange(16)
+    at = 0
+    for segment in segments(table, length, 16):
+        assert segment.start == at and segment.stop > at
+        blocks = table[at // 16 : -(-segment.stop // 16)]
+        if segment.gather is None:
+            assert blocks == list(range(segment.slot // 16, segment.slot // 16 + len(blocks)))
+        else:
+            assert blocks == segment.gather.tolist()
+        at = segment.stop
+    assert at == length

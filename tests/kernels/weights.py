@@ -1,0 +1,44 @@
+"""Random canonical weights for tests."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from quant.tensor import QuantTensor
+
+
+def random_weight(
+    N: int,
+    K: int,
+    *,
+    bits: int = 4,
+    group_size: int | None = None,
+    asymmetric: bool = False,
+    act_order: bool = False,
+    activation: str | None = None,
+    scale_dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+) -> QuantTensor:
+    """group_size None: one scale an output. bits 0: FP8."""
+    rng = torch.Generator().manual_seed(seed)
+    group = group_size or K
+    groups = math.ceil(K / group)
+    scales = (0.01 * (0.5 + torch.rand(groups, N, generator=rng))).to(scale_dtype)
+    perm = torch.randperm(K, generator=rng) if act_order else None
+    if bits == 0:
+        packed = torch.randn(N, K, generator=rng).mul(50).to(torch.float8_e4m3fn)
+        return QuantTensor(packed, scales, None, perm, 8, group, K, N, activation)
+    values = torch.randint(0, 2**bits, (N, K), generator=rng, dtype=torch.uint8)
+    middle = 2 ** (bits - 1)
+    zeros = torch.randint(middle // 2, middle + middle // 2, (groups, N), generator=rng, dtype=torch.uint8)
+    return QuantTensor.from_values(
+        values,
+        scales=scales,
+        bits=bits,
+        group_size=group,
+        zeros=zeros if asymmetric else None,
+        perm=perm,
+        activation=activation,
+    )
