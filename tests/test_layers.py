@@ -38,6 +38,8 @@ MAY_IMPORT = {
     "appliance.server": ["quant", "models.spec", "appliance.config", "appliance.version", "appliance.core", "appliance.memory",
                          "appliance.text", "appliance.runtime.worker", "appliance.hub", "appliance.demo"],
     "appliance.cli": ["appliance", "quant", "models.spec"],
+    "appliance.cli_flags": ["quant.errors"],
+    "appliance.__main__": ["appliance.cli"],
 }  # fmt: skip
 NO_TORCH = ["quant.errors", "quant.scheme", "quant.headers", "kernels.layout", "models.spec", "appliance", "appliance.config",
             "appliance.core", "appliance.memory", "appliance.tui", "appliance.version"]  # fmt: skip
