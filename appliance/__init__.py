@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from appliance.version import __version__
+
+# torch's CPU allocator reads this once, when it is imported: huge pages for large tensors. Without them, touching every page of a
+# large KV cache costs more than a second a gigabyte at start (measured: 4.2 s against 0.3 s for 2 GiB).
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from appliance.core.params import SamplingParams
