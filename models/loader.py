@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,10 +35,18 @@ def load_model(
 ) -> Decoder:
     """Load every weight for activations of ``dtype`` and positions below ``max_len``.
 
-    ``progress`` is called with (bytes read, bytes in the files). Raises CheckpointError naming the tensors where some are missing,
-    left over, of another shape than config.json says, or have scales that are not finite.
+    ``progress`` is called with (bytes read, bytes in the files). Raises CheckpointError naming the tensors where some are
+    missing, left over, of another shape than config.json says, or have scales that are not finite.
     """
     return _Loader(checkpoint, spec, ops, dtype, progress or (lambda done, total: None)).load(max_len)
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system: glibc keeps hundreds of MB of what loading used for a moment."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none and need none
+        if trim is not None:
+            trim(0)
 
 
 class _Loader:
@@ -62,6 +72,7 @@ class _Loader:
             )
         total = self.checkpoint.index.total_bytes
         self.progress(total, total)
+        release_memory()
         return Decoder(
             spec=self.spec,
             ops=self.ops,

@@ -60,7 +60,7 @@ def _llama3(rope: RopeSpec) -> Tensor:
 
 
 def _yarn(rope: RopeSpec) -> Tensor:
-    """Peng et al. 2023: interpolate the dimensions that turn less than beta_slow times, keep those that turn over beta_fast times."""
+    """Peng et al. 2023: dimensions that turn less than beta_slow times are interpolated, those over beta_fast times kept."""
 
     def dimension(turns: float) -> float:
         return rope.rotary_dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))

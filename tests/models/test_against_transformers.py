@@ -36,7 +36,8 @@ ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
     "llama3": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     "yarn-mscale": {
@@ -113,7 +114,8 @@ def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int
     count = -(-total // block_size)
     table = torch.randperm(count + 3, generator=torch.Generator().manual_seed(total))[:count].tolist()
     shape = (count + 3, block_size, spec.kv_heads, spec.head_dim)
-    caches = [KVCache(torch.full(shape, float("nan")), torch.full(shape, float("nan"))) for _ in range(spec.layers)]
+    empty = torch.full(shape, float("nan"), dtype=decoder.embedding.dtype)
+    caches = [KVCache(empty.clone(), empty.clone()) for _ in range(spec.layers)]
     out, start = [], 0
     for length in chunks:
         end = start + length

@@ -1,0 +1,193 @@
+"""Reading config.json: what the supported families say, in old and new spelling, and what is refused, with its message."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.spec import ARCHITECTURES, ModelSpec
+from quant.errors import InputError
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "eos_token_id": [2, 5],
+    "bos_token_id": 1,
+}
+GONE = object()
+
+
+def read(architecture: str = "LlamaForCausalLM", **changes: Any) -> ModelSpec:
+    config = {**LLAMA, "architectures": [architecture], **changes}
+    return ModelSpec.from_config({k: v for k, v in config.items() if v is not GONE})
+
+
+def test_the_plain_case() -> None:
+    spec = read()
+    assert (spec.layers, spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.intermediate) == (3, 64, 8, 2, 8, 160)
+    assert (spec.vocab, spec.max_len, spec.eps, spec.dtype) == (100, 512, 1e-5, "bfloat16")
+    assert (spec.rope.kind, spec.rope.theta, spec.rope.rotary_dim) == ("default", 500000.0, 8)
+    assert (spec.eos_token_ids, spec.bos_token_id) == ((2, 5), 1)
+    assert not (spec.tie_embeddings or spec.qkv_bias or spec.o_bias or spec.mlp_bias or spec.qk_norm or spec.fused_qkv)
+    assert spec.windows == (None, None, None)
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    spec = read(num_key_value_heads=GONE, rope_theta=GONE, torch_dtype=GONE, eos_token_id=3, bos_token_id=None, rms_norm_eps=GONE)
+    assert (spec.kv_heads, spec.rope.theta, spec.dtype, spec.eos_token_ids, spec.bos_token_id) == (8, 1e4, "float32", (3,), None)
+    assert (spec.eps, read("Phi3ForCausalLM", rms_norm_eps=GONE).eps) == (1e-6, 1e-5)
+    assert read("Qwen3ForCausalLM").head_dim == 128
+    assert read("MistralForCausalLM").windows == (4096,) * 3
+    assert read("MistralForCausalLM", sliding_window=None).windows == (None,) * 3
+
+
+@pytest.mark.parametrize(
+    "architecture,biases", [
+        ("LlamaForCausalLM", (True, True, False)), ("MistralForCausalLM", (False, False, False)),
+        ("Qwen2ForCausalLM", (True, False, False)), ("Qwen3ForCausalLM", (True, True, False)),
+        ("Phi3ForCausalLM", (False, False, False)),
+    ],
+)  # fmt: skip
+def test_biases(architecture: str, biases: tuple[bool, ...]) -> None:
+    spec = read(architecture, attention_bias=True)
+    assert (spec.qkv_bias, spec.o_bias, spec.mlp_bias) == biases
+    by_name = {m.name: m.bias for m in spec.layer_modules()}
+    first = "self_attn.qkv_proj" if spec.fused_qkv else "self_attn.k_proj"
+    assert (by_name[first], by_name["self_attn.o_proj"], by_name["mlp.down_proj"]) == biases
+
+
+def test_sliding_windows() -> None:
+    qwen = {"sliding_window": 32, "max_window_layers": 1}
+    assert read("Qwen2ForCausalLM", **qwen).windows == (None, None, None)
+    assert read("Qwen2ForCausalLM", **qwen, use_sliding_window=True).windows == (None, 32, 32)
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert read("Qwen3ForCausalLM", **qwen, use_sliding_window=True, layer_types=types).windows == (32, None, 32)
+    assert read("Phi3ForCausalLM", sliding_window=32).windows == (32,) * 3
+    assert read(sliding_window=32).windows == (None, None, None)  # Llama has none, whatever the config says
+
+
+@pytest.mark.parametrize("spelling", ["type", "rope_type"])
+def test_old_and_new_rope_spelling_agree(spelling: str) -> None:
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    old = read(rope_scaling={spelling: "llama3", **llama3}).rope
+    new = read(rope_theta=GONE, rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, **llama3}).rope
+    assert old == new
+    assert (old.kind, old.factor, old.high_freq_factor, old.original_max_position) == ("llama3", 8.0, 4.0, 64)
+
+
+def test_lengths_that_scaling_gives() -> None:
+    assert read(rope_scaling={"type": "linear", "factor": 4}).max_len == 2048
+    assert read(rope_scaling={"type": "dynamic", "factor": 2.0}).max_len == 1024
+    yarn = {"type": "yarn", "factor": 4.0}
+    assert read(rope_scaling={**yarn, "original_max_position_embeddings": 512}).max_len == 2048
+    assert read(rope_scaling={**yarn, "original_max_position_embeddings": 128}).max_len == 512
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    phi = read("Phi3ForCausalLM", rope_scaling={"type": "su", **factors}, original_max_position_embeddings=128)
+    assert (phi.rope.kind, phi.rope.factor, phi.rope.original_max_position, phi.max_len) == ("longrope", 4.0, 128, 512)
+
+
+def test_modules_are_named_and_shaped_as_published() -> None:
+    spec = read(head_dim=16, attention_bias=True)
+    shapes = {m.name: (m.N, m.K) for m in spec.modules()}
+    assert shapes["model.embed_tokens"] == shapes["lm_head"] == (100, 64)
+    assert shapes["model.layers.2.self_attn.q_proj"] == (128, 64)
+    assert shapes["model.layers.2.self_attn.v_proj"] == (32, 64)
+    assert shapes["model.layers.0.self_attn.o_proj"] == (64, 128)
+    assert shapes["model.layers.0.mlp.down_proj"] == (64, 160)
+    assert len(shapes) == 3 * 7 + 2
+    assert "lm_head" not in {m.name for m in read(tie_word_embeddings=True).modules()}
+    phi = {m.name: (m.N, m.K) for m in read("Phi3ForCausalLM").layer_modules()}
+    assert phi == {
+        "self_attn.qkv_proj": (64 + 2 * 16, 64), "self_attn.o_proj": (64, 64),
+        "mlp.gate_up_proj": (320, 64), "mlp.down_proj": (64, 160),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_parameters_are_counted_once_each(architecture: str) -> None:
+    spec = read(architecture, attention_bias=True, head_dim=8)
+    q, kv = 64, 16
+    linears = 64 * (q + 2 * kv) + q * 64 + 3 * 160 * 64
+    biases = (q + 2 * kv) * spec.qkv_bias + 64 * spec.o_bias
+    norms = 2 * 64 + 2 * 8 * spec.qk_norm
+    assert spec.num_parameters == 2 * 100 * 64 + 3 * (linears + biases + norms) + 64
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"architectures": ["MixtralForCausalLM"]}, "architecture MixtralForCausalLM is not supported; supported are Llama"),
+    ({"architectures": GONE}, "architectures is None, expected one of LlamaForCausalLM, "),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported is silu"),
+    ({"pretraining_tp": 2}, "pretraining_tp = 2 is not supported for LlamaForCausalLM"),
+    ({"hidden_size": GONE}, "hidden_size is missing, expected an integer of at least 1"),
+    ({"hidden_size": "64"}, "hidden_size is '64', expected an integer of at least 1"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected an integer of at least 1"),
+    ({"vocab_size": True}, "vocab_size is True, expected an integer of at least 1"),
+    ({"intermediate_size": -4}, "intermediate_size is -4"),
+    ({"hidden_size": 60}, "hidden_size 60 is no multiple of num_attention_heads 8, and head_dim is missing"),
+    ({"num_key_value_heads": 3}, "num_attention_heads 8 is no multiple of num_key_value_heads 3"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps is 0, expected a positive number"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected true or false"),
+    ({"torch_dtype": "float8"}, "torch_dtype 'float8' is not supported; supported are float16, bfloat16, float32"),
+    ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', expected a token id or a list of them"),
+    ({"rope_scaling": {"type": "xpos", "factor": 2}}, "rope type 'xpos' is not supported; supported are default, linear, "),
+    ({"rope_scaling": {"type": "linear"}}, "rope type linear needs 'factor' and it is missing"),
+    ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope settings of config.json: factor is '2', expected a positive"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2, "power": 3}}, "hold 'power', which the yarn kind does not know"),
+    ({"rope_scaling": [2]}, "rope_scaling is [2], expected an object or null"),
+    ({"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0] * 4}}, "short_factor has 1 values, expected 4"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "settings by layer type is not supported"),
+    ({"partial_rotary_factor": 0.1}, "partial_rotary_factor 0.1 of head size 8 gives 0 rotary features"),
+    ({"layer_types": ["full_attention"]}, "layer_types must name full_attention or sliding_attention for each of 3 layers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes,message", REFUSED)
+def test_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        read(**changes)
+    assert message in str(error.value)
+
+
+def test_published_configs(shared_data: Path) -> None:
+    """Those of supported families parse with their published sizes; the others are refused by their architecture's name."""
+    seen = set()
+    for path in sorted((shared_data / "configs").glob("*.json")):
+        config = json.loads(path.read_text())
+        name = config["architectures"][0]
+        if name in ARCHITECTURES:
+            spec = ModelSpec.from_config(config)
+            assert (spec.hidden, spec.layers, spec.vocab) == (
+                config["hidden_size"], config["num_hidden_layers"], config["vocab_size"],
+            )  # fmt: skip
+            seen.add(path.name.split("_")[0])
+        else:
+            with pytest.raises(InputError, match=f"architecture {name} is not supported"):
+                ModelSpec.from_config(config)
+    assert seen >= {"Qwen--Qwen3-0.6B", "Qwen--Qwen3-32B-FP8", "meta-llama--Meta-Llama-3.1-8B", "meta-llama--Meta-Llama-3.1-70B"}
+
+
+def test_parameter_counts_of_published_models(shared_data: Path) -> None:
+    for name, billions in (("meta-llama--Meta-Llama-3.1-8B", 8.03), ("Qwen--Qwen3-8B", 8.19), ("Qwen--Qwen3-0.6B", 0.596)):
+        spec = ModelSpec.from_config(json.loads((shared_data / "configs" / f"{name}_config.json").read_text()))
+        assert abs(spec.num_parameters / 1e9 - billions) < 0.006 * billions, name
+
+
+def test_spec_needs_no_torch() -> None:
+    root = Path(__file__).resolve().parents[2]
+    code = "import models.spec, kernels.layout, sys; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
