@@ -1,0 +1,54 @@
+"""The pool of KV blocks as a map: what is used, what is free, and where."""
+
+from __future__ import annotations
+
+from textual.content import Content
+from textual.widget import Widget
+
+from appliance.core.messages import Stats
+from appliance.tui.text import fill_map, percent
+
+
+def block_map(stats: Stats, width: int, height: int) -> Content:
+    """A line of numbers, then the map in the remaining ``height - 1`` lines."""
+    if not stats.blocks_total:
+        return Content("no pool yet")
+    total = stats.blocks_total
+    numbers = [f"{stats.blocks_used:,} of {total:,} used, {percent(stats.blocks_used, total)}"]
+    cells = max(width * (height - 1), 0)
+    text = fill_map(stats.block_map, cells)
+    spread = " " if 2 * len(text) <= cells and len(stats.block_map) == total else ""
+    per_line = width // 2 if spread else width
+    per_cell = total / len(text) if text else 1
+    numbers += [f"room for {total * stats.block_size:,} tokens", f"a cell is {per_cell:.3g} blocks" if per_cell > 1 else "a cell is a block"]
+    while len(numbers) > 1 and len(" · ".join(numbers)) > width:
+        numbers.pop()
+    lines = [Content(" · ".join(numbers))]
+    lines += [_coloured(spread.join(text[i : i + per_line])) for i in range(0, len(text), per_line)]
+    return Content("\n").join(lines[:height])
+
+
+def _coloured(line: str) -> Content:
+    """Runs of free cells dim, runs of used ones in colour; the glyphs differ too, for screens without colour."""
+    parts: list[tuple[str, str]] = []
+    for cell in line:
+        style = "$text-muted" if cell == "·" else "$text-success"
+        if cell == " " and parts:
+            style = parts[-1][1]
+        if parts and parts[-1][1] == style:
+            parts[-1] = (parts[-1][0] + cell, style)
+        else:
+            parts.append((cell, style))
+    return Content.assemble(*parts)
+
+
+class BlockMap(Widget):
+    BORDER_TITLE = "KV blocks"
+    stats = Stats()
+
+    def show(self, stats: Stats) -> None:
+        self.stats = stats
+        self.refresh()
+
+    def render(self) -> Content:
+        return block_map(self.stats, *self.content_size)
