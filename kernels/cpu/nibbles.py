@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.layout import BLOCK_N, padded
 from quant.tensor import QuantTensor
 
+LOW = 0x0F0F0F0F0F0F0F0F  # the low nibbles of eight bytes
 PACK_ROWS = 4096  # outputs packed at a time: bounds the memory that loading takes
 
 
@@ -97,15 +98,16 @@ class Expander:
         """Weights of outputs first .. last - 1 (whole blocks), computed with one rounding: [columns, last - first]."""
         block, columns = 2 * self.half, self.columns
         slab = last - first
-        blocks = self.codes[first // block : last // block].transpose(0, 1)  # [planes * columns, blocks, B / 2]
-        values = self.bytes[: columns * slab].view(columns, slab // block, 2, self.half)
-        torch.bitwise_and(blocks[:columns], 15, out=values[:, :, 0])
-        torch.bitwise_right_shift(blocks[:columns], 4, out=values[:, :, 1])
+        # Eight codes at a time: [planes * columns, blocks, B / 16] words to [columns, blocks, 2 halves, B / 16] words.
+        words = self.codes.view(torch.int64)[first // block : last // block].transpose(0, 1)
+        values = self.bytes[: columns * slab]
+        out = values.view(torch.int64).view(columns, slab // block, 2, self.half // 8)
+        torch.bitwise_and(words[-columns:], LOW, out=out[:, :, 0])
+        torch.bitwise_and(words[-columns:] >> 4, LOW, out=out[:, :, 1])
         affine = self.affine[:, first:last]
         if self.planes == 2:
-            values.bitwise_left_shift_(4)
-            values[:, :, 0].bitwise_or_(blocks[columns:] & 15)
-            values[:, :, 1].bitwise_or_(blocks[columns:] >> 4)
+            out[:, :, 0] |= (words[:columns] & LOW) << 4
+            out[:, :, 1] |= words[:columns] & ~LOW
             affine = affine[affine.shape[0] // 2 :]
         signed = values.sub_(8 if self.planes == 1 else 128).view(torch.int8)  # wraps around: code - middle
         wide = self.wide[: columns * slab].view(columns // self.unit, self.unit, slab)
