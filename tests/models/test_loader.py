@@ -234,8 +234,9 @@ print(before, peak(), decoder.nbytes, psutil.Process().memory_info().rss)
 def test_loading_takes_little_more_than_the_model(tmp_path: Path) -> None:
     """A 4-bit model of about 340 MB: the peak stays within 350 MB of its final size, where a second copy would pass that."""
     config = {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 10, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 8000, "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 10,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 8000,
+        "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
         "torch_dtype": "float16",
     }  # fmt: skip
     spec = ModelSpec.from_config({**DENSE, **config})
