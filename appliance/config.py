@@ -12,7 +12,7 @@ class EngineConfig:
     """What the engine needs to know. Nothing is ever written back into it."""
 
     model: str | None = None
-    """A directory with a Hugging Face checkpoint, or a name on the hub. Without one the embedded demo model is served."""
+    """A directory with a Hugging Face checkpoint, or a name on the hub; the embedded demo model when left out."""
     tokenizer: str | None = None
     """Where the tokenizer is, if not with the model."""
     revision: str | None = None
@@ -24,9 +24,9 @@ class EngineConfig:
     device: str = "auto"
     """auto, cpu or cuda."""
     max_model_len: int | str = "auto"
-    """Longest prompt plus answer, in tokens (32k is understood). auto = the longest that the model allows and the memory holds."""
+    """Longest prompt plus answer, in tokens (32k is understood); auto: the longest that the model and the memory allow."""
     gpu_memory_utilization: float | None = None
-    """Share of the device's memory that may be taken: of a card's total (default 0.92), or of the memory a CPU machine has available at start (default 0.5)."""
+    """Share of memory to take: of a card's total (default 0.92), of what is available at start on the CPU (default 0.5)."""
     kv_cache_memory_bytes: int | None = None
     """Size of the KV cache in bytes, instead of what gpu-memory-utilization leaves."""
     swap_space: float = 0.0

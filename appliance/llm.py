@@ -1,4 +1,4 @@
-"""The offline API: ``LLM(...).generate(prompts, SamplingParams(...))``, shaped as vLLM's, so that its tutorials run as they are."""
+"""The offline API: ``LLM(...).generate(prompts, SamplingParams(...))``, shaped as vLLM's, so that its tutorials run."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answer prompts (text, token ids, ``{"prompt": ...}`` or ``{"prompt_token_ids": ...}``), all in one batch, in their order."""
+        """Answer prompts (text, token ids, ``{"prompt": ...}``, ``{"prompt_token_ids": ...}``) together; answers in their order."""
         many = _prompt_list(prompts)
         params = _params_list(sampling_params, len(many))
         jobs = [self._job(prompt, one) for prompt, one in zip(many, params, strict=True)]
@@ -157,9 +157,11 @@ class LLM:
     def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-            if ids is None and text is None:
+            if ids is not None:
+                return text, list(ids)
+            if text is None:
                 raise InputError(f"a prompt needs 'prompt' or 'prompt_token_ids', found {sorted(prompt)}")
-            return text, self.get_tokenizer().encode(text) if ids is None else list(ids)
+            return text, self.get_tokenizer().encode(text)
         if isinstance(prompt, str):
             return prompt, self.get_tokenizer().encode(prompt)
         return None, list(prompt)

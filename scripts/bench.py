@@ -1,4 +1,4 @@
-"""Measure the engine on one checkpoint: prefill, decode at several batch sizes, start-up, memory. Random token ids, no tokenizer needed.
+"""Measure the engine on one checkpoint: prefill, decode at several batch sizes, start-up, memory. Random token ids.
 
 Decode is timed by difference, (33 tokens) - (1 token), so that prefill does not enter it; figures are medians of --repeat runs.
 """
@@ -131,7 +131,8 @@ def memory_read_gb_s(threads: int | None) -> float:
 def machine() -> str:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     field = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in info.splitlines())}
-    flags = [f for f in ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if f in field.get("flags", "").split()]
+    known = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+    flags = [f for f in known if f in field.get("flags", "").split()]
     name = field.get("model name", platform.processor() or platform.machine())
     memory = psutil.virtual_memory().total / 1024**3
     return f"{name}, {psutil.cpu_count(logical=False)} cores, {memory:.0f} GiB, {' '.join(flags)}"

@@ -15,7 +15,9 @@ from tests.tiny_model import make_checkpoint
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     model = make_checkpoint(tmp_path_factory.mktemp("tiny"))
-    return LLM(model=str(model), dtype="float32", reference_ops=True, threads=1, kv_cache_memory_bytes=4 << 20, enforce_eager=True)
+    return LLM(
+        model=str(model), dtype="float32", reference_ops=True, threads=1, kv_cache_memory_bytes=4 << 20, enforce_eager=True
+    )
 
 
 def test_prompts_keep_their_order(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,7 +45,9 @@ def test_forms_of_a_prompt(llm: LLM) -> None:
 
 
 def test_params_for_each_prompt_and_default(llm: LLM) -> None:
-    outputs = llm.generate(["a", "b"], [SamplingParams(max_tokens=2, ignore_eos=True), SamplingParams(max_tokens=4, ignore_eos=True)])
+    outputs = llm.generate(
+        ["a", "b"], [SamplingParams(max_tokens=2, ignore_eos=True), SamplingParams(max_tokens=4, ignore_eos=True)]
+    )
     assert [len(o.outputs[0].token_ids) for o in outputs] == [2, 4]
     with pytest.raises(InputError, match="1 sampling_params for 2 prompts"):
         llm.generate(["a", "b"], [SamplingParams()])

@@ -1,4 +1,4 @@
-"""Real checkpoints through the whole engine: the log-probabilities and tokens that their own tools' weights give, and perplexity."""
+"""Real checkpoints through the whole engine: log-probabilities and tokens as their own tools' weights give, and perplexity."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ MAX_LOGPROBS = 20
 
 
 class RequestError(InputError):
-    """A request that cannot be served as asked. ``param`` names the field, ``code`` is OpenAI's slug, ``status`` the HTTP status."""
+    """A request that cannot be served as asked. ``param`` names the field, ``code`` is OpenAI's slug, ``status`` is HTTP's."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
@@ -93,7 +93,7 @@ class SamplingParams:
 
     def _check_lists(self) -> None:
         if any(not isinstance(s, str) or not s for s in self.stop or ()):
-            raise RequestError("stop holds an empty or non-text entry: every stop string needs at least one character", param="stop")
+            raise RequestError("stop holds an empty or non-text entry: a stop string needs at least one character", param="stop")
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True: use stop_token_ids instead", param="stop")
         for name in ("stop_token_ids", "allowed_token_ids"):

@@ -52,7 +52,7 @@ class Client:
         self._ended = asyncio.Event()
 
     async def start(self) -> None:
-        """Start the process and wait until the model is loaded. Raises InputError with the engine's own message, or EngineDied."""
+        """Start the process and wait until the model is loaded. Raises InputError with the engine's words, or EngineDied."""
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "appliance.runtime.worker", str(theirs.fileno())]
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
@@ -66,7 +66,7 @@ class Client:
         await self._ready
 
     async def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
-        """Events of all ``n`` completions, until each has ended. Closing or cancelling the iterator aborts the rest in the engine.
+        """Events of all ``n`` completions, until each has ended. Closing or cancelling the iterator aborts what is left.
 
         Raises RequestError when the engine refuses the request, EngineDied when it dies on the way.
         """

@@ -29,7 +29,7 @@ class Shape:
 
 
 def grid(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Min-max 4-bit grid of a weight [N, K] by groups of inputs: (codes [N, G, 64], scales [N, G, 1] as float16 holds them, zeros)."""
+    """Min-max 4-bit grid of a weight [N, K]: (codes [N, G, 64], scales [N, G, 1] as float16 holds them, zeros [N, G, 1])."""
     groups = weight.unflatten(1, (-1, GROUP))
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     scales = ((high - low) / 15).clamp(min=1e-6).half().float()

@@ -33,7 +33,9 @@ def held_out(question: Question) -> bool:
     return hashlib.sha256(question.key.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
-def _ask(category: str, content: str, templates: list[str], answer: str, *, by_content: bool = False, **slots: object) -> Iterator[Question]:
+def _ask(
+    category: str, content: str, templates: list[str], answer: str, *, by_content: bool = False, **slots: object
+) -> Iterator[Question]:
     for number, template in enumerate(templates):
         key = f"{category}:{content}" if by_content else f"{category}:{content}:{number}"
         yield Question(category, key, template.format(**slots), answer)
@@ -66,12 +68,27 @@ def _calendar() -> Iterator[Question]:
     for kind, names in (("day", words.DAYS), ("month", words.MONTHS)):
         for i, name in enumerate(names):
             after, before = names[(i + 1) % len(names)], names[i - 1]
-            follow = ["What {k} comes after {n}?", "Which {k} comes after {n}?", "What {k} follows {n}?", "Which {k} is after {n}?", "What is the {k} after {n}?"]
-            precede = ["What {k} comes before {n}?", "Which {k} comes before {n}?", "Which {k} is before {n}?", "What is the {k} before {n}?"]
+            follow = [
+                "What {k} comes after {n}?",
+                "Which {k} comes after {n}?",
+                "What {k} follows {n}?",
+                "Which {k} is after {n}?",
+                "What is the {k} after {n}?",
+            ]
+            precede = [
+                "What {k} comes before {n}?",
+                "Which {k} comes before {n}?",
+                "Which {k} is before {n}?",
+                "What is the {k} before {n}?",
+            ]
             yield from _ask("calendar", f"after {name}", follow, f"{after} comes after {name}.", k=kind, n=name)
             yield from _ask("calendar", f"before {name}", precede, f"{before} comes before {name}.", k=kind, n=name)
     for i, day in enumerate(words.DAYS):
-        tomorrow = ["If today is {n}, what day is tomorrow?", "Today is {n}. What day is tomorrow?", "It is {n} today. What is tomorrow?"]
+        tomorrow = [
+            "If today is {n}, what day is tomorrow?",
+            "Today is {n}. What day is tomorrow?",
+            "It is {n} today. What is tomorrow?",
+        ]
         yield from _ask("calendar", f"tomorrow {day}", tomorrow, f"Tomorrow is {words.DAYS[(i + 1) % 7]}.", n=day)
     for month, days in zip(words.MONTHS, words.MONTH_DAYS, strict=True):
         length = ["How many days are in {n}?", "How many days does {n} have?", "How long is {n}?", "{n} has how many days?"]
@@ -80,9 +97,24 @@ def _calendar() -> Iterator[Question]:
 
 def _letters() -> Iterator[Question]:
     spell = ["Spell the word {w}.", "Spell {w}.", "How do you spell {w}?", "Can you spell {w}?", "Please spell the word {w}."]
-    count = ["How many letters are in {w}?", "How many letters does {w} have?", "Count the letters in {w}.", "Count the letters of the word {w}."]
-    first = ["What is the first letter of {w}?", "Which letter does {w} start with?", "{w} starts with which letter?", "First letter of {w}?"]
-    last = ["What is the last letter of {w}?", "Which letter does {w} end with?", "{w} ends with which letter?", "Last letter of {w}?"]
+    count = [
+        "How many letters are in {w}?",
+        "How many letters does {w} have?",
+        "Count the letters in {w}.",
+        "Count the letters of the word {w}.",
+    ]
+    first = [
+        "What is the first letter of {w}?",
+        "Which letter does {w} start with?",
+        "{w} starts with which letter?",
+        "First letter of {w}?",
+    ]
+    last = [
+        "What is the last letter of {w}?",
+        "Which letter does {w} end with?",
+        "{w} ends with which letter?",
+        "Last letter of {w}?",
+    ]
     for w in words.WORDS.split():
         yield from _ask("spelling", w, spell, f"{w} is spelled {'-'.join(w)}.", w=w)
         yield from _ask("letters", f"count {w}", count, f"{w} has {len(w)} letters.", w=w)
@@ -91,7 +123,12 @@ def _letters() -> Iterator[Question]:
 
 
 def _counting() -> Iterator[Question]:
-    templates = ["Count from {a} to {b}.", "Please count from {a} to {b}.", "Can you count from {a} to {b}?", "Say the numbers from {a} to {b}."]
+    templates = [
+        "Count from {a} to {b}.",
+        "Please count from {a} to {b}.",
+        "Can you count from {a} to {b}?",
+        "Say the numbers from {a} to {b}.",
+    ]
     following = ["What number comes after {a}?", "Which number comes after {a}?", "What is the next number after {a}?"]
     for a in range(21):
         for b in range(a + 2, min(a + 8, 25)):
@@ -102,12 +139,23 @@ def _counting() -> Iterator[Question]:
 
 
 def _facts() -> Iterator[Question]:
-    capital = ["What is the capital of {w}?", "Which city is the capital of {w}?", "Name the capital of {w}.", "Tell me the capital of {w}.", "Capital of {w}?"]
+    capital = [
+        "What is the capital of {w}?",
+        "Which city is the capital of {w}?",
+        "Name the capital of {w}.",
+        "Tell me the capital of {w}.",
+        "Capital of {w}?",
+    ]
     country = ["{w} is the capital of which country?", "Which country has {w} as its capital?", "In which country is {w}?"]
     color = ["What color is {w}?", "Which color is {w}?", "Tell me the color of {w}.", "What is the color of {w}?"]
     legs = ["How many legs does {w} have?", "How many legs are on {w}?", "Tell me how many legs {w} has."]
     sound = ["What sound does a {w} make?", "What does a {w} say?", "Which sound does a {w} make?", "How does a {w} sound?"]
-    young = ["What is a young {w} called?", "What do you call a young {w}?", "What is the name of a young {w}?", "What is a baby {w} called?"]
+    young = [
+        "What is a young {w} called?",
+        "What do you call a young {w}?",
+        "What is the name of a young {w}?",
+        "What is a baby {w} called?",
+    ]
     for w, city in words.pairs(words.CAPITALS, " "):
         yield from _ask("facts", f"capital {w}", capital, f"The capital of {w} is {city}.", w=w)
         yield from _ask("facts", f"country {w}", country, f"{city} is the capital of {w}.", w=city)

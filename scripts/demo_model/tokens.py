@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import torch
+from demo_model.questions import SYSTEMS, Conversations, all_questions
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-
-from demo_model.questions import SYSTEMS, Conversations, all_questions
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 PAD, BOS, END = 0, 1, 2

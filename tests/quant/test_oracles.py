@@ -1,7 +1,7 @@
 """Against the reference libraries' own packers and dequantizers.
 
-``pip install --no-deps autoawq compressed-tensors accelerate loguru zstandard`` makes these run; without the packages they are
-skipped, and tests/quant/test_formats.py alone holds the same layouts to the formats' definitions.
+The dev extra installs them; without the packages these are skipped, and tests/quant/test_formats.py alone holds the same layouts
+to the formats' definitions.
 """
 
 from __future__ import annotations

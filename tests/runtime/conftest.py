@@ -23,7 +23,13 @@ def load(tiny: Path) -> Callable[..., Engine]:
     """An engine over the tiny model with the reference operators in float32, where equality is exact."""
 
     def make(**options: Any) -> Engine:
-        settings = {"dtype": "float32", "reference_ops": True, "max_model_len": 256, "kv_cache_memory_bytes": 4 << 20, "threads": 1}
+        settings = {
+            "dtype": "float32",
+            "reference_ops": True,
+            "max_model_len": 256,
+            "kv_cache_memory_bytes": 4 << 20,
+            "threads": 1,
+        }
         return Engine.load(EngineConfig(model=str(tiny), **{**settings, **options}))
 
     return make
