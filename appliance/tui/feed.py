@@ -104,15 +104,17 @@ def _make(cls: type[T], data: dict[str, Any]) -> T:
 class Feed:
     """Polls one server. ``poll`` never raises for a server that is away: it keeps the last view and says since when."""
 
-    def __init__(self, url: str, *, source: Callable[[str], dict[str, Any]] = fetch) -> None:
+    def __init__(
+        self, url: str, *, source: Callable[[str], dict[str, Any]] = fetch, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.url = base_url(url)
         self.view: View | None = None
         self.error: str | None = None
         self.away_since: float | None = None  # time.time() of the first poll that failed
         self.history: deque[Rates] = deque(maxlen=HISTORY)
         self.peak = Rates()
-        self._source = source
-        self._polled = 0.0  # time.monotonic() of the last answer
+        self._source, self._clock = source, clock
+        self._polled = 0.0  # the clock at the last answer
 
     def poll(self) -> None:
         """Ask once. Blocks until the answer or the time-out."""
@@ -123,7 +125,7 @@ class Feed:
             self.away_since = self.away_since or time.time()
             self.history.append(Rates())
             return
-        now = time.monotonic()
+        now = self._clock()
         if self.view is not None:
             self._note(self._rates(self.view.stats, view.stats, elapsed=now - self._polled))
         self.view, self.error, self.away_since, self._polled = view, None, None, now

@@ -7,7 +7,7 @@ from textual.content import Content
 from appliance.tui.feed import Feed
 from appliance.tui.widgets.blocks import block_map
 from appliance.tui.widgets.header import header
-from appliance.tui.widgets.memory import memory
+from appliance.tui.widgets.memory import memory, totals
 from appliance.tui.widgets.requests import counters, table_head, table_rows
 
 MAP_LINES = 6
@@ -21,11 +21,12 @@ def snapshot(feed: Feed, width: int) -> str:
     tokens = f"{stats.prompt_tokens:,} prompt and {stats.generation_tokens:,} generated tokens in {stats.steps:,} steps"
     parts = [
         header(feed),
+        Content(totals(feed.view)),
         memory(feed.view, width),
         block_map(stats, width, MAP_LINES),
         Content(tokens),
         counters(stats, width),
     ]
     if stats.requests_now:
-        parts += [table_head(width), table_rows(stats, width)]
+        parts += [table_head(stats, width), table_rows(stats, width)]
     return "\n".join(line.rstrip() for part in parts for line in part.plain.split("\n"))

@@ -74,7 +74,7 @@ def _shade(used: int, of: int) -> str:
 
 
 def segments(parts: Sequence[float], width: int, whole: float) -> list[int]:
-    """Widths, ``width`` in sum at most, in proportion to ``parts`` of ``whole``; a part above zero gets a column while there is one."""
+    """Widths, together at most ``width``, in proportion to ``parts`` of ``whole``; a part above zero gets one if any is left."""
     if whole <= 0 or width <= 0:
         return [0] * len(parts)
     widths = [max(1, round(width * part / whole)) if part > 0 else 0 for part in parts]

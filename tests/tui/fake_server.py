@@ -72,8 +72,10 @@ class FakeServer:
         prompt = int(self.random.lognormvariate(5.6, 0.9)) + 8
         answer = int(self.random.lognormvariate(5.0, 0.7)) + 4
         expect = (prompt + answer) // 16 + 1
-        request = {"id": f"chatcmpl-{self.random.getrandbits(64):016x}", "prompt": prompt, "answer": answer, "computed": 0, "out": 0}
-        self.running.append({**request, "blocks": self.pool.allocate(1, expect=expect) or [], "born": self.clock})
+        name = f"chatcmpl-{self.random.getrandbits(64):016x}"
+        blocks = self.pool.allocate(1, expect=expect) or []
+        request = {"id": name, "prompt": prompt, "answer": answer, "computed": 0, "out": 0, "blocks": blocks, "born": self.clock}
+        self.running.append(request)
 
     def advance(self, request: dict[str, Any], budget: int) -> None:
         if request["computed"] < request["prompt"]:

@@ -12,7 +12,8 @@ from tests.tui.fake_server import FakeServer
 
 
 async def draw(path: Path, size: tuple[int, int], keys: list[str]) -> None:
-    feed = Feed("http://127.0.0.1:8000", source=FakeServer())
+    server = FakeServer()
+    feed = Feed("http://127.0.0.1:8000", source=server, clock=lambda: server.clock)
     for _ in range(120):
         feed.poll()
     app = Dashboard(feed, interval=3600)

@@ -20,7 +20,8 @@ def block_map(stats: Stats, width: int, height: int) -> Content:
     spread = " " if 2 * len(text) <= cells and len(stats.block_map) == total else ""
     per_line = width // 2 if spread else width
     per_cell = total / len(text) if text else 1
-    numbers += [f"room for {total * stats.block_size:,} tokens", f"a cell is {per_cell:.3g} blocks" if per_cell > 1 else "a cell is a block"]
+    numbers.append(f"room for {total * stats.block_size:,} tokens")
+    numbers.append(f"a cell is {per_cell:.3g} blocks" if per_cell > 1 else "a cell is a block")
     while len(numbers) > 1 and len(" · ".join(numbers)) > width:
         numbers.pop()
     lines = [Content(" · ".join(numbers))]

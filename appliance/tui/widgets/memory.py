@@ -13,7 +13,7 @@ from appliance.core.messages import Stats
 from appliance.tui.feed import View
 from appliance.tui.text import percent, segments, size
 
-GLYPHS = {"weights": ("█", "$primary-lighten-1"), "KV cache": ("▓", "$text-success"), "workspace": ("▒", "$text-warning"),
+GLYPHS = {"weights": ("█", "$primary-lighten-1"), "KV": ("▓", "$text-success"), "workspace": ("▒", "$text-warning"),
           "runtime": ("░", "$text-error")}  # fmt: skip
 
 
@@ -30,7 +30,7 @@ def plan_parts(plan: Mapping[str, Any]) -> Parts | None:
     try:
         sizes = {
             "weights": int(plan["weights_bytes"]["total"]),
-            "KV cache": int(plan["kv_cache"]["bytes"]),
+            "KV": int(plan["kv_cache"]["bytes"]),
             "workspace": int(plan["workspace_bytes"]["total"]),
             "runtime": int(plan["runtime_bytes"]),
         }
@@ -39,16 +39,30 @@ def plan_parts(plan: Mapping[str, Any]) -> Parts | None:
         return None
 
 
+def totals(view: View | None) -> str:
+    """What is planned and what is taken, in words."""
+    parts = _parts(view)
+    words = ["Memory"]
+    if parts:
+        words.append(f"plan {size(sum(parts.sizes.values()))} of {size(parts.budget)}")
+    if view and view.stats.rss_bytes:
+        words.append(f"process {size(view.stats.rss_bytes)}")
+    return " · ".join(words)
+
+
+def _parts(view: View | None) -> Parts | None:
+    return plan_parts(view.info.plan) if view and view.info else None
+
+
 def memory(view: View | None, width: int) -> Content:
     """The bar, then its legend."""
-    stats = view.stats if view else Stats()
-    parts = plan_parts(view.info.plan) if view and view.info else None
-    if parts is None:
-        return Content(f"process {size(stats.rss_bytes)}" if stats.rss_bytes else "no plan yet")
+    parts = _parts(view)
+    if view is None or parts is None:
+        return Content("no plan yet")
     widths = segments(list(parts.sizes.values()), width, parts.budget)
     bar = [(GLYPHS[name][0] * n, GLYPHS[name][1]) for name, n in zip(parts.sizes, widths, strict=True)]
     free = ("·" * (width - sum(widths)), "$text-muted")
-    return Content.assemble(*bar, free, "\n", _legend(parts, stats, width))
+    return Content.assemble(*bar, free, "\n", _legend(parts, view.stats, width))
 
 
 def _legend(parts: Parts, stats: Stats, width: int) -> Content:
@@ -57,21 +71,17 @@ def _legend(parts: Parts, stats: Stats, width: int) -> Content:
     for name, amount in parts.sizes.items():
         glyph, style = GLYPHS[name]
         items.append(Content.assemble((glyph, style), f" {name} {size(amount)}"))
-    totals = [Content(f"plan {size(sum(parts.sizes.values()))} of {size(parts.budget)}"), Content(f"process {size(stats.rss_bytes)}")]
     with_used = [Content.assemble(item, used) if "KV" in item.plain else item for item in items]
-    for choice in (with_used + totals, items + totals, items + totals[:1], items, items[:2]):
-        line = Content("  ").join(choice)
-        if line.cell_length <= width:
-            break
-    return line
+    lines = [Content("   ").join(with_used), Content("  ").join(with_used), Content("  ").join(items)]
+    return next((line for line in lines if line.cell_length <= width), lines[-1])
 
 
 class Memory(Widget):
-    BORDER_TITLE = "Memory"
     view: View | None = None
 
     def show(self, view: View | None) -> None:
         self.view = view
+        self.border_title = totals(view)
         self.refresh()
 
     def render(self) -> Content:
