@@ -103,7 +103,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answer prompts (text, token ids, ``{"prompt": ...}``, ``{"prompt_token_ids": ...}``) together; answers in their order."""
+        """Answer prompts (text, token ids, ``{"prompt": ...}``, ``{"prompt_token_ids": ...}``) together, in their order."""
         many = _prompt_list(prompts)
         params = _params_list(sampling_params, len(many))
         jobs = [self._job(prompt, one) for prompt, one in zip(many, params, strict=True)]
