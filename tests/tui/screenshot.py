@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from pathlib import Path
 
@@ -21,7 +22,8 @@ async def draw(path: Path, size: tuple[int, int], keys: list[str]) -> None:
         await pilot.pause(0.5)  # the one poll of its own
         await pilot.press(*keys)
         await pilot.pause()
-        path.write_text(app.export_screenshot(title="appliance tui"), encoding="utf-8")
+        svg = app.export_screenshot(title="appliance tui")
+    path.write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL), encoding="utf-8")  # no fonts from afar
 
 
 if __name__ == "__main__":

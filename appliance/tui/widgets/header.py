@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import PurePath
 
 from textual.content import Content
 from textual.widgets import Static
@@ -27,9 +28,14 @@ def header(feed: Feed, *, paused: bool = False) -> Content:
     parts = [Content.assemble((f"appliance {view.version}", "bold")), Content.assemble((label, style))]
     if paused:
         parts.append(Content.assemble(("‖ paused", "bold $text-warning")))
-    parts += [Content.assemble((view.model, "bold $text-primary")), Content(f"up {duration(view.uptime_s)}")]
+    parts += [Content.assemble((_short(view.model), "bold $text-primary")), Content(f"up {duration(view.uptime_s)}")]
     second = _connection(feed) if feed.error else _details(view)
     return Content.assemble(Content(" │ ").join(parts), "\n", second)
+
+
+def _short(model: str) -> str:
+    """A name as it is; of a path the last part."""
+    return PurePath(model).name if model.startswith(("/", ".", "~")) else model
 
 
 def _connection(feed: Feed) -> Content:
