@@ -7,9 +7,12 @@ import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = "bash cat cp dirname env find mkdir rm sleep chmod"
@@ -167,3 +170,13 @@ def test_tests_run_side_by_side_unless_chosen(checkout: Checkout, args: tuple[st
     given = "".join(f"<{argument}>" for argument in args)
     assert status == 0 and out.endswith(given)
     assert ("<--dist><loadfile>" in out) == (len(os.sched_getaffinity(0)) > 1 and not alone)
+
+
+def test_constraints_pin_every_dependency_and_nothing_that_torchs_builds_pin_themselves() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {Requirement(text).name for text in project["dependencies"] + project["optional-dependencies"]["dev"]}
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    assert {canonicalize_name(name) for name in wanted} <= set(pins)
+    assert all(pins.values()) and not [version for version in pins.values() if "+" in version]
+    assert not [name for name in pins if name == "triton" or name.startswith(("nvidia-", "cuda-"))], "the CUDA build has its own"
