@@ -159,12 +159,11 @@ class Checkpoint:
             return torch.empty(info.shape, dtype=dtype)
         if info.file not in self._files:
             self._files[info.file] = os.open(info.file, os.O_RDONLY)
-        buffer = bytearray(info.nbytes)
-        done = 0
-        with memoryview(buffer) as view:
-            while done < info.nbytes:
-                count = os.preadv(self._files[info.file], [view[done:]], info.start + done)
-                if count == 0:
-                    raise CheckpointError(f"{info.file}: truncated while reading {info.name}: the file changed under us")
-                done += count
-        return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        view, done = memoryview(buffer.numpy()), 0
+        while done < info.nbytes:
+            count = os.preadv(self._files[info.file], [view[done:]], info.start + done)
+            if count == 0:
+                raise CheckpointError(f"{info.file}: truncated while reading {info.name}: the file changed under us")
+            done += count
+        return buffer.view(dtype).reshape(info.shape)
