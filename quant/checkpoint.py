@@ -160,7 +160,7 @@ class Checkpoint:
         if info.file not in self._files:
             self._files[info.file] = os.open(info.file, os.O_RDONLY)
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        view, done = memoryview(buffer.numpy()), 0
+        view, done = buffer.numpy().data, 0
         while done < info.nbytes:
             count = os.preadv(self._files[info.file], [view[done:]], info.start + done)
             if count == 0:

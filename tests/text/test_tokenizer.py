@@ -137,7 +137,6 @@ def test_vocabulary_and_merges_without_tokenizer_json_as_transformers(byte_level
 
 @pytest.mark.realdata
 def test_a_sentencepiece_model_is_read_through_transformers(shared_data, tmp_path, ask):
-    pytest.importorskip("google.protobuf")
     source = shared_data / "tokenizers" / "llama2"
     for name in ("tokenizer.model", "tokenizer_config.json", "config.json"):
         shutil.copy(source / name, tmp_path / name)
