@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
+from tqdm import tqdm
 
 from appliance.config import EngineConfig, ServerConfig
 from appliance.hub import demo_model, resolve
@@ -78,6 +79,15 @@ def locate(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, Se
     directory = resolve(engine.model, engine.revision) if engine.model else demo_model()
     tokenizer = resolve(engine.tokenizer, engine.revision) if engine.tokenizer else directory
     return replace(engine, model=str(directory), tokenizer=str(tokenizer)), replace(server, served_model_name=tuple(names))
+
+
+async def show_loading(client: Client) -> None:
+    """A progress bar on a terminal's stderr while the weights are read."""
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc="Loading weights", leave=False, disable=None) as bar:
+        while client.state == "loading":
+            done, bar.total = client.loading
+            bar.update(done - bar.n)
+            await asyncio.sleep(0.1)
 
 
 class _Http(uvicorn.Server):
@@ -147,8 +157,11 @@ class _Service:
         deaths = 0
         while True:
             stop = asyncio.create_task(self.stopping.wait())
+            bar = asyncio.create_task(show_loading(client))
             try:
                 await asyncio.wait({loading, stop}, return_when=asyncio.FIRST_COMPLETED)
+                bar.cancel()
+                await asyncio.wait({bar})  # it clears its line before anything else is said
                 if self.stopping.is_set():
                     loading.cancel()
                     return 0
@@ -166,6 +179,7 @@ class _Service:
                 begun = time.monotonic()
             finally:
                 stop.cancel()
+                bar.cancel()
             deaths = 1 if time.monotonic() - begun > LIVED_S else deaths + 1
             if deaths > RESTARTS:
                 print(f"appliance: error: the engine died {deaths} times in a row: {client.failure}", file=sys.stderr)
