@@ -130,7 +130,10 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, written with the model's own chat template."""
-        tokenizer = self.get_tokenizer()
+        tokenizer, more = self.get_tokenizer(), dict(chat_template_kwargs or {})
+        taken = sorted({"add_generation_prompt", "continue_final_message", "tools"} & set(more))
+        if taken:
+            raise InputError(f"chat_template_kwargs holds {taken[0]!r}: give it as an argument of chat()")
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = messages if several else [messages]
         texts = [
@@ -139,7 +142,7 @@ class LLM:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,
-                **(chat_template_kwargs or {}),
+                **more,
             )
             for conversation in conversations
         ]

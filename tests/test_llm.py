@@ -84,6 +84,11 @@ def test_chat(llm: LLM) -> None:
     assert llm.chat(message, SamplingParams(temperature=0.0, max_tokens=4))[0].outputs[0].text == one.outputs[0].text
 
 
+def test_chat_arguments_are_not_given_twice(llm: LLM) -> None:
+    with pytest.raises(InputError, match="chat_template_kwargs holds 'tools'"):
+        llm.chat([{"role": "user", "content": "Hello"}], chat_template_kwargs={"tools": []})
+
+
 def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:
     with pytest.raises(RequestError, match="maximum context length"):
         llm.generate(["fine", "x" * 5000], SamplingParams(max_tokens=4))
