@@ -111,7 +111,7 @@ class Engine:
         for request in plan.preempted:
             log.info("preempted %s/%d: the block pool is full; it will be computed again", *request.key)
         try:
-            result = self.runner.run(plan, [len(self._scores.get(c.request, ())) for c in plan.chunks])
+            result = self.runner.run(plan, [self._scored(c.request) for c in plan.chunks])
         except (RuntimeError, MemoryError) as error:
             return self._fail(plan, error)
         self._failures = 0
@@ -151,6 +151,10 @@ class Engine:
             if request.finish_reason is not None:
                 self._finished[request.finish_reason] += 1
         return events
+
+    def _scored(self, request: Request) -> int:
+        """How many prompt tokens need no log-probability any more: all, once they were told with the first answer token."""
+        return request.prompt_len if request.output_len else len(self._scores.get(request, ()))
 
     def _take_scores(self, request: Request) -> tuple[TokenLogprob | None, ...] | None:
         """The whole prompt's log-probabilities, once: with the first token."""

@@ -149,6 +149,18 @@ def test_abort_frees_blocks_at_once(load: Load) -> None:
     assert ("r11", 0) not in finish(engine)
 
 
+def test_prompt_logprobs_are_told_once_and_forgotten(load: Load) -> None:
+    """Also where a request is preempted after its first token, and its prompt is computed again."""
+    engine = load(max_model_len=160, kv_cache_memory_bytes=2 * 2 * 2 * 16 * 4 * 16 * 11)
+    for i in range(4):
+        engine.submit(submit(f"p{i}", range(3, 40), max_tokens=60, prompt_logprobs=0))
+    events = finish(engine)
+    assert engine.stats().preemptions > 0 and not engine._scores
+    for news in events.values():
+        told = [e.prompt_logprobs for e in news if e.prompt_logprobs is not None]
+        assert len(told) == 1 and len(told[0]) == 37
+
+
 @pytest.mark.parametrize(
     ("ids", "params", "param", "words"),
     [
