@@ -83,6 +83,9 @@ class Dashboard(App[None]):
     def show(self) -> None:
         view = self.feed.view
         stats = view.stats if view else Stats()
+        parts = (Header, BlockMap, Throughput, Memory, Requests)
+        if not self.screen_stack or not all(self.screen_stack[0].query(part) for part in parts):
+            return  # the application is ending, and its screen is being taken down
         screen = self.screen_stack[0]
         screen.set_class(self.feed.error is not None, "stale")
         screen.query_one(Header).show(self.feed, paused=self.paused)

@@ -156,6 +156,14 @@ async def test_sort_help_and_quit() -> None:
     assert stage.app.return_code == 0
 
 
+async def test_a_late_look_at_a_screen_that_is_gone_is_no_error() -> None:
+    async with showing(FakeServer()) as stage:
+        await stage.until("serving")
+        await stage.app.screen.query("*").remove()
+        stage.app.show()
+        assert not stage.app.screen.query("Header")
+
+
 async def test_works_without_colour(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     async with showing(FakeServer()) as stage:
