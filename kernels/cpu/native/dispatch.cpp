@@ -1,0 +1,96 @@
+#include "dispatch.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace appliance {
+
+#define DECLARE(isa) namespace isa { extern const Kernels kernels; }
+DECLARE(portable)
+#if defined(__x86_64__)
+DECLARE(avx2)
+DECLARE(avx_vnni)
+DECLARE(avx512_vnni)
+DECLARE(avx512_bf16)
+DECLARE(amx)
+#endif
+
+namespace {
+
+#if defined(__x86_64__)
+struct Features {
+    bool avx2 = false, avx_vnni = false, avx512_vnni = false, avx512_bf16 = false, amx = false;
+};
+
+// Bits as in Intel's Software Developer's Manual, CPUID leaves 1 and 7; XCR0 says what the system saves and restores.
+Features detect() {
+    Features f;
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return f;
+    const bool fma = c >> 12 & 1, xsave = c >> 27 & 1, f16c = c >> 29 & 1;
+    if (!xsave) return f;
+    unsigned low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    const bool saves_ymm = (low & 0x6) == 0x6, saves_zmm = (low & 0xe6) == 0xe6, saves_tiles = (low >> 17 & 3) == 3;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
+    const unsigned b7 = b, c7 = c, d7 = d;
+    unsigned a71 = 0;
+    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) a71 = a;
+    f.avx2 = saves_ymm && fma && f16c && (b7 >> 5 & 1);
+    f.avx_vnni = f.avx2 && (a71 >> 4 & 1);
+    const bool avx512 = f.avx2 && saves_zmm && (b7 >> 16 & 1) && (b7 >> 17 & 1) && (b7 >> 30 & 1) && (b7 >> 31 & 1);  // F DQ BW VL
+    f.avx512_vnni = avx512 && (c7 >> 11 & 1);
+    f.avx512_bf16 = f.avx512_vnni && (a71 >> 5 & 1);
+    f.amx = f.avx512_bf16 && saves_tiles && (d7 >> 22 & 1) && (d7 >> 24 & 1) && (d7 >> 25 & 1);  // bf16, tile, int8
+    return f;
+}
+
+// Linux gives a process the tile registers only when it asks (arch_prctl, ARCH_REQ_XCOMP_PERM of XTILEDATA).
+bool may_use_tiles() {
+#if defined(__linux__)
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
+std::vector<const Kernels*> detect_kernels() {
+    std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+    const Features f = detect();
+    if (f.amx && may_use_tiles()) found.push_back(&amx::kernels);
+    if (f.avx512_bf16) found.push_back(&avx512_bf16::kernels);
+    if (f.avx512_vnni) found.push_back(&avx512_vnni::kernels);
+    if (f.avx_vnni) found.push_back(&avx_vnni::kernels);
+    if (f.avx2) found.push_back(&avx2::kernels);
+#endif
+    found.push_back(&portable::kernels);
+    return found;
+}
+
+const std::vector<const Kernels*>& all() {
+    static const std::vector<const Kernels*> found = detect_kernels();
+    return found;
+}
+
+}  // namespace
+
+std::vector<std::string> available() {
+    std::vector<std::string> names;
+    for (const Kernels* k : all()) names.emplace_back(k->name);
+    return names;
+}
+
+const Kernels* find_kernels(const std::string& name) {
+    for (const Kernels* k : all())
+        if (name == k->name) return k;
+    return nullptr;
+}
+
+}  // namespace appliance

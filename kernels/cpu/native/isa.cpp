@@ -1,0 +1,17 @@
+// The kernels of one instruction set: compiled once for each, with ISA naming the namespace.
+#include "attention.h"
+#include "matmul.h"
+#include "small.h"
+#include "vec.h"
+
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+
+namespace appliance {
+namespace ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {TEXT(ISA), matmul, attention, rope_store, rms_norm, silu_mul, embed, argmax};
+
+}  // namespace ISA
+}  // namespace appliance

@@ -1,0 +1,208 @@
+// Products with packed weights: activations prepared by all threads, then panels of 64 outputs handed out to them.
+//
+// Up to kBlock rows at a time. A thread accumulates a panel for all those rows in float32 (in its part of the L2 cache), a few
+// segments of the weight at a time (unpacked in its L1 cache when many rows use them), and then applies bias, SiLU and residual.
+#pragma once
+#include "amx.h"
+#include "pool.h"
+#include "tiles.h"
+
+namespace appliance {
+namespace ISA {
+
+constexpr int64_t kBlock = 512;         // rows
+constexpr int64_t kChunk = 2;           // segments unpacked at a time: 16 KiB
+constexpr int64_t kInputs = 64;         // inputs expanded to floats at a time: 16 KiB
+constexpr int64_t kDirect = 2 * kRows;  // up to so many rows nibbles are unpacked in registers, once for every 6 rows
+
+struct Block {
+    const MatmulArgs* a;
+    int64_t first, rows;     // rows of x
+    Rounded rounded;
+    float* floats;           // [rows][stride]
+    uint16_t* pairs;         // [rows][stride] bfloat16
+    int64_t stride;
+};
+
+INLINE bool as_pairs(const MatmulArgs& a) {
+#if defined(__AVX512BF16__)
+    return !a.weight->quantize && a.type == Type::bf16 && a.weight->codes != Codes::f32;
+#else
+    (void)a;
+    return false;
+#endif
+}
+
+INLINE void prepare_row(const Block& b, int64_t row, float* wide, float* spare) {
+    const Linear& w = *b.a->weight;
+    widen_row(*b.a, b.first + row, wide, spare);
+    if (w.quantize) return round_row(w, wide, b.rounded.codes + row * b.rounded.stride, b.rounded.scales + row * w.segments, b.rounded.sums + row * w.segments);
+    if (w.per_token) imitate_rounding(wide, w.K);
+    const bool integer = is_integer(w);
+    for (int64_t s = 0; s < (integer ? w.segments : 1); ++s) {
+        const Span span = integer ? span_of(w, s) : Span{0, w.K};
+        const int64_t width = integer ? w.unit : depth(w), at = row * b.stride + s * w.unit * integer;
+        for (int64_t k = 0; k < width; k += 16) {
+            const F x = load_some<Type::f32>(wide + span.first + k, span.count - k);
+            if (b.pairs != nullptr) store_some<Type::bf16>(b.pairs + at + k, x, width - k);
+            else store_some<Type::f32>(b.floats + at + k, x, width - k);
+        }
+    }
+}
+
+// f(row, rows) over even tiles of at most kRows rows.
+template <class G> INLINE void each_tile(int64_t rows, G&& g) {
+    const int64_t tiles = (rows + kRows - 1) / kRows;
+    for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
+        g(from, to - from);
+    }
+}
+
+INLINE void accumulate_integers(const Block& b, int64_t panel, int v0, int v1, uint8_t* scratch, float* c) {
+    const Linear& w = *b.a->weight;
+#if defined(__AMX_INT8__) || defined(EMULATE_AMX)
+    if (use_tiles(w, b.rows) && v0 == 0 && v1 == 4) return tile_integers(w, b.rounded, b.rows, panel, scratch, c);
+#endif
+    const bool direct = b.rows <= (w.codes == Codes::int4 ? kDirect : kRows);
+    const int64_t chunk = direct ? w.segments : kChunk * kSegment / w.unit;
+    for (int64_t first = 0; first < w.segments; first += chunk) {
+        const int64_t last = first + chunk < w.segments ? first + chunk : w.segments;
+        const uint8_t* bytes = nullptr;
+        if (!direct && w.codes == Codes::int4) {
+            unpack_nibbles(segment_data(w, panel, first), (last - first) * w.unit, scratch);
+            bytes = scratch;
+        }
+        each_tile(b.rows, [&](int64_t row, int64_t rows) {
+            with_rows(rows, [&](auto count) { dot_rows<decltype(count)::value>(w, panel, first, last, v0, v1, bytes, b.rounded, row, c + row * kPanel); });
+        });
+    }
+}
+
+INLINE void accumulate_floats(const Block& b, int64_t panel, int v0, int v1, uint8_t* scratch, float* c) {
+    const Linear& w = *b.a->weight;
+    const int64_t all = depth(w), step = is_integer(w) && w.unit < kInputs ? w.unit : is_integer(w) && w.unit % kInputs ? 8 : kInputs;
+    for (int64_t first = 0; first < all; first += step) {
+        const int64_t count = first + step < all ? step : all - first;
+#if defined(__AVX512BF16__)
+        if (b.pairs != nullptr) {
+            const uint16_t* pairs = reinterpret_cast<uint16_t*>(scratch);
+            if (w.codes == Codes::bf16) pairs = reinterpret_cast<const uint16_t*>(w.data) + (panel * all + first) * kPanel;
+            else expand_pairs(w, panel, first, count, reinterpret_cast<uint16_t*>(scratch));
+            each_tile(b.rows, [&](int64_t row, int64_t rows) {
+                with_rows(rows, [&](auto n) { pair_rows<decltype(n)::value>(pairs, count, v0, v1, b.pairs + row * b.stride + first, b.stride, c + row * kPanel); });
+            });
+            continue;
+        }
+#endif
+        float* floats = reinterpret_cast<float*>(scratch);
+        expand_floats(w, panel, first, count, floats);
+        each_tile(b.rows, [&](int64_t row, int64_t rows) {
+            with_rows(rows, [&](auto n) { fma_rows<decltype(n)::value>(floats, count, v0, v1, b.floats + row * b.stride + first, b.stride, c + row * kPanel); });
+        });
+    }
+}
+
+// Bias, SiLU, residual, and out. `up` is null where the weight is not gated. Columns 16 v0 .. 16 v1 - 1 of the panel.
+INLINE void finish_panel(const Block& b, int64_t panel, int v0, int v1, const float* c, const float* up) {
+    const MatmulArgs& a = *b.a;
+    const Linear& w = *a.weight;
+    const int64_t outputs = w.outputs(), column = (up != nullptr ? panel / 2 : panel) * kPanel;
+    with_type(a.out_type, [&](auto out_tag) {
+        constexpr Type O = decltype(out_tag)::value;
+        with_type(a.type, [&](auto tag) {
+            constexpr Type T = decltype(tag)::value;
+            for (int64_t row = 0; row < b.rows; ++row)
+                for (int v = v0; v < v1; ++v) {
+                    const int64_t at = column + 16 * v, left = outputs - at;
+                    if (left <= 0) break;
+                    F y = load(c + row * kPanel + 16 * v);
+                    if (w.bias != nullptr) y = y + load(w.bias + panel * kPanel + 16 * v);
+                    if (up != nullptr) {
+                        F u = load(up + row * kPanel + 16 * v);
+                        if (w.bias != nullptr) u = u + load(w.bias + (panel + 1) * kPanel + 16 * v);
+                        y = silu(y) * u;
+                    }
+                    const int64_t index = (b.first + row) * outputs + at;
+                    if (a.residual != nullptr) y = y + load_some<T>(static_cast<const typename As<T>::Item*>(a.residual) + index, left);
+                    store_some<O>(static_cast<typename As<O>::Item*>(a.out) + index, y, left);
+                }
+        });
+    });
+}
+
+INLINE void zero(float* c, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) store(c + i, splat(0));
+}
+
+struct Sizes {
+    int64_t wide, c, scratch;  // bytes of a thread's parts
+    int64_t stride, rows;      // bytes of a prepared row
+    explicit Sizes(const MatmulArgs& a) {
+        const Linear& w = *a.weight;
+        rows = a.rows < kBlock ? a.rows : kBlock;
+        wide = (w.K + 32) * 8;
+        c = rows * kPanel * 4 * (w.gated ? 2 : 1);
+        scratch = 32768;
+        stride = w.quantize ? depth(w) + 64 : (depth(w) + 32) * (as_pairs(a) ? 2 : 4);  // 64 bytes more: rows do not share cache sets
+    }
+    int64_t thread() const { return (wide + 63) / 64 * 64 + c + scratch; }
+    int64_t shared(const Linear& w) const { return rows * ((stride + 63) / 64 * 64 + (w.quantize ? w.segments * 8 : 0)) + 64; }
+};
+
+INLINE void run_block(Pool& pool, const Block& block, const Sizes& sizes) {
+    const Linear& w = *block.a->weight;
+    const int64_t step = w.gated ? 2 : 1, panels = w.panels / step;
+    int parts = 1;  // of a panel: with many threads and few outputs a whole panel is too much
+    while (parts < 4 && panels * parts < 3 * pool.size() && block.rows <= kRows) parts *= 2;
+    pool.reset(panels * parts);
+    pool.run([&](int thread) {
+        uint8_t* memory = pool.scratch(thread, size_t(sizes.thread()));
+        float* wide = reinterpret_cast<float*>(memory);
+        float* c = reinterpret_cast<float*>(memory + (sizes.wide + 63) / 64 * 64);
+        uint8_t* scratch = reinterpret_cast<uint8_t*>(c) + sizes.c;
+        const int64_t n = pool.size();
+        for (int64_t row = block.rows * thread / n; row < block.rows * (thread + 1) / n; ++row) prepare_row(block, row, wide, wide + w.K + 32);
+        pool.barrier();
+        start_tiles(w, block.rows);
+        for (int64_t item; pool.next(thread, item);) {
+            const int64_t panel = item / parts * step;
+            const int v0 = int(item % parts) * 4 / parts, v1 = v0 + 4 / parts;
+            for (int64_t half = 0; half < step; ++half) {
+                float* sums = c + half * block.rows * kPanel;
+                zero(sums, block.rows * kPanel);
+                if (w.quantize) accumulate_integers(block, panel + half, v0, v1, scratch, sums);
+                else accumulate_floats(block, panel + half, v0, v1, scratch, sums);
+            }
+            finish_panel(block, panel, v0, v1, c, w.gated ? c + block.rows * kPanel : nullptr);
+        }
+        stop_tiles(w, block.rows);
+    });
+}
+
+inline void matmul(Pool& pool, const MatmulArgs& a) {
+    const Linear& w = *a.weight;
+    const Sizes sizes(a);
+    for (int t = 0; t < pool.size(); ++t) pool.scratch(t, size_t(sizes.thread()));  // here, where a failure can be told
+    uint8_t* memory = pool.scratch(pool.size(), size_t(sizes.shared(w)));
+    const int64_t stride = (sizes.stride + 63) / 64 * 64;
+    for (int64_t first = 0; first < a.rows; first += kBlock) {
+        Block block{&a, first, a.rows - first < kBlock ? a.rows - first : kBlock, {}, nullptr, nullptr, 0};
+        if (w.quantize) {
+            block.rounded.codes = reinterpret_cast<int8_t*>(memory);
+            block.rounded.stride = stride;
+            block.rounded.scales = reinterpret_cast<float*>(memory + sizes.rows * stride);
+            block.rounded.sums = reinterpret_cast<int32_t*>(block.rounded.scales + sizes.rows * w.segments);
+        } else if (as_pairs(a)) {
+            block.pairs = reinterpret_cast<uint16_t*>(memory);
+            block.stride = stride / 2;
+        } else {
+            block.floats = reinterpret_cast<float*>(memory);
+            block.stride = stride / 4;
+        }
+        run_block(pool, block, sizes);
+    }
+}
+
+}  // namespace ISA
+}  // namespace appliance

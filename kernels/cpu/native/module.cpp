@@ -1,0 +1,135 @@
+// The Python module: thin wrappers that take addresses. Nothing here knows torch; kernels/cpu/native_ops.py keeps tensors alive.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "pack.h"
+#include "pool.h"
+#include "types.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace appliance {
+namespace {
+
+template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+// One set of kernels and the threads that run them.
+struct Machine {
+    const Kernels* kernels;
+    std::unique_ptr<Pool> pool;
+
+    Machine(const std::string& isa, int threads, bool pin) : kernels(find_kernels(isa)) {
+        if (kernels == nullptr) throw std::invalid_argument("no kernels for '" + isa + "' on this processor");
+        pool = std::make_unique<Pool>(threads, pin);
+    }
+
+    void matmul(const Linear& w, uintptr_t x, int64_t rows, int64_t stride, int type, uintptr_t norm, float eps, uintptr_t residual,
+                uintptr_t out, int out_type) {
+        kernels->matmul(*pool, {&w, at<void>(x), rows, stride, Type(type), at<void>(norm), eps, at<void>(residual), at<void>(out), Type(out_type)});
+    }
+
+    void attention(uintptr_t q, int64_t q_stride, uintptr_t out, int type, int64_t q_heads, const Cache& cache, int64_t sequences,
+                   uintptr_t starts, uintptr_t lengths, uintptr_t tables, int64_t width, float scale, int64_t window) {
+        kernels->attention(*pool, {at<void>(q), q_stride, at<void>(out), Type(type), q_heads, cache, sequences, at<int32_t>(starts),
+                                   at<int32_t>(lengths), at<int32_t>(tables), width, scale, window});
+    }
+
+    void rope_store(uintptr_t qkv, int64_t tokens, int64_t stride, int type, int64_t q_heads, const Cache& cache, uintptr_t positions,
+                    uintptr_t slots, uintptr_t cos_sin, int64_t rotary, uintptr_t q_norm, uintptr_t k_norm, float eps) {
+        kernels->rope_store(*pool, {at<void>(qkv), tokens, stride, Type(type), q_heads, cache, at<int64_t>(positions), at<int64_t>(slots),
+                                    at<float>(cos_sin), rotary, at<void>(q_norm), at<void>(k_norm), eps});
+    }
+
+    void rms_norm(uintptr_t x, int64_t rows, int64_t columns, int64_t stride, int type, uintptr_t norm, float eps, uintptr_t out) {
+        kernels->rms_norm(*pool, {at<void>(x), rows, columns, stride, Type(type), at<void>(norm), eps, at<void>(out)});
+    }
+
+    void silu_mul(uintptr_t x, int64_t rows, int64_t columns, int64_t stride, int type, uintptr_t out) {
+        kernels->silu_mul(*pool, {at<void>(x), rows, columns, stride, Type(type), nullptr, 0, at<void>(out)});
+    }
+
+    void embed_rows(uintptr_t rows, int64_t columns, uintptr_t ids, int64_t tokens, uintptr_t out, int type) {
+        kernels->embed(*pool, {nullptr, at<void>(rows), columns, at<int64_t>(ids), tokens, at<void>(out), Type(type)});
+    }
+
+    void embed_packed(const Linear& table, uintptr_t ids, int64_t tokens, uintptr_t out, int type) {
+        kernels->embed(*pool, {&table, nullptr, table.K, at<int64_t>(ids), tokens, at<void>(out), Type(type)});
+    }
+
+    void argmax(uintptr_t x, int64_t rows, int64_t columns, int64_t stride, uintptr_t values, uintptr_t ids) {
+        kernels->argmax(*pool, {at<float>(x), rows, columns, stride, at<float>(values), at<int64_t>(ids)});
+    }
+
+    void pack(const Linear& w, uintptr_t codes, uintptr_t scales, uintptr_t zeros, uintptr_t to_codes, uintptr_t to_scales, uintptr_t to_zeros) {
+        appliance::pack(*pool, w, {at<uint8_t>(codes), at<void>(scales), at<uint8_t>(zeros), at<uint8_t>(to_codes), at<void>(to_scales), at<uint8_t>(to_zeros)});
+    }
+};
+
+Linear make_linear(int64_t N, int64_t K, int codes, int scale_type, int64_t group, bool gated, bool quantize, bool per_token, int round_to,
+                   uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t perm) {
+    Linear w;
+    w.N = N;
+    w.K = K;
+    w.codes = Codes(codes);
+    w.scale_type = Type(scale_type);
+    w.group = group;
+    w.gated = gated;
+    w.quantize = quantize;
+    w.per_token = per_token;
+    w.round_to = Type(round_to);
+    w.data = at<uint8_t>(data);
+    w.scales = at<void>(scales);
+    w.zeros = at<uint8_t>(zeros);
+    w.bias = at<float>(bias);
+    w.perm = at<int32_t>(perm);
+    finish(w);
+    return w;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    using guard = nb::call_guard<nb::gil_scoped_release>;
+    m.doc() = "Kernels for the CPU. Arguments that are tensors are addresses; kernels/cpu/native_ops.py is the interface to use.";
+    m.def("available", &available, "Instruction sets that this processor runs, best first.");
+    m.def("physical_cores", &physical_cores, "CPU numbers of the physical cores this process may use.");
+
+    nb::class_<Linear>(m, "Linear")
+        .def("__init__", [](Linear* self, int64_t N, int64_t K, int codes, int scale_type, int64_t group, bool gated, bool quantize, bool per_token,
+                            int round_to, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t perm) {
+            new (self) Linear(make_linear(N, K, codes, scale_type, group, gated, quantize, per_token, round_to, data, scales, zeros, bias, perm));
+        }, nb::kw_only(), "N"_a, "K"_a, "codes"_a, "scale_type"_a, "group"_a, "gated"_a, "quantize"_a, "per_token"_a, "round_to"_a, "data"_a,
+           "scales"_a, "zeros"_a, "bias"_a, "perm"_a)
+        .def_ro("panels", &Linear::panels)
+        .def_ro("segments", &Linear::segments)
+        .def_ro("unit", &Linear::unit)
+        .def_prop_ro("code_bytes", &code_bytes);
+
+    nb::class_<Cache>(m, "Cache").def("__init__", [](Cache* self, uintptr_t k, uintptr_t v, uintptr_t k_scale, uintptr_t v_scale, int type,
+                                                     int64_t block_size, int64_t heads, int64_t dim) {
+        new (self) Cache{at<void>(k), at<void>(v), at<float>(k_scale), at<float>(v_scale), Type(type), block_size, heads, dim};
+    });
+
+    nb::class_<Machine>(m, "Machine")
+        .def(nb::init<const std::string&, int, bool>(), "isa"_a, "threads"_a, "pin"_a)
+        .def_prop_ro("name", [](const Machine& self) { return std::string(self.kernels->name); })
+        .def_prop_ro("threads", [](const Machine& self) { return self.pool->size(); })
+        .def_prop_ro("scratch_bytes", [](const Machine& self) { return self.pool->scratch_bytes(); })
+        .def("matmul", &Machine::matmul, guard())
+        .def("attention", &Machine::attention, guard())
+        .def("rope_store", &Machine::rope_store, guard())
+        .def("rms_norm", &Machine::rms_norm, guard())
+        .def("silu_mul", &Machine::silu_mul, guard())
+        .def("embed_rows", &Machine::embed_rows, guard())
+        .def("embed_packed", &Machine::embed_packed, guard())
+        .def("argmax", &Machine::argmax, guard())
+        .def("pack", &Machine::pack, guard());
+}
+
+}  // namespace appliance

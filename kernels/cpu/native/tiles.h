@@ -1,0 +1,140 @@
+// The innermost products: R rows by V vectors of 16 outputs, accumulators in registers. C is float32 with 64 columns a row.
+#pragma once
+#include "expand.h"
+
+namespace appliance {
+namespace ISA {
+
+// Rows and vectors at a time that the registers hold: 24 accumulators of 32 registers, or 12 of 16.
+constexpr int kRows = 6;
+#if defined(__AVX512F__)
+constexpr int vectors_for(int) { return 4; }
+#else
+constexpr int vectors_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+#endif
+
+#define UNROLL _Pragma("GCC unroll 8")
+
+// C += codes of one segment times rounded activations. `w` points at the first vector; 256 bytes on are the next inputs.
+// kNibbles: `w` are packed nibbles, else bytes (kWide: bytes above 127 occur).
+template <int R, int V, bool kNibbles, bool kWide>
+INLINE void dot_segment(const uint8_t* w, int64_t inputs, const int8_t* x, int64_t stride, const float* scale_x, const int32_t* sum_x, int64_t segments,
+                        const F* scale, const I* zero, float* c) {
+    I acc[R][V];
+    UNROLL for (int r = 0; r < R; ++r) {
+        const I sum = isplat(sum_x[r * segments]);
+        UNROLL for (int v = 0; v < V; ++v) acc[r][v] = mul16(zero[v], sum);
+    }
+    const I mask = isplat(0x0f0f0f0f);
+    for (int64_t k = 0; k < inputs; k += kNibbles ? 8 : 4, w += 256) {
+        I low[V], high[V];
+        UNROLL for (int v = 0; v < V; ++v) {
+            const I line = iload(w + 64 * v);
+            low[v] = kNibbles ? line & mask : line;
+            if (kNibbles) high[v] = (line >> 4) & mask;
+        }
+        UNROLL for (int r = 0; r < R; ++r) {
+            int32_t four;
+            std::memcpy(&four, x + r * stride + k, 4);
+            const I a = isplat(four);
+            UNROLL for (int v = 0; v < V; ++v) acc[r][v] = dot4<kWide>(acc[r][v], low[v], a);
+        }
+        if (kNibbles) UNROLL for (int r = 0; r < R; ++r) {
+            int32_t four;
+            std::memcpy(&four, x + r * stride + k + 4, 4);
+            const I a = isplat(four);
+            UNROLL for (int v = 0; v < V; ++v) acc[r][v] = dot4<kWide>(acc[r][v], high[v], a);
+        }
+    }
+    UNROLL for (int r = 0; r < R; ++r) {
+        const F factor = splat(scale_x[r * segments]);
+        UNROLL for (int v = 0; v < V; ++v) {
+            float* at = c + r * kPanel + 16 * v;
+            store(at, fma(to_float(acc[r][v]), scale[v] * factor, load(at)));
+        }
+    }
+}
+
+// The segments first .. last - 1 for R rows and the vectors v0 .. v1 - 1 of a panel. `bytes`: the unpacked codes of those segments,
+// or null to read the weight itself.
+template <int R>
+INLINE void dot_rows(const Linear& w, int64_t panel, int64_t first, int64_t last, int v0, int v1, const uint8_t* bytes, const Rounded& x, int64_t row, float* c) {
+    constexpr int V = vectors_for(R);
+    const bool nibbles = w.codes == Codes::int4 && bytes == nullptr;
+    for (int v = v0; v < v1; v += V) {
+        for (int64_t s = first; s < last; ++s) {
+            const uint8_t* data = (bytes != nullptr ? bytes + (s - first) * w.unit * kPanel : segment_data(w, panel, s)) + 64 * v;
+            const int64_t index = (panel * w.groups() + s / w.per_group) * kPanel + 16 * v;
+            F scale[V];
+            I zero[V];
+            UNROLL for (int i = 0; i < V; ++i) {
+                scale[i] = load_scale(w, index + 16 * i);
+                zero[i] = load_zero(w, index + 16 * i);
+            }
+            const int8_t* codes = x.codes + row * x.stride + s * w.unit;
+            const int64_t side = row * w.segments + s;
+            float* at = c + 16 * v;
+            if (nibbles) dot_segment<R, V, true, false>(data, w.unit, codes, x.stride, x.scales + side, x.sums + side, w.segments, scale, zero, at);
+            else if (w.codes == Codes::int4) dot_segment<R, V, false, false>(data, w.unit, codes, x.stride, x.scales + side, x.sums + side, w.segments, scale, zero, at);
+            else dot_segment<R, V, false, true>(data, w.unit, codes, x.stride, x.scales + side, x.sums + side, w.segments, scale, zero, at);
+        }
+    }
+}
+
+// C += x [R, inputs] times w [inputs][64], both float32.
+template <int R, int V> INLINE void fma_tile(const float* w, int64_t inputs, const float* x, int64_t stride, float* c) {
+    F acc[R][V];
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v) acc[r][v] = load(c + r * kPanel + 16 * v);
+    for (int64_t k = 0; k < inputs; ++k) {
+        F b[V];
+        UNROLL for (int v = 0; v < V; ++v) b[v] = load(w + k * kPanel + 16 * v);
+        UNROLL for (int r = 0; r < R; ++r) {
+            const F a = splat(x[r * stride + k]);
+            UNROLL for (int v = 0; v < V; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
+        }
+    }
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v) store(c + r * kPanel + 16 * v, acc[r][v]);
+}
+
+template <int R> INLINE void fma_rows(const float* w, int64_t inputs, int v0, int v1, const float* x, int64_t stride, float* c) {
+    constexpr int V = vectors_for(R);
+    for (int v = v0; v < v1; v += V) fma_tile<R, V>(w + 16 * v, inputs, x, stride, c + 16 * v);
+}
+
+#if defined(__AVX512BF16__)
+// The same with pairs of bfloat16: w [inputs / 2][64][2].
+template <int R> INLINE void pair_rows(const uint16_t* w, int64_t inputs, int v0, int v1, const uint16_t* x, int64_t stride, float* c) {
+    constexpr int V = 4;
+    for (int v = v0; v < v1; v += V) {
+        F acc[R][V];
+        UNROLL for (int r = 0; r < R; ++r) UNROLL for (int i = 0; i < V; ++i) acc[r][i] = load(c + r * kPanel + 16 * (v + i));
+        for (int64_t k = 0; k < inputs; k += 2) {
+            I b[V];
+            UNROLL for (int i = 0; i < V; ++i) b[i] = iload(w + k * kPanel + 32 * (v + i));
+            UNROLL for (int r = 0; r < R; ++r) {
+                int32_t two;
+                std::memcpy(&two, x + r * stride + k, 4);
+                const I a = isplat(two);
+                UNROLL for (int i = 0; i < V; ++i) asm("vdpbf16ps %2, %1, %0" : "+v"(acc[r][i].v[0]) : "v"(b[i].v[0]), "v"(a.v[0]));
+            }
+        }
+        UNROLL for (int r = 0; r < R; ++r) UNROLL for (int i = 0; i < V; ++i) store(c + r * kPanel + 16 * (v + i), acc[r][i]);
+    }
+}
+#endif
+
+// f(rows) with the number of rows, 1 to 6, as a template argument.
+template <int R> struct Count { static constexpr int value = R; };
+template <class G> INLINE void with_rows(int64_t rows, G&& g) {
+    switch (rows) {
+        case 1: return g(Count<1>{});
+        case 2: return g(Count<2>{});
+        case 3: return g(Count<3>{});
+        case 4: return g(Count<4>{});
+        case 5: return g(Count<5>{});
+        default: return g(Count<6>{});
+    }
+}
+
+}  // namespace ISA
+}  // namespace appliance

@@ -1,0 +1,131 @@
+// Plain values that cross from the bindings to the kernels of one instruction set. No code that a compiler could vectorize here.
+#pragma once
+#include <cstdint>
+
+namespace appliance {
+
+class Pool;
+
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2, f8 = 3, i8 = 4 };  // f8: e4m3fn
+
+inline int64_t item_size(Type t) { return t == Type::f32 ? 4 : t == Type::f8 || t == Type::i8 ? 1 : 2; }
+
+constexpr int64_t kPanel = 64;     // outputs side by side in memory
+constexpr int64_t kSegment = 128;  // inputs that share an activation scale, at most
+
+enum class Codes : int { int4 = 0, int8 = 1, f8 = 2, bf16 = 3, f16 = 4, f32 = 5 };
+
+// A weight in panels of 64 outputs; see layout.h for the order inside. Storage belongs to the caller.
+struct Linear {
+    int64_t N = 0, K = 0;        // as published (both halves of a gated weight)
+    int64_t panels = 0;
+    Codes codes = Codes::int4;
+    Type scale_type = Type::f32;
+    int64_t group = 0;           // inputs a scale holds for
+    int64_t per_group = 0;       // segments in a group
+    int64_t segments = 0, unit = 0;  // unit: inputs in a segment, padded
+    bool gated = false;          // panels alternate: gate, up; the product is silu(gate) * up
+    bool quantize = false;       // activations are rounded to int8
+    bool per_token = false;      // ... with one scale a token, as the checkpoint asks
+    Type round_to = Type::f32;   // expanded weights are rounded to this
+    const uint8_t* data = nullptr;
+    const void* scales = nullptr;    // [panels][groups][64]
+    const uint8_t* zeros = nullptr;  // [panels][groups][64]; null: 2^(bits - 1)
+    const float* bias = nullptr;     // [panels * 64]
+    const int32_t* perm = nullptr;   // [K]: input j of the packed order is the original input perm[j]
+    int64_t outputs() const { return gated ? N / 2 : N; }
+    int64_t groups() const { return (K + group - 1) / group; }
+};
+
+struct MatmulArgs {
+    const Linear* weight;
+    const void* x;         // [rows, K]
+    int64_t rows;
+    int64_t stride;        // elements from one row of x to the next
+    Type type;             // of x, norm and residual
+    const void* norm;      // [K] or null: x is RMS-normalized first
+    float eps;
+    const void* residual;  // [rows, outputs] or null
+    void* out;             // [rows, outputs]
+    Type out_type;
+};
+
+struct Cache {             // one layer's paged cache: [blocks, block_size, heads, dim]
+    void* k;
+    void* v;
+    float* k_scale;        // i8 only: [blocks, block_size, heads]
+    float* v_scale;
+    Type type;
+    int64_t block_size, heads, dim;
+};
+
+struct AttentionArgs {
+    const void* q;         // [tokens, q_heads, dim], rows `q_stride` elements apart
+    int64_t q_stride;
+    void* out;             // [tokens, q_heads, dim], contiguous
+    Type type;             // of q and out
+    int64_t q_heads;
+    Cache cache;
+    int64_t sequences;
+    const int32_t* starts;   // [sequences + 1]: first row of each sequence
+    const int32_t* lengths;  // [sequences]: tokens in the cache, this step's included
+    const int32_t* tables;   // [sequences, width]
+    int64_t width;
+    float scale;
+    int64_t window;          // 0: none
+};
+
+struct RopeStoreArgs {
+    void* qkv;             // [tokens, (q_heads + 2 * heads) * dim], rows `stride` elements apart; q is rotated in place
+    int64_t tokens, stride;
+    Type type;
+    int64_t q_heads;
+    Cache cache;
+    const int64_t* positions;  // [tokens]
+    const int64_t* slots;      // [tokens]
+    const float* cos_sin;      // [positions, rotary]: cosines, then sines
+    int64_t rotary;
+    const void* q_norm;        // [dim] or null, in `type`
+    const void* k_norm;
+    float eps;
+};
+
+struct RowsArgs {          // row-wise operations on [rows, columns]
+    const void* x;
+    int64_t rows, columns, stride;
+    Type type;
+    const void* norm;
+    float eps;
+    void* out;
+};
+
+struct EmbedArgs {
+    const Linear* table;       // null: dense rows of `rows`
+    const void* rows;          // [vocab, columns] in `type`
+    int64_t columns;
+    const int64_t* ids;
+    int64_t tokens;
+    void* out;
+    Type type;
+};
+
+struct ArgmaxArgs {
+    const float* x;            // [rows, columns]
+    int64_t rows, columns, stride;
+    float* values;
+    int64_t* ids;
+};
+
+// What one instruction set offers.
+struct Kernels {
+    const char* name;
+    void (*matmul)(Pool&, const MatmulArgs&);
+    void (*attention)(Pool&, const AttentionArgs&);
+    void (*rope_store)(Pool&, const RopeStoreArgs&);
+    void (*rms_norm)(Pool&, const RowsArgs&);
+    void (*silu_mul)(Pool&, const RowsArgs&);
+    void (*embed)(Pool&, const EmbedArgs&);
+    void (*argmax)(Pool&, const ArgmaxArgs&);
+};
+
+}  // namespace appliance

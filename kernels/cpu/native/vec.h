@@ -1,0 +1,336 @@
+// Sixteen lanes, whatever the machine: F (float32), I (int32, or 64 bytes as 16 groups of four). Compiled once per instruction set.
+//
+// Arithmetic is the compiler's vector extension; only what it cannot say (dot products of bytes, half-precision conversions) is
+// written with intrinsics. Everything is inlined: nothing compiled for a newer processor may be linked into code for an older one.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "types.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace appliance {
+namespace ISA {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+constexpr int kParts = 64 / kBytes;
+constexpr int kWidth = kBytes / 4;  // lanes of one part
+
+typedef float vf __attribute__((vector_size(kBytes)));
+typedef int32_t vi __attribute__((vector_size(kBytes)));
+typedef uint32_t vu __attribute__((vector_size(kBytes)));
+typedef int16_t vs __attribute__((vector_size(kBytes)));
+typedef uint16_t vh __attribute__((vector_size(kBytes / 2)));
+typedef int8_t vb4 __attribute__((vector_size(kWidth)));
+typedef uint8_t vub4 __attribute__((vector_size(kWidth)));
+typedef int8_t vb __attribute__((vector_size(kBytes)));
+typedef uint8_t vub __attribute__((vector_size(kBytes)));
+
+struct F { vf v[kParts]; };
+struct I { vi v[kParts]; };
+
+#define EACH for (int i = 0; i < kParts; ++i)
+
+INLINE F splat(float x) { F r; EACH r.v[i] = x - vf{}; return r; }
+INLINE I isplat(int32_t x) { I r; EACH r.v[i] = x - vi{}; return r; }
+INLINE F load(const float* p) { F r; EACH std::memcpy(&r.v[i], p + i * kWidth, kBytes); return r; }
+INLINE void store(float* p, F x) { EACH std::memcpy(p + i * kWidth, &x.v[i], kBytes); }
+INLINE I iload(const void* p) { I r; EACH std::memcpy(&r.v[i], static_cast<const char*>(p) + i * kBytes, kBytes); return r; }
+INLINE void istore(void* p, I x) { EACH std::memcpy(static_cast<char*>(p) + i * kBytes, &x.v[i], kBytes); }
+INLINE F operator+(F a, F b) { F r; EACH r.v[i] = a.v[i] + b.v[i]; return r; }
+INLINE F operator-(F a, F b) { F r; EACH r.v[i] = a.v[i] - b.v[i]; return r; }
+INLINE F operator*(F a, F b) { F r; EACH r.v[i] = a.v[i] * b.v[i]; return r; }
+INLINE F operator/(F a, F b) { F r; EACH r.v[i] = a.v[i] / b.v[i]; return r; }
+INLINE F fma(F a, F b, F c) { F r; EACH r.v[i] = a.v[i] * b.v[i] + c.v[i]; return r; }
+INLINE F max(F a, F b) { F r; EACH r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return r; }
+INLINE F min(F a, F b) { F r; EACH r.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return r; }
+INLINE I operator+(I a, I b) { I r; EACH r.v[i] = a.v[i] + b.v[i]; return r; }
+INLINE I operator-(I a, I b) { I r; EACH r.v[i] = a.v[i] - b.v[i]; return r; }
+INLINE I operator&(I a, I b) { I r; EACH r.v[i] = a.v[i] & b.v[i]; return r; }
+INLINE I operator|(I a, I b) { I r; EACH r.v[i] = a.v[i] | b.v[i]; return r; }
+INLINE I operator<<(I a, int n) { I r; EACH r.v[i] = a.v[i] << n; return r; }
+INLINE I operator>>(I a, int n) { I r; EACH r.v[i] = (vi)((vu)a.v[i] >> n); return r; }  // logical
+INLINE F as_float(I a) { F r; EACH r.v[i] = (vf)a.v[i]; return r; }
+INLINE I as_int(F a) { I r; EACH r.v[i] = (vi)a.v[i]; return r; }
+INLINE F to_float(I a) { F r; EACH r.v[i] = __builtin_convertvector(a.v[i], vf); return r; }
+INLINE F abs(F a) { return as_float(as_int(a) & isplat(0x7fffffff)); }
+
+// To the nearest integer, ties to even; |a| < 2^22.
+INLINE I round_to_int(F a) {
+    const F magic = splat(12582912.0f);  // 1.5 * 2^23: its last mantissa bit is worth 1
+    return as_int(a + magic) - isplat(0x4b400000);
+}
+
+INLINE float reduce_add(F a) {
+    float lanes[16], s = 0;
+    store(lanes, a);
+    for (int n = 8; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+    s = lanes[0];
+    return s;
+}
+
+INLINE float reduce_max(F a) {
+    float lanes[16];
+    store(lanes, a);
+    for (int n = 8; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
+    return lanes[0];
+}
+
+INLINE int32_t reduce_add(I a) {
+    int32_t lanes[16], s = 0;
+    istore(lanes, a);
+    for (int i = 0; i < 16; ++i) s += lanes[i];
+    return s;
+}
+
+// acc += sum of four products of unsigned bytes `u` and signed bytes `s`, lane by lane. Codes of 4 bits need no more than 16 bits
+// on the way; kWide says that `u` may exceed 127.
+template <bool kWide> INLINE I dot4(I acc, I u, I s) {
+#if defined(__AVX512VNNI__)
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc.v[0]) : "v"(u.v[0]), "v"(s.v[0]));
+#elif defined(__AVXVNNI__)
+    EACH asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.v[i]) : "x"(u.v[i]), "x"(s.v[i]));
+#elif defined(__AVX2__)
+    const __m256i ones = _mm256_set1_epi16(1);
+    EACH {
+        const __m256i a = (__m256i)u.v[i], b = (__m256i)s.v[i];
+        if (kWide) {
+            const __m256i low = _mm256_set1_epi16(0xff);
+            const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, low), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+            const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+            acc.v[i] += (vi)even + (vi)odd;
+        } else {
+            acc.v[i] += (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), ones);
+        }
+    }
+#else
+    EACH for (int j = 0; j < 4; ++j) {
+        const vi a = (vi)(((vu)u.v[i] >> (8 * j)) & 0xff), b = (vi)((vu)s.v[i] << (24 - 8 * j)) >> 24;
+        acc.v[i] += a * b;
+    }
+#endif
+    return acc;
+}
+
+// Products of small integers: the low 16 bits of each lane of a (not negative) and of b, signed.
+INLINE I mul16(I a, I b) {
+    I r;
+#if defined(__AVX512BW__)
+    r.v[0] = (vi)_mm512_madd_epi16((__m512i)a.v[0], (__m512i)b.v[0]);
+#elif defined(__AVX2__)
+    EACH r.v[i] = (vi)_mm256_madd_epi16((__m256i)a.v[i], (__m256i)b.v[i]);
+#else
+    EACH r.v[i] = a.v[i] * ((vi)((vu)b.v[i] << 16) >> 16);
+#endif
+    return r;
+}
+
+INLINE I widen_u8(const uint8_t* p) {  // 16 bytes
+    I r;
+    EACH {
+        vub4 b;
+        std::memcpy(&b, p + i * kWidth, kWidth);
+        r.v[i] = __builtin_convertvector(b, vi);
+    }
+    return r;
+}
+
+INLINE I widen_i8(const int8_t* p) {
+    I r;
+    EACH {
+        vb4 b;
+        std::memcpy(&b, p + i * kWidth, kWidth);
+        r.v[i] = __builtin_convertvector(b, vi);
+    }
+    return r;
+}
+
+INLINE I widen_u16(const uint16_t* p) {
+    I r;
+    EACH {
+        vh h;
+        std::memcpy(&h, p + i * kWidth, kBytes / 2);
+        r.v[i] = __builtin_convertvector(h, vi);
+    }
+    return r;
+}
+
+INLINE void narrow_u16(uint16_t* p, I x) {
+    EACH {
+        const vh h = __builtin_convertvector(x.v[i], vh);
+        std::memcpy(p + i * kWidth, &h, kBytes / 2);
+    }
+}
+
+INLINE void narrow_i8(int8_t* p, I x) {
+    EACH {
+        const vb4 b = __builtin_convertvector(x.v[i], vb4);
+        std::memcpy(p + i * kWidth, &b, kWidth);
+    }
+}
+
+INLINE I select(I mask, I a, I b) { I r; EACH r.v[i] = (mask.v[i] & a.v[i]) | (~mask.v[i] & b.v[i]); return r; }
+INLINE F select(I mask, F a, F b) { return as_float(select(mask, as_int(a), as_int(b))); }
+INLINE I less(I a, I b) { I r; EACH r.v[i] = (vi)(a.v[i] < b.v[i]); return r; }
+INLINE I less(F a, F b) { I r; EACH r.v[i] = (vi)(a.v[i] < b.v[i]); return r; }
+INLINE I equal(F a, F b) { I r; EACH r.v[i] = (vi)(a.v[i] == b.v[i]); return r; }
+
+// The bits of bfloat16, rounded to nearest even; NaN stays NaN.
+INLINE I bf16_bits(F x) {
+    const I bits = as_int(x);
+    const I rounded = (bits + isplat(0x7fff) + ((bits >> 16) & isplat(1))) >> 16;
+    return select(equal(x, x), rounded, (bits >> 16) | isplat(0x40));
+}
+
+INLINE F from_bf16(I bits) { return as_float(bits << 16); }
+
+INLINE F f16_to_float(const uint16_t* p) {
+    F r;
+#if defined(__AVX512F__)
+    r.v[0] = (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+    EACH r.v[i] = (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * 8)));
+#else
+    // Exponent and mantissa move up by 13 bits; the exponent's bias grows by 112, which a product does also for subnormals.
+    const I bits = widen_u16(p);
+    const I sign = (bits & isplat(0x8000)) << 16, rest = (bits & isplat(0x7fff)) << 13;
+    const F value = as_float(rest) * as_float(isplat(0x77800000));  // 2^112
+    const I special = less(isplat(0x0f7fffff), rest);               // infinity and NaN
+    r = as_float(sign | select(special, rest | isplat(0x7f800000), as_int(value)));
+#endif
+    return r;
+}
+
+INLINE void float_to_f16(uint16_t* p, F x) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x.v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+    EACH _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i * 8), _mm256_cvtps_ph((__m256)x.v[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    const I bits = as_int(x), sign = (bits >> 16) & isplat(0x8000), rest = bits & isplat(0x7fffffff);
+    const I normal = (rest - isplat(112 << 23) + isplat(0xfff) + ((rest >> 13) & isplat(1))) >> 13;
+    // Below 2^-14: adding 2^-1 leaves the subnormal's bits, rounded, at the end of the mantissa.
+    F sum = as_float(rest) + splat(0.5f);
+    asm("" : "+m"(sum));
+    const I small = as_int(sum) - isplat(0x3f000000);
+    const I big = select(less(isplat(0x7f800000), rest), isplat(0x7e00), isplat(0x7c00));
+    I r = select(less(rest, isplat(113 << 23)), small, normal);
+    r = select(less(isplat(0x477fefff), rest), big, r);
+    narrow_u16(p, r | sign);
+#endif
+}
+
+// e4m3fn: the bits, shifted, are a float times 2^-120; the two NaNs come out as 480.
+INLINE F f8_to_float(const uint8_t* p) {
+    const I bits = widen_u8(p);
+    return as_float(((bits & isplat(0x80)) << 24) | ((bits & isplat(0x7f)) << 20)) * as_float(isplat(0x7b800000));
+}
+
+// Saturating at 448; ties to even.
+INLINE void float_to_f8(uint8_t* p, F x) {
+    const I sign = (as_int(x) >> 24) & isplat(0x80);
+    const F size = min(abs(x), splat(448.0f));
+    const I rest = as_int(size);
+    const I normal = (rest - isplat(120 << 23) + isplat(0x7ffff) + ((rest >> 20) & isplat(1))) >> 20;
+    const I small = round_to_int(size * splat(512.0f));  // below 2^-6 the step is 2^-9
+    I r = select(less(size, splat(0.015625f)), small, normal);
+    r = select(equal(x, x), r, isplat(0x7f)) | sign;
+    EACH {
+        const vub4 b = __builtin_convertvector(r.v[i], vub4);
+        std::memcpy(p + i * kWidth, &b, kWidth);
+    }
+}
+
+template <Type T> struct As;
+template <> struct As<Type::f32> {
+    using Item = float;
+    static INLINE F load(const Item* p) { return ISA::load(p); }
+    static INLINE void store(Item* p, F x) { ISA::store(p, x); }
+};
+template <> struct As<Type::bf16> {
+    using Item = uint16_t;
+    static INLINE F load(const Item* p) { return from_bf16(widen_u16(p)); }
+    static INLINE void store(Item* p, F x) {
+#if defined(__AVX512BF16__)
+        const __m256bh b = _mm512_cvtneps_pbh((__m512)x.v[0]);
+        std::memcpy(p, &b, 32);
+#else
+        narrow_u16(p, bf16_bits(x));
+#endif
+    }
+};
+template <> struct As<Type::f16> {
+    using Item = uint16_t;
+    static INLINE F load(const Item* p) { return f16_to_float(p); }
+    static INLINE void store(Item* p, F x) { float_to_f16(p, x); }
+};
+template <> struct As<Type::f8> {
+    using Item = uint8_t;
+    static INLINE F load(const Item* p) { return f8_to_float(p); }
+    static INLINE void store(Item* p, F x) { float_to_f8(p, x); }
+};
+template <> struct As<Type::i8> {
+    using Item = int8_t;
+    static INLINE F load(const Item* p) { return to_float(widen_i8(p)); }
+    static INLINE void store(Item* p, F x) { narrow_i8(p, round_to_int(x)); }
+};
+
+// n <= 16 items; the other lanes are 0 (load) or left alone (store).
+template <Type T> INLINE F load_some(const typename As<T>::Item* p, int64_t n) {
+    if (n >= 16) return As<T>::load(p);
+    typename As<T>::Item items[16] = {};
+    if (n > 0) std::memcpy(items, p, size_t(n) * sizeof items[0]);
+    return As<T>::load(items);
+}
+template <Type T> INLINE void store_some(typename As<T>::Item* p, F x, int64_t n) {
+    if (n >= 16) return As<T>::store(p, x);
+    typename As<T>::Item items[16];
+    As<T>::store(items, x);
+    if (n > 0) std::memcpy(p, items, size_t(n) * sizeof items[0]);
+}
+
+// One of the three types of activations, as a template argument: with_type(t, [&](auto tag) { constexpr Type T = tag.value; ... }).
+template <Type T> struct Tag { static constexpr Type value = T; };
+template <class G> INLINE void with_type(Type t, G&& g) {
+    if (t == Type::f32) g(Tag<Type::f32>{});
+    else if (t == Type::bf16) g(Tag<Type::bf16>{});
+    else g(Tag<Type::f16>{});
+}
+
+// e^x to 2 units in the last place for x in [-87, 88]; below, 0; above, what 88 gives (3.3.4 of Cody and Waite's scheme:
+// x = n ln 2 + r, a polynomial for e^r, n added to the exponent).
+INLINE F exp(F x) {
+    const F lowest = splat(-87.0f), c = min(max(x, lowest), splat(88.0f));
+    const I n = round_to_int(c * splat(1.44269504f));
+    const F k = to_float(n);
+    const F r = fma(k, splat(2.12194440e-4f), fma(k, splat(-0.693359375f), c));
+    F p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    const F y = fma(p * r, r, r + splat(1.0f)) * as_float((n + isplat(127)) << 23);
+    return select(less(x, lowest), splat(0.0f), y);
+}
+
+INLINE F silu(F x) { return x / (splat(1.0f) + exp(splat(0.0f) - x)); }
+
+#undef EACH
+
+}  // namespace ISA
+}  // namespace appliance
