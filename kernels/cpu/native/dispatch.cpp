@@ -18,6 +18,7 @@ DECLARE(avx_vnni)
 DECLARE(avx512_vnni)
 DECLARE(avx512_bf16)
 DECLARE(amx)
+DECLARE(amx_emulated)
 #endif
 
 namespace {
@@ -90,6 +91,10 @@ std::vector<std::string> available() {
 const Kernels* find_kernels(const std::string& name) {
     for (const Kernels* k : all())
         if (name == k->name) return k;
+#if defined(__x86_64__)
+    // The tile kernels on plain loops, for tests only: not in the list of what to choose from.
+    if (name == "amx_emulated" && find_kernels("avx512_bf16") != nullptr) return &amx_emulated::kernels;
+#endif
     return nullptr;
 }
 

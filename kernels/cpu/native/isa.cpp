@@ -1,8 +1,10 @@
 // The kernels of one instruction set: compiled once for each, with ISA naming the namespace.
+#include "pool.h"
+#include "vec.h"
+
 #include "attention.h"
 #include "matmul.h"
 #include "small.h"
-#include "vec.h"
 
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)

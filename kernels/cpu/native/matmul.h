@@ -11,7 +11,6 @@ namespace appliance {
 namespace ISA {
 
 constexpr int64_t kBlock = 512;         // rows
-constexpr int64_t kChunk = 2;           // segments unpacked at a time: 16 KiB
 constexpr int64_t kInputs = 64;         // inputs expanded to floats at a time: 16 KiB
 constexpr int64_t kDirect = 2 * kRows;  // up to so many rows nibbles are unpacked in registers, once for every 6 rows
 
@@ -19,10 +18,20 @@ struct Block {
     const MatmulArgs* a;
     int64_t first, rows;     // rows of x
     Rounded rounded;
-    float* floats;           // [rows][stride]
-    uint16_t* pairs;         // [rows][stride] bfloat16
-    int64_t stride;
+    float* floats;           // or float32 in `chunks`
+    uint16_t* pairs;         // or bfloat16
+    Chunks chunks;
 };
+
+// Segments whose codes are unpacked at a time: 16 KiB.
+INLINE int64_t segments_at_once(const Linear& w) { return 2 * kSegment / w.unit; }
+
+// Inputs in a chunk of prepared rows.
+INLINE int64_t chunk_inputs(const Linear& w) {
+    if (w.quantize) return segments_at_once(w) * w.unit;
+    if (!is_integer(w)) return kInputs;
+    return w.unit <= kInputs ? w.unit : w.unit % kInputs == 0 ? kInputs : 8;  // within one segment
+}
 
 INLINE bool as_pairs(const MatmulArgs& a) {
 #if defined(__AVX512BF16__)
@@ -36,16 +45,19 @@ INLINE bool as_pairs(const MatmulArgs& a) {
 INLINE void prepare_row(const Block& b, int64_t row, float* wide, float* spare) {
     const Linear& w = *b.a->weight;
     widen_row(*b.a, b.first + row, wide, spare);
-    if (w.quantize) return round_row(w, wide, b.rounded.codes + row * b.rounded.stride, b.rounded.scales + row * w.segments, b.rounded.sums + row * w.segments);
+    if (w.quantize) return round_row(w, wide, b.rounded, row);
     if (w.per_token) imitate_rounding(wide, w.K);
     const bool integer = is_integer(w);
     for (int64_t s = 0; s < (integer ? w.segments : 1); ++s) {
         const Span span = integer ? span_of(w, s) : Span{0, w.K};
-        const int64_t width = integer ? w.unit : depth(w), at = row * b.stride + s * w.unit * integer;
-        for (int64_t k = 0; k < width; k += 16) {
-            const F x = load_some<Type::f32>(wide + span.first + k, span.count - k);
-            if (b.pairs != nullptr) store_some<Type::bf16>(b.pairs + at + k, x, width - k);
-            else store_some<Type::f32>(b.floats + at + k, x, width - k);
+        const int64_t width = integer ? w.unit : depth(w), inputs = b.chunks.inputs;
+        for (int64_t first = 0; first < width; first += inputs) {
+            const int64_t at = b.chunks.at(row, s * w.unit * integer + first), n = width - first < inputs ? width - first : inputs;
+            for (int64_t k = 0; k < n; k += 16) {
+                const F x = load_some<Type::f32>(wide + span.first + first + k, span.count - first - k);
+                if (b.pairs != nullptr) store_some<Type::bf16>(b.pairs + at + k, x, n - k);
+                else store_some<Type::f32>(b.floats + at + k, x, n - k);
+            }
         }
     }
 }
@@ -59,13 +71,17 @@ template <class G> INLINE void each_tile(int64_t rows, G&& g) {
     }
 }
 
+INLINE void prefetch(const uint8_t* p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 INLINE void accumulate_integers(const Block& b, int64_t panel, int v0, int v1, uint8_t* scratch, float* c) {
     const Linear& w = *b.a->weight;
-#if defined(__AMX_INT8__) || defined(EMULATE_AMX)
+#if defined(HAVE_TILES)
     if (use_tiles(w, b.rows) && v0 == 0 && v1 == 4) return tile_integers(w, b.rounded, b.rows, panel, scratch, c);
 #endif
     const bool direct = b.rows <= (w.codes == Codes::int4 ? kDirect : kRows);
-    const int64_t chunk = direct ? w.segments : kChunk * kSegment / w.unit;
+    const int64_t chunk = direct ? w.segments : segments_at_once(w);
     for (int64_t first = 0; first < w.segments; first += chunk) {
         const int64_t last = first + chunk < w.segments ? first + chunk : w.segments;
         const uint8_t* bytes = nullptr;
@@ -73,7 +89,11 @@ INLINE void accumulate_integers(const Block& b, int64_t panel, int v0, int v1, u
             unpack_nibbles(segment_data(w, panel, first), (last - first) * w.unit, scratch);
             bytes = scratch;
         }
+        // The next piece of the weight comes from memory while this one is multiplied.
+        const int64_t piece = chunk * w.unit * kPanel / (w.codes == Codes::int4 ? 2 : 1);
+        const uint8_t* following = segment_data(w, panel, last < w.segments ? last : first);
         each_tile(b.rows, [&](int64_t row, int64_t rows) {
+            if (!direct) prefetch(following + piece * row / b.rows, piece * rows / b.rows);
             with_rows(rows, [&](auto count) { dot_rows<decltype(count)::value>(w, panel, first, last, v0, v1, bytes, b.rounded, row, c + row * kPanel); });
         });
     }
@@ -81,7 +101,7 @@ INLINE void accumulate_integers(const Block& b, int64_t panel, int v0, int v1, u
 
 INLINE void accumulate_floats(const Block& b, int64_t panel, int v0, int v1, uint8_t* scratch, float* c) {
     const Linear& w = *b.a->weight;
-    const int64_t all = depth(w), step = is_integer(w) && w.unit < kInputs ? w.unit : is_integer(w) && w.unit % kInputs ? 8 : kInputs;
+    const int64_t all = depth(w), step = b.chunks.inputs;
     for (int64_t first = 0; first < all; first += step) {
         const int64_t count = first + step < all ? step : all - first;
 #if defined(__AVX512BF16__)
@@ -89,8 +109,14 @@ INLINE void accumulate_floats(const Block& b, int64_t panel, int v0, int v1, uin
             const uint16_t* pairs = reinterpret_cast<uint16_t*>(scratch);
             if (w.codes == Codes::bf16) pairs = reinterpret_cast<const uint16_t*>(w.data) + (panel * all + first) * kPanel;
             else expand_pairs(w, panel, first, count, reinterpret_cast<uint16_t*>(scratch));
+#if defined(HAVE_TILES)
+            if (count == kInputs && use_tiles(w, b.rows) && v0 == 0 && v1 == 4) {
+                tile_pairs(pairs, b.pairs + b.chunks.at(0, first), step, b.rows, c);
+                continue;
+            }
+#endif
             each_tile(b.rows, [&](int64_t row, int64_t rows) {
-                with_rows(rows, [&](auto n) { pair_rows<decltype(n)::value>(pairs, count, v0, v1, b.pairs + row * b.stride + first, b.stride, c + row * kPanel); });
+                with_rows(rows, [&](auto n) { pair_rows<decltype(n)::value>(pairs, count, v0, v1, b.pairs + b.chunks.at(row, first), step, c + row * kPanel); });
             });
             continue;
         }
@@ -98,7 +124,7 @@ INLINE void accumulate_floats(const Block& b, int64_t panel, int v0, int v1, uin
         float* floats = reinterpret_cast<float*>(scratch);
         expand_floats(w, panel, first, count, floats);
         each_tile(b.rows, [&](int64_t row, int64_t rows) {
-            with_rows(rows, [&](auto n) { fma_rows<decltype(n)::value>(floats, count, v0, v1, b.floats + row * b.stride + first, b.stride, c + row * kPanel); });
+            with_rows(rows, [&](auto n) { fma_rows<decltype(n)::value>(floats, count, v0, v1, b.floats + b.chunks.at(row, first), step, c + row * kPanel); });
         });
     }
 }
@@ -137,17 +163,18 @@ INLINE void zero(float* c, int64_t n) {
 
 struct Sizes {
     int64_t wide, c, scratch;  // bytes of a thread's parts
-    int64_t stride, rows;      // bytes of a prepared row
+    int64_t rows, row;         // prepared rows, and bytes of one
     explicit Sizes(const MatmulArgs& a) {
         const Linear& w = *a.weight;
-        rows = a.rows < kBlock ? a.rows : kBlock;
+        rows = (a.rows < kBlock ? a.rows + 15 : kBlock) / 16 * 16;  // tiles read and write whole
         wide = (w.K + 32) * 8;
         c = rows * kPanel * 4 * (w.gated ? 2 : 1);
         scratch = 32768;
-        stride = w.quantize ? depth(w) + 64 : (depth(w) + 32) * (as_pairs(a) ? 2 : 4);  // 64 bytes more: rows do not share cache sets
+        const int64_t inputs = chunk_inputs(w), all = (depth(w) + inputs - 1) / inputs * inputs;
+        row = all * (w.quantize ? 1 : as_pairs(a) ? 2 : 4);
     }
     int64_t thread() const { return (wide + 63) / 64 * 64 + c + scratch; }
-    int64_t shared(const Linear& w) const { return rows * ((stride + 63) / 64 * 64 + (w.quantize ? w.segments * 8 : 0)) + 64; }
+    int64_t shared(const Linear& w) const { return rows * (row + (w.quantize ? w.segments * 8 : 0)) + 64; }
 };
 
 INLINE void run_block(Pool& pool, const Block& block, const Sizes& sizes) {
@@ -169,12 +196,12 @@ INLINE void run_block(Pool& pool, const Block& block, const Sizes& sizes) {
             const int64_t panel = item / parts * step;
             const int v0 = int(item % parts) * 4 / parts, v1 = v0 + 4 / parts;
             for (int64_t half = 0; half < step; ++half) {
-                float* sums = c + half * block.rows * kPanel;
+                float* sums = c + half * sizes.rows * kPanel;
                 zero(sums, block.rows * kPanel);
                 if (w.quantize) accumulate_integers(block, panel + half, v0, v1, scratch, sums);
                 else accumulate_floats(block, panel + half, v0, v1, scratch, sums);
             }
-            finish_panel(block, panel, v0, v1, c, w.gated ? c + block.rows * kPanel : nullptr);
+            finish_panel(block, panel, v0, v1, c, w.gated ? c + sizes.rows * kPanel : nullptr);
         }
         stop_tiles(w, block.rows);
     });
@@ -185,20 +212,17 @@ inline void matmul(Pool& pool, const MatmulArgs& a) {
     const Sizes sizes(a);
     for (int t = 0; t < pool.size(); ++t) pool.scratch(t, size_t(sizes.thread()));  // here, where a failure can be told
     uint8_t* memory = pool.scratch(pool.size(), size_t(sizes.shared(w)));
-    const int64_t stride = (sizes.stride + 63) / 64 * 64;
     for (int64_t first = 0; first < a.rows; first += kBlock) {
-        Block block{&a, first, a.rows - first < kBlock ? a.rows - first : kBlock, {}, nullptr, nullptr, 0};
+        Block block{&a, first, a.rows - first < kBlock ? a.rows - first : kBlock, {}, nullptr, nullptr, {sizes.rows, chunk_inputs(w)}};
         if (w.quantize) {
             block.rounded.codes = reinterpret_cast<int8_t*>(memory);
-            block.rounded.stride = stride;
-            block.rounded.scales = reinterpret_cast<float*>(memory + sizes.rows * stride);
+            block.rounded.chunks = block.chunks;
+            block.rounded.scales = reinterpret_cast<float*>(memory + sizes.rows * sizes.row);
             block.rounded.sums = reinterpret_cast<int32_t*>(block.rounded.scales + sizes.rows * w.segments);
         } else if (as_pairs(a)) {
             block.pairs = reinterpret_cast<uint16_t*>(memory);
-            block.stride = stride / 2;
         } else {
             block.floats = reinterpret_cast<float*>(memory);
-            block.stride = stride / 4;
         }
         run_block(pool, block, sizes);
     }

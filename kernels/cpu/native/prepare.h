@@ -47,13 +47,27 @@ INLINE void widen_row(const MatmulArgs& a, int64_t row, float* out, float* spare
     for (int64_t k = w.K; k < w.K + 16; ++k) out[k] = 0;
 }
 
-// Where the rounded rows are: code j of row r at codes[r * stride + j].
+// Prepared rows lie in chunks of the inputs, so that the rows that meet a piece of the weight are read one after another:
+// [chunk][row][inputs of a chunk].
+struct Chunks {
+    int64_t rows = 0, inputs = 0;
+    INLINE int64_t at(int64_t row, int64_t input) const { return (input / inputs * rows + row) * inputs + input % inputs; }
+};
+
+// Rows rounded to int8.
 struct Rounded {
     int8_t* codes;
-    int64_t stride;
+    Chunks chunks;   // of whole segments
     float* scales;   // [rows][segments]
     int32_t* sums;   // [rows][segments]: minus the sum of a segment's codes
 };
+
+INLINE void store_codes(int8_t* to, I codes, int64_t n) {
+    if (n >= 16) return narrow_i8(to, codes);
+    int8_t all[16];
+    narrow_i8(all, codes);
+    std::memcpy(to, all, 8);  // segments are padded to multiples of 8
+}
 
 INLINE float largest(const float* x, int64_t n) {
     F m = splat(0);
@@ -61,19 +75,21 @@ INLINE float largest(const float* x, int64_t n) {
     return reduce_max(m);
 }
 
-INLINE void round_row(const Linear& w, const float* x, int8_t* codes, float* scales, int32_t* sums) {
+INLINE void round_row(const Linear& w, const float* x, const Rounded& out, int64_t row) {
+    float* scales = out.scales + row * w.segments;
+    int32_t* sums = out.sums + row * w.segments;
     const float token = w.per_token ? largest(x, w.K) / 127.0f : 0.0f;
     for (int64_t s = 0; s < w.segments; ++s) {
         const Span span = span_of(w, s);
         const float* from = x + span.first;
-        int8_t* to = codes + s * w.unit;
+        int8_t* to = out.codes + out.chunks.at(row, s * w.unit);
         const float scale = w.per_token ? token : largest(from, span.count) / 127.0f;
         const F inverse = splat(scale > 1e-30f ? 1.0f / scale : 0.0f);
         I sum = isplat(0);
-        for (int64_t k = 0; k < w.unit; k += 16) {  // the last store may reach into the next segment, which comes after
+        for (int64_t k = 0; k < w.unit; k += 16) {
             const I code = round_to_int(load_some<Type::f32>(from + k, span.count - k) * inverse);
             sum = sum + code;
-            narrow_i8(to + k, code);
+            store_codes(to + k, code, w.unit - k);
         }
         scales[s] = scale;
         sums[s] = -reduce_add(sum);

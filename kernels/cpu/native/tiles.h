@@ -71,12 +71,12 @@ INLINE void dot_rows(const Linear& w, int64_t panel, int64_t first, int64_t last
                 scale[i] = load_scale(w, index + 16 * i);
                 zero[i] = load_zero(w, index + 16 * i);
             }
-            const int8_t* codes = x.codes + row * x.stride + s * w.unit;
+            const int8_t* codes = x.codes + x.chunks.at(row, s * w.unit);
             const int64_t side = row * w.segments + s;
             float* at = c + 16 * v;
-            if (nibbles) dot_segment<R, V, true, false>(data, w.unit, codes, x.stride, x.scales + side, x.sums + side, w.segments, scale, zero, at);
-            else if (w.codes == Codes::int4) dot_segment<R, V, false, false>(data, w.unit, codes, x.stride, x.scales + side, x.sums + side, w.segments, scale, zero, at);
-            else dot_segment<R, V, false, true>(data, w.unit, codes, x.stride, x.scales + side, x.sums + side, w.segments, scale, zero, at);
+            if (nibbles) dot_segment<R, V, true, false>(data, w.unit, codes, x.chunks.inputs, x.scales + side, x.sums + side, w.segments, scale, zero, at);
+            else if (w.codes == Codes::int4) dot_segment<R, V, false, false>(data, w.unit, codes, x.chunks.inputs, x.scales + side, x.sums + side, w.segments, scale, zero, at);
+            else dot_segment<R, V, false, true>(data, w.unit, codes, x.chunks.inputs, x.scales + side, x.sums + side, w.segments, scale, zero, at);
         }
     }
 }

@@ -1,0 +1,167 @@
+"""The CPU's operators from the native extension: tensors in, addresses to the kernels. One thread pool per process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.cpu import backend
+from kernels.layout import int8_product
+from kernels.ops import KVCache, Norm, Ops, PagedBatch, Weight
+from quant.errors import CheckpointError
+from quant.tensor import QuantTensor
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4}  # Type in native/types.h
+CODES = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}  # Codes there, of dense weights
+INT4, INT8, FP8 = 0, 1, 2
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@dataclass(frozen=True, eq=False)
+class NativeWeight:
+    """Panels of 64 outputs, see native/pack.h. Keeps the storage that ``handle`` points into."""
+
+    handle: Any
+    codes: Tensor  # uint8
+    scales: Tensor | None
+    zeros: Tensor | None
+    bias: Tensor | None  # float32, in panel order
+    perm: Tensor | None  # int32 [K]
+    N: int  # outputs of the product
+    K: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.codes, self.scales, self.zeros, self.bias, self.perm) if t is not None)
+
+
+def quantizes(weight: QuantTensor, dtype: torch.dtype, activation: str) -> bool:
+    """Whether activations are rounded to int8 for this weight, so that products are those of integers."""
+    if weight.kind == "fp8":
+        return False
+    exact = int8_product(bits=weight.bits, groups=weight.groups, asymmetric=weight.zeros is not None, activation=weight.activation)
+    return exact or activation == "int8" or (activation == "auto" and dtype != torch.float32)
+
+
+def expanded_rounding(weight: QuantTensor, dtype: torch.dtype) -> torch.dtype:
+    """Weights that are expanded to float32 are rounded to the dtype of their scales, as by the tools that published them."""
+    return torch.float32 if dtype == torch.bfloat16 else weight.scales.dtype
+
+
+class NativeOps:
+    """The callables of Ops over one pool of threads."""
+
+    def __init__(self, isa: str, threads: int) -> None:
+        module = backend.native()
+        if module is None:
+            raise RuntimeError("the native extension is not built")
+        self.module = module
+        self.machine = module.Machine(isa, threads, True)
+        self._batch: PagedBatch | None = None
+        self._caches: dict[tuple[int, int], Any] = {}
+
+    def pack(
+        self, weight: QuantTensor | Tensor, *, dtype: torch.dtype, bias: Tensor | None = None, gated: bool = False, activation: str = "auto"
+    ) -> NativeWeight:
+        """Panels for activations of ``dtype``. CheckpointError for an FP8 weight that holds NaN."""
+        if isinstance(weight, QuantTensor):
+            return self._pack_quantized(weight, dtype, bias, gated, activation)
+        dense = weight.to(dtype).contiguous()
+        options = dict(codes=CODES[dtype], scale_type=0, group=weight.shape[1], quantize=False, per_token=False, round_to=0)
+        return self._lay_out(dense, None, None, None, bias, weight.shape[0], weight.shape[1], gated, options)
+
+    def _pack_quantized(self, weight: QuantTensor, dtype: torch.dtype, bias: Tensor | None, gated: bool, activation: str) -> NativeWeight:
+        scales, packed = weight.scales, weight.packed
+        if weight.kind == "fp8":
+            packed, scales = packed.view(torch.uint8), scales.float()
+            if bool(((packed & 0x7F) == 0x7F).any()):
+                raise CheckpointError("an FP8 weight holds NaN: the checkpoint is damaged")
+        options = dict(
+            codes=FP8 if weight.kind == "fp8" else INT4 if weight.bits == 4 else INT8,
+            scale_type=TYPES[scales.dtype],
+            group=weight.group_size,
+            quantize=quantizes(weight, dtype, activation),
+            per_token=weight.activation == "int8-token",
+            round_to=TYPES[expanded_rounding(weight, dtype)],
+        )
+        perm = None if weight.perm is None else weight.perm.to(torch.int32)
+        return self._lay_out(packed.contiguous(), scales.contiguous(), weight.zeros, perm, bias, weight.N, weight.K, gated, options)
+
+    def _lay_out(
+        self,
+        codes: Tensor,
+        scales: Tensor | None,
+        zeros: Tensor | None,
+        perm: Tensor | None,
+        bias: Tensor | None,
+        N: int,
+        K: int,
+        gated: bool,
+        options: dict[str, Any],
+    ) -> NativeWeight:
+        """Copy into panels, in one pass by all threads."""
+        empty = dict(data=0, scales=0, zeros=0, bias=0, perm=0)
+        shape = self.module.Linear(N=N, K=K, gated=gated, **options, **empty)
+        outputs = shape.panels * 64
+        to_codes = torch.empty(shape.code_bytes, dtype=torch.uint8)
+        to_scales = None if scales is None else torch.empty(scales.shape[0] * outputs, dtype=scales.dtype)
+        zeros = None if zeros is None else zeros.contiguous()
+        to_zeros = None if zeros is None else torch.empty(zeros.shape[0] * outputs, dtype=torch.uint8)
+        self.machine.pack(
+            shape, address(codes), address(scales), address(zeros), address(to_codes), address(to_scales), address(to_zeros)
+        )
+        to_bias = None if bias is None else panel_order(bias.float(), outputs, gated)
+        handle = self.module.Linear(
+            N=N,
+            K=K,
+            gated=gated,
+            **options,
+            data=address(to_codes),
+            scales=address(to_scales),
+            zeros=address(to_zeros),
+            bias=address(to_bias),
+            perm=address(perm),
+        )
+        return NativeWeight(handle, to_codes, to_scales, to_zeros, to_bias, perm, N // 2 if gated else N, K)
+
+    def matmul(
+        self, x: Tensor, weight: Weight, *, norm: Norm | None = None, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        if not isinstance(weight, NativeWeight):
+            raise TypeError(f"a {type(weight).__name__} was packed for other operators than the native ones")
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        rows = x.shape[0]
+        if residual is not None and (out_dtype is None or out_dtype == residual.dtype):
+            out = residual = residual.contiguous()
+        else:
+            out = torch.empty(rows, weight.N, dtype=out_dtype or x.dtype)
+        if rows:
+            self.machine.matmul(
+                weight.handle,
+                x.data_ptr(),
+                rows,
+                x.stride(0),
+                TYPES[x.dtype],
+                0 if norm is None else norm.weight.data_ptr(),
+                0.0 if norm is None else norm.eps,
+                address(residual),
+                out.data_ptr(),
+                TYPES[out.dtype],
+            )
+        return out
+
+
+def panel_order(bias: Tensor, outputs: int, gated: bool) -> Tensor:
+    """float32 [N] -> [outputs], padded with zeros; gated: 64 of the first half, 64 of the second, and so on."""
+    if not gated:
+        return torch.nn.functional.pad(bias, (0, outputs - bias.numel()))
+    halves = bias.view(2, -1)
+    padded = torch.nn.functional.pad(halves, (0, outputs // 2 - halves.shape[1]))
+    return padded.view(2, -1, 64).transpose(0, 1).reshape(-1).contiguous()
