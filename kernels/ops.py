@@ -7,11 +7,12 @@ Hq query heads, Hkv key/value heads, D head size, V vocabulary, B blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from kernels.cpu import backend
 from quant.tensor import QuantTensor
 
 
@@ -31,8 +32,8 @@ class KVCache:
 class PagedBatch:
     """Where the T tokens of one step stand: computed once a step, read by every layer.
 
-    Sequence s owns the rows ``query_starts[s] : query_starts[s + 1]``; after ``store_kv`` its cache holds ``seq_lens[s]`` tokens,
-    of which its rows are the last. The ``*_list`` twins hold the same integers for code that loops in Python.
+    Sequence s owns the rows ``query_starts[s] : query_starts[s + 1]``; after ``rope_store`` its cache holds ``seq_lens[s]``
+    tokens, of which its rows are the last. The ``*_list`` twins hold the same integers for code that loops in Python.
     """
 
     positions: Tensor  # int64 [T]
@@ -47,11 +48,19 @@ class PagedBatch:
     max_seq: int
 
 
+class Norm(NamedTuple):
+    """What an RMS norm needs: x * weight / sqrt(mean(x^2) + eps)."""
+
+    weight: Tensor  # [size of the last dimension]
+    eps: float
+
+
 class Weight(Protocol):
     """A weight in the layout a device wants; made by ``Ops.pack`` and understood only by the same Ops."""
 
     @property
-    def N(self) -> int: ...
+    def N(self) -> int:
+        """Outputs of the product: half the rows that were packed where the weight is gated."""
 
     @property
     def K(self) -> int: ...
@@ -61,18 +70,49 @@ class Weight(Protocol):
 
 
 class Pack(Protocol):
-    def __call__(self, weight: QuantTensor | Tensor, *, dtype: torch.dtype, bias: Tensor | None = None) -> Weight:
-        """Lay out a canonical weight (QuantTensor, or dense [N, K]) for ``matmul`` with activations of ``dtype``."""
+    def __call__(
+        self,
+        weight: QuantTensor | Tensor,
+        *,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        gated: bool = False,
+        activation: str = "auto",
+    ) -> Weight:
+        """Lay out a canonical weight (QuantTensor, or dense [N, K]) for ``matmul`` with activations of ``dtype``.
+
+        gated: the outputs are [gate; up] (N even), and the product is silu(gate) * up with N / 2 outputs. activation: what
+        activations may be rounded to for the product: "int8", "bf16" (they stay as they are), or "auto" (int8 for integer weights
+        unless dtype is float32). Operators without such a product leave activations alone, whatever is said. What a checkpoint
+        itself asks for (QuantTensor.activation) is done by all.
+        """
 
 
 class MatMul(Protocol):
-    def __call__(self, x: Tensor, weight: Weight) -> Tensor:
-        """x [T, K] @ weight.T + bias -> [T, N], in x's dtype; x is gathered first where the weight carries a permutation."""
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Weight,
+        *,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """x [T, K] @ weight.T + bias -> [T, outputs]; x is gathered first where the weight carries a permutation.
+
+        norm: x is normalized first, as ``rms_norm`` does. A gated weight gives silu(gate) * up. residual [T, outputs] in x's
+        dtype is added at last; it may be overwritten, and the result may be its storage: use the result only. out_dtype: x's
+        by default; float32 gives a product that was not rounded to x's dtype where the device can.
+        """
 
 
 class Embedding(Protocol):
-    def __call__(self, ids: Tensor, table: Tensor) -> Tensor:
-        """Rows of table [V, hidden] for int64 ids [T]."""
+    def __call__(self, ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:
+        """Rows of table [V, hidden] for int64 ids [T] -> [T, hidden] in ``dtype``.
+
+        A packed table (the head's, shared) is dequantized row by row: (q - zero) * scale, rounded once. TypeError where the
+        operators cannot look up rows of a packed weight.
+        """
 
 
 class RMSNorm(Protocol):
@@ -80,27 +120,29 @@ class RMSNorm(Protocol):
         """x * weight / sqrt(mean(x^2) + eps) over the last dimension, the mean in float32."""
 
 
-class AddRMSNorm(Protocol):
-    def __call__(self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-        """(rms_norm(x + residual), x + residual)."""
+class RopeStore(Protocol):
+    def __call__(
+        self,
+        qkv: Tensor,
+        heads: int,
+        cache: KVCache,
+        batch: PagedBatch,
+        cos_sin: Tensor,
+        *,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+    ) -> Tensor:
+        """Take qkv [T, (Hq + 2 Hkv) * D] apart, store keys and values in the cache at batch.slots, return q [T, Hq, D].
 
-
-class Rope(Protocol):
-    def __call__(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate the first ``rotary`` features of q [T, Hq, D] and k [T, Hkv, D] (halves, not interleaved).
-
-        cos_sin is float32 [max positions, rotary]: the cosines of ``rotary / 2`` frequencies, then their sines.
+        ``heads`` is Hq; Hkv and D are the cache's. q and k are normalized per head where norms are given, and rotated by
+        batch.positions: the first ``rotary`` features, in halves, not interleaved. cos_sin is float32 [max positions, rotary]:
+        the cosines of ``rotary / 2`` frequencies, then their sines. qkv may be overwritten, and q be a view of it.
         """
 
 
 class SiluMul(Protocol):
     def __call__(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up for gate_up [T, 2 * I] (gate first) -> [T, I]."""
-
-
-class StoreKV(Protocol):
-    def __call__(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
-        """Write k, v [T, Hkv, D] into the cache at slots [T]."""
 
 
 class Attention(Protocol):
@@ -112,27 +154,45 @@ class Attention(Protocol):
         """
 
 
+class ArgMax(Protocol):
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(values float32 [R], ids int64 [R]) of the largest of each row of logits, float32 [R, V].
+
+        Of equal ones the first; a NaN counts as the largest.
+        """
+
+
 @dataclass(frozen=True)
 class Ops:
     """Everything a model may ask of a device."""
 
-    name: str  # "reference", "cpu", ...
+    name: str  # "reference"; "cpu": torch's operators; "cpu-native": the kernels of kernels/cpu/native
     device: torch.device
     pack: Pack
     matmul: MatMul
     embedding: Embedding
     rms_norm: RMSNorm
-    add_rms_norm: AddRMSNorm
-    rope: Rope
-    silu_mul: SiluMul
-    store_kv: StoreKV
+    rope_store: RopeStore
     attention: Attention
+    silu_mul: SiluMul
+    argmax: ArgMax
 
 
-def get_ops(device: str = "cpu", *, reference: bool = False) -> Ops:
-    """The fastest Ops for a device, or the plain-torch reference, which always works."""
-    if torch.device(device).type == "cpu" and not reference:
-        from kernels.cpu.torch_ops import make_ops
-    else:
-        from kernels.reference import make_ops
-    return make_ops(torch.device(device))
+def get_ops(device: str = "cpu", *, reference: bool = False, threads: int | None = None) -> Ops:
+    """The fastest Ops for a device, or the plain-torch reference, which always works.
+
+    threads: of native kernels (default: the physical cores); torch's operators take torch's own number. InputError where
+    APPLIANCE_CPU_ISA asks for what this processor cannot run.
+    """
+    place = torch.device(device)
+    if reference or place.type != "cpu":
+        from kernels import reference as plain
+
+        return plain.make_ops(place)
+    if backend.name() != backend.TORCH:
+        from kernels.cpu import native_ops
+
+        return native_ops.make_ops(place, threads)
+    from kernels.cpu import torch_ops
+
+    return torch_ops.make_ops(place)

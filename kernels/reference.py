@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.ops import KVCache, Ops, PagedBatch, Weight
+from kernels.ops import KVCache, Norm, Ops, PagedBatch, Weight
 from quant.tensor import QuantTensor
 
 
@@ -18,24 +18,39 @@ class ReferenceWeight:
 
     tensor: QuantTensor | Tensor
     bias: Tensor | None
-    N: int
+    gated: bool
+    rows: int
     K: int
+
+    @property
+    def N(self) -> int:
+        return self.rows // 2 if self.gated else self.rows
 
     @property
     def nbytes(self) -> int:
         return self.tensor.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
-def pack(weight: QuantTensor | Tensor, *, dtype: torch.dtype, bias: Tensor | None = None) -> ReferenceWeight:
+def pack(
+    weight: QuantTensor | Tensor, *, dtype: torch.dtype, bias: Tensor | None = None, gated: bool = False, activation: str = "auto"
+) -> ReferenceWeight:
     if isinstance(weight, QuantTensor):
-        return ReferenceWeight(weight, bias, weight.N, weight.K)
-    return ReferenceWeight(weight.to(dtype), bias, *weight.shape)
+        return ReferenceWeight(weight, bias, gated, weight.N, weight.K)
+    return ReferenceWeight(weight.to(dtype), bias, gated, *weight.shape)
 
 
-def matmul(x: Tensor, weight: Weight) -> Tensor:
+def matmul(
+    x: Tensor,
+    weight: Weight,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     if not isinstance(weight, ReferenceWeight):
         raise TypeError(f"a {type(weight).__name__} was packed for other operators than the reference")
-    tensor, wide = weight.tensor, x.float()
+    wide = x.float() if norm is None else rms_norm(x, norm.weight, eps=norm.eps).float()
+    tensor = weight.tensor
     if isinstance(tensor, QuantTensor):
         wide = quantize_activations(wide, tensor.activation)
         # Rounded to the dtype of the scales: the tools that publish checkpoints dequantize in that, so these are the weights
@@ -43,7 +58,12 @@ def matmul(x: Tensor, weight: Weight) -> Tensor:
         dense = tensor.dequantize(tensor.scales.dtype).float()
     else:
         dense = tensor.float()
-    return F.linear(wide, dense, None if weight.bias is None else weight.bias.float()).to(x.dtype)
+    out = F.linear(wide, dense, None if weight.bias is None else weight.bias.float())
+    if weight.gated:
+        out = silu_mul(out)
+    if residual is not None:
+        out = out + residual.float()
+    return out.to(out_dtype or x.dtype)
 
 
 def quantize_activations(x: Tensor, activation: str | None) -> Tensor:
@@ -62,18 +82,18 @@ def int8_scales(x: Tensor) -> Tensor:
     return x.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127.0
 
 
-def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    return table[ids]
+def embedding(ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:
+    if isinstance(table, ReferenceWeight):
+        tensor = table.tensor
+        return (tensor[ids] if isinstance(tensor, Tensor) else tensor.select_rows(ids).dequantize()).to(dtype)
+    if not isinstance(table, Tensor):
+        raise TypeError(f"a {type(table).__name__} was packed for other operators than the reference")
+    return table[ids].to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return rms_norm(total, weight, eps=eps), total
 
 
 def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,6 +110,25 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tens
 def silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def rope_store(
+    qkv: Tensor,
+    heads: int,
+    cache: KVCache,
+    batch: PagedBatch,
+    cos_sin: Tensor,
+    *,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+) -> Tensor:
+    kv_heads, size = cache.k.shape[2:]
+    q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, size)).split([heads, kv_heads, kv_heads], dim=1)
+    q = q if q_norm is None else rms_norm(q, q_norm.weight, eps=q_norm.eps)
+    k = k if k_norm is None else rms_norm(k, k_norm.weight, eps=k_norm.eps)
+    q, k = rope(q, k, batch.positions, cos_sin)
+    store_kv(k, v, cache, batch.slots)
+    return q
 
 
 def store_kv(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
@@ -115,6 +154,11 @@ def attention(q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, win
     return out
 
 
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    values, ids = logits.max(dim=-1)
+    return values, ids
+
+
 def make_ops(device: torch.device) -> Ops:
     """The reference on any device."""
     return Ops(
@@ -124,9 +168,8 @@ def make_ops(device: torch.device) -> Ops:
         matmul=matmul,
         embedding=embedding,
         rms_norm=rms_norm,
-        add_rms_norm=add_rms_norm,
-        rope=rope,
-        silu_mul=silu_mul,
-        store_kv=store_kv,
+        rope_store=rope_store,
         attention=attention,
+        silu_mul=silu_mul,
+        argmax=argmax,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.ops import KVCache, Ops, PagedBatch, Weight
+from kernels.ops import KVCache, Norm, Ops, PagedBatch, Weight
 from models.spec import ModelSpec
 
 Linear = tuple[Weight, ...]  # several where the parts of a fused projection cannot be one weight; outputs are joined
@@ -22,7 +22,7 @@ class Layer:
     qkv: Linear
     o: Weight
     post_norm: Tensor
-    gate_up: Linear
+    gate_up: Linear  # one gated weight, or gate and up
     down: Weight
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
@@ -38,11 +38,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A loaded model. ``embedding`` [V, hidden] is also the head's storage where ``spec.tie_embeddings`` says so."""
+    """A loaded model. ``embedding`` [V, hidden] is also the head's storage where it is ``tied``."""
 
     spec: ModelSpec
     ops: Ops
-    embedding: Tensor
+    embedding: Tensor | Weight
     layers: tuple[Layer, ...]
     norm: Tensor
     head: Weight
@@ -55,35 +55,41 @@ class Decoder:
         head = 0 if self.tied else self.head.nbytes
         return self.embedding.nbytes + sum(layer.nbytes for layer in self.layers) + self.norm.nbytes + head + self.cos_sin.nbytes
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations."""
+        return self.norm.dtype
+
     def forward(self, ids: Tensor, batch: PagedBatch, caches: Sequence[KVCache]) -> Tensor:
         """Token ids int64 [T] -> hidden states [T, hidden] after the final norm; writes keys and values into ``caches``."""
-        ops, eps = self.ops, self.spec.eps
-        residual = ops.embedding(ids, self.embedding)
-        x = ops.rms_norm(residual, self.layers[0].input_norm, eps=eps)
-        for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            x = self._attention(layer, x, batch, cache)
-            x, residual = ops.add_rms_norm(x, residual, layer.post_norm, eps=eps)
-            x = ops.matmul(ops.silu_mul(self._linear(x, layer.gate_up)), layer.down)
-            following = self.layers[i + 1].input_norm if i + 1 < len(self.layers) else self.norm
-            x, residual = ops.add_rms_norm(x, residual, following, eps=eps)
-        return x
+        ops = self.ops
+        hidden = ops.embedding(ids, self.embedding, self.dtype)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            hidden = ops.matmul(self._attention(layer, hidden, batch, cache), layer.o, residual=hidden)
+            hidden = ops.matmul(self._gated(layer, hidden), layer.down, residual=hidden)
+        return ops.rms_norm(hidden, self.norm, eps=self.spec.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, V] of hidden states [R, hidden]."""
-        return self.ops.matmul(hidden, self.head).float()
+        return self.ops.matmul(hidden, self.head, out_dtype=torch.float32)
 
-    def _attention(self, layer: Layer, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
+    def _attention(self, layer: Layer, hidden: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
+        """[T, Hq * D] before the output projection."""
         spec, ops = self.spec, self.ops
-        qkv = self._linear(x, layer.qkv)
-        q, k, v = (t.unflatten(1, (-1, spec.head_dim)) for t in qkv.split([spec.q_size, spec.kv_size, spec.kv_size], dim=1))
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = ops.rms_norm(q, layer.q_norm, eps=spec.eps), ops.rms_norm(k, layer.k_norm, eps=spec.eps)
-        q, k = ops.rope(q, k, batch.positions, self.cos_sin)
-        ops.store_kv(k, v, cache, batch.slots)
-        out = ops.attention(q, cache, batch, scale=spec.head_dim**-0.5, window=layer.window)
-        return ops.matmul(out.flatten(1), layer.o)
+        qkv = self._linear(hidden, layer.qkv, self._norm(layer.input_norm))
+        q_norm, k_norm = (None if n is None else self._norm(n) for n in (layer.q_norm, layer.k_norm))
+        q = ops.rope_store(qkv, spec.heads, cache, batch, self.cos_sin, q_norm=q_norm, k_norm=k_norm)
+        return ops.attention(q, cache, batch, scale=spec.head_dim**-0.5, window=layer.window).flatten(1)
 
-    def _linear(self, x: Tensor, weights: Linear) -> Tensor:
+    def _gated(self, layer: Layer, hidden: Tensor) -> Tensor:
+        """silu(gate) * up, [T, intermediate]."""
+        out = self._linear(hidden, layer.gate_up, self._norm(layer.post_norm))
+        return out if len(layer.gate_up) == 1 else self.ops.silu_mul(out)
+
+    def _norm(self, weight: Tensor) -> Norm:
+        return Norm(weight, self.spec.eps)
+
+    def _linear(self, x: Tensor, weights: Linear, norm: Norm) -> Tensor:
         if len(weights) == 1:
-            return self.ops.matmul(x, weights[0])
-        return torch.cat([self.ops.matmul(x, weight) for weight in weights], dim=1)
+            return self.ops.matmul(x, weights[0], norm=norm)
+        return torch.cat([self.ops.matmul(x, weight, norm=norm) for weight in weights], dim=1)

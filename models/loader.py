@@ -133,7 +133,7 @@ class _Loader:
             qkv=self._fuse(qkv),
             o=self._pack(self._read(prefix, "self_attn.o_proj")),
             post_norm=self._norm(f"{prefix}.post_attention_layernorm", spec.hidden),
-            gate_up=self._fuse(gate_up),
+            gate_up=self._fuse(gate_up, gated=True),
             down=self._pack((down, down_bias)),
             window=spec.windows[number],
             **norms,
@@ -161,19 +161,20 @@ class _Loader:
         biases = [None, None] if bias is None else list(bias.split(size))
         return list(zip(halves, biases, strict=True))
 
-    def _fuse(self, parts: Sequence[Part]) -> Linear:
-        """One weight where the parts allow it, else one each."""
+    def _fuse(self, parts: Sequence[Part], *, gated: bool = False) -> Linear:
+        """One weight where the parts allow it (``gated``: of gate and up), else one each."""
         weights, biases = [w for w, _ in parts], [b for _, b in parts]
         bias = torch.cat([b for b in biases if b is not None]) if biases[0] is not None else None
         quantized = [w for w in weights if isinstance(w, QuantTensor)]
         if len(quantized) == len(weights) and QuantTensor.can_cat(quantized):
-            return (self._pack((QuantTensor.cat(quantized), bias)),)
+            return (self._pack((QuantTensor.cat(quantized), bias), gated=gated),)
         if not quantized:
-            return (self._pack((torch.cat([w.to(self.dtype) for w in weights]), bias)),)  # type: ignore[union-attr]
+            dense = torch.cat([w.to(self.dtype) for w in weights])  # type: ignore[union-attr]
+            return (self._pack((dense, bias), gated=gated),)
         return tuple(self._pack(part) for part in parts)
 
-    def _pack(self, part: Part) -> Weight:
-        return self.ops.pack(part[0], dtype=self.dtype, bias=part[1])
+    def _pack(self, part: Part, *, gated: bool = False) -> Weight:
+        return self.ops.pack(part[0], dtype=self.dtype, bias=part[1], gated=gated)
 
 
 def _select(part: Part, index: Tensor) -> Part:

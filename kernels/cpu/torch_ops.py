@@ -6,27 +6,55 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.cpu import weights
 from kernels.cpu.paged_attention import PagedAttention
-from kernels.cpu.weights import matmul, pack
-from kernels.ops import KVCache, Ops
+from kernels.ops import KVCache, Norm, Ops, PagedBatch, Weight
 
 
-def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    return table.index_select(0, ids)
+def matmul(
+    x: Tensor,
+    weight: Weight,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    if norm is not None:
+        x = rms_norm(x, norm.weight, eps=norm.eps)
+    out = weights.matmul(x, weight)
+    if residual is not None:
+        out = residual.add_(out)
+    return out if out_dtype is None else out.to(out_dtype)
+
+
+def embedding(ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:
+    if not isinstance(table, Tensor):
+        raise TypeError(f"torch's operators have no look-up in a {type(table).__name__}: keep the embedding as a tensor")
+    return table.index_select(0, ids).to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return rms_norm(total, weight, eps=eps), total
-
-
-def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)  # float32 [T, 1, rotary / 2]
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+def rope_store(
+    qkv: Tensor,
+    heads: int,
+    cache: KVCache,
+    batch: PagedBatch,
+    cos_sin: Tensor,
+    *,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+) -> Tensor:
+    kv_heads, size = cache.k.shape[2:]
+    q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, size)).split([heads, kv_heads, kv_heads], dim=1)
+    q = q if q_norm is None else rms_norm(q, q_norm.weight, eps=q_norm.eps)
+    k = k if k_norm is None else rms_norm(k, k_norm.weight, eps=k_norm.eps)
+    cos, sin = cos_sin.index_select(0, batch.positions).unsqueeze(1).chunk(2, dim=-1)  # float32 [T, 1, rotary / 2]
+    cache.k.flatten(0, 1).index_copy_(0, batch.slots, _rotate(k, cos, sin))
+    cache.v.flatten(0, 1).index_copy_(0, batch.slots, v)
+    return _rotate(q, cos, sin)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -40,14 +68,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
-def store_kv(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
-    cache.k.flatten(0, 1).index_copy_(0, slots, k)
-    cache.v.flatten(0, 1).index_copy_(0, slots, v)
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    values, ids = logits.max(dim=-1)
+    return values, ids
 
 
 def make_ops(device: torch.device) -> Ops:
@@ -55,13 +78,12 @@ def make_ops(device: torch.device) -> Ops:
     return Ops(
         name="cpu",
         device=device,
-        pack=pack,
+        pack=weights.pack,
         matmul=matmul,
         embedding=embedding,
         rms_norm=rms_norm,
-        add_rms_norm=add_rms_norm,
-        rope=rope,
-        silu_mul=silu_mul,
-        store_kv=store_kv,
+        rope_store=rope_store,
         attention=PagedAttention(),
+        silu_mul=weights.silu_mul,
+        argmax=argmax,
     )

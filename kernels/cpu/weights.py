@@ -194,12 +194,51 @@ def int8_product_is_exact() -> bool:
     return all(torch.equal(torch._int_mm(x[:rows], weight.t()), exact[:rows]) for rows in (1, 5))
 
 
-CpuWeight = DenseWeight | NibbleWeight | Fp8Weight | Int8Weight
+PlainWeight = DenseWeight | NibbleWeight | Fp8Weight | Int8Weight
 
 
-def pack(weight: QuantTensor | Tensor, *, dtype: torch.dtype, bias: Tensor | None = None) -> CpuWeight:
-    """The layout for activations of ``dtype``. CheckpointError for an FP8 weight that holds NaN."""
-    bias = None if bias is None else bias.to(dtype)
+@dataclass(frozen=True, eq=False)
+class GatedWeight:
+    """Outputs [gate; up] of which the product is silu(gate) * up."""
+
+    both: PlainWeight
+
+    @property
+    def N(self) -> int:
+        return self.both.N // 2
+
+    @property
+    def K(self) -> int:
+        return self.both.K
+
+    @property
+    def nbytes(self) -> int:
+        return self.both.nbytes
+
+    def product(self, x: Tensor) -> Tensor:
+        return silu_mul(self.both.product(x))
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+CpuWeight = PlainWeight | GatedWeight
+
+
+def pack(
+    weight: QuantTensor | Tensor, *, dtype: torch.dtype, bias: Tensor | None = None, gated: bool = False, activation: str = "auto"
+) -> CpuWeight:
+    """The layout for activations of ``dtype``, which are never rounded unless the checkpoint says so.
+
+    CheckpointError for an FP8 weight that holds NaN.
+    """
+    packed = _pack(weight, dtype, None if bias is None else bias.to(dtype))
+    return GatedWeight(packed) if gated else packed
+
+
+def _pack(weight: QuantTensor | Tensor, dtype: torch.dtype, bias: Tensor | None) -> PlainWeight:
     if not isinstance(weight, QuantTensor):
         return DenseWeight(weight.to(dtype).contiguous(), bias, *weight.shape)
     perm = None if weight.perm is None else weight.perm.to(torch.int32)

@@ -13,6 +13,7 @@ import torch
 from kernels import reference
 from kernels.cpu import torch_ops, weights
 from kernels.cpu.nibbles import int4_block, pack_blocks
+from kernels.ops import Norm
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
 from tests.kernels.weights import random_weight
@@ -100,6 +101,24 @@ def test_int8_activations_are_really_rounded() -> None:
 @pytest.mark.parametrize("shape", [(64, 64), (33, 7), (1, 100)])
 def test_dense(shape: tuple[int, int], dtype: torch.dtype) -> None:
     check(torch.randn(*shape), dtype, bias=shape[0] != 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_normalized_gated_and_added(rows: int, dtype: torch.dtype) -> None:
+    """Every step is rounded here, none but the last in the reference."""
+    weight = random_weight(100, 256, group_size=64, asymmetric=True, scale_dtype=torch.float32)
+    x, norm = torch.randn(rows, 256).to(dtype), Norm(torch.randn(256).to(dtype), 1e-5)
+    offset, residual = torch.randn(100), torch.randn(rows, 50).to(dtype)
+    ours, theirs = (module.pack(weight, dtype=dtype, bias=offset, gated=True) for module in (weights, reference))
+    assert (ours.N, ours.K, ours.nbytes) == (50, 256, weights.pack(weight, dtype=dtype, bias=offset).nbytes)
+    for out_dtype in (None, torch.float32):
+        expected = reference.matmul(x, theirs, norm=norm, residual=residual, out_dtype=out_dtype)
+        found = torch_ops.matmul(x, ours, norm=norm, residual=residual.clone(), out_dtype=out_dtype)
+        assert found.dtype == expected.dtype and found.shape == (rows, 50)
+        if rows:
+            error = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+            assert error < 2 * TOLERANCE[dtype], float(error)
 
 
 def test_a_dense_weight_in_the_right_dtype_is_not_copied() -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.cpu import torch_ops
-from kernels.ops import get_ops
+from kernels.cpu import torch_ops, weights
+from kernels.ops import Norm, get_ops
+from quant.errors import InputError
 from tests.kernels.paged import make_step
+from tests.kernels.weights import random_weight
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -24,13 +26,9 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (1, 64), (5, 33), (3, 4, 16)])
-def test_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, residual, weight = torch.randn(*shape).to(dtype), torch.randn(*shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight = torch.randn(*shape).to(dtype), torch.randn(shape[-1]).to(dtype)
     assert close(torch_ops.rms_norm(x, weight, eps=1e-5), reference.rms_norm(x, weight, eps=1e-5))
-    for found, expected in zip(
-        torch_ops.add_rms_norm(x, residual, weight, eps=1e-5), reference.add_rms_norm(x, residual, weight, eps=1e-5), strict=True
-    ):
-        assert close(found, expected)
 
 
 def test_norm_of_values_whose_squares_overflow_float16() -> None:
@@ -38,38 +36,58 @@ def test_norm_of_values_whose_squares_overflow_float16() -> None:
     assert torch_ops.rms_norm(x, torch.ones(64, dtype=torch.float16), eps=1e-5).tolist() == [[1.0] * 64]
 
 
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("rotary", [16, 12, 2])
-def test_rope(rotary: int, dtype: torch.dtype) -> None:
-    """On views of one fused projection, as the decoder calls it."""
-    fused = torch.randn(7, 6 * 16).to(dtype)
-    q, k = fused[:, :64].unflatten(1, (4, 16)), fused[:, 64:].unflatten(1, (2, 16))
-    table, positions = torch.randn(30, rotary), torch.randint(0, 30, (7,))
-    for found, expected in zip(torch_ops.rope(q, k, positions, table), reference.rope(q, k, positions, table), strict=True):
-        assert close(found, expected)
+def test_rope_store(rotary: int, normed: bool, dtype: torch.dtype) -> None:
+    sequences = [(5, 4), (0, 2), (16, 1), (7, 0)]
+    batch, first = make_step(sequences, dtype=dtype)
+    _, second = make_step(sequences, dtype=dtype)
+    qkv, table = torch.randn(7, (4 + 2 + 2) * 16).to(dtype), torch.randn(30, rotary)
+    norms = {f"{n}_norm": Norm(torch.randn(16).to(dtype), 1e-5) for n in "qk"} if normed else {}
+    expected = reference.rope_store(qkv.clone(), 4, second, batch, table, **norms)
+    found = torch_ops.rope_store(qkv, 4, first, batch, table, **norms)
+    assert found.shape == (7, 4, 16) and close(found, expected)
+    for ours, theirs in ((first.k, second.k), (first.v, second.v)):
+        assert close(ours.nan_to_num(9.0), theirs.nan_to_num(9.0)) and torch.equal(ours.isnan(), theirs.isnan())
+
+
+def test_rope_store_of_nothing(dtype: torch.dtype) -> None:
+    batch, cache = make_step([], dtype=dtype)
+    assert torch_ops.rope_store(torch.empty(0, 128, dtype=dtype), 4, cache, batch, torch.randn(9, 16)).shape == (0, 4, 16)
 
 
 def test_silu_mul(dtype: torch.dtype) -> None:
     x = torch.randn(5, 66).to(dtype)
     kept = x.clone()
-    assert close(torch_ops.silu_mul(x), reference.silu_mul(x))
+    assert close(weights.silu_mul(x), reference.silu_mul(x))
     assert torch.equal(x, kept)
 
 
 def test_embedding(dtype: torch.dtype) -> None:
     table, ids = torch.randn(9, 4).to(dtype), torch.tensor([8, 0, 8])
-    assert torch.equal(torch_ops.embedding(ids, table), reference.embedding(ids, table))
+    assert torch.equal(torch_ops.embedding(ids, table, dtype), reference.embedding(ids, table, dtype))
 
 
-def test_store_kv(dtype: torch.dtype) -> None:
-    batch, first = make_step([(5, 4), (0, 2), (16, 1)], dtype=dtype)
-    _, second = make_step([(5, 4), (0, 2), (16, 1)], dtype=dtype)
-    kv = torch.randn(7, 2, 2, 16).to(dtype)
-    torch_ops.store_kv(kv[:, 0], kv[:, 1], first, batch.slots)
-    reference.store_kv(kv[:, 0], kv[:, 1], second, batch.slots)
-    for found, expected in ((first.k, second.k), (first.v, second.v)):
-        assert torch.equal(found.nan_to_num(), expected.nan_to_num()) and torch.equal(found.isnan(), expected.isnan())
+@pytest.mark.parametrize("module", [torch_ops, reference])
+def test_rows_of_a_weight_of_others_are_refused(module: object) -> None:
+    packed = weights.pack(random_weight(9, 32), dtype=torch.float32)
+    with pytest.raises(TypeError, match="NibbleWeight"):
+        module.embedding(torch.tensor([1]), packed, torch.float32)  # type: ignore[attr-defined]
 
 
-def test_get_ops() -> None:
+def test_argmax() -> None:
+    nan, inf = float("nan"), float("inf")
+    special = torch.tensor([[1.0, 3.0, 3.0, 2.0], [-inf, -inf, -inf, -inf], [1.0, nan, inf, nan]])
+    for rows in (special, torch.randn(5, 1001).mul(3).round()):  # the latter with many equal ones
+        for found, expected in zip(torch_ops.argmax(rows), reference.argmax(rows), strict=True):
+            assert found.dtype == expected.dtype and torch.equal(found.nan_to_num(9.0), expected.nan_to_num(9.0))
+
+
+def test_get_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "torch")
     assert get_ops("cpu").name == "cpu"
     assert get_ops("cpu", reference=True).name == "reference"
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "z80")
+    assert get_ops("cpu", reference=True).name == "reference"
+    with pytest.raises(InputError, match="APPLIANCE_CPU_ISA is 'z80'"):
+        get_ops("cpu")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels import reference
+from kernels.ops import Norm
 from tests.kernels.paged import make_step
 from tests.kernels.weights import random_weight
 
@@ -57,11 +58,39 @@ def test_rms_norm() -> None:
         assert out == pytest.approx([v / size * w for v, w in zip(row, weight.tolist(), strict=True)], rel=1e-5)
 
 
-def test_add_rms_norm() -> None:
-    x, residual, weight = torch.randn(3, 7), torch.randn(3, 7), torch.randn(7)
-    out, total = reference.add_rms_norm(x, residual, weight, eps=1e-5)
-    assert torch.equal(total, x + residual)
-    assert torch.equal(out, reference.rms_norm(total, weight, eps=1e-5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matmul_normalizes_gates_and_adds(dtype: torch.dtype) -> None:
+    """Product, gate and sum in float32, rounded once; the input and the residual stay as they are."""
+    weight, bias = torch.randn(6, 7).to(dtype), torch.randn(6)
+    x, residual, norm = torch.randn(4, 7).to(dtype), torch.randn(4, 3).to(dtype), Norm(torch.randn(7).to(dtype), 0.1)
+    kept = x.clone(), residual.clone()
+    packed = reference.pack(weight, dtype=dtype, bias=bias, gated=True)
+    assert (packed.N, packed.K) == (3, 7)
+    exact = reference.rms_norm(x, norm.weight, eps=0.1).double() @ weight.double().t() + bias.double()
+    exact = exact[:, :3] / (1 + (-exact[:, :3]).exp()) * exact[:, 3:] + residual.double()
+    found = reference.matmul(x, packed, norm=norm, residual=residual)
+    assert found.dtype == dtype and torch.allclose(
+        found.double(), exact, rtol=4e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+    )
+    wide = reference.matmul(x, packed, norm=norm, residual=residual, out_dtype=torch.float32)
+    assert wide.dtype == torch.float32 and torch.allclose(wide.double(), exact, rtol=1e-5, atol=1e-5)
+    assert torch.equal(x, kept[0]) and torch.equal(residual, kept[1])
+
+
+def test_embedding_of_a_packed_table() -> None:
+    weight, ids = random_weight(9, 12, group_size=5, asymmetric=True, act_order=True), torch.tensor([8, 0, 8])
+    found = reference.embedding(ids, reference.pack(weight, dtype=torch.bfloat16), torch.bfloat16)
+    assert torch.equal(found, weight.dequantize().bfloat16()[ids])
+    table = torch.randn(9, 12)
+    assert torch.equal(reference.embedding(ids, reference.pack(table, dtype=torch.float32), torch.float32), table[ids])
+
+
+def test_argmax() -> None:
+    nan, inf = math.nan, math.inf
+    rows = torch.tensor([[1.0, 3.0, 3.0, 2.0], [-inf, -inf, -inf, -inf], [1.0, nan, inf, nan], [0.0, -0.0, 0.0, -1.0]])
+    values, ids = reference.argmax(rows)
+    assert ids.tolist() == [1, 0, 1, 0] and ids.dtype == torch.int64 and values.dtype == torch.float32
+    assert values.nan_to_num(9.0, posinf=inf, neginf=-inf).tolist() == [3.0, -inf, 9.0, 0.0]
 
 
 def test_rope_rotates_pairs_of_halves_and_leaves_the_rest() -> None:
@@ -108,3 +137,21 @@ def test_store_kv() -> None:
         assert torch.equal(cache.k[slot // 4, slot % 4], k[i]) and torch.equal(cache.v[slot // 4, slot % 4], v[i])
         before[slot // 4, slot % 4] = k[i]
     assert torch.equal(cache.k.nan_to_num(9.0), before.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_store(normed: bool) -> None:
+    """The steps it consists of, one by one."""
+    batch, cache = make_step([(5, 4), (0, 2)], block_size=4, kv_heads=2, head_dim=6)
+    _, expected = make_step([(5, 4), (0, 2)], block_size=4, kv_heads=2, head_dim=6)
+    qkv, table = torch.randn(6, (4 + 2 + 2) * 6), torch.randn(9, 4)
+    norms = {f"{n}_norm": Norm(torch.randn(6), 1e-5) for n in "qk"} if normed else {}
+    found = reference.rope_store(qkv, 4, cache, batch, table, **norms)
+    q, k, v = qkv.view(6, 8, 6).split([4, 2, 2], dim=1)
+    if normed:
+        q, k = (reference.rms_norm(x, *norms[f"{n}_norm"][:1], eps=1e-5) for n, x in zip("qk", (q, k), strict=True))
+    q, k = reference.rope(q, k, batch.positions, table)
+    reference.store_kv(k, v, expected, batch.slots)
+    assert torch.equal(found, q)
+    assert torch.equal(cache.k.nan_to_num(9.0), expected.k.nan_to_num(9.0))
+    assert torch.equal(cache.v.nan_to_num(9.0), expected.v.nan_to_num(9.0))

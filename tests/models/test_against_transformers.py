@@ -117,7 +117,7 @@ def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int
     count = -(-total // block_size)
     table = torch.randperm(count + 3, generator=torch.Generator().manual_seed(total))[:count].tolist()
     shape = (count + 3, block_size, spec.kv_heads, spec.head_dim)
-    empty = torch.full(shape, float("nan"), dtype=decoder.embedding.dtype)
+    empty = torch.full(shape, float("nan"), dtype=decoder.dtype)
     caches = [KVCache(empty.clone(), empty.clone()) for _ in range(spec.layers)]
     out, start = [], 0
     for length in chunks:
