@@ -26,8 +26,15 @@ struct Block {
 // Segments whose codes are unpacked at a time: 16 KiB.
 INLINE int64_t segments_at_once(const Linear& w) { return 2 * kSegment / w.unit; }
 
+// Few rows of an integer weight that is not rounded once expanded: no need to write its floats down.
+INLINE bool expands_in_registers(const MatmulArgs& a) {
+    return !a.weight->quantize && is_integer(*a.weight) && a.rows <= kRows && a.type != Type::f32;
+}
+
 // Inputs in a chunk of prepared rows.
-INLINE int64_t chunk_inputs(const Linear& w) {
+INLINE int64_t chunk_inputs(const MatmulArgs& a) {
+    const Linear& w = *a.weight;
+    if (expands_in_registers(a)) return w.unit;
     if (w.quantize) return segments_at_once(w) * w.unit;
     if (!is_integer(w)) return kInputs;
     return w.unit <= kInputs ? w.unit : w.unit % kInputs == 0 ? kInputs : 8;  // within one segment
@@ -35,7 +42,7 @@ INLINE int64_t chunk_inputs(const Linear& w) {
 
 INLINE bool as_pairs(const MatmulArgs& a) {
 #if defined(__AVX512BF16__)
-    return !a.weight->quantize && a.type == Type::bf16 && a.weight->codes != Codes::f32;
+    return !a.weight->quantize && a.type == Type::bf16 && a.weight->codes != Codes::f32 && !expands_in_registers(a);
 #else
     (void)a;
     return false;
@@ -101,6 +108,11 @@ INLINE void accumulate_integers(const Block& b, int64_t panel, int v0, int v1, u
 
 INLINE void accumulate_floats(const Block& b, int64_t panel, int v0, int v1, uint8_t* scratch, float* c) {
     const Linear& w = *b.a->weight;
+    if (expands_in_registers(*b.a)) {
+        for (int64_t s = 0; s < w.segments; ++s)
+            with_rows(b.rows, [&](auto n) { fma_direct<decltype(n)::value>(w, panel, s, v0, v1, b.floats + b.chunks.at(0, s * w.unit), w.unit, c); });
+        return;
+    }
     const int64_t all = depth(w), step = b.chunks.inputs;
     for (int64_t first = 0; first < all; first += step) {
         const int64_t count = first + step < all ? step : all - first;
@@ -170,7 +182,7 @@ struct Sizes {
         wide = (w.K + 32) * 8;
         c = rows * kPanel * 4 * (w.gated ? 2 : 1);
         scratch = 32768;
-        const int64_t inputs = chunk_inputs(w), all = (depth(w) + inputs - 1) / inputs * inputs;
+        const int64_t inputs = chunk_inputs(a), all = (depth(w) + inputs - 1) / inputs * inputs;
         row = all * (w.quantize ? 1 : as_pairs(a) ? 2 : 4);
     }
     int64_t thread() const { return (wide + 63) / 64 * 64 + c + scratch; }
@@ -213,7 +225,7 @@ inline void matmul(Pool& pool, const MatmulArgs& a) {
     for (int t = 0; t < pool.size(); ++t) pool.scratch(t, size_t(sizes.thread()));  // here, where a failure can be told
     uint8_t* memory = pool.scratch(pool.size(), size_t(sizes.shared(w)));
     for (int64_t first = 0; first < a.rows; first += kBlock) {
-        Block block{&a, first, a.rows - first < kBlock ? a.rows - first : kBlock, {}, nullptr, nullptr, {sizes.rows, chunk_inputs(w)}};
+        Block block{&a, first, a.rows - first < kBlock ? a.rows - first : kBlock, {}, nullptr, nullptr, {sizes.rows, chunk_inputs(a)}};
         if (w.quantize) {
             block.rounded.codes = reinterpret_cast<int8_t*>(memory);
             block.rounded.chunks = block.chunks;

@@ -101,6 +101,50 @@ template <int R> INLINE void fma_rows(const float* w, int64_t inputs, int v0, in
     for (int v = v0; v < v1; v += V) fma_tile<R, V>(w + 16 * v, inputs, x, stride, c + 16 * v);
 }
 
+// C += codes of one segment times float32 activations, for few rows: codes become floats in registers, zero and scale come last.
+template <int R, int V>
+INLINE void fma_segment(const uint8_t* w, bool nibbles, int64_t unit, const float* x, int64_t stride, const F* scale, const F* zero, float* c) {
+    F acc[R][V], sum[R];
+    UNROLL for (int r = 0; r < R; ++r) {
+        F all = splat(0);
+        for (int64_t k = 0; k < unit; k += 16) all = all + load_some<Type::f32>(x + r * stride + k, unit - k);
+        sum[r] = splat(reduce_add(all));
+        UNROLL for (int v = 0; v < V; ++v) acc[r][v] = splat(0);
+    }
+    const I mask = isplat(nibbles ? 15 : 255);
+    const int64_t inputs = nibbles ? 8 : 4;
+    for (int64_t k = 0; k < unit; k += inputs, w += 256) {
+        I line[V];
+        UNROLL for (int v = 0; v < V; ++v) line[v] = iload(w + 64 * v);
+        for (int64_t j = 0; j < inputs; ++j) {
+            const int shift = int(j % 4 * 8 + j / 4 * 4);
+            F q[V];
+            UNROLL for (int v = 0; v < V; ++v) q[v] = to_float((line[v] >> shift) & mask);
+            UNROLL for (int r = 0; r < R; ++r) {
+                const F a = splat(x[r * stride + k + j]);
+                UNROLL for (int v = 0; v < V; ++v) acc[r][v] = fma(a, q[v], acc[r][v]);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v) {
+        float* at = c + r * kPanel + 16 * v;
+        store(at, fma(acc[r][v] - zero[v] * sum[r], scale[v], load(at)));
+    }
+}
+
+template <int R> INLINE void fma_direct(const Linear& w, int64_t panel, int64_t segment, int v0, int v1, const float* x, int64_t stride, float* c) {
+    constexpr int V = vectors_for(R);
+    for (int v = v0; v < v1; v += V) {
+        const int64_t index = (panel * w.groups() + segment / w.per_group) * kPanel + 16 * v;
+        F scale[V], zero[V];
+        UNROLL for (int i = 0; i < V; ++i) {
+            scale[i] = load_scale(w, index + 16 * i);
+            zero[i] = to_float(load_zero(w, index + 16 * i));
+        }
+        fma_segment<R, V>(segment_data(w, panel, segment) + 64 * v, w.codes == Codes::int4, w.unit, x, stride, scale, zero, c + 16 * v);
+    }
+}
+
 #if defined(__AVX512BF16__)
 // The same with pairs of bfloat16: w [inputs / 2][64][2].
 template <int R> INLINE void pair_rows(const uint16_t* w, int64_t inputs, int v0, int v1, const uint16_t* x, int64_t stride, float* c) {
@@ -115,7 +159,7 @@ template <int R> INLINE void pair_rows(const uint16_t* w, int64_t inputs, int v0
                 int32_t two;
                 std::memcpy(&two, x + r * stride + k, 4);
                 const I a = isplat(two);
-                UNROLL for (int i = 0; i < V; ++i) asm("vdpbf16ps %2, %1, %0" : "+v"(acc[r][i].v[0]) : "v"(b[i].v[0]), "v"(a.v[0]));
+                UNROLL for (int i = 0; i < V; ++i) acc[r][i] = dot2(acc[r][i], b[i], a);
             }
         }
         UNROLL for (int r = 0; r < R; ++r) UNROLL for (int i = 0; i < V; ++i) store(c + r * kPanel + 16 * (v + i), acc[r][i]);

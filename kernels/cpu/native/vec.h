@@ -126,6 +126,14 @@ template <bool kWide> INLINE I dot4(I acc, I u, I s) {
     return acc;
 }
 
+#if defined(__AVX512BF16__)
+// acc += products of pairs of bfloat16, lane by lane.
+INLINE F dot2(F acc, I a, I b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc.v[0]) : "v"(a.v[0]), "v"(b.v[0]));
+    return acc;
+}
+#endif
+
 // Products of small integers: the low 16 bits of each lane of a (not negative) and of b, signed.
 INLINE I mul16(I a, I b) {
     I r;
