@@ -16,12 +16,18 @@ from kernels.cpu import backend
 from quant.tensor import QuantTensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KVCache:
-    """One layer's paged cache. A token's slot is ``block * block_size + offset``."""
+    """One layer's paged cache. A token's slot is ``block * block_size + offset``.
+
+    In the activations' dtype, or another float dtype; float8_e4m3fn holds values as they are, int8 with a scale for each token
+    and head. Operators other than the native ones know the activations' dtype only.
+    """
 
     k: Tensor  # [B, block_size, Hkv, D]
     v: Tensor  # [B, block_size, Hkv, D]
+    k_scale: Tensor | None = None  # int8: float32 [B, block_size, Hkv]
+    v_scale: Tensor | None = None
 
     @property
     def block_size(self) -> int:

@@ -63,8 +63,7 @@ class NativeOps:
             raise RuntimeError("the native extension is not built")
         self.module = module
         self.machine = module.Machine(isa, threads, True)
-        self._batch: PagedBatch | None = None
-        self._caches: dict[tuple[int, int], Any] = {}
+        self._caches: dict[KVCache, Any] = {}
 
     def pack(
         self, weight: QuantTensor | Tensor, *, dtype: torch.dtype, bias: Tensor | None = None, gated: bool = False, activation: str = "auto"
@@ -156,6 +155,136 @@ class NativeOps:
                 TYPES[out.dtype],
             )
         return out
+
+
+    def embedding(self, ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:
+        if isinstance(table, Tensor) and table.dtype != dtype:
+            return table.index_select(0, ids).to(dtype)
+        if isinstance(table, NativeWeight) and (table.handle.floating or table.perm is not None):
+            raise TypeError("only integer tables without a permutation can be looked up row by row")
+        columns = table.shape[1] if isinstance(table, Tensor) else table.K
+        out = torch.empty(ids.shape[0], columns, dtype=dtype)
+        if isinstance(table, Tensor):
+            self.machine.embed_rows(table.data_ptr(), columns, ids.data_ptr(), ids.shape[0], out.data_ptr(), TYPES[dtype])
+        elif isinstance(table, NativeWeight):
+            self.machine.embed_packed(table.handle, ids.data_ptr(), ids.shape[0], out.data_ptr(), TYPES[dtype])
+        else:
+            raise TypeError(f"a {type(table).__name__} was packed for other operators than the native ones")
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+        x = x.contiguous()
+        out, columns = torch.empty_like(x), x.shape[-1]
+        rows = x.numel() // columns
+        if rows:
+            self.machine.rms_norm(x.data_ptr(), rows, columns, columns, TYPES[x.dtype], weight.data_ptr(), eps, out.data_ptr())
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        rows, columns = gate_up.shape
+        gate_up = gate_up.contiguous()
+        out = torch.empty(rows, columns // 2, dtype=gate_up.dtype)
+        if rows:
+            self.machine.silu_mul(gate_up.data_ptr(), rows, columns, columns, TYPES[gate_up.dtype], out.data_ptr())
+        return out
+
+    def rope_store(
+        self,
+        qkv: Tensor,
+        heads: int,
+        cache: KVCache,
+        batch: PagedBatch,
+        cos_sin: Tensor,
+        *,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+    ) -> Tensor:
+        tokens, width = qkv.shape
+        size = cache.k.shape[3]
+        if qkv.stride(1) != 1:
+            qkv = qkv.contiguous()
+        if tokens:
+            self.machine.rope_store(
+                qkv.data_ptr(),
+                tokens,
+                qkv.stride(0),
+                TYPES[qkv.dtype],
+                heads,
+                self._cache(cache),
+                batch.positions.data_ptr(),
+                batch.slots.data_ptr(),
+                cos_sin.data_ptr(),
+                cos_sin.shape[1],
+                0 if q_norm is None else q_norm.weight.data_ptr(),
+                0 if k_norm is None else k_norm.weight.data_ptr(),
+                0.0 if q_norm is None else q_norm.eps,
+            )
+        return qkv.as_strided((tokens, heads, size), (qkv.stride(0), size, 1))
+
+    def attention(self, q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None) -> Tensor:
+        tokens, heads, size = q.shape
+        if q.stride(2) != 1 or q.stride(1) != size:
+            q = q.contiguous()
+        out = torch.empty(tokens, heads, size, dtype=q.dtype)
+        if tokens:
+            self.machine.attention(
+                q.data_ptr(),
+                q.stride(0),
+                out.data_ptr(),
+                TYPES[q.dtype],
+                heads,
+                self._cache(cache),
+                batch.seq_lens.shape[0],
+                batch.query_starts.data_ptr(),
+                batch.seq_lens.data_ptr(),
+                batch.block_tables.data_ptr(),
+                batch.block_tables.shape[1],
+                scale,
+                window or 0,
+            )
+        return out
+
+    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = logits.shape
+        logits = logits.contiguous()
+        values, ids = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.int64)
+        if rows:
+            self.machine.argmax(logits.data_ptr(), rows, columns, columns, values.data_ptr(), ids.data_ptr())
+        return values, ids
+
+    def _cache(self, cache: KVCache) -> Any:
+        """The cache as the kernels see it; a model's are few and last."""
+        found = self._caches.get(cache)
+        if found is None:
+            if len(self._caches) > 1024:
+                self._caches.clear()
+            _, block_size, heads, size = cache.k.shape
+            scales = address(cache.k_scale), address(cache.v_scale)
+            found = self.module.Cache(
+                cache.k.data_ptr(), cache.v.data_ptr(), *scales, TYPES[cache.k.dtype], block_size, heads, size
+            )
+            self._caches[cache] = found
+        return found
+
+
+def make_ops(device: torch.device, threads: int | None = None) -> Ops:
+    """The native operators for the instruction set that ``backend.name()`` says, on ``threads`` threads (default: all cores)."""
+    module = backend.native()
+    if module is None:
+        raise RuntimeError("the native extension is not built")
+    native = NativeOps(backend.name(), threads or len(module.physical_cores()))
+    return Ops(
+        name="cpu-native",
+        device=device,
+        pack=native.pack,
+        matmul=native.matmul,
+        embedding=native.embedding,
+        rms_norm=native.rms_norm,
+        rope_store=native.rope_store,
+        attention=native.attention,
+        silu_mul=native.silu_mul,
+        argmax=native.argmax,
+    )
 
 
 def panel_order(bias: Tensor, outputs: int, gated: bool) -> Tensor:

@@ -109,6 +109,7 @@ NB_MODULE(_native, m) {
         .def_ro("panels", &Linear::panels)
         .def_ro("segments", &Linear::segments)
         .def_ro("unit", &Linear::unit)
+        .def_prop_ro("floating", [](const Linear& w) { return w.codes != Codes::int4 && w.codes != Codes::int8; })
         .def_prop_ro("code_bytes", &code_bytes);
 
     nb::class_<Cache>(m, "Cache").def("__init__", [](Cache* self, uintptr_t k, uintptr_t v, uintptr_t k_scale, uintptr_t v_scale, int type,
