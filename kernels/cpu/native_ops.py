@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class NativeOps:
             raise RuntimeError("the native extension is not built")
         self.module = module
         self.machine = module.Machine(isa, threads, True)
-        self._caches: dict[KVCache, Any] = {}
+        self._caches: WeakKeyDictionary[KVCache, Any] = WeakKeyDictionary()
 
     def pack(
         self, weight: QuantTensor | Tensor, *, dtype: torch.dtype, bias: Tensor | None = None, gated: bool = False, activation: str = "auto"
@@ -253,11 +254,9 @@ class NativeOps:
         return values, ids
 
     def _cache(self, cache: KVCache) -> Any:
-        """The cache as the kernels see it; a model's are few and last."""
+        """The cache as the kernels see it."""
         found = self._caches.get(cache)
         if found is None:
-            if len(self._caches) > 1024:
-                self._caches.clear()
             _, block_size, heads, size = cache.k.shape
             scales = address(cache.k_scale), address(cache.v_scale)
             found = self.module.Cache(
