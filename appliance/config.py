@@ -21,6 +21,12 @@ class EngineConfig:
     """awq, gptq, compressed-tensors, fp8 or none. Read from the checkpoint when not given; a contradiction is an error."""
     dtype: str = "auto"
     """Activations: auto, float16 (half), bfloat16, float32 (float)."""
+    lm_head_dtype: str = "auto"
+    """What an unquantized output head (and an embedding tied to it) is stored as: int8, int4, model (as --dtype says); auto: int8
+    with native CPU kernels, unless --dtype is float32."""
+    activation_dtype: str = "auto"
+    """What native CPU kernels may round activations to for a product with an integer weight: int8 (one scale for 128 inputs), bf16
+    (they stay as they are); auto: int8, unless --dtype is float32."""
     device: str = "auto"
     """auto, cpu or cuda."""
     max_model_len: int | str = "auto"
@@ -40,7 +46,7 @@ class EngineConfig:
     seed: int = 0
     """Seeds the requests that bring no seed of their own."""
     threads: int | None = None
-    """CPU threads; default: the physical cores."""
+    """CPU threads; default: the physical cores. (APPLIANCE_CPU_ISA in the environment chooses the instruction set.)"""
     skip_tokenizer_init: bool = False
     """Work on token ids alone."""
     reference_ops: bool = False

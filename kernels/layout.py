@@ -1,23 +1,56 @@
-"""How many bytes a weight takes once it is packed, per device: pure arithmetic, for whoever plans before anything is loaded.
+"""How many bytes a weight takes once it is packed: pure arithmetic, for whoever plans before anything is loaded.
 
-``tests/kernels/test_layout.py`` packs and compares, so that these numbers and the packers cannot drift apart.
+``tests/kernels/test_layout.py`` packs and compares, so that these numbers and the packers cannot drift apart. ``ops`` is the name
+of an Ops record: "cpu" (torch's operators), "cpu-native", or "reference", which keeps the canonical form.
 """
 
 from __future__ import annotations
 
 import math
 
+from kernels.cpu import backend
+from quant.errors import InputError
+
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
-BLOCK_N = 64  # outputs are padded to whole blocks in the nibble layout of the CPU (kernels/cpu/nibbles.py)
+BLOCK_N = 64  # outputs are padded to whole blocks in the nibble layout of the CPU (kernels/cpu/nibbles.py), and to whole panels
 UNITS = (256, 128, 64, 32)  # group sizes that torch's int4 kernel for few rows knows
+SLAB_BYTES = 4 << 20  # of expanded weights at a time, of torch's operators
+SEGMENT = 128  # inputs that share an activation scale in the native kernels, at most
+NATIVE_ROWS = 512  # rows that the native kernels prepare at a time
+HEADS = {"int8": 8, "int4": 4, "model": None}  # what the head may be stored as, and its bits
+ACTIVATIONS = ("auto", "int8", "bf16")
+
+
+def ops_name(device: str, *, reference: bool = False) -> str:
+    """The name of the Ops that ``get_ops`` gives for a device ("cpu", "cuda"). InputError as in kernels.cpu.backend.name."""
+    if reference or device != "cpu":
+        return "reference"
+    return "cpu" if backend.name() == backend.TORCH else "cpu-native"
+
+
+def head_bits(choice: str, *, ops: str, dtype: str) -> int | None:
+    """Bits in which an unquantized head is stored, for --lm-head-dtype ``choice``; None: as the activations' ``dtype``.
+
+    auto is int8 with native kernels, which read it as fast as it is small, and the model's own type elsewhere and in float32.
+    """
+    if choice == "auto":
+        return 8 if ops == "cpu-native" and dtype != "float32" else None
+    if choice not in HEADS:
+        raise InputError(f"--lm-head-dtype is {choice!r}: one of auto, {', '.join(HEADS)} is needed")
+    return HEADS[choice]
 
 
 def padded(n: int, multiple: int) -> int:
     return math.ceil(n / multiple) * multiple
 
 
+def slab_rows(columns: int, item_size: int) -> int:
+    """Outputs in one slab of expanded weights of torch's operators."""
+    return max(BLOCK_N, SLAB_BYTES // (columns * item_size) // BLOCK_N * BLOCK_N)
+
+
 def scale_unit(K: int, group_size: int, dtype: str) -> int:
-    """Inputs that share a stored scale on the CPU.
+    """Inputs that share a stored scale with torch's operators.
 
     In bfloat16 the groups are cut into the largest unit that the int4 kernel knows, where one divides them; else they stay.
     """
@@ -30,7 +63,7 @@ def scale_unit(K: int, group_size: int, dtype: str) -> int:
 
 def weight_nbytes(
     *,
-    device: str,
+    ops: str,
     dtype: str,
     kind: str,
     bits: int,
@@ -41,17 +74,27 @@ def weight_nbytes(
     act_order: bool,
     scale_bytes: int = 2,
     activation: str | None = None,
+    gated: bool = False,
 ) -> int:
     """Bytes of one packed weight [N, K] without its bias, exactly as ``Ops.pack(...).nbytes`` has them.
 
     kind: "int" (bits 4 or 8), "fp8" or "dense"; dtype: that of the activations; group_size: K for one scale an output;
     act_order: the weight carries a permutation of its inputs that could not be moved to the producer; scale_bytes: size of a
-    published scale (kept only on devices that use the canonical form); activation: as in QuantTensor.
+    published scale; activation: as in QuantTensor; gated: as for Ops.pack.
     """
+    if ops == "cpu-native":
+        outputs = native_outputs(N, gated=gated)
+        if kind == "dense":
+            return outputs * (padded(K, 2) if dtype == "bfloat16" else K) * ITEM_SIZE[dtype]
+        groups, permutation = math.ceil(K / group_size), 4 * K if act_order else 0
+        if kind == "fp8":
+            return outputs * (K + 4 * groups) + permutation
+        segments, unit = native_segments(K, group_size)
+        return outputs * (segments * unit * bits // 8 + groups * (scale_bytes + (1 if asymmetric else 0))) + permutation
     if kind == "dense":
         return N * K * ITEM_SIZE[dtype]
     groups = math.ceil(K / group_size)
-    if device != "cpu":  # the canonical form
+    if ops != "cpu":  # the canonical form
         codes = N * math.ceil(K / 2) if kind == "int" and bits == 4 else N * K
         return codes + groups * N * (scale_bytes + (1 if asymmetric else 0)) + (8 * K if act_order else 0)
     permutation = 4 * K if act_order else 0
@@ -65,6 +108,36 @@ def weight_nbytes(
     return planes * units * rows * pair + planes * units * unit * rows // 2 + permutation
 
 
+def bias_nbytes(*, ops: str, dtype: str, N: int, gated: bool = False) -> int:
+    """Bytes of a packed weight's bias [N]: the native kernels keep float32 in whole panels."""
+    return 4 * native_outputs(N, gated=gated) if ops == "cpu-native" else N * ITEM_SIZE[dtype]
+
+
 def int8_product(*, bits: int, groups: int, asymmetric: bool, activation: str | None) -> bool:
-    """Whether a CPU multiplies this weight as integers with activations rounded to int8."""
+    """Whether a CPU multiplies this weight as integers with activations rounded to int8, since the checkpoint asks for that."""
     return bits == 8 and groups == 1 and not asymmetric and activation == "int8-token"
+
+
+def native_outputs(N: int, *, gated: bool) -> int:
+    """Outputs in whole panels, of each half where they are [gate; up]."""
+    return 2 * padded(N // 2, BLOCK_N) if gated else padded(N, BLOCK_N)
+
+
+def native_segments(K: int, group_size: int) -> tuple[int, int]:
+    """(segments, inputs in a segment): groups are cut into segments, which are padded to equal lengths (native/pack.h)."""
+    group = min(group_size, K)
+    groups = math.ceil(K / group)
+    segments = (groups - 1) * math.ceil(group / SEGMENT) + math.ceil((K - (groups - 1) * group) / SEGMENT)
+    return segments, SEGMENT if group >= SEGMENT else padded(group, 8)
+
+
+def native_workspace_bytes(tokens: int, K: int, group_size: int, *, rounded: bool, threads: int) -> int:
+    """At most this many bytes does a native product need for ``tokens`` rows beside its input and output.
+
+    Shared by all threads: the prepared rows, in one byte an input where they are ``rounded`` to int8, in at most four elsewhere,
+    with a scale and a sum a segment. Each thread: rows in float32, the sums of two panels, and an unpacked piece of the weight.
+    """
+    segments, unit = native_segments(K, group_size)
+    rows = min(padded(tokens, 16), NATIVE_ROWS)
+    row = padded(segments * unit, 2 * SEGMENT) * (1 if rounded else 4) + 12 * segments
+    return rows * row + threads * (8 * (K + 40) + 2 * rows * BLOCK_N * 4 + (32 << 10))

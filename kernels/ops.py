@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kernels.cpu import backend
+from kernels.layout import ops_name
 from quant.tensor import QuantTensor
 
 
@@ -191,14 +191,15 @@ def get_ops(device: str = "cpu", *, reference: bool = False, threads: int | None
     APPLIANCE_CPU_ISA asks for what this processor cannot run.
     """
     place = torch.device(device)
-    if reference or place.type != "cpu":
-        from kernels import reference as plain
-
-        return plain.make_ops(place)
-    if backend.name() != backend.TORCH:
+    name = ops_name(place.type, reference=reference)
+    if name == "cpu-native":
         from kernels.cpu import native_ops
 
         return native_ops.make_ops(place, threads)
-    from kernels.cpu import torch_ops
+    if name == "cpu":
+        from kernels.cpu import torch_ops
 
-    return torch_ops.make_ops(place)
+        return torch_ops.make_ops(place)
+    from kernels import reference as plain
+
+    return plain.make_ops(place)

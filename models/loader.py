@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kernels.layout import head_bits
 from kernels.ops import Ops, Weight
 from models.decoder import Decoder, Layer, Linear
 from models.rope import cos_sin_table
 from models.spec import ModelSpec, ModuleShape
 from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError
+from quant.rows import quantize_rows
 from quant.tensor import QuantTensor
 
 log = logging.getLogger("appliance.loader")
@@ -31,14 +33,18 @@ def load_model(
     *,
     dtype: torch.dtype,
     max_len: int,
+    lm_head_dtype: str = "auto",
+    activation: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """Load every weight for activations of ``dtype`` and positions below ``max_len``.
 
+    ``lm_head_dtype`` (see kernels.layout.head_bits) is what an unquantized head is stored as; ``activation`` is for Ops.pack.
     ``progress`` is called with (bytes read, bytes in the files). Raises CheckpointError naming the tensors where some are
     missing, left over, of another shape than config.json says, or have scales that are not finite.
     """
-    return _Loader(checkpoint, spec, ops, dtype, progress or (lambda done, total: None)).load(max_len)
+    bits = head_bits(lm_head_dtype, ops=ops.name, dtype=str(dtype).removeprefix("torch."))
+    return _Loader(checkpoint, spec, ops, dtype, activation, bits, progress or (lambda done, total: None)).load(max_len)
 
 
 def release_memory() -> None:
@@ -51,14 +57,22 @@ def release_memory() -> None:
 
 class _Loader:
     def __init__(
-        self, checkpoint: Checkpoint, spec: ModelSpec, ops: Ops, dtype: torch.dtype, progress: Callable[[int, int], None]
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        ops: Ops,
+        dtype: torch.dtype,
+        activation: str,
+        head_bits: int | None,
+        progress: Callable[[int, int], None],
     ) -> None:
         self.checkpoint, self.spec, self.ops, self.dtype, self.progress = checkpoint, spec, ops, dtype, progress
+        self.activation, self.head_bits = activation, head_bits
         self.shapes = {m.name: m for m in spec.layer_modules()}
 
     def load(self, max_len: int) -> Decoder:
         self._tell()
-        embedding, head = self._ends()
+        embedding, head, tied = self._ends()
         layers = []
         for number in range(self.spec.layers):
             layers.append(self._layer(number))
@@ -79,36 +93,56 @@ class _Loader:
             embedding=embedding,
             layers=tuple(layers),
             norm=norm,
-            head=self._pack((embedding, None)) if head is None else self._pack((head, None)),
+            head=head,
             cos_sin=cos_sin_table(self.spec.rope, max_len).to(self.ops.device),
-            tied=head is None,
+            tied=tied,
         )
 
     def _tell(self) -> None:
         tensors = self.checkpoint.index.tensors
         self.progress(sum(tensors[name].nbytes for name in self.checkpoint.consumed), self.checkpoint.index.total_bytes)
 
-    def _ends(self) -> tuple[Tensor, QuantTensor | Tensor | None]:
-        """(embedding, head); None for a head that is the embedding. A tied model may store the one table under either name."""
+    def _ends(self) -> tuple[Tensor | Weight, Weight, bool]:
+        """(embedding, head, whether they are one). A tied model may store the one table under either name."""
         shape = (self.spec.vocab, self.spec.hidden)
         tied, stored = self.spec.tie_embeddings, self.checkpoint.has(f"{EMBEDDING}.weight")
-        embedding = self.checkpoint.weight(EMBEDDING if stored or not tied else HEAD, expect=shape)
-        if isinstance(embedding, QuantTensor):
-            raise CheckpointError(f"{EMBEDDING} is quantized: quantized embeddings are not supported")
-        embedding = embedding.to(self.ops.device, self.dtype)
+        name = EMBEDDING if stored or not tied else HEAD
         if tied and not self._has_head(stored):
-            return embedding, None
+            return self._shared(self._table(name))
+        table = self._table(name)
         head = self.checkpoint.weight(HEAD, expect=shape)
-        if isinstance(head, QuantTensor):
-            return embedding, head
-        head = head.to(self.ops.device, self.dtype)
-        if tied and torch.equal(head, embedding):
-            return embedding, None
-        if tied:
+        if tied and isinstance(head, Tensor):
+            if torch.equal(head.to(self.dtype), table.to(self.dtype)):
+                return self._shared(table)
             log.warning(
                 "config.json says that the head is tied to the embedding, but the checkpoint has both and they differ: using both"
             )
-        return embedding, head
+        return table.to(self.ops.device, self.dtype), self._head(head), False
+
+    def _table(self, name: str) -> Tensor:
+        table = self.checkpoint.weight(name, expect=(self.spec.vocab, self.spec.hidden))
+        if isinstance(table, QuantTensor):
+            raise CheckpointError(f"{EMBEDDING} is quantized: quantized embeddings are not supported")
+        return table
+
+    def _shared(self, table: Tensor) -> tuple[Tensor | Weight, Weight, bool]:
+        """Embedding and head of one table: one copy where the operators can look up rows of what they multiply with."""
+        if self.ops.name == "cpu-native" and self.head_bits is not None:
+            quantized = quantize_rows(table, self.head_bits)
+            del table  # before the packed copy is made
+            packed = self._pack((quantized, None))
+            return packed, packed, True
+        dense = table.to(self.ops.device, self.dtype)
+        if self.head_bits is not None:
+            log.info("the head is stored in int%d; the embedding it is tied to stays beside it in %s", self.head_bits, self.dtype)
+            return dense, self._head(table), False
+        return dense, self._pack((dense, None)), self.ops.name != "cpu-native"  # whose panels are a copy
+
+    def _head(self, head: QuantTensor | Tensor) -> Weight:
+        """Packed, and quantized before where that is wanted and the checkpoint has not done it."""
+        if isinstance(head, Tensor) and self.head_bits is not None:
+            head = quantize_rows(head, self.head_bits)
+        return self._pack((head, None))
 
     def _has_head(self, embedding_stored: bool) -> bool:
         return embedding_stored and any(name.startswith(f"{HEAD}.") for name in self.checkpoint.index.tensors)
@@ -174,7 +208,7 @@ class _Loader:
         return tuple(self._pack(part) for part in parts)
 
     def _pack(self, part: Part, *, gated: bool = False) -> Weight:
-        return self.ops.pack(part[0], dtype=self.dtype, bias=part[1], gated=gated)
+        return self.ops.pack(part[0], dtype=self.dtype, bias=part[1], gated=gated, activation=self.activation)
 
 
 def _select(part: Part, index: Tensor) -> Part:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from appliance.config import EngineConfig
 from appliance.memory.devices import DeviceInfo
+from kernels.layout import ACTIVATIONS
 from quant.errors import InputError
 
 DEFAULT_UTILIZATION = {"cpu": 0.5, "cuda": 0.92}  # of the memory available at start; of a card's total
@@ -39,6 +40,8 @@ class Settings:
             raise InputError(f"--block-size is {config.block_size!r}: one of {', '.join(map(str, BLOCK_SIZES))} is needed")
         if config.kv_cache_memory_bytes is not None:
             _at_least_one("--kv-cache-memory-bytes", config.kv_cache_memory_bytes)
+        if config.activation_dtype not in ACTIVATIONS:
+            raise InputError(f"--activation-dtype is {config.activation_dtype!r}: one of {', '.join(ACTIVATIONS)} is needed")
         _at_least_one("--max-num-batched-tokens", config.max_num_batched_tokens)
         _at_least_one("--max-num-seqs", config.max_num_seqs)
         return cls(

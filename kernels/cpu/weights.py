@@ -14,19 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.cpu.nibbles import Expander, int4_block, int4_product, pack_affine, pack_codes
-from kernels.layout import BLOCK_N, UNITS, int8_product, padded, scale_unit
+from kernels.layout import BLOCK_N, UNITS, int8_product, padded, scale_unit, slab_rows
 from kernels.ops import Weight
 from kernels.reference import int8_scales, quantize_activations
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
 
 FEW_ROWS = 64
-SLAB_BYTES = 4 << 20  # of expanded weights at a time
-
-
-def slab_rows(columns: int, dtype: torch.dtype) -> int:
-    """Outputs in one slab of expanded weights."""
-    return max(BLOCK_N, SLAB_BYTES // (columns * dtype.itemsize) // BLOCK_N * BLOCK_N)
 
 
 def total_bytes(*tensors: Tensor | None) -> int:
@@ -67,7 +61,7 @@ class DenseWeight:
         if x.dtype != torch.float16 or x.shape[0] <= 4:  # torch's float16 product has a fast path for single rows only
             return F.linear(x, self.weight, self.bias)
         out = torch.empty(x.shape[0], self.N, dtype=x.dtype)
-        wide, step = x.float(), slab_rows(self.K, torch.float32)
+        wide, step = x.float(), slab_rows(self.K, 4)
         for first in range(0, self.N, step):
             out[:, first : first + step] = F.linear(wide, self.weight[first : first + step].float())
         return out if self.bias is None else out.add_(self.bias)
@@ -104,7 +98,7 @@ class NibbleWeight:
 
     def _expanded(self, x: Tensor) -> Tensor:
         columns = self.codes.shape[1] // self.planes
-        step = slab_rows(columns, x.dtype)
+        step = slab_rows(columns, x.dtype.itemsize)
         expander = Expander(self.codes, self.affine, planes=self.planes, unit=self.unit, slab=step, rounding=self.rounding)
         out = torch.empty(x.shape[0], self.N, dtype=x.dtype)
         for first in range(0, self.N, step):
@@ -135,7 +129,7 @@ class Fp8Weight:
         dtype = compute_dtype(x.dtype)
         wide = prepare(x, self.perm, None).to(dtype)
         out = torch.empty(x.shape[0], self.N, dtype=dtype)
-        step = slab_rows(self.K, dtype)
+        step = slab_rows(self.K, dtype.itemsize)
         for first in range(0, self.N, step):
             torch.mm(wide, self._expand(first, min(first + step, self.N), dtype).t(), out=out[:, first : first + step])
         out = out.to(x.dtype)
@@ -178,7 +172,7 @@ def int8_dot(x: Tensor, weight: Tensor) -> Tensor:
     if int8_product_is_exact():
         return torch._int_mm(x, weight.t())
     out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.int32)
-    wide, step = x.float(), slab_rows(weight.shape[1], torch.float32)
+    wide, step = x.float(), slab_rows(weight.shape[1], 4)
     for first in range(0, weight.shape[0], step):
         out[:, first : first + step] = wide @ weight[first : first + step].float().t()
     return out

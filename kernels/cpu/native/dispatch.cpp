@@ -1,5 +1,11 @@
 #include "dispatch.h"
 
+#include <cmath>
+#include <cstdint>
+
+#include "pack.h"
+#include "pool.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -61,11 +67,46 @@ bool may_use_tiles() {
 }
 #endif
 
+#if defined(__x86_64__)
+// A product by these kernels and by the portable ones: tiles are new enough that processors, hypervisors and emulators that
+// announce them deserve a test before answers depend on them.
+bool agrees(const Kernels& kernels, bool quantize) {
+    constexpr int64_t kRows = 33, kInputs = 256, kOutputs = 64;
+    Linear w;
+    w.N = kOutputs;
+    w.K = w.group = kInputs;
+    w.codes = Codes::int8;
+    w.quantize = quantize;
+    finish(w);
+    std::vector<uint8_t> codes(size_t(code_bytes(w)));
+    std::vector<float> scales(size_t(w.panels * kPanel), 0.01f);
+    std::vector<uint16_t> x(kRows * kInputs);
+    uint32_t state = 1;
+    const auto random = [&] { return (state = state * 1664525u + 1013904223u) >> 16; };
+    for (auto& code : codes) code = uint8_t(random());
+    for (auto& item : x) item = uint16_t((random() & 0x807f) | 0x3f80);  // bfloat16 from 1 to 2, and their negatives
+    w.data = codes.data();
+    w.scales = scales.data();
+    std::vector<float> mine(kRows * kOutputs), theirs(kRows * kOutputs);
+    Pool pool(1, false);
+    MatmulArgs args{&w, x.data(), kRows, kInputs, Type::bf16, nullptr, 0, nullptr, mine.data(), Type::f32};
+    kernels.matmul(pool, args);
+    args.out = theirs.data();
+    portable::kernels.matmul(pool, args);
+    float largest = 0, worst = 0;
+    for (size_t i = 0; i < mine.size(); ++i) {
+        largest = std::fmax(largest, std::fabs(theirs[i]));
+        worst = std::fmax(worst, std::isnan(mine[i]) ? INFINITY : std::fabs(mine[i] - theirs[i]));
+    }
+    return worst <= (quantize ? 1e-4f : 1e-2f) * largest;
+}
+#endif
+
 std::vector<const Kernels*> detect_kernels() {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
     const Features f = detect();
-    if (f.amx && may_use_tiles()) found.push_back(&amx::kernels);
+    if (f.amx && may_use_tiles() && agrees(amx::kernels, true) && agrees(amx::kernels, false)) found.push_back(&amx::kernels);
     if (f.avx512_bf16) found.push_back(&avx512_bf16::kernels);
     if (f.avx512_vnni) found.push_back(&avx512_vnni::kernels);
     if (f.avx_vnni) found.push_back(&avx_vnni::kernels);

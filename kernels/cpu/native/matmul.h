@@ -12,7 +12,13 @@ namespace ISA {
 
 constexpr int64_t kBlock = 512;         // rows
 constexpr int64_t kInputs = 64;         // inputs expanded to floats at a time: 16 KiB
-constexpr int64_t kDirect = 2 * kRows;  // up to so many rows nibbles are unpacked in registers, once for every 6 rows
+// Up to so many rows nibbles are unpacked in registers, once for every 6 rows. With 16 registers an accumulator for each of a line's
+// outputs leaves room for few rows only, and a line would be unpacked again for each 16 outputs.
+#if defined(__AVX512F__)
+constexpr int64_t kDirect = 2 * kRows;
+#else
+constexpr int64_t kDirect = 2;
+#endif
 
 struct Block {
     const MatmulArgs* a;

@@ -61,8 +61,8 @@ template <int R>
 INLINE void dot_rows(const Linear& w, int64_t panel, int64_t first, int64_t last, int v0, int v1, const uint8_t* bytes, const Rounded& x, int64_t row, float* c) {
     constexpr int V = vectors_for(R);
     const bool nibbles = w.codes == Codes::int4 && bytes == nullptr;
-    for (int v = v0; v < v1; v += V) {
-        for (int64_t s = first; s < last; ++s) {
+    for (int64_t s = first; s < last; ++s) {  // a segment of all outputs, as it lies in memory
+        for (int v = v0; v < v1; v += V) {
             const uint8_t* data = (bytes != nullptr ? bytes + (s - first) * w.unit * kPanel : segment_data(w, panel, s)) + 64 * v;
             const int64_t index = (panel * w.groups() + s / w.per_group) * kPanel + 16 * v;
             F scale[V];

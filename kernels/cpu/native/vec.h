@@ -117,6 +117,13 @@ template <bool kWide> INLINE I dot4(I acc, I u, I s) {
             acc.v[i] += (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), ones);
         }
     }
+#elif defined(__SSE2__)
+    EACH {
+        const __m128i a = (__m128i)u.v[i], b = (__m128i)s.v[i];
+        const __m128i even = _mm_madd_epi16(_mm_and_si128(a, _mm_set1_epi16(0xff)), _mm_srai_epi16(_mm_slli_epi16(b, 8), 8));
+        const __m128i odd = _mm_madd_epi16(_mm_srli_epi16(a, 8), _mm_srai_epi16(b, 8));
+        acc.v[i] += (vi)even + (vi)odd;
+    }
 #else
     EACH for (int j = 0; j < 4; ++j) {
         const vi a = (vi)(((vu)u.v[i] >> (8 * j)) & 0xff), b = (vi)((vu)s.v[i] << (24 - 8 * j)) >> 24;
