@@ -1,0 +1,225 @@
+// The operations between the products: norms, rotation and cache writes, gates, look-ups, the largest logit.
+#pragma once
+#include "expand.h"
+#include "pool.h"
+
+namespace appliance {
+namespace ISA {
+
+// Waking the threads costs about as much as this many bytes of row-wise work.
+constexpr int64_t kWorthThreads = 1 << 15;
+
+// f(first, last) on ranges of 0 .. count - 1, by all threads where the work is worth it.
+template <class G> INLINE void ranges(Pool& pool, int64_t count, int64_t bytes, G&& g) {
+    if (count * bytes < kWorthThreads || pool.size() == 1) return g(0, count);
+    pool.run([&](int thread) { g(count * thread / pool.size(), count * (thread + 1) / pool.size()); });
+}
+
+// 1 / sqrt(mean(x^2) + eps)
+template <Type T> INLINE float norm_factor(const typename As<T>::Item* x, int64_t n, float eps) {
+    F squares = splat(0);
+    for (int64_t k = 0; k < n; k += 16) {
+        const F v = load_some<T>(x + k, n - k);
+        squares = fma(v, v, squares);
+    }
+    return 1.0f / std::sqrt(reduce_add(squares) / float(n) + eps);
+}
+
+template <Type T> INLINE void norm_row(const typename As<T>::Item* x, const typename As<T>::Item* weight, int64_t n, float eps, typename As<T>::Item* out) {
+    const F factor = splat(norm_factor<T>(x, n, eps));
+    for (int64_t k = 0; k < n; k += 16) store_some<T>(out + k, load_some<T>(x + k, n - k) * factor * load_some<T>(weight + k, n - k), n - k);
+}
+
+inline void rms_norm(Pool& pool, const RowsArgs& a) {
+    with_type(a.type, [&](auto tag) {
+        constexpr Type T = decltype(tag)::value;
+        using Item = typename As<T>::Item;
+        ranges(pool, a.rows, a.columns * 4, [&](int64_t first, int64_t last) {
+            for (int64_t r = first; r < last; ++r)
+                norm_row<T>(static_cast<const Item*>(a.x) + r * a.stride, static_cast<const Item*>(a.norm), a.columns, a.eps, static_cast<Item*>(a.out) + r * a.columns);
+        });
+    });
+}
+
+inline void silu_mul(Pool& pool, const RowsArgs& a) {
+    const int64_t half = a.columns / 2;
+    with_type(a.type, [&](auto tag) {
+        constexpr Type T = decltype(tag)::value;
+        using Item = typename As<T>::Item;
+        ranges(pool, a.rows, a.columns * 4, [&](int64_t first, int64_t last) {
+            for (int64_t r = first; r < last; ++r) {
+                const Item* gate = static_cast<const Item*>(a.x) + r * a.stride;
+                Item* out = static_cast<Item*>(a.out) + r * half;
+                for (int64_t k = 0; k < half; k += 16)
+                    store_some<T>(out + k, silu(load_some<T>(gate + k, half - k)) * load_some<T>(gate + half + k, half - k), half - k);
+            }
+        });
+    });
+}
+
+// One head of q or k: normalized, its first `rotary` features rotated, in float32.
+template <Type T> INLINE void rotate_head(const typename As<T>::Item* x, const typename As<T>::Item* norm, float eps, const float* cos_sin, int64_t rotary, int64_t dim, float* out) {
+    const F factor = splat(norm != nullptr ? norm_factor<T>(x, dim, eps) : 1.0f);
+    for (int64_t k = 0; k < dim; k += 16) {
+        F v = load_some<T>(x + k, dim - k);
+        if (norm != nullptr) v = v * factor * load_some<T>(norm + k, dim - k);
+        store_some<Type::f32>(out + k, v, dim - k);
+    }
+    const int64_t half = rotary / 2;
+    for (int64_t k = 0; k < half; k += 16) {
+        const int64_t n = half - k;
+        const F a = load_some<Type::f32>(out + k, n), b = load_some<Type::f32>(out + half + k, n);
+        const F cos = load_some<Type::f32>(cos_sin + k, n), sin = load_some<Type::f32>(cos_sin + half + k, n);
+        store_some<Type::f32>(out + k, a * cos - b * sin, n);
+        store_some<Type::f32>(out + half + k, b * cos + a * sin, n);
+    }
+}
+
+// One head of a token into the cache: item `slot` * heads + head.
+INLINE void write_cache(const Cache& c, void* to, float* scales, int64_t item, const float* x) {
+    const int64_t at = item * c.dim;
+    if (c.type == Type::i8) {
+        F most = splat(0);
+        for (int64_t k = 0; k < c.dim; k += 16) most = max(most, abs(load_some<Type::f32>(x + k, c.dim - k)));
+        const float scale = reduce_max(most) / 127.0f;
+        const F inverse = splat(scale > 1e-30f ? 1.0f / scale : 0.0f);
+        scales[item] = scale;
+        for (int64_t k = 0; k < c.dim; k += 16)
+            store_some<Type::i8>(static_cast<int8_t*>(to) + at + k, load_some<Type::f32>(x + k, c.dim - k) * inverse, c.dim - k);
+    } else if (c.type == Type::f8) {
+        for (int64_t k = 0; k < c.dim; k += 16)
+            store_some<Type::f8>(static_cast<uint8_t*>(to) + at + k, load_some<Type::f32>(x + k, c.dim - k), c.dim - k);
+    } else {
+        with_type(c.type, [&](auto tag) {
+            constexpr Type C = decltype(tag)::value;
+            for (int64_t k = 0; k < c.dim; k += 16)
+                store_some<C>(static_cast<typename As<C>::Item*>(to) + at + k, load_some<Type::f32>(x + k, c.dim - k), c.dim - k);
+        });
+    }
+}
+
+inline void rope_store(Pool& pool, const RopeStoreArgs& a) {
+    const Cache& c = a.cache;
+    const int64_t heads = a.q_heads + 2 * c.heads;
+    constexpr int64_t kMost = 1024;  // of a head, on the stack; the bindings check it
+    with_type(a.type, [&](auto tag) {
+        constexpr Type T = decltype(tag)::value;
+        using Item = typename As<T>::Item;
+        // By heads, not tokens: a step may have one token.
+        ranges(pool, a.tokens * heads, c.dim * 16, [&](int64_t first, int64_t last) {
+            alignas(64) float wide[kMost];
+            for (int64_t i = first; i < last; ++i) {
+                const int64_t token = i / heads, head = i % heads;
+                Item* x = static_cast<Item*>(a.qkv) + token * a.stride + head * c.dim;
+                const bool query = head < a.q_heads, value = head >= a.q_heads + c.heads;
+                const int64_t rotary = value ? 0 : a.rotary;
+                const Item* norm = static_cast<const Item*>(value ? nullptr : query ? a.q_norm : a.k_norm);
+                rotate_head<T>(x, norm, a.eps, a.cos_sin + a.positions[token] * a.rotary, rotary, c.dim, wide);
+                if (query) {
+                    for (int64_t k = 0; k < c.dim; k += 16) store_some<T>(x + k, load_some<Type::f32>(wide + k, c.dim - k), c.dim - k);
+                } else if (value) {
+                    write_cache(c, c.v, c.v_scale, a.slots[token] * c.heads + head - a.q_heads - c.heads, wide);
+                } else {
+                    write_cache(c, c.k, c.k_scale, a.slots[token] * c.heads + head - a.q_heads, wide);
+                }
+            }
+        });
+    });
+}
+
+// One output's row of a packed integer weight, dequantized: 4 inputs at a time, as they lie in the panel.
+template <Type T> INLINE void embed_packed(const Linear& w, int64_t n, typename As<T>::Item* out) {
+    const int64_t panel = n / kPanel, lane = n % kPanel;
+    const bool four = w.codes == Codes::int4;
+    const int64_t inputs = four ? 8 : 4;
+    for (int64_t s = 0; s < w.segments; ++s) {
+        const int64_t index = (panel * w.groups() + s / w.per_group) * kPanel + lane / 16 * 16;
+        alignas(64) float scales[16], values[kSegment + 16];
+        alignas(64) int32_t zeros[16];
+        store(scales, load_scale(w, index));
+        istore(zeros, load_zero(w, index));
+        const uint8_t* data = segment_data(w, panel, s) + lane * 4;
+        for (int64_t k = 0; k < w.unit; k += inputs, data += 256)
+            for (int64_t j = 0; j < inputs; ++j) {
+                const int code = four ? (data[j % 4] >> (j / 4 * 4)) & 15 : data[j];
+                values[k + j] = float(code - zeros[lane % 16]) * scales[lane % 16];
+            }
+        const Span span = span_of(w, s);
+        for (int64_t k = 0; k < span.count; k += 16) store_some<T>(out + span.first + k, load(values + k), span.count - k);
+    }
+}
+
+inline void embed(Pool& pool, const EmbedArgs& a) {
+    with_type(a.type, [&](auto tag) {
+        constexpr Type T = decltype(tag)::value;
+        using Item = typename As<T>::Item;
+        ranges(pool, a.tokens, a.columns * (a.table != nullptr ? 16 : 2), [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t) {
+                Item* out = static_cast<Item*>(a.out) + t * a.columns;
+                if (a.table != nullptr) embed_packed<T>(*a.table, a.ids[t], out);
+                else std::memcpy(out, static_cast<const Item*>(a.rows) + a.ids[t] * a.columns, size_t(a.columns) * sizeof(Item));
+            }
+        });
+    });
+}
+
+struct Best {
+    float value;
+    int64_t id;  // -1: nothing seen
+};
+
+// Of equal ones the first; a NaN is the largest. The id is found at last, in the block that had the largest.
+INLINE Best best_of(const float* x, int64_t first, int64_t last) {
+    constexpr int64_t kBlock = 1024;
+    Best best{-INFINITY, -1};
+    for (int64_t from = first; from < last; from += kBlock) {
+        const int64_t to = from + kBlock < last ? from + kBlock : last;
+        F most = splat(-INFINITY);
+        I ordered = isplat(-1);
+        int64_t k = from;
+        for (; k + 16 <= to; k += 16) {
+            const F v = load(x + k);
+            most = max(v, most);
+            ordered = ordered & equal(v, v);
+        }
+        float top = reduce_max(most);
+        bool nan = reduce_add(ordered) != -16;
+        for (; k < to; ++k) {
+            top = x[k] > top ? x[k] : top;
+            nan |= x[k] != x[k];
+        }
+        if (nan) {
+            for (k = from; x[k] == x[k]; ++k) {}
+            return {x[k], k};
+        }
+        if (top > best.value || best.id < 0) best = {top, from};
+    }
+    while (best.id >= 0 && x[best.id] != best.value) ++best.id;
+    return best;
+}
+
+INLINE bool beats(const Best& a, const Best& b) {  // a comes after b
+    if (b.id < 0 || a.id < 0) return b.id < 0 && a.id >= 0;
+    return b.value == b.value && (a.value > b.value || a.value != a.value);
+}
+
+inline void argmax(Pool& pool, const ArgmaxArgs& a) {
+    const int64_t parts = a.rows >= pool.size() ? 1 : pool.size();  // of a row
+    Best* found = reinterpret_cast<Best*>(pool.scratch(pool.size(), size_t(a.rows * parts) * sizeof(Best)));
+    ranges(pool, a.rows * parts, a.columns / parts * 4, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+            const int64_t part = i % parts;
+            found[i] = best_of(a.x + i / parts * a.stride, a.columns * part / parts, a.columns * (part + 1) / parts);
+        }
+    });
+    for (int64_t r = 0; r < a.rows; ++r) {
+        Best best = found[r * parts];
+        for (int64_t p = 1; p < parts; ++p)
+            if (beats(found[r * parts + p], best)) best = found[r * parts + p];
+        a.values[r] = best.value;
+        a.ids[r] = best.id;
+    }
+}
+
+}  // namespace ISA
+}  // namespace appliance
