@@ -11,7 +11,8 @@ class WeightScheme:
     """How one module's weight is stored. ``DENSE`` is an unquantized one."""
 
     layout: str
-    """dense, awq-gemm, awq-gemv, awq-gemv-fast, gptq, pack-quantized, int-quantized, float-quantized or fp8-block."""
+    """dense, awq-gemm, awq-gemv, awq-gemv-fast, gptq, pack-quantized, int-quantized, float-quantized, fp8-block
+    or rows."""
     bits: int = 16
     group_size: int = -1
     """Inputs that share a scale; -1: one scale per output, or one for the whole weight."""
@@ -35,6 +36,8 @@ class WeightScheme:
 
 
 DENSE = WeightScheme("dense")
+ROWS = {8: WeightScheme("rows", bits=8), 4: WeightScheme("rows", bits=4, group_size=32, symmetric=False)}
+"""What quant.rows makes of an unquantized weight while it is loaded, by bits."""
 
 
 @dataclass(frozen=True)
