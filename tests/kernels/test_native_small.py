@@ -1,0 +1,135 @@
+"""The native extension's operations between the products, under every instruction set that runs here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import reference
+from kernels.cpu import backend
+from kernels.cpu.native_ops import NativeOps
+from kernels.ops import KVCache, Norm
+from tests.kernels.native import instruction_sets, native_ops
+from tests.kernels.paged import make_step
+from tests.kernels.weights import random_weight
+
+if backend.native() is None:
+    pytest.skip("the native extension is not built", allow_module_level=True)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}  # a rounding more or less on the way
+
+
+@pytest.fixture(params=instruction_sets())
+def ops(request: pytest.FixtureRequest) -> NativeOps:
+    return native_ops(request.param)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert found.shape == expected.shape and found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected.float(), rtol=EPS[dtype], atol=EPS[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm(ops: NativeOps, dtype: torch.dtype) -> None:
+    for rows, columns in ((1, 1), (3, 20), (5, 64), (40, 1000), (0, 16)):
+        x, weight = (torch.randn(rows, columns) * 7).to(dtype), torch.randn(columns).to(dtype)
+        close(ops.rms_norm(x, weight, eps=1e-5), reference.rms_norm(x.float(), weight.float(), eps=1e-5), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_silu_mul(ops: NativeOps, dtype: torch.dtype) -> None:
+    for rows, columns in ((1, 2), (7, 90), (33, 2048), (0, 8)):
+        x = (torch.randn(rows, columns) * 20).to(dtype)
+        close(ops.silu_mul(x), reference.silu_mul(x.float()), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "rotary"), [(64, 64), (16, 16), (80, 80), (96, 32), (20, 20), (128, 2)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_store(ops: NativeOps, size: int, rotary: int, normed: bool, dtype: torch.dtype) -> None:
+    heads, kv_heads = 6, 2
+    batch, cache = make_step([(5, 3), (0, 40), (17, 1)], kv_heads=kv_heads, head_dim=size, dtype=dtype)
+    tokens = batch.positions.numel()
+    wide = torch.randn(tokens, (heads + 2 * kv_heads) * size + 8).to(dtype)
+    qkv = wide[:, 3 : 3 + (heads + 2 * kv_heads) * size]  # rows of a wider tensor
+    cos_sin = torch.cat([torch.randn(64, rotary // 2), torch.randn(64, rotary // 2)], dim=1)
+    norms = {n: Norm(torch.rand(size).to(dtype), 1e-6) for n in ("q_norm", "k_norm")} if normed else {}
+    expected_cache = KVCache(cache.k.float(), cache.v.float())
+    wide_norms = {n: Norm(norm.weight.float(), norm.eps) for n, norm in norms.items()}
+    expected = reference.rope_store(qkv.float(), heads, expected_cache, batch, cos_sin, **wide_norms)
+    found = ops.rope_store(qkv, heads, cache, batch, cos_sin, **norms)
+    close(found, expected, dtype)
+    for ours, theirs in ((cache.k, expected_cache.k), (cache.v, expected_cache.v)):
+        torch.testing.assert_close(ours.float(), theirs, rtol=EPS[dtype], atol=EPS[dtype], equal_nan=True)
+
+
+def test_values_in_small_caches(ops: NativeOps) -> None:
+    """FP8 takes the nearest value and saturates; int8 keeps a scale for every token and head."""
+    batch, plain = make_step([(0, 9)], block_size=4, kv_heads=3, head_dim=20)
+    shape = plain.k.shape
+    k, v = torch.randn(9, 3, 20), torch.randn(9, 3, 20) * torch.tensor([1e-3, 1.0, 300.0]).view(1, 3, 1)
+    qkv = torch.cat([torch.zeros(9, 20), k.flatten(1), v.flatten(1)], dim=1)
+    cos_sin = torch.cat([torch.ones(16, 10), torch.zeros(16, 10)], dim=1)
+    slots = batch.slots
+
+    small = KVCache(torch.zeros(shape).to(torch.float8_e4m3fn), torch.zeros(shape).to(torch.float8_e4m3fn))
+    ops.rope_store(qkv.clone(), 1, small, batch, cos_sin)
+    for cache, values in ((small.k, k), (small.v, v)):
+        stored = cache.view(torch.uint8).flatten(0, 1)[slots].view(torch.float8_e4m3fn)
+        assert torch.equal(stored.float(), values.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+
+    scales = [torch.full(shape[:3], float("nan")) for _ in range(2)]
+    bytes_ = KVCache(torch.zeros(shape, dtype=torch.int8), torch.zeros(shape, dtype=torch.int8), *scales)
+    ops.rope_store(qkv.clone(), 1, bytes_, batch, cos_sin)
+    for cache, scale, values in ((bytes_.k, scales[0], k), (bytes_.v, scales[1], v)):
+        step = scale.flatten(0, 1)[slots].unsqueeze(-1)
+        torch.testing.assert_close(step.squeeze(-1), values.abs().amax(-1) / 127)
+        assert bool(((cache.flatten(0, 1)[slots].float() * step - values).abs() <= 0.501 * step).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_look_up_of_dense_rows(ops: NativeOps, dtype: torch.dtype) -> None:
+    table, ids = torch.randn(50, 24).to(dtype), torch.tensor([3, 49, 0, 3])
+    assert torch.equal(ops.embedding(ids, table, dtype), table[ids])
+    assert ops.embedding(ids[:0], table, dtype).shape == (0, 24)
+    assert ops.embedding(ids, table.double(), dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_look_up_of_packed_rows(ops: NativeOps, bits: int, dtype: torch.dtype) -> None:
+    for group, asymmetric in ((None, False), (32, True), (100, False)):
+        weight = random_weight(150, 300, bits=bits, group_size=group, asymmetric=asymmetric, scale_dtype=torch.float32)
+        ids = torch.tensor([0, 149, 64, 63, 17, 100])
+        found = ops.embedding(ids, ops.pack(weight, dtype=dtype), dtype)
+        assert torch.equal(found, weight.dequantize()[ids].to(dtype))
+
+
+def test_what_cannot_be_looked_up(ops: NativeOps) -> None:
+    ids = torch.tensor([1])
+    for weight in (random_weight(8, 16, bits=0), random_weight(8, 16, act_order=True), torch.ones(8, 16)):
+        with pytest.raises(TypeError, match="integer tables"):
+            ops.embedding(ids, ops.pack(weight, dtype=torch.float32), torch.float32)
+
+
+def test_argmax(ops: NativeOps) -> None:
+    for rows, columns in ((1, 1), (1, 5000), (2, 1024), (7, 1025), (0, 9)):
+        x = torch.randint(-50, 50, (rows, columns)).float()  # many equal ones
+        values, ids = ops.argmax(x)
+        assert torch.equal(ids, (x == x.amax(1, keepdim=True)).int().argmax(1)) if rows else ids.shape == (0,)
+        assert torch.equal(values, x.amax(1)) if rows else values.shape == (0,)
+
+
+def test_argmax_of_strange_rows(ops: NativeOps) -> None:
+    x = torch.zeros(6, 3000)
+    x[0] = -torch.inf
+    x[1, 2999] = torch.inf
+    x[2, 1500], x[2, 2000], x[2, 7] = torch.nan, torch.nan, torch.inf
+    x[3] = -5
+    x[4, 0] = torch.nan
+    x[5, 2998] = 1e-30
+    values, ids = ops.argmax(x)
+    assert ids.tolist() == [0, 2999, 1500, 0, 0, 2998]
+    assert values.isnan().tolist() == [False, False, True, False, True, False]
+    assert [ops.argmax(row.view(1, -1))[1].item() for row in x] == ids.tolist()
