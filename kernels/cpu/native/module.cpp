@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 
 #include "dispatch.h"
@@ -19,10 +20,11 @@ namespace {
 
 template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
-// One set of kernels and the threads that run them.
+// One set of kernels and the threads that run them. Calls from several Python threads (a loader's) take turns.
 struct Machine {
     const Kernels* kernels;
     std::unique_ptr<Pool> pool;
+    std::mutex mutex;
 
     Machine(const std::string& isa, int threads, bool pin) : kernels(find_kernels(isa)) {
         if (kernels == nullptr) throw std::invalid_argument("no kernels for '" + isa + "' on this processor");
@@ -31,42 +33,51 @@ struct Machine {
 
     void matmul(const Linear& w, uintptr_t x, int64_t rows, int64_t stride, int type, uintptr_t norm, float eps, uintptr_t residual,
                 uintptr_t out, int out_type) {
+        const std::lock_guard lock(mutex);
         kernels->matmul(*pool, {&w, at<void>(x), rows, stride, Type(type), at<void>(norm), eps, at<void>(residual), at<void>(out), Type(out_type)});
     }
 
     void attention(uintptr_t q, int64_t q_stride, uintptr_t out, int type, int64_t q_heads, const Cache& cache, int64_t sequences,
                    uintptr_t starts, uintptr_t lengths, uintptr_t tables, int64_t width, float scale, int64_t window) {
+        const std::lock_guard lock(mutex);
         kernels->attention(*pool, {at<void>(q), q_stride, at<void>(out), Type(type), q_heads, cache, sequences, at<int32_t>(starts),
                                    at<int32_t>(lengths), at<int32_t>(tables), width, scale, window});
     }
 
     void rope_store(uintptr_t qkv, int64_t tokens, int64_t stride, int type, int64_t q_heads, const Cache& cache, uintptr_t positions,
                     uintptr_t slots, uintptr_t cos_sin, int64_t rotary, uintptr_t q_norm, uintptr_t k_norm, float eps) {
+        const std::lock_guard lock(mutex);
         kernels->rope_store(*pool, {at<void>(qkv), tokens, stride, Type(type), q_heads, cache, at<int64_t>(positions), at<int64_t>(slots),
                                     at<float>(cos_sin), rotary, at<void>(q_norm), at<void>(k_norm), eps});
     }
 
     void rms_norm(uintptr_t x, int64_t rows, int64_t columns, int64_t stride, int type, uintptr_t norm, float eps, uintptr_t out) {
+        const std::lock_guard lock(mutex);
         kernels->rms_norm(*pool, {at<void>(x), rows, columns, stride, Type(type), at<void>(norm), eps, at<void>(out)});
     }
 
     void silu_mul(uintptr_t x, int64_t rows, int64_t columns, int64_t stride, int type, uintptr_t out) {
+        const std::lock_guard lock(mutex);
         kernels->silu_mul(*pool, {at<void>(x), rows, columns, stride, Type(type), nullptr, 0, at<void>(out)});
     }
 
     void embed_rows(uintptr_t rows, int64_t columns, uintptr_t ids, int64_t tokens, uintptr_t out, int type) {
+        const std::lock_guard lock(mutex);
         kernels->embed(*pool, {nullptr, at<void>(rows), columns, at<int64_t>(ids), tokens, at<void>(out), Type(type)});
     }
 
     void embed_packed(const Linear& table, uintptr_t ids, int64_t tokens, uintptr_t out, int type) {
+        const std::lock_guard lock(mutex);
         kernels->embed(*pool, {&table, nullptr, table.K, at<int64_t>(ids), tokens, at<void>(out), Type(type)});
     }
 
     void argmax(uintptr_t x, int64_t rows, int64_t columns, int64_t stride, uintptr_t values, uintptr_t ids) {
+        const std::lock_guard lock(mutex);
         kernels->argmax(*pool, {at<float>(x), rows, columns, stride, at<float>(values), at<int64_t>(ids)});
     }
 
     void pack(const Linear& w, uintptr_t codes, uintptr_t scales, uintptr_t zeros, uintptr_t to_codes, uintptr_t to_scales, uintptr_t to_zeros) {
+        const std::lock_guard lock(mutex);
         appliance::pack(*pool, w, {at<uint8_t>(codes), at<void>(scales), at<uint8_t>(zeros), at<uint8_t>(to_codes), at<void>(to_scales), at<uint8_t>(to_zeros)});
     }
 };

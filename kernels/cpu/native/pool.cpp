@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <new>
@@ -23,8 +24,21 @@ void relax() {
 #endif
 }
 
-// Between two operations of a step there are some microseconds of Python; between two steps a few hundred.
-constexpr int kSpin = 20000;
+// How long a thread spins for the next operation before it sleeps: between two operations of a step there are some microseconds of
+// Python. Longer would take the core from others, on this machine's smallest sizes from the server itself.
+constexpr std::chrono::microseconds kSpin(100);
+
+// Spins until done() or until the time is over.
+template <class Done> bool spin(Done done) {
+    const auto end = std::chrono::steady_clock::now() + kSpin;
+    do {
+        for (int i = 0; i < 32; ++i) {
+            if (done()) return true;
+            relax();
+        }
+    } while (std::chrono::steady_clock::now() < end);
+    return false;
+}
 
 // Spin a while, then let others run: a waiting thread must not hold the core that the awaited one needs.
 template <class Done> void await(Done done) {
@@ -108,8 +122,7 @@ void Pool::work(int thread, int core) {
     if (core >= 0) pin_to(core);
     uint32_t seen = 0;
     while (true) {
-        for (int i = 0; i < kSpin && generation_.load(std::memory_order_acquire) == seen; ++i) relax();
-        if (generation_.load() == seen) {
+        if (!spin([&] { return generation_.load(std::memory_order_acquire) != seen; })) {
             sleeping_.fetch_add(1);
             generation_.wait(seen);
             sleeping_.fetch_sub(1);
