@@ -6,6 +6,7 @@ import ctypes
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ log = logging.getLogger("appliance.loader")
 
 Part = tuple[QuantTensor | Tensor, Tensor | None]  # a published weight [N, K] and its bias [N]
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+WORKERS = 4  # modules converted at a time: each needs a few times its own size
 
 
 def load_model(
@@ -72,11 +74,20 @@ class _Loader:
 
     def load(self, max_len: int) -> Decoder:
         self._tell()
-        embedding, head, tied = self._ends()
-        layers = []
-        for number in range(self.spec.layers):
-            layers.append(self._layer(number))
-            self._tell()
+        threads = torch.get_num_threads()
+        # Each module by one thread: torch's own threads would meet at every small operation, and on a busy machine wait there.
+        workers = ThreadPoolExecutor(min(threads, WORKERS), "load", initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            ends = workers.submit(self._ends)
+            parts = [workers.submit(self._layer, number) for number in range(self.spec.layers)]
+            embedding, head, tied = ends.result()
+            layers = []
+            for part in parts:
+                layers.append(part.result())
+                self._tell()
+        finally:
+            workers.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
         norm = self._norm("model.norm", self.spec.hidden)
         rest = self.checkpoint.leftover()
         if rest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,6 +53,7 @@ class Checkpoint:
         self.scheme = scheme
         self.consumed: set[str] = set()
         self._files: dict[Path, int] = {}
+        self._opening = threading.Lock()  # modules may be read by several threads
 
     @classmethod
     def open(cls, directory: str | Path, quantization: str | None = None) -> Checkpoint:
@@ -157,8 +159,9 @@ class Checkpoint:
             raise CheckpointError(f"{info.name}: dtype {info.dtype} is not supported")
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=dtype)
-        if info.file not in self._files:
-            self._files[info.file] = os.open(info.file, os.O_RDONLY)
+        with self._opening:
+            if info.file not in self._files:
+                self._files[info.file] = os.open(info.file, os.O_RDONLY)
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         view, done = buffer.numpy().data, 0
         while done < info.nbytes:
