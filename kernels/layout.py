@@ -17,6 +17,7 @@ UNITS = (256, 128, 64, 32)  # group sizes that torch's int4 kernel for few rows 
 SLAB_BYTES = 4 << 20  # of expanded weights at a time, of torch's operators
 SEGMENT = 128  # inputs that share an activation scale in the native kernels, at most
 NATIVE_ROWS = 512  # rows that the native kernels prepare at a time
+HUGE_PAGE = 2 << 20
 HEADS = {"int8": 8, "int4": 4, "model": None}  # what the head may be stored as, and its bits
 ACTIVATIONS = ("auto", "int8", "bf16")
 
@@ -131,13 +132,18 @@ def native_segments(K: int, group_size: int) -> tuple[int, int]:
     return segments, SEGMENT if group >= SEGMENT else padded(group, 8)
 
 
-def native_workspace_bytes(tokens: int, K: int, group_size: int, *, rounded: bool, threads: int) -> int:
-    """At most this many bytes does a native product need for ``tokens`` rows beside its input and output.
+def native_workspace_bytes(tokens: int, K: int, group_size: int, *, rounded: bool) -> tuple[int, int]:
+    """(shared, a thread's): at most these bytes does a native product need for ``tokens`` rows beside its input and output.
 
-    Shared by all threads: the prepared rows, in one byte an input where they are ``rounded`` to int8, in at most four elsewhere,
-    with a scale and a sum a segment. Each thread: rows in float32, the sums of two panels, and an unpacked piece of the weight.
+    Shared are the prepared rows: a byte an input where they are ``rounded`` to int8, at most four elsewhere, and 12 a segment for
+    scale and sum. A thread has a row in float32, sums of two panels, and an unpacked piece of the weight. Memory is kept for the
+    next product, large parts in whole huge pages.
     """
     segments, unit = native_segments(K, group_size)
     rows = min(padded(tokens, 16), NATIVE_ROWS)
     row = padded(segments * unit, 2 * SEGMENT) * (1 if rounded else 4) + 12 * segments
-    return rows * row + threads * (8 * (K + 40) + 2 * rows * BLOCK_N * 4 + (32 << 10))
+    return _in_pages(rows * row + 64), _in_pages(8 * (K + 40) + 2 * rows * BLOCK_N * 4 + (32 << 10))
+
+
+def _in_pages(size: int) -> int:
+    return padded(size, HUGE_PAGE if size >= HUGE_PAGE else 64)

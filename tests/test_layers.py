@@ -41,8 +41,8 @@ MAY_IMPORT = {
     "appliance.cli_flags": ["quant.errors"],
     "appliance.__main__": ["appliance.cli"],
 }  # fmt: skip
-NO_TORCH = ["quant.errors", "quant.scheme", "quant.headers", "kernels.layout", "models.spec", "appliance", "appliance.config",
-            "appliance.core", "appliance.memory", "appliance.tui", "appliance.version"]  # fmt: skip
+NO_TORCH = ["quant.errors", "quant.scheme", "quant.headers", "kernels.layout", "kernels.cpu.backend", "models.spec", "appliance",
+            "appliance.config", "appliance.core", "appliance.memory", "appliance.tui", "appliance.version"]  # fmt: skip
 NO_DIRECT_TORCH = ["appliance.server", "appliance.cli"]
 NO_EDGE = ["quant", "kernels", "models", "appliance.core", "appliance.memory", "appliance.runtime", "appliance.text",
            "appliance.llm", "appliance.config", "appliance.version"]  # fmt: skip

@@ -103,3 +103,4 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     ready_s: float  # from the start of loading
     plan: dict[str, object]  # MemoryPlan.to_dict()
+    kernels: str = ""  # what computes: reference, torch, or the instruction set of native kernels

@@ -38,6 +38,11 @@ def this_device(kind: str) -> DeviceInfo:
     raise InputError(f"--device {kind!r} is not known; auto, cpu and cuda are")
 
 
+def cpu_threads(threads: int | None) -> int:
+    """--threads, or the physical cores."""
+    return threads or psutil.cpu_count(logical=False) or 1
+
+
 def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
     """(limit, what is free under it) in bytes of each control group, version 1 or 2, that this process is in.
 

@@ -57,10 +57,11 @@ class MemoryPlan:
     quantization: str
     device: DeviceInfo
     dtype: str
+    head: str  # what the output head is stored as, in words
     budget: int
     budget_source: str  # in words
     weights: dict[str, int]  # embedding, attention, mlp, head, norms
-    scratch: dict[str, int]  # activations, logits, dequantization, positions
+    scratch: dict[str, int]  # activations, logits, products, positions
     runtime: int
     kv: KVSpec
     num_blocks: int
@@ -110,6 +111,7 @@ class MemoryPlan:
             "quantization": self.quantization,
             "device": asdict(self.device),
             "dtype": self.dtype,
+            "lm_head": self.head,
             "budget_bytes": self.budget,
             "budget_source": self.budget_source,
             "total_bytes": self.total,
@@ -159,7 +161,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) 
     scratch = {
         "activations": demand.token_bytes * settings.max_tokens,
         "logits": demand.logits_row_bytes * min(LOGIT_ROWS, settings.max_tokens),
-        "dequantization": demand.slab,
+        "products": demand.slab,
         "positions": demand.position_bytes * max_len,
     }
     runtime = RUNTIME[device.kind]
@@ -173,6 +175,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) 
         quantization=demand.quantization,
         device=device,
         dtype=demand.dtype,
+        head=demand.head,
         budget=budget,
         budget_source=source,
         weights=demand.weights,

@@ -26,7 +26,7 @@ def plan_table(plan: MemoryPlan) -> str:
     rows += [("runtime", plan.runtime), (f"KV cache, {plan.num_blocks:,} blocks", plan.kv_bytes)]
     lines = [
         f"Memory plan for {plan.model}",
-        f"  {plan.architecture}, {plan.quantization}, activations and KV cache in {plan.dtype}",
+        f"  {plan.architecture}, {plan.quantization}, activations and KV cache in {plan.dtype}, head in {plan.head}",
         f"  {device.name} ({device.kind}): {size_text(device.total)}, {size_text(device.available)} available",
         f"  budget {size_text(plan.budget)}: {plan.budget_source}",
         "",

@@ -17,8 +17,10 @@ from appliance.core.door import check_submit, hash_u64, make_requests
 from appliance.core.messages import EngineInfo, Event, RequestStat, Stats, Submit, TokenLogprob
 from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler, StepPlan
+from appliance.memory.devices import cpu_threads
 from appliance.memory.planner import make_plan
 from appliance.runtime.runner import Runner, StepResult
+from kernels.cpu import backend
 from kernels.ops import get_ops
 from models.loader import load_model
 from models.spec import ModelSpec
@@ -56,7 +58,7 @@ class Engine:
             raise InputError("no model given: name a directory with a Hugging Face checkpoint")
         if config.device not in ("auto", "cpu"):
             raise InputError(f"--device {config.device} is not supported by this version: it runs on the cpu (use --device cpu)")
-        torch.set_num_threads(config.threads or psutil.cpu_count(logical=False) or 1)
+        torch.set_num_threads(cpu_threads(config.threads))
         directory, device = Path(config.model), torch.device("cpu")
         plan = make_plan(directory, config)
         log.debug("memory plan\n%s", plan.table())
@@ -64,10 +66,23 @@ class Engine:
         try:
             spec = ModelSpec.from_config(checkpoint.config)
             dtype = getattr(torch, plan.dtype)
-            ops = get_ops(device.type, reference=config.reference_ops)
-            decoder = load_model(checkpoint, spec, ops, dtype=dtype, progress=progress, max_len=plan.max_model_len)
+            ops = get_ops(device.type, reference=config.reference_ops, threads=config.threads)
+            decoder = load_model(
+                checkpoint,
+                spec,
+                ops,
+                dtype=dtype,
+                max_len=plan.max_model_len,
+                lm_head_dtype=config.lm_head_dtype,
+                activation=config.activation_dtype,
+                progress=progress,
+            )
         finally:
             checkpoint.close()
+        kernels = {"cpu-native": backend.name(), "cpu": "torch"}.get(ops.name, ops.name)
+        log.info("loaded %s: %s kernels, activations in %s, head in %s", config.model, kernels, plan.dtype, plan.head)
+        if ops.name == "cpu-native":
+            torch.set_num_threads(1)  # what is left to torch is small, and the kernels' threads have the cores
         runner = Runner(decoder, plan, dtype=dtype, device=device)
         pool = BlockPool(plan.num_blocks, plan.kv.block_size)
         scheduler = Scheduler(pool, max_num_batched_tokens=plan.max_num_batched_tokens, max_num_seqs=plan.max_num_seqs)
@@ -83,6 +98,7 @@ class Engine:
             eos_token_ids=eos_token_ids(directory, spec),
             ready_s=time.perf_counter() - begun,
             plan=plan.to_dict(),
+            kernels=kernels,
         )
         return cls(runner, scheduler, info, seed=config.seed)
 

@@ -8,10 +8,16 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.cpu import weights
-from kernels.layout import weight_nbytes
+from kernels.cpu import backend, weights
+from kernels.cpu.native_ops import NativeOps
+from kernels.layout import bias_nbytes, head_bits, native_workspace_bytes, ops_name, slab_rows, weight_nbytes
+from quant.errors import InputError
+from tests.kernels.native import instruction_sets, native_ops
 from tests.kernels.weights import random_weight
 
+PACKERS = {"cpu": weights, "reference": reference}
+if backend.native() is not None:
+    PACKERS["cpu-native"] = native_ops(instruction_sets()[0])
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -24,12 +30,21 @@ def test_nbytes(case: int) -> None:
     bits, dtype = rng.choice([0, 4, 8]), rng.choice(DTYPES)
     asymmetric, act_order = bits > 0 and rng.random() < 0.5, rng.random() < 0.5
     activation = rng.choice([None, "int8-token", "fp8-token"])
+    scale_dtype, gated = rng.choice([torch.float16, torch.bfloat16, torch.float32]), N % 2 == 0 and rng.random() < 0.5
     weight = random_weight(
-        N, K, bits=bits, group_size=group, asymmetric=asymmetric, act_order=act_order, activation=activation, seed=case
+        N,
+        K,
+        bits=bits,
+        group_size=group,
+        asymmetric=asymmetric,
+        act_order=act_order,
+        activation=activation,
+        scale_dtype=scale_dtype,
+        seed=case,
     )
-    for device, module in (("cpu", weights), ("cuda", reference)):
+    for ops, module in PACKERS.items():
         predicted = weight_nbytes(
-            device=device,
+            ops=ops,
             dtype=dtype,
             kind=weight.kind,
             bits=weight.bits,
@@ -39,15 +54,79 @@ def test_nbytes(case: int) -> None:
             asymmetric=asymmetric,
             act_order=act_order,
             activation=activation,
+            scale_bytes=scale_dtype.itemsize,
+            gated=gated,
         )
-        assert module.pack(weight, dtype=getattr(torch, dtype)).nbytes == predicted, device
+        assert module.pack(weight, dtype=getattr(torch, dtype), gated=gated).nbytes == predicted, ops
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dense_and_bias(dtype: str) -> None:
-    predicted = weight_nbytes(
-        device="cpu", dtype=dtype, kind="dense", bits=16, N=5, K=7, group_size=7, asymmetric=False, act_order=False
-    )
-    kind = getattr(torch, dtype)
-    assert weights.pack(torch.randn(5, 7), dtype=kind).nbytes == predicted
-    assert weights.pack(torch.randn(5, 7), dtype=kind, bias=torch.randn(5)).nbytes == predicted + 5 * kind.itemsize
+@pytest.mark.parametrize("ops", PACKERS)
+def test_dense_and_bias(ops: str, dtype: str, gated: bool) -> None:
+    kind, packer = getattr(torch, dtype), PACKERS[ops]
+    for N, K in ((6, 7), (130, 64)):
+        predicted = weight_nbytes(
+            ops=ops,
+            dtype=dtype,
+            kind="dense",
+            bits=16,
+            N=N,
+            K=K,
+            group_size=K,
+            asymmetric=False,
+            act_order=False,
+            gated=gated,
+        )
+        assert packer.pack(torch.randn(N, K), dtype=kind, gated=gated).nbytes == predicted
+        bias = bias_nbytes(ops=ops, dtype=dtype, N=N, gated=gated)
+        assert packer.pack(torch.randn(N, K), dtype=kind, bias=torch.randn(N, dtype=kind), gated=gated).nbytes == predicted + bias
+
+
+def test_native_sizes_worked_out_by_hand() -> None:
+    """70 outputs are two panels; 300 inputs in groups of 100 are padded to 104 each, of 200 cut into 128, 128 and 100."""
+    common = {"ops": "cpu-native", "dtype": "bfloat16", "kind": "int", "N": 70, "K": 300, "asymmetric": True, "act_order": True}
+    assert weight_nbytes(**common, bits=4, group_size=100) == 128 * (3 * 104 // 2 + 3 * (2 + 1)) + 4 * 300
+    assert weight_nbytes(**common, bits=8, group_size=200, scale_bytes=4) == 128 * (3 * 128 + 2 * (4 + 1)) + 4 * 300
+    assert weight_nbytes(**common, bits=4, group_size=100, gated=True) == weight_nbytes(**common, bits=4, group_size=100)
+    wide = {**common, "N": 160}  # 160 are three panels, two halves of 80 are four
+    assert weight_nbytes(**wide, bits=4, group_size=100) == 192 * (3 * 104 // 2 + 9) + 1200
+    assert weight_nbytes(**wide, bits=4, group_size=100, gated=True) == 256 * (3 * 104 // 2 + 9) + 1200
+
+
+@pytest.mark.skipif("cpu-native" not in PACKERS, reason="the native extension is not built")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_native_products_stay_within_the_planned_workspace(dtype: str) -> None:
+    """The scratch memory of the kernels only grows: it is the most that any product took."""
+    native = NativeOps(instruction_sets()[0], 1)
+    kind, planned = getattr(torch, dtype), [0, 0]
+    for K, group, bits, gated in ((4100, 4100, 8, False), (3000, 40, 4, True), (2048, 128, 4, False), (70, 70, 8, True)):
+        weight = random_weight(130, K, bits=bits, group_size=group, asymmetric=True)
+        for activation in ("int8", "bf16"):
+            packed = native.pack(weight, dtype=kind, gated=gated, activation=activation)
+            for rows in (1, 17, 600):
+                native.matmul(torch.randn(rows, K).to(kind), packed)
+                parts = native_workspace_bytes(rows, K, group, rounded=activation == "int8")
+                planned = [max(pair) for pair in zip(planned, parts, strict=True)]
+    assert 0 < native.machine.scratch_bytes <= sum(planned)
+
+
+def test_slabs() -> None:
+    assert slab_rows(2048, 2) == 1024 and slab_rows(100_000, 4) == 64
+
+
+def test_head_bits() -> None:
+    choices = [(c, o, d) for c in ("auto", "model") for o in ("cpu", "cpu-native", "reference") for d in ("bfloat16", "float32")]
+    found = {one: head_bits(one[0], ops=one[1], dtype=one[2]) for one in choices}
+    assert [one for one, bits in found.items() if bits is not None] == [("auto", "cpu-native", "bfloat16")]
+    assert found["auto", "cpu-native", "bfloat16"] == 8
+    assert head_bits("int4", ops="cpu", dtype="float32") == 4 and head_bits("int8", ops="reference", dtype="float16") == 8
+    with pytest.raises(InputError, match="--lm-head-dtype is 'int2': one of auto, int8, int4, model is needed"):
+        head_bits("int2", ops="cpu", dtype="bfloat16")
+
+
+def test_ops_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "torch")
+    assert (ops_name("cpu"), ops_name("cpu", reference=True), ops_name("cuda")) == ("cpu", "reference", "reference")
+    monkeypatch.delenv("APPLIANCE_CPU_ISA")
+    assert ops_name("cpu") == ("cpu" if backend.native() is None else "cpu-native")

@@ -12,9 +12,12 @@ import pytest
 
 from appliance.config import EngineConfig
 from appliance.memory.planner import DeviceInfo, MemoryPlan, PlanError, make_plan
+from kernels.cpu import backend
 from models.spec import ModelSpec
 from quant.errors import CheckpointError, InputError
 from quant.headers import CheckpointIndex
+from tests.models.test_loader import act_order_checkpoint, write_dense
+from tests.tiny_model import make_checkpoint
 
 GIB = 1 << 30
 CPU = DeviceInfo("cpu", "some CPU", 24 * GIB, 22 * GIB)
@@ -59,26 +62,88 @@ def awq_checkpoint(directory: Path, config: dict[str, Any], group: int = 128) ->
     return write_headers(directory, tensors, config)
 
 
-@pytest.mark.realdata
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
-@pytest.mark.parametrize("name", QUANTIZED)
-def test_what_is_planned_is_what_the_loader_holds(shared_data: Path, name: str, dtype: str) -> None:
+BACKENDS = [pytest.param(name, id=name) for name in ("torch", "reference", "native")]
+
+
+@pytest.fixture(params=BACKENDS)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which operators a plan is for, and a loader will use."""
+    if request.param == "native":
+        if backend.native() is None:
+            pytest.skip("the native extension is not built")
+        monkeypatch.delenv("APPLIANCE_CPU_ISA", raising=False)
+    else:
+        monkeypatch.setenv("APPLIANCE_CPU_ISA", "torch")
+    return request.param
+
+
+@pytest.fixture
+def torch_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "torch")
+
+
+def compare(directory: Path, kind: str, **options: Any) -> MemoryPlan:
+    """Plan and load with the same options, and hold the bytes against each other."""
     import torch
 
     from kernels.ops import get_ops
     from models.loader import load_model
     from quant.checkpoint import Checkpoint
 
-    directory = shared_data / "quantized" / name
-    plan = make_plan(directory, EngineConfig(dtype=dtype, max_model_len=300), CPU)
-    checkpoint = Checkpoint.open(directory)
-    spec = ModelSpec.from_config(checkpoint.config)
-    decoder = load_model(checkpoint, spec, get_ops("cpu"), dtype=getattr(torch, plan.dtype), max_len=plan.max_model_len)
+    config = EngineConfig(max_model_len=60, reference_ops=kind == "reference", **options)
+    plan = make_plan(directory, config, CPU)
+    with Checkpoint.open(directory) as checkpoint:
+        spec, ops = ModelSpec.from_config(checkpoint.config), get_ops("cpu", reference=kind == "reference", threads=1)
+        decoder = load_model(
+            checkpoint,
+            spec,
+            ops,
+            dtype=getattr(torch, plan.dtype),
+            max_len=plan.max_model_len,
+            lm_head_dtype=config.lm_head_dtype,
+            activation=config.activation_dtype,
+        )
     assert plan.weight_bytes + plan.scratch["positions"] == decoder.nbytes
+    return plan
 
 
 @pytest.mark.realdata
-def test_a_tied_head_is_counted_once(shared_data: Path) -> None:
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_what_is_planned_is_what_the_loader_holds(shared_data: Path, name: str, dtype: str, kind: str) -> None:
+    compare(shared_data / "quantized" / name, kind, dtype=dtype)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("choice", ["auto", "int8", "int4", "model"])
+def test_every_head_is_planned_as_it_is_loaded(tmp_path: Path, choice: str, tied: bool, kind: str) -> None:
+    directory = write_dense(tmp_path, tie_word_embeddings=tied, vocab_size=70, torch_dtype="bfloat16")
+    plan = compare(directory, kind, lm_head_dtype=choice)
+    stored = {"auto": "int8" if kind == "native" else "bfloat16", "model": "bfloat16"}.get(choice, choice)
+    shared = tied and (stored != "bfloat16" if kind == "native" else stored == "bfloat16")
+    assert plan.head == stored + (", shared with the embedding" if shared else "")
+    assert (plan.weights["head"] == 0) == shared
+    assert f"head in {plan.head}" in plan.table() and plan.to_dict()["lm_head"] == plan.head
+
+
+def test_scales_are_counted_in_their_own_dtype(tmp_path: Path, kind: str) -> None:
+    """Every scale of the file in float32: of AWQ they are kept so; of GPTQ they are cast to the model's dtype when read."""
+    from safetensors.torch import load_file, save_file
+
+    awq = make_checkpoint(tmp_path / "awq", tokenizer=False)
+    for directory in (awq, act_order_checkpoint(tmp_path / "gptq", shared=True)):
+        file = directory / "model.safetensors"
+        tensors = {n: t for n, t in load_file(file).items() if not n.endswith(".g_idx")}  # every module its own order: none
+        save_file({n: t.float() if n.endswith(".scales") else t for n, t in tensors.items()}, file)
+        for published in ("float16", "float32"):
+            settings = json.loads((directory / "config.json").read_text())
+            settings["quantization_config"].pop("desc_act", None)
+            (directory / "config.json").write_text(json.dumps({**settings, "torch_dtype": published}))
+            compare(directory, kind, dtype="bfloat16", lm_head_dtype="model")
+
+
+@pytest.mark.realdata
+def test_a_tied_head_is_counted_once(shared_data: Path, torch_ops: None) -> None:
     plan = make_plan(shared_data / "models" / "TinyStories-656K", EngineConfig(), CPU)
     assert plan.weights["head"] == 0 and plan.weights["embedding"] == 2048 * 128 * 4  # published in float32
 
@@ -88,7 +153,7 @@ def test_a_tied_head_is_counted_once(shared_data: Path) -> None:
     ("config", "published_gib"),  # of the 4-bit AWQ versions on the hub, group 128
     [("meta-llama--Meta-Llama-3.1-8B_config.json", 5.34), ("meta-llama--Meta-Llama-3.1-70B_config.json", 37.0)],
 )
-def test_large_awq_models(shared_data: Path, tmp_path: Path, config: str, published_gib: float) -> None:
+def test_large_awq_models(shared_data: Path, tmp_path: Path, torch_ops: None, config: str, published_gib: float) -> None:
     directory = awq_checkpoint(tmp_path, json.loads((shared_data / "configs" / config).read_text()))
     published = CheckpointIndex.open(directory).total_bytes
     assert published / GIB == pytest.approx(published_gib, rel=0.01)
@@ -121,12 +186,12 @@ def small(tmp_path: Path) -> Path:
     return write_headers(tmp_path, tensors, config)
 
 
-def test_a_dense_model_takes_what_its_files_take(small: Path) -> None:
+def test_a_dense_model_takes_what_its_files_take(small: Path, torch_ops: None) -> None:
     plan = plan_of(small)
     assert plan.weight_bytes == CheckpointIndex.open(small).total_bytes
     assert plan.weights["mlp"] == 3 * 3 * 256 * 512 * 2 and plan.weights["norms"] == 7 * 256 * 2
     assert plan.max_model_len == 1024 and plan.num_blocks == 256 * 64
-    assert plan.scratch["dequantization"] == 0
+    assert plan.scratch["products"] == 0
     assert plan.quantization == "none"
     wide = plan_of(small, dtype="float")
     assert wide.weight_bytes == 2 * plan.weight_bytes and wide.kv.block_bytes == 2 * plan.kv.block_bytes
@@ -148,6 +213,10 @@ def test_bad_input_is_named(small: Path) -> None:
         plan_of(small, max_model_len=2048)
     with pytest.raises(InputError, match="--block-size is 12"):
         plan_of(small, block_size=12)
+    with pytest.raises(InputError, match="--activation-dtype is 'fp8': one of auto, int8, bf16 is needed"):
+        plan_of(small, activation_dtype="fp8")
+    with pytest.raises(InputError, match="--lm-head-dtype is '8': one of auto, int8, int4, model is needed"):
+        plan_of(small, lm_head_dtype="8")
     with pytest.raises(InputError, match="'awq' was stated, but the checkpoint is 'none'"):
         plan_of(small, quantization="awq")
     with pytest.raises(InputError, match="--device 'tpu' is not known"):

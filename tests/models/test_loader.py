@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kernels.cpu import backend
 from kernels.ops import get_ops
 from models.decoder import Decoder
 from models.loader import load_model
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError
+from quant.rows import quantize_rows
 from tests.models.test_against_transformers import feed
 from tests.tiny_model import make_checkpoint
 
@@ -57,7 +59,10 @@ def logits(decoder: Decoder) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight", "both"])
-def test_a_tied_table_is_found_under_either_name_and_kept_once(tmp_path: Path, stored: str) -> None:
+def test_a_tied_table_is_found_under_either_name_and_kept_once(
+    tmp_path: Path, stored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "torch")
     tensors = dense_tensors({**DENSE, "tie_word_embeddings": True})
     expected = logits(load(write_dense(tmp_path / "plain", tensors, tie_word_embeddings=True)))
     table = tensors.pop("model.embed_tokens.weight")
@@ -75,6 +80,33 @@ def test_a_tied_model_with_two_different_tables_uses_both(tmp_path: Path, caplog
     found = logits(load(write_dense(tmp_path / "tied", tensors, tie_word_embeddings=True)))
     assert torch.equal(found, expected)
     assert "they differ: using both" in caplog.text
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["reference", "torch", "native"])
+def test_an_unquantized_head_is_quantized_when_asked(
+    tmp_path: Path, tied: bool, bits: int, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The logits are those of a head that was quantized before; native kernels look the embedding up in it too."""
+    if kind == "native" and backend.native() is None:
+        pytest.skip("the native extension is not built")
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "auto" if kind == "native" else "torch")
+    caplog.set_level("INFO")
+    tensors = dense_tensors({**DENSE, "tie_word_embeddings": tied})
+    table = tensors["model.embed_tokens.weight"]
+    changed = quantize_rows(table if tied else tensors["lm_head.weight"], bits).dequantize()
+    expected = {**tensors, "lm_head.weight": changed}
+    if tied and kind == "native":
+        expected["model.embed_tokens.weight"] = changed
+    folder = write_dense(tmp_path / "dense", tensors, tie_word_embeddings=tied)
+    decoder = load(folder, reference=kind == "reference", lm_head_dtype=f"int{bits}")
+    found = logits(decoder)
+    assert (found - logits(load(write_dense(tmp_path / "changed", expected), reference=True))).abs().max() < 1e-2
+    assert (found - logits(load(folder, reference=True))).abs().max() > 1e-3
+    shared = tied and kind == "native"
+    assert decoder.tied == shared == (decoder.head is decoder.embedding) == (not isinstance(decoder.embedding, torch.Tensor))
+    assert (f"the head is stored in int{bits}; the embedding it is tied to stays" in caplog.text) == (tied and not shared)
 
 
 @pytest.mark.parametrize(

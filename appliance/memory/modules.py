@@ -1,0 +1,154 @@
+"""The weights of a model as they will lie in memory, joined and laid out by the loader's rules. Headers only, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from appliance.config import EngineConfig
+from appliance.memory.devices import cpu_threads
+from appliance.memory.settings import ITEM_SIZE, resolve_dtype
+from kernels import layout
+from models.spec import ModelSpec, ModuleShape
+from quant.rules import DENSE, ROWS, WeightScheme
+from quant.scheme import QuantScheme
+
+NATIVE = "cpu-native"
+SLOTS = {
+    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv",
+    "gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machinery:
+    """What computes: it decides how weights are laid out and what a product needs."""
+
+    ops: str  # name of the Ops, see kernels.layout
+    dtype: str  # of activations
+    head_bits: int | None  # of a head that the checkpoint has not quantized, see kernels.layout.head_bits
+    activation: str = "auto"  # --activation-dtype
+    threads: int = 1
+
+    @classmethod
+    def choose(cls, config: EngineConfig, published: str, device: str) -> Machinery:
+        """For a checkpoint ``published`` in that dtype. Raises InputError for options that do not exist."""
+        ops, dtype = layout.ops_name(device, reference=config.reference_ops), resolve_dtype(config.dtype, published, device)
+        return cls(
+            ops=ops,
+            dtype=dtype,
+            head_bits=layout.head_bits(config.lm_head_dtype, ops=ops, dtype=dtype),
+            activation=config.activation_dtype,
+            threads=cpu_threads(config.threads),
+        )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One weight as the loader makes it of the published ones."""
+
+    module: ModuleShape
+    stored: WeightScheme
+    scale_bytes: int
+    gated: bool = False
+
+    @property
+    def kind(self) -> str:
+        """As in kernels.layout.weight_nbytes."""
+        if not self.stored.quantized:
+            return "dense"
+        return "fp8" if self.stored.layout in ("float-quantized", "fp8-block") else "int"
+
+    @property
+    def group_size(self) -> int:
+        stored = self.stored
+        return stored.block[1] if stored.block else self.module.K if stored.group_size == -1 else stored.group_size
+
+    def nbytes(self, machinery: Machinery) -> int:
+        """Bytes of what ``Ops.pack`` makes of it."""
+        module, stored, ops, dtype = self.module, self.stored, machinery.ops, machinery.dtype
+        packed = layout.weight_nbytes(
+            ops=ops,
+            dtype=dtype,
+            kind=self.kind,
+            bits=4 if stored.bits <= 4 else 8,  # 2 and 3 bits widen to 4, 5 to 7 bits to 8
+            N=module.N,
+            K=module.K,
+            group_size=self.group_size,
+            asymmetric=not stored.symmetric,
+            act_order=stored.act_order,
+            scale_bytes=self.scale_bytes,
+            activation=stored.activation,
+            gated=self.gated,
+        )
+        return packed + (layout.bias_nbytes(ops=ops, dtype=dtype, N=module.N, gated=self.gated) if module.bias else 0)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Embedding and head. What they share counts as embedding."""
+
+    head: Loaded
+    embedding_bytes: int
+    head_bytes: int
+    words: str  # what the head is stored as
+
+
+def layer_weights(spec: ModelSpec, scheme: QuantScheme) -> Iterator[Loaded]:
+    """The weights of the decoder layers.
+
+    q, k and v, and gate and up, become one weight where they are stored alike; the order of an act-order down_proj moves into
+    gate and up.
+    """
+    layers = (module for module in spec.modules() if module.part in ("attention", "mlp"))
+    for (_, slot), run in groupby(layers, key=_slot):
+        parts = [loaded(module, spec, scheme) for module in run]
+        if slot in ("qkv", "gate_up") and len({(part.stored, part.scale_bytes) for part in parts}) == 1:
+            module = replace(parts[0].module, N=sum(part.module.N for part in parts))
+            yield replace(parts[0], module=module, gated=slot == "gate_up")
+        elif slot == "down_proj":
+            yield from (replace(part, stored=replace(part.stored, act_order=False)) for part in parts)
+        else:
+            yield from parts
+
+
+def _slot(module: ModuleShape) -> tuple[str, str]:
+    """Modules of one parent and one slot can be joined (Phi-3 publishes them joined)."""
+    parent, _, name = module.name.rpartition(".")
+    return parent, SLOTS.get(name, name)
+
+
+def loaded(module: ModuleShape, spec: ModelSpec, scheme: QuantScheme) -> Loaded:
+    """A module by itself. Scales are of the size the header says; GPTQ's are cast to a 16-bit model's dtype when read."""
+    stored, size = scheme.for_module(module.name), 2
+    if scheme.index is not None and (stored.layout != "gptq" or spec.dtype == "float32"):
+        found = (scheme.index.tensors.get(f"{module.name}.{n}") for n in ("scales", "weight_scale", "weight_scale_inv"))
+        size = next((4 if info.dtype == "F32" else 2 for info in found if info is not None), 2)
+    return Loaded(module, stored, size)
+
+
+def ends(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Ends:
+    """Embedding and head by the loader's rules.
+
+    A published quantized head stays as it is and is not the embedding. Native kernels look rows up in a head that was quantized
+    while loading, so that a tied embedding needs no other copy; elsewhere the table stays, and serves as the head as it is.
+    """
+    module, bits, dtype = ModuleShape("lm_head", spec.vocab, spec.hidden, "head", False), machinery.head_bits, machinery.dtype
+    head = loaded(module, spec, scheme) if _has_head(spec, scheme) else Loaded(module, DENSE, 2)
+    tied = spec.tie_embeddings and not head.stored.quantized
+    words = dtype if bits is None else f"int{bits}"
+    if head.stored.quantized:
+        words = f"{head.stored.bits} bits as published"
+    elif bits is not None:
+        head = Loaded(module, ROWS[bits], 4 if bits == 8 else 2)
+    table, packed = spec.vocab * spec.hidden * ITEM_SIZE[dtype], head.nbytes(machinery)
+    if tied and (machinery.ops == NATIVE) == (bits is not None):
+        return Ends(head, packed, 0, f"{words}, shared with the embedding")
+    return Ends(head, table, packed, words)
+
+
+def _has_head(spec: ModelSpec, scheme: QuantScheme) -> bool:
+    """Whether there is a head beside the embedding: a tied model has one where its checkpoint has quantized tensors for it."""
+    names = scheme.index.tensors if scheme.index is not None else {}
+    return not spec.tie_embeddings or any(name.startswith("lm_head.") and name != "lm_head.weight" for name in names)
