@@ -51,10 +51,11 @@ class Runner:
 
     def _sample(self, chunks: Sequence[Chunk], hidden: Tensor, starts: Sequence[int]) -> tuple[Sampled | None, ...]:
         out: list[Sampled | None] = [None] * len(chunks)
+        argmax = self.decoder.ops.argmax
         rows = [i for i, c in enumerate(chunks) if c.samples]
         for part in (rows[i : i + LOGIT_ROWS] for i in range(0, len(rows), LOGIT_ROWS)):
             logits = self.decoder.logits(hidden[[starts[i + 1] - 1 for i in part]])
-            for i, one in zip(part, sample(logits, [chunks[i].request for i in part]), strict=True):
+            for i, one in zip(part, sample(logits, [chunks[i].request for i in part], argmax=argmax), strict=True):
                 out[i] = one
         return tuple(out)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,21 +27,30 @@ class Sampled:
     error: str | None = None
 
 
-def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled]:
+ArgMax = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def torch_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(values [R], ids int64 [R]) of the largest of each row: the first of equal ones, and NaN before all."""
+    values, ids = logits.max(dim=-1)
+    return values, ids
+
+
+def sample(logits: Tensor, requests: Sequence[Request], *, argmax: ArgMax = torch_argmax) -> list[Sampled]:
     """Draw the next token of each request from its row of ``logits``, float32 [R, V], which is overwritten.
 
     Log-probabilities are those of the model, before masks, penalties and temperature (vLLM's ``raw_logprobs``). A random draw
     depends on the row, the request's seed and its number of tokens, and on nothing else. Among equal logits greedy takes the
-    lowest id. Workspace: a few vectors of V, whatever R is.
+    lowest id. Workspace: a few vectors of V, whatever R is. ``argmax`` is the device's (``Ops.argmax``).
     """
-    best = logits.amax(dim=-1).tolist()
     easy = [_is_plain_greedy(r) for r in requests]
-    picks = logits.argmax(dim=-1).tolist() if all(easy) else None
+    found = argmax(logits) if any(easy) else (logits.amax(dim=-1),)  # the values alone are quicker to find
+    best, picks = found[0].tolist(), found[-1].tolist()
     out = []
     for i, request in enumerate(requests):
         if math.isnan(best[i]) or best[i] == math.inf:
             out.append(Sampled(-1, error="the model produced logits that are not finite numbers"))
-        elif picks is not None and best[i] > -math.inf:
+        elif easy[i] and best[i] > -math.inf:
             out.append(Sampled(picks[i]))
         else:
             out.append(_sample_row(logits[i], request))
