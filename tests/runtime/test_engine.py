@@ -15,7 +15,9 @@ from appliance.core.params import RequestError, SamplingParams
 from appliance.core.scheduler import StepPlan
 from appliance.runtime.engine import MAX_FAILURES, Engine
 from appliance.runtime.runner import StepResult
+from kernels.cpu import backend
 from models.decoder import Decoder
+from quant.errors import InputError
 from tests.runtime.conftest import answers, finish, submit
 
 Load = Callable[..., Engine]
@@ -74,6 +76,40 @@ def test_native_operators_agree_with_reference(load: Load, alone: dict) -> None:
     """Same tokens from the CPU operators in float32: their rounding differs, so a rare near-tie may turn over."""
     found = answers(load(reference_ops=False), mixed(1))
     assert sum(found[key] == alone[key] for key in alone) >= len(alone) - 1
+
+
+@pytest.mark.parametrize("kind", ["reference", "torch", "native"])
+def test_the_engine_says_what_computes(
+    load: Load, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind == "native" and backend.native() is None:
+        pytest.skip("the native extension is not built")
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "torch" if kind == "torch" else "auto")
+    caplog.set_level("INFO")
+    threads = torch.get_num_threads()
+    try:
+        engine = load(reference_ops=kind == "reference", dtype="bfloat16", threads=2)
+        assert torch.get_num_threads() == (1 if kind == "native" else 2)
+    finally:
+        torch.set_num_threads(threads)
+    kernels = backend.name() if kind == "native" else kind
+    head = "int8" if kind == "native" else "bfloat16"
+    assert (engine.info.kernels, engine.info.plan["lm_head"]) == (kernels, head)
+    assert f"{kernels} kernels, activations in bfloat16, head in {head}" in caplog.text
+    assert answers(engine, [submit("one", [3, 4, 5])])
+
+
+@pytest.mark.parametrize("option", ["lm_head_dtype", "activation_dtype"])
+def test_an_unknown_storage_type_is_refused(load: Load, option: str) -> None:
+    with pytest.raises(InputError, match=f"--{option.replace('_', '-')} is 'int3': one of auto, "):
+        load(**{option: "int3"})
+
+
+@pytest.mark.parametrize("choice", ["int8", "int4"])
+def test_answers_with_a_quantized_head(load: Load, choice: str) -> None:
+    """Both operators multiply with the same codes."""
+    found = [answers(load(lm_head_dtype=choice, reference_ops=reference), mixed(1)) for reference in (True, False)]
+    assert sum(found[0][key] == found[1][key] for key in found[0]) >= len(found[0]) - 1
 
 
 def test_n_answers_differ_and_repeat(load: Load) -> None:

@@ -156,6 +156,24 @@ def test_greedy_takes_the_lowest_of_equal_logits():
     assert greedy([0.0, 3.0, 3.0, 1.0], logprobs=1) == 1
 
 
+def test_greedy_rows_take_the_given_argmax_in_one_call():
+    logits = torch.tensor([[0.0, 2.0, 2.0], [1.0, math.nan, 0.0], [-INF, -INF, -INF], [3.0, 1.0, 2.0], [0.0, INF, 1.0]])
+    seen = []
+
+    def argmax(rows):
+        seen.append(rows.clone())
+        return sampler.torch_argmax(rows)
+
+    requests = [make(temperature=0.0) for _ in range(5)]
+    requests[3] = make(temperature=0.0, logit_bias={2: 5.0})  # drawn by itself, from changed logits
+    expected = [s.token for s in sample(logits.clone(), requests)]
+    found = sample(logits.clone(), requests, argmax=argmax)
+    assert [s.token for s in found] == expected == [1, -1, -1, 2, -1]
+    assert len(seen) == 1 and torch.equal(seen[0].nan_to_num(9.0), logits.nan_to_num(9.0))
+    sample(random_logits(2, 5), [make(seed=1), make(seed=2)], argmax=argmax)
+    assert len(seen) == 1, "rows that are drawn need the largest value only"
+
+
 def test_penalties_by_the_published_formulas():
     row = random_logits(1, 50, 7)
     prompt, output = [3, 4, 3], [4, 5, 5, 6]
