@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from appliance.core.door import hash_u64
 from appliance.core.messages import TokenLogprob
 from appliance.core.request import Request
 from appliance.runtime.penalties import adjust, touches_logits
+from kernels import reference
+from kernels.ops import ArgMax
 
 _BLOCK = 128  # probabilities summed together, so that a draw needs no cumulative sum over the whole vocabulary
 
@@ -27,16 +29,7 @@ class Sampled:
     error: str | None = None
 
 
-ArgMax = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def torch_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(values [R], ids int64 [R]) of the largest of each row: the first of equal ones, and NaN before all."""
-    values, ids = logits.max(dim=-1)
-    return values, ids
-
-
-def sample(logits: Tensor, requests: Sequence[Request], *, argmax: ArgMax = torch_argmax) -> list[Sampled]:
+def sample(logits: Tensor, requests: Sequence[Request], *, argmax: ArgMax = reference.argmax) -> list[Sampled]:
     """Draw the next token of each request from its row of ``logits``, float32 [R, V], which is overwritten.
 
     Log-probabilities are those of the model, before masks, penalties and temperature (vLLM's ``raw_logprobs``). A random draw

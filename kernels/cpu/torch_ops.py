@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels import reference
 from kernels.cpu import weights
 from kernels.cpu.paged_attention import PagedAttention
 from kernels.ops import KVCache, Norm, Ops, PagedBatch, Weight
@@ -68,11 +69,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    values, ids = logits.max(dim=-1)
-    return values, ids
-
-
 def make_ops(device: torch.device) -> Ops:
     """A CPU's Ops. One engine uses them at a time: attention remembers the step it is in."""
     return Ops(
@@ -85,5 +81,5 @@ def make_ops(device: torch.device) -> Ops:
         rope_store=rope_store,
         attention=PagedAttention(),
         silu_mul=weights.silu_mul,
-        argmax=argmax,
+        argmax=reference.argmax,
     )

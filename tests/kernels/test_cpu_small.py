@@ -75,14 +75,6 @@ def test_rows_of_a_weight_of_others_are_refused(module: object) -> None:
         module.embedding(torch.tensor([1]), packed, torch.float32)  # type: ignore[attr-defined]
 
 
-def test_argmax() -> None:
-    nan, inf = float("nan"), float("inf")
-    special = torch.tensor([[1.0, 3.0, 3.0, 2.0], [-inf, -inf, -inf, -inf], [1.0, nan, inf, nan]])
-    for rows in (special, torch.randn(5, 1001).mul(3).round()):  # the latter with many equal ones
-        for found, expected in zip(torch_ops.argmax(rows), reference.argmax(rows), strict=True):
-            assert found.dtype == expected.dtype and torch.equal(found.nan_to_num(9.0), expected.nan_to_num(9.0))
-
-
 def test_get_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APPLIANCE_CPU_ISA", "torch")
     assert get_ops("cpu").name == "cpu"

@@ -14,6 +14,7 @@ from appliance.core.params import SamplingParams
 from appliance.core.request import Request
 from appliance.runtime import sampler
 from appliance.runtime.sampler import sample, token_logprobs
+from kernels import reference
 
 INF = math.inf
 
@@ -162,7 +163,7 @@ def test_greedy_rows_take_the_given_argmax_in_one_call():
 
     def argmax(rows):
         seen.append(rows.clone())
-        return sampler.torch_argmax(rows)
+        return reference.argmax(rows)
 
     requests = [make(temperature=0.0) for _ in range(5)]
     requests[3] = make(temperature=0.0, logit_bias={2: 5.0})  # drawn by itself, from changed logits
