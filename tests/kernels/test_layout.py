@@ -101,10 +101,10 @@ def test_native_products_stay_within_the_planned_workspace(isa: str, dtype: str)
     native = NativeOps(isa, 1)
     kind, planned = getattr(torch, dtype), [0, 0]
     for K, group, bits, gated in ((4100, 4100, 8, False), (3000, 40, 4, True), (2048, 128, 4, False), (70, 70, 8, True)):
-        weight = random_weight(130, K, bits=bits, group_size=group, asymmetric=True)
+        weight = random_weight(2, K, bits=bits, group_size=group, asymmetric=True)
         for activation in ("int8", "bf16"):
             packed = native.pack(weight, dtype=kind, gated=gated, activation=activation)
-            for rows in (1, 17, 600):
+            for rows in (1, 17, 520):
                 native.matmul(torch.randn(rows, K).to(kind), packed)
                 parts = native_workspace_bytes(rows, K, group, rounded=activation == "int8")
                 planned = [max(pair) for pair in zip(planned, parts, strict=True)]
