@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -74,20 +74,27 @@ INLINE I round_to_int(F a) {
 }
 
 INLINE float reduce_add(F a) {
-    float lanes[16], s = 0;
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)a.v[0]);
+#else
+    float lanes[16];
     store(lanes, a);
     for (int n = 8; n > 0; n /= 2)
         for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
-    s = lanes[0];
-    return s;
+    return lanes[0];
+#endif
 }
 
 INLINE float reduce_max(F a) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)a.v[0]);
+#else
     float lanes[16];
     store(lanes, a);
     for (int n = 8; n > 0; n /= 2)
         for (int i = 0; i < n; ++i) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
     return lanes[0];
+#endif
 }
 
 INLINE int32_t reduce_add(I a) {

@@ -1,0 +1,353 @@
+// Attention over the paged cache, without a contiguous copy of it: softmax online over chunks of 64 keys (Dao et al. 2022).
+//
+// An item of work is a tile of queries (tokens by the query heads that share a key head) against a range of keys of one key head.
+// A chunk of keys is transposed, and its values widened, into the cache of the core; both products are then those of tiles.h.
+// Long ranges are cut into several items, whose results are merged: so few long sequences occupy all threads.
+#pragma once
+#include "matmul.h"
+#include "transpose.h"
+
+namespace appliance {
+namespace ISA {
+
+constexpr int64_t kKeys = 64;        // in a chunk: a panel's width
+constexpr int64_t kTile = 48;        // rows (tokens by heads) of an item, where the heads allow it
+constexpr int64_t kLeastKeys = 256;  // an item is not made shorter than this
+
+struct Work {  // one tile of one sequence, for every key head
+    int64_t sequence, row, tokens;     // row: the tile's first in q
+    int64_t position;                  // of its first token
+    int64_t first, last;               // keys any of its rows sees: first (a multiple of kKeys) .. last - 1
+    int64_t splits, item, partial;     // parts of the keys; number of the first item; floats before its partial results
+};
+
+struct Attention {
+    const AttentionArgs* a;
+    Work* works;
+    int64_t count, items, group, rows;  // rows: most of an item
+    int64_t panels;                     // of 64 features
+    float* partials;
+    bool pairs;                         // bfloat16 by pairs, else float32
+
+    // Floats of an item's result: for each row its maximum and sum, then the features by panels.
+    INLINE int64_t partial_size() const { return rows * (2 + panels * kPanel); }
+};
+
+// A thread's memory.
+struct Tile {
+    float* queries;  // [rows][dim], or pairs of bfloat16
+    float* keys;     // [dim][64], or [dim / 2][64][2]
+    float* values;   // [panels][64 keys][64], or [panels][32][64][2]
+    float* scores;   // [rows][64]
+    float* shares;   // the same after the softmax, in what the product takes
+    float* out;      // [panels][rows][64]
+    float* most;     // [rows]
+    float* sums;     // [rows][16]: sixteen partial sums each
+
+    static INLINE int64_t floats(int64_t rows, int64_t dim, int64_t panels) {
+        return (rows + kKeys) * (dim + 16) + panels * kPanel * (kKeys + rows) + rows * (2 * kKeys + 32) + 256;
+    }
+    INLINE Tile(float* p, int64_t rows, int64_t dim, int64_t panels) {
+        const int64_t width = (dim + 15) / 16 * 16;
+        queries = p;
+        keys = queries + rows * width;
+        values = keys + width * kKeys;
+        scores = values + panels * kKeys * kPanel;
+        shares = scores + rows * kKeys;
+        out = shares + rows * kKeys;
+        sums = out + panels * rows * kPanel;
+        most = sums + rows * 16;
+    }
+};
+
+// Where the keys base .. base + 63 of a sequence lie: their numbers as items [slot][head] of the cache. Returns how many exist.
+INLINE int64_t locate(const AttentionArgs& a, int64_t sequence, int64_t base, int64_t last, int64_t head, int64_t* items) {
+    const int32_t* table = a.tables + sequence * a.width;
+    const int64_t size = a.cache.block_size, n = last - base < kKeys ? last - base : kKeys;
+    int64_t block = base / size, offset = base % size;
+    for (int64_t i = 0; i < n; ++i) {
+        items[i] = (table[block] * size + offset) * a.cache.heads + head;
+        if (++offset == size) {
+            offset = 0;
+            ++block;
+        }
+    }
+    return n;
+}
+
+INLINE void prefetch_items(const Cache& c, const int64_t* items, int64_t n) {
+    const int64_t bytes = c.dim * item_size(c.type);
+    for (int64_t i = 0; i < n; ++i) {
+        prefetch(static_cast<const uint8_t*>(c.k) + items[i] * bytes, bytes);
+        prefetch(static_cast<const uint8_t*>(c.v) + items[i] * bytes, bytes);
+    }
+}
+
+template <Type C> INLINE F load_feature(const void* data, const float* scales, int64_t item, int64_t dim, int64_t d) {
+    const F x = load_some<C>(static_cast<const typename As<C>::Item*>(data) + item * dim + d, dim - d);
+    return C == Type::i8 ? x * splat(scales[item]) : x;
+}
+
+// Keys to [dim][64] and values to [panels][64][64] in float32; what is not there is 0.
+template <Type C> INLINE void widen_chunk(const Cache& c, const int64_t* items, int64_t n, int64_t panels, const Tile& t) {
+    for (int64_t d = 0; d < c.dim; d += 16)
+        for (int64_t key = 0; key < kKeys; key += 16) {
+            I rows[16];
+            for (int64_t i = 0; i < 16; ++i) rows[i] = key + i < n ? as_int(load_feature<C>(c.k, c.k_scale, items[key + i], c.dim, d)) : isplat(0);
+            transpose(rows, t.keys + d * kKeys + key, kKeys * 4);
+        }
+    for (int64_t panel = 0; panel < panels; ++panel)
+        for (int64_t key = 0; key < kKeys; ++key)
+            for (int64_t d = 0; d < kPanel; d += 16) {
+                const bool there = key < n && panel * kPanel + d < c.dim;
+                store(t.values + (panel * kKeys + key) * kPanel + d, there ? load_feature<C>(c.v, c.v_scale, items[key], c.dim, panel * kPanel + d) : splat(0));
+            }
+}
+
+// The same in pairs of bfloat16: [dim / 2][64][2] and [panels][32][64][2]. `dim` is even.
+INLINE void pair_chunk(const Cache& c, const int64_t* items, int64_t n, int64_t panels, const Tile& t) {
+    const uint16_t *k = static_cast<const uint16_t*>(c.k), *v = static_cast<const uint16_t*>(c.v);
+    for (int64_t d = 0; d < c.dim; d += 32)
+        for (int64_t key = 0; key < kKeys; key += 16) {
+            I rows[16];
+            for (int64_t i = 0; i < 16; ++i) {
+                const uint16_t* from = k + items[key + i < n ? key + i : 0] * c.dim + d;
+                if (key + i >= n) rows[i] = isplat(0);
+                else if (d + 32 <= c.dim) rows[i] = iload(from);
+                else {
+                    alignas(64) uint16_t some[32] = {};
+                    std::memcpy(some, from, size_t(c.dim - d) * 2);
+                    rows[i] = iload(some);
+                }
+            }
+            transpose(rows, t.keys + d / 2 * kKeys + key, kKeys * 4);
+        }
+    const auto bits = [&](int64_t key, int64_t d) {
+        if (key >= n || d >= c.dim) return isplat(0);
+        const uint16_t* from = v + items[key] * c.dim + d;
+        if (d + 16 <= c.dim) return widen_u16(from);
+        uint16_t some[16] = {};
+        std::memcpy(some, from, size_t(c.dim - d) * 2);
+        return widen_u16(some);
+    };
+    for (int64_t panel = 0; panel < panels; ++panel)
+        for (int64_t key = 0; key < kKeys; key += 2)
+            for (int64_t d = 0; d < kPanel; d += 16)
+                istore(t.values + (panel * kKeys + key) / 2 * kPanel + d, bits(key, panel * kPanel + d) | (bits(key + 1, panel * kPanel + d) << 16));
+}
+
+// c [rows][64] += x [rows][inputs] times w [inputs][64].
+INLINE void multiply(bool pairs, const float* x, int64_t stride, const float* w, int64_t inputs, int64_t rows, float* c) {
+    each_tile(rows, [&](int64_t row, int64_t n) {
+        with_rows(n, [&](auto count) {
+            constexpr int R = decltype(count)::value;
+#if defined(__AVX512BF16__)
+            if (pairs) {
+                const uint16_t* two = reinterpret_cast<const uint16_t*>(x);
+                return pair_rows<R>(reinterpret_cast<const uint16_t*>(w), inputs, 0, 4, two + row * stride, stride, c + row * kPanel);
+            }
+#endif
+            (void)pairs;
+            fma_rows<R>(w, inputs, 0, 4, x + row * stride, stride, c + row * kPanel);
+        });
+    });
+}
+
+// One chunk's scores of one row to shares of the sum so far.
+INLINE void softmax_row(const Attention& at, const Tile& t, int64_t row, int64_t rows, int64_t base, int64_t low, int64_t high) {
+    const float* scores = t.scores + row * kKeys;
+    const F scale = splat(at.a->scale);
+    F s[4], top = splat(-INFINITY);
+    for (int v = 0; v < 4; ++v) s[v] = load(scores + 16 * v) * scale;
+    if (base < low || base + kKeys > high) {
+        alignas(64) static const int32_t kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        for (int v = 0; v < 4; ++v) {
+            const I key = iload(kCount) + isplat(int32_t(base + 16 * v));
+            const I seen = less(key, isplat(int32_t(high))) & less(isplat(int32_t(low) - 1), key);
+            s[v] = select(seen, s[v], splat(-INFINITY));
+        }
+    }
+    for (int v = 0; v < 4; ++v) top = max(s[v], top);
+    const float before = t.most[row], chunk = reduce_max(top), now = chunk > before ? chunk : before;
+    F sum = load(t.sums + row * 16);
+    if (now > before) {
+        const float shrink = before == -INFINITY ? 0.0f : std::exp(before - now);
+        t.most[row] = now;
+        sum = sum * splat(shrink);
+        for (int64_t panel = 0; panel < at.panels; ++panel)
+            for (int v = 0; v < 4; ++v) {
+                float* out = t.out + (panel * rows + row) * kPanel + 16 * v;
+                store(out, load(out) * splat(shrink));
+            }
+    }
+    const F most = splat(now == -INFINITY ? 0.0f : now);  // nothing seen yet: shares of exp(-infinity)
+    for (int v = 0; v < 4; ++v) {
+        const F share = exp(s[v] - most);
+        sum = sum + share;
+        if (at.pairs) As<Type::bf16>::store(reinterpret_cast<uint16_t*>(t.shares) + row * kKeys + 16 * v, share);
+        else store(t.shares + row * kKeys + 16 * v, share);
+    }
+    store(t.sums + row * 16, sum);
+}
+
+// Row r of the tile is token r / group, query head r % group of the key head's.
+template <Type T> INLINE void load_queries(const Attention& at, const Work& work, int64_t head, const Tile& t) {
+    using Item = typename As<T>::Item;
+    const AttentionArgs& a = *at.a;
+    const int64_t dim = a.cache.dim;
+    for (int64_t r = 0; r < work.tokens * at.group; ++r) {
+        const Item* q = static_cast<const Item*>(a.q) + (work.row + r / at.group) * a.q_stride + (head * at.group + r % at.group) * dim;
+        if (at.pairs) std::memcpy(reinterpret_cast<uint16_t*>(t.queries) + r * dim, q, size_t(dim) * 2);
+        else
+            for (int64_t d = 0; d < dim; d += 16) store_some<Type::f32>(t.queries + r * dim + d, load_some<T>(q + d, dim - d), dim - d);
+    }
+}
+
+template <Type T> INLINE void write_row(const Attention& at, const Work& work, int64_t head, int64_t r, const float* features, int64_t stride, float sum) {
+    using Item = typename As<T>::Item;
+    const int64_t dim = at.a->cache.dim;
+    Item* out = static_cast<Item*>(at.a->out) + ((work.row + r / at.group) * at.a->q_heads + head * at.group + r % at.group) * dim;
+    const F share = splat(1.0f / sum);
+    for (int64_t d = 0; d < dim; d += 16) store_some<T>(out + d, load(features + d / kPanel * stride + d % kPanel) * share, dim - d);
+}
+
+INLINE void attend(const Attention& at, const Work& work, int64_t head, int64_t split, float* memory) {
+    const AttentionArgs& a = *at.a;
+    const int64_t rows = work.tokens * at.group, dim = a.cache.dim;
+    const Tile t(memory, rows, dim, at.panels);
+    with_type(a.type, [&](auto tag) { load_queries<decltype(tag)::value>(at, work, head, t); });
+    zero(t.out, at.panels * rows * kPanel);
+    zero(t.sums, rows * 16);
+    for (int64_t r = 0; r < rows; ++r) t.most[r] = -INFINITY;
+    const int64_t chunks = (work.last - work.first + kKeys - 1) / kKeys;
+    const int64_t begin = work.first + chunks * split / work.splits * kKeys, stop = work.first + chunks * (split + 1) / work.splits * kKeys;
+    const int64_t end = stop < work.last ? stop : work.last;
+    int64_t here[kKeys], following[kKeys];
+    int64_t n = begin < end ? locate(a, work.sequence, begin, work.last, head, here) : 0;
+    for (int64_t base = begin; base < end; base += kKeys) {
+        const int64_t next = base + kKeys < end ? locate(a, work.sequence, base + kKeys, work.last, head, following) : 0;
+        prefetch_items(a.cache, following, next);
+        if (at.pairs) pair_chunk(a.cache, here, n, at.panels, t);
+        else if (a.cache.type == Type::f8) widen_chunk<Type::f8>(a.cache, here, n, at.panels, t);
+        else if (a.cache.type == Type::i8) widen_chunk<Type::i8>(a.cache, here, n, at.panels, t);
+        else with_type(a.cache.type, [&](auto tag) { widen_chunk<decltype(tag)::value>(a.cache, here, n, at.panels, t); });
+        zero(t.scores, rows * kKeys);
+        multiply(at.pairs, t.queries, dim, t.keys, dim, rows, t.scores);
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t position = work.position + r / at.group, low = a.window > 0 ? position - a.window + 1 : 0;
+            softmax_row(at, t, r, rows, base, low, position + 1);
+        }
+        for (int64_t panel = 0; panel < at.panels; ++panel) {
+            const float* values = t.values + panel * kKeys * kPanel / (at.pairs ? 2 : 1);
+            multiply(at.pairs, t.shares, kKeys, values, kKeys, rows, t.out + panel * rows * kPanel);
+        }
+        n = next;
+        std::memcpy(here, following, size_t(next) * sizeof here[0]);
+    }
+    float* partial = at.partials + work.partial + (head * work.splits + split) * at.partial_size();
+    for (int64_t r = 0; r < rows; ++r) {
+        const float sum = reduce_add(load(t.sums + r * 16));
+        if (work.splits == 1) {
+            with_type(a.type, [&](auto tag) { write_row<decltype(tag)::value>(at, work, head, r, t.out + r * kPanel, rows * kPanel, sum); });
+            continue;
+        }
+        float* to = partial + r * (2 + at.panels * kPanel);
+        to[0] = t.most[r];
+        to[1] = sum;
+        for (int64_t panel = 0; panel < at.panels; ++panel) std::memcpy(to + 2 + panel * kPanel, t.out + (panel * rows + r) * kPanel, kPanel * 4);
+    }
+}
+
+// The parts of a row's keys, weighted by their shares of the whole sum.
+INLINE void merge(const Attention& at, const Work& work, int64_t head, float* features) {
+    const int64_t width = at.panels * kPanel;
+    const float* partials = at.partials + work.partial + head * work.splits * at.partial_size();
+    for (int64_t r = 0; r < work.tokens * at.group; ++r) {
+        const auto part = [&](int64_t s) { return partials + s * at.partial_size() + r * (2 + width); };
+        float most = -INFINITY, sum = 0;
+        for (int64_t s = 0; s < work.splits; ++s) most = part(s)[0] > most ? part(s)[0] : most;
+        zero(features, width);
+        for (int64_t s = 0; s < work.splits; ++s) {
+            if (part(s)[0] == -INFINITY) continue;
+            const float share = std::exp(part(s)[0] - most);
+            sum += share * part(s)[1];
+            for (int64_t d = 0; d < width; d += 16) store(features + d, fma(load(part(s) + 2 + d), splat(share), load(features + d)));
+        }
+        with_type(at.a->type, [&](auto tag) { write_row<decltype(tag)::value>(at, work, head, r, features, kPanel, sum); });
+    }
+}
+
+// Tiles of all sequences, and how often the keys of each are cut. Returns the floats of partial results.
+INLINE int64_t plan(Attention& at, int threads, int64_t tokens_at_once) {
+    const AttentionArgs& a = *at.a;
+    int64_t all = 0, partials = 0;
+    at.count = at.items = 0;
+    for (int64_t s = 0; s < a.sequences; ++s) {
+        const int64_t begin = a.starts[s], queries = a.starts[s + 1] - begin;
+        for (int64_t i = 0; i < queries; i += tokens_at_once) {
+            const int64_t tokens = queries - i < tokens_at_once ? queries - i : tokens_at_once, position = a.lengths[s] - queries + i;
+            const int64_t low = a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+            at.works[at.count++] = {s, begin + i, tokens, position, low / kKeys * kKeys, position + tokens, 1, 0, 0};
+            all += position + tokens - low;
+        }
+    }
+    int64_t share = all * a.cache.heads / (int64_t(threads) * 4);
+    if (threads == 1 || share < kLeastKeys) share = threads == 1 ? all + 1 : kLeastKeys;
+    for (int64_t i = 0; i < at.count; ++i) {
+        Work& work = at.works[i];
+        const int64_t keys = work.last - work.first;
+        work.splits = (keys + share - 1) / share;
+        const int64_t chunks = (keys + kKeys - 1) / kKeys;
+        if (work.splits > chunks) work.splits = chunks;
+        work.item = at.items;
+        work.partial = partials;
+        at.items += a.cache.heads * work.splits;
+        if (work.splits > 1) partials += a.cache.heads * work.splits * at.partial_size();
+    }
+    return partials;
+}
+
+inline void attention(Pool& pool, const AttentionArgs& a) {
+    Attention at{};
+    at.a = &a;
+    at.group = a.q_heads / a.cache.heads;
+    at.panels = (a.cache.dim + kPanel - 1) / kPanel;
+#if defined(__AVX512BF16__)
+    at.pairs = a.type == Type::bf16 && a.cache.type == Type::bf16 && a.cache.dim % 2 == 0;
+#endif
+    const int64_t tokens_at_once = at.group >= kTile ? 1 : kTile / at.group;
+    int64_t most = 0;
+    for (int64_t s = 0; s < a.sequences; ++s) most += (a.starts[s + 1] - a.starts[s] + tokens_at_once - 1) / tokens_at_once;
+    at.rows = tokens_at_once * at.group;
+    // Twice: how much memory the partial results take is known once the works are.
+    const size_t list = size_t(most) * sizeof(Work) / 64 * 64 + 64;
+    at.works = reinterpret_cast<Work*>(pool.scratch(pool.size(), list));
+    const size_t partials = size_t(plan(at, pool.size(), tokens_at_once)) * 4;
+    uint8_t* shared = pool.scratch(pool.size(), list + partials);
+    if (reinterpret_cast<Work*>(shared) != at.works) {
+        at.works = reinterpret_cast<Work*>(shared);
+        plan(at, pool.size(), tokens_at_once);
+    }
+    at.partials = reinterpret_cast<float*>(shared + list);
+    const size_t bytes = size_t(Tile::floats(at.rows, a.cache.dim, at.panels)) * 4;
+    for (int t = 0; t < pool.size(); ++t) pool.scratch(t, bytes);
+    pool.reset(at.items);
+    pool.run([&](int thread) {
+        float* memory = reinterpret_cast<float*>(pool.scratch(thread, bytes));
+        int64_t i = 0;
+        for (int64_t item; pool.next(thread, item);) {
+            if (item < at.works[i].item) i = 0;  // another thread's share
+            while (i + 1 < at.count && at.works[i + 1].item <= item) ++i;
+            const Work& work = at.works[i];
+            attend(at, work, (item - work.item) / work.splits, (item - work.item) % work.splits, memory);
+        }
+        if (partials == 0) return;
+        pool.barrier();
+        for (int64_t w = 0; w < at.count; ++w)
+            for (int64_t head = 0; head < a.cache.heads; ++head)
+                if (at.works[w].splits > 1 && (w * a.cache.heads + head) % pool.size() == thread) merge(at, at.works[w], head, memory);
+    });
+}
+
+}  // namespace ISA
+}  // namespace appliance
