@@ -1,4 +1,4 @@
-"""Which CPU kernels run: the native extension for the best instruction set of this processor, or torch's operators. No torch here.
+"""Which CPU kernels run: the native extension for the best instruction set of this processor, or torch's own. No torch here.
 
 Environment: APPLIANCE_CPU_ISA forces an instruction set (or "torch"); APPLIANCE_NATIVE names an extension file to use instead of
 the installed one (for sanitizer builds).

@@ -46,8 +46,9 @@ def quantizes(weight: QuantTensor, dtype: torch.dtype, activation: str) -> bool:
     """Whether activations are rounded to int8 for this weight, so that products are those of integers."""
     if weight.kind == "fp8":
         return False
-    exact = int8_product(bits=weight.bits, groups=weight.groups, asymmetric=weight.zeros is not None, activation=weight.activation)
-    return exact or activation == "int8" or (activation == "auto" and dtype != torch.float32)
+    wanted = activation == "int8" or (activation == "auto" and dtype != torch.float32)
+    asymmetric = weight.zeros is not None
+    return wanted or int8_product(bits=weight.bits, groups=weight.groups, asymmetric=asymmetric, activation=weight.activation)
 
 
 def expanded_rounding(weight: QuantTensor, dtype: torch.dtype) -> torch.dtype:
@@ -67,60 +68,65 @@ class NativeOps:
         self._caches: WeakKeyDictionary[KVCache, Any] = WeakKeyDictionary()
 
     def pack(
-        self, weight: QuantTensor | Tensor, *, dtype: torch.dtype, bias: Tensor | None = None, gated: bool = False, activation: str = "auto"
+        self,
+        weight: QuantTensor | Tensor,
+        *,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        gated: bool = False,
+        activation: str = "auto",
     ) -> NativeWeight:
         """Panels for activations of ``dtype``. CheckpointError for an FP8 weight that holds NaN."""
         if isinstance(weight, QuantTensor):
             return self._pack_quantized(weight, dtype, bias, gated, activation)
-        dense = weight.to(dtype).contiguous()
-        options = dict(codes=CODES[dtype], scale_type=0, group=weight.shape[1], quantize=False, per_token=False, round_to=0)
-        return self._lay_out(dense, None, None, None, bias, weight.shape[0], weight.shape[1], gated, options)
+        N, K = weight.shape
+        options = {"N": N, "K": K, "group": K, "gated": gated, "codes": CODES[dtype], "scale_type": 0, "round_to": 0}
+        return self._lay_out(weight.to(dtype).contiguous(), bias, options | {"quantize": False, "per_token": False})
 
-    def _pack_quantized(self, weight: QuantTensor, dtype: torch.dtype, bias: Tensor | None, gated: bool, activation: str) -> NativeWeight:
+    def _pack_quantized(
+        self, weight: QuantTensor, dtype: torch.dtype, bias: Tensor | None, gated: bool, activation: str
+    ) -> NativeWeight:
         scales, packed = weight.scales, weight.packed
         if weight.kind == "fp8":
             packed, scales = packed.view(torch.uint8), scales.float()
             if bool(((packed & 0x7F) == 0x7F).any()):
                 raise CheckpointError("an FP8 weight holds NaN: the checkpoint is damaged")
-        options = dict(
-            codes=FP8 if weight.kind == "fp8" else INT4 if weight.bits == 4 else INT8,
-            scale_type=TYPES[scales.dtype],
-            group=weight.group_size,
-            quantize=quantizes(weight, dtype, activation),
-            per_token=weight.activation == "int8-token",
-            round_to=TYPES[expanded_rounding(weight, dtype)],
-        )
+        options = {
+            "N": weight.N,
+            "K": weight.K,
+            "group": weight.group_size,
+            "gated": gated,
+            "codes": FP8 if weight.kind == "fp8" else INT4 if weight.bits == 4 else INT8,
+            "scale_type": TYPES[scales.dtype],
+            "round_to": TYPES[expanded_rounding(weight, dtype)],
+            "quantize": quantizes(weight, dtype, activation),
+            "per_token": weight.activation == "int8-token",
+        }
         perm = None if weight.perm is None else weight.perm.to(torch.int32)
-        return self._lay_out(packed.contiguous(), scales.contiguous(), weight.zeros, perm, bias, weight.N, weight.K, gated, options)
+        zeros = None if weight.zeros is None else weight.zeros.contiguous()
+        return self._lay_out(packed.contiguous(), bias, options, scales=scales.contiguous(), zeros=zeros, perm=perm)
 
     def _lay_out(
         self,
         codes: Tensor,
-        scales: Tensor | None,
-        zeros: Tensor | None,
-        perm: Tensor | None,
         bias: Tensor | None,
-        N: int,
-        K: int,
-        gated: bool,
         options: dict[str, Any],
+        *,
+        scales: Tensor | None = None,
+        zeros: Tensor | None = None,
+        perm: Tensor | None = None,
     ) -> NativeWeight:
-        """Copy into panels, in one pass by all threads."""
-        empty = dict(data=0, scales=0, zeros=0, bias=0, perm=0)
-        shape = self.module.Linear(N=N, K=K, gated=gated, **options, **empty)
-        outputs = shape.panels * 64
+        """Copy into panels, in one pass by all threads: each touches first what it will read (that decides where it lies)."""
+        shape = self.module.Linear(**options, data=0, scales=0, zeros=0, bias=0, perm=0)
+        outputs, gated = shape.panels * 64, options["gated"]
         to_codes = torch.empty(shape.code_bytes, dtype=torch.uint8)
         to_scales = None if scales is None else torch.empty(scales.shape[0] * outputs, dtype=scales.dtype)
-        zeros = None if zeros is None else zeros.contiguous()
         to_zeros = None if zeros is None else torch.empty(zeros.shape[0] * outputs, dtype=torch.uint8)
         self.machine.pack(
             shape, address(codes), address(scales), address(zeros), address(to_codes), address(to_scales), address(to_zeros)
         )
         to_bias = None if bias is None else panel_order(bias.float(), outputs, gated)
         handle = self.module.Linear(
-            N=N,
-            K=K,
-            gated=gated,
             **options,
             data=address(to_codes),
             scales=address(to_scales),
@@ -128,10 +134,17 @@ class NativeOps:
             bias=address(to_bias),
             perm=address(perm),
         )
-        return NativeWeight(handle, to_codes, to_scales, to_zeros, to_bias, perm, N // 2 if gated else N, K)
+        N = options["N"] // 2 if gated else options["N"]
+        return NativeWeight(handle, to_codes, to_scales, to_zeros, to_bias, perm, N, options["K"])
 
     def matmul(
-        self, x: Tensor, weight: Weight, *, norm: Norm | None = None, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
+        self,
+        x: Tensor,
+        weight: Weight,
+        *,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         if not isinstance(weight, NativeWeight):
             raise TypeError(f"a {type(weight).__name__} was packed for other operators than the native ones")
@@ -156,7 +169,6 @@ class NativeOps:
                 TYPES[out.dtype],
             )
         return out
-
 
     def embedding(self, ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:
         if isinstance(table, Tensor) and table.dtype != dtype:
@@ -200,8 +212,7 @@ class NativeOps:
         q_norm: Norm | None = None,
         k_norm: Norm | None = None,
     ) -> Tensor:
-        tokens, width = qkv.shape
-        size = cache.k.shape[3]
+        tokens, size = qkv.shape[0], cache.k.shape[3]
         if qkv.stride(1) != 1:
             qkv = qkv.contiguous()
         if tokens:

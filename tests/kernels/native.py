@@ -27,7 +27,7 @@ def native_ops(isa: str, threads: int = 2) -> NativeOps:
 
 
 def rounded(x: Tensor, weight: QuantTensor) -> Tensor:
-    """float32 x [T, K] in the packed order as int8 activations would have it: a scale for each token and segment, or each token."""
+    """float32 x [T, K] in the packed order with int8 activations: a scale for each token and segment, or each token."""
     if weight.perm is not None:
         x = x[:, weight.perm]
     if weight.activation == "int8-token":

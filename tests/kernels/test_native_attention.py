@@ -41,7 +41,7 @@ def check(
     """``spread`` > 1 makes the softmax sharp, so that its maximum moves from chunk to chunk."""
     batch, cache = make_step(sequences, kv_heads=kv_heads, head_dim=size, dtype=dtype, **step)  # type: ignore[arg-type]
     q = (torch.randn(batch.positions.numel(), heads, size) * spread).to(dtype)
-    options = dict(scale=size**-0.5, window=window)
+    options = {"scale": size**-0.5, "window": window}
     wide = KVCache(cache.k.float(), cache.v.float())
     expected = reference.attention(q.float(), wide, batch, **options)  # type: ignore[arg-type]
     found = ops.attention(q, cache, batch, **options)  # type: ignore[arg-type]

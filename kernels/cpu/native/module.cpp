@@ -107,6 +107,7 @@ Linear make_linear(int64_t N, int64_t K, int codes, int scale_type, int64_t grou
 
 NB_MODULE(_native, m) {
     using guard = nb::call_guard<nb::gil_scoped_release>;
+    nb::set_leak_warnings(false);  // a model may well live until the interpreter ends
     m.doc() = "Kernels for the CPU. Arguments that are tensors are addresses; kernels/cpu/native_ops.py is the interface to use.";
     m.def("available", &available, "Instruction sets that this processor runs, best first.");
     m.def("physical_cores", &physical_cores, "CPU numbers of the physical cores this process may use.");
