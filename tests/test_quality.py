@@ -64,21 +64,25 @@ def test_float32_gives_the_expected_values(shared_data: Path, name: str) -> None
 
 @pytest.mark.parametrize("name", [n for n in CHECKPOINTS if n not in QUANTIZED_ACTIVATIONS])
 def test_default_dtype_stays_close(shared_data: Path, name: str) -> None:
+    """bfloat16 alone, and with what the defaults store and multiply in int8 (simulated elsewhere: 0.03 to 0.06)."""
     path = shared_data / "quantized" / name
-    diffs = errors(load(path), json.loads((path / "expected.json").read_text()))
-    assert sum(diffs) / len(diffs) <= 0.04
+    expected = json.loads((path / "expected.json").read_text())
+    plain = errors(load(path, activation_dtype="bf16", lm_head_dtype="model"), expected)
+    assert sum(plain) / len(plain) <= 0.03
+    diffs = errors(load(path), expected)
+    assert sum(diffs) / len(diffs) <= 0.07
 
 
-@pytest.mark.parametrize("name", ["awq-gemm-g32", "gptq-4bit-g32-act-order", "ct-w4a16-g128"])
-def test_perplexity_of_the_default_dtype(shared_data: Path, name: str) -> None:
-    """Within 0.2 % of float32 over 16 windows of 256 tokens of the TinyStories text."""
+@pytest.mark.parametrize("name", ["awq-gemm-g32", "gptq-4bit-g32-act-order", "gptq-8bit-channel", "ct-w4a16-g128", "ct-w8a8-int8"])
+def test_perplexity_of_the_default_settings(shared_data: Path, name: str) -> None:
+    """Within 0.3 % of float32 over 100 windows of 256 tokens of the TinyStories text."""
     text = (shared_data / "text" / "tinystories.txt").read_text()
     found = {dtype: perplexity(load(shared_data / "quantized" / name, dtype=dtype), text) for dtype in ("float32", "auto")}
     assert found["float32"] < 100, "tokens are phrases here: 2048 would be guessing, a trained model is far below"
-    assert abs(found["auto"] / found["float32"] - 1) < 0.002, found
+    assert abs(found["auto"] / found["float32"] - 1) < 0.003, found
 
 
-def perplexity(llm: LLM, text: str, windows: int = 16, length: int = 256) -> float:
+def perplexity(llm: LLM, text: str, windows: int = 100, length: int = 256) -> float:
     ids = llm.get_tokenizer().encode(text[: windows * length * 6], add_special_tokens=False)
     bos = [1]
     prompts = [{"prompt_token_ids": bos + ids[i * length : (i + 1) * length]} for i in range(windows)]
