@@ -1,7 +1,7 @@
 // Attention over the paged cache, without a contiguous copy of it: softmax online over chunks of 64 keys (Dao et al. 2022).
 //
-// An item of work is a tile of queries (tokens by the query heads that share a key head) against a range of keys of one key head.
-// A chunk of keys is transposed, and its values widened, into the cache of the core; both products are then those of tiles.h.
+// An item of work is a tile of queries (tokens by the query heads that share a key head) against a range of keys; few tokens take
+// all key heads together, so that the cache is read as it lies. A chunk of keys is transposed, and its values widened, into the cache of the core; both products are then those of tiles.h.
 // Long ranges are cut into several items, whose results are merged: so few long sequences occupy all threads.
 #pragma once
 #include "matmul.h"
@@ -18,6 +18,7 @@ struct Work {  // one tile of one sequence, for every key head
     int64_t sequence, row, tokens;     // row: the tile's first in q
     int64_t position;                  // of its first token
     int64_t first, last;               // keys any of its rows sees: first (a multiple of kKeys) .. last - 1
+    int64_t together;                  // key heads in an item
     int64_t splits, item, partial;     // parts of the keys; number of the first item; floats before its partial results
 };
 
@@ -75,13 +76,25 @@ INLINE int64_t locate(const AttentionArgs& a, int64_t sequence, int64_t base, in
     return n;
 }
 
-INLINE void prefetch_items(const Cache& c, const int64_t* items, int64_t n) {
-    const int64_t bytes = c.dim * item_size(c.type);
-    for (int64_t i = 0; i < n; ++i) {
-        prefetch(static_cast<const uint8_t*>(c.k) + items[i] * bytes, bytes);
-        prefetch(static_cast<const uint8_t*>(c.v) + items[i] * bytes, bytes);
+// The chunk after this one, asked for little by little: a processor keeps a few dozen requests in flight, and waits with more.
+struct Ahead {
+    const Cache& c;
+    const int64_t* items;
+    int64_t left, together, head = 0;
+
+    INLINE void ask(int64_t n) {
+        const int64_t bytes = c.dim * item_size(c.type);
+        for (; n > 0 && left > 0; --n) {
+            prefetch(static_cast<const uint8_t*>(c.k) + (*items + head) * bytes, bytes);
+            prefetch(static_cast<const uint8_t*>(c.v) + (*items + head) * bytes, bytes);
+            if (++head == together) {
+                head = 0;
+                --left;
+                ++items;
+            }
+        }
     }
-}
+};
 
 template <Type C> INLINE F load_feature(const void* data, const float* scales, int64_t item, int64_t dim, int64_t d) {
     const F x = load_some<C>(static_cast<const typename As<C>::Item*>(data) + item * dim + d, dim - d);
@@ -89,29 +102,32 @@ template <Type C> INLINE F load_feature(const void* data, const float* scales, i
 }
 
 // Keys to [dim][64] and values to [panels][64][64] in float32; what is not there is 0.
-template <Type C> INLINE void widen_chunk(const Cache& c, const int64_t* items, int64_t n, int64_t panels, const Tile& t) {
+template <Type C> INLINE void widen_chunk(const Cache& c, const int64_t* items, int64_t n, int64_t head, int64_t panels, const Tile& t, Ahead& ahead) {
     for (int64_t d = 0; d < c.dim; d += 16)
         for (int64_t key = 0; key < kKeys; key += 16) {
             I rows[16];
-            for (int64_t i = 0; i < 16; ++i) rows[i] = key + i < n ? as_int(load_feature<C>(c.k, c.k_scale, items[key + i], c.dim, d)) : isplat(0);
+            for (int64_t i = 0; i < 16; ++i) rows[i] = key + i < n ? as_int(load_feature<C>(c.k, c.k_scale, items[key + i] + head, c.dim, d)) : isplat(0);
             transpose(rows, t.keys + d * kKeys + key, kKeys * 4);
+            ahead.ask(1);
         }
     for (int64_t panel = 0; panel < panels; ++panel)
-        for (int64_t key = 0; key < kKeys; ++key)
+        for (int64_t key = 0; key < kKeys; ++key) {
+            ahead.ask(key % 2);
             for (int64_t d = 0; d < kPanel; d += 16) {
                 const bool there = key < n && panel * kPanel + d < c.dim;
-                store(t.values + (panel * kKeys + key) * kPanel + d, there ? load_feature<C>(c.v, c.v_scale, items[key], c.dim, panel * kPanel + d) : splat(0));
+                store(t.values + (panel * kKeys + key) * kPanel + d, there ? load_feature<C>(c.v, c.v_scale, items[key] + head, c.dim, panel * kPanel + d) : splat(0));
             }
+        }
 }
 
 // The same in pairs of bfloat16: [dim / 2][64][2] and [panels][32][64][2]. `dim` is even.
-INLINE void pair_chunk(const Cache& c, const int64_t* items, int64_t n, int64_t panels, const Tile& t) {
+INLINE void pair_chunk(const Cache& c, const int64_t* items, int64_t n, int64_t head, int64_t panels, const Tile& t, Ahead& ahead) {
     const uint16_t *k = static_cast<const uint16_t*>(c.k), *v = static_cast<const uint16_t*>(c.v);
     for (int64_t d = 0; d < c.dim; d += 32)
         for (int64_t key = 0; key < kKeys; key += 16) {
             I rows[16];
             for (int64_t i = 0; i < 16; ++i) {
-                const uint16_t* from = k + items[key + i < n ? key + i : 0] * c.dim + d;
+                const uint16_t* from = k + (items[key + i < n ? key + i : 0] + head) * c.dim + d;
                 if (key + i >= n) rows[i] = isplat(0);
                 else if (d + 32 <= c.dim) rows[i] = iload(from);
                 else {
@@ -121,19 +137,22 @@ INLINE void pair_chunk(const Cache& c, const int64_t* items, int64_t n, int64_t 
                 }
             }
             transpose(rows, t.keys + d / 2 * kKeys + key, kKeys * 4);
+            ahead.ask(2);
         }
     const auto bits = [&](int64_t key, int64_t d) {
         if (key >= n || d >= c.dim) return isplat(0);
-        const uint16_t* from = v + items[key] * c.dim + d;
+        const uint16_t* from = v + (items[key] + head) * c.dim + d;
         if (d + 16 <= c.dim) return widen_u16(from);
         uint16_t some[16] = {};
         std::memcpy(some, from, size_t(c.dim - d) * 2);
         return widen_u16(some);
     };
     for (int64_t panel = 0; panel < panels; ++panel)
-        for (int64_t key = 0; key < kKeys; key += 2)
+        for (int64_t key = 0; key < kKeys; key += 2) {
+            ahead.ask(key % 8 != 0);
             for (int64_t d = 0; d < kPanel; d += 16)
                 istore(t.values + (panel * kKeys + key) / 2 * kPanel + d, bits(key, panel * kPanel + d) | (bits(key + 1, panel * kPanel + d) << 16));
+        }
 }
 
 // c [rows][64] += x [rows][inputs] times w [inputs][64].
@@ -154,8 +173,8 @@ INLINE void multiply(bool pairs, const float* x, int64_t stride, const float* w,
 }
 
 // One chunk's scores of one row to shares of the sum so far.
-INLINE void softmax_row(const Attention& at, const Tile& t, int64_t row, int64_t rows, int64_t base, int64_t low, int64_t high) {
-    const float* scores = t.scores + row * kKeys;
+INLINE void softmax_row(const Attention& at, const Tile& t, int64_t local, int64_t row, int64_t rows, int64_t base, int64_t low, int64_t high) {
+    const float* scores = t.scores + local * kKeys;  // `local` among one head's rows, `row` among all
     const F scale = splat(at.a->scale);
     F s[4], top = splat(-INFINITY);
     for (int v = 0; v < 4; ++v) s[v] = load(scores + 16 * v) * scale;
@@ -184,19 +203,29 @@ INLINE void softmax_row(const Attention& at, const Tile& t, int64_t row, int64_t
     for (int v = 0; v < 4; ++v) {
         const F share = exp(s[v] - most);
         sum = sum + share;
-        if (at.pairs) As<Type::bf16>::store(reinterpret_cast<uint16_t*>(t.shares) + row * kKeys + 16 * v, share);
-        else store(t.shares + row * kKeys + 16 * v, share);
+        if (at.pairs) As<Type::bf16>::store(reinterpret_cast<uint16_t*>(t.shares) + local * kKeys + 16 * v, share);
+        else store(t.shares + local * kKeys + 16 * v, share);
     }
     store(t.sums + row * 16, sum);
 }
 
-// Row r of the tile is token r / group, query head r % group of the key head's.
+// Where row r of an item stands: rows go by key head, then token, then query head.
+struct Place {
+    int64_t token, head;  // the row of q, and its query head
+    INLINE Place(const Attention& at, const Work& work, int64_t head, int64_t r) {
+        const int64_t rows = work.tokens * at.group;
+        token = work.row + r % rows / at.group;
+        this->head = (head + r / rows) * at.group + r % at.group;
+    }
+};
+
 template <Type T> INLINE void load_queries(const Attention& at, const Work& work, int64_t head, const Tile& t) {
     using Item = typename As<T>::Item;
     const AttentionArgs& a = *at.a;
     const int64_t dim = a.cache.dim;
-    for (int64_t r = 0; r < work.tokens * at.group; ++r) {
-        const Item* q = static_cast<const Item*>(a.q) + (work.row + r / at.group) * a.q_stride + (head * at.group + r % at.group) * dim;
+    for (int64_t r = 0; r < work.together * work.tokens * at.group; ++r) {
+        const Place place(at, work, head, r);
+        const Item* q = static_cast<const Item*>(a.q) + place.token * a.q_stride + place.head * dim;
         if (at.pairs) std::memcpy(reinterpret_cast<uint16_t*>(t.queries) + r * dim, q, size_t(dim) * 2);
         else
             for (int64_t d = 0; d < dim; d += 16) store_some<Type::f32>(t.queries + r * dim + d, load_some<T>(q + d, dim - d), dim - d);
@@ -206,14 +235,15 @@ template <Type T> INLINE void load_queries(const Attention& at, const Work& work
 template <Type T> INLINE void write_row(const Attention& at, const Work& work, int64_t head, int64_t r, const float* features, int64_t stride, float sum) {
     using Item = typename As<T>::Item;
     const int64_t dim = at.a->cache.dim;
-    Item* out = static_cast<Item*>(at.a->out) + ((work.row + r / at.group) * at.a->q_heads + head * at.group + r % at.group) * dim;
+    const Place place(at, work, head, r);
+    Item* out = static_cast<Item*>(at.a->out) + (place.token * at.a->q_heads + place.head) * dim;
     const F share = splat(1.0f / sum);
     for (int64_t d = 0; d < dim; d += 16) store_some<T>(out + d, load(features + d / kPanel * stride + d % kPanel) * share, dim - d);
 }
 
 INLINE void attend(const Attention& at, const Work& work, int64_t head, int64_t split, float* memory) {
     const AttentionArgs& a = *at.a;
-    const int64_t rows = work.tokens * at.group, dim = a.cache.dim;
+    const int64_t each = work.tokens * at.group, rows = each * work.together, dim = a.cache.dim;
     const Tile t(memory, rows, dim, at.panels);
     with_type(a.type, [&](auto tag) { load_queries<decltype(tag)::value>(at, work, head, t); });
     zero(t.out, at.panels * rows * kPanel);
@@ -226,25 +256,30 @@ INLINE void attend(const Attention& at, const Work& work, int64_t head, int64_t 
     int64_t n = begin < end ? locate(a, work.sequence, begin, work.last, head, here) : 0;
     for (int64_t base = begin; base < end; base += kKeys) {
         const int64_t next = base + kKeys < end ? locate(a, work.sequence, base + kKeys, work.last, head, following) : 0;
-        prefetch_items(a.cache, following, next);
-        if (at.pairs) pair_chunk(a.cache, here, n, at.panels, t);
-        else if (a.cache.type == Type::f8) widen_chunk<Type::f8>(a.cache, here, n, at.panels, t);
-        else if (a.cache.type == Type::i8) widen_chunk<Type::i8>(a.cache, here, n, at.panels, t);
-        else with_type(a.cache.type, [&](auto tag) { widen_chunk<decltype(tag)::value>(a.cache, here, n, at.panels, t); });
-        zero(t.scores, rows * kKeys);
-        multiply(at.pairs, t.queries, dim, t.keys, dim, rows, t.scores);
-        for (int64_t r = 0; r < rows; ++r) {
-            const int64_t position = work.position + r / at.group, low = a.window > 0 ? position - a.window + 1 : 0;
-            softmax_row(at, t, r, rows, base, low, position + 1);
+        Ahead ahead{a.cache, following, next, work.together};
+        for (int64_t h = 0; h < work.together; ++h) {
+            if (at.pairs) pair_chunk(a.cache, here, n, h, at.panels, t, ahead);
+            else if (a.cache.type == Type::f8) widen_chunk<Type::f8>(a.cache, here, n, h, at.panels, t, ahead);
+            else if (a.cache.type == Type::i8) widen_chunk<Type::i8>(a.cache, here, n, h, at.panels, t, ahead);
+            else with_type(a.cache.type, [&](auto tag) { widen_chunk<decltype(tag)::value>(a.cache, here, n, h, at.panels, t, ahead); });
+            ahead.ask(8);
+            zero(t.scores, each * kKeys);
+            multiply(at.pairs, t.queries + h * each * dim / (at.pairs ? 2 : 1), dim, t.keys, dim, each, t.scores);
+            for (int64_t r = 0; r < each; ++r) {
+                const int64_t position = work.position + r / at.group, low = a.window > 0 ? position - a.window + 1 : 0;
+                softmax_row(at, t, r, h * each + r, rows, base, low, position + 1);
+                ahead.ask(2);
+            }
+            for (int64_t panel = 0; panel < at.panels; ++panel) {
+                const float* values = t.values + panel * kKeys * kPanel / (at.pairs ? 2 : 1);
+                multiply(at.pairs, t.shares, kKeys, values, kKeys, each, t.out + (panel * rows + h * each) * kPanel);
+            }
         }
-        for (int64_t panel = 0; panel < at.panels; ++panel) {
-            const float* values = t.values + panel * kKeys * kPanel / (at.pairs ? 2 : 1);
-            multiply(at.pairs, t.shares, kKeys, values, kKeys, rows, t.out + panel * rows * kPanel);
-        }
+        ahead.ask(kKeys * work.together);
         n = next;
         std::memcpy(here, following, size_t(next) * sizeof here[0]);
     }
-    float* partial = at.partials + work.partial + (head * work.splits + split) * at.partial_size();
+    float* partial = at.partials + work.partial + (head / work.together * work.splits + split) * at.partial_size();
     for (int64_t r = 0; r < rows; ++r) {
         const float sum = reduce_add(load(t.sums + r * 16));
         if (work.splits == 1) {
@@ -261,8 +296,8 @@ INLINE void attend(const Attention& at, const Work& work, int64_t head, int64_t 
 // The parts of a row's keys, weighted by their shares of the whole sum.
 INLINE void merge(const Attention& at, const Work& work, int64_t head, float* features) {
     const int64_t width = at.panels * kPanel;
-    const float* partials = at.partials + work.partial + head * work.splits * at.partial_size();
-    for (int64_t r = 0; r < work.tokens * at.group; ++r) {
+    const float* partials = at.partials + work.partial + head / work.together * work.splits * at.partial_size();
+    for (int64_t r = 0; r < work.together * work.tokens * at.group; ++r) {
         const auto part = [&](int64_t s) { return partials + s * at.partial_size() + r * (2 + width); };
         float most = -INFINITY, sum = 0;
         for (int64_t s = 0; s < work.splits; ++s) most = part(s)[0] > most ? part(s)[0] : most;
@@ -287,22 +322,23 @@ INLINE int64_t plan(Attention& at, int threads, int64_t tokens_at_once) {
         for (int64_t i = 0; i < queries; i += tokens_at_once) {
             const int64_t tokens = queries - i < tokens_at_once ? queries - i : tokens_at_once, position = a.lengths[s] - queries + i;
             const int64_t low = a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
-            at.works[at.count++] = {s, begin + i, tokens, position, low / kKeys * kKeys, position + tokens, 1, 0, 0};
-            all += position + tokens - low;
+            const int64_t together = a.cache.heads * tokens * at.group <= kTile ? a.cache.heads : 1;
+            at.works[at.count++] = {s, begin + i, tokens, position, low / kKeys * kKeys, position + tokens, together, 1, 0, 0};
+            all += (position + tokens - low) * a.cache.heads;
         }
     }
-    int64_t share = all * a.cache.heads / (int64_t(threads) * 4);
-    if (threads == 1 || share < kLeastKeys) share = threads == 1 ? all + 1 : kLeastKeys;
+    const int64_t share = threads == 1 ? all + kKeys * a.cache.heads : all / (int64_t(threads) * 4);  // keys by heads of an item
     for (int64_t i = 0; i < at.count; ++i) {
         Work& work = at.works[i];
-        const int64_t keys = work.last - work.first;
-        work.splits = (keys + share - 1) / share;
-        const int64_t chunks = (keys + kKeys - 1) / kKeys;
-        if (work.splits > chunks) work.splits = chunks;
+        const int64_t keys = work.last - work.first, most = keys / kLeastKeys;
+        work.splits = share > 0 ? keys * work.together / share : 1;
+        if (work.splits > most) work.splits = most;
+        if (work.splits < 1) work.splits = 1;
         work.item = at.items;
         work.partial = partials;
-        at.items += a.cache.heads * work.splits;
-        if (work.splits > 1) partials += a.cache.heads * work.splits * at.partial_size();
+        const int64_t blocks = a.cache.heads / work.together;
+        at.items += blocks * work.splits;
+        if (work.splits > 1) partials += blocks * work.splits * at.partial_size();
     }
     return partials;
 }
@@ -318,7 +354,7 @@ inline void attention(Pool& pool, const AttentionArgs& a) {
     const int64_t tokens_at_once = at.group >= kTile ? 1 : kTile / at.group;
     int64_t most = 0;
     for (int64_t s = 0; s < a.sequences; ++s) most += (a.starts[s + 1] - a.starts[s] + tokens_at_once - 1) / tokens_at_once;
-    at.rows = tokens_at_once * at.group;
+    at.rows = tokens_at_once * at.group > kTile ? tokens_at_once * at.group : kTile;
     // Twice: how much memory the partial results take is known once the works are.
     const size_t list = size_t(most) * sizeof(Work) / 64 * 64 + 64;
     at.works = reinterpret_cast<Work*>(pool.scratch(pool.size(), list));
@@ -339,13 +375,13 @@ inline void attention(Pool& pool, const AttentionArgs& a) {
             if (item < at.works[i].item) i = 0;  // another thread's share
             while (i + 1 < at.count && at.works[i + 1].item <= item) ++i;
             const Work& work = at.works[i];
-            attend(at, work, (item - work.item) / work.splits, (item - work.item) % work.splits, memory);
+            attend(at, work, (item - work.item) / work.splits * work.together, (item - work.item) % work.splits, memory);
         }
         if (partials == 0) return;
         pool.barrier();
         for (int64_t w = 0; w < at.count; ++w)
-            for (int64_t head = 0; head < a.cache.heads; ++head)
-                if (at.works[w].splits > 1 && (w * a.cache.heads + head) % pool.size() == thread) merge(at, at.works[w], head, memory);
+            for (int64_t head = 0; head < a.cache.heads; head += at.works[w].together)
+                if (at.works[w].splits > 1 && (w * a.cache.heads + head / at.works[w].together) % pool.size() == thread) merge(at, at.works[w], head, memory);
     });
 }
 
