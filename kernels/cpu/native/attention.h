@@ -29,6 +29,7 @@ struct Attention {
     int64_t panels;                     // of 64 features
     float* partials;
     bool pairs;                         // bfloat16 by pairs, else float32
+    float scale2;                       // of scores, so that shares are powers of 2
 
     // Floats of an item's result: for each row its maximum and sum, then the features by panels.
     INLINE int64_t partial_size() const { return rows * (2 + panels * kPanel); }
@@ -175,9 +176,8 @@ INLINE void multiply(bool pairs, const float* x, int64_t stride, const float* w,
 // One chunk's scores of one row to shares of the sum so far.
 INLINE void softmax_row(const Attention& at, const Tile& t, int64_t local, int64_t row, int64_t rows, int64_t base, int64_t low, int64_t high) {
     const float* scores = t.scores + local * kKeys;  // `local` among one head's rows, `row` among all
-    const F scale = splat(at.a->scale);
     F s[4], top = splat(-INFINITY);
-    for (int v = 0; v < 4; ++v) s[v] = load(scores + 16 * v) * scale;
+    for (int v = 0; v < 4; ++v) s[v] = load(scores + 16 * v);
     if (base < low || base + kKeys > high) {
         alignas(64) static const int32_t kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         for (int v = 0; v < 4; ++v) {
@@ -187,10 +187,10 @@ INLINE void softmax_row(const Attention& at, const Tile& t, int64_t local, int64
         }
     }
     for (int v = 0; v < 4; ++v) top = max(s[v], top);
-    const float before = t.most[row], chunk = reduce_max(top), now = chunk > before ? chunk : before;
+    const float before = t.most[row], chunk = reduce_max(top) * at.scale2, now = chunk > before ? chunk : before;
     F sum = load(t.sums + row * 16);
     if (now > before) {
-        const float shrink = before == -INFINITY ? 0.0f : std::exp(before - now);
+        const float shrink = before == -INFINITY ? 0.0f : std::exp2(before - now);
         t.most[row] = now;
         sum = sum * splat(shrink);
         for (int64_t panel = 0; panel < at.panels; ++panel)
@@ -199,9 +199,9 @@ INLINE void softmax_row(const Attention& at, const Tile& t, int64_t local, int64
                 store(out, load(out) * splat(shrink));
             }
     }
-    const F most = splat(now == -INFINITY ? 0.0f : now);  // nothing seen yet: shares of exp(-infinity)
+    const F scale = splat(at.scale2), most = splat(now == -INFINITY ? 0.0f : now);  // nothing seen yet: shares of 2^-infinity
     for (int v = 0; v < 4; ++v) {
-        const F share = exp(s[v] - most);
+        const F share = exp2(s[v] * scale - most);
         sum = sum + share;
         if (at.pairs) As<Type::bf16>::store(reinterpret_cast<uint16_t*>(t.shares) + local * kKeys + 16 * v, share);
         else store(t.shares + local * kKeys + 16 * v, share);
@@ -304,7 +304,7 @@ INLINE void merge(const Attention& at, const Work& work, int64_t head, float* fe
         zero(features, width);
         for (int64_t s = 0; s < work.splits; ++s) {
             if (part(s)[0] == -INFINITY) continue;
-            const float share = std::exp(part(s)[0] - most);
+            const float share = std::exp2(part(s)[0] - most);
             sum += share * part(s)[1];
             for (int64_t d = 0; d < width; d += 16) store(features + d, fma(load(part(s) + 2 + d), splat(share), load(features + d)));
         }
@@ -346,6 +346,7 @@ INLINE int64_t plan(Attention& at, int threads, int64_t tokens_at_once) {
 inline void attention(Pool& pool, const AttentionArgs& a) {
     Attention at{};
     at.a = &a;
+    at.scale2 = a.scale * 1.44269504f;
     at.group = a.q_heads / a.cache.heads;
     at.panels = (a.cache.dim + kPanel - 1) / kPanel;
 #if defined(__AVX512BF16__)

@@ -54,8 +54,17 @@ INLINE F operator-(F a, F b) { F r; EACH r.v[i] = a.v[i] - b.v[i]; return r; }
 INLINE F operator*(F a, F b) { F r; EACH r.v[i] = a.v[i] * b.v[i]; return r; }
 INLINE F operator/(F a, F b) { F r; EACH r.v[i] = a.v[i] / b.v[i]; return r; }
 INLINE F fma(F a, F b, F c) { F r; EACH r.v[i] = a.v[i] * b.v[i] + c.v[i]; return r; }
+// b where one of them is NaN, as the processors have it: GCC needs telling.
+#if defined(__AVX512F__)
+INLINE F max(F a, F b) { return {{(vf)_mm512_max_ps((__m512)a.v[0], (__m512)b.v[0])}}; }
+INLINE F min(F a, F b) { return {{(vf)_mm512_min_ps((__m512)a.v[0], (__m512)b.v[0])}}; }
+#elif defined(__AVX2__)
+INLINE F max(F a, F b) { F r; EACH r.v[i] = (vf)_mm256_max_ps((__m256)a.v[i], (__m256)b.v[i]); return r; }
+INLINE F min(F a, F b) { F r; EACH r.v[i] = (vf)_mm256_min_ps((__m256)a.v[i], (__m256)b.v[i]); return r; }
+#else
 INLINE F max(F a, F b) { F r; EACH r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return r; }
 INLINE F min(F a, F b) { F r; EACH r.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return r; }
+#endif
 INLINE I operator+(I a, I b) { I r; EACH r.v[i] = a.v[i] + b.v[i]; return r; }
 INLINE I operator-(I a, I b) { I r; EACH r.v[i] = a.v[i] - b.v[i]; return r; }
 INLINE I operator&(I a, I b) { I r; EACH r.v[i] = a.v[i] & b.v[i]; return r; }
@@ -348,6 +357,30 @@ INLINE F exp(F x) {
     p = fma(p, r, splat(5.0000001201e-1f));
     const F y = fma(p * r, r, r + splat(1.0f)) * as_float((n + isplat(127)) << 23);
     return select(less(x, lowest), splat(0.0f), y);
+}
+
+// 2^x for x <= 0, 0 below -126; to 2 units in the last place (the polynomial of the Cephes library's exp2f).
+INLINE F exp2(F x) {
+    const F lowest = splat(-126.0f), c = max(x, lowest);
+#if defined(__AVX512F__)
+    const F whole = {{(vf)_mm512_roundscale_ps((__m512)c.v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}};
+#else
+    const I n = round_to_int(c);
+    const F whole = to_float(n);
+#endif
+    const F r = c - whole;
+    F p = splat(1.535336188319500e-4f);
+    p = fma(p, r, splat(1.339887440266574e-3f));
+    p = fma(p, r, splat(9.618437357674640e-3f));
+    p = fma(p, r, splat(5.550332471162809e-2f));
+    p = fma(p, r, splat(2.402264791363012e-1f));
+    p = fma(p, r, splat(6.931472028550421e-1f));
+    p = fma(p, r, splat(1.0f));
+#if defined(__AVX512F__)
+    return {{(vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x.v[0], (__m512)lowest.v[0], _CMP_GE_OQ), (__m512)p.v[0], (__m512)whole.v[0])}};
+#else
+    return select(less(x, lowest), splat(0.0f), p * as_float((n + isplat(127)) << 23));
+#endif
 }
 
 INLINE F silu(F x) { return x / (splat(1.0f) + exp(splat(0.0f) - x)); }
