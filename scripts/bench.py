@@ -1,131 +1,172 @@
-"""Measure the engine on one checkpoint: prefill, decode at several batch sizes, start-up, memory. Random token ids.
+"""Measure the engine on one checkpoint: prefill, decode by number of sequences, long contexts, start-up, memory.
 
-Decode is timed by difference, (33 tokens) - (1 token), so that prefill does not enter it; figures are medians of --repeat runs.
+    scripts/bench --model DIR                          this machine's best kernels
+    scripts/bench --model DIR --compare --isa avx2     beside torch's operators and lesser instruction sets, and other engines:
+        --llama-python PATH --gguf FILE...             a Python with llama-cpp-python, and the same model as GGUF
+        --vllm-python PATH                             a Python with vLLM's CPU build
+    scripts/bench --model DIR --soak 30                half an hour of mixed load: memory must not grow, answers must not change
+
+Every engine runs in a process of its own, one after another, answers the same random prompts and is timed the same way: by the
+times at which tokens arrive. Prefill is the prompt's length by the time to the first token; decode is the tokens by the time
+while all sequences decode. Figures are medians of --repeat runs; long contexts are run once.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import os
+import logging
 import platform
-import random
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import tempfile
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
-import torch
+from bench_compare import Target, Work, derive, make_cases, run_target
+from bench_peaks import limits
+from bench_report import markdown, roofline
+from bench_soak import soak
 
 from appliance.config import EngineConfig
-from appliance.core.messages import Submit
-from appliance.core.params import SamplingParams
-from appliance.hub import resolve
-from appliance.runtime.engine import Engine
-from appliance.runtime.worker import Client
+from appliance.hub import demo_model, resolve
+from appliance.memory.devices import cpu_threads
+from kernels.cpu import backend
+from models.spec import ModelSpec
+from quant.errors import InputError
+from quant.headers import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPT, TOKENS = 128, 32
 
 
 def main() -> int:
     args = parse()
-    config = EngineConfig(
-        model=str(resolve(args.model, None)),
-        device=args.device,
-        dtype=args.dtype,
-        threads=args.threads,
-        max_model_len=args.max_model_len,
-        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
-    )
-    report: dict[str, object] = {
-        "machine": machine(),
-        "commit": commit(),
-        "command": " ".join(["scripts/bench", *sys.argv[1:]]),
-        "torch": torch.__version__,
-        "memory_read_gb_s": round(memory_read_gb_s(args.threads), 1),
-        "ready_s": round(ready_s(config), 2),
-    }
-    engine = Engine.load(config)
-    rng = random.Random(args.seed)
-    run(engine, rng, 1, PROMPT, 4)  # warm up: first-call costs of the libraries are not what is asked for
-    report["prefill_512_tok_s"] = round(512 / median(lambda: run(engine, rng, 1, 512, 1), args.repeat), 1)
-    report["decode_tok_s"] = {str(n): round(decode_tok_s(engine, rng, n, args.repeat), 1) for n in args.sequences}
-    report["weight_bytes"] = engine.runner.decoder.nbytes
-    report["rss_bytes"] = psutil.Process().memory_info().rss
-    report["planned_bytes"] = engine.info.plan
-    print(json.dumps(report, indent=1))
+    try:
+        config = EngineConfig(
+            model=str(resolve(args.model) if args.model else demo_model()),
+            device=args.device,
+            dtype=args.dtype,
+            threads=args.threads,
+            max_model_len=args.max_model_len,
+            kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+        )
+        report = {**heading(Path(str(config.model)).name), **(soaked(args, config) if args.soak else compared(args, config))}
+    except InputError as error:
+        print(f"scripts/bench: {error}", file=sys.stderr)
+        return 2
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.soak:
+        print(json.dumps({key: value for key, value in report.items() if key != "samples"}, indent=1))
+        return 0 if not report["failures"] else 1
+    print(markdown(report))
+    if args.markdown:
+        args.markdown.write_text(markdown(report))
+    if args.svg:
+        args.svg.write_text(roofline(report))
+    return 1 if any("error" in target for target in report["targets"]) else 0
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("--model", required=True)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__, formatter_class=layout)
+    parser.add_argument("--model", help="a directory or a name on the hub; the embedded demo model when left out")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--threads", type=int, help="for every engine; default: the physical cores")
+    parser.add_argument("--max-model-len", type=int, help="default: what the cases need")
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=2 * 1024**3)
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4, 8, 16, 32])
+    parser.add_argument("--prefill", type=int, default=512, metavar="TOKENS")
+    parser.add_argument("--sequences", type=int, nargs="*", default=[1, 4, 8, 16, 32])
+    parser.add_argument("--context", type=int, nargs="*", default=[], metavar="TOKENS", help="also prompts of these lengths")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="also write the report here")
-    return parser.parse_args()
+    parser.add_argument("--compare", action="store_true", help="also torch's operators, --isa and the other engines")
+    parser.add_argument("--isa", nargs="*", default=[], help="instruction sets to force with --compare (see APPLIANCE_CPU_ISA)")
+    parser.add_argument("--llama-python", metavar="PATH")
+    parser.add_argument("--gguf", nargs="*", default=[], metavar="FILE")
+    parser.add_argument("--vllm-python", metavar="PATH")
+    parser.add_argument("--soak", type=float, metavar="MINUTES")
+    parser.add_argument("--probe-every", type=float, default=20.0, metavar="SECONDS", help="of --soak")
+    parser.add_argument("--json", type=Path, help="write the report here")
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument("--svg", type=Path, help="draw the roofline here")
+    args = parser.parse_args()
+    if bool(args.llama_python) != bool(args.gguf):
+        parser.error("--llama-python and --gguf go together")
+    if not args.compare and (args.isa or args.gguf or args.vllm_python):
+        parser.error("--isa, --llama-python and --vllm-python need --compare")
+    if args.max_model_len is None and not args.soak:
+        args.max_model_len = max([args.prefill + 1, 161, *(n + 33 for n in args.context)])
+    elif args.max_model_len is None:
+        args.max_model_len = "auto"
+    return args
 
 
-def run(engine: Engine, rng: random.Random, sequences: int, prompt: int, tokens: int) -> float:
-    """Seconds to answer ``sequences`` fresh prompts of ``prompt`` random tokens with ``tokens`` tokens each."""
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    vocab = engine.info.vocab_size
-    begun = time.perf_counter()
-    for i in range(sequences):
-        ids = tuple(rng.randrange(vocab // 100, vocab) for _ in range(prompt))
-        engine.submit(Submit(f"bench-{i}", ids, params, time.time()))
-    while engine.has_work:
-        engine.step()
-    return time.perf_counter() - begun
+def compared(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]:
+    """Limits first, then one engine after another."""
+    spec = ModelSpec.from_config(read_json(Path(str(config.model)) / "config.json"))
+    threads = cpu_threads(args.threads)
+    report: dict[str, Any] = {"limits": limits(threads), "targets": []}
+    cases = make_cases(args.prefill, args.sequences, args.context, args.repeat)
+    for target in targets(args, config, threads):
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "log"
+            result = run_target(target, cases, vocab=spec.vocab, seed=args.seed, log=log)
+            if "error" in result:
+                print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
+        derive(result, Work.of(spec), report["limits"]["memory_read_gb_s"])
+        report["targets"].append(result)
+    return report
 
 
-def decode_tok_s(engine: Engine, rng: random.Random, sequences: int, repeat: int) -> float:
-    first = median(lambda: run(engine, rng, sequences, PROMPT, 1), repeat)
-    whole = median(lambda: run(engine, rng, sequences, PROMPT, TOKENS + 1), repeat)
-    return sequences * TOKENS / (whole - first)
+def targets(args: argparse.Namespace, config: EngineConfig, threads: int) -> list[Target]:
+    """Ours as it would run here; with --compare also the others that were asked for."""
+    isas = list(dict.fromkeys([backend.name(), *(["torch", *args.isa] if args.compare else [])]))
+    unknown = [isa for isa in isas if isa not in backend.available()]
+    if unknown:
+        raise InputError(f"--isa {' '.join(unknown)} cannot run here; what can: {', '.join(backend.available())}")
+    job = {"kind": "appliance", "config": asdict(config)}
+    found = [Target(f"appliance {isa}", job, env={"APPLIANCE_CPU_ISA": isa}) for isa in isas]
+    for path in args.gguf:
+        job = {"kind": "llama", "gguf": str(Path(path).resolve()), "threads": threads}
+        found.append(Target(f"llama.cpp {Path(path).stem}", job, python=args.llama_python))
+    if args.vllm_python:
+        job = {"kind": "vllm", "model": str(Path(str(config.model)).resolve()), "max_model_len": args.max_model_len}
+        env = {
+            "VLLM_TARGET_DEVICE": "cpu",
+            "VLLM_CPU_KVCACHE_SPACE": str(max(1, args.kv_cache_memory_bytes // 1024**3)),
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+            "HF_HUB_OFFLINE": "1",
+        }
+        found.append(Target("vLLM", job, python=args.vllm_python, env=env))
+    return found
 
 
-def median(measure: Callable[[], float], repeat: int) -> float:
-    return statistics.median(measure() for _ in range(repeat))
+def soaked(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]:
+    logging.basicConfig(level=logging.WARNING)
+    return soak(config, seconds=60 * args.soak, probe_every=args.probe_every, seed=args.seed)
 
 
-def ready_s(config: EngineConfig) -> float:
-    """From a cold process to one that answers (files may be in the page cache)."""
-
-    async def start() -> float:
-        client = Client(config)
-        begun = time.perf_counter()
-        await client.start()
-        took = time.perf_counter() - begun
-        await client.stop()
-        return took
-
-    return asyncio.run(start())
+def heading(model: str) -> dict[str, Any]:
+    return {
+        "model": model,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "commit": commit(),
+        "command": " ".join(["scripts/bench", *(without_folders(word) for word in sys.argv[1:])]),
+    }
 
 
-def memory_read_gb_s(threads: int | None) -> float:
-    """Best of five sums over 1 GiB with as many threads as the engine uses."""
-    torch.set_num_threads(threads or psutil.cpu_count(logical=False) or 1)
-    data = torch.ones(2**28)
-    times = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        data.sum()
-        times.append(time.perf_counter() - begun)
-    return data.nbytes / min(times) / 1e9
+def without_folders(word: str) -> str:
+    """What is a path here means nothing elsewhere: its last part says enough; an interpreter is named by its environment's."""
+    if "/" not in word:
+        return word
+    path = Path(word)
+    return str(Path(path.parents[1].name) / "bin" / path.name) if path.parent.name == "bin" else path.name
 
 
 def machine() -> str:
@@ -146,5 +187,4 @@ def commit() -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(main())

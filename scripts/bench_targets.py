@@ -1,0 +1,285 @@
+"""One engine under test, in a process of its own: ours, llama.cpp or vLLM, asked the same and timed the same way.
+
+Started by bench_compare.py as ``PYTHON bench_targets.py FD``, with a job as JSON on standard input; JSON lines go to the file
+descriptor. Whichever Python it runs in need not know this project: no import at the top but the standard library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Times = list[list[float]]
+"""For each sequence: when each of its tokens came, in seconds since the prompts were handed over."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """``sequences`` prompts of ``prompt`` tokens at once, each answered with ``tokens`` tokens; the median of ``repeat`` runs."""
+
+    sequences: int
+    prompt: int
+    tokens: int
+    repeat: int
+
+
+def first_s(times: Times) -> float:
+    """Until every sequence had its first token."""
+    return max(one[0] for one in times)
+
+
+def decode_tok_s(times: Times) -> float | None:
+    """Tokens a second while all sequences decode: from the moment the last one got its first token until the first one ended."""
+    begin, end = first_s(times), min(one[-1] for one in times)
+    return sum(begin < t <= end for one in times for t in one) / (end - begin) if end > begin else None
+
+
+def median(values: list[float]) -> float:
+    ordered = sorted(values)
+    return (ordered[len(ordered) // 2] + ordered[(len(ordered) - 1) // 2]) / 2
+
+
+def measure(generate: Callable[[list[list[int]], int], Times], case: Case, rng: random.Random, vocab: int) -> dict[str, Any]:
+    """Run a case with fresh random prompts each time, so that no cache of prefixes helps."""
+    firsts, rates = [], []
+    for _ in range(case.repeat):
+        prompts = [[rng.randrange(vocab // 100, vocab) for _ in range(case.prompt)] for _ in range(case.sequences)]
+        times = generate(prompts, case.tokens)
+        firsts.append(first_s(times))
+        rate = decode_tok_s(times)
+        if rate is not None:
+            rates.append(rate)
+    return {**asdict(case), "first_s": median(firsts), "decode_tok_s": median(rates) if rates else None}
+
+
+class Appliance:
+    """This project, in process, a step after another."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        from appliance.config import EngineConfig
+        from appliance.runtime.engine import Engine
+
+        self.engine = Engine.load(EngineConfig(**job["config"]))
+        self.count = 0
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> Times:
+        from appliance.core.messages import Submit
+        from appliance.core.params import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        rows: dict[str, list[float]] = {}
+        begun = time.perf_counter()
+        for prompt in prompts:
+            self.count += 1
+            rows[f"bench-{self.count}"] = []
+            self.engine.submit(Submit(f"bench-{self.count}", tuple(prompt), params, time.time()))
+        while self.engine.has_work:
+            events = self.engine.step()
+            now = time.perf_counter() - begun
+            for event in events:
+                if event.error is not None:
+                    raise RuntimeError(event.error)
+                rows[event.request_id] += [now] * len(event.token_ids)
+        return list(rows.values())
+
+    def facts(self) -> dict[str, Any]:
+        """What the report says beside the times; ``host_us``: a decode step less its native calls, by number of sequences."""
+        import torch
+
+        info, decoder = self.engine.info, self.engine.runner.decoder
+        read = decoder.nbytes - decoder.cos_sin.nbytes - (0 if decoder.tied else decoder.embedding.nbytes)
+        return {
+            "version": f"torch {torch.__version__}",
+            "kernels": info.kernels,
+            "head": info.plan["lm_head"],
+            "read_bytes": read,
+            "weight_bytes": decoder.nbytes,
+            "planned_bytes": info.plan["total_bytes"],
+            "host_us": {str(n): us for n in (1, 32) if (us := self.host_us(n)) is not None},
+        }
+
+    def host_us(self, sequences: int, steps: int = 32) -> float | None:
+        """Microseconds of Python in a decode step: the step less what the native calls took. None without native kernels."""
+        native = getattr(self.engine.runner.decoder.ops.matmul, "__self__", None)
+        if not hasattr(native, "machine"):
+            return None
+        machine = native.machine
+        clock = native.machine = Clock(machine)
+        try:
+            inside: list[tuple[float, float]] = []
+            step = self.engine.step
+
+            def timed() -> Any:
+                clock.seconds, begun = 0.0, time.perf_counter()
+                events = step()
+                inside.append((time.perf_counter() - begun, clock.seconds))
+                return events
+
+            self.engine.step = timed  # type: ignore[method-assign]
+            self.generate([[5 + i] * 8 for i in range(sequences)], steps)
+            del self.engine.step
+        finally:
+            native.machine = machine
+        return round(1e6 * median([whole - called for whole, called in inside[1:-1]]), 1)
+
+
+class Clock:
+    """Stands in for an object and adds up the time that calls of its methods take."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.seconds = inner, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.inner, name)
+
+        def call(*args: Any) -> Any:
+            begun = time.perf_counter()
+            result = method(*args)
+            self.seconds += time.perf_counter() - begun
+            return result
+
+        setattr(self, name, call)
+        return call
+
+
+class Llama:
+    """llama.cpp by its C interface: one prompt batch of all sequences, then a token for each of them at a time.
+
+    Its context (the cache) is made anew for every case, of just the size that the case needs, outside the timing. Tokens are
+    picked by numpy's argmax, which is faster than its own greedy sampler.
+    """
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        import llama_cpp
+
+        self.api, self.threads, self.path = llama_cpp, job["threads"], job["gguf"]
+        self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self._quiet, None)
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(self.path.encode(), llama_cpp.llama_model_default_params())
+        if not self.model:
+            raise RuntimeError(f"llama.cpp cannot load {os.path.basename(self.path)}")
+        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def context(self, sequences: int, length: int) -> Any:
+        params = self.api.llama_context_default_params()
+        params.n_ctx = sequences * -(-length // 256) * 256
+        params.n_batch, params.n_seq_max = 2048, sequences
+        params.n_threads = params.n_threads_batch = self.threads
+        context = self.api.llama_init_from_model(self.model, params)
+        if not context:
+            raise RuntimeError(f"llama.cpp refuses a context of {params.n_ctx} tokens")
+        return context
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> Times:
+        import numpy
+
+        context = self.context(len(prompts), len(prompts[0]) + tokens)
+        batch = self.api.llama_batch_init(2048, 0, 1)
+        times: Times = [[] for _ in prompts]
+        begun = time.perf_counter()
+
+        def decode(rows: list[tuple[int, int, int, bool]]) -> dict[int, int]:
+            """(token, position, sequence, whether its logits are wanted) -> the next token of those sequences."""
+            batch.n_tokens = len(rows)
+            for i, (token, position, sequence, wanted) in enumerate(rows):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            if self.api.llama_decode(context, batch):
+                raise RuntimeError("llama_decode failed")
+            found = {}
+            for i, (_, _, sequence, wanted) in enumerate(rows):
+                if wanted:
+                    logits = self.api.llama_get_logits_ith(context, i)
+                    found[sequence] = int(numpy.ctypeslib.as_array(logits, shape=(self.vocab,)).argmax())
+                    times[sequence].append(time.perf_counter() - begun)
+            return found
+
+        rows = [(t, p, s, p == len(prompt) - 1) for s, prompt in enumerate(prompts) for p, t in enumerate(prompt)]
+        last: dict[int, int] = {}
+        for i in range(0, len(rows), 2048):
+            last |= decode(rows[i : i + 2048])
+        for step in range(tokens - 1):
+            last = decode([(token, len(prompts[s]) + step, s, True) for s, token in last.items()])
+        self.api.llama_batch_free(batch)
+        self.api.llama_free(context)
+        return times
+
+    def facts(self) -> dict[str, Any]:
+        size = self.api.llama_model_size(self.model)
+        return {"version": f"llama-cpp-python {self.api.__version__}", "read_bytes": size, "weight_bytes": size}
+
+
+class Vllm:
+    """vLLM's offline engine; its engine process sends the tokens step by step."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(
+            model=job["model"],
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=job["max_model_len"],
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+        )
+        self.job, self.count = job, 0
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> Times:
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+        engine = self.llm.llm_engine
+        rows: dict[str, list[float]] = {}
+        begun = time.perf_counter()
+        for prompt in prompts:
+            self.count += 1
+            rows[str(self.count)] = []
+            engine.add_request(str(self.count), {"prompt_token_ids": prompt}, params)
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            now = time.perf_counter() - begun
+            for output in outputs:
+                row = rows[output.request_id]
+                row += [now] * (len(output.outputs[0].token_ids) - len(row))
+        return list(rows.values())
+
+    def facts(self) -> dict[str, Any]:
+        import vllm
+
+        files = [os.path.join(self.job["model"], f) for f in os.listdir(self.job["model"]) if f.endswith(".safetensors")]
+        size = sum(os.path.getsize(f) for f in files)
+        return {"version": f"vllm {vllm.__version__}", "read_bytes": size, "weight_bytes": size}
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {"appliance": Appliance, "llama": Llama, "vllm": Vllm}
+
+
+def main() -> None:
+    """Load, answer one short prompt (then it is ready), run the cases, tell the facts; a line for each as soon as it is known."""
+    job = json.loads(sys.stdin.readline())
+    with os.fdopen(int(sys.argv[1]), "w") as out:
+
+        def tell(**line: Any) -> None:
+            print(json.dumps(line), file=out, flush=True)
+
+        target = KINDS[job["kind"]](job)
+        target.generate([[7] * 8], 1)
+        tell(ready_s=time.time() - job["started"])
+        rng = random.Random(job["seed"])
+        target.generate([[11] * 64], 4)  # first-call costs of the libraries are not what is asked for
+        for case in job["cases"]:
+            tell(case=measure(target.generate, Case(**case), rng, job["vocab"]))
+        tell(facts=target.facts())
+        sys.stdin.read()  # the starter reads the memory of a living process, then closes this
+
+
+if __name__ == "__main__":
+    main()
