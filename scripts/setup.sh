@@ -1,13 +1,15 @@
 # Sourced by scripts/run and scripts/test: `set_up run` or `set_up dev` leaves a complete environment in .venv.
 #
-# .venv/.installed-KIND holds what was installed (this folder's path, pyproject.toml, constraints.txt): equal means nothing to do.
+# .venv/.installed-KIND holds what was installed (this folder's path, pyproject.toml, constraints.txt, a checksum of the C++): equal
+# means nothing to do.
 # .venv/.unfinished exists while the set-up changes something: whoever finds it afterwards makes the environment anew.
 
 say() { printf '%s: %s\n' "$NAME" "$*" >&2; }
 
 set_up() {  # set_up KIND
     wanted="$ROOT
-$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt")"
+$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt")
+$(cat "$ROOT/CMakeLists.txt" "$ROOT"/kernels/cpu/native/* | cksum)"
     if is_ready "$1"; then return; fi
     find_python
     exec 9<"$ROOT/pyproject.toml"
@@ -62,6 +64,9 @@ install() {  # install KIND
         say "the installation failed (pip's exit status is $rc); run this again when the cause is mended"
         exit 1
     fi
+    (cd / && "$VENV/bin/python" -c 'import kernels.cpu._native') 2>/dev/null ||
+        say "note: the native CPU kernels were not built (is there a C++ compiler? on Debian and Ubuntu: apt install g++); torch's operators" \
+            "compute instead, several times slower. After mending that: rm -r $VENV/.installed-* and run this again"
     printf '%s\n' "$wanted" >"$VENV/.installed-run"
     [ "$1" = run ] || cp "$VENV/.installed-run" "$VENV/.installed-dev"
     rm "$VENV/.unfinished"

@@ -15,7 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = "bash cat cp dirname env find mkdir rm sleep chmod"
+TOOLS = "bash cat cksum cp dirname env find mkdir rm sleep chmod"
+INPUTS = ("pyproject.toml", "constraints.txt", "CMakeLists.txt", "kernels/cpu/native/vec.h")  # of an installation
 
 STAND_IN = f"""#!/usr/bin/env bash
 echo "$*" >>"$LOG"
@@ -26,6 +27,7 @@ case "$1 $2" in
     case ${{PIP_DOES:-}} in fail) exit 1 ;; die) kill -9 $$ ;; esac
     printf '#!/bin/sh\\nprintf "<%%s>" "$@"\\nexit 7\\n' >"$(dirname "$0")/appliance"
     chmod +x "$(dirname "$0")/appliance" ;;
+"-c import kernels.cpu._native") exit "${{NO_KERNELS:-0}}" ;;
 "-m pytest") shift 2; printf "<%s>" "$@" ;;
 *) exec "{sys.executable}" "$@" ;;
 esac
@@ -37,9 +39,9 @@ class Checkout:
 
     def __init__(self, tmp: Path) -> None:
         self.root, self.tools, self.log = tmp / "a checkout", tmp / "bin", tmp / "log"
-        (self.root / "scripts").mkdir(parents=True)
         self.tools.mkdir()
-        for name in ("scripts/run", "scripts/test", "scripts/setup.sh", "pyproject.toml", "constraints.txt"):
+        for name in ("scripts/run", "scripts/test", "scripts/setup.sh", *INPUTS):
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         for tool in TOOLS.split():
             (self.tools / tool).symlink_to(str(shutil.which(tool)))
@@ -91,7 +93,13 @@ def test_what_was_installed_for_tests_serves_to_run_but_not_the_reverse(checkout
     assert len(checkout.calls("venv")) == 1
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_says_once_that_the_kernels_could_not_be_built(checkout: Checkout) -> None:
+    status, _, err = checkout.run("run", NO_KERNELS="1")
+    assert status == 7 and "the native CPU kernels were not built" in err and "apt install g++" in err
+    assert checkout.run("run", NO_KERNELS="1")[2] == ""
+
+
+@pytest.mark.parametrize("name", INPUTS)
 def test_a_change_of_what_is_wanted_installs_again(checkout: Checkout, name: str) -> None:
     checkout.run("run")
     path = checkout.root / name
