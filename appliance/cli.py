@@ -55,6 +55,20 @@ def serve(model: str | None = None, /, *, engine: EngineFlags = ENGINE, server: 
 
 
 @app.command
+def doctor(*, json: bool = False) -> int:
+    """Say what this machine has, which CPU kernels will be used and what it costs to lack others. Exit code 0: ready; 1: not.
+
+    Parameters
+    ----------
+    json
+        Print JSON instead of text.
+    """
+    from appliance.doctor import doctor
+
+    return doctor(json)
+
+
+@app.command
 def plan(model: str | None = None, /, *, json: bool = False, engine: EngineFlags = ENGINE) -> int:
     """Print where the memory would go, from the checkpoint's headers alone. Exit code 0: fits; 1: does not fit; 2: bad input.
 

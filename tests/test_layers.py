@@ -32,6 +32,7 @@ MAY_IMPORT = {
                           "appliance.version"],
     "appliance.llm": ["quant", "models", "appliance.config", "appliance.core", "appliance.memory", "appliance.runtime",
                       "appliance.text", "appliance.hub"],
+    "appliance.doctor": ["quant.errors", "kernels.cpu.backend", "appliance.version"],
     "appliance.hub": ["quant.errors", "appliance.config"],
     "appliance.demo": [],
     "appliance.tui": ["quant.errors", "appliance.version", "appliance.core.messages"],
@@ -41,7 +42,7 @@ MAY_IMPORT = {
     "appliance.cli_flags": ["quant.errors"],
     "appliance.__main__": ["appliance.cli"],
 }  # fmt: skip
-NO_TORCH = ["quant.errors", "quant.scheme", "quant.headers", "kernels.layout", "kernels.cpu.backend", "models.spec", "appliance",
+NO_TORCH = ["appliance.doctor", "quant.errors", "quant.scheme", "quant.headers", "kernels.layout", "kernels.cpu.backend", "models.spec", "appliance",
             "appliance.config", "appliance.core", "appliance.memory", "appliance.tui", "appliance.version"]  # fmt: skip
 NO_DIRECT_TORCH = ["appliance.server", "appliance.cli"]
 NO_EDGE = ["quant", "kernels", "models", "appliance.core", "appliance.memory", "appliance.runtime", "appliance.text",

@@ -73,7 +73,9 @@ def test_default_dtype_stays_close(shared_data: Path, name: str) -> None:
     assert sum(diffs) / len(diffs) <= 0.07
 
 
-@pytest.mark.parametrize("name", ["awq-gemm-g32", "gptq-4bit-g32-act-order", "gptq-8bit-channel", "ct-w4a16-g128", "ct-w8a8-int8"])
+@pytest.mark.parametrize(
+    "name", ["awq-gemm-g32", "gptq-4bit-g32-act-order", "gptq-8bit-channel", "ct-w4a16-g128", "ct-w8a8-int8"]
+)
 def test_perplexity_of_the_default_settings(shared_data: Path, name: str) -> None:
     """Within 0.3 % of float32 over 100 windows of 256 tokens of the TinyStories text."""
     text = (shared_data / "text" / "tinystories.txt").read_text()
