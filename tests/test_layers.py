@@ -42,8 +42,9 @@ MAY_IMPORT = {
     "appliance.cli_flags": ["quant.errors"],
     "appliance.__main__": ["appliance.cli"],
 }  # fmt: skip
-NO_TORCH = ["appliance.doctor", "quant.errors", "quant.scheme", "quant.headers", "kernels.layout", "kernels.cpu.backend", "models.spec", "appliance",
-            "appliance.config", "appliance.core", "appliance.memory", "appliance.tui", "appliance.version"]  # fmt: skip
+NO_TORCH = ["quant.errors", "quant.scheme", "quant.headers", "kernels.layout", "kernels.cpu.backend", "models.spec", "appliance",
+            "appliance.config", "appliance.core", "appliance.memory", "appliance.tui", "appliance.version",
+            "appliance.doctor"]  # fmt: skip
 NO_DIRECT_TORCH = ["appliance.server", "appliance.cli"]
 NO_EDGE = ["quant", "kernels", "models", "appliance.core", "appliance.memory", "appliance.runtime", "appliance.text",
            "appliance.llm", "appliance.config", "appliance.version"]  # fmt: skip
