@@ -163,7 +163,7 @@ def roofline(report: Report) -> str:
     slope, ceiling = limits["memory_read_gb_s"] / 1e3, max(tops.values())
     xs = [x for _, ps in drawn for _, x, _ in ps]
     ys = [y for _, ps in drawn for _, _, y in ps]
-    width, height = 900, 560
+    width, height = 940, 560
     axes = Axes((min(xs) / 1.5, max([*xs, ceiling / slope]) * 1.6), (min(ys) / 2, max(*ys, ceiling) * 1.6), (70, 40, 650, 500))
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
@@ -182,7 +182,8 @@ def roofline(report: Report) -> str:
             if i == 0:
                 out.append(text(px - 4, py - 8, label, anchor="end", colour=colour))
         out.append(f'<circle cx="668" cy="{60 + 20 * i}" r="5" fill="{colour}"/>' + text(680, 64 + 20 * i, name))
-    out.append(text(662, 84 + 20 * len(drawn), "numbers: sequences; 4k: one at that context"))
+    out.append(text(662, 84 + 20 * len(drawn), "1, 4, ...: sequences that decode together"))
+    out.append(text(662, 100 + 20 * len(drawn), "4k, ...: one sequence at that context"))
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
@@ -199,5 +200,6 @@ def roofs(axes: Axes, slope: float, tops: dict[str, float]) -> list[str]:
     top = max(tops.values())
     (x1, y1), (x2, y2) = axes.at(start, start * slope), axes.at(max(top / slope, start), max(top, start * slope))
     out.append(f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="#999"/>')
-    out.append(text(x1 + 8, y1 - 30, f"memory, {number(slope * 1e3)} GB/s", colour="#666"))
+    beside = (x1 + 0.8 * (x2 - x1) - 10, y1 + 0.8 * (y2 - y1))
+    out.append(text(*beside, f"memory, {number(slope * 1e3)} GB/s", anchor="end", colour="#666"))
     return out

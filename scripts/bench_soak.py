@@ -35,9 +35,10 @@ class Load:
         self.count += 1
         output = min(rng.choice((1, 8, 32, 128)), longest // 2)
         prompt = rng.randint(1, max(1, min(longest - output, rng.choice((16, 128, 512, 2048)))))
+        temperature = rng.choice((0.0, 0.7, 1.0))
         params = SamplingParams(
-            n=rng.choice((1, 1, 1, 3)),
-            temperature=rng.choice((0.0, 0.7, 1.0)),
+            n=rng.choice((1, 1, 3)) if temperature else 1,
+            temperature=temperature,
             top_p=rng.choice((1.0, 0.9)),
             top_k=rng.choice((0, 0, 40)),
             repetition_penalty=rng.choice((1.0, 1.0, 1.1)),
