@@ -159,16 +159,15 @@ INLINE void pair_chunk(const Cache& c, const int64_t* items, int64_t n, int64_t 
 // c [rows][64] += x [rows][inputs] times w [inputs][64].
 INLINE void multiply(bool pairs, const float* x, int64_t stride, const float* w, int64_t inputs, int64_t rows, float* c) {
     each_tile(rows, [&](int64_t row, int64_t n) {
-        with_rows(n, [&](auto count) {
-            constexpr int R = decltype(count)::value;
+        with_shape(n, 4, [&](auto r, auto v) {
 #if defined(__AVX512BF16__)
             if (pairs) {
                 const uint16_t* two = reinterpret_cast<const uint16_t*>(x);
-                return pair_rows<R>(reinterpret_cast<const uint16_t*>(w), inputs, 0, 4, two + row * stride, stride, c + row * kPanel);
+                return pair_rows<r.value, v.value>(reinterpret_cast<const uint16_t*>(w), inputs, 0, 4, two + row * stride, stride, c + row * kPanel);
             }
 #endif
             (void)pairs;
-            fma_rows<R>(w, inputs, 0, 4, x + row * stride, stride, c + row * kPanel);
+            fma_rows<r.value, v.value>(w, inputs, 0, 4, x + row * stride, stride, c + row * kPanel);
         });
     });
 }

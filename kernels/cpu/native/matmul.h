@@ -107,7 +107,7 @@ INLINE void accumulate_integers(const Block& b, int64_t panel, int v0, int v1, u
         const uint8_t* following = segment_data(w, panel, last < w.segments ? last : first);
         each_tile(b.rows, [&](int64_t row, int64_t rows) {
             if (!direct) prefetch(following + piece * row / b.rows, piece * rows / b.rows);
-            with_rows(rows, [&](auto count) { dot_rows<decltype(count)::value>(w, panel, first, last, v0, v1, bytes, b.rounded, row, c + row * kPanel); });
+            with_shape(rows, v1 - v0, [&](auto r, auto v) { dot_rows<r.value, v.value>(w, panel, first, last, v0, v1, bytes, b.rounded, row, c + row * kPanel); });
         });
     }
 }
@@ -116,7 +116,7 @@ INLINE void accumulate_floats(const Block& b, int64_t panel, int v0, int v1, uin
     const Linear& w = *b.a->weight;
     if (expands_in_registers(*b.a)) {
         for (int64_t s = 0; s < w.segments; ++s)
-            with_rows(b.rows, [&](auto n) { fma_direct<decltype(n)::value>(w, panel, s, v0, v1, b.floats + b.chunks.at(0, s * w.unit), w.unit, c); });
+            with_shape(b.rows, v1 - v0, [&](auto r, auto v) { fma_direct<r.value, v.value>(w, panel, s, v0, v1, b.floats + b.chunks.at(0, s * w.unit), w.unit, c); });
         return;
     }
     const int64_t all = depth(w), step = b.chunks.inputs;
@@ -134,7 +134,7 @@ INLINE void accumulate_floats(const Block& b, int64_t panel, int v0, int v1, uin
             }
 #endif
             each_tile(b.rows, [&](int64_t row, int64_t rows) {
-                with_rows(rows, [&](auto n) { pair_rows<decltype(n)::value>(pairs, count, v0, v1, b.pairs + b.chunks.at(row, first), step, c + row * kPanel); });
+                with_shape(rows, v1 - v0, [&](auto r, auto v) { pair_rows<r.value, v.value>(pairs, count, v0, v1, b.pairs + b.chunks.at(row, first), step, c + row * kPanel); });
             });
             continue;
         }
@@ -142,7 +142,7 @@ INLINE void accumulate_floats(const Block& b, int64_t panel, int v0, int v1, uin
         float* floats = reinterpret_cast<float*>(scratch);
         expand_floats(w, panel, first, count, floats);
         each_tile(b.rows, [&](int64_t row, int64_t rows) {
-            with_rows(rows, [&](auto n) { fma_rows<decltype(n)::value>(floats, count, v0, v1, b.floats + b.chunks.at(row, first), step, c + row * kPanel); });
+            with_shape(rows, v1 - v0, [&](auto r, auto v) { fma_rows<r.value, v.value>(floats, count, v0, v1, b.floats + b.chunks.at(row, first), step, c + row * kPanel); });
         });
     }
 }
@@ -198,8 +198,7 @@ struct Sizes {
 INLINE void run_block(Pool& pool, const Block& block, const Sizes& sizes) {
     const Linear& w = *block.a->weight;
     const int64_t step = w.gated ? 2 : 1, panels = w.panels / step;
-    int parts = 1;  // of a panel: with many threads and few outputs a whole panel is too much
-    while (parts < 4 && panels * parts < 3 * pool.size() && block.rows <= kRows) parts *= 2;
+    const int parts = panels < 3 * pool.size() && block.rows <= kRows ? 2 : 1;  // many threads, few outputs: they share panels
     pool.reset(panels * parts);
     pool.run([&](int thread) {
         uint8_t* memory = pool.scratch(thread, size_t(sizes.thread()));

@@ -57,9 +57,8 @@ INLINE void dot_segment(const uint8_t* w, int64_t inputs, const int8_t* x, int64
 
 // The segments first .. last - 1 for R rows and the vectors v0 .. v1 - 1 of a panel. `bytes`: the unpacked codes of those segments,
 // or null to read the weight itself.
-template <int R>
+template <int R, int V>
 INLINE void dot_rows(const Linear& w, int64_t panel, int64_t first, int64_t last, int v0, int v1, const uint8_t* bytes, const Rounded& x, int64_t row, float* c) {
-    constexpr int V = vectors_for(R);
     const bool nibbles = w.codes == Codes::int4 && bytes == nullptr;
     for (int64_t s = first; s < last; ++s) {  // a segment of all outputs, as it lies in memory
         for (int v = v0; v < v1; v += V) {
@@ -96,8 +95,7 @@ template <int R, int V> INLINE void fma_tile(const float* w, int64_t inputs, con
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v) store(c + r * kPanel + 16 * v, acc[r][v]);
 }
 
-template <int R> INLINE void fma_rows(const float* w, int64_t inputs, int v0, int v1, const float* x, int64_t stride, float* c) {
-    constexpr int V = vectors_for(R);
+template <int R, int V> INLINE void fma_rows(const float* w, int64_t inputs, int v0, int v1, const float* x, int64_t stride, float* c) {
     for (int v = v0; v < v1; v += V) fma_tile<R, V>(w + 16 * v, inputs, x, stride, c + 16 * v);
 }
 
@@ -132,8 +130,8 @@ INLINE void fma_segment(const uint8_t* w, bool nibbles, int64_t unit, const floa
     }
 }
 
-template <int R> INLINE void fma_direct(const Linear& w, int64_t panel, int64_t segment, int v0, int v1, const float* x, int64_t stride, float* c) {
-    constexpr int V = vectors_for(R);
+template <int R, int V>
+INLINE void fma_direct(const Linear& w, int64_t panel, int64_t segment, int v0, int v1, const float* x, int64_t stride, float* c) {
     for (int v = v0; v < v1; v += V) {
         const int64_t index = (panel * w.groups() + segment / w.per_group) * kPanel + 16 * v;
         F scale[V], zero[V];
@@ -147,8 +145,7 @@ template <int R> INLINE void fma_direct(const Linear& w, int64_t panel, int64_t 
 
 #if defined(__AVX512BF16__)
 // The same with pairs of bfloat16: w [inputs / 2][64][2].
-template <int R> INLINE void pair_rows(const uint16_t* w, int64_t inputs, int v0, int v1, const uint16_t* x, int64_t stride, float* c) {
-    constexpr int V = 4;
+template <int R, int V> INLINE void pair_rows(const uint16_t* w, int64_t inputs, int v0, int v1, const uint16_t* x, int64_t stride, float* c) {
     for (int v = v0; v < v1; v += V) {
         F acc[R][V];
         UNROLL for (int r = 0; r < R; ++r) UNROLL for (int i = 0; i < V; ++i) acc[r][i] = load(c + r * kPanel + 16 * (v + i));
@@ -167,16 +164,22 @@ template <int R> INLINE void pair_rows(const uint16_t* w, int64_t inputs, int v0
 }
 #endif
 
-// f(rows) with the number of rows, 1 to 6, as a template argument.
-template <int R> struct Count { static constexpr int value = R; };
-template <class G> INLINE void with_rows(int64_t rows, G&& g) {
+// g(R, V) with the number of rows (1 to 6) and of vectors at a time as template arguments; v1 - v0 is a multiple of V. Half a
+// panel (2 vectors) is what threads share of a weight with few outputs.
+template <int N> struct Count { static constexpr int value = N; };
+template <int R, class G> INLINE void with_vectors(int64_t width, G&& g) {
+    if constexpr (vectors_for(R) == 4)
+        if (width < 4) return g(Count<R>{}, Count<2>{});
+    g(Count<R>{}, Count<vectors_for(R)>{});
+}
+template <class G> INLINE void with_shape(int64_t rows, int64_t width, G&& g) {
     switch (rows) {
-        case 1: return g(Count<1>{});
-        case 2: return g(Count<2>{});
-        case 3: return g(Count<3>{});
-        case 4: return g(Count<4>{});
-        case 5: return g(Count<5>{});
-        default: return g(Count<6>{});
+        case 1: return with_vectors<1>(width, g);
+        case 2: return with_vectors<2>(width, g);
+        case 3: return with_vectors<3>(width, g);
+        case 4: return with_vectors<4>(width, g);
+        case 5: return with_vectors<5>(width, g);
+        default: return with_vectors<6>(width, g);
     }
 }
 
