@@ -98,7 +98,8 @@ def fact_table(targets: list[Report], limits: Report) -> str:
         ("from start to first token, s", lambda t: number(t.get("ready_s"))),
         ("resident memory, GiB", lambda t: number(t["rss_bytes"] / gib) if t.get("rss_bytes") else ""),
         ("planned, GiB (resident against it)", drift),
-        ("host work a step at 1 / 32 sequences, us", lambda t: " / ".join(number(us) for us in t.get("host_us", {}).values())),
+        ("host work a step at 1 / 32 / 256 sequences, us", lambda t: " / ".join(map(number, t.get("host_us", {}).values()))),
+        ("of that scheduling and events, us", lambda t: " / ".join(map(number, t.get("bookkeeping_us", {}).values()))),
     ]
     return table(["", *(t["name"] for t in targets)], ([label, *(cell(t) for t in targets)] for label, cell in rows))
 

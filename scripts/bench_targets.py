@@ -89,11 +89,13 @@ class Appliance:
         return list(rows.values())
 
     def facts(self) -> dict[str, Any]:
-        """What the report says beside the times; ``host_us``: a decode step less its native calls, by number of sequences."""
+        """What the report says beside the times; ``host_us`` and ``bookkeeping_us`` by number of sequences (see ``overhead``)."""
         import torch
 
         info, decoder = self.engine.info, self.engine.runner.decoder
         read = decoder.nbytes - decoder.cos_sin.nbytes - (0 if decoder.tied else decoder.embedding.nbytes)
+        native = hasattr(getattr(decoder.ops.matmul, "__self__", None), "machine")
+        spent = {str(n): self.overhead(n) for n in (1, 32, 256)} if native else {}
         return {
             "version": f"torch {torch.__version__}",
             "kernels": info.kernels,
@@ -101,32 +103,32 @@ class Appliance:
             "read_bytes": read,
             "weight_bytes": decoder.nbytes,
             "planned_bytes": info.plan["total_bytes"],
-            "host_us": {str(n): us for n in (1, 32) if (us := self.host_us(n)) is not None},
+            "host_us": {n: host for n, (host, _) in spent.items()},
+            "bookkeeping_us": {n: bookkeeping for n, (_, bookkeeping) in spent.items()},
         }
 
-    def host_us(self, sequences: int, steps: int = 32) -> float | None:
-        """Microseconds of Python in a decode step: the step less what the native calls took. None without native kernels."""
-        native = getattr(self.engine.runner.decoder.ops.matmul, "__self__", None)
-        if not hasattr(native, "machine"):
-            return None
-        machine = native.machine
-        clock = native.machine = Clock(machine)
+    def overhead(self, sequences: int, tokens: int = 16) -> tuple[float, float]:
+        """Median microseconds of a decode step outside the native calls, and outside the model's runner (scheduling, events)."""
+        engine, native = self.engine, self.engine.runner.decoder.ops.matmul.__self__
+        machine, runner, step = native.machine, engine.runner, engine.step
+        calls, runs = Clock(machine), Clock(runner)
+        spans: list[tuple[float, float, float]] = []
+
+        def timed() -> Any:
+            calls.seconds = runs.seconds = 0.0
+            begun = time.perf_counter()
+            events = step()
+            spans.append((time.perf_counter() - begun, calls.seconds, runs.seconds))
+            return events
+
+        native.machine, engine.runner, engine.step = calls, runs, timed
         try:
-            inside: list[tuple[float, float]] = []
-            step = self.engine.step
-
-            def timed() -> Any:
-                clock.seconds, begun = 0.0, time.perf_counter()
-                events = step()
-                inside.append((time.perf_counter() - begun, clock.seconds))
-                return events
-
-            self.engine.step = timed  # type: ignore[method-assign]
-            self.generate([[5 + i] * 8 for i in range(sequences)], steps)
-            del self.engine.step
+            self.generate([[3] * 8] * sequences, tokens)
         finally:
-            native.machine = machine
-        return round(1e6 * median([whole - called for whole, called in inside[1:-1]]), 1)
+            native.machine, engine.runner = machine, runner
+            del engine.step
+        decode = spans[1:-1]
+        return tuple(round(1e6 * median([span[0] - span[i] for span in decode]), 1) for i in (1, 2))  # type: ignore[return-value]
 
 
 class Clock:

@@ -17,6 +17,7 @@ import pytest
 from appliance.config import EngineConfig
 from appliance.core.messages import Event
 from appliance.runtime.engine import Engine
+from kernels.cpu import backend
 from models.spec import ModelSpec
 from quant.headers import read_json
 from tests.tiny_model import make_checkpoint
@@ -104,6 +105,19 @@ def test_an_engine_runs_in_a_process_of_its_own(checkpoint: Path, tmp_path: Path
     assert 0 < result["read_bytes"] < result["weight_bytes"] < result["rss_bytes"]
 
 
+def test_host_work_is_a_part_of_the_step(checkpoint: Path) -> None:
+    if backend.native() is None:
+        pytest.skip("the native kernels are not built")
+    ours = target_module.Appliance({"config": asdict(engine_config(checkpoint))})
+    machine, runner = ours.engine.runner.decoder.ops.matmul.__self__.machine, ours.engine.runner
+    facts = ours.facts()
+    assert facts["host_us"].keys() == facts["bookkeeping_us"].keys() == {"1", "32", "256"}
+    for sequences, host in facts["host_us"].items():
+        assert 0 < facts["bookkeeping_us"][sequences] < host
+    assert ours.engine.runner is runner and ours.engine.runner.decoder.ops.matmul.__self__.machine is machine
+    assert "step" not in vars(ours.engine)
+
+
 def test_one_that_dies_is_reported_with_what_it_did(tmp_path: Path) -> None:
     script = tmp_path / "python"
     case = {"sequences": 1, "prompt": 8, "tokens": 1, "repeat": 1, "first_s": 0.25, "decode_tok_s": None}
@@ -136,7 +150,7 @@ def sample_report() -> dict[str, Any]:
         result = {"name": name, "read_bytes": 10**6, "cases": cases, "ready_s": 2.5, "rss_bytes": 2**30}
         compare.derive(result, work, read_gb_s=40.0)
         targets.append(result)
-    targets[0] |= {"planned_bytes": 2**31, "host_us": {"1": 100.4, "32": 301.0}, "version": "v1"}
+    targets[0] |= {"planned_bytes": 2**31, "host_us": {"1": 100.4, "32": 301.0, "256": 900.0}, "version": "v1"}
     targets.append({"name": "broken", "cases": [], "error": "ended with status 1 after 0 of 4 cases"})
     limits = {
         "memory_read_gb_s": 40.0,
@@ -162,7 +176,7 @@ def test_markdown_has_every_case_and_marks_the_fastest() -> None:
     assert "| decode, 1 sequence | **180** | 90.0 |  |" in text and "| decode, 8 sequences | **1440** | 720 |  |" in text
     assert "| prefill 4096 | **16384** | 8192 |  |" in text and "| decode, 1 at 4096 tokens | **180** | 90.0 |  |" in text
     assert "| planned, GiB (resident against it) | 2.00 (-50.0 %) |  |  |" in text
-    assert "| host work a step at 1 / 32 sequences, us | 100 / 301 |  |  |" in text
+    assert "| host work a step at 1 / 32 / 256 sequences, us | 100 / 301 / 900 |  |  |" in text
     assert "- broken: ended with status 1 after 0 of 4 cases" in text
     assert [report_module.number(v) for v in (None, 0, 0.0123456, 1.5, 999.6, 123456.0)] == [
         "",
