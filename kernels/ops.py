@@ -168,6 +168,11 @@ class ArgMax(Protocol):
         """
 
 
+class KthLargest(Protocol):
+    def __call__(self, row: Tensor, k: int) -> float:
+        """The k-th largest of row, float32 [n] without NaN, 1 <= k <= n; equal ones count one by one."""
+
+
 @dataclass(frozen=True)
 class Ops:
     """Everything a model may ask of a device."""
@@ -182,6 +187,7 @@ class Ops:
     attention: Attention
     silu_mul: SiluMul
     argmax: ArgMax
+    kth_largest: KthLargest
 
 
 def get_ops(device: str = "cpu", *, reference: bool = False, threads: int | None = None) -> Ops:

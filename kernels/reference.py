@@ -159,6 +159,10 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
+def kth_largest(row: Tensor, k: int) -> float:
+    return row.topk(k).values[-1].item()
+
+
 def make_ops(device: torch.device) -> Ops:
     """The reference on any device."""
     return Ops(
@@ -172,4 +176,5 @@ def make_ops(device: torch.device) -> Ops:
         attention=attention,
         silu_mul=silu_mul,
         argmax=argmax,
+        kth_largest=kth_largest,
     )

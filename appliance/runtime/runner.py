@@ -51,11 +51,12 @@ class Runner:
 
     def _sample(self, chunks: Sequence[Chunk], hidden: Tensor, starts: Sequence[int]) -> tuple[Sampled | None, ...]:
         out: list[Sampled | None] = [None] * len(chunks)
-        argmax = self.decoder.ops.argmax
+        ops = self.decoder.ops
         rows = [i for i, c in enumerate(chunks) if c.samples]
         for part in (rows[i : i + LOGIT_ROWS] for i in range(0, len(rows), LOGIT_ROWS)):
             logits = self.decoder.logits(hidden[[starts[i + 1] - 1 for i in part]])
-            for i, one in zip(part, sample(logits, [chunks[i].request for i in part], argmax=argmax), strict=True):
+            found = sample(logits, [chunks[i].request for i in part], argmax=ops.argmax, kth=ops.kth_largest)
+            for i, one in zip(part, found, strict=True):
                 out[i] = one
         return tuple(out)
 
@@ -70,7 +71,8 @@ class Runner:
         for a in range(first, last, LOGIT_ROWS):
             b = min(a + LOGIT_ROWS, last)
             logits = self.decoder.logits(hidden[a - 1 - chunk.start : b - 1 - chunk.start])
-            found += token_logprobs(logits, request.tokens[a:b], [request.params.prompt_logprobs] * (b - a))
+            wanted = [request.params.prompt_logprobs] * (b - a)
+            found += token_logprobs(logits, request.tokens[a:b], wanted, kth=self.decoder.ops.kth_largest)
         return PromptScores(request, first, tuple(found)) if found else None
 
 

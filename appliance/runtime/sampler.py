@@ -15,8 +15,9 @@ from appliance.core.messages import TokenLogprob
 from appliance.core.request import Request
 from appliance.runtime.penalties import adjust, touches_logits
 from kernels import reference
-from kernels.ops import ArgMax
+from kernels.ops import ArgMax, KthLargest
 
+_LIKELY = 512  # tokens in which a nucleus is looked for first
 _BLOCK = 128  # probabilities summed together, so that a draw needs no cumulative sum over the whole vocabulary
 
 
@@ -29,12 +30,18 @@ class Sampled:
     error: str | None = None
 
 
-def sample(logits: Tensor, requests: Sequence[Request], *, argmax: ArgMax = reference.argmax) -> list[Sampled]:
+def sample(
+    logits: Tensor,
+    requests: Sequence[Request],
+    *,
+    argmax: ArgMax = reference.argmax,
+    kth: KthLargest = reference.kth_largest,
+) -> list[Sampled]:
     """Draw the next token of each request from its row of ``logits``, float32 [R, V], which is overwritten.
 
     Log-probabilities are those of the model, before masks, penalties and temperature (vLLM's ``raw_logprobs``). A random draw
     depends on the row, the request's seed and its number of tokens, and on nothing else. Among equal logits greedy takes the
-    lowest id. Workspace: a few vectors of V, whatever R is. ``argmax`` is the device's (``Ops.argmax``).
+    lowest id. Workspace: a few vectors of V, whatever R is. ``argmax`` and ``kth`` are the device's (see Ops).
     """
     easy = [_is_plain_greedy(r) for r in requests]
     found = argmax(logits) if any(easy) else (logits.amax(dim=-1),)  # the values alone are quicker to find
@@ -46,23 +53,25 @@ def sample(logits: Tensor, requests: Sequence[Request], *, argmax: ArgMax = refe
         elif easy[i] and best[i] > -math.inf:
             out.append(Sampled(picks[i]))
         else:
-            out.append(_sample_row(logits[i], request))
+            out.append(_sample_row(logits[i], request, kth))
     return out
 
 
-def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: Sequence[int]) -> list[TokenLogprob]:
+def token_logprobs(
+    logits: Tensor, token_ids: Sequence[int], top: Sequence[int], *, kth: KthLargest = reference.kth_largest
+) -> list[TokenLogprob]:
     """Log-probability and rank of ``token_ids[i]`` in row i of ``logits`` float32 [R, V], and the ``top[i]`` most likely tokens.
 
     ``top`` -1 gives the whole vocabulary. Rank is 1 + the number of tokens with a larger logit. Equal tokens come by id.
     """
-    return [_row_logprob(row, token, k) for row, token, k in zip(logits.unbind(), token_ids, top, strict=True)]
+    return [_row_logprob(row, token, k, kth) for row, token, k in zip(logits.unbind(), token_ids, top, strict=True)]
 
 
 def _is_plain_greedy(request: Request) -> bool:
     return request.params.greedy and request.params.logprobs is None and not touches_logits(request)
 
 
-def _sample_row(row: Tensor, request: Request) -> Sampled:
+def _sample_row(row: Tensor, request: Request, kth: KthLargest) -> Sampled:
     wanted = request.params.logprobs
     raw = row
     if touches_logits(request):
@@ -75,11 +84,11 @@ def _sample_row(row: Tensor, request: Request) -> Sampled:
         return Sampled(
             -1, error=f"repetition_penalty {request.params.repetition_penalty} makes a logit infinite: use one nearer to 1"
         )
-    token = int(row.argmax()) if request.params.greedy else _draw(row, best, request)
-    return Sampled(token, None if wanted is None else _row_logprob(raw, token, wanted))
+    token = int(row.argmax()) if request.params.greedy else _draw(row, best, request, kth)
+    return Sampled(token, None if wanted is None else _row_logprob(raw, token, wanted, kth))
 
 
-def _draw(row: Tensor, best: float, request: Request) -> int:
+def _draw(row: Tensor, best: float, request: Request, kth: KthLargest) -> int:
     """One draw from softmax(row / temperature), cut by top_k, min_p and top_p. ``best`` is the largest logit.
 
     The order of the cuts is vLLM's: min_p and top_k are thresholds (so they commute; ties at top_k's stay in), and top_p is a
@@ -87,13 +96,13 @@ def _draw(row: Tensor, best: float, request: Request) -> int:
     """
     params, ids = request.params, None
     if 0 < params.top_k < row.numel():
-        ids = (row >= row.topk(params.top_k).values[-1]).nonzero().view(-1)
+        ids = (row >= kth(row, params.top_k)).nonzero().view(-1)
         row = row[ids]
     weights = ((row - best) / params.temperature).exp_()  # the largest is 1: min_p compares with it as it stands
     if params.min_p > 0:
         weights, ids = _keep((weights >= params.min_p).nonzero().view(-1), weights, ids)
     if params.top_p < 1:
-        weights, ids = _nucleus(weights, ids, params.top_p)
+        weights, ids = _nucleus(weights, ids, params.top_p, kth)
     pick = _inverse_cdf(weights, uniform(request.seed, len(request.tokens)))
     return pick if ids is None else int(ids[pick])
 
@@ -107,14 +116,21 @@ def _keep(index: Tensor, weights: Tensor, ids: Tensor | None) -> tuple[Tensor, T
     return weights[index], index if ids is None else ids[index]
 
 
-def _nucleus(weights: Tensor, ids: Tensor | None, top_p: float) -> tuple[Tensor, Tensor]:
+def _nucleus(weights: Tensor, ids: Tensor | None, top_p: float, kth: KthLargest = reference.kth_largest) -> tuple[Tensor, Tensor]:
     """The fewest most likely tokens whose share reaches ``top_p`` (Holtzman et al. 2020), by id; equal ones enter by id.
 
-    Tokens under (1 - top_p) / n of the mass cannot reach the nucleus: all of them together weigh less than what it leaves out.
-    They are peeled off, again and again, while that at least halves what has to be sorted.
+    Mostly the few hundred most likely tokens reach it, and nothing else need be looked at. Otherwise: tokens under
+    (1 - top_p) / n of the mass cannot reach the nucleus, as all of them together weigh less than what it leaves out. They are
+    peeled off, again and again, while that at least halves what has to be sorted.
     """
     total = weights.sum(dtype=torch.float64).item()
     spare = (1 - top_p) * total
+    if weights.numel() > 2 * _LIKELY:
+        index = (weights >= kth(weights, _LIKELY)).nonzero().view(-1)
+        rest = total - weights[index].sum(dtype=torch.float64).item()
+        if rest <= spare:
+            weights, ids = _keep(index, weights, ids)
+            spare -= rest
     while True:
         index = (weights >= spare / weights.numel()).nonzero().view(-1)
         if 2 * index.numel() > weights.numel():
@@ -148,16 +164,16 @@ def _first_above(sums: Tensor, target: float) -> int:
     return min(first, int(torch.searchsorted(sums, sums[-1].item())))
 
 
-def _row_logprob(row: Tensor, token: int, k: int) -> TokenLogprob:
+def _row_logprob(row: Tensor, token: int, k: int, kth: KthLargest) -> TokenLogprob:
     norm = row.logsumexp(0)
     logprob = (row[token] - norm).item()
     rank = 1 + int((row > row[token]).count_nonzero())
-    return TokenLogprob(token, logprob, rank, _most_likely(row, norm, row.numel() if k == -1 else min(k, row.numel())))
+    return TokenLogprob(token, logprob, rank, _most_likely(row, norm, row.numel() if k == -1 else min(k, row.numel()), kth))
 
 
-def _most_likely(row: Tensor, norm: Tensor, k: int) -> tuple[tuple[int, float], ...]:
+def _most_likely(row: Tensor, norm: Tensor, k: int, kth: KthLargest) -> tuple[tuple[int, float], ...]:
     if k == 0:
         return ()
-    ids = (row >= row.topk(k).values[-1]).nonzero().view(-1) if k < row.numel() else torch.arange(k, device=row.device)
+    ids = (row >= kth(row, k)).nonzero().view(-1) if k < row.numel() else torch.arange(k, device=row.device)
     values, order = row[ids].sort(descending=True, stable=True)
     return tuple(zip(ids[order[:k]].tolist(), (values[:k] - norm).tolist(), strict=True))

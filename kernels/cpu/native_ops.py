@@ -264,6 +264,12 @@ class NativeOps:
             self.machine.argmax(logits.data_ptr(), rows, columns, columns, values.data_ptr(), ids.data_ptr())
         return values, ids
 
+    def kth_largest(self, row: Tensor, k: int) -> float:
+        if not 1 <= k <= row.numel():
+            raise ValueError(f"there is no largest number {k} among {row.numel()}")
+        row = row.contiguous()
+        return float(self.machine.kth_largest(row.data_ptr(), row.numel(), k))
+
     def _cache(self, cache: KVCache) -> Any:
         """The cache as the kernels see it."""
         found = self._caches.get(cache)
@@ -294,6 +300,7 @@ def make_ops(device: torch.device, threads: int | None = None) -> Ops:
         attention=native.attention,
         silu_mul=native.silu_mul,
         argmax=native.argmax,
+        kth_largest=native.kth_largest,
     )
 
 

@@ -82,4 +82,5 @@ def make_ops(device: torch.device) -> Ops:
         attention=PagedAttention(),
         silu_mul=weights.silu_mul,
         argmax=reference.argmax,
+        kth_largest=reference.kth_largest,
     )

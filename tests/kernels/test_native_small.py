@@ -133,3 +133,14 @@ def test_argmax_of_strange_rows(ops: NativeOps) -> None:
     assert ids.tolist() == [0, 2999, 1500, 0, 0, 2998]
     assert values.isnan().tolist() == [False, False, True, False, True, False]
     assert [ops.argmax(row.view(1, -1))[1].item() for row in x] == ids.tolist()
+
+
+def test_kth_largest(ops: NativeOps) -> None:
+    for n in (1, 2, 15, 16, 17, 100, 5000):
+        rows = (torch.randn(n), torch.randint(-3, 3, (n,)).float(), torch.full((n,), -torch.inf), torch.arange(n).float())
+        for row in rows:
+            for k in {1, 2, n // 3, n - 1, n} - {0}:
+                if k <= n:
+                    assert ops.kth_largest(row, k) == row.topk(k).values[-1].item()
+    with pytest.raises(ValueError, match="no largest number 3 among 2"):
+        ops.kth_largest(torch.zeros(2), 3)

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -301,10 +302,12 @@ def test_a_draw_is_always_possible_and_never_of_a_masked_token(row, finite, para
 @given(
     weights=st.lists(st.sampled_from([0.0, 1e-30, 0.25, 0.5, 1.0]) | st.floats(0, 1, width=32), min_size=1, max_size=400),
     top_p=st.floats(1e-6, 1, exclude_max=True),
+    likely=st.sampled_from([1, 3, 50, 512]),
 )
-def test_the_nucleus_is_the_shortest_head_that_reaches_its_share(weights, top_p):
+def test_the_nucleus_is_the_shortest_head_that_reaches_its_share(weights, top_p, likely):
     weights[len(weights) // 2] = 1.0
-    kept, ids = sampler._nucleus(torch.tensor(weights), None, top_p)
+    with patch.object(sampler, "_LIKELY", likely):
+        kept, ids = sampler._nucleus(torch.tensor(weights), None, top_p)
     order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
     masses = np.cumsum([np.float64(np.float32(weights[i])) for i in order])
     length, goal, blur = len(ids), top_p * masses[-1], 1e-12 * masses[-1]

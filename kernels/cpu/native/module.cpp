@@ -76,6 +76,11 @@ struct Machine {
         kernels->argmax(*pool, {at<float>(x), rows, columns, stride, at<float>(values), at<int64_t>(ids)});
     }
 
+    float kth_largest(uintptr_t x, int64_t n, int64_t k) {
+        const std::lock_guard lock(mutex);
+        return kernels->kth_largest(*pool, at<float>(x), n, k);
+    }
+
     void pack(const Linear& w, uintptr_t codes, uintptr_t scales, uintptr_t zeros, uintptr_t to_codes, uintptr_t to_scales, uintptr_t to_zeros) {
         const std::lock_guard lock(mutex);
         appliance::pack(*pool, w, {at<uint8_t>(codes), at<void>(scales), at<uint8_t>(zeros), at<uint8_t>(to_codes), at<void>(to_scales), at<uint8_t>(to_zeros)});
@@ -142,6 +147,7 @@ NB_MODULE(_native, m) {
         .def("embed_rows", &Machine::embed_rows, guard())
         .def("embed_packed", &Machine::embed_packed, guard())
         .def("argmax", &Machine::argmax, guard())
+        .def("kth_largest", &Machine::kth_largest, guard())
         .def("pack", &Machine::pack, guard());
 }
 

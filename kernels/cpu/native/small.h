@@ -221,5 +221,33 @@ inline void argmax(Pool& pool, const ArgmaxArgs& a) {
     }
 }
 
+// The smallest of the k largest so far is the root of a heap; most of the row never gets past a comparison with it.
+inline float kth_largest(Pool& pool, const float* x, int64_t n, int64_t k) {
+    float* heap = reinterpret_cast<float*>(pool.scratch(0, size_t(k) * 4));
+    const auto sink = [&](int64_t i) {  // heap[i] to its place among its descendants
+        const float value = heap[i];
+        for (int64_t child; (child = 2 * i + 1) < k; i = child) {
+            if (child + 1 < k && heap[child + 1] < heap[child]) ++child;
+            if (!(heap[child] < value)) break;
+            heap[i] = heap[child];
+        }
+        heap[i] = value;
+    };
+    std::memcpy(heap, x, size_t(k) * 4);
+    for (int64_t i = k / 2; i-- > 0;) sink(i);
+    const auto offer = [&](float value) {
+        if (value > heap[0]) {
+            heap[0] = value;
+            sink(0);
+        }
+    };
+    int64_t i = k;
+    for (; i + 16 <= n; i += 16)
+        if (any(less(splat(heap[0]), load(x + i))))
+            for (int64_t j = i; j < i + 16; ++j) offer(x[j]);
+    for (; i < n; ++i) offer(x[i]);
+    return heap[0];
+}
+
 }  // namespace ISA
 }  // namespace appliance

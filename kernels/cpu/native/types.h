@@ -126,6 +126,7 @@ struct Kernels {
     void (*silu_mul)(Pool&, const RowsArgs&);
     void (*embed)(Pool&, const EmbedArgs&);
     void (*argmax)(Pool&, const ArgmaxArgs&);
+    float (*kth_largest)(Pool&, const float*, int64_t n, int64_t k);
 };
 
 }  // namespace appliance

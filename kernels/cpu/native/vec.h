@@ -220,6 +220,20 @@ INLINE I less(I a, I b) { I r; EACH r.v[i] = (vi)(a.v[i] < b.v[i]); return r; }
 INLINE I less(F a, F b) { I r; EACH r.v[i] = (vi)(a.v[i] < b.v[i]); return r; }
 INLINE I equal(F a, F b) { I r; EACH r.v[i] = (vi)(a.v[i] == b.v[i]); return r; }
 
+// Whether any lane of a comparison is true.
+INLINE bool any(I mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask.v[0], (__m512i)mask.v[0]) != 0;
+#else
+    vi all = mask.v[0];
+    for (int i = 1; i < kParts; ++i) all |= mask.v[i];
+    int64_t parts[kBytes / 8], found = 0;
+    std::memcpy(parts, &all, kBytes);
+    for (int i = 0; i < kBytes / 8; ++i) found |= parts[i];
+    return found != 0;
+#endif
+}
+
 // The bits of bfloat16, rounded to nearest even; NaN stays NaN.
 INLINE I bf16_bits(F x) {
     const I bits = as_int(x);
