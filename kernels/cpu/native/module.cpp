@@ -29,6 +29,7 @@ struct Machine {
     Machine(const std::string& isa, int threads, bool pin) : kernels(find_kernels(isa)) {
         if (kernels == nullptr) throw std::invalid_argument("no kernels for '" + isa + "' on this processor");
         pool = std::make_unique<Pool>(threads, pin);
+        if (pin) spread_memory();
     }
 
     void matmul(const Linear& w, uintptr_t x, int64_t rows, int64_t stride, int type, uintptr_t norm, float eps, uintptr_t residual,

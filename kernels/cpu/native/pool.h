@@ -66,4 +66,8 @@ private:
 // Physical cores this process may use: one CPU number each.
 std::vector<int> physical_cores();
 
+// Where memory is attached to several nodes: what the caller's thread touches first lies on all of them in turn. What a pool's
+// threads touch first (weights) stays near them. To be called after the pool was made, as threads inherit it.
+void spread_memory();
+
 }  // namespace appliance
