@@ -8,6 +8,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 Report = dict[str, Any]
+QUIET = 0.1  # cores that other programs may take while a case runs
 COLOURS = ("#0b6e4f", "#d1495b", "#00798c", "#edae49", "#6a4c93", "#8d6a4f", "#444444", "#1b998b")
 
 
@@ -45,19 +46,27 @@ def markdown(report: Report) -> str:
 
 
 def speed_table(targets: list[Report]) -> str:
-    """Tokens a second by case; the fastest of a row is bold."""
-    rows: dict[str, dict[str, float]] = {}
+    """Tokens a second by case; the fastest of a row is bold, and ``~`` marks what other programs disturbed."""
+    rows: dict[str, dict[str, tuple[float, bool]]] = {}
     for target in targets:
         for case in target["cases"]:
             for label, value in case_rows(case):
-                rows.setdefault(label, {})[target["name"]] = value
+                rows.setdefault(label, {})[target["name"]] = value, case.get("others_cores", 0) > QUIET
     names = [t["name"] for t in targets]
     lines = []
-    for label, values in rows.items():
-        best = max(values.values())
-        cells = [number(values.get(name)) for name in names]
-        lines.append([label, *(f"**{c}**" if values.get(n) == best and len(values) > 1 else c for n, c in zip(names, cells))])
-    return table(["tok/s", *names], lines)
+    for label, found in rows.items():
+        best = max(value for value, _ in found.values())
+
+        def cell(name: str, found: dict[str, tuple[float, bool]] = found, best: float = best) -> str:
+            if name not in found:
+                return ""
+            value, disturbed = found[name]
+            shown = number(value) + ("~" if disturbed else "")
+            return f"**{shown}**" if value == best and len(found) > 1 else shown
+
+        lines.append([label, *map(cell, names)])
+    note = f"\n~: other programs took more than {QUIET} cores.\n" if any("~" in c for line in lines for c in line) else ""
+    return table(["tok/s", *names], lines) + note
 
 
 def case_rows(case: Report) -> list[tuple[str, float]]:

@@ -1,7 +1,7 @@
 """One engine under test, in a process of its own: ours, llama.cpp or vLLM, asked the same and timed the same way.
 
-Started by bench_compare.py as ``PYTHON bench_targets.py FD``, with a job as JSON on standard input; JSON lines go to the file
-descriptor. Whichever Python it runs in need not know this project: no import at the top but the standard library.
+Started by bench_compare.py as ``PYTHON bench_targets.py FD``: questions come as JSON lines on standard input, an answer to each
+goes to the file descriptor. Whichever Python it runs in need not know this project: only the standard library is imported here.
 """
 
 from __future__ import annotations
@@ -265,22 +265,25 @@ KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {"appliance": Appliance, "ll
 
 
 def main() -> None:
-    """Load, answer one short prompt (then it is ready), run the cases, tell the facts; a line for each as soon as it is known."""
+    """The first line is the job: load, answer one short prompt, and say how long that took. Then cases, and at last the facts."""
     job = json.loads(sys.stdin.readline())
     with os.fdopen(int(sys.argv[1]), "w") as out:
 
-        def tell(**line: Any) -> None:
-            print(json.dumps(line), file=out, flush=True)
+        def tell(answer: dict[str, Any]) -> None:
+            print(json.dumps(answer), file=out, flush=True)
 
         target = KINDS[job["kind"]](job)
         target.generate([[7] * 8], 1)
-        tell(ready_s=time.time() - job["started"])
+        ready = time.time() - job["started"]
         rng = random.Random(job["seed"])
         target.generate([[11] * 64], 4)  # first-call costs of the libraries are not what is asked for
-        for case in job["cases"]:
-            tell(case=measure(target.generate, Case(**case), rng, job["vocab"]))
-        tell(facts=target.facts())
-        sys.stdin.read()  # the starter reads the memory of a living process, then closes this
+        tell({"ready_s": ready})
+        for line in sys.stdin:
+            question = json.loads(line)
+            if "case" in question:
+                tell(measure(target.generate, Case(**question["case"]), rng, job["vocab"]))
+            else:
+                tell(target.facts())
 
 
 if __name__ == "__main__":
