@@ -1,4 +1,8 @@
-"""Mixed load for a long time: memory must stay where it was after warming up, and a fixed question must keep its answer."""
+"""Mixed load for a long time: memory must stay where it was after warming up, and a fixed question must keep its answer.
+
+Sums are rounded differently in steps of different sizes, so a log-probability may move a little and, between tokens that are as
+likely as each other, the choice may too. What may not happen is more than that.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import Any
 import psutil
 
 from appliance.config import EngineConfig
-from appliance.core.messages import Event, Submit
+from appliance.core.messages import Event, Submit, TokenLogprob
 from appliance.core.params import SamplingParams
 from appliance.runtime.engine import Engine
 
@@ -20,6 +24,8 @@ MIB = 1024**2
 ALLOWED = 32 * MIB  # between the second quarter of the time and the last: what allocators move to and fro
 ENDS = {"stop", "length", "abort"}
 PROBE = "probe"
+DRIFT = 0.5  # by which a log-probability may move
+TIE = 0.2  # difference of the two best log-probabilities below which either may be chosen
 
 
 class Load:
@@ -71,11 +77,12 @@ class Watch:
         self.samples: list[tuple[float, int]] = []
         self.ended: Counter[str] = Counter()
         self.failures: list[str] = []
-        self.answers: Counter[tuple[int, ...]] = Counter()
-        self.answer: list[int] | None = None  # of the probe that runs
+        self.first: list[TokenLogprob] = []  # the probe's first answer
+        self.answer: list[TokenLogprob] | None = None  # of the probe that runs
+        self.probes = self.ties = 0
 
     def ask(self) -> None:
-        params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, logprobs=2)
         self.load.engine.submit(Submit(PROBE, self.prompt, params, time.time()))
         self.answer = []
 
@@ -83,30 +90,46 @@ class Watch:
         for event in events:
             if event.request_id == PROBE:
                 assert self.answer is not None
-                self.answer += event.token_ids
+                self.answer += event.logprobs or ()
             if event.finish_reason is None:
                 continue
             self.ended[event.finish_reason] += 1
             if event.finish_reason not in ENDS:
                 self.failures.append(f"after {now:.0f} s {event.request_id} ended with {event.finish_reason}: {event.error}")
             if event.request_id == PROBE:
-                self.compare(tuple(self.answer or ()), now)
+                self.compare(now)
             else:
                 self.load.alive[event.request_id] -= 1
                 self.load.alive += Counter()  # drops those that have ended
 
-    def compare(self, answer: tuple[int, ...], now: float) -> None:
-        first = next(iter(self.answers), answer)
-        self.answers[answer] += 1
-        self.answer = None
-        if answer != first:
-            self.failures.append(f"after {now:.0f} s the probe answered {list(answer)}, at first {list(first)}")
+    def compare(self, now: float) -> None:
+        """The answer that is complete with the first one."""
+        answer, self.answer = self.answer or [], None
+        self.first = self.first or answer
+        self.probes += 1
+        wrong = difference(self.first, answer)
+        if wrong is not None:
+            self.failures.append(f"after {now:.0f} s the probe was answered differently: {wrong}")
+        self.ties += wrong is None and [t.token_id for t in answer] != [t.token_id for t in self.first]
 
     def growth(self, seconds: float) -> int:
         """Bytes between the medians of the second and of the last quarter."""
         second = [rss for t, rss in self.samples if 0.25 <= t / seconds < 0.5]
         last = [rss for t, rss in self.samples if t / seconds >= 0.75]
         return round(statistics.median(last) - statistics.median(second)) if second and last else 0
+
+
+def difference(first: list[TokenLogprob], again: list[TokenLogprob]) -> str | None:
+    """How the second answer differs by more than rounding explains; nothing is compared after a tie that was chosen otherwise."""
+    if len(first) != len(again):
+        return f"{len(again)} tokens instead of {len(first)}"
+    for i, (old, new) in enumerate(zip(first, again)):
+        if abs(old.logprob - new.logprob) > DRIFT:
+            return f"log-probability {new.logprob:.3f} instead of {old.logprob:.3f} at token {i}"
+        if old.token_id != new.token_id:
+            margin = old.top[0][1] - old.top[1][1]
+            return None if margin < TIE else f"token {i} is {new.token_id} instead of {old.token_id}, which led by {margin:.3f}"
+    return None
 
 
 def soak(config: EngineConfig, *, seconds: float, probe_every: float, seed: int) -> dict[str, Any]:
@@ -141,8 +164,8 @@ def verdict(engine: Engine, watch: Watch, seconds: float) -> dict[str, Any]:
         failures.append(f"memory grew by {growth / MIB:.0f} MiB after warming up; allowed are {ALLOWED // MIB}")
     if stats.blocks_used or +watch.load.alive:
         failures.append(f"{stats.blocks_used} blocks and {len(+watch.load.alive)} requests are left over")
-    if watch.answers.total() < 2:
-        failures.append(f"the probe was answered {watch.answers.total()} times: too few to compare; run longer")
+    if watch.probes < 2:
+        failures.append(f"the probe was answered {watch.probes} times: too few to compare; run longer")
     return {
         "minutes": round(seconds / 60, 2),
         "kernels": engine.info.kernels,
@@ -153,7 +176,8 @@ def verdict(engine: Engine, watch: Watch, seconds: float) -> dict[str, Any]:
         "prompt_tokens": stats.prompt_tokens,
         "generation_tokens": stats.generation_tokens,
         "preemptions": stats.preemptions,
-        "probes": watch.answers.total(),
+        "probes": watch.probes,
+        "probes_with_a_tie_chosen_otherwise": watch.ties,
         "rss_growth_bytes": growth,
         "rss_last_bytes": watch.samples[-1][1],
         "planned_bytes": engine.info.plan["total_bytes"],

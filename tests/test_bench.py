@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from appliance.config import EngineConfig
-from appliance.core.messages import Event
+from appliance.core.messages import Event, TokenLogprob
 from appliance.runtime.engine import Engine
 from kernels.cpu import backend
 from models.spec import ModelSpec
@@ -294,15 +294,38 @@ def test_soak_passes_on_a_sound_engine(checkpoint: Path, monkeypatch: pytest.Mon
     assert set(report["ended"]) <= soak.ENDS and len(report["samples"]) > 4
 
 
-def test_soak_fails_when_the_probe_changes_its_answer(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, answers = Engine.step, iter(range(100, 10**9))
+def test_soak_fails_when_the_probe_is_answered_differently(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, answers = Engine.step, iter(range(10**9))
 
     def forgetful(self: Engine) -> list[Event]:
-        return [replace(e, token_ids=(next(answers) % 256,)) if e.request_id == soak.PROBE else e for e in step(self)]
+        def change(event: Event) -> Event:
+            assert event.logprobs is not None
+            return replace(event, logprobs=tuple(replace(t, logprob=t.logprob - next(answers)) for t in event.logprobs))
+
+        return [change(e) if e.request_id == soak.PROBE else e for e in step(self)]
 
     monkeypatch.setattr(Engine, "step", forgetful)
     report = soak.soak(engine_config(checkpoint), seconds=1.5, probe_every=0.1, seed=3)
-    assert any("the probe answered" in failure for failure in report["failures"])
+    assert any("the probe was answered differently: log-probability" in failure for failure in report["failures"])
+
+
+def test_only_ties_may_be_chosen_otherwise() -> None:
+    def answer(*tokens: tuple[int, float, float]) -> list[TokenLogprob]:
+        return [TokenLogprob(t, lp, 1, ((t, lp), (99, lp - margin))) for t, lp, margin in tokens]
+
+    first = answer((5, -1.0, 2.0), (6, -1.5, 0.1), (7, -2.0, 2.0))
+    assert soak.difference(first, answer((5, -1.2, 2.0), (6, -1.5, 0.0), (7, -2.0, 2.0))) is None
+    assert soak.difference(first, answer((5, -1.0, 2.0), (99, -1.4, 0.1), (1, -9.0, 2.0))) is None, (
+        "what follows a tie is another text"
+    )
+    assert (
+        soak.difference(first, answer((8, -1.0, 2.0), (6, -1.5, 0.1), (7, -2.0, 2.0)))
+        == "token 0 is 8 instead of 5, which led by 2.000"
+    )
+    assert soak.difference(first, answer((5, -1.6, 2.0), (6, -1.5, 0.1), (7, -2.0, 2.0))) == (
+        "log-probability -1.600 instead of -1.000 at token 0"
+    )
+    assert soak.difference(first, first[:2]) == "2 tokens instead of 3"
 
 
 def test_soak_fails_on_errors_growth_and_too_few_probes(checkpoint: Path) -> None:
