@@ -77,7 +77,8 @@ class Decoder:
         """[T, Hq * D] before the output projection."""
         spec, ops = self.spec, self.ops
         qkv = self._linear(hidden, layer.qkv, self._norm(layer.input_norm))
-        q_norm, k_norm = (None if n is None else self._norm(n) for n in (layer.q_norm, layer.k_norm))
+        q_norm = None if layer.q_norm is None else self._norm(layer.q_norm)
+        k_norm = None if layer.k_norm is None else self._norm(layer.k_norm)
         q = ops.rope_store(qkv, spec.heads, cache, batch, self.cos_sin, q_norm=q_norm, k_norm=k_norm)
         return ops.attention(q, cache, batch, scale=spec.head_dim**-0.5, window=layer.window).flatten(1)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -65,7 +64,6 @@ class NativeOps:
             raise RuntimeError("the native extension is not built")
         self.module = module
         self.machine = module.Machine(isa, threads, True)
-        self._caches: WeakKeyDictionary[KVCache, Any] = WeakKeyDictionary()
 
     def pack(
         self,
@@ -271,15 +269,15 @@ class NativeOps:
         return float(self.machine.kth_largest(row.data_ptr(), row.numel(), k))
 
     def _cache(self, cache: KVCache) -> Any:
-        """The cache as the kernels see it."""
-        found = self._caches.get(cache)
+        """The cache as the kernels see it, kept with it: every layer of every step asks twice."""
+        found = cache.__dict__.get("_native")
         if found is None:
             _, block_size, heads, size = cache.k.shape
             scales = address(cache.k_scale), address(cache.v_scale)
             found = self.module.Cache(
                 cache.k.data_ptr(), cache.v.data_ptr(), *scales, TYPES[cache.k.dtype], block_size, heads, size
             )
-            self._caches[cache] = found
+            cache.__dict__["_native"] = found
         return found
 
 
