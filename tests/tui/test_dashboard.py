@@ -67,7 +67,17 @@ async def test_fits_a_terminal_of_80_by_24() -> None:
     async with showing(FakeServer(), size=(80, 24)) as stage:
         text = await stage.until("Quit")  # the footer comes last
         assert len(text.split("\n")) == 24 and max(map(len, text.split("\n"))) <= 80
-        for words in ("serving", "KV blocks", "Throughput", "Memory", "runtime 300 MiB", "Requests", "preempted", "Quit", "chatcmpl-"):
+        for words in (
+            "serving",
+            "KV blocks",
+            "Throughput",
+            "Memory",
+            "runtime 300 MiB",
+            "Requests",
+            "preempted",
+            "Quit",
+            "chatcmpl-",
+        ):
             assert words in text, f"{words!r} is missing:\n{text}"
 
 
