@@ -1,6 +1,6 @@
 // Activations for a product: widened, normalized, put in the packed order, and rounded to int8 where the weight wants that.
 #pragma once
-#include "vec.h"
+#include "convert.h"
 
 namespace appliance {
 namespace ISA {
