@@ -21,13 +21,14 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
-from bench_compare import Target, Work, derive, make_cases, run_target
+from bench_compare import Target, Work, derive, make_cases, run_target, usage, wait_for_quiet
 from bench_peaks import limits
 from bench_report import markdown, roofline
 from bench_soak import soak
@@ -108,22 +109,28 @@ def parse() -> argparse.Namespace:
 
 
 def compared(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]:
-    """One engine after another, limits before and after: other programs can only lower them, so the higher ones count."""
+    """One engine after another, limits before, between and after: other programs can only lower them, so the highest count."""
     spec = ModelSpec.from_config(read_json(Path(str(config.model)) / "config.json"))
     threads = cpu_threads(args.threads)
-    before, found = limits(threads), []
+    engines, found = targets(args, config, threads), []
+    highest = quiet_limits(threads)
     cases = make_cases(args.prefill, args.sequences, args.context, args.repeat)
-    for target in targets(args, config, threads):
+    for target in engines:
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "log"
             result = run_target(target, cases, vocab=spec.vocab, seed=args.seed, log=log)
             if "error" in result:
                 print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
         found.append(result)
-    highest = higher(before, limits(threads))
+        highest = higher(highest, quiet_limits(threads))
     for result in found:
         derive(result, Work.of(spec), highest["memory_read_gb_s"])
     return {"limits": highest, "targets": found}
+
+
+def quiet_limits(threads: int) -> dict[str, Any]:
+    wait_for_quiet(lambda: usage(time.process_time()))
+    return limits(threads)
 
 
 def higher(one: Any, other: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +23,10 @@ from models.spec import ModelSpec
 
 PROMPT, TOKENS = 128, 33
 TRIES = 4  # runs of a case to find one in which other programs are quiet
+WAITS = 240  # half seconds to wait for that before a run
+
+Usage = tuple[float, float, float]
+"""(clock, processor seconds of the whole machine, those of the engine under test)."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,11 @@ def run_target(target: Target, cases: Sequence[Case], *, vocab: int, seed: int, 
             result |= engine.ask({"facts": True})
             result["rss_bytes"] = engine.rss()
         except Gone:
-            result["error"] = f"ended with status {engine.process.wait()} after {len(result['cases'])} of {len(cases)} cases"
+            result["error"] = f"after {len(result['cases'])} of {len(cases)} cases"
         finally:
-            end(engine.process)
+            status = engine.end()
+    if "error" in result:
+        result["error"] = f"ended with status {status} {result['error']}"
     return result
 
 
@@ -63,11 +71,34 @@ def least_disturbed(engine: Conversation, case: Case) -> dict[str, Any]:
     """Ask again, a few times, when other programs took more than a little of the machine meanwhile; the quietest run counts."""
     runs: list[dict[str, Any]] = []
     while len(runs) < TRIES and (not runs or runs[-1]["others_cores"] > QUIET):
+        wait_for_quiet(engine.usage)
         before = engine.usage()
         answer = engine.ask({"case": asdict(case)})
-        wall, busy, own = (now - then for now, then in zip(engine.usage(), before, strict=True))
-        runs.append({**answer, "others_cores": round(max(0.0, busy - own) / wall, 2)})
+        runs.append({**answer, "others_cores": round(others_cores(before, engine.usage()), 2)})
     return min(runs, key=lambda run: run["others_cores"])
+
+
+def usage(own: float) -> Usage:
+    """As of now; what a hypervisor stole counts for the machine."""
+    times = psutil.cpu_times()._asdict()
+    idle = times["idle"] + times.get("iowait", 0.0)
+    twice = times.get("guest", 0.0) + times.get("guest_nice", 0.0)  # Linux counts these in user and nice too
+    return time.perf_counter(), sum(times.values()) - idle - twice, own
+
+
+def others_cores(before: Usage, after: Usage) -> float:
+    """Cores that other programs used on average."""
+    wall, busy, own = (now - then for now, then in zip(after, before, strict=True))
+    return max(0.0, busy - own) / wall
+
+
+def wait_for_quiet(now: Callable[[], Usage]) -> None:
+    """Until other programs rest, but not for ever."""
+    for _ in range(WAITS):
+        before = now()
+        time.sleep(0.5)
+        if others_cores(before, now()) <= QUIET:
+            return
 
 
 class Gone(Exception):
@@ -86,6 +117,7 @@ class Conversation:
             stdout=log,
             stderr=log,
             pass_fds=[theirs],
+            start_new_session=True,  # so that its children can be found when it is gone
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false", **target.env},
         )
         os.close(theirs)
@@ -98,6 +130,11 @@ class Conversation:
             self.process.stdin.flush()
         except BrokenPipeError:
             raise Gone from None
+        alive = True
+        while not select.select([self.answers], [], [], 1.0 if alive else 0.0)[0]:
+            if not alive:  # children that outlive it may hold the pipe open
+                raise Gone
+            alive = self.process.poll() is None
         line = self.answers.readline()
         if not line:
             raise Gone
@@ -121,32 +158,22 @@ class Conversation:
         """Resident bytes (pages that the processes share count for each)."""
         return int(self.total(lambda process: process.memory_info().rss))
 
-    def usage(self) -> tuple[float, float, float]:
-        """(clock, processor seconds of the whole machine, of these processes), stolen ones among the former."""
-        own = self.total(lambda process: sum(process.cpu_times()[:2]))
-        times = psutil.cpu_times()._asdict()
-        idle = times["idle"] + times.get("iowait", 0.0)
-        twice = times.get("guest", 0.0) + times.get("guest_nice", 0.0)  # Linux counts these in user and nice too
-        return time.perf_counter(), sum(times.values()) - idle - twice, own
+    def usage(self) -> Usage:
+        return usage(self.total(lambda process: sum(process.cpu_times()[:2])))
 
-
-def end(process: subprocess.Popen[bytes]) -> int:
-    """Let it finish by itself for a while; children that outlive it are ended too."""
-    try:
-        children = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        children = []
-    if process.stdin is not None and not process.stdin.closed:
-        process.stdin.close()
-    try:
-        process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    for child in children:
-        with suppress(psutil.NoSuchProcess):  # it is gone, as it should be
-            child.kill()
-    return process.returncode
+    def end(self) -> int:
+        """Let it finish by itself for a while, then end it, and whatever it has left running. The exit status."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.answers.close()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
 
 
 @dataclass(frozen=True)

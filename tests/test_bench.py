@@ -6,12 +6,14 @@ import importlib
 import json
 import random
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from appliance.config import EngineConfig
@@ -27,6 +29,13 @@ bench, compare, peaks, report_module, soak, target_module = (
     importlib.import_module(name)
     for name in ("bench", "bench_compare", "bench_peaks", "bench_report", "bench_soak", "bench_targets")
 )
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests do not wait for a quiet machine."""
+    monkeypatch.setattr(compare, "WAITS", 0)
+    monkeypatch.setattr(compare, "TRIES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +139,7 @@ def answering(tmp_path: Path, *answers: dict[str, Any], last: str = "") -> Any:
 CASE = {"sequences": 1, "prompt": 8, "tokens": 1, "repeat": 1, "first_s": 0.25, "decode_tok_s": None}
 
 
-def test_one_that_dies_is_reported_with_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "TRIES", 1)
+def test_one_that_dies_is_reported_with_what_it_did(tmp_path: Path) -> None:
     target = answering(tmp_path, {"ready_s": 1.5}, CASE, last="read question; echo last words >&2; exit 3")
     result = compare.run_target(target, compare.make_cases(8, [1], [], 1), vocab=100, seed=0, log=tmp_path / "log")
     assert result["error"] == "ended with status 3 after 1 of 2 cases"
@@ -139,8 +147,23 @@ def test_one_that_dies_is_reported_with_what_it_did(tmp_path: Path, monkeypatch:
     assert len(result["cases"]) == 1 and (tmp_path / "log").read_text() == "last words\n"
 
 
-def test_a_disturbed_case_is_asked_again_and_the_quietest_counts() -> None:
-    others, asked = iter([1.5, 0.4, 0.05, 0.0]), []
+def test_what_a_dead_engine_left_running_is_ended(tmp_path: Path) -> None:
+    target = answering(tmp_path, last=f"sleep 300 & echo $! >{tmp_path}/child; exit 0")
+    result = compare.run_target(target, [], vocab=100, seed=0, log=tmp_path / "log")
+    assert result["error"] == "ended with status 0 after 0 of 0 cases"
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_disturbed_case_is_asked_again_and_the_quietest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(compare, "WAITS", 5)
+    monkeypatch.setattr(compare, "TRIES", 4)
+    others = iter([0.0, 1.5, 0.7, 0.6, 0.0, 0.4, 0.0, 0.05, 9.0])  # quiet, run, not quiet twice, quiet, run, quiet, run
+    asked: list[Any] = []
 
     class Engine:
         busy = own = clock = 0.0
