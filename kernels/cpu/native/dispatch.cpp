@@ -18,14 +18,12 @@ namespace appliance {
 
 #define DECLARE(isa) namespace isa { extern const Kernels kernels; }
 DECLARE(portable)
-#if defined(__x86_64__)
 DECLARE(avx2)
 DECLARE(avx_vnni)
 DECLARE(avx512_vnni)
 DECLARE(avx512_bf16)
 DECLARE(amx)
 DECLARE(amx_emulated)
-#endif
 
 namespace {
 
@@ -57,6 +55,7 @@ Features detect() {
     return f;
 }
 
+#if defined(HAVE_amx)
 // Linux gives a process the tile registers only when it asks (arch_prctl, ARCH_REQ_XCOMP_PERM of XTILEDATA).
 bool may_use_tiles() {
 #if defined(__linux__)
@@ -66,8 +65,9 @@ bool may_use_tiles() {
 #endif
 }
 #endif
+#endif
 
-#if defined(__x86_64__)
+#if defined(HAVE_amx)
 // A product by these kernels and by the portable ones: tiles are new enough that processors, hypervisors and emulators that
 // announce them deserve a test before answers depend on them.
 bool agrees(const Kernels& kernels, bool quantize) {
@@ -106,11 +106,21 @@ std::vector<const Kernels*> detect_kernels() {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
     const Features f = detect();
+#if defined(HAVE_amx)  // CMake leaves out what the compiler does not know
     if (f.amx && may_use_tiles() && agrees(amx::kernels, true) && agrees(amx::kernels, false)) found.push_back(&amx::kernels);
+#endif
+#if defined(HAVE_avx512_bf16)
     if (f.avx512_bf16) found.push_back(&avx512_bf16::kernels);
+#endif
+#if defined(HAVE_avx512_vnni)
     if (f.avx512_vnni) found.push_back(&avx512_vnni::kernels);
+#endif
+#if defined(HAVE_avx_vnni)
     if (f.avx_vnni) found.push_back(&avx_vnni::kernels);
+#endif
+#if defined(HAVE_avx2)
     if (f.avx2) found.push_back(&avx2::kernels);
+#endif
 #endif
     found.push_back(&portable::kernels);
     return found;
@@ -132,7 +142,7 @@ std::vector<std::string> available() {
 const Kernels* find_kernels(const std::string& name) {
     for (const Kernels* k : all())
         if (name == k->name) return k;
-#if defined(__x86_64__)
+#if defined(HAVE_amx_emulated)
     // The tile kernels on plain loops, for tests only: not in the list of what to choose from.
     if (name == "amx_emulated" && find_kernels("avx512_bf16") != nullptr) return &amx_emulated::kernels;
 #endif
