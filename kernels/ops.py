@@ -6,7 +6,9 @@ Hq query heads, Hkv key/value heads, D head size, V vocabulary, B blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -39,7 +41,7 @@ class PagedBatch:
     """Where the T tokens of one step stand: computed once a step, read by every layer.
 
     Sequence s owns the rows ``query_starts[s] : query_starts[s + 1]``; after ``rope_store`` its cache holds ``seq_lens[s]``
-    tokens, of which its rows are the last. The ``*_list`` twins hold the same integers for code that loops in Python.
+    tokens, of which its rows are the last. The ``*_list`` twins give the same integers to code that loops in Python.
     """
 
     positions: Tensor  # int64 [T]
@@ -47,11 +49,21 @@ class PagedBatch:
     query_starts: Tensor  # int32 [S + 1]
     seq_lens: Tensor  # int32 [S]
     block_tables: Tensor  # int32 [S, max blocks], rows padded with 0
-    query_starts_list: tuple[int, ...]
-    seq_lens_list: tuple[int, ...]
-    block_tables_list: tuple[tuple[int, ...], ...]
     max_query: int
     max_seq: int
+
+    @cached_property
+    def query_starts_list(self) -> list[int]:
+        return self.query_starts.tolist()
+
+    @cached_property
+    def seq_lens_list(self) -> list[int]:
+        return self.seq_lens.tolist()
+
+    @cached_property
+    def block_tables_list(self) -> list[list[int]]:
+        """With the rows' padding."""
+        return self.block_tables.tolist()
 
 
 class Norm(NamedTuple):
@@ -73,6 +85,31 @@ class Weight(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+
+Linear = tuple[Weight, ...]  # several where the parts of a fused projection cannot be one weight; outputs are joined
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one decoder layer, in the device's layout; norms [hidden] or [head_dim] in the activations' dtype."""
+
+    input_norm: Tensor
+    qkv: Linear
+    o: Weight
+    post_norm: Tensor
+    gate_up: Linear  # one gated weight, or gate and up
+    down: Weight
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    window: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        norms = (self.input_norm, self.post_norm, self.q_norm, self.k_norm)
+        return sum(w.nbytes for w in (*self.qkv, self.o, *self.gate_up, self.down)) + sum(
+            n.nbytes for n in norms if n is not None
+        )
 
 
 class Pack(Protocol):
@@ -102,13 +139,14 @@ class MatMul(Protocol):
         *,
         norm: Norm | None = None,
         residual: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """x [T, K] @ weight.T + bias -> [T, outputs]; x is gathered first where the weight carries a permutation.
 
         norm: x is normalized first, as ``rms_norm`` does. A gated weight gives silu(gate) * up. residual [T, outputs] in x's
-        dtype is added at last; it may be overwritten, and the result may be its storage: use the result only. out_dtype: x's
-        by default; float32 gives a product that was not rounded to x's dtype where the device can.
+        dtype is added at last; it may be overwritten, and the result may be its storage: use the result only. out
+        [T, outputs], contiguous: where the result is written, in its dtype; in x's dtype by default. Into float32 goes a product
+        that was not rounded to x's dtype where the device can.
         """
 
 
@@ -173,6 +211,20 @@ class KthLargest(Protocol):
         """The k-th largest of row, float32 [n] without NaN, 1 <= k <= n; equal ones count one by one."""
 
 
+Layers = Callable[[Tensor, PagedBatch], Tensor]
+"""All decoder layers: hidden states [T, hidden], which may be overwritten, to those after the last layer."""
+
+
+class Bind(Protocol):
+    def __call__(
+        self, layers: Sequence[Layer], caches: Sequence[KVCache], cos_sin: Tensor, *, heads: int, head_dim: int, eps: float
+    ) -> Layers | None:
+        """One call for all layers over these caches, which does what the operators would do one by one.
+
+        None where these layers need the operators. eps: of every norm; cos_sin as in ``rope_store``.
+        """
+
+
 @dataclass(frozen=True)
 class Ops:
     """Everything a model may ask of a device."""
@@ -188,6 +240,7 @@ class Ops:
     silu_mul: SiluMul
     argmax: ArgMax
     kth_largest: KthLargest
+    bind: Bind | None = None
 
 
 def get_ops(device: str = "cpu", *, reference: bool = False, threads: int | None = None) -> Ops:

@@ -45,7 +45,7 @@ def matmul(
     *,
     norm: Norm | None = None,
     residual: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     if not isinstance(weight, ReferenceWeight):
         raise TypeError(f"a {type(weight).__name__} was packed for other operators than the reference")
@@ -58,12 +58,12 @@ def matmul(
         dense = tensor.dequantize(tensor.scales.dtype).float()
     else:
         dense = tensor.float()
-    out = F.linear(wide, dense, None if weight.bias is None else weight.bias.float())
+    found = F.linear(wide, dense, None if weight.bias is None else weight.bias.float())
     if weight.gated:
-        out = silu_mul(out)
+        found = silu_mul(found)
     if residual is not None:
-        out = out + residual.float()
-    return out.to(out_dtype or x.dtype)
+        found = found + residual.float()
+    return found.to(x.dtype) if out is None else out.copy_(found)
 
 
 def quantize_activations(x: Tensor, activation: str | None) -> Tensor:

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels.ops import KVCache, Norm, Ops, PagedBatch, Weight
+from kernels.ops import KVCache, Layer, Linear, Norm, Ops, PagedBatch, Weight
 from models.spec import ModelSpec
-
-Linear = tuple[Weight, ...]  # several where the parts of a fused projection cannot be one weight; outputs are joined
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Weights of one layer, in the device's layout; norms [hidden] or [head_dim] in the activations' dtype."""
-
-    input_norm: Tensor
-    qkv: Linear
-    o: Weight
-    post_norm: Tensor
-    gate_up: Linear  # one gated weight, or gate and up
-    down: Weight
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    window: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        norms = (self.input_norm, self.post_norm, self.q_norm, self.k_norm)
-        return sum(w.nbytes for w in (*self.qkv, self.o, *self.gate_up, self.down)) + sum(
-            n.nbytes for n in norms if n is not None
-        )
 
 
 @dataclass(frozen=True)
@@ -69,9 +46,24 @@ class Decoder:
             hidden = ops.matmul(self._gated(layer, hidden), layer.down, residual=hidden)
         return ops.rms_norm(hidden, self.norm, eps=self.spec.eps)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [R, V] of hidden states [R, hidden]."""
-        return self.ops.matmul(hidden, self.head, out_dtype=torch.float32)
+    def bind(self, caches: Sequence[KVCache]) -> Callable[[Tensor, PagedBatch], Tensor]:
+        """``forward`` over these caches, with all layers in one call where the operators can do that."""
+        spec, ops = self.spec, self.ops
+        if ops.bind is None:
+            return partial(self.forward, caches=caches)
+        layers = ops.bind(self.layers, caches, self.cos_sin, heads=spec.heads, head_dim=spec.head_dim, eps=spec.eps)
+        if layers is None:
+            return partial(self.forward, caches=caches)
+
+        def forward(ids: Tensor, batch: PagedBatch) -> Tensor:
+            hidden = layers(ops.embedding(ids, self.embedding, self.dtype), batch)
+            return ops.rms_norm(hidden, self.norm, eps=spec.eps)
+
+        return forward
+
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """Logits of hidden states [R, hidden] into ``out``, float32 [R, V]."""
+        return self.ops.matmul(hidden, self.head, out=out)
 
     def _attention(self, layer: Layer, hidden: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
         """[T, Hq * D] before the output projection."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels.layout import head_bits
-from kernels.ops import Ops, Weight
-from models.decoder import Decoder, Layer, Linear
+from kernels.ops import Layer, Linear, Ops, Weight
+from models.decoder import Decoder
 from models.rope import cos_sin_table
 from models.spec import ModelSpec, ModuleShape
 from quant.checkpoint import Checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from appliance.core.params import SamplingParams
@@ -21,7 +22,7 @@ class Request:
     arrival: float
     eos_token_ids: frozenset[int] = frozenset()  # end it with "stop" (empty under ignore_eos)
     computed: int = 0  # tokens whose keys and values are in the cache
-    blocks: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("i"))  # ids of its blocks, in order
     preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None

@@ -177,12 +177,12 @@ class Scheduler:
             blocks = self.pool.allocate(need, after=after, expect=-(-(request.max_total - 1) // size) - held)
             if blocks is None:
                 return False
-            request.blocks += blocks
+            request.blocks.extend(blocks)
         return True
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)
-        request.blocks = []
+        del request.blocks[:]
 
     def _drop(self, request: Request) -> None:
         """Forget a request, wherever it is, and free its blocks."""

@@ -87,6 +87,11 @@ class MemoryPlan:
         return self.weight_bytes + self.workspace + self.runtime + self.kv_bytes
 
     @property
+    def logit_rows(self) -> int:
+        """Rows of logits that exist at a time."""
+        return min(LOGIT_ROWS, self.max_num_batched_tokens)
+
+    @property
     def tokens(self) -> int:
         """Tokens that the KV cache holds."""
         return self.num_blocks * self.kv.block_size

@@ -39,26 +39,40 @@ class Runner:
     def __init__(self, decoder: Decoder, plan: MemoryPlan, *, dtype: torch.dtype, device: torch.device) -> None:
         self.decoder, self.device, self.block_size = decoder, device, plan.kv.block_size
         self.caches = allocate_caches(plan, dtype=dtype, device=device)
+        self._forward = decoder.bind(self.caches)
+        # Not made anew for each step: the system would clear its pages each time, which takes longer than to write logits there.
+        self._out = torch.empty(plan.logit_rows, decoder.spec.vocab, dtype=torch.float32, device=device)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, scored: Sequence[int]) -> StepResult:
         """Execute a plan. ``scored[i]`` says how many prompt tokens of chunk i's request have their log-probabilities already."""
         ids, batch = build_batch(plan.chunks, self.block_size, self.device)
-        hidden = self.decoder.forward(ids, batch, self.caches)
-        starts = batch.query_starts_list
-        scores = [self._score_prompt(c, hidden[a:], n) for c, a, n in zip(plan.chunks, starts, scored, strict=False)]
-        return StepResult(sampled=self._sample(plan.chunks, hidden, starts), prompt_scores=tuple(s for s in scores if s))
+        hidden = self._forward(ids, batch)
+        scores = []
+        if any(c.request.params.prompt_logprobs is not None for c in plan.chunks):
+            rows = hidden.split([c.length for c in plan.chunks])
+            scores = [self._score_prompt(c, own, n) for c, own, n in zip(plan.chunks, rows, scored, strict=True)]
+        last = hidden if batch.max_query == 1 else hidden[batch.query_starts[1:] - 1]
+        return StepResult(sampled=self._sample(plan.chunks, last), prompt_scores=tuple(s for s in scores if s))
 
-    def _sample(self, chunks: Sequence[Chunk], hidden: Tensor, starts: Sequence[int]) -> tuple[Sampled | None, ...]:
+    def _sample(self, chunks: Sequence[Chunk], last: Tensor) -> tuple[Sampled | None, ...]:
+        """Tokens after ``last`` [chunks, hidden], the hidden states of each chunk's last row."""
         out: list[Sampled | None] = [None] * len(chunks)
         ops = self.decoder.ops
         rows = [i for i, c in enumerate(chunks) if c.samples]
-        for part in (rows[i : i + LOGIT_ROWS] for i in range(0, len(rows), LOGIT_ROWS)):
-            logits = self.decoder.logits(hidden[[starts[i + 1] - 1 for i in part]])
+        if len(rows) < len(chunks):
+            last = last[torch.tensor(rows, dtype=torch.int64)]
+        for first in range(0, len(rows), LOGIT_ROWS):
+            part = rows[first : first + LOGIT_ROWS]
+            logits = self._logits(last[first : first + len(part)])
             found = sample(logits, [chunks[i].request for i in part], argmax=ops.argmax, kth=ops.kth_largest)
             for i, one in zip(part, found, strict=True):
                 out[i] = one
         return tuple(out)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """float32 [R, V] for at most LOGIT_ROWS rows; they last until they are asked for again."""
+        return self.decoder.logits(hidden, self._out[: hidden.shape[0]])
 
     def _score_prompt(self, chunk: Chunk, hidden: Tensor, scored: int) -> PromptScores | None:
         """Row p of the chunk predicts token p + 1. The first prompt token has nothing before it and no log-probability."""
@@ -70,7 +84,7 @@ class Runner:
         found: list[TokenLogprob] = []
         for a in range(first, last, LOGIT_ROWS):
             b = min(a + LOGIT_ROWS, last)
-            logits = self.decoder.logits(hidden[a - 1 - chunk.start : b - 1 - chunk.start])
+            logits = self._logits(hidden[a - 1 - chunk.start : b - 1 - chunk.start])
             wanted = [request.params.prompt_logprobs] * (b - a)
             found += token_logprobs(logits, request.tokens[a:b], wanted, kth=self.decoder.ops.kth_largest)
         return PromptScores(request, first, tuple(found)) if found else None

@@ -2,57 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.cpu import backend
-from kernels.layout import int8_product
-from kernels.ops import KVCache, Norm, Ops, PagedBatch, Weight
-from quant.errors import CheckpointError
+from kernels.cpu import backend, native_weights
+from kernels.cpu.native_weights import TYPES, NativeWeight, address
+from kernels.ops import KVCache, Layer, Layers, Norm, Ops, PagedBatch, Weight
 from quant.tensor import QuantTensor
-
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4}  # Type in native/types.h
-CODES = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}  # Codes there, of dense weights
-INT4, INT8, FP8 = 0, 1, 2
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-@dataclass(frozen=True, eq=False)
-class NativeWeight:
-    """Panels of 64 outputs, see native/pack.h. Keeps the storage that ``handle`` points into."""
-
-    handle: Any
-    codes: Tensor  # uint8
-    scales: Tensor | None
-    zeros: Tensor | None
-    bias: Tensor | None  # float32, in panel order
-    perm: Tensor | None  # int32 [K]
-    N: int  # outputs of the product
-    K: int
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.codes, self.scales, self.zeros, self.bias, self.perm) if t is not None)
-
-
-def quantizes(weight: QuantTensor, dtype: torch.dtype, activation: str) -> bool:
-    """Whether activations are rounded to int8 for this weight, so that products are those of integers."""
-    if weight.kind == "fp8":
-        return False
-    wanted = activation == "int8" or (activation == "auto" and dtype != torch.float32)
-    asymmetric = weight.zeros is not None
-    return wanted or int8_product(bits=weight.bits, groups=weight.groups, asymmetric=asymmetric, activation=weight.activation)
-
-
-def expanded_rounding(weight: QuantTensor, dtype: torch.dtype) -> torch.dtype:
-    """Weights that are expanded to float32 are rounded to the dtype of their scales, as by the tools that published them."""
-    return torch.float32 if dtype == torch.bfloat16 else weight.scales.dtype
 
 
 class NativeOps:
@@ -74,66 +33,7 @@ class NativeOps:
         gated: bool = False,
         activation: str = "auto",
     ) -> NativeWeight:
-        """Panels for activations of ``dtype``. CheckpointError for an FP8 weight that holds NaN."""
-        if isinstance(weight, QuantTensor):
-            return self._pack_quantized(weight, dtype, bias, gated, activation)
-        N, K = weight.shape
-        options = {"N": N, "K": K, "group": K, "gated": gated, "codes": CODES[dtype], "scale_type": 0, "round_to": 0}
-        return self._lay_out(weight.to(dtype).contiguous(), bias, options | {"quantize": False, "per_token": False})
-
-    def _pack_quantized(
-        self, weight: QuantTensor, dtype: torch.dtype, bias: Tensor | None, gated: bool, activation: str
-    ) -> NativeWeight:
-        scales, packed = weight.scales, weight.packed
-        if weight.kind == "fp8":
-            packed, scales = packed.view(torch.uint8), scales.float()
-            if bool(((packed & 0x7F) == 0x7F).any()):
-                raise CheckpointError("an FP8 weight holds NaN: the checkpoint is damaged")
-        options = {
-            "N": weight.N,
-            "K": weight.K,
-            "group": weight.group_size,
-            "gated": gated,
-            "codes": FP8 if weight.kind == "fp8" else INT4 if weight.bits == 4 else INT8,
-            "scale_type": TYPES[scales.dtype],
-            "round_to": TYPES[expanded_rounding(weight, dtype)],
-            "quantize": quantizes(weight, dtype, activation),
-            "per_token": weight.activation == "int8-token",
-        }
-        perm = None if weight.perm is None else weight.perm.to(torch.int32)
-        zeros = None if weight.zeros is None else weight.zeros.contiguous()
-        return self._lay_out(packed.contiguous(), bias, options, scales=scales.contiguous(), zeros=zeros, perm=perm)
-
-    def _lay_out(
-        self,
-        codes: Tensor,
-        bias: Tensor | None,
-        options: dict[str, Any],
-        *,
-        scales: Tensor | None = None,
-        zeros: Tensor | None = None,
-        perm: Tensor | None = None,
-    ) -> NativeWeight:
-        """Copy into panels, in one pass by all threads: each touches first what it will read (that decides where it lies)."""
-        shape = self.module.Linear(**options, data=0, scales=0, zeros=0, bias=0, perm=0)
-        outputs, gated = shape.panels * 64, options["gated"]
-        to_codes = torch.empty(shape.code_bytes, dtype=torch.uint8)
-        to_scales = None if scales is None else torch.empty(scales.shape[0] * outputs, dtype=scales.dtype)
-        to_zeros = None if zeros is None else torch.empty(zeros.shape[0] * outputs, dtype=torch.uint8)
-        self.machine.pack(
-            shape, address(codes), address(scales), address(zeros), address(to_codes), address(to_scales), address(to_zeros)
-        )
-        to_bias = None if bias is None else panel_order(bias.float(), outputs, gated)
-        handle = self.module.Linear(
-            **options,
-            data=address(to_codes),
-            scales=address(to_scales),
-            zeros=address(to_zeros),
-            bias=address(to_bias),
-            perm=address(perm),
-        )
-        N = options["N"] // 2 if gated else options["N"]
-        return NativeWeight(handle, to_codes, to_scales, to_zeros, to_bias, perm, N, options["K"])
+        return native_weights.pack(self.module, self.machine, weight, dtype=dtype, bias=bias, gated=gated, activation=activation)
 
     def matmul(
         self,
@@ -142,17 +42,18 @@ class NativeOps:
         *,
         norm: Norm | None = None,
         residual: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         if not isinstance(weight, NativeWeight):
             raise TypeError(f"a {type(weight).__name__} was packed for other operators than the native ones")
         if x.stride(1) != 1:
             x = x.contiguous()
         rows = x.shape[0]
-        if residual is not None and (out_dtype is None or out_dtype == residual.dtype):
-            out = residual = residual.contiguous()
-        else:
-            out = torch.empty(rows, weight.N, dtype=out_dtype or x.dtype)
+        residual = None if residual is None else residual.contiguous()
+        if out is None:
+            out = torch.empty(rows, weight.N, dtype=x.dtype) if residual is None else residual
+        elif out.shape != (rows, weight.N) or not out.is_contiguous():
+            raise ValueError(f"out is {list(out.shape)}; [{rows}, {weight.N}] is needed, contiguous")
         if rows:
             self.machine.matmul(
                 weight.handle,
@@ -254,6 +155,55 @@ class NativeOps:
             )
         return out
 
+    def bind(
+        self, layers: Sequence[Layer], caches: Sequence[KVCache], cos_sin: Tensor, *, heads: int, head_dim: int, eps: float
+    ) -> Layers | None:
+        if any(len(layer.qkv) > 1 or len(layer.gate_up) > 1 for layer in layers):
+            return None
+        dtype = layers[0].input_norm.dtype
+        stack = self.module.Stack(
+            [self._layer(layer, cache) for layer, cache in zip(layers, caches, strict=True)],
+            type=TYPES[dtype],
+            heads=heads,
+            eps=eps,
+            scale=head_dim**-0.5,
+            cos_sin=cos_sin.data_ptr(),
+            rotary=cos_sin.shape[1],
+        )
+        width, alive = stack.width, (layers, caches, cos_sin)  # the stack holds addresses of all these
+
+        def run(hidden: Tensor, batch: PagedBatch, alive: Any = alive) -> Tensor:
+            tokens = hidden.shape[0]
+            workspace = torch.empty(tokens * width, dtype=dtype)
+            self.machine.layers(
+                stack,
+                tokens,
+                batch.seq_lens.shape[0],
+                batch.positions.data_ptr(),
+                batch.slots.data_ptr(),
+                batch.query_starts.data_ptr(),
+                batch.seq_lens.data_ptr(),
+                batch.block_tables.data_ptr(),
+                batch.block_tables.shape[1],
+                hidden.data_ptr(),
+                workspace.data_ptr(),
+            )
+            return hidden
+
+        return run
+
+    def _layer(self, layer: Layer, cache: KVCache) -> Any:
+        weights: Any = {"qkv": layer.qkv[0], "o": layer.o, "gate_up": layer.gate_up[0], "down": layer.down}
+        return self.module.Layer(
+            **{name: weight.handle for name, weight in weights.items()},
+            input_norm=address(layer.input_norm),
+            post_norm=address(layer.post_norm),
+            q_norm=address(layer.q_norm),
+            k_norm=address(layer.k_norm),
+            cache=self._cache(cache),
+            window=layer.window or 0,
+        )
+
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = logits.shape
         logits = logits.contiguous()
@@ -299,13 +249,5 @@ def make_ops(device: torch.device, threads: int | None = None) -> Ops:
         silu_mul=native.silu_mul,
         argmax=native.argmax,
         kth_largest=native.kth_largest,
+        bind=native.bind,
     )
-
-
-def panel_order(bias: Tensor, outputs: int, gated: bool) -> Tensor:
-    """float32 [N] -> [outputs], padded with zeros; gated: 64 of the first half, 64 of the second, and so on."""
-    if not gated:
-        return torch.nn.functional.pad(bias, (0, outputs - bias.numel()))
-    halves = bias.view(2, -1)
-    padded = torch.nn.functional.pad(halves, (0, outputs // 2 - halves.shape[1]))
-    return padded.view(2, -1, 64).transpose(0, 1).reshape(-1).contiguous()

@@ -18,14 +18,14 @@ def matmul(
     *,
     norm: Norm | None = None,
     residual: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     if norm is not None:
         x = rms_norm(x, norm.weight, eps=norm.eps)
-    out = weights.matmul(x, weight)
+    found = weights.matmul(x, weight)
     if residual is not None:
-        out = residual.add_(out)
-    return out if out_dtype is None else out.to(out_dtype)
+        found = residual.add_(found)
+    return found if out is None else out.copy_(found)
 
 
 def embedding(ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:

@@ -54,9 +54,6 @@ def make_step(
         query_starts=torch.tensor(starts, dtype=torch.int32),
         seq_lens=torch.tensor(lengths, dtype=torch.int32),
         block_tables=padded,
-        query_starts_list=tuple(starts),
-        seq_lens_list=tuple(lengths),
-        block_tables_list=tuple(tables),
         max_query=max((now for _, now in sequences), default=0),
         max_seq=max(lengths, default=0),
     )

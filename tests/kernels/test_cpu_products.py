@@ -112,10 +112,11 @@ def test_normalized_gated_and_added(rows: int, dtype: torch.dtype) -> None:
     offset, residual = torch.randn(100), torch.randn(rows, 50).to(dtype)
     ours, theirs = (module.pack(weight, dtype=dtype, bias=offset, gated=True) for module in (weights, reference))
     assert (ours.N, ours.K, ours.nbytes) == (50, 256, weights.pack(weight, dtype=dtype, bias=offset).nbytes)
-    for out_dtype in (None, torch.float32):
-        expected = reference.matmul(x, theirs, norm=norm, residual=residual, out_dtype=out_dtype)
-        found = torch_ops.matmul(x, ours, norm=norm, residual=residual.clone(), out_dtype=out_dtype)
-        assert found.dtype == expected.dtype and found.shape == (rows, 50)
+    for wanted in (dtype, torch.float32):
+        expected = reference.matmul(x, theirs, norm=norm, residual=residual, out=torch.empty(rows, 50, dtype=wanted))
+        out = torch.empty(rows, 50, dtype=wanted)
+        found = torch_ops.matmul(x, ours, norm=norm, residual=residual.clone(), out=out)
+        assert found.data_ptr() == out.data_ptr() and found.shape == (rows, 50)
         if rows:
             error = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
             assert error < 2 * TOLERANCE[dtype], float(error)

@@ -11,7 +11,8 @@ from torch.nn.functional import silu
 
 from kernels import reference
 from kernels.cpu import backend
-from kernels.cpu.native_ops import NativeOps, NativeWeight
+from kernels.cpu.native_ops import NativeOps
+from kernels.cpu.native_weights import NativeWeight
 from kernels.ops import Norm
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
@@ -137,10 +138,14 @@ def test_norm_gate_and_residual(ops: NativeOps, rows: int, kind: str) -> None:
 def test_wide_results_of_half_precision(ops: NativeOps) -> None:
     weight, x = random_weight(100, 64, group_size=64), torch.randn(3, 64).bfloat16()
     packed = ops.pack(weight, dtype=torch.bfloat16, activation="int8")
-    found = ops.matmul(x, packed, out_dtype=torch.float32)
-    assert found.dtype == torch.float32
+    out = torch.full((3, 100), float("nan"))
+    found = ops.matmul(x, packed, out=out)
+    assert found is out
     assert relative_error(found, integer_product(x, weight)) < 1e-4
     assert relative_error(ops.matmul(x, packed), found) > 1e-5
+    for wrong in (torch.empty(2, 100), torch.empty(3, 99), torch.empty(100, 3).t()):
+        with pytest.raises(ValueError, match="contiguous"):
+            ops.matmul(x, packed, out=wrong)
 
 
 def test_rows_of_a_wider_tensor_are_read_where_they_are(ops: NativeOps) -> None:

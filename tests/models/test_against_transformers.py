@@ -119,7 +119,7 @@ def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int
     shape = (count + 3, block_size, spec.kv_heads, spec.head_dim)
     empty = torch.full(shape, float("nan"), dtype=decoder.dtype)
     caches = [KVCache(empty.clone(), empty.clone()) for _ in range(spec.layers)]
-    out, start = [], 0
+    forward, out, start = decoder.bind(caches), [], 0
     for length in chunks:
         end = start + length
         positions = torch.arange(start, end)
@@ -131,13 +131,10 @@ def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int
             query_starts=torch.tensor([0, length], dtype=torch.int32),
             seq_lens=torch.tensor([end], dtype=torch.int32),
             block_tables=torch.tensor([used], dtype=torch.int32),
-            query_starts_list=(0, length),
-            seq_lens_list=(end,),
-            block_tables_list=(tuple(used),),
             max_query=length,
             max_seq=end,
         )
-        out.append(decoder.logits(decoder.forward(ids[start:end], batch, caches)))
+        out.append(decoder.logits(forward(ids[start:end], batch), torch.full((length, spec.vocab), float("nan"))))
         start = end
     assert start == total
     return torch.cat(out)

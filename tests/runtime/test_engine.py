@@ -246,7 +246,7 @@ def test_nan_logits_end_the_request_with_an_error(load: Load, monkeypatch: pytes
     engine = load()
     engine.runner.caches[0].k.fill_(float("nan"))  # unused slots are never read: this must not matter
     assert answers(engine, [submit("fine", [3, 4, 5])])
-    monkeypatch.setattr(Decoder, "logits", lambda self, hidden: torch.full((len(hidden), 256), float("nan")))
+    monkeypatch.setattr(Decoder, "logits", lambda self, hidden, out: out.fill_(float("nan")))
     engine.submit(submit("bad", [3, 4, 5]))
     event = finish(engine)[("bad", 0)][-1]
     assert event.finish_reason == "error" and "not finite" in (event.error or "")

@@ -10,6 +10,7 @@
 #include "dispatch.h"
 #include "pack.h"
 #include "pool.h"
+#include "stack.h"
 #include "types.h"
 
 namespace nb = nanobind;
@@ -82,6 +83,13 @@ struct Machine {
         return kernels->kth_largest(*pool, at<float>(x), n, k);
     }
 
+    void layers(const Stack& stack, int64_t tokens, int64_t sequences, uintptr_t positions, uintptr_t slots, uintptr_t starts, uintptr_t lengths,
+                uintptr_t tables, int64_t table_width, uintptr_t hidden, uintptr_t workspace) {
+        const std::lock_guard lock(mutex);
+        run_layers(*pool, *kernels, stack, {tokens, sequences, at<int64_t>(positions), at<int64_t>(slots), at<int32_t>(starts), at<int32_t>(lengths),
+                                            at<int32_t>(tables), table_width}, at<void>(hidden), at<void>(workspace));
+    }
+
     void pack(const Linear& w, uintptr_t codes, uintptr_t scales, uintptr_t zeros, uintptr_t to_codes, uintptr_t to_scales, uintptr_t to_zeros) {
         const std::lock_guard lock(mutex);
         appliance::pack(*pool, w, {at<uint8_t>(codes), at<void>(scales), at<uint8_t>(zeros), at<uint8_t>(to_codes), at<void>(to_scales), at<uint8_t>(to_zeros)});
@@ -135,6 +143,19 @@ NB_MODULE(_native, m) {
         new (self) Cache{at<void>(k), at<void>(v), at<float>(k_scale), at<float>(v_scale), Type(type), block_size, heads, dim};
     });
 
+    nb::class_<Layer>(m, "Layer")
+        .def("__init__", [](Layer* self, const Linear& qkv, const Linear& o, const Linear& gate_up, const Linear& down, uintptr_t input_norm,
+                            uintptr_t post_norm, uintptr_t q_norm, uintptr_t k_norm, const Cache& cache, int64_t window) {
+            new (self) Layer{&qkv, &o, &gate_up, &down, at<void>(input_norm), at<void>(post_norm), at<void>(q_norm), at<void>(k_norm), cache, window};
+        }, nb::kw_only(), "qkv"_a, "o"_a, "gate_up"_a, "down"_a, "input_norm"_a, "post_norm"_a, "q_norm"_a, "k_norm"_a, "cache"_a, "window"_a);
+
+    nb::class_<Stack>(m, "Stack")
+        .def("__init__", [](Stack* self, const std::vector<Layer>& layers, int type, int64_t heads, float eps, float scale, uintptr_t cos_sin,
+                            int64_t rotary) {
+            new (self) Stack{layers, Type(type), heads, eps, scale, at<float>(cos_sin), rotary};
+        }, "layers"_a, nb::kw_only(), "type"_a, "heads"_a, "eps"_a, "scale"_a, "cos_sin"_a, "rotary"_a)
+        .def_prop_ro("width", &Stack::width);
+
     nb::class_<Machine>(m, "Machine")
         .def(nb::init<const std::string&, int, bool>(), "isa"_a, "threads"_a, "pin"_a)
         .def_prop_ro("name", [](const Machine& self) { return std::string(self.kernels->name); })
@@ -149,6 +170,7 @@ NB_MODULE(_native, m) {
         .def("embed_packed", &Machine::embed_packed, guard())
         .def("argmax", &Machine::argmax, guard())
         .def("kth_largest", &Machine::kth_largest, guard())
+        .def("layers", &Machine::layers, guard())
         .def("pack", &Machine::pack, guard());
 }
 

@@ -1,0 +1,38 @@
+// All decoder layers of a step in one call: the operators of kernels/ops.py in the order of models/decoder.py.
+#pragma once
+#include <vector>
+
+#include "types.h"
+
+namespace appliance {
+
+// One layer; norms are in the type of the activations, null where the model has none.
+struct Layer {
+    const Linear *qkv, *o, *gate_up, *down;
+    const void *input_norm, *post_norm, *q_norm, *k_norm;
+    Cache cache;
+    int64_t window;  // 0: none
+};
+
+struct Stack {
+    std::vector<Layer> layers;
+    Type type;       // of activations
+    int64_t heads;   // of queries
+    float eps, scale;
+    const float* cos_sin;
+    int64_t rotary;
+    int64_t width() const;  // elements of workspace that a token needs
+};
+
+// A step's batch, as PagedBatch has it.
+struct Batch {
+    int64_t tokens, sequences;
+    const int64_t *positions, *slots;
+    const int32_t *starts, *lengths, *tables;
+    int64_t table_width;
+};
+
+// hidden [tokens, hidden] is overwritten with what the last layer gives; workspace: tokens * width() elements.
+void run_layers(Pool&, const Kernels&, const Stack&, const Batch&, void* hidden, void* workspace);
+
+}  // namespace appliance

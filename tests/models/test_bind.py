@@ -1,0 +1,89 @@
+"""All layers in one native call give, to the last bit, what the operators give one after another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.ops import KVCache, Layer, Ops, Weight
+from models.decoder import Decoder
+from models.spec import ModelSpec
+from tests.kernels.native import instruction_sets, native_ops
+from tests.kernels.paged import make_step
+from tests.kernels.weights import random_weight
+
+HIDDEN, HEADS, KV_HEADS, SIZE, INNER, VOCAB = 96, 6, 2, 16, 80, 50
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 3,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": SIZE,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+SHAPES = {"qkv": ((HEADS + 2 * KV_HEADS) * SIZE, HIDDEN), "o": (HIDDEN, HEADS * SIZE), "down": (HIDDEN, INNER)}
+
+
+def make_ops(isa: str) -> Ops:
+    native = native_ops(isa)
+    names = ("pack", "matmul", "embedding", "rms_norm", "rope_store", "attention", "silu_mul", "argmax", "kth_largest", "bind")
+    return Ops(name="cpu-native", device=torch.device("cpu"), **{name: getattr(native, name) for name in names})
+
+
+def make_decoder(ops: Ops, dtype: torch.dtype, *, split: bool = False) -> Decoder:
+    def linear(N: int, K: int, **options: object) -> Weight:
+        return ops.pack(random_weight(N, K, group_size=32), dtype=dtype, bias=torch.randn(N), **options)  # type: ignore[arg-type]
+
+    def norm(n: int) -> Tensor:
+        return (1 + 0.1 * torch.randn(n)).to(dtype)
+
+    def layer(i: int) -> Layer:
+        gate_up = tuple(linear(INNER, HIDDEN) for _ in range(2)) if split and i == 1 else (linear(2 * INNER, HIDDEN, gated=True),)
+        qkv, o, down = (linear(*SHAPES[name]) for name in ("qkv", "o", "down"))
+        extra = {"q_norm": norm(SIZE), "k_norm": norm(SIZE)} if i == 1 else {"window": 7} if i == 2 else {}
+        return Layer(norm(HIDDEN), (qkv,), o, norm(HIDDEN), gate_up, down, **extra)  # type: ignore[arg-type]
+
+    return Decoder(
+        spec=ModelSpec.from_config(CONFIG),
+        ops=ops,
+        embedding=torch.randn(VOCAB, HIDDEN).to(dtype),
+        layers=tuple(layer(i) for i in range(3)),
+        norm=norm(HIDDEN),
+        head=linear(VOCAB, HIDDEN),
+        cos_sin=torch.rand(128, SIZE) * 2 - 1,
+        tied=False,
+    )
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_call_is_the_operators_one_by_one(isa: str, dtype: torch.dtype) -> None:
+    decoder = make_decoder(make_ops(isa), dtype)
+    for sequences in ([(0, 1)], [(20, 1), (0, 33), (15, 1), (16, 2)], [(63, 1)] * 9):
+        batch, cache = make_step(sequences, kv_heads=KV_HEADS, head_dim=SIZE, dtype=dtype)
+        ids = torch.randint(VOCAB, (len(batch.positions),))
+        one, other = ([KVCache(cache.k.clone(), cache.v.clone()) for _ in range(3)] for _ in range(2))
+        found, expected = decoder.bind(one)(ids, batch), decoder.forward(ids, batch, other)
+        assert found.dtype == dtype and torch.equal(found, expected) and bool(found.isfinite().all())
+        for mine, theirs in zip(one, other, strict=True):
+            assert torch.equal(mine.k.nan_to_num(7), theirs.k.nan_to_num(7))
+            assert torch.equal(mine.v.nan_to_num(7), theirs.v.nan_to_num(7))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_layers_that_need_the_operators_one_by_one(split: bool) -> None:
+    """Projections in parts, and operators without such a call."""
+    ops = make_ops(instruction_sets()[0]) if split else reference.make_ops(torch.device("cpu"))
+    decoder = make_decoder(ops, torch.float32, split=split)
+    batch, cache = make_step([(5, 1), (0, 4)], kv_heads=KV_HEADS, head_dim=SIZE)
+    ids = torch.randint(VOCAB, (5,))
+    one, other = ([KVCache(cache.k.clone(), cache.v.clone()) for _ in range(3)] for _ in range(2))
+    assert torch.equal(decoder.bind(one)(ids, batch), decoder.forward(ids, batch, other))
