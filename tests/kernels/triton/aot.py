@@ -1,0 +1,138 @@
+"""Kernels compiled for cards that are not here, and what the machine code looks like.
+
+    reports = compile_all([Compilation("kernels.triton.norm:_rms_norm", {"x": "*fp16", "n": "i32"}, {"BLOCK": 1024})])
+
+compiles for every architecture of TARGETS and gives a Report for each pair: for each compilation, each target. It runs in a
+process of its own (this module as a program, JSON in and out), because kernels imported for the interpreter cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+TARGETS = (75, 80, 86, 89, 90, 120)
+SHARED_LIMIT = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a block may have
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)")
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """A kernel as one launch would compile it. Pointers and integers count as multiples of 16, as the JIT sees most of them."""
+
+    kernel: str  # "module:function"
+    types: dict[str, str]  # of run-time arguments: "*fp16", "*bf16", "*i8", "*i16", "*i32", "*i64", "*fp8e4nv", "i32", "fp32" ...
+    constants: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    odd: tuple[str, ...] = ()  # integers and pointers that may be any number
+    targets: tuple[int, ...] = TARGETS
+
+    @property
+    def label(self) -> str:
+        constants = " ".join(f"{name}={value}" for name, value in self.constants.items())
+        return f"{self.kernel.partition(':')[2]} {constants} warps={self.num_warps} stages={self.num_stages}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compilation became. ``loop``: operations and how often, of the longest loop (of all where there is none)."""
+
+    label: str
+    target: int
+    registers: int
+    stack: int  # bytes of local memory: more than 0 are spills, or arrays that did not fit registers
+    shared: int  # bytes
+    loop: dict[str, int]
+
+    @property
+    def fits(self) -> bool:
+        return self.shared <= SHARED_LIMIT[self.target]
+
+    def count(self, *prefixes: str) -> int:
+        """Operations of the loop whose name starts with one of these."""
+        return sum(n for name, n in self.loop.items() if name.startswith(prefixes))
+
+    def per_weight(self, weights: int) -> float:
+        """Instructions of the loop for each of the ``weights`` that one thread handles in a turn."""
+        return sum(self.loop.values()) / weights
+
+
+def compile_all(compilations: Sequence[Compilation]) -> list[Report]:
+    """Raises RuntimeError with the compiler's words for what does not compile."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.triton.aot"],
+        input=json.dumps([asdict(one) for one in compilations]),
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=root,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return [Report(**one) for one in json.loads(done.stdout.splitlines()[-1])]
+
+
+def hot_loop(sass: str) -> Counter[str]:
+    """Operations between the farthest backward branch and its target."""
+    code = [(int(m[1], 16), m[2], m[3]) for m in INSTRUCTION.finditer(sass)]
+    best = (0, -1)
+    for at, name, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target and int(target[1], 16) < at and at - int(target[1], 16) > best[1] - best[0]:
+            best = (int(target[1], 16), at)
+    names = [name for at, name, _ in code if best[0] <= at <= best[1]] or [name for _, name, _ in code]
+    return Counter(name for name in names if name != "NOP")
+
+
+def compile_one(one: Compilation, target: int) -> Report:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, _, function = one.kernel.partition(":")
+    kernel = getattr(importlib.import_module(module), function)
+    constants = {
+        name: getattr(triton.language, v[3:]) if isinstance(v, str) and v.startswith("tl.") else v
+        for name, v in one.constants.items()
+    }
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else one.types[name]
+        if name in one.types and name not in one.odd and (one.types[name].startswith("*") or one.types[name] in ("i32", "i64")):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
+    try:
+        made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    except Exception as error:
+        raise RuntimeError(f"{one.label} for sm_{target}: {error}") from error
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([tools / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return Report(one.label, target, int(found[1]), int(found[2]), made.metadata.shared, dict(hot_loop(sass)))
+
+
+if __name__ == "__main__":
+    wanted = [Compilation(**{k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}) for one in json.load(sys.stdin)]
+    print(json.dumps([asdict(compile_one(one, target)) for one in wanted for target in one.targets]))
