@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -41,7 +40,7 @@ class PagedBatch:
     """Where the T tokens of one step stand: computed once a step, read by every layer.
 
     Sequence s owns the rows ``query_starts[s] : query_starts[s + 1]``; after ``rope_store`` its cache holds ``seq_lens[s]``
-    tokens, of which its rows are the last. The ``*_list`` twins give the same integers to code that loops in Python.
+    tokens, of which its rows are the last. The ``*_list`` twins are the same integers for code that loops in Python.
     """
 
     positions: Tensor  # int64 [T]
@@ -52,15 +51,15 @@ class PagedBatch:
     max_query: int
     max_seq: int
 
-    @cached_property
+    @property
     def query_starts_list(self) -> list[int]:
         return self.query_starts.tolist()
 
-    @cached_property
+    @property
     def seq_lens_list(self) -> list[int]:
         return self.seq_lens.tolist()
 
-    @cached_property
+    @property
     def block_tables_list(self) -> list[list[int]]:
         """With the rows' padding."""
         return self.block_tables.tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -138,8 +139,10 @@ def store_kv(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
 
 def attention(q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None) -> Tensor:
     out = torch.empty_like(q)
-    for s, (end, table) in enumerate(zip(batch.seq_lens_list, batch.block_tables_list, strict=True)):
-        rows = slice(batch.query_starts_list[s], batch.query_starts_list[s + 1])
+    for (row, stop), end, table in zip(
+        pairwise(batch.query_starts_list), batch.seq_lens_list, batch.block_tables_list, strict=True
+    ):
+        rows = slice(row, stop)
         blocks = torch.tensor(table, device=q.device)
         k = cache.k[blocks].flatten(0, 1)[:end].float().transpose(0, 1)  # [Hkv, end, D]
         v = cache.v[blocks].flatten(0, 1)[:end].float().transpose(0, 1)

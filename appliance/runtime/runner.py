@@ -12,7 +12,8 @@ from appliance.core.messages import TokenLogprob
 from appliance.core.request import Request
 from appliance.core.scheduler import Chunk, StepPlan
 from appliance.memory.planner import LOGIT_ROWS, MemoryPlan
-from appliance.runtime.batch import build_batch
+from appliance.runtime.batch import StepArrays
+from appliance.runtime.graphs import DecodeGraphs, Recorder, capture_sizes
 from appliance.runtime.sampler import Sampled, sample, token_logprobs
 from kernels.ops import KVCache
 from models.decoder import Decoder
@@ -36,23 +37,43 @@ class StepResult:
 class Runner:
     """Owns the model and its KV cache. Everything that lasts is allocated here, before the first request."""
 
-    def __init__(self, decoder: Decoder, plan: MemoryPlan, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, decoder: Decoder, plan: MemoryPlan, *, dtype: torch.dtype, device: torch.device, recorder: Recorder | None = None
+    ) -> None:
+        """``recorder``: steps of single tokens are recorded with it, here, and replayed."""
         self.decoder, self.device, self.block_size = decoder, device, plan.kv.block_size
-        self.caches = allocate_caches(plan, dtype=dtype, device=device)
+        spare = 0 if recorder is None else 1  # a block for what fills up recorded steps
+        self.caches = allocate_caches(plan, plan.num_blocks + spare, dtype=dtype, device=device)
         self._forward = decoder.bind(self.caches)
+        self._graphs = None if recorder is None else self._record(plan, recorder)
         # Not made anew for each step: the system would clear its pages each time, which takes longer than to write logits there.
         self._out = torch.empty(plan.logit_rows, decoder.spec.vocab, dtype=torch.float32, device=device)
 
     @torch.inference_mode()
+    def _record(self, plan: MemoryPlan, recorder: Recorder) -> DecodeGraphs:
+        return DecodeGraphs(
+            self._forward,
+            sizes=capture_sizes(plan.max_num_seqs),
+            table_width=plan.kv.blocks(plan.max_model_len),
+            spare_block=plan.num_blocks,
+            block_size=self.block_size,
+            recorder=recorder,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
     def run(self, plan: StepPlan, scored: Sequence[int]) -> StepResult:
         """Execute a plan. ``scored[i]`` says how many prompt tokens of chunk i's request have their log-probabilities already."""
-        ids, batch = build_batch(plan.chunks, self.block_size, self.device)
-        hidden = self._forward(ids, batch)
+        step = StepArrays.build(plan.chunks, self.block_size)
+        if self._graphs is not None and self._graphs.takes(step):
+            hidden = self._graphs.run(step)
+        else:
+            hidden = self._forward(*step.tensors(self.device))
         scores = []
         if any(c.request.params.prompt_logprobs is not None for c in plan.chunks):
             rows = hidden.split([c.length for c in plan.chunks])
             scores = [self._score_prompt(c, own, n) for c, own, n in zip(plan.chunks, rows, scored, strict=True)]
-        last = hidden if batch.max_query == 1 else hidden[batch.query_starts[1:] - 1]
+        last = hidden if step.max_query == 1 else hidden[torch.from_numpy(step.starts[1:] - 1).to(self.device)]
         return StepResult(sampled=self._sample(plan.chunks, last), prompt_scores=tuple(s for s in scores if s))
 
     def _sample(self, chunks: Sequence[Chunk], last: Tensor) -> tuple[Sampled | None, ...]:
@@ -90,10 +111,10 @@ class Runner:
         return PromptScores(request, first, tuple(found)) if found else None
 
 
-def allocate_caches(plan: MemoryPlan, *, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
+def allocate_caches(plan: MemoryPlan, blocks: int, *, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
     """The whole pool, layer by layer: [blocks, block_size, Hkv, D] for keys and for values."""
     kv = plan.kv
-    shape = (plan.num_blocks, kv.block_size, kv.kv_heads, kv.head_dim)
+    shape = (blocks, kv.block_size, kv.kv_heads, kv.head_dim)
     return [
         KVCache(k=torch.zeros(shape, dtype=dtype, device=device), v=torch.zeros(shape, dtype=dtype, device=device))
         for _ in range(kv.layers)

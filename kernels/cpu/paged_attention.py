@@ -87,8 +87,9 @@ def segments(table: Sequence[int], length: int, block_size: int) -> list[Segment
 def plan(batch: PagedBatch, block_size: int, window: int | None) -> list[Tile]:
     """All tiles of a step: the same for every layer with this window."""
     tiles: list[Tile] = []
-    for s, (end, table) in enumerate(zip(batch.seq_lens_list, batch.block_tables_list, strict=True)):
-        row, stop = batch.query_starts_list[s], batch.query_starts_list[s + 1]
+    for (row, stop), end, table in zip(
+        pairwise(batch.query_starts_list), batch.seq_lens_list, batch.block_tables_list, strict=True
+    ):
         begin = end - (stop - row)
         pieces = segments(table, end, block_size)
         size = TILE if window is None else min(TILE, window)

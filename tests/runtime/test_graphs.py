@@ -1,0 +1,131 @@
+"""Recorded decode steps: what is copied, padded and dropped, with a recorder that runs on the CPU."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from appliance.config import EngineConfig
+from appliance.memory.planner import make_plan
+from appliance.runtime.batch import StepArrays
+from appliance.runtime.engine import Engine
+from appliance.runtime.graphs import DecodeGraphs, capture_sizes
+from appliance.runtime.runner import Runner
+from kernels.ops import PagedBatch
+from tests.runtime.conftest import answers, submit
+
+Load = Callable[..., Engine]
+
+
+class FakeRecorder:
+    """Runs the work again at each replay, on what then lies in the inputs, and overwrites one and the same result."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replays = 0
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        result = work().clone()
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replays += 1
+            result.fill_(float("nan"))
+            result.copy_(work())
+
+        return replay, result
+
+    def staging(self, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        return torch.full((size,), 0x5A, dtype=torch.uint8), torch.full((size,), 0x5A, dtype=torch.uint8)
+
+
+def recorded(engine: Engine, recorder: FakeRecorder) -> Engine:
+    """The same engine with a runner that records its decode steps."""
+    config = EngineConfig(
+        model=engine.info.directory,
+        dtype="float32",
+        reference_ops=True,
+        max_model_len=engine.info.max_model_len,
+        kv_cache_memory_bytes=engine.info.plan["kv_cache"]["bytes"],
+        max_num_seqs=engine.scheduler.max_num_seqs,
+    )
+    plan = make_plan(Path(engine.info.directory), config)
+    assert plan.num_blocks == engine.scheduler.pool.num_blocks
+    engine.runner = Runner(engine.runner.decoder, plan, dtype=torch.float32, device=torch.device("cpu"), recorder=recorder)
+    return engine
+
+
+@pytest.mark.parametrize("max_num_seqs", [5, 20])
+def test_recorded_steps_give_the_same_answers(load: Load, max_num_seqs: int) -> None:
+    """Batches shrink and grow through all sizes; prompts and decodes mix; padding never touches what somebody owns."""
+    rng = random.Random(5)
+    requests = [
+        submit(f"r{i}", [rng.randrange(3, 256) for _ in range(rng.choice((1, 15, 16, 17, 40)))], max_tokens=rng.randrange(1, 40))
+        for i in range(24)
+    ]
+    expected = answers(load(max_num_seqs=max_num_seqs), requests)
+    recorder = FakeRecorder()
+    engine = recorded(load(max_num_seqs=max_num_seqs), recorder)
+    assert recorder.recorded == len(capture_sizes(max_num_seqs))
+    for cache in engine.runner.caches:  # what padding may read is the spare block, and nothing that nobody has written
+        cache.k[:-1].fill_(float("nan"))
+        cache.v[:-1].fill_(float("nan"))
+    assert answers(engine, requests) == expected
+    assert answers(engine, requests) == expected  # over what the first run left in the inputs
+    assert recorder.replays > 40
+
+
+def test_sizes_leave_little_padding() -> None:
+    assert capture_sizes(1) == (1,) and capture_sizes(3) == (1, 2, 3) and capture_sizes(20) == (1, 2, 4, 8, 16, 20)
+    for most in (1, 7, 64, 130, 256, 1000):
+        sizes = capture_sizes(most)
+        assert sizes[-1] == most and list(sizes) == sorted(set(sizes))
+        for n in range(1, most + 1):
+            size = min(size for size in sizes if size >= n)
+            assert size - n < 16 and size < max(2 * n, 2)
+
+
+def test_inputs_are_as_said() -> None:
+    """Every row beyond the step's is one token in the spare block, also after steps of other sizes and longer tables."""
+    seen: list[tuple[Tensor, PagedBatch]] = []
+
+    def forward(ids: Tensor, batch: PagedBatch) -> Tensor:
+        seen.append((ids.clone(), PagedBatch(*(t.clone() for t in tensors(batch)), batch.max_query, batch.max_seq)))
+        return ids.float().unsqueeze(1)
+
+    graphs = DecodeGraphs(
+        forward, sizes=(4, 8), table_width=6, spare_block=99, block_size=16, recorder=FakeRecorder(), device=torch.device("cpu")
+    )
+    assert len(seen) == 2
+    for n, width in ((3, 6), (8, 2), (1, 1), (5, 3), (4, 4), (2, 2)):
+        step = StepArrays(
+            ids=np.arange(n) + 7,
+            positions=np.full(n, 16 * width - 1),
+            slots=np.arange(n) + 100,
+            starts=np.arange(n + 1, dtype=np.int32),
+            ends=np.full(n, 16 * width, dtype=np.int32),
+            tables=np.arange(n * width, dtype=np.int32).reshape(n, width),
+            max_query=1,
+        )
+        assert graphs.takes(step)
+        assert graphs.run(step).tolist() == [[i + 7.0] for i in range(n)]
+        ids, batch = seen[-1]
+        size = 4 if n <= 4 else 8
+        assert ids.shape == (size,) and batch.max_query == 1 and batch.max_seq == 96
+        assert batch.query_starts.tolist() == list(range(size + 1))
+        assert torch.equal(batch.slots, torch.tensor([*range(100, 100 + n), *[99 * 16] * (size - n)]))
+        assert torch.equal(batch.positions, torch.tensor([16 * width - 1] * n + [0] * (size - n)))
+        assert batch.seq_lens.tolist() == [16 * width] * n + [1] * (size - n)
+        assert batch.block_tables[:n, :width].tolist() == step.tables.tolist()
+        assert batch.block_tables[n:, 0].tolist() == [99] * (size - n)
+    assert not graphs.takes(StepArrays(*[np.zeros(9)] * 6, max_query=1))
+    assert not graphs.takes(StepArrays(*[np.zeros(2)] * 6, max_query=2))
+
+
+def tensors(batch: PagedBatch) -> tuple[Tensor, ...]:
+    return batch.positions, batch.slots, batch.query_starts, batch.seq_lens, batch.block_tables
