@@ -210,17 +210,27 @@ class KthLargest(Protocol):
         """The k-th largest of row, float32 [n] without NaN, 1 <= k <= n; equal ones count one by one."""
 
 
-Layers = Callable[[Tensor, PagedBatch], Tensor]
-"""All decoder layers: hidden states [T, hidden], which may be overwritten, to those after the last layer."""
+@dataclass(frozen=True)
+class Stack:
+    """All of a model between token ids and the head."""
+
+    embedding: Tensor | Weight  # [V, hidden]
+    layers: tuple[Layer, ...]
+    norm: Norm  # the last one; its eps is that of all norms
+    cos_sin: Tensor  # as in ``rope_store``
+    heads: int
+    head_dim: int
+
+
+Forward = Callable[[Tensor, PagedBatch], Tensor]
+"""Token ids int64 [T] to hidden states [T, hidden] after the last norm. The next call may overwrite them."""
 
 
 class Bind(Protocol):
-    def __call__(
-        self, layers: Sequence[Layer], caches: Sequence[KVCache], cos_sin: Tensor, *, heads: int, head_dim: int, eps: float
-    ) -> Layers | None:
-        """One call for all layers over these caches, which does what the operators would do one by one.
+    def __call__(self, stack: Stack, caches: Sequence[KVCache], *, max_tokens: int) -> Forward | None:
+        """A model over these caches, for at most ``max_tokens`` tokens at once: what the operators would do one by one.
 
-        None where these layers need the operators. eps: of every norm; cos_sin as in ``rope_store``.
+        None where this model needs the operators.
         """
 
 

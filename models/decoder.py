@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels.ops import KVCache, Layer, Linear, Norm, Ops, PagedBatch, Weight
+from kernels.ops import Forward, KVCache, Layer, Linear, Norm, Ops, PagedBatch, Stack, Weight
 from models.spec import ModelSpec
 
 
@@ -46,20 +46,12 @@ class Decoder:
             hidden = ops.matmul(self._gated(layer, hidden), layer.down, residual=hidden)
         return ops.rms_norm(hidden, self.norm, eps=self.spec.eps)
 
-    def bind(self, caches: Sequence[KVCache]) -> Callable[[Tensor, PagedBatch], Tensor]:
-        """``forward`` over these caches, with all layers in one call where the operators can do that."""
-        spec, ops = self.spec, self.ops
-        if ops.bind is None:
-            return partial(self.forward, caches=caches)
-        layers = ops.bind(self.layers, caches, self.cos_sin, heads=spec.heads, head_dim=spec.head_dim, eps=spec.eps)
-        if layers is None:
-            return partial(self.forward, caches=caches)
-
-        def forward(ids: Tensor, batch: PagedBatch) -> Tensor:
-            hidden = layers(ops.embedding(ids, self.embedding, self.dtype), batch)
-            return ops.rms_norm(hidden, self.norm, eps=spec.eps)
-
-        return forward
+    def bind(self, caches: Sequence[KVCache], *, max_tokens: int) -> Forward:
+        """``forward`` over these caches, for at most ``max_tokens`` tokens; in one call where the operators can do that."""
+        spec, bind = self.spec, self.ops.bind
+        stack = Stack(self.embedding, self.layers, self._norm(self.norm), self.cos_sin, spec.heads, spec.head_dim)
+        bound = None if bind is None else bind(stack, caches, max_tokens=max_tokens)
+        return partial(self.forward, caches=caches) if bound is None else bound
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Logits of hidden states [R, hidden] into ``out``, float32 [R, V]."""

@@ -62,6 +62,11 @@ class QuantTensor:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.packed, self.scales, self.zeros, self.perm) if t is not None)
 
+    def on(self, device: torch.device) -> QuantTensor:
+        """The same weight in the device's memory."""
+        zeros, perm = (None if t is None else t.to(device) for t in (self.zeros, self.perm))
+        return replace(self, packed=self.packed.to(device), scales=self.scales.to(device), zeros=zeros, perm=perm)
+
     def unpack(self) -> Tensor:
         """The codes, uint8 [N, K], columns in packed order. ValueError for fp8, whose values are not codes."""
         if self.kind == "fp8":

@@ -40,7 +40,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("models") / "tiny", max_len=512, tokenizer=False)
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "tiny", tokenizer=False)
 
 
 def engine_config(checkpoint: Path) -> EngineConfig:

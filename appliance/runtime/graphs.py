@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from appliance.runtime.batch import StepArrays
-from kernels.ops import PagedBatch
-
-Forward = Callable[[Tensor, PagedBatch], Tensor]
+from kernels.ops import Forward, PagedBatch
 
 
 class Recorder(Protocol):

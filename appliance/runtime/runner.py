@@ -44,10 +44,10 @@ class Runner:
         self.decoder, self.device, self.block_size = decoder, device, plan.kv.block_size
         spare = 0 if recorder is None else 1  # a block for what fills up recorded steps
         self.caches = allocate_caches(plan, plan.num_blocks + spare, dtype=dtype, device=device)
-        self._forward = decoder.bind(self.caches)
+        self._forward = decoder.bind(self.caches, max_tokens=plan.max_num_batched_tokens)
         self._graphs = None if recorder is None else self._record(plan, recorder)
         # Not made anew for each step: the system would clear its pages each time, which takes longer than to write logits there.
-        self._out = torch.empty(plan.logit_rows, decoder.spec.vocab, dtype=torch.float32, device=device)
+        self._out = torch.zeros(plan.logit_rows, decoder.spec.vocab, dtype=torch.float32, device=device)
 
     @torch.inference_mode()
     def _record(self, plan: MemoryPlan, recorder: Recorder) -> DecodeGraphs:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.cpu import backend, native_weights
 from kernels.cpu.native_weights import TYPES, NativeWeight, address
-from kernels.ops import KVCache, Layer, Layers, Norm, Ops, PagedBatch, Weight
+from kernels.ops import Forward, KVCache, Layer, Norm, Ops, PagedBatch, Stack, Weight
 from quant.tensor import QuantTensor
 
 
@@ -72,17 +72,21 @@ class NativeOps:
     def embedding(self, ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:
         if isinstance(table, Tensor) and table.dtype != dtype:
             return table.index_select(0, ids).to(dtype)
-        if isinstance(table, NativeWeight) and (table.handle.floating or table.perm is not None):
-            raise TypeError("only integer tables without a permutation can be looked up row by row")
         columns = table.shape[1] if isinstance(table, Tensor) else table.K
         out = torch.empty(ids.shape[0], columns, dtype=dtype)
-        if isinstance(table, Tensor):
-            self.machine.embed_rows(table.data_ptr(), columns, ids.data_ptr(), ids.shape[0], out.data_ptr(), TYPES[dtype])
-        elif isinstance(table, NativeWeight):
-            self.machine.embed_packed(table.handle, ids.data_ptr(), ids.shape[0], out.data_ptr(), TYPES[dtype])
-        else:
-            raise TypeError(f"a {type(table).__name__} was packed for other operators than the native ones")
+        self._embed(ids, table, out)
         return out
+
+    def _embed(self, ids: Tensor, table: Tensor | Weight, out: Tensor) -> None:
+        where = ids.data_ptr(), ids.shape[0], out.data_ptr(), TYPES[out.dtype]
+        if isinstance(table, Tensor):
+            self.machine.embed_rows(table.data_ptr(), table.shape[1], *where)
+        elif not isinstance(table, NativeWeight):
+            raise TypeError(f"a {type(table).__name__} was packed for other operators than the native ones")
+        elif table.handle.floating or table.perm is not None:
+            raise TypeError("only integer tables without a permutation can be looked up row by row")
+        else:
+            self.machine.embed_packed(table.handle, *where)
 
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         x = x.contiguous()
@@ -155,28 +159,31 @@ class NativeOps:
             )
         return out
 
-    def bind(
-        self, layers: Sequence[Layer], caches: Sequence[KVCache], cos_sin: Tensor, *, heads: int, head_dim: int, eps: float
-    ) -> Layers | None:
+    def bind(self, stack: Stack, caches: Sequence[KVCache], *, max_tokens: int) -> Forward | None:
+        layers, (norm, eps) = stack.layers, stack.norm
         if any(len(layer.qkv) > 1 or len(layer.gate_up) > 1 for layer in layers):
             return None
-        dtype = layers[0].input_norm.dtype
-        stack = self.module.Stack(
+        size, dtype = norm.shape[0], norm.dtype
+        handle = self.module.Stack(
             [self._layer(layer, cache) for layer, cache in zip(layers, caches, strict=True)],
             type=TYPES[dtype],
-            heads=heads,
+            heads=stack.heads,
             eps=eps,
-            scale=head_dim**-0.5,
-            cos_sin=cos_sin.data_ptr(),
-            rotary=cos_sin.shape[1],
+            scale=stack.head_dim**-0.5,
+            cos_sin=stack.cos_sin.data_ptr(),
+            rotary=stack.cos_sin.shape[1],
         )
-        width, alive = stack.width, (layers, caches, cos_sin)  # the stack holds addresses of all these
+        # Made and touched here, once: what comes and goes with every step is memory that grows in pieces.
+        hidden = torch.zeros(max_tokens, size, dtype=dtype)
+        workspace = torch.zeros(max_tokens * max(handle.width, size), dtype=dtype)
 
-        def run(hidden: Tensor, batch: PagedBatch, alive: Any = alive) -> Tensor:
-            tokens = hidden.shape[0]
-            workspace = torch.empty(tokens * width, dtype=dtype)
+        def forward(ids: Tensor, batch: PagedBatch, alive: Any = (stack, caches)) -> Tensor:  # the handle has their addresses
+            tokens = ids.shape[0]
+            if tokens > max_tokens:
+                raise ValueError(f"{tokens} tokens, but at most {max_tokens} were said to come at once")
+            self._embed(ids, stack.embedding, hidden)
             self.machine.layers(
-                stack,
+                handle,
                 tokens,
                 batch.seq_lens.shape[0],
                 batch.positions.data_ptr(),
@@ -188,9 +195,12 @@ class NativeOps:
                 hidden.data_ptr(),
                 workspace.data_ptr(),
             )
-            return hidden
+            out = workspace[: tokens * size].view(tokens, size)
+            if tokens:
+                self.machine.rms_norm(hidden.data_ptr(), tokens, size, size, TYPES[dtype], norm.data_ptr(), eps, out.data_ptr())
+            return out
 
-        return run
+        return forward
 
     def _layer(self, layer: Layer, cache: KVCache) -> Any:
         weights: Any = {"qkv": layer.qkv[0], "o": layer.o, "gate_up": layer.gate_up[0], "down": layer.down}

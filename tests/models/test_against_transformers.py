@@ -119,7 +119,7 @@ def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int
     shape = (count + 3, block_size, spec.kv_heads, spec.head_dim)
     empty = torch.full(shape, float("nan"), dtype=decoder.dtype)
     caches = [KVCache(empty.clone(), empty.clone()) for _ in range(spec.layers)]
-    forward, out, start = decoder.bind(caches), [], 0
+    forward, out, start = decoder.bind(caches, max_tokens=max(chunks)), [], 0
     for length in chunks:
         end = start + length
         positions = torch.arange(start, end)

@@ -71,7 +71,7 @@ def test_one_call_is_the_operators_one_by_one(isa: str, dtype: torch.dtype) -> N
         batch, cache = make_step(sequences, kv_heads=KV_HEADS, head_dim=SIZE, dtype=dtype)
         ids = torch.randint(VOCAB, (len(batch.positions),))
         one, other = ([KVCache(cache.k.clone(), cache.v.clone()) for _ in range(3)] for _ in range(2))
-        found, expected = decoder.bind(one)(ids, batch), decoder.forward(ids, batch, other)
+        found, expected = decoder.bind(one, max_tokens=64)(ids, batch), decoder.forward(ids, batch, other)
         assert found.dtype == dtype and torch.equal(found, expected) and bool(found.isfinite().all())
         for mine, theirs in zip(one, other, strict=True):
             assert torch.equal(mine.k.nan_to_num(7), theirs.k.nan_to_num(7))
@@ -86,4 +86,11 @@ def test_layers_that_need_the_operators_one_by_one(split: bool) -> None:
     batch, cache = make_step([(5, 1), (0, 4)], kv_heads=KV_HEADS, head_dim=SIZE)
     ids = torch.randint(VOCAB, (5,))
     one, other = ([KVCache(cache.k.clone(), cache.v.clone()) for _ in range(3)] for _ in range(2))
-    assert torch.equal(decoder.bind(one)(ids, batch), decoder.forward(ids, batch, other))
+    assert torch.equal(decoder.bind(one, max_tokens=64)(ids, batch), decoder.forward(ids, batch, other))
+
+
+def test_more_tokens_than_were_said_are_refused() -> None:
+    decoder = make_decoder(make_ops(instruction_sets()[0]), torch.float32)
+    batch, cache = make_step([(0, 4)], kv_heads=KV_HEADS, head_dim=SIZE)
+    with pytest.raises(ValueError, match="at most 3"):
+        decoder.bind([cache] * 3, max_tokens=3)(torch.zeros(4, dtype=torch.int64), batch)

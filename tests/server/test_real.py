@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from tests.server.test_lifecycle import eventually
-from tests.tiny_model import make_checkpoint
+from tests.tiny_model import Shape, make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = re.compile(r"appliance: ready at (http://127\.0\.0\.1:\d+)/v1 with model (\S+)")
@@ -74,7 +74,7 @@ def started(*args: str, path: str = "") -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model") / "tiny", max_len=4096)
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "tiny", shape=Shape(max_len=4096))
 
 
 @pytest.fixture(scope="module")
