@@ -1,0 +1,190 @@
+# mypy: disable-error-code="import-untyped"
+"""RMS norm, by itself or behind a residual addition: x * weight / sqrt(mean(x^2) + eps).
+
+A program owns a tile of whole rows, which stays in registers from the load to the store, so every number is read once::
+
+               column 0 .. BLOCK - 1 (a power of two, >= N)
+    row        +----------------------------------+
+    program *  | x[0] + x[1] + .. (+ residual)    |  -> sum of squares -> normed -> out, or codes and a scale a row
+    ROWS ..    +----------------------------------+
+
+Small rows (a head's) share a program; a large one has a program to itself. ``x[i]`` are the partial sums of a product that was
+split along its inputs: they are added in order, so the result does not depend on which was ready first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_SIZE = 16384
+TILE = 1024  # elements that make a program worth starting
+
+
+class Tile(NamedTuple):
+    rows: int
+    block: int
+    warps: int
+
+
+def tile(size: int) -> Tile:
+    """How rows of ``size`` numbers are handed out. ValueError above MAX_SIZE."""
+    if not 0 < size <= MAX_SIZE:
+        raise ValueError(f"a norm over {size} numbers: 1 to {MAX_SIZE} are possible")
+    block = max(16, triton.next_power_of_2(size))
+    rows = max(1, TILE // block)
+    return Tile(rows, block, min(16, max(1, rows * block // 512)))
+
+
+@triton.jit
+def round_to_int8(x, amax):  # type: ignore[no-untyped-def]
+    """(codes, scale): x in steps of amax / 127, the nearest step, halves to even. amax has x's dimensions."""
+    scale = tl.maximum(amax, 1e-12) * (1.0 / 127.0)
+    nearest = x * (1.0 / scale) + 12582912.0  # 1.5 * 2^23: the sum has no room for a fraction
+    codes = nearest.to(tl.int32, bitcast=True) - 0x4B400000
+    return tl.minimum(tl.maximum(codes, -127), 127).to(tl.int8), scale
+
+
+@triton.jit
+def _rms_norm(  # type: ignore[no-untyped-def]
+    x,  # [SPLITS, rows, N], rows in two dimensions: row // inner and row % inner
+    residual,  # [rows, N]
+    weight,  # [N], in the dtype of the activations
+    out,  # [rows, N], int8 where QUANTIZE
+    added,  # [rows, N]
+    scales,  # float32 [rows]
+    rows,
+    inner,
+    N,
+    outer_stride,
+    inner_stride,
+    split_stride,
+    residual_stride,
+    eps,
+    SPLITS: tl.constexpr,
+    ADD: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    dtype = weight.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < N)[None, :]
+    start = x + (row // inner * outer_stride + row % inner * inner_stride)[:, None] + column[None, :]
+    wide = tl.load(start, mask=mask, other=0.0).to(tl.float32)
+    for i in tl.static_range(1, SPLITS):
+        wide += tl.load(start + tl.cast(i, tl.int64) * split_stride, mask=mask, other=0.0).to(tl.float32)
+    place = (row * N)[:, None] + column[None, :]
+    if ADD:
+        wide += tl.load(residual + (row * residual_stride)[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        narrow = wide.to(dtype)
+        tl.store(added + place, narrow, mask=mask)
+        wide = narrow.to(tl.float32)  # the norm is that of the sum as the next layers see it
+    factor = tl.rsqrt(tl.sum(wide * wide, axis=1) / N + eps)
+    gain = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
+    # Rounded before the weight is applied, as the models' own code does.
+    normed = (wide * factor[:, None]).to(dtype).to(tl.float32) * gain[None, :]
+    if QUANTIZE:
+        rounded = normed.to(dtype).to(tl.float32)
+        codes, scale = round_to_int8(rounded, tl.max(tl.abs(rounded), axis=1, keep_dims=True))
+        tl.store(out + place, codes, mask=mask)
+        tl.store(scales + row[:, None], scale, mask=(row < rows)[:, None])
+    else:
+        tl.store(out + place, normed.to(dtype), mask=mask)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """x [..., N] (float16, bfloat16 or float32) * weight [N] / sqrt(mean(x^2) + eps) -> a new tensor like x.
+
+    x may be a view with strides. ValueError where the weight is of another size or dtype, or N is above MAX_SIZE.
+    """
+    out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    _launch(x, None, weight, eps, out=out)
+    return out
+
+
+def rms_norm_int8(x: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """What ``rms_norm`` gives, rounded to int8 by rows: (codes int8 [..., N], scales float32 [...])."""
+    out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    _launch(x, None, weight, eps, out=out, scales=scales)
+    return out, scales
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(sum), sum) of sum = x + residual [T, N], rounded once; both new, in residual's dtype.
+
+    x: [T, N] in residual's dtype, or the float32 partial sums [splits, T, N] of a product. ValueError where shapes or dtypes
+    do not fit.
+    """
+    out, added = (torch.empty(residual.shape, dtype=residual.dtype, device=x.device) for _ in range(2))
+    _launch(x, residual, weight, eps, out=out, added=added)
+    return out, added
+
+
+def add_rms_norm_int8(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``add_rms_norm`` gives with the norm rounded to int8: (codes int8 [T, N], scales float32 [T], sum [T, N])."""
+    added = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
+    out = torch.empty(residual.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty(residual.shape[0], dtype=torch.float32, device=x.device)
+    _launch(x, residual, weight, eps, out=out, added=added, scales=scales)
+    return out, scales, added
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    out: Tensor,
+    added: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> None:
+    splits = x.shape[0] if residual is not None and x.dim() == 3 else 1
+    like, shape = (x, x.shape) if residual is None else (residual, (*x.shape[: x.dim() - 2], *residual.shape))
+    if weight.shape != like.shape[-1:] or weight.dtype != like.dtype or x.shape != shape:
+        raise ValueError(f"a norm of {_words(x)} with weight {_words(weight)} and residual {_words(residual)}")
+    if residual is not None and (x.dtype != (residual.dtype if x.dim() == 2 else torch.float32) or splits == 0):
+        raise ValueError(f"{_words(x)} cannot be added to residual {_words(residual)}")
+    N = x.shape[-1]
+    rows, (tile_rows, block, warps) = like.numel() // max(N, 1), tile(N)
+    if rows == 0:
+        return
+    # A row's place needs two strides at most: leading dimensions are joined where they can be, and copied where they cannot.
+    x = x if x.stride(-1) == 1 and x.dim() <= 3 else x.contiguous().view(-1, N)
+    inner = x.shape[-2] if x.dim() > 1 else 1
+    outer_stride, inner_stride = x.stride(0) if x.dim() == 3 else 0, x.stride(-2) if x.dim() > 1 else 0
+    if residual is not None and residual.stride(-1) != 1:
+        residual = residual.contiguous()
+    _rms_norm[(triton.cdiv(rows, tile_rows),)](
+        x,
+        residual,
+        weight.contiguous(),
+        out,
+        added,
+        scales,
+        rows,
+        inner,
+        N,
+        0 if residual is not None else outer_stride,
+        inner_stride,
+        outer_stride,
+        0 if residual is None else residual.stride(0),
+        eps,
+        SPLITS=splits,
+        ADD=residual is not None,
+        QUANTIZE=scales is not None,
+        ROWS=tile_rows,
+        BLOCK=block,
+        num_warps=warps,
+    )
+
+
+def _words(x: Tensor | None) -> str:
+    return "none" if x is None else f"{x.dtype} {list(x.shape)}"

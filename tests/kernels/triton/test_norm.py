@@ -1,0 +1,121 @@
+"""Norms in Triton against the reference, in the interpreter or on a card; and compiled for every architecture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import reference
+from tests.kernels.triton.aot import Compilation, compile_all
+from tests.kernels.triton.conftest import DEVICE
+from tests.kernels.triton.tensors import DTYPES, EXACT, close, draw, poison  # noqa: F401
+
+from kernels.triton import norm  # isort: skip  (after the conftest has chosen the interpreter)
+
+SIZES = (1, 15, 16, 20, 128, 1000, 1024, 1025, 5120)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_rms_norm(size: int, dtype: torch.dtype) -> None:
+    for rows in (0, 1, 7):
+        x, weight = draw(rows, size, dtype=dtype, scale=7), draw(size, dtype=dtype)
+        close(norm.rms_norm(x, weight, eps=1e-5), reference.rms_norm(x, weight, eps=1e-5), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_views_with_strides(dtype: torch.dtype) -> None:
+    wide, weight = draw(5, 9 * 24 + 7, dtype=dtype), draw(24, dtype=dtype)
+    heads = wide[:, 3 : 3 + 9 * 24].unflatten(1, (9, 24))
+    for x in (heads, heads[:, 2:5], heads[1], heads[2, 3], wide[:, 8:32], heads.transpose(0, 1), heads[:, :, ::2], heads[None]):
+        part = weight[: x.shape[-1]]
+        close(norm.rms_norm(x, part, eps=1e-5), reference.rms_norm(x, part, eps=1e-5), dtype)
+
+
+def test_squares_that_overflow_float16() -> None:
+    x = torch.full((1, 64), 3000.0, dtype=torch.float16, device=DEVICE)
+    assert norm.rms_norm(x, torch.ones_like(x[0]), eps=1e-5).tolist() == [[1.0] * 64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "size"), [(1, 16), (3, 100), (5, 2048), (0, 32)])
+def test_add_rms_norm(rows: int, size: int, dtype: torch.dtype) -> None:
+    x, residual, weight = (draw(*shape, dtype=dtype) for shape in ((rows, size), (rows, size), (size,)))
+    normed, added = norm.add_rms_norm(x, residual, weight, eps=1e-6)
+    close(added, x.float() + residual.float(), dtype)
+    close(normed, reference.rms_norm(added, weight, eps=1e-6), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("splits", [1, 2, 5, 8])
+def test_partial_sums(splits: int, dtype: torch.dtype) -> None:
+    for rows, size in ((1, 72), (6, 528), (0, 16)):
+        parts, residual = draw(splits, rows, size, dtype=torch.float32), draw(rows, size, dtype=dtype)
+        weight = draw(size, dtype=dtype)
+        normed, added = norm.add_rms_norm(parts, residual, weight, eps=1e-6)
+        total = torch.zeros(rows, size, device=DEVICE)
+        for part in (*parts.unbind(), residual.float()):
+            total += part  # in order: the very same float32 sums
+        assert dtype not in EXACT or torch.equal(added, total.to(dtype))
+        close(added, total, dtype)
+        close(normed, reference.rms_norm(added, weight, eps=1e-6), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("add", [False, True])
+def test_rounding_to_int8(add: bool, dtype: torch.dtype) -> None:
+    for rows, size in ((1, 16), (4, 300), (0, 8)):
+        x, residual, weight = (draw(*shape, dtype=dtype) for shape in ((rows, size), (rows, size), (size,)))
+        if add:
+            codes, scales, added = norm.add_rms_norm_int8(x, residual, weight, eps=1e-6)
+            expected, same = norm.add_rms_norm(x, residual, weight, eps=1e-6)
+            assert torch.equal(added, same)
+        else:
+            codes, scales = norm.rms_norm_int8(x, weight, eps=1e-6)
+            expected = norm.rms_norm(x, weight, eps=1e-6)
+        assert codes.dtype == torch.int8 and codes.shape == (rows, size) and scales.shape == (rows,)
+        torch.testing.assert_close(scales, reference.int8_scales(expected.float())[:, 0] if rows else scales)
+        steps = expected.float() / scales[:, None]
+        assert bool(((codes - steps).abs() <= 0.5001).all())
+
+
+def test_rounding_of_zeros_to_int8() -> None:
+    weight = torch.tensor([127.0, 0.4, 1.6, 2.4, -0.4, -2.6, -127.0, 0.0], device=DEVICE)
+    codes, scales = norm.rms_norm_int8(torch.stack([torch.ones(8), torch.zeros(8)]).to(DEVICE), weight, eps=1e-30)
+    assert codes.tolist() == [[127, 0, 2, 2, 0, -3, -127, 0], [0] * 8]
+    torch.testing.assert_close(scales.tolist()[0], 1.0)
+    assert scales[1] > 0
+
+
+def test_what_does_not_fit() -> None:
+    x, weight = draw(2, 16, dtype=torch.float16), draw(16, dtype=torch.float16)
+    for wrong in (weight[:8], weight.float()):
+        with pytest.raises(ValueError, match="a norm of"):
+            norm.rms_norm(x, wrong, eps=1e-6)
+    with pytest.raises(ValueError, match="a norm of"):
+        norm.add_rms_norm(x[:1], x, weight, eps=1e-6)
+    with pytest.raises(ValueError, match="cannot be added"):
+        norm.add_rms_norm(x.view(1, 2, 16), x, weight, eps=1e-6)
+    with pytest.raises(ValueError, match="16385"):
+        norm.rms_norm(draw(1, 16385, dtype=torch.float16), draw(16385, dtype=torch.float16), eps=1e-6)
+
+
+def compilation(size: int, dtype: str, *, add: bool, splits: int = 1, quantize: bool = False) -> Compilation:
+    rows, block, warps = norm.tile(size)
+    types = {"x": "*fp32" if splits > 1 else f"*{dtype}", "residual": f"*{dtype}", "weight": f"*{dtype}", "added": f"*{dtype}"}
+    types |= {"out": "*i8" if quantize else f"*{dtype}", "scales": "*fp32", "rows": "i32", "inner": "i32", "N": "i32"}
+    types |= {f"{name}_stride": "i32" for name in ("outer", "inner", "split", "residual")} | {"eps": "fp32"}
+    constants = {"SPLITS": splits, "ADD": add, "QUANTIZE": quantize, "ROWS": rows, "BLOCK": block}
+    absent = {"residual": add, "added": add, "scales": quantize}
+    constants |= {name: None for name, present in absent.items() if not present}
+    types = {name: kind for name, kind in types.items() if name not in constants}
+    targets = (75, 80, 86, 89, 90, 120) if dtype == "fp16" else (80, 90)
+    return Compilation("kernels.triton.norm:_rms_norm", types, constants, num_warps=warps, odd=("rows",), targets=targets)
+
+
+def test_compilations() -> None:
+    wanted = [compilation(size, "fp16", add=False) for size in (128, 4096, 16384)]
+    wanted += [compilation(4096, "fp16", add=True, splits=8), compilation(8192, "fp16", add=True, quantize=True)]
+    wanted += [compilation(5120, "bf16", add=True, splits=4, quantize=True), compilation(4096, "fp32", add=True)]
+    for report in compile_all(wanted):
+        assert report.fits and report.stack == 0, report
