@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.narrow import to_int8
+
 MAX_SIZE = 16384
 TILE = 1024  # elements that make a program worth starting
 
@@ -38,15 +40,6 @@ def tile(size: int) -> Tile:
     block = max(16, triton.next_power_of_2(size))
     rows = max(1, TILE // block)
     return Tile(rows, block, min(16, max(1, rows * block // 512)))
-
-
-@triton.jit
-def round_to_int8(x, amax):  # type: ignore[no-untyped-def]
-    """(codes, scale): x in steps of amax / 127, the nearest step, halves to even. amax has x's dimensions."""
-    scale = tl.maximum(amax, 1e-12) * (1.0 / 127.0)
-    nearest = x * (1.0 / scale) + 12582912.0  # 1.5 * 2^23: the sum has no room for a fraction
-    codes = nearest.to(tl.int32, bitcast=True) - 0x4B400000
-    return tl.minimum(tl.maximum(codes, -127), 127).to(tl.int8), scale
 
 
 @triton.jit
@@ -91,7 +84,7 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     normed = (wide * factor[:, None]).to(dtype).to(tl.float32) * gain[None, :]
     if QUANTIZE:
         rounded = normed.to(dtype).to(tl.float32)
-        codes, scale = round_to_int8(rounded, tl.max(tl.abs(rounded), axis=1, keep_dims=True))
+        codes, scale = to_int8(rounded, tl.max(tl.abs(rounded), axis=1, keep_dims=True))
         tl.store(out + place, codes, mask=mask)
         tl.store(scales + row[:, None], scale, mask=(row < rows)[:, None])
     else:

@@ -1,0 +1,211 @@
+# mypy: disable-error-code="import-untyped"
+"""Between the qkv product and attention: take q, k and v apart, normalize heads, rotate them, fill the cache. One pass.
+
+A program has one token and a tile of heads, all of q, of k or of v; a head is loaded in three parts, so that a thread has both
+numbers of every pair it rotates::
+
+    qkv row     | q heads: tile 0, tile 1, .. | k heads: tile .. | v heads: tile .. |
+    a head      | a: 0 .. H - 1 | b: H .. 2 H - 1 | rest: 2 H .. D - 1 |          H = rotary / 2
+                  a cos - b sin   b cos + a sin     as it is
+
+q goes back to where it came from; keys and values go to their token's slot, as they are, in FP8, or in int8 with a scale for
+each head. A negative slot is padding: nothing is stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.ops import KVCache, Norm, PagedBatch
+from kernels.triton.narrow import to_fp8, to_int8
+
+CODES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"}
+TILE = 1024  # features that a program has, or one head
+
+
+@triton.jit
+def _load(start, live, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The three parts of each head in float32, 0 where there is nothing. start and live are [heads, 1]."""
+    feature, other = tl.arange(0, HALF_BLOCK)[None, :], tl.arange(0, REST_BLOCK)[None, :]
+    a = tl.load(start + feature, mask=live & (feature < HALF), other=0.0).to(tl.float32)
+    b = tl.load(start + HALF + feature, mask=live & (feature < HALF), other=0.0).to(tl.float32)
+    rest = tl.load(start + 2 * HALF + other, mask=live & (other < REST), other=0.0).to(tl.float32)
+    return a, b, rest
+
+
+@triton.jit
+def _store(start, a, b, rest, live, HALF: tl.constexpr, REST: tl.constexpr):  # type: ignore[no-untyped-def]
+    feature, other = tl.arange(0, a.shape[1])[None, :], tl.arange(0, rest.shape[1])[None, :]
+    dtype = start.dtype.element_ty
+    tl.store(start + feature, a.to(dtype), mask=live & (feature < HALF))
+    tl.store(start + HALF + feature, b.to(dtype), mask=live & (feature < HALF))
+    tl.store(start + 2 * HALF + other, rest.to(dtype), mask=live & (other < REST))
+
+
+@triton.jit
+def _prepare(  # type: ignore[no-untyped-def]
+    start, live, weight, eps, angles, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr
+):
+    """Heads of q or k, normalized where there is a weight, and rotated. Rounded where the models' own code rounds."""
+    dtype = start.dtype.element_ty
+    a, b, rest = _load(start, live, HALF, REST, HALF_BLOCK, REST_BLOCK)
+    if weight is not None:
+        squares = tl.sum(a * a, 1, keep_dims=True) + tl.sum(b * b, 1, keep_dims=True) + tl.sum(rest * rest, 1, keep_dims=True)
+        factor = tl.rsqrt(squares / (2 * HALF + REST) + eps)
+        gain_a, gain_b, gain_rest = _load(weight, tl.zeros((1, 1), tl.int32) == 0, HALF, REST, HALF_BLOCK, REST_BLOCK)
+        a = ((a * factor).to(dtype).to(tl.float32) * gain_a).to(dtype).to(tl.float32)
+        b = ((b * factor).to(dtype).to(tl.float32) * gain_b).to(dtype).to(tl.float32)
+        rest = ((rest * factor).to(dtype).to(tl.float32) * gain_rest).to(dtype).to(tl.float32)
+    feature = tl.arange(0, HALF_BLOCK)[None, :]
+    cos = tl.load(angles + feature, mask=feature < HALF, other=1.0)
+    sin = tl.load(angles + HALF + feature, mask=feature < HALF, other=0.0)
+    return (a * cos - b * sin).to(dtype).to(tl.float32), (b * cos + a * sin).to(dtype).to(tl.float32), rest
+
+
+@triton.jit
+def _store_in_cache(  # type: ignore[no-untyped-def]
+    cache, scales, place, scale_place, a, b, rest, live, CODE: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr
+):
+    if CODE == "int8":
+        amax = tl.maximum(tl.max(tl.abs(a), 1, keep_dims=True), tl.max(tl.abs(b), 1, keep_dims=True))
+        amax = tl.maximum(amax, tl.max(tl.abs(rest), 1, keep_dims=True))
+        a, scale = to_int8(a, amax)
+        b, _ = to_int8(b, amax)
+        rest, _ = to_int8(rest, amax)
+        tl.store(scales + scale_place, scale, mask=live)
+    elif CODE != "":
+        MANTISSA: tl.constexpr = 3 if CODE == "e4m3" else 2
+        a, b, rest = to_fp8(a, MANTISSA), to_fp8(b, MANTISSA), to_fp8(rest, MANTISSA)
+    _store(cache + place, a, b, rest, live, HALF, REST)
+
+
+@triton.jit
+def _rope_store(  # type: ignore[no-untyped-def]
+    qkv,  # [T, (HEADS + 2 KV_HEADS) * D]
+    k_cache,  # [B, BLOCK_SIZE, KV_HEADS, D], uint8 for FP8
+    v_cache,
+    k_scales,  # float32 [B, BLOCK_SIZE, KV_HEADS]
+    v_scales,
+    positions,  # int64 [T]
+    slots,  # int64 [T]
+    cos_sin,  # float32 [max positions, 2 HALF]
+    q_weight,  # [D]
+    k_weight,
+    q_eps,
+    k_eps,
+    qkv_stride,
+    block_stride,
+    token_stride,
+    head_stride,
+    scale_block_stride,
+    scale_token_stride,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    CODE: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+):
+    D: tl.constexpr = 2 * HALF + REST
+    Q_TILES: tl.constexpr = (HEADS + TILE_HEADS - 1) // TILE_HEADS
+    KV_TILES: tl.constexpr = (KV_HEADS + TILE_HEADS - 1) // TILE_HEADS
+    token, part, within = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, TILE_HEADS)[:, None]
+    row = qkv + token * qkv_stride
+    angles = cos_sin + tl.load(positions + token) * (2 * HALF)
+    if part < Q_TILES:
+        head = part * TILE_HEADS + within
+        live = head < HEADS
+        a, b, rest = _prepare(row + head * D, live, q_weight, q_eps, angles, HALF, REST, HALF_BLOCK, REST_BLOCK)
+        tl.debug_barrier()  # whoever holds a copy of an element has read it before it is written over
+        _store(row + head * D, a, b, rest, live, HALF, REST)
+    else:
+        head = (part - Q_TILES) % KV_TILES * TILE_HEADS + within
+        slot = tl.load(slots + token) + tl.zeros((TILE_HEADS, 1), tl.int64)
+        live = (head < KV_HEADS) & (slot >= 0)
+        block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+        place = block * block_stride + offset * token_stride + head * head_stride
+        scale_place = block * scale_block_stride + offset * scale_token_stride + head
+        start = row + (HEADS + head) * D
+        if part < Q_TILES + KV_TILES:
+            a, b, rest = _prepare(start, live, k_weight, k_eps, angles, HALF, REST, HALF_BLOCK, REST_BLOCK)
+            _store_in_cache(k_cache, k_scales, place, scale_place, a, b, rest, live, CODE, HALF, REST)
+        else:
+            a, b, rest = _load(start + KV_HEADS * D, live, HALF, REST, HALF_BLOCK, REST_BLOCK)
+            _store_in_cache(v_cache, v_scales, place, scale_place, a, b, rest, live, CODE, HALF, REST)
+
+
+def tile(heads: int, half: int, rest: int) -> dict[str, int]:
+    """Heads and features of a program's tile, and its warps: constants of a launch for heads of 2 * half + rest features."""
+    half_block, rest_block = triton.next_power_of_2(half), triton.next_power_of_2(max(rest, 1))
+    features = 2 * half_block + (rest_block if rest else 0)
+    count = max(1, min(TILE // triton.next_power_of_2(features), triton.next_power_of_2(heads)))
+    warps = min(4, max(1, count * features // 512))
+    return {"TILE_HEADS": count, "HALF_BLOCK": half_block, "REST_BLOCK": rest_block, "num_warps": warps}
+
+
+def rope_store(
+    qkv: Tensor,
+    heads: int,
+    cache: KVCache,
+    batch: PagedBatch,
+    cos_sin: Tensor,
+    *,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+) -> Tensor:
+    """As the RopeStore protocol in kernels.ops has it; q is rotated in place, and a view of qkv [T, (Hq + 2 Hkv) * D].
+
+    qkv: float16, bfloat16 or float32. cache: any float dtype, float8_e4m3fn or float8_e5m2 (to the nearest, saturating), or int8
+    with float32 scales. A token whose slot is negative is not stored. ValueError for layouts that are not taken.
+    """
+    tokens, (kv_heads, size), rotary = qkv.shape[0], cache.k.shape[2:], cos_sin.shape[1]
+    if qkv.shape[1] != (heads + 2 * kv_heads) * size or not 2 <= rotary <= size or rotary % 2:
+        raise ValueError(f"qkv {list(qkv.shape)} is not {heads} + 2 * {kv_heads} heads of {size}, of which {rotary} rotate")
+    qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
+    shape = tile(max(heads, kv_heads), rotary // 2, size - rotary)
+    parts = triton.cdiv(heads, shape["TILE_HEADS"]) + 2 * triton.cdiv(kv_heads, shape["TILE_HEADS"])
+    if tokens:
+        _rope_store[(tokens, parts)](
+            qkv,
+            positions=batch.positions,
+            slots=batch.slots,
+            cos_sin=cos_sin,
+            q_weight=None if q_norm is None else q_norm.weight,
+            k_weight=None if k_norm is None else k_norm.weight,
+            q_eps=0.0 if q_norm is None else q_norm.eps,
+            k_eps=0.0 if k_norm is None else k_norm.eps,
+            qkv_stride=qkv.stride(0),
+            HEADS=heads,
+            HALF=rotary // 2,
+            REST=size - rotary,
+            **_cache_arguments(cache),
+            **shape,
+        )
+    return qkv.as_strided((tokens, heads, size), (qkv.stride(0), size, 1))
+
+
+def _cache_arguments(cache: KVCache) -> dict[str, Any]:
+    k, v, k_scale, v_scale, code = cache.k, cache.v, cache.k_scale, cache.v_scale, CODES.get(cache.k.dtype, "")
+    if k.stride() != v.stride() or k.stride(3) != 1 or k.dtype != v.dtype:
+        raise ValueError("keys and values must be of one type and layout, with the features contiguous")
+    scale_strides: tuple[int, ...] = (0, 0, 1)
+    if code != "int8":
+        k_scale = v_scale = None
+    elif k_scale is None or v_scale is None or k_scale.stride() != v_scale.stride() or k_scale.stride(2) != 1:
+        raise ValueError("an int8 cache needs the scales of keys and of values, in one layout, with the heads contiguous")
+    else:
+        scale_strides = k_scale.stride()
+    if code in ("e4m3", "e5m2"):
+        k, v = k.view(torch.uint8), v.view(torch.uint8)  # not every card has the type
+    strides = dict(zip(("block_stride", "token_stride", "head_stride"), k.stride()[:3], strict=True))
+    strides |= {"scale_block_stride": scale_strides[0], "scale_token_stride": scale_strides[1]}
+    tensors = {"k_cache": k, "v_cache": v, "k_scales": k_scale, "v_scales": v_scale}
+    return {**tensors, **strides, "KV_HEADS": k.shape[2], "BLOCK_SIZE": cache.block_size, "CODE": code}

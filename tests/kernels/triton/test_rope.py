@@ -1,0 +1,197 @@
+"""q, k and v taken apart, rotated and stored in Triton, against the reference; and compiled for every architecture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.ops import KVCache, Norm, PagedBatch
+from tests.kernels.paged import make_step
+from tests.kernels.triton.aot import TARGETS, Compilation, compile_all
+from tests.kernels.triton.conftest import DEVICE
+from tests.kernels.triton.tensors import DTYPES, close, draw, poison  # noqa: F401
+
+import triton  # isort: skip  (after the conftest has chosen the interpreter)
+import triton.language as tl  # isort: skip
+from kernels.triton import rope  # isort: skip
+from kernels.triton.narrow import to_fp8  # isort: skip
+
+SHAPES = ((64, 64), (16, 16), (48, 48), (80, 80), (96, 32), (20, 20), (128, 2), (256, 256), (18, 4))  # head size, rotary
+FLOAT8 = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+
+
+def step(sequences: list[tuple[int, int]], **options: Any) -> tuple[PagedBatch, KVCache]:
+    batch, cache = make_step(sequences, **options)
+    moved = {name: getattr(batch, name).to(DEVICE) for name in ("positions", "slots", "query_starts", "seq_lens", "block_tables")}
+    return replace(batch, **moved), KVCache(cache.k.to(DEVICE), cache.v.to(DEVICE))
+
+
+def clone(cache: KVCache) -> KVCache:
+    return KVCache(cache.k.clone(), cache.v.clone())
+
+
+def angles(rotary: int, positions: int = 64) -> Tensor:
+    turn = torch.rand(positions, rotary // 2) * 6.3
+    return torch.cat([turn.cos(), turn.sin()], dim=1).to(DEVICE)
+
+
+def norms(size: int, dtype: torch.dtype, names: str = "qk") -> dict[str, Norm]:
+    return {f"{n}_norm": Norm(draw(size, dtype=dtype), 1e-5 if n == "q" else 1e-3) for n in names}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "rotary"), SHAPES)
+@pytest.mark.parametrize("normed", ["", "qk"])
+def test_rope_store(size: int, rotary: int, normed: str, dtype: torch.dtype) -> None:
+    heads, kv_heads = 6, 2
+    batch, cache = step([(5, 2), (0, 3), (17, 1), (7, 0)], kv_heads=kv_heads, head_dim=size, dtype=dtype)
+    width, expected_cache, table = (heads + 2 * kv_heads) * size, clone(cache), angles(rotary)
+    wide = draw(6, width + 8, dtype=dtype)
+    before, qkv, given = wide.clone(), wide[:, 3 : 3 + width], norms(size, dtype, normed)
+    expected = reference.rope_store(qkv.clone(), heads, expected_cache, batch, table, **given)
+    found = rope.rope_store(qkv, heads, cache, batch, table, **given)
+    close(found, expected, dtype)
+    assert found.data_ptr() == qkv.data_ptr()
+    for ours, theirs in ((cache.k, expected_cache.k), (cache.v, expected_cache.v)):
+        close(ours, theirs, dtype)
+    written = slice(3, 3 + heads * size)
+    before[:, written] = wide[:, written]
+    assert torch.equal(wide, before)  # nothing beside q
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (7, 1), (33, 3), (24, 24), (64, 8)])
+@pytest.mark.parametrize("normed", ["q", "k"])
+def test_heads(heads: int, kv_heads: int, normed: str) -> None:
+    batch, cache = step([(30, 2), (0, 1)], block_size=32, kv_heads=kv_heads, head_dim=32)
+    expected_cache, table = clone(cache), angles(32)
+    qkv = draw(3, (heads + 2 * kv_heads) * 32, dtype=torch.float32)
+    given = norms(32, torch.float32, normed)
+    expected = reference.rope_store(qkv.clone(), heads, expected_cache, batch, table, **given)
+    close(rope.rope_store(qkv, heads, cache, batch, table, **given), expected, torch.float32)
+    close(cache.k, expected_cache.k, torch.float32)
+    close(cache.v, expected_cache.v, torch.float32)
+
+
+def test_nothing() -> None:
+    batch, cache = step([])
+    assert rope.rope_store(draw(0, 128, dtype=torch.float16), 4, cache, batch, angles(16)).shape == (0, 4, 16)
+
+
+def test_padding_is_not_stored() -> None:
+    batch, cache = step([(5, 3)], dtype=torch.float16)
+    padded = replace(batch, slots=torch.tensor([-1, int(batch.slots[1]), -1], device=DEVICE))
+    before, table, qkv = clone(cache), angles(16), draw(3, 8 * 16, dtype=torch.float16)
+    expected = reference.rope_store(qkv.clone(), 4, clone(cache), batch, table)
+    close(rope.rope_store(qkv, 4, cache, padded, table), expected, torch.float16)
+    for ours, old in ((cache.k, before.k), (cache.v, before.v)):
+        same = (ours == old).all(-1).all(-1) | (ours.isnan() & old.isnan()).all(-1).all(-1)
+        changed = (~same).flatten().nonzero().flatten()
+        assert changed.tolist() == [int(padded.slots[1])]
+
+
+def test_caches_that_are_views() -> None:
+    """Keys and values of a block side by side, and blocks far apart."""
+    batch, plain = step([(3, 4)], kv_heads=2, head_dim=16)
+    blocks = plain.k.shape[0]
+    both = torch.zeros(blocks, 2, 2, 16, 16, device=DEVICE)  # [B, k or v, Hkv, block size, D]
+    cache = KVCache(both[:, 0].transpose(1, 2), both[:, 1].transpose(1, 2))
+    qkv, table = draw(4, 6 * 16, dtype=torch.float32), angles(16)
+    rope.rope_store(qkv.clone(), 2, plain, batch, table)
+    rope.rope_store(qkv, 2, cache, batch, table)
+    for ours, theirs in ((cache.k, plain.k), (cache.v, plain.v)):
+        places = [(s // 16, s % 16) for s in batch.slots.tolist()]
+        assert all(torch.equal(ours[place], theirs[place]) for place in places)
+        assert int((ours != 0).any(-1).any(-1).sum()) == len(places)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [*FLOAT8, torch.int8], ids=str)
+@pytest.mark.parametrize(("size", "rotary"), [(16, 16), (20, 8), (80, 80)])
+def test_small_caches(size: int, rotary: int, kind: torch.dtype, dtype: torch.dtype) -> None:
+    batch, wide = step([(0, 9)], block_size=4, kv_heads=3, head_dim=size, dtype=dtype)
+    qkv = draw(9, 7 * size, dtype=dtype)
+    qkv[:, 4 * size : 5 * size] *= 1e-3
+    qkv[:, 6 * size :] *= 300
+    table, slots = angles(rotary), batch.slots
+    rope.rope_store(qkv.clone(), 1, wide, batch, table)
+    shape = wide.k.shape
+    scales = [torch.full(shape[:3], float("nan"), device=DEVICE) for _ in range(2)] if kind == torch.int8 else [None, None]
+    small = KVCache(*(torch.zeros(shape, device=DEVICE).to(kind) for _ in range(2)), *scales)
+    rope.rope_store(qkv, 1, small, batch, table)
+    for codes, values, scale in ((small.k, wide.k, scales[0]), (small.v, wide.v, scales[1])):
+        exact = values.flatten(0, 1)[slots].float()
+        if scale is not None:
+            step_ = scale.flatten(0, 1)[slots].unsqueeze(-1)
+            torch.testing.assert_close(step_.squeeze(-1), exact.abs().amax(-1) / 127)
+            assert bool(((codes.flatten(0, 1)[slots].float() * step_ - exact).abs() <= 0.501 * step_).all())
+            assert int(scale.isnan().logical_not().sum()) == 9 * 3
+        else:
+            stored = codes.view(torch.uint8).flatten(0, 1)[slots].view(kind).float()
+            limit = FLOAT8[kind]
+            assert torch.equal(stored, exact.clamp(-limit, limit).to(kind).float())
+
+
+@triton.jit
+def _narrow(x, out, MANTISSA: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + place, to_fp8(tl.load(x + place).to(tl.float32), MANTISSA))
+
+
+@pytest.mark.parametrize("kind", list(FLOAT8), ids=str)
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_every_float16_and_bfloat16_in_fp8(kind: torch.dtype) -> None:
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    least = torch.finfo(torch.float32).smallest_normal
+    near = (torch.rand(1 << 16) - 0.5) * 2 ** torch.randint(-24, 18, (1 << 16,)).float()
+    for x in (bits.view(torch.float16).float(), bits.view(torch.bfloat16).float(), near, torch.full((4096,), least / 3)):
+        out = torch.empty(x.shape, dtype=torch.uint8, device=DEVICE)
+        _narrow[(x.numel() // 4096,)](x.to(DEVICE), out, MANTISSA=3 if kind == torch.float8_e4m3fn else 2, BLOCK=4096)
+        expected = x.clamp(-FLOAT8[kind], FLOAT8[kind]).to(kind).float()
+        found = out.cpu().view(kind).float()
+        assert torch.equal(found.isnan(), x.isnan())
+        assert torch.equal(found.nan_to_num(0), expected.nan_to_num(0))
+        assert torch.equal(found.signbit() | x.isnan(), expected.signbit() | x.isnan())
+
+
+def test_what_does_not_fit() -> None:
+    batch, cache = step([(0, 1)])
+    qkv, table = draw(1, 8 * 16, dtype=torch.float16), angles(16)
+    for heads, wrong in ((3, table), (4, angles(18)), (4, table[:, :15])):
+        with pytest.raises(ValueError, match="heads of 16"):
+            rope.rope_store(qkv, heads, cache, batch, wrong)
+    with pytest.raises(ValueError, match="one type and layout"):
+        rope.rope_store(qkv, 4, KVCache(cache.k, cache.v.half()), batch, table)
+    with pytest.raises(ValueError, match="scales"):
+        rope.rope_store(qkv, 4, KVCache(cache.k.to(torch.int8), cache.v.to(torch.int8)), batch, table)
+
+
+def compilation(dtype: str, cache: str, *, size: int, rotary: int, normed: bool) -> Compilation:
+    shape = rope.tile(32, rotary // 2, size - rotary)
+    warps = shape.pop("num_warps")
+    code = {"e4m3": "e4m3", "e5m2": "e5m2", "i8": "int8"}.get(cache, "")
+    element = {"e4m3": "*u8", "e5m2": "*u8"}.get(cache, f"*{cache}")
+    types = {"qkv": f"*{dtype}", "k_cache": element, "v_cache": element, "positions": "*i64", "slots": "*i64"}
+    types |= {"cos_sin": "*fp32", "q_eps": "fp32", "k_eps": "fp32"}
+    types |= {f"{n}_stride": "i32" for n in ("qkv", "block", "token", "head", "scale_block", "scale_token")}
+    constants: dict[str, Any] = {"HEADS": 32, "KV_HEADS": 8, "BLOCK_SIZE": 16, "HALF": rotary // 2, "REST": size - rotary}
+    constants |= {"CODE": code, **shape}
+    optional = {"q_weight": f"*{dtype}" if normed else None, "k_weight": f"*{dtype}" if normed else None}
+    optional |= dict.fromkeys(("k_scales", "v_scales"), "*fp32" if code == "int8" else None)
+    types |= {name: kind for name, kind in optional.items() if kind is not None}
+    constants |= {name: None for name, kind in optional.items() if kind is None}
+    targets = TARGETS if dtype == "fp16" else (80, 90)
+    return Compilation("kernels.triton.rope:_rope_store", types, constants, num_warps=warps, targets=targets)
+
+
+def test_compilations() -> None:
+    wanted = [compilation("fp16", "fp16", size=128, rotary=128, normed=normed) for normed in (False, True)]
+    wanted += [compilation("fp16", cache, size=128, rotary=128, normed=True) for cache in ("e4m3", "i8")]
+    wanted.append(compilation("bf16", "bf16", size=96, rotary=32, normed=True))
+    wanted.append(compilation("bf16", "e5m2", size=80, rotary=80, normed=False))
+    for report in compile_all(wanted):
+        assert report.fits and report.stack == 0, report
