@@ -24,12 +24,13 @@ import tempfile
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 from bench_compare import Target, Work, derive, make_cases, run_target, usage, wait_for_quiet
-from bench_peaks import limits
+from bench_peaks import build, limits, read_limit
 from bench_report import markdown, roofline
 from bench_soak import soak
 
@@ -112,13 +113,13 @@ def compared(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]:
     """One engine after another, limits before, between and after: other programs can only lower them, so the highest count."""
     spec = ModelSpec.from_config(read_json(Path(str(config.model)) / "config.json"))
     threads = cpu_threads(args.threads)
-    engines, found = targets(args, config, threads), []
+    engines, found, read = targets(args, config, threads), [], partial(read_limit, build(), threads)
     highest = quiet_limits(threads)
     cases = make_cases(args.prefill, args.sequences, args.context, args.repeat)
     for target in engines:
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "log"
-            result = run_target(target, cases, vocab=spec.vocab, seed=args.seed, log=log)
+            result = run_target(target, cases, vocab=spec.vocab, seed=args.seed, log=log, read_limit=read)
             if "error" in result:
                 print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
         found.append(result)

@@ -46,15 +46,20 @@ def make_cases(prefill: int, sequences: Sequence[int], contexts: Sequence[int], 
     return [Case(sequences=1, prompt=prefill, tokens=1, repeat=repeat), *short, *long]
 
 
-def run_target(target: Target, cases: Sequence[Case], *, vocab: int, seed: int, log: Path) -> dict[str, Any]:
-    """What one engine did. ``error`` tells where it did not get to the end; the cases it finished are kept."""
+def run_target(
+    target: Target, cases: Sequence[Case], *, vocab: int, seed: int, log: Path, read_limit: Callable[[], float]
+) -> dict[str, Any]:
+    """What one engine did. ``error`` tells where it did not get to the end; the cases it finished are kept.
+
+    read_limit: measures GB/s of memory, before and after each case that memory bounds: a shared machine's changes by the minute.
+    """
     result: dict[str, Any] = {"name": target.name, "cases": []}
     with open(log, "wb") as sink:
         engine = Conversation(target, sink)
         try:
             result |= engine.ask({**target.job, "vocab": vocab, "seed": seed, "started": time.time()})
             for case in cases:
-                result["cases"].append(least_disturbed(engine, case))
+                result["cases"].append(least_disturbed(engine, case, read_limit))
                 print(f"{target.name}: {json.dumps(result['cases'][-1])}", file=sys.stderr, flush=True)
             result |= engine.ask({"facts": True})
             result["rss_bytes"] = engine.rss()
@@ -67,14 +72,18 @@ def run_target(target: Target, cases: Sequence[Case], *, vocab: int, seed: int, 
     return result
 
 
-def least_disturbed(engine: Conversation, case: Case) -> dict[str, Any]:
+def least_disturbed(engine: Conversation, case: Case, read_limit: Callable[[], float]) -> dict[str, Any]:
     """Ask again, a few times, when other programs took more than a little of the machine meanwhile; the quietest run counts."""
     runs: list[dict[str, Any]] = []
     while len(runs) < TRIES and (not runs or runs[-1]["others_cores"] > QUIET):
         wait_for_quiet(engine.usage)
+        bound = case.sequences == 1 and case.tokens > 1
+        read = [read_limit()] if bound else []
         before = engine.usage()
         answer = engine.ask({"case": asdict(case)})
         runs.append({**answer, "others_cores": round(others_cores(before, engine.usage()), 2)})
+        if bound:
+            runs[-1]["memory_read_gb_s"] = max(*read, read_limit())
     return min(runs, key=lambda run: run["others_cores"])
 
 
@@ -220,5 +229,5 @@ def derive(result: dict[str, Any], work: Work, read_gb_s: float) -> None:
         if read:
             step_bytes = read + n * context * work.kv_bytes
             case["decode_gb_s"] = steps * step_bytes / 1e9
-            case["of_memory_read"] = case["decode_gb_s"] / read_gb_s
+            case["of_memory_read"] = case["decode_gb_s"] / case.get("memory_read_gb_s", read_gb_s)
             case["ops_per_byte"] = n * work.decode_ops(context) / step_bytes

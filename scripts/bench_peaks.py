@@ -30,12 +30,17 @@ def limits(threads: int) -> dict[str, object]:
     tops = {} if library is None else arithmetic(library, threads)
     dtypes = (torch.float32, torch.bfloat16, torch.int8)
     return {
-        "memory_read_gb_s": round(torch_read(threads) if library is None else memory_read(library, threads), 1),
+        "memory_read_gb_s": read_limit(library, threads),
         "tops": {kind: round(rate, 3) for kind, rate in tops.items()},
         "torch_tops": {str(t).removeprefix("torch."): round(gemm(t, threads), 3) for t in dtypes},
         "how": "torch's sum over 1 GiB; no C compiler for the rest" if library is None else "scripts/bench_peaks.c, best of 5",
         "threads": threads,
     }
+
+
+def read_limit(library: ctypes.CDLL | None, threads: int) -> float:
+    """GB/s that all threads read from memory together."""
+    return round(torch_read(threads) if library is None else memory_read(library, threads), 1)
 
 
 def build() -> ctypes.CDLL | None:

@@ -105,10 +105,11 @@ def test_an_engine_runs_in_a_process_of_its_own(checkpoint: Path, tmp_path: Path
     cases = compare.make_cases(32, [1, 3], [], 2)
     job = {"kind": "appliance", "config": asdict(replace(engine_config(checkpoint), max_model_len=200))}
     target = compare.Target("ours", job, env={"APPLIANCE_CPU_ISA": "torch"})
-    result = compare.run_target(target, cases, vocab=256, seed=1, log=tmp_path / "log")
+    result = compare.run_target(target, cases, vocab=256, seed=1, log=tmp_path / "log", read_limit=lambda: 50.0)
     assert "error" not in result, (tmp_path / "log").read_text()
     assert [c["sequences"] for c in result["cases"]] == [1, 1, 3]
     assert [c["decode_tok_s"] is None for c in result["cases"]] == [True, False, False]
+    assert [c.get("memory_read_gb_s") for c in result["cases"]] == [None, 50.0, None]
     assert all(c["first_s"] > 0 for c in result["cases"]) and result["ready_s"] > 0
     assert result["kernels"] == "torch" and result["host_us"] == {}
     assert 0 < result["read_bytes"] < result["weight_bytes"] < result["rss_bytes"]
@@ -141,7 +142,9 @@ CASE = {"sequences": 1, "prompt": 8, "tokens": 1, "repeat": 1, "first_s": 0.25, 
 
 def test_one_that_dies_is_reported_with_what_it_did(tmp_path: Path) -> None:
     target = answering(tmp_path, {"ready_s": 1.5}, CASE, last="read question; echo last words >&2; exit 3")
-    result = compare.run_target(target, compare.make_cases(8, [1], [], 1), vocab=100, seed=0, log=tmp_path / "log")
+    result = compare.run_target(
+        target, compare.make_cases(8, [1], [], 1), vocab=100, seed=0, log=tmp_path / "log", read_limit=lambda: 50.0
+    )
     assert result["error"] == "ended with status 3 after 1 of 2 cases"
     assert [{**CASE, "others_cores": c["others_cores"]} for c in result["cases"]] == result["cases"] and result["ready_s"] == 1.5
     assert len(result["cases"]) == 1 and (tmp_path / "log").read_text() == "last words\n"
@@ -149,7 +152,7 @@ def test_one_that_dies_is_reported_with_what_it_did(tmp_path: Path) -> None:
 
 def test_what_a_dead_engine_left_running_is_ended(tmp_path: Path) -> None:
     target = answering(tmp_path, last=f"sleep 300 & echo $! >{tmp_path}/child; exit 0")
-    result = compare.run_target(target, [], vocab=100, seed=0, log=tmp_path / "log")
+    result = compare.run_target(target, [], vocab=100, seed=0, log=tmp_path / "log", read_limit=lambda: 50.0)
     assert result["error"] == "ended with status 0 after 0 of 0 cases"
     child = int((tmp_path / "child").read_text())
     deadline = time.monotonic() + 10
@@ -180,7 +183,7 @@ def test_a_disturbed_case_is_asked_again_and_the_quietest_counts(monkeypatch: py
             return {"first_s": float(len(asked))}
 
     case = target_module.Case(1, 8, 1, 1)
-    assert compare.least_disturbed(Engine(), case) == {"first_s": 3.0, "others_cores": 0.05}
+    assert compare.least_disturbed(Engine(), case, lambda: 50.0) == {"first_s": 3.0, "others_cores": 0.05}
     assert asked == [asdict(case)] * 3
 
 
