@@ -1,0 +1,38 @@
+"""Paged attention on a card: which of the two kernels a step takes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.ops import KVCache, PagedBatch
+from kernels.triton.attention_decode import decode, split_count
+from kernels.triton.attention_prefill import prefill
+from kernels.triton.kv import capability
+
+MULTIPROCESSORS = 128  # of a card about which nothing was said
+
+
+def attention(
+    q: Tensor,
+    cache: KVCache,
+    batch: PagedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> Tensor:
+    """Causal attention of q [T, Hq, D] (fp16, bf16, fp32) over the paged cache -> [T, Hq, D]; see ``kernels.ops.Attention``.
+
+    The cache may hold another float type, float8_e4m3fn, float8_e5m2, or int8 with scales. Nothing here waits for the device, and
+    what is launched depends on shapes, max_query and max_seq alone. ValueError for a layout that the kernels do not know.
+    """
+    if q.stride(2) != 1:
+        q = q.contiguous()
+    if not q.numel():
+        return q.new_empty(q.shape)
+    card = capability(q.device)
+    if batch.max_query > 1:
+        return prefill(q, cache, batch, scale=scale, window=window, capability=card)
+    seen = batch.max_seq if window is None else min(batch.max_seq, window)
+    splits = split_count(seen, len(batch.seq_lens), cache.k.shape[2], multiprocessors)
+    return decode(q, cache, batch, scale=scale, window=window, splits=splits, capability=card)

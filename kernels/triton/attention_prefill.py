@@ -1,0 +1,117 @@
+# mypy: disable-error-code="import-untyped"
+"""Attention of chunks of any length over the paged cache: sequences of one token and of thousands in one launch.
+
+A program has TOKENS consecutive tokens of one sequence with the GROUP query heads of one key/value head, packed into the rows of
+one product: row r is token r // GROUP, head r % GROUP of the group. Sequence s gets the tile numbers from
+``query_starts[s] // TOKENS + s`` on, which is room enough for its own tiles whatever the lengths of those before it:
+
+    query_starts  0           5   6               TOKENS 4:   tile number  0  1  2  3  4  ..
+    sequence      a a a a a | b | c c c ...                                a0 a1 b0 c0 c1 ..
+
+so a binary search finds the sequence of a tile, and T // TOKENS + S tiles are launched without knowing any length on the host;
+those that are nobody's return. Key tiles before the diagonal (and, with a window, after its lower edge) need no mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.ops import KVCache, PagedBatch
+from kernels.triton.kv import Launch, arguments, finish, fold, load_queries, start
+
+
+def choose(width: int, rows: int, capability: int, *, exact: bool) -> Launch:
+    """For heads padded to ``width`` features, at most ``rows`` rows a sequence, and float32 queries where ``exact``."""
+    if exact or 0 < capability < 80:  # no products in hardware: operands stay in registers
+        return Launch(16, max(16, min(32, 2048 // width)), 8 if width > 128 else 4, 2)
+    if rows <= 16:
+        return Launch(16, max(32, min(64, 4096 // width)), 4, 3)
+    if width > 128:
+        return Launch(64, 32, 8, 2)
+    # As many rows as features, or more: then each warp has rows of its own, and a row's maximum stays within a warp.
+    return Launch(max(64, width), 64, width // 16 if width > 64 else 4, 2)
+
+
+def prefill(q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None, capability: int) -> Tensor:
+    """Attention of q [T, Hq, D] -> [T, Hq, D] for any mixture of chunks; see ``kernels.ops.Attention``."""
+    tokens, heads, size = q.shape
+    given = arguments(q, cache, batch, scale=scale, window=window, capability=capability)
+    group, sequences = given["GROUP"], len(batch.seq_lens)
+    launch = choose(given["WIDTH"], batch.max_query * group, capability, exact=q.dtype == torch.float32)
+    rows = max(launch.ROWS, triton.next_power_of_2(group))
+    out = torch.empty((tokens, heads, size), dtype=q.dtype, device=q.device)
+    _prefill[(tokens // (rows // group) + sequences, cache.k.shape[2])](
+        out_ptr=out,
+        sequences=sequences,
+        ROWS=rows,
+        BLOCK_N=launch.BLOCK_N,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        **given,
+    )
+    return out
+
+
+@triton.jit
+def _owner(starts_ptr, sequences, tile, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(sequence, its tile) of a tile number: the last sequence whose first tile is not beyond it."""
+    low, high = tl.full((), 0, tl.int32), sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        ours = tl.load(starts_ptr + middle) // TOKENS + middle <= tile
+        low = tl.where(ours, middle, low)
+        high = tl.where(ours, high, middle)
+    return low, tile - (tl.load(starts_ptr + low) // TOKENS + low)
+
+
+@triton.jit(do_not_specialize=["table_stride", "window", "sequences"])
+def _prefill(  # type: ignore[no-untyped-def]
+    q_ptr, out_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, starts_ptr, lengths_ptr, tables_ptr,
+    q_token_stride, q_head_stride, block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride,
+    table_stride, sequences, scale, window,
+    D: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    TOKENS: tl.constexpr = ROWS // GROUP
+    # The last tiles of a long chunk have the most keys: they start first, so that they do not end alone.
+    sequence, tile = _owner(starts_ptr, sequences, tl.num_programs(0) - 1 - tl.program_id(0), TOKENS)
+    kv_head = tl.program_id(1)
+    first_row = tl.load(starts_ptr + sequence)
+    queries = tl.load(starts_ptr + sequence + 1) - first_row
+    if tile * TOKENS >= queries:
+        return
+    row = tl.arange(0, ROWS)
+    query = tile * TOKENS + row // GROUP
+    live = (row < TOKENS * GROUP) & (query < queries)
+    heads = kv_head * GROUP + row % GROUP
+    tokens = (first_row + query).to(tl.int64)
+    q, q_odd = load_queries(q_ptr, tokens * q_token_stride + heads * q_head_stride, live, D, WIDTH, CODE)
+    top, total, acc, odd = start(ROWS, WIDTH, CODE)
+    before = tl.load(lengths_ptr + sequence) - queries
+    positions = before + query
+    earliest = before + tile * TOKENS
+    end = tl.minimum(earliest + TOKENS, before + queries)
+    first = tl.maximum(earliest - window + 1, 0) // BLOCK_N if WINDOW else 0
+    diagonal = (earliest + 1) // BLOCK_N  # tiles before it are seen by all rows
+    table = tables_ptr + sequence.to(tl.int64) * table_stride
+    for block in range(first, diagonal):
+        top, total, acc, odd = fold(
+            q, q_odd, top, total, acc, odd, positions,
+            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table, kv_head, block * BLOCK_N, end,
+            block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride, scale, window,
+            D, WIDTH, BLOCK_SIZE, BLOCK_N, WINDOW, WINDOW, CODE, ASM,
+        )  # fmt: skip
+    for block in range(tl.maximum(first, diagonal), tl.cdiv(end, BLOCK_N)):
+        top, total, acc, odd = fold(
+            q, q_odd, top, total, acc, odd, positions,
+            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table, kv_head, block * BLOCK_N, end,
+            block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride, scale, window,
+            D, WIDTH, BLOCK_SIZE, BLOCK_N, True, WINDOW, CODE, ASM,
+        )  # fmt: skip
+    found, _ = finish(top, total, acc, odd, CODE)
+    features = tl.arange(0, WIDTH)
+    at = out_ptr + (tokens * tl.num_programs(1) * GROUP + heads)[:, None] * D + features[None, :]
+    tl.store(at, found.to(out_ptr.dtype.element_ty), mask=live[:, None] & (features < D)[None, :])

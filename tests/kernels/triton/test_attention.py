@@ -1,0 +1,245 @@
+"""Paged attention in Triton against the reference, with poison in every output and in every slot that nobody wrote."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.ops import KVCache, PagedBatch
+from tests.kernels.paged import make_step
+from tests.kernels.triton.conftest import DEVICE
+from tests.kernels.triton.tensors import DTYPES, poison  # noqa: F401
+
+from kernels.triton.attention import attention  # isort: skip  (after the conftest has chosen the interpreter)
+from kernels.triton.attention_decode import MAX_SPLITS, decode, split_count  # isort: skip
+from kernels.triton.kv import capability  # isort: skip
+
+# Shares are rounded to the activations' dtype, which the interpreter does to bfloat16 by cutting off.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2 if DEVICE == "cuda" else 4e-2}
+FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+def to_device(batch: PagedBatch) -> PagedBatch:
+    names = ("positions", "slots", "query_starts", "seq_lens", "block_tables")
+    return replace(batch, **{name: getattr(batch, name).to(DEVICE) for name in names})
+
+
+def held(cache: KVCache, kind: str) -> tuple[KVCache, KVCache]:
+    """(a cache of this kind, one with the float32 values that it stands for), unwritten slots as poisonous as can be."""
+    if kind != "int8":
+        small = KVCache(*(t.to(FP8.get(kind) or getattr(torch, kind)).to(DEVICE) for t in (cache.k, cache.v)))
+        return small, KVCache(small.k.float(), small.v.float())
+    scales = [t.abs().amax(-1) / 127 for t in (cache.k, cache.v)]  # NaN where nobody wrote
+    codes = [(t / s.unsqueeze(-1)).round().nan_to_num(77.0).to(torch.int8) for t, s in zip((cache.k, cache.v), scales)]
+    k, v, k_scale, v_scale = (t.to(DEVICE) for t in (*codes, *scales))
+    return KVCache(k, v, k_scale, v_scale), KVCache(k * k_scale.unsqueeze(-1), v * v_scale.unsqueeze(-1))
+
+
+def compare(found: Tensor, q: Tensor, values: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None) -> None:
+    expected = reference.attention(q.float(), values, batch, scale=scale, window=window)
+    assert found.shape == q.shape and found.dtype == q.dtype
+    torch.testing.assert_close(found.float(), expected, rtol=TOLERANCE[q.dtype], atol=TOLERANCE[q.dtype])
+
+
+def check(
+    sequences: list[tuple[int, int]],
+    *,
+    heads: int = 4,
+    dtype: torch.dtype = torch.float16,
+    kind: str | None = None,
+    window: int | None = None,
+    spread: float = 1.0,
+    multiprocessors: int = 128,
+    **step: object,
+) -> None:
+    """``spread`` > 1 makes the softmax sharp, so that its maximum moves from tile to tile."""
+    batch, cache = make_step(sequences, **step)  # type: ignore[arg-type]
+    batch = to_device(batch)
+    small, values = held(cache, kind or str(dtype).removeprefix("torch."))
+    size = cache.k.shape[3]
+    q = (torch.randn(len(batch.positions), heads, size) * spread).to(dtype).to(DEVICE)
+    scale = size**-0.5
+    found = attention(q, small, batch, scale=scale, window=window, multiprocessors=multiprocessors)
+    compare(found, q, values, batch, scale=scale, window=window)
+    again = attention(q, small, batch, scale=scale, window=window, multiprocessors=multiprocessors)
+    assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("case", range(24))
+def test_random_steps(case: int) -> None:
+    rng = random.Random(case)
+    kv_heads = rng.choice([1, 2, 3])
+    prefill = case % 3
+    now = [1, 1, 2, 16, 17, 40, 100] if prefill else [1]
+    check(
+        [(rng.choice([0, 1, 15, 16, 17, 100, 300]), rng.choice(now)) for _ in range(rng.randint(1, 4))],
+        heads=kv_heads * rng.choice([1, 2, 3, 4, 7, 8, 16]),
+        dtype=rng.choice(DTYPES),
+        kind=rng.choice([None, None, "e4m3", "e5m2", "int8", "float32", "float16", "bfloat16"]),
+        window=rng.choice([None, None, 1, 5, 17, 64, 128, 300]),
+        spread=rng.choice([1.0, 8.0]),
+        multiprocessors=rng.choice([1, 128]),
+        block_size=rng.choice([16, 32, 64, 128]),
+        kv_heads=kv_heads,
+        head_dim=rng.choice([16, 48, 64, 80, 96]),
+        order=rng.choice(["consecutive", "shuffled"]),
+        seed=case,
+    )
+
+
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+@pytest.mark.parametrize("window", [None, 1, 33])
+def test_borders_of_blocks_and_tiles(block_size: int, window: int | None) -> None:
+    borders = [n + d for n in (block_size, 2 * block_size) for d in (-1, 0, 1)]
+    check([(n - 1, 1) for n in (1, *borders)], window=window, block_size=block_size)
+    check([(0, 1), *((n - 5, 5) for n in borders)], window=window, block_size=block_size)
+    check([(0, n) for n in borders[:3]], window=window, block_size=block_size)
+
+
+@pytest.mark.parametrize("kind", [None, "e4m3", "int8"])
+@pytest.mark.parametrize("size", [16, 48, 64, 80, 96, 128, 256])
+def test_head_sizes(size: int, kind: str | None) -> None:
+    for sequences in ([(40, 1), (0, 1), (200, 1)], [(40, 1), (0, 30), (20, 20)]):
+        check(sequences, heads=6, head_dim=size, kind=kind)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8, 16, 17])
+def test_groups(group: int) -> None:
+    check([(40, 1), (70, 1)], heads=group, kv_heads=1)
+    check([(40, 1), (0, 30), (20, 3)], heads=2 * group)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["e4m3", "e5m2", "int8", "float16", "bfloat16", "float32"])
+def test_caches(kind: str, dtype: torch.dtype) -> None:
+    for sequences in ([(70, 1), (0, 1), (300, 1)], [(70, 2), (0, 5), (130, 1)]):
+        check(sequences, dtype=dtype, kind=kind, head_dim=48, block_size=32)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, MAX_SPLITS])
+@pytest.mark.parametrize("window", [None, 100, 300])
+def test_any_number_of_splits(splits: int, window: int | None) -> None:
+    """Shorter sequences leave splits empty; the tables are wider than any sequence needs, as those of a recorded graph."""
+    batch, cache = make_step([(n - 1, 1) for n in (1, 127, 128, 129, 700, 1000)], head_dim=32, seed=4)
+    tables = torch.zeros(6, 2000, dtype=torch.int32)
+    tables[:, : batch.block_tables.shape[1]] = batch.block_tables
+    batch = to_device(replace(batch, block_tables=tables, max_seq=32000))
+    small, values = held(cache, "float16")
+    q = torch.randn(6, 6, 32).half().to(DEVICE)
+    found = decode(q, small, batch, scale=0.3, window=window, splits=splits, capability=capability(q.device))
+    compare(found, q, values, batch, scale=0.3, window=window)
+
+
+def test_number_of_splits() -> None:
+    for max_seq in (1, 128, 129, 1000, 100_000):
+        for sequences in (1, 3, 40, 300):
+            splits = split_count(max_seq, sequences, 8, 128)
+            assert 1 <= splits <= MAX_SPLITS
+            assert splits == 1 or (splits * sequences * 8 <= 2 * 128 and (splits - 1) * 128 < max_seq)
+    assert split_count(100_000, 1, 8, 128) == 32
+    assert split_count(100_000, 32, 8, 128) == 1
+
+
+def test_sequences_without_rows() -> None:
+    """Empty ones first, last and between others; what follows the last row of a sequence belongs to the next."""
+    check([(20, 0), (5, 1), (7, 0), (0, 0), (300, 1), (9, 0)])
+    check([(20, 0), (5, 9), (7, 0), (0, 0), (30, 1), (0, 70), (9, 0), (0, 0)])
+
+
+def test_many_sequences_of_all_lengths() -> None:
+    rng = random.Random(1)
+    check([(rng.randrange(20), rng.choice([0, 1, 1, 2, 15, 16, 17, 33])) for _ in range(41)], heads=4, kv_heads=1)
+
+
+@pytest.mark.parametrize("now", [0, 1])
+def test_nothing(now: int) -> None:
+    batch, cache = make_step([(3, 0)] * now)
+    q = torch.empty(0, 4, 16, device=DEVICE)
+    assert attention(q, held(cache, "float32")[0], to_device(batch), scale=1.0).shape == (0, 4, 16)
+
+
+@pytest.mark.parametrize("sequences", [[(5, 1), (40, 1)], [(5, 3), (40, 1)]])
+def test_queries_inside_a_wider_tensor(sequences: list[tuple[int, int]]) -> None:
+    batch, cache = make_step(sequences)
+    batch, (small, _) = to_device(batch), held(cache, "float16")
+    rows = len(batch.positions)
+    wide = torch.randn(rows, 4 * 2 * 16 + 9).half().to(DEVICE)
+    for q in (wide[:, 7 : 7 + 64].unflatten(1, (4, 16)), wide[:, 1:129:2].unflatten(1, (4, 16))):
+        assert torch.equal(attention(q, small, batch, scale=0.3), attention(q.contiguous(), small, batch, scale=0.3))
+
+
+@pytest.mark.parametrize("kind", ["float16", "e4m3", "int8"])
+def test_keys_and_values_in_one_tensor(kind: str) -> None:
+    """Blocks of [k; v], heads before tokens: strides are free but for the features'."""
+    for sequences in ([(5, 1), (40, 1)], [(5, 3), (40, 1)]):
+        batch, cache = make_step(sequences)
+        batch, (small, _) = to_device(batch), held(cache, kind)
+        q = torch.randn(len(batch.positions), 4, 16).half().to(DEVICE)
+        joined = torch.stack([small.k, small.v], 1).transpose(2, 3).contiguous().transpose(2, 3)
+        view = KVCache(joined[:, 0], joined[:, 1], small.k_scale, small.v_scale)
+        assert torch.equal(attention(q, view, batch, scale=0.3), attention(q, small, batch, scale=0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sequences", [[(300, 1)], [(200, 70)]])
+def test_scales_of_every_size(sequences: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    """Tokens of zeros, tiny and large ones side by side: shares times scales neither overflow nor vanish."""
+    batch, cache = make_step(sequences, head_dim=32)
+    for power in (-12, 0, 9):
+        factors = torch.tensor([0.0, 2.0**-20, 2.0**-6, 1.0])[torch.randint(4, cache.v.shape[:2])]
+        values = KVCache(cache.k, cache.v * factors[:, :, None, None] * 2.0**power)
+        small, wide = held(KVCache(values.k, values.v.nan_to_num(0.0)), "int8")
+        small, wide = (KVCache(c.k, c.v.nan_to_num(0.0), c.k_scale, c.v_scale) for c in (small, wide))
+        q = torch.randn(len(batch.positions), 4, 32).to(dtype).to(DEVICE)
+        found = attention(q, replace(small, v_scale=small.v_scale.nan_to_num(0.0)), to_device(batch), scale=0.2)  # type: ignore[union-attr]
+        expected = reference.attention(q.float(), wide, to_device(batch), scale=0.2)
+        error = (found.float() - expected).abs().max() / expected.abs().max()
+        assert error < TOLERANCE[dtype]
+
+
+def test_huge_scores() -> None:
+    """The maximum is subtracted before the exponential, and rows that see nothing of a tile stay as they are."""
+    check([(100, 1), (50, 1)], spread=3e4, dtype=torch.float32)
+    check([(100, 70)], spread=3e4, dtype=torch.float32, window=3)
+
+
+@pytest.mark.parametrize("kind", ["float16", "e4m3"])
+def test_offsets_beyond_32_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block 4 Gi elements away. The memory between is asked for, but never touched."""
+    monkeypatch.undo()  # poison would touch it
+    batch, cache = make_step([(40, 1), (20, 1)], kv_heads=1, head_dim=32)
+    batch, (small, _) = to_device(batch), held(cache, kind)
+    element = small.k.element_size()
+    elements = (2**31 + 2**20) * (2 if element == 1 else 1)
+    try:
+        far = torch.empty(elements, dtype=small.k.dtype, device=DEVICE).view(-1, 16, 1, 32)
+    except RuntimeError:
+        pytest.skip("not enough memory")
+    last = len(far) - len(small.k)
+    far[last:] = small.k
+    moved = KVCache(far, far)
+    same = KVCache(small.k, small.k)
+    beyond = replace(batch, block_tables=batch.block_tables + last)
+    q = torch.randn(2, 2, 32).half().to(DEVICE)
+    for step, there in ((batch, beyond), (replace(batch, max_query=2), replace(beyond, max_query=2))):
+        assert torch.equal(attention(q, moved, there, scale=0.3), attention(q, same, step, scale=0.3))
+
+
+def test_what_is_refused() -> None:
+    batch, cache = make_step([(3, 1)])
+    small, _ = held(cache, "int8")
+    q = torch.randn(1, 4, 16).half().to(DEVICE)
+    batch = to_device(batch)
+    with pytest.raises(ValueError, match="3 query heads over 2"):
+        attention(q[:, :3], small, batch, scale=1.0)
+    with pytest.raises(ValueError, match="scales"):
+        attention(q, replace(small, v_scale=None), batch, scale=1.0)
+    with pytest.raises(ValueError, match="one type"):
+        attention(q, replace(small, v=small.v.half()), batch, scale=1.0)
+    with pytest.raises(ValueError, match="power of two"):
+        attention(q, KVCache(small.k[:, :12], small.v[:, :12], small.k_scale[:, :12], small.v_scale[:, :12]), batch, scale=1.0)  # type: ignore[index]

@@ -1,0 +1,96 @@
+"""Attention compiled for every architecture: each launch is recorded from the operator itself, for a card that is not here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.ops import KVCache
+from tests.kernels.paged import make_step
+from tests.kernels.triton.aot import TARGETS, Compilation, Report, compile_all
+
+from kernels.triton import attention as operator  # isort: skip  (after the conftest has chosen the interpreter)
+from kernels.triton import attention_decode, attention_prefill  # isort: skip
+
+TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16", torch.int32: "*i32"}
+BYTES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
+VARYING = ("table_stride", "window", "sequences", "splits")  # from step to step: not specialized
+
+
+class Recorder:
+    """Stands for a kernel, and keeps how it was launched."""
+
+    def __init__(self, kernel: Any, module: str, target: int, made: list[Compilation]) -> None:
+        self.kernel, self.module, self.target, self.made = kernel, module, target, made
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.launch
+
+    def launch(self, num_warps: int = 4, num_stages: int = 3, **given: Any) -> None:
+        types, constants = {}, {}
+        for name, parameter in inspect.signature(self.kernel.fn).parameters.items():
+            value = given.pop(name)
+            if "constexpr" in str(parameter.annotation) or value is None:
+                constants[name] = value
+            else:
+                types[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32" if isinstance(value, int) else "fp32"
+        assert not given
+        odd = tuple(name for name in VARYING if name in types)
+        path = f"kernels.triton.{self.module}:{self.kernel.fn.__name__}"
+        self.made.append(Compilation(path, types, constants, num_warps, num_stages, odd, (self.target,)))
+
+
+def launches(
+    monkeypatch: pytest.MonkeyPatch,
+    target: int,
+    *,
+    size: int,
+    rows: int = 1,
+    dtype: torch.dtype = torch.float16,
+    kind: str | None = None,
+    group: int = 4,
+    block_size: int = 16,
+    window: int | None = None,
+    sequences: int = 1,
+) -> list[Compilation]:
+    """What a step of ``rows`` rows a sequence compiles, on a card of this architecture."""
+    batch, cache = make_step([(999, rows)] * sequences, block_size=block_size, kv_heads=8, head_dim=size)
+    kept = BYTES[kind] if kind else dtype
+    scales = [torch.ones(cache.k.shape[:3])] * 2 if kind == "int8" else [None, None]
+    made: list[Compilation] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(operator, "capability", lambda device: target)
+        for module in (attention_decode, attention_prefill):
+            for name in ("_decode", "_merge", "_prefill"):
+                if hasattr(module, name):
+                    short = module.__name__.rpartition(".")[2]
+                    patch.setattr(module, name, Recorder(getattr(module, name), short, target, made))
+        q = torch.randn(rows * sequences, 8 * group, size).to(dtype)
+        small = KVCache(cache.k.nan_to_num().to(kept), cache.v.nan_to_num().to(kept), *scales)
+        operator.attention(q, small, batch, scale=1.0, window=window)
+    return made
+
+
+def compiled(made: Iterable[Compilation]) -> list[Report]:
+    reports = compile_all(list(made))
+    for one in reports:
+        assert one.fits, one
+    return reports
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_common_launches(target: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 64 and 128 in 16 bits: nothing is spilled."""
+    made: list[Compilation] = []
+    for size in (64, 128):
+        for rows in (1, 4, 512):
+            made += launches(monkeypatch, target, size=size, rows=rows)
+    assert [one.kernel.partition(":")[2] for one in made] == ["_decode", "_merge", "_prefill", "_prefill"] * 2
+    for one in compiled(made):
+        assert one.stack == 0, one
+        assert target < 80 or "_merge" in one.label or (one.count("LDGSTS") and one.count("HMMA", "HGMMA")), one
