@@ -24,11 +24,12 @@ def _embedding(  # type: ignore[no-untyped-def]
 ):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(ids + token) + tl.zeros((BLOCK,), tl.int64)  # one of its own for every column
+    number = tl.load(ids + token)
+    row = number + tl.zeros((BLOCK,), tl.int64)  # one of its own for every column
     mask = (column < columns) & (row >= 0) & (row < vocabulary)
     found = tl.load(table + row * row_stride + column, mask=mask, other=0)
     if SCALED:
-        found = found.to(tl.float32) * tl.load(scales + row, mask=mask, other=0.0)
+        found = found.to(tl.float32) * tl.load(scales + tl.minimum(tl.maximum(number, 0), vocabulary - 1))
     elif found.dtype != out.dtype.element_ty:
         found = found.to(tl.float32)
     tl.store(out + token * columns + column, found.to(out.dtype.element_ty), mask=column < columns)

@@ -39,6 +39,16 @@ def _load(start, live, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.co
 
 
 @triton.jit
+def _load_vector(start, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The parts of one vector that all heads share, [1, features] each. Loaded without heads, so that heads keep their layout."""
+    feature, other = tl.arange(0, HALF_BLOCK), tl.arange(0, REST_BLOCK)
+    a = tl.load(start + feature, mask=feature < HALF, other=0.0).to(tl.float32)
+    b = tl.load(start + HALF + feature, mask=feature < HALF, other=0.0).to(tl.float32)
+    rest = tl.load(start + 2 * HALF + other, mask=other < REST, other=0.0).to(tl.float32)
+    return a[None, :], b[None, :], rest[None, :]
+
+
+@triton.jit
 def _store(start, a, b, rest, live, HALF: tl.constexpr, REST: tl.constexpr):  # type: ignore[no-untyped-def]
     feature, other = tl.arange(0, a.shape[1])[None, :], tl.arange(0, rest.shape[1])[None, :]
     dtype = start.dtype.element_ty
@@ -57,13 +67,11 @@ def _prepare(  # type: ignore[no-untyped-def]
     if weight is not None:
         squares = tl.sum(a * a, 1, keep_dims=True) + tl.sum(b * b, 1, keep_dims=True) + tl.sum(rest * rest, 1, keep_dims=True)
         factor = tl.rsqrt(squares / (2 * HALF + REST) + eps)
-        gain_a, gain_b, gain_rest = _load(weight, tl.zeros((1, 1), tl.int32) == 0, HALF, REST, HALF_BLOCK, REST_BLOCK)
+        gain_a, gain_b, gain_rest = _load_vector(weight, HALF, REST, HALF_BLOCK, REST_BLOCK)
         a = ((a * factor).to(dtype).to(tl.float32) * gain_a).to(dtype).to(tl.float32)
         b = ((b * factor).to(dtype).to(tl.float32) * gain_b).to(dtype).to(tl.float32)
         rest = ((rest * factor).to(dtype).to(tl.float32) * gain_rest).to(dtype).to(tl.float32)
-    feature = tl.arange(0, HALF_BLOCK)[None, :]
-    cos = tl.load(angles + feature, mask=feature < HALF, other=1.0)
-    sin = tl.load(angles + HALF + feature, mask=feature < HALF, other=0.0)
+    cos, sin, _ = _load_vector(angles, HALF, 0, HALF_BLOCK, 1)
     return (a * cos - b * sin).to(dtype).to(tl.float32), (b * cos + a * sin).to(dtype).to(tl.float32), rest
 
 
