@@ -31,7 +31,7 @@ def choose(width: int, item_size: int, capability: int, *, exact: bool) -> Launc
     """
     if exact or 0 < capability < 80:  # no products in hardware: operands stay in registers
         return Launch(16, max(16, min(32, 4096 // width)), 8, 2)
-    wide = capability in (80, 90, 100)  # much shared memory, and memory fast enough to need more on its way
+    wide = capability in (80, 90, 100, 103)  # much shared memory, and memory fast enough to need more on its way
     tile = (16384 if wide else 8192) // (width * item_size)
     return Launch(16, max(16, min(64, tile)), 4, 5)
 

@@ -31,8 +31,9 @@ def choose(width: int, rows: int, capability: int, *, exact: bool) -> Launch:
         return Launch(16, max(32, min(64, 4096 // width)), 4, 3)
     if width > 128:
         return Launch(64, 32, 8, 2)
-    # As many rows as features, or more: then each warp has rows of its own, and a row's maximum stays within a warp.
-    return Launch(max(64, width), 64, width // 16 if width > 64 else 4, 2)
+    # As many rows as features, or more: then each warp has rows of its own, and a row's maximum stays within a warp. Where
+    # products take their operands from registers (before sm_90), 64 tokens of 128 features leave too few of those.
+    return Launch(128, 64 if width <= 64 or capability in (90, 100, 103) else 32, 8, 3)
 
 
 def prefill(q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None, capability: int) -> Tensor:

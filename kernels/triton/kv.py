@@ -114,15 +114,17 @@ def arguments(
 def token_rows(  # type: ignore[no-untyped-def]
     table, first, tokens, live, block_stride, token_stride, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Offsets int64 [BLOCK_N] of ``tokens`` = first + 0.. in a cache with these strides; 0 in place of the block where not live.
+    """(base, rows [BLOCK_N]): where ``tokens`` = first + 0.. lie in a cache with these strides; first is a multiple of BLOCK_N.
 
-    first is a multiple of BLOCK_N.
+    A tile inside a block has one base, int64, and rows that are the same for all tiles. Else the rows are int64, and in block 0
+    where not live.
     """
     if BLOCK_N <= BLOCK_SIZE:
         block = tl.load(table + first // BLOCK_SIZE).to(tl.int64)
+        return block * block_stride + first % BLOCK_SIZE * token_stride, tl.arange(0, BLOCK_N) * token_stride
     else:
-        block = tl.load(table + tokens // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
-    return block * block_stride + tokens % BLOCK_SIZE * token_stride
+        blocks = tl.load(table + tokens // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+        return 0, blocks * block_stride + tokens % BLOCK_SIZE * token_stride
 
 
 @triton.jit
@@ -181,10 +183,12 @@ def fold(  # type: ignore[no-untyped-def]
     """
     tokens = first + tl.arange(0, BLOCK_N)
     live = tokens < end
-    rows = token_rows(table, first, tokens, live, block_stride, token_stride, BLOCK_SIZE, BLOCK_N) + kv_head * head_stride
+    base, rows = token_rows(table, first, tokens, live, block_stride, token_stride, BLOCK_SIZE, BLOCK_N)
+    base += kv_head * head_stride
     ITEMS: tl.constexpr = D if CODE == "" else D // 2
     items = tl.arange(0, WIDTH if CODE == "" else WIDTH // 2)
-    k_at, v_at = k_ptr + rows[None, :] + items[:, None], v_ptr + rows[:, None] + items[None, :]
+    k_at = k_ptr + base + (rows[None, :] + items[:, None])
+    v_at = v_ptr + base + (rows[:, None] + items[None, :])
     inside = items < ITEMS
     if MASKED:
         k = tl.load(k_at, mask=live[None, :] & inside[:, None], other=0)
@@ -200,10 +204,10 @@ def fold(  # type: ignore[no-untyped-def]
         k_even, k_odd = widen(k, q.dtype, CODE, ASM)
         scores = product(q_odd, k_odd, product(q, k_even, None, ASM), ASM) * scale
     if CODE == "int8":
-        scale_rows = token_rows(table, first, tokens, live, scale_block_stride, scale_token_stride, BLOCK_SIZE, BLOCK_N)
-        scale_rows += kv_head
-        units = tl.maximum(tl.load(v_scale_ptr + scale_rows, mask=live, other=1.0), LEAST_SCALE)
-        scores = scores * tl.load(k_scale_ptr + scale_rows, mask=live, other=1.0)[None, :] + tl.log2(units)[None, :]
+        base, rows = token_rows(table, first, tokens, live, scale_block_stride, scale_token_stride, BLOCK_SIZE, BLOCK_N)
+        base += kv_head
+        units = tl.maximum(tl.load(v_scale_ptr + base + rows, mask=live, other=1.0), LEAST_SCALE)
+        scores = scores * tl.load(k_scale_ptr + base + rows, mask=live, other=1.0)[None, :] + tl.log2(units)[None, :]
     if MASKED:
         seen = tokens[None, :] <= positions[:, None]
         if WINDOW:
@@ -212,7 +216,7 @@ def fold(  # type: ignore[no-untyped-def]
     new_top = tl.maximum(top, tl.max(scores, 1))
     shares = tl.exp2(scores - new_top[:, None])
     shrink = tl.exp2(top - new_top)
-    weights = shares / units[None, :] if CODE == "int8" else shares
+    weights = shares * (1.0 / units)[None, :] if CODE == "int8" else shares
     total = total * shrink + tl.sum(weights, 1)
     if CODE == "":
         acc = product(shares.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], ASM)

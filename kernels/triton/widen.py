@@ -87,7 +87,10 @@ def widen(words, DTYPE: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):  #
 
 @triton.jit
 def _assembly(words, DTYPE: tl.constexpr, TEXT: tl.constexpr):  # type: ignore[no-untyped-def]
-    return tl.inline_asm_elementwise(TEXT, "=r,=r,r", [words], dtype=(DTYPE, DTYPE), is_pure=True, pack=2)
+    if tl.float16 == DTYPE:  # a tuple of types has to be written out
+        return tl.inline_asm_elementwise(TEXT, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise(TEXT, "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2)
 
 
 @triton.jit

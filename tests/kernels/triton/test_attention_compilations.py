@@ -77,20 +77,56 @@ def launches(
 
 
 def compiled(made: Iterable[Compilation]) -> list[Report]:
-    reports = compile_all(list(made))
+    """Of each compilation once: it must fit the card's shared memory."""
+    different: list[Compilation] = []
+    for wanted in made:
+        if wanted not in different:
+            different.append(wanted)
+    reports = compile_all(different)
     for one in reports:
         assert one.fits, one
     return reports
 
 
+def products(one: Report) -> int:
+    return one.count("HMMA", "HGMMA", "QMMA", "UTCHMMA")
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_common_launches(target: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads of 64 and 128 in 16 bits: nothing is spilled."""
-    made: list[Compilation] = []
-    for size in (64, 128):
-        for rows in (1, 4, 512):
-            made += launches(monkeypatch, target, size=size, rows=rows)
-    assert [one.kernel.partition(":")[2] for one in made] == ["_decode", "_merge", "_prefill", "_prefill"] * 2
-    for one in compiled(made):
+    """16 bits: nothing is spilled, and keys and values arrive in shared memory while products run."""
+    made = [one for size in (64, 128) for rows in (1, 512) for one in launches(monkeypatch, target, size=size, rows=rows)]
+    assert [one.kernel.partition(":")[2] for one in made] == ["_decode", "_merge", "_prefill"] * 2
+    for one in compiled(made[:1] + made[2:]):
         assert one.stack == 0, one
-        assert target < 80 or "_merge" in one.label or (one.count("LDGSTS") and one.count("HMMA", "HGMMA")), one
+        assert target < 80 or "_merge" in one.label or (one.count("LDGSTS") and products(one)), one
+
+
+@pytest.mark.parametrize(("kind", "target"), [("e4m3", 80), ("e4m3", 89), ("e5m2", 90), ("int8", 89)])
+def test_caches_of_bytes(kind: str, target: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operands are read as whole registers, never byte by byte."""
+    made = launches(monkeypatch, target, size=128, kind=kind, block_size=64, sequences=40)
+    (one,) = compiled(made)
+    assert one.stack == 0 and one.count("LDSM") and one.count("LDGSTS") and products(one), one
+    assert not one.count("LDS.U8", "LDS.S8", "LDG.E.U8"), one
+    assert one.count("I2F") <= 4, one  # of the tokens' scales
+    tile = made[0].constants["BLOCK_N"]
+    assert one.per_weight(2 * tile * 128 // (32 * made[0].num_warps)) < 6.5, one  # keys and values that a thread widens
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("target", [75, 80, 89, 90])
+@pytest.mark.parametrize("kind", [None, *BYTES])
+def test_all_launches(kind: str | None, target: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every choice of rows, tiles, warps and stages, and every branch of the kernels."""
+    variations: list[dict[str, Any]] = [{"size": size} for size in (16, 48, 96, 256)]
+    variations += [{"size": 128, **more} for more in (
+        {"group": 16}, {"group": 7, "window": 100}, {"block_size": 64}, {"block_size": 128, "window": 100},
+        {"dtype": torch.bfloat16 if target >= 80 else torch.float16}, {"dtype": torch.float32},
+    )]  # fmt: skip
+    made = [one for rows in (1, 512) for given in variations
+            for one in launches(monkeypatch, target, rows=rows, kind=kind, sequences=40, **given)]  # fmt: skip
+    made += launches(monkeypatch, target, size=128, rows=4, kind=kind)
+    for one in compiled(made):
+        print(one.target, one.registers, one.stack, one.shared >> 10, sum(one.loop.values()), one.label)
