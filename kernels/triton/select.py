@@ -9,7 +9,8 @@ fixed point: integer sums do not depend on their order. Four bits of t are found
     masses, from the top, added to what is above the prefix:            >= goal  <- d | < goal
 
 A pass is one launch over (rows, chunks). Each program first adds up the digits' masses of all chunks of the last pass, which
-gives the prefix, then counts its own chunk. Nothing is known to the host; rows that ask for no cut return at once.
+gives the prefix, then counts its own chunk, if any of its keys still matter. Nothing is known to the host; rows that ask for no cut
+return at once.
 """
 
 from __future__ import annotations
@@ -93,6 +94,22 @@ def _fold(wanted, masses, state, row, chunks, WEIGHTED: tl.constexpr, STEP: tl.c
 
 
 @triton.jit
+def _keys(  # type: ignore[no-untyped-def]
+    start, place, columns, row, best, temperature, kth, min_p, known, shift, WEIGHTED: tl.constexpr
+):
+    """(keys without the digits below the one looked for, masses, which keys begin with the known prefix)."""
+    x = tl.load(start + place, mask=place < columns, other=0.0).to(tl.float32)
+    if WEIGHTED:
+        weight, live = weigh(x, place < columns, row, best, temperature, kth, min_p)
+        key, mass = weight.to(tl.uint32, bitcast=True), mass_of(weight)
+    else:
+        live = place < columns
+        key, mass = ordered(x).to(tl.uint32, bitcast=True) ^ 0x80000000, tl.full(x.shape, 1, tl.int32)
+    key = key >> shift.to(tl.uint32)
+    return key, mass, live & ((key >> 4) == known)
+
+
+@triton.jit
 def _select_digit(  # type: ignore[no-untyped-def]
     logits,
     wanted,  # top_k, integers, or top_p, floats [R]
@@ -121,22 +138,19 @@ def _select_digit(  # type: ignore[no-untyped-def]
             tl.store(next_state + row * 3, prefix)
             tl.store(next_state + row * 3 + 1, above)
             tl.store(next_state + row * 3 + 2, goal)
-        digit, known = tl.arange(0, DIGITS)[None, :], prefix.to(tl.uint32)
-        sums = tl.zeros((PIECE, DIGITS), tl.int64 if WEIGHTED else tl.int32)
-        for start in tl.static_range(0, CHUNK, PIECE):
-            place = chunk * CHUNK + start + tl.arange(0, PIECE)[:, None]
-            live = place < columns
-            x = tl.load(logits + row * row_stride + place, mask=live, other=0.0).to(tl.float32)
-            if WEIGHTED:
-                weight, live = weigh(x, live, row, best, temperature, kth, min_p)
-                key, mass = weight.to(tl.uint32, bitcast=True), mass_of(weight)
-            else:
-                key, mass = ordered(x).to(tl.uint32, bitcast=True) ^ 0x80000000, 1
-            key = key >> shift.to(tl.uint32)
-            live = live & ((key >> 4) == known)
-            sums += tl.where(live & ((key & 15).to(tl.int32) == digit), mass, 0)
-        out = next_masses + (row * chunks + chunk) * DIGITS + tl.arange(0, DIGITS)
-        tl.store(out, tl.sum(sums, axis=0).to(tl.int64))
+        start, known, digit = logits + row * row_stride, prefix.to(tl.uint32), tl.arange(0, DIGITS)
+        every = chunk * CHUNK + tl.arange(0, CHUNK)
+        _, _, matter = _keys(start, every, columns, row, best, temperature, kth, min_p, known, shift, WEIGHTED)
+        out = next_masses + (row * chunks + chunk) * DIGITS + digit
+        if tl.max(matter.to(tl.int32), axis=0) > 0:  # later passes have to do with few chunks
+            sums = tl.zeros((PIECE, DIGITS), tl.int64 if WEIGHTED else tl.int32)
+            for piece in tl.static_range(0, CHUNK, PIECE):
+                place = chunk * CHUNK + piece + tl.arange(0, PIECE)[:, None]
+                key, mass, live = _keys(start, place, columns, row, best, temperature, kth, min_p, known, shift, WEIGHTED)
+                sums += tl.where(live & ((key & 15).to(tl.int32) == digit[None, :]), mass, 0)
+            tl.store(out, tl.sum(sums, axis=0).to(tl.int64))
+        else:
+            tl.store(out, tl.zeros((DIGITS,), tl.int64))
 
 
 @triton.jit
