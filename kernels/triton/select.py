@@ -9,8 +9,8 @@ fixed point: integer sums do not depend on their order. Four bits of t are found
     masses, from the top, added to what is above the prefix:            >= goal  <- d | < goal
 
 A pass is one launch over (rows, chunks). Each program first adds up the digits' masses of all chunks of the last pass, which
-gives the prefix, then counts its own chunk, if any of its keys still matter. Nothing is known to the host; rows that ask for no cut
-return at once.
+gives the prefix, then counts its own chunk, if any of its keys still matter. Nothing is known to the host; rows that ask for no
+cut return at once.
 """
 
 from __future__ import annotations

@@ -49,10 +49,10 @@ def test_argmax_of_strange_rows() -> None:
 
 
 def test_kth_largest() -> None:
-    for n in (1, 2, 17, 2048, 4099):
+    for n in (1, 2, 17, 2049):
         rows = (torch.randn(n), torch.randint(-3, 3, (n,)).float() * 0.5, torch.full((n,), -INF), torch.randn(n) * 1e-39)
         rows[1][::2] *= -1  # zeros of both signs
-        for row in rows if n < 2048 else rows[:2]:
+        for row in rows if n < 2049 else rows[:2]:
             for k in {n, (n + 2) // 3}:
                 assert sampling.kth_largest(row.to(DEVICE), k) == row.topk(k).values[-1].item()
     for k in (0, 3):
@@ -96,7 +96,7 @@ def test_compilations() -> None:
         for step in (0, 1, 2):
             constants = {**shape, **absent, "STEP": step, "CHUNK": select.CHUNK, "PIECE": select.PIECE}
             one = compilation("select:_select_digit", digit, constants, warps=select.WARPS, wanted=kind)
-            wanted.append(one if step == 2 else replace(one, targets=(75, 90)))
+            wanted.append(one if step == 2 else replace(one, targets=(75,)))
         wanted.append(compilation("select:_finish", finish, shape, warps=select.WARPS, wanted=kind))
     for report in compile_all(wanted):
         assert report.fits and report.stack == 0, report
