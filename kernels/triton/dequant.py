@@ -1,0 +1,115 @@
+# mypy: disable-error-code="import-untyped"
+"""Packed codes to float operands of a product, exactly: by integer tricks in assembly, or in plain Triton where that cannot run.
+
+A float whose exponent is such that the last bit of its mantissa counts 1 holds a small integer in that mantissa: OR the code in,
+and subtract what the exponent stands for together with the zero point, in one addition. In float16 the base is 1024 (0x6400), in
+bfloat16 128 (0x4300)::
+
+    4 bits   a word  | d | c | b | a |     four planes (a, b, c, d); b and d are shifted by 4, so their sum is scaled by 1/16
+    8 bits   a word  |   b   |   a   |     two neighbours
+
+``addend`` is -(base + zero). Every step is exact: codes less zero points are integers of at most 9 bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+BASE = {"fp16": 1024, "bf16": 128}
+
+_NIBBLES_FP16 = tl.constexpr("""{
+    .reg .b32 shifted, sixteenth;
+    mov.b32 sixteenth, 0x2c002c00;
+    shr.u32 shifted, $4, 8;
+    lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xea;
+    lop3.b32 $1, $4, 0x00f000f0, 0x64006400, 0xea;
+    lop3.b32 $2, shifted, 0x000f000f, 0x64006400, 0xea;
+    lop3.b32 $3, shifted, 0x00f000f0, 0x64006400, 0xea;
+    add.f16x2 $0, $0, $5;
+    fma.rn.f16x2 $1, $1, sixteenth, $6;
+    add.f16x2 $2, $2, $5;
+    fma.rn.f16x2 $3, $3, sixteenth, $6;
+}""")
+_NIBBLES_BF16 = tl.constexpr("""{
+    .reg .b32 b, c, d, one;
+    mov.b32 one, 0x3f803f80;
+    shr.u32 b, $4, 4;
+    shr.u32 c, $4, 8;
+    shr.u32 d, $4, 12;
+    lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 $1, b, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 $2, c, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 $3, d, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $0, $0, one, $5;
+    fma.rn.bf16x2 $1, $1, one, $5;
+    fma.rn.bf16x2 $2, $2, one, $5;
+    fma.rn.bf16x2 $3, $3, one, $5;
+}""")
+_BYTES_FP16 = tl.constexpr("""{
+    .reg .b32 base;
+    mov.b32 base, 0x64646464;
+    prmt.b32 $0, $2, base, 0x4140;
+    prmt.b32 $1, $2, base, 0x4342;
+    add.f16x2 $0, $0, $3;
+    add.f16x2 $1, $1, $4;
+}""")
+# Less 128, as a bfloat16 holds only 8 bits: the low seven, and -128 or -256 by the highest.
+_BYTES_BF16 = tl.constexpr("""{
+    .reg .b32 low, high, add_low, add_high, one;
+    mov.b32 one, 0x3f803f80;
+    prmt.b32 low, $2, 0, 0x4140;
+    prmt.b32 high, $2, 0, 0x4342;
+    lop3.b32 add_low, low, 0x00800080, 0xc380c380, 0x6a;
+    lop3.b32 add_high, high, 0x00800080, 0xc380c380, 0x6a;
+    lop3.b32 low, low, 0x007f007f, 0x43004300, 0xea;
+    lop3.b32 high, high, 0x007f007f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $0, low, one, add_low;
+    fma.rn.bf16x2 $1, high, one, add_high;
+}""")
+
+
+@triton.jit
+def nibbles(words, addend, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Four planes q - zero, in the dtype of ``addend``, of int16 ``words``; both of one shape."""
+    if ASM:
+        if addend.dtype == tl.float16:
+            return tl.inline_asm_elementwise(
+                _NIBBLES_FP16,
+                "=r,=r,=r,=r,r,r,r",
+                [words, addend, addend + 960.0],  # -(64 + zero): the base is a sixteenth there
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                _NIBBLES_BF16,
+                "=r,=r,=r,=r,r,r",
+                [words, addend],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=2,
+            )
+    else:
+        wide, less = words.to(tl.int32), addend.to(tl.float32) + (1024.0 if addend.dtype == tl.float16 else 128.0)
+        a = ((wide & 15).to(tl.float32) + less).to(addend.dtype)
+        b = (((wide >> 4) & 15).to(tl.float32) + less).to(addend.dtype)
+        c = (((wide >> 8) & 15).to(tl.float32) + less).to(addend.dtype)
+        d = (((wide >> 12) & 15).to(tl.float32) + less).to(addend.dtype)
+        return a, b, c, d
+
+
+@triton.jit
+def whole_bytes(codes, addend, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """q - zero in the dtype of ``addend``, of uint8 ``codes``; both of one shape. In bfloat16 zero is always 128."""
+    if ASM:
+        if addend.dtype == tl.float16:
+            return tl.inline_asm_elementwise(_BYTES_FP16, "=r,=r,r,r,r", [codes, addend], dtype=tl.float16, is_pure=True, pack=4)
+        else:
+            return tl.inline_asm_elementwise(_BYTES_BF16, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
+    else:
+        if addend.dtype == tl.float16:
+            return (codes.to(tl.float32) + (addend.to(tl.float32) + 1024.0)).to(tl.float16)
+        else:
+            return (codes.to(tl.float32) - 128.0).to(tl.bfloat16)

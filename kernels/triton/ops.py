@@ -1,0 +1,65 @@
+"""The operators of an NVIDIA card: the kernels of this folder behind the seam. On CPU tensors Triton's interpreter runs them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.ops import Ops, Weight
+from kernels.triton import weights
+from kernels.triton.argmax import argmax
+from kernels.triton.attention import attention
+from kernels.triton.elementwise import silu_mul
+from kernels.triton.embedding import embedding
+from kernels.triton.matmul import UNKNOWN, Card, matmul
+from kernels.triton.norm import rms_norm
+from kernels.triton.rope import rope_store
+from kernels.triton.select import kth_largest
+from quant.tensor import QuantTensor
+
+
+def make_ops(device: torch.device) -> Ops:
+    """The Triton operators on a card (or, in the interpreter, on the CPU). Nothing is compiled before it is first called."""
+    card = this_card(device)
+
+    def pack(
+        weight: QuantTensor | Tensor,
+        *,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        gated: bool = False,
+        activation: str = "auto",
+    ) -> Weight:
+        here = weight.on(device) if isinstance(weight, QuantTensor) else weight.to(device)
+        bias = None if bias is None else bias.to(device)
+        return weights.pack(here, dtype=dtype, bias=bias, gated=gated, activation=activation)
+
+    return Ops(
+        name="triton",
+        device=device,
+        pack=pack,
+        matmul=partial(matmul, card=card),
+        embedding=look_up,
+        rms_norm=rms_norm,
+        rope_store=rope_store,
+        attention=partial(attention, multiprocessors=card.multiprocessors),
+        silu_mul=silu_mul,
+        argmax=argmax,
+        kth_largest=kth_largest,
+    )
+
+
+def this_card(device: torch.device) -> Card:
+    if device.type != "cuda":
+        return UNKNOWN
+    found = torch.cuda.get_device_properties(device)
+    return Card(found.multi_processor_count, 10 * found.major + found.minor)
+
+
+def look_up(ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:
+    """As kernels.ops.Embedding; packed tables are not looked up, so that a tied embedding stays beside its head."""
+    if not isinstance(table, Tensor):
+        raise TypeError("a packed table cannot be looked up row by row")
+    return embedding(ids, table, dtype)

@@ -1,0 +1,133 @@
+# mypy: disable-error-code="import-untyped"
+"""x [M, K] times a weight of 4 or 8 bits, dequantized on its way into the product (float16 or bfloat16, sums in float32).
+
+    program (n, m, s): BM rows by BN outputs; tiles s * per .. of the inputs, 128 at a time
+
+    tile of the weight      | words: a word is 4 inputs, 32 apart |  -> four planes [32, BN], each a right-hand side by itself
+    rows of x, same inputs  | 0..31 | 32..63 | 64..95 | 96..127 |      the four left-hand sides
+
+A group's scale multiplies the group's sum, not each weight. Without a split the epilogue adds bias and residual and rounds once;
+with one, partial sums go to float32 [splits, M, N], and ``finish`` adds them in order: no atomics, so that results repeat.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.triton.dequant import nibbles, whole_bytes
+
+
+@triton.jit
+def _params(params, group, column, padded, parts: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(scale float32 [BN], addend [BN]) of a group."""
+    at = params + tl.cast(group, tl.int64) * (parts * padded) + column
+    first = tl.load(at)
+    if parts == 2:
+        scale = first.to(tl.float32, bitcast=True)
+        bits = tl.load(at + padded)
+    else:
+        scale = first.to(tl.int16).to(SCALE, bitcast=True).to(tl.float32)
+        bits = first >> 16
+    return scale, bits.to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def _dot(x, w, acc, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    if ASM:
+        return tl.dot(x, w, acc)
+    else:  # the interpreter's product knows no bfloat16
+        return tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
+
+
+@triton.jit
+def product(  # type: ignore[no-untyped-def]
+    x, words, params, bias, residual, out,
+    M, N, K, padded, tiles, x_stride,
+    BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """padded: N in whole tiles. out: [M, N], or float32 [splits, M, N].
+
+    SLICES: groups in a tile; WHOLE: one group has all inputs, so its scale comes last. EVEN: K is a multiple of 128.
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    PLANE: tl.constexpr = 32  # inputs of a product
+    part, splits = tl.program_id(2), tl.num_programs(2)
+    per = tl.cdiv(tiles, splits)
+    begin, end = part * per, tl.minimum(part * per + per, tiles)
+    row, column = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = (row < M)[:, None]
+    k = tl.arange(0, PLANE)
+    x_at = x + row.to(tl.int64)[:, None] * x_stride + begin * 128 + k[None, :]
+    wide: tl.constexpr = 128 * PLANE if BITS == 4 else 128 * 128  # items of a tile
+    tile_at = (column // 128).to(tl.int64) * tiles + begin
+    if BITS == 4:
+        w_at = words + tile_at[None, :] * wide + (column % 128)[None, :] * PLANE + k[:, None]
+    else:
+        w_at = words + tile_at[None, :] * wide + (column % 128)[None, :] * 128 + k[:, None]
+    acc, scale = tl.zeros((BM, BN), tl.float32), tl.zeros((BN,), tl.float32)
+    for tile in range(begin, end):
+        left = K - tile * 128
+        if BITS == 4:
+            packed = tl.load(w_at, eviction_policy="evict_first")
+        group = 0 if WHOLE else tile * SLICES
+        total = acc if WHOLE else tl.zeros((BM, BN), tl.float32)
+        for j in tl.static_range(4):
+            if (j * SLICES) % 4 == 0:  # a group begins
+                if j > 0:
+                    acc += total * scale[None, :]
+                    total = tl.zeros((BM, BN), tl.float32)
+                scale, addend = _params(params, group + j * SLICES // 4, column, padded, PARTS, SCALE, DTYPE)
+                addend = tl.broadcast_to(addend[None, :], (PLANE, BN))
+                if BITS == 4:
+                    w0, w1, w2, w3 = nibbles(packed, addend, ASM)
+            if EVEN:
+                rows = tl.load(x_at + j * PLANE, mask=inside, other=0.0)
+            else:
+                rows = tl.load(x_at + j * PLANE, mask=inside & (k + j * PLANE < left)[None, :], other=0.0)
+            if BITS == 8:
+                plane = whole_bytes(tl.load(w_at + j * PLANE, eviction_policy="evict_first"), addend, ASM)
+            else:
+                plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3
+            total = _dot(rows, plane, total, ASM)
+        acc = total if WHOLE else acc + total * scale[None, :]
+        x_at += 128
+        w_at += wide
+    if WHOLE:
+        acc *= scale[None, :]
+    mask = inside & (column < N)[None, :]
+    at = (part.to(tl.int64) * M + row)[:, None] * N + column[None, :]
+    if BIAS:
+        acc += tl.load(bias + column, mask=column < N, other=0.0)[None, :]
+    if RESIDUAL:
+        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish(  # type: ignore[no-untyped-def]
+    parts, bias, residual, out, M, N, columns, SPLITS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out [M, columns] of parts float32 [SPLITS, M, N]: summed in order, bias, silu(gate) * up, residual, rounded once."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < columns
+    start = parts + row * N + column
+    found = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(SPLITS):
+        found += tl.load(start + tl.cast(i, tl.int64) * M * N, mask=mask, other=0.0)
+    if BIAS:
+        found += tl.load(bias + column, mask=mask, other=0.0)
+    if GATED:
+        up = tl.zeros((BLOCK,), tl.float32)
+        for i in tl.static_range(SPLITS):
+            up += tl.load(start + columns + tl.cast(i, tl.int64) * M * N, mask=mask, other=0.0)
+        if BIAS:
+            up += tl.load(bias + columns + column, mask=mask, other=0.0)
+        found = found / (1.0 + tl.exp(-found)) * up
+    at = row * columns + column
+    if RESIDUAL:
+        found += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, found.to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,113 @@
+"""Weights as the products in Triton want them: tiles of 128 outputs by 128 inputs, each in one stretch of memory.
+
+::
+
+    4 bits   words [N/128][K/128][128 outputs][32] int16: nibble j of word h is input 32 j + h of the tile, so that a word's four
+             planes are four slices of consecutive inputs, and activations are read in their natural order
+    8 bits   words [N/128][K/128][128 outputs][128] uint8
+    params   [groups][parts][N] int32: the scale (16 bits) and the addend of dequant.py (16 bits, above it); with scales of 32
+             bits the scale and, as a second part, the addend. A group is a tile, a half or a quarter of one, or all inputs
+
+Outputs and inputs are padded to whole tiles with scales of zero. What has no such form (float32 activations, groups that do not
+fit tiles, 8 bits with zero points in bfloat16, FP8) is kept dequantized, as a dense weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kernels.triton.dequant import BASE
+from quant.tensor import QuantTensor
+
+TILE = 128  # outputs, and inputs
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True, eq=False)
+class TritonWeight:
+    """``bits`` 4 or 8; 16: ``words`` is a dense [outputs, K] weight, in the dtype of the activations."""
+
+    bits: int
+    words: Tensor
+    params: Tensor | None
+    scale_dtype: torch.dtype | None
+    slices: int  # groups in a tile; 1: a tile's inputs share a scale
+    bias: Tensor | None  # float32 [outputs]
+    perm: Tensor | None  # int64 [K]
+    gated: bool  # outputs are [gate; up]
+    outputs: int  # of the product itself
+    K: int
+
+    @property
+    def N(self) -> int:
+        return self.outputs // 2 if self.gated else self.outputs
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.words, self.params, self.bias, self.perm) if t is not None)
+
+
+def pack(
+    weight: QuantTensor | Tensor,
+    *,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    gated: bool = False,
+    activation: str = "auto",
+) -> TritonWeight:
+    """Lay out a weight for activations of ``dtype``, where the weight lies; ``activation`` changes nothing here."""
+    bias = None if bias is None else bias.float()
+    if not isinstance(weight, QuantTensor):
+        return TritonWeight(16, weight.to(dtype).contiguous(), None, None, 1, bias, None, gated, *weight.shape)
+    if not fits_tiles(weight, dtype):
+        # Rounded to the dtype of the scales first, as the tools that publish checkpoints do.
+        dense = weight.dequantize(weight.scales.dtype).to(dtype)
+        return TritonWeight(16, dense, None, None, 1, bias, None, gated, weight.N, weight.K)
+    down, across = -weight.N % TILE, -weight.K % TILE
+    codes = pad(weight.unpack(), (0, across, 0, down))
+    blocks = codes.view(codes.shape[0] // TILE, TILE, codes.shape[1] // TILE, TILE).transpose(1, 2)
+    slices = 1 if weight.groups == 1 else max(1, TILE // weight.group_size)
+    return TritonWeight(
+        bits=weight.bits,
+        words=as_words(blocks) if weight.bits == 4 else blocks.contiguous(),
+        params=make_params(weight, dtype, 1 if weight.groups == 1 else blocks.shape[1] * slices, down),
+        scale_dtype=weight.scales.dtype,
+        slices=slices,
+        bias=bias,
+        perm=weight.perm,
+        gated=gated,
+        outputs=weight.N,
+        K=weight.K,
+    )
+
+
+def fits_tiles(weight: QuantTensor, dtype: torch.dtype) -> bool:
+    """Whether the products in tiles can take this weight."""
+    fits = weight.groups == 1 or weight.group_size % TILE == 0 or weight.group_size in (32, 64)
+    # A bfloat16 has 8 bits: codes of 8 bits less any zero point need 9.
+    wide = weight.bits == 8 and weight.zeros is not None and dtype == torch.bfloat16
+    return weight.kind == "int" and dtype in NAMES and fits and not wide
+
+
+def as_words(blocks: Tensor) -> Tensor:
+    """uint8 [..., 128 outputs, 128 inputs] of codes below 16 -> int16 [..., 128, 32]."""
+    a, b, c, d = blocks.unflatten(-1, (4, TILE // 4)).unbind(-2)
+    return torch.stack([a | b << 4, c | d << 4], dim=-1).view(torch.int16).squeeze(-1).contiguous()
+
+
+def make_params(weight: QuantTensor, dtype: torch.dtype, groups: int, down: int) -> Tensor:
+    """int32 [groups, parts, N], larger groups than tiles repeated; scales of what only fills up tiles are zero."""
+    base = BASE[NAMES[dtype]]
+    addends = (-(weight.explicit_zeros().float() + base)).to(dtype)
+    repeat = max(1, weight.group_size // TILE) if groups > 1 else 1
+    both = (t.repeat_interleave(repeat, dim=0)[:groups] for t in (weight.scales, addends))
+    scales, addends = (pad(t, (0, down, 0, groups - t.shape[0])) for t in both)
+    high = addends.contiguous().view(torch.int16).to(torch.int32)
+    if weight.scales.dtype == torch.float32:
+        return torch.stack([scales.contiguous().view(torch.int32), high], dim=1)
+    low = scales.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
+    return (high << 16 | low).unsqueeze(1)
