@@ -41,7 +41,6 @@ SWITCHES = {
     "--enable-log-requests",
     "--enable-prefix-caching",
     "--enable-prompt-tokens-details",
-    "--enforce-eager",
     "--no-async-scheduling",
     "--no-enable-log-requests",
     "--no-enable-prefix-caching",

@@ -43,6 +43,8 @@ class EngineConfig:
     """Most tokens in one step, prompts and answers together."""
     max_num_seqs: int = 256
     """Most sequences in one step."""
+    enforce_eager: bool = False
+    """On a card: launch the kernels of every step one by one, instead of replaying recorded decode steps (CUDA graphs)."""
     seed: int = 0
     """Seeds the requests that bring no seed of their own."""
     threads: int | None = None

@@ -30,7 +30,6 @@ HARMLESS: dict[str, tuple[object, ...]] = {
     "tensor_parallel_size": (1,),
     "pipeline_parallel_size": (1,),
     "tokenizer_revision": (None,),
-    "enforce_eager": (False, True),
     "disable_log_stats": (False, True),
     "enable_prefix_caching": (False, None),
     "enable_chunked_prefill": (True, None),

@@ -1,7 +1,7 @@
 """How many bytes a weight takes once it is packed: pure arithmetic, for whoever plans before anything is loaded.
 
 ``tests/kernels/test_layout.py`` packs and compares, so that these numbers and the packers cannot drift apart. ``ops`` is the name
-of an Ops record: "cpu" (torch's operators), "cpu-native", or "reference", which keeps the canonical form.
+of an Ops record: "cpu" (torch's operators), "cpu-native", "triton", or "reference", which keeps the canonical form.
 """
 
 from __future__ import annotations
@@ -18,24 +18,27 @@ SLAB_BYTES = 4 << 20  # of expanded weights at a time, of torch's operators
 SEGMENT = 128  # inputs that share an activation scale in the native kernels, at most
 NATIVE_ROWS = 512  # rows that the native kernels prepare at a time
 HUGE_PAGE = 2 << 20
+TILE = 128  # outputs, and inputs, of a tile of the Triton kernels
 HEADS = {"int8": 8, "int4": 4, "model": None}  # what the head may be stored as, and its bits
 ACTIVATIONS = ("auto", "int8", "bf16")
 
 
 def ops_name(device: str, *, reference: bool = False) -> str:
     """The name of the Ops that ``get_ops`` gives for a device ("cpu", "cuda"). InputError as in kernels.cpu.backend.name."""
-    if reference or device != "cpu":
+    if reference or device not in ("cpu", "cuda"):
         return "reference"
+    if device == "cuda":
+        return "triton"
     return "cpu" if backend.name() == backend.TORCH else "cpu-native"
 
 
 def head_bits(choice: str, *, ops: str, dtype: str) -> int | None:
     """Bits in which an unquantized head is stored, for --lm-head-dtype ``choice``; None: as the activations' ``dtype``.
 
-    auto is int8 with native kernels, which read it as fast as it is small, and the model's own type elsewhere and in float32.
+    auto is int8 with kernels of our own, which read it as fast as it is small, and the model's own type elsewhere and in float32.
     """
     if choice == "auto":
-        return 8 if ops == "cpu-native" and dtype != "float32" else None
+        return 8 if ops in ("cpu-native", "triton") and dtype != "float32" else None
     if choice not in HEADS:
         raise InputError(f"--lm-head-dtype is {choice!r}: one of auto, {', '.join(HEADS)} is needed")
     return HEADS[choice]
@@ -95,6 +98,13 @@ def weight_nbytes(
     if kind == "dense":
         return N * K * ITEM_SIZE[dtype]
     groups = math.ceil(K / group_size)
+    if ops == "triton":
+        fits = kind == "int" and dtype != "float32" and (groups == 1 or group_size % TILE == 0 or group_size in (32, 64))
+        if not fits or (bits == 8 and asymmetric and dtype == "bfloat16"):
+            return N * K * ITEM_SIZE[dtype]  # kept dequantized, see kernels/triton/weights.py
+        rows, columns = padded(N, TILE), padded(K, TILE)
+        scales = 1 if groups == 1 else columns // min(group_size, TILE)
+        return rows * columns * bits // 8 + scales * rows * (8 if scale_bytes == 4 else 4) + (8 * K if act_order else 0)
     if ops != "cpu":  # the canonical form
         codes = N * math.ceil(K / 2) if kind == "int" and bits == 4 else N * K
         return codes + groups * N * (scale_bytes + (1 if asymmetric else 0)) + (8 * K if act_order else 0)
@@ -110,7 +120,9 @@ def weight_nbytes(
 
 
 def bias_nbytes(*, ops: str, dtype: str, N: int, gated: bool = False) -> int:
-    """Bytes of a packed weight's bias [N]: the native kernels keep float32 in whole panels."""
+    """Bytes of a packed weight's bias [N]: kernels of our own keep float32, the CPU's in whole panels."""
+    if ops == "triton":
+        return 4 * N
     return 4 * native_outputs(N, gated=gated) if ops == "cpu-native" else N * ITEM_SIZE[dtype]
 
 

@@ -238,7 +238,7 @@ class Bind(Protocol):
 class Ops:
     """Everything a model may ask of a device."""
 
-    name: str  # "reference"; "cpu": torch's operators; "cpu-native": the kernels of kernels/cpu/native
+    name: str  # "reference"; "cpu": torch's operators; "cpu-native": the kernels of kernels/cpu/native; "triton": a card's
     device: torch.device
     pack: Pack
     matmul: MatMul
@@ -268,6 +268,10 @@ def get_ops(device: str = "cpu", *, reference: bool = False, threads: int | None
         from kernels.cpu import torch_ops
 
         return torch_ops.make_ops(place)
+    if name == "triton":
+        from kernels.triton import ops
+
+        return ops.make_ops(place)
     from kernels import reference as plain
 
     return plain.make_ops(place)

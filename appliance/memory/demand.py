@@ -16,6 +16,8 @@ from quant.scheme import QuantScheme, read_scheme
 
 LOGIT_ROWS = 64
 """Rows of logits that exist at a time: sampling and prompt log-probabilities work in slices of so many."""
+SPLIT_ROWS = 8 * 32
+"""Parts, times rows, of a product in Triton that is split over its inputs (kernels/tune.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +76,12 @@ class Demand:
 def product_workspace(weights: Sequence[Loaded], machinery: Machinery) -> int:
     """Bytes that a product needs beside its input and output, at most.
 
-    Native kernels prepare some rows of the input. Torch's operators expand a slab of a quantized weight at a time (into bytes and
-    into floats), the reference all of it.
+    Native kernels prepare some rows of the input, those in Triton have partial sums of few rows. Torch's operators expand a slab
+    of a quantized weight at a time (into bytes and into floats), the reference all of it.
     """
     dtype, quantized = machinery.dtype, [one for one in weights if one.kind != "dense"]
+    if machinery.ops == "triton":
+        return max((SPLIT_ROWS * 4 * one.module.N for one in quantized), default=0)
     if machinery.ops == "cpu":
         return max((2 * 4 * one.module.K * layout.slab_rows(one.module.K, 4) for one in quantized), default=0)
     if machinery.ops != NATIVE:
@@ -92,7 +96,8 @@ def activation_bytes(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machi
     """Bytes of activations of one token at the widest point of a decoder layer, and 24 for ids, positions and slots."""
     if machinery.ops == NATIVE:
         return _native_activations(spec, layers, ITEM_SIZE[machinery.dtype]) + 24
-    return _torch_activations(spec, layers, machinery) + 24
+    # Triton: gate and up are float32 until they are multiplied.
+    return _torch_activations(spec, layers, machinery) + (8 * spec.intermediate if machinery.ops == "triton" else 0) + 24
 
 
 def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) -> int:

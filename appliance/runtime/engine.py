@@ -19,6 +19,7 @@ from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler, StepPlan
 from appliance.memory.devices import cpu_threads
 from appliance.memory.planner import make_plan
+from appliance.runtime.graphs import CudaRecorder
 from appliance.runtime.runner import Runner, StepResult
 from kernels.cpu import backend
 from kernels.ops import get_ops
@@ -56,10 +57,8 @@ class Engine:
         begun = time.perf_counter()
         if config.model is None:
             raise InputError("no model given: name a directory with a Hugging Face checkpoint")
-        if config.device not in ("auto", "cpu"):
-            raise InputError(f"--device {config.device} is not supported by this version: it runs on the cpu (use --device cpu)")
         torch.set_num_threads(cpu_threads(config.threads))
-        directory, device = Path(config.model), torch.device("cpu")
+        directory, device = Path(config.model), choose_device(config.device)
         plan = make_plan(directory, config)
         log.debug("memory plan\n%s", plan.table())
         checkpoint = Checkpoint.open(directory, config.quantization)
@@ -83,7 +82,8 @@ class Engine:
         log.info("loaded %s: %s kernels, activations in %s, head in %s", config.model, kernels, plan.dtype, plan.head)
         if ops.name == "cpu-native":
             torch.set_num_threads(1)  # what is left to torch is small, and the kernels' threads have the cores
-        runner = Runner(decoder, plan, dtype=dtype, device=device)
+        recorder = CudaRecorder() if device.type == "cuda" and not config.enforce_eager else None
+        runner = Runner(decoder, plan, dtype=dtype, device=device, recorder=recorder)
         pool = BlockPool(plan.num_blocks, plan.kv.block_size)
         scheduler = Scheduler(pool, max_num_batched_tokens=plan.max_num_batched_tokens, max_num_seqs=plan.max_num_seqs)
         info = EngineInfo(
@@ -224,6 +224,15 @@ class Engine:
     def check(self) -> None:
         """Raise when pool and scheduler disagree."""
         self.scheduler.check()
+
+
+def choose_device(name: str) -> torch.device:
+    """Of --device; auto is the CPU. InputError where it is unknown, or no card can be used."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {name!r} is not known; auto, cpu and cuda are")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device cuda: this torch ({torch.__version__}) finds no NVIDIA card; use --device cpu")
+    return torch.device("cpu" if name == "auto" else name)
 
 
 def _stat(request: Request, state: str, now: float) -> RequestStat:

@@ -82,7 +82,7 @@ class Runner:
         ops = self.decoder.ops
         rows = [i for i, c in enumerate(chunks) if c.samples]
         if len(rows) < len(chunks):
-            last = last[torch.tensor(rows, dtype=torch.int64)]
+            last = last[torch.tensor(rows, dtype=torch.int64, device=self.device)]
         for first in range(0, len(rows), LOGIT_ROWS):
             part = rows[first : first + LOGIT_ROWS]
             logits = self._logits(last[first : first + len(part)])

@@ -127,6 +127,6 @@ def test_head_bits() -> None:
 
 def test_ops_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APPLIANCE_CPU_ISA", "torch")
-    assert (ops_name("cpu"), ops_name("cpu", reference=True), ops_name("cuda")) == ("cpu", "reference", "reference")
+    assert (ops_name("cpu"), ops_name("cpu", reference=True), ops_name("cuda")) == ("cpu", "reference", "triton")
     monkeypatch.delenv("APPLIANCE_CPU_ISA")
     assert ops_name("cpu") == ("cpu" if backend.native() is None else "cpu-native")
