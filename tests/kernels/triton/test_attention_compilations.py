@@ -107,7 +107,8 @@ def test_caches_of_bytes(kind: str, target: int, monkeypatch: pytest.MonkeyPatch
     """Operands are read as whole registers, never byte by byte."""
     made = launches(monkeypatch, target, size=128, kind=kind, block_size=64, sequences=40)
     (one,) = compiled(made)
-    assert one.stack == 0 and one.count("LDSM") and one.count("LDGSTS") and products(one), one
+    assert one.stack <= 16 and not one.count("LDL", "STL"), one  # some compilers put a number away before the loop
+    assert one.count("LDSM") and one.count("LDGSTS") and products(one), one
     assert not one.count("LDS.U8", "LDS.S8", "LDG.E.U8"), one
     assert one.count("I2F") <= 4, one  # of the tokens' scales
     tile = made[0].constants["BLOCK_N"]
