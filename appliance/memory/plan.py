@@ -10,10 +10,10 @@ from appliance.memory.settings import ITEM_SIZE, Settings
 from appliance.memory.text import plan_table, size_text
 from quant.errors import InputError
 
-RUNTIME = {"cpu": 270 * MIB, "cuda": 800 * MIB}
+RUNTIME = {"cpu": 300 * MIB, "cuda": 800 * MIB}
 """The process itself. Measured with torch 2.13 for CPUs: 219 MiB after ``import torch``, 230 after its first products, 250 with
-the tokenizer libraries; the rest is for what the allocator keeps (with 300 a 3 GiB process was 2.0 to 2.5 % below its plan). A
-card's context takes 300 to 600 MiB (not measured here)."""
+the tokenizer libraries; the rest is for what the allocator keeps (a process of 1.5 GiB is 1 % below its plan when it is fresh and
+1.6 % above after half an hour of mixed load). A card's context takes 300 to 600 MiB (not measured here)."""
 SHORTEST_AUTO = 256
 """``auto`` does not call a context shorter than this a fit (unless the model itself is shorter)."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.layout import int8_product
+from kernels.layout import HUGE_PAGE, int8_product
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
 
@@ -112,7 +114,7 @@ def _lay_out(
     """Copy into panels, in one pass by all threads: each touches first what it will read (that decides where it lies)."""
     shape = module.Linear(**options, data=0, scales=0, zeros=0, bias=0, perm=0)
     outputs, gated = shape.panels * 64, options["gated"]
-    to_codes = torch.empty(shape.code_bytes, dtype=torch.uint8)
+    to_codes = in_huge_pages(shape.code_bytes)
     to_scales = None if scales is None else torch.empty(scales.shape[0] * outputs, dtype=scales.dtype)
     to_zeros = None if zeros is None else torch.empty(zeros.shape[0] * outputs, dtype=torch.uint8)
     machine.pack(shape, address(codes), address(scales), address(zeros), address(to_codes), address(to_scales), address(to_zeros))
@@ -127,6 +129,16 @@ def _lay_out(
     )
     N = options["N"] // 2 if gated else options["N"]
     return NativeWeight(handle, to_codes, to_scales, to_zeros, to_bias, perm, N, options["K"])
+
+
+def in_huge_pages(nbytes: int) -> Tensor:
+    """uint8 [nbytes], zeros, in pages of 2 MiB where the system gives them when asked: addresses are looked up less often."""
+    if nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(nbytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def panel_order(bias: Tensor, outputs: int, gated: bool) -> Tensor:
