@@ -80,10 +80,10 @@ class Engine:
             checkpoint.close()
         kernels = {"cpu-native": backend.name(), "cpu": "torch"}.get(ops.name, ops.name)
         log.info("loaded %s: %s kernels, activations in %s, head in %s", config.model, kernels, plan.dtype, plan.head)
-        if ops.name == "cpu-native":
-            torch.set_num_threads(1)  # what is left to torch is small, and the kernels' threads have the cores
         recorder = CudaRecorder() if device.type == "cuda" and not config.enforce_eager else None
         runner = Runner(decoder, plan, dtype=dtype, device=device, recorder=recorder)
+        if ops.name == "cpu-native":
+            torch.set_num_threads(1)  # what is left to torch is small, and the kernels' threads have the cores
         pool = BlockPool(plan.num_blocks, plan.kv.block_size)
         scheduler = Scheduler(pool, max_num_batched_tokens=plan.max_num_batched_tokens, max_num_seqs=plan.max_num_seqs)
         info = EngineInfo(

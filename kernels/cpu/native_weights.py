@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import mmap
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.layout import HUGE_PAGE, int8_product
+from kernels.cpu.memory import in_huge_pages
+from kernels.layout import int8_product
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
 
@@ -129,16 +128,6 @@ def _lay_out(
     )
     N = options["N"] // 2 if gated else options["N"]
     return NativeWeight(handle, to_codes, to_scales, to_zeros, to_bias, perm, N, options["K"])
-
-
-def in_huge_pages(nbytes: int) -> Tensor:
-    """uint8 [nbytes], zeros, in pages of 2 MiB where the system gives them when asked: addresses are looked up less often."""
-    if nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(nbytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def panel_order(bias: Tensor, outputs: int, gated: bool) -> Tensor:
