@@ -21,8 +21,8 @@ from quant.tensor import QuantTensor
 class KVCache:
     """One layer's paged cache. A token's slot is ``block * block_size + offset``.
 
-    In the activations' dtype, or another float dtype; float8_e4m3fn holds values as they are, int8 with a scale for each token
-    and head. Operators other than the native ones know the activations' dtype only.
+    In the activations' dtype, or another float dtype; FP8 (e4m3fn, and e5m2 on cards) holds values as they are, int8 with a scale
+    for each token and head. Torch's operators and the reference know the activations' dtype only.
     """
 
     k: Tensor  # [B, block_size, Hkv, D]

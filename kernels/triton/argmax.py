@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """The largest of each row, of equal ones the first: a maximum of integers that hold value and place at once.
 
     code of logits[r, i]  =  order of the value (signed, 32 bits) | 2^31 - 1 - i

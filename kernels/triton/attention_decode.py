@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """Attention of one token a sequence over the paged cache, each sequence cut into splits that are merged by log-sum-exp.
 
     program (s, h, i): query heads h * GROUP .. + GROUP of sequence s, the rows of one product (at least 16), over split i

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """Attention of chunks of any length over the paged cache: sequences of one token and of thousands in one launch.
 
 A program has TOKENS consecutive tokens of one sequence with the GROUP query heads of one key/value head, packed into the rows of

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """Blocks of the cache copied in all layers by one launch: for copy on write, and to and from a staging area for swapping.
 
 The layers' tensors lie anywhere; a table on the device says where each begins, how far apart its blocks are, and how large they::

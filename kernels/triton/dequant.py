@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """Packed codes to float operands of a product, exactly: by integer tricks in assembly, or in plain Triton where that cannot run.
 
 A float whose exponent is such that the last bit of its mantissa counts 1 holds a small integer in that mantissa: OR the code in,

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """The gate of a feed-forward layer: silu(gate) * up, where gate and up lie side by side in one row.
 
 A program makes BLOCK outputs of one row; both of its loads and its store are consecutive::

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """Rows of an embedding table: a gather, and for a table of int8 codes a multiplication by the row's scale.
 
 A program copies BLOCK columns of one token's row::

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """A tile of a paged cache, folded into attention that is under way: what the decode and the prefill kernels share.
 
 A tile is BLOCK_N consecutive tokens of one sequence and one key/value head. Token t lies in block ``table[t // BLOCK_SIZE]`` at

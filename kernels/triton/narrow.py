@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """float32 to the one-byte formats, element by element and with integer arithmetic alone.
 
 FP8 (sign, exponent, M mantissa bits): above the least normal number, rounding is an addition to the float32 bits, whose carry may

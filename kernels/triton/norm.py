@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """RMS norm, by itself or behind a residual addition: x * weight / sqrt(mean(x^2) + eps).
 
 A program owns a tile of whole rows, which stays in registers from the load to the store, so every number is read once::

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """Between the qkv product and attention: take q, k and v apart, normalize heads, rotate them, fill the cache. One pass.
 
 A program has one token and a tile of heads, all of q, of k or of v; a head is loaded in three parts, so that a thread has both

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """Draws from softmax(logits / temperature), cut by top_k, min_p and top_p, without the host ever waiting for the device.
 
 A token is drawn by inverting the cumulative distribution in the order of ids: the first at which the running sum of the weights

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """Thresholds of rows by radix selection: where the k largest end (top_k), and where the likeliest p of the mass end (top_p).
 
 Both ask for the largest key t such that the keys >= t weigh at least ``goal``. top_k: keys are the logits, in the order of

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """x [M, K] times a weight of 4 or 8 bits, dequantized on its way into the product (float16 or bfloat16, sums in float32).
 
     program (n, m, s): BM rows by BN outputs; tiles s * per .. of the inputs, 128 at a time

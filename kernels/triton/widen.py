@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """Bytes of a cache to fp16 or bf16, exactly, for all 256 codes: two in each 16-bit word, in registers.
 
     word = code of feature 2 i | code of feature 2 i + 1 << 8    ->    (even, odd), tensors of the words' shape
