@@ -117,10 +117,9 @@ def test_caches_of_bytes(kind: str, target: int, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("target", [75, 80, 89, 90])
-@pytest.mark.parametrize("kind", [None, *BYTES])
+@pytest.mark.parametrize(("kind", "target"), [(None, 75), ("e4m3", 80), ("int8", 89), ("e5m2", 90), (None, 90)])
 def test_all_launches(kind: str | None, target: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every choice of rows, tiles, warps and stages, and every branch of the kernels."""
+    """Every choice of rows, tiles, warps and stages, and every branch of the kernels; each cache and each kind of card once."""
     variations: list[dict[str, Any]] = [{"size": size} for size in (16, 48, 96, 256)]
     variations += [{"size": 128, **more} for more in (
         {"group": 16}, {"group": 7, "window": 100}, {"block_size": 64}, {"block_size": 128, "window": 100},
@@ -130,4 +129,4 @@ def test_all_launches(kind: str | None, target: int, monkeypatch: pytest.MonkeyP
             for one in launches(monkeypatch, target, rows=rows, kind=kind, sequences=40, **given)]  # fmt: skip
     made += launches(monkeypatch, target, size=128, rows=4, kind=kind)
     for one in compiled(made):
-        print(one.target, one.registers, one.stack, one.shared >> 10, sum(one.loop.values()), one.label)
+        assert one.fits and one.stack <= 16, one
