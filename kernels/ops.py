@@ -210,6 +210,26 @@ class KthLargest(Protocol):
         """The k-th largest of row, float32 [n] without NaN, 1 <= k <= n; equal ones count one by one."""
 
 
+class Sample(Protocol):
+    def __call__(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor | None,
+        top_p: Tensor | None,
+        min_p: Tensor | None,
+        uniform: Tensor,
+    ) -> Tensor:
+        """One token a row of logits, float32 [R, V] -> ids int64 [R]; nobody waits for the device. All else is [R], on it too.
+
+        temperature: float; 0 takes the largest logit, of equal ones the first. top_k: integers; what is not in 1 .. V cuts
+        nothing, and ties at the k-th stay in. min_p: float, a share of the largest weight; top_p: float, a share of what these
+        leave, whose ties enter by id; 1 cuts nothing. None: no row asks for this cut. The token is the first, by id, at which
+        the running sum of the weights that are left exceeds ``uniform`` (float64 in [0, 1)) of their total. A row whose largest
+        logit is not finite gives -1.
+        """
+
+
 @dataclass(frozen=True)
 class Stack:
     """All of a model between token ids and the head."""
@@ -250,6 +270,7 @@ class Ops:
     argmax: ArgMax
     kth_largest: KthLargest
     bind: Bind | None = None
+    sample: Sample | None = None  # None: tokens are drawn on the host
 
 
 def get_ops(device: str = "cpu", *, reference: bool = False, threads: int | None = None) -> Ops:

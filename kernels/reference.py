@@ -166,6 +166,35 @@ def kth_largest(row: Tensor, k: int) -> float:
     return row.topk(k).values[-1].item()
 
 
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    uniform: Tensor,
+) -> Tensor:
+    best, greedy = logits.max(dim=-1)
+    heat = temperature.double().clamp(min=1e-9)[:, None]
+    weights = ((logits.double() - best.double()[:, None]) / heat).exp()
+    if top_k is not None:
+        for row, k in enumerate(top_k.tolist()):
+            if 1 <= k <= logits.shape[1]:
+                weights[row, logits[row] < logits[row].topk(k).values[-1]] = 0
+    if min_p is not None:
+        weights[weights < min_p[:, None]] = 0
+    if top_p is not None:
+        ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered  # the token that reaches the share is in
+        out = (before >= top_p[:, None] * ordered.sum(-1, keepdim=True)) & (top_p < 1)[:, None]
+        weights = weights.masked_fill(out.gather(1, order.argsort(dim=-1)), 0)
+    sums = weights.cumsum(-1)
+    drawn = torch.searchsorted(sums, uniform.double()[:, None] * sums[:, -1:], right=True)[:, 0]
+    last = torch.searchsorted(sums, sums[:, -1:].contiguous())[:, 0]  # should rounding leave none
+    tokens = torch.where(temperature > 0, torch.minimum(drawn, last), greedy)
+    return torch.where(best.isfinite(), tokens, -1)
+
+
 def make_ops(device: torch.device) -> Ops:
     """The reference on any device."""
     return Ops(
@@ -180,4 +209,5 @@ def make_ops(device: torch.device) -> Ops:
         silu_mul=silu_mul,
         argmax=argmax,
         kth_largest=kth_largest,
+        sample=sample,
     )

@@ -16,6 +16,7 @@ from kernels.triton.embedding import embedding
 from kernels.triton.matmul import UNKNOWN, Card, matmul
 from kernels.triton.norm import rms_norm
 from kernels.triton.rope import rope_store
+from kernels.triton.sampling import sample
 from kernels.triton.select import kth_largest
 from quant.tensor import QuantTensor
 
@@ -48,6 +49,7 @@ def make_ops(device: torch.device) -> Ops:
         silu_mul=silu_mul,
         argmax=argmax,
         kth_largest=kth_largest,
+        sample=sample,
     )
 
 
