@@ -63,12 +63,53 @@ def matmul(
     return _tiled(x if x.stride(1) == 1 else x.contiguous(), weight, residual, out, launch)
 
 
+def partial_sums(x: Tensor, weight: Weight, *, card: Card = UNKNOWN) -> Tensor | None:
+    """The parts of a product that is cut along its inputs, for a kernel that adds them up itself.
+
+    float32 [splits, T, outputs]: added in order, with the weight's bias [outputs] behind them, they are what ``matmul`` rounds.
+    None where ``matmul`` makes no such parts of x [T, K] and this weight, or has more to do with them than to add.
+    """
+    if not isinstance(weight, TritonWeight) or weight.bits == 16 or weight.gated or x.shape[0] == 0:
+        return None
+    launch = choose(rows=x.shape[0], outputs=weight.outputs, inputs=weight.K, **card._asdict())
+    if launch.split == 1:
+        return None
+    x = x if weight.perm is None else x.index_select(1, weight.perm)
+    parts = torch.empty((launch.split, x.shape[0], weight.outputs), dtype=torch.float32, device=x.device)
+    _multiply(x if x.stride(1) == 1 else x.contiguous(), weight, None, parts, launch, finished=False)
+    return parts
+
+
 def _tiled(x: Tensor, weight: TritonWeight, residual: Tensor | None, out: Tensor, launch: Launch) -> Tensor:
     rows, split = x.shape[0], launch.split
-    parted = split > 1 or weight.gated
+    if split == 1 and not weight.gated:
+        _multiply(x, weight, residual, out, launch, finished=True)
+        return out
+    parts = torch.empty((split, rows, weight.outputs), dtype=torch.float32, device=x.device)
+    _multiply(x, weight, None, parts, launch, finished=False)
+    tiled.finish[(rows, triton.cdiv(weight.N, FINISH_BLOCK))](
+        parts,
+        weight.bias,
+        residual,
+        out,
+        rows,
+        weight.outputs,
+        weight.N,
+        SPLITS=split,
+        BIAS=weight.bias is not None,
+        RESIDUAL=residual is not None,
+        GATED=weight.gated,
+        BLOCK=FINISH_BLOCK,
+        num_warps=4,
+    )
+    return out
+
+
+def _multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, to: Tensor, launch: Launch, *, finished: bool) -> None:
+    """The product into ``to``: with bias and residual where it is ``finished``, else partial sums."""
+    rows = x.shape[0]
     assert weight.params is not None and weight.scale_dtype is not None
-    to = torch.empty((split, rows, weight.outputs), dtype=torch.float32, device=x.device) if parted else out
-    grid = (triton.cdiv(weight.outputs, launch.block_n), triton.cdiv(rows, launch.block_m), split)
+    grid = (triton.cdiv(weight.outputs, launch.block_n), triton.cdiv(rows, launch.block_m), launch.split)
     tiled.product[grid](
         x,
         weight.words,
@@ -88,31 +129,14 @@ def _tiled(x: Tensor, weight: TritonWeight, residual: Tensor | None, out: Tensor
         PARTS=weight.params.shape[1],
         SCALE=SCALES[weight.scale_dtype],
         EVEN=weight.K % TILE == 0,
-        BIAS=weight.bias is not None and not parted,
-        RESIDUAL=residual is not None and not parted,
+        BIAS=weight.bias is not None and finished,
+        RESIDUAL=residual is not None,
         BM=launch.block_m,
         BN=launch.block_n,
         ASM=x.is_cuda,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
-    if parted:
-        tiled.finish[(rows, triton.cdiv(weight.N, FINISH_BLOCK))](
-            to,
-            weight.bias,
-            residual,
-            out,
-            rows,
-            weight.outputs,
-            weight.N,
-            SPLITS=split,
-            BIAS=weight.bias is not None,
-            RESIDUAL=residual is not None,
-            GATED=weight.gated,
-            BLOCK=FINISH_BLOCK,
-            num_warps=4,
-        )
-    return out
 
 
 def _dense(x: Tensor, weight: TritonWeight, residual: Tensor | None, out: Tensor) -> Tensor:
