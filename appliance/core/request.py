@@ -21,7 +21,8 @@ class Request:
     seed: int  # 64 bits; with the position it decides the random number, so batch mates and preemption do not
     arrival: float
     eos_token_ids: frozenset[int] = frozenset()  # end it with "stop" (empty under ignore_eos)
-    computed: int = 0  # tokens whose keys and values are in the cache
+    computed: int = 0  # tokens whose keys and values are in the cache, or will be after the steps under way
+    ahead: int = 0  # tokens that the steps under way will add
     blocks: array[int] = field(default_factory=lambda: array("i"))  # ids of its blocks, in order
     preemptions: int = 0
     finish_reason: str | None = None
@@ -32,9 +33,14 @@ class Request:
         return (self.request_id, self.index)
 
     @property
+    def known(self) -> int:
+        """Tokens, with those that are being sampled."""
+        return len(self.tokens) + self.ahead
+
+    @property
     def pending(self) -> int:
         """Tokens whose keys and values are still to be computed."""
-        return len(self.tokens) - self.computed
+        return self.known - self.computed
 
     @property
     def output_len(self) -> int:

@@ -83,15 +83,22 @@ class Scheduler:
         return found
 
     def schedule(self) -> StepPlan:
-        """Decide the next step, and give its tokens their blocks."""
+        """Decide the next step, and give its tokens their blocks.
+
+        The step before may be under way: a request goes on from the token that is being sampled, unless that is its last one.
+        """
         for request in [r for r in self.running if r.finished]:
             self._drop(request)
         budget = self.max_num_batched_tokens
         chunks: list[Chunk] = []
         preempted: list[Request] = []
-        while len(chunks) < len(self.running) or self._admit(budget):
-            request = self.running[len(chunks)]
-            start, known = request.computed, len(request.tokens)
+        place = 0
+        while place < len(self.running) or self._admit(budget):
+            request = self.running[place]
+            start, known = request.computed, request.known
+            if known >= request.max_total:  # its last token is under way
+                place += 1
+                continue
             end = min(known, start + budget)  # the budget is never spent here: only the youngest has more than one token pending
             while not self._extend(request, end):
                 preempted.append(self._preempt_youngest())
@@ -100,13 +107,16 @@ class Scheduler:
             else:
                 chunks.append(Chunk(request, start, end - start, end == known))
                 budget -= end - start
+                request.computed, place = end, place + 1
+                request.ahead += end == known
         return StepPlan(tuple(chunks), tuple(preempted))
 
     def commit(self, plan: StepPlan, sampled: Sequence[int | None]) -> list[Request]:
         """Take what the step computed: ``sampled[i]`` is the token of chunk i where it samples, else None.
 
-        Returns the requests that are finished now; their blocks are free. Requests aborted since ``schedule`` are skipped;
-        one whose finish_reason was set since (an error in its row) is finished and takes no token.
+        Steps are taken in the order in which they were scheduled. Returns the requests that are finished now; their blocks are
+        free, as whatever is computed with them later comes after the steps under way. Requests that ended since ``schedule`` are
+        skipped; one whose finish_reason was set since (an error in its row) is finished and takes no token.
         """
         if len(sampled) != len(plan.chunks):
             raise ValueError(f"{len(plan.chunks)} chunks, but {len(sampled)} sampled entries")
@@ -115,12 +125,11 @@ class Scheduler:
             request = chunk.request
             if self._requests.get(request.key) is not request:
                 continue
-            if request.finish_reason is None:
-                request.computed += chunk.length
-                if chunk.samples:
-                    if token is None:
-                        raise ValueError(f"request {request.key} reached its last token, but nothing was sampled")
-                    request.append(token)
+            if request.finish_reason is None and chunk.samples:
+                if token is None:
+                    raise ValueError(f"request {request.key} reached its last token, but nothing was sampled")
+                request.ahead -= 1
+                request.append(token)
             if request.finish_reason is not None:
                 self._drop(request)
                 finished.append(request)
@@ -130,7 +139,7 @@ class Scheduler:
         """Raises PoolError unless, at any moment, all of this holds.
 
         running + waiting is the order of arrival; a running request holds at least ceil(computed / block_size) blocks (what
-        is stored) and at most ceil(len(tokens) / block_size) (what is known); a waiting one holds none and has computed 0;
+        is stored) and at most ceil(known / block_size); a waiting one holds none and has computed 0;
         no block has two owners; every used block has an owner; the pool's own books are right.
         """
         self.pool.check()
@@ -139,7 +148,7 @@ class Scheduler:
         if len(self.running) > self.max_num_seqs:
             raise PoolError(f"{len(self.running)} running, more than {self.max_num_seqs}")
         for r in self.running:
-            low, high = self._blocks(r.computed), self._blocks(len(r.tokens))
+            low, high = self._blocks(r.computed), self._blocks(r.known)
             if not low <= len(r.blocks) <= high:
                 raise PoolError(f"request {r.key} holds {len(r.blocks)} blocks, expected {low} to {high}")
         for r in self.waiting:
@@ -163,6 +172,8 @@ class Scheduler:
         if not self.waiting or budget == 0 or len(self.running) == self.max_num_seqs:
             return False
         request, known = self.waiting[0], len(self.waiting[0].tokens)
+        if request.ahead:  # preempted while its next token is under way
+            return False
         if self._blocks(max(known, min(known + 1, request.max_total - 1))) > self.pool.free:
             return False
         self.running.append(self.waiting.popleft())

@@ -44,12 +44,15 @@ class FakeRunner:
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.cache: dict[int, tuple[int, int]] = {}
+        self.sampled: dict[Request, int] = {}  # what the host may not know yet
 
     def run(self, plan: StepPlan) -> list[int | None]:
         for chunk in plan.chunks:  # as on a device: all keys and values are stored before any is read
             for position in range(chunk.start, chunk.start + chunk.length):
-                self.cache[self._slot(chunk.request, position)] = (position, chunk.request.tokens[position])
-        return [self._sample(chunk.request) if chunk.samples else None for chunk in plan.chunks]
+                self.cache[self._slot(chunk.request, position)] = (position, self._token(chunk.request, position))
+        found = [self._sample(chunk.request, chunk.start + chunk.length) if chunk.samples else None for chunk in plan.chunks]
+        self.sampled = {chunk.request: token for chunk, token in zip(plan.chunks, found, strict=True) if token is not None}
+        return found
 
     def step(self) -> tuple[StepPlan, list[Request]]:
         plan = self.scheduler.schedule()
@@ -70,7 +73,10 @@ class FakeRunner:
         size = self.scheduler.pool.block_size
         return request.blocks[position // size] * size + position % size
 
-    def _sample(self, request: Request) -> int:
-        stored = [self.cache[self._slot(request, p)] for p in range(len(request.tokens))]
+    def _token(self, request: Request, position: int) -> int:
+        return request.tokens[position] if position < len(request.tokens) else self.sampled[request]
+
+    def _sample(self, request: Request, known: int) -> int:
+        stored = [self.cache[self._slot(request, p)] for p in range(known)]
         assert [position for position, _ in stored] == list(range(len(stored))), "a slot holds another position's token"
         return next_token([token for _, token in stored])

@@ -118,11 +118,10 @@ def test_block_boundaries(block_size: int, off: int) -> None:
     request = make_request("a", range(prompt_len), block_size + 2)
     scheduler.add(request)
     while scheduler.has_work:
-        scheduler.schedule()
-        scheduler.check()
         known = len(request.tokens)
+        plan = scheduler.schedule()
+        scheduler.check()
         assert len(request.blocks) == -(-known // block_size)
-        plan = scheduler.schedule()  # deciding again before anything ran decides the same
         scheduler.commit(plan, runner.run(plan))
         scheduler.check()
     assert request.tokens == alone(range(prompt_len), block_size + 2)
@@ -183,6 +182,34 @@ def test_a_reused_id_is_not_taken_for_the_aborted_request() -> None:
     new = make_request("a", range(9), 3)
     scheduler.add(new)
     assert scheduler.commit(plan, sampled) == [] and new.computed == 0 and len(new.tokens) == 9
+
+
+def test_steps_ahead_of_what_is_known() -> None:
+    """A step goes on from a token that is being sampled; whoever's last one that is does not run again; an end is seen late."""
+    scheduler, runner = make()
+    stop = alone(range(5), 3)[-1]
+    long, short, stopped = (
+        make_request("l", range(4), 5),
+        make_request("s", range(3), 1),
+        make_request("e", range(5), 9, eos={stop}),
+    )
+    for request in (long, short, stopped):
+        scheduler.add(request)
+    plans = [scheduler.schedule()]
+    results = [runner.run(plans[0])]
+    ran = []
+    while scheduler.has_work:
+        plans.append(scheduler.schedule())
+        results.append(runner.run(plans[-1]))
+        ran.append([c.request.request_id for c in plans[-1].chunks])
+        scheduler.check()
+        scheduler.commit(plans.pop(0), results.pop(0))
+        scheduler.check()
+    assert ran == [["l", "e"], ["l", "e"], ["l", "e"], ["l"], []], "e's third token ended it when its fourth was under way"
+    assert (
+        long.tokens == alone(range(4), 5) and short.tokens == alone(range(3), 1) and stopped.tokens == alone(range(5), 9, {stop})
+    )
+    assert scheduler.commit(plans[0], results[0]) == [] and scheduler.pool.used == 0
 
 
 def test_a_request_whose_end_was_set_elsewhere_never_runs() -> None:
