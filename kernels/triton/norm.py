@@ -8,7 +8,7 @@ A program owns a tile of whole rows, which stays in registers from the load to t
     ROWS ..    +----------------------------------+
 
 Small rows (a head's) share a program; a large one has a program to itself. ``x[i]`` are the partial sums of a product that was
-split along its inputs: they are added in order, so the result does not depend on which was ready first.
+split along its inputs: they are added in order, the bias behind them, so the result does not depend on which was ready first.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def tile(size: int) -> Tile:
 @triton.jit
 def _rms_norm(  # type: ignore[no-untyped-def]
     x,  # [SPLITS, rows, N], rows in two dimensions: row // inner and row % inner
+    bias,  # float32 [N]
     residual,  # [rows, N]
     weight,  # [N], in the dtype of the activations
     out,  # [rows, N], int8 where QUANTIZE
@@ -71,6 +72,8 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     wide = tl.load(start, mask=mask, other=0.0).to(tl.float32)
     for i in tl.static_range(1, SPLITS):
         wide += tl.load(start + tl.cast(i, tl.int64) * split_stride, mask=mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        wide += tl.load(bias + column, mask=column < N, other=0.0)[None, :]
     place = (row * N)[:, None] + column[None, :]
     if ADD:
         wide += tl.load(residual + (row * residual_stride)[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -108,23 +111,25 @@ def rms_norm_int8(x: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Ten
     return out, scales
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(rms_norm(sum), sum) of sum = x + residual [T, N], rounded once; both new, in residual's dtype.
 
-    x: [T, N] in residual's dtype, or the float32 partial sums [splits, T, N] of a product. ValueError where shapes or dtypes
-    do not fit.
+    x: [T, N] in residual's dtype, or the float32 partial sums [splits, T, N] of a product whose bias (float32 [N]) was not added.
+    ValueError where shapes or dtypes do not fit.
     """
     out, added = (torch.empty(residual.shape, dtype=residual.dtype, device=x.device) for _ in range(2))
-    _launch(x, residual, weight, eps, out=out, added=added)
+    _launch(x, residual, weight, eps, bias=bias, out=out, added=added)
     return out, added
 
 
-def add_rms_norm_int8(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm_int8(
+    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """What ``add_rms_norm`` gives with the norm rounded to int8: (codes int8 [T, N], scales float32 [T], sum [T, N])."""
     added = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
     out = torch.empty(residual.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(residual.shape[0], dtype=torch.float32, device=x.device)
-    _launch(x, residual, weight, eps, out=out, added=added, scales=scales)
+    _launch(x, residual, weight, eps, bias=bias, out=out, added=added, scales=scales)
     return out, scales, added
 
 
@@ -135,6 +140,7 @@ def _launch(
     eps: float,
     *,
     out: Tensor,
+    bias: Tensor | None = None,
     added: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> None:
@@ -144,6 +150,8 @@ def _launch(
         raise ValueError(f"a norm of {_words(x)} with weight {_words(weight)} and residual {_words(residual)}")
     if residual is not None and (x.dtype != (residual.dtype if x.dim() == 2 else torch.float32) or splits == 0):
         raise ValueError(f"{_words(x)} cannot be added to residual {_words(residual)}")
+    if bias is not None and (bias.shape != weight.shape or bias.dtype != torch.float32):
+        raise ValueError(f"a bias {_words(bias)} for {_words(x)}")
     N = x.shape[-1]
     rows, (tile_rows, block, warps) = like.numel() // max(N, 1), tile(N)
     if rows == 0:
@@ -156,6 +164,7 @@ def _launch(
         residual = residual.contiguous()
     _rms_norm[(triton.cdiv(rows, tile_rows),)](
         x,
+        bias,
         residual,
         weight.contiguous(),
         out,

@@ -8,7 +8,8 @@ numbers of every pair it rotates::
                   a cos - b sin   b cos + a sin     as it is
 
 q goes back to where it came from; keys and values go to their token's slot, as they are, in FP8, or in int8 with a scale for
-each head. A negative slot is padding: nothing is stored.
+each head. A negative slot is padding: nothing is stored. Where the product was cut along its inputs, its partial sums
+[splits, T, features] are added here, in order and with the bias behind them, and rounded as the product would have been.
 """
 
 from __future__ import annotations
@@ -25,15 +26,33 @@ from kernels.triton.narrow import to_fp8, to_int8
 
 CODES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"}
 TILE = 1024  # features that a program has, or one head
+PARTED_TILE = 256  # of partial sums: there are few rows, and each number is read several times
 
 
 @triton.jit
-def _load(start, live, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The three parts of each head in float32, 0 where there is nothing. start and live are [heads, 1]."""
+def _add(row, bias, place, mask, split_stride, SPLITS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Numbers of the product in float32: the sum of its parts, rounded to DTYPE where they are wider."""
+    found = tl.load(row + place, mask=mask, other=0.0).to(tl.float32)
+    for i in tl.static_range(1, SPLITS):
+        found += tl.load(row + tl.cast(i, tl.int64) * split_stride + place, mask=mask, other=0.0)
+    if bias is not None:
+        found += tl.load(bias + place, mask=mask, other=0.0)
+    if row.dtype.element_ty != DTYPE:
+        found = found.to(DTYPE).to(tl.float32)
+    return found
+
+
+@triton.jit
+def _load(  # type: ignore[no-untyped-def]
+    row, bias, place, live, split_stride,
+    SPLITS: tl.constexpr, DTYPE: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The three parts of each head, 0 where there is nothing. place (in the row) and live are [heads, 1]."""
     feature, other = tl.arange(0, HALF_BLOCK)[None, :], tl.arange(0, REST_BLOCK)[None, :]
-    a = tl.load(start + feature, mask=live & (feature < HALF), other=0.0).to(tl.float32)
-    b = tl.load(start + HALF + feature, mask=live & (feature < HALF), other=0.0).to(tl.float32)
-    rest = tl.load(start + 2 * HALF + other, mask=live & (other < REST), other=0.0).to(tl.float32)
+    a = _add(row, bias, place + feature, live & (feature < HALF), split_stride, SPLITS, DTYPE)
+    b = _add(row, bias, place + HALF + feature, live & (feature < HALF), split_stride, SPLITS, DTYPE)
+    rest = _add(row, bias, place + 2 * HALF + other, live & (other < REST), split_stride, SPLITS, DTYPE)
     return a, b, rest
 
 
@@ -58,20 +77,19 @@ def _store(start, a, b, rest, live, HALF: tl.constexpr, REST: tl.constexpr):  # 
 
 @triton.jit
 def _prepare(  # type: ignore[no-untyped-def]
-    start, live, weight, eps, angles, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr
-):
+    a, b, rest, weight, eps, angles,
+    DTYPE: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+):  # fmt: skip
     """Heads of q or k, normalized where there is a weight, and rotated. Rounded where the models' own code rounds."""
-    dtype = start.dtype.element_ty
-    a, b, rest = _load(start, live, HALF, REST, HALF_BLOCK, REST_BLOCK)
     if weight is not None:
         squares = tl.sum(a * a, 1, keep_dims=True) + tl.sum(b * b, 1, keep_dims=True) + tl.sum(rest * rest, 1, keep_dims=True)
         factor = tl.rsqrt(squares / (2 * HALF + REST) + eps)
         gain_a, gain_b, gain_rest = _load_vector(weight, HALF, REST, HALF_BLOCK, REST_BLOCK)
-        a = ((a * factor).to(dtype).to(tl.float32) * gain_a).to(dtype).to(tl.float32)
-        b = ((b * factor).to(dtype).to(tl.float32) * gain_b).to(dtype).to(tl.float32)
-        rest = ((rest * factor).to(dtype).to(tl.float32) * gain_rest).to(dtype).to(tl.float32)
+        a = ((a * factor).to(DTYPE).to(tl.float32) * gain_a).to(DTYPE).to(tl.float32)
+        b = ((b * factor).to(DTYPE).to(tl.float32) * gain_b).to(DTYPE).to(tl.float32)
+        rest = ((rest * factor).to(DTYPE).to(tl.float32) * gain_rest).to(DTYPE).to(tl.float32)
     cos, sin, _ = _load_vector(angles, HALF, 0, HALF_BLOCK, 1)
-    return (a * cos - b * sin).to(dtype).to(tl.float32), (b * cos + a * sin).to(dtype).to(tl.float32), rest
+    return (a * cos - b * sin).to(DTYPE).to(tl.float32), (b * cos + a * sin).to(DTYPE).to(tl.float32), rest
 
 
 @triton.jit
@@ -93,7 +111,9 @@ def _store_in_cache(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _rope_store(  # type: ignore[no-untyped-def]
-    qkv,  # [T, (HEADS + 2 KV_HEADS) * D]
+    qkv,  # [T, (HEADS + 2 KV_HEADS) * D], or float32 [SPLITS, T, ..]
+    bias,  # float32 [(HEADS + 2 KV_HEADS) * D]
+    q_out,  # [T, HEADS * D]
     k_cache,  # [B, BLOCK_SIZE, KV_HEADS, D], uint8 for FP8
     v_cache,
     k_scales,  # float32 [B, BLOCK_SIZE, KV_HEADS]
@@ -106,6 +126,8 @@ def _rope_store(  # type: ignore[no-untyped-def]
     q_eps,
     k_eps,
     qkv_stride,
+    split_stride,
+    q_stride,
     block_stride,
     token_stride,
     head_stride,
@@ -117,11 +139,13 @@ def _rope_store(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr,
     REST: tl.constexpr,
     CODE: tl.constexpr,
+    SPLITS: tl.constexpr,
     TILE_HEADS: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
 ):
     D: tl.constexpr = 2 * HALF + REST
+    DTYPE: tl.constexpr = q_out.dtype.element_ty
     Q_TILES: tl.constexpr = (HEADS + TILE_HEADS - 1) // TILE_HEADS
     KV_TILES: tl.constexpr = (KV_HEADS + TILE_HEADS - 1) // TILE_HEADS
     token, part, within = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, TILE_HEADS)[:, None]
@@ -130,9 +154,10 @@ def _rope_store(  # type: ignore[no-untyped-def]
     if part < Q_TILES:
         head = part * TILE_HEADS + within
         live = head < HEADS
-        a, b, rest = _prepare(row + head * D, live, q_weight, q_eps, angles, HALF, REST, HALF_BLOCK, REST_BLOCK)
+        a, b, rest = _load(row, bias, head * D, live, split_stride, SPLITS, DTYPE, HALF, REST, HALF_BLOCK, REST_BLOCK)
+        a, b, rest = _prepare(a, b, rest, q_weight, q_eps, angles, DTYPE, HALF, REST, HALF_BLOCK, REST_BLOCK)
         tl.debug_barrier()  # whoever holds a copy of an element has read it before it is written over
-        _store(row + head * D, a, b, rest, live, HALF, REST)
+        _store(q_out + token * q_stride + head * D, a, b, rest, live, HALF, REST)
     else:
         head = (part - Q_TILES) % KV_TILES * TILE_HEADS + within
         slot = tl.load(slots + token) + tl.zeros((TILE_HEADS, 1), tl.int64)
@@ -140,21 +165,21 @@ def _rope_store(  # type: ignore[no-untyped-def]
         block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
         place = block * block_stride + offset * token_stride + head * head_stride
         scale_place = block * scale_block_stride + offset * scale_token_stride + head
-        start = row + (HEADS + head) * D
+        first = tl.where(part < Q_TILES + KV_TILES, HEADS, HEADS + KV_HEADS)
+        a, b, rest = _load(row, bias, (first + head) * D, live, split_stride, SPLITS, DTYPE, HALF, REST, HALF_BLOCK, REST_BLOCK)
         if part < Q_TILES + KV_TILES:
-            a, b, rest = _prepare(start, live, k_weight, k_eps, angles, HALF, REST, HALF_BLOCK, REST_BLOCK)
+            a, b, rest = _prepare(a, b, rest, k_weight, k_eps, angles, DTYPE, HALF, REST, HALF_BLOCK, REST_BLOCK)
             _store_in_cache(k_cache, k_scales, place, scale_place, a, b, rest, live, CODE, HALF, REST)
         else:
-            a, b, rest = _load(start + KV_HEADS * D, live, HALF, REST, HALF_BLOCK, REST_BLOCK)
             _store_in_cache(v_cache, v_scales, place, scale_place, a, b, rest, live, CODE, HALF, REST)
 
 
-def tile(heads: int, half: int, rest: int) -> dict[str, int]:
+def tile(heads: int, half: int, rest: int, features: int = TILE) -> dict[str, int]:
     """Heads and features of a program's tile, and its warps: constants of a launch for heads of 2 * half + rest features."""
     half_block, rest_block = triton.next_power_of_2(half), triton.next_power_of_2(max(rest, 1))
-    features = 2 * half_block + (rest_block if rest else 0)
-    count = max(1, min(TILE // triton.next_power_of_2(features), triton.next_power_of_2(heads)))
-    warps = min(4, max(1, count * features // 512))
+    size = 2 * half_block + (rest_block if rest else 0)
+    count = max(1, min(features // triton.next_power_of_2(size), triton.next_power_of_2(heads)))
+    warps = min(4, max(1, count * size // 512))
     return {"TILE_HEADS": count, "HALF_BLOCK": half_block, "REST_BLOCK": rest_block, "num_warps": warps}
 
 
@@ -173,15 +198,52 @@ def rope_store(
     qkv: float16, bfloat16 or float32. cache: any float dtype, float8_e4m3fn or float8_e5m2 (to the nearest, saturating), or int8
     with float32 scales. A token whose slot is negative is not stored. ValueError for layouts that are not taken.
     """
-    tokens, (kv_heads, size), rotary = qkv.shape[0], cache.k.shape[2:], cos_sin.shape[1]
-    if qkv.shape[1] != (heads + 2 * kv_heads) * size or not 2 <= rotary <= size or rotary % 2:
-        raise ValueError(f"qkv {list(qkv.shape)} is not {heads} + 2 * {kv_heads} heads of {size}, of which {rotary} rotate")
     qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
-    shape = tile(max(heads, kv_heads), rotary // 2, size - rotary)
-    parts = triton.cdiv(heads, shape["TILE_HEADS"]) + 2 * triton.cdiv(kv_heads, shape["TILE_HEADS"])
+    q = qkv.as_strided((qkv.shape[0], heads * cache.k.shape[3]), (qkv.stride(0), 1))
+    return _launch(qkv[None], None, q, heads, cache, batch, cos_sin, q_norm, k_norm)
+
+
+def rope_store_sums(
+    parts: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    cache: KVCache,
+    batch: PagedBatch,
+    cos_sin: Tensor,
+    *,
+    dtype: torch.dtype,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+) -> Tensor:
+    """``rope_store`` of the sum of parts, float32 [splits, T, (Hq + 2 Hkv) * D], and bias, float32; q is new, in ``dtype``."""
+    if parts.dtype != torch.float32 or parts.stride(2) != 1 or (bias is not None and bias.shape != parts.shape[2:]):
+        raise ValueError(f"parts {parts.dtype} {list(parts.shape)} with a bias {None if bias is None else list(bias.shape)}")
+    q = torch.empty(parts.shape[1], heads * cache.k.shape[3], dtype=dtype, device=parts.device)
+    return _launch(parts, bias, q, heads, cache, batch, cos_sin, q_norm, k_norm)
+
+
+def _launch(
+    parts: Tensor,
+    bias: Tensor | None,
+    q: Tensor,
+    heads: int,
+    cache: KVCache,
+    batch: PagedBatch,
+    cos_sin: Tensor,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
+) -> Tensor:
+    """q [T, Hq * D] is filled, and returned as heads."""
+    (splits, tokens, width), (kv_heads, size), rotary = parts.shape, cache.k.shape[2:], cos_sin.shape[1]
+    if width != (heads + 2 * kv_heads) * size or not 2 <= rotary <= size or rotary % 2 or not splits:
+        raise ValueError(f"qkv {list(parts.shape)} is not {heads} + 2 * {kv_heads} heads of {size}, of which {rotary} rotate")
+    shape = tile(max(heads, kv_heads), rotary // 2, size - rotary, TILE if splits == 1 else PARTED_TILE)
+    programs = triton.cdiv(heads, shape["TILE_HEADS"]) + 2 * triton.cdiv(kv_heads, shape["TILE_HEADS"])
     if tokens:
-        _rope_store[(tokens, parts)](
-            qkv,
+        _rope_store[(tokens, programs)](
+            parts,
+            bias,
+            q,
             positions=batch.positions,
             slots=batch.slots,
             cos_sin=cos_sin,
@@ -189,14 +251,17 @@ def rope_store(
             k_weight=None if k_norm is None else k_norm.weight,
             q_eps=0.0 if q_norm is None else q_norm.eps,
             k_eps=0.0 if k_norm is None else k_norm.eps,
-            qkv_stride=qkv.stride(0),
+            qkv_stride=parts.stride(1),
+            split_stride=parts.stride(0),
+            q_stride=q.stride(0),
             HEADS=heads,
             HALF=rotary // 2,
             REST=size - rotary,
+            SPLITS=splits,
             **_cache_arguments(cache),
             **shape,
         )
-    return qkv.as_strided((tokens, heads, size), (qkv.stride(0), size, 1))
+    return q.as_strided((tokens, heads, size), (q.stride(0), size, 1))
 
 
 def _cache_arguments(cache: KVCache) -> dict[str, Any]:

@@ -51,14 +51,15 @@ def test_add_rms_norm(rows: int, size: int, dtype: torch.dtype) -> None:
 def test_partial_sums(splits: int, dtype: torch.dtype) -> None:
     for rows, size in ((1, 72), (6, 528), (0, 16)):
         parts, residual = draw(splits, rows, size, dtype=torch.float32), draw(rows, size, dtype=dtype)
-        weight = draw(size, dtype=dtype)
-        normed, added = norm.add_rms_norm(parts, residual, weight, eps=1e-6)
-        total = torch.zeros(rows, size, device=DEVICE)
-        for part in (*parts.unbind(), residual.float()):
-            total += part  # in order: the very same float32 sums
-        assert dtype not in EXACT or torch.equal(added, total.to(dtype))
-        close(added, total, dtype)
-        close(normed, reference.rms_norm(added, weight, eps=1e-6), dtype)
+        weight, bias = draw(size, dtype=dtype), draw(size, dtype=torch.float32)
+        for given in (None, bias):
+            normed, added = norm.add_rms_norm(parts, residual, weight, eps=1e-6, bias=given)
+            total = torch.zeros(rows, size, device=DEVICE)
+            for part in (*parts.unbind(), *([] if given is None else [given]), residual.float()):
+                total += part  # in order: the very same float32 sums
+            assert dtype not in EXACT or torch.equal(added, total.to(dtype))
+            close(added, total.to(dtype), dtype)
+            close(normed, reference.rms_norm(added, weight, eps=1e-6), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,17 +97,27 @@ def test_what_does_not_fit() -> None:
         norm.add_rms_norm(x[:1], x, weight, eps=1e-6)
     with pytest.raises(ValueError, match="cannot be added"):
         norm.add_rms_norm(x.view(1, 2, 16), x, weight, eps=1e-6)
+    for bias in (weight.float()[:8], weight):
+        with pytest.raises(ValueError, match="a bias"):
+            norm.add_rms_norm(x.float()[None], x, weight, eps=1e-6, bias=bias)
     with pytest.raises(ValueError, match="16385"):
         norm.rms_norm(draw(1, 16385, dtype=torch.float16), draw(16385, dtype=torch.float16), eps=1e-6)
 
 
-def compilation(size: int, dtype: str, *, add: bool, splits: int = 1, quantize: bool = False) -> Compilation:
+def compilation(size: int, dtype: str, *, add: bool, splits: int = 1, quantize: bool = False, bias: bool = False) -> Compilation:
     rows, block, warps = norm.tile(size)
     types = {"x": "*fp32" if splits > 1 else f"*{dtype}", "residual": f"*{dtype}", "weight": f"*{dtype}", "added": f"*{dtype}"}
-    types |= {"out": "*i8" if quantize else f"*{dtype}", "scales": "*fp32", "rows": "i32", "inner": "i32", "N": "i32"}
+    types |= {
+        "bias": "*fp32",
+        "out": "*i8" if quantize else f"*{dtype}",
+        "scales": "*fp32",
+        "rows": "i32",
+        "inner": "i32",
+        "N": "i32",
+    }
     types |= {f"{name}_stride": "i32" for name in ("outer", "inner", "split", "residual")} | {"eps": "fp32"}
     constants = {"SPLITS": splits, "ADD": add, "QUANTIZE": quantize, "ROWS": rows, "BLOCK": block}
-    absent = {"residual": add, "added": add, "scales": quantize}
+    absent = {"bias": bias, "residual": add, "added": add, "scales": quantize}
     constants |= {name: None for name, present in absent.items() if not present}
     types = {name: kind for name, kind in types.items() if name not in constants}
     targets = (75, 80, 86, 89, 90, 120) if dtype == "fp16" else (80, 90)
@@ -115,7 +126,8 @@ def compilation(size: int, dtype: str, *, add: bool, splits: int = 1, quantize: 
 
 def test_compilations() -> None:
     wanted = [compilation(size, "fp16", add=False) for size in (128, 4096, 16384)]
-    wanted += [compilation(4096, "fp16", add=True, splits=8), compilation(8192, "fp16", add=True, quantize=True)]
+    wanted += [compilation(size, "fp16", add=True, splits=8, bias=size == 4096) for size in (2048, 4096, 8192)]
+    wanted += [compilation(8192, "fp16", add=True, quantize=True)]
     wanted += [compilation(5120, "bf16", add=True, splits=4, quantize=True), compilation(4096, "fp32", add=True)]
     for report in compile_all(wanted):
         assert report.fits and report.stack == 0, report

@@ -14,7 +14,7 @@ from kernels.ops import KVCache, Norm, PagedBatch
 from tests.kernels.paged import make_step
 from tests.kernels.triton.aot import TARGETS, Compilation, compile_all
 from tests.kernels.triton.conftest import DEVICE
-from tests.kernels.triton.tensors import DTYPES, close, draw, poison  # noqa: F401
+from tests.kernels.triton.tensors import DTYPES, EXACT, close, draw, poison  # noqa: F401
 
 import triton  # isort: skip  (after the conftest has chosen the interpreter)
 import triton.language as tl  # isort: skip
@@ -62,6 +62,30 @@ def test_rope_store(size: int, rotary: int, normed: str, dtype: torch.dtype) -> 
     written = slice(3, 3 + heads * size)
     before[:, written] = wide[:, written]
     assert torch.equal(wide, before)  # nothing beside q
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "rotary"), [(64, 64), (48, 48), (80, 20), (18, 4), (256, 256)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_partial_sums(size: int, rotary: int, biased: bool, dtype: torch.dtype) -> None:
+    """What a product that adds them up itself would have handed over, to the last bit."""
+    heads, kv_heads = 5, 2
+    batch, cache = step([(5, 2), (0, 3), (17, 1), (7, 0)], kv_heads=kv_heads, head_dim=size, dtype=dtype)
+    width, other, table = (heads + 2 * kv_heads) * size, clone(cache), angles(rotary)
+    bias = draw(width, dtype=torch.float32) if biased else None
+    for splits in (1, 2, 5):
+        parts, given = draw(splits, 6, width, dtype=torch.float32), norms(size, dtype, "qk" if biased else "")
+        total = parts[0].clone()
+        for part in (*parts[1:], *([] if bias is None else [bias])):
+            total += part
+        found = rope.rope_store_sums(parts, bias, heads, cache, batch, table, dtype=dtype, **given)
+        expected = rope.rope_store(total.to(dtype), heads, other, batch, table, **given)
+        close(found, expected, dtype)
+        close(cache.k, other.k, dtype)
+        close(cache.v, other.v, dtype)
+        if dtype in EXACT:
+            pairs = ((found, expected), (cache.k, other.k), (cache.v, other.v))
+            assert all(torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7)) for ours, theirs in pairs)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (7, 1), (33, 3), (24, 24), (64, 8)])
@@ -164,23 +188,36 @@ def test_what_does_not_fit() -> None:
     for heads, wrong in ((3, table), (4, angles(18)), (4, table[:, :15])):
         with pytest.raises(ValueError, match="heads of 16"):
             rope.rope_store(qkv, heads, cache, batch, wrong)
+    for parts, bias in ((qkv[None], None), (qkv[None].float(), qkv[0, 1:].float())):
+        with pytest.raises(ValueError, match="with a bias"):
+            rope.rope_store_sums(parts, bias, 4, cache, batch, table, dtype=torch.float16)
     with pytest.raises(ValueError, match="one type and layout"):
         rope.rope_store(qkv, 4, KVCache(cache.k, cache.v.half()), batch, table)
     with pytest.raises(ValueError, match="scales"):
         rope.rope_store(qkv, 4, KVCache(cache.k.to(torch.int8), cache.v.to(torch.int8)), batch, table)
 
 
-def compilation(dtype: str, cache: str, *, size: int, rotary: int, normed: bool) -> Compilation:
-    shape = rope.tile(32, rotary // 2, size - rotary)
+def compilation(
+    dtype: str, cache: str, *, size: int, rotary: int, normed: bool, splits: int = 1, bias: bool = False
+) -> Compilation:
+    shape = rope.tile(32, rotary // 2, size - rotary, rope.TILE if splits == 1 else rope.PARTED_TILE)
     warps = shape.pop("num_warps")
     code = {"e4m3": "e4m3", "e5m2": "e5m2", "i8": "int8"}.get(cache, "")
     element = {"e4m3": "*u8", "e5m2": "*u8"}.get(cache, f"*{cache}")
-    types = {"qkv": f"*{dtype}", "k_cache": element, "v_cache": element, "positions": "*i64", "slots": "*i64"}
+    types = {
+        "qkv": "*fp32" if splits > 1 else f"*{dtype}",
+        "q_out": f"*{dtype}",
+        "k_cache": element,
+        "v_cache": element,
+        "positions": "*i64",
+        "slots": "*i64",
+    }
     types |= {"cos_sin": "*fp32", "q_eps": "fp32", "k_eps": "fp32"}
-    types |= {f"{n}_stride": "i32" for n in ("qkv", "block", "token", "head", "scale_block", "scale_token")}
+    types |= {f"{n}_stride": "i32" for n in ("qkv", "split", "q", "block", "token", "head", "scale_block", "scale_token")}
     constants: dict[str, Any] = {"HEADS": 32, "KV_HEADS": 8, "BLOCK_SIZE": 16, "HALF": rotary // 2, "REST": size - rotary}
-    constants |= {"CODE": code, **shape}
+    constants |= {"CODE": code, "SPLITS": splits, **shape}
     optional = {"q_weight": f"*{dtype}" if normed else None, "k_weight": f"*{dtype}" if normed else None}
+    optional |= {"bias": "*fp32" if bias else None}
     optional |= dict.fromkeys(("k_scales", "v_scales"), "*fp32" if code == "int8" else None)
     types |= {name: kind for name, kind in optional.items() if kind is not None}
     constants |= {name: None for name, kind in optional.items() if kind is None}
@@ -193,5 +230,7 @@ def test_compilations() -> None:
     wanted += [compilation("fp16", cache, size=128, rotary=128, normed=True) for cache in ("e4m3", "i8")]
     wanted.append(compilation("bf16", "bf16", size=96, rotary=32, normed=True))
     wanted.append(compilation("bf16", "e5m2", size=80, rotary=80, normed=False))
+    wanted += [compilation("fp16", "fp16", size=128, rotary=128, normed=bias, splits=8, bias=bias) for bias in (False, True)]
+    wanted.append(compilation("bf16", "e4m3", size=96, rotary=32, normed=True, splits=4))
     for report in compile_all(wanted):
         assert report.fits and report.stack == 0, report
