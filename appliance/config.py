@@ -37,8 +37,9 @@ class EngineConfig:
     """Size of the KV cache in bytes, instead of what gpu-memory-utilization leaves."""
     swap_space: float = 0.0
     """Host memory for swapped-out sequences, in GiB a device."""
-    block_size: int = 16
-    """Tokens in one KV block."""
+    block_size: int | str = "auto"
+    """Tokens in one KV block: 8, 16, 32, 64, 128 or 256; auto: 64 on a card, where attention then reads a block at a time, and 16
+    elsewhere."""
     max_num_batched_tokens: int = 2048
     """Most tokens in one step, prompts and answers together."""
     max_num_seqs: int = 256

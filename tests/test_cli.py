@@ -69,7 +69,7 @@ def test_every_option_is_a_flag_a_file_key_and_a_variable(
             value: Any = (not default) if isinstance(default, bool) else 3 if isinstance(default, int) else "3"
             if field.name in ("gpu_memory_utilization", "swap_space", "shutdown_timeout"):
                 value = 3.0
-            if field.name in ("kv_cache_memory_bytes", "threads", "max_model_len"):
+            if field.name in ("kv_cache_memory_bytes", "threads", "max_model_len", "block_size"):
                 value = 3
             expected = ("3",) if field.name == "served_model_name" else value
             flag = "--" + field.name.replace("_", "-")

@@ -36,8 +36,6 @@ class Settings:
         utilization = DEFAULT_UTILIZATION[device.kind] if share is None else share
         if isinstance(utilization, bool) or not isinstance(utilization, (int, float)) or not 0 < utilization <= 1:
             raise InputError(f"--gpu-memory-utilization is {share!r}: a share of the memory, above 0 and at most 1, is needed")
-        if config.block_size not in BLOCK_SIZES or not isinstance(config.block_size, int):
-            raise InputError(f"--block-size is {config.block_size!r}: one of {', '.join(map(str, BLOCK_SIZES))} is needed")
         if config.kv_cache_memory_bytes is not None:
             _at_least_one("--kv-cache-memory-bytes", config.kv_cache_memory_bytes)
         if config.activation_dtype not in ACTIVATIONS:
@@ -47,7 +45,7 @@ class Settings:
         return cls(
             utilization=utilization,
             kv_bytes=config.kv_cache_memory_bytes,
-            block_size=config.block_size,
+            block_size=_block_size(config, device.kind),
             max_tokens=config.max_num_batched_tokens,
             max_seqs=config.max_num_seqs,
             max_len=parse_length(config.max_model_len),
@@ -67,6 +65,15 @@ def parse_length(value: int | str | None) -> int | None:
             "with a suffix if you like (32k = 32,000, 32K = 32,768), or auto"
         )
     return int(length)
+
+
+def _block_size(config: EngineConfig, device_kind: str) -> int:
+    """--block-size. Triton's attention takes up to 64 tokens at a time, and finds them with one look-up in blocks of 64."""
+    if config.block_size == "auto":
+        return 64 if device_kind == "cuda" and not config.reference_ops else 16
+    if config.block_size not in BLOCK_SIZES or not isinstance(config.block_size, int):
+        raise InputError(f"--block-size is {config.block_size!r}: auto or one of {', '.join(map(str, BLOCK_SIZES))} is needed")
+    return config.block_size
 
 
 def resolve_dtype(dtype: str, published: str, device_kind: str) -> str:

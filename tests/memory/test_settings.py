@@ -16,14 +16,23 @@ def test_defaults() -> None:
     assert Settings.from_config(EngineConfig(), CPU) == Settings(
         utilization=0.5, kv_bytes=None, block_size=16, max_tokens=2048, max_seqs=256, max_len=None
     )
-    assert Settings.from_config(EngineConfig(), CARD).utilization == 0.92
+    card = Settings.from_config(EngineConfig(), CARD)
+    assert (card.utilization, card.block_size) == (0.92, 64)
+
+
+def test_block_sizes() -> None:
+    """The number that was given; auto is the one that a device's attention likes best."""
+    for device in (CPU, CARD):
+        for size in (8, 16, 64, 256):
+            assert Settings.from_config(EngineConfig(block_size=size), device).block_size == size
+    assert Settings.from_config(EngineConfig(reference_ops=True), CARD).block_size == 16
 
 
 @pytest.mark.parametrize(
     ("field", "flag", "bad"),
     [
         ("gpu_memory_utilization", "--gpu-memory-utilization", (0, 0.0, -0.1, 1.0001, 1.5, math.nan, math.inf, "0.5", True)),
-        ("block_size", "--block-size", (0, -16, 1, 4, 24, 512, 16.0, "16")),
+        ("block_size", "--block-size", (0, -16, 1, 4, 24, 512, 16.0, "16", "Auto", None, True)),
         ("max_num_batched_tokens", "--max-num-batched-tokens", (0, -1, 2.5, True, "64")),
         ("max_num_seqs", "--max-num-seqs", (0, -1, 2.5, None)),
         ("kv_cache_memory_bytes", "--kv-cache-memory-bytes", (0, -1, 1e9, "4GiB")),
