@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops, Weight
-from kernels.triton import weights
+from kernels.triton import stack, weights
 from kernels.triton.argmax import argmax
 from kernels.triton.attention import attention
 from kernels.triton.elementwise import silu_mul
@@ -49,6 +49,7 @@ def make_ops(device: torch.device) -> Ops:
         silu_mul=silu_mul,
         argmax=argmax,
         kth_largest=kth_largest,
+        bind=partial(stack.bind, embedding=look_up, card=card),
         sample=sample,
     )
 

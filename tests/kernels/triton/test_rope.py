@@ -65,7 +65,7 @@ def test_rope_store(size: int, rotary: int, normed: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("size", "rotary"), [(64, 64), (48, 48), (80, 20), (18, 4), (256, 256)])
+@pytest.mark.parametrize(("size", "rotary"), [(64, 64), (48, 48), (80, 20), (18, 4)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_partial_sums(size: int, rotary: int, biased: bool, dtype: torch.dtype) -> None:
     """What a product that adds them up itself would have handed over, to the last bit."""
@@ -73,7 +73,7 @@ def test_partial_sums(size: int, rotary: int, biased: bool, dtype: torch.dtype) 
     batch, cache = step([(5, 2), (0, 3), (17, 1), (7, 0)], kv_heads=kv_heads, head_dim=size, dtype=dtype)
     width, other, table = (heads + 2 * kv_heads) * size, clone(cache), angles(rotary)
     bias = draw(width, dtype=torch.float32) if biased else None
-    for splits in (1, 2, 5):
+    for splits in (1, 3):
         parts, given = draw(splits, 6, width, dtype=torch.float32), norms(size, dtype, "qk" if biased else "")
         total = parts[0].clone()
         for part in (*parts[1:], *([] if bias is None else [bias])):

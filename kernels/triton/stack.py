@@ -1,0 +1,116 @@
+"""A whole model over its caches, with the partial sums of split products added by whoever reads them next.
+
+Few rows leave a card half empty, so products of few rows are cut along their inputs (kernels/tune.py). Adding the parts up is a
+launch of its own where operators are called one by one; here the next kernel does it while it reads them::
+
+    layer   x = norm(residual)   [T, hidden]
+            product qkv        -> parts [splits, T, (Hq + 2 Hkv) D] -> rope_store adds: q, and the cache
+            attention          -> [T, Hq D]
+            product o          -> parts [splits, T, hidden]         -> the norm adds: residual, x
+            product gate, up   -> parts                             -> finish adds: silu(gate) * up
+            product down       -> parts [splits, T, hidden]         -> the next layer's norm adds: residual, x
+
+That is ten launches a layer instead of thirteen (nine where attention is not split). A product that is not cut (many rows, dense
+weights) or whose weight is several takes the operators' way; results are the operators' own, in the same order of additions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.ops import Embedding, Forward, KVCache, Layer, Linear, Norm, PagedBatch, Stack, Weight
+from kernels.triton.attention import attention
+from kernels.triton.elementwise import silu_mul
+from kernels.triton.matmul import UNKNOWN, Card, matmul, partial_sums
+from kernels.triton.norm import add_rms_norm, rms_norm
+from kernels.triton.rope import rope_store, rope_store_sums
+from kernels.triton.weights import TritonWeight
+
+
+def bind(
+    stack: Stack, caches: Sequence[KVCache], *, max_tokens: int, embedding: Embedding, card: Card = UNKNOWN
+) -> Forward | None:
+    """As kernels.ops.Bind; None where a weight was packed for other operators. ``embedding`` looks up rows of the stack's table.
+
+    Nothing in a forward waits for the device, and what it launches depends on shapes, max_query and max_seq alone, so that it can
+    be recorded as a graph. ValueError for more than ``max_tokens`` tokens.
+    """
+    if not all(isinstance(weight, TritonWeight) for layer in stack.layers for weight in _weights(layer)):
+        return None
+    model = _Model(stack, tuple(caches), embedding, card)
+    if len(model.caches) != len(stack.layers):
+        raise ValueError(f"{len(model.caches)} caches for {len(stack.layers)} layers")
+
+    def forward(ids: Tensor, batch: PagedBatch) -> Tensor:
+        if ids.shape[0] > max_tokens:
+            raise ValueError(f"{ids.shape[0]} tokens, but at most {max_tokens} were said to come at once")
+        return model.forward(ids, batch)
+
+    return forward
+
+
+def _weights(layer: Layer) -> tuple[Weight, ...]:
+    return (*layer.qkv, layer.o, *layer.gate_up, layer.down)
+
+
+@dataclass(frozen=True)
+class _Model:
+    stack: Stack
+    caches: tuple[KVCache, ...]
+    embedding: Embedding
+    card: Card
+
+    def forward(self, ids: Tensor, batch: PagedBatch) -> Tensor:
+        layers, last = self.stack.layers, self.stack.norm.weight
+        norms = [*(layer.input_norm for layer in layers), last]
+        residual = self.embedding(ids, self.stack.embedding, last.dtype)
+        x = rms_norm(residual, norms[0], eps=self.stack.norm.eps)
+        for layer, cache, following in zip(layers, self.caches, norms[1:], strict=True):
+            q = self._queries(x, layer, cache, batch)
+            found = attention(
+                q,
+                cache,
+                batch,
+                scale=self.stack.head_dim**-0.5,
+                window=layer.window,
+                multiprocessors=self.card.multiprocessors,
+            )
+            x, residual = self._join(found.flatten(1), layer.o, residual, layer.post_norm)
+            x, residual = self._join(self._gated(x, layer), layer.down, residual, following)
+        return x
+
+    def _queries(self, x: Tensor, layer: Layer, cache: KVCache, batch: PagedBatch) -> Tensor:
+        """q [T, Hq, D], with keys and values in the cache."""
+        heads, cos_sin, eps = self.stack.heads, self.stack.cos_sin, self.stack.norm.eps
+        q_norm, k_norm = (None if weight is None else Norm(weight, eps) for weight in (layer.q_norm, layer.k_norm))
+        weight = layer.qkv[0]
+        parts = partial_sums(x, weight, card=self.card) if len(layer.qkv) == 1 else None
+        if parts is None:
+            return rope_store(self._linear(x, layer.qkv), heads, cache, batch, cos_sin, q_norm=q_norm, k_norm=k_norm)
+        return rope_store_sums(parts, bias_of(weight), heads, cache, batch, cos_sin, dtype=x.dtype, q_norm=q_norm, k_norm=k_norm)
+
+    def _join(self, x: Tensor, weight: Weight, residual: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """(the norm of the new residual, the new residual = x @ weight.T + bias + residual), [T, hidden] both."""
+        parts, eps = partial_sums(x, weight, card=self.card), self.stack.norm.eps
+        if parts is not None:
+            return add_rms_norm(parts, residual, norm, eps=eps, bias=bias_of(weight))
+        added = matmul(x, weight, residual=residual, card=self.card)
+        return rms_norm(added, norm, eps=eps), added
+
+    def _gated(self, x: Tensor, layer: Layer) -> Tensor:
+        """silu(gate) * up, [T, intermediate]."""
+        found = self._linear(x, layer.gate_up)
+        return found if len(layer.gate_up) == 1 else silu_mul(found)
+
+    def _linear(self, x: Tensor, weights: Linear) -> Tensor:
+        found = [matmul(x, weight, card=self.card) for weight in weights]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def bias_of(weight: Weight) -> Tensor | None:
+    assert isinstance(weight, TritonWeight)
+    return weight.bias

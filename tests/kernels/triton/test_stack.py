@@ -1,0 +1,229 @@
+"""A whole model in one call gives what the operators give one by one, and what the reference gives; its launches are counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.ops import KVCache, Layer, Linear, Ops, PagedBatch, Weight
+from models.decoder import Decoder
+from models.spec import ModelSpec
+from tests.kernels.paged import make_step
+from tests.kernels.triton.conftest import DEVICE
+from tests.kernels.triton.tensors import EXACT, poison  # noqa: F401
+from tests.kernels.weights import random_weight
+
+from kernels.triton import attention_decode, elementwise, matmul, norm, rope, tiled  # isort: skip  (the interpreter is chosen)
+from kernels.triton.ops import make_ops  # isort: skip
+from kernels.tune import Launch  # isort: skip
+
+LIMIT = {torch.float16: 1e-2, torch.bfloat16: 1e-1 if DEVICE == "cpu" else 3e-2}  # the interpreter cuts bfloat16 off
+STEPS = ([(20, 1), (0, 1), (35, 1), (129, 1)], [(16, 1), (0, 5), (15, 3)])
+LAYERS, VOCAB = 2, 50
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes, and in what it differs from the plainest."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    size: int = 32
+    hidden: int = 128
+    inner: int = 256
+    bits: int = 4
+    group: int | None = 64
+    bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+    act_order: bool = False
+    dense: bool = False
+    joined: bool = True
+
+
+SHAPES = {
+    "plain": Shape(),
+    "heads of 48, normed, biased": Shape(size=48, qk_norm=True, bias=True, hidden=200, inner=130),
+    "heads of 80, a window": Shape(heads=3, kv_heads=1, size=80, hidden=129, window=9),
+    "act-order and bytes": Shape(act_order=True, bits=8, group=None, bias=True),
+    "apart": Shape(joined=False),
+    "dense": Shape(dense=True),
+}
+
+
+def make_decoder(ops: Ops, shape: Shape, dtype: torch.dtype) -> Decoder:
+    """The same model for the same seed, whatever the operators."""
+    torch.manual_seed(0)
+    seeds = iter(range(1000))
+
+    def linear(N: int, K: int, **options: Any) -> Weight:
+        bias = torch.randn(N) if shape.bias else None
+        weight = random_weight(
+            N, K, bits=shape.bits, group_size=shape.group, act_order=shape.act_order, seed=next(seeds), scale_dtype=dtype
+        )
+        given = replace(weight, scales=weight.scales * (30 * K**-0.5 * 2 ** (4 - shape.bits)))
+        return ops.pack(given.dequantize() if shape.dense else given, dtype=dtype, bias=bias, **options)
+
+    def gain(n: int) -> Tensor:
+        return (1 + 0.1 * torch.randn(n)).to(dtype).to(ops.device)
+
+    def joined(sizes: tuple[int, ...], **options: Any) -> Linear:
+        if shape.joined:
+            return (linear(sum(sizes), shape.hidden, **options),)
+        return tuple(linear(size, shape.hidden) for size in sizes)
+
+    def layer(i: int) -> Layer:
+        queries, keys, window = shape.heads * shape.size, shape.kv_heads * shape.size, shape.window if i % 2 else None
+        return Layer(
+            gain(shape.hidden),
+            joined((queries, keys, keys)),
+            linear(shape.hidden, queries),
+            gain(shape.hidden),
+            joined((shape.inner, shape.inner), gated=True),
+            linear(shape.hidden, shape.inner),
+            *((gain(shape.size), gain(shape.size)) if shape.qk_norm else (None, None)),
+            window=window,
+        )
+
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.size,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
+    made = tuple(layer(i) for i in range(LAYERS))
+    return Decoder(
+        spec=ModelSpec.from_config(config),
+        ops=ops,
+        embedding=torch.randn(VOCAB, shape.hidden).to(dtype).to(ops.device),
+        layers=made,
+        norm=gain(shape.hidden),
+        head=linear(VOCAB, shape.hidden),
+        cos_sin=(torch.rand(256, shape.size) * 2 - 1).to(ops.device),
+        tied=False,
+    )
+
+
+def step(
+    sequences: list[tuple[int, int]], shape: Shape, dtype: torch.dtype
+) -> Callable[[torch.device], tuple[Tensor, PagedBatch, list[KVCache]]]:
+    """What brings the ids, the batch and fresh caches to a device."""
+    batch, cache = make_step(sequences, kv_heads=shape.kv_heads, head_dim=shape.size, dtype=dtype)
+    ids = torch.randint(VOCAB, (len(batch.positions),))
+
+    def on(device: torch.device) -> tuple[Tensor, PagedBatch, list[KVCache]]:
+        names = ("positions", "slots", "query_starts", "seq_lens", "block_tables")
+        moved = replace(batch, **{name: getattr(batch, name).to(device) for name in names})
+        caches = [KVCache(cache.k.to(device, copy=True), cache.v.to(device, copy=True)) for _ in range(LAYERS)]
+        return ids.to(device), moved, caches
+
+    return on
+
+
+def same(mine: list[KVCache], theirs: list[KVCache]) -> bool:
+    pairs = [pair for a, b in zip(mine, theirs, strict=True) for pair in ((a.k, b.k), (a.v, b.v))]
+    return all(torch.equal(ours.nan_to_num(7), others.nan_to_num(7)) for ours, others in pairs)
+
+
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product of few rows is cut in three, however small."""
+
+    def choose(*, rows: int, **shape: int) -> Launch:
+        return Launch(16, 128, 3 if rows <= 4 else 1, 4, 2)
+
+    monkeypatch.setattr(matmul, "choose", choose)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float16) for name in SHAPES), *((name, torch.bfloat16) for name in tuple(SHAPES)[:2])]
+)
+@pytest.mark.usefixtures("split")
+def test_one_call_is_the_operators_one_by_one(name: str, dtype: torch.dtype) -> None:
+    shape, cpu = SHAPES[name], torch.device("cpu")
+    ours, plain = make_decoder(make_ops(torch.device(DEVICE)), shape, dtype), make_decoder(reference.make_ops(cpu), shape, dtype)
+    for sequences in STEPS:
+        on = step(sequences, shape, dtype)
+        ids, batch, caches = on(ours.ops.device)
+        found = ours.bind(caches, max_tokens=64)(ids, batch)
+        other = on(ours.ops.device)[2]
+        one_by_one = ours.forward(ids, batch, other)
+        assert found.dtype == dtype and bool(found.isfinite().all())
+        if DEVICE == "cpu" and dtype in EXACT:
+            assert torch.equal(found, one_by_one) and same(caches, other)
+        expected = plain.forward(*on(cpu)).float()
+        for result in (found, one_by_one):
+            assert (result.float().cpu() - expected).abs().max() < LIMIT[dtype] * expected.abs().max()
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Of every kernel of a layer, by its name, from here on."""
+    counts: Counter[str] = Counter()
+
+    class Counted:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            counts[self.name] += 1
+            return self.kernel[grid]
+
+    kernels = [(tiled, "product"), (tiled, "finish"), (rope, "_rope_store"), (norm, "_rms_norm"), (elementwise, "_silu_mul")]
+    for module, name in [*kernels, (attention_decode, "_decode"), (attention_decode, "_merge")]:
+        monkeypatch.setattr(module, name, Counted(name, getattr(module, name)))
+    return counts
+
+
+@pytest.mark.usefixtures("split")
+def test_launches_of_a_decode_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten a layer, nine where a short context is not split, and one norm before the first; thirteen one by one."""
+    shape = Shape()
+    ours, dtype = make_decoder(make_ops(torch.device(DEVICE)), shape, torch.float16), torch.float16
+    counts = count_launches(monkeypatch)
+    for length, merges in ((300, 1), (30, 0)):
+        on = step([(length, 1)] * 2, shape, dtype)
+        ids, batch, caches = on(ours.ops.device)
+        bound = ours.bind(caches, max_tokens=64)
+        counts.clear()
+        bound(ids, batch)
+        a_layer = {"product": 4, "finish": 1, "_rope_store": 1, "_decode": 1, "_rms_norm": 2, "_merge": merges}
+        assert counts - Counter(_rms_norm=1) == +Counter({name: LAYERS * n for name, n in a_layer.items()})
+        counts.clear()
+        ours.forward(ids, batch, caches)
+        assert counts.total() - 1 == LAYERS * (12 + merges)
+
+
+def test_what_cannot_be_bound() -> None:
+    ours = make_ops(torch.device(DEVICE))
+    theirs = make_decoder(reference.make_ops(torch.device("cpu")), Shape(), torch.float16)
+    ids, batch, caches = step([(0, 4)], Shape(), torch.float16)(torch.device("cpu"))
+    assert ours.bind is not None
+    stack = replace(theirs, ops=replace(ours, bind=lambda stack, caches, *, max_tokens: stack)).bind(caches, max_tokens=4)
+    assert ours.bind(stack, caches, max_tokens=4) is None  # type: ignore[arg-type]
+    decoder = make_decoder(ours, Shape(), torch.float16)
+    with pytest.raises(ValueError, match="at most 3"):
+        decoder.bind(caches, max_tokens=3)(ids, batch)
+    with pytest.raises(ValueError, match="1 caches"):
+        decoder.bind(caches[:1], max_tokens=3)
+
+
+def test_no_tokens() -> None:
+    decoder = make_decoder(make_ops(torch.device(DEVICE)), Shape(), torch.float16)
+    on = step([], Shape(), torch.float16)
+    ids, batch, caches = on(decoder.ops.device)
+    assert decoder.bind(caches, max_tokens=3)(ids, batch).shape == (0, 128)
