@@ -1,15 +1,17 @@
-"""From a StepPlan to the tensors of one forward pass."""
+"""From a StepPlan to the arrays, and then the tensors, of one step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from appliance.core.request import Request
 from appliance.core.scheduler import Chunk
+from appliance.runtime.sampler import uniform
 from kernels.ops import PagedBatch
 
 
@@ -17,7 +19,7 @@ from kernels.ops import PagedBatch
 class StepArrays:
     """A step on the host: T tokens of S chunks, one after another."""
 
-    ids: np.ndarray  # int64 [T]
+    ids: np.ndarray  # int64 [T]; -1 - r: the token that row r of the step before samples
     positions: np.ndarray  # int64 [T]
     slots: np.ndarray  # int64 [T]
     starts: np.ndarray  # int32 [S + 1]
@@ -26,11 +28,18 @@ class StepArrays:
     max_query: int
 
     @classmethod
-    def build(cls, chunks: Sequence[Chunk], block_size: int) -> StepArrays:
-        """A step with 256 sequences takes a third of a millisecond, so what is done for each of them in Python is kept small."""
+    def build(cls, chunks: Sequence[Chunk], block_size: int, sampling: Mapping[Request, int] | None = None) -> StepArrays:
+        """``sampling``: the rows of the step before, for requests that have a token which is not known yet.
+
+        A step with 256 sequences takes a third of a millisecond, so what is done for each of them in Python is kept small.
+        """
         ids: list[int] = []
         for request, start, length, _ in chunks:
-            ids += request.tokens[start : start + length] if length > 1 else (request.tokens[start],)
+            if length > 1:
+                ids += request.tokens[start : start + length]
+            else:
+                tokens = request.tokens
+                ids.append(tokens[start] if start < len(tokens) else -1 - sampling[request])  # type: ignore[index]
         lengths = np.array([chunk.length for chunk in chunks])
         ends = lengths + [chunk.start for chunk in chunks]
         starts = np.zeros(len(chunks) + 1, dtype=np.int32)
@@ -46,19 +55,77 @@ class StepArrays:
         slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
         return cls(np.array(ids), positions, slots, starts, ends.astype(np.int32), tables, int(lengths.max()))
 
-    def tensors(self, device: torch.device) -> tuple[Tensor, PagedBatch]:
-        """(token ids, where they stand in the cache) on the device."""
+    def padded(self, size: int, width: int, spare: int, block_size: int) -> StepArrays:
+        """A step of single tokens with ``size`` sequences and tables of ``width`` blocks.
 
-        def tensor(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).to(device)
+        The new rows are a token each at the beginning of block ``spare``.
+        """
+        n, used = self.tables.shape
+        tables = np.full((size, width), spare, dtype=np.int32)
+        tables[:n, :used] = self.tables
 
-        batch = PagedBatch(
-            positions=tensor(self.positions),
-            slots=tensor(self.slots),
-            query_starts=tensor(self.starts),
-            seq_lens=tensor(self.ends),
-            block_tables=tensor(self.tables),
-            max_query=self.max_query,
-            max_seq=int(self.ends.max()),
+        def longer(values: np.ndarray, padding: int) -> np.ndarray:
+            return np.concatenate([values, np.full(size - n, padding, dtype=values.dtype)])
+
+        return StepArrays(
+            ids=longer(self.ids, 0),
+            positions=longer(self.positions, 0),
+            slots=longer(self.slots, spare * block_size),
+            starts=np.arange(size + 1, dtype=np.int32),
+            ends=longer(self.ends, 1),
+            tables=tables,
+            max_query=1,
         )
-        return tensor(self.ids), batch
+
+    @classmethod
+    def empty(cls) -> StepArrays:
+        long, short = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
+        return cls(long, long, long, np.zeros(1, dtype=np.int32), short, short.reshape(0, 0), max_query=1)
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """What ``batch`` wants on the device, in that order."""
+        return [self.ids, self.positions, self.slots, self.starts, self.ends, self.tables]
+
+    @property
+    def unknown(self) -> bool:
+        """Whether there are tokens that are not known yet."""
+        return bool((self.ids < 0).any())
+
+    def batch(self, tensors: Sequence[Tensor], max_seq: int | None = None) -> PagedBatch:
+        """Of the arrays, wherever they are now; ``max_seq`` bounds the lengths of sequences."""
+        longest = int(self.ends.max()) if max_seq is None else max_seq
+        _, positions, slots, starts, ends, tables = tensors
+        return PagedBatch(positions, slots, starts, ends, tables, self.max_query, longest)
+
+
+class Draws(NamedTuple):
+    """How R rows of logits become tokens, on the host; see kernels.ops.Sample."""
+
+    temperature: np.ndarray  # float32 [R]
+    top_k: np.ndarray  # int64 [R]
+    top_p: np.ndarray  # float64 [R]
+    min_p: np.ndarray  # float64 [R]
+    uniform: np.ndarray  # float64 [R]
+
+    @classmethod
+    def build(cls, chunks: Sequence[Chunk]) -> Draws:
+        """Of the chunks that sample."""
+        rows = len(chunks)
+        temperature, uniforms = np.zeros(rows, dtype=np.float32), np.zeros(rows)
+        top_k, top_p, min_p = np.zeros(rows, dtype=np.int64), np.ones(rows), np.zeros(rows)
+        for row, (request, start, length, _) in enumerate(chunks):
+            params = request.params
+            if not params.greedy:
+                temperature[row], uniforms[row] = params.temperature, uniform(request.seed, start + length)
+                top_k[row], top_p[row], min_p[row] = params.top_k, params.top_p, params.min_p
+        return cls(temperature, top_k, top_p, min_p, uniforms)
+
+    @property
+    def greedy(self) -> bool:
+        return not self.temperature.any()
+
+    @property
+    def cut(self) -> bool:
+        """Whether some row asks for top_k, top_p or min_p."""
+        return bool((self.top_k > 0).any() or (self.top_p < 1).any() or self.min_p.any())

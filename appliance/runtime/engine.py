@@ -20,7 +20,8 @@ from appliance.core.scheduler import Scheduler, StepPlan
 from appliance.memory.devices import cpu_threads
 from appliance.memory.planner import make_plan
 from appliance.runtime.graphs import CudaRecorder
-from appliance.runtime.runner import Runner, StepResult
+from appliance.runtime.runner import Flight, Runner, StepResult
+from appliance.runtime.staging import CudaLane
 from kernels.cpu import backend
 from kernels.ops import get_ops
 from models.loader import load_model
@@ -44,6 +45,8 @@ class Engine:
         self._counts: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
         self._failures = 0
+        self._flight: Flight | None = None  # the step under way
+        self._launched = self._landed = 0.0  # when it was, and when the one before did
         self._last_step = (0.0, 0)  # seconds, tokens
         self._process = psutil.Process()
 
@@ -80,8 +83,10 @@ class Engine:
             checkpoint.close()
         kernels = {"cpu-native": backend.name(), "cpu": "torch"}.get(ops.name, ops.name)
         log.info("loaded %s: %s kernels, activations in %s, head in %s", config.model, kernels, plan.dtype, plan.head)
-        recorder = CudaRecorder() if device.type == "cuda" and not config.enforce_eager else None
-        runner = Runner(decoder, plan, dtype=dtype, device=device, recorder=recorder)
+        on_card = device.type == "cuda"
+        recorder = CudaRecorder() if on_card and not config.enforce_eager else None
+        lane = CudaLane() if on_card else None
+        runner = Runner(decoder, plan, dtype=dtype, device=device, lane=lane, recorder=recorder)
         if ops.name == "cpu-native":
             torch.set_num_threads(1)  # what is left to torch is small, and the kernels' threads have the cores
         pool = BlockPool(plan.num_blocks, plan.kv.block_size)
@@ -104,7 +109,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._flight is not None
 
     def submit(self, submit: Submit) -> None:
         """Take a request, or raise RequestError when it can never be served."""
@@ -119,35 +124,57 @@ class Engine:
         return self._end(self.scheduler.abort(request_id, index), "abort")
 
     def step(self) -> list[Event]:
-        """Schedule, compute and commit one step. A step that fails ends its own requests with an error; the engine goes on."""
+        """Schedule, compute and commit one step. A step that fails ends its own requests with an error; the engine goes on.
+
+        Where the device works by itself, what is returned are the events of the step before, as this one is under way by then.
+        """
+        events = [] if self._flight is None or self._flight.open else self._land()
         plan = self.scheduler.schedule()
-        if not plan.chunks:
-            return []
-        begun = time.perf_counter()
         for request in plan.preempted:
             log.info("preempted %s/%d: the block pool is full; it will be computed again", *request.key)
+        begun, flight = time.perf_counter(), None
         try:
-            result = self.runner.run(plan, [self._scored(c.request) for c in plan.chunks])
+            if plan.chunks:
+                flight = self.runner.launch(plan, [self._scored(c.request) for c in plan.chunks])
         except (RuntimeError, MemoryError) as error:
-            return self._fail(plan, error)
+            return events + self._land() + self._fail(plan, error)
+        events += self._land()
+        self._flight, self._launched = flight, begun
+        return events if self.runner.runs_ahead else events + self._land()
+
+    def _land(self) -> list[Event]:
+        """Take the results of the step under way, if there is one."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        try:
+            result = flight.land()
+        except (RuntimeError, MemoryError) as error:
+            return self._fail(flight.plan, error)
         self._failures = 0
-        events = self._commit(plan, result)
-        self._last_step = (time.perf_counter() - begun, sum(c.length for c in plan.chunks))
+        events = self._commit(flight.plan, result)
+        now = time.perf_counter()
+        self._last_step = (now - max(self._launched, self._landed), flight.plan.num_tokens)
+        self._landed = now
         self._counts["steps"] += 1
         return events
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
+        """Requests that ended while the step ran take nothing of it."""
+        both = zip(plan.chunks, result.sampled, strict=True)
+        taken = [(chunk, one) for chunk, one in both if one is not None and not chunk.request.finished]
         for scores in result.prompt_scores:
             self._scores.setdefault(scores.request, [None]).extend(scores.logprobs)
         events: list[Event] = []
-        for chunk, one in zip(plan.chunks, result.sampled, strict=True):
-            fresh = min(chunk.start + chunk.length, chunk.request.prompt_len) - min(chunk.start, chunk.request.prompt_len)
-            self._counts["prompt_tokens"] += fresh
-            if one is not None and one.error is not None:
+        for chunk in plan.chunks:
+            prompt_len = chunk.request.prompt_len
+            self._counts["prompt_tokens"] += min(chunk.start + chunk.length, prompt_len) - min(chunk.start, prompt_len)
+        for chunk, one in taken:
+            if one.error is not None:
                 events += self._end(self.scheduler.abort(*chunk.request.key), "error", one.error)
         self.scheduler.commit(plan, [one.token if one is not None else None for one in result.sampled])
-        for chunk, one in zip(plan.chunks, result.sampled, strict=True):
-            if one is None or one.error is not None:
+        for chunk, one in taken:
+            if one.error is not None:
                 continue
             request = chunk.request
             self._counts["generation_tokens"] += 1

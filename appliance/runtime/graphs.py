@@ -1,8 +1,7 @@
 """Decode steps as recorded graphs: one for each of a few batch sizes, replayed instead of launching kernels one by one.
 
-A step of n sequences with a token each takes the smallest size >= n. Its inputs are copied, all in one piece, to where the graph
-reads them. Rows beyond n are padding: one token each of a sequence that lies in a spare block, which nobody owns; their results
-are dropped.
+A step of n sequences with a token each takes the smallest size >= n. Rows beyond n are padding: one token each of a sequence that
+lies in a spare block, which nobody owns; their results are dropped. Every size reads its inputs from where they are always sent.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from appliance.runtime.batch import StepArrays
-from kernels.ops import Forward, PagedBatch
+from kernels.ops import Forward
 
 
 class Recorder(Protocol):
@@ -24,9 +23,6 @@ class Recorder(Protocol):
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """(what repeats ``work``, the tensor that each repetition overwrites with its result)."""
-
-    def staging(self, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``size`` bytes on the host, from which copies to the device do not block, and as many on the device."""
 
 
 class CudaRecorder:
@@ -47,56 +43,11 @@ class CudaRecorder:
             result = work()
         return graph.replay, result
 
-    def staging(self, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.empty(size, dtype=torch.uint8, device=device)
-
 
 def capture_sizes(most: int) -> tuple[int, ...]:
     """Batch sizes up to ``most`` sequences: 1, 2, 4, steps of 8 to 128, then of 16; little of a large batch is padding."""
     sizes = [1, 2, 4, *range(8, 129, 8), *range(144, most + 16, 16)]
     return tuple(sorted({min(size, most) for size in sizes}))
-
-
-class Inputs:
-    """A graph's inputs, in one stretch of memory on the host and its twin on the device."""
-
-    def __init__(self, size: int, width: int, spare: int, block_size: int, recorder: Recorder, device: torch.device) -> None:
-        self.size, self.width, self.spare, self.spare_slot = size, width, spare, spare * block_size
-        self._wide = 3 * size * 8  # bytes of what has 64 bits
-        self._host, self._device = recorder.staging(self._wide + (size + 1 + size + size * width) * 4, device)
-        names = ("ids", "positions", "slots", "starts", "ends", "tables")
-        self._arrays = {name: part.numpy() for name, part in zip(names, self._parts(self._host), strict=True)}
-        self._arrays["starts"][:] = np.arange(size + 1)
-        self._arrays["ids"][:] = 0
-        self._arrays["tables"][:] = spare
-        self._rows = size  # the first ones, which may hold something else than padding
-        self.ids, positions, slots, starts, ends, tables = self._parts(self._device)
-        # max_seq bounds what any step may bring: a graph has one shape.
-        self.batch = PagedBatch(positions, slots, starts, ends, tables, max_query=1, max_seq=width * block_size)
-        self.fill(None)
-
-    def _parts(self, memory: Tensor) -> tuple[Tensor, ...]:
-        size = self.size
-        ids, positions, slots = memory[: self._wide].view(torch.int64).view(3, size).unbind()
-        starts, ends, tables = memory[self._wide :].view(torch.int32).split([size + 1, size, size * self.width])
-        return ids, positions, slots, starts, ends, tables.view(size, self.width)
-
-    def fill(self, step: StepArrays | None) -> None:
-        """Put a step (None: padding alone) into the host's copy, and send it.
-
-        The copy sent before must have arrived: it has, once the tokens of its step are known.
-        """
-        to, n = self._arrays, 0
-        if step is not None:
-            n, used = len(step.ids), step.tables.shape[1]
-            to["ids"][:n], to["positions"][:n], to["slots"][:n] = step.ids, step.positions, step.slots
-            to["ends"][:n], to["tables"][:n, :used] = step.ends, step.tables
-        if n < self._rows:
-            stale = slice(n, self._rows)
-            to["positions"][stale], to["slots"][stale], to["ends"][stale] = 0, self.spare_slot, 1
-            to["tables"][stale, 0] = self.spare
-        self._rows = n
-        self._device.copy_(self._host, non_blocking=True)
 
 
 class DecodeGraphs:
@@ -111,22 +62,27 @@ class DecodeGraphs:
         spare_block: int,
         block_size: int,
         recorder: Recorder,
-        device: torch.device,
+        send: Callable[[Sequence[np.ndarray]], list[Tensor]],
     ) -> None:
+        """``send`` takes a step's arrays to the device, those of the same shapes always to the same place."""
         self.sizes = tuple(sorted(sizes))
-        self._graphs: dict[int, tuple[Inputs, Callable[[], None], Tensor]] = {}
+        self._shape = (table_width, spare_block, block_size)
+        self._graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
         for size in reversed(self.sizes):
-            inputs = Inputs(size, table_width, spare_block, block_size, recorder, device)
-            replay, hidden = recorder.record(lambda inputs=inputs: forward(inputs.ids, inputs.batch))  # type: ignore[misc]
-            self._graphs[size] = (inputs, replay, hidden)
+            step = StepArrays.empty().padded(size, *self._shape)
+            tensors = send(step.arrays)
+            # A graph has one shape: max_seq bounds what any step may bring.
+            batch = step.batch(tensors, max_seq=table_width * block_size)
+            self._graphs[size] = recorder.record(lambda ids=tensors[0], batch=batch: forward(ids, batch))  # type: ignore[misc]
 
-    def takes(self, step: StepArrays) -> bool:
-        return step.max_query == 1 and len(step.ids) <= self.sizes[-1]
+    def prepare(self, step: StepArrays) -> StepArrays | None:
+        """The step as it has to be sent before ``replay``; None where there is no graph for it."""
+        if step.max_query > 1 or len(step.ids) > self.sizes[-1]:
+            return None
+        return step.padded(self.sizes[bisect_left(self.sizes, len(step.ids))], *self._shape)
 
-    def run(self, step: StepArrays) -> Tensor:
-        """Hidden states [T, hidden] of a step that ``takes`` says yes to; the next run overwrites them."""
-        n = len(step.ids)
-        inputs, replay, hidden = self._graphs[self.sizes[bisect_left(self.sizes, n)]]
-        inputs.fill(step)
-        replay()
-        return hidden[:n]
+    def replay(self, step: StepArrays) -> Tensor:
+        """Hidden states [T, hidden] of a prepared step; the next run overwrites them."""
+        run, hidden = self._graphs[len(step.ids)]
+        run()
+        return hidden

@@ -1,21 +1,28 @@
-"""Runs one planned step on the device: batch, forward, logits in slices of fixed size, sampling."""
+"""Runs planned steps on the device: batch, forward, logits in slices of fixed size, sampling.
+
+A step is launched, and later landed. Where the device works by itself and draws the tokens too, the next step is launched before
+the last one lands: its inputs are those that the host knows, and the tokens that it does not know yet are already there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from appliance.core.messages import TokenLogprob
 from appliance.core.request import Request
 from appliance.core.scheduler import Chunk, StepPlan
+from appliance.memory.inputs import input_bytes
 from appliance.memory.planner import LOGIT_ROWS, MemoryPlan
-from appliance.runtime.batch import StepArrays
+from appliance.runtime.batch import Draws, StepArrays
 from appliance.runtime.graphs import DecodeGraphs, Recorder, capture_sizes
-from appliance.runtime.sampler import Sampled, sample, token_logprobs
-from kernels.ops import KVCache
+from appliance.runtime.sampler import Sampled, draws_on_device, sample, token_logprobs
+from appliance.runtime.staging import Lane, Staging, send_at_once
+from kernels.ops import KVCache, Ops
 from models.decoder import Decoder
 
 
@@ -34,62 +41,139 @@ class StepResult:
     prompt_scores: tuple[PromptScores, ...]
 
 
+@dataclass(frozen=True)
+class Flight:
+    """A step under way."""
+
+    plan: StepPlan
+    rows: dict[Request, int]  # whose token is which of ``tokens``
+    tokens: Tensor  # int64, on the host; written once ``wait`` returns
+    wait: Callable[[], None]
+    drawn: dict[Request, Sampled]  # on the host, while the step was launched
+    prompt_scores: tuple[PromptScores, ...]
+
+    @property
+    def open(self) -> bool:
+        """Whether the next step can be launched before this one lands: all that it asks of the host is done."""
+        return not self.drawn and not self.prompt_scores
+
+    def land(self) -> StepResult:
+        """Wait for the device, and take the tokens. RuntimeError where it failed."""
+        self.wait()
+        tokens = self.tokens.tolist()
+        found: list[Sampled | None] = []
+        for chunk in self.plan.chunks:
+            row = self.rows.get(chunk.request)
+            found.append(self.drawn.get(chunk.request) if row is None else Sampled.of(tokens[row]))
+        return StepResult(sampled=tuple(found), prompt_scores=self.prompt_scores)
+
+
 class Runner:
     """Owns the model and its KV cache. Everything that lasts is allocated here, before the first request."""
 
     def __init__(
-        self, decoder: Decoder, plan: MemoryPlan, *, dtype: torch.dtype, device: torch.device, recorder: Recorder | None = None
+        self,
+        decoder: Decoder,
+        plan: MemoryPlan,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        lane: Lane | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        """``recorder``: steps of single tokens are recorded with it, here, and replayed."""
+        """``lane``: how a device that works by itself is told; ``recorder``: steps of single tokens are recorded and replayed."""
         self.decoder, self.device, self.block_size = decoder, device, plan.kv.block_size
+        self.runs_ahead = lane is not None and decoder.ops.sample is not None
         spare = 0 if recorder is None else 1  # a block for what fills up recorded steps
         self.caches = allocate_caches(plan, plan.num_blocks + spare, dtype=dtype, device=device)
         self._forward = decoder.bind(self.caches, max_tokens=plan.max_num_batched_tokens)
-        self._graphs = None if recorder is None else self._record(plan, recorder)
+        self._staging = None if lane is None else Staging(_input_bytes(plan), lane, device)
         # Not made anew for each step: the system would clear its pages each time, which takes longer than to write logits there.
         self._out = torch.zeros(plan.logit_rows, decoder.spec.vocab, dtype=torch.float32, device=device)
+        self._tokens = torch.zeros(plan.max_num_seqs, dtype=torch.int64, device=device)  # drawn by the last step
+        self._answers = [self._tokens] if lane is None else [lane.pinned(self._tokens.nbytes).view(torch.int64) for _ in range(2)]
+        self._mark: Callable[[], Callable[[], None]] = (lambda: _nothing_to_wait_for) if lane is None else lane.mark
+        self._rows: dict[Request, int] = {}  # whose token is where in ``_tokens``
+        self._graphs = None if recorder is None else self._record(plan, recorder)
 
     @torch.inference_mode()
     def _record(self, plan: MemoryPlan, recorder: Recorder) -> DecodeGraphs:
         return DecodeGraphs(
-            self._forward,
+            lambda ids, batch: self._forward(self._known(ids), batch),
             sizes=capture_sizes(plan.max_num_seqs),
             table_width=plan.kv.blocks(plan.max_model_len),
             spare_block=plan.num_blocks,
             block_size=self.block_size,
             recorder=recorder,
-            device=self.device,
+            send=self._send,
         )
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, scored: Sequence[int]) -> StepResult:
-        """Execute a plan. ``scored[i]`` says how many prompt tokens of chunk i's request have their log-probabilities already."""
-        step = StepArrays.build(plan.chunks, self.block_size)
-        if self._graphs is not None and self._graphs.takes(step):
-            hidden = self._graphs.run(step)
-        else:
-            hidden = self._forward(*step.tensors(self.device))
-        scores = []
-        if any(c.request.params.prompt_logprobs is not None for c in plan.chunks):
-            rows = hidden.split([c.length for c in plan.chunks])
-            scores = [self._score_prompt(c, own, n) for c, own, n in zip(plan.chunks, rows, scored, strict=True)]
-        last = hidden if step.max_query == 1 else hidden[torch.from_numpy(step.starts[1:] - 1).to(self.device)]
-        return StepResult(sampled=self._sample(plan.chunks, last), prompt_scores=tuple(s for s in scores if s))
+    def launch(self, plan: StepPlan, scored: Sequence[int]) -> Flight:
+        """Start a plan. ``scored[i]`` says how many prompt tokens of chunk i's request have their log-probabilities already.
 
-    def _sample(self, chunks: Sequence[Chunk], last: Tensor) -> tuple[Sampled | None, ...]:
-        """Tokens after ``last`` [chunks, hidden], the hidden states of each chunk's last row."""
-        out: list[Sampled | None] = [None] * len(chunks)
+        Before the step launched last has landed, only where that one is ``open`` and this runner ``runs_ahead``.
+        """
+        chunks, on_device = plan.chunks, self.decoder.ops.sample is not None
+        step = StepArrays.build(chunks, self.block_size, self._rows)
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        last = (step.starts[1:] - 1)[[chunk.samples for chunk in chunks]].astype(np.int64)
+        draws = Draws.build(sampling) if on_device else None
+        recorded = None if self._graphs is None else self._graphs.prepare(step)
+        sent = self._send([*(recorded or step).arrays, last, *(draws or ())])
+        hidden = self._hidden(step, recorded, sent)
+        scores = []
+        if any(c.request.params.prompt_logprobs is not None for c in chunks):
+            rows = hidden.split([c.length for c in chunks])
+            scores = [self._score_prompt(c, own, n) for c, own, n in zip(chunks, rows, scored, strict=True)]
+        if len(step.ids) > len(sampling):
+            hidden = hidden[sent[len(step.arrays)]]
+        drawn = self._draw(sampling, hidden, draws, sent[len(step.arrays) + 1 :])
+        self._rows = {chunk.request: row for row, chunk in enumerate(sampling) if chunk.request not in drawn}
+        self._answers.reverse()
+        answer = self._answers[0][: len(sampling)]
+        if self._rows:
+            answer.copy_(self._tokens[: len(sampling)], non_blocking=True)
+        return Flight(plan, self._rows, answer, self._mark(), drawn, tuple(s for s in scores if s))
+
+    def _send(self, arrays: Sequence[np.ndarray]) -> list[Tensor]:
+        return send_at_once(arrays, self.device) if self._staging is None else self._staging.send(arrays)
+
+    def _hidden(self, step: StepArrays, recorded: StepArrays | None, sent: Sequence[Tensor]) -> Tensor:
+        """Hidden states [T, hidden] of a step whose arrays (as they were recorded, where they were) have been sent."""
+        if recorded is not None and self._graphs is not None:
+            return self._graphs.replay(recorded)[: len(step.ids)]
+        arrays = sent[: len(step.arrays)]
+        ids = self._known(arrays[0]) if step.unknown else arrays[0]
+        return self._forward(ids, step.batch(arrays))
+
+    def _known(self, ids: Tensor) -> Tensor:
+        """Token ids, with what the step before drew in place of -1 - row. One that it could not draw is 0: its request ends."""
+        return torch.where(ids < 0, self._tokens[(-1 - ids).clamp_(min=0)], ids).clamp_(min=0)
+
+    def _draw(
+        self, sampling: Sequence[Chunk], last: Tensor, draws: Draws | None, sent: Sequence[Tensor]
+    ) -> dict[Request, Sampled]:
+        """Draw a token after each of ``last`` [R, hidden]: into ``_tokens``, or, for what is returned, on the host.
+
+        ``sent``: the draws on the device, or nothing where all are the host's.
+        """
+        drawn: dict[Request, Sampled] = {}
         ops = self.decoder.ops
-        rows = [i for i, c in enumerate(chunks) if c.samples]
-        if len(rows) < len(chunks):
-            last = last[torch.tensor(rows, dtype=torch.int64, device=self.device)]
-        for first in range(0, len(rows), LOGIT_ROWS):
-            part = rows[first : first + LOGIT_ROWS]
-            logits = self._logits(last[first : first + len(part)])
-            found = sample(logits, [chunks[i].request for i in part], argmax=ops.argmax, kth=ops.kth_largest)
-            for i, one in zip(part, found, strict=True):
-                out[i] = one
-        return tuple(out)
+        for first in range(0, len(sampling), LOGIT_ROWS):
+            requests = [chunk.request for chunk in sampling[first : first + LOGIT_ROWS]]
+            rows = slice(first, first + len(requests))
+            logits = self._logits(last[rows])
+            own = [draws is None or not draws_on_device(request) for request in requests]
+            if draws is not None and not all(own):
+                self._tokens[rows] = _draw_rows(ops, logits, draws, [t[rows] for t in sent])
+            if all(own):
+                drawn.update(zip(requests, sample(logits, requests, argmax=ops.argmax, kth=ops.kth_largest), strict=True))
+            elif any(own):
+                for row, request, mine in zip(logits.split(1), requests, own, strict=True):
+                    if mine:
+                        drawn[request] = sample(row, [request], argmax=ops.argmax, kth=ops.kth_largest)[0]
+        return drawn
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, V] for at most LOGIT_ROWS rows; they last until they are asked for again."""
@@ -109,6 +193,26 @@ class Runner:
             wanted = [request.params.prompt_logprobs] * (b - a)
             found += token_logprobs(logits, request.tokens[a:b], wanted, kth=self.decoder.ops.kth_largest)
         return PromptScores(request, first, tuple(found)) if found else None
+
+
+def _draw_rows(ops: Ops, logits: Tensor, draws: Draws, sent: Sequence[Tensor]) -> Tensor:
+    """One token a row, int64 [R], -1 where there is none to draw; few different launches, as each has to be compiled before."""
+    temperature, top_k, top_p, min_p, uniform = sent
+    if draws.greedy:
+        best, tokens = ops.argmax(logits)
+        return torch.where(best.isfinite(), tokens, -1)
+    assert ops.sample is not None
+    if draws.cut:
+        return ops.sample(logits, temperature, top_k, top_p, min_p, uniform)
+    return ops.sample(logits, temperature, None, None, None, uniform)
+
+
+def _nothing_to_wait_for() -> None:
+    """A device that has done what it was told has nothing else under way."""
+
+
+def _input_bytes(plan: MemoryPlan) -> int:
+    return input_bytes(max(plan.max_num_batched_tokens, plan.max_num_seqs), plan.max_num_seqs, plan.kv.blocks(plan.max_model_len))
 
 
 def allocate_caches(plan: MemoryPlan, blocks: int, *, dtype: torch.dtype, device: torch.device) -> list[KVCache]:

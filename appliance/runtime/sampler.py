@@ -17,6 +17,7 @@ from appliance.runtime.penalties import adjust, touches_logits
 from kernels import reference
 from kernels.ops import ArgMax, KthLargest
 
+NOT_FINITE = "the model produced logits that are not finite numbers"
 _LIKELY = 512  # tokens in which a nucleus is looked for first
 _BLOCK = 128  # probabilities summed together, so that a draw needs no cumulative sum over the whole vocabulary
 
@@ -28,6 +29,11 @@ class Sampled:
     token: int
     logprob: TokenLogprob | None = None
     error: str | None = None
+
+    @classmethod
+    def of(cls, token: int) -> Sampled:
+        """Of a token that was drawn on the device: -1 is none."""
+        return cls(token, error=NOT_FINITE if token < 0 else None)
 
 
 def sample(
@@ -49,7 +55,7 @@ def sample(
     out = []
     for i, request in enumerate(requests):
         if math.isnan(best[i]) or best[i] == math.inf:
-            out.append(Sampled(-1, error="the model produced logits that are not finite numbers"))
+            out.append(Sampled(-1, error=NOT_FINITE))
         elif easy[i] and best[i] > -math.inf:
             out.append(Sampled(picks[i]))
         else:
@@ -67,8 +73,13 @@ def token_logprobs(
     return [_row_logprob(row, token, k, kth) for row, token, k in zip(logits.unbind(), token_ids, top, strict=True)]
 
 
+def draws_on_device(request: Request) -> bool:
+    """Whether the request's row of logits, as it is, and a few numbers (kernels.ops.Sample) are all that its next token needs."""
+    return request.params.logprobs is None and not touches_logits(request)
+
+
 def _is_plain_greedy(request: Request) -> bool:
-    return request.params.greedy and request.params.logprobs is None and not touches_logits(request)
+    return request.params.greedy and draws_on_device(request)
 
 
 def _sample_row(row: Tensor, request: Request, kth: KthLargest) -> Sampled:

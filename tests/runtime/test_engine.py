@@ -14,7 +14,7 @@ from appliance.core.messages import Submit
 from appliance.core.params import RequestError, SamplingParams
 from appliance.core.scheduler import StepPlan
 from appliance.runtime.engine import MAX_FAILURES, Engine
-from appliance.runtime.runner import StepResult
+from appliance.runtime.runner import Flight
 from kernels.cpu import backend
 from models.decoder import Decoder
 from quant.errors import InputError
@@ -217,23 +217,23 @@ def test_refused_at_the_door(load: Load, ids: list[int], params: dict, param: st
 
 def test_a_failing_step_ends_its_own_requests_only(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load()
-    run, broken = engine.runner.run, [True]
+    launch, broken = engine.runner.launch, [True]
 
-    def fail_once(plan: StepPlan, scored: list[int]) -> StepResult:
+    def fail_once(plan: StepPlan, scored: list[int]) -> Flight:
         if broken and broken.pop():
             raise RuntimeError("no memory for this step")
-        return run(plan, scored)
+        return launch(plan, scored)
 
-    monkeypatch.setattr(engine.runner, "run", fail_once)
+    monkeypatch.setattr(engine.runner, "launch", fail_once)
     engine.submit(submit("unlucky", [3, 4]))
     events = engine.step()
     assert events[0].finish_reason == "error" and "no memory for this step" in (events[0].error or "")
     assert answers(engine, [submit("lucky", [3, 4])])
 
-    def fail_always(plan: StepPlan, scored: list[int]) -> StepResult:
+    def fail_always(plan: StepPlan, scored: list[int]) -> Flight:
         raise RuntimeError("broken for good")
 
-    monkeypatch.setattr(engine.runner, "run", fail_always)
+    monkeypatch.setattr(engine.runner, "launch", fail_always)
     for i in range(MAX_FAILURES - 1):
         engine.submit(submit(f"f{i}", [3, 4]))
         engine.step()

@@ -1,4 +1,4 @@
-"""Recorded decode steps: what is copied, padded and dropped, with a recorder that runs on the CPU."""
+"""Recorded decode steps: what is sent, padded and dropped, with a recorder that runs on the CPU."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from appliance.runtime.batch import StepArrays
 from appliance.runtime.engine import Engine
 from appliance.runtime.graphs import DecodeGraphs, capture_sizes
 from appliance.runtime.runner import Runner
+from appliance.runtime.staging import Staging
 from kernels.ops import PagedBatch
 from tests.runtime.conftest import answers, submit
+from tests.runtime.fake_lane import FakeLane
 
 Load = Callable[..., Engine]
 
@@ -40,9 +42,6 @@ class FakeRecorder:
 
         return replay, result
 
-    def staging(self, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        return torch.full((size,), 0x5A, dtype=torch.uint8), torch.full((size,), 0x5A, dtype=torch.uint8)
-
 
 def recorded(engine: Engine, recorder: FakeRecorder) -> Engine:
     """The same engine with a runner that records its decode steps."""
@@ -56,7 +55,10 @@ def recorded(engine: Engine, recorder: FakeRecorder) -> Engine:
     )
     plan = make_plan(Path(engine.info.directory), config)
     assert plan.num_blocks == engine.scheduler.pool.num_blocks
-    engine.runner = Runner(engine.runner.decoder, plan, dtype=torch.float32, device=torch.device("cpu"), recorder=recorder)
+    lane = FakeLane()
+    engine.runner = Runner(
+        engine.runner.decoder, plan, dtype=torch.float32, device=torch.device("cpu"), lane=lane, recorder=recorder
+    )
     return engine
 
 
@@ -98,8 +100,9 @@ def test_inputs_are_as_said() -> None:
         seen.append((ids.clone(), PagedBatch(*(t.clone() for t in tensors(batch)), batch.max_query, batch.max_seq)))
         return ids.float().unsqueeze(1)
 
+    staging = Staging(1 << 12, FakeLane(), torch.device("cpu"))
     graphs = DecodeGraphs(
-        forward, sizes=(4, 8), table_width=6, spare_block=99, block_size=16, recorder=FakeRecorder(), device=torch.device("cpu")
+        forward, sizes=(4, 8), table_width=6, spare_block=99, block_size=16, recorder=FakeRecorder(), send=staging.send
     )
     assert len(seen) == 2
     for n, width in ((3, 6), (8, 2), (1, 1), (5, 3), (4, 4), (2, 2)):
@@ -112,8 +115,10 @@ def test_inputs_are_as_said() -> None:
             tables=np.arange(n * width, dtype=np.int32).reshape(n, width),
             max_query=1,
         )
-        assert graphs.takes(step)
-        assert graphs.run(step).tolist() == [[i + 7.0] for i in range(n)]
+        prepared = graphs.prepare(step)
+        assert prepared is not None
+        staging.send([*prepared.arrays, np.arange(n, dtype=np.int64)])  # what comes behind moves nothing
+        assert graphs.replay(prepared)[:n].tolist() == [[i + 7.0] for i in range(n)]
         ids, batch = seen[-1]
         size = 4 if n <= 4 else 8
         assert ids.shape == (size,) and batch.max_query == 1 and batch.max_seq == 96
@@ -123,8 +128,8 @@ def test_inputs_are_as_said() -> None:
         assert batch.seq_lens.tolist() == [16 * width] * n + [1] * (size - n)
         assert batch.block_tables[:n, :width].tolist() == step.tables.tolist()
         assert batch.block_tables[n:, 0].tolist() == [99] * (size - n)
-    assert not graphs.takes(StepArrays(*[np.zeros(9)] * 6, max_query=1))
-    assert not graphs.takes(StepArrays(*[np.zeros(2)] * 6, max_query=2))
+    assert graphs.prepare(StepArrays(*[np.zeros(9)] * 6, max_query=1)) is None
+    assert graphs.prepare(StepArrays(*[np.zeros(2)] * 6, max_query=2)) is None
 
 
 def tensors(batch: PagedBatch) -> tuple[Tensor, ...]:
