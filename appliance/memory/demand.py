@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from appliance.config import EngineConfig
+from appliance.memory.devices import DeviceInfo
 from appliance.memory.modules import NATIVE, Loaded, Machinery, ends, layer_weights
 from appliance.memory.settings import ITEM_SIZE
 from kernels import layout
@@ -40,7 +41,7 @@ class Demand:
     head: str = "as published"  # what the output head is stored as, in words
 
     @classmethod
-    def read(cls, directory: Path, config: EngineConfig, device: str) -> Demand:
+    def read(cls, directory: Path, config: EngineConfig, device: DeviceInfo) -> Demand:
         """Raises InputError (CheckpointError) for a checkpoint that is damaged or not supported."""
         settings, scheme = read_scheme(CheckpointIndex.open(directory), config.quantization)
         spec = ModelSpec.from_config(settings)

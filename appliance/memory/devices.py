@@ -23,6 +23,12 @@ class DeviceInfo:
     name: str
     total: int
     available: int
+    capability: int | None = None  # of a card: 75, 80, 86, 89, 90, 100, 120; None where nothing told it
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether it computes in bfloat16: cards do so from sm_80 on."""
+        return self.capability is None or self.capability >= 80
 
 
 def this_device(kind: str) -> DeviceInfo:
@@ -90,7 +96,7 @@ def _cpu_name() -> str:
 
 
 def _first_card() -> DeviceInfo:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits", "--id=0"]
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,memory.free", "--format=csv,noheader,nounits", "--id=0"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -98,11 +104,17 @@ def _first_card() -> DeviceInfo:
     return parse_card(answer)
 
 
+def _capability(text: str) -> int | None:
+    """8.9 -> 89; None for what an odd driver says instead."""
+    major, dot, minor = text.partition(".")
+    return 10 * int(major) + int(minor) if dot and major.isdecimal() and minor.isdecimal() else None
+
+
 def parse_card(answer: str) -> DeviceInfo:
-    """The first card of nvidia-smi's answer: name, total and free memory in MiB, separated by commas."""
+    """The first card of nvidia-smi's answer: name, compute capability, total and free memory in MiB, separated by commas."""
     try:
-        name, total, free = (part.strip() for part in answer.splitlines()[0].rsplit(",", 2))
-        return DeviceInfo("cuda", name, int(total) * MIB, int(free) * MIB)
+        name, capability, total, free = (part.strip() for part in answer.splitlines()[0].rsplit(",", 3))
+        return DeviceInfo("cuda", name, int(total) * MIB, int(free) * MIB, _capability(capability))
     except (IndexError, ValueError):
         raise InputError(
             f"--device cuda: nvidia-smi says {answer.strip()!r:.80}, which names no card; use --device cpu"

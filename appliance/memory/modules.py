@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from appliance.config import EngineConfig
-from appliance.memory.devices import cpu_threads
+from appliance.memory.devices import DeviceInfo, cpu_threads
 from appliance.memory.settings import ITEM_SIZE, resolve_dtype
 from kernels import layout
 from models.spec import ModelSpec, ModuleShape
@@ -32,9 +32,9 @@ class Machinery:
     threads: int = 1
 
     @classmethod
-    def choose(cls, config: EngineConfig, published: str, device: str) -> Machinery:
+    def choose(cls, config: EngineConfig, published: str, device: DeviceInfo) -> Machinery:
         """For a checkpoint ``published`` in that dtype. Raises InputError for options that do not exist."""
-        ops, dtype = layout.ops_name(device, reference=config.reference_ops), resolve_dtype(config.dtype, published, device)
+        ops, dtype = layout.ops_name(device.kind, reference=config.reference_ops), resolve_dtype(config.dtype, published, device)
         return cls(
             ops=ops,
             dtype=dtype,

@@ -23,7 +23,7 @@ def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None =
     if device is None:
         device = this_device("cpu" if config.device == "auto" else config.device)
     settings = Settings.from_config(config, device)
-    demand = Demand.read(Path(directory), config, device.kind)
+    demand = Demand.read(Path(directory), config, device)
     try:
         return fit(demand, settings, device)
     except PlanError as error:

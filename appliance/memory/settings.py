@@ -76,19 +76,24 @@ def _block_size(config: EngineConfig, device_kind: str) -> int:
     return config.block_size
 
 
-def resolve_dtype(dtype: str, published: str, device_kind: str) -> str:
+def resolve_dtype(dtype: str, published: str, device: DeviceInfo) -> str:
     """The type of activations and KV cache.
 
     auto: on a CPU bfloat16 for checkpoints published in 16 bits (it has no overflow, and CPUs multiply it) and float32 for those
-    published in float32; on a card the published one, float16 where that is float32.
+    published in float32; on a card the published one, float16 where that is float32 or the card has no bfloat16. InputError for a
+    type that does not exist, or that the card does not have.
     """
     if dtype != "auto":
         if dtype not in _DTYPES:
             raise InputError(f"--dtype {dtype!r} is not known; auto, float16 (half), bfloat16 and float32 (float) are")
+        if _DTYPES[dtype] == "bfloat16" and not device.bfloat16:
+            raise InputError(
+                f"--dtype bfloat16: {device.name} (sm_{device.capability}) has no bfloat16; use --dtype float16, or float32"
+            )
         return _DTYPES[dtype]
-    if device_kind == "cpu":
+    if device.kind == "cpu":
         return "float32" if published == "float32" else "bfloat16"
-    return "float16" if published == "float32" else published
+    return "float16" if published == "float32" or not device.bfloat16 else published
 
 
 def _at_least_one(flag: str, value: object) -> None:

@@ -75,9 +75,11 @@ def test_the_cpu_has_what_the_machine_has_or_the_group_allows(monkeypatch: pytes
 
 
 def test_a_card_as_nvidia_smi_describes_it() -> None:
-    answer = "NVIDIA GeForce RTX 4090, 24564, 23010\nNVIDIA GeForce RTX 3090, 24576, 1\n"
-    assert parse_card(answer) == DeviceInfo("cuda", "NVIDIA GeForce RTX 4090", 24564 * MIB, 23010 * MIB)
-    for text in ("", "No devices were found\n", "card, [N/A], 5"):
+    answer = "NVIDIA GeForce RTX 4090, 8.9, 24564, 23010\nNVIDIA GeForce RTX 3090, 8.6, 24576, 1\n"
+    assert parse_card(answer) == DeviceInfo("cuda", "NVIDIA GeForce RTX 4090", 24564 * MIB, 23010 * MIB, capability=89)
+    assert parse_card("RTX PRO, 12.0, 97887, 97000").capability == 120
+    assert parse_card("some, new card, [N/A], 5, 4") == DeviceInfo("cuda", "some, new card", 5 * MIB, 4 * MIB)
+    for text in ("", "No devices were found\n", "card, 8.0, [N/A], 5", "card, 24564, 23010"):
         with pytest.raises(InputError, match="which names no card; use --device cpu"):
             parse_card(text)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -86,12 +87,23 @@ def test_lengths(value: int | str | None, length: int | None) -> None:
     ],
 )
 def test_dtypes(asked: str, published: str, cpu: str, card: str) -> None:
-    assert resolve_dtype(asked, published, "cpu") == cpu
-    assert resolve_dtype(asked, published, "cuda") == card
+    assert resolve_dtype(asked, published, CPU) == cpu
+    assert resolve_dtype(asked, published, CARD) == resolve_dtype(asked, published, replace(CARD, capability=80)) == card
+
+
+def test_a_card_without_bfloat16() -> None:
+    turing = replace(CARD, name="NVIDIA T4", capability=75)
+    for published in ("bfloat16", "float16", "float32"):
+        assert resolve_dtype("auto", published, turing) == "float16"
+    assert resolve_dtype("float", "bfloat16", turing) == "float32" and resolve_dtype("half", "bfloat16", turing) == "float16"
+    with pytest.raises(
+        InputError, match=r"--dtype bfloat16: NVIDIA T4 \(sm_75\) has no bfloat16; use --dtype float16, or float32"
+    ):
+        resolve_dtype("bfloat16", "float16", turing)
 
 
 def test_an_unknown_dtype() -> None:
     with pytest.raises(
         InputError, match=r"--dtype 'int8' is not known; auto, float16 \(half\), bfloat16 and float32 \(float\) are"
     ):
-        resolve_dtype("int8", "float16", "cpu")
+        resolve_dtype("int8", "float16", CPU)
