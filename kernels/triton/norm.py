@@ -41,7 +41,7 @@ def tile(size: int) -> Tile:
     return Tile(rows, block, min(16, max(1, rows * block // 512)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "inner"])  # one compilation for all numbers of tokens
 def _rms_norm(  # type: ignore[no-untyped-def]
     x,  # [SPLITS, rows, N], rows in two dimensions: row // inner and row % inner
     bias,  # float32 [N]

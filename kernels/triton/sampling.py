@@ -130,7 +130,8 @@ def sample(
     draw = Draw(best, temperature, None if top_k is None else kth_logits(logits, top_k, temperature), min_p)
     thresholds, taken = (None, None) if top_p is None else nucleus(logits, top_p, draw)
     chunks = triton.cdiv(columns, CHUNK)
-    masses, ties = torch.empty(2, rows, chunks, dtype=torch.int64, device=logits.device)
+    # Each at an aligned address, whatever the number of rows: pointers of another alignment mean another compilation.
+    masses, ties = (torch.empty(rows, chunks, dtype=torch.int64, device=logits.device) for _ in range(2))
     out = torch.empty_like(greedy)
     _chunk_masses[(rows, chunks)](
         logits, *draw, thresholds, masses, ties, columns, logits.stride(0), chunks, CHUNK=CHUNK, num_warps=WARPS

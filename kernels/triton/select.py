@@ -219,7 +219,7 @@ def _select(logits: Tensor, wanted: Tensor, draw: Draw | None, temperature: Tens
         return thresholds, taken
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     masses = torch.empty(2, rows, chunks, DIGITS.value, dtype=torch.int64, device=device)
-    state = torch.empty(2, rows, 3, dtype=torch.int64, device=device)
+    state = [torch.empty(rows, 3, dtype=torch.int64, device=device) for _ in range(2)]  # each at an aligned address
     constants: dict[str, Any] = {"WEIGHTED": draw is not None, "CHUNK_BLOCK": triton.next_power_of_2(chunks), "num_warps": WARPS}
     best, _, kth, min_p = draw or (None, None, None, None)
     for i in range(PASSES):

@@ -39,7 +39,7 @@ def _dot(x, w, acc, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
         return tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # rows: one compilation for all of them
 def product(  # type: ignore[no-untyped-def]
     x, words, params, bias, residual, out,
     M, N, K, padded, tiles, x_stride,
@@ -104,7 +104,7 @@ def product(  # type: ignore[no-untyped-def]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def finish(  # type: ignore[no-untyped-def]
     parts, bias, residual, out, M, N, columns, SPLITS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     GATED: tl.constexpr, BLOCK: tl.constexpr,
