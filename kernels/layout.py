@@ -44,6 +44,15 @@ def head_bits(choice: str, *, ops: str, dtype: str) -> int | None:
     return HEADS[choice]
 
 
+def shares_table(ops: str, bits: int | None) -> bool:
+    """Whether a head stored in ``bits`` (None: in the activations' dtype) is also the embedding that it is tied to.
+
+    Kernels of our own look rows up in a head of codes; of a dense one the CPU's panels are a copy. Elsewhere, and on a card, a
+    dense table serves both.
+    """
+    return ops == "triton" or (ops == "cpu-native") == (bits is not None)
+
+
 def padded(n: int, multiple: int) -> int:
     return math.ceil(n / multiple) * multiple
 
@@ -99,8 +108,10 @@ def weight_nbytes(
         return N * K * ITEM_SIZE[dtype]
     groups = math.ceil(K / group_size)
     if ops == "triton":
-        fits = kind == "int" and dtype != "float32" and (groups == 1 or group_size % TILE == 0 or group_size in (32, 64))
-        if not fits or (bits == 8 and asymmetric and dtype == "bfloat16"):
+        whole = groups == 1 or group_size % TILE == 0
+        rounded = kind == "int" and whole and activation == "int8-token"
+        fits = kind == "int" and dtype != "float32" and (whole or group_size in (32, 64))
+        if not rounded and (not fits or (bits == 8 and asymmetric and dtype == "bfloat16")):
             return N * K * ITEM_SIZE[dtype]  # kept dequantized, see kernels/triton/weights.py
         rows, columns = padded(N, TILE), padded(K, TILE)
         scales = 1 if groups == 1 else columns // min(group_size, TILE)

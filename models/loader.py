@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from kernels.layout import head_bits
+from kernels.layout import head_bits, shares_table
 from kernels.ops import Layer, Linear, Ops, Weight
 from models.decoder import Decoder
 from models.rope import cos_sin_table
@@ -138,7 +138,8 @@ class _Loader:
 
     def _shared(self, table: Tensor) -> tuple[Tensor | Weight, Weight, bool]:
         """Embedding and head of one table: one copy where the operators can look up rows of what they multiply with."""
-        if self.ops.name == "cpu-native" and self.head_bits is not None:
+        shared = shares_table(self.ops.name, self.head_bits)
+        if shared and self.head_bits is not None:
             quantized = quantize_rows(table, self.head_bits)
             del table  # before the packed copy is made
             packed = self._pack((quantized, None))
@@ -147,7 +148,7 @@ class _Loader:
         if self.head_bits is not None:
             log.info("the head is stored in int%d; the embedding it is tied to stays beside it in %s", self.head_bits, self.dtype)
             return dense, self._head(table), False
-        return dense, self._pack((dense, None)), self.ops.name != "cpu-native"  # whose panels are a copy
+        return dense, self._pack((dense, None)), shared
 
     def _head(self, head: QuantTensor | Tensor) -> Weight:
         """Packed, and quantized before where that is wanted and the checkpoint has not done it."""

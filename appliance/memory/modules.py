@@ -131,8 +131,8 @@ def loaded(module: ModuleShape, spec: ModelSpec, scheme: QuantScheme) -> Loaded:
 def ends(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Ends:
     """Embedding and head by the loader's rules.
 
-    A published quantized head stays as it is and is not the embedding. Native kernels look rows up in a head that was quantized
-    while loading, so that a tied embedding needs no other copy; elsewhere the table stays, and serves as the head as it is.
+    A published quantized head stays as it is and is not the embedding. Where rows can be looked up in what the head becomes
+    (kernels.layout.shares_table), a tied embedding needs no other copy.
     """
     module, bits, dtype = ModuleShape("lm_head", spec.vocab, spec.hidden, "head", False), machinery.head_bits, machinery.dtype
     head = loaded(module, spec, scheme) if _has_head(spec, scheme) else Loaded(module, DENSE, 2)
@@ -143,7 +143,7 @@ def ends(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Ends:
     elif bits is not None:
         head = Loaded(module, ROWS[bits], 4 if bits == 8 else 2)
     table, packed = spec.vocab * spec.hidden * ITEM_SIZE[dtype], head.nbytes(machinery)
-    if tied and (machinery.ops == NATIVE) == (bits is not None):
+    if tied and layout.shares_table(machinery.ops, bits):
         return Ends(head, packed, 0, f"{words}, shared with the embedding")
     return Ends(head, table, packed, words)
 

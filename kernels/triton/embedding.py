@@ -1,8 +1,11 @@
-"""Rows of an embedding table: a gather, and for a table of int8 codes a multiplication by the row's scale.
+"""Rows of an embedding table: a gather, and for a table of codes their dequantization.
 
 A program copies BLOCK columns of one token's row::
 
-    token t, program j:   table[ids[t], j BLOCK .. + BLOCK]  (* scales[ids[t]])  -> out[t, j BLOCK .. + BLOCK]
+    token t, program j:   table[ids[t], j BLOCK .. + BLOCK]  -> out[t, j BLOCK .. + BLOCK]
+
+A head that was packed for products (kernels/triton/weights.py) serves as the table it is tied to: a row of it is one of the 128
+outputs of a tile, for each 128 columns in another tile, and its numbers are (code - zero) * scale.
 
 An id outside the table gives a row of zeros: nothing is read past the table, and nobody waits for the device to check.
 """
@@ -14,53 +17,94 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.dequant import BASE
+from kernels.triton.weights import NAMES, TritonWeight
+
+SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 BLOCK, WARPS = 1024, 4
 
 
 @triton.jit
-def _embedding(  # type: ignore[no-untyped-def]
-    ids, table, scales, out, vocabulary, columns, row_stride, SCALED: tl.constexpr, BLOCK: tl.constexpr
-):
+def _embedding(ids, table, out, vocabulary, columns, row_stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    number = tl.load(ids + token)
-    row = number + tl.zeros((BLOCK,), tl.int64)  # one of its own for every column
+    row = tl.load(ids + token) + tl.zeros((BLOCK,), tl.int64)  # one of its own for every column
     mask = (column < columns) & (row >= 0) & (row < vocabulary)
     found = tl.load(table + row * row_stride + column, mask=mask, other=0)
-    if SCALED:
-        found = found.to(tl.float32) * tl.load(scales + tl.minimum(tl.maximum(number, 0), vocabulary - 1))
-    elif found.dtype != out.dtype.element_ty:
+    if found.dtype != out.dtype.element_ty:
         found = found.to(tl.float32)
     tl.store(out + token * columns + column, found.to(out.dtype.element_ty), mask=column < columns)
 
 
+@triton.jit
+def _packed_rows(  # type: ignore[no-untyped-def]
+    ids, words, params, out, vocabulary, columns, padded, tiles,
+    BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr,
+    BASE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The arguments of the weight are those of kernels/triton/tiled.py; BASE: what an addend has beside the zero point."""
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    ROW: tl.constexpr = 32 if BITS == 4 else 128  # words of an output in a tile
+    token, none = tl.program_id(0).to(tl.int64), tl.zeros((BLOCK,), tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(ids + token) + none
+    mask = (column < columns) & (row >= 0) & (row < vocabulary)
+    start, k = ((row // 128 * tiles + column // 128) * 128 + row % 128) * ROW, column % 128
+    if BITS == 4:
+        code = tl.load(words + start + k % 32, mask=mask, other=0).to(tl.int32) >> (k // 32 * 4) & 15
+    else:
+        code = tl.load(words + start + k, mask=mask, other=0).to(tl.int32)
+    group = none if WHOLE else none + (column // 128 * SLICES + k * SLICES // 128)
+    at = params + group * (PARTS * padded) + row
+    first = tl.load(at, mask=mask, other=0)
+    if PARTS == 2:
+        scale, bits = first.to(tl.float32, bitcast=True), tl.load(at + padded, mask=mask, other=0)
+    else:
+        scale, bits = first.to(tl.int16).to(SCALE, bitcast=True).to(tl.float32), first >> 16
+    addend = bits.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    found = (code.to(tl.float32) + (addend + BASE)) * scale
+    tl.store(out + token * columns + column, found.to(DTYPE), mask=column < columns)
+
+
 def embedding(ids: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of table [V, hidden] (a float dtype) for int64 ids [T] -> [T, hidden] in ``dtype``."""
-    return _look_up(ids, table, None, dtype)
-
-
-def embedding_int8(ids: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of codes int8 [V, hidden] times scales float32 [V], rounded once, for int64 ids [T] -> [T, hidden] in ``dtype``."""
-    if codes.dtype != torch.int8 or scales.dtype != torch.float32 or scales.shape != codes.shape[:1]:
-        raise ValueError(f"codes {codes.dtype} {list(codes.shape)} with scales {scales.dtype} {list(scales.shape)}")
-    return _look_up(ids, codes, scales.contiguous(), dtype)
-
-
-def _look_up(ids: Tensor, table: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     rows, columns = table.shape
+    if table.stride(1) != 1:
+        raise ValueError("the columns of an embedding table must be consecutive")
     out = torch.empty(ids.shape[0], columns, dtype=dtype, device=table.device)
     if out.numel():
-        if table.stride(1) != 1:
-            raise ValueError("the columns of an embedding table must be consecutive")
-        _embedding[(ids.shape[0], triton.cdiv(columns, BLOCK))](
+        grid = (ids.shape[0], triton.cdiv(columns, BLOCK))
+        _embedding[grid](ids.contiguous(), table, out, rows, columns, table.stride(0), BLOCK=BLOCK, num_warps=WARPS)
+    return out
+
+
+def packed_rows(ids: Tensor, table: TritonWeight, dtype: torch.dtype) -> Tensor:
+    """Rows of a packed weight [V, hidden], (code - zero) * scale, rounded once, for int64 ids [T] -> [T, hidden].
+
+    ``dtype`` is the one that the weight was packed for. TypeError for a weight with a permutation, a bias or a gate.
+    """
+    if table.perm is not None or table.bias is not None or table.gated:
+        raise TypeError("a weight with a permutation, a bias or a gate is no table of rows")
+    if table.bits == 16:
+        return embedding(ids, table.words, dtype)
+    assert table.params is not None and table.scale_dtype is not None
+    out = torch.empty(ids.shape[0], table.K, dtype=dtype, device=table.words.device)
+    if out.numel():
+        _packed_rows[(ids.shape[0], triton.cdiv(table.K, BLOCK))](
             ids.contiguous(),
-            table,
-            scales,
+            table.words,
+            table.params,
             out,
-            rows,
-            columns,
-            table.stride(0),
-            SCALED=scales is not None,
+            table.outputs,
+            table.K,
+            table.params.shape[2],
+            table.words.shape[1],
+            BITS=table.bits,
+            SLICES=table.slices,
+            WHOLE=table.params.shape[0] == 1,
+            PARTS=table.params.shape[1],
+            SCALE=SCALES[table.scale_dtype],
+            BASE=BASE[NAMES[dtype]],
             BLOCK=BLOCK,
             num_warps=WARPS,
         )

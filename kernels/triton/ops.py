@@ -12,7 +12,7 @@ from kernels.triton import stack, weights
 from kernels.triton.argmax import argmax
 from kernels.triton.attention import attention
 from kernels.triton.elementwise import silu_mul
-from kernels.triton.embedding import embedding
+from kernels.triton.embedding import embedding, packed_rows
 from kernels.triton.matmul import UNKNOWN, Card, matmul
 from kernels.triton.norm import rms_norm
 from kernels.triton.rope import rope_store
@@ -62,7 +62,9 @@ def this_card(device: torch.device) -> Card:
 
 
 def look_up(ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:
-    """As kernels.ops.Embedding; packed tables are not looked up, so that a tied embedding stays beside its head."""
-    if not isinstance(table, Tensor):
-        raise TypeError("a packed table cannot be looked up row by row")
-    return embedding(ids, table, dtype)
+    """As kernels.ops.Embedding."""
+    if isinstance(table, Tensor):
+        return embedding(ids, table, dtype)
+    if not isinstance(table, weights.TritonWeight):
+        raise TypeError(f"a {type(table).__name__} was packed for other operators than those in Triton")
+    return packed_rows(ids, table, dtype)

@@ -10,7 +10,7 @@ import torch
 from kernels import reference
 from kernels.cpu import backend, weights
 from kernels.cpu.native_ops import NativeOps
-from kernels.layout import bias_nbytes, head_bits, native_workspace_bytes, ops_name, slab_rows, weight_nbytes
+from kernels.layout import bias_nbytes, head_bits, native_workspace_bytes, ops_name, shares_table, slab_rows, weight_nbytes
 from quant.errors import InputError
 from tests.kernels.native import instruction_sets, native_ops
 from tests.kernels.weights import random_weight
@@ -123,6 +123,12 @@ def test_head_bits() -> None:
     assert head_bits("int4", ops="cpu", dtype="float32") == 4 and head_bits("int8", ops="reference", dtype="float16") == 8
     with pytest.raises(InputError, match="--lm-head-dtype is 'int2': one of auto, int8, int4, model is needed"):
         head_bits("int2", ops="cpu", dtype="bfloat16")
+
+
+def test_shares_table() -> None:
+    names = ("cpu", "cpu-native", "triton", "reference")
+    assert [ops for ops in names if shares_table(ops, 8)] == ["cpu-native", "triton"] == [o for o in names if shares_table(o, 4)]
+    assert [ops for ops in names if shares_table(ops, None)] == ["cpu", "triton", "reference"]
 
 
 def test_ops_name(monkeypatch: pytest.MonkeyPatch) -> None:

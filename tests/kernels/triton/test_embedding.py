@@ -8,13 +8,17 @@ import pytest
 import torch
 
 from kernels import reference
+from quant.rows import quantize_rows
 from tests.kernels.triton.aot import TARGETS, Compilation, compile_all
 from tests.kernels.triton.conftest import DEVICE
 from tests.kernels.triton.tensors import DTYPES, EXACT, close, draw, poison  # noqa: F401
+from tests.kernels.weights import random_weight
 
 from kernels.triton import embedding as kernels  # isort: skip  (after the conftest has chosen the interpreter)
+from kernels.triton.dequant import BASE  # isort: skip
+from kernels.triton.ops import make_ops  # isort: skip
+from kernels.triton.weights import pack  # isort: skip
 
-COMPILED = (("fp16", "fp16", TARGETS), ("bf16", "bf16", (80, 90)), ("i8", "fp16", TARGETS), ("i8", "bf16", (80,)))
 IDS = [3, 49, 0, 3, 17]
 
 
@@ -30,16 +34,44 @@ def test_dense_rows(columns: int, dtype: torch.dtype) -> None:
         assert other not in EXACT or torch.equal(found, table[ids].to(other))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", [1, 96, 1025])
-def test_int8_rows(columns: int, dtype: torch.dtype) -> None:
-    codes = torch.randint(-128, 128, (50, columns), dtype=torch.int8, device=DEVICE)
-    scales, ids = draw(50, dtype=torch.float32), torch.tensor(IDS, device=DEVICE)
-    found = kernels.embedding_int8(ids, codes, scales, dtype)
-    expected = codes[ids].float() * scales[ids, None]
-    close(found, expected, dtype)
-    assert dtype not in EXACT or torch.equal(found, expected.to(dtype))
-    assert kernels.embedding_int8(ids[:0], codes, scales, dtype).shape == (0, columns)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("bits", "group", "asymmetric", "scales"),
+    [
+        (8, None, False, torch.float32),
+        (8, None, False, torch.float16),
+        (8, 64, False, torch.float16),
+        (4, 32, True, torch.float16),
+        (4, 64, True, torch.float32),
+        (4, 256, False, torch.bfloat16),
+        (4, None, True, torch.float16),
+    ],
+)
+def test_packed_rows(bits: int, group: int | None, asymmetric: bool, scales: torch.dtype, dtype: torch.dtype) -> None:
+    """Of a table that was packed for products: what the reference makes of the same codes, to the last bit."""
+    for rows, columns in ((131, 96), (300, 1280)):
+        group_ = None if group is None else min(group, columns)
+        weight = random_weight(rows, columns, bits=bits, group_size=group_, asymmetric=asymmetric, scale_dtype=scales)
+        table = pack(weight.on(torch.device(DEVICE)), dtype=dtype)
+        assert table.bits == bits
+        ids = torch.tensor([0, 127, 128, rows - 1, 5, rows, -1])
+        found = kernels.packed_rows(ids.to(DEVICE), table, dtype)
+        expected = torch.zeros(7, columns, dtype=dtype)
+        expected[:5] = reference.embedding(ids[:5], reference.pack(weight, dtype=dtype), dtype)
+        close(found.cpu(), expected, dtype)
+        assert dtype not in EXACT or torch.equal(found.cpu(), expected)
+        assert kernels.packed_rows(ids[:0].to(DEVICE), table, dtype).shape == (0, columns)
+
+
+def test_a_packed_table_is_its_head() -> None:
+    """Rows are the weights that the product uses, also of one that is kept dequantized."""
+    ops = make_ops(torch.device(DEVICE))
+    for given, dtype in ((quantize_rows(torch.randn(70, 130), 8), torch.float16), (torch.randn(70, 130), torch.float32)):
+        head = ops.pack(given, dtype=dtype)
+        ids = torch.arange(70, device=DEVICE)
+        rows = ops.embedding(ids, head, dtype)
+        found = ops.matmul(torch.eye(130, dtype=dtype, device=DEVICE), head)
+        torch.testing.assert_close(rows.t(), found, rtol=2e-3, atol=0)
 
 
 def test_ids_outside_the_table() -> None:
@@ -50,30 +82,45 @@ def test_ids_outside_the_table() -> None:
 
 
 def test_what_does_not_fit() -> None:
-    codes, ids = torch.zeros(8, 4, dtype=torch.int8, device=DEVICE), torch.tensor([1], device=DEVICE)
-    for scales in (torch.ones(7, device=DEVICE), torch.ones(8, device=DEVICE).half()):
-        with pytest.raises(ValueError, match="with scales"):
-            kernels.embedding_int8(ids, codes, scales, torch.float16)
+    ids, ops = torch.tensor([1], device=DEVICE), make_ops(torch.device(DEVICE))
     with pytest.raises(ValueError, match="consecutive"):
         kernels.embedding(ids, draw(4, 8, dtype=torch.float16).t(), torch.float16)
+    weight = random_weight(8, 32, act_order=True)
+    for packed in (ops.pack(weight, dtype=torch.float16), ops.pack(weight.without_perm(), dtype=torch.float16, gated=True)):
+        with pytest.raises(TypeError, match="no table"):
+            ops.embedding(ids, packed, torch.float16)
+    with pytest.raises(TypeError, match="other operators"):
+        ops.embedding(ids, reference.pack(weight, dtype=torch.float16), torch.float16)
+
+
+def compilation(dtype: str, bits: int, targets: tuple[int, ...]) -> Compilation:
+    """bits: of the table's codes, 16 for a dense one."""
+    types = {"ids": "*i64", "out": f"*{dtype}", "vocabulary": "i32", "columns": "i32"}
+    if bits == 16:
+        types |= {"table": f"*{dtype}", "row_stride": "i32"}
+        return Compilation(
+            "kernels.triton.embedding:_embedding", types, {"BLOCK": kernels.BLOCK}, num_warps=kernels.WARPS, targets=targets
+        )
+    types |= {"words": "*i16" if bits == 4 else "*u8", "params": "*i32", "padded": "i32", "tiles": "i32"}
+    constants: dict[str, Any] = {
+        "BITS": bits,
+        "SLICES": 4 if bits == 4 else 1,
+        "WHOLE": bits == 8,
+        "PARTS": 1 if bits == 4 else 2,
+    }
+    constants |= {"SCALE": "tl.float16" if bits == 4 else "tl.float32", "BASE": BASE[dtype], "BLOCK": kernels.BLOCK}
+    return Compilation(
+        "kernels.triton.embedding:_packed_rows",
+        types,
+        constants,
+        num_warps=kernels.WARPS,
+        odd=("vocabulary", "tiles"),
+        targets=targets,
+    )
 
 
 def test_compilations() -> None:
-    wanted = []
-    for table, out, targets in (
-        ("fp16", "fp16", TARGETS),
-        ("bf16", "bf16", (80, 90)),
-        ("i8", "fp16", TARGETS),
-        ("i8", "bf16", (80,)),
-    ):
-        types = {"ids": "*i64", "table": f"*{table}", "scales": "*fp32", "out": f"*{out}"}
-        types |= {"vocabulary": "i32", "columns": "i32", "row_stride": "i32"}
-        constants: dict[str, Any] = {"SCALED": table == "i8", "BLOCK": kernels.BLOCK}
-        if table != "i8":
-            del types["scales"]
-            constants["scales"] = None
-        wanted.append(
-            Compilation("kernels.triton.embedding:_embedding", types, constants, num_warps=kernels.WARPS, targets=targets)
-        )
+    wanted = [compilation("fp16", bits, TARGETS) for bits in (4, 8, 16)]
+    wanted += [compilation("bf16", bits, (80, 90)) for bits in (4, 8, 16)]
     for report in compile_all(wanted):
         assert report.fits and report.stack == 0, report
