@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from appliance.memory.demand import Demand
 from appliance.memory.devices import DeviceInfo
@@ -48,6 +49,12 @@ def single_flags(plan: Plan, demand: Demand, settings: Settings) -> list[str]:
     step = _largest(lambda n: plan(max_tokens=n) is not None, SMALLEST, settings.max_tokens - 1)
     if step is not None:
         found.append(f"--max-num-batched-tokens {step}")
+    if settings.graphs:
+        sequences = _largest(lambda n: plan(max_seqs=n) is not None, 1, settings.max_seqs - 1)
+        if sequences is not None:
+            found.append(f"--max-num-seqs {sequences}")
+        if plan(graphs=False) is not None:
+            found.append("--enforce-eager")
     return found
 
 
@@ -69,7 +76,7 @@ def _cache_size(plan: Plan, demand: Demand, settings: Settings, given: int) -> i
 
 
 def flag_sets(plan: Plan, demand: Demand, settings: Settings) -> list[str]:
-    """All the memory there is, small steps, and the longest context that they leave."""
+    """All the memory there is, small steps, and the longest context that they leave; without recorded steps if it must be."""
     step, block = min(settings.max_tokens, 256), _block_bytes(demand, settings)
 
     def memory(length: int) -> tuple[str, dict[str, float]]:
@@ -79,10 +86,13 @@ def flag_sets(plan: Plan, demand: Demand, settings: Settings) -> list[str]:
         return f"--kv-cache-memory-bytes {cache}", {"kv_bytes": cache}
 
     longest = wanted_length(demand, settings)
-    length = _largest(lambda n: plan(max_len=n, max_tokens=step, **memory(n)[1]) is not None, SMALLEST, longest)
-    if length is None:
-        return []
-    return [f"{memory(length)[0]} --max-num-batched-tokens {step} --max-model-len {length}"]
+    for eager in ({}, {"graphs": False}) if settings.graphs else ({},):
+        fits = partial(plan, max_tokens=step, **eager)
+        length = _largest(lambda n, fits=fits: fits(max_len=n, **memory(n)[1]) is not None, SMALLEST, longest)  # type: ignore[misc]
+        if length is not None:
+            flags = f"{memory(length)[0]} --max-num-batched-tokens {step} --max-model-len {length}"
+            return [f"{flags} --enforce-eager" if eager else flags]
+    return []
 
 
 def _largest(good: Callable[[int], bool], low: int, high: int) -> int | None:

@@ -19,6 +19,9 @@ LOGIT_ROWS = 64
 """Rows of logits that exist at a time: sampling and prompt log-probabilities work in slices of so many."""
 SPLIT_ROWS = 8 * 32
 """Parts, times rows, of a product in Triton that is split over its inputs (kernels/tune.py)."""
+SPLIT_PROGRAMS = 2 * 192
+"""Programs of an attention in Triton that is split: two for each multiprocessor (kernels/triton/attention_decode.py), of which no
+card has more than 192."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +37,9 @@ class Demand:
     head_dim: int
     max_len: int
     weights: dict[str, int]  # by part
-    slab: int  # what one product needs beside its input and output
+    slab: int  # what one product, or one attention, needs beside its input and output
     token_bytes: int  # activations of one token of a step
+    hidden_bytes: int  # the hidden state of one token
     logits_row_bytes: int
     position_bytes: int  # the rotary table's row of one position
     head: str = "as published"  # what the output head is stored as, in words
@@ -65,8 +69,9 @@ class Demand:
             head_dim=spec.head_dim,
             max_len=spec.max_len,
             weights=weights,
-            slab=product_workspace([*layers, last.head], machinery),
+            slab=max(product_workspace([*layers, last.head], machinery), attention_workspace(spec, machinery)),
             token_bytes=activation_bytes(spec, layers, machinery),
+            hidden_bytes=spec.hidden * size,
             # float32; torch's operators widen a product in the activations' type
             logits_row_bytes=spec.vocab * (4 if machinery.ops == NATIVE else 4 + size),
             position_bytes=spec.rope.rotary_dim * 4,
@@ -93,8 +98,18 @@ def product_workspace(weights: Sequence[Loaded], machinery: Machinery) -> int:
     return max(shared for shared, _ in parts) + machinery.threads * max(thread for _, thread in parts)
 
 
+def attention_workspace(spec: ModelSpec, machinery: Machinery) -> int:
+    """Bytes in which Triton's decode attention leaves the parts of sequences it has split: float32, with a sum a head."""
+    if machinery.ops != "triton":
+        return 0
+    return SPLIT_PROGRAMS * -(-spec.heads // spec.kv_heads) * (spec.head_dim + 1) * 4
+
+
 def activation_bytes(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machinery) -> int:
-    """Bytes of activations of one token at the widest point of a decoder layer, and 24 for ids, positions and slots."""
+    """Bytes of activations of one token at the widest point of a decoder layer, and 24 for ids, positions and slots.
+
+    On a card positions and slots are among the inputs (appliance/memory/inputs.py), and these are for ids as they are looked up.
+    """
     if machinery.ops == NATIVE:
         return _native_activations(spec, layers, ITEM_SIZE[machinery.dtype]) + 24
     # Triton: gate and up are float32 until they are multiplied.

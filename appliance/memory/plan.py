@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 
 from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import MIB, DeviceInfo
+from appliance.memory.graphs import capture_sizes, graph_bytes
+from appliance.memory.inputs import input_bytes
 from appliance.memory.settings import ITEM_SIZE, Settings
 from appliance.memory.text import plan_table, size_text
 from quant.errors import InputError
@@ -62,7 +64,8 @@ class MemoryPlan:
     budget: int
     budget_source: str  # in words
     weights: dict[str, int]  # embedding, attention, mlp, head, norms
-    scratch: dict[str, int]  # activations, logits, products, positions
+    scratch: dict[str, int]  # activations, logits, products, positions, inputs
+    graphs: dict[str, int]  # see appliance.memory.graphs; empty where no steps are recorded
     runtime: int
     kv: KVSpec
     num_blocks: int
@@ -79,12 +82,21 @@ class MemoryPlan:
         return sum(self.scratch.values())
 
     @property
+    def graph_bytes(self) -> int:
+        return sum(self.graphs.values())
+
+    @property
+    def decode_sizes(self) -> tuple[int, ...]:
+        """Sequences of the decode steps that are recorded, where any are."""
+        return decode_sizes(self.max_num_seqs, self.max_num_batched_tokens)
+
+    @property
     def kv_bytes(self) -> int:
         return self.num_blocks * self.kv.block_bytes
 
     @property
     def total(self) -> int:
-        return self.weight_bytes + self.workspace + self.runtime + self.kv_bytes
+        return self.weight_bytes + self.workspace + self.graph_bytes + self.runtime + self.kv_bytes
 
     @property
     def logit_rows(self) -> int:
@@ -123,6 +135,7 @@ class MemoryPlan:
             "total_bytes": self.total,
             "weights_bytes": {**self.weights, "total": self.weight_bytes},
             "workspace_bytes": {**self.scratch, "total": self.workspace},
+            "graphs_bytes": {**self.graphs, "total": self.graph_bytes},
             "runtime_bytes": self.runtime,
             "kv_cache": {
                 **asdict(self.kv),
@@ -138,6 +151,11 @@ class MemoryPlan:
             "max_concurrency": self.sequences(self.max_model_len),
             "sequences": {str(length): self.sequences(length) for length in self.lengths()},
         }
+
+
+def decode_sizes(max_seqs: int, max_tokens: int) -> tuple[int, ...]:
+    """Each sequence of a decode step takes one of the step's tokens."""
+    return capture_sizes(min(max_seqs, max_tokens))
 
 
 def fit(demand: Demand, settings: Settings, device: DeviceInfo) -> MemoryPlan:
@@ -169,10 +187,19 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) 
         "logits": demand.logits_row_bytes * min(LOGIT_ROWS, settings.max_tokens),
         "products": demand.slab,
         "positions": demand.position_bytes * max_len,
+        "inputs": input_bytes(settings.max_tokens, settings.max_seqs, kv.blocks(max_len)) if device.kind == "cuda" else 0,
     }
+    graphs = graph_bytes(
+        decode_sizes(settings.max_seqs, settings.max_tokens) if settings.graphs else (),
+        layers=demand.layers,
+        token_bytes=demand.token_bytes,
+        slab=demand.slab,
+        hidden_bytes=demand.hidden_bytes,
+        block_bytes=kv.block_bytes,
+    )
     runtime = RUNTIME[device.kind]
     budget, source = _budget(settings, device)
-    left = budget - sum(demand.weights.values()) - sum(scratch.values()) - runtime
+    left = budget - sum(demand.weights.values()) - sum(scratch.values()) - sum(graphs.values()) - runtime
     if settings.kv_bytes is not None:
         left = settings.kv_bytes
     return MemoryPlan(
@@ -186,6 +213,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) 
         budget_source=source,
         weights=demand.weights,
         scratch=scratch,
+        graphs=graphs,
         runtime=runtime,
         kv=kv,
         num_blocks=min(max(0, left) // kv.block_bytes, settings.max_seqs * kv.blocks(max_len)),
@@ -215,9 +243,10 @@ def _holds_one(plan: MemoryPlan) -> bool:
 
 def _shortage(plan: MemoryPlan) -> str | None:
     """Why a plan is none: the numbers, in words."""
+    graphs = f"CUDA graphs {size_text(plan.graph_bytes)} ({plan.max_num_seqs} sequences), " if plan.graphs else ""
     parts = (
         f"weights {size_text(plan.weight_bytes)}, workspace {size_text(plan.workspace)} "
-        f"({plan.max_num_batched_tokens} tokens a step), runtime {size_text(plan.runtime)}"
+        f"({plan.max_num_batched_tokens} tokens a step), {graphs}runtime {size_text(plan.runtime)}"
     )
     budget = f"the budget is {size_text(plan.budget)} ({plan.budget_source})"
     fixed = plan.total - plan.kv_bytes

@@ -28,6 +28,7 @@ class Settings:
     max_tokens: int  # in one step
     max_seqs: int
     max_len: int | None  # None: the longest that fits
+    graphs: bool = False  # whether decode steps are recorded
 
     @classmethod
     def from_config(cls, config: EngineConfig, device: DeviceInfo) -> Settings:
@@ -49,6 +50,7 @@ class Settings:
             max_tokens=config.max_num_batched_tokens,
             max_seqs=config.max_num_seqs,
             max_len=parse_length(config.max_model_len),
+            graphs=records_steps(config, device.kind),
         )
 
 
@@ -65,6 +67,11 @@ def parse_length(value: int | str | None) -> int | None:
             "with a suffix if you like (32k = 32,000, 32K = 32,768), or auto"
         )
     return int(length)
+
+
+def records_steps(config: EngineConfig, device_kind: str) -> bool:
+    """Whether decode steps are recorded as CUDA graphs. The reference operators wait for the card, which cannot be recorded."""
+    return device_kind == "cuda" and not config.enforce_eager and not config.reference_ops
 
 
 def _block_size(config: EngineConfig, device_kind: str) -> int:

@@ -23,6 +23,8 @@ def plan_table(plan: MemoryPlan) -> str:
     device = plan.device
     rows = [(f"weights: {part}", size) for part, size in plan.weights.items() if size]
     rows += [(f"workspace: {part}", size) for part, size in plan.scratch.items() if size]
+    if plan.graphs:
+        rows.append((f"CUDA graphs, {len(plan.decode_sizes)} sizes", plan.graph_bytes))
     rows += [("runtime", plan.runtime), (f"KV cache, {plan.num_blocks:,} blocks", plan.kv_bytes)]
     lines = [
         f"Memory plan for {plan.model}",

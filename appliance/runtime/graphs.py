@@ -44,12 +44,6 @@ class CudaRecorder:
         return graph.replay, result
 
 
-def capture_sizes(most: int) -> tuple[int, ...]:
-    """Batch sizes up to ``most`` sequences: 1, 2, 4, steps of 8 to 128, then of 16; little of a large batch is padding."""
-    sizes = [1, 2, 4, *range(8, 129, 8), *range(144, most + 16, 16)]
-    return tuple(sorted({min(size, most) for size in sizes}))
-
-
 class DecodeGraphs:
     """Runs steps of single tokens by replaying ``forward``. Everything is recorded when this is made, largest size first."""
 

@@ -19,7 +19,7 @@ from appliance.core.scheduler import Chunk, StepPlan
 from appliance.memory.inputs import input_bytes
 from appliance.memory.planner import LOGIT_ROWS, MemoryPlan
 from appliance.runtime.batch import Draws, StepArrays
-from appliance.runtime.graphs import DecodeGraphs, Recorder, capture_sizes
+from appliance.runtime.graphs import DecodeGraphs, Recorder
 from appliance.runtime.sampler import Sampled, draws_on_device, sample, token_logprobs
 from appliance.runtime.staging import Lane, Staging, send_at_once
 from kernels.ops import KVCache, Ops
@@ -100,7 +100,7 @@ class Runner:
     def _record(self, plan: MemoryPlan, recorder: Recorder) -> DecodeGraphs:
         return DecodeGraphs(
             lambda ids, batch: self._forward(self._known(ids), batch),
-            sizes=capture_sizes(plan.max_num_seqs),
+            sizes=plan.decode_sizes,
             table_width=plan.kv.blocks(plan.max_model_len),
             spare_block=plan.num_blocks,
             block_size=self.block_size,
@@ -212,7 +212,7 @@ def _nothing_to_wait_for() -> None:
 
 
 def _input_bytes(plan: MemoryPlan) -> int:
-    return input_bytes(max(plan.max_num_batched_tokens, plan.max_num_seqs), plan.max_num_seqs, plan.kv.blocks(plan.max_model_len))
+    return input_bytes(plan.max_num_batched_tokens, plan.max_num_seqs, plan.kv.blocks(plan.max_model_len))
 
 
 def allocate_caches(plan: MemoryPlan, blocks: int, *, dtype: torch.dtype, device: torch.device) -> list[KVCache]:

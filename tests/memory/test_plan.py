@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from appliance.memory.advice import advise
 from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import DeviceInfo
+from appliance.memory.graphs import LAYER_BYTES, POOL_BYTES
 from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, KVSpec, MemoryPlan, PlanError, fit
 from appliance.memory.settings import Settings
 from quant.errors import InputError
@@ -38,6 +39,7 @@ def cases(draw: st.DrawFn, *, fits: bool, explicit: bool = False) -> Case:
         weights={"attention": draw(st.integers(0, 4 * GIB)), "mlp": draw(st.integers(0, 8 * GIB))},
         slab=draw(st.integers(0, GIB)),
         token_bytes=draw(st.integers(1, 300_000)),
+        hidden_bytes=draw(st.integers(1, 20_000)),
         logits_row_bytes=draw(st.integers(1, 1_000_000)),
         position_bytes=4 * draw(st.sampled_from([head_dim, head_dim // 2])),
     )
@@ -51,6 +53,7 @@ def cases(draw: st.DrawFn, *, fits: bool, explicit: bool = False) -> Case:
         max_len=draw(lengths if explicit else st.none() | lengths),
     )
     kind = draw(st.sampled_from(["cpu", "cuda"]))
+    chosen = replace(chosen, graphs=kind == "cuda" and draw(st.booleans()))
     fixed = sum(demand.weights.values()) + demand.slab + demand.token_bytes * chosen.max_tokens + RUNTIME[kind]
     cache = demand.layers * demand.kv_heads * head_dim * 8 * ((chosen.max_len or 512) + 256)
     need = int((fixed + cache + demand.logits_row_bytes * LOGIT_ROWS) / chosen.utilization)
@@ -72,7 +75,9 @@ def test_a_plan_holds_what_it_promises(case: Case) -> None:
     plan = plan_or_none(demand, chosen, device)
     assume(plan is not None)
     assert plan.total <= plan.budget <= max(device.available, int(chosen.utilization * device.total))
-    assert plan.total == plan.weight_bytes + plan.workspace + plan.runtime + plan.num_blocks * plan.kv.block_bytes
+    fixed = plan.weight_bytes + plan.workspace + plan.graph_bytes + plan.runtime
+    assert plan.total == fixed + plan.num_blocks * plan.kv.block_bytes
+    assert (plan.graph_bytes > 0) == chosen.graphs and (plan.scratch["inputs"] > 0) == (device.kind == "cuda")
     assert plan.sequences(plan.max_model_len) >= 1
     assert plan.num_blocks <= chosen.max_seqs * plan.kv.blocks(plan.max_model_len)
     assert plan.tokens == plan.num_blocks * chosen.block_size
@@ -95,9 +100,10 @@ def test_the_plan_is_monotone(case: Case, data: st.DataObject) -> None:
     demand, chosen, device = case
     before = plan_or_none(demand, chosen, device)
     assume(before is not None)
-    more = data.draw(
-        st.sampled_from(["utilization", "available", "max_tokens", "weights", "slab", "max_seqs"]), label="what becomes better"
-    )
+    kinds = ["utilization", "available", "max_tokens", "weights", "slab"]
+    # Memory that more sequences of a card take is missing elsewhere; there, launching one by one always leaves more.
+    kinds += ["max_seqs"] if device.kind == "cpu" else ["eager"]
+    more = data.draw(st.sampled_from(kinds), label="what becomes better")
     if more == "utilization":
         chosen = replace(chosen, utilization=data.draw(st.floats(chosen.utilization, 1.0)))
     elif more == "available":
@@ -107,6 +113,8 @@ def test_the_plan_is_monotone(case: Case, data: st.DataObject) -> None:
         chosen = replace(chosen, max_tokens=data.draw(st.integers(1, chosen.max_tokens)))
     elif more == "max_seqs":
         chosen = replace(chosen, max_seqs=data.draw(st.integers(chosen.max_seqs, 1000)))
+    elif more == "eager":
+        chosen = replace(chosen, graphs=False)
     elif more == "weights":
         demand = replace(demand, weights={"mlp": data.draw(st.integers(0, sum(demand.weights.values())))})
     else:
@@ -146,7 +154,7 @@ def test_every_advised_flag_makes_it_fit(case: Case) -> None:
         fit(demand, replace(chosen, **parse(remedy)), device)
     if not advised.remedies:
         assert "No setting makes it fit" in str(advised)
-        assert plan_or_none(demand, replace(chosen, utilization=1.0, kv_bytes=None), device) is None
+        assert plan_or_none(demand, replace(chosen, utilization=1.0, kv_bytes=None, graphs=False), device) is None
 
 
 def parse(remedy: str) -> dict[str, float | int]:
@@ -156,9 +164,12 @@ def parse(remedy: str) -> dict[str, float | int]:
         "gpu-memory-utilization": "utilization",
         "max-num-batched-tokens": "max_tokens",
         "kv-cache-memory-bytes": "kv_bytes",
+        "max-num-seqs": "max_seqs",
     }
-    found = dict(re.findall(r"--([a-z-]+) (\S+)", remedy))
-    return {names[k]: float(v) if k == "gpu-memory-utilization" else int(v) for k, v in found.items()}
+    found = dict(re.findall(r"--([a-z-]+) ([0-9.]+)", remedy))
+    eager = {"graphs": False} if remedy.endswith("--enforce-eager") else {}
+    assert remedy == " ".join([f"--{k} {v}" for k, v in found.items()] + ["--enforce-eager"] * len(eager))
+    return eager | {names[k]: float(v) if k == "gpu-memory-utilization" else int(v) for k, v in found.items()}
 
 
 LLAMA_8B = Demand(
@@ -173,6 +184,7 @@ LLAMA_8B = Demand(
     weights={"embedding": 1 << 30, "attention": 1 << 30, "mlp": 3 << 30, "head": 1 << 30},
     slab=100 << 20,
     token_bytes=120_000,
+    hidden_bytes=8192,
     logits_row_bytes=128256 * 6,
     position_bytes=512,
 )
@@ -212,6 +224,37 @@ def test_a_card_shared_with_others_gives_what_is_free() -> None:
     assert fit(LLAMA_8B, wide, card).budget == int(0.92 * 24 * GIB)
     taken = fit(LLAMA_8B, wide, replace(card, available=10 * GIB))
     assert taken.budget == 10 * GIB and "free of 24.00 GiB" in taken.budget_source
+
+
+def test_recorded_steps_worked_out_by_hand() -> None:
+    """Sizes 1, 2, 4, 8, 16, 24: a pool for the largest, each step's result and what the driver keeps, and a block for padding."""
+    card, few = DeviceInfo("cuda", "card", 24 * GIB, 23 * GIB), replace(DEFAULTS, utilization=0.92, max_seqs=24, max_len=8192)
+    eager, recorded = fit(LLAMA_8B, few, card), fit(LLAMA_8B, replace(few, graphs=True), card)
+    expected = 24 * 120_000 + (100 << 20) + 55 * 8192 + 6 * 32 * LAYER_BYTES + POOL_BYTES + (2 << 20)
+    assert eager.graph_bytes == 0 and recorded.graph_bytes == expected
+    assert recorded.runtime == eager.runtime and recorded.scratch == eager.scratch
+    assert (eager.num_blocks - recorded.num_blocks) in (expected // (2 << 20), expected // (2 << 20) + 1)
+    assert "CUDA graphs, 6 sizes" in recorded.table() and "CUDA graphs" not in eager.table()
+    assert recorded.to_dict()["graphs_bytes"] == {**recorded.graphs, "total": expected}
+    assert eager.to_dict()["graphs_bytes"] == {"total": 0}
+    assert fit(LLAMA_8B, replace(few, graphs=True, max_tokens=7), card).decode_sizes == (1, 2, 4, 7)
+
+
+def test_inputs_are_planned_as_they_are_sent() -> None:
+    card = DeviceInfo("cuda", "card", 24 * GIB, 23 * GIB)
+    plan = fit(LLAMA_8B, replace(DEFAULTS, utilization=0.92, max_len=4096, block_size=64), card)
+    tables, tokens, sequences = 256 * 64 * 4, 3 * 2048 * 8, 6 * 256 * 8 + 256 * 4
+    assert plan.scratch["inputs"] == tables + tokens + sequences + 257 * 4 // 64 * 64 + 64  # the last one on a line of its own
+    assert fit(LLAMA_8B, replace(DEFAULTS, max_len=4096), cpu(24)).scratch["inputs"] == 0
+
+
+def test_refusals_of_cards_advise_fewer_sequences_or_none_recorded() -> None:
+    card = DeviceInfo("cuda", "card", 8 * GIB, 8 * GIB)
+    wide = replace(DEFAULTS, utilization=0.97, graphs=True, max_seqs=512, max_len=2048)
+    with pytest.raises(PlanError, match=r"CUDA graphs \d+\.\d\d MiB \(512 sequences\), runtime 800\.00 MiB") as error:
+        fit(LLAMA_8B, wide, card)
+    advised = advise(error.value, LLAMA_8B, wide, card)
+    assert "--enforce-eager" in advised.remedies and any(flag.startswith("--max-num-seqs ") for flag in advised.remedies)
 
 
 def test_refusals_have_the_numbers_and_the_flags() -> None:

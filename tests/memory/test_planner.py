@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from appliance.config import EngineConfig
+from appliance.memory.graphs import LAYER_BYTES
 from appliance.memory.planner import DeviceInfo, MemoryPlan, PlanError, make_plan
 from kernels.cpu import backend
 from models.spec import ModelSpec
@@ -201,7 +202,9 @@ def test_the_plan_is_plain_data(small: Path) -> None:
     found = json.loads(json.dumps(plan_of(small, max_model_len="0.6k").to_dict()))
     assert found["max_model_len"] == 600 and found["kv_cache"]["block_size"] == 16
     assert (
-        found["weights_bytes"]["total"] + found["workspace_bytes"]["total"] + found["runtime_bytes"] + found["kv_cache"]["bytes"]
+        sum(found[f"{part}_bytes"]["total"] for part in ("weights", "workspace", "graphs"))
+        + found["runtime_bytes"]
+        + found["kv_cache"]["bytes"]
         == found["total_bytes"]
     )
     assert list(found["sequences"]) == ["512", "600"]
@@ -227,6 +230,26 @@ def test_bad_input_is_named(small: Path) -> None:
         file.truncate(5000)
     with pytest.raises(CheckpointError, match="truncated"):
         plan_of(small)
+
+
+def test_on_cards_recorded_steps_and_inputs_are_counted(small: Path) -> None:
+    card = DeviceInfo("cuda", "some card", 8 * GIB, 8 * GIB, capability=89)
+    recorded = make_plan(small, EngineConfig(), card)
+    assert recorded.kv.block_size == 64 and recorded.graphs["spare_block"] == recorded.kv.block_bytes
+    assert recorded.decode_sizes[-1] == 256 and recorded.graphs["steps"] == len(recorded.decode_sizes) * 3 * LAYER_BYTES
+    assert recorded.graphs["results"] == sum(recorded.decode_sizes) * 256 * 2
+    for options in ({"enforce_eager": True}, {"reference_ops": True}):
+        launched = make_plan(small, EngineConfig(**options), card)
+        assert launched.graphs == {} and launched.scratch["inputs"] > 0
+    assert recorded.total <= recorded.budget
+    assert plan_of(small).graphs == {} and plan_of(small).scratch["inputs"] == 0
+
+
+def test_a_card_without_bfloat16_gets_float16(small: Path) -> None:
+    settings = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**settings, "torch_dtype": "bfloat16"}))
+    for capability, dtype in ((75, "float16"), (80, "bfloat16"), (None, "bfloat16")):
+        assert make_plan(small, EngineConfig(), DeviceInfo("cuda", "card", 8 * GIB, 8 * GIB, capability)).dtype == dtype
 
 
 def test_this_machine_is_the_default(small: Path) -> None:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from appliance.config import EngineConfig
+from appliance.memory.graphs import capture_sizes
 from appliance.memory.planner import make_plan
 from appliance.runtime.batch import StepArrays
 from appliance.runtime.engine import Engine
-from appliance.runtime.graphs import DecodeGraphs, capture_sizes
+from appliance.runtime.graphs import DecodeGraphs
 from appliance.runtime.runner import Runner
 from appliance.runtime.staging import Staging
 from kernels.ops import PagedBatch
