@@ -52,6 +52,17 @@ class KVSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a card said before the cache was made (appliance/memory/measure.py), beside what had been planned."""
+
+    held: int  # bytes of weights, workspace and runtime
+    planned: int  # bytes of the same
+    planned_blocks: int
+    planned_len: int
+    graphs: int | None = None  # bytes taken while decode steps were recorded
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """All sizes in bytes. ``total`` <= ``budget``."""
 
@@ -72,6 +83,7 @@ class MemoryPlan:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    measured: Measured | None = None  # None: nothing was yet, or it is no card
 
     @property
     def weight_bytes(self) -> int:
@@ -145,6 +157,7 @@ class MemoryPlan:
                 "tokens": self.tokens,
                 "bytes": self.kv_bytes,
             },
+            "measured": None if self.measured is None else asdict(self.measured),
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,

@@ -35,6 +35,7 @@ def plan_table(plan: MemoryPlan) -> str:
         *(_row(name, size, plan.budget) for name, size in rows),
         _row("total", plan.total, plan.budget),
         _row("left of the budget", plan.budget - plan.total, plan.budget),
+        *measured_lines(plan),
         "",
         f"KV cache: {plan.tokens:,} tokens in blocks of {plan.kv.block_size} "
         f"({size_text(plan.kv.block_bytes)} a block, {size_text(plan.kv.token_bytes)} a token)",
@@ -44,6 +45,22 @@ def plan_table(plan: MemoryPlan) -> str:
         f"Maximum concurrency for {plan.max_model_len:,} tokens per request: {plan.sequences(plan.max_model_len):.2f}x",
     ]
     return "\n".join(lines)
+
+
+def measured_lines(plan: MemoryPlan) -> list[str]:
+    """What was measured, where something was."""
+    found = plan.measured
+    if found is None:
+        return []
+    lines = [
+        f"  measured: {size_text(found.held)} held before the KV cache (planned: {size_text(found.planned)}), "
+        f"{plan.num_blocks:,} of {found.planned_blocks:,} planned blocks"
+    ]
+    if plan.max_model_len < found.planned_len:
+        lines.append(f"  measured: {plan.max_model_len:,} of {found.planned_len:,} planned tokens a sequence fit")
+    if found.graphs is not None:
+        lines.append(f"  measured: {size_text(found.graphs)} taken by CUDA graphs (planned: {size_text(plan.graph_bytes)})")
+    return lines
 
 
 def _row(name: str, size: int, budget: int) -> str:

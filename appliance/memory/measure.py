@@ -1,0 +1,74 @@
+"""What a card says of its memory once it has worked, held against the plan: pure arithmetic, no torch.
+
+A plan for a card contains estimates: what the driver and the allocator take. So weights are loaded, steps of every kind run over
+a cache of almost nothing, and what is then held takes the place of what was planned for it. The cache gets what that leaves::
+
+    budget | weights, workspace, runtime: as planned | CUDA graphs | KV cache: as planned                  |
+           | held, as measured                            | CUDA graphs | KV cache: no more than was planned |
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from appliance.memory.plan import SHORTEST_AUTO, Measured, MemoryPlan, PlanError
+from appliance.memory.text import size_text
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Bytes of a card at one moment."""
+
+    free: int  # of the card, for all programs
+    reserved: int  # by this process's allocator
+    peak: int  # by this process's allocator at most, since work began
+
+    def held(self, available: int) -> int:
+        """What this process needs of ``available``, which was free before it began.
+
+        What is missing there is in its hands (or in those of another program, which came since), and what it had for a while it
+        will want again. When another program has left, at least what the allocator has is held.
+        """
+        return max(available - self.free, self.reserved) + max(0, self.peak - self.reserved)
+
+
+def measured(plan: MemoryPlan, reading: Reading, *, auto_length: bool) -> MemoryPlan:
+    """The plan with as many blocks as the measurement leaves, and never more.
+
+    Where they are fewer than one sequence of the longest length needs, ``auto_length`` makes that shorter; else, or where too few
+    are left for any use, PlanError with what would fit.
+    """
+    held, kv = reading.held(plan.device.available), plan.kv
+    left = plan.budget - held - plan.graph_bytes
+    blocks = min(plan.num_blocks, max(0, left) // kv.block_bytes)
+    length = plan.max_model_len
+    if auto_length and blocks < kv.blocks(length):
+        length = max(blocks * kv.block_size, min(SHORTEST_AUTO, length))
+    if blocks < kv.blocks(length):
+        raise _too_little(plan, held, length, blocks)
+    planned = plan.weight_bytes + plan.workspace + plan.runtime
+    found = Measured(held=held, planned=planned, planned_blocks=plan.num_blocks, planned_len=plan.max_model_len)
+    return replace(plan, num_blocks=blocks, max_model_len=length, measured=found)
+
+
+def _too_little(plan: MemoryPlan, held: int, length: int, blocks: int) -> PlanError:
+    need, size = plan.kv.blocks(length) * plan.kv.block_bytes, plan.kv.block_size
+    remedies = []
+    if blocks * size >= 2:
+        remedies.append(f"--max-model-len {blocks * size}")
+    share = math.ceil(100 * (held + plan.graph_bytes + need) / plan.device.total) / 100
+    if held + plan.graph_bytes + need <= plan.device.available and plan.budget < plan.device.available and share <= 1:
+        remedies.append(f"--gpu-memory-utilization {share:g}")
+    if plan.graphs and held + need <= plan.budget:
+        remedies.append("--enforce-eager")
+    graphs = f", CUDA graphs will need {size_text(plan.graph_bytes)}" if plan.graphs else ""
+    message = (
+        f"{plan.model} does not fit on {plan.device.name}: {size_text(held)} are held with weights loaded and a step of "
+        f"{plan.max_num_batched_tokens} tokens computed{graphs}, and of the budget of {size_text(plan.budget)} "
+        f"({plan.budget_source}) room for {blocks} KV blocks is left; one sequence of {length} tokens needs "
+        f"{plan.kv.blocks(length)} ({size_text(need)})"
+    )
+    if remedies:
+        return PlanError(f"{message}. What would fit: {', or '.join(remedies)}", tuple(remedies))
+    return PlanError(f"{message}. A smaller --max-num-batched-tokens takes less, and so does a smaller model")
