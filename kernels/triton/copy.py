@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import triton
@@ -45,6 +46,19 @@ class CacheTable:
                     raise ValueError(f"a block of {list(t.shape)} with strides {list(t.stride())} is not dense memory")
                 size *= count
             rows.append((t.data_ptr(), t.stride(0) * t.element_size(), size * t.element_size()))
+        return CacheTable._of(rows, tensors)
+
+    @staticmethod
+    def packed(memory: Tensor, sizes: Sequence[int]) -> CacheTable:
+        """Of memory, uint8 [blocks, sum of sizes], in which a block's tensors lie one behind another."""
+        if memory.dtype != torch.uint8 or not memory.is_contiguous() or memory.shape[1:] != (sum(sizes),):
+            raise ValueError(f"{memory.dtype} {list(memory.shape)} does not have blocks of {sum(sizes)} bytes")
+        ends, start = list(accumulate(sizes)), memory.data_ptr()
+        rows = [(start + end - size, memory.shape[1], size) for end, size in zip(ends, sizes, strict=True)]
+        return CacheTable._of(rows, (memory,))
+
+    @staticmethod
+    def _of(rows: list[tuple[int, int, int]], tensors: tuple[Tensor, ...]) -> CacheTable:
         word = math.gcd(8, *(number for row in rows for number in row))
         places = torch.tensor(rows, dtype=torch.int64).view(-1, 3).to(tensors[0].device if tensors else "cpu")
         return CacheTable(places, tuple(row[2] for row in rows), word, tensors)
