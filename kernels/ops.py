@@ -50,6 +50,7 @@ class PagedBatch:
     block_tables: Tensor  # int32 [S, max blocks], rows padded with 0
     max_query: int
     max_seq: int
+    singles: int = 0  # so many sequences at the beginning are known to have one row each
 
     @property
     def query_starts_list(self) -> list[int]:

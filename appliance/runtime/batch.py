@@ -26,6 +26,7 @@ class StepArrays:
     ends: np.ndarray  # int32 [S]: tokens in the cache at the end of the step
     tables: np.ndarray  # int32 [S, most blocks], rows padded with 0
     max_query: int
+    singles: int = 0  # chunks of one token at the beginning
 
     @classmethod
     def build(cls, chunks: Sequence[Chunk], block_size: int, sampling: Mapping[Request, int] | None = None) -> StepArrays:
@@ -53,7 +54,9 @@ class StepArrays:
         for row, count, chunk in zip(tables, used.tolist(), chunks, strict=True):
             row[:count] = chunk.request.blocks[:count]
         slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-        return cls(np.array(ids), positions, slots, starts, ends.astype(np.int32), tables, int(lengths.max()))
+        longer = np.flatnonzero(lengths > 1)
+        singles = int(longer[0]) if len(longer) else len(chunks)
+        return cls(np.array(ids), positions, slots, starts, ends.astype(np.int32), tables, int(lengths.max()), singles)
 
     def padded(self, size: int, width: int, spare: int, block_size: int) -> StepArrays:
         """A step of single tokens with ``size`` sequences and tables of ``width`` blocks.
@@ -75,6 +78,7 @@ class StepArrays:
             ends=longer(self.ends, 1),
             tables=tables,
             max_query=1,
+            singles=size,
         )
 
     @classmethod
@@ -96,7 +100,7 @@ class StepArrays:
         """Of the arrays, wherever they are now; ``max_seq`` bounds the lengths of sequences."""
         longest = int(self.ends.max()) if max_seq is None else max_seq
         _, positions, slots, starts, ends, tables = tensors
-        return PagedBatch(positions, slots, starts, ends, tables, self.max_query, longest)
+        return PagedBatch(positions, slots, starts, ends, tables, self.max_query, longest, self.singles)
 
 
 class Draws(NamedTuple):

@@ -1,7 +1,8 @@
-"""Paged attention on a card: which of the two kernels a step takes."""
+"""Paged attention on a card: one kernel for sequences of one row, which come first in a step, and one for all others."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels.ops import KVCache, PagedBatch
@@ -31,8 +32,12 @@ def attention(
     if not q.numel():
         return q.new_empty(q.shape)
     card = capability(q.device)
-    if batch.max_query > 1:
-        return prefill(q, cache, batch, scale=scale, window=window, capability=card)
-    seen = batch.max_seq if window is None else min(batch.max_seq, window)
-    splits = split_count(seen, len(batch.seq_lens), cache.k.shape[2], multiprocessors)
-    return decode(q, cache, batch, scale=scale, window=window, splits=splits, capability=card)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    singles = len(batch.seq_lens) if batch.max_query == 1 else batch.singles
+    if singles:
+        seen = batch.max_seq if window is None else min(batch.max_seq, window)
+        splits = split_count(seen, singles, cache.k.shape[2], multiprocessors)
+        decode(q, cache, batch, out, singles, scale=scale, window=window, splits=splits, capability=card)
+    if singles < len(batch.seq_lens):
+        prefill(q, cache, batch, out, singles, scale=scale, window=window, capability=card)
+    return out

@@ -42,19 +42,26 @@ def split_count(max_seq: int, sequences: int, kv_heads: int, multiprocessors: in
 
 
 def decode(
-    q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None, splits: int, capability: int
-) -> Tensor:
-    """Attention of q [T, Hq, D] -> [T, Hq, D] where no sequence has more than one row; see ``kernels.ops.Attention``."""
-    tokens, heads, size = q.shape
+    q: Tensor,
+    cache: KVCache,
+    batch: PagedBatch,
+    out: Tensor,
+    sequences: int,
+    *,
+    scale: float,
+    window: int | None = None,
+    splits: int,
+    capability: int,
+) -> None:
+    """Attention of q [T, Hq, D] into out for the first ``sequences``, which have a row at most; see ``kernels.ops.Attention``."""
+    heads, size = q.shape[1:]
     given = arguments(q, cache, batch, scale=scale, window=window, capability=capability)
     launch = choose(given["WIDTH"], cache.k.element_size(), capability, exact=q.dtype == torch.float32)
     tiles = {"BLOCK_N": launch.BLOCK_N, "MIN_TILES": MIN_SPLIT // launch.BLOCK_N}
-    out = torch.empty((tokens, heads, size), dtype=q.dtype, device=q.device)
     parts = sums = None
     if splits > 1:
-        parts = torch.empty((tokens, heads, splits, size), dtype=torch.float32, device=q.device)
-        sums = torch.empty((tokens, heads, splits), dtype=torch.float32, device=q.device)
-    sequences = len(batch.seq_lens)
+        parts = torch.empty((sequences, heads, splits, size), dtype=torch.float32, device=q.device)
+        sums = torch.empty((sequences, heads, splits), dtype=torch.float32, device=q.device)
     _decode[(sequences, cache.k.shape[2], splits)](
         out_ptr=out if parts is None else parts,
         sums_ptr=sums,
@@ -70,7 +77,6 @@ def decode(
         _merge[(sequences, heads)](
             parts_ptr=parts, sums_ptr=sums, out_ptr=out, splits=splits, SPLITS=triton.next_power_of_2(splits), **shared, **tiles
         )
-    return out
 
 
 @triton.jit

@@ -8,7 +8,8 @@ one product: row r is token r // GROUP, head r % GROUP of the group. Sequence s 
     sequence      a a a a a | b | c c c ...                                a0 a1 b0 c0 c1 ..
 
 so a binary search finds the sequence of a tile, and T // TOKENS + S tiles are launched without knowing any length on the host;
-those that are nobody's return. Key tiles before the diagonal (and, with a window, after its lower edge) need no mask.
+those that are nobody's return. Sequences at the beginning that have one row each may be left out. Key tiles before the diagonal
+(and, with a window, after its lower edge) need no mask.
 """
 
 from __future__ import annotations
@@ -35,16 +36,29 @@ def choose(width: int, rows: int, capability: int, *, exact: bool) -> Launch:
     return Launch(128, 64 if width <= 64 or capability in (90, 100, 103) else 32, 8, 3)
 
 
-def prefill(q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None, capability: int) -> Tensor:
-    """Attention of q [T, Hq, D] -> [T, Hq, D] for any mixture of chunks; see ``kernels.ops.Attention``."""
-    tokens, heads, size = q.shape
+def prefill(
+    q: Tensor,
+    cache: KVCache,
+    batch: PagedBatch,
+    out: Tensor,
+    first: int = 0,
+    *,
+    scale: float,
+    window: int | None = None,
+    capability: int,
+) -> None:
+    """Attention of q [T, Hq, D] into out, for sequences from ``first`` on, of which all before have a row each.
+
+    Chunks may be of any lengths; see ``kernels.ops.Attention``.
+    """
     given = arguments(q, cache, batch, scale=scale, window=window, capability=capability)
     group, sequences = given["GROUP"], len(batch.seq_lens)
     launch = choose(given["WIDTH"], batch.max_query * group, capability, exact=q.dtype == torch.float32)
     rows = max(launch.ROWS, triton.next_power_of_2(group))
-    out = torch.empty((tokens, heads, size), dtype=q.dtype, device=q.device)
-    _prefill[(tokens // (rows // group) + sequences, cache.k.shape[2])](
+    tiles = q.shape[0] // (rows // group) + sequences - (first // (rows // group) + first)
+    _prefill[(tiles, cache.k.shape[2])](
         out_ptr=out,
+        first_sequence=first,
         sequences=sequences,
         ROWS=rows,
         BLOCK_N=launch.BLOCK_N,
@@ -52,13 +66,13 @@ def prefill(q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, windo
         num_stages=launch.num_stages,
         **given,
     )
-    return out
 
 
 @triton.jit
-def _owner(starts_ptr, sequences, tile, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _owner(starts_ptr, first, sequences, tile, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
     """(sequence, its tile) of a tile number: the last sequence whose first tile is not beyond it."""
-    low, high = tl.full((), 0, tl.int32), sequences
+    low, high = tl.full((), 0, tl.int32) + first, sequences
+    tile += first // TOKENS + first  # sequence ``first`` begins at row ``first``
     while high - low > 1:
         middle = (low + high) // 2
         ours = tl.load(starts_ptr + middle) // TOKENS + middle <= tile
@@ -67,17 +81,17 @@ def _owner(starts_ptr, sequences, tile, TOKENS: tl.constexpr):  # type: ignore[n
     return low, tile - (tl.load(starts_ptr + low) // TOKENS + low)
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "sequences"])
+@triton.jit(do_not_specialize=["table_stride", "window", "first_sequence", "sequences"])
 def _prefill(  # type: ignore[no-untyped-def]
     q_ptr, out_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, starts_ptr, lengths_ptr, tables_ptr,
     q_token_stride, q_head_stride, block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride,
-    table_stride, sequences, scale, window,
+    table_stride, first_sequence, sequences, scale, window,
     D: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = ROWS // GROUP
     # The last tiles of a long chunk have the most keys: they start first, so that they do not end alone.
-    sequence, tile = _owner(starts_ptr, sequences, tl.num_programs(0) - 1 - tl.program_id(0), TOKENS)
+    sequence, tile = _owner(starts_ptr, first_sequence, sequences, tl.num_programs(0) - 1 - tl.program_id(0), TOKENS)
     kv_head = tl.program_id(1)
     first_row = tl.load(starts_ptr + sequence)
     queries = tl.load(starts_ptr + sequence + 1) - first_row

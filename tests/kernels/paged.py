@@ -56,5 +56,6 @@ def make_step(
         block_tables=padded,
         max_query=max((now for _, now in sequences), default=0),
         max_seq=max(lengths, default=0),
+        singles=next((i for i, (_, now) in enumerate(sequences) if now != 1), len(sequences)),
     )
     return batch, KVCache(cache.k.to(dtype), cache.v.to(dtype))

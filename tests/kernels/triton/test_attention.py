@@ -129,8 +129,22 @@ def test_any_number_of_splits(splits: int, window: int | None) -> None:
     batch = to_device(replace(batch, block_tables=tables, max_seq=32000))
     small, values = held(cache, "float16")
     q = torch.randn(6, 6, 32).half().to(DEVICE)
-    found = decode(q, small, batch, scale=0.3, window=window, splits=splits, capability=capability(q.device))
+    found = torch.full_like(q, float("nan"))
+    decode(q, small, batch, found, 6, scale=0.3, window=window, splits=splits, capability=capability(q.device))
     compare(found, q, values, batch, scale=0.3, window=window)
+
+
+@pytest.mark.parametrize("heads", [2, 6, 32])
+@pytest.mark.parametrize("window", [None, 40])
+def test_single_rows_before_chunks(heads: int, window: int | None) -> None:
+    """Whether all of them, some or none are said to be single, with the tiles of the chunks beginning anywhere."""
+    batch, cache = make_step([(699, 1), (0, 1), (63, 1), (17, 1), (40, 1), (3, 30), (5, 1), (0, 70)], kv_heads=2)
+    assert batch.singles == 5
+    batch, (small, values) = to_device(batch), held(cache, "float16")
+    q = torch.randn(106, heads, 16).half().to(DEVICE)
+    for singles in range(6):
+        found = attention(q, small, replace(batch, singles=singles), scale=0.3, window=window)
+        compare(found, q, values, batch, scale=0.3, window=window)
 
 
 @pytest.mark.parametrize("now", [1, 20])

@@ -19,7 +19,7 @@ from kernels.triton import attention_decode, attention_prefill  # isort: skip
 
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16", torch.int32: "*i32"}
 BYTES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
-VARYING = ("table_stride", "window", "sequences", "splits")  # from step to step: not specialized
+VARYING = ("table_stride", "window", "first_sequence", "sequences", "splits")  # from step to step: not specialized
 
 
 class Recorder:
