@@ -21,8 +21,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-TARGETS = (75, 80, 86, 89, 90, 120)
-SHARED_LIMIT = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a block may have
+from tests.kernels.triton.cards import CARDS, Occupancy, occupancy
+
+TARGETS = tuple(CARDS)
+TOOLS = ("backends", "nvidia", "bin")  # inside triton: ptxas and cuobjdump of its own
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)")
 
 
@@ -37,6 +39,12 @@ class Compilation:
     num_stages: int = 3
     odd: tuple[str, ...] = ()  # integers and pointers that may be any number
     targets: tuple[int, ...] = TARGETS
+    case: str = ""  # in words
+
+    @staticmethod
+    def of(fields: dict[str, Any]) -> Compilation:
+        """From what JSON made of one."""
+        return Compilation(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
     @property
     def label(self) -> str:
@@ -50,14 +58,20 @@ class Report:
 
     label: str
     target: int
+    warps: int
     registers: int
     stack: int  # bytes of local memory: more than 0 are spills, or arrays that did not fit registers
     shared: int  # bytes
     loop: dict[str, int]
+    turns: bool  # whether there is a loop
 
     @property
     def fits(self) -> bool:
-        return self.shared <= SHARED_LIMIT[self.target]
+        return self.shared <= CARDS[self.target].shared_of_block
+
+    @property
+    def occupancy(self) -> Occupancy:
+        return occupancy(self.target, registers=self.registers, shared=self.shared, warps=self.warps)
 
     def count(self, *prefixes: str) -> int:
         """Operations of the loop whose name starts with one of these."""
@@ -70,14 +84,13 @@ class Report:
 
 def compile_all(compilations: Sequence[Compilation]) -> list[Report]:
     """Raises RuntimeError with the compiler's words for what does not compile."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.triton.aot"],
         input=json.dumps([asdict(one) for one in compilations]),
         capture_output=True,
         text=True,
-        env=env,
+        env=environment(),
         cwd=root,
         check=False,
     )
@@ -86,8 +99,13 @@ def compile_all(compilations: Sequence[Compilation]) -> list[Report]:
     return [Report(**one) for one in json.loads(done.stdout.splitlines()[-1])]
 
 
-def hot_loop(sass: str) -> Counter[str]:
-    """Operations between the farthest backward branch and its target."""
+def environment() -> dict[str, str]:
+    """Of a process that compiles."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def hot_loop(sass: str) -> tuple[Counter[str], bool]:
+    """Operations between the farthest backward branch and its target; (all, False) where there is none."""
     code = [(int(m[1], 16), m[2], m[3]) for m in INSTRUCTION.finditer(sass)]
     best = (0, -1)
     for at, name, rest in code:
@@ -95,7 +113,7 @@ def hot_loop(sass: str) -> Counter[str]:
         if target and int(target[1], 16) < at and at - int(target[1], 16) > best[1] - best[0]:
             best = (int(target[1], 16), at)
     names = [name for at, name, _ in code if best[0] <= at <= best[1]] or [name for _, name, _ in code]
-    return Counter(name for name in names if name != "NOP")
+    return Counter(name for name in names if name != "NOP"), best[1] > 0
 
 
 def compile_one(one: Compilation, target: int) -> Report:
@@ -120,7 +138,7 @@ def compile_one(one: Compilation, target: int) -> Report:
         made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except Exception as error:
         raise RuntimeError(f"{one.label} for sm_{target}: {error}") from error
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tools = Path(triton.__file__).parent.joinpath(*TOOLS)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -130,9 +148,10 @@ def compile_one(one: Compilation, target: int) -> Report:
         )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
-    return Report(one.label, target, int(found[1]), int(found[2]), made.metadata.shared, dict(hot_loop(sass)))
+    loop, turns = hot_loop(sass)
+    return Report(one.label, target, one.num_warps, int(found[1]), int(found[2]), made.metadata.shared, dict(loop), turns)
 
 
 if __name__ == "__main__":
-    wanted = [Compilation(**{k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}) for one in json.load(sys.stdin)]
+    wanted = [Compilation.of(one) for one in json.load(sys.stdin)]
     print(json.dumps([asdict(compile_one(one, target)) for one in wanted for target in one.targets]))

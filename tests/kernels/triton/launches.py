@@ -1,0 +1,232 @@
+"""The usual launches of every kernel, recorded by calling the operators on tensors without memory, as on a card.
+
+    python -m tests.kernels.triton.launches 89        # those of an RTX 4090, as JSON
+
+Tensors are on torch's "meta" device and say that they are a card's; a launch goes to ``Recorder`` instead of Triton's compiler,
+which leaves what it was given as a Compilation. What would wait for a number from the card fails here, so that a recording also
+proves that an operator does not.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from kernels.ops import KVCache, Norm, PagedBatch
+from quant.tensor import QuantTensor
+from tests.kernels.triton.aot import Compilation, environment
+from tests.kernels.triton.cards import CARDS
+
+META = torch.device("meta")
+ROOT = Path(__file__).parents[3]
+POINTERS = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.uint8: "*u8",
+    torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5",
+}  # fmt: skip
+HEADS, KV_HEADS, SIZE, HIDDEN, INNER, VOCABULARY = 32, 8, 128, 4096, 14336, 128256  # of an 8B model
+BLOCK_SIZE = 64
+
+
+def recorded(target: int) -> list[Compilation]:
+    """The launches of all cases for this architecture, each once; by a process in which kernels are not the interpreter's."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.triton.launches", str(target)],
+        capture_output=True, text=True, env=environment(), cwd=ROOT, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return [Compilation.of(one) for one in json.loads(done.stdout.splitlines()[-1])]
+
+
+def kernel_names() -> set[str]:
+    """module:function of everything in kernels/triton that is launched on a grid."""
+    launched = set()
+    for path in (ROOT / "kernels" / "triton").glob("*.py"):
+        tree, home = ast.parse(path.read_text()), {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("kernels.triton"):
+                home |= {one.name: f"{node.module}.{one.name}" for one in node.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                module, _, name = ast.unparse(node.func.value).rpartition(".")
+                where = home.get(module) or home.get(name, "").rpartition(".")[0] or f"kernels.triton.{path.stem}"
+                launched.add(f"{where}:{name}")
+    return launched
+
+
+class Recorder:
+    """Takes launches for a card of an architecture."""
+
+    def __init__(self, target: int) -> None:
+        self.target, self.case, self.made = target, "", dict[str, Compilation]()
+
+    def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> None:
+        """As Triton's JITFunction.run, whose rules for what is a constant and what a multiple of 16 are followed here."""
+        warps, stages = given.pop("num_warps", 4), given.pop("num_stages", 3)
+        bound = inspect.signature(kernel.fn).bind(*args, **given)
+        bound.apply_defaults()
+        types, constants, odd = {}, {}, []
+        for parameter in kernel.params:
+            name, value = parameter.name, bound.arguments[parameter.name]
+            special = isinstance(value, int) and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (special and value == 1):
+                constants[name] = _plain(value)
+            elif isinstance(value, Tensor):
+                types[name] = POINTERS[value.dtype]
+            elif isinstance(value, float):
+                types[name] = "fp32"
+            else:
+                types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                odd += [] if special and value % 16 == 0 else [name]
+        path = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
+        one = Compilation(path, types, constants, warps, stages, tuple(odd), (self.target,))
+        self.made.setdefault(json.dumps(asdict(one), sort_keys=True), replace(one, case=self.case))
+
+
+def _plain(value: Any) -> Any:
+    """A constant as JSON has it; types by name, for aot.py."""
+    if not isinstance(value, tl.dtype):
+        return getattr(value, "value", value)
+    return next(f"tl.{name}" for name in ("float16", "bfloat16", "float32") if getattr(tl, name) == value)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def weight(N: int, K: int, bits: int, group: int) -> QuantTensor:
+    packed = empty(N, K * bits // 8, dtype=torch.uint8)
+    return QuantTensor(packed, empty(-(-K // group), N), None, None, bits, group, K, N)
+
+
+def cache(dtype: torch.dtype) -> KVCache:
+    shape = (1024, BLOCK_SIZE, KV_HEADS)
+    scales = [empty(*shape, dtype=torch.float32) for _ in range(2)] if dtype == torch.int8 else [None, None]
+    return KVCache(empty(*shape, SIZE, dtype=dtype), empty(*shape, SIZE, dtype=dtype), *scales)
+
+
+def step(sequences: int, rows: int, longest: int) -> PagedBatch:
+    tokens, width = sequences * rows, -(-longest // BLOCK_SIZE)
+    whole, short = {"dtype": torch.int64}, {"dtype": torch.int32}
+    return PagedBatch(
+        positions=empty(tokens, **whole), slots=empty(tokens, **whole), query_starts=empty(sequences + 1, **short),
+        seq_lens=empty(sequences, **short), block_tables=empty(sequences, width, **short), max_query=rows, max_seq=longest,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Operators as the engine calls them; each yields a title, then makes launches."""
+
+    dtype: torch.dtype
+    card: Any  # kernels.triton.matmul.Card
+
+    @property
+    def name(self) -> str:
+        return {torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
+
+    def products(self) -> Iterator[str]:
+        from kernels.triton import matmul, weights
+
+        kinds = {  # N, K, bits, group; rows
+            "layer, 4 bits, groups of 128": ((HIDDEN, HIDDEN, 4, 128), (1, 32, 64)),
+            "layer, 4 bits, groups of 32": ((HIDDEN, HIDDEN, 4, 32), (1,)),
+            "layer, 8 bits, groups of 128": ((HIDDEN, HIDDEN, 8, 128), (1,)),
+            "head, 8 bits, one scale an output": ((VOCABULARY, HIDDEN, 8, HIDDEN), (1, 32, 64)),
+        }
+        for kind, (shape, sizes) in kinds.items():
+            packed = weights.pack(weight(*shape), dtype=self.dtype)
+            for rows in sizes:
+                yield f"{kind}, {self.name}, {rows} row{'s' * (rows > 1)}"
+                matmul.matmul(empty(rows, HIDDEN, dtype=self.dtype), packed, card=self.card)
+        gated = weights.pack(weight(2 * INNER, HIDDEN, 4, 128), dtype=self.dtype, gated=True)
+        yield f"SiLU and multiply, {self.name}, 1 row"
+        matmul.matmul(empty(1, HIDDEN, dtype=self.dtype), gated, card=self.card)
+
+    def attention(self) -> Iterator[str]:
+        from kernels.triton.attention import attention
+
+        kinds = {"16 bits": self.dtype, "e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+        for kind, dtype in kinds.items():
+            for rows in (1, 512):
+                yield f"{self.name}, cache {kind}, {rows} row{'s' * (rows > 1)} a sequence"
+                q, kept = empty(rows, HEADS, SIZE, dtype=self.dtype), cache(dtype)
+                attention(q, kept, step(1, rows, 8192), scale=0.1, multiprocessors=self.card.multiprocessors)
+
+    def small(self) -> Iterator[str]:
+        from kernels.triton import elementwise, embedding, norm, rope, weights
+
+        x, gain, parts = (
+            empty(8, HIDDEN, dtype=self.dtype),
+            empty(HIDDEN, dtype=self.dtype),
+            empty(4, 8, HIDDEN, dtype=torch.float32),
+        )
+        yield self.name
+        norm.rms_norm(x, gain, eps=1e-5)
+        elementwise.silu_mul(empty(8, 2 * INNER, dtype=self.dtype))
+        embedding.embedding(empty(8, dtype=torch.int64), empty(VOCABULARY, HIDDEN, dtype=self.dtype), self.dtype)
+        yield f"{self.name}, with a residual"
+        norm.add_rms_norm(x, x, gain, eps=1e-5)
+        yield f"{self.name}, with a residual, of 4 parts"
+        norm.add_rms_norm(parts, x, gain, eps=1e-5)
+        yield f"{self.name}, with a residual, to int8"
+        norm.add_rms_norm_int8(x, x, gain, eps=1e-5)
+        for bits, group in ((8, HIDDEN), (4, 128)):
+            yield f"{self.name}, head of {bits} bits"
+            table = weights.pack(weight(VOCABULARY, HIDDEN, bits, group), dtype=self.dtype)
+            embedding.packed_rows(empty(8, dtype=torch.int64), table, self.dtype)
+        width, angles, batch = (HEADS + 2 * KV_HEADS) * SIZE, empty(8192, SIZE, dtype=torch.float32), step(8, 1, 8192)
+        for kind, dtype in {"16 bits": self.dtype, "e4m3": torch.float8_e4m3fn, "int8": torch.int8}.items():
+            yield f"{self.name}, cache {kind}"
+            rope.rope_store(empty(8, width, dtype=self.dtype), HEADS, cache(dtype), batch, angles)
+        yield f"{self.name}, norms of heads, of 4 parts"
+        heads, sums = Norm(empty(SIZE, dtype=self.dtype), 1e-6), empty(4, 8, width, dtype=torch.float32)
+        kept = cache(self.dtype)
+        rope.rope_store_sums(sums, None, HEADS, kept, batch, angles, dtype=self.dtype, q_norm=heads, k_norm=heads)
+
+    def rest(self) -> Iterator[str]:
+        from kernels.triton import copy, sampling
+
+        yield "all cuts"
+        floats = [empty(8, dtype=torch.float32) for _ in range(3)]
+        logits, draws = empty(8, VOCABULARY, dtype=torch.float32), empty(8, dtype=torch.float64)
+        sampling.sample(logits, floats[0], empty(8, dtype=torch.int64), floats[1], floats[2], draws)
+        yield "no cut"
+        sampling.sample(logits, floats[0], None, None, None, draws)
+        yield "8 pairs"
+        table = copy.CacheTable.of([cache(self.dtype)])
+        copy.copy_blocks(table, empty(8, dtype=torch.int64), empty(8, dtype=torch.int64))
+
+
+def record(target: int) -> list[Compilation]:
+    """The launches of all cases, in this process, which is of no other use afterwards: a card is imitated from here on."""
+    from kernels.triton import attention, matmul
+
+    recorder = Recorder(target)
+    JITFunction.run = lambda kernel, *args, **given: recorder.run(kernel, *args, **given)
+    torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment, misc]
+    attention.capability = lambda device: target
+    card = matmul.Card(CARDS[target].multiprocessors, target)
+    half, brain = Cases(torch.float16, card), Cases(torch.bfloat16, card)
+    some = [half.products, half.attention, half.small, half.rest]
+    for cases in some if target < 80 else [*some, brain.products, brain.attention]:
+        for title in cases():
+            recorder.case = title
+    return list(recorder.made.values())
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(one) for one in record(int(sys.argv[1]))]))

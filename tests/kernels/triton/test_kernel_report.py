@@ -1,0 +1,51 @@
+"""The report of what kernels compile to: its arithmetic of occupancy, and that docs/gpu-kernels.md has every kernel there is."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.triton.cards import CARDS, occupancy
+from tests.kernels.triton.launches import kernel_names, recorded
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "gpu-kernels.md"
+
+
+@pytest.mark.parametrize(
+    ("target", "used", "blocks", "share", "limit"),
+    [
+        # The CUDA Best Practices Guide's example: 37 registers, blocks of 128 and of 320 threads, 64 warps a multiprocessor.
+        (80, {"registers": 37, "shared": 0, "warps": 4}, 12, 0.75, "registers"),
+        (80, {"registers": 37, "shared": 0, "warps": 10}, 4, 0.625, "registers"),
+        (80, {"registers": 32, "shared": 0, "warps": 8}, 8, 1.0, "registers"),
+        (89, {"registers": 255, "shared": 0, "warps": 8}, 1, 8 / 48, "registers"),  # 65536 / (256 * 256)
+        (89, {"registers": 32, "shared": 0, "warps": 1}, 24, 0.5, "blocks"),
+        (86, {"registers": 32, "shared": 0, "warps": 1}, 16, 16 / 48, "blocks"),
+        (75, {"registers": 64, "shared": 32768, "warps": 4}, 2, 0.25, "shared memory"),  # nothing is taken by the system there
+        (89, {"registers": 64, "shared": 50 * 1024, "warps": 4}, 1, 4 / 48, "shared memory"),  # 51 KB twice are more than 100
+        (90, {"registers": 64, "shared": 56 * 1024, "warps": 4}, 4, 0.25, "shared memory"),  # 57 KB four times are 228
+        (90, {"registers": 16, "shared": 0, "warps": 16}, 4, 1.0, "warps"),
+        (89, {"registers": 64, "shared": 100 * 1024, "warps": 4}, 0, 0.0, "shared memory"),  # more than a block may have
+    ],
+)
+def test_occupancy(target: int, used: dict[str, int], blocks: int, share: float, limit: str) -> None:
+    found = occupancy(target, **used)
+    assert (found.blocks, found.warps, found.limit) == (blocks, blocks * used["warps"], limit)
+    assert found.share == pytest.approx(share)
+
+
+def test_every_kernel_is_in_the_document() -> None:
+    """Else run scripts/gpu_kernels (minutes), after adding to tests/kernels/triton/launches.py what is new."""
+    launched = defaultdict(set)
+    for one in recorded(89):
+        launched[one.kernel.removeprefix("kernels.triton.")].add(one.case)
+    assert set(launched) == {name.removeprefix("kernels.triton.") for name in kernel_names()}, "a case for launches.py is needed"
+    sections = dict(re.findall(r"^### (\S+)\n(.*?)(?=^###|\Z)", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL))
+    assert set(sections) == set(launched)
+    for kernel, rows in sections.items():
+        found = set(re.findall(r"^\| (.+?)(?: #\d+)? \| sm_(\d+) \|", rows, re.MULTILINE))
+        assert {title for title, target in found if target == "89"} == launched[kernel], kernel
+        assert {int(target) for _, target in found} == set(CARDS), kernel
