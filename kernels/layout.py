@@ -15,6 +15,7 @@ ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 BLOCK_N = 64  # outputs are padded to whole blocks in the nibble layout of the CPU (kernels/cpu/nibbles.py), and to whole panels
 UNITS = (256, 128, 64, 32)  # group sizes that torch's int4 kernel for few rows knows
 SLAB_BYTES = 4 << 20  # of expanded weights at a time, of torch's operators
+TRITON_SLAB_BYTES = 16 << 20  # the same of the Triton kernels (kernels/triton/slab.py): within half of a card's L2 cache
 SEGMENT = 128  # inputs that share an activation scale in the native kernels, at most
 NATIVE_ROWS = 512  # rows that the native kernels prepare at a time
 HUGE_PAGE = 2 << 20
@@ -60,6 +61,21 @@ def padded(n: int, multiple: int) -> int:
 def slab_rows(columns: int, item_size: int) -> int:
     """Outputs in one slab of expanded weights of torch's operators."""
     return max(BLOCK_N, SLAB_BYTES // (columns * item_size) // BLOCK_N * BLOCK_N)
+
+
+def triton_slab(outputs: int, inputs: int) -> tuple[int, int]:
+    """(outputs, inputs) of the workspace in which a weight of so many is expanded for many rows, in 16 bits: whole tiles.
+
+    No larger than TRITON_SLAB_BYTES where a tile's outputs fit that at all. Outputs are even: halves of [gate; up] fit too.
+    """
+    across = padded(inputs, TILE)
+    return min(padded(outputs, TILE), max(TILE, TRITON_SLAB_BYTES // (2 * across) // TILE * TILE)), across
+
+
+def triton_slab_nbytes(inputs: int) -> int:
+    """Bytes of that workspace, at most, for weights of so many inputs."""
+    outputs, across = triton_slab(1 << 40, inputs)
+    return 2 * outputs * across
 
 
 def scale_unit(K: int, group_size: int, dtype: str) -> int:

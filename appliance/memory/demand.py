@@ -82,12 +82,13 @@ class Demand:
 def product_workspace(weights: Sequence[Loaded], machinery: Machinery) -> int:
     """Bytes that a product needs beside its input and output, at most.
 
-    Native kernels prepare some rows of the input, those in Triton have partial sums of few rows. Torch's operators expand a slab
-    of a quantized weight at a time (into bytes and into floats), the reference all of it.
+    Native kernels prepare some rows of the input, those in Triton have partial sums of few rows, and for many expand a slab of a
+    quantized weight at a time. Torch's operators expand such a slab into bytes and into floats, the reference all of it.
     """
     dtype, quantized = machinery.dtype, [one for one in weights if one.kind != "dense"]
     if machinery.ops == "triton":
-        return max((SPLIT_ROWS * 4 * one.module.N for one in quantized), default=0)
+        split = max((SPLIT_ROWS * 4 * one.module.N for one in quantized), default=0)
+        return max(split, max((layout.triton_slab_nbytes(one.module.K) for one in quantized), default=0))
     if machinery.ops == "cpu":
         return max((2 * 4 * one.module.K * layout.slab_rows(one.module.K, 4) for one in quantized), default=0)
     if machinery.ops != NATIVE:

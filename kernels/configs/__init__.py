@@ -146,6 +146,6 @@ class _Fields:
         launch = Launch(**values)
         if launch.split > 1 and (launch.split * int(rows) > SPLIT_ROWS or launch.group or launch.slab):
             self.refuse(
-                f"{at}.split", f"{launch.split}: rows times parts are at most {SPLIT_ROWS}, and only small tiles are split"
+                f"{at}.split", f"{launch.split}: parts times rows are at most {SPLIT_ROWS}, and only small tiles are split"
             )
         return int(rows), launch

@@ -1,0 +1,125 @@
+"""Products of many rows in large tiles, otherwise as tiled.py and without a split: float16 or bfloat16, sums in float32.
+
+Programs come in an order in which a tile of the weight meets GROUP tiles of rows at once, and is read from memory once for them
+(those rows stay in the card's cache, where a whole weight does not)::
+
+    GROUP = 2     row tile 0 | 0  2  4  6        numbers: the order of the programs
+                           1 | 1  3  5  7
+                           2 | 8 10 12 14
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.configs import Launch
+from kernels.triton.dequant import nibbles, whole_bytes
+from kernels.triton.tiled import _dot, _params
+from kernels.triton.weights import TILE, TritonWeight
+
+SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, to: Tensor, launch: Launch, *, finished: bool) -> None:
+    """The product of x [M, K] (rows contiguous) into ``to`` [M, outputs], with bias and residual where it is ``finished``."""
+    assert weight.params is not None and weight.scale_dtype is not None
+    rows = x.shape[0]
+    product[(triton.cdiv(weight.outputs, launch.block_n) * triton.cdiv(rows, launch.block_m),)](
+        x,
+        weight.words,
+        weight.params,
+        weight.bias,
+        residual,
+        to,
+        rows,
+        weight.outputs,
+        weight.K,
+        weight.params.shape[2],
+        weight.words.shape[1],
+        x.stride(0),
+        BITS=weight.bits,
+        SLICES=weight.slices,
+        WHOLE=weight.params.shape[0] == 1,
+        PARTS=weight.params.shape[1],
+        SCALE=SCALES[weight.scale_dtype],
+        EVEN=weight.K % TILE == 0,
+        BIAS=weight.bias is not None and finished,
+        RESIDUAL=residual is not None,
+        BM=launch.block_m,
+        BN=launch.block_n,
+        GROUP=launch.group,
+        ASM=x.is_cuda,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+
+
+@triton.jit
+def _place(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(tile of rows, tile of outputs) of this program."""
+    at, columns, rows = tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(M, BM)
+    first = at // (GROUP * columns) * GROUP
+    high = tl.minimum(rows - first, GROUP)
+    within = at % (GROUP * columns)
+    return first + within % high, within // high
+
+
+@triton.jit(do_not_specialize=["M"])  # rows: one compilation for all of them
+def product(  # type: ignore[no-untyped-def]
+    x, words, params, bias, residual, out,
+    M, N, K, padded, tiles, x_stride,
+    BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """out [M, N] of x [M, K]; constants as in tiled.product."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    PLANE: tl.constexpr = 32  # inputs of a product
+    row_tile, column_tile = _place(M, N, BM, BN, GROUP)
+    row, column = row_tile * BM + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
+    inside = (row < M)[:, None]
+    k = tl.arange(0, PLANE)
+    x_at = x + row.to(tl.int64)[:, None] * x_stride + k[None, :]
+    wide: tl.constexpr = 128 * PLANE if BITS == 4 else 128 * 128  # items of a tile
+    line: tl.constexpr = PLANE if BITS == 4 else 128
+    tile_at = (column // 128).to(tl.int64) * tiles
+    w_at = words + tile_at[None, :] * wide + (column % 128)[None, :] * line + k[:, None]
+    acc, scale = tl.zeros((BM, BN), tl.float32), tl.zeros((BN,), tl.float32)
+    for tile in range(tiles):
+        left = K - tile * 128
+        if BITS == 4:
+            packed = tl.load(w_at)
+        group = 0 if WHOLE else tile * SLICES
+        total = acc if WHOLE else tl.zeros((BM, BN), tl.float32)
+        for j in tl.static_range(4):
+            if (j * SLICES) % 4 == 0:  # a group begins
+                if j > 0:
+                    acc += total * scale[None, :]
+                    total = tl.zeros((BM, BN), tl.float32)
+                scale, addend = _params(params, group + j * SLICES // 4, column, padded, PARTS, SCALE, DTYPE)
+                addend = tl.broadcast_to(addend[None, :], (PLANE, BN))
+                if BITS == 4:
+                    w0, w1, w2, w3 = nibbles(packed, addend, ASM)
+            if EVEN:
+                rows = tl.load(x_at + j * PLANE, mask=inside, other=0.0)
+            else:
+                rows = tl.load(x_at + j * PLANE, mask=inside & (k + j * PLANE < left)[None, :], other=0.0)
+            if BITS == 8:
+                plane = whole_bytes(tl.load(w_at + j * PLANE), addend, ASM)
+            else:
+                plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3
+            total = _dot(rows, plane, total, ASM)
+        acc = total if WHOLE else acc + total * scale[None, :]
+        x_at += 128
+        w_at += wide
+    if WHOLE:
+        acc *= scale[None, :]
+    mask = inside & (column < N)[None, :]
+    at = row.to(tl.int64)[:, None] * N + column[None, :]
+    if BIAS:
+        acc += tl.load(bias + column, mask=column < N, other=0.0)[None, :]
+    if RESIDUAL:
+        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)

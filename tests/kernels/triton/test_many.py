@@ -1,0 +1,116 @@
+"""Products of many rows: tiles in another order, and weights expanded for torch's product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import layout, reference
+from kernels.configs import Launch
+from kernels.triton import many, slab
+from kernels.triton.weights import TILE, TritonWeight, pack
+from quant.tensor import QuantTensor
+from tests.kernels.triton.conftest import DEVICE
+from tests.kernels.weights import random_weight
+
+DTYPES = (torch.float16, torch.bfloat16)
+KINDS = [(4, 128, True), (4, 64, False), (4, 32, True), (4, 256, True), (4, None, True), (8, 128, False), (8, None, False)]
+LIMIT = {torch.float16: 2e-3, torch.bfloat16: 2e-2}  # as in test_matmul.py
+
+
+def on_device(weight: QuantTensor, **options: object) -> TritonWeight:
+    return pack(weight.on(torch.device(DEVICE)), **options)  # type: ignore[arg-type]
+
+
+def wanted(
+    x: torch.Tensor, weight: QuantTensor, bias: torch.Tensor | None = None, gated: bool = False, **options: torch.Tensor
+) -> torch.Tensor:
+    packed = reference.pack(weight.dequantize(), dtype=torch.float32, bias=bias, gated=gated)
+    return reference.matmul(x.float(), packed, **options)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float().cpu() - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group", "asymmetric"), KINDS)
+def test_a_slab_is_the_weight(bits: int, group: int | None, asymmetric: bool, dtype: torch.dtype) -> None:
+    """To the last bit, from any output on; what lies beside it stays."""
+    for N, K, first, count in ((300, 512, 131, 140), (130, 200, 0, 130)):
+        if group and K % group and group > TILE:
+            continue
+        weight = random_weight(N, K, bits=bits, group_size=group, asymmetric=asymmetric, seed=N)
+        to = torch.full((count + 3, layout.padded(K, TILE)), float("nan"), dtype=dtype, device=DEVICE)
+        slab.expand(on_device(weight, dtype=dtype), first, to[:count])
+        expected = weight.dequantize()[first : first + count]
+        found = to[:count, :K].cpu()
+        if dtype == torch.float16 or DEVICE == "cuda":
+            assert torch.equal(found, expected.to(dtype))
+        else:  # the interpreter cuts bfloat16 off
+            assert ((found.float() - expected).abs() <= expected.abs() * 2**-7).all()
+        assert to[count:].isnan().all() and to[:, K:].isnan().all()
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
+def test_a_slab_with_scales_of_any_type(scale_dtype: torch.dtype) -> None:
+    weight = random_weight(128, 256, group_size=64, asymmetric=True, scale_dtype=scale_dtype)
+    to = torch.empty(128, 256, dtype=torch.float16, device=DEVICE)
+    slab.expand(on_device(weight, dtype=torch.float16), 0, to)
+    assert torch.equal(to.cpu(), weight.dequantize(torch.float16))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("biased", "added", "wide"), [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (0, 1, 1)])
+def test_slab_after_slab(gated: bool, biased: int, added: int, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several slabs, the last of them short; bias, gate, residual and a result in float32."""
+    monkeypatch.setattr(layout, "TRITON_SLAB_BYTES", 2 * 256 * 128)
+    dtype, rows, N, K = torch.float16, 19, 580, 200
+    weight, x = random_weight(N, K, group_size=64, asymmetric=True), torch.randn(rows, K).to(torch.float16)
+    outputs = N // 2 if gated else N
+    bias = torch.randn(N) if biased else None
+    residual = torch.randn(rows, outputs).to(dtype) if added else None
+    packed = on_device(weight, dtype=dtype, bias=bias, gated=gated)
+    assert layout.triton_slab(N, K) == (128, 256) and outputs > 2 * 128
+    out = torch.full((rows, outputs), float("nan"), dtype=torch.float32 if wide else dtype, device=DEVICE)
+    found = slab.multiply(x.to(DEVICE), packed, None if residual is None else residual.to(DEVICE), out)
+    options = {} if residual is None else {"residual": residual.float()}
+    assert found is out and error(out, wanted(x, weight, bias=bias, gated=gated, **options)) < 3e-3
+
+
+def test_the_workspace_is_what_the_plan_has() -> None:
+    for inputs in (1, 128, 4096, 14336, 100_000):
+        for outputs in (1, 130, 4096, 1 << 20):
+            rows, across = layout.triton_slab(outputs, inputs)
+            assert (
+                rows % TILE == across % TILE == 0
+                and across >= inputs
+                and (rows >= outputs or rows * across * 2 <= 16 << 20 or rows == TILE)
+            )
+            assert rows * across * 2 <= layout.triton_slab_nbytes(inputs)
+    assert layout.triton_slab_nbytes(4096) == layout.TRITON_SLAB_BYTES
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group", "asymmetric"), KINDS)
+def test_tiles_in_groups(bits: int, group: int | None, asymmetric: bool, dtype: torch.dtype) -> None:
+    """More tiles of rows than a group has, the last group short; every program writes its own tile."""
+    rows, N, K = 330, 257, 256
+    weight, x = random_weight(N, K, bits=bits, group_size=group, asymmetric=asymmetric), torch.randn(rows, K).to(dtype)
+    packed = on_device(weight, dtype=dtype)
+    out = torch.full((rows, N), float("nan"), dtype=dtype, device=DEVICE)
+    many.multiply(x.to(DEVICE), packed, None, out, Launch(64, 128, 1, 8, 2, group=4), finished=True)
+    assert error(out, wanted(x, weight)) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("launch", [Launch(128, 128, 1, 8, 2, group=8), Launch(64, 64, 1, 4, 2, group=1)])
+def test_tiles_with_bias_and_residual(launch: Launch) -> None:
+    rows, N, K = 130, 200, 200
+    weight, x = random_weight(N, K, group_size=64), torch.randn(rows, K + 8).half()[:, :K]
+    bias, residual = torch.randn(N), torch.randn(rows, N).half()
+    packed = on_device(weight, dtype=torch.float16, bias=bias)
+    out = torch.full((rows, N), float("nan"), device=DEVICE)
+    many.multiply(x.to(DEVICE), packed, residual.to(DEVICE), out, launch, finished=True)
+    assert error(out, wanted(x, weight, bias=bias, residual=residual.float())) < 2e-3
+    many.multiply(x.to(DEVICE), packed, None, out, launch, finished=False)
+    assert error(out, wanted(x, weight)) < 2e-3
