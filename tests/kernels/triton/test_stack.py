@@ -102,7 +102,7 @@ def make_decoder(ops: Ops, shape: Shape, dtype: torch.dtype) -> Decoder:
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.size,
         "vocab_size": VOCAB,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
     }
@@ -114,7 +114,7 @@ def make_decoder(ops: Ops, shape: Shape, dtype: torch.dtype) -> Decoder:
         layers=made,
         norm=gain(shape.hidden),
         head=linear(VOCAB, shape.hidden),
-        cos_sin=(torch.rand(256, shape.size) * 2 - 1).to(ops.device),
+        cos_sin=(torch.rand(512, shape.size) * 2 - 1).to(ops.device),
         tied=False,
     )
 
