@@ -104,3 +104,4 @@ class EngineInfo:
     ready_s: float  # from the start of loading
     plan: dict[str, object]  # MemoryPlan.to_dict()
     kernels: str = ""  # what computes: reference, torch, or the instruction set of native kernels
+    startup: dict[str, float] = field(default_factory=dict)  # seconds of its parts; "ready": of all of them

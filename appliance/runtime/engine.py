@@ -19,14 +19,10 @@ from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler, StepPlan
 from appliance.memory.devices import cpu_threads
 from appliance.memory.planner import make_plan
-from appliance.runtime.graphs import CudaRecorder
 from appliance.runtime.runner import Flight, Runner, StepResult
-from appliance.runtime.staging import CudaLane
+from appliance.runtime.startup import Timeline, Tools, load_decoder, make_runner, told
 from kernels.cpu import backend
-from kernels.ops import get_ops
-from models.loader import load_model
 from models.spec import ModelSpec
-from quant.checkpoint import Checkpoint
 from quant.errors import InputError
 from quant.headers import read_json
 
@@ -51,59 +47,48 @@ class Engine:
         self._process = psutil.Process()
 
     @classmethod
-    def load(cls, config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> Engine:
-        """Plan the memory, load the checkpoint in directory ``config.model`` and allocate everything.
+    def load(cls, config: EngineConfig, progress: Callable[[int, int], None] | None = None, *, import_s: float = 0.0) -> Engine:
+        """Plan the memory, load the checkpoint in directory ``config.model``, allocate everything, and try it out on a card.
 
         Raises InputError (also its subclasses CheckpointError and PlanError) with one line for the user. ``progress`` is called
-        with (bytes loaded, bytes to load).
+        with (bytes loaded, bytes to load). ``import_s``: seconds that the caller took to get here, for the timeline.
         """
-        begun = time.perf_counter()
+        begun, timeline = time.perf_counter(), Timeline(import_s)
         if config.model is None:
             raise InputError("no model given: name a directory with a Hugging Face checkpoint")
         torch.set_num_threads(cpu_threads(config.threads))
         directory, device = Path(config.model), choose_device(config.device)
-        plan = make_plan(directory, config)
+        with timeline.part("plan"):
+            plan = make_plan(directory, config)
         log.debug("memory plan\n%s", plan.table())
-        checkpoint = Checkpoint.open(directory, config.quantization)
-        try:
-            spec = ModelSpec.from_config(checkpoint.config)
-            dtype = getattr(torch, plan.dtype)
-            ops = get_ops(device.type, reference=config.reference_ops, threads=config.threads)
-            decoder = load_model(
-                checkpoint,
-                spec,
-                ops,
-                dtype=dtype,
-                max_len=plan.max_model_len,
-                lm_head_dtype=config.lm_head_dtype,
-                activation=config.activation_dtype,
-                progress=progress,
-            )
-        finally:
-            checkpoint.close()
+        with told(plan):
+            decoder, quantization = load_decoder(config, plan, device, timeline, progress)
+        spec, ops = decoder.spec, decoder.ops
         kernels = {"cpu-native": backend.name(), "cpu": "torch"}.get(ops.name, ops.name)
         log.info("loaded %s: %s kernels, activations in %s, head in %s", config.model, kernels, plan.dtype, plan.head)
-        on_card = device.type == "cuda"
-        recorder = CudaRecorder() if on_card and not config.enforce_eager else None
-        lane = CudaLane() if on_card else None
-        runner = Runner(decoder, plan, dtype=dtype, device=device, lane=lane, recorder=recorder)
+        if not plan.device.bfloat16 and spec.dtype == "bfloat16" and plan.dtype == "float16":
+            log.info("%s (sm_%s) has no bfloat16, in which the model was made: float16", plan.device.name, plan.device.capability)
+        runner, plan = make_runner(decoder, plan, config, Tools.of(device, config), timeline, device=device)
         if ops.name == "cpu-native":
             torch.set_num_threads(1)  # what is left to torch is small, and the kernels' threads have the cores
         pool = BlockPool(plan.num_blocks, plan.kv.block_size)
         scheduler = Scheduler(pool, max_num_batched_tokens=plan.max_num_batched_tokens, max_num_seqs=plan.max_num_seqs)
+        ready_s = time.perf_counter() - begun
+        log.info("ready in %.1f s: %s", import_s + ready_s, timeline)
         info = EngineInfo(
             model=config.model,
             directory=str(directory),
             architecture=spec.architecture,
-            quantization=checkpoint.scheme.method,
+            quantization=quantization,
             dtype=plan.dtype,
             device=device.type,
             max_model_len=plan.max_model_len,
             vocab_size=spec.vocab,
             eos_token_ids=eos_token_ids(directory, spec),
-            ready_s=time.perf_counter() - begun,
+            ready_s=ready_s,
             plan=plan.to_dict(),
             kernels=kernels,
+            startup={**timeline.seconds, "ready": import_s + ready_s},
         )
         return cls(runner, scheduler, info, seed=config.seed)
 

@@ -32,12 +32,7 @@ class CudaRecorder:
         self.pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what is made at first use (kernels, workspaces) must not become part of the graph
-            for _ in range(2):
-                work()
-        torch.cuda.current_stream().wait_stream(side)
+        work()  # what is made at first use (kernels, workspaces) must not become part of the graph
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             result = work()

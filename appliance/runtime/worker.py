@@ -191,10 +191,11 @@ def serve(conn: Connection) -> None:
     """The engine process: load, then take messages and step until the pipe closes or None arrives."""
     config, level = conn.recv()
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    begun = time.perf_counter()
     from appliance.runtime.engine import Engine  # imports torch: seconds, and the client shall be told why it waits
 
     try:
-        engine = Engine.load(config, _Progress(conn))
+        engine = Engine.load(config, _Progress(conn), import_s=time.perf_counter() - begun)
     except (InputError, RuntimeError, MemoryError, OSError) as error:
         log.debug("loading failed", exc_info=True)
         conn.send(("failed", str(error) or type(error).__name__, isinstance(error, InputError | OSError)))

@@ -1,0 +1,212 @@
+"""What happens before an engine says that it is ready, with a device that only says what its memory would be."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from appliance.config import EngineConfig
+from appliance.memory.devices import DeviceInfo
+from appliance.memory.measure import Reading
+from appliance.memory.planner import MemoryPlan, PlanError, make_plan
+from appliance.runtime import engine as engine_module
+from appliance.runtime import startup, warmup
+from appliance.runtime.engine import Engine
+from appliance.runtime.startup import Kernels, Stopwatch, Timeline, Tools
+from kernels.tune import choose
+from tests.runtime.conftest import answers, submit
+from tests.runtime.fake_lane import FakeLane
+from tests.runtime.test_graphs import FakeRecorder
+
+Load = Callable[..., Engine]
+MIB = 1 << 20
+
+
+@dataclass
+class FakeGauge:
+    """A card on which this process holds ``held`` bytes, and ``step`` more each time it is read."""
+
+    available: int = 0
+    held: int = 0
+    step: int = 0
+    begun: int = 0
+    readings: list[Reading] = field(default_factory=list)
+
+    def begin(self) -> None:
+        self.begun += 1
+
+    def read(self) -> Reading:
+        held = self.held + self.step * len(self.readings)
+        self.readings.append(Reading(free=self.available - held, reserved=held, peak=held))
+        return self.readings[-1]
+
+
+@pytest.fixture
+def on_card(monkeypatch: pytest.MonkeyPatch) -> FakeGauge:
+    """Engines load as they would on a card, with operators of the CPU; a card with plenty of memory until a test says otherwise."""
+    gauge = FakeGauge()
+    tools = Tools(FakeLane(), gauge, FakeRecorder())
+    monkeypatch.setattr(Tools, "of", classmethod(lambda cls, device, config: tools))
+
+    def planned(directory: Path, config: EngineConfig) -> MemoryPlan:
+        plan = make_plan(directory, config, DeviceInfo("cpu", "fake card", 1 << 34, 1 << 33))
+        gauge.available = plan.device.available
+        gauge.held = gauge.held or plan.total - plan.kv_bytes
+        return replace(plan, graphs={"pool": 0})
+
+    monkeypatch.setattr(engine_module, "make_plan", planned)
+    return gauge
+
+
+def requests() -> list:
+    return [submit(f"r{i}", range(3, 20 + i), max_tokens=10, temperature=0.7 * (i % 2), seed=i) for i in range(9)]
+
+
+def test_an_engine_that_has_warmed_up_answers_as_one_that_has_not(
+    load: Load, on_card: FakeGauge, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_card.step = MIB
+    with caplog.at_level(logging.INFO, logger="appliance"):
+        engine = load(max_num_seqs=6, max_num_batched_tokens=64)
+    measured = engine.info.plan["measured"]
+    assert measured["graphs"] == MIB and measured["held"] == measured["planned"]
+    assert engine.info.plan["kv_cache"]["num_blocks"] == measured["planned_blocks"] == engine.scheduler.pool.num_blocks
+    assert list(engine.info.startup) == ["plan", "load", "pack", "warm-up", "cache", "graphs", "ready"]
+    parts = sum(seconds for name, seconds in engine.info.startup.items() if name != "ready")
+    assert parts <= engine.info.startup["ready"] == engine.info.ready_s
+    assert "ready in" in caplog.text and "4 sizes of decode steps recorded" in caplog.text  # 1, 2, 4, 6
+    assert "held before the KV cache" in caplog.text
+    ours = answers(engine, requests())
+    monkeypatch.undo()
+    assert ours == answers(load(max_num_seqs=6, max_num_batched_tokens=64), requests())
+
+
+def test_what_the_card_holds_beyond_the_plan_comes_from_the_cache(load: Load, on_card: FakeGauge) -> None:
+    whole = load(max_num_seqs=6).info.plan
+    block, blocks = whole["kv_cache"]["block_bytes"], whole["kv_cache"]["num_blocks"]
+    on_card.held = whole["budget_bytes"] - 40 * block - block // 2
+    engine = load(max_num_seqs=6)
+    assert engine.info.plan["kv_cache"]["num_blocks"] == engine.scheduler.pool.num_blocks == 40 < blocks
+    assert engine.runner.caches[0].k.shape[0] == 41  # and the one for padding
+    assert engine.stats().blocks_total == 40 and engine.info.max_model_len == 256
+    answers(engine, requests())
+
+
+def test_a_longest_context_that_was_not_asked_for_becomes_shorter(load: Load, on_card: FakeGauge) -> None:
+    whole = load(max_model_len="auto", max_num_seqs=6).info
+    block = whole.plan["kv_cache"]["block_bytes"]
+    on_card.held = whole.plan["budget_bytes"] - 17 * block
+    engine = load(max_model_len="auto", max_num_seqs=6)
+    assert engine.info.max_model_len == 17 * 16 < whole.max_model_len
+    answers(engine, [submit("long", range(3, 203), max_tokens=70)])
+    on_card.held = whole.plan["budget_bytes"] - 15 * block
+    with pytest.raises(PlanError, match=r"room for 15 KV blocks is left; one sequence of 256 tokens needs 16"):
+        load(max_model_len="auto", max_num_seqs=6)
+    with pytest.raises(PlanError, match=r"What would fit: --max-model-len 240"):
+        load(max_model_len=256, max_num_seqs=6)
+
+
+def test_a_card_that_runs_out_of_memory_is_a_plan_that_was_wrong(
+    load: Load, on_card: FakeGauge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words.")
+
+    for place, name in ((warmup, "run"), (FakeRecorder, "record"), (startup, "load_model")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, lambda *args, **options: fail())
+            with pytest.raises(
+                PlanError, match=r"fake card ran out of memory before it was ready: try a smaller --kv-cache-memory"
+            ):
+                load()
+
+
+def test_a_cpu_has_the_same_timeline_without_warm_up(load: Load, tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="appliance"):
+        info = load().info
+    assert list(info.startup) == ["plan", "load", "pack", "cache", "ready"] and info.plan["measured"] is None
+    assert "warmed up" not in caplog.text and "ready in" in caplog.text
+    config = EngineConfig(model=str(tiny), dtype="float32", max_model_len=64, kv_cache_memory_bytes=4 << 20)
+    told = Engine.load(config, import_s=1.5).info
+    assert told.startup["import"] == 1.5 and told.startup["ready"] == 1.5 + told.ready_s
+
+
+@given(
+    tokens=st.integers(1, 5000),
+    sequences=st.integers(1, 600),
+    longest=st.integers(2, 40_000),
+    recorded=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_step_of_the_warm_up_could_be_a_real_one(tokens: int, sequences: int, longest: int, recorded: bool) -> None:
+    class Plan:
+        max_num_batched_tokens, max_num_seqs, max_model_len = tokens, sequences, longest
+
+    steps = [*warmup.trials(Plan, recorded=recorded), *warmup.rehearsal(Plan)]  # type: ignore[arg-type]
+    for step in steps:
+        assert 1 <= len(step.chunks) <= min(sequences, tokens) and 1 <= step.tokens <= tokens
+        assert all(start + length <= longest and length >= 1 for start, length in step.chunks)
+        lengths = [length for _, length in step.chunks]
+        assert lengths == sorted(lengths, key=lambda n: n > 1), "single tokens come first"
+    assert steps[0].tokens == min(tokens, sequences * longest) == max(step.tokens for step in steps)
+    assert max(len(step.chunks) for step in steps) == min(sequences, tokens)
+    assert recorded or max(start + length for step in steps for start, length in step.chunks) == longest
+
+
+@pytest.mark.parametrize("capability", [75, 80, 89, 90, 120])
+def test_a_warm_up_takes_every_launch_that_some_number_of_rows_takes(capability: int) -> None:
+    for outputs, inputs, processors in ((4096, 4096, 132), (28672, 4096, 128), (1024, 14336, 40), (128, 128, 188)):
+        shape = {"outputs": outputs, "inputs": inputs, "multiprocessors": processors, "capability": capability}
+        tried = {choose(rows=rows, **shape) for rows in warmup.edges(2048)}
+        assert tried == {choose(rows=rows, **shape) for rows in range(1, 2049)}
+
+
+def test_seconds_of_calls_that_overlap_count_once() -> None:
+    watch = Stopwatch(time.sleep)
+    threads = [threading.Thread(target=watch, args=(0.1,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 0.1 <= watch.seconds < 0.35
+    with pytest.raises(ValueError, match="non-negative"):
+        watch(-1)
+    assert watch._running == 0
+
+
+def test_a_timeline_takes_parts_out_of_parts() -> None:
+    timeline = Timeline(2.0)
+    with timeline.part("load"):
+        pass
+    timeline.seconds["load"] = 3.0
+    timeline.move("pack", 1.25, "load")
+    assert timeline.seconds == {"import": 2.0, "load": 1.75, "pack": 1.25}
+    assert str(timeline) == "import 2.0 s, load 1.8 s, pack 1.2 s"
+
+
+def test_kernels_are_counted_by_where_they_came_from(caplog: pytest.LogCaptureFixture) -> None:
+    knobs = pytest.importorskip("triton").knobs
+    heard: list[bool] = []
+    before = knobs.compilation.listener
+    knobs.compilation.listener = lambda *, cache_hit, **facts: heard.append(cache_hit)
+    try:
+        with caplog.at_level(logging.INFO, logger="appliance"), Kernels("triton") as kernels:
+            for hit in (True, False, True, False):
+                knobs.compilation.listener(src=None, metadata={}, metadata_group={}, times=None, cache_hit=hit)
+        knobs.compilation.listener(cache_hit=True)
+    finally:
+        knobs.compilation.listener = before
+    assert (kernels.compiled, kernels.cached) == (2, 2) and heard == [True, False, True, False, True]
+    assert str(kernels) == f"2 kernels compiled, 2 from {knobs.cache.dir}"
+    assert caplog.text.count("compiling kernels") == 1
+    with Kernels("reference") as none:
+        assert str(none) == "no kernels to compile"
