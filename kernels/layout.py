@@ -125,7 +125,7 @@ def weight_nbytes(
     groups = math.ceil(K / group_size)
     if ops == "triton":
         whole = groups == 1 or group_size % TILE == 0
-        rounded = kind == "int" and whole and activation == "int8-token"
+        rounded = kind == "int" and dtype != "float32" and whole and activation == "int8-token"
         fits = kind == "int" and dtype != "float32" and (whole or group_size in (32, 64))
         if not rounded and (not fits or (bits == 8 and asymmetric and dtype == "bfloat16")):
             return N * K * ITEM_SIZE[dtype]  # kept dequantized, see kernels/triton/weights.py

@@ -6,17 +6,16 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.ops import Norm, Weight
-from kernels.triton import tiled
+from kernels.triton import rounded, tiled
 from kernels.triton.norm import rms_norm
+from kernels.triton.quantize import Rounded
 from kernels.triton.weights import TILE, TritonWeight
 from kernels.tune import AMPERE, MULTIPROCESSORS, Launch, choose
 
-SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 FINISH_BLOCK = 512
 
 
@@ -52,15 +51,10 @@ def matmul(
         raise ValueError(f"out is {list(out.shape)}; {list(shape)} is needed, contiguous")
     if rows == 0:
         return out
-    if norm is not None:
-        x = rms_norm(x, norm.weight, eps=norm.eps)
-    if weight.perm is not None:
-        x = x.index_select(1, weight.perm)
-    residual = None if residual is None else residual.contiguous()
-    if weight.bits == 16:
-        return _dense(x, weight, residual, out)
-    launch = choose(rows=rows, outputs=weight.outputs, inputs=weight.K, **card._asdict())
-    return _tiled(x if x.stride(1) == 1 else x.contiguous(), weight, residual, out, launch)
+    residual, operand = None if residual is None else residual.contiguous(), _operand(x, weight, norm)
+    if isinstance(operand, Tensor) and weight.bits == 16:
+        return _dense(operand, weight, residual, out)
+    return _tiled(operand, weight, residual, out, _launch(weight, rows, card))
 
 
 def partial_sums(x: Tensor, weight: Weight, *, card: Card = UNKNOWN) -> Tensor | None:
@@ -71,21 +65,36 @@ def partial_sums(x: Tensor, weight: Weight, *, card: Card = UNKNOWN) -> Tensor |
     """
     if not isinstance(weight, TritonWeight) or weight.bits == 16 or weight.gated or x.shape[0] == 0:
         return None
-    launch = choose(rows=x.shape[0], outputs=weight.outputs, inputs=weight.K, **card._asdict())
+    launch = _launch(weight, x.shape[0], card)
     if launch.split == 1:
         return None
-    x = x if weight.perm is None else x.index_select(1, weight.perm)
     parts = torch.empty((launch.split, x.shape[0], weight.outputs), dtype=torch.float32, device=x.device)
-    _multiply(x if x.stride(1) == 1 else x.contiguous(), weight, None, parts, launch, finished=False)
+    _multiply(_operand(x, weight, None), weight, None, parts, launch, finished=False)
     return parts
 
 
-def _tiled(x: Tensor, weight: TritonWeight, residual: Tensor | None, out: Tensor, launch: Launch) -> Tensor:
-    rows, split = x.shape[0], launch.split
+def _operand(x: Tensor, weight: TritonWeight, norm: Norm | None) -> Tensor | Rounded:
+    """x as the product reads it: normalized, in the order of the weight's inputs, rounded to int8 where the weight wants that."""
+    if weight.rounds is not None:
+        return rounded.prepare(x, weight, norm)
+    if norm is not None:
+        x = rms_norm(x, norm.weight, eps=norm.eps)
+    if weight.perm is not None:
+        x = x.index_select(1, weight.perm)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _launch(weight: TritonWeight, rows: int, card: Card) -> Launch:
+    cut = choose if weight.rounds is None else rounded.choose
+    return cut(rows=rows, outputs=weight.outputs, inputs=weight.K, **card._asdict())
+
+
+def _tiled(x: Tensor | Rounded, weight: TritonWeight, residual: Tensor | None, out: Tensor, launch: Launch) -> Tensor:
+    rows, split = out.shape[0], launch.split
     if split == 1 and not weight.gated:
         _multiply(x, weight, residual, out, launch, finished=True)
         return out
-    parts = torch.empty((split, rows, weight.outputs), dtype=torch.float32, device=x.device)
+    parts = torch.empty((split, rows, weight.outputs), dtype=torch.float32, device=out.device)
     _multiply(x, weight, None, parts, launch, finished=False)
     tiled.finish[(rows, triton.cdiv(weight.N, FINISH_BLOCK))](
         parts,
@@ -105,8 +114,12 @@ def _tiled(x: Tensor, weight: TritonWeight, residual: Tensor | None, out: Tensor
     return out
 
 
-def _multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, to: Tensor, launch: Launch, *, finished: bool) -> None:
+def _multiply(
+    x: Tensor | Rounded, weight: TritonWeight, residual: Tensor | None, to: Tensor, launch: Launch, *, finished: bool
+) -> None:
     """The product into ``to``: with bias and residual where it is ``finished``, else partial sums."""
+    if isinstance(x, Rounded):
+        return rounded.multiply(x, weight, residual, to, launch, finished=finished)
     rows = x.shape[0]
     assert weight.params is not None and weight.scale_dtype is not None
     grid = (triton.cdiv(weight.outputs, launch.block_n), triton.cdiv(rows, launch.block_m), launch.split)
@@ -127,7 +140,7 @@ def _multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, to: Tens
         SLICES=weight.slices,
         WHOLE=weight.params.shape[0] == 1,
         PARTS=weight.params.shape[1],
-        SCALE=SCALES[weight.scale_dtype],
+        SCALE=rounded.SCALES[weight.scale_dtype],
         EVEN=weight.K % TILE == 0,
         BIAS=weight.bias is not None and finished,
         RESIDUAL=residual is not None,

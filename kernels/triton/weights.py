@@ -8,6 +8,12 @@
     params   [groups][parts][N] int32: the scale (16 bits) and the addend of dequant.py (16 bits, above it); with scales of 32
              bits the scale and, as a second part, the addend. A group is a tile, a half or a quarter of one, or all inputs
 
+For activations rounded to int8 (eight.py), where groups are whole tiles, codes are signed, the middle code is 0::
+
+    4 bits   words [N/128][K/128][128 outputs][64] uint8: input h of the tile in the lower nibble, input 64 + h in the upper one
+    8 bits   words [N/128][K/128][128 outputs][128] int8
+    params   as above, with the middle code less the zero point, an int16, for the addend
+
 Outputs and inputs are padded to whole tiles with scales of zero. What has no such form (float32 activations, groups that do not
 fit tiles, 8 bits with zero points in bfloat16, FP8) is kept dequantized, as a dense weight.
 """
@@ -21,6 +27,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels.triton.dequant import BASE
+from kernels.triton.kv import capability
+from kernels.tune import AMPERE
 from quant.tensor import QuantTensor
 
 TILE = 128  # outputs, and inputs
@@ -41,6 +49,8 @@ class TritonWeight:
     gated: bool  # outputs are [gate; up]
     outputs: int  # of the product itself
     K: int
+    rounds: str | None = None  # activations are rounded to int8, with a scale for a "token" or for a "tile"'s inputs of one
+    asymmetric: bool = False  # where activations are rounded: there are zero points
 
     @property
     def N(self) -> int:
@@ -59,22 +69,30 @@ def pack(
     gated: bool = False,
     activation: str = "auto",
 ) -> TritonWeight:
-    """Lay out a weight for activations of ``dtype``, where the weight lies; ``activation`` changes nothing here."""
+    """Lay out a weight for activations of ``dtype``, where the weight lies.
+
+    Activations are rounded to int8 where the checkpoint asks for that, a scale a token, or ``activation`` is "int8", with one for
+    128 inputs; both where groups are whole tiles.
+    """
     bias = None if bias is None else bias.float()
     if not isinstance(weight, QuantTensor):
         return TritonWeight(16, weight.to(dtype).contiguous(), None, None, 1, bias, None, gated, *weight.shape)
-    if not fits_tiles(weight, dtype):
+    rounds = rounding(weight, dtype, activation)
+    if rounds is None and not fits_tiles(weight, dtype):
         # Rounded to the dtype of the scales first, as the tools that publish checkpoints do.
         dense = weight.dequantize(weight.scales.dtype).to(dtype)
         return TritonWeight(16, dense, None, None, 1, bias, None, gated, weight.N, weight.K)
     down, across = -weight.N % TILE, -weight.K % TILE
-    codes = pad(weight.unpack(), (0, across, 0, down))
+    codes = weight.unpack() if rounds is None else weight.unpack() ^ 1 << weight.bits - 1  # as signed numbers
+    codes = pad(codes, (0, across, 0, down))
     blocks = codes.view(codes.shape[0] // TILE, TILE, codes.shape[1] // TILE, TILE).transpose(1, 2)
     slices = 1 if weight.groups == 1 else max(1, TILE // weight.group_size)
     return TritonWeight(
         bits=weight.bits,
-        words=as_words(blocks) if weight.bits == 4 else blocks.contiguous(),
-        params=make_params(weight, dtype, 1 if weight.groups == 1 else blocks.shape[1] * slices, down),
+        words=as_words(blocks, weight.bits, rounds),
+        params=make_params(
+            weight, make_addends(weight, dtype, rounds), 1 if weight.groups == 1 else blocks.shape[1] * slices, down
+        ),
         scale_dtype=weight.scales.dtype,
         slices=slices,
         bias=bias,
@@ -82,7 +100,20 @@ def pack(
         gated=gated,
         outputs=weight.N,
         K=weight.K,
+        rounds=rounds,
+        asymmetric=weight.zeros is not None,
     )
+
+
+def rounding(weight: QuantTensor, dtype: torch.dtype, activation: str) -> str | None:
+    """What shares a scale of activations in int8, as in TritonWeight; None where they are not rounded."""
+    if weight.kind != "int" or dtype not in NAMES or not (weight.groups == 1 or weight.group_size % TILE == 0):
+        return None
+    if 0 < capability(weight.packed.device) < AMPERE:
+        return None  # the compiler has no products of integers there
+    if weight.activation == "int8-token":
+        return "token"
+    return "tile" if activation == "int8" and fits_tiles(weight, dtype) else None
 
 
 def fits_tiles(weight: QuantTensor, dtype: torch.dtype) -> bool:
@@ -93,20 +124,31 @@ def fits_tiles(weight: QuantTensor, dtype: torch.dtype) -> bool:
     return weight.kind == "int" and dtype in NAMES and fits and not wide
 
 
-def as_words(blocks: Tensor) -> Tensor:
-    """uint8 [..., 128 outputs, 128 inputs] of codes below 16 -> int16 [..., 128, 32]."""
+def as_words(blocks: Tensor, bits: int, rounds: str | None) -> Tensor:
+    """uint8 [..., 128 outputs, 128 inputs] of codes -> words of these tiles, as above."""
+    if bits == 8:
+        return blocks.contiguous() if rounds is None else blocks.contiguous().view(torch.int8)
+    if rounds is not None:
+        low, high = blocks.unflatten(-1, (2, TILE // 2)).unbind(-2)
+        return (low | high << 4).contiguous()
     a, b, c, d = blocks.unflatten(-1, (4, TILE // 4)).unbind(-2)
     return torch.stack([a | b << 4, c | d << 4], dim=-1).view(torch.int16).squeeze(-1).contiguous()
 
 
-def make_params(weight: QuantTensor, dtype: torch.dtype, groups: int, down: int) -> Tensor:
+def make_addends(weight: QuantTensor, dtype: torch.dtype, rounds: str | None) -> Tensor:
+    """int16 [G, N], added to codes: bits of a float of ``dtype``; a number, to a signed code, where activations are rounded."""
+    zeros = weight.explicit_zeros()
+    if rounds is not None:
+        return 2 ** (weight.bits - 1) - zeros.to(torch.int16)
+    return (-(zeros.float() + BASE[NAMES[dtype]])).to(dtype).view(torch.int16)
+
+
+def make_params(weight: QuantTensor, addends: Tensor, groups: int, down: int) -> Tensor:
     """int32 [groups, parts, N], larger groups than tiles repeated; scales of what only fills up tiles are zero."""
-    base = BASE[NAMES[dtype]]
-    addends = (-(weight.explicit_zeros().float() + base)).to(dtype)
     repeat = max(1, weight.group_size // TILE) if groups > 1 else 1
     both = (t.repeat_interleave(repeat, dim=0)[:groups] for t in (weight.scales, addends))
     scales, addends = (pad(t, (0, down, 0, groups - t.shape[0])) for t in both)
-    high = addends.contiguous().view(torch.int16).to(torch.int32)
+    high = addends.to(torch.int32)
     if weight.scales.dtype == torch.float32:
         return torch.stack([scales.contiguous().view(torch.int32), high], dim=1)
     low = scales.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF

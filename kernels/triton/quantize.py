@@ -1,0 +1,103 @@
+"""Activations to int8, for products of integers: a scale for a row (a token), or for each 128 inputs of it.
+
+    x      a row    | 0 .. 127 | 128 .. 255 | .. | K - 1, zeros up to a whole tile |
+    scales token    |                      one                                     |   [M]
+           tile     |   one    |    one     | ..                                   |   [K/128, M in whole tiles]
+    sums            |   one    |    one     | ..                                   |   [K/128, M in whole tiles]
+
+A program has a row, CHUNK tiles of it at a time; a token's scale takes a pass over the row of its own. ``sums`` are what weights
+with zero points need beside the product of codes: the sum of a tile's rounded activations (times the scale where a tile has one).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton.narrow import to_int8
+
+TILE = 128
+CHUNK = 32  # tiles
+
+
+class Rounded(NamedTuple):
+    """Activations in int8: codes [M, K in whole tiles]; float32 scales [M] or [tiles, rows], sums [tiles, rows] or none.
+
+    ``rows`` are M in whole tiles, so that products read scales without asking where they end.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    sums: Tensor | None
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _quantize(  # type: ignore[no-untyped-def]
+    x, codes, scales, sums, rows, K, tiles, x_stride,
+    TOKEN: tl.constexpr, SUMS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    tile, k = tl.arange(0, CHUNK), tl.arange(0, 128)
+    within = tile[:, None] * 128 + k[None, :]
+    chunks = tl.cdiv(tiles, CHUNK)
+    amax = tl.zeros((CHUNK, 1), tl.float32)
+    if TOKEN:
+        for chunk in range(chunks):
+            at = chunk * CHUNK * 128 + within
+            found = tl.load(x + row * x_stride + at, mask=at < K, other=0.0).to(tl.float32)
+            amax = tl.maximum(amax, tl.max(tl.abs(found), axis=1, keep_dims=True))
+        amax = tl.broadcast_to(tl.max(amax, axis=0, keep_dims=True), (CHUNK, 1))
+    for chunk in range(tl.program_id(1), chunks, tl.num_programs(1)):
+        at = chunk * CHUNK * 128 + within
+        found = tl.load(x + row * x_stride + at, mask=at < K, other=0.0).to(tl.float32)
+        if not TOKEN:
+            amax = tl.max(tl.abs(found), axis=1, keep_dims=True)
+        rounded, scale = to_int8(found, amax)
+        tl.store(codes + row * tiles * 128 + at, rounded, mask=at < tiles * 128)
+        here = (chunk * CHUNK + tile)[:, None]
+        place = here.to(tl.int64) * rows + row
+        if SUMS:
+            total = tl.sum(rounded.to(tl.int32), axis=1, keep_dims=True).to(tl.float32)
+            tl.store(sums + place, total if TOKEN else total * scale, mask=here < tiles)
+        if TOKEN:
+            tl.store(scales + row + 0 * here, scale, mask=here == 0)
+        else:
+            tl.store(scales + place, scale, mask=here < tiles)
+
+
+def padded_rows(M: int) -> int:
+    return triton.cdiv(M, TILE) * TILE
+
+
+def quantize(x: Tensor, *, token: bool, sums: bool = False) -> Rounded:
+    """x [M, K], any float type, columns next to each other -> int8: a scale for a row where ``token``, else for each 128 inputs.
+
+    A code is x over the scale, to the nearest; the scale is the largest magnitude over 127.
+    """
+    M, K = x.shape
+    rows, tiles = padded_rows(M), triton.cdiv(K, TILE)
+    codes = torch.empty((M, tiles * TILE), dtype=torch.int8, device=x.device)
+    scales = torch.empty((M,) if token else (tiles, rows), dtype=torch.float32, device=x.device)
+    total = torch.empty((tiles, rows), dtype=torch.float32, device=x.device) if sums else None
+    if M > 0:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        chunk = min(CHUNK if token else CHUNK // 4, triton.next_power_of_2(tiles))
+        _quantize[(M, 1 if token else triton.cdiv(tiles, chunk))](
+            x,
+            codes,
+            scales,
+            total,
+            rows,
+            K,
+            tiles,
+            x.stride(0),
+            TOKEN=token,
+            SUMS=sums,
+            CHUNK=chunk,
+            num_warps=8 if chunk > 8 else 4,
+        )
+    return Rounded(codes, scales, total)

@@ -1,0 +1,76 @@
+"""Launches of products whose activations are rounded to int8 first: how x is rounded, and how programs are cut."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.ops import Norm
+from kernels.triton import eight
+from kernels.triton.norm import MAX_SIZE, rms_norm, rms_norm_int8
+from kernels.triton.quantize import Rounded, padded_rows, quantize
+from kernels.triton.weights import TILE, TritonWeight
+from kernels.tune import AMPERE, MAX_SPLIT, MULTIPROCESSORS, Launch
+
+SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def choose(*, rows: int, outputs: int, inputs: int, multiprocessors: int = MULTIPROCESSORS, capability: int = AMPERE) -> Launch:
+    """As kernels.tune.choose, for sm_80 and later: few rows are split until the card is filled twice, many take larger tiles than
+    in 16 bits, since operands take half the registers and half the shared memory.
+    """
+    block_m = next(m for m in (16, 32, 64, 128) if rows <= m or m == 128)
+    stages = 4 if block_m == 16 else 3
+    programs = -(-outputs // TILE) * -(-rows // block_m)
+    split, most = 1, min(MAX_SPLIT, max(1, inputs // (2 * TILE)))
+    while block_m < 64 and 2 * split <= most and programs * split < 2 * multiprocessors:
+        split *= 2
+    return Launch(block_m, TILE, split, 4 if block_m < 64 else 8, stages)
+
+
+def prepare(x: Tensor, weight: TritonWeight, norm: Norm | None = None) -> Rounded:
+    """x [M, K] in int8 as the weight wants it: normalized, in the order of its inputs, and rounded."""
+    token = weight.rounds == "token"
+    if norm is not None:
+        if token and not weight.asymmetric and weight.perm is None and weight.K % TILE == 0 and weight.K <= MAX_SIZE:
+            return Rounded(*rms_norm_int8(x, norm.weight, eps=norm.eps), None)
+        x = rms_norm(x, norm.weight, eps=norm.eps)
+    if weight.perm is not None:
+        x = x.index_select(1, weight.perm)
+    return quantize(x, token=token, sums=weight.asymmetric)
+
+
+def multiply(x: Rounded, weight: TritonWeight, residual: Tensor | None, to: Tensor, launch: Launch, *, finished: bool) -> None:
+    """The product into ``to`` [M, outputs]: with bias and residual where it is ``finished``; else parts [splits, M, outputs]."""
+    rows = x.codes.shape[0]
+    assert weight.params is not None and weight.scale_dtype is not None
+    eight.product[(triton.cdiv(weight.outputs, launch.block_n), triton.cdiv(rows, launch.block_m), launch.split)](
+        x.codes,
+        x.scales,
+        x.sums,
+        weight.words,
+        weight.params,
+        weight.bias,
+        residual,
+        to,
+        rows,
+        weight.outputs,
+        padded_rows(rows),
+        weight.params.shape[2],
+        weight.words.shape[1],
+        BITS=weight.bits,
+        TOKEN=weight.rounds == "token",
+        ZEROS=weight.asymmetric,
+        WHOLE=weight.params.shape[0] == 1,
+        PARTS=weight.params.shape[1],
+        SCALE=SCALES[weight.scale_dtype],
+        BIAS=weight.bias is not None and finished,
+        RESIDUAL=residual is not None,
+        BM=launch.block_m,
+        BN=launch.block_n,
+        ASM=to.is_cuda,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
