@@ -52,7 +52,7 @@ class FakeGauge:
 
 @pytest.fixture
 def on_card(monkeypatch: pytest.MonkeyPatch) -> FakeGauge:
-    """Engines load as they would on a card, with operators of the CPU; a card with plenty of memory until a test says otherwise."""
+    """Engines load as on a card, with operators of the CPU; a card with plenty of memory until a test says otherwise."""
     gauge = FakeGauge()
     tools = Tools(FakeLane(), gauge, FakeRecorder())
     monkeypatch.setattr(Tools, "of", classmethod(lambda cls, device, config: tools))
