@@ -40,20 +40,23 @@ def _embedding(ids, table, out, vocabulary, columns, row_stride, BLOCK: tl.const
 def _packed_rows(  # type: ignore[no-untyped-def]
     ids, words, params, out, vocabulary, columns, padded, tiles,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr,
-    BASE: tl.constexpr, BLOCK: tl.constexpr,
+    SIGNED: tl.constexpr, BASE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The arguments of the weight are those of kernels/triton/tiled.py; BASE: what an addend has beside the zero point."""
+    """The weight's arguments are those of the products. SIGNED: codes are, and addends are integers; else addends are floats of
+    out's type, and have BASE beside the zero point.
+    """
     DTYPE: tl.constexpr = out.dtype.element_ty
-    ROW: tl.constexpr = 32 if BITS == 4 else 128  # words of an output in a tile
     token, none = tl.program_id(0).to(tl.int64), tl.zeros((BLOCK,), tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(ids + token) + none
     mask = (column < columns) & (row >= 0) & (row < vocabulary)
-    start, k = ((row // 128 * tiles + column // 128) * 128 + row % 128) * ROW, column % 128
-    if BITS == 4:
-        code = tl.load(words + start + k % 32, mask=mask, other=0).to(tl.int32) >> (k // 32 * 4) & 15
+    place, k = row // 128 * (tiles * 128) + column // 128 * 128 + row % 128, column % 128  # of the output among the tiles' own
+    if BITS == 8:
+        code = tl.load(words + place * 128 + k, mask=mask, other=0).to(tl.int32)
+    elif SIGNED:
+        code = (tl.load(words + place * 64 + k % 64, mask=mask, other=0).to(tl.int32) >> (k // 64 * 4) & 15 ^ 8) - 8
     else:
-        code = tl.load(words + start + k, mask=mask, other=0).to(tl.int32)
+        code = tl.load(words + place * 32 + k % 32, mask=mask, other=0).to(tl.int32) >> (k // 32 * 4) & 15
     group = none if WHOLE else none + (column // 128 * SLICES + k * SLICES // 128)
     at = params + group * (PARTS * padded) + row
     first = tl.load(at, mask=mask, other=0)
@@ -61,8 +64,11 @@ def _packed_rows(  # type: ignore[no-untyped-def]
         scale, bits = first.to(tl.float32, bitcast=True), tl.load(at + padded, mask=mask, other=0)
     else:
         scale, bits = first.to(tl.int16).to(SCALE, bitcast=True).to(tl.float32), first >> 16
-    addend = bits.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    found = (code.to(tl.float32) + (addend + BASE)) * scale
+    if SIGNED:
+        addend = bits.to(tl.int16).to(tl.float32)
+    else:
+        addend = bits.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32) + BASE
+    found = (code.to(tl.float32) + addend) * scale
     tl.store(out + token * columns + column, found.to(DTYPE), mask=column < columns)
 
 
@@ -104,7 +110,8 @@ def packed_rows(ids: Tensor, table: TritonWeight, dtype: torch.dtype) -> Tensor:
             WHOLE=table.params.shape[0] == 1,
             PARTS=table.params.shape[1],
             SCALE=SCALES[table.scale_dtype],
-            BASE=BASE[NAMES[dtype]],
+            SIGNED=table.rounds is not None,
+            BASE=0 if table.rounds is not None else BASE[NAMES[dtype]],
             BLOCK=BLOCK,
             num_warps=WARPS,
         )

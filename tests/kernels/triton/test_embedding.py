@@ -52,15 +52,16 @@ def test_packed_rows(bits: int, group: int | None, asymmetric: bool, scales: tor
     for rows, columns in ((131, 96), (300, 1280)):
         group_ = None if group is None else min(group, columns)
         weight = random_weight(rows, columns, bits=bits, group_size=group_, asymmetric=asymmetric, scale_dtype=scales)
-        table = pack(weight.on(torch.device(DEVICE)), dtype=dtype)
-        assert table.bits == bits
         ids = torch.tensor([0, 127, 128, rows - 1, 5, rows, -1])
-        found = kernels.packed_rows(ids.to(DEVICE), table, dtype)
         expected = torch.zeros(7, columns, dtype=dtype)
         expected[:5] = reference.embedding(ids[:5], reference.pack(weight, dtype=dtype), dtype)
-        close(found.cpu(), expected, dtype)
-        assert dtype not in EXACT or torch.equal(found.cpu(), expected)
-        assert kernels.packed_rows(ids[:0].to(DEVICE), table, dtype).shape == (0, columns)
+        for activation in ("auto", "int8"):
+            table = pack(weight.on(torch.device(DEVICE)), dtype=dtype, activation=activation)
+            assert table.bits == bits
+            found = kernels.packed_rows(ids.to(DEVICE), table, dtype)
+            close(found.cpu(), expected, dtype)
+            assert dtype not in EXACT or torch.equal(found.cpu(), expected)
+            assert kernels.packed_rows(ids[:0].to(DEVICE), table, dtype).shape == (0, columns)
 
 
 def test_a_packed_table_is_its_head() -> None:
@@ -93,7 +94,7 @@ def test_what_does_not_fit() -> None:
         ops.embedding(ids, reference.pack(weight, dtype=torch.float16), torch.float16)
 
 
-def compilation(dtype: str, bits: int, targets: tuple[int, ...]) -> Compilation:
+def compilation(dtype: str, bits: int, targets: tuple[int, ...], *, signed: bool = False) -> Compilation:
     """bits: of the table's codes, 16 for a dense one."""
     types = {"ids": "*i64", "out": f"*{dtype}", "vocabulary": "i32", "columns": "i32"}
     if bits == 16:
@@ -101,14 +102,20 @@ def compilation(dtype: str, bits: int, targets: tuple[int, ...]) -> Compilation:
         return Compilation(
             "kernels.triton.embedding:_embedding", types, {"BLOCK": kernels.BLOCK}, num_warps=kernels.WARPS, targets=targets
         )
-    types |= {"words": "*i16" if bits == 4 else "*u8", "params": "*i32", "padded": "i32", "tiles": "i32"}
+    words = "*i8" if bits == 8 and signed else "*u8" if bits == 8 or signed else "*i16"
+    types |= {"words": words, "params": "*i32", "padded": "i32", "tiles": "i32"}
     constants: dict[str, Any] = {
         "BITS": bits,
         "SLICES": 4 if bits == 4 else 1,
         "WHOLE": bits == 8,
         "PARTS": 1 if bits == 4 else 2,
     }
-    constants |= {"SCALE": "tl.float16" if bits == 4 else "tl.float32", "BASE": BASE[dtype], "BLOCK": kernels.BLOCK}
+    constants |= {
+        "SCALE": "tl.float16" if bits == 4 else "tl.float32",
+        "SIGNED": signed,
+        "BASE": 0 if signed else BASE[dtype],
+        "BLOCK": kernels.BLOCK,
+    }
     return Compilation(
         "kernels.triton.embedding:_packed_rows",
         types,
@@ -121,6 +128,7 @@ def compilation(dtype: str, bits: int, targets: tuple[int, ...]) -> Compilation:
 
 def test_compilations() -> None:
     wanted = [compilation("fp16", bits, TARGETS) for bits in (4, 8, 16)]
+    wanted += [compilation("fp16", bits, (75, 90), signed=True) for bits in (4, 8)]
     wanted += [compilation("bf16", bits, (80, 90)) for bits in (4, 8, 16)]
     for report in compile_all(wanted):
         assert report.fits and report.stack == 0, report

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from appliance.memory.modules import Machinery, ends
 from kernels import reference
+from kernels.layout import HEADS
 from kernels.ops import KVCache, Ops
 from kernels.triton.ops import make_ops
 from models.decoder import Decoder
 from models.loader import load_model
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
+from quant.rows import quantize_rows
 from tests.kernels.paged import make_step
 from tests.kernels.triton.conftest import DEVICE
 from tests.tiny_model import Shape, make_checkpoint
@@ -55,3 +59,28 @@ def test_a_model_agrees_with_the_reference(checkpoint: Path, head: str) -> None:
         assert torch.equal(mine[1].k.cpu().isnan(), theirs[1].k.isnan())  # the same slots are written
         values, picks = ours.ops.argmax(found.to(device))
         assert torch.equal(picks.cpu(), found.argmax(1)) and torch.equal(values.cpu(), found.amax(1))
+
+
+@pytest.mark.parametrize(
+    ("head", "dtype"), [("int8", "float16"), ("int4", "bfloat16"), ("int8", "float32"), ("model", "float16")]
+)
+@pytest.mark.parametrize("activation", ["auto", "int8"])
+def test_a_tied_embedding_is_its_head(tmp_path: Path, head: str, dtype: str, activation: str) -> None:
+    """One copy, of as many bytes as were planned, with the rows of the table that the head's codes stand for."""
+    folder = make_checkpoint(tmp_path / "model", shape=replace(SHAPE, layers=1, tied=True), tokenizer=False)
+    ops, name = make_ops(torch.device(DEVICE)), getattr(torch, dtype)
+    with Checkpoint.open(folder) as checkpoint:
+        spec = ModelSpec.from_config(checkpoint.config)
+        machinery = Machinery(ops="triton", dtype=dtype, head_bits=HEADS[head], activation=activation)
+        planned = ends(spec, checkpoint.scheme, machinery)
+        table = checkpoint.weight("model.embed_tokens")
+        assert isinstance(table, torch.Tensor)
+    with Checkpoint.open(folder) as checkpoint:
+        decoder = load_model(checkpoint, spec, ops, dtype=name, max_len=64, lm_head_dtype=head, activation=activation)
+    assert decoder.tied and (decoder.head is decoder.embedding) == (head != "model")
+    assert (planned.embedding_bytes, planned.head_bytes) == (decoder.embedding.nbytes, 0)
+    ids = torch.randint(SHAPE.vocab, (5,))
+    bits = HEADS[head]
+    expected = (table if bits is None else quantize_rows(table, bits).dequantize())[ids].to(name)
+    found = ops.embedding(ids.to(DEVICE), decoder.embedding, name).cpu()
+    torch.testing.assert_close(found, expected, rtol=2**-7 if dtype == "bfloat16" else 1e-3, atol=0)
