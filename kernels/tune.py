@@ -1,33 +1,56 @@
-"""How a product is launched, by its shape: a pure look-up, so that nothing tunes itself while serving."""
+"""How a product is launched, by its shape: a pure look-up, so that nothing tunes itself while serving.
+
+Cards that scripts/tune was run on have a table (kernels/configs); other cards, shapes and numbers of rows take the rule here::
+
+    rows      1 .. 64     small tiles (tiled.py); few rows are split over the inputs until the card is filled twice
+             65 .. 256    large tiles (many.py), in an order in which a tile of the weight is read once
+            257 ..        the weight is expanded for torch's product (slab.py), which is faster than any tile where a card
+                          multiplies fast; GeForce cards stay with tiles, which keep up with them and need no workspace
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
+
+from kernels.configs import SPLIT_ROWS, Launch, table, tables
+
+__all__ = ["AMPERE", "MULTIPROCESSORS", "SPLIT_ROWS", "Launch", "choices", "choose"]
 
 MULTIPROCESSORS = 128  # of a card about which nothing was said
 TILE = 128
 MAX_SPLIT = 8
-AMPERE = 80
+AMPERE, HOPPER, CONSUMER = 80, 90, 120
+DATACENTRE = (80, 90, 100, 103)  # products with sums in float32 are as fast as others there
+SMALL_ROWS, FUSED_ROWS = 64, 256
+GROUP = 8  # tiles of rows
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Rows and outputs of a program, parts into which the inputs are cut, warps of a program, loads under way."""
+def choose(
+    *,
+    rows: int,
+    outputs: int,
+    inputs: int,
+    kind: str = "",
+    multiprocessors: int = MULTIPROCESSORS,
+    capability: int = AMPERE,
+    name: str = "",
+) -> Launch:
+    """For a product of ``rows`` with a weight [outputs, inputs] of a ``kind`` ("w4 fp16", see kernels.configs) on a card.
 
-    block_m: int
-    block_n: int
-    split: int
-    warps: int
-    stages: int
-
-
-def choose(*, rows: int, outputs: int, inputs: int, multiprocessors: int = MULTIPROCESSORS, capability: int = AMPERE) -> Launch:
-    """For a product of ``rows`` with a weight [outputs, inputs] on a card with so many multiprocessors of sm_``capability``.
-
-    Few rows: the weight is read once, whatever is done, so programs are small and many, and inputs are split until the card is
-    filled twice. Many rows: larger tiles, no split.
+    The card: its number of multiprocessors, sm_``capability``, and the ``name`` by which the driver knows it.
     """
+    measured = table(name) if name else None
+    found = measured.find(kind, outputs, inputs, rows) if measured else None
+    if found is not None:
+        return found
+    if rows > SMALL_ROWS:
+        return _many(rows, outputs, multiprocessors, capability)
+    return _few(rows, outputs, inputs, multiprocessors, capability)
+
+
+def _few(rows: int, outputs: int, inputs: int, multiprocessors: int, capability: int) -> Launch:
+    """The weight is read once, whatever is done, so programs are small and many."""
     block_m = next(m for m in (16, 32, 64) if rows <= m or m == 64)
     block_n, warps, stages = TILE, 8 if block_m == 64 else 4, 4 if block_m == 16 else 3
     if capability < AMPERE and block_m > 16:  # no asynchronous copies: what is under way waits in registers
@@ -39,13 +62,33 @@ def choose(*, rows: int, outputs: int, inputs: int, multiprocessors: int = MULTI
     return Launch(block_m, block_n, split, warps, stages)
 
 
+def _many(rows: int, outputs: int, multiprocessors: int, capability: int) -> Launch:
+    """The largest tiles that fill the card once, of those that fit registers (tests compile them)."""
+    if expands(rows, capability):
+        return Launch(TILE, TILE, 1, 8, 1, slab=True)
+    tall = capability >= HOPPER and capability < CONSUMER  # a product of 128 rows is one instruction of four warps there
+    sizes = [(128, 128, 8), (128, 64, 8)] if tall else [(64, 128, 8)]
+    for block_m, block_n, warps in sizes:
+        if -(-rows // block_m) * -(-outputs // block_n) >= multiprocessors:
+            return Launch(block_m, block_n, 1, warps, 3, GROUP)
+    return Launch(64, 64, 1, 4, 3, GROUP)
+
+
+def expands(rows: int, capability: int) -> bool:
+    """Whether a weight is expanded for so many rows."""
+    if capability < AMPERE:  # Triton's own products are slow there: they do not reach the tensor cores
+        return rows > SMALL_ROWS
+    return rows > FUSED_ROWS and capability in DATACENTRE
+
+
 def choices(capability: int = AMPERE) -> Iterator[Launch]:
-    """Every kernel that ``choose`` can ask for, once: whether there are splits changes the kernel, their number does not."""
-    seen = set()
-    for rows in (1, 17, 33):
-        for outputs in (TILE, 1024 * TILE):
-            launch = choose(rows=rows, outputs=outputs, inputs=4096, capability=capability)
-            key = (launch.block_m, launch.block_n, launch.split > 1, launch.warps, launch.stages)
-            if key not in seen:
-                seen.add(key)
-                yield launch
+    """Every kernel that ``choose`` can ask for on such a card, tables too, each once: the number of splits changes none."""
+    by_rule = [
+        choose(rows=rows, outputs=outputs, inputs=4096, capability=capability)
+        for rows in (1, 17, 33, 65, 129, 257)
+        for outputs in (TILE, MULTIPROCESSORS * 64, 1024 * TILE)
+    ]
+    measured = [
+        launch for one in tables() if one.capability == capability for sizes in one.launches.values() for _, launch in sizes
+    ]
+    yield from dict.fromkeys(replace(launch, split=min(launch.split, 2)) for launch in (*by_rule, *measured))

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.ops import Norm, Weight
-from kernels.triton import rounded, tiled
+from kernels.triton import many, rounded, slab, tiled
 from kernels.triton.norm import rms_norm
 from kernels.triton.quantize import Rounded
-from kernels.triton.weights import TILE, TritonWeight
+from kernels.triton.weights import NAMES, TILE, TritonWeight
 from kernels.tune import AMPERE, MULTIPROCESSORS, Launch, choose
 
 FINISH_BLOCK = 512
@@ -24,6 +24,7 @@ class Card(NamedTuple):
 
     multiprocessors: int
     capability: int
+    name: str = ""  # as the driver has it; none: no table of measured launches
 
 
 UNKNOWN = Card(MULTIPROCESSORS, AMPERE)
@@ -54,7 +55,7 @@ def matmul(
     residual, operand = None if residual is None else residual.contiguous(), _operand(x, weight, norm)
     if isinstance(operand, Tensor) and weight.bits == 16:
         return _dense(operand, weight, residual, out)
-    return _tiled(operand, weight, residual, out, _launch(weight, rows, card))
+    return _tiled(operand, weight, residual, out, _launch(weight, x, card))
 
 
 def partial_sums(x: Tensor, weight: Weight, *, card: Card = UNKNOWN) -> Tensor | None:
@@ -65,7 +66,7 @@ def partial_sums(x: Tensor, weight: Weight, *, card: Card = UNKNOWN) -> Tensor |
     """
     if not isinstance(weight, TritonWeight) or weight.bits == 16 or weight.gated or x.shape[0] == 0:
         return None
-    launch = _launch(weight, x.shape[0], card)
+    launch = _launch(weight, x, card)
     if launch.split == 1:
         return None
     parts = torch.empty((launch.split, x.shape[0], weight.outputs), dtype=torch.float32, device=x.device)
@@ -84,12 +85,16 @@ def _operand(x: Tensor, weight: TritonWeight, norm: Norm | None) -> Tensor | Rou
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _launch(weight: TritonWeight, rows: int, card: Card) -> Launch:
-    cut = choose if weight.rounds is None else rounded.choose
-    return cut(rows=rows, outputs=weight.outputs, inputs=weight.K, **card._asdict())
+def _launch(weight: TritonWeight, x: Tensor, card: Card) -> Launch:
+    shape = {"rows": x.shape[0], "outputs": weight.outputs, "inputs": weight.K}
+    if weight.rounds is not None:
+        return rounded.choose(**shape, multiprocessors=card.multiprocessors, capability=card.capability)
+    return choose(**shape, kind=f"w{weight.bits} {NAMES[x.dtype]}", **card._asdict())
 
 
 def _tiled(x: Tensor | Rounded, weight: TritonWeight, residual: Tensor | None, out: Tensor, launch: Launch) -> Tensor:
+    if launch.slab and isinstance(x, Tensor):
+        return slab.multiply(x, weight, residual, out, warps=launch.warps)
     rows, split = out.shape[0], launch.split
     if split == 1 and not weight.gated:
         _multiply(x, weight, residual, out, launch, finished=True)
@@ -120,6 +125,8 @@ def _multiply(
     """The product into ``to``: with bias and residual where it is ``finished``, else partial sums."""
     if isinstance(x, Rounded):
         return rounded.multiply(x, weight, residual, to, launch, finished=finished)
+    if launch.group:
+        return many.multiply(x, weight, residual, to, launch, finished=finished)
     rows = x.shape[0]
     assert weight.params is not None and weight.scale_dtype is not None
     grid = (triton.cdiv(weight.outputs, launch.block_n), triton.cdiv(rows, launch.block_m), launch.split)

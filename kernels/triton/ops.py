@@ -58,7 +58,7 @@ def this_card(device: torch.device) -> Card:
     if device.type != "cuda":
         return UNKNOWN
     found = torch.cuda.get_device_properties(device)
-    return Card(found.multi_processor_count, 10 * found.major + found.minor)
+    return Card(found.multi_processor_count, 10 * found.major + found.minor, found.name)
 
 
 def look_up(ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:

@@ -25,7 +25,7 @@ SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 FINISH_BLOCK = 512
 
 
-def multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, out: Tensor, *, warps: int = 4) -> Tensor:
+def multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, out: Tensor, *, warps: int = 8) -> Tensor:
     """out [M, N] of x [M, K] (16 bits, rows contiguous), with the weight's bias, its gate, and the residual [M, N]."""
     outputs, inputs = layout.triton_slab(weight.outputs, weight.K)
     slab = torch.empty((outputs, inputs), dtype=x.dtype, device=x.device)
@@ -47,7 +47,7 @@ def multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, out: Tens
     return out
 
 
-def expand(weight: TritonWeight, first: int, to: Tensor, *, warps: int = 4) -> None:
+def expand(weight: TritonWeight, first: int, to: Tensor, *, warps: int = 8) -> None:
     """Outputs ``first`` and on of a weight as floats, into ``to`` [n, K in whole tiles]; what is beyond K is left as it was."""
     assert weight.params is not None and weight.scale_dtype is not None
     tiles = weight.words.shape[1]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from kernels import layout, reference
+from kernels import configs, layout, reference
 from kernels.configs import Launch
-from kernels.triton import many, slab
+from kernels.triton import many, matmul, slab
 from kernels.triton.weights import TILE, TritonWeight, pack
 from quant.tensor import QuantTensor
 from tests.kernels.triton.conftest import DEVICE
@@ -114,3 +117,33 @@ def test_tiles_with_bias_and_residual(launch: Launch) -> None:
     assert error(out, wanted(x, weight, bias=bias, residual=residual.float())) < 2e-3
     many.multiply(x.to(DEVICE), packed, None, out, launch, finished=False)
     assert error(out, wanted(x, weight)) < 2e-3
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "capability", "taken"), [(70, 89, "many"), (260, 89, "many"), (130, 90, "many"), (260, 90, "slab")]
+)
+def test_what_a_card_takes(rows: int, capability: int, taken: str, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    for module, name in ((many, "many"), (slab, "slab")):
+        multiply = module.multiply
+        monkeypatch.setattr(module, "multiply", lambda *a, _m=multiply, _n=name, **o: (used.append(_n), _m(*a, **o))[1])
+    weight = random_weight(256, 128, group_size=128, asymmetric=True, act_order=True)
+    x, bias = torch.randn(rows, 128).half(), torch.randn(256)
+    packed = on_device(weight, dtype=torch.float16, bias=bias.to(DEVICE), gated=gated)
+    found = matmul.matmul(x.to(DEVICE), packed, card=matmul.Card(2, capability))
+    assert used == [taken] and error(found, wanted(x, weight, bias=bias, gated=gated)) < 3e-3
+
+
+def test_a_table_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    configs.table.cache_clear()
+    launch = {"block_m": 32, "block_n": 64, "split": 3, "warps": 4, "stages": 2}
+    table = {"card": "Card 1", "capability": 89, "launches": {"w4 bf16": {"128x384": {"8": launch}}}}
+    (tmp_path / "card-1.json").write_text(json.dumps(table))
+    weight, x = random_weight(128, 384, group_size=128), torch.randn(5, 384).bfloat16()
+    packed, card = on_device(weight, dtype=torch.bfloat16), matmul.Card(128, 89, "Card 1")
+    parts = matmul.partial_sums(x.to(DEVICE), packed, card=card)
+    assert parts is not None and parts.shape == (3, 5, 128)
+    assert error(matmul.matmul(x.to(DEVICE), packed, card=card), wanted(x, weight)) < LIMIT[torch.bfloat16]
+    configs.table.cache_clear()

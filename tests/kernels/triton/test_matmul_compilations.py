@@ -8,13 +8,16 @@ from kernels.tune import Launch, choices
 from tests.kernels.triton.aot import TARGETS, Compilation, Report, compile_all
 
 STACK = 32  # bytes: a value or two put aside before the loop of the largest tile on sm_120; the small tiles have none
+WORDS = {4: "*i16", 8: "*u8"}
 INTEGERS = ("M", "N", "K", "padded", "tiles", "x_stride")
 
 
 def compilation(bits: int, dtype: str, launch: Launch, *, slices: int = 1, targets: tuple[int, ...] = TARGETS) -> Compilation:
     """Split over the inputs where the launch is: float32 out, no epilogue."""
+    if launch.slab:
+        return expansion(bits, dtype, launch, slices, targets)
     split = launch.split > 1
-    words, out = "*i16" if bits == 4 else "*u8", "*fp32" if split else f"*{dtype}"
+    words, out = WORDS[bits], "*fp32" if split else f"*{dtype}"
     types = {"x": f"*{dtype}", "words": words, "params": "*i32", "bias": "*fp32", "residual": f"*{dtype}", "out": out}
     constants = {
         "BITS": bits,
@@ -28,9 +31,9 @@ def compilation(bits: int, dtype: str, launch: Launch, *, slices: int = 1, targe
         "BM": launch.block_m,
         "BN": launch.block_n,
         "ASM": True,
-    }
+    } | ({"GROUP": launch.group} if launch.group else {})
     return Compilation(
-        "kernels.triton.tiled:product",
+        "kernels.triton.many:product" if launch.group else "kernels.triton.tiled:product",
         types | dict.fromkeys(INTEGERS, "i32"),
         constants,
         launch.warps,
@@ -38,6 +41,14 @@ def compilation(bits: int, dtype: str, launch: Launch, *, slices: int = 1, targe
         odd=("M", "tiles"),
         targets=targets,
     )
+
+
+def expansion(bits: int, dtype: str, launch: Launch, slices: int, targets: tuple[int, ...]) -> Compilation:
+    constants = {"BITS": bits, "SLICES": slices, "WHOLE": bits == 8, "PARTS": 1, "SCALE": "tl.float16", "BN": 128, "ASM": True}
+    types = {"words": WORDS[bits], "params": "*i32", "slab": f"*{dtype}"}
+    types |= dict.fromkeys(("first", "end", "K", "padded", "tiles", "stride"), "i32")
+    odd = ("first", "end", "tiles")
+    return Compilation("kernels.triton.slab:_expand", types, constants, launch.warps, 1, odd=odd, targets=targets)
 
 
 def weights(launch: Launch) -> int:
@@ -50,7 +61,7 @@ def weights(launch: Launch) -> int:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_launch_fits_every_card(bits: int) -> None:
     """Without spills of weight. Cards between those compiled here take the same code with as much memory or more."""
-    launches = {75: list(choices(75)), 86: list(choices()), 90: list(choices()), 120: list(choices())}
+    launches = {target: list(choices(target)) for target in (75, 80, 86, 90, 120)}
     assert all(len(some) >= 4 for some in launches.values())
     wanted = [
         compilation(bits, "fp16" if target == 75 else "bf16", launch, targets=(target,))
@@ -59,6 +70,25 @@ def test_every_launch_fits_every_card(bits: int) -> None:
     ]
     for report in compile_all(wanted):
         assert report.fits and report.stack <= STACK, report
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_large_tiles() -> None:
+    """Enough instructions besides those of the tensor cores to keep these busy; on a card with wgmma they are that."""
+    wanted = [
+        compilation(bits, "bf16", launch, targets=(target,))
+        for bits in (4, 8)
+        for target in (89, 90)
+        for launch in choices(target)
+        if launch.group and launch.block_m * launch.block_n >= 64 * 128
+    ]
+    assert len(wanted) >= 6
+    for one, report in zip(wanted, compile_all(wanted), strict=True):
+        assert report.stack == 0 and report.count("I2F", "LDS.U8") == 0, report
+        assert report.count("HGMMA") > 0 if report.target == 90 else report.count("STS") == 0, report
+        of_tensor_cores = one.constants["BM"] * one.constants["BN"] * 128 // one.num_warps // (16 * 8 * 16)  # HMMA
+        assert sum(report.loop.values()) < 9 * of_tensor_cores, report
 
 
 @pytest.mark.slow
