@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from appliance.memory.devices import this_device
+from appliance.memory.text import size_text
 from appliance.version import __version__
 from kernels.cpu import backend
 from quant.errors import InputError
@@ -98,13 +100,26 @@ def examine() -> Report:
         memory_gib=round(psutil.virtual_memory().total / 1024**3, 1),
         memory_nodes=max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))),
         huge_pages=huge_pages(),
-        gpu="found (nvidia-smi), not used by this version" if shutil.which("nvidia-smi") else "none found",
+        gpu=card(),
         kernels=kernels,
         kernels_available=available,
         kernels_built=built,
         costs=COSTS.get(kernels or "", ""),
         problems=tuple(problems),
     )
+
+
+def card() -> str:
+    """What --device cuda would take."""
+    if shutil.which("nvidia-smi") is None:
+        return "none found"
+    try:
+        found = this_device("cuda")
+    except InputError as error:
+        return str(error).removeprefix("--device cuda: ")
+    kind = "" if found.capability is None else f"sm_{found.capability}, "
+    wide = "" if found.bfloat16 else "; no bfloat16: activations in float16"
+    return f"{found.name}, {kind}{size_text(found.available)} of {size_text(found.total)} free; used with --device cuda{wide}"
 
 
 def version(package: str) -> str | None:

@@ -46,6 +46,20 @@ def test_says_how_to_get_the_kernels_where_they_were_not_built(monkeypatch: pyte
     assert "install a C++ compiler" in report.text()
 
 
+def test_a_card_is_told_with_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    script = tmp_path / "nvidia-smi"
+    script.write_text("#!/bin/sh\necho NVIDIA T4, 7.5, 15360, 15000\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    told = "NVIDIA T4, sm_75, 14.65 GiB of 15.00 GiB free; used with --device cuda; no bfloat16: activations in float16"
+    assert doctor.card() == told
+    script.write_text("#!/bin/sh\necho No devices were found; exit 6\n")
+    assert doctor.card().startswith("no NVIDIA card answers on this machine (nvidia-smi failed)")
+    monkeypatch.setenv("PATH", "")
+    assert doctor.card() == "none found"
+
+
 def test_an_extension_that_does_not_load_is_a_problem(tmp_path: Path) -> None:
     done = run(APPLIANCE_NATIVE=str(tmp_path / "absent.so"))
     assert done.returncode == 1 and "which is not an extension file" in done.stdout

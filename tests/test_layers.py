@@ -32,7 +32,7 @@ MAY_IMPORT = {
                           "appliance.version"],
     "appliance.llm": ["quant", "models", "appliance.config", "appliance.core", "appliance.memory", "appliance.runtime",
                       "appliance.text", "appliance.hub"],
-    "appliance.doctor": ["quant.errors", "kernels.cpu.backend", "appliance.version"],
+    "appliance.doctor": ["quant.errors", "kernels.cpu.backend", "appliance.version", "appliance.memory"],
     "appliance.hub": ["quant.errors", "appliance.config"],
     "appliance.demo": [],
     "appliance.tui": ["quant.errors", "appliance.version", "appliance.core.messages"],

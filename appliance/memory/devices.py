@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -96,7 +97,16 @@ def _cpu_name() -> str:
 
 
 def _first_card() -> DeviceInfo:
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,memory.free", "--format=csv,noheader,nounits", "--id=0"]
+    """The first of CUDA_VISIBLE_DEVICES, where that is set: CUDA counts no others."""
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+    if card in ("", "-1"):
+        raise InputError("--device cuda: CUDA_VISIBLE_DEVICES hides every card; unset it, or use --device cpu")
+    query = [
+        "nvidia-smi",
+        "--query-gpu=name,compute_cap,memory.total,memory.free",
+        "--format=csv,noheader,nounits",
+        f"--id={card}",
+    ]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -68,7 +68,8 @@ class Engine:
         log.info("loaded %s: %s kernels, activations in %s, head in %s", config.model, kernels, plan.dtype, plan.head)
         if not plan.device.bfloat16 and spec.dtype == "bfloat16" and plan.dtype == "float16":
             log.info("%s (sm_%s) has no bfloat16, in which the model was made: float16", plan.device.name, plan.device.capability)
-        runner, plan = make_runner(decoder, plan, config, Tools.of(device, config), timeline, device=device)
+        tools = Tools.of(device, config, plan.device.name)
+        runner, plan = make_runner(decoder, plan, config, tools, timeline, device=device)
         if ops.name == "cpu-native":
             torch.set_num_threads(1)  # what is left to torch is small, and the kernels' threads have the cores
         pool = BlockPool(plan.num_blocks, plan.kv.block_size)

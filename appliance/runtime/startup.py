@@ -70,9 +70,16 @@ class Tools:
     recorder: Recorder | None = None
 
     @classmethod
-    def of(cls, device: torch.device, config: EngineConfig) -> Tools:
+    def of(cls, device: torch.device, config: EngineConfig, planned: str) -> Tools:
+        """``planned``: name of the card for which memory was planned."""
         if device.type != "cuda":
             return cls()
+        if (name := torch.cuda.get_device_name(device)) != planned:
+            log.warning(
+                "planned for %s, but CUDA's first card is %s; CUDA_DEVICE_ORDER=PCI_BUS_ID counts as nvidia-smi does",
+                planned,
+                name,
+            )
         return cls(CudaLane(), CudaGauge(), CudaRecorder() if records_steps(config, device.type) else None)
 
 

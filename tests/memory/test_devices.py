@@ -84,8 +84,30 @@ def test_a_card_as_nvidia_smi_describes_it() -> None:
             parse_card(text)
 
 
+def fake_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An nvidia-smi that answers with the card it was asked for as the name."""
+    script = tmp_path / "nvidia-smi"
+    script.write_text('#!/bin/sh\nfor a; do case $a in --id=*) echo "card ${a#--id=}, 7.5, 15360, 15000";; esac; done\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def test_the_first_card_that_cuda_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_smi(tmp_path, monkeypatch)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert this_device("cuda") == DeviceInfo("cuda", "card 0", 15360 * MIB, 15000 * MIB, 75)
+    for visible, card in (("3,1", "card 3"), ("GPU-5c1d", "card GPU-5c1d"), ("0", "card 0")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert this_device("cuda").name == card
+    for visible in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(InputError, match="CUDA_VISIBLE_DEVICES hides every card"):
+            this_device("cuda")
+
+
 def test_no_card_and_no_such_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(InputError, match="--device cuda: no NVIDIA card answers on this machine"):
         this_device("cuda")
     with pytest.raises(InputError, match="--device 'tpu' is not known; auto, cpu and cuda are"):

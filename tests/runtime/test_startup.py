@@ -55,7 +55,7 @@ def on_card(monkeypatch: pytest.MonkeyPatch) -> FakeGauge:
     """Engines load as on a card, with operators of the CPU; a card with plenty of memory until a test says otherwise."""
     gauge = FakeGauge()
     tools = Tools(FakeLane(), gauge, FakeRecorder())
-    monkeypatch.setattr(Tools, "of", classmethod(lambda cls, device, config: tools))
+    monkeypatch.setattr(Tools, "of", classmethod(lambda cls, *args: tools))
 
     def planned(directory: Path, config: EngineConfig) -> MemoryPlan:
         plan = make_plan(directory, config, DeviceInfo("cpu", "fake card", 1 << 34, 1 << 33))
@@ -138,6 +138,24 @@ def test_a_cpu_has_the_same_timeline_without_warm_up(load: Load, tiny: Path, cap
     config = EngineConfig(model=str(tiny), dtype="float32", max_model_len=64, kv_cache_memory_bytes=4 << 20)
     told = Engine.load(config, import_s=1.5).info
     assert told.startup["import"] == 1.5 and told.startup["ready"] == 1.5 + told.ready_s
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card")
+@pytest.mark.parametrize("eager", [False, True])
+def test_on_a_card_nothing_is_compiled_once_it_is_ready(tiny: Path, eager: bool) -> None:
+    """Prompts and answers of many lengths, drawn in every way; and what the process holds stays within the budget."""
+    config = EngineConfig(
+        model=str(tiny), device="cuda", dtype="float16", max_model_len=256, enforce_eager=eager, max_num_seqs=40
+    )
+    engine = Engine.load(config)
+    plan = engine.info.plan
+    assert plan["measured"]["held"] > 0 and (plan["measured"]["graphs"] is None) == eager
+    ways = [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}, {"logprobs": 2}, {"repetition_penalty": 1.1}]
+    many = [submit(f"r{n}", range(3, 4 + n), max_tokens=60, **ways[n % len(ways)]) for n in range(1, 190, 3)]
+    with Kernels("triton") as kernels:
+        answers(engine, many)
+    assert (kernels.compiled, kernels.cached) == (0, 0)
+    assert torch.cuda.max_memory_reserved() + plan["runtime_bytes"] // 2 <= plan["budget_bytes"]
 
 
 @given(
