@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from quant.errors import InputError
 
@@ -118,7 +118,7 @@ class _Fields:
     path: Path
     given: Any
 
-    def refuse(self, field: str, why: str) -> Any:
+    def refuse(self, field: str, why: str) -> NoReturn:
         raise InputError(f"{self.path}: {field}: {why} (scripts/tune makes the file anew)")
 
     def checked(self, field: str, value: Any, kind: type) -> Any:

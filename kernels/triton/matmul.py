@@ -86,10 +86,12 @@ def _operand(x: Tensor, weight: TritonWeight, norm: Norm | None) -> Tensor | Rou
 
 
 def _launch(weight: TritonWeight, x: Tensor, card: Card) -> Launch:
-    shape = {"rows": x.shape[0], "outputs": weight.outputs, "inputs": weight.K}
+    rows, outputs, inputs = x.shape[0], weight.outputs, weight.K
     if weight.rounds is not None:
-        return rounded.choose(**shape, multiprocessors=card.multiprocessors, capability=card.capability)
-    return choose(**shape, kind=f"w{weight.bits} {NAMES[x.dtype]}", **card._asdict())
+        return rounded.choose(
+            rows=rows, outputs=outputs, inputs=inputs, multiprocessors=card.multiprocessors, capability=card.capability
+        )
+    return choose(rows=rows, outputs=outputs, inputs=inputs, kind=f"w{weight.bits} {NAMES[x.dtype]}", **card._asdict())
 
 
 def _tiled(x: Tensor | Rounded, weight: TritonWeight, residual: Tensor | None, out: Tensor, launch: Launch) -> Tensor:
