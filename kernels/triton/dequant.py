@@ -5,7 +5,7 @@ and subtract what the exponent stands for together with the zero point, in one a
 bfloat16 128 (0x4300)::
 
     4 bits   a word  | d | c | b | a |     four planes (a, b, c, d); b and d are shifted by 4, so their sum is scaled by 1/16
-    8 bits   a word  |   b   |   a   |     two neighbours
+    8 bits   a word  |   b   |   a   |     two planes (a, b)
 
 ``addend`` is -(base + zero). Every step is exact: codes less zero points are integers of at most 9 bits.
 """
@@ -48,23 +48,22 @@ _NIBBLES_BF16 = tl.constexpr("""{
 _BYTES_FP16 = tl.constexpr("""{
     .reg .b32 base;
     mov.b32 base, 0x64646464;
-    prmt.b32 $0, $2, base, 0x4140;
-    prmt.b32 $1, $2, base, 0x4342;
+    prmt.b32 $0, $2, base, 0x4240;
+    prmt.b32 $1, $2, base, 0x4341;
     add.f16x2 $0, $0, $3;
-    add.f16x2 $1, $1, $4;
+    add.f16x2 $1, $1, $3;
 }""")
 # Less 128, as a bfloat16 holds only 8 bits: the low seven, and -128 or -256 by the highest.
 _BYTES_BF16 = tl.constexpr("""{
-    .reg .b32 low, high, add_low, add_high, one;
+    .reg .b32 upper, add_low, add_high, one;
     mov.b32 one, 0x3f803f80;
-    prmt.b32 low, $2, 0, 0x4140;
-    prmt.b32 high, $2, 0, 0x4342;
-    lop3.b32 add_low, low, 0x00800080, 0xc380c380, 0x6a;
-    lop3.b32 add_high, high, 0x00800080, 0xc380c380, 0x6a;
-    lop3.b32 low, low, 0x007f007f, 0x43004300, 0xea;
-    lop3.b32 high, high, 0x007f007f, 0x43004300, 0xea;
-    fma.rn.bf16x2 $0, low, one, add_low;
-    fma.rn.bf16x2 $1, high, one, add_high;
+    shr.u32 upper, $2, 8;
+    lop3.b32 add_low, $2, 0x00800080, 0xc380c380, 0x6a;
+    lop3.b32 add_high, upper, 0x00800080, 0xc380c380, 0x6a;
+    lop3.b32 $0, $2, 0x007f007f, 0x43004300, 0xea;
+    lop3.b32 $1, upper, 0x007f007f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $0, $0, one, add_low;
+    fma.rn.bf16x2 $1, $1, one, add_high;
 }""")
 
 
@@ -100,15 +99,18 @@ def nibbles(words, addend, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def whole_bytes(codes, addend, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """q - zero in the dtype of ``addend``, of uint8 ``codes``; both of one shape. In bfloat16 zero is always 128."""
-    if ASM:
+def byte_pairs(words, addend, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Two planes q - zero, in the dtype of ``addend``, of int16 ``words``; both of one shape. In bfloat16 zero is always 128."""
+    if ASM:  # outputs are written before all inputs are read: registers of their own
         if addend.dtype == tl.float16:
-            return tl.inline_asm_elementwise(_BYTES_FP16, "=r,=r,r,r,r", [codes, addend], dtype=tl.float16, is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(
+                _BYTES_FP16, "=&r,=&r,r,r", [words, addend], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+            )
         else:
-            return tl.inline_asm_elementwise(_BYTES_BF16, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(
+                _BYTES_BF16, "=&r,=&r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+            )
     else:
-        if addend.dtype == tl.float16:
-            return (codes.to(tl.float32) + (addend.to(tl.float32) + 1024.0)).to(tl.float16)
-        else:
-            return (codes.to(tl.float32) - 128.0).to(tl.bfloat16)
+        wide, less = words.to(tl.int32), addend.to(tl.float32) + (1024.0 if addend.dtype == tl.float16 else 128.0)
+        low, high = (wide & 255).to(tl.float32) + less, ((wide >> 8) & 255).to(tl.float32) + less
+        return low.to(addend.dtype), high.to(addend.dtype)

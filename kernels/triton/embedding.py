@@ -51,8 +51,11 @@ def _packed_rows(  # type: ignore[no-untyped-def]
     row = tl.load(ids + token) + none
     mask = (column < columns) & (row >= 0) & (row < vocabulary)
     place, k = row // 128 * (tiles * 128) + column // 128 * 128 + row % 128, column % 128  # of the output among the tiles' own
-    if BITS == 8:
+    if BITS == 8 and SIGNED:
         code = tl.load(words + place * 128 + k, mask=mask, other=0).to(tl.int32)
+    elif BITS == 8:
+        word = tl.load(words + place * 64 + k // 64 * 32 + k % 32, mask=mask, other=0).to(tl.int32)
+        code = word >> (k // 32 % 2 * 8) & 255
     elif SIGNED:
         code = (tl.load(words + place * 64 + k % 64, mask=mask, other=0).to(tl.int32) >> (k // 64 * 4) & 15 ^ 8) - 8
     else:

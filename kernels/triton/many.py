@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configs import Launch
-from kernels.triton.dequant import nibbles, whole_bytes
+from kernels.triton.dequant import byte_pairs, nibbles
 from kernels.triton.tiled import _dot, _params
 from kernels.triton.weights import TILE, TritonWeight
 
@@ -82,10 +82,9 @@ def product(  # type: ignore[no-untyped-def]
     inside = (row < M)[:, None]
     k = tl.arange(0, PLANE)
     x_at = x + row.to(tl.int64)[:, None] * x_stride + k[None, :]
-    wide: tl.constexpr = 128 * PLANE if BITS == 4 else 128 * 128  # items of a tile
-    line: tl.constexpr = PLANE if BITS == 4 else 128
+    LINE: tl.constexpr = 8 * BITS  # words of a tile's output
     tile_at = (column // 128).to(tl.int64) * tiles
-    w_at = words + tile_at[None, :] * wide + (column % 128)[None, :] * line + k[:, None]
+    w_at = words + tile_at[None, :] * (128 * LINE) + (column % 128)[None, :] * LINE + k[:, None]
     acc, scale = tl.zeros((BM, BN), tl.float32), tl.zeros((BN,), tl.float32)
     for tile in range(tiles):
         left = K - tile * 128
@@ -107,13 +106,17 @@ def product(  # type: ignore[no-untyped-def]
             else:
                 rows = tl.load(x_at + j * PLANE, mask=inside & (k + j * PLANE < left)[None, :], other=0.0)
             if BITS == 8:
-                plane = whole_bytes(tl.load(w_at + j * PLANE), addend, ASM)
+                if j % 2 == 0:
+                    packed = tl.load(w_at + j // 2 * PLANE)
+                if j % 2 == 0 or SLICES == 4:
+                    w0, w1 = byte_pairs(packed, addend, ASM)
+                plane = w0 if j % 2 == 0 else w1
             else:
                 plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3
             total = _dot(rows, plane, total, ASM)
         acc = total if WHOLE else acc + total * scale[None, :]
         x_at += 128
-        w_at += wide
+        w_at += 128 * LINE
     if WHOLE:
         acc *= scale[None, :]
     mask = inside & (column < N)[None, :]

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import layout
-from kernels.triton.dequant import nibbles, whole_bytes
+from kernels.triton.dequant import byte_pairs, nibbles
 from kernels.triton.tiled import _params
 from kernels.triton.weights import TILE, TritonWeight
 
@@ -107,8 +107,8 @@ def _expand(  # type: ignore[no-untyped-def]
     inside = (column < end)[:, None]
     column = tl.minimum(column, end - 1)
     k = tl.arange(0, PLANE)
-    line: tl.constexpr = PLANE if BITS == 4 else 128
-    at = ((column // 128).to(tl.int64) * tiles + tile) * (128 * line) + (column % 128) * line
+    LINE: tl.constexpr = 8 * BITS  # words of a tile's output
+    at = ((column // 128).to(tl.int64) * tiles + tile) * (128 * LINE) + (column % 128) * LINE
     w_at = words + at[:, None] + k[None, :]
     to = slab + i.to(tl.int64)[:, None] * stride + tile * 128 + k[None, :]
     if BITS == 4:
@@ -122,7 +122,11 @@ def _expand(  # type: ignore[no-untyped-def]
             if BITS == 4:
                 w0, w1, w2, w3 = nibbles(packed, addend, ASM)
         if BITS == 8:
-            plane = whole_bytes(tl.load(w_at + j * PLANE), addend, ASM)
+            if j % 2 == 0:
+                packed = tl.load(w_at + j // 2 * PLANE)
+            if j % 2 == 0 or SLICES == 4:
+                w0, w1 = byte_pairs(packed, addend, ASM)
+            plane = w0 if j % 2 == 0 else w1
         else:
             plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3
         value = (plane.to(tl.float32) * scale[:, None]).to(DTYPE)

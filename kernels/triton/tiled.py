@@ -2,7 +2,7 @@
 
     program (n, m, s): BM rows by BN outputs; tiles s * per .. of the inputs, 128 at a time
 
-    tile of the weight      | words: a word is 4 inputs, 32 apart |  -> four planes [32, BN], each a right-hand side by itself
+    tile of the weight      | words: each is inputs 32 apart      |  -> four planes [32, BN], each a right-hand side by itself
     rows of x, same inputs  | 0..31 | 32..63 | 64..95 | 96..127 |      the four left-hand sides
 
 A group's scale multiplies the group's sum, not each weight. Without a split the epilogue adds bias and residual and rounds once;
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton.dequant import nibbles, whole_bytes
+from kernels.triton.dequant import byte_pairs, nibbles
 
 
 @triton.jit
@@ -59,12 +59,9 @@ def product(  # type: ignore[no-untyped-def]
     inside = (row < M)[:, None]
     k = tl.arange(0, PLANE)
     x_at = x + row.to(tl.int64)[:, None] * x_stride + begin * 128 + k[None, :]
-    wide: tl.constexpr = 128 * PLANE if BITS == 4 else 128 * 128  # items of a tile
+    LINE: tl.constexpr = 8 * BITS  # words of a tile's output
     tile_at = (column // 128).to(tl.int64) * tiles + begin
-    if BITS == 4:
-        w_at = words + tile_at[None, :] * wide + (column % 128)[None, :] * PLANE + k[:, None]
-    else:
-        w_at = words + tile_at[None, :] * wide + (column % 128)[None, :] * 128 + k[:, None]
+    w_at = words + tile_at[None, :] * (128 * LINE) + (column % 128)[None, :] * LINE + k[:, None]
     acc, scale = tl.zeros((BM, BN), tl.float32), tl.zeros((BN,), tl.float32)
     for tile in range(begin, end):
         left = K - tile * 128
@@ -86,13 +83,17 @@ def product(  # type: ignore[no-untyped-def]
             else:
                 rows = tl.load(x_at + j * PLANE, mask=inside & (k + j * PLANE < left)[None, :], other=0.0)
             if BITS == 8:
-                plane = whole_bytes(tl.load(w_at + j * PLANE, eviction_policy="evict_first"), addend, ASM)
+                if j % 2 == 0:
+                    packed = tl.load(w_at + j // 2 * PLANE, eviction_policy="evict_first")
+                if j % 2 == 0 or SLICES == 4:
+                    w0, w1 = byte_pairs(packed, addend, ASM)
+                plane = w0 if j % 2 == 0 else w1
             else:
                 plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3
             total = _dot(rows, plane, total, ASM)
         acc = total if WHOLE else acc + total * scale[None, :]
         x_at += 128
-        w_at += wide
+        w_at += 128 * LINE
     if WHOLE:
         acc *= scale[None, :]
     mask = inside & (column < N)[None, :]

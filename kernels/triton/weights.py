@@ -4,7 +4,8 @@
 
     4 bits   words [N/128][K/128][128 outputs][32] int16: nibble j of word h is input 32 j + h of the tile, so that a word's four
              planes are four slices of consecutive inputs, and activations are read in their natural order
-    8 bits   words [N/128][K/128][128 outputs][128] uint8
+    8 bits   words [N/128][K/128][128 outputs][64] int16: word h has inputs h and 32 + h of the tile's first half, or of its
+             second half from word 32 on; the lower input in the lower byte. Two planes, as above
     params   [groups][parts][N] int32: the scale (16 bits) and the addend of dequant.py (16 bits, above it); with scales of 32
              bits the scale and, as a second part, the addend. A group is a tile, a half or a quarter of one, or all inputs
 
@@ -126,8 +127,10 @@ def fits_tiles(weight: QuantTensor, dtype: torch.dtype) -> bool:
 
 def as_words(blocks: Tensor, bits: int, rounds: str | None) -> Tensor:
     """uint8 [..., 128 outputs, 128 inputs] of codes -> words of these tiles, as above."""
+    if bits == 8 and rounds is not None:
+        return blocks.contiguous().view(torch.int8)
     if bits == 8:
-        return blocks.contiguous() if rounds is None else blocks.contiguous().view(torch.int8)
+        return blocks.unflatten(-1, (2, 2, TILE // 4)).transpose(-1, -2).contiguous().view(torch.int16).flatten(-3)
     if rounds is not None:
         low, high = blocks.unflatten(-1, (2, TILE // 2)).unbind(-2)
         return (low | high << 4).contiguous()

@@ -102,7 +102,7 @@ def compilation(dtype: str, bits: int, targets: tuple[int, ...], *, signed: bool
         return Compilation(
             "kernels.triton.embedding:_embedding", types, {"BLOCK": kernels.BLOCK}, num_warps=kernels.WARPS, targets=targets
         )
-    words = "*i8" if bits == 8 and signed else "*u8" if bits == 8 or signed else "*i16"
+    words = "*i16" if not signed else "*i8" if bits == 8 else "*u8"
     types |= {"words": words, "params": "*i32", "padded": "i32", "tiles": "i32"}
     constants: dict[str, Any] = {
         "BITS": bits,

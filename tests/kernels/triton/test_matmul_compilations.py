@@ -8,7 +8,6 @@ from kernels.tune import Launch, choices
 from tests.kernels.triton.aot import TARGETS, Compilation, Report, compile_all
 
 STACK = 32  # bytes: a value or two put aside before the loop of the largest tile on sm_120; the small tiles have none
-WORDS = {4: "*i16", 8: "*u8"}
 INTEGERS = ("M", "N", "K", "padded", "tiles", "x_stride")
 
 
@@ -17,7 +16,7 @@ def compilation(bits: int, dtype: str, launch: Launch, *, slices: int = 1, targe
     if launch.slab:
         return expansion(bits, dtype, launch, slices, targets)
     split = launch.split > 1
-    words, out = WORDS[bits], "*fp32" if split else f"*{dtype}"
+    words, out = "*i16", "*fp32" if split else f"*{dtype}"
     types = {"x": f"*{dtype}", "words": words, "params": "*i32", "bias": "*fp32", "residual": f"*{dtype}", "out": out}
     constants = {
         "BITS": bits,
@@ -45,7 +44,7 @@ def compilation(bits: int, dtype: str, launch: Launch, *, slices: int = 1, targe
 
 def expansion(bits: int, dtype: str, launch: Launch, slices: int, targets: tuple[int, ...]) -> Compilation:
     constants = {"BITS": bits, "SLICES": slices, "WHOLE": bits == 8, "PARTS": 1, "SCALE": "tl.float16", "BN": 128, "ASM": True}
-    types = {"words": WORDS[bits], "params": "*i32", "slab": f"*{dtype}"}
+    types = {"words": "*i16", "params": "*i32", "slab": f"*{dtype}"}
     types |= dict.fromkeys(("first", "end", "K", "padded", "tiles", "stride"), "i32")
     odd = ("first", "end", "tiles")
     return Compilation("kernels.triton.slab:_expand", types, constants, launch.warps, 1, odd=odd, targets=targets)
