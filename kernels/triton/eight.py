@@ -1,6 +1,6 @@
 """Activations in int8 [M, K] times a weight of 4 or 8 bits: products of integers, exact in int32, scaled in float32.
 
-    program (n, m, s): BM rows by BN outputs; tiles s * per .. of the inputs, 128 at a time
+    program (i, s): BM rows by BN outputs, in the order of many.py; tiles s * per .. of the inputs, 128 at a time
 
     8 bits   a tile's codes, int8 [128, BN]                               -> one product
     4 bits   bytes [64, BN]: input k below, input 64 + k above            -> two planes [64, BN], two products
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from kernels.triton.many import _place
 
 _PAIR = tl.constexpr("""{
     .reg .b32 up;
@@ -78,7 +80,7 @@ def product(  # type: ignore[no-untyped-def]
     x, x_scales, x_sums, words, params, bias, residual, out,
     M, N, x_rows, padded, tiles,
     BITS: tl.constexpr, TOKEN: tl.constexpr, ZEROS: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """x int8 [M, tiles * 128]. padded: N in whole tiles. out: [M, N], or float32 [splits, M, N].
 
@@ -86,10 +88,11 @@ def product(  # type: ignore[no-untyped-def]
     WHOLE: one group has all inputs.
     """
     HALF: tl.constexpr = 64 if BITS == 4 else 128  # bytes of a tile's output
-    part, splits = tl.program_id(2), tl.num_programs(2)
+    part, splits = tl.program_id(1), tl.num_programs(1)
     per = tl.cdiv(tiles, splits)
     begin, end = part * per, tl.minimum(part * per + per, tiles)
-    row, column = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    row_tile, column_tile = _place(M, N, BM, BN, GROUP)
+    row, column = row_tile * BM + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
     inside, k = row < M, tl.arange(0, HALF)
     x_at = x + row.to(tl.int64)[:, None] * (tiles * 128) + begin * 128 + k[None, :]
     tile_at = (column // 128).to(tl.int64) * tiles + begin

@@ -88,9 +88,7 @@ def _operand(x: Tensor, weight: TritonWeight, norm: Norm | None) -> Tensor | Rou
 def _launch(weight: TritonWeight, x: Tensor, card: Card) -> Launch:
     rows, outputs, inputs = x.shape[0], weight.outputs, weight.K
     if weight.rounds is not None:
-        return rounded.choose(
-            rows=rows, outputs=outputs, inputs=inputs, multiprocessors=card.multiprocessors, capability=card.capability
-        )
+        return rounded.launch_of(weight, rows, card.multiprocessors, card.capability)
     return choose(rows=rows, outputs=outputs, inputs=inputs, kind=f"w{weight.bits} {NAMES[x.dtype]}", **card._asdict())
 
 

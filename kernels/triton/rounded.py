@@ -12,22 +12,38 @@ from kernels.triton import eight
 from kernels.triton.norm import MAX_SIZE, rms_norm, rms_norm_int8
 from kernels.triton.quantize import Rounded, padded_rows, quantize
 from kernels.triton.weights import TILE, TritonWeight
-from kernels.tune import AMPERE, MAX_SPLIT, MULTIPROCESSORS, Launch
+from kernels.tune import AMPERE, GROUP, MAX_SPLIT, MULTIPROCESSORS, Launch
 
 SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def choose(*, rows: int, outputs: int, inputs: int, multiprocessors: int = MULTIPROCESSORS, capability: int = AMPERE) -> Launch:
-    """As kernels.tune.choose, for sm_80 and later: few rows are split until the card is filled twice, many take larger tiles than
-    in 16 bits, since operands take half the registers and half the shared memory.
+def choose(
+    *, rows: int, outputs: int, inputs: int, whole: bool, multiprocessors: int = MULTIPROCESSORS, capability: int = AMPERE
+) -> Launch:
+    """As kernels.tune.choose, for sm_80 and later: few rows are split until the card is filled twice, many take large tiles.
+
+    whole: sums stay integers until the end, so that a thread has one sum for an output and room for tiles of 128 rows.
     """
-    block_m = next(m for m in (16, 32, 64, 128) if rows <= m or m == 128)
-    stages = 4 if block_m == 16 else 3
+    largest = 128 if whole else 64
+    block_m = next(m for m in (16, 32, 64, 128) if rows <= m or m == largest)
     programs = -(-outputs // TILE) * -(-rows // block_m)
     split, most = 1, min(MAX_SPLIT, max(1, inputs // (2 * TILE)))
     while block_m < 64 and 2 * split <= most and programs * split < 2 * multiprocessors:
         split *= 2
-    return Launch(block_m, TILE, split, 4 if block_m < 64 else 8, stages)
+    return Launch(block_m, TILE, split, 4 if block_m < 64 else 8, 4 if block_m == 16 else 3, GROUP)
+
+
+def launch_of(weight: TritonWeight, rows: int, multiprocessors: int, capability: int) -> Launch:
+    """What ``choose`` says of a weight."""
+    whole = weight.rounds == "token" and weight.params is not None and weight.params.shape[0] == 1
+    return choose(
+        rows=rows,
+        outputs=weight.outputs,
+        inputs=weight.K,
+        whole=whole,
+        multiprocessors=multiprocessors,
+        capability=capability,
+    )
 
 
 def prepare(x: Tensor, weight: TritonWeight, norm: Norm | None = None) -> Rounded:
@@ -46,7 +62,7 @@ def multiply(x: Rounded, weight: TritonWeight, residual: Tensor | None, to: Tens
     """The product into ``to`` [M, outputs]: with bias and residual where it is ``finished``; else parts [splits, M, outputs]."""
     rows = x.codes.shape[0]
     assert weight.params is not None and weight.scale_dtype is not None
-    eight.product[(triton.cdiv(weight.outputs, launch.block_n), triton.cdiv(rows, launch.block_m), launch.split)](
+    eight.product[(triton.cdiv(weight.outputs, launch.block_n) * triton.cdiv(rows, launch.block_m), launch.split)](
         x.codes,
         x.scales,
         x.sums,
@@ -70,6 +86,7 @@ def multiply(x: Rounded, weight: TritonWeight, residual: Tensor | None, to: Tens
         RESIDUAL=residual is not None,
         BM=launch.block_m,
         BN=launch.block_n,
+        GROUP=launch.group,
         ASM=to.is_cuda,
         num_warps=launch.warps,
         num_stages=launch.stages,

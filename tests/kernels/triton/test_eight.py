@@ -12,6 +12,7 @@ from kernels.triton import rounded
 from kernels.triton.matmul import Card, matmul, partial_sums
 from kernels.triton.quantize import padded_rows, quantize
 from kernels.triton.weights import TritonWeight, pack
+from kernels.tune import Launch
 from quant.tensor import QuantTensor
 from tests.kernels.triton.conftest import DEVICE
 from tests.kernels.triton.tensors import draw, poison
@@ -117,11 +118,11 @@ def test_what_happens_before_and_after(bits: int, asymmetric: bool, token: bool,
 
 
 def test_partial_sums_and_many_rows() -> None:
-    weight = random_weight(200, 1024, bits=8, activation="int8-token")
+    weight = random_weight(200, 512, bits=8, activation="int8-token")
     packed = on_device(weight, dtype=torch.float16)
-    x = draw(150, 1024, dtype=torch.float16)
+    x = draw(150, 512, dtype=torch.float16)
     parts = partial_sums(x[:3], packed)
-    assert parts is not None and parts.shape == (4, 3, 200)
+    assert parts is not None and parts.shape == (2, 3, 200)
     close(parts.sum(0).half(), x[:3], weight, True, torch.float16)
     assert partial_sums(x, packed) is None
     close(matmul(x, packed), x, weight, True, torch.float16)
@@ -143,8 +144,10 @@ def test_what_is_rounded() -> None:
 
 def test_launches() -> None:
     """Few rows fill the card by splits, many by themselves; the same for a row more or less of a step."""
-    assert rounded.choose(rows=1, outputs=4096, inputs=4096) == rounded.choose(rows=16, outputs=4096, inputs=4096)
-    assert [rounded.choose(rows=rows, outputs=4096, inputs=4096).block_m for rows in (16, 17, 33, 65)] == [16, 32, 64, 128]
-    assert rounded.choose(rows=1, outputs=4096, inputs=4096).split == 8
-    assert rounded.choose(rows=1, outputs=128, inputs=128).split == 1
-    assert rounded.choose(rows=1000, outputs=4096, inputs=4096).split == 1
+
+    def choose(rows: int, outputs: int = 4096, inputs: int = 4096, whole: bool = True) -> Launch:
+        return rounded.choose(rows=rows, outputs=outputs, inputs=inputs, whole=whole)
+
+    assert choose(1) == choose(16) and choose(1).split == 8 and choose(1, 128, 128).split == 1 == choose(1000).split
+    assert [choose(rows).block_m for rows in (16, 17, 33, 65)] == [16, 32, 64, 128]
+    assert [choose(rows, whole=False).block_m for rows in (16, 17, 33, 65)] == [16, 32, 64, 64]
