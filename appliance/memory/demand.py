@@ -38,6 +38,7 @@ class Demand:
     max_len: int
     weights: dict[str, int]  # by part
     slab: int  # what one product, or one attention, needs beside its input and output
+    layer_slab: int  # the same without the head's product, which is in no recorded step
     token_bytes: int  # activations of one token of a step
     hidden_bytes: int  # the hidden state of one token
     logits_row_bytes: int
@@ -55,6 +56,7 @@ class Demand:
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, *, model: str) -> Demand:
         """The demand of a model whose every module has the shape and the scheme that the config and the headers state."""
         size, last, layers = ITEM_SIZE[machinery.dtype], ends(spec, scheme, machinery), list(layer_weights(spec, scheme))
+        attention = attention_workspace(spec, machinery)
         weights = {"embedding": last.embedding_bytes, "attention": 0, "mlp": 0, "head": last.head_bytes, "norms": 0}
         for one in layers:
             weights[one.module.part] += one.nbytes(machinery)
@@ -69,7 +71,8 @@ class Demand:
             head_dim=spec.head_dim,
             max_len=spec.max_len,
             weights=weights,
-            slab=max(product_workspace([*layers, last.head], machinery), attention_workspace(spec, machinery)),
+            slab=max(product_workspace([*layers, last.head], machinery), attention),
+            layer_slab=max(product_workspace(layers, machinery), attention),
             token_bytes=activation_bytes(spec, layers, machinery),
             hidden_bytes=spec.hidden * size,
             # float32; torch's operators widen a product in the activations' type

@@ -206,7 +206,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) 
         decode_sizes(settings.max_seqs, settings.max_tokens) if settings.graphs else (),
         layers=demand.layers,
         token_bytes=demand.token_bytes,
-        slab=demand.slab,
+        slab=demand.layer_slab,
         hidden_bytes=demand.hidden_bytes,
         block_bytes=kv.block_bytes,
     )
