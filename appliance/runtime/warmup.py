@@ -15,6 +15,7 @@ from appliance.core.request import Request
 from appliance.core.scheduler import Chunk, StepPlan
 from appliance.memory.planner import LOGIT_ROWS, MemoryPlan
 from appliance.runtime.runner import Flight, Runner
+from kernels.configs import table
 
 GREEDY = SamplingParams(temperature=0.0)
 DRAWS = (SamplingParams(), SamplingParams(top_k=5, top_p=0.9, min_p=0.01))
@@ -61,6 +62,13 @@ def decodes(sequences: int, params: SamplingParams = GREEDY) -> Trial:
     return Trial(((1, 1),) * sequences, params)
 
 
+def table_rows(card: str) -> set[int]:
+    """Numbers of rows at which the table of measured launches of a card, where there is one, goes from one to the next."""
+    found = table(card)
+    ends = {most for sizes in found.launches.values() for most, _ in sizes} if found else set()
+    return ends | {end + 1 for end in ends}
+
+
 def trials(plan: MemoryPlan, *, recorded: bool) -> Iterator[Trial]:
     """All steps of a warm-up, the one that takes the most memory first.
 
@@ -68,7 +76,8 @@ def trials(plan: MemoryPlan, *, recorded: bool) -> Iterator[Trial]:
     """
     tokens, longest = plan.max_num_batched_tokens, plan.max_model_len
     sequences = min(plan.max_num_seqs, tokens)
-    for rows in reversed(edges(tokens)):
+    measured = {rows for rows in table_rows(plan.device.name) if rows < tokens}
+    for rows in sorted({*edges(tokens), *measured}, reverse=True):
         yield full(plan, rows)
     for count in reversed(edges(sequences)):
         yield decodes(count)

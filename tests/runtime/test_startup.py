@@ -22,6 +22,7 @@ from appliance.runtime import engine as engine_module
 from appliance.runtime import startup, warmup
 from appliance.runtime.engine import Engine
 from appliance.runtime.startup import Kernels, Stopwatch, Timeline, Tools
+from kernels.configs import Table
 from kernels.tune import choose
 from tests.runtime.conftest import answers, submit
 from tests.runtime.fake_lane import FakeLane
@@ -65,6 +66,16 @@ def on_card(monkeypatch: pytest.MonkeyPatch) -> FakeGauge:
 
     monkeypatch.setattr(engine_module, "make_plan", planned)
     return gauge
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What a warm-up asks of a plan."""
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    device: DeviceInfo = DeviceInfo("cuda", "a card without a table", 1 << 34, 1 << 34)  # noqa: RUF009  # frozen
 
 
 def requests() -> list:
@@ -166,10 +177,8 @@ def test_on_a_card_nothing_is_compiled_once_it_is_ready(tiny: Path, eager: bool)
 )
 @settings(max_examples=60, deadline=None)
 def test_every_step_of_the_warm_up_could_be_a_real_one(tokens: int, sequences: int, longest: int, recorded: bool) -> None:
-    class Plan:
-        max_num_batched_tokens, max_num_seqs, max_model_len = tokens, sequences, longest
-
-    steps = [*warmup.trials(Plan, recorded=recorded), *warmup.rehearsal(Plan)]  # type: ignore[arg-type]
+    plan = Lengths(tokens, sequences, longest)
+    steps = [*warmup.trials(plan, recorded=recorded), *warmup.rehearsal(plan)]  # type: ignore[arg-type]
     for step in steps:
         assert 1 <= len(step.chunks) <= min(sequences, tokens) and 1 <= step.tokens <= tokens
         assert all(start + length <= longest and length >= 1 for start, length in step.chunks)
@@ -186,6 +195,14 @@ def test_a_warm_up_takes_every_launch_that_some_number_of_rows_takes(capability:
         shape = {"outputs": outputs, "inputs": inputs, "multiprocessors": processors, "capability": capability}
         tried = {choose(rows=rows, **shape) for rows in warmup.edges(2048)}
         assert tried == {choose(rows=rows, **shape) for rows in range(1, 2049)}
+
+
+def test_a_warm_up_takes_every_launch_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = choose(rows=1, outputs=4096, inputs=4096)
+    sizes = tuple((most, launch) for most in (1, 7, 100, 300, 9000))
+    monkeypatch.setattr(warmup, "table", lambda card: Table(card, 89, {("w4 fp16", 4096, 4096): sizes}))
+    steps = warmup.trials(Lengths(2048, 16, 4096), recorded=True)  # type: ignore[arg-type]
+    assert {7, 8, 100, 101, 300, 301} <= {step.tokens for step in steps if len(step.chunks) == 1}
 
 
 def test_seconds_of_calls_that_overlap_count_once() -> None:
