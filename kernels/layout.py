@@ -126,12 +126,13 @@ def weight_nbytes(
     if ops == "triton":
         whole = groups == 1 or group_size % TILE == 0
         rounded = kind == "int" and dtype != "float32" and whole and activation == "int8-token"
-        fits = kind == "int" and dtype != "float32" and (whole or group_size in (32, 64))
+        fits = dtype != "float32" and (whole or group_size in (32, 64))
         if not rounded and (not fits or (bits == 8 and asymmetric and dtype == "bfloat16")):
             return N * K * ITEM_SIZE[dtype]  # kept dequantized, see kernels/triton/weights.py
         rows, columns = padded(N, TILE), padded(K, TILE)
         scales = 1 if groups == 1 else columns // min(group_size, TILE)
-        return rows * columns * bits // 8 + scales * rows * (8 if scale_bytes == 4 else 4) + (8 * K if act_order else 0)
+        pair = 8 if scale_bytes == 4 and kind == "int" else 4  # a scale and an addend; FP8: a scale
+        return rows * columns * bits // 8 + scales * rows * pair + (8 * K if act_order else 0)
     if ops != "cpu":  # the canonical form
         codes = N * math.ceil(K / 2) if kind == "int" and bits == 4 else N * K
         return codes + groups * N * (scale_bytes + (1 if asymmetric else 0)) + (8 * K if act_order else 0)

@@ -8,12 +8,18 @@ bfloat16 128 (0x4300)::
     8 bits   a word  |   b   |   a   |     two planes (a, b)
 
 ``addend`` is -(base + zero). Every step is exact: codes less zero points are integers of at most 9 bits.
+
+A byte of FP8 (e4m3) is a float already. Its sign stays at the top; the rest, moved so that its exponent is at the low end of the
+wider exponent, is the number divided by a power of two, 2^8 in float16 and 2^120 in bfloat16. In float16 that is left to the
+group's scale; in bfloat16, where products would underflow, it is multiplied back. There are no NaN: see weights.py.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from kernels.triton.widen import widen
 
 BASE = {"fp16": 1024, "bf16": 128}
 
@@ -66,6 +72,31 @@ _BYTES_BF16 = tl.constexpr("""{
     fma.rn.bf16x2 $1, $1, one, add_high;
 }""")
 
+# Halves of the code (lower byte) and its sign eight times; shifted, all but sign, exponent and mantissa masked out.
+_FP8_FP16 = tl.constexpr("""{
+    .reg .b32 upper;
+    prmt.b32 $0, $2, 0, 0xa280;
+    shr.u32 upper, $2, 1;
+    shl.b32 $0, $0, 7;
+    and.b32 upper, upper, 0x3f803f80;
+    and.b32 $0, $0, 0xbf80bf80;
+    lop3.b32 $1, $2, 0x80008000, upper, 0xea;
+}""")
+# -0 for the addend leaves -0 alone; bfloat16 is multiplied by itself on sm_90+ only.
+_FP8_BF16 = tl.constexpr("""{
+    .reg .b32 upper, large, none;
+    mov.b32 large, 0x7b807b80;
+    mov.b32 none, 0x80008000;
+    prmt.b32 $0, $2, 0, 0xa280;
+    shr.u32 upper, $2, 4;
+    shl.b32 $0, $0, 4;
+    and.b32 upper, upper, 0x07f007f0;
+    and.b32 $0, $0, 0x87f087f0;
+    lop3.b32 $1, $2, 0x80008000, upper, 0xea;
+    fma.rn.bf16x2 $0, $0, large, none;
+    fma.rn.bf16x2 $1, $1, large, none;
+}""")
+
 
 @triton.jit
 def nibbles(words, addend, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -100,8 +131,13 @@ def nibbles(words, addend, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def byte_pairs(words, addend, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Two planes q - zero, in the dtype of ``addend``, of int16 ``words``; both of one shape. In bfloat16 zero is always 128."""
-    if ASM:  # outputs are written before all inputs are read: registers of their own
+    """Two planes q - zero, in the dtype of ``addend``, of int16 ``words``; both of one shape. In bfloat16 zero is always 128.
+
+    uint16 words are pairs of FP8.
+    """
+    if words.dtype == tl.uint16:
+        return _fp8_pairs(words, addend.dtype, ASM)
+    elif ASM:  # outputs are written before all inputs are read: registers of their own
         if addend.dtype == tl.float16:
             return tl.inline_asm_elementwise(
                 _BYTES_FP16, "=&r,=&r,r,r", [words, addend], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
@@ -114,3 +150,21 @@ def byte_pairs(words, addend, ASM: tl.constexpr):  # type: ignore[no-untyped-def
         wide, less = words.to(tl.int32), addend.to(tl.float32) + (1024.0 if addend.dtype == tl.float16 else 128.0)
         low, high = (wide & 255).to(tl.float32) + less, ((wide >> 8) & 255).to(tl.float32) + less
         return low.to(addend.dtype), high.to(addend.dtype)
+
+
+@triton.jit
+def _fp8_pairs(words, DTYPE: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(lower, upper) bytes of uint16 ``words`` in DTYPE: the numbers of FP8 e4m3, in float16 a 256th of them."""
+    if ASM:
+        if tl.float16 == DTYPE:
+            return tl.inline_asm_elementwise(
+                _FP8_FP16, "=&r,=&r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                _FP8_BF16, "=&r,=&r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+            )
+    else:
+        part = 0.00390625 if tl.float16 == DTYPE else 1.0
+        low, high = widen(words.to(tl.int16, bitcast=True), tl.float32, "e4m3", 0)
+        return (low * part).to(DTYPE), (high * part).to(DTYPE)

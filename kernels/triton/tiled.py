@@ -25,6 +25,8 @@ def _params(params, group, column, padded, parts: tl.constexpr, SCALE: tl.conste
     if parts == 2:
         scale = first.to(tl.float32, bitcast=True)
         bits = tl.load(at + padded)
+    elif tl.float32 == SCALE:  # FP8: no addend
+        scale, bits = first.to(tl.float32, bitcast=True), first
     else:
         scale = first.to(tl.int16).to(SCALE, bitcast=True).to(tl.float32)
         bits = first >> 16

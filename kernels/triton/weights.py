@@ -9,6 +9,8 @@
     params   [groups][parts][N] int32: the scale (16 bits) and the addend of dequant.py (16 bits, above it); with scales of 32
              bits the scale and, as a second part, the addend. A group is a tile, a half or a quarter of one, or all inputs
 
+    FP8      words as for 8 bits, uint16; params the scale in 32 bits alone, times 2^8 for float16 (dequant.py)
+
 For activations rounded to int8 (eight.py), where groups are whole tiles, codes are signed, the middle code is 0::
 
     4 bits   words [N/128][K/128][128 outputs][64] uint8: input h of the tile in the lower nibble, input 64 + h in the upper one
@@ -16,7 +18,7 @@ For activations rounded to int8 (eight.py), where groups are whole tiles, codes 
     params   as above, with the middle code less the zero point, an int16, for the addend
 
 Outputs and inputs are padded to whole tiles with scales of zero. What has no such form (float32 activations, groups that do not
-fit tiles, 8 bits with zero points in bfloat16, FP8) is kept dequantized, as a dense weight.
+fit tiles, 8 bits with zero points in bfloat16) is kept dequantized, as a dense weight.
 """
 
 from __future__ import annotations
@@ -84,17 +86,21 @@ def pack(
         dense = weight.dequantize(weight.scales.dtype).to(dtype)
         return TritonWeight(16, dense, None, None, 1, bias, None, gated, weight.N, weight.K)
     down, across = -weight.N % TILE, -weight.K % TILE
-    codes = weight.unpack() if rounds is None else weight.unpack() ^ 1 << weight.bits - 1  # as signed numbers
-    codes = pad(codes, (0, across, 0, down))
+    codes = weight.packed.view(torch.uint8) if weight.kind == "fp8" else weight.unpack()
+    codes = pad(codes if rounds is None else codes ^ 1 << weight.bits - 1, (0, across, 0, down))  # as signed numbers if rounded
     blocks = codes.view(codes.shape[0] // TILE, TILE, codes.shape[1] // TILE, TILE).transpose(1, 2)
     slices = 1 if weight.groups == 1 else max(1, TILE // weight.group_size)
+    groups = 1 if weight.groups == 1 else blocks.shape[1] * slices
+    words = as_words(blocks, weight.bits, rounds)
+    if weight.kind == "fp8":
+        words, params = words.view(torch.uint16), fp8_params(weight, dtype, groups, down)
+    else:
+        params = make_params(weight, make_addends(weight, dtype, rounds), groups, down)
     return TritonWeight(
         bits=weight.bits,
-        words=as_words(blocks, weight.bits, rounds),
-        params=make_params(
-            weight, make_addends(weight, dtype, rounds), 1 if weight.groups == 1 else blocks.shape[1] * slices, down
-        ),
-        scale_dtype=weight.scales.dtype,
+        words=words,
+        params=params,
+        scale_dtype=torch.float32 if weight.kind == "fp8" else weight.scales.dtype,
         slices=slices,
         bias=bias,
         perm=weight.perm,
@@ -122,7 +128,7 @@ def fits_tiles(weight: QuantTensor, dtype: torch.dtype) -> bool:
     fits = weight.groups == 1 or weight.group_size % TILE == 0 or weight.group_size in (32, 64)
     # A bfloat16 has 8 bits: codes of 8 bits less any zero point need 9.
     wide = weight.bits == 8 and weight.zeros is not None and dtype == torch.bfloat16
-    return weight.kind == "int" and dtype in NAMES and fits and not wide
+    return dtype in NAMES and fits and not wide
 
 
 def as_words(blocks: Tensor, bits: int, rounds: str | None) -> Tensor:
@@ -146,13 +152,25 @@ def make_addends(weight: QuantTensor, dtype: torch.dtype, rounds: str | None) ->
     return (-(zeros.float() + BASE[NAMES[dtype]])).to(dtype).view(torch.int16)
 
 
-def make_params(weight: QuantTensor, addends: Tensor, groups: int, down: int) -> Tensor:
-    """int32 [groups, parts, N], larger groups than tiles repeated; scales of what only fills up tiles are zero."""
+def fp8_params(weight: QuantTensor, dtype: torch.dtype, groups: int, down: int) -> Tensor:
+    """int32 [groups, 1, N]: float32 scales. Kernels know no NaN in codes: where there is one, the scale is."""
+    nan = pad(weight.packed.view(torch.uint8) & 0x7F == 0x7F, (0, weight.groups * weight.group_size - weight.K))
+    nan = nan.unflatten(1, (weight.groups, weight.group_size)).any(2).t()
+    scales = (weight.scales.float() * (256 if dtype == torch.float16 else 1)).masked_fill(nan, torch.nan)
+    return spread(scales, weight, groups, down).view(torch.int32).unsqueeze(1)
+
+
+def spread(values: Tensor, weight: QuantTensor, groups: int, down: int) -> Tensor:
+    """[G, N] -> [groups, N in whole tiles]: larger groups than tiles repeated, zeros where there are no weights."""
     repeat = max(1, weight.group_size // TILE) if groups > 1 else 1
-    both = (t.repeat_interleave(repeat, dim=0)[:groups] for t in (weight.scales, addends))
-    scales, addends = (pad(t, (0, down, 0, groups - t.shape[0])) for t in both)
-    high = addends.to(torch.int32)
+    values = values.repeat_interleave(repeat, dim=0)[:groups]
+    return pad(values, (0, down, 0, groups - values.shape[0])).contiguous()
+
+
+def make_params(weight: QuantTensor, addends: Tensor, groups: int, down: int) -> Tensor:
+    """int32 [groups, parts, N]; scales of what only fills up tiles are zero."""
+    scales, high = spread(weight.scales, weight, groups, down), spread(addends, weight, groups, down).to(torch.int32)
     if weight.scales.dtype == torch.float32:
-        return torch.stack([scales.contiguous().view(torch.int32), high], dim=1)
-    low = scales.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
+        return torch.stack([scales.view(torch.int32), high], dim=1)
+    low = scales.view(torch.int16).to(torch.int32) & 0xFFFF
     return (high << 16 | low).unsqueeze(1)

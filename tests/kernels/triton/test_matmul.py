@@ -99,13 +99,31 @@ def test_what_happens_before_and_after(kind: str, rows: int, gated: bool) -> Non
     assert (out.cpu() - wanted).abs().max() / wanted.abs().max() < 4e-3
 
 
-def test_float32_and_fp8_are_right_if_slow() -> None:
-    for weight, dtype in ((random_weight(70, 96, group_size=32), torch.float32), (random_weight(70, 96, bits=0), torch.float16)):
-        x = torch.randn(4, 96).to(dtype)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("group", "scale_dtype"), [(None, torch.bfloat16), (128, torch.float32), (32, torch.float16)])
+def test_fp8(dtype: torch.dtype, group: int | None, scale_dtype: torch.dtype) -> None:
+    """Every number, subnormal ones and -0 too; a NaN makes its output NaN."""
+    for rows, N, K in ((1, 130, 256), (5, 64, 200), (70, 100, 384)):
+        weight = random_weight(N, K, bits=0, group_size=group, scale_dtype=scale_dtype, act_order=rows == 5)
+        codes = weight.packed.view(torch.uint8)
+        codes[:2] = torch.arange(2 * K).view(2, K).to(torch.uint8)
+        codes[codes & 0x7F == 0x7F] = 0x80
         packed = on_device(weight, dtype=dtype)
+        assert packed.bits == 8 and packed.rounds is None
+        x = torch.randn(rows, K).to(dtype)
+        found = matmul(x.to(DEVICE), packed)
+        close(found, expected(x, weight, dtype), dtype)
+        codes[3, 7] = 0xFF
+        broken = matmul(x.to(DEVICE), on_device(weight, dtype=dtype))
+        assert broken[:, 3].isnan().all() and torch.equal(broken[:, 4:], found[:, 4:])
+
+
+def test_float32_is_right_if_slow() -> None:
+    for weight in (random_weight(70, 96, group_size=32), random_weight(70, 96, bits=0)):
+        x, packed = torch.randn(4, 96), on_device(weight, dtype=torch.float32)
         assert packed.bits == 16
         wanted = x.float() @ weight.dequantize(weight.scales.dtype).float().t()
-        close(matmul(x.to(DEVICE), packed), wanted, dtype)
+        close(matmul(x.to(DEVICE), packed), wanted, torch.float32)
 
 
 def test_rows_of_a_wider_tensor_and_none() -> None:
