@@ -251,7 +251,9 @@ def told(plan: MemoryPlan) -> Iterator[None]:
     """A card that runs out of memory is told as what it is: a plan that was wrong."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # torch's own kind, CUDA's and Triton's
+        if "out of memory" not in str(error).lower():
+            raise
         share = "--kv-cache-memory-bytes" if "--kv-cache-memory-bytes" in plan.budget_source else "--gpu-memory-utilization"
         remedies = [f"a smaller {share}", "a smaller --max-num-batched-tokens"] + ["--enforce-eager"] * bool(plan.graphs)
         raise PlanError(
