@@ -75,7 +75,7 @@ class Lengths:
     max_num_batched_tokens: int
     max_num_seqs: int
     max_model_len: int
-    device: DeviceInfo = DeviceInfo("cuda", "a card without a table", 1 << 34, 1 << 34)  # noqa: RUF009  # frozen
+    device: DeviceInfo = DeviceInfo("cuda", "a card without a table", 1 << 34, 1 << 34)
 
 
 def requests() -> list:
@@ -129,16 +129,23 @@ def test_a_longest_context_that_was_not_asked_for_becomes_shorter(load: Load, on
 def test_a_card_that_runs_out_of_memory_is_a_plan_that_was_wrong(
     load: Load, on_card: FakeGauge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words.")
+    def failing(error: Exception) -> Callable[..., None]:
+        def fail(*args: object, **options: object) -> None:
+            raise error
 
-    for place, name in ((warmup, "run"), (FakeRecorder, "record"), (startup, "load_model")):
+        return fail
+
+    ours = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words.")
+    triton = RuntimeError("Triton Error [CUDA]: out of memory")
+    for error, place, name in ((ours, warmup, "run"), (triton, FakeRecorder, "record"), (ours, startup, "load_model")):
         with monkeypatch.context() as patch:
-            patch.setattr(place, name, lambda *args, **options: fail())
-            with pytest.raises(
-                PlanError, match=r"fake card ran out of memory before it was ready: try a smaller --kv-cache-memory"
-            ):
+            patch.setattr(place, name, failing(error))
+            with pytest.raises(PlanError, match=r"fake card ran out of memory before it was ready: try a smaller --kv-cache-"):
                 load()
+    with monkeypatch.context() as patch:
+        patch.setattr(warmup, "run", failing(RuntimeError("illegal memory access")))
+        with pytest.raises(RuntimeError, match="^illegal memory access"):
+            load()
 
 
 def test_a_cpu_has_the_same_timeline_without_warm_up(load: Load, tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
