@@ -68,6 +68,9 @@ def on_card(monkeypatch: pytest.MonkeyPatch) -> FakeGauge:
     return gauge
 
 
+UNMEASURED = DeviceInfo("cuda", "a card without a table", 1 << 34, 1 << 34)
+
+
 @dataclass(frozen=True)
 class Lengths:
     """What a warm-up asks of a plan."""
@@ -75,7 +78,7 @@ class Lengths:
     max_num_batched_tokens: int
     max_num_seqs: int
     max_model_len: int
-    device: DeviceInfo = DeviceInfo("cuda", "a card without a table", 1 << 34, 1 << 34)
+    device: DeviceInfo = UNMEASURED
 
 
 def requests() -> list:
@@ -144,7 +147,7 @@ def test_a_card_that_runs_out_of_memory_is_a_plan_that_was_wrong(
                 load()
     with monkeypatch.context() as patch:
         patch.setattr(warmup, "run", failing(RuntimeError("illegal memory access")))
-        with pytest.raises(RuntimeError, match="^illegal memory access"):
+        with pytest.raises(RuntimeError, match=r"^illegal memory access"):
             load()
 
 
