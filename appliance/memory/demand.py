@@ -117,7 +117,16 @@ def activation_bytes(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machi
     if machinery.ops == NATIVE:
         return _native_activations(spec, layers, ITEM_SIZE[machinery.dtype]) + 24
     # Triton: gate and up are float32 until they are multiplied.
-    return _torch_activations(spec, layers, machinery) + (8 * spec.intermediate if machinery.ops == "triton" else 0) + 24
+    more = 8 * spec.intermediate + _rounded(layers, machinery) if machinery.ops == "triton" else 0
+    return _torch_activations(spec, layers, machinery) + more + 24
+
+
+def _rounded(layers: Sequence[Loaded], machinery: Machinery) -> int:
+    """A product's input in int8, with a scale and a sum for each 128 (kernels/triton/quantize.py)."""
+    by_choice = machinery.activation == "int8"
+    rounded = [one for one in layers if one.kind == "int" and (by_choice or one.stored.activation == "int8-token")]
+    widths = (layout.padded(one.module.K, layout.TILE) for one in rounded)
+    return max((width + 8 * width // layout.TILE for width in widths), default=0)
 
 
 def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) -> int:
@@ -137,12 +146,12 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
 
     In attention: q, k and v, their norms or rotated copies (with 8 bytes a feature of q while those are made), the result. In the
     MLP: gate and up while they are made (and a slab of the outputs at a time, where a CPU expands the weight), or with their
-    product. With activations rounded to int8 a product has float32 copies and an int32 result beside; a CPU multiplies float16 in
-    float32. The peak measured on a CPU, with 4096 tokens, hidden size 512 and MLPs of 256 and 4096 in each dtype, is 4 MiB below
-    to 42 MiB above this: what the allocator keeps is in RUNTIME.
+    product. With activations rounded to int8 a product on a CPU has float32 copies and an int32 result beside; float16 is
+    multiplied in float32 there. The peak measured on a CPU, with 4096 tokens, hidden size 512 and MLPs of 256 and 4096 in each
+    dtype, is 4 MiB below to 42 MiB above this: what the allocator keeps is in RUNTIME.
     """
     size, hidden, inner = ITEM_SIZE[machinery.dtype], spec.hidden, spec.intermediate
-    rounds = any(one.stored.activation == "int8-token" for one in layers)
+    rounds = machinery.ops != "triton" and any(one.stored.activation == "int8-token" for one in layers)
     product = 12 if rounds else 4 if (machinery.ops, machinery.dtype) == ("cpu", "float16") else 0
     qkv = spec.q_size + 2 * spec.kv_size
     attention = (2 * qkv + spec.q_size) * size + max(8 * spec.q_size, (hidden + qkv) * product)

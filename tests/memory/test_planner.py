@@ -245,6 +245,16 @@ def test_on_cards_recorded_steps_and_inputs_are_counted(small: Path) -> None:
     assert plan_of(small).graphs == {} and plan_of(small).scratch["inputs"] == 0
 
 
+def test_rounded_activations_are_counted_on_cards(small: Path, tmp_path: Path) -> None:
+    """A byte for each of the widest input, 512, and eight for 128 of them."""
+    config = json.loads((small / "config.json").read_text())
+    (tmp_path / "awq").mkdir()
+    card, checkpoint = DeviceInfo("cuda", "card", 8 * GIB, 8 * GIB, 89), awq_checkpoint(tmp_path / "awq", config)
+    plain, rounded = (make_plan(checkpoint, EngineConfig(activation_dtype=kind), card) for kind in ("auto", "int8"))
+    tokens = rounded.scratch["activations"] - plain.scratch["activations"]
+    assert tokens > 0 and tokens % (512 + 8 * 4) == 0 and rounded.weight_bytes == plain.weight_bytes
+
+
 def test_a_card_without_bfloat16_gets_float16(small: Path) -> None:
     settings = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps({**settings, "torch_dtype": "bfloat16"}))
