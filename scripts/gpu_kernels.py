@@ -45,7 +45,7 @@ def items(one: Compilation) -> int:
     """Weights, or numbers of keys and values, that a thread handles in a turn of the loop; 0 for kernels that have neither."""
     constants, threads = one.constants, 32 * one.num_warps
     name = one.kernel.rpartition(":")[2]
-    if name == "product":
+    if name == "product":  # a tile of the weight has 128 inputs
         return int(constants["BN"] * 128 // threads)
     if name in ("_decode", "_prefill"):
         return int(2 * constants["BLOCK_N"] * constants["WIDTH"] // threads)
@@ -81,7 +81,7 @@ def summary(found: Found) -> str:
         for title, reports in launches.items():
             if any(items(one) for one, _ in reports.values()):
                 cells = [_each(*reports[target]) if target in reports else "" for target in CARDS]
-                rows.append([f"`{kernel.rpartition(':')[2]}` {title}", *cells])
+                rows.append([f"{kernel}: {title}", *cells])
     return "## Instructions in hot loops, for a weight or a number of the cache\n" + _table(
         ["launch", *(f"sm_{target}" for target in CARDS)], rows
     )

@@ -1,6 +1,6 @@
 """The usual launches of every kernel, recorded by calling the operators on tensors without memory, as on a card.
 
-    python -m tests.kernels.triton.launches 89        # those of an RTX 4090, as JSON
+    python -m tests.kernels.triton.launches 89 90        # those of an RTX 4090 and of an H200, as JSON
 
 Tensors are on torch's "meta" device and say that they are a card's; a launch goes to ``Recorder`` instead of Triton's compiler,
 which leaves what it was given as a Compilation. What would wait for a number from the card fails here, so that a recording also
@@ -40,10 +40,10 @@ HEADS, KV_HEADS, SIZE, HIDDEN, INNER, VOCABULARY = 32, 8, 128, 4096, 14336, 1282
 BLOCK_SIZE = 64
 
 
-def recorded(target: int) -> list[Compilation]:
-    """The launches of all cases for this architecture, each once; by a process in which kernels are not the interpreter's."""
+def recorded(*targets: int) -> list[Compilation]:
+    """The launches of all cases for these architectures, each once; by a process in which kernels are not the interpreter's."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.triton.launches", str(target)],
+        [sys.executable, "-m", "tests.kernels.triton.launches", *map(str, targets)],
         capture_output=True, text=True, env=environment(), cwd=ROOT, check=False,
     )  # fmt: skip
     if done.returncode:
@@ -142,7 +142,7 @@ class Cases:
         from kernels.triton import matmul, weights
 
         kinds = {  # N, K, bits, group; rows
-            "layer, 4 bits, groups of 128": ((HIDDEN, HIDDEN, 4, 128), (1, 32, 64)),
+            "layer, 4 bits, groups of 128": ((HIDDEN, HIDDEN, 4, 128), (1, 32, 64, 256, 2048)),
             "layer, 4 bits, groups of 32": ((HIDDEN, HIDDEN, 4, 32), (1,)),
             "layer, 8 bits, groups of 128": ((HIDDEN, HIDDEN, 8, 128), (1,)),
             "head, 8 bits, one scale an output": ((VOCABULARY, HIDDEN, 8, HIDDEN), (1, 32, 64)),
@@ -153,8 +153,18 @@ class Cases:
                 yield f"{kind}, {self.name}, {rows} row{'s' * (rows > 1)}"
                 matmul.matmul(empty(rows, HIDDEN, dtype=self.dtype), packed, card=self.card)
         gated = weights.pack(weight(2 * INNER, HIDDEN, 4, 128), dtype=self.dtype, gated=True)
-        yield f"SiLU and multiply, {self.name}, 1 row"
-        matmul.matmul(empty(1, HIDDEN, dtype=self.dtype), gated, card=self.card)
+        for rows in (1, 2048):
+            yield f"SiLU and multiply, {self.name}, {rows} row{'s' * (rows > 1)}"
+            matmul.matmul(empty(rows, HIDDEN, dtype=self.dtype), gated, card=self.card)
+
+    def rounded(self) -> Iterator[str]:
+        from kernels.triton import matmul, weights
+
+        for bits, group in ((4, 128), (8, HIDDEN)):
+            packed = weights.pack(weight(HIDDEN, HIDDEN, bits, group), dtype=self.dtype, activation="int8")
+            for rows in (1, 64, 2048):
+                yield f"{bits} bits, activations in int8, {rows} row{'s' * (rows > 1)}"
+                matmul.matmul(empty(rows, HIDDEN, dtype=self.dtype), packed, card=self.card)
 
     def attention(self) -> Iterator[str]:
         from kernels.triton.attention import attention
@@ -222,11 +232,11 @@ def record(target: int) -> list[Compilation]:
     card = matmul.Card(CARDS[target].multiprocessors, target)
     half, brain = Cases(torch.float16, card), Cases(torch.bfloat16, card)
     some = [half.products, half.attention, half.small, half.rest]
-    for cases in some if target < 80 else [*some, brain.products, brain.attention]:
+    for cases in some if target < 80 else [*some, half.rounded, brain.products, brain.attention]:
         for title in cases():
             recorder.case = title
     return list(recorder.made.values())
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(one) for one in record(int(sys.argv[1]))]))
+    print(json.dumps([asdict(one) for target in sys.argv[1:] for one in record(int(target))]))

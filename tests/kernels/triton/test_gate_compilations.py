@@ -1,0 +1,66 @@
+"""Loops over weights on every card with asynchronous copies: what their speed rests on, read from the machine code.
+
+Launches are those of an 8B model, recorded from the operators. Instructions for a weight are what Triton 3.9 reaches, rounded up;
+a card of 4.3 TB/s has room for about 3.5, an RTX 4090 for about 20.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels.triton.aot import Compilation, Report, compile_all
+from tests.kernels.triton.launches import recorded
+
+TARGETS = (80, 86, 89, 90, 120)
+LIMITS = {  # for a weight, one row; fp16, bf16
+    "layer, 4 bits, groups of 128": (2.4, 2.65),
+    "layer, 4 bits, groups of 32": (3.45, 3.6),
+    "layer, 8 bits, groups of 128": (2.4, 3.0),
+    "head, 8 bits, one scale an output": (2.05, 2.7),
+}
+SCALES_WAIT = "layer, 8 bits, groups of 128, bf16, 1 row"  # no product needs them: loads are made ahead for products alone
+
+
+def items(one: Compilation) -> int:
+    """Weights that a thread handles in a turn."""
+    return int(one.constants["BN"]) * 128 // (32 * one.num_warps)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, int], tuple[Compilation, Report]]:
+    """By title and architecture: products of one row, and of 64 where these are wgmma."""
+    titles = {f"{kind}, {dtype}, 1 row" for kind in LIMITS for dtype in ("fp16", "bf16")}
+    wide = {f"{kind}, fp16, 64 rows" for kind in LIMITS}
+    wanted = [
+        one
+        for one in recorded(*TARGETS)
+        if one.kernel.endswith("tiled:product") and (one.case in titles or (one.targets == (90,) and one.case in wide))
+    ]
+    return {(one.case, one.targets[0]): (one, report) for one, report in zip(wanted, compile_all(wanted), strict=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", LIMITS)
+def test_loops_over_weights(kind: str, compiled: dict[tuple[str, int], tuple[Compilation, Report]]) -> None:
+    """Weights arrive by copies of 16 bytes under way, reach the product by LDSM as they are, and never by single bytes."""
+    for dtype, limit in zip(("fp16", "bf16"), LIMITS[kind], strict=True):
+        for target in TARGETS:
+            title = f"{kind}, {dtype}, 1 row"
+            one, report = compiled[title, target]
+            assert report.fits and report.turns and report.stack == 0 and report.registers <= 160, report
+            assert report.per_weight(items(one)) <= limit, report
+            copied = sum(n for name, n in report.loop.items() if name.startswith("LDGSTS") and name.endswith("128"))
+            whole = items(one) * one.constants["BITS"] // 128  # copies of 16 bytes that bring a thread's weights
+            assert copied >= whole and report.count("LDSM") >= 2 * whole and report.count("HMMA") >= items(one) // 4, report
+            assert report.count("I2F", "LDS.U8", "LDS.S8", "LDG.E.U8", "LDG.E.S8", "LDL", "STL") == 0, report
+            assert max(report.count("LDG.E"), report.count("STS")) <= (title == SCALES_WAIT), report
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_many_rows_take_products_of_warp_groups(compiled: dict[tuple[str, int], tuple[Compilation, Report]]) -> None:
+    found = [report for (title, target), (_, report) in compiled.items() if title.endswith("64 rows")]
+    assert len(found) == 2
+    for report in found:
+        assert report.count("HGMMA") and report.count("LDGSTS") and report.fits and report.stack == 0, report
