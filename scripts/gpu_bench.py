@@ -1,4 +1,4 @@
-"""Kernels on a card against what it can do (a copy's bandwidth, a large product's rate), cuBLAS, torch's 4-bit kernel and SDPA.
+"""Products on a card against what it can do (a copy's bandwidth, a large product's rate), cuBLAS and others' 4-bit kernels.
 
 Weights and caches rotate among copies larger than the card's L2 cache, so that each launch reads them from memory; launches are
 recorded into a CUDA graph, so that what is timed is the card and not Python. Figures are medians.
@@ -6,17 +6,18 @@ recorded into a CUDA graph, so that what is timed is the card and not Python. Fi
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from gpu_rivals import gemlite, tinygemm
 
-from kernels.ops import KVCache, Ops, PagedBatch
+from kernels.ops import Ops
 from quant.tensor import QuantTensor
 
 Row = dict[str, Any]
@@ -27,11 +28,16 @@ HEAD = (128256, 4096)
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how much is measured. ``small``: sizes that Triton's interpreter can do, to try this out without a card."""
+    """Where and how much is measured. ``small``: sizes that Triton's interpreter can do, to try this out without a card.
+
+    After ``deadline`` (of time.monotonic) no case begins; those are noted in ``left_out``.
+    """
 
     device: torch.device
     small: bool = False
     rotate_bytes: int = 256 << 20
+    deadline: float = math.inf
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def card(self) -> bool:
@@ -61,6 +67,13 @@ class Bench:
             spans.append(begin.elapsed_time(end) * 1e-3 / len(items))
         return statistics.median(spans)
 
+    def begins(self, case: str, seconds: float = 0.0) -> bool:
+        """Whether there is time for a case that takes so long."""
+        if time.monotonic() + seconds < self.deadline:
+            return True
+        self.left_out.append(case)
+        return False
+
     def copies(self, nbytes: int) -> int:
         return 1 if self.small else max(2, min(64, -(-self.rotate_bytes // nbytes)))
 
@@ -87,96 +100,54 @@ def random_weight(N: int, K: int, bits: int, device: torch.device) -> QuantTenso
 
 
 def products(bench: Bench, ops: Ops, dtype: torch.dtype, rows: Sequence[int]) -> Iterator[Row]:
-    """Fused products of an 8B model's layers and its int8 head, beside cuBLAS on dense weights and torch's 4-bit kernel."""
+    """Products of an 8B model's layers (4 bits; also with activations rounded to int8) and of its int8 head, beside others."""
     shapes = {"o": (256, 256)} if bench.small else {**LLAMA_8B, "head": HEAD}
     for name, (N, K) in shapes.items():
         bits = 8 if name == "head" else 4
+        title = f"products {name} {N}x{K} {words(dtype)}"
+        if not bench.begins(title):
+            continue
         count = bench.copies(N * K * bits // 8)
         packed = [ops.pack(random_weight(N, K, bits, bench.device), dtype=dtype) for _ in range(count)]
         dense = [torch.randn(N, K, device=bench.device).to(dtype).t() for _ in range(bench.copies(2 * N * K))]
-        tiny = tinygemm(bench, N, K, count) if bits == 4 and bench.card else []
+        others = rivals(bench, N, K, dtype, count) if bits == 4 else {}
         for m in rows:
+            if not bench.begins(f"{title}, {m} rows"):
+                continue
             x = torch.randn(m, K, device=bench.device).to(dtype)
-            row: Row = {"op": f"w{bits}a16", "shape": name, "N": N, "K": K, "rows": m, "dtype": str(dtype).removeprefix("torch.")}
+            row: Row = {"op": f"w{bits}a16", "shape": name, "N": N, "K": K, "rows": m, "dtype": words(dtype)}
             row["ours_s"] = bench.time(partial(ops.matmul, x), packed)
             row["dense_s"] = bench.time(x.matmul, dense)
-            if tiny and m <= 64:
-                row["tinygemm_s"] = bench.time(partial(multiply_tiny, x.to(torch.bfloat16)), tiny)
-            row["bytes"] = packed[0].nbytes + 2 * m * (N + K)
-            row["ops"] = 2 * m * N * K
+            row |= {f"{other}_s": bench.time(call(x), items) for other, (call, items, most) in others.items() if m <= most}
+            row |= {"bytes": packed[0].nbytes + 2 * m * (N + K), "ops": 2 * m * N * K}
             yield row
-        del packed, dense, tiny
+        del packed, dense, others
 
 
-def tinygemm(bench: Bench, N: int, K: int, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Random weights for torch's ``_weight_int4pack_mm``; none where this torch has another packer."""
-    codes = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device=bench.device)
-    scales = torch.rand(K // GROUP, N, 2, device=bench.device).to(torch.bfloat16)
-    try:
-        return [(torch.ops.aten._convert_weight_to_int4pack(codes, 8), scales.clone()) for _ in range(count)]
-    except (RuntimeError, AttributeError):
-        return []
+def rounded(bench: Bench, ops: Ops, dtype: torch.dtype, rows: Sequence[int]) -> Iterator[Row]:
+    """4-bit products with activations rounded to int8, which is part of the time."""
+    for name, (N, K) in ({"o": (256, 256)} if bench.small else LLAMA_8B).items():
+        if not bench.begins(f"int8 activations {name} {N}x{K} {words(dtype)}"):
+            continue
+        weights = (random_weight(N, K, 4, bench.device) for _ in range(bench.copies(N * K // 2)))
+        packed = [ops.pack(weight, dtype=dtype, activation="int8") for weight in weights]
+        for m in rows:
+            x = torch.randn(m, K, device=bench.device).to(dtype)
+            row: Row = {"op": "w4a8", "shape": name, "N": N, "K": K, "rows": m, "dtype": words(dtype)}
+            row["ours_s"] = bench.time(partial(ops.matmul, x), packed)
+            row |= {"bytes": packed[0].nbytes + 2 * m * (N + K), "ops": 2 * m * N * K}
+            yield row
+        del packed
 
 
-def multiply_tiny(x: Tensor, weight: tuple[Tensor, Tensor]) -> Tensor:
-    return torch.ops.aten._weight_int4pack_mm(x, weight[0], GROUP, weight[1])
+def rivals(bench: Bench, N: int, K: int, dtype: torch.dtype, count: int) -> dict[str, Any]:
+    """By name: a product with x for Bench.time, weights for it, and the most rows that it is asked for."""
+    if not bench.card:
+        return {}
+    found = {"tinygemm": (*tinygemm(N, K, GROUP, count, bench.device), 64)}
+    found["gemlite"] = (*gemlite(N, K, GROUP, dtype, count, bench.device), math.inf)
+    return {name: one for name, one in found.items() if one[1]}
 
 
-def attend_dense(q: Tensor, cache: tuple[Tensor, ...]) -> Tensor:
-    """q [S, Hq, 1, D] over keys and values [S, Hkv, T, D], contiguous."""
-    return torch.nn.functional.scaled_dot_product_attention(q, *cache, enable_gqa=True)
-
-
-def attention(bench: Bench, ops: Ops, dtype: torch.dtype, cases: Sequence[tuple[int, int]]) -> Iterator[Row]:
-    """Decode of (sequences, context) with an 8B model's heads over shuffled blocks, beside SDPA over a contiguous cache."""
-    heads, kv_heads, size, block = (4, 2, 32, 16) if bench.small else (32, 8, 128, 16)
-    for sequences, context in cases:
-        blocks = -(-context // block)
-        shape = (sequences * blocks, block, kv_heads, size)
-        nbytes = 2 * sequences * context * kv_heads * size * dtype.itemsize
-        caches = [
-            KVCache(*(torch.randn(shape, device=bench.device).to(dtype) for _ in "kv")) for _ in range(bench.copies(nbytes))
-        ]
-        q = torch.randn(sequences, heads, size, device=bench.device).to(dtype)
-        batch = decode_batch(sequences, context, block, bench.device)
-        row: Row = {"op": "decode attention", "rows": sequences, "context": context, "dtype": str(dtype).removeprefix("torch.")}
-        row["ours_s"] = bench.time(partial(ops.attention, q, batch=batch, scale=size**-0.5), caches)
-        dense = [
-            tuple(t.view(sequences, -1, kv_heads, size)[:, :context].transpose(1, 2).contiguous() for t in (c.k, c.v))
-            for c in caches[:8]
-        ]
-        row["sdpa_s"] = bench.time(partial(attend_dense, q.unsqueeze(2)), dense)
-        row["bytes"], row["ops"] = nbytes, 4 * sequences * heads * size * context
-        yield row
-        del caches, dense
-
-
-def decode_batch(sequences: int, context: int, block: int, device: torch.device) -> PagedBatch:
-    """Every sequence has ``context`` tokens, the last of which is this step's; blocks lie in random order."""
-    blocks = -(-context // block)
-    tables = torch.randperm(sequences * blocks).view(sequences, blocks)
-    last = torch.full((sequences,), context - 1)
-    slots = tables[:, (context - 1) // block] * block + (context - 1) % block
-    return PagedBatch(
-        positions=last.to(device),
-        slots=slots.to(device),
-        query_starts=torch.arange(sequences + 1, dtype=torch.int32, device=device),
-        seq_lens=torch.full((sequences,), context, dtype=torch.int32, device=device),
-        block_tables=tables.to(torch.int32).to(device),
-        max_query=1,
-        max_seq=context,
-    )
-
-
-def kernels(bench: Bench, ops: Ops) -> list[Row]:
-    """Every row of the kernel benchmarks, printed as they come."""
-    rows = (1, 3) if bench.small else (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
-    cases: Sequence[tuple[int, int]] = (
-        ((1, 40), (2, 33)) if bench.small else ((1, 4096), (1, 32768), (8, 4096), (32, 1024), (32, 4096), (128, 1024))
-    )
-    found = []
-    for dtype in (torch.float16,) if bench.small else (torch.bfloat16, torch.float16):
-        for row in (*products(bench, ops, dtype, rows), *attention(bench, ops, dtype, cases)):
-            found.append(row)
-            print(row, flush=True)
-    return found
+def words(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

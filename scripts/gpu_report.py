@@ -16,18 +16,28 @@ def markdown(report: Report) -> str:
         if f"{part}_tests" in report:
             found = report[f"{part}_tests"]
             parts.append(f"Tests of the {part}: {found['summary']} ({found['seconds']} s).\n")
+            parts += [f"- {name}: {told}" for name, told in found["wrong"].items()] + [""] * bool(found["wrong"])
     if "limits" in report:
         limits = report["limits"]
         rates = ", ".join(f"{name} {number(rate / 1e12)} Top/s" for name, rate in limits.items() if name != "copy")
         parts.append(f"Limits measured in the same run: copy {number(limits['copy'] / 1e9)} GB/s; products of {rates}.\n")
-        parts += [product_table(report, limits), attention_table(report, limits)]
+    if "kernels" in report:
+        parts += [product_table(report, limits), attention_table(report, limits), small_table(report, limits)]
     if "engine" in report:
-        parts.append(engine_table(report["engine"]))
+        parts.append(engine_table(report["engine"], limits))
+    parts += [f"- {error}" for error in report.get("errors", [])]
+    if report.get("left_out"):
+        parts.append("Left out, as there was no time for it: " + "; ".join(report["left_out"]) + ".\n")
     return "\n".join(part for part in parts if part)
 
 
 def share(value: float, of: float) -> str:
     return f"{100 * value / of:.0f} %"
+
+
+def times(row: Report, other: str) -> str:
+    """How many times as long as ours another takes; nothing where it was not measured."""
+    return f"{number(row[f'{other}_s'] / row['ours_s'])} x" if f"{other}_s" in row else ""
 
 
 def product_table(report: Report, limits: dict[str, float]) -> str:
@@ -44,61 +54,78 @@ def product_table(report: Report, limits: dict[str, float]) -> str:
                 number(1e6 * ours),
                 share(row["bytes"] / ours, limits["copy"]),
                 share(row["ops"] / ours, limits[row["dtype"]]),
-                f"{number(row['dense_s'] / ours)} x",
-                f"{number(row['tinygemm_s'] / ours)} x" if "tinygemm_s" in row else "",
+                *(times(row, other) for other in ("dense", "tinygemm", "gemlite")),
             ]
         )
-    head = [
-        "product",
-        "shape",
-        "rows",
-        "us",
-        "of the copy's bandwidth",
-        "of the large product's rate",
-        "against cuBLAS",
-        "against tinygemm",
-    ]
-    return table(head, rows)
+    head = ["product", "shape", "rows", "us", "of the copy's bandwidth", "of the large product's rate"]
+    return table([*head, "cuBLAS takes", "tinygemm", "gemlite"], rows)
 
 
 def attention_table(report: Report, limits: dict[str, float]) -> str:
     rows = [
         [
-            f"{row['rows']} x {row['context']} {row['dtype']}",
+            row["op"],
+            f"{row['rows']} x {row.get('length', 1)} of {row['context']} {row['dtype']}",
             number(1e6 * row["ours_s"]),
             share(row["bytes"] / row["ours_s"], limits["copy"]),
-            f"{number(row['sdpa_s'] / row['ours_s'])} x",
+            share(row["ops"] / row["ours_s"], limits[row["dtype"]]),
+            times(row, "sdpa"),
         ]
         for row in report["kernels"]
         if "context" in row
     ]
-    return table(["decode attention: sequences x context", "us", "of the copy's bandwidth", "against SDPA, contiguous"], rows)
+    head = ["attention", "sequences x tokens of context", "us", "of the copy's bandwidth", "of the large product's rate"]
+    return table([*head, "SDPA, contiguous, takes"], rows)
 
 
-def engine_table(engines: list[Report]) -> str:
-    head = ["model", "sequences", "prompt", "prefill tok/s", "decode tok/s", "first token, ms"]
+def small_table(report: Report, limits: dict[str, float]) -> str:
+    rows = []
+    for row in report["kernels"]:
+        if row.get("small"):
+            rate = row["bytes"] / row["ours_s"]
+            rows.append(
+                [f"{row['op']} {row['dtype']}", str(row["rows"]), number(1e6 * row["ours_s"]), share(rate, limits["copy"])]
+            )
+    return table(["kernel", "tokens", "us", "of the copy's bandwidth"], rows)
+
+
+def engine_table(engines: list[Report], limits: dict[str, float]) -> str:
+    head = ["model", "sequences", "prompt", "first token, ms", "prefill tok/s", "of the large product's rate", "decode tok/s"]
+    rate = max(value for name, value in limits.items() if name != "copy")
     rows = [
         [
             one["model"],
             str(one["sequences"]),
             str(one["prompt"]),
-            number(one["sequences"] * one["prompt"] / one["first_s"]),
-            number(one["decode_tok_s"]),
             number(1e3 * one["first_s"]),
+            number(one["sequences"] * one["prompt"] / one["first_s"]),
+            share(one["prefill_ops_s"], rate),
+            number(one["decode_tok_s"]),
+            share(one["decode_bytes_s"], limits["copy"]) if "decode_bytes_s" in one else "",
         ]
         for one in engines
         if "error" not in one
     ]
-    return table(head, rows) + "".join(f"\n{one['model']}: {one['error']}\n" for one in engines if "error" in one)
+    found = table([*head, "of the copy's bandwidth"], rows)
+    return found + "".join(f"\n{one['model']}: {one['error']}\n" for one in engines if "error" in one)
+
+
+def points(report: Report) -> list[tuple[str, str, float, float]]:
+    """(what, which, operations a byte, 10^12 operations a second) of all that computes."""
+    found = []
+    for row in report.get("kernels", []):
+        if row["ops"]:
+            name, which = f"{row['op']} {row.get('shape', '')}".strip(), f"{row['rows']} rows, {row['dtype']}"
+            found.append((name, which, row["ops"] / row["bytes"], row["ops"] / row["ours_s"] / 1e12))
+    return found
 
 
 def roofline(report: Report) -> str:
     """Operations for a byte against 10^12 operations a second, every product and attention case a point."""
-    limits, rows = report["limits"], report["kernels"]
-    points = [(r.get("shape", r["op"]), r["rows"], r["ops"] / r["bytes"], r["ops"] / r["ours_s"] / 1e12) for r in rows]
+    limits, found = report["limits"], points(report)
     tops = {name: rate / 1e12 for name, rate in limits.items() if name != "copy"}
     slope, ceiling = limits["copy"] / 1e12, max(tops.values())
-    xs, ys = [p[2] for p in points], [p[3] for p in points]
+    xs, ys = [p[2] for p in found], [p[3] for p in found]
     axes = Axes((min(xs) / 1.5, max([*xs, ceiling / slope]) * 1.6), (min(ys) / 2, max(*ys, ceiling) * 1.6), (70, 40, 650, 500))
     out = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 940 560" font-family="sans-serif" font-size="12">',
@@ -109,11 +136,11 @@ def roofline(report: Report) -> str:
         f'<g transform="translate(18 270) rotate(-90)">{text(0, 0, "10¹² operations a second", anchor="middle")}</g>',
         *roofs(axes, slope, tops),
     ]
-    names = list(dict.fromkeys(name for name, *_ in points))
-    for name, rows_, x, y in points:
+    names = list(dict.fromkeys(name for name, *_ in found))
+    for name, which, x, y in found:
         colour = COLOURS[names.index(name) % len(COLOURS)]
         px, py = axes.at(x, y)
-        out.append(f'<circle cx="{px}" cy="{py}" r="4" fill="{colour}"><title>{name}, {rows_} rows</title></circle>')
+        out.append(f'<circle cx="{px}" cy="{py}" r="4" fill="{colour}"><title>{name}, {which}</title></circle>')
     for i, name in enumerate(names):
         out.append(
             f'<circle cx="668" cy="{60 + 20 * i}" r="5" fill="{COLOURS[i % len(COLOURS)]}"/>' + text(680, 64 + 20 * i, name)

@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kernels import configs
-from tests.tiny_model import make_checkpoint
+from tests.tiny_model import Shape, make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,3 +71,64 @@ def test_tune_tries_only_what_a_plan_has_memory_for(monkeypatch: pytest.MonkeyPa
         assert all(one.split == 1 or (one.split * rows <= SPLIT_ROWS and not one.group) for one in every)
         assert len(first) >= 20 and any(one.slab for one in every) == (rows > 64)
         assert rule in every or rows > 64
+
+
+@pytest.mark.slow
+def test_gpu_check_measures_in_the_interpreter(tmp_path: Path) -> None:
+    done = call("gpu_check", "--part", "bench", "--small", "--device", "cpu", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "gpu_check_bench.json").read_text())
+    kinds = {row["op"] for row in report["kernels"]}
+    attention = {"prefill attention", *(f"decode attention, cache {kind}" for kind in ("16 bits", "e4m3", "int8"))}
+    assert (
+        kinds >= {"w4a16", "w4a8", "norm", "rotate, write to the cache", "silu(gate) * up", "sample, top-k and top-p"} | attention
+    )
+    assert "errors" not in report and not report["left_out"] and report["limits"]["copy"] > 0
+    text = (tmp_path / "gpu_check_bench.md").read_text()
+    assert text == done.stdout[-len(text) - 1 : -1] and all(f"| {kind}" in text for kind in kinds)
+    ElementTree.fromstring((tmp_path / "gpu_check_bench.svg").read_text())
+
+
+def test_gpu_check_ends_in_time(tmp_path: Path) -> None:
+    done = call("gpu_check", "--part", "bench", "--small", "--device", "cpu", "--out", str(tmp_path), "--minutes", "0")
+    report = json.loads((tmp_path / "gpu_check_bench.json").read_text())
+    assert done.returncode == 0 and report["kernels"] == [] and len(report["left_out"]) >= 10
+    assert "Left out" in (tmp_path / "gpu_check_bench.md").read_text()
+
+
+def test_gpu_check_runs_files_of_tests_until_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import gpu_check
+
+    bodies = {"test_a": "assert True", "test_b": "assert 1 == 2", "test_compilations": "assert False"}
+    bodies["test_c"] = "__import__('time').sleep(60)"
+    for name, body in bodies.items():
+        (tmp_path / f"{name}.py").write_text(f"def test() -> None:\n    {body}\n")
+    monkeypatch.setattr(gpu_check, "ROOT", ROOT)
+    monkeypatch.setattr(gpu_check, "found", lambda part: [tmp_path / f"{name}.py" for name in sorted(bodies)])
+    monkeypatch.setattr(gpu_check, "GRACE", 1.0)
+    begun = time.monotonic()
+    report = gpu_check.run_tests("kernels", tmp_path, begun + 6)
+    assert time.monotonic() - begun < 30 and report["exit_code"] == 1
+    assert set(report["wrong"]) == {"test_b.py", "test_c.py"} and report["wrong"]["test_c.py"] == "cut off"
+    assert set(report["files"]) == {"test_a.py", "test_b.py", "test_c.py"} and report["summary"] == "1 of 3 files pass"
+    late = gpu_check.run_tests("kernels", tmp_path, begun)
+    assert set(late["wrong"].values()) == {"not begun"} and late["exit_code"] == 1
+
+
+def test_gpu_check_measures_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import gpu_bench
+    import gpu_engine
+    import gpu_report
+    import torch
+
+    monkeypatch.setattr(gpu_engine, "SHAPES", {"tiny": Shape()})
+    monkeypatch.setattr(gpu_engine, "LENGTH", 64)
+    monkeypatch.setattr(gpu_engine, "CASES", [gpu_engine.Case(1, 20, 1, 1), gpu_engine.Case(2, 8, 5, 1)])
+    bench = gpu_bench.Bench(torch.device("cpu"), small=True)
+    rows = gpu_engine.run(["tiny", "none"], tmp_path / "out", bench)
+    assert [row["model"] for row in rows].count("tiny graphs") == 2 and rows[1]["decode_bytes_s"] > 0 < rows[0]["prefill_ops_s"]
+    assert {row["error"] for row in rows if row["model"].startswith("none")} and not any("error" in r for r in rows[:2])
+    text = gpu_report.markdown({"machine": {}, "command": "", "limits": {"copy": 1e9, "float16": 1e12}, "engine": rows})
+    assert "| tiny graphs | 2 | 8 |" in text and "none graphs: KeyError" in text

@@ -1,0 +1,119 @@
+"""Attention over the paged cache, of one token a sequence and of prompts, beside SDPA over contiguous tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_bench import Bench, Row, words
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.ops import KVCache, Ops, PagedBatch
+
+BLOCK = 64
+HEADS, KV_HEADS, SIZE = 32, 8, 128  # of an 8B model
+KINDS = {"16 bits": None, "e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+def decode(
+    bench: Bench, ops: Ops, dtype: torch.dtype, cases: Sequence[tuple[int, int]], kinds: Sequence[str] = ("16 bits",)
+) -> Iterator[Row]:
+    """One new token of each of (sequences, context), with caches of each kind."""
+    heads, kv_heads, size, block = sizes(bench)
+    for kind in kinds:
+        for sequences, context in cases:
+            if not bench.begins(f"decode attention {sequences} x {context} {words(dtype)}, cache {kind}"):
+                continue
+            batch = step(sequences, context, 1, block, bench.device)
+            nbytes = 2 * sequences * context * kv_heads * (size * (2 if kind == "16 bits" else 1) + (4 if kind == "int8" else 0))
+            caches = [cache(batch, block, kv_heads, size, dtype, kind) for _ in range(bench.copies(nbytes))]
+            q = torch.randn(sequences, heads, size, device=bench.device).to(dtype)
+            row: Row = {"op": f"decode attention, cache {kind}", "rows": sequences, "context": context, "dtype": words(dtype)}
+            row["ours_s"] = bench.time(partial(ops.attention, q, batch=batch, scale=size**-0.5), caches)
+            if kind == "16 bits":
+                dense = [contiguous(one, sequences, context) for one in caches[:8]]
+                row |= beside(bench, partial(attend, q.unsqueeze(2)), dense)
+                del dense
+            yield row | {"bytes": nbytes, "ops": 4 * sequences * heads * size * context}
+            del caches
+
+
+def prefill(bench: Bench, ops: Ops, dtype: torch.dtype, cases: Sequence[tuple[int, int, int]]) -> Iterator[Row]:
+    """The last ``length`` tokens of each of (sequences, context, length)."""
+    heads, kv_heads, size, block = sizes(bench)
+    for sequences, context, length in cases:
+        if not bench.begins(f"prefill attention {sequences} x {length} of {context} {words(dtype)}"):
+            continue
+        batch = step(sequences, context, length, block, bench.device)
+        caches = [cache(batch, block, kv_heads, size, dtype, "16 bits") for _ in range(2)]
+        q = torch.randn(sequences * length, heads, size, device=bench.device).to(dtype)
+        row: Row = {"op": "prefill attention", "rows": sequences, "length": length, "context": context, "dtype": words(dtype)}
+        row["ours_s"] = bench.time(partial(ops.attention, q, batch=batch, scale=size**-0.5), caches, repeat=5)
+        dense = [contiguous(one, sequences, context) for one in caches]
+        row |= beside(bench, partial(attend, q.view(sequences, length, heads, size).transpose(1, 2)), dense)
+        seen = length * context - length * (length - 1) // 2  # pairs of tokens of a sequence
+        nbytes = 2 * sequences * (context * kv_heads + length * heads) * size * 2
+        yield row | {"bytes": nbytes, "ops": 4 * sequences * heads * size * seen}
+        del caches, dense
+
+
+def sizes(bench: Bench) -> tuple[int, int, int, int]:
+    """(heads, of keys and values, their size, block of the cache)."""
+    return (4, 2, 32, 16) if bench.small else (HEADS, KV_HEADS, SIZE, BLOCK)
+
+
+def beside(bench: Bench, call: Callable[[Any], Tensor], items: Sequence[Any]) -> dict[str, float]:
+    """SDPA's time; nothing where this torch has no such kernel."""
+    try:
+        return {"sdpa_s": bench.time(call, items, repeat=5)}
+    except (RuntimeError, ImportError, ValueError) as error:
+        print(f"no SDPA to compare with: {error}", flush=True)
+        return {}
+
+
+def attend(q: Tensor, kept: tuple[Tensor, Tensor]) -> Tensor:
+    """q [S, Hq, L, D], the last of the tokens of keys and values [S, Hkv, T, D]."""
+    length, context = q.shape[2], kept[0].shape[2]
+    if 1 < length < context:
+        from torch.nn.attention.bias import causal_lower_right
+
+        return F.scaled_dot_product_attention(q, *kept, attn_mask=causal_lower_right(length, context), enable_gqa=True)
+    return F.scaled_dot_product_attention(q, *kept, is_causal=length == context > 1, enable_gqa=True)
+
+
+def cache(batch: PagedBatch, block: int, kv_heads: int, size: int, dtype: torch.dtype, kind: str) -> KVCache:
+    blocks, device = batch.block_tables.numel(), batch.slots.device
+    shape = (blocks, block, kv_heads, size)
+    if kind == "int8":
+        codes = [torch.randint(-127, 128, shape, dtype=torch.int8, device=device) for _ in "kv"]
+        return KVCache(*codes, *(torch.rand(shape[:3], device=device) / 64 for _ in "kv"))
+    k, v = (torch.randn(shape, device=device).to(dtype) for _ in "kv")
+    kept = KINDS[kind] or dtype
+    return KVCache(k.to(kept), v.to(kept))
+
+
+def contiguous(kept: KVCache, sequences: int, context: int) -> tuple[Tensor, Tensor]:
+    """As many keys and values [S, Hkv, T, D] in one piece; in another order, which takes as long."""
+    heads, size = kept.k.shape[2:]
+    parts = (t.view(sequences, -1, heads, size)[:, :context].transpose(1, 2).contiguous() for t in (kept.k, kept.v))
+    return next(parts), next(parts)
+
+
+def step(sequences: int, context: int, length: int, block: int, device: torch.device) -> PagedBatch:
+    """Every sequence has ``context`` tokens, the last ``length`` of which are this step's; blocks lie in random order."""
+    blocks = -(-context // block)
+    tables = torch.randperm(sequences * blocks).view(sequences, blocks)
+    positions = torch.arange(context - length, context).repeat(sequences, 1)
+    slots = tables.gather(1, positions // block) * block + positions % block
+    return PagedBatch(
+        positions=positions.flatten().to(device),
+        slots=slots.flatten().to(device),
+        query_starts=torch.arange(0, sequences * length + 1, length, dtype=torch.int32, device=device),
+        seq_lens=torch.full((sequences,), context, dtype=torch.int32, device=device),
+        block_tables=tables.to(torch.int32).to(device),
+        max_query=length,
+        max_seq=context,
+    )

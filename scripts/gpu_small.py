@@ -1,0 +1,71 @@
+"""Kernels that only read and write: norms, rotation with the cache's writes, SiLU, sampling, against the bandwidth of a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_attention import cache, sizes, step
+from gpu_bench import Bench, Row, words
+from torch import Tensor
+
+from kernels.ops import Ops
+
+
+def kernels(bench: Bench, ops: Ops, dtype: torch.dtype) -> Iterator[Row]:
+    """Each for few and for many tokens, with an 8B model's sizes. Memory counts once for each time that it must move."""
+    hidden, inner, vocabulary = (256, 256, 1000) if bench.small else (4096, 14336, 128256)
+    for tokens in (1, 3) if bench.small else (1, 32, 256, 4096):
+        if not bench.begins(f"small kernels, {tokens} tokens, {words(dtype)}"):
+            continue
+
+        def row(op: str, call: Callable[[Any], Any], make: Callable[[], Any], nbytes: int, tokens: int = tokens) -> Row:
+            items = [make() for _ in range(bench.copies(nbytes))]
+            told = {"op": op, "rows": tokens, "dtype": words(dtype), "small": True}
+            return told | {"ours_s": bench.time(call, items), "bytes": nbytes, "ops": 0}
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, device=bench.device).to(dtype)
+
+        gain = normal(hidden)
+        norm = partial(ops.rms_norm, weight=gain, eps=1e-6)
+        yield row("norm", norm, partial(normal, tokens, hidden), 4 * tokens * hidden)
+        yield row("silu(gate) * up", ops.silu_mul, partial(normal, tokens, 2 * inner), 6 * tokens * inner)
+        yield rotation(bench, ops, dtype, tokens, row)
+        if tokens <= 256:
+            yield sampling(bench, ops, vocabulary, tokens, row)
+
+
+def rotation(bench: Bench, ops: Ops, dtype: torch.dtype, tokens: int, row: Callable[..., Row]) -> Row:
+    heads, kv_heads, size, block = sizes(bench)
+    batch = step(1, tokens, tokens, block, bench.device)
+    kept, angles = cache(batch, block, kv_heads, size, dtype, "16 bits"), torch.rand(tokens, size, device=bench.device)
+    width = (heads + 2 * kv_heads) * size
+
+    def make() -> Tensor:
+        return torch.randn(tokens, width, device=bench.device).to(dtype)
+
+    def call(qkv: Tensor) -> Tensor:
+        return ops.rope_store(qkv, heads, kept, batch, angles)
+
+    return row("rotate, write to the cache", call, make, 4 * tokens * width)
+
+
+def sampling(bench: Bench, ops: Ops, vocabulary: int, tokens: int, row: Callable[..., Row]) -> Row:
+    """With top-k and top-p."""
+    device = bench.device
+    k, p = torch.full((tokens,), 50, device=device), torch.full((tokens,), 0.95, device=device)
+    warm, draws = torch.ones(tokens, device=device), torch.rand(tokens, dtype=torch.float64, device=device)
+
+    def make() -> Tensor:
+        return 3 * torch.randn(tokens, vocabulary, device=device)
+
+    assert ops.sample is not None
+    return row("sample, top-k and top-p", partial(draw, ops, warm, k, p, draws), make, 4 * tokens * vocabulary)
+
+
+def draw(ops: Ops, warm: Tensor, k: Tensor, p: Tensor, draws: Tensor, logits: Tensor) -> Tensor:
+    assert ops.sample is not None
+    return ops.sample(logits, warm, k, p, None, draws)
