@@ -1,0 +1,111 @@
+"""No request makes a card compile a kernel: whatever serving launches, starting has launched before.
+
+On the CPU, in Triton's interpreter, with launches keyed as a card's own cache keys them.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from appliance.config import EngineConfig
+from appliance.memory.devices import DeviceInfo
+from appliance.memory.planner import MemoryPlan, make_plan
+from appliance.runtime import engine as engine_module
+from appliance.runtime import startup, warmup
+from appliance.runtime.engine import Engine
+from appliance.runtime.startup import Tools
+from kernels.ops import Ops
+from tests.kernels.triton.conftest import DEVICE
+from tests.runtime.conftest import answers, submit
+from tests.runtime.fake_lane import FakeLane
+from tests.runtime.test_ahead import workload
+from tests.runtime.test_graphs import FakeRecorder
+from tests.runtime.test_startup import FakeGauge
+from tests.tiny_model import Shape, make_checkpoint
+
+from kernels.triton.ops import make_ops  # isort: skip  (after that conftest has chosen the interpreter)
+
+if DEVICE != "cpu":
+    pytest.skip("launches are recorded in Triton's interpreter", allow_module_level=True)
+from tests.kernels.triton.compile_keys import Key, recorded  # isort: skip  (which a card does not load)
+
+
+LARGER = Shape(hidden=512, layers=1, mlp=512, heads=4, kv_heads=2, head_dim=128, group=128)  # few rows split its inputs
+
+
+def hollow() -> Ops:
+    """The card's operators where their kernels write nothing: what comes back to the host is 0."""
+    ops = make_ops(torch.device("cpu"))
+    assert ops.sample is not None
+
+    def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(t.zero_() for t in ops.argmax(logits))  # type: ignore[return-value]
+
+    def sample(*given: Tensor) -> Tensor:
+        return ops.sample(*given).zero_()  # type: ignore[misc]
+
+    def kth_largest(row: Tensor, k: int) -> float:
+        ops.kth_largest(row, k)
+        return 0.0
+
+    return replace(ops, argmax=argmax, sample=sample, kth_largest=kth_largest)
+
+
+def launches(directory: Path, seqs: int, eager: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[set[Key], set[Key]]:
+    """(what starting an engine launches, what a crowd of requests does)."""
+    tools = Tools(FakeLane(), FakeGauge(available=1 << 33), None if eager else FakeRecorder())
+    monkeypatch.setattr(Tools, "of", classmethod(lambda cls, *args: tools))
+    monkeypatch.setattr(startup, "get_ops", lambda *args, **options: hollow())
+
+    def planned(directory: Path, config: EngineConfig) -> MemoryPlan:
+        plan = make_plan(directory, config, DeviceInfo("cpu", "fake card", 1 << 34, 1 << 33))
+        return replace(plan, graphs={} if eager else {"pool": 0})
+
+    monkeypatch.setattr(engine_module, "make_plan", planned)
+    config = EngineConfig(
+        model=str(directory), dtype="float16", max_model_len=500, kv_cache_memory_bytes=32 << 20, max_num_seqs=seqs, threads=1,
+        max_num_batched_tokens=300, enforce_eager=eager, block_size=64,
+    )  # fmt: skip
+    with recorded() as warm:
+        engine = Engine.load(config)
+    assert engine.runner.runs_ahead
+    rng = random.Random(7)
+    long = [
+        submit(f"long{i}", [3] * rng.randrange(1, 440), max_tokens=rng.randrange(1, 60), temperature=0.5 * (i % 2), seed=i)
+        for i in range(seqs)
+    ]
+    requests = workload(7, seqs) + long
+    rng.shuffle(requests)
+    with recorded() as used:
+        answers(engine, requests)
+    return warm, used
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(("shape", "seqs"), [(Shape(), 9), (LARGER, 70)])
+def test_serving_launches_nothing_new(
+    shape: Shape, seqs: int, eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm, used = launches(make_checkpoint(tmp_path, shape=shape), seqs, eager, monkeypatch)
+    assert len(used) > 15
+    new = sorted(used - warm, key=str)
+    assert not new, "\n".join(f"{key}\n    nearest: {nearest(key, warm)}" for key in new)
+
+
+def test_too_short_a_warm_up_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup, "trials", lambda plan, recorded: [warmup.full(plan)])
+    warm, used = launches(make_checkpoint(tmp_path), 9, True, monkeypatch)
+    assert {key[0].partition(":")[2] for key in used - warm} > {"product", "_select_digit"}
+
+
+def nearest(key: Key, warm: set[Key]) -> list:
+    """What is different in the most similar launch of the same kernel."""
+    others = [other for other in warm if other[0] == key[0]]
+    differences = [[(a, b) for a, b in zip(key, other, strict=False) if a != b] for other in others]
+    return min(differences, key=len, default=[])
