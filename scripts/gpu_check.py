@@ -13,6 +13,7 @@ Needed: torch, triton, safetensors, tokenizers, numpy, psutil and pytest. gemlit
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -87,7 +88,7 @@ def found(part: str) -> list[Path]:
 
 def run_tests(part: str, out: Path, deadline: float) -> Report:
     """pytest, a process for each file, with settings that need none of its plugins."""
-    begun, settings = time.monotonic(), ROOT / "scripts" / "gpu_pytest.ini"
+    begun = time.monotonic()
     waiting = [path for path in found(part) if not any(name in path.name for name in WITHOUT_A_CARD)]
     running: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
     ended: dict[str, tuple[int, str]] = {}
@@ -99,9 +100,8 @@ def run_tests(part: str, out: Path, deadline: float) -> Report:
         while waiting and len(running) < AT_ONCE:
             path = waiting.pop(0)
             log = out / f"{path.stem}.log"
-            command = [sys.executable, "-m", "pytest", "-c", str(settings), "--rootdir", str(ROOT), "-q"]
             with open(log, "wb") as file:
-                process = subprocess.Popen([*command, "--maxfail=30", str(path)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+                process = subprocess.Popen(pytest_command(path), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
             running[path.name] = process, log
         for name, (process, log) in list(running.items()):
             if late > GRACE:
@@ -120,6 +120,14 @@ def run_tests(part: str, out: Path, deadline: float) -> Report:
         "files": {name: told for name, (_, told) in sorted(ended.items())},
         "seconds": round(time.monotonic() - begun),
     }
+
+
+def pytest_command(path: Path) -> list[str]:
+    """Without hypothesis, which no test here draws from, also without what all tests of the project share and needs it."""
+    settings = ["-c", str(ROOT / "scripts" / "gpu_pytest.ini"), "--rootdir", str(ROOT), "-q", "--maxfail=30"]
+    if importlib.util.find_spec("hypothesis") is None:
+        settings += ["--confcutdir", str(path.parent), "-m", "not realdata"]
+    return [sys.executable, "-m", "pytest", *settings, str(path)]
 
 
 def measure(part: str, args: argparse.Namespace, report: Report, deadline: float) -> list[str]:

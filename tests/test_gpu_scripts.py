@@ -116,6 +116,22 @@ def test_gpu_check_runs_files_of_tests_until_time_is_up(tmp_path: Path, monkeypa
     assert set(late["wrong"].values()) == {"not begun"} and late["exit_code"] == 1
 
 
+def test_gpu_check_needs_no_hypothesis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of kernels and of the engine on a card are collected without it, and without what only a server needs."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import gpu_check
+
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    hidden = ("hypothesis", "fastapi", "pydantic", "textual", "transformers", "pytest_asyncio")
+    (tmp_path / "hide.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({hidden})\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    for part, name in (("kernels", "test_copy.py"), ("engine", "test_cuda.py")):
+        path = next(path for path in gpu_check.found(part) if path.name == name)
+        command = [*gpu_check.pytest_command(path), "-p", "hide", "--collect-only"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=environment)
+        assert "--confcutdir" in command and done.returncode == 0, done.stdout + done.stderr
+
+
 def test_gpu_check_measures_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import gpu_bench
