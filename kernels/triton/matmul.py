@@ -31,7 +31,7 @@ UNKNOWN = Card(MULTIPROCESSORS, AMPERE)
 
 
 def matmul(
-    x: Tensor,
+    x: Tensor | Rounded,
     weight: Weight,
     *,
     norm: Norm | None = None,
@@ -41,41 +41,49 @@ def matmul(
 ) -> Tensor:
     """As kernels.ops.MatMul says. Nothing here waits for the device; what is launched depends on shapes alone.
 
+    x may be rounded already, as the weight wants it (rounded.takes_codes); ``out`` is needed then.
     TypeError for a weight that was packed for other operators, ValueError for an ``out`` that does not fit.
     """
     if not isinstance(weight, TritonWeight):
         raise TypeError(f"a {type(weight).__name__} was packed for other operators than those in Triton")
-    rows, shape = x.shape[0], (x.shape[0], weight.N)
-    if out is None:
+    rows = _rows(x)
+    shape = (rows, weight.N)
+    if out is None and isinstance(x, Tensor):
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    elif out.shape != shape or not out.is_contiguous():
-        raise ValueError(f"out is {list(out.shape)}; {list(shape)} is needed, contiguous")
+    if out is None or out.shape != shape or not out.is_contiguous():
+        raise ValueError(f"out is {None if out is None else list(out.shape)}; {list(shape)} is needed, contiguous")
     if rows == 0:
         return out
     residual, operand = None if residual is None else residual.contiguous(), _operand(x, weight, norm)
     if isinstance(operand, Tensor) and weight.bits == 16:
         return _dense(operand, weight, residual, out)
-    return _tiled(operand, weight, residual, out, _launch(weight, x, card))
+    return _tiled(operand, weight, residual, out, _launch(weight, operand, card))
 
 
-def partial_sums(x: Tensor, weight: Weight, *, card: Card = UNKNOWN) -> Tensor | None:
+def partial_sums(x: Tensor | Rounded, weight: Weight, *, card: Card = UNKNOWN) -> Tensor | None:
     """The parts of a product that is cut along its inputs, for a kernel that adds them up itself.
 
     float32 [splits, T, outputs]: added in order, with the weight's bias [outputs] behind them, they are what ``matmul`` rounds.
     None where ``matmul`` makes no such parts of x [T, K] and this weight, or has more to do with them than to add.
     """
-    if not isinstance(weight, TritonWeight) or weight.bits == 16 or weight.gated or x.shape[0] == 0:
+    if not isinstance(weight, TritonWeight) or weight.bits == 16 or weight.gated or _rows(x) == 0:
         return None
     launch = _launch(weight, x, card)
     if launch.split == 1:
         return None
-    parts = torch.empty((launch.split, x.shape[0], weight.outputs), dtype=torch.float32, device=x.device)
+    parts = torch.empty((launch.split, _rows(x), weight.outputs), dtype=torch.float32, device=weight.words.device)
     _multiply(_operand(x, weight, None), weight, None, parts, launch, finished=False)
     return parts
 
 
-def _operand(x: Tensor, weight: TritonWeight, norm: Norm | None) -> Tensor | Rounded:
+def _rows(x: Tensor | Rounded) -> int:
+    return (x.codes if isinstance(x, Rounded) else x).shape[0]
+
+
+def _operand(x: Tensor | Rounded, weight: TritonWeight, norm: Norm | None) -> Tensor | Rounded:
     """x as the product reads it: normalized, in the order of the weight's inputs, rounded to int8 where the weight wants that."""
+    if isinstance(x, Rounded):
+        return x
     if weight.rounds is not None:
         return rounded.prepare(x, weight, norm)
     if norm is not None:
@@ -85,9 +93,9 @@ def _operand(x: Tensor, weight: TritonWeight, norm: Norm | None) -> Tensor | Rou
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _launch(weight: TritonWeight, x: Tensor, card: Card) -> Launch:
-    rows, outputs, inputs = x.shape[0], weight.outputs, weight.K
-    if weight.rounds is not None:
+def _launch(weight: TritonWeight, x: Tensor | Rounded, card: Card) -> Launch:
+    rows, outputs, inputs = _rows(x), weight.outputs, weight.K
+    if weight.rounds is not None or isinstance(x, Rounded):
         return rounded.launch_of(weight, rows, card.multiprocessors, card.capability)
     return choose(rows=rows, outputs=outputs, inputs=inputs, kind=f"w{weight.bits} {NAMES[x.dtype]}", **card._asdict())
 

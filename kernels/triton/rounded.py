@@ -48,14 +48,19 @@ def launch_of(weight: TritonWeight, rows: int, multiprocessors: int, capability:
 
 def prepare(x: Tensor, weight: TritonWeight, norm: Norm | None = None) -> Rounded:
     """x [M, K] in int8 as the weight wants it: normalized, in the order of its inputs, and rounded."""
-    token = weight.rounds == "token"
     if norm is not None:
-        if token and not weight.asymmetric and weight.perm is None and weight.K % TILE == 0 and weight.K <= MAX_SIZE:
+        if takes_codes(weight):
             return Rounded(*rms_norm_int8(x, norm.weight, eps=norm.eps), None)
         x = rms_norm(x, norm.weight, eps=norm.eps)
     if weight.perm is not None:
         x = x.index_select(1, weight.perm)
-    return quantize(x, token=token, sums=weight.asymmetric)
+    return quantize(x, token=weight.rounds == "token", sums=weight.asymmetric)
+
+
+def takes_codes(weight: TritonWeight) -> bool:
+    """Whether the norms of norm.py can round activations to int8 as this weight wants them."""
+    plain = weight.rounds == "token" and not weight.asymmetric and weight.perm is None
+    return plain and weight.K % TILE == 0 and weight.K <= MAX_SIZE
 
 
 def multiply(x: Rounded, weight: TritonWeight, residual: Tensor | None, to: Tensor, launch: Launch, *, finished: bool) -> None:

@@ -26,8 +26,10 @@ from kernels.ops import Embedding, Forward, KVCache, Layer, Linear, Norm, PagedB
 from kernels.triton.attention import attention
 from kernels.triton.elementwise import silu_mul
 from kernels.triton.matmul import UNKNOWN, Card, matmul, partial_sums
-from kernels.triton.norm import add_rms_norm, rms_norm
+from kernels.triton.norm import add_rms_norm, add_rms_norm_int8, rms_norm, rms_norm_int8
+from kernels.triton.quantize import Rounded
 from kernels.triton.rope import rope_store, rope_store_sums
+from kernels.triton.rounded import takes_codes
 from kernels.triton.weights import TritonWeight
 
 
@@ -66,49 +68,69 @@ class _Model:
 
     def forward(self, ids: Tensor, batch: PagedBatch) -> Tensor:
         layers, last = self.stack.layers, self.stack.norm.weight
-        norms = [*(layer.input_norm for layer in layers), last]
         residual = self.embedding(ids, self.stack.embedding, last.dtype)
-        x = rms_norm(residual, norms[0], eps=self.stack.norm.eps)
+        # Each norm with the weights behind it; behind the last is the head, which takes it as it is.
+        norms = [*((layer.input_norm, layer.qkv) for layer in layers), (last, ())]
+        x = self._norm(residual, *norms[0])
         for layer, cache, following in zip(layers, self.caches, norms[1:], strict=True):
-            q = self._queries(x, layer, cache, batch)
-            found = attention(
-                q,
-                cache,
-                batch,
-                scale=self.stack.head_dim**-0.5,
-                window=layer.window,
-                multiprocessors=self.card.multiprocessors,
-            )
-            x, residual = self._join(found.flatten(1), layer.o, residual, layer.post_norm)
-            x, residual = self._join(self._gated(x, layer), layer.down, residual, following)
+            found = self._attention(x, layer, cache, batch)
+            x, residual = self._join(found, layer.o, residual, layer.post_norm, layer.gate_up)
+            x, residual = self._join(self._gated(x, layer), layer.down, residual, *following)
+        assert isinstance(x, Tensor)
         return x
 
-    def _queries(self, x: Tensor, layer: Layer, cache: KVCache, batch: PagedBatch) -> Tensor:
-        """q [T, Hq, D], with keys and values in the cache."""
-        heads, cos_sin, eps = self.stack.heads, self.stack.cos_sin, self.stack.norm.eps
-        q_norm, k_norm = (None if weight is None else Norm(weight, eps) for weight in (layer.q_norm, layer.k_norm))
+    def _attention(self, x: Tensor | Rounded, layer: Layer, cache: KVCache, batch: PagedBatch) -> Tensor:
+        """[T, Hq * D]; new keys and values are in the cache."""
+        stack, (scale, dtype) = self.stack, (self.stack.head_dim**-0.5, self.stack.norm.weight.dtype)
+        q_norm, k_norm = (None if gain is None else Norm(gain, stack.norm.eps) for gain in (layer.q_norm, layer.k_norm))
         weight = layer.qkv[0]
         parts = partial_sums(x, weight, card=self.card) if len(layer.qkv) == 1 else None
         if parts is None:
-            return rope_store(self._linear(x, layer.qkv), heads, cache, batch, cos_sin, q_norm=q_norm, k_norm=k_norm)
-        return rope_store_sums(parts, bias_of(weight), heads, cache, batch, cos_sin, dtype=x.dtype, q_norm=q_norm, k_norm=k_norm)
+            qkv = self._linear(x, layer.qkv)
+            q = rope_store(qkv, stack.heads, cache, batch, stack.cos_sin, q_norm=q_norm, k_norm=k_norm)
+        else:
+            given = (parts, bias_of(weight), stack.heads, cache, batch, stack.cos_sin)
+            q = rope_store_sums(*given, dtype=dtype, q_norm=q_norm, k_norm=k_norm)
+        card = self.card.multiprocessors
+        return attention(q, cache, batch, scale=scale, window=layer.window, multiprocessors=card).flatten(1)
 
-    def _join(self, x: Tensor, weight: Weight, residual: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """(the norm of the new residual, the new residual = x @ weight.T + bias + residual), [T, hidden] both."""
+    def _join(
+        self, x: Tensor, weight: Weight, residual: Tensor, norm: Tensor, following: Linear
+    ) -> tuple[Tensor | Rounded, Tensor]:
+        """(the norm of the new residual, for ``following``; the new residual = x @ weight.T + bias + residual [T, hidden])."""
         parts, eps = partial_sums(x, weight, card=self.card), self.stack.norm.eps
-        if parts is not None:
-            return add_rms_norm(parts, residual, norm, eps=eps, bias=bias_of(weight))
-        added = matmul(x, weight, residual=residual, card=self.card)
-        return rms_norm(added, norm, eps=eps), added
+        if parts is None:
+            added = matmul(x, weight, residual=residual, card=self.card)
+            return self._norm(added, norm, following), added
+        if take_codes(following):
+            codes, scales, added = add_rms_norm_int8(parts, residual, norm, eps=eps, bias=bias_of(weight))
+            return Rounded(codes, scales, None), added
+        return add_rms_norm(parts, residual, norm, eps=eps, bias=bias_of(weight))
 
-    def _gated(self, x: Tensor, layer: Layer) -> Tensor:
+    def _norm(self, x: Tensor, norm: Tensor, following: Linear) -> Tensor | Rounded:
+        """Of x [T, hidden], rounded to int8 where all weights behind it want that."""
+        if take_codes(following):
+            return Rounded(*rms_norm_int8(x, norm, eps=self.stack.norm.eps), None)
+        return rms_norm(x, norm, eps=self.stack.norm.eps)
+
+    def _gated(self, x: Tensor | Rounded, layer: Layer) -> Tensor:
         """silu(gate) * up, [T, intermediate]."""
         found = self._linear(x, layer.gate_up)
         return found if len(layer.gate_up) == 1 else silu_mul(found)
 
-    def _linear(self, x: Tensor, weights: Linear) -> Tensor:
-        found = [matmul(x, weight, card=self.card) for weight in weights]
+    def _linear(self, x: Tensor | Rounded, weights: Linear) -> Tensor:
+        found = [self._product(x, weight) for weight in weights]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+    def _product(self, x: Tensor | Rounded, weight: Weight) -> Tensor:
+        rows = x.codes if isinstance(x, Rounded) else x
+        out = torch.empty((rows.shape[0], weight.N), dtype=self.stack.norm.weight.dtype, device=rows.device)
+        return matmul(x, weight, out=out, card=self.card)
+
+
+def take_codes(weights: Linear) -> bool:
+    """Whether the norm before these weights is to be rounded to int8."""
+    return len(weights) > 0 and all(isinstance(weight, TritonWeight) and takes_codes(weight) for weight in weights)
 
 
 def bias_of(weight: Weight) -> Tensor | None:
