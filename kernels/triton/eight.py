@@ -27,11 +27,11 @@ _PAIR = tl.constexpr("""{
 
 @triton.jit
 def _whole(codes, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """int8 ``codes`` as they are. The compiler carries operands that come straight from shared memory over to the next turn byte
-    by byte, and packs them anew; what comes out of assembly (of two inputs) it takes where it is used, in words.
+    """``codes`` of one byte as they are. The compiler carries operands that come straight from shared memory over to the next
+    turn byte by byte, and packs them anew; what comes out of assembly (of two inputs) it takes where it is used, in words.
     """
     if ASM:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [codes, codes], dtype=tl.int8, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [codes, codes], dtype=codes.dtype, is_pure=True, pack=4)
     else:
         return codes
 

@@ -54,6 +54,7 @@ class TritonWeight:
     K: int
     rounds: str | None = None  # activations are rounded to int8, with a scale for a "token" or for a "tile"'s inputs of one
     asymmetric: bool = False  # where activations are rounded: there are zero points
+    fp8_rows: bool = False  # activations of many rows may be rounded to FP8, as the weight is
 
     @property
     def N(self) -> int:
@@ -75,7 +76,8 @@ def pack(
     """Lay out a weight for activations of ``dtype``, where the weight lies.
 
     Activations are rounded to int8 where the checkpoint asks for that, a scale a token, or ``activation`` is "int8", with one for
-    128 inputs; both where groups are whole tiles.
+    128 inputs; both where groups are whole tiles. Where the checkpoint asks for FP8, those of many rows are rounded on cards that
+    multiply it, unless ``activation`` is "bf16".
     """
     bias = None if bias is None else bias.float()
     if not isinstance(weight, QuantTensor):
@@ -109,6 +111,7 @@ def pack(
         K=weight.K,
         rounds=rounds,
         asymmetric=weight.zeros is not None,
+        fp8_rows=weight.activation == "fp8-token" and weight.kind == "fp8" and activation != "bf16" and slices == 1,
     )
 
 
