@@ -90,10 +90,10 @@ def embedding(ids: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
 def packed_rows(ids: Tensor, table: TritonWeight, dtype: torch.dtype) -> Tensor:
     """Rows of a packed weight [V, hidden], (code - zero) * scale, rounded once, for int64 ids [T] -> [T, hidden].
 
-    ``dtype`` is the one that the weight was packed for. TypeError for a weight with a permutation, a bias or a gate.
+    ``dtype`` is the one that the weight was packed for. TypeError for a weight in FP8, or with a permutation, a bias or a gate.
     """
-    if table.perm is not None or table.bias is not None or table.gated:
-        raise TypeError("a weight with a permutation, a bias or a gate is no table of rows")
+    if table.perm is not None or table.bias is not None or table.gated or table.words.dtype == torch.uint16:
+        raise TypeError("a weight in FP8, or with a permutation, a bias or a gate, is no table of rows")
     if table.bits == 16:
         return embedding(ids, table.words, dtype)
     assert table.params is not None and table.scale_dtype is not None

@@ -87,7 +87,11 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="consecutive"):
         kernels.embedding(ids, draw(4, 8, dtype=torch.float16).t(), torch.float16)
     weight = random_weight(8, 32, act_order=True)
-    for packed in (ops.pack(weight, dtype=torch.float16), ops.pack(weight.without_perm(), dtype=torch.float16, gated=True)):
+    others = (random_weight(8, 128, bits=0), weight)
+    for packed in (
+        *(ops.pack(other, dtype=torch.float16) for other in others),
+        ops.pack(weight.without_perm(), dtype=torch.float16, gated=True),
+    ):
         with pytest.raises(TypeError, match="no table"):
             ops.embedding(ids, packed, torch.float16)
     with pytest.raises(TypeError, match="other operators"):
