@@ -54,7 +54,7 @@ def matmul(
         raise ValueError(f"out is {None if out is None else list(out.shape)}; {list(shape)} is needed, contiguous")
     if rows == 0:
         return out
-    residual, operand = None if residual is None else residual.contiguous(), _operand(x, weight, norm)
+    residual, operand = None if residual is None else residual.contiguous(), _operand(x, weight, norm, card)
     if isinstance(operand, Tensor) and weight.bits == 16:
         return _dense(operand, weight, residual, out)
     return _tiled(operand, weight, residual, out, _launch(weight, operand, card))
@@ -72,7 +72,7 @@ def partial_sums(x: Tensor | Rounded, weight: Weight, *, card: Card = UNKNOWN) -
     if launch.split == 1:
         return None
     parts = torch.empty((launch.split, _rows(x), weight.outputs), dtype=torch.float32, device=weight.words.device)
-    _multiply(_operand(x, weight, None), weight, None, parts, launch, finished=False)
+    _multiply(_operand(x, weight, None, card), weight, None, parts, launch, finished=False)
     return parts
 
 
@@ -80,11 +80,11 @@ def _rows(x: Tensor | Rounded) -> int:
     return (x.codes if isinstance(x, Rounded) else x).shape[0]
 
 
-def _operand(x: Tensor | Rounded, weight: TritonWeight, norm: Norm | None) -> Tensor | Rounded:
-    """x as the product reads it: normalized, in the order of the weight's inputs, rounded to int8 where the weight wants that."""
+def _operand(x: Tensor | Rounded, weight: TritonWeight, norm: Norm | None, card: Card) -> Tensor | Rounded:
+    """x as the product reads it: normalized, in the order of the weight's inputs, rounded to a byte where that is wanted."""
     if isinstance(x, Rounded):
         return x
-    if weight.rounds is not None:
+    if rounded.rounds_rows(weight, x.shape[0], card.capability):
         return rounded.prepare(x, weight, norm)
     if norm is not None:
         x = rms_norm(x, norm.weight, eps=norm.eps)

@@ -1,4 +1,4 @@
-"""Launches of products whose activations are rounded to int8 first: how x is rounded, and how programs are cut."""
+"""Launches of products whose activations are rounded to a byte first: when they are, how, and how programs are cut."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import Norm
-from kernels.triton import eight
+from kernels.triton import eight, fp8
 from kernels.triton.norm import MAX_SIZE, rms_norm, rms_norm_int8
-from kernels.triton.quantize import Rounded, padded_rows, quantize
+from kernels.triton.quantize import Rounded, padded_rows, quantize, quantize_fp8
 from kernels.triton.weights import TILE, TritonWeight
 from kernels.tune import AMPERE, GROUP, MAX_SPLIT, MULTIPROCESSORS, Launch
 
 SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+FP8_ROWS = 64  # so few are better off with the weight widened: it is read as fast, and activations stay as they are
+FP8_CARDS = 89
+
+
+def rounds_rows(weight: TritonWeight, rows: int, capability: int) -> bool:
+    """Whether activations are rounded for a product of so many rows on a card of sm_``capability``."""
+    return weight.rounds is not None or (weight.fp8_rows and rows > FP8_ROWS and capability >= FP8_CARDS)
 
 
 def choose(
@@ -35,7 +42,7 @@ def choose(
 
 def launch_of(weight: TritonWeight, rows: int, multiprocessors: int, capability: int) -> Launch:
     """What ``choose`` says of a weight."""
-    whole = weight.rounds == "token" and weight.params is not None and weight.params.shape[0] == 1
+    whole = weight.rounds != "tile" and weight.params is not None and weight.params.shape[0] == 1
     return choose(
         rows=rows,
         outputs=weight.outputs,
@@ -47,13 +54,16 @@ def launch_of(weight: TritonWeight, rows: int, multiprocessors: int, capability:
 
 
 def prepare(x: Tensor, weight: TritonWeight, norm: Norm | None = None) -> Rounded:
-    """x [M, K] in int8 as the weight wants it: normalized, in the order of its inputs, and rounded."""
+    """x [M, K] in int8 (or FP8) as the weight wants it: normalized, in the order of its inputs, and rounded."""
     if norm is not None:
         if takes_codes(weight):
             return Rounded(*rms_norm_int8(x, norm.weight, eps=norm.eps), None)
         x = rms_norm(x, norm.weight, eps=norm.eps)
     if weight.perm is not None:
         x = x.index_select(1, weight.perm)
+    if weight.fp8_rows:
+        # Scales of FP8 weights have 2^8 for float16, which the widened weight lacks (dequant.py).
+        return quantize_fp8(x, part=2**-8 if x.dtype == torch.float16 else 1.0)
     return quantize(x, token=weight.rounds == "token", sums=weight.asymmetric)
 
 
@@ -67,7 +77,10 @@ def multiply(x: Rounded, weight: TritonWeight, residual: Tensor | None, to: Tens
     """The product into ``to`` [M, outputs]: with bias and residual where it is ``finished``; else parts [splits, M, outputs]."""
     rows = x.codes.shape[0]
     assert weight.params is not None and weight.scale_dtype is not None
-    eight.product[(triton.cdiv(weight.outputs, launch.block_n) * triton.cdiv(rows, launch.block_m), launch.split)](
+    if weight.fp8_rows:
+        return fp8.multiply(x, weight, residual, to, launch, finished=finished)
+    grid = (triton.cdiv(weight.outputs, launch.block_n) * triton.cdiv(rows, launch.block_m), launch.split)
+    eight.product[grid](
         x.codes,
         x.scales,
         x.sums,

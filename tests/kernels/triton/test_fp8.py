@@ -7,12 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.triton import dequant
+from kernels import reference
+from kernels.triton import dequant, rounded
+from kernels.triton.matmul import Card, matmul
+from kernels.triton.weights import pack
 from kernels.tune import AMPERE, Launch, choices
 from tests.kernels.triton.aot import Compilation, compile_all
+from tests.kernels.triton.conftest import DEVICE
 from tests.kernels.triton.ptx import halves, run
+from tests.kernels.triton.tensors import draw, poison
 from tests.kernels.triton.test_dequant import words
+from tests.kernels.triton.test_matmul import LIMIT
 from tests.kernels.triton.test_matmul_compilations import STACK, compilation, weights
+from tests.kernels.weights import random_weight
+
+__all__ = ["poison"]
+CARD = Card(2, 89)
 
 HALF = {torch.float16: "FP16", torch.bfloat16: "BF16"}
 
@@ -26,6 +36,55 @@ def test_every_number(dtype: torch.dtype) -> None:
         wanted = codes.view(torch.float8_e4m3fn).float() * (2.0**-8 if dtype == torch.float16 else 1.0)
         number = codes & 0x7F != 0x7F
         assert torch.equal(halves(plane, dtype)[number].view(torch.int16), wanted[number].to(dtype).view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("group", [None, 128])
+def test_activations_of_many_rows(dtype: torch.dtype, group: int | None) -> None:
+    """Rounded to FP8 for each token where the checkpoint asks for it and the card multiplies it; few rows stay as they are."""
+    for rows, N, K, gated in ((65, 130, 256, False), (70, 132, 200, True)):
+        weight = random_weight(N, K, bits=0, group_size=group, activation="fp8-token", act_order=gated)
+        options = {"dtype": dtype, "bias": torch.randn(N).to(DEVICE), "gated": gated}
+        packed = pack(weight.on(torch.device(DEVICE)), **options)  # type: ignore[arg-type]
+        x, residual = draw(rows, K, dtype=dtype), draw(rows, packed.N, dtype=dtype)
+        scale = x.float().cpu().abs().amax(1, keepdim=True) * (1 / 448)
+        codes = (x.float().cpu() * (1 / scale)).to(torch.float8_e4m3fn).float() * scale
+        there = reference.pack(weight.dequantize(), dtype=torch.float32, bias=options["bias"].cpu(), gated=gated)  # type: ignore[attr-defined]
+        wanted = reference.matmul(codes, there, residual=residual.float().cpu())
+        found = matmul(x, packed, residual=residual, card=CARD).float().cpu()
+        off = (found - wanted).abs() / wanted.abs().max()
+        assert off.mean() < LIMIT[dtype] / 4 and off.max() < 0.02  # of a card a code in a thousand may be the next one
+        exact = reference.matmul(x.float().cpu(), there, residual=residual.float().cpu())
+        assert (found - exact).abs().mean() > 4 * (found - wanted).abs().mean() or dtype == torch.bfloat16
+        for card, count in ((Card(2, 80), rows), (CARD, 64)):  # neither has FP8 in it
+            plain = matmul(x[:count], packed, residual=residual[:count], card=card).float().cpu()
+            assert (plain - exact[:count]).abs().max() < LIMIT[dtype] * exact.abs().max()
+        kept = pack(weight.on(torch.device(DEVICE)), **options, activation="bf16")  # type: ignore[arg-type]
+        assert torch.equal(matmul(x, kept, residual=residual, card=CARD).float().cpu()[:64], plain)
+
+
+def many_rows(launch: Launch, whole: bool) -> Compilation:
+    types = {"x": "*fp8e4nv", "x_scales": "*fp32", "words": "*fp8e4nv", "params": "*i32", "bias": "*fp32", "residual": "*bf16"}
+    types |= {"out": "*bf16"} | dict.fromkeys(("M", "N", "padded", "tiles"), "i32")
+    constants = {
+        "WHOLE": whole,
+        "BIAS": True,
+        "RESIDUAL": True,
+        "BM": launch.block_m,
+        "BN": launch.block_n,
+        "GROUP": launch.group,
+    }
+    constants["ASM"], odd, targets = True, ("M", "tiles"), (89, 90, 120)
+    return Compilation("kernels.triton.fp8:product", types, constants, launch.warps, launch.stages, odd=odd, targets=targets)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("whole", [True, False])
+def test_products_of_fp8_for_every_card_that_has_them(whole: bool) -> None:
+    for report in compile_all([many_rows(rounded.choose(rows=2048, outputs=4096, inputs=4096, whole=whole), whole)]):
+        assert report.fits and report.stack == 0, report
+        assert report.count("QMMA", "QGMMA") > 0 and report.count("HMMA", "F2F", "LDS.U8", "PRMT") == 0
 
 
 def fp8(dtype: str, launch: Launch, *, whole: bool = False, targets: tuple[int, ...]) -> Compilation:
