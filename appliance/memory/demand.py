@@ -122,9 +122,10 @@ def activation_bytes(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machi
 
 
 def _rounded(layers: Sequence[Loaded], machinery: Machinery) -> int:
-    """A product's input in int8, with a scale and a sum for each 128 (kernels/triton/quantize.py)."""
+    """A product's input in bytes, with a scale and a sum for each 128 (kernels/triton/quantize.py)."""
     by_choice = machinery.activation == "int8"
-    rounded = [one for one in layers if one.kind == "int" and (by_choice or one.stored.activation == "int8-token")]
+    asked = ("int8-token", "fp8-token")
+    rounded = [one for one in layers if one.stored.activation in asked or (one.kind == "int" and by_choice)]
     widths = (layout.padded(one.module.K, layout.TILE) for one in rounded)
     return max((width + 8 * width // layout.TILE for width in widths), default=0)
 
