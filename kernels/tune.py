@@ -22,6 +22,7 @@ TILE = 128
 MAX_SPLIT = 8
 AMPERE, HOPPER, CONSUMER = 80, 90, 120
 DATACENTRE = (80, 90, 100, 103)  # products with sums in float32 are as fast as others there
+GEFORCE = (86, 89, 120)  # and here half as fast
 SMALL_ROWS, FUSED_ROWS = 64, 256
 GROUP = 8  # tiles of rows
 
@@ -35,17 +36,20 @@ def choose(
     multiprocessors: int = MULTIPROCESSORS,
     capability: int = AMPERE,
     name: str = "",
+    half: bool = False,
 ) -> Launch:
     """For a product of ``rows`` with a weight [outputs, inputs] of a ``kind`` ("w4 fp16", see kernels.configs) on a card.
 
-    The card: its number of multiprocessors, sm_``capability``, and the ``name`` by which the driver knows it.
+    The card: its number of multiprocessors, sm_``capability``, and the ``name`` by which the driver knows it. half: sums in
+    float16 are asked for (kernels/triton/half.py), where they are faster.
     """
     measured = table(name) if name else None
     found = measured.find(kind, outputs, inputs, rows) if measured else None
     if found is not None:
-        return found
+        return found if half or not found.half else replace(found, half=False)
     if rows > SMALL_ROWS:
-        return _many(rows, outputs, multiprocessors, capability)
+        found = _many(rows, outputs, multiprocessors, capability)
+        return replace(found, half=half and found.group > 0 and capability in GEFORCE)
     return _few(rows, outputs, inputs, multiprocessors, capability)
 
 
@@ -84,11 +88,13 @@ def expands(rows: int, capability: int) -> bool:
 def choices(capability: int = AMPERE) -> Iterator[Launch]:
     """Every kernel that ``choose`` can ask for on such a card, tables too, each once: the number of splits changes none."""
     by_rule = [
-        choose(rows=rows, outputs=outputs, inputs=4096, capability=capability)
+        choose(rows=rows, outputs=outputs, inputs=4096, capability=capability, half=half)
+        for half in (False, True)
         for rows in (1, 17, 33, 65, 129, 257)
         for outputs in (TILE, MULTIPROCESSORS * 64, 1024 * TILE)
     ]
     measured = [
         launch for one in tables() if one.capability == capability for sizes in one.launches.values() for _, launch in sizes
     ]
+    measured += [replace(launch, half=False) for launch in measured if launch.half]
     yield from dict.fromkeys(replace(launch, split=min(launch.split, 2)) for launch in (*by_rule, *measured))

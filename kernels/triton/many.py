@@ -6,6 +6,8 @@ Programs come in an order in which a tile of the weight meets GROUP tiles of row
     GROUP = 2     row tile 0 | 0  2  4  6        numbers: the order of the programs
                            1 | 1  3  5  7
                            2 | 8 10 12 14
+
+HALF: sums of a group are float16, see half.py.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from kernels.configs import Launch
 from kernels.triton.dequant import byte_pairs, nibbles
+from kernels.triton.half import shrink
 from kernels.triton.tiled import _dot, _params
 from kernels.triton.weights import TILE, TritonWeight
 
@@ -26,13 +29,16 @@ SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 def multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, to: Tensor, launch: Launch, *, finished: bool) -> None:
     """The product of x [M, K] (rows contiguous) into ``to`` [M, outputs], with bias and residual where it is ``finished``."""
     assert weight.params is not None and weight.scale_dtype is not None
-    rows = x.shape[0]
+    rows, back, addend = x.shape[0], None, SCALES[x.dtype]
+    if launch.half and weight.words.dtype != torch.uint16:  # not of FP8: no bound
+        x, back = shrink(x)
     product[(triton.cdiv(weight.outputs, launch.block_n) * triton.cdiv(rows, launch.block_m),)](
         x,
         weight.words,
         weight.params,
         weight.bias,
         residual,
+        back,
         to,
         rows,
         weight.outputs,
@@ -51,6 +57,8 @@ def multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, to: Tenso
         BM=launch.block_m,
         BN=launch.block_n,
         GROUP=launch.group,
+        ADDEND=addend,
+        HALF=back is not None,
         ASM=x.is_cuda,
         num_warps=launch.warps,
         num_stages=launch.stages,
@@ -67,15 +75,27 @@ def _place(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):  # ty
     return first + within % high, within // high
 
 
+@triton.jit
+def _half_dot(x, w, acc, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    if ASM:
+        return tl.dot(x, w, acc, out_dtype=tl.float16)
+    else:
+        return tl.dot(x.to(tl.float32), w.to(tl.float32), acc.to(tl.float32), input_precision="ieee").to(tl.float16)
+
+
 @triton.jit(do_not_specialize=["M"])  # rows: one compilation for all of them
 def product(  # type: ignore[no-untyped-def]
-    x, words, params, bias, residual, out,
+    x, words, params, bias, residual, back, out,
     M, N, K, padded, tiles, x_stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, ADDEND: tl.constexpr,
+    HALF: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] of x [M, K]; constants as in tiled.product."""
-    DTYPE: tl.constexpr = x.dtype.element_ty
+    """out [M, N] of x [M, K]; constants as in tiled.product. ADDEND: the type of the addends in params.
+
+    HALF: x is float16 in any case; the product's rows are multiplied by back [M].
+    """
+    SUM: tl.constexpr = tl.float16 if HALF else tl.float32
     PLANE: tl.constexpr = 32  # inputs of a product
     row_tile, column_tile = _place(M, N, BM, BN, GROUP)
     row, column = row_tile * BM + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
@@ -91,13 +111,15 @@ def product(  # type: ignore[no-untyped-def]
         if BITS == 4:
             packed = tl.load(w_at)
         group = 0 if WHOLE else tile * SLICES
-        total = acc if WHOLE else tl.zeros((BM, BN), tl.float32)
+        total = acc if WHOLE and not HALF else tl.zeros((BM, BN), SUM)
         for j in tl.static_range(4):
             if (j * SLICES) % 4 == 0:  # a group begins
                 if j > 0:
-                    acc += total * scale[None, :]
-                    total = tl.zeros((BM, BN), tl.float32)
-                scale, addend = _params(params, group + j * SLICES // 4, column, padded, PARTS, SCALE, DTYPE)
+                    acc += total.to(tl.float32) * scale[None, :]
+                    total = tl.zeros((BM, BN), SUM)
+                scale, addend = _params(params, group + j * SLICES // 4, column, padded, PARTS, SCALE, ADDEND)
+                if HALF and tl.bfloat16 == ADDEND:
+                    addend = (addend.to(tl.float32) - 896.0).to(tl.float16)  # the base is 1024, not 128
                 addend = tl.broadcast_to(addend[None, :], (PLANE, BN))
                 if BITS == 4:
                     w0, w1, w2, w3 = nibbles(packed, addend, ASM)
@@ -113,12 +135,17 @@ def product(  # type: ignore[no-untyped-def]
                 plane = w0 if j % 2 == 0 else w1
             else:
                 plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3
-            total = _dot(rows, plane, total, ASM)
-        acc = total if WHOLE else acc + total * scale[None, :]
+            total = _half_dot(rows, plane, total, ASM) if HALF else _dot(rows, plane, total, ASM)
+        if WHOLE:
+            acc = acc + total.to(tl.float32) if HALF else total
+        else:
+            acc += total.to(tl.float32) * scale[None, :]
         x_at += 128
         w_at += 128 * LINE
     if WHOLE:
         acc *= scale[None, :]
+    if HALF:
+        acc *= tl.load(back + row, mask=row < M, other=0.0)[:, None]
     mask = inside & (column < N)[None, :]
     at = row.to(tl.int64)[:, None] * N + column[None, :]
     if BIAS:

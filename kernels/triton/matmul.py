@@ -25,6 +25,7 @@ class Card(NamedTuple):
     multiprocessors: int
     capability: int
     name: str = ""  # as the driver has it; none: no table of measured launches
+    half: bool = False  # sums in float16 where that is faster, see half.py
 
 
 UNKNOWN = Card(MULTIPROCESSORS, AMPERE)

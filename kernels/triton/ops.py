@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
@@ -55,10 +56,12 @@ def make_ops(device: torch.device) -> Ops:
 
 
 def this_card(device: torch.device) -> Card:
+    """APPLIANCE_FP16_SUMS=1 in the environment asks for sums in float16 where they are faster (kernels/triton/half.py)."""
     if device.type != "cuda":
         return UNKNOWN
     found = torch.cuda.get_device_properties(device)
-    return Card(found.multi_processor_count, 10 * found.major + found.minor, found.name)
+    half = os.environ.get("APPLIANCE_FP16_SUMS") == "1"
+    return Card(found.multi_processor_count, 10 * found.major + found.minor, found.name, half)
 
 
 def look_up(ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:

@@ -110,6 +110,16 @@ def test_the_rule() -> None:
     assert SPLIT_ROWS == demand.SPLIT_ROWS
 
 
+def test_sums_in_float16_only_where_asked_for(folder: Path) -> None:
+    write(folder, {"w4 fp16": {"256x384": {"128": entry(block_m=64, split=1, group=8, half=True)}}}, capability=89)
+    asked = {"outputs": 256, "inputs": 384, "kind": "w4 fp16", "capability": 89}
+    for name in (CARD, ""):
+        assert [choose(rows=100, **asked, name=name, half=half).half for half in (False, True)] == [False, True]
+    assert not any(choose(rows=rows, **asked, half=True).half for rows in (1, 64))
+    assert not any(choose(rows=100, **asked | {"capability": capability}, half=True).half for capability in (75, 80, 90))
+    assert {one.half for one in choices(89)} == {False, True} and {one.half for one in choices(90)} == {False}
+
+
 @pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 120])
 def test_choices_are_all_there_is(folder: Path, capability: int) -> None:
     write(folder, {"w8 bf16": {"256x384": {"8": entry(), "200": entry(block_m=128, split=1, group=8)}}}, capability=89)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kernels import configs, layout, reference
 from kernels.configs import Launch
-from kernels.triton import many, matmul, slab
+from kernels.triton import half, many, matmul, ops, slab
 from kernels.triton.weights import TILE, TritonWeight, pack
 from quant.tensor import QuantTensor
 from tests.kernels.triton.conftest import DEVICE
@@ -135,6 +137,23 @@ def test_what_a_card_takes(rows: int, capability: int, taken: str, gated: bool, 
     assert used == [taken] and error(found, wanted(x, weight, bias=bias, gated=gated)) < 3e-3
 
 
+@pytest.mark.parametrize("asked", [None, "0", "1"])
+def test_sums_in_float16_are_asked_for_in_the_environment(asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("APPLIANCE_FP16_SUMS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("APPLIANCE_FP16_SUMS", asked)
+    found = SimpleNamespace(multi_processor_count=128, major=8, minor=9, name="NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    card = ops.this_card(torch.device("cuda"))
+    assert card == matmul.Card(128, 89, "NVIDIA GeForce RTX 4090", asked == "1")
+    weight, x = random_weight(256, 128, group_size=128), torch.randn(70, 128).half()
+    packed, used = on_device(weight, dtype=torch.float16), []
+    shrink = many.shrink
+    monkeypatch.setattr(many, "shrink", lambda x: (used.append(True), shrink(x))[1])
+    assert error(matmul.matmul(x.to(DEVICE), packed, card=card), wanted(x, weight)) < 6e-3
+    assert bool(used) == (asked == "1")
+
+
 def test_a_table_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "FOLDER", tmp_path)
     configs.table.cache_clear()
@@ -147,3 +166,53 @@ def test_a_table_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert parts is not None and parts.shape == (3, 5, 128)
     assert error(matmul.matmul(x.to(DEVICE), packed, card=card), wanted(x, weight)) < LIMIT[torch.bfloat16]
     configs.table.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 1000, 3000])
+def test_rows_are_shrunk_by_powers_of_two(dtype: torch.dtype, columns: int) -> None:
+    x = torch.randn(9, columns) * torch.tensor([1.0, 1e-3, 1e3, 1e4, 2e-4, 0.0, 1.0, 1.0, 3.0])[:, None]
+    x[6, 0], x[7, 0] = torch.inf, torch.nan
+    x = torch.cat([x.to(dtype), torch.zeros(9, 7, dtype=dtype)], dim=1)[:, :columns]
+    found, back = (t.cpu() for t in half.shrink(x.to(DEVICE)))
+    most = x.float().abs().amax(1)
+    assert ((found.float().abs().amax(1) >= 1) & (found.float().abs().amax(1) < 2))[most > 0][:5].all()
+    assert (back.log2() == back.log2().round()).all() and back[6] == back[7] == 1 and (found[5] == 0).all()
+    finite = [0, 1, 2, 3, 4, 5, 8]
+    difference = (found.float() * back[:, None] - x.float()).abs()[finite]
+    assert (difference <= 2.0**-25 * most[finite, None]).all()
+    assert found[6, 0] == torch.inf and found[7, 0].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group", "asymmetric"), [*KINDS, (8, 128, True)])
+def test_half_sums_never_overflow(bits: int, group: int | None, asymmetric: bool, dtype: torch.dtype) -> None:
+    """Not with the largest activations that there are, nor with codes all at the far end of their zero point."""
+    if bits == 8 and asymmetric and dtype == torch.bfloat16:
+        pytest.skip("kept dequantized")
+    rows, N, K = 70, 130, 256
+    weight, x = random_weight(N, K, bits=bits, group_size=group, asymmetric=asymmetric), torch.randn(rows, K)
+    x[0], x[1] = 65000.0, -65000.0
+    x[2, ::2] = 3e-3
+    weight = replace(weight, packed=weight.packed.clone(), scales=weight.scales * 2**-10)
+    weight.packed[0], weight.packed[1] = 255, 0
+    if weight.zeros is not None:
+        weight.zeros[:, 0], weight.zeros[:, 1] = 0, 255 if bits == 8 else 15
+    packed, x = on_device(weight, dtype=dtype), x.to(dtype)
+    out = torch.full((rows, N), float("nan"), device=DEVICE)
+    many.multiply(x.to(DEVICE), packed, None, out, Launch(64, 128, 1, 8, 3, group=8, half=True), finished=True)
+    expected = wanted(x, weight)
+    assert out.isfinite().all()
+    error = (out.cpu() - expected).abs().amax(1) / expected.abs().amax(1)  # of a row: they differ by their sizes
+    assert error.max() < 6e-3, error
+
+
+def test_half_sums_of_fp8_are_whole_ones() -> None:
+    weight, x = random_weight(130, 256, bits=0), torch.randn(66, 256).half()
+    packed = on_device(weight, dtype=torch.float16)
+    if packed.words.dtype != torch.uint16:
+        pytest.skip("kept dequantized")
+    outs = [torch.empty(66, 130, device=DEVICE) for _ in range(2)]
+    for out, is_half in zip(outs, (False, True), strict=True):
+        many.multiply(x.to(DEVICE), packed, None, out, Launch(64, 128, 1, 8, 3, group=8, half=is_half), finished=True)
+    assert torch.equal(*outs)
