@@ -5,9 +5,9 @@
            tile     |   one    |    one     | ..                                   |   [K/128, M in whole tiles]
     sums            |   one    |    one     | ..                                   |   [K/128, M in whole tiles]
 
-A program has a row, CHUNK tiles of it at a time; a token's scale takes a pass over the row of its own. ``sums`` are what weights
-with zero points need beside the product of codes: the sum of a tile's rounded activations (times the scale where a tile has one).
-Codes are int8, or FP8 (e4m3) in the order in which words of FP8 weights have a tile's inputs (weights.py).
+A program has a row, CHUNK tiles of it at a time; unless the row is one chunk (ONCE), a token's scale takes a pass of its own.
+``sums`` are what weights with zero points need beside the product of codes: the sum of a tile's rounded activations (times the
+scale where a tile has one). Codes are int8, or FP8 (e4m3) in the order in which words of FP8 weights have a tile's inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels.triton.narrow import to_fp8, to_int8
 
 TILE = 128
-CHUNK = 32  # tiles
+TOKEN_CHUNK, TILE_CHUNK = 128, 8  # tiles
 
 
 class Rounded(NamedTuple):
@@ -39,23 +39,29 @@ class Rounded(NamedTuple):
 @triton.jit(do_not_specialize=["rows"])
 def _quantize(  # type: ignore[no-untyped-def]
     x, codes, scales, sums, rows, K, tiles, x_stride,
-    TOKEN: tl.constexpr, SUMS: tl.constexpr, FP8: tl.constexpr, PART: tl.constexpr, CHUNK: tl.constexpr,
+    TOKEN: tl.constexpr, SUMS: tl.constexpr, FP8: tl.constexpr, PART: tl.constexpr, CHUNK: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    tile, k = tl.arange(0, CHUNK), tl.arange(0, 128)
+    row, tile, k = tl.program_id(0).to(tl.int64), tl.arange(0, CHUNK), tl.arange(0, 128)
     within = tile[:, None] * 128 + k[None, :]
+    if FP8:
+        source = tile[:, None] * 128 + ((k & 64) | (k & 1) * 32 | (k & 63) // 2)[None, :]
+    else:
+        source = within
     chunks = tl.cdiv(tiles, CHUNK)
-    amax = tl.zeros((CHUNK, 1), tl.float32)
+    x += row * x_stride
     if TOKEN:
-        for chunk in range(chunks):
-            at = chunk * CHUNK * 128 + within
-            found = tl.load(x + row * x_stride + at, mask=at < K, other=0.0).to(tl.float32)
-            amax = tl.maximum(amax, tl.max(tl.abs(found), axis=1, keep_dims=True))
+        found = tl.load(x + source, mask=source < K, other=0.0).to(tl.float32)
+        amax = tl.max(tl.abs(found), axis=1, keep_dims=True)
+        if not ONCE:
+            for chunk in range(1, chunks):
+                at = chunk * CHUNK * 128 + source
+                more = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
+                amax = tl.maximum(amax, tl.max(tl.abs(more), axis=1, keep_dims=True))
         amax = tl.broadcast_to(tl.max(amax, axis=0, keep_dims=True), (CHUNK, 1))
     for chunk in range(tl.program_id(1), chunks, tl.num_programs(1)):
-        at = chunk * CHUNK * 128 + within
-        source = chunk * CHUNK * 128 + tile[:, None] * 128 + ((k & 64) | (k & 1) * 32 | (k & 63) // 2)[None, :] if FP8 else at
-        found = tl.load(x + row * x_stride + source, mask=source < K, other=0.0).to(tl.float32)
+        start = chunk * CHUNK * 128
+        if not (TOKEN and ONCE):
+            found = tl.load(x + start + source, mask=start + source < K, other=0.0).to(tl.float32)
         if not TOKEN:
             amax = tl.max(tl.abs(found), axis=1, keep_dims=True)
         if FP8:
@@ -63,7 +69,7 @@ def _quantize(  # type: ignore[no-untyped-def]
             rounded = to_fp8(found * (1.0 / scale), 3)
         else:
             rounded, scale = to_int8(found, amax)
-        tl.store(codes + row * tiles * 128 + at, rounded, mask=at < tiles * 128)
+        tl.store(codes + row * tiles * 128 + start + within, rounded, mask=start + within < tiles * 128)
         here = (chunk * CHUNK + tile)[:, None]
         place = here.to(tl.int64) * rows + row
         if SUMS:
@@ -109,7 +115,7 @@ def _launch(x: Tensor, to: Rounded, *, token: bool, fp8: bool, part: float = 1.0
     if M == 0:
         return
     x = x if x.stride(1) == 1 else x.contiguous()
-    chunk = min(CHUNK if token else CHUNK // 4, triton.next_power_of_2(tiles))
+    chunk = min(TOKEN_CHUNK if token else TILE_CHUNK, triton.next_power_of_2(tiles))
     _quantize[(M, 1 if token else triton.cdiv(tiles, chunk))](
         x,
         to.codes,
@@ -124,5 +130,6 @@ def _launch(x: Tensor, to: Rounded, *, token: bool, fp8: bool, part: float = 1.0
         FP8=fp8,
         PART=part,
         CHUNK=chunk,
-        num_warps=8 if chunk > 8 else 4,
+        ONCE=chunk >= tiles,
+        num_warps=max(4, min(16, chunk // 4)),
     )

@@ -49,7 +49,7 @@ def close(found: Tensor, x: Tensor, weight: QuantTensor, token: bool, dtype: tor
 @pytest.mark.parametrize("token", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize(dtype: torch.dtype, token: bool) -> None:
-    for M, K in ((1, 1), (3, 127), (2, 128), (1, 1100), (2, 4200), (0, 64)):
+    for M, K in ((1, 1), (3, 127), (2, 128), (1, 1100), (2, 4200), (1, 17000), (0, 64)):
         wide = draw(M, K + 5, dtype=dtype, scale=3)
         x = wide[:, 2 : K + 2]
         if M == 3:

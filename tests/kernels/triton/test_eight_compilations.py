@@ -103,3 +103,29 @@ def test_instructions_for_a_weight() -> None:
         assert report.stack == 0 and report.registers <= 128, report
         assert report.per_weight(weights(small)) <= limit, report
         check_loop(report)
+
+
+@pytest.mark.slow
+def test_rounding() -> None:
+    """Rows are read and codes written 16 bytes at a time; a row that is one chunk is read once and stays in registers."""
+    types = {"x": "*bf16", "scales": "*fp32", "sums": "*fp32"} | dict.fromkeys(("rows", "K", "tiles", "x_stride"), "i32")
+    kinds = [  # TOKEN, SUMS, FP8, CHUNK, ONCE
+        (True, False, False, 32, True),
+        (True, True, False, 128, True),
+        (True, True, False, 128, False),
+        (False, True, False, 8, False),
+        (True, False, True, 128, True),
+    ]
+    for kind in kinds:
+        constants = dict(zip(("TOKEN", "SUMS", "FP8", "CHUNK", "ONCE"), kind, strict=True)) | {"PART": 1.0}
+        one = Compilation(
+            "kernels.triton.quantize:_quantize",
+            types | {"codes": "*u8" if constants["FP8"] else "*i8"},
+            constants,
+            max(4, min(16, kind[3] // 4)),
+            odd=("tiles",),
+            targets=(89, 120),
+        )
+        for report in compile_all([one]):
+            assert report.fits and report.stack == 0 and report.registers <= 64, report
+            assert report.count("STG.E.128", "STG.E.64") > 0 and (not kind[4] or report.count("LDG") == 0), report
