@@ -41,7 +41,7 @@ SHAPES = {  # layers, hidden, intermediate, heads, kv heads, vocabulary, longest
     "Qwen2.5-32B": (QWEN, 64, 5120, 27648, 40, 8, 152064, 32768),
 }
 SLOTS = {"q_proj": "qkv", "o_proj": "o", "gate_proj": "gate_up", "down_proj": "down", "lm_head": "head"}
-ATTENTION = "decode attention"
+ATTENTION, PRODUCTS = "decode attention", ("w4a16", "w8a16")
 TARGETS = {  # share of the bandwidth, for as many rows as the key says at most
     "qkv": {16: 0.80, 32: 0.75}, "o": {16: 0.75, 32: 0.75}, "gate_up": {16: 0.88, 32: 0.75}, "down": {16: 0.85, 32: 0.75},
     "head": {16: 0.90, 32: 0.75}, ATTENTION: {16: 0.80, 32: 0.80},
@@ -111,12 +111,13 @@ def at_rows(shares: Mapping[int, float], rows: int) -> float:
 
 
 def measured_shares(report: Mapping[str, Any]) -> Shares:
-    """Of the copy's bandwidth in a report of scripts/gpu_check, float16; attention by the most sequences up to the key."""
+    """By rows, of the copy's bandwidth in a report of scripts/gpu_check: float16, the least where there are several."""
     found: dict[str, dict[int, float]] = {name: {} for name in TARGETS}
     for row in report["kernels"]:
-        slot = row["op"] if row["op"] == ATTENTION else row.get("shape", "")
+        slot = ATTENTION if row["op"] == f"{ATTENTION}, cache 16 bits" else row.get("shape", "") if row["op"] in PRODUCTS else ""
         if slot in found and row["dtype"] == "float16":
-            found[slot][row["rows"]] = row["bytes"] / row["ours_s"] / report["limits"]["copy"]
+            share = row["bytes"] / row["ours_s"] / report["limits"]["copy"]
+            found[slot][row["rows"]] = min(share, found[slot].get(row["rows"], share))
     missing = [slot for slot, shares in found.items() if not shares]
     if missing:
         raise SystemExit(f"the report has no measurement in float16 of {', '.join(missing)}")
