@@ -33,7 +33,7 @@ META = torch.device("meta")
 ROOT = Path(__file__).parents[3]
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.uint8: "*u8",
-    torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.int8: "*i8", torch.int16: "*i16", torch.uint16: "*u16", torch.int32: "*i32", torch.int64: "*i64",
     torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5",
 }  # fmt: skip
 HEADS, KV_HEADS, SIZE, HIDDEN, INNER, VOCABULARY = 32, 8, 128, 4096, 14336, 128256  # of an 8B model
@@ -165,6 +165,21 @@ class Cases:
             for rows in (1, 64, 2048):
                 yield f"{bits} bits, activations in int8, {rows} row{'s' * (rows > 1)}"
                 matmul.matmul(empty(rows, HIDDEN, dtype=self.dtype), packed, card=self.card)
+        asked = replace(weight(HIDDEN, HIDDEN, 8, HIDDEN), activation="int8-token")
+        packed = weights.pack(asked, dtype=self.dtype)
+        for rows in (1, 64, 2048):
+            yield f"8 bits, a token's activations in int8, {rows} row{'s' * (rows > 1)}"
+            matmul.matmul(empty(rows, HIDDEN, dtype=self.dtype), packed, card=self.card)
+
+    def fp8(self) -> Iterator[str]:
+        from kernels.triton import matmul, weights
+
+        codes = empty(HIDDEN, HIDDEN, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        asked = replace(weight(HIDDEN, HIDDEN, 8, HIDDEN), packed=codes, activation="fp8-token")
+        packed = weights.pack(asked, dtype=self.dtype)
+        for rows in (1, 64, 2048):
+            yield f"FP8, {self.name}, {rows} row{'s' * (rows > 1)}"
+            matmul.matmul(empty(rows, HIDDEN, dtype=self.dtype), packed, card=self.card)
 
     def attention(self) -> Iterator[str]:
         from kernels.triton.attention import attention
@@ -231,8 +246,8 @@ def record(target: int) -> list[Compilation]:
     attention.capability = lambda device: target
     card = matmul.Card(CARDS[target].multiprocessors, target)
     half, brain = Cases(torch.float16, card), Cases(torch.bfloat16, card)
-    some = [half.products, half.attention, half.small, half.rest]
-    for cases in some if target < 80 else [*some, half.rounded, brain.products, brain.attention]:
+    some = [half.products, half.fp8, half.attention, half.small, half.rest]
+    for cases in some if target < 80 else [*some, half.rounded, brain.products, brain.fp8, brain.attention]:
         for title in cases():
             recorder.case = title
     return list(recorder.made.values())
