@@ -47,9 +47,9 @@ def signed_nibbles(pairs, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _words(params, group, column, padded, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A group's words of ``params``, int32 [BN]; where there is one part it is given twice."""
-    at = params + tl.cast(group, tl.int64) * (PARTS * padded) + column
+def _words(scaling, group, column, padded, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A group's words of ``scaling``, int32 [BN]; where there is one part it is given twice."""
+    at = scaling + tl.cast(group, tl.int64) * (PARTS * padded) + column
     first = tl.load(at)
     return first, tl.load(at + padded) if PARTS == 2 else first
 
@@ -77,7 +77,7 @@ def _store(acc, part, row, column, bias, residual, out, M, N, BIAS: tl.constexpr
 
 @triton.jit(do_not_specialize=["M"])  # rows: one compilation for all of them
 def product(  # type: ignore[no-untyped-def]
-    x, x_scales, x_sums, words, params, bias, residual, out,
+    x, x_scales, x_sums, words, scaling, bias, residual, out,
     M, N, x_rows, padded, tiles,
     BITS: tl.constexpr, TOKEN: tl.constexpr, ZEROS: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
@@ -100,14 +100,14 @@ def product(  # type: ignore[no-untyped-def]
     acc, sums, total = tl.zeros((BM, BN), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM, BN), tl.int32)
     # What is no operand of a product waits for nothing in the loop: it is loaded a turn ahead.
     place = tl.cast(tl.minimum(begin, tiles - 1), tl.int64)
-    first, second = _words(params, 0 if WHOLE else place, column, padded, PARTS)
+    first, second = _words(scaling, 0 if WHOLE else place, column, padded, PARTS)
     row_scale = tl.load(x_scales + row, mask=inside, other=0.0) if TOKEN else tl.load(x_scales + place * x_rows + row)
     row_sum = tl.load(x_sums + place * x_rows + row) if ZEROS else row_scale
     for tile in range(begin, end):
         place = tl.cast(tl.minimum(tile + 1, tiles - 1), tl.int64)
         now_first, now_second, now_scale, now_sum = first, second, row_scale, row_sum
         if not WHOLE:
-            first, second = _words(params, place, column, padded, PARTS)
+            first, second = _words(scaling, place, column, padded, PARTS)
         if not TOKEN:
             row_scale = tl.load(x_scales + place * x_rows + row)
         if ZEROS:

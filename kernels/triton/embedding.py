@@ -38,7 +38,7 @@ def _embedding(ids, table, out, vocabulary, columns, row_stride, BLOCK: tl.const
 
 @triton.jit
 def _packed_rows(  # type: ignore[no-untyped-def]
-    ids, words, params, out, vocabulary, columns, padded, tiles,
+    ids, words, scaling, out, vocabulary, columns, padded, tiles,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr,
     SIGNED: tl.constexpr, BASE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def _packed_rows(  # type: ignore[no-untyped-def]
     else:
         code = tl.load(words + place * 32 + k % 32, mask=mask, other=0).to(tl.int32) >> (k // 32 * 4) & 15
     group = none if WHOLE else none + (column // 128 * SLICES + k * SLICES // 128)
-    at = params + group * (PARTS * padded) + row
+    at = scaling + group * (PARTS * padded) + row
     first = tl.load(at, mask=mask, other=0)
     if PARTS == 2:
         scale, bits = first.to(tl.float32, bitcast=True), tl.load(at + padded, mask=mask, other=0)

@@ -51,18 +51,18 @@ def multiply(x: Rounded, weight: TritonWeight, residual: Tensor | None, to: Tens
 
 @triton.jit(do_not_specialize=["M"])  # rows: one compilation for all of them
 def product(  # type: ignore[no-untyped-def]
-    x, x_scales, words, params, bias, residual, out,
+    x, x_scales, words, scaling, bias, residual, out,
     M, N, padded, tiles,
     WHOLE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """x [M, tiles * 128], scales float32 [M]; padded: N in whole tiles; params [tiles, 1, padded], or WHOLE: [1, 1, padded]."""
+    """x [M, tiles * 128], scales float32 [M]; padded: N in whole tiles; scaling [tiles, 1, padded], or WHOLE: [1, 1, padded]."""
     row_tile, column_tile = _place(M, N, BM, BN, GROUP)
     row, column = row_tile * BM + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
     inside, k = row < M, tl.arange(0, 128)
     x_at = x + row.to(tl.int64)[:, None] * (tiles * 128) + k[None, :]
     w_at = words + (column // 128).to(tl.int64)[None, :] * tiles * (128 * 128) + (column % 128)[None, :] * 128 + k[:, None]
-    scale_at = params + column
+    scale_at = scaling + column
     acc = tl.zeros((BM, BN), tl.float32)
     for _ in range(tiles):
         rows = tl.load(x_at, mask=inside[:, None], other=0.0)

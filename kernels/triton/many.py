@@ -85,7 +85,7 @@ def _half_dot(x, w, acc, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["M"])  # rows: one compilation for all of them
 def product(  # type: ignore[no-untyped-def]
-    x, words, params, bias, residual, back, out,
+    x, words, scaling, bias, residual, back, out,
     M, N, K, padded, tiles, x_stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, ADDEND: tl.constexpr,
@@ -117,7 +117,7 @@ def product(  # type: ignore[no-untyped-def]
                 if j > 0:
                     acc += total.to(tl.float32) * scale[None, :]
                     total = tl.zeros((BM, BN), SUM)
-                scale, addend = _params(params, group + j * SLICES // 4, column, padded, PARTS, SCALE, ADDEND)
+                scale, addend = _params(scaling, group + j * SLICES // 4, column, padded, PARTS, SCALE, ADDEND)
                 if HALF and tl.bfloat16 == ADDEND:
                     addend = (addend.to(tl.float32) - 896.0).to(tl.float16)  # the base is 1024, not 128
                 addend = tl.broadcast_to(addend[None, :], (PLANE, BN))

@@ -95,7 +95,7 @@ def _finish(found: Tensor, weight: TritonWeight, residual: Tensor | None, out: T
 
 @triton.jit(do_not_specialize=["first", "end"])
 def _expand(  # type: ignore[no-untyped-def]
-    words, params, slab, first, end, K, padded, tiles, stride,
+    words, scaling, slab, first, end, K, padded, tiles, stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr,
     BN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +117,7 @@ def _expand(  # type: ignore[no-untyped-def]
     scale = tl.zeros((BN,), tl.float32)
     for j in tl.static_range(4):
         if (j * SLICES) % 4 == 0:
-            scale, addend = _params(params, group + j * SLICES // 4, column, padded, PARTS, SCALE, DTYPE)
+            scale, addend = _params(scaling, group + j * SLICES // 4, column, padded, PARTS, SCALE, DTYPE)
             addend = tl.broadcast_to(addend[:, None], (BN, PLANE))
             if BITS == 4:
                 w0, w1, w2, w3 = nibbles(packed, addend, ASM)

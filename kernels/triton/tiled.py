@@ -18,9 +18,9 @@ from kernels.triton.dequant import byte_pairs, nibbles
 
 
 @triton.jit
-def _params(params, group, column, padded, parts: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _params(scaling, group, column, padded, parts: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """(scale float32 [BN], addend [BN]) of a group."""
-    at = params + tl.cast(group, tl.int64) * (parts * padded) + column
+    at = scaling + tl.cast(group, tl.int64) * (parts * padded) + column
     first = tl.load(at)
     if parts == 2:
         scale = first.to(tl.float32, bitcast=True)
@@ -43,7 +43,7 @@ def _dot(x, w, acc, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["M"])  # rows: one compilation for all of them
 def product(  # type: ignore[no-untyped-def]
-    x, words, params, bias, residual, out,
+    x, words, scaling, bias, residual, out,
     M, N, K, padded, tiles, x_stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
@@ -76,7 +76,7 @@ def product(  # type: ignore[no-untyped-def]
                 if j > 0:
                     acc += total * scale[None, :]
                     total = tl.zeros((BM, BN), tl.float32)
-                scale, addend = _params(params, group + j * SLICES // 4, column, padded, PARTS, SCALE, DTYPE)
+                scale, addend = _params(scaling, group + j * SLICES // 4, column, padded, PARTS, SCALE, DTYPE)
                 addend = tl.broadcast_to(addend[None, :], (PLANE, BN))
                 if BITS == 4:
                     w0, w1, w2, w3 = nibbles(packed, addend, ASM)

@@ -14,7 +14,7 @@ INTEGERS = ("M", "N", "x_rows", "padded", "tiles")
 def compilation(bits: int, token: bool, zeros: bool, whole: bool, launch: Launch, targets: tuple[int, ...]) -> Compilation:
     """Split over the inputs where the launch is: float32 out, no epilogue."""
     split = launch.split > 1
-    types = {"x": "*i8", "x_scales": "*fp32", "x_sums": "*fp32", "words": "*u8" if bits == 4 else "*i8", "params": "*i32"}
+    types = {"x": "*i8", "x_scales": "*fp32", "x_sums": "*fp32", "words": "*u8" if bits == 4 else "*i8", "scaling": "*i32"}
     types |= {"bias": "*fp32", "residual": "*fp16", "out": "*fp32" if split else "*fp16"}
     constants = {
         "BITS": bits,

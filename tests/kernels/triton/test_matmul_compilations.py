@@ -18,7 +18,7 @@ def compilation(bits: int, dtype: str, launch: Launch, *, slices: int = 1, targe
     split = launch.split > 1
     words, out = "*i16", "*fp32" if split else f"*{dtype}"
     x = "fp16" if launch.half else dtype
-    types = {"x": f"*{x}", "words": words, "params": "*i32", "bias": "*fp32", "residual": f"*{dtype}", "out": out}
+    types = {"x": f"*{x}", "words": words, "scaling": "*i32", "bias": "*fp32", "residual": f"*{dtype}", "out": out}
     constants = {
         "BITS": bits,
         "SLICES": slices,
@@ -48,7 +48,7 @@ def compilation(bits: int, dtype: str, launch: Launch, *, slices: int = 1, targe
 
 def expansion(bits: int, dtype: str, launch: Launch, slices: int, targets: tuple[int, ...]) -> Compilation:
     constants = {"BITS": bits, "SLICES": slices, "WHOLE": bits == 8, "PARTS": 1, "SCALE": "tl.float16", "BN": 128, "ASM": True}
-    types = {"words": "*i16", "params": "*i32", "slab": f"*{dtype}"}
+    types = {"words": "*i16", "scaling": "*i32", "slab": f"*{dtype}"}
     types |= dict.fromkeys(("first", "end", "K", "padded", "tiles", "stride"), "i32")
     odd = ("first", "end", "tiles")
     return Compilation("kernels.triton.slab:_expand", types, constants, launch.warps, 1, odd=odd, targets=targets)
