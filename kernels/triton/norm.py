@@ -9,6 +9,7 @@ A program owns a tile of whole rows, which stays in registers from the load to t
 
 Small rows (a head's) share a program; a large one has a program to itself. ``x[i]`` are the partial sums of a product that was
 split along its inputs: they are added in order, the bias behind them, so the result does not depend on which was ready first.
+With ``perm`` the results stand in the order in which the next weight has its inputs: out[j] is the norm's number perm[j].
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     bias,  # float32 [N]
     residual,  # [rows, N]
     weight,  # [N], in the dtype of the activations
+    perm,  # int64 [N]
     out,  # [rows, N], int8 where QUANTIZE
     added,  # [rows, N]
     scales,  # float32 [rows]
@@ -68,10 +70,15 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < N)[None, :]
-    start = x + (row // inner * outer_stride + row % inner * inner_stride)[:, None] + column[None, :]
+    begin = x + (row // inner * outer_stride + row % inner * inner_stride)[:, None]
+    start = begin + column[None, :]
     wide = tl.load(start, mask=mask, other=0.0).to(tl.float32)
-    for i in tl.static_range(1, SPLITS):
-        wide += tl.load(start + tl.cast(i, tl.int64) * split_stride, mask=mask, other=0.0).to(tl.float32)
+    if BLOCK <= 8192:
+        for i in tl.static_range(1, SPLITS):  # loads of all parts at once
+            wide += tl.load(start + tl.cast(i, tl.int64) * split_stride, mask=mask, other=0.0).to(tl.float32)
+    else:  # for which there are no registers
+        for i in range(1, SPLITS):
+            wide += tl.load(start + tl.cast(i, tl.int64) * split_stride, mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
         wide += tl.load(bias + column, mask=column < N, other=0.0)[None, :]
     place = (row * N)[:, None] + column[None, :]
@@ -81,7 +88,15 @@ def _rms_norm(  # type: ignore[no-untyped-def]
         tl.store(added + place, narrow, mask=mask)
         wide = narrow.to(tl.float32)  # the norm is that of the sum as the next layers see it
     factor = tl.rsqrt(tl.sum(wide * wide, axis=1) / N + eps)
-    gain = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
+    source = column
+    if perm is not None:
+        source = tl.load(perm + column, mask=column < N, other=0)
+        if ADD:
+            tl.debug_barrier()  # the whole program has stored the sum
+            wide = tl.load(added + (row * N)[:, None] + source[None, :], mask=mask, other=0.0).to(tl.float32)
+        else:
+            wide = tl.load(begin + source[None, :], mask=mask, other=0.0).to(tl.float32)
+    gain = tl.load(weight + source, mask=column < N, other=0.0).to(tl.float32)
     # Rounded before the weight is applied, as the models' own code does.
     normed = (wide * factor[:, None]).to(dtype).to(tl.float32) * gain[None, :]
     if QUANTIZE:
@@ -93,43 +108,46 @@ def _rms_norm(  # type: ignore[no-untyped-def]
         tl.store(out + place, normed.to(dtype), mask=mask)
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, perm: Tensor | None = None) -> Tensor:
     """x [..., N] (float16, bfloat16 or float32) * weight [N] / sqrt(mean(x^2) + eps) -> a new tensor like x.
 
-    x may be a view with strides. ValueError where the weight is of another size or dtype, or N is above MAX_SIZE.
+    perm, int64 [N]: the order of the results, as in index_select. x may be a view with strides. ValueError where weight or perm
+    is of another size or dtype, or N is above MAX_SIZE.
     """
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    _launch(x, None, weight, eps, out=out)
+    _launch(x, None, weight, eps, out=out, perm=perm)
     return out
 
 
-def rms_norm_int8(x: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm_int8(x: Tensor, weight: Tensor, *, eps: float, perm: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What ``rms_norm`` gives, rounded to int8 by rows: (codes int8 [..., N], scales float32 [...])."""
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    _launch(x, None, weight, eps, out=out, scales=scales)
+    _launch(x, None, weight, eps, out=out, scales=scales, perm=perm)
     return out, scales
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, bias: Tensor | None = None, perm: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(rms_norm(sum), sum) of sum = x + residual [T, N], rounded once; both new, in residual's dtype.
 
     x: [T, N] in residual's dtype, or the float32 partial sums [splits, T, N] of a product whose bias (float32 [N]) was not added.
-    ValueError where shapes or dtypes do not fit.
+    perm, int64 [N]: the order of the norm's results; the sum keeps its own. ValueError where shapes or dtypes do not fit.
     """
     out, added = (torch.empty(residual.shape, dtype=residual.dtype, device=x.device) for _ in range(2))
-    _launch(x, residual, weight, eps, bias=bias, out=out, added=added)
+    _launch(x, residual, weight, eps, bias=bias, out=out, added=added, perm=perm)
     return out, added
 
 
 def add_rms_norm_int8(
-    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, bias: Tensor | None = None
+    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, bias: Tensor | None = None, perm: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``add_rms_norm`` gives with the norm rounded to int8: (codes int8 [T, N], scales float32 [T], sum [T, N])."""
     added = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
     out = torch.empty(residual.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(residual.shape[0], dtype=torch.float32, device=x.device)
-    _launch(x, residual, weight, eps, bias=bias, out=out, added=added, scales=scales)
+    _launch(x, residual, weight, eps, bias=bias, out=out, added=added, scales=scales, perm=perm)
     return out, scales, added
 
 
@@ -143,6 +161,7 @@ def _launch(
     bias: Tensor | None = None,
     added: Tensor | None = None,
     scales: Tensor | None = None,
+    perm: Tensor | None = None,
 ) -> None:
     splits = x.shape[0] if residual is not None and x.dim() == 3 else 1
     like, shape = (x, x.shape) if residual is None else (residual, (*x.shape[: x.dim() - 2], *residual.shape))
@@ -152,6 +171,8 @@ def _launch(
         raise ValueError(f"{_words(x)} cannot be added to residual {_words(residual)}")
     if bias is not None and (bias.shape != weight.shape or bias.dtype != torch.float32):
         raise ValueError(f"a bias {_words(bias)} for {_words(x)}")
+    if perm is not None and (perm.shape != weight.shape or perm.dtype != torch.int64):
+        raise ValueError(f"a permutation {_words(perm)} for {_words(x)}")
     N = x.shape[-1]
     rows, (tile_rows, block, warps) = like.numel() // max(N, 1), tile(N)
     if rows == 0:
@@ -167,6 +188,7 @@ def _launch(
         bias,
         residual,
         weight.contiguous(),
+        perm,
         out,
         added,
         scales,

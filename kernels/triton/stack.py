@@ -10,14 +10,16 @@ launch of its own where operators are called one by one; here the next kernel do
             product gate, up   -> parts                             -> finish adds: silu(gate) * up
             product down       -> parts [splits, T, hidden]         -> the next layer's norm adds: residual, x
 
-That is ten launches a layer instead of thirteen (nine where attention is not split). A product that is not cut (many rows, dense
-weights) or whose weight is several takes the operators' way; results are the operators' own, in the same order of additions.
+That is ten launches a layer instead of thirteen (nine where attention is not split). Weights that want their inputs in another
+order (act-order) or in int8 find them so: the norm writes them that way, which saves a gather or a rounding. A product that is
+not cut (many rows, dense weights) or whose weight is several takes the operators' way; results are the operators' own, in the
+same order of additions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,9 +45,9 @@ def bind(
     """
     if not all(isinstance(weight, TritonWeight) for layer in stack.layers for weight in _weights(layer)):
         return None
-    model = _Model(stack, tuple(caches), embedding, card)
-    if len(model.caches) != len(stack.layers):
-        raise ValueError(f"{len(model.caches)} caches for {len(stack.layers)} layers")
+    if len(caches) != len(stack.layers):
+        raise ValueError(f"{len(caches)} caches for {len(stack.layers)} layers")
+    model = _Model.of(stack, tuple(caches), embedding, card)
 
     def forward(ids: Tensor, batch: PagedBatch) -> Tensor:
         if ids.shape[0] > max_tokens:
@@ -59,23 +61,64 @@ def _weights(layer: Layer) -> tuple[Weight, ...]:
     return (*layer.qkv, layer.o, *layer.gate_up, layer.down)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class _Norm:
+    """A norm as the weights behind it want it."""
+
+    gain: Tensor
+    eps: float
+    perm: Tensor | None = None
+    codes: bool = False  # in int8
+
+    @staticmethod
+    def before(gain: Tensor, eps: float, weights: Linear) -> tuple[_Norm, Linear]:
+        """(the norm, the weights as they are to be called then)."""
+        first = weights[0]
+        perm = first.perm if isinstance(first, TritonWeight) and len(weights) == 1 else None
+        if isinstance(first, TritonWeight) and perm is not None:
+            weights = (replace(first, perm=None),)
+        codes = all(isinstance(weight, TritonWeight) and takes_codes(weight) for weight in weights)
+        return _Norm(gain, eps, perm, codes), weights
+
+    def __call__(self, x: Tensor) -> Tensor | Rounded:
+        """Of x [T, hidden]."""
+        if self.codes:
+            return Rounded(*rms_norm_int8(x, self.gain, eps=self.eps, perm=self.perm), None)
+        return rms_norm(x, self.gain, eps=self.eps, perm=self.perm)
+
+    def of_sum(self, parts: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor | Rounded, Tensor]:
+        """(of the sum, the sum) of parts [splits, T, hidden], bias and residual."""
+        if self.codes:
+            codes, scales, added = add_rms_norm_int8(parts, residual, self.gain, eps=self.eps, bias=bias, perm=self.perm)
+            return Rounded(codes, scales, None), added
+        return add_rms_norm(parts, residual, self.gain, eps=self.eps, bias=bias, perm=self.perm)
+
+
+@dataclass(frozen=True, eq=False)
 class _Model:
     stack: Stack
+    layers: tuple[Layer, ...]  # with weights as the norms before them want them called
+    norms: tuple[_Norm, ...]  # two a layer, and the last
     caches: tuple[KVCache, ...]
     embedding: Embedding
     card: Card
 
+    @staticmethod
+    def of(stack: Stack, caches: tuple[KVCache, ...], embedding: Embedding, card: Card) -> _Model:
+        layers, norms, eps = [], [], stack.norm.eps
+        for layer in stack.layers:
+            first, qkv = _Norm.before(layer.input_norm, eps, layer.qkv)
+            second, gate_up = _Norm.before(layer.post_norm, eps, layer.gate_up)
+            layers.append(replace(layer, qkv=qkv, gate_up=gate_up))
+            norms += [first, second]
+        return _Model(stack, tuple(layers), (*norms, _Norm(stack.norm.weight, eps)), caches, embedding, card)
+
     def forward(self, ids: Tensor, batch: PagedBatch) -> Tensor:
-        layers, last = self.stack.layers, self.stack.norm.weight
-        residual = self.embedding(ids, self.stack.embedding, last.dtype)
-        # Each norm with the weights behind it; behind the last is the head, which takes it as it is.
-        norms = [*((layer.input_norm, layer.qkv) for layer in layers), (last, ())]
-        x = self._norm(residual, *norms[0])
-        for layer, cache, following in zip(layers, self.caches, norms[1:], strict=True):
-            found = self._attention(x, layer, cache, batch)
-            x, residual = self._join(found, layer.o, residual, layer.post_norm, layer.gate_up)
-            x, residual = self._join(self._gated(x, layer), layer.down, residual, *following)
+        residual = self.embedding(ids, self.stack.embedding, self.stack.norm.weight.dtype)
+        x = self.norms[0](residual)
+        for i, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
+            x, residual = self._join(self._attention(x, layer, cache, batch), layer.o, residual, self.norms[2 * i + 1])
+            x, residual = self._join(self._gated(x, layer), layer.down, residual, self.norms[2 * i + 2])
         assert isinstance(x, Tensor)
         return x
 
@@ -94,24 +137,13 @@ class _Model:
         card = self.card.multiprocessors
         return attention(q, cache, batch, scale=scale, window=layer.window, multiprocessors=card).flatten(1)
 
-    def _join(
-        self, x: Tensor, weight: Weight, residual: Tensor, norm: Tensor, following: Linear
-    ) -> tuple[Tensor | Rounded, Tensor]:
-        """(the norm of the new residual, for ``following``; the new residual = x @ weight.T + bias + residual [T, hidden])."""
-        parts, eps = partial_sums(x, weight, card=self.card), self.stack.norm.eps
-        if parts is None:
-            added = matmul(x, weight, residual=residual, card=self.card)
-            return self._norm(added, norm, following), added
-        if take_codes(following):
-            codes, scales, added = add_rms_norm_int8(parts, residual, norm, eps=eps, bias=bias_of(weight))
-            return Rounded(codes, scales, None), added
-        return add_rms_norm(parts, residual, norm, eps=eps, bias=bias_of(weight))
-
-    def _norm(self, x: Tensor, norm: Tensor, following: Linear) -> Tensor | Rounded:
-        """Of x [T, hidden], rounded to int8 where all weights behind it want that."""
-        if take_codes(following):
-            return Rounded(*rms_norm_int8(x, norm, eps=self.stack.norm.eps), None)
-        return rms_norm(x, norm, eps=self.stack.norm.eps)
+    def _join(self, x: Tensor, weight: Weight, residual: Tensor, norm: _Norm) -> tuple[Tensor | Rounded, Tensor]:
+        """(the norm of the new residual, the new residual = x @ weight.T + bias + residual), [T, hidden] both."""
+        parts = partial_sums(x, weight, card=self.card)
+        if parts is not None:
+            return norm.of_sum(parts, bias_of(weight), residual)
+        added = matmul(x, weight, residual=residual, card=self.card)
+        return norm(added), added
 
     def _gated(self, x: Tensor | Rounded, layer: Layer) -> Tensor:
         """silu(gate) * up, [T, intermediate]."""
@@ -126,11 +158,6 @@ class _Model:
         rows = x.codes if isinstance(x, Rounded) else x
         out = torch.empty((rows.shape[0], weight.N), dtype=self.stack.norm.weight.dtype, device=rows.device)
         return matmul(x, weight, out=out, card=self.card)
-
-
-def take_codes(weights: Linear) -> bool:
-    """Whether the norm before these weights is to be rounded to int8."""
-    return len(weights) > 0 and all(isinstance(weight, TritonWeight) and takes_codes(weight) for weight in weights)
 
 
 def bias_of(weight: Weight) -> Tensor | None:

@@ -80,6 +80,24 @@ def test_rounding_to_int8(add: bool, dtype: torch.dtype) -> None:
         assert bool(((codes - steps).abs() <= 0.5001).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_order_of_the_next_weight(dtype: torch.dtype) -> None:
+    """Results are those without a permutation, gathered by it."""
+    for rows, size in ((1, 16), (5, 300), (2, 1025), (0, 8)):
+        parts, bias = draw(3, rows, size, dtype=torch.float32), draw(size, dtype=torch.float32)
+        x, residual, weight = (draw(*shape, dtype=dtype) for shape in ((rows, size + 3), (rows, size), (size,)))
+        x, perm = x[:, 2 : size + 2], torch.randperm(size).to(DEVICE)
+        assert torch.equal(norm.rms_norm(x, weight, eps=1e-6, perm=perm), norm.rms_norm(x, weight, eps=1e-6)[:, perm])
+        codes, scales = norm.rms_norm_int8(x, weight, eps=1e-6, perm=perm)
+        plain, expected = norm.rms_norm_int8(x, weight, eps=1e-6)
+        assert torch.equal(codes, plain[:, perm]) and torch.equal(scales, expected)
+        for function in (norm.add_rms_norm, norm.add_rms_norm_int8):
+            normed, *rest = function(parts, residual, weight, eps=1e-6, bias=bias, perm=perm)
+            plain, *others = function(parts, residual, weight, eps=1e-6, bias=bias)
+            assert torch.equal(normed, plain[:, perm])
+            assert all(torch.equal(one, other) for one, other in zip(rest, others, strict=True))
+
+
 def test_rounding_of_zeros_to_int8() -> None:
     weight = torch.tensor([127.0, 0.4, 1.6, 2.4, -0.4, -2.6, -127.0, 0.0], device=DEVICE)
     codes, scales = norm.rms_norm_int8(torch.stack([torch.ones(8), torch.zeros(8)]).to(DEVICE), weight, eps=1e-30)
@@ -100,14 +118,20 @@ def test_what_does_not_fit() -> None:
     for bias in (weight.float()[:8], weight):
         with pytest.raises(ValueError, match="a bias"):
             norm.add_rms_norm(x.float()[None], x, weight, eps=1e-6, bias=bias)
+    for perm in (torch.arange(8, device=DEVICE), torch.arange(16, device=DEVICE).int()):
+        with pytest.raises(ValueError, match="a permutation"):
+            norm.rms_norm(x, weight, eps=1e-6, perm=perm)
     with pytest.raises(ValueError, match="16385"):
         norm.rms_norm(draw(1, 16385, dtype=torch.float16), draw(16385, dtype=torch.float16), eps=1e-6)
 
 
-def compilation(size: int, dtype: str, *, add: bool, splits: int = 1, quantize: bool = False, bias: bool = False) -> Compilation:
+def compilation(
+    size: int, dtype: str, *, add: bool, splits: int = 1, quantize: bool = False, bias: bool = False, perm: bool = False
+) -> Compilation:
     rows, block, warps = norm.tile(size)
     types = {"x": "*fp32" if splits > 1 else f"*{dtype}", "residual": f"*{dtype}", "weight": f"*{dtype}", "added": f"*{dtype}"}
     types |= {
+        "perm": "*i64",
         "bias": "*fp32",
         "out": "*i8" if quantize else f"*{dtype}",
         "scales": "*fp32",
@@ -117,7 +141,7 @@ def compilation(size: int, dtype: str, *, add: bool, splits: int = 1, quantize: 
     }
     types |= {f"{name}_stride": "i32" for name in ("outer", "inner", "split", "residual")} | {"eps": "fp32"}
     constants = {"SPLITS": splits, "ADD": add, "QUANTIZE": quantize, "ROWS": rows, "BLOCK": block}
-    absent = {"bias": bias, "residual": add, "added": add, "scales": quantize}
+    absent = {"bias": bias, "perm": perm, "residual": add, "added": add, "scales": quantize}
     constants |= {name: None for name, present in absent.items() if not present}
     types = {name: kind for name, kind in types.items() if name not in constants}
     targets = (75, 80, 86, 89, 90, 120) if dtype == "fp16" else (80, 90)
@@ -126,7 +150,8 @@ def compilation(size: int, dtype: str, *, add: bool, splits: int = 1, quantize: 
 
 def test_compilations() -> None:
     wanted = [compilation(size, "fp16", add=False) for size in (128, 4096, 16384)]
-    wanted += [compilation(size, "fp16", add=True, splits=8, bias=size == 4096) for size in (2048, 4096, 8192)]
+    wanted += [compilation(size, "fp16", add=True, splits=8, bias=size == 4096) for size in (2048, 4096, 8192, 16384)]
+    wanted += [compilation(4096, "fp16", add=True, splits=8, perm=True), compilation(4096, "fp16", add=False, perm=True)]
     wanted += [compilation(8192, "fp16", add=True, quantize=True)]
     wanted += [compilation(5120, "bf16", add=True, splits=4, quantize=True), compilation(4096, "fp32", add=True)]
     for report in compile_all(wanted):

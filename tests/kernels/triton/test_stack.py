@@ -198,12 +198,12 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-@pytest.mark.parametrize("name", ["plain", "activations in int8"])
+@pytest.mark.parametrize("name", ["plain", "activations in int8", "act-order and bytes"])
 @pytest.mark.usefixtures("split")
 def test_launches_of_a_decode_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten a layer, nine where a short context is not split, and one norm before the first; thirteen one by one.
 
-    Rounding to int8 is part of the norms, but takes a launch before o and before down.
+    Rounding to int8, and putting inputs in order, is part of the norms, but takes a launch before o and before down.
     """
     shape = SHAPES[name]
     rounds = 0 if shape.activation is None else 2
