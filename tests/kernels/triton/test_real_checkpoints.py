@@ -11,8 +11,10 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.ops import KVCache, Ops, PagedBatch
+from kernels.triton.kv import capability
 from kernels.triton.ops import make_ops
 from kernels.triton.weights import TritonWeight
+from kernels.tune import AMPERE
 from models.decoder import Decoder
 from models.loader import load_model
 from models.spec import ModelSpec
@@ -59,6 +61,8 @@ def log_probabilities(decoder: Decoder, prompt: list[int]) -> Tensor:
     ],
 )
 def test_log_probabilities(shared_data: Path, name: str, activation: str, bits: int, rounds: str | None, most: float) -> None:
+    if rounds and 0 < capability(torch.device(DEVICE)) < AMPERE:
+        pytest.skip("nothing is rounded on this card")
     folder = shared_data / "quantized" / name
     ours = load(folder, make_ops(torch.device(DEVICE)), activation)
     weight = ours.layers[0].down
@@ -70,5 +74,4 @@ def test_log_probabilities(shared_data: Path, name: str, activation: str, bits: 
         errors.append((found - torch.tensor(one["prompt_logprobs"][1:])).abs())
         if plain is not None:  # the reference rounds activations too
             assert (found - log_probabilities(plain, one["prompt_token_ids"])).abs().max() < 0.1
-    print(name, torch.cat(errors).mean(), torch.cat(errors).max())
     assert torch.cat(errors).mean() <= most
