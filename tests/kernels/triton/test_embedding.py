@@ -107,7 +107,7 @@ def compilation(dtype: str, bits: int, targets: tuple[int, ...], *, signed: bool
             "kernels.triton.embedding:_embedding", types, {"BLOCK": kernels.BLOCK}, num_warps=kernels.WARPS, targets=targets
         )
     words = "*i16" if not signed else "*i8" if bits == 8 else "*u8"
-    types |= {"words": words, "params": "*i32", "padded": "i32", "tiles": "i32"}
+    types |= {"words": words, "scaling": "*i32", "padded": "i32", "tiles": "i32"}
     constants: dict[str, Any] = {
         "BITS": bits,
         "SLICES": 4 if bits == 4 else 1,
