@@ -1,0 +1,216 @@
+"""What an instruction computes, by its name: the types of its operands and its result, and a function of decoded arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.emulator.numbers import FLOATS, FP8, INTEGERS, Array, from_fp8, size, to_fp8
+
+MODIFIERS = {"rn", "ftz", "approx", "full", "lo", "hi", "wide", "NaN", "rzi", "rni", "rmi", "rpi", "sat", "satfinite"}
+COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+}  # fmt: skip
+UNARY: dict[str, Callable[[Array], Array]] = {
+    "neg": np.negative, "abs": np.abs, "not": np.invert, "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt,
+    "rcp": lambda a: 1 / a, "rsqrt": lambda a: 1 / np.sqrt(a), "mov": lambda a: a, "cvta": lambda a: a,
+}  # fmt: skip
+BINARY: dict[str, Callable[[Array, Array], Array]] = {
+    "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+
+
+class Meaning(NamedTuple):
+    inputs: Sequence[str]
+    output: str
+    compute: Callable[..., Array]
+
+
+def meaning(name: Sequence[str]) -> Meaning:
+    """KeyError for an instruction that is not known."""
+    what, kind = name[0], name[-1]
+    modifiers = set(name[1:-1])
+    if what in ("setp", "cvt", "selp", "shl", "shr", "bfe", "bfi", "popc", "clz", "lop3", "prmt"):
+        return SPECIAL[what](name)
+    unknown = modifiers - MODIFIERS - {"to", "global"}
+    if unknown:
+        raise KeyError(f"{'.'.join(name)}: {unknown}")
+    if what in UNARY:
+        return Meaning([kind], kind, UNARY[what])
+    if what in BINARY:
+        return Meaning([kind] * 2, kind, BINARY[what])
+    if what in ("min", "max"):
+        return Meaning([kind] * 2, kind, _extreme(what, kind, "NaN" in modifiers))
+    if what in ("div", "rem"):
+        return Meaning([kind] * 2, kind, np.divide if kind in FLOATS else _divide if what == "div" else np.fmod)
+    if what in ("mul", "mad", "fma"):
+        return _multiply(what, kind, modifiers)
+    raise KeyError(".".join(name))
+
+
+def _multiply(what: str, kind: str, modifiers: set[str]) -> Meaning:
+    if kind in FLOATS:
+        if what == "mul":
+            return Meaning([kind] * 2, kind, np.multiply)
+        return Meaning([kind] * 3, kind, lambda a, b, c: a * b + c)
+    bits = 8 * size(kind)
+    wide = f"{kind[0]}{2 * bits}" if "wide" in modifiers else kind
+
+    def product(a: Array, b: Array) -> Array:
+        if "hi" in modifiers:
+            return (a.astype(object) * b.astype(object) >> bits).astype(INTEGERS[kind])
+        return a.astype(INTEGERS[wide]) * b.astype(INTEGERS[wide])
+
+    if what == "mul":
+        return Meaning([kind] * 2, wide, product)
+    return Meaning([kind, kind, wide], wide, lambda a, b, c: product(a, b) + c)
+
+
+def _extreme(what: str, kind: str, with_nan: bool) -> Callable[[Array, Array], Array]:
+    if kind in FLOATS and not with_nan:
+        return np.fmin if what == "min" else np.fmax  # the number, where the other is none
+    return np.minimum if what == "min" else np.maximum
+
+
+def _divide(a: Array, b: Array) -> Array:
+    """Towards zero."""
+    found = a // b
+    return found + ((found < 0) & (found * b != a)).astype(found.dtype)
+
+
+def _setp(name: Sequence[str]) -> Meaning:
+    compare, kind = name[1], name[-1]
+    if set(name[2:-1]) - {"ftz"}:
+        raise KeyError(".".join(name))
+    if compare in ("nan", "num"):
+        return Meaning([kind] * 2, "pred", lambda a, b: (np.isnan(a) | np.isnan(b)) == (compare == "nan"))
+    if kind in FLOATS and compare.endswith("u") and compare not in COMPARISONS:  # true where one is no number
+        ordered = COMPARISONS[compare[:-1]]
+        return Meaning([kind] * 2, "pred", lambda a, b: ordered(a, b) | np.isnan(a) | np.isnan(b))
+    if kind in FLOATS and compare == "ne":
+        return Meaning([kind] * 2, "pred", lambda a, b: (a != b) & ~np.isnan(a) & ~np.isnan(b))
+    return Meaning([kind] * 2, "pred", COMPARISONS[compare])
+
+
+def _cvt(name: Sequence[str]) -> Meaning:
+    to, kind = name[-2], name[-1]
+    modifiers = set(name[1:-2])
+    if modifiers - MODIFIERS:
+        raise KeyError(".".join(name))
+    if to in ("f16x2", "bf16x2") and kind == "f32":
+        return Meaning(["f32", "f32"], to, lambda high, low: np.stack(np.broadcast_arrays(low, high)))
+    if kind[:4] in FP8 and to == "f16x2":
+        return Meaning(["b16"], to, lambda a: from_fp8(np.stack([a & 255, a >> 8]).astype("u1"), kind[:4]))
+    if to[:4] in FP8 and kind == "f32":
+        return Meaning(["f32", "f32"], "b16", lambda high, low: to_fp8(low, to[:4]) | to_fp8(high, to[:4]).astype("u2") << 8)
+    if to in INTEGERS and kind in FLOATS:
+        rounding = np.rint if "rni" in modifiers else np.floor if "rmi" in modifiers else np.trunc
+        return Meaning([kind], to, lambda a: _saturate(rounding(a), INTEGERS[to]))
+    if to in INTEGERS:
+        if "sat" in modifiers:
+            raise KeyError(".".join(name))
+        return Meaning([kind], to, lambda a: a.astype(INTEGERS[to]))
+    if kind in INTEGERS:
+        return Meaning([kind], to, lambda a: a.astype("f8"))
+    whole = np.rint if "rni" in modifiers else None
+    return Meaning([kind], to, lambda a: a if whole is None else whole(a))
+
+
+def _saturate(value: Array, kind: np.dtype) -> Array:
+    limits = np.iinfo(kind)
+    clipped = np.where(np.isnan(value), 0, np.clip(value, float(limits.min), float(limits.max)))
+    found = clipped.astype(kind)
+    return np.where(clipped >= float(limits.max), limits.max, found).astype(kind)
+
+
+def _shift(name: Sequence[str]) -> Meaning:
+    kind = name[-1]
+    bits = 8 * size(kind)
+
+    def shift(a: Array, by: Array) -> Array:
+        far, by = by >= bits, np.minimum(by, bits - 1).astype(a.dtype)
+        if name[0] == "shl":
+            return np.where(far, np.zeros((), a.dtype), a << by)
+        return np.where(far, a >> np.array(bits - 1, a.dtype) if a.dtype.kind == "i" else np.zeros((), a.dtype), a >> by)
+
+    return Meaning([kind, "u32"], kind, shift)
+
+
+def _field(name: Sequence[str]) -> Meaning:
+    """Bits of a from a place on, so many; with the sign of the last for signed ones."""
+    kind = name[-1]
+    bits = 8 * size(kind)
+
+    def extract(a: Array, place: Array, count: Array) -> Array:
+        place, count = place & 255, count & 255
+        left = np.maximum(bits - count.astype("i8") - place, 0).astype(a.dtype)
+        moved = (a << left) >> np.minimum(left.astype("i8") + place, bits - 1).astype(a.dtype)
+        return np.where(count == 0, np.zeros((), a.dtype), moved)
+
+    return Meaning([kind, "u32", "u32"], kind, extract)
+
+
+def _insert(name: Sequence[str]) -> Meaning:
+    kind = name[-1]
+
+    def insert(a: Array, b: Array, place: Array, count: Array) -> Array:
+        chosen = ((np.uint64(1) << count.astype("u8")) - np.uint64(1)) << place.astype("u8")
+        return ((b & ~chosen) | ((a.astype("u8") << place.astype("u8")) & chosen)).astype(b.dtype)
+
+    return Meaning([kind, kind, "u32", "u32"], kind, insert)
+
+
+def _lop3(name: Sequence[str]) -> Meaning:
+    def lop3(a: Array, b: Array, c: Array, table: Array) -> Array:
+        found, bits = np.zeros((), "u4"), int(table)
+        for i in range(8):
+            if bits >> i & 1:
+                found = found | ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c))
+        return found
+
+    return Meaning(["b32", "b32", "b32", "b32"], "b32", lop3)
+
+
+def _prmt(name: Sequence[str]) -> Meaning:
+    def prmt(a: Array, b: Array, selector: Array) -> Array:
+        both, found = a.astype("u8") | b.astype("u8") << np.uint64(32), np.zeros((), "u8")
+        for i in range(4):
+            code = (selector >> np.uint32(4 * i)).astype("u8")
+            byte = both >> ((code & np.uint64(7)) * np.uint64(8)) & np.uint64(255)
+            byte = np.where(code & np.uint64(8), np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0)), byte)
+            found = found | byte << np.uint64(8 * i)
+        return found.astype("u4")
+
+    return Meaning(["b32", "b32", "b32"], "b32", prmt)
+
+
+def _count(name: Sequence[str]) -> Meaning:
+    kind = name[-1]
+
+    def count(a: Array) -> Array:
+        ones = np.zeros(a.shape, "u4")
+        for i in range(8 * a.dtype.itemsize):
+            ones += (a >> np.array(i, a.dtype) & np.array(1, a.dtype)).astype("u4")
+        return ones
+
+    if name[0] == "clz":
+        raise KeyError(".".join(name))
+    return Meaning([kind], "u32", count)
+
+
+SPECIAL: dict[str, Callable[[Sequence[str]], Meaning]] = {
+    "setp": _setp,
+    "cvt": _cvt,
+    "selp": lambda name: Meaning([name[-1], name[-1], "pred"], name[-1], lambda a, b, p: np.where(p, a, b)),
+    "shl": _shift,
+    "shr": _shift,
+    "bfe": _field,
+    "bfi": _insert,
+    "popc": _count,
+    "clz": _count,
+    "lop3": _lop3,
+    "prmt": _prmt,
+}

@@ -1,0 +1,219 @@
+"""One block of threads that executes a Program in lockstep: registers are arrays with an element for each thread.
+
+Threads may part at branches: those that are furthest behind go on until the others are reached. Shared memory begins as garbage,
+asynchronous copies arrive when they are waited for and not before, and an access outside the kernel's tensors, or one that is not
+aligned, is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from tests.emulator.program import Instruction, Program
+
+Array = np.ndarray
+Execute = Callable[["Block"], None]
+UNSIGNED = {0: np.dtype(bool), 1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
+SHARED_GARBAGE = 0xFF  # NaN in every float type
+WARP = 32
+FIRST = 4096  # no address below it is anybody's
+
+
+class _Everything:
+    """All memory of this process beyond FIRST, as numpy sees other libraries' arrays."""
+
+    def __init__(self, size: int) -> None:
+        shape = ((1 << 47) // size - FIRST,)
+        self.__array_interface__ = {"data": (FIRST, False), "shape": shape, "typestr": f"<u{size}", "version": 3}
+
+
+HOST = {size: np.asarray(_Everything(size)) for size in (1, 2, 4, 8)}
+
+
+class EmulatorError(RuntimeError):
+    """A kernel did what a card would not have let it do, or what is not understood here."""
+
+
+class Ranges:
+    """Memory that a kernel may touch."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        ordered = sorted(ranges)
+        self.starts = np.array([start for start, _ in ordered], dtype=np.int64)
+        self.stops = np.array([stop for _, stop in ordered], dtype=np.int64)
+
+    def check(self, addresses: Array, size: int, instruction: Instruction) -> None:
+        place = np.searchsorted(self.starts, addresses, side="right") - 1
+        inside = (place >= 0) & (addresses + size <= self.stops[place])
+        if not inside.all():
+            raise EmulatorError(f"{int((~inside).sum())} threads leave the kernel's tensors: {instruction}")
+        if (addresses % size).any():
+            raise EmulatorError(f"addresses are not multiples of {size}: {instruction}")
+
+
+class Block:
+    """The threads of one block, at some point of the program."""
+
+    def __init__(
+        self,
+        program: Program,
+        code: Sequence[Execute],
+        values: Mapping[str, int],
+        *,
+        threads: int,
+        place: tuple[int, int, int],
+        grid: tuple[int, int, int],
+        shared: int,
+        ranges: Ranges,
+    ) -> None:
+        self.program, self.code, self.values, self.threads, self.ranges = program, code, values, threads, ranges
+        self.registers: dict[str, Array] = {}
+        self.memory = np.full(-(-shared // 16) * 16 + 16, SHARED_GARBAGE, dtype=np.uint8)
+        self.shared = {size: self.memory.view(f"u{size}") for size in (1, 2, 4, 8)}
+        lane = np.arange(threads, dtype=np.uint32)
+        self.special = {"%tid.x": lane, "%laneid": lane % WARP, "%ntid.x": np.uint32(threads), "%warpid": lane // WARP}
+        for axis, at, size in zip("xyz", place, grid, strict=True):
+            self.special[f"%ctaid.{axis}"], self.special[f"%nctaid.{axis}"] = np.uint32(at), np.uint32(size)
+        self.active: Array | None = None  # None: all threads
+        self.pc = 0
+        self._places: Array | None = None  # of threads that have parted
+        self._alive = np.ones(threads, dtype=bool)
+        self._copies: list[Callable[[], None]] = []
+        self._groups: list[list[Callable[[], None]]] = []
+
+    def run(self) -> None:
+        """To the end of all threads."""
+        with np.errstate(all="ignore"):
+            while self._alive.any():
+                self._turn()
+
+    def _turn(self) -> None:
+        if self._places is None:
+            at = self.pc
+            self.pc = at + 1
+            self.code[at](self)
+            return
+        at = int(self._places[self._alive].min())
+        self.active = self._alive & (self._places == at)
+        self.pc = at + 1
+        self._places[self.active] = at + 1
+        self.code[at](self)
+        alive = self._places[self._alive]
+        if self._alive.all() and (alive == alive[0]).all():
+            self.pc, self._places, self.active = int(alive[0]), None, None
+
+    def mask(self, guard: str, negated: bool) -> Array | None:
+        """Threads that execute an instruction; None: all."""
+        if not guard:
+            return self.active
+        chosen = ~self.registers[guard] if negated else self.registers[guard]
+        if self.active is not None:
+            chosen = chosen & self.active
+        return None if chosen.all() else chosen
+
+    def branch(self, mask: Array | None, target: int) -> None:
+        if self._places is None and (mask is None or not mask.any()):
+            self.pc = target if mask is None else self.pc
+            return
+        if self._places is None:
+            self._places = np.full(self.threads, self.pc)
+        self._places[slice(None) if mask is None else mask] = target
+
+    def end(self, mask: Array | None) -> None:
+        if self._places is None:
+            self._places = np.full(self.threads, self.pc)
+        self._alive[slice(None) if mask is None else mask] = False
+
+    def read(self, operand: str, kind: np.dtype) -> Array:
+        """An operand, of which as many bytes count as ``kind`` has; one value for all threads is a scalar."""
+        register = self.registers.get(operand)
+        if register is None:
+            return self._constant(operand, kind)
+        if register.dtype.itemsize == kind.itemsize:
+            return register.view(kind)
+        return register.astype(UNSIGNED[kind.itemsize]).view(kind)
+
+    def _constant(self, operand: str, kind: np.dtype) -> Array:
+        if operand in self.special:
+            return self.special[operand].astype(UNSIGNED[kind.itemsize]).view(kind)
+        if operand in self.program.sizes:  # never written: garbage
+            size = self.program.sizes[operand]
+            self.registers[operand] = np.full(self.threads, 0 if size == 0 else (1 << 8 * size) - 1, dtype=UNSIGNED[size])
+            return self.read(operand, kind)
+        if operand in self.program.shared:
+            return np.zeros((), dtype=kind)
+        bits = int(operand[2:], 16) if operand[:2] in ("0f", "0d") else None
+        if bits is not None:
+            return np.array(bits, dtype=UNSIGNED[4 if operand[1] == "f" else 8]).view(kind)
+        if kind.kind == "f":
+            return np.array(float(operand), dtype=kind)
+        return np.array(int(operand.rstrip("U"), 0) & ((1 << 8 * kind.itemsize) - 1), dtype=UNSIGNED[kind.itemsize]).view(kind)
+
+    def write(self, name: str, value: Array, mask: Array | None) -> None:
+        """Into a register: narrower numbers are widened as their kind says."""
+        if name == "_":
+            return
+        storage = UNSIGNED[self.program.sizes[name]]
+        if value.dtype.itemsize == storage.itemsize:
+            value = value.view(storage)
+        elif value.dtype.kind == "i":
+            value = value.astype(f"i{storage.itemsize}").view(storage)
+        else:
+            value = value.view(UNSIGNED[value.dtype.itemsize]).astype(storage)
+        if mask is None:
+            self.registers[name] = np.broadcast_to(value, self.threads).copy() if value.ndim == 0 else value
+        else:
+            before = self.registers.get(name)
+            before = np.full(self.threads, np.iinfo(storage).max if storage.kind == "u" else False) if before is None else before
+            self.registers[name] = np.where(mask, value, before).astype(storage)
+
+    def address(self, operand: str) -> Array:
+        base, _, offset = operand[1:-1].partition("+")
+        wide = self.program.sizes.get(base, 4) == 8
+        return np.broadcast_to(self.read(base, np.dtype("u8" if wide else "u4")).astype(np.int64) + int(offset, 0), self.threads)
+
+    def load(self, space: str, addresses: Array, size: int, mask: Array | None, instruction: Instruction) -> Array:
+        """``size`` bytes for each thread, 0 for those that do not take part."""
+        if mask is not None:
+            found = np.zeros(self.threads, dtype=UNSIGNED[size])
+            found[mask] = self._load(space, addresses[mask], size, instruction)
+            return found
+        return self._load(space, addresses, size, instruction)
+
+    def _load(self, space: str, addresses: Array, size: int, instruction: Instruction) -> Array:
+        if space == "global":
+            self.ranges.check(addresses, size, instruction)
+            return HOST[size][(addresses - FIRST) // size]
+        self._inside(addresses, size, instruction)
+        return self.shared[size][addresses // size]
+
+    def store(self, space: str, addresses: Array, value: Array, mask: Array | None, instruction: Instruction) -> None:
+        size = value.dtype.itemsize
+        value = np.broadcast_to(value.view(UNSIGNED[size]), self.threads)
+        if mask is not None:
+            addresses, value = addresses[mask], value[mask]
+        if space == "global":
+            self.ranges.check(addresses, size, instruction)
+            HOST[size][(addresses - FIRST) // size] = value
+        else:
+            self._inside(addresses, size, instruction)
+            self.shared[size][addresses // size] = value
+
+    def _inside(self, addresses: Array, size: int, instruction: Instruction) -> None:
+        if addresses.size and (addresses.min() < 0 or addresses.max() + size > len(self.memory) or (addresses % size).any()):
+            raise EmulatorError(f"outside of shared memory, or not aligned: {instruction}")
+
+    def copy_later(self, copy: Callable[[], None]) -> None:
+        self._copies.append(copy)
+
+    def commit(self) -> None:
+        self._groups.append(self._copies)
+        self._copies = []
+
+    def wait(self, left: int) -> None:
+        """Until at most so many groups of copies are under way."""
+        while len(self._groups) > left:
+            for copy in self._groups.pop(0):
+                copy()

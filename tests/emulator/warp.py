@@ -1,0 +1,90 @@
+"""Instructions in which the 32 threads of a warp work together: matrices, shuffles, reductions. Arrays are [warps, 32]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tests.emulator.numbers import Array, from_fp8
+
+WARP = 32
+_lane = np.arange(WARP)
+GROUP, WITHIN = _lane // 4, _lane % 4  # a thread's row, and its place in it, in most matrices
+
+
+def spread(raw: Array, kind: str) -> Array:
+    """Numbers in registers: uint32 [warps, 32] -> [warps, 32, 2 or 4], the lowest bits first."""
+    if kind in ("f16", "bf16"):
+        halves = np.stack([raw.astype("u2"), (raw >> np.uint32(16)).astype("u2")], axis=-1)
+        return halves.view("f2").astype("f4") if kind == "f16" else (halves.astype("u4") << np.uint32(16)).view("f4")
+    four = np.stack([(raw >> np.uint32(8 * i)).astype("u1") for i in range(4)], axis=-1)
+    return (
+        four.view("i1").astype("i8") if kind == "s8" else four.astype("i8") if kind == "u8" else from_fp8(four, kind).astype("f4")
+    )
+
+
+def mma(shape: str, kind: str, a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:
+    """Registers of A [16, K] @ B [K, 8] + C [16, 8]; c and the result as float32 or int32, [warps, 32] each.
+
+    Layouts: the PTX manual's figures of m16n8k8 and k16 (two numbers a register), and k32 (four).
+    """
+    warps, each = a[0].shape[0], 4 if kind in ("s8", "u8", "e4m3", "e5m2") else 2
+    depth = int(shape.partition("k")[2])
+    total = np.float32 if kind not in ("s8", "u8") else np.int64
+    left, right = np.zeros((warps, 16, depth), total), np.zeros((warps, depth, 8), total)
+    offset = each * WITHIN
+    for i, register in enumerate(a):
+        values = spread(register, kind)
+        row, column = GROUP + 8 * (i % 2), offset + 4 * each * (i // 2)
+        for j in range(each):
+            left[:, row, column + j] = values[..., j]
+    for i, register in enumerate(b):
+        values = spread(register, kind)
+        for j in range(each):
+            right[:, offset + 4 * each * i + j, GROUP] = values[..., j]
+    found = np.einsum("wmk,wkn->wmn", left, right) if total is np.int64 else left @ right
+    result = []
+    for i, register in enumerate(c):
+        row, column = GROUP + 8 * (i // 2), 2 * WITHIN + i % 2
+        result.append((found[:, row, column] + register).astype(register.dtype))
+    return result
+
+
+def ldmatrix(lines: Array, count: int, transposed: bool) -> list[Array]:
+    """``count`` registers from rows of eight 16-bit numbers: lines uint16 [warps, 32, 8], one of each thread's address."""
+    registers = []
+    for i in range(count):
+        matrix = lines[:, 8 * i : 8 * i + 8]
+        if transposed:
+            matrix = matrix.transpose(0, 2, 1)
+        low, high = matrix[:, GROUP, 2 * WITHIN], matrix[:, GROUP, 2 * WITHIN + 1]
+        registers.append(low.astype("u4") | high.astype("u4") << np.uint32(16))
+    return registers
+
+
+def shuffle(mode: str, value: Array, by: Array, clamp: Array) -> tuple[Array, Array]:
+    """(what each thread gets, whether it came from within its segment)."""
+    segment, most = (clamp >> 8 & 31).astype("i8"), (clamp & 31).astype("i8")
+    first, by = _lane & segment, by.astype("i8") & 31
+    last = first | (most & ~segment)
+    if mode == "up":
+        source, inside = _lane - by, _lane - by >= last
+    elif mode == "down":
+        source, inside = _lane + by, _lane + by <= last
+    elif mode == "bfly":
+        source, inside = _lane ^ by, (_lane ^ by) <= last
+    else:
+        source, inside = first | (by & ~segment), (first | (by & ~segment)) <= last
+    source = np.broadcast_to(np.where(inside, source, _lane), value.shape)
+    return np.take_along_axis(value, source, axis=1), np.broadcast_to(inside, value.shape)
+
+
+def reduce(what: str, value: Array) -> Array:
+    """The same of all threads of a warp, for each."""
+    functions = {"add": np.sum, "min": np.min, "max": np.max}
+    if what in ("and", "or", "xor"):
+        found = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[what].reduce(value, axis=1, keepdims=True)
+    else:
+        found = functions[what](value, axis=1, keepdims=True).astype(value.dtype)  # type: ignore[operator]
+    return np.broadcast_to(found, value.shape).copy()
