@@ -54,14 +54,17 @@ def choose(
 
 
 def _few(rows: int, outputs: int, inputs: int, multiprocessors: int, capability: int) -> Launch:
-    """The weight is read once, whatever is done, so programs are small and many."""
+    """The weight is read once, whatever is done, so programs are small and many.
+
+    Tiles of 64 rows multiply more than they read: they fill the card once, with as many parts as the memory plan has room for.
+    """
     block_m = next(m for m in (16, 32, 64) if rows <= m or m == 64)
-    block_n, warps, stages = TILE, 8 if block_m == 64 else 4, 4 if block_m == 16 else 3
+    block_n, warps, stages = TILE, 8 if block_m == 64 and not tall(capability) else 4, 4 if block_m == 16 else 3
     if capability < AMPERE and block_m > 16:  # no asynchronous copies: what is under way waits in registers
         block_n, warps = 64 if block_m == 64 else TILE, 8
-    programs = -(-outputs // block_n) * -(-rows // block_m)
-    split, most = 1, min(MAX_SPLIT, max(1, inputs // (2 * TILE)))
-    while block_m < 64 and 2 * split <= most and programs * split < 2 * multiprocessors:
+    programs, enough = -(-outputs // block_n) * -(-rows // block_m), multiprocessors if block_m == 64 else 2 * multiprocessors
+    split, most = 1, min(MAX_SPLIT, max(1, inputs // (2 * TILE)), SPLIT_ROWS // rows)
+    while 2 * split <= most and programs * split < enough:
         split *= 2
     return Launch(block_m, block_n, split, warps, stages)
 
@@ -70,12 +73,15 @@ def _many(rows: int, outputs: int, multiprocessors: int, capability: int) -> Lau
     """The largest tiles that fill the card once, of those that fit registers (tests compile them)."""
     if expands(rows, capability):
         return Launch(TILE, TILE, 1, 8, 1, slab=True)
-    tall = capability >= HOPPER and capability < CONSUMER  # a product of 128 rows is one instruction of four warps there
-    sizes = [(128, 128, 8), (128, 64, 8)] if tall else [(64, 128, 8)]
-    for block_m, block_n, warps in sizes:
+    for block_m, block_n, warps in [(128, 128, 8), (64, 128, 4)] if tall(capability) else [(64, 128, 8)]:
         if -(-rows // block_m) * -(-outputs // block_n) >= multiprocessors:
             return Launch(block_m, block_n, 1, warps, 3, GROUP)
     return Launch(64, 64, 1, 4, 3, GROUP)
+
+
+def tall(capability: int) -> bool:
+    """Whether four warps multiply 64 rows by one instruction, with half the instructions of eight warps for a weight."""
+    return HOPPER <= capability < CONSUMER
 
 
 def expands(rows: int, capability: int) -> bool:

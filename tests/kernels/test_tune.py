@@ -102,6 +102,8 @@ def test_the_rule() -> None:
 
     assert [rule(rows).block_m for rows in (1, 16, 17, 32, 33, 64)] == [16, 16, 32, 32, 64, 64]
     assert rule(1).split == 8 and rule(1, outputs=1 << 20).split == 1
+    assert [rule(rows).split for rows in (16, 32, 33, 64)] == [8, 8, 4, 4] and rule(64, outputs=28672).split == 1
+    assert [rule(64, capability=capability).warps for capability in (80, 86, 90, 100, 120)] == [8, 8, 4, 4, 8]
     for rows in range(2, 300):
         assert rule(rows).split == 1 or rule(rows).split * rows <= SPLIT_ROWS
     assert rule(65).group and not rule(64).group
