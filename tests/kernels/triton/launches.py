@@ -152,6 +152,9 @@ class Cases:
             for rows in sizes:
                 yield f"{kind}, {self.name}, {rows} row{'s' * (rows > 1)}"
                 matmul.matmul(empty(rows, HIDDEN, dtype=self.dtype), packed, card=self.card)
+        packed = weights.pack(weight(HIDDEN, HIDDEN, 4, 128), dtype=self.dtype)
+        yield f"layer, 4 bits, groups of 128, {self.name}, 256 rows, sums in float16 where they are faster"
+        matmul.matmul(empty(256, HIDDEN, dtype=self.dtype), packed, card=self.card._replace(half=True))
         gated = weights.pack(weight(2 * INNER, HIDDEN, 4, 128), dtype=self.dtype, gated=True)
         for rows in (1, 2048):
             yield f"SiLU and multiply, {self.name}, {rows} row{'s' * (rows > 1)}"
