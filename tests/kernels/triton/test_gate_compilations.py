@@ -28,13 +28,13 @@ def items(one: Compilation) -> int:
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple[str, int], tuple[Compilation, Report]]:
-    """By title and architecture: products of one row, and of 64 where these are wgmma."""
+    """By title and architecture: products of one row, and on two cards of 32 and 64."""
     titles = {f"{kind}, {dtype}, 1 row" for kind in LIMITS for dtype in ("fp16", "bf16")}
-    wide = {f"{kind}, fp16, 64 rows" for kind in LIMITS}
+    more = {f"{kind}, fp16, {rows} rows" for kind in LIMITS for rows in (32, 64)}
     wanted = [
         one
         for one in recorded(*TARGETS)
-        if one.kernel.endswith("tiled:product") and (one.case in titles or (one.targets == (90,) and one.case in wide))
+        if one.kernel.endswith("tiled:product") and (one.case in titles or (one.targets[0] in (89, 90) and one.case in more))
     ]
     return {(one.case, one.targets[0]): (one, report) for one, report in zip(wanted, compile_all(wanted), strict=True)}
 
@@ -48,7 +48,9 @@ def test_loops_over_weights(kind: str, compiled: dict[tuple[str, int], tuple[Com
         for target in TARGETS:
             title = f"{kind}, {dtype}, 1 row"
             one, report = compiled[title, target]
-            assert report.fits and report.turns and report.stack == 0 and report.registers <= 160, report
+            assert report.fits and report.turns and report.stack == 0 and report.registers <= (160 if "of 32" in kind else 128), (
+                report
+            )
             assert report.per_weight(items(one)) <= limit, report
             copied = sum(n for name, n in report.loop.items() if name.startswith("LDGSTS") and name.endswith("128"))
             whole = items(one) * one.constants["BITS"] // 128  # copies of 16 bytes that bring a thread's weights
@@ -59,8 +61,17 @@ def test_loops_over_weights(kind: str, compiled: dict[tuple[str, int], tuple[Com
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_many_rows_take_products_of_warp_groups(compiled: dict[tuple[str, int], tuple[Compilation, Report]]) -> None:
-    found = [report for (title, target), (_, report) in compiled.items() if title.endswith("64 rows")]
-    assert len(found) == 2
-    for report in found:
-        assert report.count("HGMMA") and report.count("LDGSTS") and report.fits and report.stack == 0, report
+def test_more_rows(compiled: dict[tuple[str, int], tuple[Compilation, Report]]) -> None:
+    """Weights stay in registers, except where products take them from shared memory: with wgmma, from 64 rows on.
+
+    Scales of groups are loaded where they are used if eight warps share 128 of them: the compiler copies no less than 4 bytes.
+    """
+    found = {case: report for case, (_, report) in compiled.items() if case[0].endswith("rows")}
+    assert len(found) == 8
+    for (title, target), report in found.items():
+        assert report.fits and report.stack == 0 and report.count("LDGSTS"), report
+        assert report.count("I2F", "LDS.U8", "LDG.E.U8") == 0, report
+        if target == 90 and title.endswith("64 rows"):
+            assert report.count("HGMMA") and not report.count("HMMA"), report
+        else:
+            assert report.count("HMMA") and report.count("LDSM") and report.count("STS") == 0, report
