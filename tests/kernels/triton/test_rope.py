@@ -64,8 +64,8 @@ def test_rope_store(size: int, rotary: int, normed: str, dtype: torch.dtype) -> 
     assert torch.equal(wide, before)  # nothing beside q
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("size", "rotary"), [(64, 64), (48, 48), (80, 20), (18, 4)])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("size", "rotary"), [(48, 48), (80, 20), (18, 4)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_partial_sums(size: int, rotary: int, biased: bool, dtype: torch.dtype) -> None:
     """What a product that adds them up itself would have handed over, to the last bit."""
@@ -226,11 +226,13 @@ def compilation(
 
 
 def test_compilations() -> None:
-    wanted = [compilation("fp16", "fp16", size=128, rotary=128, normed=normed) for normed in (False, True)]
-    wanted += [compilation("fp16", cache, size=128, rotary=128, normed=True) for cache in ("e4m3", "i8")]
+    wanted = [compilation("fp16", "fp16", size=128, rotary=128, normed=True)]
+    wanted.append(compilation("fp16", "fp16", size=128, rotary=128, normed=True, splits=8, bias=True))
+    few = [compilation("fp16", cache, size=128, rotary=128, normed=cache != "fp16") for cache in ("fp16", "e4m3", "i8")]
+    few.append(compilation("fp16", "fp16", size=128, rotary=128, normed=False, splits=8))
+    wanted += [replace(one, targets=(75, 89, 90)) for one in few]
     wanted.append(compilation("bf16", "bf16", size=96, rotary=32, normed=True))
     wanted.append(compilation("bf16", "e5m2", size=80, rotary=80, normed=False))
-    wanted += [compilation("fp16", "fp16", size=128, rotary=128, normed=bias, splits=8, bias=bias) for bias in (False, True)]
     wanted.append(compilation("bf16", "e4m3", size=96, rotary=32, normed=True, splits=4))
     for report in compile_all(wanted):
         assert report.fits and report.stack == 0, report
