@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.triton.aot import hot_loop
 from tests.kernels.triton.cards import CARDS, occupancy
 from tests.kernels.triton.launches import kernel_names, recorded
 
@@ -35,6 +36,24 @@ def test_occupancy(target: int, used: dict[str, int], blocks: int, share: float,
     found = occupancy(target, **used)
     assert (found.blocks, found.warps, found.limit) == (blocks, blocks * used["warps"], limit)
     assert found.share == pytest.approx(share)
+
+
+def test_hot_loop() -> None:
+    """The longest of two loops, predicated instructions too; everything where no branch goes back."""
+    lines = [
+        "MOV R1, R2",
+        "@P0 LDG.E R3, [R4]",
+        "@!P1 BRA 0x10",
+        "HMMA.16816.F32 R8, R2",
+        "NOP",
+        "@UP0 BRA 0x10",
+        "BRA 0x60",
+        "EXIT",
+    ]
+    code = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
+    assert hot_loop(code) == ({"LDG.E": 1, "BRA": 2, "HMMA.16816.F32": 1}, True)
+    straight = code.replace("BRA 0x10", "BRA 0x70")
+    assert hot_loop(straight) == ({"MOV": 1, "LDG.E": 1, "BRA": 3, "HMMA.16816.F32": 1, "EXIT": 1}, False)
 
 
 def test_every_kernel_is_in_the_document() -> None:
