@@ -97,7 +97,7 @@ def _operand(x: Tensor | Rounded, weight: TritonWeight, norm: Norm | None, card:
 def _launch(weight: TritonWeight, x: Tensor | Rounded, card: Card) -> Launch:
     rows, outputs, inputs = _rows(x), weight.outputs, weight.K
     if weight.rounds is not None or isinstance(x, Rounded):
-        return rounded.launch_of(weight, rows, card.multiprocessors, card.capability)
+        return rounded.launch_of(weight, rows, card.multiprocessors)
     return choose(rows=rows, outputs=outputs, inputs=inputs, kind=f"w{weight.bits} {NAMES[x.dtype]}", **card._asdict())
 
 

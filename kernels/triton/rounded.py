@@ -12,7 +12,7 @@ from kernels.triton import eight, fp8
 from kernels.triton.norm import MAX_SIZE, rms_norm, rms_norm_int8
 from kernels.triton.quantize import Rounded, padded_rows, quantize, quantize_fp8
 from kernels.triton.weights import TILE, TritonWeight
-from kernels.tune import AMPERE, GROUP, MAX_SPLIT, MULTIPROCESSORS, Launch
+from kernels.tune import GROUP, MAX_SPLIT, MULTIPROCESSORS, SPLIT_ROWS, Launch
 
 SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 FP8_ROWS = 64  # so few are better off with the weight widened: it is read as fast, and activations stay as they are
@@ -24,33 +24,28 @@ def rounds_rows(weight: TritonWeight, rows: int, capability: int) -> bool:
     return weight.rounds is not None or (weight.fp8_rows and rows > FP8_ROWS and capability >= FP8_CARDS)
 
 
-def choose(
-    *, rows: int, outputs: int, inputs: int, whole: bool, multiprocessors: int = MULTIPROCESSORS, capability: int = AMPERE
-) -> Launch:
-    """As kernels.tune.choose, for sm_80 and later: few rows are split until the card is filled twice, many take large tiles.
+def choose(*, rows: int, outputs: int, inputs: int, whole: bool, multiprocessors: int = MULTIPROCESSORS) -> Launch:
+    """As kernels.tune.choose: few rows are split over the inputs until the card is filled, many take the largest tiles that do.
 
     whole: sums stay integers until the end, so that a thread has one sum for an output and room for tiles of 128 rows.
     """
-    largest = 128 if whole else 64
-    block_m = next(m for m in (16, 32, 64, 128) if rows <= m or m == largest)
-    programs = -(-outputs // TILE) * -(-rows // block_m)
-    split, most = 1, min(MAX_SPLIT, max(1, inputs // (2 * TILE)))
-    while block_m < 64 and 2 * split <= most and programs * split < 2 * multiprocessors:
+    if rows > 64:
+        for block_m in (128, 64) if whole else (64,):
+            if -(-rows // block_m) * -(-outputs // TILE) >= multiprocessors:
+                return Launch(block_m, TILE, 1, block_m // 16, 3, GROUP)
+        return Launch(64, 64, 1, 4, 3, GROUP)
+    block_m = next(m for m in (16, 32, 64) if rows <= m)
+    programs, enough = -(-outputs // TILE), multiprocessors if block_m == 64 else 2 * multiprocessors
+    split, most = 1, min(MAX_SPLIT, max(1, inputs // (2 * TILE)), SPLIT_ROWS // rows)
+    while 2 * split <= most and programs * split < enough:
         split *= 2
-    return Launch(block_m, TILE, split, 4 if block_m < 64 else 8, 4 if block_m == 16 else 3, GROUP)
+    return Launch(block_m, TILE, split, 4, 4 if block_m == 16 else 3, GROUP)
 
 
-def launch_of(weight: TritonWeight, rows: int, multiprocessors: int, capability: int) -> Launch:
+def launch_of(weight: TritonWeight, rows: int, multiprocessors: int) -> Launch:
     """What ``choose`` says of a weight."""
     whole = weight.rounds != "tile" and weight.params is not None and weight.params.shape[0] == 1
-    return choose(
-        rows=rows,
-        outputs=weight.outputs,
-        inputs=weight.K,
-        whole=whole,
-        multiprocessors=multiprocessors,
-        capability=capability,
-    )
+    return choose(rows=rows, outputs=weight.outputs, inputs=weight.K, whole=whole, multiprocessors=multiprocessors)
 
 
 def prepare(x: Tensor, weight: TritonWeight, norm: Norm | None = None) -> Rounded:

@@ -150,6 +150,9 @@ def test_launches() -> None:
     def choose(rows: int, outputs: int = 4096, inputs: int = 4096, whole: bool = True) -> Launch:
         return rounded.choose(rows=rows, outputs=outputs, inputs=inputs, whole=whole)
 
-    assert choose(1) == choose(16) and choose(1).split == 8 and choose(1, 128, 128).split == 1 == choose(1000).split
-    assert [choose(rows).block_m for rows in (16, 17, 33, 65)] == [16, 32, 64, 128]
-    assert [choose(rows, whole=False).block_m for rows in (16, 17, 33, 65)] == [16, 32, 64, 64]
+    assert choose(1) == choose(16) and choose(1).split == 8 and choose(1, 128, 128).split == 1
+    assert choose(64).split == 4 and choose(64, 28672).split == 1 == choose(65).split  # 256 rows of parts are planned
+    assert [choose(rows, 28672).block_m for rows in (16, 17, 33, 65)] == [16, 32, 64, 128]
+    assert [choose(rows, 28672, whole=False).block_m for rows in (16, 17, 33, 65)] == [16, 32, 64, 64]
+    tiles = [(one.block_m, one.block_n) for one in map(choose, (65, 256, 512))]
+    assert tiles == [(64, 64), (64, 128), (128, 128)]  # the largest that fill the card

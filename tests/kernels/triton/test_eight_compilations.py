@@ -43,9 +43,9 @@ def compilation(bits: int, token: bool, zeros: bool, whole: bool, launch: Launch
 
 def launches(whole: bool) -> list[Launch]:
     """Every kernel that ``choose`` can ask for, split or not where few rows can be either."""
-    sizes = [(rows, outputs) for rows in (1, 17, 33, 65) for outputs in (128, 128 * 1024)]
+    sizes = [(rows, outputs) for rows in (1, 17, 33, 65, 129) for outputs in (128, 128 * 64, 128 * 1024)]
     found = [choose(rows=rows, outputs=outputs, inputs=4096, whole=whole) for rows, outputs in sizes]
-    return list({(one.block_m, one.split > 1): one for one in found}.values())
+    return list({(one.block_m, one.block_n, one.split > 1): one for one in found}.values())
 
 
 def weights(launch: Launch) -> int:
