@@ -70,12 +70,11 @@ def _few(rows: int, outputs: int, inputs: int, multiprocessors: int, capability:
 
 
 def _many(rows: int, outputs: int, multiprocessors: int, capability: int) -> Launch:
-    """The largest tiles that fill the card once, of those that fit registers (tests compile them)."""
+    """The larger tiles where they fill the card once; yet larger ones would leave a multiprocessor one program at a time."""
     if expands(rows, capability):
         return Launch(TILE, TILE, 1, 8, 1, slab=True)
-    for block_m, block_n, warps in [(128, 128, 8), (64, 128, 4)] if tall(capability) else [(64, 128, 8)]:
-        if -(-rows // block_m) * -(-outputs // block_n) >= multiprocessors:
-            return Launch(block_m, block_n, 1, warps, 3, GROUP)
+    if -(-rows // 64) * -(-outputs // TILE) >= multiprocessors:
+        return Launch(64, TILE, 1, 4 if tall(capability) else 8, 3, GROUP)
     return Launch(64, 64, 1, 4, 3, GROUP)
 
 

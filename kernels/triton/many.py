@@ -27,12 +27,17 @@ SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 
 
 def multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, to: Tensor, launch: Launch, *, finished: bool) -> None:
-    """The product of x [M, K] (rows contiguous) into ``to`` [M, outputs], with bias and residual where it is ``finished``."""
+    """The product of x [M, K] (rows contiguous) into ``to`` [M, outputs].
+
+    Where it is ``finished`` with bias, residual, and gate: [M, N].
+    """
     assert weight.params is not None and weight.scale_dtype is not None
     rows, back, addend = x.shape[0], None, SCALES[x.dtype]
     if launch.half and weight.words.dtype != torch.uint16:  # not of FP8: no bound
         x, back = shrink(x)
-    product[(triton.cdiv(weight.outputs, launch.block_n) * triton.cdiv(rows, launch.block_m),)](
+    gated = weight.gated and finished
+    columns = triton.cdiv(weight.N, launch.block_n // 2) if gated else triton.cdiv(weight.outputs, launch.block_n)
+    product[(columns * triton.cdiv(rows, launch.block_m),)](
         x,
         weight.words,
         weight.params,
@@ -57,6 +62,7 @@ def multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, to: Tenso
         BM=launch.block_m,
         BN=launch.block_n,
         GROUP=launch.group,
+        GATED=gated,
         ADDEND=addend,
         HALF=back is not None,
         ASM=x.is_cuda,
@@ -88,17 +94,24 @@ def product(  # type: ignore[no-untyped-def]
     x, words, scaling, bias, residual, back, out,
     M, N, K, padded, tiles, x_stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, ADDEND: tl.constexpr,
-    HALF: tl.constexpr, ASM: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
+    ADDEND: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] of x [M, K]; constants as in tiled.product. ADDEND: the type of the addends in params.
+    """out [M, N] of x [M, K]; constants as in tiled.product. ADDEND: the type of the addends in scaling.
 
-    HALF: x is float16 in any case; the product's rows are multiplied by back [M].
+    GATED: out [M, N / 2] is silu(gate) * up; a program has the same outputs of both, side by side, as a product leaves neighbours
+    in one thread. HALF: x is float16 in any case; the product's rows are multiplied by back [M].
     """
+    WIDTH: tl.constexpr = BN // 2 if GATED else BN  # of a program's columns of out
     SUM: tl.constexpr = tl.float16 if HALF else tl.float32
     PLANE: tl.constexpr = 32  # inputs of a product
-    row_tile, column_tile = _place(M, N, BM, BN, GROUP)
-    row, column = row_tile * BM + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
+    width = N // 2 if GATED else N
+    row_tile, column_tile = _place(M, width, BM, WIDTH, GROUP)
+    row, lane = row_tile * BM + tl.arange(0, BM), tl.arange(0, BN)
+    if GATED:
+        column = tl.minimum(column_tile * WIDTH + lane // 2, width - 1) + lane % 2 * width
+    else:
+        column = column_tile * BN + lane
     inside = (row < M)[:, None]
     k = tl.arange(0, PLANE)
     x_at = x + row.to(tl.int64)[:, None] * x_stride + k[None, :]
@@ -146,10 +159,16 @@ def product(  # type: ignore[no-untyped-def]
         acc *= scale[None, :]
     if HALF:
         acc *= tl.load(back + row, mask=row < M, other=0.0)[:, None]
-    mask = inside & (column < N)[None, :]
-    at = row.to(tl.int64)[:, None] * N + column[None, :]
     if BIAS:
         acc += tl.load(bias + column, mask=column < N, other=0.0)[None, :]
+    if GATED:
+        gate, up = tl.split(tl.reshape(acc, (BM, WIDTH, 2)))
+        found = gate / (1.0 + tl.exp(-gate)) * up
+    else:
+        found = acc
+    to = column_tile * WIDTH + tl.arange(0, WIDTH)
+    mask = inside & (to < width)[None, :]
+    at = row.to(tl.int64)[:, None] * width + to[None, :]
     if RESIDUAL:
-        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+        found += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, found.to(out.dtype.element_ty), mask=mask)

@@ -121,6 +121,22 @@ def test_tiles_with_bias_and_residual(launch: Launch) -> None:
     assert error(out, wanted(x, weight)) < 2e-3
 
 
+@pytest.mark.parametrize("launch", [Launch(64, 128, 1, 8, 3, group=8), Launch(64, 64, 1, 4, 3, group=2, half=True)])
+@pytest.mark.parametrize(("bits", "outputs"), [(4, 130), (8, 254), (4, 2)])
+@pytest.mark.parametrize("more", [False, True])
+def test_tiles_with_a_gate(bits: int, outputs: int, more: bool, launch: Launch) -> None:
+    """Gate and up side by side in a tile, wherever up begins; the last columns of a tile are nobody's."""
+    rows, K = 67, 200
+    weight, x = random_weight(2 * outputs, K, bits=bits, group_size=64, seed=outputs), 3 * torch.randn(rows, K)
+    bias, residual = (torch.randn(2 * outputs), torch.randn(rows, outputs).half()) if more else (None, None)
+    packed = on_device(weight, dtype=torch.float16, bias=bias, gated=True)
+    out = torch.full((rows, outputs), float("nan"), device=DEVICE)
+    given = None if residual is None else residual.to(DEVICE)
+    many.multiply(x.half().to(DEVICE), packed, given, out, launch, finished=True)
+    options = {} if residual is None else {"residual": residual.float()}
+    assert error(out, wanted(x.half(), weight, bias=bias, gated=True, **options)) < (6e-3 if launch.half else 2e-3)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
     ("rows", "capability", "taken"), [(70, 89, "many"), (260, 89, "many"), (130, 90, "many"), (260, 90, "slab")]

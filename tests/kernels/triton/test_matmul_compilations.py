@@ -11,7 +11,9 @@ STACK = 32  # bytes: a value or two put aside before the loop of the largest til
 INTEGERS = ("M", "N", "K", "padded", "tiles", "x_stride")
 
 
-def compilation(bits: int, dtype: str, launch: Launch, *, slices: int = 1, targets: tuple[int, ...] = TARGETS) -> Compilation:
+def compilation(
+    bits: int, dtype: str, launch: Launch, *, slices: int = 1, gated: bool = False, targets: tuple[int, ...] = TARGETS
+) -> Compilation:
     """Split over the inputs where the launch is: float32 out, no epilogue."""
     if launch.slab:
         return expansion(bits, dtype, launch, slices, targets)
@@ -33,7 +35,12 @@ def compilation(bits: int, dtype: str, launch: Launch, *, slices: int = 1, targe
         "ASM": True,
     }
     if launch.group:
-        constants |= {"GROUP": launch.group, "HALF": launch.half, "ADDEND": "tl.float16" if dtype == "fp16" else "tl.bfloat16"}
+        constants |= {
+            "GROUP": launch.group,
+            "HALF": launch.half,
+            "GATED": gated,
+            "ADDEND": "tl.float16" if dtype == "fp16" else "tl.bfloat16",
+        }
         types, constants = (types | {"back": "*fp32"}, constants) if launch.half else (types, constants | {"back": None})
     return Compilation(
         "kernels.triton.many:product" if launch.group else "kernels.triton.tiled:product",
@@ -79,13 +86,14 @@ def test_every_launch_fits_every_card(bits: int) -> None:
 def test_large_tiles() -> None:
     """Enough instructions besides those of the tensor cores to keep these busy; on a card with wgmma they are that."""
     wanted = [
-        compilation(bits, "bf16", launch, targets=(target,))
+        compilation(bits, "bf16", launch, gated=gated, targets=(target,))
         for bits in (4, 8)
+        for gated in (False, True)
         for target in (89, 90)
         for launch in choices(target)
         if launch.group and launch.block_m * launch.block_n >= 64 * 128
     ]
-    assert len(wanted) >= 6
+    assert len(wanted) >= 12
     for one, report in zip(wanted, compile_all(wanted), strict=True):
         assert report.stack == 0 and report.count("I2F", "LDS.U8") == 0, report
         assert report.count("HGMMA") > 0 if report.target == 90 else report.count("STS") == 0, report
