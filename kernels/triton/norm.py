@@ -60,12 +60,8 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     split_stride,
     residual_stride,
     eps,
-    SPLITS: tl.constexpr,
-    ADD: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    SPLITS: tl.constexpr, ADD: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     dtype = weight.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)

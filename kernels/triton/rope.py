@@ -133,17 +133,9 @@ def _rope_store(  # type: ignore[no-untyped-def]
     head_stride,
     scale_block_stride,
     scale_token_stride,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    CODE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TILE_HEADS: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
-    REST_BLOCK: tl.constexpr,
-):
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    CODE: tl.constexpr, SPLITS: tl.constexpr, TILE_HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+):  # fmt: skip
     D: tl.constexpr = 2 * HALF + REST
     DTYPE: tl.constexpr = q_out.dtype.element_ty
     Q_TILES: tl.constexpr = (HEADS + TILE_HEADS - 1) // TILE_HEADS
