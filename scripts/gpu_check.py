@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = {"kernels": ["tests/kernels/triton/test_*.py"], "engine": ["tests/runtime/test_cuda.py"]}
 WITHOUT_A_CARD = ("compilations", "kernel_report")  # tests that need none, and run in every change's checks
 MINUTES, GRACE = 8.0, 40.0  # of a part, and seconds for what has begun
-AT_ONCE = 4  # test files, each in a process of its own: most of their time is compilation
+AT_ONCE = max(2, min(8, (os.cpu_count() or 4) // 2))  # test files, each in a process: most of their time is compilation
 Report = dict[str, Any]
 
 
