@@ -2,13 +2,12 @@
 
     install(80)          # before anything is launched, in a process whose kernels are not the interpreter's
 
-Tensors are the CPU's. A kernel may touch the memory of its arguments, and of what ``allow`` names, and nothing else.
+Tensors are the CPU's. A kernel may touch the memory of its arguments, and of caches in a table of addresses, and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
+from kernels.ops import KVCache
 from tests.emulator.instructions import build
 from tests.emulator.machine import Block, Execute, Ranges
 from tests.emulator.program import Program, parse
@@ -26,17 +26,7 @@ from tests.kernels.triton.cards import CARDS
 
 launches: dict[str, int] = {}
 """How often each kernel was launched."""
-_allowed: list[Tensor] = []
-
-
-@contextmanager
-def allow(*tensors: Tensor) -> Any:
-    """Memory that kernels reach by addresses they load."""
-    _allowed.extend(tensors)
-    try:
-        yield
-    finally:
-        del _allowed[len(_allowed) - len(tensors) :]
+_allowed: list[Tensor] = []  # what kernels reach by addresses that they load
 
 
 class Launcher:
@@ -144,8 +134,16 @@ def install(capability: int) -> Emulated:
     card = Emulated(capability)
     driver.set_active(card)
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment, misc]
-    from kernels.triton import attention, kv, weights
+    from kernels.triton import attention, copy, kv, weights
 
+    make = copy.CacheTable.of
+
+    def of(caches: Sequence[KVCache]) -> copy.CacheTable:
+        table = make(caches)
+        _allowed.extend(table.tensors)
+        return table
+
+    copy.CacheTable.of = staticmethod(of)  # type: ignore[method-assign, assignment]
     for module in (attention, kv, weights):
         module.capability = lambda device: capability  # type: ignore[attr-defined]
     return card

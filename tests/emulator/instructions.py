@@ -184,16 +184,81 @@ def _mma(instruction: Instruction) -> Execute:
     if parts[-4] != result or kind != parts[-3] or not shape.startswith("m16n8"):
         raise KeyError(".".join(parts))
     to, a, b, c = ((one,) if isinstance(one, str) else one for one in instruction.operands)
-    sums = np.dtype("f4" if result == "f32" else "i4")
-    if result not in ("f32", "s32"):
+    if result not in ("f32", "s32", "f16"):
         raise KeyError(".".join(parts))
+    sums = np.dtype("i4" if result == "s32" else "f4")
 
     def execute(block: Block) -> None:
         _whole(block, instruction)
         left, right = ([_warps(block, name) for name in names] for names in (a, b))
-        found = warp.mma(shape, kind, left, right, [_warps(block, name).view(sums) for name in c])
+        if result == "f16":  # two numbers a register
+            start = [part for name in c for part in np.moveaxis(warp.spread(_warps(block, name), "f16"), -1, 0)]
+        else:
+            start = [_warps(block, name).view(sums) for name in c]
+        found = warp.mma(shape, kind, left, right, start)
+        if result == "f16":
+            found = [encode(np.stack(pair), "f16x2") for pair in zip(found[::2], found[1::2], strict=True)]
         for name, value in zip(to, found, strict=True):
             block.write(name, value.reshape(-1), None)
+
+    return execute
+
+
+def _wgmma(instruction: Instruction) -> Execute:
+    """Four warps at once, on what lies in shared memory. Results are there at once: a wait that is missing is not seen."""
+    parts = instruction.name
+    if parts[1] != "mma_async":
+        return lambda block: None
+    to, a, b, keep, *rest = instruction.operands
+    shape, kind = next(part for part in parts if part.startswith("m64n")), parts[-1]
+    outputs, depth = int(shape[4:].partition("k")[0]), int(shape.partition("k")[2])
+    flips = [int(str(word)) for word in rest[2:]]  # behind the signs
+    by_registers, width = isinstance(a, tuple), 2 if kind in ("f16", "bf16") else 1
+    flip_a, flip_b = ([0, *flips] if by_registers else flips) or (0, 0)
+    if (rest[:2] not in ([], ["1", "1"])) or parts[-3] not in ("f32", "s32"):
+        raise KeyError(str(instruction))
+    total, sums = np.dtype("i8" if parts[-3] == "s32" else "f4"), np.dtype("i4" if parts[-3] == "s32" else "f4")
+
+    def matrices(block: Block, descriptors: str, outer: int, flipped: int) -> Array:
+        """[warpgroups, outer, depth]."""
+        found = []
+        for descriptor in np.broadcast_to(block.read(descriptors, np.dtype("u8")), block.threads)[:: 4 * WARP]:
+            places = warp.descriptor_places(int(descriptor), outer, depth, width, bool(flipped))
+            raw = block.shared[width][places // width]
+            found.append(decode(raw, kind) if width == 2 else warp.spread(raw.astype("u4"), kind)[..., 0])
+        return np.stack(found).astype(total)
+
+    def execute(block: Block) -> None:
+        _whole(block, instruction)
+        groups = block.threads // (4 * WARP)
+        if by_registers:
+            left = warp.fragment([_warps(block, name) for name in a], kind, depth, total).reshape(groups, 64, depth)
+        else:
+            left = matrices(block, str(a), 64, flip_a)
+        found = (left @ matrices(block, str(b), outputs, flip_b).transpose(0, 2, 1)).reshape(4 * groups, 16, outputs)
+        kept = _read(block, str(keep), "pred", storage("pred"))
+        for i, name in enumerate(to):
+            row, column = warp.GROUP + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * warp.WITHIN + i % 2
+            before = np.where(np.broadcast_to(kept, block.threads).reshape(-1, WARP), _warps(block, name).view(sums), 0)
+            block.write(name, (found[:, row, column] + before).astype(sums).reshape(-1), None)
+
+    return execute
+
+
+def _stmatrix(instruction: Instruction) -> Execute:
+    address, source = instruction.operands
+    names = source if isinstance(source, tuple) else (source,)
+    transposed = "trans" in instruction.name
+
+    def execute(block: Block) -> None:
+        _whole(block, instruction)
+        places = block.address(str(address)).reshape(-1, WARP)
+        for i, name in enumerate(names):
+            values = warp.spread_bits(_warps(block, name))
+            for j in range(2):
+                row, column = (2 * warp.WITHIN + j, warp.GROUP) if transposed else (warp.GROUP, 2 * warp.WITHIN + j)
+                at = places[:, 8 * i + row] + 2 * column
+                block.store("shared", at.reshape(-1), values[..., j].reshape(-1), None, instruction)
 
     return execute
 
@@ -265,6 +330,8 @@ def _nothing(instruction: Instruction) -> Execute:
 SPECIAL: dict[str, Callable[[Instruction], Execute]] = {
     "cp": _copy,
     "ldmatrix": _ldmatrix,
+    "stmatrix": _stmatrix,
+    "wgmma": _wgmma,
     "mma": _mma,
     "shfl": _shuffle,
     "redux": _reduce,

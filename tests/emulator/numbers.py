@@ -7,7 +7,7 @@ import torch
 
 Array = np.ndarray
 INTEGERS = {f"{a}{8 * n}": np.dtype(f"{b}{n}") for a, b in (("u", "u"), ("s", "i"), ("b", "u")) for n in (1, 2, 4, 8)}
-FLOATS = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4}
+FLOATS = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "f32x2": 8}
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
@@ -29,7 +29,8 @@ def decode(raw: Array, kind: str) -> Array:
     if kind in INTEGERS:
         return raw.view(INTEGERS[kind])
     if kind.endswith("x2"):
-        return decode(np.stack([raw.astype("u2"), (raw >> np.uint32(16)).astype("u2")]), kind[:-2])
+        half = storage(kind[:-2])
+        return decode(np.stack([raw.astype(half), (raw >> np.array(8 * half.itemsize, raw.dtype)).astype(half)]), kind[:-2])
     if kind == "bf16":
         return (raw.astype("u4") << np.uint32(16)).view("f4").astype("f8")
     return raw.view(f"f{FLOATS[kind]}").astype("f8")
@@ -42,8 +43,9 @@ def encode(value: Array, kind: str) -> Array:
     if kind in INTEGERS:
         return np.asarray(value).astype(INTEGERS[kind]).view(storage(kind))
     if kind.endswith("x2"):
-        low, high = (encode(half, kind[:-2]).astype("u4") for half in value)
-        return low | high << np.uint32(16)
+        whole = storage(kind)
+        low, high = (encode(half, kind[:-2]).astype(whole) for half in value)
+        return low | high << np.array(4 * whole.itemsize, whole)
     if kind == "bf16":
         bits = np.asarray(value).astype("f4").view("u4")
         rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)

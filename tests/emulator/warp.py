@@ -16,12 +16,17 @@ GROUP, WITHIN = _lane // 4, _lane % 4  # a thread's row, and its place in it, in
 def spread(raw: Array, kind: str) -> Array:
     """Numbers in registers: uint32 [warps, 32] -> [warps, 32, 2 or 4], the lowest bits first."""
     if kind in ("f16", "bf16"):
-        halves = np.stack([raw.astype("u2"), (raw >> np.uint32(16)).astype("u2")], axis=-1)
+        halves = spread_bits(raw)
         return halves.view("f2").astype("f4") if kind == "f16" else (halves.astype("u4") << np.uint32(16)).view("f4")
     four = np.stack([(raw >> np.uint32(8 * i)).astype("u1") for i in range(4)], axis=-1)
     return (
         four.view("i1").astype("i8") if kind == "s8" else four.astype("i8") if kind == "u8" else from_fp8(four, kind).astype("f4")
     )
+
+
+def spread_bits(raw: Array) -> Array:
+    """uint16 [warps, 32, 2], the lower half first."""
+    return np.stack([raw.astype("u2"), (raw >> np.uint32(16)).astype("u2")], axis=-1)
 
 
 def mma(shape: str, kind: str, a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:
@@ -31,24 +36,46 @@ def mma(shape: str, kind: str, a: Sequence[Array], b: Sequence[Array], c: Sequen
     """
     warps, each = a[0].shape[0], 4 if kind in ("s8", "u8", "e4m3", "e5m2") else 2
     depth = int(shape.partition("k")[2])
-    total = np.float32 if kind not in ("s8", "u8") else np.int64
-    left, right = np.zeros((warps, 16, depth), total), np.zeros((warps, depth, 8), total)
-    offset = each * WITHIN
-    for i, register in enumerate(a):
-        values = spread(register, kind)
-        row, column = GROUP + 8 * (i % 2), offset + 4 * each * (i // 2)
-        for j in range(each):
-            left[:, row, column + j] = values[..., j]
+    total = np.dtype("f4" if kind not in ("s8", "u8") else "i8")
+    left, right, offset = fragment(a, kind, depth, total), np.zeros((warps, depth, 8), total), each * WITHIN
     for i, register in enumerate(b):
         values = spread(register, kind)
         for j in range(each):
             right[:, offset + 4 * each * i + j, GROUP] = values[..., j]
-    found = np.einsum("wmk,wkn->wmn", left, right) if total is np.int64 else left @ right
+    found = left @ right
     result = []
     for i, register in enumerate(c):
         row, column = GROUP + 8 * (i // 2), 2 * WITHIN + i % 2
         result.append((found[:, row, column] + register).astype(register.dtype))
     return result
+
+
+def fragment(registers: Sequence[Array], kind: str, depth: int, total: np.dtype) -> Array:
+    """A [warps, 16, depth] of its registers."""
+    each = 4 if kind in ("s8", "u8", "e4m3", "e5m2") else 2
+    matrix = np.zeros((registers[0].shape[0], 16, depth), total)
+    for i, register in enumerate(registers):
+        values = spread(register, kind)
+        row, column = GROUP + 8 * (i % 2), each * WITHIN + 4 * each * (i // 2)
+        for j in range(each):
+            matrix[:, row, column + j] = values[..., j]
+    return matrix
+
+
+def descriptor_places(descriptor: int, outer: int, depth: int, width: int, transposed: bool) -> Array:
+    """Addresses [outer, depth] in shared memory of a matrix that a wgmma descriptor tells of, ``width`` bytes a number.
+
+    Not transposed: what lies side by side are numbers along ``depth``; transposed: those along ``outer``. Rows of eight lie in
+    atoms as wide as the swizzle; the XOR is that of the addresses themselves (PTX manual, "shared memory matrix layout").
+    """
+    start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    span = {1: 128, 2: 64, 3: 32, 0: 16}[descriptor >> 62 & 3]
+    n, k = np.arange(outer)[:, None], np.arange(depth)[None, :]
+    row, along = (k, n * width) if transposed else (n, k * width)
+    linear = start + row // 8 * stride + row % 8 * span + along // span * leading + along % span
+    if span == 16:
+        return linear
+    return linear ^ (linear >> 7 & span // 16 - 1) << 4
 
 
 def ldmatrix(lines: Array, count: int, transposed: bool) -> list[Array]:

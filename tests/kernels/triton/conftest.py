@@ -17,3 +17,4 @@ if EMULATED:
     driver.install(EMULATED)
 elif DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before kernels.triton is imported
+INTERPRETED = DEVICE == "cpu" and not EMULATED

@@ -13,7 +13,7 @@ from kernels import reference
 from kernels.ops import KVCache, Norm, PagedBatch
 from tests.kernels.paged import make_step
 from tests.kernels.triton.aot import TARGETS, Compilation, compile_all
-from tests.kernels.triton.conftest import DEVICE
+from tests.kernels.triton.conftest import DEVICE, INTERPRETED
 from tests.kernels.triton.tensors import DTYPES, EXACT, close, draw, poison  # noqa: F401
 
 import triton  # isort: skip  (after the conftest has chosen the interpreter)
@@ -68,7 +68,7 @@ def test_rope_store(size: int, rotary: int, normed: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize(("size", "rotary"), [(48, 48), (80, 20), (18, 4)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_partial_sums(size: int, rotary: int, biased: bool, dtype: torch.dtype) -> None:
-    """What a product that adds them up itself would have handed over, to the last bit."""
+    """What a product that adds them up itself would have handed over; in the interpreter, to the last bit."""
     heads, kv_heads = 5, 2
     batch, cache = step([(5, 2), (0, 3), (17, 1), (7, 0)], kv_heads=kv_heads, head_dim=size, dtype=dtype)
     width, other, table = (heads + 2 * kv_heads) * size, clone(cache), angles(rotary)
@@ -83,7 +83,7 @@ def test_partial_sums(size: int, rotary: int, biased: bool, dtype: torch.dtype) 
         close(found, expected, dtype)
         close(cache.k, other.k, dtype)
         close(cache.v, other.v, dtype)
-        if dtype in EXACT:
+        if dtype in EXACT and INTERPRETED:  # compilers join a multiplication and an addition here and not there
             pairs = ((found, expected), (cache.k, other.k), (cache.v, other.v))
             assert all(torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7)) for ours, theirs in pairs)
 
