@@ -7,7 +7,7 @@ Tensors are the CPU's. A kernel may touch the memory of its arguments, and of ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
-from kernels.ops import KVCache
 from tests.emulator.instructions import build
 from tests.emulator.machine import Block, Execute, Ranges
 from tests.emulator.program import Program, parse
@@ -136,14 +135,13 @@ def install(capability: int) -> Emulated:
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment, misc]
     from kernels.triton import attention, copy, kv, weights
 
-    make = copy.CacheTable.of
+    make = copy.CacheTable.__init__
 
-    def of(caches: Sequence[KVCache]) -> copy.CacheTable:
-        table = make(caches)
+    def init(table: copy.CacheTable, *args: Any, **fields: Any) -> None:
+        make(table, *args, **fields)
         _allowed.extend(table.tensors)
-        return table
 
-    copy.CacheTable.of = staticmethod(of)  # type: ignore[method-assign, assignment]
+    copy.CacheTable.__init__ = init  # type: ignore[method-assign]
     for module in (attention, kv, weights):
         module.capability = lambda device: capability  # type: ignore[attr-defined]
     return card
