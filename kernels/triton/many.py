@@ -89,6 +89,27 @@ def _half_dot(x, w, acc, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
         return tl.dot(x.to(tl.float32), w.to(tl.float32), acc.to(tl.float32), input_precision="ieee").to(tl.float16)
 
 
+@triton.jit
+def _finish(  # type: ignore[no-untyped-def]
+    acc, row, column, bias, residual, out, M, N, first, WIDTH: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+):  # fmt: skip
+    """A tile of sums to ``WIDTH`` columns of out from ``first`` on; column: the weight's outputs that the tile has."""
+    if BIAS:
+        acc += tl.load(bias + column, mask=column < N, other=0.0)[None, :]
+    if GATED:
+        gate, up = tl.split(tl.reshape(acc, (acc.shape[0], WIDTH, 2)))
+        found = gate / (1.0 + tl.exp(-gate)) * up
+    else:
+        found = acc
+    to, width = first + tl.arange(0, WIDTH), N // 2 if GATED else N
+    mask = (row < M)[:, None] & (to < width)[None, :]
+    at = row.to(tl.int64)[:, None] * width + to[None, :]
+    if RESIDUAL:
+        found += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, found.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["M"])  # rows: one compilation for all of them
 def product(  # type: ignore[no-untyped-def]
     x, words, scaling, bias, residual, back, out,
@@ -159,16 +180,4 @@ def product(  # type: ignore[no-untyped-def]
         acc *= scale[None, :]
     if HALF:
         acc *= tl.load(back + row, mask=row < M, other=0.0)[:, None]
-    if BIAS:
-        acc += tl.load(bias + column, mask=column < N, other=0.0)[None, :]
-    if GATED:
-        gate, up = tl.split(tl.reshape(acc, (BM, WIDTH, 2)))
-        found = gate / (1.0 + tl.exp(-gate)) * up
-    else:
-        found = acc
-    to = column_tile * WIDTH + tl.arange(0, WIDTH)
-    mask = inside & (to < width)[None, :]
-    at = row.to(tl.int64)[:, None] * width + to[None, :]
-    if RESIDUAL:
-        found += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, found.to(out.dtype.element_ty), mask=mask)
+    _finish(acc, row, column, bias, residual, out, M, N, column_tile * WIDTH, WIDTH, BIAS, RESIDUAL, GATED)

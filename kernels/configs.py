@@ -1,4 +1,4 @@
-"""Tables of measured launches: one file a card, made by scripts/tune on that card, read when its first product is launched.
+"""Tables of measured launches in the folder beside: a file a card, made by scripts/tune on it, read at the first product.
 
 ::
 
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from quant.errors import InputError
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "configs"
 KINDS = ("w4 fp16", "w4 bf16", "w8 fp16", "w8 bf16")
 SPLIT_ROWS = 8 * 32
 """Parts, times rows, of a product that is split over its inputs, at most: the memory plan has no more."""
