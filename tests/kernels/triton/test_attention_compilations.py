@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.ops import KVCache
-from tests.kernels.paged import make_step
+from kernels.ops import KVCache, PagedBatch
 from tests.kernels.triton.aot import TARGETS, Compilation, Report, compile_all
 
 from kernels.triton import attention as operator  # isort: skip  (after the conftest has chosen the interpreter)
@@ -59,10 +58,16 @@ def launches(
     window: int | None = None,
     sequences: int = 1,
 ) -> list[Compilation]:
-    """What a step of ``rows`` rows a sequence compiles, on a card of this architecture."""
-    batch, cache = make_step([(999, rows)] * sequences, block_size=block_size, kv_heads=8, head_dim=size)
-    kept = BYTES[kind] if kind else dtype
-    scales = [torch.ones(cache.k.shape[:3])] * 2 if kind == "int8" else [None, None]
+    """What a step of ``rows`` rows a sequence compiles, on a card of this architecture; tensors are without memory."""
+    blocks = -(-999 // block_size)
+    shape, kept = (sequences * blocks, block_size, 8), BYTES[kind] if kind else dtype
+    with torch.device("meta"):
+        q = torch.empty(rows * sequences, 8 * group, size, dtype=dtype)
+        k, v = (torch.empty(*shape, size, dtype=kept) for _ in range(2))
+        scales = [torch.empty(shape) for _ in range(2)] if kind == "int8" else [None, None]
+        positions, starts = torch.empty(rows * sequences, dtype=torch.int64), torch.empty(sequences + 1, dtype=torch.int32)
+        lengths, tables = (torch.empty(*dims, dtype=torch.int32) for dims in ((sequences,), (sequences, blocks)))
+    batch = PagedBatch(positions, positions, starts, lengths, tables, max_query=rows, max_seq=999)
     made: list[Compilation] = []
     with monkeypatch.context() as patch:
         patch.setattr(operator, "capability", lambda device: target)
@@ -71,9 +76,7 @@ def launches(
                 if hasattr(module, name):
                     short = module.__name__.rpartition(".")[2]
                     patch.setattr(module, name, Recorder(getattr(module, name), short, target, made))
-        q = torch.randn(rows * sequences, 8 * group, size).to(dtype)
-        small = KVCache(cache.k.nan_to_num().to(kept), cache.v.nan_to_num().to(kept), *scales)
-        operator.attention(q, small, batch, scale=1.0, window=window)
+        operator.attention(q, KVCache(k, v, *scales), batch, scale=1.0, window=window)
     return made
 
 
