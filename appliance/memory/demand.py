@@ -116,9 +116,25 @@ def activation_bytes(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machi
     """
     if machinery.ops == NATIVE:
         return _native_activations(spec, layers, ITEM_SIZE[machinery.dtype]) + 24
-    # Triton: gate and up are float32 until they are multiplied.
-    more = 8 * spec.intermediate + _rounded(layers, machinery) if machinery.ops == "triton" else 0
+    more = 0
+    if machinery.ops == "triton":
+        more = _rounded(layers, machinery) + (0 if _gated_in_tiles(layers, machinery) else 8 * spec.intermediate)
     return _torch_activations(spec, layers, machinery) + more + 24
+
+
+def _gated_in_tiles(layers: Sequence[Loaded], machinery: Machinery) -> bool:
+    """Whether Triton's kernels multiply gate and up as they sum them up; elsewhere both are float32 until they are multiplied.
+
+    Parts of few rows are among what a product needs.
+    """
+    if _rounded(layers, machinery):
+        return False
+    for one in layers:
+        if one.module.name.endswith(("gate_proj", "up_proj")):
+            dense = one.module.N * one.module.K * ITEM_SIZE[machinery.dtype]
+            if not one.gated or one.kind == "dense" or one.nbytes(machinery) >= dense:
+                return False
+    return True
 
 
 def _rounded(layers: Sequence[Loaded], machinery: Machinery) -> int:
