@@ -53,18 +53,20 @@ def recorded(*targets: int) -> list[Compilation]:
 
 def kernel_names() -> set[str]:
     """module:function of everything in kernels/triton that is launched on a grid."""
-    launched = set()
+    launched, jitted = set(), set()
     for path in (ROOT / "kernels" / "triton").glob("*.py"):
         tree, home = ast.parse(path.read_text()), {}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("kernels.triton"):
                 home |= {one.name: f"{node.module}.{one.name}" for one in node.names}
+            elif isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(one) for one in node.decorator_list):
+                jitted.add(f"kernels.triton.{path.stem}:{node.name}")
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 module, _, name = ast.unparse(node.func.value).rpartition(".")
                 where = home.get(module) or home.get(name, "").rpartition(".")[0] or f"kernels.triton.{path.stem}"
                 launched.add(f"{where}:{name}")
-    return launched
+    return launched & jitted
 
 
 class Recorder:
