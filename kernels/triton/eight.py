@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton.many import _place
+from kernels.triton.many import _finish, _place
 
 _PAIR = tl.constexpr("""{
     .reg .b32 up;
@@ -65,6 +65,16 @@ def _params(first, second, PARTS: tl.constexpr, SCALE: tl.constexpr, BITS: tl.co
 
 
 @triton.jit
+def _columns(column_tile, N, BN: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Outputs of a program; GATED: the same of gate and up, side by side, as in many.py."""
+    lane = tl.arange(0, BN)
+    if GATED:
+        return tl.minimum(column_tile * (BN // 2) + lane // 2, N // 2 - 1) + lane % 2 * (N // 2)
+    else:
+        return column_tile * BN + lane
+
+
+@triton.jit
 def _store(acc, part, row, column, bias, residual, out, M, N, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):  # type: ignore[no-untyped-def]
     mask = (row < M)[:, None] & (column < N)[None, :]
     at = (part.to(tl.int64) * M + row)[:, None] * N + column[None, :]
@@ -80,9 +90,10 @@ def product(  # type: ignore[no-untyped-def]
     x, x_scales, x_sums, words, scaling, bias, residual, out,
     M, N, x_rows, padded, tiles,
     BITS: tl.constexpr, TOKEN: tl.constexpr, ZEROS: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """x int8 [M, tiles * 128]. padded: N in whole tiles. out: [M, N], or float32 [splits, M, N].
+    """x int8 [M, tiles * 128]. padded: N in whole tiles. out: [M, N], float32 [splits, M, N], or GATED [M, N / 2].
 
     TOKEN: x_scales is [M], else [tiles, x_rows]. ZEROS: there are zero points, and x_sums [tiles, x_rows].
     WHOLE: one group has all inputs.
@@ -91,8 +102,9 @@ def product(  # type: ignore[no-untyped-def]
     part, splits = tl.program_id(1), tl.num_programs(1)
     per = tl.cdiv(tiles, splits)
     begin, end = part * per, tl.minimum(part * per + per, tiles)
-    row_tile, column_tile = _place(M, N, BM, BN, GROUP)
-    row, column = row_tile * BM + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
+    WIDTH: tl.constexpr = BN // 2 if GATED else BN  # of a program's columns of out
+    row_tile, column_tile = _place(M, N // 2 if GATED else N, BM, WIDTH, GROUP)
+    row, column = row_tile * BM + tl.arange(0, BM), _columns(column_tile, N, BN, GATED)
     inside, k = row < M, tl.arange(0, HALF)
     x_at = x + row.to(tl.int64)[:, None] * (tiles * 128) + begin * 128 + k[None, :]
     tile_at = (column // 128).to(tl.int64) * tiles + begin
@@ -142,4 +154,7 @@ def product(  # type: ignore[no-untyped-def]
             acc += sums[:, None] * less[None, :]
     if TOKEN:
         acc *= row_scale[:, None]
-    _store(acc, part, row, column, bias, residual, out, M, N, BIAS, RESIDUAL)
+    if GATED:
+        _finish(acc, row, column, bias, residual, out, M, N, column_tile * WIDTH, WIDTH, BIAS, RESIDUAL, GATED)
+    else:
+        _store(acc, part, row, column, bias, residual, out, M, N, BIAS, RESIDUAL)

@@ -14,18 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.eight import _store, _whole
-from kernels.triton.many import _place
+from kernels.triton.eight import _columns, _whole
+from kernels.triton.many import _finish, _place
 from kernels.triton.quantize import Rounded
 from kernels.triton.weights import TritonWeight
 from kernels.tune import Launch
 
 
 def multiply(x: Rounded, weight: TritonWeight, residual: Tensor | None, to: Tensor, launch: Launch, *, finished: bool) -> None:
-    """The product into ``to`` [M, outputs], with bias and residual where it is ``finished``; else into [1, M, outputs]."""
+    """The product into ``to``: [M, N] with bias, gate and residual where it is ``finished``; else [1, M, outputs]."""
     assert weight.params is not None
-    rows = x.codes.shape[0]
-    product[(triton.cdiv(weight.outputs, launch.block_n) * triton.cdiv(rows, launch.block_m),)](
+    rows, gated = x.codes.shape[0], weight.gated and finished
+    columns = triton.cdiv(weight.N, launch.block_n // 2) if gated else triton.cdiv(weight.outputs, launch.block_n)
+    product[(columns * triton.cdiv(rows, launch.block_m),)](
         x.codes,
         x.scales,
         weight.words.view(torch.float8_e4m3fn),
@@ -43,6 +44,7 @@ def multiply(x: Rounded, weight: TritonWeight, residual: Tensor | None, to: Tens
         BM=launch.block_m,
         BN=launch.block_n,
         GROUP=launch.group,
+        GATED=gated,
         ASM=to.is_cuda,
         num_warps=launch.warps,
         num_stages=launch.stages,
@@ -54,11 +56,12 @@ def product(  # type: ignore[no-untyped-def]
     x, x_scales, words, scaling, bias, residual, out,
     M, N, padded, tiles,
     WHOLE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """x [M, tiles * 128], scales float32 [M]; padded: N in whole tiles; scaling [tiles, 1, padded], or WHOLE: [1, 1, padded]."""
-    row_tile, column_tile = _place(M, N, BM, BN, GROUP)
-    row, column = row_tile * BM + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
+    WIDTH: tl.constexpr = BN // 2 if GATED else BN  # of a program's columns of out
+    row_tile, column_tile = _place(M, N // 2 if GATED else N, BM, WIDTH, GROUP)
+    row, column = row_tile * BM + tl.arange(0, BM), _columns(column_tile, N, BN, GATED)
     inside, k = row < M, tl.arange(0, 128)
     x_at = x + row.to(tl.int64)[:, None] * (tiles * 128) + k[None, :]
     w_at = words + (column // 128).to(tl.int64)[None, :] * tiles * (128 * 128) + (column % 128)[None, :] * 128 + k[:, None]
@@ -77,4 +80,4 @@ def product(  # type: ignore[no-untyped-def]
     if WHOLE:
         acc *= tl.load(scale_at).to(tl.float32, bitcast=True)[None, :]
     acc *= tl.load(x_scales + row, mask=inside, other=0.0)[:, None]
-    _store(acc, tl.program_id(1), row, column, bias, residual, out, M, N, BIAS, RESIDUAL)
+    _finish(acc, row, column, bias, residual, out, M, N, column_tile * WIDTH, WIDTH, BIAS, RESIDUAL, GATED)

@@ -105,7 +105,7 @@ def _tiled(x: Tensor | Rounded, weight: TritonWeight, residual: Tensor | None, o
     if launch.slab and isinstance(x, Tensor):
         return slab.multiply(x, weight, residual, out, warps=launch.warps)
     rows, split = out.shape[0], launch.split
-    if split == 1 and (not weight.gated or (launch.group and isinstance(x, Tensor))):
+    if split == 1 and (not weight.gated or launch.group):
         _multiply(x, weight, residual, out, launch, finished=True)
         return out
     parts = torch.empty((split, rows, weight.outputs), dtype=torch.float32, device=out.device)

@@ -69,12 +69,14 @@ def takes_codes(weight: TritonWeight) -> bool:
 
 
 def multiply(x: Rounded, weight: TritonWeight, residual: Tensor | None, to: Tensor, launch: Launch, *, finished: bool) -> None:
-    """The product into ``to`` [M, outputs]: with bias and residual where it is ``finished``; else parts [splits, M, outputs]."""
+    """The product into ``to``: [M, N] with bias, gate and residual where it is ``finished``; else parts [splits, M, outputs]."""
     rows = x.codes.shape[0]
     assert weight.params is not None and weight.scale_dtype is not None
     if weight.fp8_rows:
         return fp8.multiply(x, weight, residual, to, launch, finished=finished)
-    grid = (triton.cdiv(weight.outputs, launch.block_n) * triton.cdiv(rows, launch.block_m), launch.split)
+    gated = weight.gated and finished
+    columns = triton.cdiv(weight.N, launch.block_n // 2) if gated else triton.cdiv(weight.outputs, launch.block_n)
+    grid = (columns * triton.cdiv(rows, launch.block_m), launch.split)
     eight.product[grid](
         x.codes,
         x.scales,
@@ -100,6 +102,7 @@ def multiply(x: Rounded, weight: TritonWeight, residual: Tensor | None, to: Tens
         BM=launch.block_m,
         BN=launch.block_n,
         GROUP=launch.group,
+        GATED=gated,
         ASM=to.is_cuda,
         num_warps=launch.warps,
         num_stages=launch.stages,

@@ -11,7 +11,9 @@ from tests.kernels.triton.aot import Compilation, Report, compile_all
 INTEGERS = ("M", "N", "x_rows", "padded", "tiles")
 
 
-def compilation(bits: int, token: bool, zeros: bool, whole: bool, launch: Launch, targets: tuple[int, ...]) -> Compilation:
+def compilation(
+    bits: int, token: bool, zeros: bool, whole: bool, launch: Launch, targets: tuple[int, ...], gated: bool = False
+) -> Compilation:
     """Split over the inputs where the launch is: float32 out, no epilogue."""
     split = launch.split > 1
     types = {"x": "*i8", "x_scales": "*fp32", "x_sums": "*fp32", "words": "*u8" if bits == 4 else "*i8", "scaling": "*i32"}
@@ -28,6 +30,7 @@ def compilation(bits: int, token: bool, zeros: bool, whole: bool, launch: Launch
         "BM": launch.block_m,
         "BN": launch.block_n,
         "GROUP": launch.group,
+        "GATED": gated,
         "ASM": True,
     }
     return Compilation(
@@ -80,7 +83,9 @@ def test_every_launch_fits_every_card(kind: str) -> None:
     bits, token, zeros, whole = KINDS[kind]
     some = launches(whole and token)
     assert len(some) >= 5
-    for report in compile_all([compilation(bits, token, zeros, whole, launch, CARDS) for launch in some]):
+    wanted = [compilation(bits, token, zeros, whole, launch, CARDS) for launch in some]
+    wanted += [compilation(bits, token, zeros, whole, some[-1], CARDS, gated=True)]
+    for report in compile_all(wanted):
         assert report.fits and report.stack == 0, report
 
 

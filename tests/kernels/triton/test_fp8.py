@@ -65,7 +65,7 @@ def test_activations_of_many_rows(dtype: torch.dtype, group: int | None) -> None
         assert torch.equal(matmul(x, kept, residual=residual, card=CARD).float().cpu()[:64], plain)
 
 
-def many_rows(launch: Launch, whole: bool) -> Compilation:
+def many_rows(launch: Launch, whole: bool, gated: bool) -> Compilation:
     types = {"x": "*fp8e4nv", "x_scales": "*fp32", "words": "*fp8e4nv", "scaling": "*i32", "bias": "*fp32", "residual": "*bf16"}
     types |= {"out": "*bf16"} | dict.fromkeys(("M", "N", "padded", "tiles"), "i32")
     constants = {
@@ -76,7 +76,8 @@ def many_rows(launch: Launch, whole: bool) -> Compilation:
         "BN": launch.block_n,
         "GROUP": launch.group,
     }
-    constants["ASM"], odd, targets = True, ("M", "tiles"), (89, 90, 120)
+    constants |= {"GATED": gated, "ASM": True}
+    odd, targets = ("M", "tiles"), (89, 90, 120)
     return Compilation("kernels.triton.fp8:product", types, constants, launch.warps, launch.stages, odd=odd, targets=targets)
 
 
@@ -84,7 +85,8 @@ def many_rows(launch: Launch, whole: bool) -> Compilation:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("whole", [True, False])
 def test_products_of_fp8_for_every_card_that_has_them(whole: bool) -> None:
-    for report in compile_all([many_rows(rounded.choose(rows=2048, outputs=4096, inputs=4096, whole=whole), whole)]):
+    launches = [rounded.choose(rows=rows, outputs=4096, inputs=4096, whole=whole) for rows in (65, 256, 2048)]
+    for report in compile_all([many_rows(launch, whole, launch.block_n == 128) for launch in launches]):
         assert report.fits and report.stack == 0, report
         assert report.count("QMMA", "QGMMA") > 0 and report.count("HMMA", "F2F", "LDS.U8", "PRMT") == 0
 
