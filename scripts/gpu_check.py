@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {"kernels": ["tests/kernels/triton/test_*.py"], "engine": ["tests/runtime/test_cuda.py"]}
-WITHOUT_A_CARD = ("compilations", "kernel_report")  # tests that need none, and run in every change's checks
+WITHOUT_A_CARD = ("compilations", "kernel_report", "emulated")  # tests that need none, and run in every change's checks
 MINUTES, GRACE = 8.0, 40.0  # of a part, and seconds for what has begun
 AT_ONCE = max(2, min(8, (os.cpu_count() or 4) // 2))  # test files, each in a process: most of their time is compilation
 Report = dict[str, Any]
