@@ -53,7 +53,10 @@ def _compute(instruction: Instruction) -> Execute:
 
     def execute(block: Block) -> None:
         values = [_read(block, operand, kind, raw) for operand, kind, raw in zip(operands, inputs, kinds, strict=True)]
-        block.write(to, encode(compute(*values), output), block.mask(guard, negated))
+        found = encode(compute(*values), output)
+        if output[0] == "s":  # a wider register takes the sign along
+            found = found.view(f"i{found.itemsize}")
+        block.write(to, found, block.mask(guard, negated))
 
     return execute
 

@@ -1,0 +1,49 @@
+"""The kernels as they are compiled for cards, their PTX executed by tests/emulator: a choice of this folder's own tests.
+
+What the interpreter cannot see runs here: assembly, the order in which numbers are packed, layouts, asynchronous copies, Triton's
+launcher, and every address. All tests that need no compilation of their own can be run so: ``APPLIANCE_EMULATE=90 scripts/test
+tests/kernels/triton/test_attention.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.triton.conftest import INTERPRETED
+
+ROOT = Path(__file__).parents[3]
+# Ampere, the first card that multiplies FP8, Hopper with its products of four warps, and the newest.
+CHOICE = {
+    80: {
+        "matmul": "before_and_after or (zero_points and 4-128-True)",
+        "eight": "before_and_after",
+        "attention": "borders and None-64",
+        "rope": "test_heads",
+        "norm": "add_rms_norm or rounding",
+        "sampling": "cuts_that_nobody",
+        "copy": "staging or order",
+    },
+    89: {"fp8": "every_number or activations", "attention": "test_caches and e4m3"},
+    90: {"matmul": "before_and_after", "many": "with_a_gate", "attention": "test_head_sizes and 128"},
+    120: {"matmul": "before_and_after and 4-", "attention": "test_head_sizes and 128-None"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not INTERPRETED, reason="these tests run on a card already")
+@pytest.mark.parametrize(("card", "file"), [(card, file) for card, files in CHOICE.items() for file in files])
+def test_compiled_code(card: int, file: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    tests = [f"tests/kernels/triton/test_{file}.py", "-k", CHOICE[card][file]]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        env=environment | {"APPLIANCE_EMULATE": str(card)}, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout, "nothing was chosen"
