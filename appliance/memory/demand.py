@@ -127,8 +127,6 @@ def _gated_in_tiles(layers: Sequence[Loaded], machinery: Machinery) -> bool:
 
     Parts of few rows are among what a product needs.
     """
-    if _rounded(layers, machinery):
-        return False
     for one in layers:
         if one.module.name.endswith(("gate_proj", "up_proj")):
             dense = one.module.N * one.module.K * ITEM_SIZE[machinery.dtype]
