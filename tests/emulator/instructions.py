@@ -218,7 +218,7 @@ def _wgmma(instruction: Instruction) -> Execute:
     flips = [int(str(word)) for word in rest[2:]]  # behind the signs
     by_registers, width = isinstance(a, tuple), 2 if kind in ("f16", "bf16") else 1
     flip_a, flip_b = ([0, *flips] if by_registers else flips) or (0, 0)
-    if (rest[:2] not in ([], ["1", "1"])) or parts[-3] not in ("f32", "s32"):
+    if (rest[:2] not in ([], ["1", "1"])) or parts[-3] not in ("f32", "s32", "f16"):
         raise KeyError(str(instruction))
     total, sums = np.dtype("i8" if parts[-3] == "s32" else "f4"), np.dtype("i4" if parts[-3] == "s32" else "f4")
 
@@ -240,6 +240,14 @@ def _wgmma(instruction: Instruction) -> Execute:
             left = matrices(block, str(a), 64, flip_a)
         found = (left @ matrices(block, str(b), outputs, flip_b).transpose(0, 2, 1)).reshape(4 * groups, 16, outputs)
         kept = _read(block, str(keep), "pred", storage("pred"))
+        if parts[-3] == "f16":  # two numbers a register
+            for i, name in enumerate(to):
+                row, column = warp.GROUP + 8 * (i % 2), 8 * (i // 2) + 2 * warp.WITHIN
+                pair = np.stack([found[:, row, column], found[:, row, column + 1]])
+                known = np.broadcast_to(kept, block.threads).reshape(-1, WARP)
+                pair = pair + np.where(known, np.moveaxis(warp.spread(_warps(block, name), "f16"), -1, 0), 0)
+                block.write(name, encode(pair, "f16x2").reshape(-1), None)
+            return
         for i, name in enumerate(to):
             row, column = warp.GROUP + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * warp.WITHIN + i % 2
             before = np.where(np.broadcast_to(kept, block.threads).reshape(-1, WARP), _warps(block, name).view(sums), 0)
