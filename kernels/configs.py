@@ -18,12 +18,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from kernels.layout import TRITON_SPLIT_OUTPUTS, TRITON_SPLIT_ROWS
 from quant.errors import InputError
 
 FOLDER = Path(__file__).parent / "configs"
 KINDS = ("w4 fp16", "w4 bf16", "w8 fp16", "w8 bf16")
-SPLIT_ROWS = 8 * 32
-"""Parts, times rows, of a product that is split over its inputs, at most: the memory plan has no more."""
 ALLOWED = {
     "block_m": (16, 32, 64, 128),
     "block_n": (32, 64, 128, 256),
@@ -106,7 +105,9 @@ def read(path: Path) -> Table:
             size = re.fullmatch(r"(\d+)x(\d+)", shape)
             if size is None:
                 fields.refuse(at, "OUTPUTSxINPUTS is needed")
-            found = [fields.launch(f"{at}.{rows}", rows, one) for rows, one in fields.checked(at, sizes, dict).items()]
+            found = [
+                fields.launch(f"{at}.{rows}", int(size[1]), rows, one) for rows, one in fields.checked(at, sizes, dict).items()
+            ]
             launches[kind, int(size[1]), int(size[2])] = tuple(sorted(found, key=lambda one: one[0]))
     return Table(fields.get("card", str), fields.get("capability", int), launches)
 
@@ -132,7 +133,7 @@ class _Fields:
             self.refuse(field, "is missing")
         return self.checked(field, top[field], kind)
 
-    def launch(self, at: str, rows: str, given: Any) -> tuple[int, Launch]:
+    def launch(self, at: str, outputs: int, rows: str, given: Any) -> tuple[int, Launch]:
         """(the most rows, their launch)."""
         if not re.fullmatch(r"[1-9]\d*", rows):
             self.refuse(at, "a number of rows is needed")
@@ -144,8 +145,11 @@ class _Fields:
             if value not in ALLOWED[name] or isinstance(value, bool) != (name in ("slab", "half")):
                 self.refuse(f"{at}.{name}", f"{value!r} is none of {', '.join(map(str, ALLOWED[name]))}")
         launch = Launch(**values)
-        if launch.split > 1 and (launch.split * int(rows) > SPLIT_ROWS or launch.group or launch.slab):
+        fits = launch.split * int(rows) <= TRITON_SPLIT_ROWS and outputs < TRITON_SPLIT_OUTPUTS  # the memory plan has no more
+        if launch.split > 1 and (not fits or launch.group or launch.slab):
             self.refuse(
-                f"{at}.split", f"{launch.split}: parts times rows are at most {SPLIT_ROWS}, and only small tiles are split"
+                f"{at}.split",
+                f"{launch.split}: parts times rows are at most {TRITON_SPLIT_ROWS}, and only small tiles are split, of weights with "
+                f"fewer than {TRITON_SPLIT_OUTPUTS} outputs",
             )
         return int(rows), launch

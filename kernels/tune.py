@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from kernels.configs import SPLIT_ROWS, Launch, table, tables
+from kernels.configs import Launch, table, tables
+from kernels.layout import TRITON_SPLIT_OUTPUTS, TRITON_SPLIT_ROWS
 
-__all__ = ["AMPERE", "MULTIPROCESSORS", "SPLIT_ROWS", "Launch", "choices", "choose"]
+__all__ = ["AMPERE", "MULTIPROCESSORS", "Launch", "choices", "choose"]
 
 MULTIPROCESSORS = 128  # of a card about which nothing was said
 TILE = 128
@@ -63,8 +64,8 @@ def _few(rows: int, outputs: int, inputs: int, multiprocessors: int, capability:
     if capability < AMPERE and block_m > 16:  # no asynchronous copies: what is under way waits in registers
         block_n, warps = 64 if block_m == 64 else TILE, 8
     programs, enough = -(-outputs // block_n) * -(-rows // block_m), multiprocessors if block_m == 64 else 2 * multiprocessors
-    split, most = 1, min(MAX_SPLIT, max(1, inputs // (2 * TILE)), SPLIT_ROWS // rows)
-    while 2 * split <= most and programs * split < enough:
+    split, most = 1, min(MAX_SPLIT, max(1, inputs // (2 * TILE)), TRITON_SPLIT_ROWS // rows)
+    while outputs < TRITON_SPLIT_OUTPUTS and 2 * split <= most and programs * split < enough:
         split *= 2
     return Launch(block_m, block_n, split, warps, stages)
 

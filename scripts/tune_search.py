@@ -123,9 +123,11 @@ def second_round(launch: Any, rows: int, shape: Shape, *, small: bool) -> list[A
 
 
 def splits(rows: int, shape: Shape) -> list[int]:
-    from kernels.tune import MAX_SPLIT, SPLIT_ROWS, TILE
+    from kernels.layout import TRITON_SPLIT_OUTPUTS, TRITON_SPLIT_ROWS
+    from kernels.tune import MAX_SPLIT, TILE
 
-    return [n for n in range(1, MAX_SPLIT + 1) if n == 1 or (n * rows <= SPLIT_ROWS and n * TILE <= shape.inputs)]
+    most = 1 if shape.outputs >= TRITON_SPLIT_OUTPUTS else min(MAX_SPLIT, TRITON_SPLIT_ROWS // rows, shape.inputs // TILE)
+    return list(range(1, max(1, most) + 1))
 
 
 class Work:

@@ -61,14 +61,15 @@ def test_tune_tries_only_what_a_plan_has_memory_for(monkeypatch: pytest.MonkeyPa
     import tune
     import tune_search
 
-    from kernels.tune import SPLIT_ROWS, choose
+    from kernels.layout import TRITON_SPLIT_ROWS
+    from kernels.tune import choose
 
     shape: Any = tune.Shape(4096, 4096, 4, False, "bf16")
     for rows in tune.ROWS:
         rule = choose(rows=rows, outputs=4096, inputs=4096)
         first = tune_search.first_round(rule, rows, shape, 128, small=False, half=False)
         every = {*first, *(other for one in first for other in tune_search.second_round(one, rows, shape, small=False))}
-        assert all(one.split == 1 or (one.split * rows <= SPLIT_ROWS and not one.group) for one in every)
+        assert all(one.split == 1 or (one.split * rows <= TRITON_SPLIT_ROWS and not one.group) for one in every)
         assert len(first) >= 20 and any(one.slab for one in every) == (rows > 64)
         assert rule in every or rows > 64
 

@@ -17,8 +17,6 @@ from quant.scheme import QuantScheme, read_scheme
 
 LOGIT_ROWS = 64
 """Rows of logits that exist at a time: sampling and prompt log-probabilities work in slices of so many."""
-SPLIT_ROWS = 8 * 32
-"""Parts, times rows, of a product in Triton that is split over its inputs (kernels/tune.py)."""
 SPLIT_PROGRAMS = 2 * 192
 """Programs of an attention in Triton that is split: two for each multiprocessor (kernels/triton/attention_decode.py), of which no
 card has more than 192."""
@@ -90,7 +88,8 @@ def product_workspace(weights: Sequence[Loaded], machinery: Machinery) -> int:
     """
     dtype, quantized = machinery.dtype, [one for one in weights if one.kind != "dense"]
     if machinery.ops == "triton":
-        split = max((SPLIT_ROWS * 4 * one.module.N for one in quantized), default=0)
+        narrow = [one.module.N for one in quantized if one.module.N < layout.TRITON_SPLIT_OUTPUTS]
+        split = layout.TRITON_SPLIT_ROWS * 4 * max(narrow, default=0)
         return max(split, max((layout.triton_slab_nbytes(one.module.K) for one in quantized), default=0))
     if machinery.ops == "cpu":
         return max((2 * 4 * one.module.K * layout.slab_rows(one.module.K, 4) for one in quantized), default=0)

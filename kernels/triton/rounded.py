@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.layout import TRITON_SPLIT_OUTPUTS, TRITON_SPLIT_ROWS
 from kernels.ops import Norm
 from kernels.triton import eight, fp8
 from kernels.triton.norm import MAX_SIZE, rms_norm, rms_norm_int8
 from kernels.triton.quantize import Rounded, padded_rows, quantize, quantize_fp8
 from kernels.triton.weights import TILE, TritonWeight
-from kernels.tune import GROUP, MAX_SPLIT, MULTIPROCESSORS, SPLIT_ROWS, Launch
+from kernels.tune import GROUP, MAX_SPLIT, MULTIPROCESSORS, Launch
 
 SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 FP8_ROWS = 64  # so few are better off with the weight widened: it is read as fast, and activations stay as they are
@@ -36,8 +37,8 @@ def choose(*, rows: int, outputs: int, inputs: int, whole: bool, multiprocessors
         return Launch(64, 64, 1, 4, 3, GROUP)
     block_m = next(m for m in (16, 32, 64) if rows <= m)
     programs, enough = -(-outputs // TILE), multiprocessors if block_m == 64 else 2 * multiprocessors
-    split, most = 1, min(MAX_SPLIT, max(1, inputs // (2 * TILE)), SPLIT_ROWS // rows)
-    while 2 * split <= most and programs * split < enough:
+    split, most = 1, min(MAX_SPLIT, max(1, inputs // (2 * TILE)), TRITON_SPLIT_ROWS // rows)
+    while outputs < TRITON_SPLIT_OUTPUTS and 2 * split <= most and programs * split < enough:
         split *= 2
     return Launch(block_m, TILE, split, 4, 4 if block_m == 16 else 3, GROUP)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from appliance.memory import demand
 from kernels import configs
 from kernels.configs import Launch
-from kernels.tune import SPLIT_ROWS, choices, choose
+from kernels.layout import TRITON_SPLIT_OUTPUTS, TRITON_SPLIT_ROWS
+from kernels.tune import choices, choose
 from quant.errors import InputError
 
 CARD = "NVIDIA Imaginary 1"
@@ -105,11 +105,11 @@ def test_the_rule() -> None:
     assert [rule(rows).split for rows in (16, 32, 33, 64)] == [8, 8, 4, 4] and rule(64, outputs=28672).split == 1
     assert [rule(64, capability=capability).warps for capability in (80, 86, 90, 100, 120)] == [8, 8, 4, 4, 8]
     for rows in range(2, 300):
-        assert rule(rows).split == 1 or rule(rows).split * rows <= SPLIT_ROWS
+        assert rule(rows).split == 1 or rule(rows).split * rows <= TRITON_SPLIT_ROWS
     assert rule(65).group and not rule(64).group
     assert [rule(rows, capability=90).slab for rows in (256, 257)] == [False, True]
     assert not any(rule(rows, capability=capability).slab for rows in (65, 256, 257, 8192) for capability in (86, 89, 120))
-    assert SPLIT_ROWS == demand.SPLIT_ROWS
+    assert rule(1, outputs=TRITON_SPLIT_OUTPUTS).split == 1
 
 
 def test_sums_in_float16_only_where_asked_for(folder: Path) -> None:
