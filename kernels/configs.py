@@ -149,7 +149,7 @@ class _Fields:
         if launch.split > 1 and (not fits or launch.group or launch.slab):
             self.refuse(
                 f"{at}.split",
-                f"{launch.split}: parts times rows are at most {TRITON_SPLIT_ROWS}, and only small tiles are split, of weights with "
-                f"fewer than {TRITON_SPLIT_OUTPUTS} outputs",
+                f"{launch.split}: parts times rows are at most {TRITON_SPLIT_ROWS}, and only small tiles are split, of weights "
+                f"with fewer than {TRITON_SPLIT_OUTPUTS} outputs",
             )
         return int(rows), launch

@@ -23,7 +23,7 @@ TILE = 128  # outputs, and inputs, of a tile of the Triton kernels
 TRITON_SPLIT_ROWS = 8 * 32
 """Parts, times rows, of a product in Triton that is split over its inputs, at most."""
 TRITON_SPLIT_OUTPUTS = 2 * 192 * TILE
-"""Weights with so many outputs are not split: their tiles fill twice as many multiprocessors as any card has (kernels/tune.py)."""
+"""Weights with so many outputs are not split: their tiles fill twice the multiprocessors that any card has (kernels/tune.py)."""
 HEADS = {"int8": 8, "int4": 4, "model": None}  # what the head may be stored as, and its bits
 ACTIVATIONS = ("auto", "int8", "bf16")
 
