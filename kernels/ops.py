@@ -125,9 +125,9 @@ class Pack(Protocol):
         """Lay out a canonical weight (QuantTensor, or dense [N, K]) for ``matmul`` with activations of ``dtype``.
 
         gated: the outputs are [gate; up] (N even), and the product is silu(gate) * up with N / 2 outputs. activation: what
-        activations may be rounded to for the product: "int8", "bf16" (they stay as they are), or "auto" (int8 for integer weights
-        unless dtype is float32). Operators without such a product leave activations alone, whatever is said. What a checkpoint
-        itself asks for (QuantTensor.activation) is done by all.
+        activations may be rounded to for the product: "int8", "bf16" (they stay as they are), or "auto" (native kernels: int8 for
+        integer weights unless dtype is float32). Operators without such a product leave activations alone, whatever is said. The
+        int8 that a checkpoint itself asks for (QuantTensor.activation) is done by all.
         """
 
 
