@@ -15,7 +15,7 @@ from kernels.configs import Launch
 from kernels.triton import half, many, matmul, ops, slab
 from kernels.triton.weights import TILE, TritonWeight, pack
 from quant.tensor import QuantTensor
-from tests.kernels.triton.conftest import DEVICE, EMULATED
+from tests.kernels.triton.conftest import DEVICE
 from tests.kernels.weights import random_weight
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -126,8 +126,6 @@ def test_tiles_with_bias_and_residual(launch: Launch) -> None:
 @pytest.mark.parametrize("more", [False, True])
 def test_tiles_with_a_gate(bits: int, outputs: int, more: bool, launch: Launch) -> None:
     """Gate and up side by side in a tile, wherever up begins; the last columns of a tile are nobody's."""
-    if launch.half and EMULATED == 90:
-        pytest.skip("not launched there")
     rows, K = 67, 200
     weight, x = random_weight(2 * outputs, K, bits=bits, group_size=64, seed=outputs), 3 * torch.randn(rows, K)
     bias, residual = (torch.randn(2 * outputs), torch.randn(rows, outputs).half()) if more else (None, None)
@@ -208,8 +206,6 @@ def test_half_sums_never_overflow(bits: int, group: int | None, asymmetric: bool
     """Not with the largest activations that there are, nor with codes all at the far end of their zero point."""
     if bits == 8 and asymmetric and dtype == torch.bfloat16:
         pytest.skip("kept dequantized")
-    if EMULATED == 90:
-        pytest.skip("not launched there")
     rows, N, K = 70, 130, 256
     weight, x = random_weight(N, K, bits=bits, group_size=group, asymmetric=asymmetric), torch.randn(rows, K)
     x[0], x[1] = 65000.0, -65000.0
