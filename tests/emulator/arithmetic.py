@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -29,12 +30,15 @@ class Meaning(NamedTuple):
     compute: Callable[..., Array]
 
 
-def meaning(name: Sequence[str]) -> Meaning:
-    """KeyError for an instruction that is not known."""
+def meaning(name: Sequence[str], operands: int = 2) -> Meaning:
+    """KeyError for an instruction that is not known. ``operands``: of those that may have more or fewer."""
     what, kind = name[0], name[-1]
     modifiers = set(name[1:-1])
     if what in ("setp", "cvt", "selp", "shl", "shr", "bfe", "bfi", "popc", "clz", "lop3", "prmt"):
         return SPECIAL[what](name)
+    if kind in ("f16", "bf16") and name[-2] == "f32" and what in ("add", "sub", "fma"):  # sums of another type
+        inputs = [kind, kind, "f32"] if what == "fma" else [kind, "f32"]
+        return Meaning(inputs, "f32", (lambda a, b, c: a * b + c) if what == "fma" else BINARY[what])
     unknown = modifiers - MODIFIERS - {"to", "global"}
     if unknown:
         raise KeyError(f"{'.'.join(name)}: {unknown}")
@@ -43,7 +47,8 @@ def meaning(name: Sequence[str]) -> Meaning:
     if what in BINARY:
         return Meaning([kind] * 2, kind, BINARY[what])
     if what in ("min", "max"):
-        return Meaning([kind] * 2, kind, _extreme(what, kind, "NaN" in modifiers))
+        two = _extreme(what, kind, "NaN" in modifiers)
+        return Meaning([kind] * operands, kind, lambda *values: reduce(two, values))
     if what in ("div", "rem"):
         return Meaning([kind] * 2, kind, np.divide if kind in FLOATS else _divide if what == "div" else np.fmod)
     if what in ("mul", "mad", "fma"):

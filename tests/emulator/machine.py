@@ -135,6 +135,11 @@ class Block:
             return register.view(kind)
         return register.astype(UNSIGNED[kind.itemsize]).view(kind)
 
+    def predicate(self, operand: str) -> Array:
+        """One, or the opposite of one."""
+        found = self.read(operand.lstrip("!"), UNSIGNED[0])
+        return ~found if operand.startswith("!") else found
+
     def _constant(self, operand: str, kind: np.dtype) -> Array:
         if operand in self.special:
             return self.special[operand].astype(UNSIGNED[kind.itemsize]).view(kind)
@@ -149,6 +154,8 @@ class Block:
             return np.array(bits, dtype=UNSIGNED[4 if operand[1] == "f" else 8]).view(kind)
         if kind.kind == "f":
             return np.array(float(operand), dtype=kind)
+        if kind == UNSIGNED[0]:
+            return np.array(int(operand) != 0)
         return np.array(int(operand.rstrip("U"), 0) & ((1 << 8 * kind.itemsize) - 1), dtype=UNSIGNED[kind.itemsize]).view(kind)
 
     def write(self, name: str, value: Array, mask: Array | None) -> None:
