@@ -51,16 +51,18 @@ def choose(
     if rows > SMALL_ROWS:
         found = _many(rows, outputs, multiprocessors, capability)
         return replace(found, half=half and found.group > 0 and capability in GEFORCE)
-    return _few(rows, outputs, inputs, multiprocessors, capability)
+    return _few(rows, outputs, inputs, kind, multiprocessors, capability)
 
 
-def _few(rows: int, outputs: int, inputs: int, multiprocessors: int, capability: int) -> Launch:
+def _few(rows: int, outputs: int, inputs: int, kind: str, multiprocessors: int, capability: int) -> Launch:
     """The weight is read once, whatever is done, so programs are small and many.
 
     Tiles of 64 rows multiply more than they read: they fill the card once, with as many parts as the memory plan has room for.
     """
     block_m = next(m for m in (16, 32, 64) if rows <= m or m == 64)
-    block_n, warps, stages = TILE, 8 if block_m == 64 and not tall(capability) else 4, 4 if block_m == 16 else 3
+    block_n, warps = TILE, 8 if block_m == 64 and not tall(capability) else 4
+    # Tiles of 8 bits are twice as large: with three under way two programs fit a card of 100 KB, and more is under way in all.
+    stages = 4 if block_m == 16 and not kind.startswith("w8") else 3
     if capability < AMPERE and block_m > 16:  # no asynchronous copies: what is under way waits in registers
         block_n, warps = 64 if block_m == 64 else TILE, 8
     programs, enough = -(-outputs // block_n) * -(-rows // block_m), multiprocessors if block_m == 64 else 2 * multiprocessors
@@ -91,10 +93,13 @@ def expands(rows: int, capability: int) -> bool:
     return rows > FUSED_ROWS and capability in DATACENTRE
 
 
-def choices(capability: int = AMPERE) -> Iterator[Launch]:
-    """Every kernel that ``choose`` can ask for on such a card, tables too, each once: the number of splits changes none."""
+def choices(capability: int = AMPERE, kind: str = "") -> Iterator[Launch]:
+    """Every kernel that ``choose`` can ask for on such a card, tables too, each once: the number of splits changes none.
+
+    For weights of a ``kind``; tables' launches are given for any.
+    """
     by_rule = [
-        choose(rows=rows, outputs=outputs, inputs=4096, capability=capability, half=half)
+        choose(rows=rows, outputs=outputs, inputs=4096, kind=kind, capability=capability, half=half)
         for half in (False, True)
         for rows in (1, 17, 33, 65, 129, 257)
         for outputs in (TILE, MULTIPROCESSORS * 64, 1024 * TILE)

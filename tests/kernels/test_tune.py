@@ -125,8 +125,8 @@ def test_sums_in_float16_only_where_asked_for(folder: Path) -> None:
 @pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 120])
 def test_choices_are_all_there_is(folder: Path, capability: int) -> None:
     write(folder, {"w8 bf16": {"256x384": {"8": entry(), "200": entry(block_m=128, split=1, group=8)}}}, capability=89)
-    every = set(choices(capability))
-    assert len(every) == len(list(choices(capability)))
+    every = set(choices(capability, "w8 bf16"))
+    assert len(every) == len(list(choices(capability, "w8 bf16")))
     name = CARD if capability == 89 else ""
     for rows in (*range(1, 70), 128, 129, 200, 256, 257, 5000):
         for outputs in (64, 256, 4096, 50000):

@@ -68,9 +68,10 @@ def test_every_launch_fits_every_card(bits: int) -> None:
     """Without spills of weight. Cards between those compiled here take the same code with as much memory or more, and so does
     sm_80 after sm_86 for most; of one row test_gate_compilations.py knows all.
     """
-    launches = {target: list(choices(target)) for target in (75, 86, 90, 120)}
+    kind = f"w{bits} fp16"
+    launches = {target: list(choices(target, kind)) for target in (75, 86, 90, 120)}
     assert all(len(some) >= 4 for some in launches.values())
-    launches[80] = [launch for launch in choices(80) if launch not in launches[86]]
+    launches[80] = [launch for launch in choices(80, kind) if launch not in launches[86]]
     wanted = [
         compilation(bits, "fp16" if target == 75 else "bf16", launch, targets=(target,))
         for target, some in launches.items()
