@@ -25,8 +25,8 @@ class EngineConfig:
     """What an unquantized output head (and an embedding tied to it) is stored as: int8, int4, model (as --dtype says); auto: int8
     with native CPU kernels, unless --dtype is float32."""
     activation_dtype: str = "auto"
-    """What kernels round activations to for products with integer weights: int8 (a scale for 128 inputs) or bf16 (they stay as they
-    are); auto: int8 with native CPU kernels, unless --dtype is float32, and on a card what the checkpoint asks for."""
+    """What kernels round activations to for products with integer weights: int8 (a scale for 128 inputs) or bf16 (they stay as
+    they are); auto: int8 with native CPU kernels, unless --dtype is float32, and on a card what the checkpoint asks for."""
     device: str = "auto"
     """auto, cpu or cuda."""
     max_model_len: int | str = "auto"
