@@ -131,7 +131,7 @@ def weight_nbytes(
         whole = groups == 1 or group_size % TILE == 0
         rounded = kind == "int" and dtype != "float32" and whole and activation == "int8-token"
         fits = dtype != "float32" and (whole or group_size in (32, 64))
-        if not rounded and (not fits or (bits == 8 and asymmetric and dtype == "bfloat16")):
+        if not rounded and not fits:
             return N * K * ITEM_SIZE[dtype]  # kept dequantized, see kernels/triton/weights.py
         rows, columns = padded(N, TILE), padded(K, TILE)
         scales = 1 if groups == 1 else columns // min(group_size, TILE)

@@ -71,6 +71,8 @@ _BYTES_BF16 = tl.constexpr("""{
     fma.rn.bf16x2 $0, $0, one, add_low;
     fma.rn.bf16x2 $1, $1, one, add_high;
 }""")
+# The same and 128 less the zero point: codes less zero points have 8 bits and a sign, so each sum is exact.
+_SHIFTED_BF16 = tl.constexpr(_BYTES_BF16.value[:-1] + "    fma.rn.bf16x2 $0, $0, one, $3;\n    fma.rn.bf16x2 $1, $1, one, $3;\n}")
 
 # Halves of the code (lower byte) and its sign eight times; shifted, all but sign, exponent and mantissa masked out.
 _FP8_FP16 = tl.constexpr("""{
@@ -130,10 +132,10 @@ def nibbles(words, addend, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def byte_pairs(words, addend, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Two planes q - zero, in the dtype of ``addend``, of int16 ``words``; both of one shape. In bfloat16 zero is always 128.
+def byte_pairs(words, addend, ASM: tl.constexpr, SHIFT: tl.constexpr = False):  # type: ignore[no-untyped-def]
+    """Two planes q - zero, in the dtype of ``addend``, of int16 ``words``; both of one shape.
 
-    uint16 words are pairs of FP8.
+    In bfloat16 zero is 128, unless SHIFT: then ``addend`` is 128 less zero. uint16 words are pairs of FP8.
     """
     if words.dtype == tl.uint16:
         return _fp8_pairs(words, addend.dtype, ASM)
@@ -142,12 +144,17 @@ def byte_pairs(words, addend, ASM: tl.constexpr):  # type: ignore[no-untyped-def
             return tl.inline_asm_elementwise(
                 _BYTES_FP16, "=&r,=&r,r,r", [words, addend], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
             )
+        elif SHIFT:
+            return tl.inline_asm_elementwise(
+                _SHIFTED_BF16, "=&r,=&r,r,r", [words, addend], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+            )
         else:
             return tl.inline_asm_elementwise(
                 _BYTES_BF16, "=&r,=&r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
             )
     else:
-        wide, less = words.to(tl.int32), addend.to(tl.float32) + (1024.0 if addend.dtype == tl.float16 else 128.0)
+        base = 1024.0 if addend.dtype == tl.float16 else (-128.0 if SHIFT else 128.0)
+        wide, less = words.to(tl.int32), addend.to(tl.float32) + base
         low, high = (wide & 255).to(tl.float32) + less, ((wide >> 8) & 255).to(tl.float32) + less
         return low.to(addend.dtype), high.to(addend.dtype)
 

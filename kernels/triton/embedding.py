@@ -114,7 +114,7 @@ def packed_rows(ids: Tensor, table: TritonWeight, dtype: torch.dtype) -> Tensor:
             PARTS=table.params.shape[1],
             SCALE=SCALES[table.scale_dtype],
             SIGNED=table.rounds is not None,
-            BASE=0 if table.rounds is not None else BASE[NAMES[dtype]],
+            BASE=0 if table.rounds is not None else -128 if table.shifted else BASE[NAMES[dtype]],
             BLOCK=BLOCK,
             num_warps=WARPS,
         )

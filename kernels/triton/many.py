@@ -57,6 +57,7 @@ def multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, to: Tenso
         PARTS=weight.params.shape[1],
         SCALE=SCALES[weight.scale_dtype],
         EVEN=weight.K % TILE == 0,
+        SHIFT=weight.shifted,
         BIAS=weight.bias is not None and finished,
         RESIDUAL=residual is not None,
         BM=launch.block_m,
@@ -115,8 +116,8 @@ def product(  # type: ignore[no-untyped-def]
     x, words, scaling, bias, residual, back, out,
     M, N, K, padded, tiles, x_stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
-    ADDEND: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
+    SHIFT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr, ADDEND: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] of x [M, K]; constants as in tiled.product. ADDEND: the type of the addends in scaling.
 
@@ -153,7 +154,7 @@ def product(  # type: ignore[no-untyped-def]
                     total = tl.zeros((BM, BN), SUM)
                 scale, addend = _params(scaling, group + j * SLICES // 4, column, padded, PARTS, SCALE, ADDEND)
                 if HALF and tl.bfloat16 == ADDEND:
-                    addend = (addend.to(tl.float32) - 896.0).to(tl.float16)  # the base is 1024, not 128
+                    addend = (addend.to(tl.float32) - (1152.0 if SHIFT else 896.0)).to(tl.float16)  # the base is 1024, not 128
                 addend = tl.broadcast_to(addend[None, :], (PLANE, BN))
                 if BITS == 4:
                     w0, w1, w2, w3 = nibbles(packed, addend, ASM)
@@ -165,7 +166,7 @@ def product(  # type: ignore[no-untyped-def]
                 if j % 2 == 0:
                     packed = tl.load(w_at + j // 2 * PLANE)
                 if j % 2 == 0 or SLICES == 4:
-                    w0, w1 = byte_pairs(packed, addend, ASM)
+                    w0, w1 = byte_pairs(packed, addend, ASM, SHIFT)
                 plane = w0 if j % 2 == 0 else w1
             else:
                 plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3

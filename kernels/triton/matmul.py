@@ -158,6 +158,7 @@ def _multiply(
         PARTS=weight.params.shape[1],
         SCALE=rounded.SCALES[weight.scale_dtype],
         EVEN=weight.K % TILE == 0,
+        SHIFT=weight.shifted,
         BIAS=weight.bias is not None and finished,
         RESIDUAL=residual is not None,
         BM=launch.block_m,

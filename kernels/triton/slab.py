@@ -66,6 +66,7 @@ def expand(weight: TritonWeight, first: int, to: Tensor, *, warps: int = 8) -> N
         WHOLE=weight.params.shape[0] == 1,
         PARTS=weight.params.shape[1],
         SCALE=SCALES[weight.scale_dtype],
+        SHIFT=weight.shifted,
         BN=TILE,
         ASM=to.is_cuda,
         num_warps=warps,
@@ -97,7 +98,7 @@ def _finish(found: Tensor, weight: TritonWeight, residual: Tensor | None, out: T
 def _expand(  # type: ignore[no-untyped-def]
     words, scaling, slab, first, end, K, padded, tiles, stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr,
-    BN: tl.constexpr, ASM: tl.constexpr,
+    SHIFT: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """slab [.., stride]: row i is output ``first`` + i of the weight, (code - zero) * scale rounded once, as far as ``end``."""
     DTYPE: tl.constexpr = slab.dtype.element_ty
@@ -125,7 +126,7 @@ def _expand(  # type: ignore[no-untyped-def]
             if j % 2 == 0:
                 packed = tl.load(w_at + j // 2 * PLANE)
             if j % 2 == 0 or SLICES == 4:
-                w0, w1 = byte_pairs(packed, addend, ASM)
+                w0, w1 = byte_pairs(packed, addend, ASM, SHIFT)
             plane = w0 if j % 2 == 0 else w1
         else:
             plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3

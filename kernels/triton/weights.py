@@ -18,7 +18,7 @@ For activations rounded to int8 (eight.py), where groups are whole tiles, codes 
     params   as above, with the middle code less the zero point, an int16, for the addend
 
 Outputs and inputs are padded to whole tiles with scales of zero. What has no such form (float32 activations, groups that do not
-fit tiles, 8 bits with zero points in bfloat16) is kept dequantized, as a dense weight.
+fit tiles) is kept dequantized, as a dense weight.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class TritonWeight:
     K: int
     rounds: str | None = None  # activations are rounded to int8, with a scale for a "token" or for a "tile"'s inputs of one
     asymmetric: bool = False  # where activations are rounded: there are zero points
+    shifted: bool = False  # see is_shifted
     fp8_rows: bool = False  # activations of many rows may be rounded to FP8, as the weight is
 
     @property
@@ -111,6 +112,7 @@ def pack(
         K=weight.K,
         rounds=rounds,
         asymmetric=weight.zeros is not None,
+        shifted=is_shifted(weight, dtype, rounds),
         fp8_rows=weight.activation == "fp8-token" and weight.kind == "fp8" and activation != "bf16" and slices == 1,
     )
 
@@ -129,9 +131,7 @@ def rounding(weight: QuantTensor, dtype: torch.dtype, activation: str) -> str | 
 def fits_tiles(weight: QuantTensor, dtype: torch.dtype) -> bool:
     """Whether the products in tiles can take this weight."""
     fits = weight.groups == 1 or weight.group_size % TILE == 0 or weight.group_size in (32, 64)
-    # A bfloat16 has 8 bits: codes of 8 bits less any zero point need 9.
-    wide = weight.bits == 8 and weight.zeros is not None and dtype == torch.bfloat16
-    return dtype in NAMES and fits and not wide
+    return dtype in NAMES and fits
 
 
 def as_words(blocks: Tensor, bits: int, rounds: str | None) -> Tensor:
@@ -152,7 +152,14 @@ def make_addends(weight: QuantTensor, dtype: torch.dtype, rounds: str | None) ->
     zeros = weight.explicit_zeros()
     if rounds is not None:
         return 2 ** (weight.bits - 1) - zeros.to(torch.int16)
+    if is_shifted(weight, dtype, rounds):
+        return (128 - zeros.float()).to(dtype).view(torch.int16)
     return (-(zeros.float() + BASE[NAMES[dtype]])).to(dtype).view(torch.int16)
+
+
+def is_shifted(weight: QuantTensor, dtype: torch.dtype, rounds: str | None) -> bool:
+    """Whether addends are 128 less the zero point: -(128 + zero) would need 9 bits, of which a bfloat16 has 8."""
+    return weight.kind == "int" and weight.bits == 8 and weight.zeros is not None and dtype == torch.bfloat16 and rounds is None
 
 
 def fp8_params(weight: QuantTensor, dtype: torch.dtype, groups: int, down: int) -> Tensor:
