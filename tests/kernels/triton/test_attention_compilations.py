@@ -18,7 +18,7 @@ from kernels.triton import attention_decode, attention_prefill  # isort: skip
 
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16", torch.int32: "*i32"}
 BYTES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
-EVERY = [(None, 75), ("e4m3", 80), ("int8", 89), ("e5m2", 90), (None, 90)]
+EVERY = [(None, 75), ("e4m3", 80), (None, 86), ("int8", 89), (None, 90), ("e5m2", 90), ("e4m3", 120)]
 VARYING = ("table_stride", "window", "first_sequence", "sequences", "splits")  # from step to step: not specialized
 
 
@@ -127,18 +127,13 @@ def test_caches_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("kind", "target"), EVERY)
 def test_all_launches(kind: str | None, target: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every choice of rows, tiles, warps and stages, and every branch of the kernels; each cache and each kind of card once.
-
-    The largest heads with all of these, what else varies with two of them, in turn: a compilation takes a second.
-    """
-    variations: list[dict[str, Any]] = [{"size": size} for size in (16, 48, 96)]
+    """Every choice of rows, tiles, warps and stages, and every branch of the kernels, on every card; each cache on some."""
+    variations: list[dict[str, Any]] = [{"size": size} for size in (16, 48, 96, 256)]
     variations += [{"size": 128, **more} for more in (
         {"group": 16}, {"group": 7, "window": 100}, {"block_size": 64}, {"block_size": 128, "window": 100},
         {"dtype": torch.bfloat16 if target >= 80 else torch.float16}, {"dtype": torch.float32},
     )]  # fmt: skip
-    turn = EVERY.index((kind, target))
-    some = [{"size": 256}, *(given for i, given in enumerate(variations) if (i - turn) % len(EVERY) < 2)]
-    made = [one for rows in (1, 512) for given in some
+    made = [one for rows in (1, 512) for given in variations
             for one in launches(monkeypatch, target, rows=rows, kind=kind, sequences=40, **given)]  # fmt: skip
     made += launches(monkeypatch, target, size=128, rows=4, kind=kind)
     for one in compiled(made):
