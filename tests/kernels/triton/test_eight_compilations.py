@@ -98,7 +98,7 @@ def test_instructions_for_a_weight() -> None:
         "w8 token": 0.9,
         "w8 token zeros": 1.0,
         "w8 tile groups": 1.6,
-        "w4 tile": 1.6,
+        "w4 tile": 1.65,  # Triton 3.6
         "w4 tile zeros": 1.8,
         "w4 token zeros": 1.7,
         "w4 tile zeros whole": 1.5,

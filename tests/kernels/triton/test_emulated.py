@@ -39,8 +39,19 @@ CHOICE = {
 @pytest.mark.skipif(not INTERPRETED, reason="these tests run on a card already")
 @pytest.mark.parametrize(("card", "file"), [(card, file) for card, files in CHOICE.items() for file in files])
 def test_compiled_code(card: int, file: str) -> None:
+    run(card, f"tests/kernels/triton/test_{file}.py", "-k", CHOICE[card][file])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not INTERPRETED, reason="tests/runtime/test_cuda.py runs the engine on a card")
+def test_whole_engine() -> None:
+    run(90, "tests/runtime/test_emulated_engine.py")
+
+
+def run(card: int, *tests: str) -> None:
+    """pytest, in a process whose kernels are compiled for that card."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    tests = [f"tests/kernels/triton/test_{file}.py", "-k", CHOICE[card][file]]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env=environment | {"APPLIANCE_EMULATE": str(card)}, cwd=ROOT, capture_output=True, text=True, check=False,

@@ -48,9 +48,8 @@ def test_loops_over_weights(kind: str, compiled: dict[tuple[str, int], tuple[Com
         for target in TARGETS:
             title = f"{kind}, {dtype}, 1 row"
             one, report = compiled[title, target]
-            assert report.fits and report.turns and report.stack == 0 and report.registers <= (160 if "of 32" in kind else 128), (
-                report
-            )
+            registers, stack = (160, 8) if "of 32" in kind else (128, 0)  # 8 bytes: Triton 3.6, once, before the loop
+            assert report.fits and report.turns and report.stack <= stack and report.registers <= registers, report
             assert report.per_weight(items(one)) <= limit, report
             copied = sum(n for name, n in report.loop.items() if name.startswith("LDGSTS") and name.endswith("128"))
             whole = items(one) * one.constants["BITS"] // 128  # copies of 16 bytes that bring a thread's weights
