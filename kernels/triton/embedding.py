@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.dequant import BASE
-from kernels.triton.weights import NAMES, TritonWeight
+from kernels.triton.weights import NAMES, SCALES, TritonWeight
 
-SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 BLOCK, WARPS = 1024, 4
 
 

@@ -21,9 +21,7 @@ from kernels.configs import Launch
 from kernels.triton.dequant import byte_pairs, nibbles
 from kernels.triton.half import shrink
 from kernels.triton.tiled import _dot, _params
-from kernels.triton.weights import TILE, TritonWeight
-
-SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+from kernels.triton.weights import SCALES, TILE, TritonWeight
 
 
 def multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, to: Tensor, launch: Launch, *, finished: bool) -> None:
@@ -31,7 +29,7 @@ def multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, to: Tenso
 
     Where it is ``finished`` with bias, residual, and gate: [M, N].
     """
-    assert weight.params is not None and weight.scale_dtype is not None
+    assert weight.params is not None
     rows, back, addend = x.shape[0], None, SCALES[x.dtype]
     if launch.half and weight.words.dtype != torch.uint16:  # not of FP8: no bound
         x, back = shrink(x)
@@ -51,13 +49,8 @@ def multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, to: Tenso
         weight.params.shape[2],
         weight.words.shape[1],
         x.stride(0),
-        BITS=weight.bits,
-        SLICES=weight.slices,
-        WHOLE=weight.params.shape[0] == 1,
-        PARTS=weight.params.shape[1],
-        SCALE=SCALES[weight.scale_dtype],
+        **weight.constants,
         EVEN=weight.K % TILE == 0,
-        SHIFT=weight.shifted,
         BIAS=weight.bias is not None and finished,
         RESIDUAL=residual is not None,
         BM=launch.block_m,

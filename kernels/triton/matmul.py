@@ -137,7 +137,7 @@ def _multiply(
     if launch.group:
         return many.multiply(x, weight, residual, to, launch, finished=finished)
     rows = x.shape[0]
-    assert weight.params is not None and weight.scale_dtype is not None
+    assert weight.params is not None
     grid = (triton.cdiv(weight.outputs, launch.block_n), triton.cdiv(rows, launch.block_m), launch.split)
     tiled.product[grid](
         x,
@@ -152,13 +152,8 @@ def _multiply(
         weight.params.shape[2],
         weight.words.shape[1],
         x.stride(0),
-        BITS=weight.bits,
-        SLICES=weight.slices,
-        WHOLE=weight.params.shape[0] == 1,
-        PARTS=weight.params.shape[1],
-        SCALE=rounded.SCALES[weight.scale_dtype],
+        **weight.constants,
         EVEN=weight.K % TILE == 0,
-        SHIFT=weight.shifted,
         BIAS=weight.bias is not None and finished,
         RESIDUAL=residual is not None,
         BM=launch.block_m,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.layout import TRITON_SPLIT_OUTPUTS, TRITON_SPLIT_ROWS
@@ -12,10 +11,9 @@ from kernels.ops import Norm
 from kernels.triton import eight, fp8
 from kernels.triton.norm import MAX_SIZE, rms_norm, rms_norm_int8
 from kernels.triton.quantize import Rounded, padded_rows, quantize, quantize_fp8
-from kernels.triton.weights import TILE, TritonWeight
+from kernels.triton.weights import SCALES, TILE, TritonWeight
 from kernels.tune import GROUP, MAX_SPLIT, MULTIPROCESSORS, Launch
 
-SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 FP8_ROWS = 64  # so few are better off with the weight widened: it is read as fast, and activations stay as they are
 FP8_CARDS = 89
 

@@ -21,7 +21,6 @@ from kernels.triton.dequant import byte_pairs, nibbles
 from kernels.triton.tiled import _params
 from kernels.triton.weights import TILE, TritonWeight
 
-SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 FINISH_BLOCK = 512
 
 
@@ -49,7 +48,7 @@ def multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, out: Tens
 
 def expand(weight: TritonWeight, first: int, to: Tensor, *, warps: int = 8) -> None:
     """Outputs ``first`` and on of a weight as floats, into ``to`` [n, K in whole tiles]; what is beyond K is left as it was."""
-    assert weight.params is not None and weight.scale_dtype is not None
+    assert weight.params is not None
     tiles = weight.words.shape[1]
     _expand[(tiles, triton.cdiv(to.shape[0], TILE))](
         weight.words,
@@ -61,12 +60,7 @@ def expand(weight: TritonWeight, first: int, to: Tensor, *, warps: int = 8) -> N
         weight.params.shape[2],
         tiles,
         to.stride(0),
-        BITS=weight.bits,
-        SLICES=weight.slices,
-        WHOLE=weight.params.shape[0] == 1,
-        PARTS=weight.params.shape[1],
-        SCALE=SCALES[weight.scale_dtype],
-        SHIFT=weight.shifted,
+        **weight.constants,
         BN=TILE,
         ASM=to.is_cuda,
         num_warps=warps,

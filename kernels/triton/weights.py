@@ -24,8 +24,10 @@ fit tiles) is kept dequantized, as a dense weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -36,6 +38,7 @@ from quant.tensor import QuantTensor
 
 TILE = 128  # outputs, and inputs
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+SCALES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +63,19 @@ class TritonWeight:
     @property
     def N(self) -> int:
         return self.outputs // 2 if self.gated else self.outputs
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the kernels that dequantize it take as constants."""
+        assert self.params is not None and self.scale_dtype is not None
+        return {
+            "BITS": self.bits,
+            "SLICES": self.slices,
+            "WHOLE": self.params.shape[0] == 1,
+            "PARTS": self.params.shape[1],
+            "SCALE": SCALES[self.scale_dtype],
+            "SHIFT": self.shifted,
+        }
 
     @property
     def nbytes(self) -> int:
