@@ -66,10 +66,15 @@ def _few(rows: int, outputs: int, inputs: int, kind: str, multiprocessors: int, 
     if capability < AMPERE and block_m > 16:  # no asynchronous copies: what is under way waits in registers
         block_n, warps = 64 if block_m == 64 else TILE, 8
     programs, enough = -(-outputs // block_n) * -(-rows // block_m), multiprocessors if block_m == 64 else 2 * multiprocessors
+    return Launch(block_m, block_n, parts(rows, outputs, inputs, programs, enough), warps, stages)
+
+
+def parts(rows: int, outputs: int, inputs: int, programs: int, enough: int) -> int:
+    """A power of two, into which the inputs are cut until there are ``enough`` programs, as far as the memory plan has room."""
     split, most = 1, min(MAX_SPLIT, max(1, inputs // (2 * TILE)), TRITON_SPLIT_ROWS // rows)
     while outputs < TRITON_SPLIT_OUTPUTS and 2 * split <= most and programs * split < enough:
         split *= 2
-    return Launch(block_m, block_n, split, warps, stages)
+    return split
 
 
 def _many(rows: int, outputs: int, multiprocessors: int, capability: int) -> Launch:

@@ -6,13 +6,12 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.layout import TRITON_SPLIT_OUTPUTS, TRITON_SPLIT_ROWS
 from kernels.ops import Norm
 from kernels.triton import eight, fp8
 from kernels.triton.norm import MAX_SIZE, rms_norm, rms_norm_int8
 from kernels.triton.quantize import Rounded, padded_rows, quantize, quantize_fp8
 from kernels.triton.weights import SCALES, TILE, TritonWeight
-from kernels.tune import GROUP, MAX_SPLIT, MULTIPROCESSORS, Launch
+from kernels.tune import GROUP, MULTIPROCESSORS, Launch, parts
 
 FP8_ROWS = 64  # so few are better off with the weight widened: it is read as fast, and activations stay as they are
 FP8_CARDS = 89
@@ -35,10 +34,7 @@ def choose(*, rows: int, outputs: int, inputs: int, whole: bool, multiprocessors
         return Launch(64, 64, 1, 4, 3, GROUP)
     block_m = next(m for m in (16, 32, 64) if rows <= m)
     programs, enough = -(-outputs // TILE), multiprocessors if block_m == 64 else 2 * multiprocessors
-    split, most = 1, min(MAX_SPLIT, max(1, inputs // (2 * TILE)), TRITON_SPLIT_ROWS // rows)
-    while outputs < TRITON_SPLIT_OUTPUTS and 2 * split <= most and programs * split < enough:
-        split *= 2
-    return Launch(block_m, TILE, split, 4, 4 if block_m == 16 else 3, GROUP)
+    return Launch(block_m, TILE, parts(rows, outputs, inputs, programs, enough), 4, 4 if block_m == 16 else 3, GROUP)
 
 
 def launch_of(weight: TritonWeight, rows: int, multiprocessors: int) -> Launch:

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, field
 
 SIZES = {"pred": 0, "b8": 1, "b16": 2, "b32": 4, "b64": 8, "b128": 16}
-SPACES = {"f": "b", "u": "b", "s": "b", "b": "b"}
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _STATEMENT = re.compile(r"[^;{}]*(?:\{[^{}]*\}[^;{}]*)*;")
 _INSTRUCTION = re.compile(r"^(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)

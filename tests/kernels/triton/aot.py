@@ -18,12 +18,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tests.kernels.triton.cards import CARDS, Occupancy, occupancy
 
 TARGETS = tuple(CARDS)
+OLDER = version("triton") < "3.9"  # its code is a little longer
 TOOLS = ("backends", "nvidia", "bin")  # inside triton: ptxas and cuobjdump of its own
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kernels.triton.aot import Compilation, Report, compile_all
+from tests.kernels.triton.aot import OLDER, Compilation, Report, compile_all
 from tests.kernels.triton.launches import recorded
 
 TARGETS = (80, 86, 89, 90, 120)
@@ -48,7 +48,7 @@ def test_loops_over_weights(kind: str, compiled: dict[tuple[str, int], tuple[Com
         for target in TARGETS:
             title = f"{kind}, {dtype}, 1 row"
             one, report = compiled[title, target]
-            registers, stack = (160, 8) if "of 32" in kind else (128, 0)  # 8 bytes: Triton 3.6, once, before the loop
+            registers, stack = (160, 8 if OLDER else 0) if "of 32" in kind else (128, 0)
             assert report.fits and report.turns and report.stack <= stack and report.registers <= registers, report
             assert report.per_weight(items(one)) <= limit, report
             copied = sum(n for name, n in report.loop.items() if name.startswith("LDGSTS") and name.endswith("128"))
