@@ -35,8 +35,14 @@ class EngineConfig:
     """Share of memory to take: of a card's total (default 0.92), of what is available at start on the CPU (default 0.5)."""
     kv_cache_memory_bytes: int | None = None
     """Size of the KV cache in bytes, instead of what gpu-memory-utilization leaves."""
+    kv_cache_dtype: str = "auto"
+    """What keys and values are stored as: auto (as --dtype says), fp8 (fp8_e4m3), fp8_e5m2, int8 or int4."""
     swap_space: float = 0.0
-    """Host memory for swapped-out sequences, in GiB a device."""
+    """Host memory for preempted sequences and for cached prefixes that the pool has no room for, in GiB."""
+    enable_prefix_caching: bool = True
+    """Keep the blocks of finished requests while nobody needs their room, for later prompts that begin alike."""
+    cpu_offload_gb: float = 0.0
+    """On a card: GiB of weights that stay in host memory and are streamed in ahead of their use, by whole layers."""
     block_size: int | str = "auto"
     """Tokens in one KV block: 8, 16, 32, 64, 128 or 256; auto: 64 on a card, where attention then reads a block at a time, and 16
     elsewhere."""
@@ -44,6 +50,10 @@ class EngineConfig:
     """Most tokens in one step, prompts and answers together."""
     max_num_seqs: int = 256
     """Most sequences in one step."""
+    scheduling_policy: str = "fcfs"
+    """fcfs: requests are served in order of arrival; priority: those with a lower priority field first."""
+    preemption_mode: str = "auto"
+    """What happens to a sequence that must give way: swap (to --swap-space), recompute, or auto: whichever costs less."""
     enforce_eager: bool = False
     """On a card: launch the kernels of every step one by one, instead of replaying recorded decode steps (CUDA graphs)."""
     seed: int = 0

@@ -26,6 +26,9 @@ TRITON_SPLIT_OUTPUTS = 2 * 192 * TILE
 """Weights with so many outputs are not split: their tiles fill twice the multiprocessors that any card has (kernels/tune.py)."""
 HEADS = {"int8": 8, "int4": 4, "model": None}  # what the head may be stored as, and its bits
 ACTIVATIONS = ("auto", "int8", "bf16")
+SCALED_CACHES = {"fp8_e4m3": 8, "fp8_e5m2": 8, "int8": 8, "int4": 4}
+"""Quantized caches (kernels/kv_cache.py), and the bits of their codes."""
+CACHE_SCALE_BYTES = 4  # of one token and head: float32, or step and least in float16
 
 
 def ops_name(device: str, *, reference: bool = False) -> str:
@@ -47,6 +50,13 @@ def head_bits(choice: str, *, ops: str, dtype: str) -> int | None:
     if choice not in HEADS:
         raise InputError(f"--lm-head-dtype is {choice!r}: one of auto, {', '.join(HEADS)} is needed")
     return HEADS[choice]
+
+
+def kv_nbytes(dtype: str, head_dim: int) -> int:
+    """Bytes of one head's key, or value, of one token in a cache of that type, with its scale."""
+    if dtype in SCALED_CACHES:
+        return head_dim * SCALED_CACHES[dtype] // 8 + CACHE_SCALE_BYTES
+    return head_dim * ITEM_SIZE[dtype]
 
 
 def shares_table(ops: str, bits: int | None) -> bool:

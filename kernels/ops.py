@@ -13,26 +13,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kernels.kv_cache import KVCache
 from kernels.layout import ops_name
 from quant.tensor import QuantTensor
 
-
-@dataclass(frozen=True, eq=False)
-class KVCache:
-    """One layer's paged cache. A token's slot is ``block * block_size + offset``.
-
-    In the activations' dtype, or another float dtype; FP8 (e4m3fn, and e5m2 on cards) holds values as they are, int8 with a scale
-    for each token and head. Torch's operators and the reference know the activations' dtype only.
-    """
-
-    k: Tensor  # [B, block_size, Hkv, D]
-    v: Tensor  # [B, block_size, Hkv, D]
-    k_scale: Tensor | None = None  # int8: float32 [B, block_size, Hkv]
-    v_scale: Tensor | None = None
-
-    @property
-    def block_size(self) -> int:
-        return self.k.shape[1]
+__all__ = ["KVCache", "Ops", "get_ops"]
 
 
 @dataclass(frozen=True)

@@ -67,12 +67,12 @@ def test_every_option_is_a_flag_a_file_key_and_a_variable(
         for field in fields(kind):
             default = getattr(kind(), field.name)
             value: Any = (not default) if isinstance(default, bool) else 3 if isinstance(default, int) else "3"
-            if field.name in ("gpu_memory_utilization", "swap_space", "shutdown_timeout"):
+            if field.name in ("gpu_memory_utilization", "swap_space", "cpu_offload_gb", "shutdown_timeout"):
                 value = 3.0
             if field.name in ("kv_cache_memory_bytes", "threads", "max_model_len", "block_size"):
                 value = 3
             expected = ("3",) if field.name == "served_model_name" else value
-            flag = "--" + field.name.replace("_", "-")
+            flag = ("--no-" if default is True else "--") + field.name.replace("_", "-")
             cli.run(["serve", flag] if isinstance(default, bool) else ["serve", flag, str(value)])
             (tmp_path / "a.toml").write_text(f"{field.name} = {json.dumps(list(expected) if expected == ('3',) else value)}\n")
             cli.run(["serve", "--config", str(tmp_path / "a.toml")])
@@ -110,7 +110,7 @@ def test_which_source_wins(served: list[Any], tmp_path: Path, monkeypatch: pytes
         ("serve --tensor_parallel_size=2", "--tensor-parallel-size 2: only one device"),
         ("serve --enable-lora", "--enable-lora: LoRA adapters are not supported"),
         ("serve --api-key secret", "--api-key: keys are not supported"),
-        ("serve --kv-cache-dtype fp8", "--kv-cache-dtype fp8: the cache has the dtype"),
+        ("plan --kv-cache-dtype fp7", "--kv-cache-dtype is 'fp7': one of auto, fp8, fp8_e4m3"),
         ("plan /no/such/model", "no such directory: /no/such/model"),
         ("frobnicate", 'Unknown command "frobnicate".'),
     ],
@@ -131,9 +131,7 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_foreign_flags(capsys: pytest.CaptureFixture[str], served: list[Any]) -> None:
-    line = (
-        "serve m --disable-log-stats -tp 1 --disable-log-requests --trust_remote_code --no-enable-prefix-caching"
-    )
+    line = "serve m --disable-log-stats -tp 1 --disable-log-requests --trust_remote_code --use-v2-block-manager"
     assert cli.run(line.split()) == 0 and served == [(EngineConfig(model="m"), ServerConfig())]
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 5 and notes[0] == "appliance: note: --disable-log-stats changes nothing here"

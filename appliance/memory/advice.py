@@ -64,7 +64,8 @@ def wanted_length(demand: Demand, settings: Settings) -> int:
 
 
 def _block_bytes(demand: Demand, settings: Settings) -> int:
-    return KVSpec(demand.layers, demand.kv_heads, demand.head_dim, settings.block_size, demand.dtype).block_bytes
+    dtype = settings.kv_dtype or demand.dtype
+    return KVSpec(demand.layers, demand.kv_heads, demand.head_dim, settings.block_size, dtype).block_bytes
 
 
 def _cache_size(plan: Plan, demand: Demand, settings: Settings, given: int) -> int | None:

@@ -8,8 +8,9 @@ from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.graphs import capture_sizes, graph_bytes
 from appliance.memory.inputs import input_bytes
-from appliance.memory.settings import ITEM_SIZE, Settings
+from appliance.memory.settings import Settings
 from appliance.memory.text import plan_table, size_text
+from kernels.layout import kv_nbytes
 from quant.errors import InputError
 
 RUNTIME = {"cpu": 300 * MIB, "cuda": 800 * MIB}
@@ -36,12 +37,12 @@ class KVSpec:
     kv_heads: int
     head_dim: int
     block_size: int
-    dtype: str
+    dtype: str  # of the cache: that of the activations, or a quantized one (kernels.layout.SCALED_CACHES)
 
     @property
     def token_bytes(self) -> int:
         """Keys and values of one token in all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * ITEM_SIZE[self.dtype]
+        return 2 * self.layers * self.kv_heads * kv_nbytes(self.dtype, self.head_dim)
 
     @property
     def block_bytes(self) -> int:
@@ -194,7 +195,7 @@ def fit(demand: Demand, settings: Settings, device: DeviceInfo) -> MemoryPlan:
 
 def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) -> MemoryPlan:
     """What is left after weights, workspace and runtime becomes blocks, but no more than max_seqs sequences can ever fill."""
-    kv = KVSpec(demand.layers, demand.kv_heads, demand.head_dim, settings.block_size, demand.dtype)
+    kv = KVSpec(demand.layers, demand.kv_heads, demand.head_dim, settings.block_size, settings.kv_dtype or demand.dtype)
     scratch = {
         "activations": demand.token_bytes * settings.max_tokens,
         "logits": demand.logits_row_bytes * min(LOGIT_ROWS, settings.max_tokens),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from appliance.config import EngineConfig
 from appliance.memory.devices import DeviceInfo
-from kernels.layout import ACTIVATIONS
+from kernels.layout import ACTIVATIONS, SCALED_CACHES
 from quant.errors import InputError
 
 DEFAULT_UTILIZATION = {"cpu": 0.5, "cuda": 0.92}  # of the memory available at start; of a card's total
@@ -29,6 +29,7 @@ class Settings:
     max_seqs: int
     max_len: int | None  # None: the longest that fits
     graphs: bool = False  # whether decode steps are recorded
+    kv_dtype: str | None = None  # of a quantized cache; None: that of the activations
 
     @classmethod
     def from_config(cls, config: EngineConfig, device: DeviceInfo) -> Settings:
@@ -51,6 +52,7 @@ class Settings:
             max_seqs=config.max_num_seqs,
             max_len=parse_length(config.max_model_len),
             graphs=records_steps(config, device.kind),
+            kv_dtype=cache_dtype(config.kv_cache_dtype),
         )
 
 
@@ -67,6 +69,16 @@ def parse_length(value: int | str | None) -> int | None:
             "with a suffix if you like (32k = 32,000, 32K = 32,768), or auto"
         )
     return int(length)
+
+
+def cache_dtype(name: str) -> str | None:
+    """--kv-cache-dtype: the name of a quantized cache, or None for the activations' type."""
+    if name == "auto":
+        return None
+    found = "fp8_e4m3" if name == "fp8" else name
+    if found not in SCALED_CACHES:
+        raise InputError(f"--kv-cache-dtype is {name!r}: one of auto, fp8, {', '.join(SCALED_CACHES)} is needed")
+    return found
 
 
 def records_steps(config: EngineConfig, device_kind: str) -> bool:

@@ -76,7 +76,6 @@ class Runner:
         decoder: Decoder,
         plan: MemoryPlan,
         *,
-        dtype: torch.dtype,
         device: torch.device,
         lane: Lane | None = None,
         recorder: Recorder | None = None,
@@ -85,7 +84,7 @@ class Runner:
         self.decoder, self.device, self.block_size = decoder, device, plan.kv.block_size
         self.runs_ahead = lane is not None and decoder.ops.sample is not None
         spare = 0 if recorder is None else 1  # a block for what fills up recorded steps
-        self.caches = allocate_caches(plan, plan.num_blocks + spare, dtype=dtype, device=device)
+        self.caches = allocate_caches(plan, plan.num_blocks + spare, device=device)
         self._forward = decoder.bind(self.caches, max_tokens=plan.max_num_batched_tokens)
         self._staging = None if lane is None else Staging(_input_bytes(plan), lane, device)
         # Not made anew for each step: the system would clear its pages each time, which takes longer than to write logits there.
@@ -215,11 +214,9 @@ def _input_bytes(plan: MemoryPlan) -> int:
     return input_bytes(plan.max_num_batched_tokens, plan.max_num_seqs, plan.kv.blocks(plan.max_model_len))
 
 
-def allocate_caches(plan: MemoryPlan, blocks: int, *, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
-    """The whole pool, layer by layer: [blocks, block_size, Hkv, D] for keys and for values."""
+def allocate_caches(plan: MemoryPlan, blocks: int, *, device: torch.device) -> list[KVCache]:
+    """The whole pool, layer by layer."""
     kv = plan.kv
-    shape = (blocks, kv.block_size, kv.kv_heads, kv.head_dim)
     return [
-        KVCache(k=torch.zeros(shape, dtype=dtype, device=device), v=torch.zeros(shape, dtype=dtype, device=device))
-        for _ in range(kv.layers)
+        KVCache.zeros(blocks, kv.block_size, kv.kv_heads, kv.head_dim, dtype=kv.dtype, device=device) for _ in range(kv.layers)
     ]

@@ -212,7 +212,7 @@ def make_runner(
     decoder: Decoder, plan: MemoryPlan, config: EngineConfig, tools: Tools, timeline: Timeline, *, device: torch.device
 ) -> tuple[Runner, MemoryPlan]:
     """A runner that has done what it will do, and the plan as it is now known. PlanError where the card's memory is too small."""
-    dtype, recorder = getattr(torch, plan.dtype), None
+    recorder = None
     with Kernels(decoder.ops.name) as kernels, told(plan):
         if tools.gauge is not None:
             with timeline.part("warm-up"):
@@ -220,7 +220,7 @@ def make_runner(
             if tools.recorder is not None:
                 recorder = Watched(tools.recorder, tools.gauge)
         with timeline.part("cache"):
-            runner = Runner(decoder, plan, dtype=dtype, device=device, lane=tools.lane, recorder=recorder)
+            runner = Runner(decoder, plan, device=device, lane=tools.lane, recorder=recorder)
         if tools.gauge is None:
             return runner, plan
         if recorder is not None and plan.measured is not None:
@@ -239,8 +239,8 @@ def _measure(
 ) -> MemoryPlan:
     """Run steps of every kind over a cache of one block; the plan with the cache that what is held then leaves."""
     gauge.begin()
-    dtype, one_block = getattr(torch, plan.dtype), replace(plan, num_blocks=1)
-    runner = Runner(decoder, one_block, dtype=dtype, device=device, lane=tools.lane)
+    one_block = replace(plan, num_blocks=1)
+    runner = Runner(decoder, one_block, device=device, lane=tools.lane)
     steps = warmup.run(runner, warmup.trials(plan, recorded=tools.recorder is not None), plan.max_model_len)
     log.debug("%d steps of warm-up", steps)
     return measured(plan, gauge.read(), auto_length=parse_length(config.max_model_len) is None)

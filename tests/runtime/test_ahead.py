@@ -35,7 +35,7 @@ def ahead(engine: Engine, lane: FakeLane | None = None) -> Engine:
     config = EngineConfig(model=engine.info.directory, dtype="float32", reference_ops=True, **settings)  # type: ignore[arg-type]
     plan = make_plan(Path(engine.info.directory), config)
     assert plan.num_blocks == engine.scheduler.pool.num_blocks
-    engine.runner = Runner(engine.runner.decoder, plan, dtype=torch.float32, device=torch.device("cpu"), lane=lane or FakeLane())
+    engine.runner = Runner(engine.runner.decoder, plan, device=torch.device("cpu"), lane=lane or FakeLane())
     assert engine.runner.runs_ahead
     return engine
 

@@ -57,9 +57,7 @@ def recorded(engine: Engine, recorder: FakeRecorder) -> Engine:
     plan = make_plan(Path(engine.info.directory), config)
     assert plan.num_blocks == engine.scheduler.pool.num_blocks
     lane = FakeLane()
-    engine.runner = Runner(
-        engine.runner.decoder, plan, dtype=torch.float32, device=torch.device("cpu"), lane=lane, recorder=recorder
-    )
+    engine.runner = Runner(engine.runner.decoder, plan, device=torch.device("cpu"), lane=lane, recorder=recorder)
     return engine
 
 

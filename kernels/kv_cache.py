@@ -1,0 +1,79 @@
+"""One layer's keys and values in blocks, in the activations' type or quantized: what lies where, and how it is read.
+
+Quantized, each token and head has a scale of its own beside its codes, chosen when it is written: nothing has to be calibrated::
+
+    fp8_e4m3, fp8_e5m2   value = code * scale      scale = largest magnitude / largest finite code, float32
+    int8                 value = code * scale      scale = largest magnitude / 127, float32
+    int4                 value = code * step + least    codes 0 .. 15, two in a byte: feature 2i low, 2i + 1 high
+
+Where a checkpoint brings scales for a layer (``given``), those are stored instead, and larger values are clipped; int4 has least
+values too, and takes no notice of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.layout import SCALED_CACHES
+
+CODES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2, "int8": torch.int8, "int4": torch.uint8}
+LARGEST = {"fp8_e4m3": 448.0, "fp8_e5m2": 57344.0, "int8": 127.0, "int4": 15.0}
+
+
+@dataclass(frozen=True, eq=False)
+class KVCache:
+    """One layer's paged cache. A token's slot is ``block * block_size + offset``.
+
+    Not quantized: k and v in the activations' dtype, or another float dtype, and no scales.
+    """
+
+    k: Tensor  # [B, block_size, Hkv, D]; int4: [B, block_size, Hkv, D / 2]
+    v: Tensor  # the same
+    k_scale: Tensor | None = None  # float32 [B, block_size, Hkv]; int4: float16 [B, block_size, Hkv, 2], step and least
+    v_scale: Tensor | None = None
+    given: tuple[float, float] | None = None  # the checkpoint's scales of this layer's keys and values
+
+    @property
+    def block_size(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def dtype(self) -> str:
+        """As in kernels.layout: float32, bfloat16, float16, fp8_e4m3, fp8_e5m2, int8 or int4."""
+        return next((name for name, code in CODES.items() if code == self.k.dtype), str(self.k.dtype).removeprefix("torch."))
+
+    @property
+    def head_dim(self) -> int:
+        return self.k.shape[3] * (2 if self.k.dtype == torch.uint8 else 1)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a block has: keys, values, and their scales where there are any."""
+        return tuple(t for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
+
+    @classmethod
+    def zeros(
+        cls,
+        blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: str,
+        device: torch.device,
+        given: tuple[float, float] | None = None,
+    ) -> KVCache:
+        """An empty cache of ``blocks * block_size * 2 * kv_heads * kernels.layout.kv_nbytes(dtype, head_dim)`` bytes."""
+        shape = (blocks, block_size, kv_heads, head_dim // 2 if dtype == "int4" else head_dim)
+        code = CODES.get(dtype) or getattr(torch, dtype)
+        k, v = (torch.zeros(shape, dtype=code, device=device) for _ in range(2))
+        if dtype not in SCALED_CACHES:
+            return cls(k, v)
+        if dtype == "int4":
+            k_scale, v_scale = (torch.zeros((*shape[:3], 2), dtype=torch.float16, device=device) for _ in range(2))
+        else:
+            k_scale, v_scale = (torch.zeros(shape[:3], dtype=torch.float32, device=device) for _ in range(2))
+        return cls(k, v, k_scale, v_scale, given)
