@@ -6,8 +6,10 @@ Quantized, each token and head has a scale of its own beside its codes, chosen w
     int8                 value = code * scale      scale = largest magnitude / 127, float32
     int4                 value = code * step + least    codes 0 .. 15, two in a byte: feature 2i low, 2i + 1 high
 
-Where a checkpoint brings scales for a layer (``given``), those are stored instead, and larger values are clipped; int4 has least
-values too, and takes no notice of them.
+Codes are rounded to the nearest, ties to even, and never beyond the largest. A step and a least value are rounded to float16 before
+codes are found with them. A scale or step below LEAST_SCALE is of a vector that is all but zero, or, in int4, all but constant: its
+codes are 0. Where a checkpoint brings scales for a layer (``given``), those are stored instead, and larger values are clipped; int4
+has least values too, and takes no notice of them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from kernels.layout import SCALED_CACHES
 
 CODES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2, "int8": torch.int8, "int4": torch.uint8}
 LARGEST = {"fp8_e4m3": 448.0, "fp8_e5m2": 57344.0, "int8": 127.0, "int4": 15.0}
+LEAST_SCALE = 2.0**-100  # int4: any step that float16 has is larger
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,3 +80,31 @@ class KVCache:
         else:
             k_scale, v_scale = (torch.zeros(shape[:3], dtype=torch.float32, device=device) for _ in range(2))
         return cls(k, v, k_scale, v_scale, given)
+
+
+def quantize(x: Tensor, dtype: str, given: float | None = None) -> tuple[Tensor, Tensor]:
+    """x [..., D] -> codes [..., D] (int4: [..., D / 2]) and scales [...] (int4: [..., 2])."""
+    wide, largest = x.float(), LARGEST[dtype]
+    if dtype == "int4":
+        most = torch.finfo(torch.float16).max
+        least = wide.amin(-1).clamp(-most, most).half()
+        step = ((wide.amax(-1) - least) / largest).clamp(0, most).half()
+        codes = _codes(wide - least.unsqueeze(-1), step.float()).clamp(0, largest).round().to(torch.uint8)
+        return codes[..., ::2] | codes[..., 1::2] << 4, torch.stack([step, least], dim=-1)
+    scale = wide.abs().amax(-1) / largest if given is None else torch.full(x.shape[:-1], given, device=x.device)
+    codes = _codes(wide, scale).clamp(-largest, largest)
+    return (codes.round() if dtype == "int8" else codes).to(CODES[dtype]), scale
+
+
+def _codes(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(scale < LEAST_SCALE, 0.0, 1.0 / scale).unsqueeze(-1) * x
+
+
+def dequantize(codes: Tensor, scales: Tensor | None) -> Tensor:
+    """What ``quantize`` made, or the values of a cache that is not quantized: float32 [..., D]."""
+    if scales is None:
+        return codes.float()
+    if codes.dtype != torch.uint8:
+        return codes.float() * scales.unsqueeze(-1)
+    step, least = scales.float().unsqueeze(-2).unbind(-1)  # [..., 1]
+    return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2) * step + least

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.kv_cache import dequantize, quantize
 from kernels.ops import KVCache, Norm, Ops, PagedBatch, Weight
 from quant.tensor import QuantTensor
 
@@ -123,7 +124,7 @@ def rope_store(
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
 ) -> Tensor:
-    kv_heads, size = cache.k.shape[2:]
+    kv_heads, size = cache.k.shape[2], cache.head_dim
     q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, size)).split([heads, kv_heads, kv_heads], dim=1)
     q = q if q_norm is None else rms_norm(q, q_norm.weight, eps=q_norm.eps)
     k = k if k_norm is None else rms_norm(k, k_norm.weight, eps=k_norm.eps)
@@ -133,8 +134,13 @@ def rope_store(
 
 
 def store_kv(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
-    cache.k.flatten(0, 1)[slots] = k
-    cache.v.flatten(0, 1)[slots] = v
+    """k and v [T, Hkv, D] at their slots of the cache."""
+    given = cache.given or (None, None)
+    for x, codes, scales, scale in zip((k, v), (cache.k, cache.v), (cache.k_scale, cache.v_scale), given, strict=True):
+        if scales is None:
+            codes.flatten(0, 1)[slots] = x.to(codes.dtype)
+        else:
+            codes.flatten(0, 1)[slots], scales.flatten(0, 1)[slots] = quantize(x, cache.dtype, scale)
 
 
 def attention(q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None) -> Tensor:
@@ -144,8 +150,7 @@ def attention(q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, win
     ):
         rows = slice(row, stop)
         blocks = torch.tensor(table, device=q.device)
-        k = cache.k[blocks].flatten(0, 1)[:end].float().transpose(0, 1)  # [Hkv, end, D]
-        v = cache.v[blocks].flatten(0, 1)[:end].float().transpose(0, 1)
+        k, v = (_values(*pair, blocks, end) for pair in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)))
         mine = q[rows].float()
         queries = mine.shape[0]
         grouped = mine.unflatten(1, (k.shape[0], -1)).permute(1, 2, 0, 3)  # [Hkv, group, T, D]
@@ -155,6 +160,12 @@ def attention(q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, win
         found = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.unsqueeze(1)
         out[rows] = found.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
     return out
+
+
+def _values(codes: Tensor, scales: Tensor | None, blocks: Tensor, end: int) -> Tensor:
+    """float32 [Hkv, end, D]: what these blocks hold of a sequence."""
+    chosen = None if scales is None else scales[blocks].flatten(0, 1)[:end]
+    return dequantize(codes[blocks].flatten(0, 1)[:end], chosen).transpose(0, 1)
 
 
 def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
