@@ -6,10 +6,10 @@ Quantized, each token and head has a scale of its own beside its codes, chosen w
     int8                 value = code * scale      scale = largest magnitude / 127, float32
     int4                 value = code * step + least    codes 0 .. 15, two in a byte: feature 2i low, 2i + 1 high
 
-Codes are rounded to the nearest, ties to even, and never beyond the largest. A step and a least value are rounded to float16 before
-codes are found with them. A scale or step below LEAST_SCALE is of a vector that is all but zero, or, in int4, all but constant: its
-codes are 0. Where a checkpoint brings scales for a layer (``given``), those are stored instead, and larger values are clipped; int4
-has least values too, and takes no notice of them.
+Codes are rounded to the nearest, ties to even, and never beyond the largest. A step and a least value are rounded to float16
+before codes are found with them. A scale or step below LEAST_SCALE is of a vector that is all but zero, or, in int4, all but
+constant: its codes are 0. Where a checkpoint brings scales for a layer (``given``), those are stored instead, and larger values
+are clipped; int4 has least values too, and takes no notice of them.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ def quantize(x: Tensor, dtype: str, given: float | None = None) -> tuple[Tensor,
         most = torch.finfo(torch.float16).max
         least = wide.amin(-1).clamp(-most, most).half()
         step = ((wide.amax(-1) - least) / largest).clamp(0, most).half()
-        codes = _codes(wide - least.unsqueeze(-1), step.float()).clamp(0, largest).round().to(torch.uint8)
+        codes = _codes(wide - least.unsqueeze(-1), step.float()).clamp_(0, largest).round_().to(torch.uint8)
         return codes[..., ::2] | codes[..., 1::2] << 4, torch.stack([step, least], dim=-1)
     scale = wide.abs().amax(-1) / largest if given is None else torch.full(x.shape[:-1], given, device=x.device)
-    codes = _codes(wide, scale).clamp(-largest, largest)
-    return (codes.round() if dtype == "int8" else codes).to(CODES[dtype]), scale
+    codes = _codes(wide, scale).clamp_(-largest, largest)
+    return (codes.round_() if dtype == "int8" else codes).to(CODES[dtype]), scale
 
 
 def _codes(x: Tensor, scale: Tensor) -> Tensor:

@@ -10,22 +10,26 @@ plain causal mask and everything before without a mask:
 
     keys    0 ........... | masked by the window | seen by all rows | tile (causal) |
     window: first row sees from i0 - w + 1; the last row of the tile from i1 - w
+
+Quantized keys and values are widened WIDEN at a time, to the queries' dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from kernels.kv_cache import dequantize
 from kernels.ops import KVCache, PagedBatch
 
 TILE = 256  # queries
 VIEW_BLOCKS = 8  # shorter runs of consecutive blocks are gathered with their neighbours
 GATHER = 64  # blocks gathered at a time
+WIDEN = 512  # quantized keys widened at a time
 HIDDEN = -30000.0  # added to scores that a window hides: finite in every dtype, so that rows that see nothing stay numbers
 
 
@@ -134,7 +138,7 @@ class PagedAttention:
             grouped = q[rows].unflatten(1, (-1, group)).permute(1, 2, 0, 3)  # [Hkv, group, rows, D]
             if tile.rows == 1:
                 grouped = grouped.permute(2, 0, 1, 3)  # the group takes the queries' place: [1, Hkv, group, D]
-            pieces = [_attend(grouped, cache, part, scale) for part in tile.parts]
+            pieces = [_attend(grouped, cache, piece, scale) for part in tile.parts for piece in _stretches(cache, part)]
             found = pieces[0][0] if len(pieces) == 1 else _merge(pieces)
             target = out[rows].unflatten(1, (-1, group))
             target.copy_(found if tile.rows == 1 else found.permute(2, 0, 1, 3))
@@ -149,25 +153,47 @@ class PagedAttention:
         return self._tiles[key]
 
 
+def _stretches(cache: KVCache, part: Part) -> Iterator[Part]:
+    """The part in pieces of at most WIDEN keys where they have to be widened. A tile's own keys are fewer anyway."""
+    if cache.k_scale is None or part.causal:
+        yield part
+        return
+    for first in range(part.first, part.last, WIDEN):
+        last = min(first + WIDEN, part.last)
+        mask = None if part.mask is None else part.mask[:, first - part.first : last - part.first]
+        yield replace(part, first=first, last=last, mask=mask)
+
+
 def _attend(q: Tensor, cache: KVCache, part: Part, scale: float) -> tuple[Tensor, Tensor]:
     """(partial output like q, logarithms of the sums float32) of one tile over one part of its keys."""
-    k, v = (_keys(t, part, q) for t in (cache.k, cache.v))
+    k, v = (_keys(*pair, part, q) for pair in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)))
     mask = None if part.mask is None else part.mask.to(q.dtype)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, part.causal, attn_mask=mask, scale=scale)
 
 
-def _keys(cache: Tensor, part: Part, q: Tensor) -> Tensor:
-    """The part's keys or values, not copied: [1, Hkv, L, D] for one query, [Hkv, group, L, D] with a stride of 0 for many."""
-    segment, heads, size = part.segment, cache.shape[2], cache.shape[3]
-    if segment.gather is not None:
-        cache, slot = cache[segment.gather], 0
-    else:
-        slot = segment.slot
-    length, width = part.last - part.first, heads * size
-    offset = cache.storage_offset() + (slot + part.first - segment.start) * width
-    if q.shape[0] == 1 and q.shape[1] == heads:
-        return cache.as_strided((1, heads, length, size), (0, size, width, 1), offset)
-    return cache.as_strided((heads, q.shape[1], length, size), (size, 0, width, 1), offset)
+def _keys(codes: Tensor, scales: Tensor | None, part: Part, q: Tensor) -> Tensor:
+    """The part's keys or values: [1, Hkv, L, D] for one query, [Hkv, group, L, D] with a stride of 0 for many.
+
+    Not copied, but for those of scattered blocks and for quantized ones.
+    """
+    found = _slots(codes, part)
+    if scales is not None:
+        found = dequantize(found, _slots(scales, part)).to(q.dtype)
+    heads_first = found.transpose(0, 1)
+    if q.shape[0] == 1 and q.shape[1] == found.shape[1]:
+        return heads_first.unsqueeze(0)
+    return heads_first.unsqueeze(1).expand(-1, q.shape[1], -1, -1)
+
+
+def _slots(cache: Tensor, part: Part) -> Tensor:
+    """What a cache's tensor has of the part's tokens, in their order: [L, ...]."""
+    segment, block_size = part.segment, cache.shape[1]
+    first, last = part.first - segment.start, part.last - segment.start
+    if segment.gather is None:
+        return cache.flatten(0, 1)[segment.slot + first : segment.slot + last]
+    blocks = segment.gather[first // block_size : -(-last // block_size)]
+    skipped = first // block_size * block_size
+    return cache[blocks].flatten(0, 1)[first - skipped : last - skipped]
 
 
 def _merge(pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -48,13 +48,12 @@ def rope_store(
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
 ) -> Tensor:
-    kv_heads, size = cache.k.shape[2:]
+    kv_heads, size = cache.k.shape[2], cache.head_dim
     q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, size)).split([heads, kv_heads, kv_heads], dim=1)
     q = q if q_norm is None else rms_norm(q, q_norm.weight, eps=q_norm.eps)
     k = k if k_norm is None else rms_norm(k, k_norm.weight, eps=k_norm.eps)
     cos, sin = cos_sin.index_select(0, batch.positions).unsqueeze(1).chunk(2, dim=-1)  # float32 [T, 1, rotary / 2]
-    cache.k.flatten(0, 1).index_copy_(0, batch.slots, _rotate(k, cos, sin))
-    cache.v.flatten(0, 1).index_copy_(0, batch.slots, v)
+    reference.store_kv(_rotate(k, cos, sin), v, cache, batch.slots)
     return _rotate(q, cos, sin)
 
 

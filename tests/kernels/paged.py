@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kernels.kv_cache import dequantize, quantize
 from kernels.ops import KVCache, PagedBatch
 
 
@@ -59,3 +60,15 @@ def make_step(
         singles=next((i for i, (_, now) in enumerate(sequences) if now != 1), len(sequences)),
     )
     return batch, KVCache(cache.k.to(dtype), cache.v.to(dtype))
+
+
+def quantized(cache: KVCache, dtype: str, given: tuple[float, float] | None = None) -> tuple[KVCache, KVCache]:
+    """(a float cache quantized to ``dtype``, what that stands for in float32); slots that are NaN stay poisoned in both."""
+    parts = [quantize(x, dtype, scale) for x, scale in zip((cache.k, cache.v), given or (None, None), strict=True)]
+    for x, (codes, scales) in zip((cache.k, cache.v), parts, strict=True):
+        nobody = x.isnan().any(-1)
+        for tensor in (codes, scales):
+            tensor.view(torch.uint8).unflatten(-1, (-1, tensor.element_size()))[nobody] = 255  # NaN, or the largest code
+    (k, k_scale), (v, v_scale) = parts
+    small = KVCache(k, v, k_scale, v_scale, given)
+    return small, KVCache(dequantize(k, k_scale), dequantize(v, v_scale))

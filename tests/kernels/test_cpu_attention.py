@@ -8,18 +8,32 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.cpu.paged_attention import GATHER, VIEW_BLOCKS, PagedAttention, segments
-from tests.kernels.paged import make_step
+from kernels.cpu import paged_attention
+from kernels.cpu.paged_attention import GATHER, VIEW_BLOCKS, WIDEN, PagedAttention, segments
+from kernels.kv_cache import dequantize
+from kernels.layout import SCALED_CACHES
+from tests.kernels.paged import make_step, quantized
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-def check(q_heads: int, *, window: int | None, sequences: list[tuple[int, int]], dtype: torch.dtype, **step: object) -> None:
+def check(
+    q_heads: int,
+    *,
+    window: int | None,
+    sequences: list[tuple[int, int]],
+    dtype: torch.dtype,
+    kind: str | None = None,
+    **step: object,
+) -> None:
+    """kind: of a quantized cache, which is to give what the values that it stands for give."""
     batch, cache = make_step(sequences, dtype=dtype, **step)  # type: ignore[arg-type]
-    size = cache.k.shape[3]
+    if kind is not None:
+        cache, held = quantized(cache, kind)
+    size = cache.head_dim
     q = torch.randn(batch.query_starts_list[-1], q_heads, size, generator=torch.Generator().manual_seed(3)).to(dtype)
     found = PagedAttention()(q, cache, batch, scale=size**-0.5, window=window)
-    expected = reference.attention(q, cache, batch, scale=size**-0.5, window=window)
+    expected = reference.attention(q, cache if kind is None else held, batch, scale=size**-0.5, window=window)
     assert found.shape == q.shape and found.dtype == dtype
     assert (found.float() - expected.float()).abs().max() < TOLERANCE[dtype]  # also false for NaN
 
@@ -41,6 +55,42 @@ def test_random_steps(case: int) -> None:
         order=rng.choice(["consecutive", "shuffled", "half"]),
         seed=case,
     )
+
+
+@pytest.mark.parametrize("kind", list(SCALED_CACHES))
+@pytest.mark.parametrize("case", range(12))
+def test_quantized_caches(kind: str, case: int) -> None:
+    rng = random.Random(f"{kind} {case}")
+    kv_heads = rng.choice([1, 2, 4])
+    check(
+        kv_heads * rng.choice([1, 2, 3, 7]),
+        window=rng.choice([None, None, 1, 17, 300]),
+        sequences=[
+            (rng.choice([0, 1, 16, 100, WIDEN - 1, WIDEN, 1200]), rng.choice([1, 1, 17, 300])) for _ in range(rng.randint(1, 3))
+        ],
+        dtype=rng.choice(list(TOLERANCE)),
+        kind=kind,
+        block_size=rng.choice([8, 16, 32]),
+        kv_heads=kv_heads,
+        head_dim=rng.choice([16, 48, 64, 80, 96, 128]),
+        order=rng.choice(["consecutive", "shuffled", "half"]),
+        seed=case,
+    )
+
+
+@pytest.mark.parametrize("kind", list(SCALED_CACHES))
+def test_quantized_keys_are_widened_a_stretch_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the whole cache, nor all that a sequence has."""
+    widened = []
+
+    def spy(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        widened.append(codes.shape[0])
+        return dequantize(codes, scales)
+
+    monkeypatch.setattr(paged_attention, "dequantize", spy)
+    for order in ("consecutive", "shuffled"):
+        check(4, window=None, sequences=[(5 * WIDEN, 1), (2000, 300)], dtype=torch.float32, kind=kind, order=order)
+    assert max(widened) == WIDEN
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33])

@@ -7,6 +7,8 @@ import torch
 
 from kernels import reference
 from kernels.cpu import torch_ops, weights
+from kernels.kv_cache import KVCache, dequantize
+from kernels.layout import SCALED_CACHES
 from kernels.ops import Norm, get_ops
 from quant.errors import InputError
 from tests.kernels.paged import make_step
@@ -49,6 +51,30 @@ def test_rope_store(rotary: int, normed: bool, dtype: torch.dtype) -> None:
     assert found.shape == (7, 4, 16) and close(found, expected)
     for ours, theirs in ((first.k, second.k), (first.v, second.v)):
         assert close(ours.nan_to_num(9.0), theirs.nan_to_num(9.0)) and torch.equal(ours.isnan(), theirs.isnan())
+
+
+@pytest.mark.parametrize("kind", list(SCALED_CACHES))
+@pytest.mark.parametrize("given", [None, (0.013, 0.4)])
+def test_rope_store_quantizes(kind: str, given: tuple[float, float] | None) -> None:
+    """As the reference, but for a code that another rounding of the rotation moves."""
+    batch, plain = make_step([(5, 4), (0, 2), (16, 1)])
+    shape, device = plain.k.shape, torch.device("cpu")
+    ours, theirs = (KVCache.zeros(*shape, dtype=kind, device=device, given=given) for _ in range(2))
+    qkv, table = torch.randn(7, 8 * 16), torch.randn(30, 16)
+    expected = reference.rope_store(qkv.clone(), 4, theirs, batch, table)
+    assert close(torch_ops.rope_store(qkv, 4, ours, batch, table), expected)
+    nobody = plain.k.flatten(0, 1).isnan().any(-1).any(-1)
+    nobody[batch.slots] = False
+    for cache in (ours, theirs):
+        for codes, scales in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
+            assert scales is not None and not bool(scales.flatten(0, 1)[nobody].any()), "slots of nobody are left alone"
+            assert not bool(codes.view(torch.uint8).flatten(0, 1)[nobody].any())
+    for pair in (((ours.k, ours.k_scale), (theirs.k, theirs.k_scale)), ((ours.v, ours.v_scale), (theirs.v, theirs.v_scale))):
+        found, wanted = (
+            dequantize(codes.flatten(0, 1)[batch.slots], scales.flatten(0, 1)[batch.slots]) for codes, scales in pair
+        )  # type: ignore[union-attr]
+        moved = (found - wanted).abs() > 1e-5
+        assert float(moved.float().mean()) < 0.01 and bool(wanted.any())
 
 
 def test_rope_store_of_nothing(dtype: torch.dtype) -> None:
