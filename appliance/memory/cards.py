@@ -18,9 +18,9 @@ from quant.errors import InputError
 
 MOST = 64  # cards that are planned at once
 PCIE = {3: 0.985e9, 4: 1.969e9, 5: 3.938e9}  # bytes a second and lane, one way
-RESERVED = (256 * MIB, 0.01)
-"""What a driver keeps of a card: so much, and this share. Public reports have 212 MiB of an RTX 2060, 258 of a T4, 464 of an
-RTX 5070, 357 of an RTX 4090, 500 of an RTX 5090, 480 of an H100 and 880 of an A100."""
+RESERVED = (400 * MIB, 0.0025)
+"""What a driver keeps of a card: so much, and this share. Recorded: ``nvidia-smi -q`` has 408 MiB of an RTX 2080 SUPER,
+434 of an RTX 4080 SUPER, 464 of an RTX 5070, 479 of an H100, 609 of an L40S and 614 of an H200."""
 
 
 @dataclass(frozen=True)

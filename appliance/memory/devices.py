@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,17 @@ import psutil
 from quant.errors import InputError
 
 MIB = 1024**2
+_UNSAID = re.compile(r"\[?(N/A|Not Found|Not Supported|Insufficient Permissions|Unknown Error)\b")  # of odd or cautious drivers
 _UNLIMITED = 2**60  # version 1 of control groups writes "no limit" as a huge number
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Another process on the card."""
+
+    pid: int
+    name: str
+    nbytes: int | None  # None where the driver will not say
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,7 @@ class DeviceInfo:
     total: int
     available: int
     capability: int | None = None  # of a card: 75, 80, 86, 89, 90, 100, 120; None where nothing told it
+    holders: tuple[Holder, ...] = ()  # of a card: who else is on it, most memory first
 
     @property
     def bfloat16(self) -> bool:
@@ -101,17 +113,40 @@ def _first_card() -> DeviceInfo:
     card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
     if card in ("", "-1"):
         raise InputError("--device cuda: CUDA_VISIBLE_DEVICES hides every card; unset it, or use --device cpu")
-    query = [
-        "nvidia-smi",
-        "--query-gpu=name,compute_cap,memory.total,memory.free",
-        "--format=csv,noheader,nounits",
-        f"--id={card}",
-    ]
+    answer = _ask("--query-gpu=name,compute_cap,memory.total,memory.free", "--format=csv,noheader,nounits", f"--id={card}")
+    if answer is None:
+        raise InputError("--device cuda: no NVIDIA card answers on this machine (nvidia-smi failed); use --device cpu")
+    holders = parse_holders(_ask("-q", "-d", "PIDS", f"--id={card}") or "")
+    return replace(parse_card(answer), holders=tuple(one for one in holders if one.pid != os.getpid()))
+
+
+def _ask(*arguments: str) -> str | None:
+    """What nvidia-smi prints, or None where it fails."""
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        raise InputError("--device cuda: no NVIDIA card answers on this machine (nvidia-smi failed); use --device cpu") from None
-    return parse_card(answer)
+        return None
+
+
+def parse_holders(answer: str) -> tuple[Holder, ...]:
+    """The processes that ``nvidia-smi -q -d PIDS`` lists, computing (C) or drawing (G), most memory first.
+
+    ``--query-compute-apps`` would leave a desktop out. What a driver hides (names of other users' processes, all memory on
+    Windows) stays unknown; a process without a number is left out.
+    """
+    found: dict[int, Holder] = {}
+    pid = None
+    for line in answer.splitlines():
+        key, _, value = (part.strip() for part in line.partition(":"))
+        if key == "Process ID":
+            pid = int(value) if value.isdecimal() else None
+            if pid is not None:
+                found[pid] = Holder(pid, "unknown", None)
+        elif key in ("Name", "Process Name") and pid is not None and value and not _UNSAID.match(value):
+            found[pid] = replace(found[pid], name=re.split(r"[/\\]", value.split(" --")[0])[-1] or value)
+        elif key == "Used GPU Memory" and pid is not None and value.removesuffix(" MiB").isdecimal():
+            found[pid] = replace(found[pid], nbytes=int(value.removesuffix(" MiB")) * MIB)
+    return tuple(sorted(found.values(), key=lambda one: -(one.nbytes or 0)))
 
 
 def _capability(text: str) -> int | None:
@@ -121,9 +156,13 @@ def _capability(text: str) -> int | None:
 
 
 def parse_card(answer: str) -> DeviceInfo:
-    """The first card of nvidia-smi's answer: name, compute capability, total and free memory in MiB, separated by commas."""
+    """The first card of nvidia-smi's answer: name, compute capability, total and free memory in MiB, separated by commas.
+
+    Where a driver hides what is free (of a card that is divided, say) all of it counts as free: the engine measures once more.
+    """
     try:
         name, capability, total, free = (part.strip() for part in answer.splitlines()[0].rsplit(",", 3))
+        free = total if _UNSAID.match(free) else free
         return DeviceInfo("cuda", name, int(total) * MIB, int(free) * MIB, _capability(capability))
     except (IndexError, ValueError):
         raise InputError(

@@ -107,7 +107,7 @@ def test_several_cards() -> None:
 def test_a_card_as_a_device() -> None:
     device = find_card("4090").device()
     assert (device.kind, device.name, device.capability) == ("cuda", "NVIDIA GeForce RTX 4090", 89)
-    assert device.total == 24564 * MIB and 24000 * MIB < device.available < 24207 * MIB
+    assert device.total == 24564 * MIB and 24000 * MIB < device.available < 24207 * MIB  # torch sees 23.64 GiB of it
 
 
 def test_the_card_that_a_driver_names() -> None:

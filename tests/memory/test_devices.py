@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
 import pytest
 
 from appliance.memory import devices
-from appliance.memory.devices import DeviceInfo, cgroup_limits, parse_card, this_device
+from appliance.memory.devices import DeviceInfo, Holder, cgroup_limits, parse_card, parse_holders, this_device
 from quant.errors import InputError
 
 MIB = 1 << 20
@@ -82,6 +83,97 @@ def test_a_card_as_nvidia_smi_describes_it() -> None:
     for text in ("", "No devices were found\n", "card, 8.0, [N/A], 5", "card, 24564, 23010"):
         with pytest.raises(InputError, match="which names no card; use --device cpu"):
             parse_card(text)
+
+
+def test_a_card_that_hides_how_much_is_free() -> None:
+    for free in ("[Insufficient Permissions]", "[N/A]", "N/A", "[Unknown Error]"):
+        card = parse_card(f"NVIDIA H100 80GB HBM3, 9.0, 81559, {free}")
+        assert card.available == card.total == 81559 * MIB
+
+
+# Recorded: a desktop under Linux (driver 595), Windows (591), an older driver (418), a card in parts (590).
+DESKTOP = """
+==============NVSMI LOG==============
+
+Timestamp                                 : Fri Jun 26 11:59:44 2026
+Driver Version                            : 595.71.05
+CUDA Version                              : 13.2
+
+Attached GPUs                             : 1
+GPU 00000000:01:00.0
+    Processes
+        GPU instance ID                   : N/A
+        Compute instance ID               : N/A
+        Process ID                        : 2165
+            Type                          : C+G
+            Name                          : /usr/bin/kwin_wayland
+            Used GPU Memory               : 25 MiB
+        GPU instance ID                   : N/A
+        Compute instance ID               : N/A
+        Process ID                        : 2496
+            Type                          : G
+            Name                          : /usr/bin/plasma-keyboard
+            Used GPU Memory               : 200 MiB
+"""
+WINDOWS = r"""
+    Processes
+        GPU instance ID                   : N/A
+        Compute instance ID               : N/A
+        Process ID                        : 2056
+            Type                          : C+G
+            Name                          : C:\Windows\System32\dwm.exe
+            Used GPU Memory               : Not available in WDDM driver model
+        Process ID                        : 4680
+            Type                          : C+G
+            Name                          : C:\Program Files\NVIDIA Corporation\NVIDIA GeForce Experience\NVIDIA Share.exe
+            Used GPU Memory               : Not available in WDDM driver model
+"""
+OLDER = """
+    Processes
+        Process ID                  : 1248
+            Type                    : G
+            Name                    : /usr/lib/xorg/Xorg
+            Used GPU Memory         : 28 MiB
+        Process ID                  : 2222
+            Type                    : C
+            Name                    : /opt/google/chrome/chrome --type=gpu-process --log=/tmp/a/b
+            Used GPU Memory         : 46 MiB
+"""
+HIDDEN = """
+    Processes
+        Process ID                        : 21180
+            Type                          : C
+            Name                          : [Insufficient Permissions]
+            Used GPU Memory               : 2296 MiB
+        Process ID                        : [Insufficient Permissions]
+            Type                          : [Insufficient Permissions]
+            Name                          : [Insufficient Permissions]
+            Used GPU Memory               : [Insufficient Permissions]
+        Process ID                        : 42
+            Type                          : C
+            Name                          :
+            Used GPU Memory               : [N/A]
+"""
+
+
+def test_who_else_is_on_the_card() -> None:
+    assert parse_holders(DESKTOP) == (Holder(2496, "plasma-keyboard", 200 * MIB), Holder(2165, "kwin_wayland", 25 * MIB))
+    assert parse_holders(WINDOWS) == (Holder(2056, "dwm.exe", None), Holder(4680, "NVIDIA Share.exe", None))
+    assert parse_holders(OLDER) == (Holder(2222, "chrome", 46 * MIB), Holder(1248, "Xorg", 28 * MIB))
+    assert parse_holders(HIDDEN) == (Holder(21180, "unknown", 2296 * MIB), Holder(42, "unknown", None))
+    for nothing in ("", "No devices were found", "    Processes                         : None", "Process ID : \nName : x"):
+        assert parse_holders(nothing) == ()
+
+
+def test_the_card_with_its_processes_but_for_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = DESKTOP + f"        Process ID : {os.getpid()}\n Name : python\n Used GPU Memory : 500 MiB\n"
+    (tmp_path / "processes").write_text(listed)
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f'#!/bin/sh\n[ "$1" = -q ] && exec /bin/cat {tmp_path}/processes\necho "card, 8.9, 24564, 23000"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [one.name for one in this_device("cuda").holders] == ["plasma-keyboard", "kwin_wayland"]
 
 
 def fake_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
