@@ -1,10 +1,19 @@
-"""The pool of KV blocks: who holds which, and where the next one should be so that a sequence lies in long runs."""
+"""The pool of KV blocks: who holds which, what the others still contain, and where the next one should be.
+
+A block is used (somebody refers to it), kept (nobody does, but what it contains has a key and may be wanted again), or blank::
+
+    blank --allocate--> used --release--> blank, or kept where it was registered under a key
+                        used <--share---- kept --(least recently used, when room is needed)--> blank
+
+Used blocks of one sequence lie in long runs where they can.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
-_FREE, _USED = b"\1", b"\0"
+_BLANK, _USED, _KEPT = b"\1", b"\0", b"\2"
 
 
 class PoolError(RuntimeError):
@@ -12,32 +21,45 @@ class PoolError(RuntimeError):
 
 
 class BlockPool:
-    """``num_blocks`` blocks of ``block_size`` tokens with a reference count each. Ids are 0 .. num_blocks - 1."""
+    """``num_blocks`` blocks of ``block_size`` tokens with a reference count each. Ids are 0 .. num_blocks - 1.
+
+    ``evicting`` is called with (block, key) before a kept block becomes blank, while it still contains what the key says.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 1 or block_size < 1:
             raise PoolError(f"a pool needs at least one block of one token, got {num_blocks} blocks of {block_size}")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.free = num_blocks
-        self._map = bytearray(_FREE) * num_blocks  # bytearray.find over it runs at C speed
+        self.free = num_blocks  # blank and kept ones
+        self.evicting: Callable[[int, bytes], None] | None = None
+        self._map = bytearray(_BLANK) * num_blocks  # bytearray.find over it runs at C speed
         self._counts = [0] * num_blocks
+        self._keys: dict[int, bytes] = {}
+        self._places: dict[bytes, int] = {}  # the reverse of _keys
+        self._kept: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._cursor = 0  # next fit: where the search for a new run starts
 
     @property
     def used(self) -> int:
         return self.num_blocks - self.free
 
+    @property
+    def kept(self) -> int:
+        return len(self._kept)
+
     def allocate(self, n: int, *, after: int | None = None, expect: int = 0) -> list[int] | None:
         """``n`` blocks with one reference each, or None (and nothing changed) when fewer are free.
 
-        ``after`` is the sequence's last block: its neighbours are taken while they are free. A new run is placed with room
+        ``after`` is the sequence's last block: its neighbours are taken while they are blank. A new run is placed with room
         for ``expect`` blocks: how many, these ``n`` included, the sequence may still come to need.
         """
         if n < 0:
             raise PoolError(f"cannot allocate {n} blocks")
         if n > self.free:
             return None
+        while self.free - len(self._kept) < n:
+            self._evict()
         blocks = [] if after is None else self._take(after + 1, n)
         while len(blocks) < n:
             want = n - len(blocks)
@@ -45,42 +67,89 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: Sequence[int]) -> None:
-        """One more reference to each block; every one must be in use."""
+        """One more reference to each block; every one must be used or kept."""
         for block in blocks:
-            self._used_or_raise(block, "share")
+            if block in self._kept:
+                del self._kept[block]
+                self._map[block] = 0
+                self.free -= 1
+            else:
+                self._used_or_raise(block, "share")
             self._counts[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One reference less to each block; a block nobody refers to is free again."""
-        for block in blocks:
+        """One reference less to each block. Of those that nobody refers to now, the last ones go first when room is needed."""
+        for block in reversed(blocks):
             self._used_or_raise(block, "release")
             self._counts[block] -= 1
             if self._counts[block] == 0:
-                self._map[block] = 1
                 self.free += 1
+                self._map[block] = 2 if block in self._keys else 1
+                if block in self._keys:
+                    self._kept[block] = None
+
+    def holders(self, block: int) -> int:
+        """How many references there are to a block."""
+        return self._counts[block]
+
+    def register(self, block: int, key: bytes) -> bool:
+        """A used block now contains what ``key`` stands for. False, and nothing changed, where it or another already has one."""
+        self._used_or_raise(block, "register")
+        if key in self._places or block in self._keys:
+            return False
+        self._keys[block], self._places[key] = key, block
+        return True
+
+    def find(self, key: bytes) -> int | None:
+        """The block, used or kept, that contains what ``key`` stands for."""
+        return self._places.get(key)
+
+    def forget(self) -> None:
+        """Nothing that any block contains will be wanted again."""
+        for block in self._kept:
+            self._map[block] = 1
+        self._kept.clear()
+        self._keys.clear()
+        self._places.clear()
 
     def map(self, width: int) -> str:
-        """The pool as text, "." free and "#" used: a character a block, or ``width`` evenly sampled blocks of a larger pool."""
+        """The pool as text, "." blank, "+" kept, "#" used: a character a block, or of ``width`` that are evenly sampled."""
         n = self.num_blocks
         sample = bytes(self._map) if n <= width else bytes(self._map[i * n // width] for i in range(width))
-        return sample.replace(_FREE, b".").replace(_USED, b"#").decode()
+        return sample.replace(_BLANK, b".").replace(_KEPT, b"+").replace(_USED, b"#").decode()
 
     def check(self) -> None:
-        """Raises PoolError unless free + used = all, no count is negative, and map, counts and total agree."""
-        marked = self._map.count(_FREE)
+        """Raises PoolError unless blank + kept + used = all, no count is negative, and map, counts, keys and total agree."""
+        blank, kept, used = (self._map.count(state) for state in (_BLANK, _KEPT, _USED))
         if not len(self._map) == len(self._counts) == self.num_blocks:
             raise PoolError(f"{self.num_blocks} blocks, but a map of {len(self._map)} and {len(self._counts)} counts")
-        if marked != self.free or marked + self._map.count(_USED) != self.num_blocks:
-            raise PoolError(f"{self.free} blocks counted free, {marked} of {self.num_blocks} marked free")
+        if blank + kept != self.free or blank + kept + used != self.num_blocks:
+            raise PoolError(f"{self.free} blocks counted free, {blank + kept} of {self.num_blocks} marked free")
         for block, count in enumerate(self._counts):
-            if count < 0 or (count == 0) != (self._map[block] == 1):
+            if count < 0 or (count == 0) != (self._map[block] != 0):
                 raise PoolError(f"block {block} has {count} references and is marked {'free' if self._map[block] else 'used'}")
+        if {key: block for block, key in self._keys.items()} != self._places or len(self._keys) != len(self._places):
+            raise PoolError("the keys of blocks and the blocks of keys disagree")
+        marked = {block for block, state in enumerate(self._map) if state == 2}
+        if self._kept.keys() != marked or not marked <= self._keys.keys():
+            raise PoolError(f"{len(marked)} blocks are marked kept, {len(self._kept)} listed, {len(self._keys)} have keys")
+        if any(count == 0 and self._map[block] == 1 and block in self._keys for block, count in enumerate(self._counts)):
+            raise PoolError("a blank block has a key")
+
+    def _evict(self) -> None:
+        """The least recently used of the kept blocks becomes blank."""
+        block = next(iter(self._kept))
+        key = self._keys[block]
+        if self.evicting is not None:
+            self.evicting(block, key)
+        del self._kept[block], self._keys[block], self._places[key]
+        self._map[block] = 1
 
     def _take(self, start: int, most: int) -> list[int]:
-        """Take the free blocks from ``start`` on, up to the first used one, at most ``most``."""
+        """Take the blank blocks from ``start`` on, up to the first other one, at most ``most``."""
         stop = min(start + most, self.num_blocks)
-        first_used = self._map.find(_USED, start, stop)
-        stop = stop if first_used < 0 else first_used
+        blank = self._map[start:stop]
+        stop = start + len(blank) - len(blank.lstrip(_BLANK))
         blocks = list(range(start, stop))
         self._map[start:stop] = bytes(len(blocks))
         self._counts[start:stop] = [1] * len(blocks)
@@ -89,8 +158,8 @@ class BlockPool:
 
     def _seat(self, want: int, expect: int) -> int:
         """Where to start a new run: at the cursor if all that may be needed fits there, else amid about the longest gap."""
-        room = min(max(want, expect), self.free)
-        needle = _FREE * room
+        room = min(max(want, expect), self.free - len(self._kept))
+        needle = _BLANK * room
         for start in (self._cursor, 0):
             if self._map.startswith(needle, start):
                 self._cursor = start + room
@@ -98,8 +167,8 @@ class BlockPool:
         while (start := self._map.find(needle)) < 0:
             room = room * 3 // 4
             needle = needle[:room]
-        end = self._map.find(_USED, start)
-        gap = (end if end >= 0 else self.num_blocks) - start
+        rest = self._map[start:]
+        gap = len(rest) - len(rest.lstrip(_BLANK))
         return start + max(0, gap - want) // 2  # the middle: the sequence that ends before the gap keeps room to grow
 
     def _used_or_raise(self, block: int, verb: str) -> None:

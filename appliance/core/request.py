@@ -21,9 +21,21 @@ class Request:
     seed: int  # 64 bits; with the position it decides the random number, so batch mates and preemption do not
     arrival: float
     eos_token_ids: frozenset[int] = frozenset()  # end it with "stop" (empty under ignore_eos)
+    priority: int = 0  # lower goes first
+    salt: str = ""  # prefixes are shared between requests of one salt only
+    leader: Request | None = None  # of its siblings, the one that computes the prompt for all
+    beam: bool = False  # what it samples is taken by its group, and not by commit
+    held: bool = False  # waits for its group's decision
     computed: int = 0  # tokens whose keys and values are in the cache, or will be after the steps under way
+    landed: int = 0  # of those, how many no step under way has still to compute
     ahead: int = 0  # tokens that the steps under way will add
     blocks: array[int] = field(default_factory=lambda: array("i"))  # ids of its blocks, in order
+    host: array[int] = field(default_factory=lambda: array("i"))  # where its blocks are in host memory, while it is swapped out
+    keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were asked for
+    ticket: tuple[int, int] = (0, 0)  # place in the order of service
+    running: bool = False
+    admitted_len: int = 0  # len(tokens) when it was admitted last
+    cached: int = 0  # prompt tokens that were in the cache when it was admitted first
     preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None

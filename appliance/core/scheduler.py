@@ -5,54 +5,64 @@ The rules and what they guarantee are in docs/scheduling.md.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from bisect import insort
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 
-from appliance.core.blocks import BlockPool, PoolError
+from appliance.core.audit import audit
+from appliance.core.blocks import BlockPool
 from appliance.core.params import RequestError
 from appliance.core.request import Request
+from appliance.core.step import Chunk, StepPlan
+from appliance.core.store import Place, Store
 
-
-class Chunk(NamedTuple):
-    """Compute tokens ``start : start + length`` of a request; its blocks already hold room for them."""
-
-    request: Request
-    start: int
-    length: int
-    samples: bool  # the chunk reaches the last known token: its last row's logits give the next one
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step. ``chunks`` are in order of arrival: single tokens (decodes), then what is left of prompts."""
-
-    chunks: tuple[Chunk, ...]
-    preempted: tuple[Request, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.length for chunk in self.chunks)
+FAIR_TOKENS = 1024
+"""So many tokens a request generates before it makes room for one that waits: a return costs far less than they did."""
+WATERMARK = 0.01
+"""The share of the pool that admission leaves free, so that those who run have room to grow."""
+PATIENCE = 16
+"""Steps after which the head of the queue is looked up again while nothing became free: others may have computed its prefix."""
+_ticket = attrgetter("ticket")
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill, first come first served, over one pool.
+    """Continuous batching with chunked prefill over one pool, in order of priority, then of arrival.
 
-    ``running`` and then ``waiting`` are always in order of arrival: requests are admitted from the head of the queue and
-    preempted from the tail of the running ones.
+    ``running`` and ``waiting`` are in order of their tickets. Requests are admitted from the head of the queue and preempted from
+    the tail of the running ones.
     """
 
-    def __init__(self, pool: BlockPool, *, max_num_batched_tokens: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        host: BlockPool | None = None,
+        caching: bool = False,
+        priorities: bool = False,
+        swaps: Callable[[Request], bool] = lambda request: True,
+        fair_tokens: int = FAIR_TOKENS,
+    ) -> None:
+        """``host``: blocks of host memory, for requests that give way where ``swaps`` says so, and for cached prefixes."""
         if max_num_batched_tokens < 1 or max_num_seqs < 1:
             raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens} and max_num_seqs={max_num_seqs} must be >= 1")
-        self.pool = pool
+        self.pool, self.store, self.swaps, self.priorities, self.fair_tokens = (
+            pool,
+            Store(pool, host, caching=caching),
+            swaps,
+            priorities,
+            fair_tokens,
+        )
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every running decode fits into every step
         self.running: list[Request] = []
-        self.waiting: deque[Request] = deque()
-        self.num_preemptions = 0
+        self.waiting: list[Request] = []
+        self.num_preemptions = self.num_swaps = 0
+        self.prompt_tokens_looked_up = self.prompt_tokens_found = self.prompt_tokens_found_in_host = 0
         self._requests: dict[tuple[str, int], Request] = {}  # in order of arrival
+        self._tickets = 0
+        self._blocked: tuple[Request, int, int] | None = None  # the head, the free blocks it takes, looks until it is tried again
 
     @property
     def has_work(self) -> bool:
@@ -62,7 +72,7 @@ class Scheduler:
         """Queue a request. Raises RequestError for an id in use and for one whose tokens the whole pool cannot hold."""
         if request.key in self._requests:
             raise RequestError(f"request_id {request.request_id!r} is in use", param="request_id", code="request_id_in_use")
-        need, have = self._blocks(request.max_total - 1), self.pool.num_blocks
+        need, have = self.store.blocks(request.max_total - 1), self.pool.num_blocks
         if need > have:
             size = self.pool.block_size
             raise RequestError(
@@ -72,7 +82,7 @@ class Scheduler:
                 code="context_length_exceeded",
             )
         self._requests[request.key] = request
-        self.waiting.append(request)
+        self._enqueue(request)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Request]:
         """End a request (all its completions, or one) with "abort" and free its blocks now. Unknown ids end nothing."""
@@ -89,27 +99,28 @@ class Scheduler:
         """
         for request in [r for r in self.running if r.finished]:
             self._drop(request)
-        budget = self.max_num_batched_tokens
+        yielding, preempted = self._make_room(), []
         chunks: list[Chunk] = []
-        preempted: list[Request] = []
-        place = 0
-        while place < len(self.running) or self._admit(budget):
-            request = self.running[place]
-            start, known = request.computed, request.known
-            if known >= request.max_total:  # its last token is under way
-                place += 1
+        budget, place = self.max_num_batched_tokens, 0
+        while place < len(self.running):
+            request, place = self.running[place], place + 1
+            if request.held or request.known >= request.max_total:  # its last token is under way
                 continue
-            end = min(known, start + budget)  # the budget is never spent here: only the youngest has more than one token pending
-            while not self._extend(request, end):
-                preempted.append(self._preempt_youngest())
+            while (chunk := self._chunk(request, budget - len(self.running) + place)) is None:  # a token for each of those behind
+                preempted.append(self._preempt(self.running[-1]))
                 if preempted[-1] is request:
                     break
             else:
-                chunks.append(Chunk(request, start, end - start, end == known))
-                budget -= end - start
-                request.computed, place = end, place + 1
-                request.ahead += end == known
-        return StepPlan(tuple(chunks), tuple(preempted))
+                chunks.append(chunk)
+                budget -= chunk.length
+        while not preempted and (admitted := self._admit(budget)) is not None:
+            if (chunk := self._chunk(admitted, budget)) is None:  # only where allocations are made to fail
+                preempted.append(self._preempt(admitted))
+            else:
+                chunks.append(chunk)
+                budget -= chunk.length
+        chunks.sort(key=lambda chunk: chunk.length > 1)
+        return StepPlan(tuple(chunks), (*yielding, *preempted), self.store.take_copies())
 
     def commit(self, plan: StepPlan, sampled: Sequence[int | None]) -> list[Request]:
         """Take what the step computed: ``sampled[i]`` is the token of chunk i where it samples, else None.
@@ -122,94 +133,175 @@ class Scheduler:
             raise ValueError(f"{len(plan.chunks)} chunks, but {len(sampled)} sampled entries")
         finished = []
         for chunk, token in zip(plan.chunks, sampled, strict=True):
-            request = chunk.request
+            request, end = chunk.request, chunk.start + chunk.length
             if self._requests.get(request.key) is not request:
                 continue
+            if request.running and request.computed >= end:
+                self.store.landed(request, chunk.start, end)
             if request.finish_reason is None and chunk.samples:
                 if token is None:
                     raise ValueError(f"request {request.key} reached its last token, but nothing was sampled")
                 request.ahead -= 1
-                request.append(token)
+                if request.beam:
+                    request.held = True
+                else:
+                    request.append(token)
             if request.finish_reason is not None:
                 self._drop(request)
                 finished.append(request)
         return finished
 
+    def branch(self, moves: Sequence[tuple[Request, Request, int]]) -> None:
+        """Each (child, parent, token): the child goes on from the parent's tokens and this one; all at once.
+
+        They are completions of one request, none with a step under way. All blocks are shared, until they are written to.
+        """
+        states = []
+        for child, parent, token in moves:
+            together = child.running and parent.running
+            blocks = parent.blocks[:] if together else parent.blocks[:0]
+            self.pool.share(blocks)
+            computed = parent.computed if together else 0
+            states.append((child, [*parent.tokens, token], blocks, computed, parent.keys[:]))
+        for child, tokens, blocks, computed, keys in states:
+            self.store.drop(child)
+            self.store.drop_host(child)
+            child.tokens, child.blocks, child.computed, child.landed, child.keys = tokens, blocks, computed, computed, keys
+            child.held = False
+
+    def recover(self) -> list[Request]:
+        """A step failed, so what it should have copied and computed is not there: end all that run; the others start anew."""
+        ended = list(self.running)
+        for request in ended:
+            self._drop(request)
+        for request in self.waiting:
+            self.store.drop_host(request)
+            request.computed = request.landed = request.ahead = 0
+        self.store.forget()
+        return ended
+
     def check(self) -> None:
-        """Raises PoolError unless, at any moment, all of this holds.
+        """Raises PoolError where the books are wrong: see appliance.core.audit."""
+        audit(self.store, self.running, self.waiting, self._requests.values(), self.max_num_seqs)
 
-        running + waiting is the order of arrival; a running request holds at least ceil(computed / block_size) blocks (what
-        is stored) and at most ceil(known / block_size); a waiting one holds none and has computed 0;
-        no block has two owners; every used block has an owner; the pool's own books are right.
-        """
-        self.pool.check()
-        if [*self.running, *self.waiting] != list(self._requests.values()):
-            raise PoolError("running + waiting is not the order of arrival")
-        if len(self.running) > self.max_num_seqs:
-            raise PoolError(f"{len(self.running)} running, more than {self.max_num_seqs}")
-        for r in self.running:
-            low, high = self._blocks(r.computed), self._blocks(r.known)
-            if not low <= len(r.blocks) <= high:
-                raise PoolError(f"request {r.key} holds {len(r.blocks)} blocks, expected {low} to {high}")
-        for r in self.waiting:
-            if r.blocks or r.computed:
-                raise PoolError(f"request {r.key} waits with {len(r.blocks)} blocks and {r.computed} tokens computed")
-        owned = [block for r in self.running for block in r.blocks]
-        if len(set(owned)) != len(owned) or len(owned) != self.pool.used:
-            raise PoolError(f"{self.pool.used} blocks in use, {len(owned)} owned, {len(set(owned))} of them different")
+    def _enqueue(self, request: Request, *, last: bool = True) -> None:
+        """Into the queue: behind all of its priority, or where its ticket says."""
+        if last:
+            self._tickets += 1
+            request.ticket = (request.priority if self.priorities else 0, self._tickets)
+        insort(self.waiting, request, key=_ticket)
 
-    def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self.pool.block_size)
+    def _chunk(self, request: Request, budget: int) -> Chunk | None:
+        """As many of its next tokens as the budget takes, or None where there are no blocks for them."""
+        start, known = request.computed, request.known
+        end = min(known, start + budget)
+        if not self.store.extend(request, end):
+            return None
+        request.computed = end
+        request.ahead += end == known
+        return Chunk(request, start, end - start, end == known)
 
-    def _admit(self, budget: int) -> bool:
-        """Move the head of the queue to the running ones, if there is budget, a seat, and blocks for all of it.
-
-        "All" is every known token and the next one (but the very last is never stored). So a request that was preempted in
-        this step, or one behind it, cannot come in again at once: fewer blocks are free now than it had.
-        """
+    def _head(self) -> Request | None:
+        """The next to be admitted, unless its next token is under way, or its siblings' leader is amid their prompt."""
         while self.waiting and self.waiting[0].finished:
             self._drop(self.waiting[0])
-        if not self.waiting or budget == 0 or len(self.running) == self.max_num_seqs:
-            return False
-        request, known = self.waiting[0], len(self.waiting[0].tokens)
-        if request.ahead:  # preempted while its next token is under way
-            return False
-        if self._blocks(max(known, min(known + 1, request.max_total - 1))) > self.pool.free:
-            return False
-        self.running.append(self.waiting.popleft())
-        return True
+        if not self.waiting or self.waiting[0].ahead:
+            return None
+        request, leader = self.waiting[0], self.waiting[0].leader
+        led = leader is not None and leader.running and not request.output_len and leader.landed < leader.prompt_len
+        return None if led else request
 
-    def _extend(self, request: Request, tokens: int) -> bool:
-        """Give the request blocks for its first ``tokens`` tokens, if they are free."""
-        held, size = len(request.blocks), self.pool.block_size
-        need = -(-tokens // size) - held
-        if need > 0:
-            after = request.blocks[-1] if held else None
-            blocks = self.pool.allocate(need, after=after, expect=-(-(request.max_total - 1) // size) - held)
-            if blocks is None:
-                return False
-            request.blocks.extend(blocks)
-        return True
+    def _places(self, request: Request) -> tuple[list[Place], int]:
+        """Blocks that it need not compute, and how many tokens they spare it."""
+        if request.host:
+            return self.store.swapped(request), request.computed
+        if request.params.prompt_logprobs is not None and not request.output_len:  # these come from computing the prompt
+            return [], 0
+        last = len(request.tokens) - 1  # it is computed in any case: the token after it comes from that
+        leader = request.leader
+        if leader is not None and leader.running and not request.output_len:
+            return [Place(False, block) for block in leader.blocks[: self.store.blocks(last)]], last
+        places = self.store.find(request)
+        return places, min(len(places) * self.pool.block_size, last)
 
-    def _release(self, request: Request) -> None:
-        self.pool.release(request.blocks)
-        del request.blocks[:]
+    def _need(self, request: Request, places: list[Place], computed: int) -> int:
+        """Free blocks that its admission takes: for every known token and the next one (but the very last is never stored).
+
+        So a request that gave way in this step, or one behind it, cannot come in again at once.
+        """
+        known, first = len(request.tokens), computed // self.pool.block_size
+        need = self.store.room_for(places, self.store.blocks(max(known, min(known + 1, request.max_total - 1))))
+        if first < len(places) and not places[first].host and self.pool.holders(places[first].block):
+            need += 1  # it writes there, so it gets a copy
+        return need + (int(WATERMARK * self.pool.num_blocks) if self.running else 0)
+
+    def _admit(self, budget: int) -> Request | None:
+        """Move the head of the queue to the running ones, if there is budget, a seat, and blocks for all of it."""
+        request = self._head()
+        if request is None or budget == 0 or len(self.running) == self.max_num_seqs:
+            return None
+        if self._blocked is not None and self._blocked[0] is request:
+            _, need, patience = self._blocked
+            self._blocked = (request, need, patience - 1)
+            if need > self.pool.free and patience:
+                return None
+        places, computed = self._places(request)
+        need = self._need(request, places, computed)
+        if need > self.pool.free or not self.store.fetch(request, places, expect=self.store.blocks(request.max_total - 1)):
+            self._blocked = (request, need, PATIENCE)
+            return None
+        self._blocked = None
+        if not request.preemptions:
+            self.prompt_tokens_looked_up += request.prompt_len
+            request.cached = min(computed, request.prompt_len)
+            self.prompt_tokens_found += request.cached
+            self.prompt_tokens_found_in_host += min(request.cached, sum(p.host for p in places) * self.pool.block_size)
+        del self.waiting[0]
+        insort(self.running, request, key=_ticket)
+        request.running, request.admitted_len = True, len(request.tokens)
+        request.computed = request.landed = computed
+        return request
+
+    def _make_room(self) -> list[Request]:
+        """Preempt for the head of the queue: those of lower priority, and those that have had their turn."""
+        head = self._head()
+        if head is None or not self.running:
+            return []
+        turns = [r for r in self.running if r.known - r.admitted_len >= self.fair_tokens and r.ticket[0] == head.ticket[0]]
+        turns.sort(key=lambda r: r.admitted_len - r.known)
+        victims = [r for r in reversed(self.running) if r.ticket[0] > head.ticket[0]] + turns
+        if not victims:
+            return []
+        lack = self._need(head, *self._places(head)) - self.pool.free
+        seats = 1 + len(self.running) - self.max_num_seqs
+        if (lack > 0 and lack > sum(len(r.blocks) for r in victims)) or seats > len(victims):
+            return []
+        gone = []
+        while victims and (lack > 0 or seats > 0):
+            free = self.pool.free
+            gone.append(self._preempt(victims.pop(0), last=True))
+            lack, seats = lack - (self.pool.free - free), seats - 1
+        return gone
 
     def _drop(self, request: Request) -> None:
         """Forget a request, wherever it is, and free its blocks."""
         del self._requests[request.key]
-        if request in self.running:
-            self.running.remove(request)
-        else:
-            self.waiting.remove(request)
-        self._release(request)
+        (self.running if request.running else self.waiting).remove(request)
+        request.running = False
+        self.store.drop(request)
+        self.store.drop_host(request)
 
-    def _preempt_youngest(self) -> Request:
-        """Put the youngest running request back to the head of the queue; it will be computed anew."""
-        victim = self.running.pop()
-        self._release(victim)
-        victim.computed = 0
-        victim.preemptions += 1
+    def _preempt(self, request: Request, *, last: bool = False) -> Request:
+        """Back to the queue with a running request: it is swapped out, or it will be computed anew."""
+        self.running.remove(request)
+        request.running = False
+        if self.store.host is not None and self.swaps(request) and self.store.swap_out(request):
+            self.num_swaps += 1
+        else:
+            self.store.drop(request)
+            request.computed = 0
+        request.landed = min(request.landed, request.computed)
+        request.preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(victim)
-        return victim
+        self._enqueue(request, last=last)
+        return request

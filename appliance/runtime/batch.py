@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from appliance.core.request import Request
-from appliance.core.scheduler import Chunk
+from appliance.core.step import Chunk
 from appliance.runtime.sampler import uniform
 from kernels.ops import PagedBatch
 

@@ -16,7 +16,8 @@ from appliance.core.blocks import BlockPool
 from appliance.core.door import check_submit, hash_u64, make_requests
 from appliance.core.messages import EngineInfo, Event, RequestStat, Stats, Submit, TokenLogprob
 from appliance.core.request import Request
-from appliance.core.scheduler import Scheduler, StepPlan
+from appliance.core.scheduler import Scheduler
+from appliance.core.step import StepPlan
 from appliance.memory.devices import cpu_threads
 from appliance.memory.planner import make_plan
 from appliance.runtime.runner import Flight, Runner, StepResult

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from appliance.core.messages import TokenLogprob
 from appliance.core.request import Request
-from appliance.core.scheduler import Chunk, StepPlan
+from appliance.core.step import Chunk, StepPlan
 from appliance.memory.inputs import input_bytes
 from appliance.memory.planner import LOGIT_ROWS, MemoryPlan
 from appliance.runtime.batch import Draws, StepArrays

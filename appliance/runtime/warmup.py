@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from appliance.core.params import SamplingParams
 from appliance.core.request import Request
-from appliance.core.scheduler import Chunk, StepPlan
+from appliance.core.step import Chunk, StepPlan
 from appliance.memory.planner import LOGIT_ROWS, MemoryPlan
 from appliance.runtime.runner import Flight, Runner
 from kernels.configs import table

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from appliance.core.params import SamplingParams
 from appliance.core.request import Request
-from appliance.core.scheduler import Scheduler, StepPlan
+from appliance.core.scheduler import Scheduler
+from appliance.core.step import StepPlan
 
 VOCAB = 1000
 

@@ -8,7 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from appliance.core.blocks import BlockPool
 from appliance.core.request import Request
-from appliance.core.scheduler import Scheduler, StepPlan
+from appliance.core.scheduler import Scheduler
+from appliance.core.step import StepPlan
 from tests.core.fake_model import VOCAB, FakeRunner, alone, make_request, next_token
 
 

@@ -12,7 +12,7 @@ import torch
 
 from appliance.core.messages import Submit
 from appliance.core.params import RequestError, SamplingParams
-from appliance.core.scheduler import StepPlan
+from appliance.core.step import StepPlan
 from appliance.runtime.engine import MAX_FAILURES, Engine
 from appliance.runtime.runner import Flight
 from kernels.cpu import backend

@@ -1,0 +1,31 @@
+"""What a step is: a value, decided before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from appliance.core.request import Request
+from appliance.core.store import Copy
+
+
+class Chunk(NamedTuple):
+    """Compute tokens ``start : start + length`` of a request; its blocks already hold room for them."""
+
+    request: Request
+    start: int
+    length: int
+    samples: bool  # the chunk reaches the last known token: its last row's logits give the next one
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: first the copies, one after another, then the chunks together: single tokens, then what is left of prompts."""
+
+    chunks: tuple[Chunk, ...]
+    preempted: tuple[Request, ...] = ()
+    copies: tuple[Copy, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)

@@ -1,0 +1,216 @@
+"""Where the keys and values of requests are: in the pool, in host memory, or in both; and what must be copied for that.
+
+A full block is known by a hash of its tokens and of all before them, so any request whose tokens begin alike finds it::
+
+    key 0 = hash(salt, tokens of block 0)     key i = hash(key i - 1, tokens of block i)
+
+A block that nobody holds is kept until its room is needed; then, where there is a second tier, it moves to host memory (again for
+as long as nobody needs the room there), from where a later request gets it back. A request that must give way moves there whole,
+and what it has there is its own until it returns.
+
+Every decision appends to ``copies``. They are carried out one after another, before the step with which they were decided: so a
+block may be handed on as soon as its copy has been decided.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from hashlib import sha256
+from typing import Literal, NamedTuple
+
+from appliance.core.blocks import BlockPool, PoolError
+from appliance.core.request import Request
+
+
+class Copy(NamedTuple):
+    """Of a whole block. "out": from the pool to host memory; "in": back; "copy": within the pool."""
+
+    kind: Literal["out", "in", "copy"]
+    source: int
+    target: int
+
+
+class Place(NamedTuple):
+    """Where a block is found. ``host`` means host memory."""
+
+    host: bool
+    block: int
+
+
+class Store:
+    """The pool, and with ``host`` a second one in host memory. Without ``caching`` requests share only what forks share."""
+
+    def __init__(self, pool: BlockPool, host: BlockPool | None = None, *, caching: bool = True) -> None:
+        if host is not None and host.block_size != pool.block_size:
+            raise PoolError(f"blocks of {pool.block_size} tokens cannot move to blocks of {host.block_size}")
+        self.pool, self.host, self.caching = pool, host, caching
+        self.copies: list[Copy] = []
+        if host is not None:
+            pool.evicting = self._save
+
+    def blocks(self, tokens: int) -> int:
+        return -(-tokens // self.pool.block_size)
+
+    def take_copies(self) -> tuple[Copy, ...]:
+        """What has been decided since the last call."""
+        copies, self.copies = tuple(self.copies), []
+        return copies
+
+    def find(self, request: Request) -> list[Place]:
+        """Where its first full blocks are, as far as they are anywhere."""
+        if not self.caching:
+            return []
+        self._hash(request, len(request.tokens))
+        found = []
+        for key in request.keys:
+            place = self._find(key)
+            if place is None:
+                break
+            found.append(place)
+        return found
+
+    def swapped(self, request: Request) -> list[Place]:
+        """Where the blocks of a request that is swapped out are: some may have stayed in the pool."""
+        places = []
+        for i, slot in enumerate(request.host):
+            block = self.pool.find(request.keys[i]) if i < len(request.keys) else None
+            places.append(Place(True, slot) if block is None else Place(False, block))
+        return places
+
+    def room_for(self, places: Iterable[Place], total: int) -> int:
+        """How many free blocks of the pool ``total`` blocks take that begin with these."""
+        return total - sum(not place.host and self.pool.holders(place.block) > 0 for place in places)
+
+    def fetch(self, request: Request, places: list[Place], expect: int) -> bool:
+        """Give the request these blocks, in order; its own ones in host memory are given up. False: the pool has too few."""
+        here, there = ([place.block for place in places if place.host is host] for host in (False, True))
+        self.pool.share(here)  # these first, so that none is evicted for another
+        if self.host is not None:
+            self.host.share(there)
+        fresh = self.pool.allocate(len(there), expect=expect)
+        if fresh is None:
+            self.pool.release(here)
+        if self.host is not None:
+            self.host.release(there)
+        if fresh is None:
+            return False
+        new = iter(fresh)
+        for i, place in enumerate(places):
+            if not place.host:
+                request.blocks.append(place.block)
+                continue
+            block = next(new)
+            request.blocks.append(block)
+            self.copies.append(Copy("in", place.block, block))
+            if i < len(request.keys):
+                self.pool.register(block, request.keys[i])
+        self.drop_host(request)
+        return True
+
+    def extend(self, request: Request, tokens: int) -> bool:
+        """Blocks for its first ``tokens`` tokens, and the one that is written next for itself alone. False: too few are free."""
+        pool, held, size = self.pool, len(request.blocks), self.pool.block_size
+        first = request.computed // size  # the only one that can be shared among those that are written
+        shared = first < held and pool.holders(request.blocks[first]) > 1
+        need = max(0, self.blocks(tokens) - held)
+        if not need and not shared:
+            return True
+        after = request.blocks[-1] if held else None
+        blocks = pool.allocate(need + shared, after=after, expect=self.blocks(request.max_total - 1) - held)
+        if blocks is None:
+            return False
+        if shared:
+            self.copies.append(Copy("copy", request.blocks[first], blocks[0]))
+            pool.release([request.blocks[first]])
+            request.blocks[first] = blocks[0]
+        request.blocks.extend(blocks[shared:])
+        return True
+
+    def landed(self, request: Request, start: int, end: int) -> None:
+        """Its tokens ``start : end`` are in the cache for certain: full blocks can be found by others from now on."""
+        request.landed = max(request.landed, end)
+        first, last = start // self.pool.block_size, end // self.pool.block_size
+        if not self.caching or first == last:
+            return
+        self._hash(request, end)
+        for i in range(first, last):
+            self.pool.register(request.blocks[i], request.keys[i])
+
+    def swap_out(self, request: Request) -> bool:
+        """Move a request to host memory. False, and nothing changed, where there is too little room."""
+        host, count = self.host, self.blocks(request.computed)
+        if host is None or not count:
+            return False
+        full = request.computed // self.pool.block_size if self.caching else 0
+        self._hash(request, full * self.pool.block_size)
+        known = {i: slot for i, key in enumerate(request.keys[:full]) if (slot := host.find(key)) is not None}
+        host.share(list(known.values()))
+        slots = host.allocate(count - len(known))
+        if slots is None:
+            host.release(list(known.values()))
+            return False
+        new = iter(slots)
+        for i in range(count):
+            slot = known.get(i)
+            if slot is None:
+                slot = next(new)
+                self.copies.append(Copy("out", request.blocks[i], slot))
+                if i < full:
+                    host.register(slot, request.keys[i])
+            request.host.append(slot)
+        del request.keys[full:]  # the block behind these is not full in host memory, though its tokens may be known
+        self.drop(request)
+        return True
+
+    def drop(self, request: Request) -> None:
+        """Its blocks in the pool are not its own any more."""
+        self.pool.release(request.blocks)
+        del request.blocks[:]
+
+    def drop_host(self, request: Request) -> None:
+        """The same of those in host memory."""
+        if self.host is not None and request.host:
+            self.host.release(request.host)
+            del request.host[:]
+
+    def forget(self) -> None:
+        """Copies were not carried out, or a step failed: nothing that has a key can be trusted any more."""
+        self.copies.clear()
+        self.pool.forget()
+        if self.host is not None:
+            self.host.forget()
+
+    def check(self) -> None:
+        self.pool.check()
+        if self.host is not None:
+            self.host.check()
+
+    def _find(self, key: bytes) -> Place | None:
+        block = self.pool.find(key)
+        if block is not None:
+            return Place(False, block)
+        slot = None if self.host is None else self.host.find(key)
+        return None if slot is None else Place(True, slot)
+
+    def _hash(self, request: Request, tokens: int) -> None:
+        """The keys of all full blocks among its first ``tokens`` tokens."""
+        size, keys = self.pool.block_size, request.keys
+        if not self.caching or len(keys) >= tokens // size:
+            return
+        before = keys[-1] if keys else sha256(request.salt.encode()).digest()
+        for start in range(len(keys) * size, tokens - size + 1, size):
+            before = sha256(before + array("q", request.tokens[start : start + size]).tobytes()).digest()
+            keys.append(before)
+
+    def _save(self, block: int, key: bytes) -> None:
+        """A block is about to be handed on: what it contains moves to host memory, if there is room."""
+        host = self.host
+        if host is None or host.find(key) is not None or not host.free:
+            return
+        slots = host.allocate(1)
+        if slots is None:  # as it may be where allocations are made to fail
+            return
+        self.copies.append(Copy("out", block, slots[0]))
+        host.register(slots[0], key)
+        host.release(slots)
