@@ -32,9 +32,12 @@ class EngineConfig:
     max_model_len: int | str = "auto"
     """Longest prompt plus answer, in tokens (32k is understood); auto: the longest that the model and the memory allow."""
     gpu_memory_utilization: float | None = None
-    """Share of memory to take: of a card's total (default 0.92), of what is available at start on the CPU (default 0.5)."""
-    kv_cache_memory_bytes: int | None = None
-    """Size of the KV cache in bytes, instead of what gpu-memory-utilization leaves."""
+    """The most memory to take, all in all: a share of a card's total (default 0.92), or of what is available at start on the CPU
+    (default 0.5)."""
+    gpu_memory_reserve: int | str | None = None
+    """Memory that stays free, in bytes (2G is 2 GiB). Where it is given, gpu-memory-utilization is 1 unless that is given too."""
+    kv_cache_memory_bytes: int | str | None = None
+    """Size of the KV cache in bytes (2G is 2 GiB), instead of what gpu-memory-utilization leaves."""
     kv_cache_dtype: str = "auto"
     """What keys and values are stored as: auto (as --dtype says), fp8 (fp8_e4m3), fp8_e5m2, int8 or int4."""
     swap_space: float = 0.0
@@ -48,8 +51,8 @@ class EngineConfig:
     elsewhere."""
     max_num_batched_tokens: int = 2048
     """Most tokens in one step, prompts and answers together."""
-    max_num_seqs: int = 256
-    """Most sequences in one step."""
+    max_num_seqs: int | str = "auto"
+    """Most sequences in one step; auto: as many as the KV cache has room for at a fair length, up to 256."""
     scheduling_policy: str = "fcfs"
     """fcfs: requests are served in order of arrival; priority: those with a lower priority field first."""
     preemption_mode: str = "auto"

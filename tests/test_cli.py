@@ -69,7 +69,9 @@ def test_every_option_is_a_flag_a_file_key_and_a_variable(
             value: Any = (not default) if isinstance(default, bool) else 3 if isinstance(default, int) else "3"
             if field.name in ("gpu_memory_utilization", "swap_space", "cpu_offload_gb", "shutdown_timeout"):
                 value = 3.0
-            if field.name in ("kv_cache_memory_bytes", "threads", "max_model_len", "block_size"):
+            if field.name in ("kv_cache_memory_bytes", "gpu_memory_reserve", "threads", "max_model_len", "max_num_seqs"):
+                value = 3
+            if field.name == "block_size":
                 value = 3
             expected = ("3",) if field.name == "served_model_name" else value
             flag = ("--no-" if default is True else "--") + field.name.replace("_", "-")

@@ -1,66 +1,173 @@
-"""Flags that would make a model fit, each found by planning again with it: what is advised is known to work."""
+"""What would make a model fit, each found by planning again with it: what is advised is known to work.
+
+Ranked by what it costs, the mildest first: memory that is free anyway; swap space; a cache in FP8 (docs/kv-cache.md has what that
+does to the answers); slower prompts; fewer requests at once; slower decoding; a head in int8; a shorter context; weights that are
+streamed from the host; another checkpoint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from appliance.config import GIB
 from appliance.memory.demand import Demand
 from appliance.memory.devices import DeviceInfo
-from appliance.memory.plan import SHORTEST_AUTO, KVSpec, MemoryPlan, PlanError, fit
-from appliance.memory.settings import Settings
+from appliance.memory.fit import fit, last
+from appliance.memory.plan import SHORTEST_AUTO, KVSpec, MemoryPlan, PlanError, Remedy
+from appliance.memory.settings import Settings, cache_dtype
+from appliance.memory.text import size_text
 
+QUARTER = GIB // 4
 SMALLEST = 16  # shorter contexts and smaller steps than this are not advised
+MODEST = 256, 16
+"""Tokens and sequences of a step, at least, where several things change: with fewer, much speed is lost for little memory."""
 
 
-def advise(error: PlanError, demand: Demand, settings: Settings, device: DeviceInfo) -> PlanError:
-    """The error, with the remedies that work; where no single flag helps, one set of flags; else the plain truth."""
+@dataclass(frozen=True)
+class Option:
+    """One thing that can change. Its values go from the mildest to the strongest: what fits with one fits with those after it."""
 
-    def plan(**changes: float | int | None) -> MemoryPlan | None:
+    values: Sequence[Any]
+    cost: str  # in words
+    change: Callable[[Any], dict[str, Any]]  # of Settings, by field; demand: another model
+    flags: Callable[[Any], dict[str, Any]]  # the same as options of EngineConfig
+
+
+@dataclass(frozen=True)
+class Variants:
+    """The same model otherwise: demands that planning made in vain may be tried with."""
+
+    head: Demand | None = None  # with --lm-head-dtype int8
+    quantized: Mapping[str, Demand] | None = None  # of other checkpoints, by what they are
+
+
+Plan = Callable[[Mapping[str, object]], MemoryPlan | None]
+
+
+def advise(
+    error: PlanError, demand: Demand, settings: Settings, device: DeviceInfo, variants: Variants | None = None
+) -> PlanError:
+    """The error, with the remedies that work; where no single change helps, one set of changes; else the plain truth."""
+    variants = variants or Variants()
+
+    def plan(changes: Mapping[str, object]) -> MemoryPlan | None:
+        changed = {name: value for name, value in changes.items() if name != "demand"}
+        chosen = changes.get("demand", demand)
+        assert isinstance(chosen, Demand)
         try:
-            return fit(demand, replace(settings, **changes), device)  # type: ignore[arg-type]
+            return fit(chosen, replace(settings, **changed), device)  # type: ignore[arg-type]
         except PlanError:
             return None
 
-    remedies = tuple(single_flags(plan, demand, settings))
+    known = options(demand, settings, device, variants)
+    remedies = [remedy for option in known if (remedy := alone(plan, option)) is not None]
     if not remedies:
-        remedies = tuple(flag_sets(plan, demand, settings))
+        together = combined(plan, options(demand, settings, device, variants, *MODEST)) or combined(plan, known)
+        remedies = [] if together is None else [together]
+    for words, smaller in (variants.quantized or {}).items():
+        if (found := plan({"demand": smaller})) is not None:
+            effect = f"weights of {size_text(found.weight_bytes)}, at some cost in quality; {room(found)}"
+            other = Remedy(options={}, effect=effect, tokens=found.tokens, max_model_len=found.max_model_len, instead=words)
+            remedies.append(other)
     if remedies:
-        return PlanError(f"{error}. What would fit: {', or '.join(remedies)}", remedies)
+        return PlanError(f"{error}. What would fit: {', or '.join(map(str, remedies))}", tuple(remedies))
     return PlanError(f"{error}. No setting makes it fit on this device: it needs one with more memory, or a smaller model")
 
 
-Plan = Callable[..., MemoryPlan | None]
+def alone(plan: Plan, option: Option) -> Remedy | None:
+    """The mildest value of an option that, changed alone, makes the model fit."""
+    index = _first(option.values, lambda value: plan(option.change(value)) is not None)
+    return None if index is None else _remedy(plan, [(option, option.values[index])])
 
 
-def single_flags(plan: Plan, demand: Demand, settings: Settings) -> list[str]:
-    """The mildest value of each flag that, changed alone, makes the model fit."""
-    sized = None if settings.kv_bytes is None else _cache_size(plan, demand, settings, settings.kv_bytes)
-    if sized is not None:
-        return [f"--kv-cache-memory-bytes {sized}"]
-    found = []
-    longest = _largest(lambda n: plan(max_len=n) is not None, SMALLEST, wanted_length(demand, settings) - 1)
-    if longest is not None:
-        found.append(f"--max-model-len {longest}")
-    spare = _largest(lambda n: plan(utilization=(100 - n) / 100) is not None, 0, 99)  # hundredths that may stay free
-    if spare is not None:
-        found.append(f"--gpu-memory-utilization {(100 - spare) / 100:g}")
-    step = _largest(lambda n: plan(max_tokens=n) is not None, SMALLEST, settings.max_tokens - 1)
-    if step is not None:
-        found.append(f"--max-num-batched-tokens {step}")
+def combined(plan: Plan, known: Sequence[Option]) -> Remedy | None:
+    """Several changes: the mildest that together suffice, without those that then turn out not to be needed.
+
+    Each of the rest is at its mildest value that does, from the costliest on.
+    """
+    chosen: list[tuple[Option, Any]] = []
+    for option in known:
+        if plan(_changes(chosen)) is None and option.values:
+            chosen.append((option, option.values[-1]))
+    if plan(_changes(chosen)) is None:
+        return None
+    for place in reversed(range(len(chosen))):
+        option, before, after = chosen[place][0], chosen[:place], chosen[place + 1 :]
+        if plan(_changes([*before, *after])) is not None:
+            chosen = [*before, *after]
+            continue
+        index = _first(
+            option.values,
+            lambda value, a=before, one=option, b=after: plan(_changes([*a, (one, value), *b])) is not None,  # type: ignore[misc]
+        )
+        assert index is not None
+        chosen[place] = option, option.values[index]
+    return _remedy(plan, chosen)
+
+
+def _changes(chosen: Sequence[tuple[Option, Any]]) -> dict[str, Any]:
+    return {name: value for option, choice in chosen for name, value in option.change(choice).items()}
+
+
+def options(
+    demand: Demand, settings: Settings, device: DeviceInfo, variants: Variants, tokens: int = SMALLEST, sequences: int = 1
+) -> list[Option]:
+    """What can change, the mildest first. ``tokens``, ``sequences``: of a step, at least."""
+    found = [_memory(demand, settings)]
+    if settings.reserve:
+        found.append(_option("gpu_memory_reserve", "reserve", [0], "no memory is kept free"))
+    if settings.swap_bytes:
+        quarters = range(math.ceil(settings.swap_bytes / QUARTER) - 1, -1, -1)
+        cost = "more of what is preempted is computed again"
+        found.append(Option(quarters, cost, lambda n: {"swap_bytes": n * QUARTER}, lambda n: {"swap_space": n * QUARTER / GIB}))
+    if settings.kv_dtype is None:
+        cost = "keys and values in 8 bits"
+        found.append(Option(["fp8"], cost, lambda name: {"kv_dtype": cache_dtype(name)}, lambda name: {"kv_cache_dtype": name}))
+    steps = range(settings.max_tokens - 1, tokens - 1, -1)
+    found.append(_option("max_num_batched_tokens", "max_tokens", steps, "prompts are computed in smaller pieces"))
+    if settings.max_seqs is not None and device.kind == "cuda":
+        fewer = range(settings.max_seqs - 1, sequences - 1, -1)
+        found.append(_option("max_num_seqs", "max_seqs", fewer, "fewer requests run at once"))
     if settings.graphs:
-        sequences = _largest(lambda n: plan(max_seqs=n) is not None, 1, settings.max_seqs - 1)
-        if sequences is not None:
-            found.append(f"--max-num-seqs {sequences}")
-        if plan(graphs=False) is not None:
-            found.append("--enforce-eager")
-    return found
+        found.append(Option([True], "decoding is slower", lambda _: {"graphs": False}, lambda _: {"enforce_eager": True}))
+    if variants.head is not None:
+        found.append(Option([variants.head], "the head in 8 bits", lambda d: {"demand": d}, lambda _: {"lm_head_dtype": "int8"}))
+    return [*found, _context(demand, settings)]
 
 
-def wanted_length(demand: Demand, settings: Settings) -> int:
-    """The context that must fit: the one asked for, or the least that auto is content with."""
-    return settings.max_len or min(SHORTEST_AUTO, demand.max_len)
+def _option(name: str, field: str, values: Sequence[Any], cost: str) -> Option:
+    """One whose value is the same in EngineConfig and in Settings."""
+    return Option(values, cost, lambda value: {field: value}, lambda value: {name: value})
+
+
+def _memory(demand: Demand, settings: Settings) -> Option:
+    """More of the device; where the cache's size is given, another one: that of one sequence where too little was given."""
+    if settings.kv_bytes is None:
+        shares = [share / 100 for share in range(math.floor(settings.utilization * 100) + 1, 101)]
+        return _option("gpu_memory_utilization", "utilization", shares, "less memory is left to others")
+    block, one = _block_bytes(demand, settings), -(-wanted_length(demand, settings) // settings.block_size)
+    sizes = range(max(one, settings.kv_bytes // block) * block, (one - 1) * block, -block)
+    return _option("kv_cache_memory_bytes", "kv_bytes", sizes, "a cache of another size")
+
+
+def _context(demand: Demand, settings: Settings) -> Option:
+    """Shorter sequences; where the cache's size is given, in one that holds the longest."""
+    lengths, cost = range(wanted_length(demand, settings) - 1, SMALLEST - 1, -1), "a shorter context"
+    if settings.kv_bytes is None:
+        return _option("max_model_len", "max_len", lengths, cost)
+
+    def cache(length: int) -> int:
+        return -(-length // settings.block_size) * _block_bytes(demand, settings)
+
+    return Option(
+        lengths,
+        cost,
+        lambda length: {"max_len": length, "kv_bytes": cache(length)},
+        lambda length: {"max_model_len": length, "kv_cache_memory_bytes": cache(length)},
+    )
 
 
 def _block_bytes(demand: Demand, settings: Settings) -> int:
@@ -68,39 +175,24 @@ def _block_bytes(demand: Demand, settings: Settings) -> int:
     return KVSpec(demand.layers, demand.kv_heads, demand.head_dim, settings.block_size, dtype).block_bytes
 
 
-def _cache_size(plan: Plan, demand: Demand, settings: Settings, given: int) -> int | None:
-    """A --kv-cache-memory-bytes that fits: one sequence where too little was given, all that there is where it was too much."""
-    block = _block_bytes(demand, settings)
-    one = -(-wanted_length(demand, settings) // settings.block_size)
-    blocks = _largest(lambda n: plan(kv_bytes=n * block) is not None, one, max(one, given // block))
-    return None if blocks is None else blocks * block
+def wanted_length(demand: Demand, settings: Settings) -> int:
+    """The context that must fit: the one asked for, or the least that auto is content with."""
+    return settings.max_len or min(SHORTEST_AUTO, demand.max_len)
 
 
-def flag_sets(plan: Plan, demand: Demand, settings: Settings) -> list[str]:
-    """All the memory there is, small steps, and the longest context that they leave; without recorded steps if it must be."""
-    step, block = min(settings.max_tokens, 256), _block_bytes(demand, settings)
-
-    def memory(length: int) -> tuple[str, dict[str, float]]:
-        if settings.kv_bytes is None:
-            return "--gpu-memory-utilization 1", {"utilization": 1.0}
-        cache = -(-length // settings.block_size) * block
-        return f"--kv-cache-memory-bytes {cache}", {"kv_bytes": cache}
-
-    longest = wanted_length(demand, settings)
-    for eager in ({}, {"graphs": False}) if settings.graphs else ({},):
-        fits = partial(plan, max_tokens=step, **eager)
-        length = _largest(lambda n, fits=fits: fits(max_len=n, **memory(n)[1]) is not None, SMALLEST, longest)  # type: ignore[misc]
-        if length is not None:
-            flags = f"{memory(length)[0]} --max-num-batched-tokens {step} --max-model-len {length}"
-            return [f"{flags} --enforce-eager" if eager else flags]
-    return []
+def _remedy(plan: Plan, chosen: Sequence[tuple[Option, Any]]) -> Remedy:
+    found = plan(_changes(chosen))
+    assert found is not None
+    flags = {name: value for option, choice in chosen for name, value in option.flags(choice).items()}
+    cost = ", ".join(dict.fromkeys(option.cost for option, _ in chosen))
+    return Remedy(options=flags, effect=f"{cost}; {room(found)}", tokens=found.tokens, max_model_len=found.max_model_len)
 
 
-def _largest(good: Callable[[int], bool], low: int, high: int) -> int | None:
-    """The largest n in low .. high with good(n), where good holds up to some n and no further; None where it never does."""
-    if low > high or not good(low):
-        return None
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if good(middle) else (low, middle - 1)
-    return low
+def room(plan: MemoryPlan) -> str:
+    return f"room for {plan.tokens:,} tokens, {plan.max_model_len:,} in one sequence"
+
+
+def _first(values: Sequence[object], good: Callable[[object], bool]) -> int | None:
+    """Index of the first good value, where all those after a good one are good."""
+    found = last(lambda n: good(values[len(values) - 1 - n]), 0, len(values) - 1)
+    return None if found is None else len(values) - 1 - found

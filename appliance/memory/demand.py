@@ -41,6 +41,7 @@ class Demand:
     hidden_bytes: int  # the hidden state of one token
     logits_row_bytes: int
     position_bytes: int  # the rotary table's row of one position
+    exchange: int = 0  # buffers in which several cards exchange their sums
     head: str = "as published"  # what the output head is stored as, in words
 
     @classmethod

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from appliance.memory.plan import SHORTEST_AUTO, Measured, MemoryPlan, PlanError
+from appliance.memory.plan import SHORTEST_AUTO, Measured, MemoryPlan, PlanError, Remedy
 from appliance.memory.text import size_text
 
 
@@ -54,14 +54,14 @@ def measured(plan: MemoryPlan, reading: Reading, *, auto_length: bool) -> Memory
 
 def _too_little(plan: MemoryPlan, held: int, length: int, blocks: int) -> PlanError:
     need, size = plan.kv.blocks(length) * plan.kv.block_bytes, plan.kv.block_size
-    remedies = []
-    if blocks * size >= 2:
-        remedies.append(f"--max-model-len {blocks * size}")
+    tokens, remedies = plan.kv.blocks(length) * size, []
     share = math.ceil(100 * (held + plan.graph_bytes + need) / plan.device.total) / 100
-    if held + plan.graph_bytes + need <= plan.device.available and plan.budget < plan.device.available and share <= 1:
-        remedies.append(f"--gpu-memory-utilization {share:g}")
+    if held + plan.graph_bytes + need <= plan.free and plan.budget < plan.free and share <= 1:
+        remedies.append(_remedy("gpu_memory_utilization", share, "less memory is left to others", tokens, length))
     if plan.graphs and held + need <= plan.budget:
-        remedies.append("--enforce-eager")
+        remedies.append(_remedy("enforce_eager", True, "decoding is slower", tokens, length))
+    if blocks * size >= 2:
+        remedies.append(_remedy("max_model_len", blocks * size, "a shorter context", blocks * size, blocks * size))
     graphs = f", CUDA graphs will need {size_text(plan.graph_bytes)}" if plan.graphs else ""
     message = (
         f"{plan.model} does not fit on {plan.device.name}: {size_text(held)} are held with weights loaded and a step of "
@@ -70,5 +70,10 @@ def _too_little(plan: MemoryPlan, held: int, length: int, blocks: int) -> PlanEr
         f"{plan.kv.blocks(length)} ({size_text(need)})"
     )
     if remedies:
-        return PlanError(f"{message}. What would fit: {', or '.join(remedies)}", tuple(remedies))
+        return PlanError(f"{message}. What would fit: {', or '.join(map(str, remedies))}", tuple(remedies))
     return PlanError(f"{message}. A smaller --max-num-batched-tokens takes less, and so does a smaller model")
+
+
+def _remedy(option: str, value: object, cost: str, tokens: int, length: int) -> Remedy:
+    effect = f"{cost}; room for {tokens:,} tokens at least, {length:,} in one sequence"
+    return Remedy(options={option: value}, effect=effect, tokens=tokens, max_model_len=length)

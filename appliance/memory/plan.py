@@ -1,15 +1,14 @@
-"""The arithmetic of memory: integers in, a plan or an explained refusal out. Nothing is loaded or measured, and no torch."""
+"""What a plan of the memory is, and what a refusal. appliance/memory/fit.py makes both. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from appliance.memory.demand import LOGIT_ROWS, Demand
+from appliance.memory.demand import LOGIT_ROWS
 from appliance.memory.devices import MIB, DeviceInfo
-from appliance.memory.graphs import capture_sizes, graph_bytes
-from appliance.memory.inputs import input_bytes
-from appliance.memory.settings import Settings
-from appliance.memory.text import plan_table, size_text
+from appliance.memory.graphs import capture_sizes
+from appliance.memory.text import plan_table
 from kernels.layout import kv_nbytes
 from quant.errors import InputError
 
@@ -21,10 +20,47 @@ SHORTEST_AUTO = 256
 """``auto`` does not call a context shorter than this a fit (unless the model itself is shorter)."""
 
 
-class PlanError(InputError):
-    """The model does not fit. The message has the numbers; ``remedies`` the flags that, each by itself, would make it fit."""
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """A change with which the model would fit: that was tried, by planning again with it."""
 
-    def __init__(self, message: str, remedies: tuple[str, ...] = ()) -> None:
+    options: Mapping[str, object]  # of EngineConfig; none where another checkpoint is the remedy
+    effect: str  # what it gives and what it costs, in words
+    tokens: int  # that the KV cache then holds
+    max_model_len: int
+    instead: str = ""  # the other checkpoint, in words
+
+    @property
+    def flags(self) -> str:
+        """As they are given to ``appliance serve`` and ``plan``."""
+        return " ".join(flag_text(name, value) for name, value in self.options.items())
+
+    def __str__(self) -> str:
+        return self.flags or self.instead
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "flags": self.flags,
+            "options": dict(self.options),
+            "instead": self.instead,
+            "effect": self.effect,
+            "tokens": self.tokens,
+            "max_model_len": self.max_model_len,
+        }
+
+
+def flag_text(name: str, value: object) -> str:
+    """An option of EngineConfig as a flag."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value:g}" if isinstance(value, float) else f"--{flag} {value}"
+
+
+class PlanError(InputError):
+    """The model does not fit. The message has the numbers; ``remedies`` what would make it fit, the mildest first."""
+
+    def __init__(self, message: str, remedies: tuple[Remedy, ...] = ()) -> None:
         super().__init__(message)
         self.remedies = remedies
 
@@ -84,6 +120,8 @@ class MemoryPlan:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    free: int = 0  # what the budget can be at most: what is free less the margin and --gpu-memory-reserve
+    swap_blocks: int = 0  # of host memory, each as large as one of the cache; on a CPU they are in the same memory
     measured: Measured | None = None  # None: nothing was yet, or it is no card
 
     @property
@@ -108,8 +146,20 @@ class MemoryPlan:
         return self.num_blocks * self.kv.block_bytes
 
     @property
+    def swap_bytes(self) -> int:
+        """Of host memory."""
+        return self.swap_blocks * self.kv.block_bytes
+
+    @property
+    def fixed(self) -> int:
+        """All that the device has beside the KV cache; on a CPU the swap space is in the same memory."""
+        swap = self.swap_bytes if self.device.kind == "cpu" else 0
+        return self.weight_bytes + self.workspace + self.graph_bytes + self.runtime + swap
+
+    @property
     def total(self) -> int:
-        return self.weight_bytes + self.workspace + self.graph_bytes + self.runtime + self.kv_bytes
+        """Of the device."""
+        return self.fixed + self.kv_bytes
 
     @property
     def logit_rows(self) -> int:
@@ -124,6 +174,10 @@ class MemoryPlan:
     def sequences(self, length: int) -> float:
         """How many sequences of ``length`` tokens the KV cache holds at once."""
         return self.num_blocks / self.kv.blocks(length)
+
+    def longest(self, sequences: int) -> int:
+        """Tokens that each of so many sequences can have at once; 0 where there are not even blocks for all."""
+        return min(self.num_blocks // sequences * self.kv.block_size, self.max_model_len)
 
     def lengths(self) -> list[int]:
         """Lengths to show: powers of two from 512 up to the longest, which is always there."""
@@ -158,6 +212,7 @@ class MemoryPlan:
                 "tokens": self.tokens,
                 "bytes": self.kv_bytes,
             },
+            "swap": {"num_blocks": self.swap_blocks, "bytes": self.swap_bytes},
             "measured": None if self.measured is None else asdict(self.measured),
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_num_seqs,
@@ -170,116 +225,3 @@ class MemoryPlan:
 def decode_sizes(max_seqs: int, max_tokens: int) -> tuple[int, ...]:
     """Each sequence of a decode step takes one of the step's tokens."""
     return capture_sizes(min(max_seqs, max_tokens))
-
-
-def fit(demand: Demand, settings: Settings, device: DeviceInfo) -> MemoryPlan:
-    """The plan for known demands: pure arithmetic. More memory never gives less cache or a shorter context."""
-    if settings.max_len is not None and settings.max_len > demand.max_len:
-        raise InputError(
-            f"--max-model-len is {settings.max_len}, but the model was made for at most {demand.max_len} tokens: "
-            f"give at most {demand.max_len}, or auto"
-        )
-    if settings.max_len is not None:
-        return _checked(_plan(demand, settings, device, settings.max_len))
-    longest = _plan(demand, settings, device, demand.max_len)
-    if _holds_one(longest):
-        return _checked(longest)
-    low, high = 0, longest.kv.blocks(demand.max_len)  # in blocks: 0 always fits, ``high`` does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = _holds_one(_plan(demand, settings, device, middle * settings.block_size))
-        low, high = (middle, high) if fits else (low, middle)
-    least = min(SHORTEST_AUTO, demand.max_len)
-    return _checked(_plan(demand, settings, device, max(low * settings.block_size, least)))
-
-
-def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) -> MemoryPlan:
-    """What is left after weights, workspace and runtime becomes blocks, but no more than max_seqs sequences can ever fill."""
-    kv = KVSpec(demand.layers, demand.kv_heads, demand.head_dim, settings.block_size, settings.kv_dtype or demand.dtype)
-    scratch = {
-        "activations": demand.token_bytes * settings.max_tokens,
-        "logits": demand.logits_row_bytes * min(LOGIT_ROWS, settings.max_tokens),
-        "products": demand.slab,
-        "positions": demand.position_bytes * max_len,
-        "inputs": input_bytes(settings.max_tokens, settings.max_seqs, kv.blocks(max_len)) if device.kind == "cuda" else 0,
-    }
-    graphs = graph_bytes(
-        decode_sizes(settings.max_seqs, settings.max_tokens) if settings.graphs else (),
-        layers=demand.layers,
-        token_bytes=demand.token_bytes,
-        slab=demand.layer_slab,
-        hidden_bytes=demand.hidden_bytes,
-        block_bytes=kv.block_bytes,
-    )
-    runtime = RUNTIME[device.kind]
-    budget, source = _budget(settings, device)
-    left = budget - sum(demand.weights.values()) - sum(scratch.values()) - sum(graphs.values()) - runtime
-    if settings.kv_bytes is not None:
-        left = settings.kv_bytes
-    return MemoryPlan(
-        model=demand.model,
-        architecture=demand.architecture,
-        quantization=demand.quantization,
-        device=device,
-        dtype=demand.dtype,
-        head=demand.head,
-        budget=budget,
-        budget_source=source,
-        weights=demand.weights,
-        scratch=scratch,
-        graphs=graphs,
-        runtime=runtime,
-        kv=kv,
-        num_blocks=min(max(0, left) // kv.block_bytes, settings.max_seqs * kv.blocks(max_len)),
-        max_model_len=max_len,
-        max_num_seqs=settings.max_seqs,
-        max_num_batched_tokens=settings.max_tokens,
-    )
-
-
-def _budget(settings: Settings, device: DeviceInfo) -> tuple[int, str]:
-    """Bytes that may be taken, and why so many."""
-    total, available = device.total, device.available
-    if settings.kv_bytes is not None:
-        return available, f"all that is available, since --kv-cache-memory-bytes {settings.kv_bytes} is given"
-    share = int(settings.utilization * (available if device.kind == "cpu" else total))
-    if device.kind == "cpu":
-        return share, f"{settings.utilization:g} of {size_text(available)} available"
-    if share > available:  # other programs hold memory of the card: what they hold cannot be taken
-        return available, f"the {size_text(available)} that are free of {size_text(total)}"
-    return share, f"{settings.utilization:g} of {size_text(total)}"
-
-
-def _holds_one(plan: MemoryPlan) -> bool:
-    """Whether one sequence of the longest length can run (a --kv-cache-memory-bytes that is too much is another matter)."""
-    return plan.total - plan.kv_bytes <= plan.budget and plan.kv.blocks(plan.max_model_len) <= plan.num_blocks
-
-
-def _shortage(plan: MemoryPlan) -> str | None:
-    """Why a plan is none: the numbers, in words."""
-    graphs = f"CUDA graphs {size_text(plan.graph_bytes)} ({plan.max_num_seqs} sequences), " if plan.graphs else ""
-    parts = (
-        f"weights {size_text(plan.weight_bytes)}, workspace {size_text(plan.workspace)} "
-        f"({plan.max_num_batched_tokens} tokens a step), {graphs}runtime {size_text(plan.runtime)}"
-    )
-    budget = f"the budget is {size_text(plan.budget)} ({plan.budget_source})"
-    fixed = plan.total - plan.kv_bytes
-    if fixed > plan.budget:
-        return f"{parts} make {size_text(fixed)}, but {budget}"
-    if plan.total > plan.budget:  # only with --kv-cache-memory-bytes
-        return f"{parts} and a KV cache of {size_text(plan.kv_bytes)} make {size_text(plan.total)}, but {budget}"
-    need = plan.kv.blocks(plan.max_model_len)
-    if need > plan.num_blocks:
-        return (
-            f"one sequence of {plan.max_model_len} tokens needs {need} KV blocks of {plan.kv.block_size} tokens "
-            f"({size_text(need * plan.kv.block_bytes)}), but there is room for {plan.num_blocks} ({size_text(plan.kv_bytes)}): "
-            f"{budget}, of which {parts} are taken"
-        )
-    return None
-
-
-def _checked(plan: MemoryPlan) -> MemoryPlan:
-    reason = _shortage(plan)
-    if reason is not None:
-        raise PlanError(f"{plan.model} does not fit: {reason}")
-    return plan

@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 from appliance.config import EngineConfig
-from appliance.memory.advice import advise
+from appliance.memory.advice import Variants, advise
 from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import DeviceInfo, this_device
-from appliance.memory.plan import KVSpec, MemoryPlan, PlanError, fit
+from appliance.memory.fit import fit
+from appliance.memory.modules import Machinery
+from appliance.memory.plan import KVSpec, MemoryPlan, PlanError, Remedy, flag_text
 from appliance.memory.settings import Settings
+from models.spec import ModelSpec
+from quant.headers import CheckpointIndex
+from quant.rules import WeightScheme
+from quant.scheme import QuantScheme, read_scheme
 
-__all__ = ["LOGIT_ROWS", "DeviceInfo", "KVSpec", "MemoryPlan", "PlanError", "make_plan", "this_device"]
+__all__ = ["LOGIT_ROWS", "DeviceInfo", "KVSpec", "MemoryPlan", "PlanError", "Remedy", "command_line", "make_plan", "this_device"]
+
+AWQ = QuantScheme("awq", default=WeightScheme("awq-gemm", bits=4, group_size=128, symmetric=False))
+"""What most smaller versions of a model on the hub are."""
 
 
 def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None = None) -> MemoryPlan:
     """Plan the memory of a checkpoint on a device (default: this machine's; "auto" is the CPU, which this version runs on).
 
     Reads config.json, quantize_config.json and the safetensors headers. Raises InputError for bad input, and PlanError, with
-    flags that would fit, where the model or its context does not.
+    remedies that would fit, where the model or its context does not.
     """
     if device is None:
         device = this_device("cpu" if config.device == "auto" else config.device)
     settings = Settings.from_config(config, device)
-    demand = Demand.read(Path(directory), config, device)
+    published, scheme = read_scheme(CheckpointIndex.open(Path(directory)), config.quantization)
+    spec = ModelSpec.from_config(published)
+    machinery = Machinery.choose(config, spec.dtype, device)
+    demand = Demand.of(spec, scheme, machinery, model=str(directory))
     try:
         return fit(demand, settings, device)
     except PlanError as error:
-        raise advise(error, demand, settings, device) from None
+        raise advise(error, demand, settings, device, _variants(demand, spec, scheme, machinery)) from None
+
+
+def _variants(demand: Demand, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Variants:
+    """What else the model could be: its head in int8, and its weights in 4 bits, where that is smaller."""
+    head = Demand.of(spec, scheme, replace(machinery, head_bits=8), model=demand.model)
+    small = Demand.of(spec, AWQ, machinery, model=demand.model)
+    weights, dense = (sum(one.weights.values()) for one in (demand, head))
+    less = sum(small.weights.values())
+    words = "another checkpoint: this model in 4 bits (AWQ, groups of 128)"
+    return Variants(head=head if dense < weights else None, quantized={words: small} if less < 0.9 * weights else {})
+
+
+def command_line(config: EngineConfig, remedy: Remedy | None = None, command: str = "serve") -> str:
+    """The whole command that has the options of ``config``, and those of a remedy in place of its own."""
+    options = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    model = options.pop("model", None)
+    options |= remedy.options if remedy is not None else {}
+    return " ".join(["appliance", command, *([str(model)] if model else []), *(flag_text(*option) for option in options.items())])

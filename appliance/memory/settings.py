@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from appliance.config import EngineConfig
+from appliance.config import GIB, EngineConfig
 from appliance.memory.devices import DeviceInfo
 from kernels.layout import ACTIVATIONS, SCALED_CACHES
 from quant.errors import InputError
@@ -26,33 +26,38 @@ class Settings:
     kv_bytes: int | None
     block_size: int
     max_tokens: int  # in one step
-    max_seqs: int
+    max_seqs: int | None  # None: as many as the memory is good for
     max_len: int | None  # None: the longest that fits
     graphs: bool = False  # whether decode steps are recorded
     kv_dtype: str | None = None  # of a quantized cache; None: that of the activations
+    reserve: int = 0  # bytes of the device that stay free beside all else
+    swap_bytes: int = 0  # of host memory, for preempted sequences and evicted prefixes
+    offload_gb: float = 0.0  # of weights in host memory
 
     @classmethod
     def from_config(cls, config: EngineConfig, device: DeviceInfo) -> Settings:
         """Raises InputError for a value that could not work on any machine."""
-        share = config.gpu_memory_utilization
-        utilization = DEFAULT_UTILIZATION[device.kind] if share is None else share
+        share, reserve = config.gpu_memory_utilization, config.gpu_memory_reserve
+        default = DEFAULT_UTILIZATION[device.kind] if reserve is None else 1.0  # a reserve says what is to be left
+        utilization = default if share is None else share
         if isinstance(utilization, bool) or not isinstance(utilization, (int, float)) or not 0 < utilization <= 1:
             raise InputError(f"--gpu-memory-utilization is {share!r}: a share of the memory, above 0 and at most 1, is needed")
-        if config.kv_cache_memory_bytes is not None:
-            _at_least_one("--kv-cache-memory-bytes", config.kv_cache_memory_bytes)
         if config.activation_dtype not in ACTIVATIONS:
             raise InputError(f"--activation-dtype is {config.activation_dtype!r}: one of {', '.join(ACTIVATIONS)} is needed")
         _at_least_one("--max-num-batched-tokens", config.max_num_batched_tokens)
-        _at_least_one("--max-num-seqs", config.max_num_seqs)
+        given = config.kv_cache_memory_bytes
         return cls(
             utilization=utilization,
-            kv_bytes=config.kv_cache_memory_bytes,
+            kv_bytes=None if given is None else parse_bytes("--kv-cache-memory-bytes", given, least=1),
             block_size=_block_size(config, device.kind),
             max_tokens=config.max_num_batched_tokens,
-            max_seqs=config.max_num_seqs,
+            max_seqs=_sequences(config.max_num_seqs),
             max_len=parse_length(config.max_model_len),
             graphs=records_steps(config, device.kind),
             kv_dtype=cache_dtype(config.kv_cache_dtype),
+            reserve=0 if reserve is None else parse_bytes("--gpu-memory-reserve", reserve),
+            swap_bytes=int(_gib("--swap-space", config.swap_space) * GIB),
+            offload_gb=_gib("--cpu-offload-gb", config.cpu_offload_gb),
         )
 
 
@@ -61,14 +66,45 @@ def parse_length(value: int | str | None) -> int | None:
     text = str(value).strip()
     if value is None or text.lower() == "auto" or text == "-1":
         return None
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kmgKMG]?)", text)
-    length = float(match[1]) * _SUFFIXES.get(match[2], 1) if match else math.nan
-    if isinstance(value, bool) or not length >= 2 or length != int(length):
+    length = _number(value)
+    if not length >= 2 or length != int(length):
         raise InputError(
             f"--max-model-len is {value!r}: a whole number of at least 2 tokens (a prompt's and an answer's) is needed, "
             "with a suffix if you like (32k = 32,000, 32K = 32,768), or auto"
         )
     return int(length)
+
+
+def parse_bytes(flag: str, value: int | str, *, least: int = 0) -> int:
+    """A number of bytes, with a suffix if you like: 2G is 2 GiB, 2g is 2,000,000,000. InputError for what is none."""
+    size = _number(value) if isinstance(value, (int, str)) else math.nan
+    if not size >= least or size != int(size):
+        raise InputError(
+            f"{flag} is {value!r}: a whole number of at least {least} bytes, with a suffix if you like "
+            "(2G = 2 GiB, 512M = 512 MiB, 2g = 2,000,000,000), is needed"
+        )
+    return int(size)
+
+
+def _number(value: object) -> float:
+    """32k, 1.5G, 4096 or 4096 as a number; NaN for what is none."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kmgKMG]?)", str(value).strip())
+    return float(match[1]) * _SUFFIXES.get(match[2], 1) if match and not isinstance(value, bool) else math.nan
+
+
+def _gib(flag: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise InputError(f"{flag} is {value!r}: a number of GiB, 0 or more, is needed")
+    return value
+
+
+def _sequences(value: int | str) -> int | None:
+    """--max-num-seqs as a number, or None for auto."""
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"--max-num-seqs is {value!r}: a whole number of at least 1 is needed, or auto")
+    return value
 
 
 def cache_dtype(name: str) -> str | None:

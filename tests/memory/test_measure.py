@@ -11,8 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from appliance.memory.devices import DeviceInfo
+from appliance.memory.fit import fit
 from appliance.memory.measure import Reading, measured
-from appliance.memory.plan import SHORTEST_AUTO, MemoryPlan, PlanError, fit
+from appliance.memory.plan import SHORTEST_AUTO, MemoryPlan, PlanError
 from tests.memory.test_plan import DEFAULTS, LLAMA_8B
 
 GIB = 1 << 30
@@ -71,7 +72,7 @@ def test_a_measurement_only_takes_away(
 def check_remedies(plan: MemoryPlan, said: Reading, error: PlanError, length: int) -> None:
     """Each remedy by itself, on a card that says the same."""
     held = said.held(CARD.available)
-    for remedy in error.remedies:
+    for remedy in (one.flags for one in error.remedies):
         changed, want = plan, length
         if remedy == "--enforce-eager":
             changed = replace(plan, graphs={})
@@ -79,7 +80,7 @@ def check_remedies(plan: MemoryPlan, said: Reading, error: PlanError, length: in
             want = int(match[1])
         else:
             share = float(remedy.removeprefix("--gpu-memory-utilization "))
-            changed = replace(plan, budget=min(int(share * CARD.total), CARD.available))
+            changed = replace(plan, budget=min(int(share * CARD.total), plan.free))
         assert changed.budget - changed.graph_bytes - held >= plan.kv.blocks(want) * plan.kv.block_bytes
 
 
@@ -118,9 +119,10 @@ def test_auto_becomes_shorter_where_a_given_length_is_refused() -> None:
     assert f"{found.max_model_len:,} of {plan.max_model_len:,} planned tokens a sequence fit" in found.table()
     with pytest.raises(PlanError, match=r"room for \d+ KV blocks is left; one sequence of \d+ tokens needs \d+ ") as error:
         measured(plan, said, auto_length=False)
-    assert error.value.remedies[0] == f"--max-model-len {found.max_model_len}"
-    assert re.fullmatch(r"--gpu-memory-utilization 0\.5\d", error.value.remedies[1])
-    assert error.value.remedies[2] == "--enforce-eager"
+    assert re.fullmatch(r"--gpu-memory-utilization 0\.5\d", error.value.remedies[0].flags)
+    assert error.value.remedies[1].flags == "--enforce-eager"
+    assert error.value.remedies[2].flags == f"--max-model-len {found.max_model_len}"
+    assert error.value.remedies[2].max_model_len == found.max_model_len
 
 
 def test_nothing_left_at_all() -> None:

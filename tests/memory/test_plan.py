@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from appliance.memory.advice import advise
 from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import DeviceInfo
+from appliance.memory.fit import FAIR_TOKENS, MARGIN, MOST_SEQUENCES, fit
 from appliance.memory.graphs import LAYER_BYTES, POOL_BYTES
-from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, KVSpec, MemoryPlan, PlanError, fit
-from appliance.memory.settings import Settings
+from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, KVSpec, MemoryPlan, PlanError
+from appliance.memory.settings import Settings, cache_dtype
 from quant.errors import InputError
 
 GIB = 1 << 30
@@ -50,14 +52,18 @@ def cases(draw: st.DrawFn, *, fits: bool, explicit: bool = False) -> Case:
         kv_bytes=None if explicit else draw(st.none() | st.integers(1, 16 * GIB)),
         block_size=draw(st.sampled_from([8, 16, 64, 256])),
         max_tokens=draw(st.integers(1, 20_000)),
-        max_seqs=draw(st.integers(1, 600)),
+        max_seqs=draw(st.integers(1, 600) if explicit else st.none() | st.integers(1, 600)),
         max_len=draw(lengths if explicit else st.none() | lengths),
+        kv_dtype=draw(st.sampled_from([None, "int8", "int4"])),
+        reserve=draw(st.just(0) | st.integers(0, GIB)),
+        swap_bytes=draw(st.just(0) | st.integers(0, GIB)),
     )
     kind = draw(st.sampled_from(["cpu", "cuda"]))
     chosen = replace(chosen, graphs=kind == "cuda" and draw(st.booleans()))
     fixed = sum(demand.weights.values()) + demand.slab + demand.token_bytes * chosen.max_tokens + RUNTIME[kind]
     cache = demand.layers * demand.kv_heads * head_dim * 8 * ((chosen.max_len or 512) + 256)
-    need = int((fixed + cache + demand.logits_row_bytes * LOGIT_ROWS) / chosen.utilization)
+    need = int((fixed + cache + chosen.swap_bytes + demand.logits_row_bytes * LOGIT_ROWS) / chosen.utilization)
+    need += chosen.reserve + MARGIN[kind]
     available = draw(st.integers(need, 4 * need) if fits else st.integers(0, need))
     return demand, chosen, DeviceInfo(kind, "d", available + draw(st.integers(0, GIB)), available)
 
@@ -75,12 +81,17 @@ def test_a_plan_holds_what_it_promises(case: Case) -> None:
     demand, chosen, device = case
     plan = plan_or_none(demand, chosen, device)
     assume(plan is not None)
-    assert plan.total <= plan.budget <= max(device.available, int(chosen.utilization * device.total))
+    assert plan.total <= plan.budget <= plan.free == device.available - MARGIN[device.kind] - chosen.reserve
+    if chosen.kv_bytes is None:
+        assert plan.budget <= chosen.utilization * (device.available if device.kind == "cpu" else device.total)
     fixed = plan.weight_bytes + plan.workspace + plan.graph_bytes + plan.runtime
+    fixed += plan.swap_bytes if device.kind == "cpu" else 0
     assert plan.total == fixed + plan.num_blocks * plan.kv.block_bytes
+    assert 0 <= chosen.swap_bytes - plan.swap_bytes < plan.kv.block_bytes
     assert (plan.graph_bytes > 0) == chosen.graphs and (plan.scratch["inputs"] > 0) == (device.kind == "cuda")
     assert plan.sequences(plan.max_model_len) >= 1
-    assert plan.num_blocks <= chosen.max_seqs * plan.kv.blocks(plan.max_model_len)
+    assert plan.num_blocks <= plan.max_num_seqs * plan.kv.blocks(plan.max_model_len)
+    assert plan.max_num_seqs == chosen.max_seqs or (chosen.max_seqs is None and 1 <= plan.max_num_seqs <= MOST_SEQUENCES)
     assert plan.tokens == plan.num_blocks * chosen.block_size
     if chosen.kv_bytes is not None:
         assert plan.kv_bytes <= chosen.kv_bytes
@@ -89,7 +100,7 @@ def test_a_plan_holds_what_it_promises(case: Case) -> None:
     else:
         assert min(SHORTEST_AUTO, demand.max_len) <= plan.max_model_len <= demand.max_len
         longer = min(plan.max_model_len + chosen.block_size, demand.max_len)
-        if longer > plan.max_model_len:
+        if longer > plan.max_model_len and chosen.max_seqs is not None:
             assert plan_or_none(demand, replace(chosen, max_len=longer), device) is None, "auto is not the longest"
     assert json.loads(json.dumps(plan.to_dict()))["total_bytes"] == plan.total
 
@@ -101,9 +112,11 @@ def test_the_plan_is_monotone(case: Case, data: st.DataObject) -> None:
     demand, chosen, device = case
     before = plan_or_none(demand, chosen, device)
     assume(before is not None)
-    kinds = ["utilization", "available", "max_tokens", "weights", "slab"]
+    kinds = ["utilization", "available", "max_tokens", "weights", "slab", "reserve"]
     # Memory that more sequences of a card take is missing elsewhere; there, launching one by one always leaves more.
-    kinds += ["max_seqs"] if device.kind == "cpu" else ["eager"]
+    kinds += [] if device.kind == "cuda" or chosen.max_seqs is None else ["max_seqs"]
+    kinds += ["eager", "kv_dtype"] if device.kind == "cuda" else ["swap"]
+    kinds += [] if chosen.kv_bytes is None else ["kv_bytes"]
     more = data.draw(st.sampled_from(kinds), label="what becomes better")
     if more == "utilization":
         chosen = replace(chosen, utilization=data.draw(st.floats(chosen.utilization, 1.0)))
@@ -116,17 +129,45 @@ def test_the_plan_is_monotone(case: Case, data: st.DataObject) -> None:
         chosen = replace(chosen, max_seqs=data.draw(st.integers(chosen.max_seqs, 1000)))
     elif more == "eager":
         chosen = replace(chosen, graphs=False)
+    elif more == "reserve":
+        chosen = replace(chosen, reserve=data.draw(st.integers(0, chosen.reserve)))
+    elif more == "swap":
+        chosen = replace(chosen, swap_bytes=data.draw(st.integers(0, chosen.swap_bytes)))
+    elif more == "kv_dtype":
+        chosen = replace(chosen, kv_dtype="int4" if chosen.kv_dtype else "int8")
+    elif more == "kv_bytes":
+        chosen = replace(chosen, kv_bytes=data.draw(st.integers(chosen.kv_bytes, 20 * GIB)))
     elif more == "weights":
         demand = replace(demand, weights={"mlp": data.draw(st.integers(0, sum(demand.weights.values())))})
     else:
         demand = replace(demand, slab=data.draw(st.integers(0, demand.slab)))
     after = plan_or_none(demand, chosen, device)
-    assume(
-        not (more == "max_seqs" and chosen.kv_bytes is not None and after is None)
-    )  # a larger given cache may exceed the device
+    larger = more in ("max_seqs", "kv_dtype", "kv_bytes") and chosen.kv_bytes is not None
+    assume(not larger or after is not None)  # a larger given cache may exceed the device
     assert after is not None
     assert after.num_blocks >= before.num_blocks
     assert after.max_model_len >= before.max_model_len
+    assert after.max_num_seqs >= before.max_num_seqs
+
+
+@given(case=cases(fits=True))
+@settings(max_examples=200, deadline=None)
+def test_auto_sequences_have_room_and_no_more_would(case: Case) -> None:
+    demand, chosen, device = case
+    chosen = replace(chosen, max_seqs=None)
+    plan = plan_or_none(demand, chosen, device)
+    assume(plan is not None)
+    longest = chosen.max_len or demand.max_len
+    fair = -(-max(1, min(FAIR_TOKENS, longest // 8)) // chosen.block_size)
+    count = plan.max_num_seqs
+    assert count == 1 or plan.num_blocks >= count * fair
+    assert plan == fit(demand, replace(chosen, max_seqs=count), device) or plan.num_blocks <= max(
+        (count + 1) * fair, plan.kv.blocks(chosen.max_len or 1)
+    )
+    if count < MOST_SEQUENCES:
+        context = chosen.max_len or min(longest, (count + 2) * fair * chosen.block_size)
+        more = plan_or_none(demand, replace(chosen, max_seqs=count + 1, max_len=context), device)
+        assert more is None or more.num_blocks < (count + 1) * fair
 
 
 @given(case=cases(fits=True, explicit=True), data=st.data())
@@ -151,26 +192,38 @@ def test_every_advised_flag_makes_it_fit(case: Case) -> None:
     advised = advise(error.value, demand, chosen, device)
     assert str(advised).startswith(str(error.value))
     for remedy in advised.remedies:
-        assert remedy in str(advised)
-        fit(demand, replace(chosen, **parse(remedy)), device)
+        assert remedy.flags in str(advised)
+        found = fit(demand, replace(chosen, **parse(remedy.flags)), device)
+        assert (found.tokens, found.max_model_len) == (remedy.tokens, remedy.max_model_len)
+        assert json.loads(json.dumps(remedy.to_dict()))["flags"] == remedy.flags
     if not advised.remedies:
         assert "No setting makes it fit" in str(advised)
-        assert plan_or_none(demand, replace(chosen, utilization=1.0, kv_bytes=None, graphs=False), device) is None
+        most = replace(chosen, utilization=1.0, kv_bytes=None, graphs=False, reserve=0, swap_bytes=0)
+        assert plan_or_none(demand, most, device) is None
 
 
-def parse(remedy: str) -> dict[str, float | int]:
+def parse(remedy: str) -> dict[str, float | int | str | bool]:
     """An advised set of flags, as the command line would read it."""
-    names = {
-        "max-model-len": "max_len",
-        "gpu-memory-utilization": "utilization",
-        "max-num-batched-tokens": "max_tokens",
-        "kv-cache-memory-bytes": "kv_bytes",
-        "max-num-seqs": "max_seqs",
-    }
-    found = dict(re.findall(r"--([a-z-]+) ([0-9.]+)", remedy))
-    eager = {"graphs": False} if remedy.endswith("--enforce-eager") else {}
-    assert remedy == " ".join([f"--{k} {v}" for k, v in found.items()] + ["--enforce-eager"] * len(eager))
-    return eager | {names[k]: float(v) if k == "gpu-memory-utilization" else int(v) for k, v in found.items()}
+    found: dict[str, float | int | str | bool] = {}
+    words = remedy.split()
+    while words:
+        name = words.pop(0).removeprefix("--")
+        field, read = FLAGS[name]
+        found[field] = False if name == "enforce-eager" else read(words.pop(0))
+    return found
+
+
+FLAGS: dict[str, tuple[str, Callable[[str], float | int | str]]] = {
+    "max-model-len": ("max_len", int),
+    "gpu-memory-utilization": ("utilization", float),
+    "gpu-memory-reserve": ("reserve", int),
+    "swap-space": ("swap_bytes", lambda text: int(float(text) * GIB)),
+    "max-num-batched-tokens": ("max_tokens", int),
+    "kv-cache-memory-bytes": ("kv_bytes", int),
+    "kv-cache-dtype": ("kv_dtype", cache_dtype),
+    "max-num-seqs": ("max_seqs", int),
+    "enforce-eager": ("graphs", bool),
+}
 
 
 LLAMA_8B = Demand(
@@ -200,6 +253,7 @@ def cpu(gib: float) -> DeviceInfo:
 def test_a_plan_worked_out_by_hand() -> None:
     plan = fit(LLAMA_8B, replace(DEFAULTS, max_len=8192), cpu(24))
     workspace = 120_000 * 2048 + 128256 * 6 * LOGIT_ROWS + (100 << 20) + 512 * 8192
+    assert plan.free == 24 * GIB - MARGIN["cpu"]
     left = 12 * GIB - 6 * GIB - workspace - RUNTIME["cpu"]
     assert plan.kv == KVSpec(32, 8, 128, 16, "float16")
     assert plan.kv.token_bytes == 128 * 1024 and plan.kv.block_bytes == 2 << 20  # the worked example of Llama-3-8B
@@ -225,7 +279,13 @@ def test_a_card_shared_with_others_gives_what_is_free() -> None:
     wide = replace(DEFAULTS, utilization=0.92)
     assert fit(LLAMA_8B, wide, card).budget == int(0.92 * 24 * GIB)
     taken = fit(LLAMA_8B, wide, replace(card, available=10 * GIB))
-    assert taken.budget == 10 * GIB and "free of 24.00 GiB" in taken.budget_source
+    assert taken.budget == 10 * GIB - MARGIN["cuda"]
+    assert taken.budget_source == (
+        "the 10.00 GiB that are free of 24.00 GiB, of which the driver and others hold 14.00 GiB, less a margin of 150.00 MiB"
+    )
+    spared = fit(LLAMA_8B, replace(wide, reserve=2 * GIB), replace(card, available=10 * GIB))
+    assert spared.budget == taken.budget - 2 * GIB and spared.budget_source.endswith(" and --gpu-memory-reserve 2.00 GiB")
+    assert fit(LLAMA_8B, replace(wide, reserve=GIB // 2), card).budget == int(0.92 * 24 * GIB)  # more than that stays free anyway
 
 
 def test_recorded_steps_worked_out_by_hand() -> None:
@@ -256,7 +316,8 @@ def test_refusals_of_cards_advise_fewer_sequences_or_none_recorded() -> None:
     with pytest.raises(PlanError, match=r"CUDA graphs \d+\.\d\d MiB \(512 sequences\), runtime 800\.00 MiB") as error:
         fit(LLAMA_8B, wide, card)
     advised = advise(error.value, LLAMA_8B, wide, card)
-    assert "--enforce-eager" in advised.remedies and any(flag.startswith("--max-num-seqs ") for flag in advised.remedies)
+    flags = [remedy.flags for remedy in advised.remedies]
+    assert "--enforce-eager" in flags and any(flag.startswith("--max-num-seqs ") for flag in flags)
 
 
 def test_refusals_have_the_numbers_and_the_flags() -> None:
@@ -269,11 +330,16 @@ def test_refusals_have_the_numbers_and_the_flags() -> None:
     )
     assert re.match(numbers, str(short.value)), str(short.value)
     advised = advise(short.value, LLAMA_8B, replace(DEFAULTS, max_len=65536), cpu(24))
-    assert re.search(r"What would fit: --max-model-len 4\d{4}, or --gpu-memory-utilization 0\.6\d$", str(advised)), str(advised)
+    remedies = r"What would fit: --gpu-memory-utilization 0\.6\d, or --kv-cache-dtype fp8, or --max-model-len 4\d{4}$"
+    assert re.search(remedies, str(advised)), str(advised)
+    assert (
+        advised.remedies[1].effect
+        == f"keys and values in 8 bits; room for {advised.remedies[1].tokens:,} tokens, 65,536 in one sequence"
+    )
 
     with pytest.raises(PlanError, match=r"weights 6\.00 GiB, .* make 6\.\d\d GiB, but the budget is 4\.00 GiB"):
         fit(LLAMA_8B, DEFAULTS, cpu(8))
-    with pytest.raises(PlanError, match=r"and a KV cache of 30\.00 GiB make 36\..* but the budget is 24\.00 GiB \(all that is"):
+    with pytest.raises(PlanError, match=r"and a KV cache of 30\.00 GiB make 36\..* but the budget is 23\.94 GiB \(all that is"):
         fit(LLAMA_8B, replace(DEFAULTS, kv_bytes=30 * GIB), cpu(24))
     with pytest.raises(InputError, match=r"--max-model-len is 131073, but the model was made for at most 131072 tokens") as long:
         fit(LLAMA_8B, replace(DEFAULTS, max_len=131073), cpu(240))
@@ -286,13 +352,16 @@ def test_one_set_of_flags_where_no_single_one_helps() -> None:
         fit(LLAMA_8B, tight, cpu(7))
     advised = advise(error.value, LLAMA_8B, tight, cpu(7))
     assert len(advised.remedies) == 1
-    assert re.fullmatch(r"--gpu-memory-utilization 1 --max-num-batched-tokens 256 --max-model-len \d+", advised.remedies[0])
+    flags = r"--gpu-memory-utilization 1 --kv-cache-dtype fp8 --max-num-batched-tokens \d{3,4} --max-model-len \d+"
+    assert re.fullmatch(flags, advised.remedies[0].flags)
+    less = replace(tight, **(parse(advised.remedies[0].flags) | {"utilization": 0.99}))
+    assert plan_or_none(LLAMA_8B, less, cpu(7)) is None
     given = replace(tight, kv_bytes=16 * GIB)
     with pytest.raises(PlanError) as error:
         fit(LLAMA_8B, given, cpu(7.2))
     assert re.fullmatch(
-        r"--kv-cache-memory-bytes \d+ --max-num-batched-tokens 256 --max-model-len \d+",
-        advise(error.value, LLAMA_8B, given, cpu(7.2)).remedies[0],
+        r"--kv-cache-dtype fp8 --max-num-batched-tokens \d{3,4} --max-model-len \d+ --kv-cache-memory-bytes \d+",
+        advise(error.value, LLAMA_8B, given, cpu(7.2)).remedies[0].flags,
     )
     hopeless = advise(error.value, LLAMA_8B, tight, cpu(2))
     assert hopeless.remedies == () and "needs one with more memory, or a smaller model" in str(hopeless)

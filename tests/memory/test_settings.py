@@ -15,7 +15,7 @@ CPU, CARD = DeviceInfo("cpu", "c", 8 << 30, 4 << 30), DeviceInfo("cuda", "g", 8 
 
 def test_defaults() -> None:
     assert Settings.from_config(EngineConfig(), CPU) == Settings(
-        utilization=0.5, kv_bytes=None, block_size=16, max_tokens=2048, max_seqs=256, max_len=None
+        utilization=0.5, kv_bytes=None, block_size=16, max_tokens=2048, max_seqs=None, max_len=None
     )
     card = Settings.from_config(EngineConfig(), CARD)
     assert (card.utilization, card.block_size) == (0.92, 64)
@@ -35,8 +35,11 @@ def test_block_sizes() -> None:
         ("gpu_memory_utilization", "--gpu-memory-utilization", (0, 0.0, -0.1, 1.0001, 1.5, math.nan, math.inf, "0.5", True)),
         ("block_size", "--block-size", (0, -16, 1, 4, 24, 512, 16.0, "16", "Auto", None, True)),
         ("max_num_batched_tokens", "--max-num-batched-tokens", (0, -1, 2.5, True, "64")),
-        ("max_num_seqs", "--max-num-seqs", (0, -1, 2.5, None)),
-        ("kv_cache_memory_bytes", "--kv-cache-memory-bytes", (0, -1, 1e9, "4GiB")),
+        ("max_num_seqs", "--max-num-seqs", (0, -1, 2.5, None, True, "8", "many")),
+        ("kv_cache_memory_bytes", "--kv-cache-memory-bytes", (0, -1, 1e9, "4GiB", "0.5", "1.5", "", True, "-1G")),
+        ("gpu_memory_reserve", "--gpu-memory-reserve", (-1, 1e9, "4GiB", "0.3", "", False, "all")),
+        ("swap_space", "--swap-space", (-1, math.nan, math.inf, "4", True, None)),
+        ("cpu_offload_gb", "--cpu-offload-gb", (-0.5, math.nan, "4", False)),
         ("max_model_len", "--max-model-len", (0, 1, -2, "", "long", "32kb", "1.5", 1.5, "nan", True, "1_0", "٣٣")),
     ],
 )
@@ -45,6 +48,39 @@ def test_values_that_could_not_work_are_refused_by_flag(field: str, flag: str, b
         with pytest.raises(InputError) as error:
             Settings.from_config(EngineConfig(**{field: value}), CPU)
         assert str(error.value).startswith(f"{flag} is {value!r}: ") and str(error.value).endswith(("needed", "auto"))
+
+
+def test_sizes_in_bytes() -> None:
+    """K, M and G are binary, k, m and g decimal, as for --max-model-len."""
+    for given, expected in (
+        (4096, 4096),
+        ("4096", 4096),
+        ("2K", 2048),
+        ("2k", 2000),
+        ("1.5G", 3 << 29),
+        ("3g", 3 * 10**9),
+        ("5M", 5 << 20),
+    ):
+        config = EngineConfig(kv_cache_memory_bytes=given, gpu_memory_reserve=given)
+        settings = Settings.from_config(config, CARD)
+        assert (settings.kv_bytes, settings.reserve) == (expected, expected)
+    assert Settings.from_config(EngineConfig(swap_space=0.5, cpu_offload_gb=1.5), CARD).swap_bytes == 1 << 29
+    assert Settings.from_config(EngineConfig(swap_space=4), CARD).swap_bytes == 4 << 30
+
+
+def test_a_reserve_says_what_is_left() -> None:
+    """All but that may be taken, unless a share is given too."""
+    for device, default in ((CPU, 0.5), (CARD, 0.92)):
+        assert Settings.from_config(EngineConfig(), device).utilization == default
+        for reserve in (0, "1G"):
+            assert Settings.from_config(EngineConfig(gpu_memory_reserve=reserve), device).utilization == 1
+        both = Settings.from_config(EngineConfig(gpu_memory_reserve="1G", gpu_memory_utilization=0.8), device)
+        assert (both.utilization, both.reserve) == (0.8, 1 << 30)
+
+
+def test_sequences() -> None:
+    for given, expected in (("auto", None), ("Auto", None), (1, 1), (300, 300)):
+        assert Settings.from_config(EngineConfig(max_num_seqs=given), CPU).max_seqs == expected
 
 
 @pytest.mark.parametrize("share", [1, 1.0, 0.001, 0.92])

@@ -1,0 +1,196 @@
+"""The arithmetic of memory: integers in, a plan or an explained refusal out. Nothing is loaded or measured, and no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from appliance.memory.demand import LOGIT_ROWS, Demand
+from appliance.memory.devices import MIB, DeviceInfo
+from appliance.memory.graphs import graph_bytes
+from appliance.memory.inputs import input_bytes
+from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, KVSpec, MemoryPlan, PlanError, decode_sizes
+from appliance.memory.settings import Settings
+from appliance.memory.text import size_text
+from quant.errors import InputError
+
+MARGIN = {"cpu": 64 * MIB, "cuda": 150 * MIB}
+"""What is left free of what is free when a plan is made. Between then and "ready" other programs take some: a desktop with every
+window that opens. vLLM keeps 150 MiB back too when it suggests the size of a cache (v1/worker/gpu_worker.py)."""
+MOST_SEQUENCES = 256
+"""--max-num-seqs auto gives no more: vLLM's default for such cards."""
+FAIR_TOKENS = 1366
+"""Tokens of a request, prompt and answer: the mean of the public trace AzureLLMInferenceTrace_conv."""
+
+
+def fit(demand: Demand, settings: Settings, device: DeviceInfo) -> MemoryPlan:
+    """The plan for known demands: pure arithmetic. More memory never gives less cache, a shorter context or fewer sequences.
+
+    Raises PlanError where no sequence of the length asked for can run.
+    """
+    if settings.max_len is not None and settings.max_len > demand.max_len:
+        raise InputError(
+            f"--max-model-len is {settings.max_len}, but the model was made for at most {demand.max_len} tokens: "
+            f"give at most {demand.max_len}, or auto"
+        )
+    most = None
+    if settings.max_seqs is None:
+        sequences, most = auto_sequences(demand, settings, device)
+        settings = replace(settings, max_seqs=sequences)
+
+    def plan(length: int) -> MemoryPlan:
+        return _plan(demand, settings, device, length, most)
+
+    if settings.max_len is not None:
+        return _checked(plan(settings.max_len))
+    longest = plan(demand.max_len)
+    if _holds_one(longest):
+        return _checked(longest)
+    blocks = last(lambda n: _holds_one(plan(n * settings.block_size)), 1, longest.kv.blocks(demand.max_len) - 1) or 0
+    return _checked(plan(max(blocks * settings.block_size, min(SHORTEST_AUTO, demand.max_len))))
+
+
+def auto_sequences(demand: Demand, settings: Settings, device: DeviceInfo) -> tuple[int, int | None]:
+    """--max-num-seqs auto: (sequences, blocks at most).
+
+    As many as the cache has room for beside what they cost themselves (inputs, recorded steps) when each has a fair length: that
+    of a mean request, but no more than an eighth of the context, since where contexts are short requests are. At least one.
+
+    What one sequence more costs is missing in the cache. So that more memory never gives a smaller one, the cache stops growing
+    where the next sequence will have to be paid, until it can be::
+
+        memory     ----->
+        sequences  n                       n + 1
+        cache      ........../-------------.........../---
+    """
+    length = settings.max_len or demand.max_len
+    block, needed = settings.block_size, -(-length // settings.block_size) if settings.max_len else 0
+    fair = -(-max(1, min(FAIR_TOKENS, length // 8)) // block)
+
+    def good(sequences: int) -> bool:
+        context = settings.max_len or min(demand.max_len, (sequences + 1) * fair * block)
+        plan = _plan(demand, replace(settings, max_seqs=sequences), device, context)
+        return plan.total <= plan.budget and plan.num_blocks >= max(sequences * fair, needed)
+
+    found = last(good, 1, MOST_SEQUENCES) or 1
+    if found == MOST_SEQUENCES or settings.kv_bytes is not None:
+        return found, None
+    return found, max((found + 1) * fair, needed)
+
+
+def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int, most: int | None = None) -> MemoryPlan:
+    """What is left after weights, workspace and runtime becomes blocks, but no more than max_seqs sequences can ever fill.
+
+    ``most``: blocks at most.
+    """
+    assert settings.max_seqs is not None
+    kv = KVSpec(demand.layers, demand.kv_heads, demand.head_dim, settings.block_size, settings.kv_dtype or demand.dtype)
+    scratch = {
+        "activations": demand.token_bytes * settings.max_tokens,
+        "logits": demand.logits_row_bytes * min(LOGIT_ROWS, settings.max_tokens),
+        "products": demand.slab,
+        "positions": demand.position_bytes * max_len,
+        "inputs": input_bytes(settings.max_tokens, settings.max_seqs, kv.blocks(max_len)) if device.kind == "cuda" else 0,
+        **({"exchange": demand.exchange} if demand.exchange else {}),
+    }
+    graphs = graph_bytes(
+        decode_sizes(settings.max_seqs, settings.max_tokens) if settings.graphs else (),
+        layers=demand.layers,
+        token_bytes=demand.token_bytes,
+        slab=demand.layer_slab,
+        hidden_bytes=demand.hidden_bytes,
+        block_bytes=kv.block_bytes,
+    )
+    budget, source = budget_of(settings, device)
+    empty = MemoryPlan(
+        model=demand.model,
+        architecture=demand.architecture,
+        quantization=demand.quantization,
+        device=device,
+        dtype=demand.dtype,
+        head=demand.head,
+        budget=budget,
+        budget_source=source,
+        weights=demand.weights,
+        scratch=scratch,
+        graphs=graphs,
+        runtime=RUNTIME[device.kind],
+        kv=kv,
+        num_blocks=0,
+        max_model_len=max_len,
+        max_num_seqs=settings.max_seqs,
+        max_num_batched_tokens=settings.max_tokens,
+        free=free_of(settings, device),
+        swap_blocks=settings.swap_bytes // kv.block_bytes,
+    )
+    left = settings.kv_bytes if settings.kv_bytes is not None else max(0, budget - empty.fixed)
+    blocks = min(left // kv.block_bytes, settings.max_seqs * kv.blocks(max_len))
+    return replace(empty, num_blocks=blocks if most is None else min(blocks, most))
+
+
+def free_of(settings: Settings, device: DeviceInfo) -> int:
+    """Bytes that a budget can be at most."""
+    return max(0, device.available - MARGIN[device.kind] - settings.reserve)
+
+
+def budget_of(settings: Settings, device: DeviceInfo) -> tuple[int, str]:
+    """Bytes that may be taken, and why so many: a share of the memory, but never more than is free less a margin."""
+    total, available, cpu = device.total, device.available, device.kind == "cpu"
+    free, share = free_of(settings, device), settings.utilization
+    less = f"less a margin of {size_text(MARGIN[device.kind])}"
+    if settings.reserve:
+        less += f" and --gpu-memory-reserve {size_text(settings.reserve)}"
+    if settings.kv_bytes is not None:
+        return free, f"all that is available, since --kv-cache-memory-bytes {settings.kv_bytes} is given, {less}"
+    cap = int(share * (available if cpu else total))
+    held = "" if cpu or available >= total else f", of which the driver and others hold {size_text(total - available)}"
+    if cap > free:
+        return free, f"the {size_text(available)} that are available, {less}" if cpu else (
+            f"the {size_text(available)} that are free of {size_text(total)}{held}, {less}"
+        )
+    return cap, f"{share:g} of {size_text(available)} available" if cpu else f"{share:g} of {size_text(total)}{held}"
+
+
+def last(good: Callable[[int], bool], low: int, high: int) -> int | None:
+    """The largest n in low .. high with good(n), where good holds up to some n and no further; None where it never does."""
+    if low > high or not good(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if good(middle) else (low, middle - 1)
+    return low
+
+
+def _holds_one(plan: MemoryPlan) -> bool:
+    """Whether one sequence of the longest length can run (a --kv-cache-memory-bytes that is too much is another matter)."""
+    return plan.fixed <= plan.budget and plan.kv.blocks(plan.max_model_len) <= plan.num_blocks
+
+
+def _shortage(plan: MemoryPlan) -> str | None:
+    """Why a plan is none: the numbers, in words."""
+    graphs = f"CUDA graphs {size_text(plan.graph_bytes)} ({plan.max_num_seqs} sequences), " if plan.graphs else ""
+    swap = f"swap space {size_text(plan.swap_bytes)}, " if plan.swap_blocks and plan.device.kind == "cpu" else ""
+    parts = (
+        f"weights {size_text(plan.weight_bytes)}, workspace {size_text(plan.workspace)} "
+        f"({plan.max_num_batched_tokens} tokens a step), {graphs}{swap}runtime {size_text(plan.runtime)}"
+    )
+    budget = f"the budget is {size_text(plan.budget)} ({plan.budget_source})"
+    if plan.fixed > plan.budget:
+        return f"{parts} make {size_text(plan.fixed)}, but {budget}"
+    if plan.total > plan.budget:  # only with --kv-cache-memory-bytes
+        return f"{parts} and a KV cache of {size_text(plan.kv_bytes)} make {size_text(plan.total)}, but {budget}"
+    need = plan.kv.blocks(plan.max_model_len)
+    if need > plan.num_blocks:
+        return (
+            f"one sequence of {plan.max_model_len} tokens needs {need} KV blocks of {plan.kv.block_size} tokens "
+            f"({size_text(need * plan.kv.block_bytes)}), but there is room for {plan.num_blocks} ({size_text(plan.kv_bytes)}): "
+            f"{budget}, of which {parts} are taken"
+        )
+    return None
+
+
+def _checked(plan: MemoryPlan) -> MemoryPlan:
+    reason = _shortage(plan)
+    if reason is not None:
+        raise PlanError(f"{plan.model} does not fit: {reason}")
+    return plan
