@@ -29,6 +29,8 @@ ACTIVATIONS = ("auto", "int8", "bf16")
 SCALED_CACHES = {"fp8_e4m3": 8, "fp8_e5m2": 8, "int8": 8, "int4": 4}
 """Quantized caches (kernels/kv_cache.py), and the bits of their codes."""
 CACHE_SCALE_BYTES = 4  # of one token and head: float32, or step and least in float16
+STREAM_ALIGN = 512  # bytes: where tensors of a layer that is streamed in begin, as torch's allocator has it (triton/stream.py)
+PINNED_LEAST = 1 << 20  # of pinned memory, at a time
 
 
 def ops_name(device: str, *, reference: bool = False) -> str:
@@ -70,6 +72,18 @@ def shares_table(ops: str, bits: int | None) -> bool:
 
 def padded(n: int, multiple: int) -> int:
     return math.ceil(n / multiple) * multiple
+
+
+def pinned_pieces(nbytes: int) -> list[int]:
+    """The requests for pinned memory that together hold so many bytes, and less than PINNED_LEAST more.
+
+    Powers of two: torch's allocator of pinned memory rounds every request up to one, for a whole layer to up to twice its size.
+    """
+    pieces = []
+    while nbytes > 0:
+        pieces.append(max(PINNED_LEAST, 1 << nbytes.bit_length() - 1))
+        nbytes -= pieces[-1]
+    return pieces
 
 
 def slab_rows(columns: int, item_size: int) -> int:

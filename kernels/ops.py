@@ -7,6 +7,7 @@ Hq query heads, Hkv key/value heads, D head size, V vocabulary, B blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -88,6 +89,8 @@ class Layer:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     window: int | None = None
+    present: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Within it the weights can be read: those of some layers are streamed in for each step (kernels/triton/stream.py)."""
 
     @property
     def nbytes(self) -> int:

@@ -42,8 +42,9 @@ class Decoder:
         ops = self.ops
         hidden = ops.embedding(ids, self.embedding, self.dtype)
         for layer, cache in zip(self.layers, caches, strict=True):
-            hidden = ops.matmul(self._attention(layer, hidden, batch, cache), layer.o, residual=hidden)
-            hidden = ops.matmul(self._gated(layer, hidden), layer.down, residual=hidden)
+            with layer.present():
+                hidden = ops.matmul(self._attention(layer, hidden, batch, cache), layer.o, residual=hidden)
+                hidden = ops.matmul(self._gated(layer, hidden), layer.down, residual=hidden)
         return ops.rms_norm(hidden, self.norm, eps=self.spec.eps)
 
     def bind(self, caches: Sequence[KVCache], *, max_tokens: int) -> Forward:

@@ -14,6 +14,9 @@ That is ten launches a layer instead of thirteen (nine where attention is not sp
 order (act-order) or in int8 find them so: the norm writes them that way, which saves a gather or a rounding. A product that is
 not cut (many rows, dense weights) or whose weight is several takes the operators' way; results are the operators' own, in the
 same order of additions.
+
+A layer's words and params are read while it is ``present`` and not before or after; the norm behind ``down`` belongs to the next
+layer, of which it reads what never leaves the card.
 """
 
 from __future__ import annotations
@@ -117,8 +120,9 @@ class _Model:
         residual = self.embedding(ids, self.stack.embedding, self.stack.norm.weight.dtype)
         x = self.norms[0](residual)
         for i, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
-            x, residual = self._join(self._attention(x, layer, cache, batch), layer.o, residual, self.norms[2 * i + 1])
-            x, residual = self._join(self._gated(x, layer), layer.down, residual, self.norms[2 * i + 2])
+            with layer.present():
+                x, residual = self._join(self._attention(x, layer, cache, batch), layer.o, residual, self.norms[2 * i + 1])
+                x, residual = self._join(self._gated(x, layer), layer.down, residual, self.norms[2 * i + 2])
         assert isinstance(x, Tensor)
         return x
 
