@@ -19,6 +19,9 @@ def check_submit(submit: Submit, info: EngineInfo) -> None:
         raise context_overflow(len(prompt), params.max_tokens, limit)
     check_ids("logit_bias", params.logit_bias or (), vocab)
     check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab)
+    if submit.priority and not info.priorities:
+        hint = "requests are served in order of arrival: start the server with --scheduling-policy priority"
+        raise RequestError(f"priority is {submit.priority}, but {hint}", param="priority")
 
 
 def check_ids(name: str, ids: object, vocab: int) -> None:
@@ -44,7 +47,7 @@ def make_requests(submit: Submit, info: EngineInfo, *, fallback_seed: int) -> li
     max_total = info.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
     eos = frozenset() if params.ignore_eos else frozenset(info.eos_token_ids)
     seed = params.seed if params.seed is not None else fallback_seed
-    return [
+    requests = [
         Request(
             request_id=submit.request_id,
             index=index,
@@ -55,9 +58,14 @@ def make_requests(submit: Submit, info: EngineInfo, *, fallback_seed: int) -> li
             seed=hash_u64(seed, index),
             arrival=submit.arrival,
             eos_token_ids=eos,
+            priority=submit.priority,
+            salt=submit.cache_salt,
         )
         for index in range(params.n)
     ]
+    for sibling in requests[1:]:
+        sibling.leader = requests[0]
+    return requests
 
 
 def hash_u64(a: int, b: int) -> int:

@@ -15,6 +15,8 @@ class Submit:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     arrival: float  # time.time() at the door
+    cache_salt: str = ""  # cached prefixes are shared between requests of one salt only
+    priority: int = 0  # lower goes first, under --scheduling-policy priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Event:
     stop_reason: int | str | None = None  # the stop token id or stop string that ended it; None for the end-of-text token
     error: str | None = None  # with finish_reason "error"
     preemptions: int = 0
+    cached_tokens: int = 0  # prompt tokens that were found in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class RequestStat:
 
     request_id: str
     index: int
-    state: str  # running, waiting
+    state: str  # running, waiting, swapped
     prompt_tokens: int
     output_tokens: int
     computed_tokens: int
@@ -75,13 +78,22 @@ class Stats:
     waiting: int = 0
     blocks_total: int = 0
     blocks_used: int = 0
+    blocks_kept: int = 0  # of the others, those whose content may be wanted again
     block_size: int = 16
-    block_map: str = ""  # one character a block (or a run of blocks when there are very many): "." free, "#" used
+    block_map: str = ""  # one character a block (or a run of blocks when there are very many): "." blank, "+" kept, "#" used
+    swap_total: int = 0  # blocks of host memory
+    swap_used: int = 0  # by requests that are swapped out
+    swap_kept: int = 0  # by cached prefixes
     prompt_tokens: int = 0  # counter: prompt tokens computed
     generation_tokens: int = 0  # counter
     requests: int = 0  # counter: completions that arrived
     finished: dict[str, int] = field(default_factory=dict)  # counter by finish_reason
     preemptions: int = 0  # counter
+    swaps: int = 0  # counter: of these, to host memory
+    prefix_queries: int = 0  # counter: prompt tokens looked up in the prefix cache
+    prefix_hits: int = 0  # counter: of these, found
+    prefix_host_hits: int = 0  # counter: of these, in host memory
+    copied_blocks: dict[str, int] = field(default_factory=dict)  # counter: out to host memory, in from there, copy in the pool
     last_step_s: float = 0.0
     last_step_tokens: int = 0
     rss_bytes: int = 0
@@ -103,5 +115,6 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     ready_s: float  # from the start of loading
     plan: dict[str, object]  # MemoryPlan.to_dict()
+    priorities: bool = False  # whether requests may bring one
     kernels: str = ""  # what computes: reference, torch, or the instruction set of native kernels
     startup: dict[str, float] = field(default_factory=dict)  # seconds of its parts; "ready": of all of them

@@ -174,6 +174,7 @@ class Scheduler:
         ended = list(self.running)
         for request in ended:
             self._drop(request)
+            request.finish_reason = request.finish_reason or "error"
         for request in self.waiting:
             self.store.drop_host(request)
             request.computed = request.landed = request.ahead = 0

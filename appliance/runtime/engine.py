@@ -12,7 +12,6 @@ import psutil
 import torch
 
 from appliance.config import EngineConfig
-from appliance.core.blocks import BlockPool
 from appliance.core.door import check_submit, hash_u64, make_requests
 from appliance.core.messages import EngineInfo, Event, RequestStat, Stats, Submit, TokenLogprob
 from appliance.core.request import Request
@@ -20,12 +19,11 @@ from appliance.core.scheduler import Scheduler
 from appliance.core.step import StepPlan
 from appliance.memory.devices import cpu_threads
 from appliance.memory.planner import make_plan
+from appliance.runtime.options import choose_device, eos_token_ids, make_scheduler
 from appliance.runtime.runner import Flight, Runner, StepResult
 from appliance.runtime.startup import Timeline, Tools, load_decoder, make_runner, told
 from kernels.cpu import backend
-from models.spec import ModelSpec
 from quant.errors import InputError
-from quant.headers import read_json
 
 log = logging.getLogger("appliance.engine")
 
@@ -40,6 +38,7 @@ class Engine:
         self.runner, self.scheduler, self.info, self.seed = runner, scheduler, info, seed
         self._scores: dict[Request, list[TokenLogprob | None]] = {}  # prompt log-probabilities collected so far
         self._counts: Counter[str] = Counter()
+        self._copied: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
         self._failures = 0
         self._flight: Flight | None = None  # the step under way
@@ -73,8 +72,7 @@ class Engine:
         runner, plan = make_runner(decoder, plan, config, tools, timeline, device=device)
         if ops.name == "cpu-native":
             torch.set_num_threads(1)  # what is left to torch is small, and the kernels' threads have the cores
-        pool = BlockPool(plan.num_blocks, plan.kv.block_size)
-        scheduler = Scheduler(pool, max_num_batched_tokens=plan.max_num_batched_tokens, max_num_seqs=plan.max_num_seqs)
+        scheduler = make_scheduler(config, plan, spec)
         ready_s = time.perf_counter() - begun
         log.info("ready in %.1f s: %s", import_s + ready_s, timeline)
         info = EngineInfo(
@@ -89,6 +87,7 @@ class Engine:
             eos_token_ids=eos_token_ids(directory, spec),
             ready_s=ready_s,
             plan=plan.to_dict(),
+            priorities=scheduler.priorities,
             kernels=kernels,
             startup={**timeline.seconds, "ready": import_s + ready_s},
         )
@@ -118,9 +117,11 @@ class Engine:
         events = [] if self._flight is None or self._flight.open else self._land()
         plan = self.scheduler.schedule()
         for request in plan.preempted:
-            log.info("preempted %s/%d: the block pool is full; it will be computed again", *request.key)
+            log.info("preempted %s/%d: %s", *request.key, "swapped out" if request.host else "it will be computed again")
+        self._copied.update(copy.kind for copy in plan.copies)
         begun, flight = time.perf_counter(), None
         try:
+            self.runner.move(plan.copies)
             if plan.chunks:
                 flight = self.runner.launch(plan, [self._scored(c.request) for c in plan.chunks])
         except (RuntimeError, MemoryError) as error:
@@ -176,6 +177,7 @@ class Engine:
                     finish_reason=request.finish_reason,
                     stop_reason=request.stop_reason,
                     preemptions=request.preemptions,
+                    cached_tokens=request.cached,
                 )
             )
             if request.finish_reason is not None:
@@ -204,16 +206,17 @@ class Engine:
 
     def _fail(self, plan: StepPlan, error: Exception) -> list[Event]:
         self._failures += 1
-        log.exception("step failed (%d in a row); its %d requests end with an error", self._failures, len(plan.chunks))
+        log.exception("step failed (%d in a row); the %d requests that run end with an error", self._failures, len(plan.chunks))
         if self._failures >= MAX_FAILURES:
             raise error
-        ended = [r for chunk in plan.chunks for r in self.scheduler.abort(*chunk.request.key)]
+        ended = self.scheduler.recover()
         return self._end(ended, "error", f"the engine failed to compute this request: {error}")
 
     def stats(self) -> Stats:
         """The engine at this moment; costs well under a millisecond."""
-        pool, scheduler, now = self.scheduler.pool, self.scheduler, time.time()
-        shown = [(r, "running") for r in scheduler.running] + [(r, "waiting") for r in scheduler.waiting]
+        pool, host, scheduler, now = self.scheduler.pool, self.scheduler.store.host, self.scheduler, time.time()
+        shown = [(r, "running") for r in scheduler.running]
+        shown += [(r, "swapped" if r.host else "waiting") for r in scheduler.waiting]
         shown.sort(key=lambda pair: pair[0].arrival)
         return Stats(
             time=now,
@@ -222,13 +225,22 @@ class Engine:
             waiting=len(scheduler.waiting),
             blocks_total=pool.num_blocks,
             blocks_used=pool.used,
+            blocks_kept=pool.kept,
             block_size=pool.block_size,
             block_map=pool.map(2048),
+            swap_total=0 if host is None else host.num_blocks,
+            swap_used=0 if host is None else host.used,
+            swap_kept=0 if host is None else host.kept,
             prompt_tokens=self._counts["prompt_tokens"],
             generation_tokens=self._counts["generation_tokens"],
             requests=self._counts["requests"],
             finished=dict(self._finished),
             preemptions=scheduler.num_preemptions,
+            swaps=scheduler.num_swaps,
+            prefix_queries=scheduler.prompt_tokens_looked_up,
+            prefix_hits=scheduler.prompt_tokens_found,
+            prefix_host_hits=scheduler.prompt_tokens_found_in_host,
+            copied_blocks=dict(self._copied),
             last_step_s=self._last_step[0],
             last_step_tokens=self._last_step[1],
             rss_bytes=self._process.memory_info().rss,
@@ -238,15 +250,6 @@ class Engine:
     def check(self) -> None:
         """Raise when pool and scheduler disagree."""
         self.scheduler.check()
-
-
-def choose_device(name: str) -> torch.device:
-    """Of --device; auto is the CPU. InputError where it is unknown, or no card can be used."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {name!r} is not known; auto, cpu and cuda are")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device cuda: this torch ({torch.__version__}) finds no NVIDIA card; use --device cpu")
-    return torch.device("cpu" if name == "auto" else name)
 
 
 def _stat(request: Request, state: str, now: float) -> RequestStat:
@@ -261,11 +264,3 @@ def _stat(request: Request, state: str, now: float) -> RequestStat:
         age_s=now - request.arrival,
         preemptions=request.preemptions,
     )
-
-
-def eos_token_ids(directory: Path, spec: ModelSpec) -> tuple[int, ...]:
-    """End-of-text ids: generation_config.json's (chat models list several there) together with config.json's."""
-    path = directory / "generation_config.json"
-    more = read_json(path).get("eos_token_id") if path.is_file() else None
-    ids = [] if more is None else [more] if isinstance(more, int) else list(more)
-    return tuple(sorted({*spec.eos_token_ids, *ids}))

@@ -16,10 +16,12 @@ from torch import Tensor
 from appliance.core.messages import TokenLogprob
 from appliance.core.request import Request
 from appliance.core.step import Chunk, StepPlan
+from appliance.core.store import Copy
 from appliance.memory.inputs import input_bytes
 from appliance.memory.planner import LOGIT_ROWS, MemoryPlan
 from appliance.runtime.batch import Draws, StepArrays
 from appliance.runtime.graphs import DecodeGraphs, Recorder
+from appliance.runtime.mover import make_mover, rehearse
 from appliance.runtime.sampler import Sampled, draws_on_device, sample, token_logprobs
 from appliance.runtime.staging import Lane, Staging, send_at_once
 from kernels.ops import KVCache, Ops
@@ -85,6 +87,7 @@ class Runner:
         self.runs_ahead = lane is not None and decoder.ops.sample is not None
         spare = 0 if recorder is None else 1  # a block for what fills up recorded steps
         self.caches = allocate_caches(plan, plan.num_blocks + spare, device=device)
+        self._mover = make_mover(decoder.ops.name, self.caches, plan.swap_blocks)
         self._forward = decoder.bind(self.caches, max_tokens=plan.max_num_batched_tokens)
         self._staging = None if lane is None else Staging(_input_bytes(plan), lane, device)
         # Not made anew for each step: the system would clear its pages each time, which takes longer than to write logits there.
@@ -108,12 +111,23 @@ class Runner:
         )
 
     @torch.inference_mode()
+    def move(self, copies: Sequence[Copy]) -> None:
+        """Carry out the copies of a plan, before it is launched."""
+        if copies:
+            self._mover.move(copies)
+
+    def rehearse_copies(self, plan: MemoryPlan) -> None:
+        """Before there is anything in the cache: what copies need is compiled."""
+        rehearse(self._mover, plan.num_blocks, plan.swap_blocks)
+
+    @torch.inference_mode()
     def launch(self, plan: StepPlan, scored: Sequence[int]) -> Flight:
         """Start a plan. ``scored[i]`` says how many prompt tokens of chunk i's request have their log-probabilities already.
 
         Before the step launched last has landed, only where that one is ``open`` and this runner ``runs_ahead``.
         """
         chunks, on_device = plan.chunks, self.decoder.ops.sample is not None
+        self._mover.wait(chunks)
         step = StepArrays.build(chunks, self.block_size, self._rows)
         sampling = [chunk for chunk in chunks if chunk.samples]
         last = (step.starts[1:] - 1)[[chunk.samples for chunk in chunks]].astype(np.int64)

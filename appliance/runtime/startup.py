@@ -227,6 +227,7 @@ def make_runner(
             timeline.move("graphs", recorder.record.seconds, "cache")
             plan = replace(plan, measured=replace(plan.measured, graphs=recorder.taken()))
         with timeline.part("warm-up"):
+            runner.rehearse_copies(plan)
             warmup.run(runner, warmup.rehearsal(plan), plan.max_model_len)
     log.info("warmed up: %s; %d sizes of decode steps recorded", kernels, recorder.steps if recorder else 0)
     for line in measured_lines(plan):

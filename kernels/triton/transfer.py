@@ -122,6 +122,11 @@ class Transfers:
         """Of a block in all layers: what a slot takes on the host, and a block's place in the staging area on the device."""
         return self._staging.shape[1]
 
+    @property
+    def busy(self) -> bool:
+        """Whether there may be a transfer under way for which a step would have to wait."""
+        return bool(self._under_way)
+
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Block sources[i] over block targets[i]; no block may be a target twice, nor both source and target."""
         self._check(sources, targets, self._blocks)

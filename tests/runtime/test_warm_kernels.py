@@ -70,7 +70,7 @@ def launches(directory: Path, seqs: int, eager: bool, monkeypatch: pytest.Monkey
     monkeypatch.setattr(engine_module, "make_plan", planned)
     config = EngineConfig(
         model=str(directory), dtype="float16", max_model_len=500, kv_cache_memory_bytes=32 << 20, max_num_seqs=seqs, threads=1,
-        max_num_batched_tokens=300, enforce_eager=eager, block_size=64,
+        max_num_batched_tokens=300, enforce_eager=eager, block_size=64, swap_space=0.01, preemption_mode="swap",
     )  # fmt: skip
     with recorded() as warm:
         engine = Engine.load(config)

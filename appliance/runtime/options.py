@@ -1,0 +1,57 @@
+"""What options and a checkpoint's small files make of an engine: its device, its scheduler, the tokens that end an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from appliance.config import EngineConfig
+from appliance.core.blocks import BlockPool
+from appliance.core.request import Request
+from appliance.core.scheduler import Scheduler
+from appliance.memory.giving_way import MODES, GivingWay
+from appliance.memory.planner import MemoryPlan
+from models.spec import ModelSpec
+from quant.errors import InputError
+from quant.headers import read_json
+
+
+def choose_device(name: str) -> torch.device:
+    """Of --device; auto is the CPU. InputError where it is unknown, or no card can be used."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {name!r} is not known; auto, cpu and cuda are")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device cuda: this torch ({torch.__version__}) finds no NVIDIA card; use --device cpu")
+    return torch.device("cpu" if name == "auto" else name)
+
+
+def make_scheduler(config: EngineConfig, plan: MemoryPlan, spec: ModelSpec) -> Scheduler:
+    """For the pool of a plan, with the host memory that it has for swapping. InputError for options that do not exist."""
+    if config.scheduling_policy not in ("fcfs", "priority"):
+        raise InputError(f"--scheduling-policy is {config.scheduling_policy!r}: fcfs or priority is needed")
+    if config.preemption_mode not in MODES:
+        raise InputError(f"--preemption-mode is {config.preemption_mode!r}: one of {', '.join(MODES)} is needed")
+    cost, size, mode = GivingWay.of(spec, plan.device, plan.kv.block_bytes), plan.kv.block_size, config.preemption_mode
+
+    def swaps(request: Request) -> bool:
+        cheaper = cost.swap_s(-(-request.computed // size)) < cost.recompute_s(request.computed)
+        return mode == "swap" or (mode == "auto" and cheaper)
+
+    return Scheduler(
+        BlockPool(plan.num_blocks, size),
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_num_seqs=plan.max_num_seqs,
+        host=BlockPool(plan.swap_blocks, size) if plan.swap_blocks else None,
+        caching=config.enable_prefix_caching,
+        priorities=config.scheduling_policy == "priority",
+        swaps=swaps,
+    )
+
+
+def eos_token_ids(directory: Path, spec: ModelSpec) -> tuple[int, ...]:
+    """End-of-text ids: generation_config.json's (chat models list several there) together with config.json's."""
+    path = directory / "generation_config.json"
+    more = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = [] if more is None else [more] if isinstance(more, int) else list(more)
+    return tuple(sorted({*spec.eos_token_ids, *ids}))
