@@ -11,15 +11,17 @@ from gpu_bench import Bench, Row, words
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.kv_cache import quantize
+from kernels.layout import SCALED_CACHES, kv_nbytes
 from kernels.ops import KVCache, Ops, PagedBatch
 
 BLOCK = 64
 HEADS, KV_HEADS, SIZE = 32, 8, 128  # of an 8B model
-KINDS = {"16 bits": None, "e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+KINDS = ("16 bits", *SCALED_CACHES)
 
 
 def decode(
-    bench: Bench, ops: Ops, dtype: torch.dtype, cases: Sequence[tuple[int, int]], kinds: Sequence[str] = ("16 bits",)
+    bench: Bench, ops: Ops, dtype: torch.dtype, cases: Sequence[tuple[int, int]], kinds: Sequence[str] = KINDS[:1]
 ) -> Iterator[Row]:
     """One new token of each of (sequences, context), with caches of each kind."""
     heads, kv_heads, size, block = sizes(bench)
@@ -28,7 +30,7 @@ def decode(
             if not bench.begins(f"decode attention {sequences} x {context} {words(dtype)}, cache {kind}"):
                 continue
             batch = step(sequences, context, 1, block, bench.device)
-            nbytes = 2 * sequences * context * kv_heads * (size * (2 if kind == "16 bits" else 1) + (4 if kind == "int8" else 0))
+            nbytes = 2 * sequences * context * kv_heads * kv_nbytes(name(kind, dtype), size)
             caches = [cache(batch, block, kv_heads, size, dtype, kind) for _ in range(bench.copies(nbytes))]
             q = torch.randn(sequences, heads, size, device=bench.device).to(dtype)
             row: Row = {"op": f"decode attention, cache {kind}", "rows": sequences, "context": context, "dtype": words(dtype)}
@@ -84,15 +86,22 @@ def attend(q: Tensor, kept: tuple[Tensor, Tensor]) -> Tensor:
     return F.scaled_dot_product_attention(q, *kept, is_causal=length == context > 1, enable_gqa=True)
 
 
+def name(kind: str, dtype: torch.dtype) -> str:
+    """As kernels.layout has it."""
+    return str(dtype).removeprefix("torch.") if kind == "16 bits" else kind
+
+
 def cache(batch: PagedBatch, block: int, kv_heads: int, size: int, dtype: torch.dtype, kind: str) -> KVCache:
-    blocks, device = batch.block_tables.numel(), batch.slots.device
-    shape = (blocks, block, kv_heads, size)
-    if kind == "int8":
-        codes = [torch.randint(-127, 128, shape, dtype=torch.int8, device=device) for _ in "kv"]
-        return KVCache(*codes, *(torch.rand(shape[:3], device=device) / 64 for _ in "kv"))
-    k, v = (torch.randn(shape, device=device).to(dtype) for _ in "kv")
-    kept = KINDS[kind] or dtype
-    return KVCache(k.to(kept), v.to(kept))
+    """Full of what normal numbers are stored as."""
+    found = KVCache.zeros(batch.block_tables.numel(), block, kv_heads, size, dtype=name(kind, dtype), device=batch.slots.device)
+    x = torch.randn(block, kv_heads, size, device=batch.slots.device)
+    for codes, scales in ((found.k, found.k_scale), (found.v, found.v_scale)):
+        if scales is None:
+            codes.normal_()
+        else:  # one block's in all: what it takes to read them does not depend on what they are
+            of_block = quantize(x, kind)
+            codes.view(torch.uint8)[:], scales[:] = of_block[0].view(torch.uint8), of_block[1]
+    return found
 
 
 def contiguous(kept: KVCache, sequences: int, context: int) -> tuple[Tensor, Tensor]:

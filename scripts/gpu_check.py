@@ -170,7 +170,7 @@ def cases(place: Any, ops: Any) -> list[Generator[Report]]:
         return [
             products(place, ops, half, (1, 70)),
             rounded(place, ops, half, (3,)),
-            decode(place, ops, half, ((1, 40), (2, 33)), tuple(KINDS)),
+            decode(place, ops, half, ((1, 40), (2, 33)), KINDS),
             prefill(place, ops, half, ((1, 20, 20), (1, 40, 7))),
             kernels(place, ops, half),
         ]
@@ -180,7 +180,7 @@ def cases(place: Any, ops: Any) -> list[Generator[Report]]:
     main = torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else half
     found = [
         products(place, ops, main, rows),
-        decode(place, ops, main, contexts, tuple(KINDS)),
+        decode(place, ops, main, contexts, KINDS),
         prefill(place, ops, main, prompts),
     ]
     found += [kernels(place, ops, main), rounded(place, ops, main, few)]

@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_attention import cache, sizes, step
+from gpu_attention import KINDS, cache, name, sizes, step
 from gpu_bench import Bench, Row, words
 from torch import Tensor
 
+from kernels.layout import kv_nbytes
 from kernels.ops import Ops
 
 
@@ -33,15 +34,16 @@ def kernels(bench: Bench, ops: Ops, dtype: torch.dtype) -> Iterator[Row]:
         norm = partial(ops.rms_norm, weight=gain, eps=1e-6)
         yield row("norm", norm, partial(normal, tokens, hidden), 4 * tokens * hidden)
         yield row("silu(gate) * up", ops.silu_mul, partial(normal, tokens, 2 * inner), 6 * tokens * inner)
-        yield rotation(bench, ops, dtype, tokens, row)
+        for kind in KINDS:
+            yield rotation(bench, ops, dtype, tokens, row, kind)
         if tokens <= 256:
             yield sampling(bench, ops, vocabulary, tokens, row)
 
 
-def rotation(bench: Bench, ops: Ops, dtype: torch.dtype, tokens: int, row: Callable[..., Row]) -> Row:
+def rotation(bench: Bench, ops: Ops, dtype: torch.dtype, tokens: int, row: Callable[..., Row], kind: str) -> Row:
     heads, kv_heads, size, block = sizes(bench)
     batch = step(1, tokens, tokens, block, bench.device)
-    kept, angles = cache(batch, block, kv_heads, size, dtype, "16 bits"), torch.rand(tokens, size, device=bench.device)
+    kept, angles = cache(batch, block, kv_heads, size, dtype, kind), torch.rand(tokens, size, device=bench.device)
     width = (heads + 2 * kv_heads) * size
 
     def make() -> Tensor:
@@ -50,7 +52,8 @@ def rotation(bench: Bench, ops: Ops, dtype: torch.dtype, tokens: int, row: Calla
     def call(qkv: Tensor) -> Tensor:
         return ops.rope_store(qkv, heads, kept, batch, angles)
 
-    return row("rotate, write to the cache", call, make, 4 * tokens * width)
+    written = 2 * kv_heads * kv_nbytes(name(kind, dtype), size)
+    return row(f"rotate, write to {kind}", call, make, tokens * (2 * width + 2 * heads * size + written))
 
 
 def sampling(bench: Bench, ops: Ops, vocabulary: int, tokens: int, row: Callable[..., Row]) -> Row:

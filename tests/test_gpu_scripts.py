@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from kernels import configs
+from kernels.layout import SCALED_CACHES
 from tests.tiny_model import Shape, make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,10 +81,12 @@ def test_gpu_check_measures_in_the_interpreter(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "gpu_check_bench.json").read_text())
     kinds = {row["op"] for row in report["kernels"]}
-    attention = {"prefill attention", *(f"decode attention, cache {kind}" for kind in ("16 bits", "e4m3", "int8"))}
-    assert (
-        kinds >= {"w4a16", "w4a8", "norm", "rotate, write to the cache", "silu(gate) * up", "sample, top-k and top-p"} | attention
-    )
+    caches = ("16 bits", *SCALED_CACHES)
+    attention = {
+        "prefill attention",
+        *(f"{op} {kind}" for kind in caches for op in ("decode attention, cache", "rotate, write to")),
+    }
+    assert kinds >= {"w4a16", "w4a8", "norm", "silu(gate) * up", "sample, top-k and top-p"} | attention
     assert "errors" not in report and not report["left_out"] and report["limits"]["copy"] > 0
     text = (tmp_path / "gpu_check_bench.md").read_text()
     assert text == done.stdout[-len(text) - 1 : -1] and all(f"| {kind}" in text for kind in kinds)

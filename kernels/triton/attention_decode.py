@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import KVCache, PagedBatch
+from kernels.triton.caches import code_bits
 from kernels.triton.kv import Launch, arguments, finish, fold, load_queries, start
 
 MIN_SPLIT = 128  # tokens: less is not worth a program
@@ -23,15 +24,15 @@ MAX_SPLITS = 64
 RESIDENT = 2  # programs that a multiprocessor holds at a time
 
 
-def choose(width: int, item_size: int, capability: int, *, exact: bool) -> Launch:
-    """For heads padded to ``width`` features, a cache of ``item_size`` bytes an element, and float32 queries where ``exact``.
+def choose(width: int, bits: int, capability: int, *, exact: bool) -> Launch:
+    """For heads padded to ``width`` features, a cache of ``bits`` an element, and float32 queries where ``exact``.
 
     ROWS are at least those that a product needs.
     """
     if exact or 0 < capability < 80:  # no products in hardware: operands stay in registers
         return Launch(16, max(16, min(32, 4096 // width)), 8, 2)
     wide = capability in (80, 90, 100, 103)  # much shared memory, and memory fast enough to need more on its way
-    tile = (16384 if wide else 8192) // (width * item_size)
+    tile = 8 * (16384 if wide else 8192) // (width * bits)
     return Launch(16, max(16, min(64, tile)), 4, 5)
 
 
@@ -56,7 +57,7 @@ def decode(
     """Attention of q [T, Hq, D] into out for the first ``sequences``, which have a row at most; see ``kernels.ops.Attention``."""
     heads, size = q.shape[1:]
     given = arguments(q, cache, batch, scale=scale, window=window, capability=capability)
-    launch = choose(given["WIDTH"], cache.k.element_size(), capability, exact=q.dtype == torch.float32)
+    launch = choose(given["WIDTH"], code_bits(cache), capability, exact=q.dtype == torch.float32)
     tiles = {"BLOCK_N": launch.BLOCK_N, "MIN_TILES": MIN_SPLIT // launch.BLOCK_N}
     parts = sums = None
     if splits > 1:
@@ -113,18 +114,18 @@ def _decode(  # type: ignore[no-untyped-def]
     in_group = tl.arange(0, ROWS)
     live = in_group < GROUP
     heads = kv_head * GROUP + in_group
-    q, q_odd = load_queries(q_ptr + token * q_token_stride, heads * q_head_stride, live, D, WIDTH, CODE)
-    top, total, acc, odd = start(ROWS, WIDTH, CODE)
+    q, q_sum = load_queries(q_ptr + token * q_token_stride, heads * q_head_stride, live, D, WIDTH, CODE)
+    top, total, low, acc = start(q, CODE)
     positions = in_group * 0 + (length - 1)
     table = tables_ptr + sequence.to(tl.int64) * table_stride
     for tile in range(first, last):
-        top, total, acc, odd = fold(
-            q, q_odd, top, total, acc, odd, positions,
+        top, total, low, acc = fold(
+            q, q_sum, top, total, low, acc, positions,
             k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table, kv_head, tile * BLOCK_N, length,
             block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride, scale, window,
-            D, WIDTH, BLOCK_SIZE, BLOCK_N, True, WINDOW, CODE, ASM,
+            D, BLOCK_SIZE, BLOCK_N, True, WINDOW, CODE, ASM,
         )  # fmt: skip
-    found, sums = finish(top, total, acc, odd, CODE)
+    found, sums = finish(top, total, low, acc, CODE)
     features = tl.arange(0, WIDTH)
     mask = live[:, None] & (features < D)[None, :]
     rows = token * tl.num_programs(1) * GROUP + heads

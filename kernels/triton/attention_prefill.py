@@ -102,8 +102,8 @@ def _prefill(  # type: ignore[no-untyped-def]
     live = (row < TOKENS * GROUP) & (query < queries)
     heads = kv_head * GROUP + row % GROUP
     tokens = (first_row + query).to(tl.int64)
-    q, q_odd = load_queries(q_ptr, tokens * q_token_stride + heads * q_head_stride, live, D, WIDTH, CODE)
-    top, total, acc, odd = start(ROWS, WIDTH, CODE)
+    q, q_sum = load_queries(q_ptr, tokens * q_token_stride + heads * q_head_stride, live, D, WIDTH, CODE)
+    top, total, low, acc = start(q, CODE)
     before = tl.load(lengths_ptr + sequence) - queries
     positions = before + query
     earliest = before + tile * TOKENS
@@ -112,20 +112,20 @@ def _prefill(  # type: ignore[no-untyped-def]
     diagonal = (earliest + 1) // BLOCK_N  # tiles before it are seen by all rows
     table = tables_ptr + sequence.to(tl.int64) * table_stride
     for block in range(first, diagonal):
-        top, total, acc, odd = fold(
-            q, q_odd, top, total, acc, odd, positions,
+        top, total, low, acc = fold(
+            q, q_sum, top, total, low, acc, positions,
             k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table, kv_head, block * BLOCK_N, end,
             block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride, scale, window,
-            D, WIDTH, BLOCK_SIZE, BLOCK_N, WINDOW, WINDOW, CODE, ASM,
+            D, BLOCK_SIZE, BLOCK_N, WINDOW, WINDOW, CODE, ASM,
         )  # fmt: skip
     for block in range(tl.maximum(first, diagonal), tl.cdiv(end, BLOCK_N)):
-        top, total, acc, odd = fold(
-            q, q_odd, top, total, acc, odd, positions,
+        top, total, low, acc = fold(
+            q, q_sum, top, total, low, acc, positions,
             k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table, kv_head, block * BLOCK_N, end,
             block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride, scale, window,
-            D, WIDTH, BLOCK_SIZE, BLOCK_N, True, WINDOW, CODE, ASM,
+            D, BLOCK_SIZE, BLOCK_N, True, WINDOW, CODE, ASM,
         )  # fmt: skip
-    found, _ = finish(top, total, acc, odd, CODE)
+    found, _ = finish(top, total, low, acc, CODE)
     features = tl.arange(0, WIDTH)
     at = out_ptr + (tokens * tl.num_programs(1) * GROUP + heads)[:, None] * D + features[None, :]
     tl.store(at, found.to(out_ptr.dtype.element_ty), mask=live[:, None] & (features < D)[None, :])

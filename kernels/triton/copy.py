@@ -36,8 +36,7 @@ class CacheTable:
     @staticmethod
     def of(caches: Sequence[KVCache]) -> CacheTable:
         """Of the keys, values and scales of all layers. ValueError where a block is not dense memory."""
-        found = [(c.k, c.v, c.k_scale, c.v_scale) for c in caches]
-        tensors = tuple(t for of_layer in found for t in of_layer if t is not None)
+        tensors = tuple(t for cache in caches for t in cache.tensors)
         rows = []
         for t in tensors:
             size = 1

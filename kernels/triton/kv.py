@@ -6,11 +6,15 @@ in base 2 (score * scale * log2 e); ``fold`` updates, for each row r of queries,
 
     top[r] = max of scores    total[r] = sum of 2^(score - top)    acc[r, d] = sum of 2^(score - top) * v[d]
 
-Bytes (CODE: "e4m3", "e5m2", "int8") are read as 16-bit words, two neighbours along the head dimension in each: the even and the
-odd features are tensors of their own, with two products for scores and two accumulators, because operands of byte elements would
-be gathered byte by byte. An int8 token's scales never touch its elements. Its key's scale multiplies its score. Its value's scale
-u joins the exponent, 2^(score + log2 u - top), so that shares stay in 0..1 whatever the scales are, which fp16 needs; ``total``
-gets the shares divided by u again.
+Codes (CODE: "e4m3", "e5m2", "int8", "int4") are read as 16-bit words of neighbours along the head dimension, two or four in each:
+the features of each place in a word are a tensor of their own, with a product for scores and an accumulator of its own, because
+operands of smaller elements would be gathered byte by byte. A token's scales never touch its elements. Its key's scale multiplies
+its score. Its value's scale u joins the exponent, 2^(score + log2 u - top), so that shares stay in 0..1 whatever the scales are,
+which fp16 needs; ``total`` gets the shares divided by u again. In int4 a key's least value has the same product with a row's
+queries as any other constant, least * sum of q; a value's is the same for all features, so one number for each row sums them up:
+
+    key = code * step + least      q . key = step * (q . codes) + least * sum of q
+    value = code * u + least       acc += share * code      low += share / u * least      out = (acc + low) / total
 """
 
 from __future__ import annotations
@@ -25,36 +29,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import KVCache, PagedBatch
+from kernels.triton.caches import cache_arguments, load_scales
+from kernels.triton.dequant import nibbles
 from kernels.triton.widen import widen
 
 LOG2_E = 1.4426950408889634
 MAX_GROUP = 64  # query heads that share a key/value head
-CODES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"}
+PARTS = {"": 1, "int4": 4}  # codes in a word; two of the others
 LOWEST = tl.constexpr(-1e30)  # where maxima start: not -inf, since -inf - -inf is NaN in a row that has seen nothing yet
 LEAST_SCALE = tl.constexpr(2.0**-64)  # what a value's scale of zero counts as; its codes are zero
-
-
-def cache_arguments(cache: KVCache) -> dict[str, Any]:
-    """What a kernel needs of a cache, by the names of its arguments. ValueError for a cache that is not laid out as assumed."""
-    k, v, k_scale, v_scale = cache.k, cache.v, cache.k_scale, cache.v_scale
-    if k.stride() != v.stride() or k.stride(3) != 1 or k.dtype != v.dtype:
-        raise ValueError("keys and values must be of one type and layout, with the head dimension contiguous")
-    if cache.block_size & (cache.block_size - 1):
-        raise ValueError(f"a block of {cache.block_size} tokens: a power of two is needed")
-    code = CODES.get(k.dtype, "")
-    scale_strides: tuple[int, ...] = (0, 0)
-    if code == "int8":
-        if k_scale is None or v_scale is None or k_scale.stride() != v_scale.stride() or k_scale.stride(2) != 1:
-            raise ValueError("an int8 cache needs the scales of keys and of values in one layout, with the heads contiguous")
-        scale_strides = k_scale.stride()[:2]
-    if code:
-        if k.shape[3] % 2:
-            raise ValueError(f"a cache of bytes needs an even head size, not {k.shape[3]}")
-        k, v = k.view(torch.int16), v.view(torch.int16)
-    names = ("block_stride", "token_stride", "head_stride", "scale_block_stride", "scale_token_stride")
-    strides = dict(zip(names, (*k.stride()[:3], *scale_strides), strict=True))
-    tensors = {"k_ptr": k, "v_ptr": v, "k_scale_ptr": k_scale, "v_scale_ptr": v_scale}
-    return {**tensors, **strides, "D": cache.k.shape[3], "BLOCK_SIZE": cache.block_size, "CODE": code}
 
 
 @remember
@@ -89,7 +72,7 @@ def arguments(
     kv_heads = cache.k.shape[2]
     if heads % kv_heads or heads // kv_heads > MAX_GROUP:
         raise ValueError(f"{heads} query heads over {kv_heads}: a multiple of at most {MAX_GROUP} is needed")
-    given = cache_arguments(cache)
+    given = cache_arguments(cache, torch.int16)
     return {
         **given,
         "q_ptr": q,
@@ -101,8 +84,8 @@ def arguments(
         "table_stride": batch.block_tables.stride(0),
         "scale": scale * LOG2_E,
         "window": window or 0,
-        # Products need 16 features, halves of them 16 each.
-        "WIDTH": max(triton.next_power_of_2(size), 32 if given["CODE"] else 16),
+        "D": size,
+        "WIDTH": max(triton.next_power_of_2(size), 16 * PARTS.get(given["CODE"], 2)),  # products need 16 features
         "GROUP": heads // kv_heads,
         "WINDOW": window is not None,
         "ASM": asm_level(capability),
@@ -128,35 +111,63 @@ def token_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def load_queries(q_ptr, rows, live, D: tl.constexpr, WIDTH: tl.constexpr, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(q [M, WIDTH], 0), or its even and its odd features where the cache holds bytes; zero beyond D and where not live."""
+    """(q, their sums): q [M, WIDTH] / parts, a tuple by place in a word of the cache; zero beyond D and where not live.
+
+    The sums, float32 [M], are 0 but for int4.
+    """
     features = tl.arange(0, WIDTH)
     q = tl.load(q_ptr + rows[:, None] + features[None, :], mask=live[:, None] & (features < D)[None, :], other=0.0)
     if CODE == "":
-        return q, 0
+        return (q,), 0.0
     else:
-        return tl.split(q.reshape(q.shape[0], WIDTH // 2, 2))
+        even, odd = _apart(q)
+        if CODE == "int4":
+            first, third = _apart(even)
+            second, fourth = _apart(odd)
+            return (first, second, third, fourth), tl.sum(q.to(tl.float32), 1)
+        else:
+            return (even, odd), 0.0
 
 
 @triton.jit
-def start(ROWS: tl.constexpr, WIDTH: tl.constexpr, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(top, total, acc, odd) of rows that have seen nothing; odd is 0 where features are not taken apart."""
-    top = tl.full((ROWS,), LOWEST, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    if CODE == "":
-        return top, total, tl.zeros((ROWS, WIDTH), tl.float32), 0
-    else:
-        return top, total, tl.zeros((ROWS, WIDTH // 2), tl.float32), tl.zeros((ROWS, WIDTH // 2), tl.float32)
+def _apart(x):  # type: ignore[no-untyped-def]
+    return tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
 
 
 @triton.jit
-def finish(top, total, acc, odd, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+def start(q, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(top, total, low, acc) of the rows of ``q`` that have seen nothing; acc is a tuple like q."""
+    top = tl.full((q[0].shape[0],), LOWEST, tl.float32)
+    total = tl.zeros((q[0].shape[0],), tl.float32)
+    acc = ()
+    for _ in tl.static_range(len(q)):
+        acc = acc + (tl.zeros(q[0].shape, tl.float32),)  # type: ignore[assignment]
+    return top, total, total if CODE == "int4" else 0.0, acc
+
+
+@triton.jit
+def finish(top, total, low, acc, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
     """(attention float32 [M, WIDTH], its log2-sum-exp2 [M]); zeros for rows that have seen nothing."""
     total = tl.maximum(total, 1e-30)
-    share = 1.0 / total
     if CODE == "":
-        return acc * share[:, None], top + tl.log2(total)
+        found = acc[0]
+    elif CODE == "int4":
+        found = tl.interleave(tl.interleave(acc[0], acc[2]), tl.interleave(acc[1], acc[3])) + low[:, None]
     else:
-        return tl.interleave(acc * share[:, None], odd * share[:, None]), top + tl.log2(total)
+        found = tl.interleave(acc[0], acc[1])
+    return found * (1.0 / total)[:, None], top + tl.log2(total)
+
+
+@triton.jit
+def numbers(words, DTYPE: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tuple of what ``words`` of the cache hold, by place in a word: one, two or four tensors of their shape in DTYPE."""
+    if CODE == "":
+        return (words.to(DTYPE),)
+    elif CODE == "int4":
+        base = -1024.0 if tl.float16 == DTYPE else -128.0  # so much do nibbles add
+        return nibbles(words, tl.full(words.shape, base, DTYPE), ASM > 0 and tl.float32 != DTYPE)
+    else:
+        return widen(words, DTYPE, CODE, ASM)
 
 
 @triton.jit
@@ -169,23 +180,25 @@ def product(a, b, acc, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def fold(  # type: ignore[no-untyped-def]
-    q, q_odd, top, total, acc, odd, positions,
+    q, q_sum, top, total, low, acc, positions,
     k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table, kv_head, first, end,
     block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride, scale, window,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """(top, total, acc, odd) after the tokens first .. min(first + BLOCK_N, end) - 1.
+    """(top, total, low, acc) after the tokens first .. min(first + BLOCK_N, end) - 1.
 
     positions int [M]: of the rows' tokens; scale includes log2 e. MASKED: some row does not see all of the tile. WINDOW:
     ``window`` counts.
     """
+    PARTS: tl.constexpr = len(q)
+    DTYPE: tl.constexpr = q[0].dtype
     tokens = first + tl.arange(0, BLOCK_N)
     live = tokens < end
     base, rows = token_rows(table, first, tokens, live, block_stride, token_stride, BLOCK_SIZE, BLOCK_N)
     base += kv_head * head_stride
-    ITEMS: tl.constexpr = D if CODE == "" else D // 2
-    items = tl.arange(0, WIDTH if CODE == "" else WIDTH // 2)
+    ITEMS: tl.constexpr = D // PARTS
+    items = tl.arange(0, q[0].shape[1])
     k_at = k_ptr + base + (rows[None, :] + items[:, None])
     v_at = v_ptr + base + (rows[:, None] + items[None, :])
     inside = items < ITEMS
@@ -197,16 +210,19 @@ def fold(  # type: ignore[no-untyped-def]
     else:
         k = tl.load(k_at, mask=inside[:, None], other=0)
         v = tl.load(v_at, mask=inside[None, :], other=0)
-    if CODE == "":
-        scores = product(q, k.to(q.dtype), None, ASM) * scale
-    else:
-        k_even, k_odd = widen(k, q.dtype, CODE, ASM)
-        scores = product(q_odd, k_odd, product(q, k_even, None, ASM), ASM) * scale
-    if CODE == "int8":
+    k = numbers(k, DTYPE, CODE, ASM)
+    scores = product(q[0], k[0], None, ASM)
+    for i in tl.static_range(1, PARTS):
+        scores = product(q[i], k[i], scores, ASM)
+    scores *= scale
+    if CODE != "":
         base, rows = token_rows(table, first, tokens, live, scale_block_stride, scale_token_stride, BLOCK_SIZE, BLOCK_N)
-        base += kv_head
-        units = tl.maximum(tl.load(v_scale_ptr + base + rows, mask=live, other=1.0), LEAST_SCALE)
-        scores = scores * tl.load(k_scale_ptr + base + rows, mask=live, other=1.0)[None, :] + tl.log2(units)[None, :]
+        step, least = load_scales(k_scale_ptr + base + kv_head + rows, live, CODE)
+        units, v_least = load_scales(v_scale_ptr + base + kv_head + rows, live, CODE)
+        units = tl.maximum(units, LEAST_SCALE)
+        scores = scores * step[None, :] + tl.log2(units)[None, :]
+        if CODE == "int4":
+            scores += (q_sum * scale)[:, None] * least[None, :]
     if MASKED:
         seen = tokens[None, :] <= positions[:, None]
         if WINDOW:
@@ -215,12 +231,11 @@ def fold(  # type: ignore[no-untyped-def]
     new_top = tl.maximum(top, tl.max(scores, 1))
     shares = tl.exp2(scores - new_top[:, None])
     shrink = tl.exp2(top - new_top)
-    weights = shares * (1.0 / units)[None, :] if CODE == "int8" else shares
+    weights = shares if CODE == "" else shares * (1.0 / units)[None, :]
     total = total * shrink + tl.sum(weights, 1)
-    if CODE == "":
-        acc = product(shares.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], ASM)
-    else:
-        v_even, v_odd = widen(v, q.dtype, CODE, ASM)
-        acc = product(shares.to(q.dtype), v_even, acc * shrink[:, None], ASM)
-        odd = product(shares.to(q.dtype), v_odd, odd * shrink[:, None], ASM)
-    return new_top, total, acc, odd
+    if CODE == "int4":
+        low = low * shrink + tl.sum(weights * v_least[None, :], 1)
+    v, shares, sums = numbers(v, DTYPE, CODE, ASM), shares.to(DTYPE), ()
+    for i in tl.static_range(PARTS):
+        sums = sums + (product(shares, v[i], acc[i] * shrink[:, None], ASM),)  # type: ignore[assignment]
+    return new_top, total, low, sums

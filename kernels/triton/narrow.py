@@ -1,4 +1,4 @@
-"""float32 to the one-byte formats, element by element and with integer arithmetic alone.
+"""float32 to codes of a byte or less, element by element and with integer arithmetic alone.
 
 FP8 (sign, exponent, M mantissa bits): above the least normal number, rounding is an addition to the float32 bits, whose carry may
 run into the exponent, then a shift and another bias::
@@ -43,6 +43,11 @@ def to_int8(x, amax):  # type: ignore[no-untyped-def]
     amax, the largest magnitude, has x's dimensions.
     """
     scale = tl.maximum(amax, 1e-12) * (1.0 / 127.0)
-    nearest = x * (1.0 / scale) + 12582912.0  # 1.5 * 2^23: the sum has no room for a fraction
-    codes = nearest.to(tl.int32, bitcast=True) - 0x4B400000
-    return tl.minimum(tl.maximum(codes, -127), 127).to(tl.int8), scale
+    return nearest(x * (1.0 / scale), -127.0, 127.0).to(tl.int8), scale
+
+
+@triton.jit
+def nearest(x, low: tl.constexpr, high: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The nearest integers, int32, from low to high, of float32 x: halves to even."""
+    x = tl.minimum(tl.maximum(x, low), high) + 12582912.0  # 1.5 * 2^23: the sum has no room for a fraction
+    return x.to(tl.int32, bitcast=True) - 0x4B400000

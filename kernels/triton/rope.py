@@ -7,14 +7,12 @@ numbers of every pair it rotates::
     a head      | a: 0 .. H - 1 | b: H .. 2 H - 1 | rest: 2 H .. D - 1 |          H = rotary / 2
                   a cos - b sin   b cos + a sin     as it is
 
-q goes back to where it came from; keys and values go to their token's slot, as they are, in FP8, or in int8 with a scale for
-each head. A negative slot is padding: nothing is stored. Where the product was cut along its inputs, its partial sums
+q goes back to where it came from; keys and values go to their token's slot, as they are or quantized, with a scale of each head
+(kernels/kv_cache.py). A negative slot is padding: nothing is stored. Where the product was cut along its inputs, its partial sums
 [splits, T, features] are added here, in order and with the bias behind them, and rounded as the product would have been.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -22,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import KVCache, Norm, PagedBatch
-from kernels.triton.narrow import to_fp8, to_int8
+from kernels.triton.caches import cache_arguments
+from kernels.triton.store import store, store_in_cache
 
-CODES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"}
 TILE = 1024  # features that a program has, or one head
 PARTED_TILE = 256  # of partial sums: there are few rows, and each number is read several times
 
@@ -67,15 +65,6 @@ def _load_vector(start, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.c
 
 
 @triton.jit
-def _store(start, a, b, rest, live, HALF: tl.constexpr, REST: tl.constexpr):  # type: ignore[no-untyped-def]
-    feature, other = tl.arange(0, a.shape[1])[None, :], tl.arange(0, rest.shape[1])[None, :]
-    dtype = start.dtype.element_ty
-    tl.store(start + feature, a.to(dtype), mask=live & (feature < HALF))
-    tl.store(start + HALF + feature, b.to(dtype), mask=live & (feature < HALF))
-    tl.store(start + 2 * HALF + other, rest.to(dtype), mask=live & (other < REST))
-
-
-@triton.jit
 def _prepare(  # type: ignore[no-untyped-def]
     a, b, rest, weight, eps, angles,
     DTYPE: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
@@ -93,31 +82,16 @@ def _prepare(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _store_in_cache(  # type: ignore[no-untyped-def]
-    cache, scales, place, scale_place, a, b, rest, live, CODE: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr
-):
-    if CODE == "int8":
-        amax = tl.maximum(tl.max(tl.abs(a), 1, keep_dims=True), tl.max(tl.abs(b), 1, keep_dims=True))
-        amax = tl.maximum(amax, tl.max(tl.abs(rest), 1, keep_dims=True))
-        a, scale = to_int8(a, amax)
-        b, _ = to_int8(b, amax)
-        rest, _ = to_int8(rest, amax)
-        tl.store(scales + scale_place, scale, mask=live)
-    elif CODE != "":
-        MANTISSA: tl.constexpr = 3 if CODE == "e4m3" else 2
-        a, b, rest = to_fp8(a, MANTISSA), to_fp8(b, MANTISSA), to_fp8(rest, MANTISSA)
-    _store(cache + place, a, b, rest, live, HALF, REST)
-
-
-@triton.jit
 def _rope_store(  # type: ignore[no-untyped-def]
     qkv,  # [T, (HEADS + 2 KV_HEADS) * D], or float32 [SPLITS, T, ..]
     bias,  # float32 [(HEADS + 2 KV_HEADS) * D]
     q_out,  # [T, HEADS * D]
-    k_cache,  # [B, BLOCK_SIZE, KV_HEADS, D], uint8 for FP8
-    v_cache,
-    k_scales,  # float32 [B, BLOCK_SIZE, KV_HEADS]
-    v_scales,
+    k_ptr,  # [B, BLOCK_SIZE, KV_HEADS, D], uint8 where quantized
+    v_ptr,
+    k_scale_ptr,  # float32 [B, BLOCK_SIZE, KV_HEADS], or int32 for pairs
+    v_scale_ptr,
+    k_given,  # the scales to be stored, where a checkpoint has some
+    v_given,
     positions,  # int64 [T]
     slots,  # int64 [T]
     cos_sin,  # float32 [max positions, 2 HALF]
@@ -149,7 +123,7 @@ def _rope_store(  # type: ignore[no-untyped-def]
         a, b, rest = _load(row, bias, head * D, live, split_stride, SPLITS, DTYPE, HALF, REST, HALF_BLOCK, REST_BLOCK)
         a, b, rest = _prepare(a, b, rest, q_weight, q_eps, angles, DTYPE, HALF, REST, HALF_BLOCK, REST_BLOCK)
         tl.debug_barrier()  # whoever holds a copy of an element has read it before it is written over
-        _store(q_out + token * q_stride + head * D, a, b, rest, live, HALF, REST)
+        store(q_out + token * q_stride + head * D, a, b, rest, live, HALF, REST)
     else:
         head = (part - Q_TILES) % KV_TILES * TILE_HEADS + within
         slot = tl.load(slots + token) + tl.zeros((TILE_HEADS, 1), tl.int64)
@@ -161,9 +135,9 @@ def _rope_store(  # type: ignore[no-untyped-def]
         a, b, rest = _load(row, bias, (first + head) * D, live, split_stride, SPLITS, DTYPE, HALF, REST, HALF_BLOCK, REST_BLOCK)
         if part < Q_TILES + KV_TILES:
             a, b, rest = _prepare(a, b, rest, k_weight, k_eps, angles, DTYPE, HALF, REST, HALF_BLOCK, REST_BLOCK)
-            _store_in_cache(k_cache, k_scales, place, scale_place, a, b, rest, live, CODE, HALF, REST)
+            store_in_cache(k_ptr + place, k_scale_ptr, scale_place, k_given, a, b, rest, live, CODE, HALF, REST)
         else:
-            _store_in_cache(v_cache, v_scales, place, scale_place, a, b, rest, live, CODE, HALF, REST)
+            store_in_cache(v_ptr + place, v_scale_ptr, scale_place, v_given, a, b, rest, live, CODE, HALF, REST)
 
 
 def tile(heads: int, half: int, rest: int, features: int = TILE) -> dict[str, int]:
@@ -187,11 +161,11 @@ def rope_store(
 ) -> Tensor:
     """As the RopeStore protocol in kernels.ops has it; q is rotated in place, and a view of qkv [T, (Hq + 2 Hkv) * D].
 
-    qkv: float16, bfloat16 or float32. cache: any float dtype, float8_e4m3fn or float8_e5m2 (to the nearest, saturating), or int8
-    with float32 scales. A token whose slot is negative is not stored. ValueError for layouts that are not taken.
+    qkv: float16, bfloat16 or float32. cache: any float dtype, or quantized, as in kernels.kv_cache. A token whose slot is
+    negative is not stored. ValueError for layouts that are not taken.
     """
     qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
-    q = qkv.as_strided((qkv.shape[0], heads * cache.k.shape[3]), (qkv.stride(0), 1))
+    q = qkv.as_strided((qkv.shape[0], heads * cache.head_dim), (qkv.stride(0), 1))
     return _launch(qkv[None], None, q, heads, cache, batch, cos_sin, q_norm, k_norm)
 
 
@@ -210,7 +184,7 @@ def rope_store_sums(
     """``rope_store`` of the sum of parts, float32 [splits, T, (Hq + 2 Hkv) * D], and bias, float32; q is new, in ``dtype``."""
     if parts.dtype != torch.float32 or parts.stride(2) != 1 or (bias is not None and bias.shape != parts.shape[2:]):
         raise ValueError(f"parts {parts.dtype} {list(parts.shape)} with a bias {None if bias is None else list(bias.shape)}")
-    q = torch.empty(parts.shape[1], heads * cache.k.shape[3], dtype=dtype, device=parts.device)
+    q = torch.empty(parts.shape[1], heads * cache.head_dim, dtype=dtype, device=parts.device)
     return _launch(parts, bias, q, heads, cache, batch, cos_sin, q_norm, k_norm)
 
 
@@ -226,9 +200,13 @@ def _launch(
     k_norm: Norm | None,
 ) -> Tensor:
     """q [T, Hq * D] is filled, and returned as heads."""
-    (splits, tokens, width), (kv_heads, size), rotary = parts.shape, cache.k.shape[2:], cos_sin.shape[1]
+    (splits, tokens, width), kv_heads, size, rotary = parts.shape, cache.k.shape[2], cache.head_dim, cos_sin.shape[1]
     if width != (heads + 2 * kv_heads) * size or not 2 <= rotary <= size or rotary % 2 or not splits:
         raise ValueError(f"qkv {list(parts.shape)} is not {heads} + 2 * {kv_heads} heads of {size}, of which {rotary} rotate")
+    stored = cache_arguments(cache, torch.uint8)
+    if stored["CODE"] == "int4" and rotary % 4:
+        raise ValueError(f"an int4 cache has two numbers in a byte, so halves of {rotary // 2} cannot be rotated")
+    k_given, v_given = (None, None) if cache.given is None or stored["CODE"] in ("", "int4") else cache.given
     shape = tile(max(heads, kv_heads), rotary // 2, size - rotary, TILE if splits == 1 else PARTED_TILE)
     programs = triton.cdiv(heads, shape["TILE_HEADS"]) + 2 * triton.cdiv(kv_heads, shape["TILE_HEADS"])
     if tokens:
@@ -246,30 +224,14 @@ def _launch(
             qkv_stride=parts.stride(1),
             split_stride=parts.stride(0),
             q_stride=q.stride(0),
+            k_given=k_given,
+            v_given=v_given,
             HEADS=heads,
+            KV_HEADS=kv_heads,
             HALF=rotary // 2,
             REST=size - rotary,
             SPLITS=splits,
-            **_cache_arguments(cache),
+            **stored,
             **shape,
         )
     return q.as_strided((tokens, heads, size), (q.stride(0), size, 1))
-
-
-def _cache_arguments(cache: KVCache) -> dict[str, Any]:
-    k, v, k_scale, v_scale, code = cache.k, cache.v, cache.k_scale, cache.v_scale, CODES.get(cache.k.dtype, "")
-    if k.stride() != v.stride() or k.stride(3) != 1 or k.dtype != v.dtype:
-        raise ValueError("keys and values must be of one type and layout, with the features contiguous")
-    scale_strides: tuple[int, ...] = (0, 0, 1)
-    if code != "int8":
-        k_scale = v_scale = None
-    elif k_scale is None or v_scale is None or k_scale.stride() != v_scale.stride() or k_scale.stride(2) != 1:
-        raise ValueError("an int8 cache needs the scales of keys and of values, in one layout, with the heads contiguous")
-    else:
-        scale_strides = k_scale.stride()
-    if code in ("e4m3", "e5m2"):
-        k, v = k.view(torch.uint8), v.view(torch.uint8)  # not every card has the type
-    strides = dict(zip(("block_stride", "token_stride", "head_stride"), k.stride()[:3], strict=True))
-    strides |= {"scale_block_stride": scale_strides[0], "scale_token_stride": scale_strides[1]}
-    tensors = {"k_cache": k, "v_cache": v, "k_scales": k_scale, "v_scales": v_scale}
-    return {**tensors, **strides, "KV_HEADS": k.shape[2], "BLOCK_SIZE": cache.block_size, "CODE": code}

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from kernels.layout import SCALED_CACHES
 from kernels.ops import KVCache, Norm, PagedBatch
 from quant.tensor import QuantTensor
 from tests.kernels.triton.aot import Compilation, environment
@@ -114,10 +115,8 @@ def weight(N: int, K: int, bits: int, group: int) -> QuantTensor:
     return QuantTensor(packed, empty(-(-K // group), N), None, None, bits, group, K, N)
 
 
-def cache(dtype: torch.dtype) -> KVCache:
-    shape = (1024, BLOCK_SIZE, KV_HEADS)
-    scales = [empty(*shape, dtype=torch.float32) for _ in range(2)] if dtype == torch.int8 else [None, None]
-    return KVCache(empty(*shape, SIZE, dtype=dtype), empty(*shape, SIZE, dtype=dtype), *scales)
+def cache(kind: str) -> KVCache:
+    return KVCache.zeros(1024, BLOCK_SIZE, KV_HEADS, SIZE, dtype=kind, device=META)
 
 
 def step(sequences: int, rows: int, longest: int) -> PagedBatch:
@@ -139,6 +138,9 @@ class Cases:
     @property
     def name(self) -> str:
         return {torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
+
+    def cache(self, kind: str) -> KVCache:
+        return cache(str(self.dtype).removeprefix("torch.") if kind == "16 bits" else kind)
 
     def products(self) -> Iterator[str]:
         from kernels.triton import matmul, weights
@@ -189,11 +191,10 @@ class Cases:
     def attention(self) -> Iterator[str]:
         from kernels.triton.attention import attention
 
-        kinds = {"16 bits": self.dtype, "e4m3": torch.float8_e4m3fn, "int8": torch.int8}
-        for kind, dtype in kinds.items():
+        for kind in ("16 bits", *SCALED_CACHES):
             for rows in (1, 512):
                 yield f"{self.name}, cache {kind}, {rows} row{'s' * (rows > 1)} a sequence"
-                q, kept = empty(rows, HEADS, SIZE, dtype=self.dtype), cache(dtype)
+                q, kept = empty(rows, HEADS, SIZE, dtype=self.dtype), self.cache(kind)
                 attention(q, kept, step(1, rows, 8192), scale=0.1, multiprocessors=self.card.multiprocessors)
 
     def small(self) -> Iterator[str]:
@@ -219,12 +220,12 @@ class Cases:
             table = weights.pack(weight(VOCABULARY, HIDDEN, bits, group), dtype=self.dtype)
             embedding.packed_rows(empty(8, dtype=torch.int64), table, self.dtype)
         width, angles, batch = (HEADS + 2 * KV_HEADS) * SIZE, empty(8192, SIZE, dtype=torch.float32), step(8, 1, 8192)
-        for kind, dtype in {"16 bits": self.dtype, "e4m3": torch.float8_e4m3fn, "int8": torch.int8}.items():
+        for kind in ("16 bits", *SCALED_CACHES):
             yield f"{self.name}, cache {kind}"
-            rope.rope_store(empty(8, width, dtype=self.dtype), HEADS, cache(dtype), batch, angles)
+            rope.rope_store(empty(8, width, dtype=self.dtype), HEADS, self.cache(kind), batch, angles)
         yield f"{self.name}, norms of heads, of 4 parts"
         heads, sums = Norm(empty(SIZE, dtype=self.dtype), 1e-6), empty(4, 8, width, dtype=torch.float32)
-        kept = cache(self.dtype)
+        kept = self.cache("16 bits")
         rope.rope_store_sums(sums, None, HEADS, kept, batch, angles, dtype=self.dtype, q_norm=heads, k_norm=heads)
 
     def rest(self) -> Iterator[str]:
@@ -237,7 +238,7 @@ class Cases:
         yield "no cut"
         sampling.sample(logits, floats[0], None, None, None, draws)
         yield "8 pairs"
-        table = copy.CacheTable.of([cache(self.dtype)])
+        table = copy.CacheTable.of([self.cache("16 bits")])
         copy.copy_blocks(table, empty(8, dtype=torch.int64), empty(8, dtype=torch.int64))
 
 

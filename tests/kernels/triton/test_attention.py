@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.layout import SCALED_CACHES
 from kernels.ops import KVCache, PagedBatch
 from tests.kernels.paged import make_step
 from tests.kernels.triton.conftest import DEVICE
-from tests.kernels.triton.tensors import DTYPES, poison  # noqa: F401
+from tests.kernels.triton.tensors import DTYPES, held, poison  # noqa: F401
 
 from kernels.triton.attention import attention  # isort: skip  (after the conftest has chosen the interpreter)
 from kernels.triton.attention_decode import MAX_SPLITS, decode, split_count  # isort: skip
@@ -21,23 +22,11 @@ from kernels.triton.kv import capability  # isort: skip
 
 # Shares are rounded to the activations' dtype, which the interpreter does to bfloat16 by cutting off.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2 if DEVICE == "cuda" else 4e-2}
-FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def to_device(batch: PagedBatch) -> PagedBatch:
     names = ("positions", "slots", "query_starts", "seq_lens", "block_tables")
     return replace(batch, **{name: getattr(batch, name).to(DEVICE) for name in names})
-
-
-def held(cache: KVCache, kind: str) -> tuple[KVCache, KVCache]:
-    """(a cache of this kind, one with the float32 values that it stands for), unwritten slots as poisonous as can be."""
-    if kind != "int8":
-        small = KVCache(*(t.to(FP8.get(kind) or getattr(torch, kind)).to(DEVICE) for t in (cache.k, cache.v)))
-        return small, KVCache(small.k.float(), small.v.float())
-    scales = [t.abs().amax(-1) / 127 for t in (cache.k, cache.v)]  # NaN where nobody wrote
-    codes = [(t / s.unsqueeze(-1)).round().nan_to_num(77.0).to(torch.int8) for t, s in zip((cache.k, cache.v), scales)]
-    k, v, k_scale, v_scale = (t.to(DEVICE) for t in (*codes, *scales))
-    return KVCache(k, v, k_scale, v_scale), KVCache(k * k_scale.unsqueeze(-1), v * v_scale.unsqueeze(-1))
 
 
 def compare(found: Tensor, q: Tensor, values: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None) -> None:
@@ -78,7 +67,7 @@ def test_random_steps(case: int) -> None:
         [(rng.choice([0, 1, 15, 16, 17, 100, 300]), rng.choice(now)) for _ in range(rng.randint(1, 4))],
         heads=kv_heads * rng.choice([1, 2, 3, 4, 7, 8, 16]),
         dtype=rng.choice(DTYPES),
-        kind=rng.choice([None, None, "e4m3", "e5m2", "int8", "float32", "float16", "bfloat16"]),
+        kind=rng.choice([None, *SCALED_CACHES, *SCALED_CACHES, "float32", "float16", "bfloat16"]),
         window=rng.choice([None, None, 1, 5, 17, 64, 128, 300]),
         spread=rng.choice([1.0, 8.0]),
         multiprocessors=rng.choice([1, 128]),
@@ -99,7 +88,7 @@ def test_borders_of_blocks_and_tiles(block_size: int, window: int | None) -> Non
     check([(0, n) for n in borders[:3]], window=window, block_size=block_size)
 
 
-@pytest.mark.parametrize("kind", [None, "e4m3", "int8"])
+@pytest.mark.parametrize("kind", [None, *SCALED_CACHES])
 @pytest.mark.parametrize("size", [16, 48, 64, 80, 96, 128, 256])
 def test_head_sizes(size: int, kind: str | None) -> None:
     for sequences in ([(40, 1), (0, 1), (200, 1)], [(40, 1), (0, 30), (20, 20)]):
@@ -113,7 +102,7 @@ def test_groups(group: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["e4m3", "e5m2", "int8", "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("kind", [*SCALED_CACHES, "float16", "bfloat16", "float32"])
 def test_caches(kind: str, dtype: torch.dtype) -> None:
     for sequences in ([(70, 1), (0, 1), (300, 1)], [(70, 2), (0, 5), (130, 1)]):
         check(sequences, dtype=dtype, kind=kind, head_dim=48, block_size=32)
@@ -150,7 +139,7 @@ def test_single_rows_before_chunks(heads: int, window: int | None) -> None:
 @pytest.mark.parametrize("now", [1, 20])
 def test_results_repeat(now: int) -> None:
     batch, cache = make_step([(n, now) for n in (400, 100, 250)], head_dim=32)
-    batch, (small, _) = to_device(batch), held(cache, "e4m3")
+    batch, (small, _) = to_device(batch), held(cache, "fp8_e4m3")
     q = torch.randn(3 * now, 4, 32).half().to(DEVICE)
     first, again = (attention(q, small, batch, scale=0.3) for _ in range(2))
     assert torch.equal(first, again)
@@ -194,7 +183,7 @@ def test_queries_inside_a_wider_tensor(sequences: list[tuple[int, int]]) -> None
         assert torch.equal(attention(q, small, batch, scale=0.3), attention(q.contiguous(), small, batch, scale=0.3))
 
 
-@pytest.mark.parametrize("kind", ["float16", "e4m3", "int8"])
+@pytest.mark.parametrize("kind", ["float16", *SCALED_CACHES])
 def test_keys_and_values_in_one_tensor(kind: str) -> None:
     """Blocks of [k; v], heads before tokens: strides are free but for the features'."""
     for sequences in ([(5, 1), (40, 1)], [(5, 3), (40, 1)]):
@@ -207,20 +196,34 @@ def test_keys_and_values_in_one_tensor(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", SCALED_CACHES)
 @pytest.mark.parametrize("sequences", [[(300, 1)], [(200, 70)]])
-def test_scales_of_every_size(sequences: list[tuple[int, int]], dtype: torch.dtype) -> None:
+def test_scales_of_every_size(sequences: list[tuple[int, int]], kind: str, dtype: torch.dtype) -> None:
     """Tokens of zeros, tiny and large ones side by side: shares times scales neither overflow nor vanish."""
     batch, cache = make_step(sequences, head_dim=32)
     for power in (-12, 0, 9):
         factors = torch.tensor([0.0, 2.0**-20, 2.0**-6, 1.0])[torch.randint(4, cache.v.shape[:2])]
-        values = KVCache(cache.k, cache.v * factors[:, :, None, None] * 2.0**power)
-        small, wide = held(KVCache(values.k, values.v.nan_to_num(0.0)), "int8")
-        small, wide = (KVCache(c.k, c.v.nan_to_num(0.0), c.k_scale, c.v_scale) for c in (small, wide))
+        shifts = torch.tensor([0.0, -1.0, 1.0])[torch.randint(3, cache.v.shape[:2])] if kind == "int4" else torch.zeros(1, 1)
+        values = (cache.v * factors[:, :, None, None] + shifts[:, :, None, None]) * 2.0**power
+        small, wide = held(KVCache(cache.k, values), kind)
         q = torch.randn(len(batch.positions), 4, 32).to(dtype).to(DEVICE)
-        found = attention(q, replace(small, v_scale=small.v_scale.nan_to_num(0.0)), to_device(batch), scale=0.2)  # type: ignore[union-attr]
+        found = attention(q, small, to_device(batch), scale=0.2)
         expected = reference.attention(q.float(), wide, to_device(batch), scale=0.2)
         error = (found.float() - expected).abs().max() / expected.abs().max()
         assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kind", SCALED_CACHES)
+@pytest.mark.parametrize("now", [1, 20])
+def test_nothing_but_zeros(kind: str, now: int) -> None:
+    """Scales are 0 then; in one sequence all are, in the other one token is."""
+    batch, cache = make_step([(20, now), (30, now)], head_dim=16)
+    for t in (cache.k, cache.v):
+        t[batch.block_tables[0].long()] *= 0.0
+        t[int(batch.block_tables[1, 0]), 3] = 0.0
+    small, wide = held(cache, kind)
+    q = torch.randn(2 * now, 4, 16).half().to(DEVICE)
+    compare(attention(q, small, to_device(batch), scale=0.3), q, wide, to_device(batch), scale=0.3)
 
 
 def test_huge_scores() -> None:
@@ -229,22 +232,21 @@ def test_huge_scores() -> None:
     check([(100, 70)], spread=3e4, dtype=torch.float32, window=3)
 
 
-@pytest.mark.parametrize("kind", ["float16", "e4m3"])
+@pytest.mark.parametrize("kind", ["float16", "fp8_e4m3", "int4"])
 def test_offsets_beyond_32_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block 4 Gi elements away. The memory between is asked for, but never touched."""
+    """A block 2 Gi words of 16 bits away. The memory between is asked for, but never touched."""
     monkeypatch.undo()  # poison would touch it
     batch, cache = make_step([(40, 1), (20, 1)], kv_heads=1, head_dim=32)
     batch, (small, _) = to_device(batch), held(cache, kind)
-    element = small.k.element_size()
-    elements = (2**31 + 2**20) * (2 if element == 1 else 1)
+    same = KVCache(small.k, small.k, small.k_scale, small.k_scale)
+    last = 2 * (2**31 + 2**20) // small.k[0].nbytes - len(small.k)
     try:
-        far = torch.empty(elements, dtype=small.k.dtype, device=DEVICE).view(-1, 16, 1, 32)
+        far = [torch.empty((last + len(t), *t.shape[1:]), dtype=t.dtype, device=DEVICE) for t in same.tensors[::2]]
     except RuntimeError:
         pytest.skip("not enough memory")
-    last = len(far) - len(small.k)
-    far[last:] = small.k
-    moved = KVCache(far, far)
-    same = KVCache(small.k, small.k)
+    for there, here in zip(far, same.tensors[::2], strict=True):
+        there[last:] = here
+    moved = KVCache(*(t for t in far for _ in range(2)))
     beyond = replace(batch, block_tables=batch.block_tables + last)
     q = torch.randn(2, 2, 32).half().to(DEVICE)
     for step, there in ((batch, beyond), (replace(batch, max_query=2), replace(beyond, max_query=2))):
@@ -263,4 +265,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="one type"):
         attention(q, replace(small, v=small.v.half()), batch, scale=1.0)
     with pytest.raises(ValueError, match="power of two"):
-        attention(q, KVCache(small.k[:, :12], small.v[:, :12], small.k_scale[:, :12], small.v_scale[:, :12]), batch, scale=1.0)  # type: ignore[index]
+        attention(q, KVCache(*(t[:, :12] for t in small.tensors)), batch, scale=1.0)
+    small, _ = held(make_step([(3, 1)], head_dim=18)[1], "int4")
+    with pytest.raises(ValueError, match="16-bit words"):
+        attention(torch.randn(1, 4, 18).half().to(DEVICE), small, batch, scale=1.0)

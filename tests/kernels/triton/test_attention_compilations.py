@@ -17,8 +17,8 @@ from kernels.triton import attention as operator  # isort: skip  (after the conf
 from kernels.triton import attention_decode, attention_prefill  # isort: skip
 
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16", torch.int32: "*i32"}
-BYTES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
-EVERY = [(None, 75), ("e4m3", 80), (None, 86), ("int8", 89), (None, 90), ("e5m2", 90), ("e4m3", 120)]
+EVERY = [(None, 75), ("int4", 75), ("fp8_e4m3", 80), (None, 86), ("int8", 86), ("int4", 89), (None, 90), ("fp8_e5m2", 90),
+         ("int4", 90), ("fp8_e4m3", 120)]  # fmt: skip
 VARYING = ("table_stride", "window", "first_sequence", "sequences", "splits")  # from step to step: not specialized
 
 
@@ -60,13 +60,12 @@ def launches(
 ) -> list[Compilation]:
     """What a step of ``rows`` rows a sequence compiles, on a card of this architecture; tensors are without memory."""
     blocks = -(-999 // block_size)
-    shape, kept = (sequences * blocks, block_size, 8), BYTES[kind] if kind else dtype
     with torch.device("meta"):
         q = torch.empty(rows * sequences, 8 * group, size, dtype=dtype)
-        k, v = (torch.empty(*shape, size, dtype=kept) for _ in range(2))
-        scales = [torch.empty(shape) for _ in range(2)] if kind == "int8" else [None, None]
         positions, starts = torch.empty(rows * sequences, dtype=torch.int64), torch.empty(sequences + 1, dtype=torch.int32)
         lengths, tables = (torch.empty(*dims, dtype=torch.int32) for dims in ((sequences,), (sequences, blocks)))
+    kept = kind or str(dtype).removeprefix("torch.")
+    cache = KVCache.zeros(sequences * blocks, block_size, 8, size, dtype=kept, device=torch.device("meta"))
     batch = PagedBatch(positions, positions, starts, lengths, tables, max_query=rows, max_seq=999)
     made: list[Compilation] = []
     with monkeypatch.context() as patch:
@@ -76,7 +75,7 @@ def launches(
                 if hasattr(module, name):
                     short = module.__name__.rpartition(".")[2]
                     patch.setattr(module, name, Recorder(getattr(module, name), short, target, made))
-        operator.attention(q, KVCache(k, v, *scales), batch, scale=1.0, window=window)
+        operator.attention(q, cache, batch, scale=1.0, window=window)
     return made
 
 
@@ -112,7 +111,7 @@ def test_common_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_caches_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operands are read as whole registers, never byte by byte."""
-    kinds = [("e4m3", 80), ("e4m3", 89), ("e5m2", 90), ("int8", 89)]
+    kinds = [("fp8_e4m3", 80), ("fp8_e4m3", 89), ("fp8_e5m2", 90), ("int8", 89), ("int4", 80), ("int4", 89)]
     wanted = [launches(monkeypatch, target, size=128, kind=kind, block_size=64, sequences=40)[0] for kind, target in kinds]
     for made, one in zip(wanted, compiled(wanted), strict=True):
         assert one.stack <= 16 and not one.count("LDL", "STL"), one  # some compilers put a number away before the loop

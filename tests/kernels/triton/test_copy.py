@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.layout import SCALED_CACHES, kv_nbytes
 from kernels.ops import KVCache
 from tests.kernels.triton.aot import Compilation, compile_all
 from tests.kernels.triton.conftest import DEVICE
@@ -16,21 +17,19 @@ from kernels.triton import copy  # isort: skip  (after the conftest has chosen t
 Shape = tuple[int, int, int]  # tokens of a block, heads, features
 
 
-def layers(blocks: int, *, dtype: torch.dtype = torch.float16, shape: Shape = (4, 2, 24), scales: bool = False) -> list[KVCache]:
-    def random(*shape: int) -> Tensor:
-        return torch.randint(-128, 128, shape, dtype=torch.int8).view(dtype).to(DEVICE)
+KINDS = ("float32", "float16", "bfloat16", *SCALED_CACHES)
 
-    (tokens, heads, size), width = shape, torch.empty(0, dtype=dtype).element_size()
-    found = []
-    for _ in range(3):
-        k, v = (random(blocks, tokens, heads, size * width) for _ in range(2))
-        both = [torch.randn(blocks, tokens, heads).to(DEVICE) if scales else None for _ in range(2)]
-        found.append(KVCache(k, v, *both))
+
+def layers(blocks: int, *, kind: str = "float16", shape: Shape = (4, 2, 24)) -> list[KVCache]:
+    """Three, full of random bytes, scales too."""
+    found = [KVCache.zeros(blocks, *shape, dtype=kind, device=torch.device(DEVICE)) for _ in range(3)]
+    for tensor in tensors(found):
+        tensor.view(torch.uint8).random_(0, 256)
     return found
 
 
 def tensors(caches: list[KVCache]) -> list[Tensor]:
-    return [t for c in caches for t in (c.k, c.v, c.k_scale, c.v_scale) if t is not None]
+    return [t for cache in caches for t in cache.tensors]
 
 
 def snapshot(caches: list[KVCache]) -> list[Tensor]:
@@ -41,16 +40,18 @@ def same(caches: list[KVCache], expected: list[Tensor]) -> bool:
     return all(torch.equal(now, then) for now, then in zip(snapshot(caches), expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("shape", [(4, 2, 24), (16, 1, 16), (3, 1, 5), (2, 1, 1), (16, 3, 300)], ids=str)
-def test_copies(shape: Shape, dtype: torch.dtype) -> None:
-    caches = layers(7, dtype=dtype, shape=shape, scales=dtype == torch.int8)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(4, 2, 24), (16, 1, 16), (3, 1, 6), (2, 1, 2), (16, 3, 300)], ids=str)
+def test_copies(shape: Shape, kind: str) -> None:
+    caches = layers(7, kind=kind, shape=shape)
     expected = snapshot(caches)
+    assert len(expected) == (12 if kind in SCALED_CACHES else 6)
+    assert sum(t[0].numel() for t in expected) == 3 * shape[0] * 2 * shape[1] * kv_nbytes(kind, shape[2])
     for tensor in expected:
         tensor[[3, 6]] = tensor[[0, 5]]
     table = copy.CacheTable.of(caches)
-    for kind in (torch.int64, torch.int32):
-        pairs = torch.tensor([[0, -1, 5, 2], [3, 4, 6, -1]], dtype=kind, device=DEVICE)
+    for whole in (torch.int64, torch.int32):
+        pairs = torch.tensor([[0, -1, 5, 2], [3, 4, 6, -1]], dtype=whole, device=DEVICE)
         copy.copy_blocks(table, *pairs)
         assert same(caches, expected)
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
@@ -58,9 +59,10 @@ def test_copies(shape: Shape, dtype: torch.dtype) -> None:
     assert same(caches, expected)
 
 
-def test_staging() -> None:
+@pytest.mark.parametrize("kind", ["float16", "int4"])
+def test_staging(kind: str) -> None:
     """Out of the cache into a smaller area, and back into other blocks."""
-    caches, area = layers(7), layers(2)
+    caches, area = layers(7, kind=kind), layers(2, kind=kind)
     expected, table, staging = snapshot(caches), copy.CacheTable.of(caches), copy.CacheTable.of(area)
     at = [torch.tensor(ids, device=DEVICE) for ids in ([6, 1], [0, 1], [2, 4])]
     copy.copy_blocks(table, at[0], at[1], into=staging)

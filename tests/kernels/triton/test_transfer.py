@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.kernels.triton.conftest import DEVICE
-from tests.kernels.triton.test_copy import layers, same, snapshot
+from tests.kernels.triton.test_copy import KINDS, layers, same, snapshot, tensors
 
 from kernels.triton import transfer  # isort: skip  (after the conftest has chosen the interpreter)
 from kernels.triton.copy import CacheTable  # isort: skip
@@ -68,18 +68,17 @@ def settle() -> None:
         torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
-def test_out_and_back(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_out_and_back(kind: str) -> None:
     """Into slots in any order, more than fit the staging area at once, and back into other blocks."""
-    caches = layers(9, dtype=dtype, scales=dtype == torch.int8)
+    caches = layers(9, kind=kind)
     expected = snapshot(caches)
     moves = transfer.Transfers(caches, slots=6, room=2)
     assert moves.block_bytes == sum(t[0].numel() for t in expected)
     moves.swap_out([1, 8, 3, 4, 0], [4, 5, 0, 2, 1])
     moves.wait(read=[], written=range(9))
-    for cache in caches:
-        cache.k[3:] = 0
-        cache.v[3:] = 0
+    for tensor in tensors(caches):
+        tensor[3:] = 0
     settle()
     untouched = snapshot(caches)
     moves.swap_in([5, 4, 2], [7, 5, 6])
