@@ -19,8 +19,23 @@ from typing import Any
 from appliance.config import EngineConfig
 from appliance.memory.demand import Demand
 from appliance.memory.devices import MIB, DeviceInfo
-from appliance.memory.modules import Loaded, Machinery, ends, layer_weights
-from appliance.memory.plan import MemoryPlan, fit
+from appliance.memory.fit import fit
+from appliance.memory.modules import Loaded, Machinery
+from appliance.memory.plan import MemoryPlan
+from appliance.memory.roofline import (
+    ATTENTION,
+    CAUTION,
+    ENDS,
+    LAUNCH_S,
+    LAUNCHES,
+    PREFILL,
+    PREFILL_ATTENTION,
+    TARGETS,
+    Limits,
+    Shares,
+    Work,
+    at_rows,
+)
 from appliance.memory.settings import Settings
 from models.spec import ModelSpec
 from quant.scheme import QuantScheme
@@ -40,17 +55,8 @@ SHAPES = {  # layers, hidden, intermediate, heads, kv heads, vocabulary, longest
     "Qwen2.5-14B": (QWEN, 48, 5120, 13824, 40, 8, 152064, 32768),
     "Qwen2.5-32B": (QWEN, 64, 5120, 27648, 40, 8, 152064, 32768),
 }
-SLOTS = {"q_proj": "qkv", "o_proj": "o", "gate_proj": "gate_up", "down_proj": "down", "lm_head": "head"}
-ATTENTION, PRODUCTS = "decode attention", ("w4a16", "w8a16")
-TARGETS = {  # share of the bandwidth, for as many rows as the key says at most
-    "qkv": {16: 0.80, 32: 0.75}, "o": {16: 0.75, 32: 0.75}, "gate_up": {16: 0.88, 32: 0.75}, "down": {16: 0.85, 32: 0.75},
-    "head": {16: 0.90, 32: 0.75}, ATTENTION: {16: 0.80, 32: 0.80},
-}  # fmt: skip
-PREFILL, PREFILL_ATTENTION = 0.70, 0.50  # share of the rate
-CAUTION = 0.8  # the low end of a range: this much of every share, and launches twice as long
-LAUNCHES, ENDS, LAUNCH_S = 10, 8, 1e-6  # a layer, beside the layers, and the pause between two in a recorded step
-
-Shares = Mapping[str, Mapping[int, float]]
+PRODUCTS = ("w4a16", "w8a16")
+LIMITS = Limits(BANDWIDTH, RATE, RATE)
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,13 @@ class Model:
         return self.parts[0]
 
     @cached_property
-    def weights(self) -> list[tuple[str, int, Loaded]]:
+    def work(self) -> Work:
+        return Work.of(*self.parts)
+
+    @property
+    def weights(self) -> tuple[tuple[str, int, Loaded], ...]:
         """(slot, bytes as packed, weight) of all that a token reads: the layers' and the head, not the embedding."""
-        found = [*layer_weights(self.parts[0], self.parts[1]), ends(*self.parts).head]
-        return [(SLOTS[one.module.name.rpartition(".")[2]], one.nbytes(self.parts[2]), one) for one in found]
+        return self.work.weights
 
     @cached_property
     def plan(self) -> MemoryPlan:
@@ -88,26 +97,12 @@ class Model:
 
     def decode_s(self, sequences: int, context: int, shares: Shares | None, *, caution: float = 1.0) -> float:
         """Seconds of a step of one token for each sequence, of ``context`` tokens; shares None: the roof."""
-        total = 0.0
-        for slot, nbytes, one in self.weights:
-            share = 1.0 if shares is None else caution * at_rows(shares[slot], sequences)
-            total += max(nbytes / BANDWIDTH, 2 * sequences * one.module.N * one.module.K / RATE) / share
-        share = 1.0 if shares is None else caution * at_rows(shares[ATTENTION], sequences)
-        total += sequences * context * self.plan.kv.token_bytes / BANDWIDTH / share
-        return total + (
-            0.0 if shares is None else (LAUNCHES * self.spec.layers + ENDS) * LAUNCH_S * (1.0 if caution == 1.0 else 2.0)
-        )
+        pause = LAUNCH_S if caution == 1.0 else 2 * LAUNCH_S
+        return self.work.decode_s(LIMITS, sequences, context, self.plan.kv.token_bytes, shares, caution, pause)
 
     def prefill_ops(self, prompt: int) -> tuple[float, float]:
-        """(of products, of attention) for one prompt: every pair of a query and a key that it sees."""
-        linear = sum(2 * one.module.N * one.module.K for slot, _, one in self.weights if slot != "head")
-        pairs = prompt * (prompt + 1) / 2
-        return float(linear * prompt), 4 * pairs * self.spec.heads * self.spec.head_dim * self.spec.layers
-
-
-def at_rows(shares: Mapping[int, float], rows: int) -> float:
-    """The share for the least number of rows that is enough; that for the most where none is."""
-    return shares[min((most for most in shares if most >= rows), default=max(shares))]
+        """(of products, of attention) for one prompt."""
+        return self.work.prefill_ops(prompt)
 
 
 def measured_shares(report: Mapping[str, Any]) -> Shares:
@@ -170,11 +165,8 @@ def prefill_table(models: Iterable[Model]) -> str:
     for model in models:
         for prompt in PROMPTS if model.spec.max_len > PROMPTS[-1] else PROMPTS[:1]:
             products, attention = model.prefill_ops(prompt)
-            best = products / PREFILL + attention / PREFILL_ATTENTION
-            cells = [
-                rate(prompt, (products + attention) / RATE),
-                f"{rate(prompt, best / CAUTION / RATE)} to {rate(prompt, best / RATE)}",
-            ]
+            roof, best, low = (model.work.prefill_s(LIMITS, prompt, share) for share in (None, 1.0, CAUTION))
+            cells = [rate(prompt, roof), f"{rate(prompt, low)} to {rate(prompt, best)}"]
             rows.append([model.name, str(prompt), f"{products / 1e12:.1f} + {attention / 1e12:.1f}", *cells])
     return table(["model", "prompt", "10^12 operations: products + attention", "roof, tok/s", "predicted, tok/s"], rows)
 

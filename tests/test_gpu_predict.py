@@ -26,7 +26,7 @@ def test_bytes_and_operations() -> None:
     """Of a 7B model, from its published shapes: 4.25 bits a weight, the head in int8, 6.48 * 10^9 weights in the layers."""
     model = predict.Model("Llama-2-7B")
     layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    sizes = {slot: sum(n for name, n, _ in model.weights if name == slot) for slot in predict.SLOTS.values()}
+    sizes = {slot: sum(n for name, n, _ in model.weights if name == slot) for slot in predict.TARGETS}
     assert sum(n for slot, n in sizes.items() if slot != "head") == pytest.approx(layers * 4.25 / 8)
     assert sizes["head"] == pytest.approx(32000 * 4096, rel=0.01)
     assert model.prefill_ops(1) == (2 * layers, 4 * 32 * 128 * 32)

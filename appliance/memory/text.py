@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from appliance.memory.devices import DeviceInfo
     from appliance.memory.plan import MemoryPlan
 
 _BAR = 30
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def size_text(nbytes: int) -> str:
@@ -18,33 +24,92 @@ def size_text(nbytes: int) -> str:
     return f"{nbytes} bytes"
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some bytes of the device, and what they are for."""
+
+    category: str  # weights, workspace, CUDA graphs, runtime, swap space, KV cache
+    name: str
+    nbytes: int
+
+
+def parts_of(plan: MemoryPlan) -> list[Part]:
+    """All that the plan takes of the device, without empty parts: their sum is ``plan.total``."""
+    found = [Part("weights", name, size) for name, size in plan.weights.items()]
+    found += [Part("workspace", name, size) for name, size in plan.scratch.items()]
+    found.append(Part("CUDA graphs", f"{len(plan.decode_sizes)} sizes", plan.graph_bytes))
+    found.append(Part("runtime", "the process and its libraries", plan.runtime))
+    if plan.device.kind == "cpu":
+        found.append(Part("swap space", f"{plan.swap_blocks:,} blocks", plan.swap_bytes))
+    found.append(Part("KV cache", f"{plan.num_blocks:,} blocks", plan.kv_bytes))
+    return [part for part in found if part.nbytes]
+
+
+def rest_of(plan: MemoryPlan) -> list[tuple[str, int]]:
+    """What the plan does not take of the device's memory, and why: with the parts this is all of it."""
+    held = plan.device.total - plan.device.available
+    who = "in use by others" if plan.device.kind == "cpu" else "held by the driver and others"
+    rest = [("left of the budget", plan.budget - plan.total), ("outside the budget", plan.device.total - plan.budget - held)]
+    return [(name, size) for name, size in [*rest, (who, held)] if size > 0]
+
+
 def plan_table(plan: MemoryPlan) -> str:
     """Where the bytes go, a bar a row (its full width is the budget), and how many sequences of which length fit."""
-    device = plan.device
-    rows = [(f"weights: {part}", size) for part, size in plan.weights.items() if size]
-    rows += [(f"workspace: {part}", size) for part, size in plan.scratch.items() if size]
-    if plan.graphs:
-        rows.append((f"CUDA graphs, {len(plan.decode_sizes)} sizes", plan.graph_bytes))
-    rows += [("runtime", plan.runtime), (f"KV cache, {plan.num_blocks:,} blocks", plan.kv_bytes)]
+    cache = "" if plan.kv.dtype == plan.dtype else f", KV cache in {plan.kv.dtype}"
+    both = " and KV cache" if not cache else ""
     lines = [
         f"Memory plan for {plan.model}",
-        f"  {plan.architecture}, {plan.quantization}, activations and KV cache in {plan.dtype}, head in {plan.head}",
-        f"  {device.name} ({device.kind}): {size_text(device.total)}, {size_text(device.available)} available",
+        f"  {plan.architecture}, {plan.quantization}, activations{both} in {plan.dtype}{cache}, head in {plan.head}",
+        *device_lines(plan.device),
         f"  budget {size_text(plan.budget)}: {plan.budget_source}",
         "",
-        *(_row(name, size, plan.budget) for name, size in rows),
+        "Where every byte goes (bars and shares are of the budget)",
+        *_parts(plan),
         _row("total", plan.total, plan.budget),
-        _row("left of the budget", plan.budget - plan.total, plan.budget),
+        _row("left of the budget", max(0, plan.budget - plan.total), plan.budget),
         *measured_lines(plan),
+        *host_lines(plan),
         "",
         f"KV cache: {plan.tokens:,} tokens in blocks of {plan.kv.block_size} "
         f"({size_text(plan.kv.block_bytes)} a block, {size_text(plan.kv.token_bytes)} a token)",
         f"Sequences that fit at once (at most {plan.max_num_seqs:,} run together):",
-        f"  {'tokens each':>12}  {'sequences':>12}",
-        *(f"  {length:>12,}  {plan.sequences(length):>12,.1f}" for length in plan.lengths()),
+        *columns(("tokens each", "sequences"), [(f"{length:,}", f"{plan.sequences(length):,.1f}") for length in plan.lengths()]),
         f"Maximum concurrency for {plan.max_model_len:,} tokens per request: {plan.sequences(plan.max_model_len):.2f}x",
     ]
     return "\n".join(lines)
+
+
+def device_lines(device: DeviceInfo) -> list[str]:
+    """The device, and who else is on it."""
+    lines = [f"  {device.name} ({device.kind}): {size_text(device.total)}, {size_text(device.available)} available"]
+    if device.holders:
+        names = [
+            f"{one.name} (pid {one.pid}{'' if one.nbytes is None else f', {size_text(one.nbytes)}'})" for one in device.holders
+        ]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        held = size_text(max(0, device.total - device.available))
+        lines.append(f"  {held} held by the driver and others: {', '.join(names[:5])}{more}")
+    return lines
+
+
+def _parts(plan: MemoryPlan) -> list[str]:
+    """Categories, with their parts below where there are several."""
+    lines = []
+    for category, group in groupby(parts_of(plan), key=lambda part: part.category):
+        parts = list(group)
+        size = sum(part.nbytes for part in parts)
+        detail = f", {parts[0].name}" if len(parts) == 1 and category in ("KV cache", "CUDA graphs", "swap space") else ""
+        lines.append(_row(category + detail, size, plan.budget))
+        if len(parts) > 1:
+            lines += [_row(f"  {part.name}", part.nbytes, plan.budget, bar=False) for part in parts]
+    return lines
+
+
+def host_lines(plan: MemoryPlan) -> list[str]:
+    """What a plan for a card takes of the host's memory, where it takes any."""
+    if plan.device.kind == "cpu" or not plan.swap_blocks:
+        return []
+    return ["", "Host memory", f"  {f'swap space, {plan.swap_blocks:,} blocks':<28}{size_text(plan.swap_bytes):>13}"]
 
 
 def measured_lines(plan: MemoryPlan) -> list[str]:
@@ -63,7 +128,21 @@ def measured_lines(plan: MemoryPlan) -> list[str]:
     return lines
 
 
-def _row(name: str, size: int, budget: int) -> str:
-    share = size / budget
-    bar = "#" * max(round(share * _BAR), 1 if size else 0)
-    return f"  {name:<28}{size_text(size):>13}{share:>7.1%}  {bar}".rstrip()
+def columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table, right-aligned, as wide as its cells."""
+    table = [list(head), *map(list, rows)]
+    widths = [max(12, *(len(row[i]) for row in table)) for i in range(len(head))]
+    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+
+
+def _row(name: str, size: int, budget: int, *, bar: bool = True) -> str:
+    share = size / budget if budget else 0.0
+    return f"  {name:<28}{size_text(size):>13}{share:>7.1%}  {_bar(share) if bar and size else ''}".rstrip()
+
+
+def _bar(share: float) -> str:
+    """In eighths of a character where the terminal has them."""
+    if not (sys.stdout.encoding or "").lower().startswith("utf"):
+        return "#" * max(round(share * _BAR), 1)
+    eighths = max(round(share * _BAR * 8), 1)
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()

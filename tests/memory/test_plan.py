@@ -372,11 +372,11 @@ def test_the_table_says_it_all() -> None:
     table = plan.table()
     assert f"Maximum concurrency for 8,192 tokens per request: {plan.sequences(8192):.2f}x" in table
     assert f"KV cache: {plan.tokens:,} tokens in blocks of 16 (2.00 MiB a block, 128.00 KiB a token)" in table
-    for part in ("weights: mlp", "workspace: logits", "runtime", "total", "left of the budget"):
+    for part in ("weights", "  mlp", "workspace", "  logits", "runtime", "total", "left of the budget"):
         assert re.search(rf"^  {part} +\d+\.\d\d [GMK]iB +\d+\.\d%", table, re.M), part
     for length in ("512", "1,024", "4,096", "8,192"):
         assert re.search(rf"^ +{length} +[\d,]+\.\d$", table, re.M), length
     assert max(map(len, table.splitlines())) <= 100
     assert "16,384" not in table
-    full = re.search(r"^  total .*?(#+)$", table, re.M)[1]
-    assert len(full) == round(plan.total / plan.budget * 30)
+    full = re.search(r"^  total .*?(█+)[▏▎▍▌▋▊▉]?$", table, re.M)[1]
+    assert len(full) == round(plan.total / plan.budget * 240) // 8  # in eighths

@@ -1,0 +1,141 @@
+"""How fast a card should be: bytes and operations of a step, and what the card is sold with. Predictions: nothing is run.
+
+A decode step reads every weight once and the cache of every sequence; a prompt is products and attention. Each kernel is meant to
+reach a share of the card's bandwidth or rate (``TARGETS``, ``PREFILL``); those are goals for an RTX 4090, and what a card really
+does is measured by scripts/gpu_check. What this leaves out: drawing tokens, steps that mix prompts with answers, other programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from appliance.memory.cards import Card
+from appliance.memory.modules import Loaded, Machinery, ends, layer_weights
+from models.spec import ModelSpec
+from quant.scheme import QuantScheme
+
+SLOTS = {
+    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv", "o_proj": "o",
+    "gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up", "down_proj": "down", "lm_head": "head",
+}  # fmt: skip
+ATTENTION = "decode attention"
+TARGETS = {  # share of the bandwidth, for as many rows as the key says at most
+    "qkv": {16: 0.80, 32: 0.75}, "o": {16: 0.75, 32: 0.75}, "gate_up": {16: 0.88, 32: 0.75}, "down": {16: 0.85, 32: 0.75},
+    "head": {16: 0.90, 32: 0.75}, ATTENTION: {16: 0.80, 32: 0.80},
+}  # fmt: skip
+HBM, HBM_REACH = (80, 90, 100), 0.85
+"""Cards by capability whose memory is HBM, and how much of these shares is meant to be reached there: 75 % instead of 88 of an
+H200's bandwidth in gate and up, 60 % instead of 70 of its rate in prompts."""
+PREFILL, PREFILL_ATTENTION = 0.70, 0.50  # share of the rate
+CAUTION = 0.8  # the low end of a range: this much of every share, and launches twice as long
+LAUNCHES, ENDS, LAUNCH_S = 10, 8, 1e-6  # a layer, beside the layers, and the pause between two in a recorded step
+
+Shares = Mapping[str, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a card is sold with: bytes a second, operations a second of products, and of attention (float16, sums in float32)."""
+
+    bandwidth: float
+    rate: float
+    attention: float
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        return self.rate, self.attention
+
+    @classmethod
+    def of(cls, card: Card, work: Work) -> Limits:
+        """Products of rounded activations run at the rate of what they are rounded to, where the card has it."""
+        rate = {"int8": card.int8, "fp8": card.fp8 or card.rate}.get(work.rounded, card.rate)
+        return cls(card.bandwidth * 1e9, rate * 1e12, card.rate * 1e12)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step has to do."""
+
+    weights: tuple[tuple[str, int, Loaded], ...]  # slot, bytes as packed, weight: the layers' and the head, not the embedding
+    layers: int
+    heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]  # sliding window by layer; empty: all see everything
+    rounded: str  # what activations of most products are rounded to: int8, fp8, or "" where they are not
+
+    @classmethod
+    def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Work:
+        found = [*layer_weights(spec, scheme), ends(spec, scheme, machinery).head]
+        weights = [(SLOTS[one.module.name.rpartition(".")[2]], one.nbytes(machinery), one) for one in found]
+        return cls(tuple(weights), spec.layers, spec.heads, spec.head_dim, spec.windows, _rounded(found, machinery))
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(nbytes for _, nbytes, _ in self.weights)
+
+    def seen(self, context: int) -> float:
+        """Tokens of the cache that a sequence's next token reads, in the mean over the layers."""
+        if not self.windows:
+            return context
+        return sum(min(context, window or context) for window in self.windows) / len(self.windows)
+
+    def decode_s(
+        self,
+        limits: Limits,
+        sequences: int,
+        context: int,
+        token_bytes: int,
+        shares: Shares | None,
+        share: float = 1.0,
+        pause: float = LAUNCH_S,
+    ) -> float:
+        """Seconds of a step of one token for each sequence of ``context`` tokens, whose cache is ``token_bytes`` a token.
+
+        ``shares`` None: the roof, with every share 100 % and no pauses. ``share``: how much of them all is reached; ``pause``:
+        seconds between two launches.
+        """
+        total = 0.0
+        for slot, nbytes, one in self.weights:
+            reached = 1.0 if shares is None else share * at_rows(shares[slot], sequences)
+            total += max(nbytes / limits.bandwidth, 2 * sequences * one.module.N * one.module.K / limits.rate) / reached
+        reached = 1.0 if shares is None else share * at_rows(shares[ATTENTION], sequences)
+        total += sequences * self.seen(context) * token_bytes / limits.bandwidth / reached
+        return total if shares is None else total + (LAUNCHES * self.layers + ENDS) * pause
+
+    def prefill_ops(self, prompt: int) -> tuple[float, float]:
+        """(of products, of attention) for one prompt: every pair of a query and a key that it sees. The head sees one token."""
+        linear = sum(2 * one.module.N * one.module.K for slot, _, one in self.weights if slot != "head")
+        pairs = sum(_pairs(prompt, window) for window in self.windows or (None,) * self.layers)
+        return float(linear * prompt), 4 * pairs * self.heads * self.head_dim
+
+    def prefill_s(self, limits: Limits, prompt: int, share: float | None) -> float:
+        """Seconds of one prompt, at that share of the targets; None: at the full rate."""
+        products, attention = (ops / rate for ops, rate in zip(self.prefill_ops(prompt), limits.rates, strict=True))
+        return products + attention if share is None else (products / PREFILL + attention / PREFILL_ATTENTION) / share
+
+
+def _pairs(prompt: int, window: int | None) -> float:
+    """Pairs of a query and a key that it sees."""
+    inside = min(prompt, window or prompt)
+    return inside * (inside + 1) / 2 + (prompt - inside) * inside
+
+
+def _rounded(weights: list[Loaded], machinery: Machinery) -> str:
+    """By weight: that which most operations have."""
+    found: dict[str, int] = {}
+    for one in weights:
+        asked = (one.stored.activation or "").removesuffix("-token")
+        kind = "int8" if one.kind == "int" and machinery.activation == "int8" else asked
+        found[kind] = found.get(kind, 0) + one.module.N * one.module.K
+    return max(found, key=lambda kind: found[kind])
+
+
+def reach(card: Card) -> float:
+    """How much of the targets for an RTX 4090 is meant to be reached on another card."""
+    return HBM_REACH if card.capability in HBM else 1.0
+
+
+def at_rows(shares: Mapping[int, float], rows: int) -> float:
+    """The share for the least number of rows that is enough; that for the most where none is."""
+    return shares[min((most for most in shares if most >= rows), default=max(shares))]

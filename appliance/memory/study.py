@@ -1,0 +1,172 @@
+"""What people ask of a plan: how many sequences, how long, in which cache, how fast, on which cards. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from appliance.config import EngineConfig
+from appliance.memory.advice import advise
+from appliance.memory.cards import known_card
+from appliance.memory.demand import Demand
+from appliance.memory.devices import DeviceInfo
+from appliance.memory.fit import fit, last
+from appliance.memory.modules import Machinery
+from appliance.memory.plan import MemoryPlan, PlanError
+from appliance.memory.planner import make_plan
+from appliance.memory.roofline import CAUTION, LAUNCH_S, TARGETS, Limits, Work, reach
+from appliance.memory.settings import Settings
+from appliance.memory.shard import check_layout, shard, with_exchange
+from models.spec import ModelSpec
+from quant.errors import InputError
+from quant.headers import CheckpointIndex
+from quant.scheme import read_scheme
+
+CACHES = {"auto": None, "fp8": "fp8_e4m3", "int8": "int8", "int4": "int4"}  # --kv-cache-dtype: Settings.kv_dtype
+SEQUENCES, CONTEXT = (1, 8, 32), 2048  # that speeds are predicted for, beside the most sequences
+
+
+@dataclass(frozen=True)
+class CacheRow:
+    """The plan with another cache."""
+
+    choice: str  # --kv-cache-dtype
+    plan: MemoryPlan | None  # None: does not fit
+
+    def to_dict(self, length: int) -> dict[str, object]:
+        if self.plan is None:
+            return {"kv_cache_dtype": self.choice, "fits": False}
+        plan = self.plan
+        return {
+            "kv_cache_dtype": self.choice,
+            "fits": True,
+            "dtype": plan.kv.dtype,
+            "token_bytes": plan.kv.token_bytes,
+            "tokens": plan.tokens,
+            "max_model_len": plan.max_model_len,
+            "sequences": plan.sequences(length),
+        }
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second of all sequences together: from cautious to the targets, and with every share 100 %."""
+
+    sequences: int
+    tokens: int  # of each: in the cache, or of the prompt
+    low: float
+    high: float
+    roof: float
+
+    def to_dict(self) -> dict[str, object]:
+        rates = {"low": round(self.low, 1), "high": round(self.high, 1), "roof": round(self.roof, 1)}
+        return {"sequences": self.sequences, "tokens": self.tokens, "tokens_per_second": rates}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model on a device, or on each of ``ranks`` cards: its headers are read once, and it is planned as often as is asked."""
+
+    directory: Path
+    config: EngineConfig
+    device: DeviceInfo
+    ranks: int
+    demand: Demand  # of one rank
+    settings: Settings
+    work: Work  # of one rank
+
+    @classmethod
+    def read(
+        cls, directory: Path, config: EngineConfig, device: DeviceInfo, ranks: int = 1, weakest: DeviceInfo | None = None
+    ) -> Study:
+        """``weakest``: the card that decides the dtype for all. Raises InputError for bad input and models that do not divide."""
+        settings = Settings.from_config(config, device)
+        found, scheme = read_scheme(CheckpointIndex.open(directory), config.quantization)
+        spec = ModelSpec.from_config(found)
+        machinery, part = Machinery.choose(config, spec.dtype, weakest or device), shard(spec, ranks)
+        check_layout(spec, part, scheme, ranks)
+        demand = Demand.read(directory, config, device)
+        if ranks > 1:
+            demand = with_exchange(Demand.of(part, scheme, machinery, model=str(directory)), spec, ranks)
+        return cls(directory, config, device, ranks, demand, settings, Work.of(part, scheme, machinery))
+
+    @cached_property
+    def plan(self) -> MemoryPlan:
+        """Raises PlanError, with what would fit, where it does not."""
+        if self.ranks == 1:
+            return make_plan(self.directory, self.config, self.device)
+        try:
+            return fit(self.demand, self.settings, self.device)
+        except PlanError as error:
+            raise advise(error, self.demand, self.settings, self.device) from None
+
+    def other(self, **changes: object) -> MemoryPlan | None:
+        """The plan with other Settings; None where it does not fit."""
+        try:
+            return fit(self.demand, replace(self.settings, **changes), self.device)  # type: ignore[arg-type]
+        except PlanError:
+            return None
+
+    def longest(self, sequences: int) -> MemoryPlan | None:
+        """The plan with the longest context of which so many sequences fit at once; None where there is none of two tokens."""
+
+        def room(length: int) -> MemoryPlan | None:
+            plan = self.other(max_len=length, max_seqs=max(sequences, self.plan.max_num_seqs))
+            return plan if plan is not None and plan.sequences(length) >= sequences else None
+
+        length = last(lambda n: room(n) is not None, 2, self.settings.max_len or self.demand.max_len)
+        return None if length is None else room(length)
+
+    def at_length(self, length: int) -> MemoryPlan | None:
+        """The plan for sequences of that length; None where not even one fits. InputError where the model knows none so long."""
+        if not 2 <= length <= self.demand.max_len:
+            raise InputError(f"--context is {length}: between 2 and the model's {self.demand.max_len} tokens are needed")
+        return self.other(max_len=length)
+
+    def caches(self) -> list[CacheRow]:
+        """The same plan with each kind of cache."""
+        return [CacheRow(choice, self.other(kv_dtype=dtype)) for choice, dtype in CACHES.items()]
+
+    @property
+    def unpredictable(self) -> str:
+        """Why no speed is predicted; empty where one is."""
+        if self.device.kind == "cpu":
+            return "a CPU's memory bandwidth is not known without measuring it (scripts/bench_peaks.py does)"
+        if self.ranks > 1:
+            return "what several cards lose while they wait for each other is not known"
+        if known_card(self.device) is None:
+            return f"{self.device.name} is not in the table of cards"
+        if self.demand.dtype == "float32":
+            return "the table of cards has no rates for float32"
+        return ""
+
+    def decode_speeds(self, context: int | None = None) -> list[Speed]:
+        """Of steps of one token, for 1, 8, 32 and the most sequences, as far as they fit; none where nothing is predicted."""
+        card, plan = known_card(self.device), self.plan
+        if self.unpredictable or card is None:
+            return []
+        length = min(context or CONTEXT, plan.max_model_len)
+        counts = sorted({*SEQUENCES, plan.max_num_seqs, int(plan.sequences(length))})
+        limits, share = Limits.of(card, self.work), reach(card)
+        fitting = [n for n in counts if 1 <= n <= min(plan.max_num_seqs, plan.sequences(length))]
+        ways = ((TARGETS, share * CAUTION, 2 * LAUNCH_S), (TARGETS, share, LAUNCH_S), (None, 1.0, 0.0))
+        return [
+            Speed(n, length, *(n / self.work.decode_s(limits, n, length, plan.kv.token_bytes, *way) for way in ways))
+            for n in fitting
+        ]
+
+    def prefill_speed(self, context: int | None = None) -> Speed | None:
+        """Of one prompt; None where nothing is predicted."""
+        card = known_card(self.device)
+        if self.unpredictable or card is None:
+            return None
+        length, limits = min(context or CONTEXT, self.plan.max_model_len), Limits.of(card, self.work)
+        ways = (reach(card) * CAUTION, reach(card), None)
+        return Speed(1, length, *(length / self.work.prefill_s(limits, length, way) for way in ways))
+
+
+def smallest(studies: Sequence[Study]) -> Study:
+    """That of the card which has the fewest blocks: all cards of a model have as many. Raises PlanError where one has too few."""
+    return min(studies, key=lambda study: study.plan.num_blocks)
