@@ -9,6 +9,7 @@ from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.graphs import graph_bytes
 from appliance.memory.inputs import input_bytes
+from appliance.memory.offload import offloaded, on_card
 from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, KVSpec, MemoryPlan, PlanError, decode_sizes
 from appliance.memory.settings import Settings
 from appliance.memory.text import size_text
@@ -101,6 +102,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int, 
         hidden_bytes=demand.hidden_bytes,
         block_bytes=kv.block_bytes,
     )
+    offload = offloaded([sum(parts.values()) for parts in demand.streamed], settings.offload_gb)
     budget, source = budget_of(settings, device)
     empty = MemoryPlan(
         model=demand.model,
@@ -111,7 +113,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int, 
         head=demand.head,
         budget=budget,
         budget_source=source,
-        weights=demand.weights,
+        weights=on_card(demand.weights, demand.streamed, offload),
         scratch=scratch,
         graphs=graphs,
         runtime=RUNTIME[device.kind],
@@ -122,6 +124,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int, 
         max_num_batched_tokens=settings.max_tokens,
         free=free_of(settings, device),
         swap_blocks=settings.swap_bytes // kv.block_bytes,
+        offload=offload,
     )
     left = settings.kv_bytes if settings.kv_bytes is not None else max(0, budget - empty.fixed)
     blocks = min(left // kv.block_bytes, settings.max_seqs * kv.blocks(max_len))

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from appliance.memory.demand import LOGIT_ROWS
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.graphs import capture_sizes
+from appliance.memory.offload import NOTHING, Offload
 from appliance.memory.text import plan_table
 from kernels.layout import kv_nbytes
 from quant.errors import InputError
@@ -111,7 +112,7 @@ class MemoryPlan:
     head: str  # what the output head is stored as, in words
     budget: int
     budget_source: str  # in words
-    weights: dict[str, int]  # embedding, attention, mlp, head, norms
+    weights: dict[str, int]  # embedding, attention, mlp, head, norms; staging, through which those in host memory come
     scratch: dict[str, int]  # activations, logits, products, positions, inputs
     graphs: dict[str, int]  # see appliance.memory.graphs; empty where no steps are recorded
     runtime: int
@@ -122,6 +123,7 @@ class MemoryPlan:
     max_num_batched_tokens: int
     free: int = 0  # what the budget can be at most: what is free less the margin and --gpu-memory-reserve
     swap_blocks: int = 0  # of host memory, each as large as one of the cache; on a CPU they are in the same memory
+    offload: Offload = NOTHING  # the layers whose weights stay in host memory
     measured: Measured | None = None  # None: nothing was yet, or it is no card
 
     @property
@@ -213,6 +215,7 @@ class MemoryPlan:
                 "bytes": self.kv_bytes,
             },
             "swap": {"num_blocks": self.swap_blocks, "bytes": self.swap_bytes},
+            "offload": {**asdict(self.offload), "saved": self.offload.saved},
             "measured": None if self.measured is None else asdict(self.measured),
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_num_seqs,

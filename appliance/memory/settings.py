@@ -32,7 +32,7 @@ class Settings:
     kv_dtype: str | None = None  # of a quantized cache; None: that of the activations
     reserve: int = 0  # bytes of the device that stay free beside all else
     swap_bytes: int = 0  # of host memory, for preempted sequences and evicted prefixes
-    offload_gb: float = 0.0  # of weights in host memory
+    offload_gb: float = 0.0  # GiB of the device to be freed by weights that stay in host memory
 
     @classmethod
     def from_config(cls, config: EngineConfig, device: DeviceInfo) -> Settings:
@@ -57,7 +57,7 @@ class Settings:
             kv_dtype=cache_dtype(config.kv_cache_dtype),
             reserve=0 if reserve is None else parse_bytes("--gpu-memory-reserve", reserve),
             swap_bytes=int(_gib("--swap-space", config.swap_space) * GIB),
-            offload_gb=_gib("--cpu-offload-gb", config.cpu_offload_gb),
+            offload_gb=_offload(config, device.kind),
         )
 
 
@@ -118,8 +118,23 @@ def cache_dtype(name: str) -> str | None:
 
 
 def records_steps(config: EngineConfig, device_kind: str) -> bool:
-    """Whether decode steps are recorded as CUDA graphs. The reference operators wait for the card, which cannot be recorded."""
-    return device_kind == "cuda" and not config.enforce_eager and not config.reference_ops
+    """Whether decode steps are recorded as CUDA graphs.
+
+    Not with the reference operators: they wait for the card, which cannot be recorded. Not where weights are streamed in: such a
+    step waits for the bus, and while it does its kernels are launched one by one in no time of their own (docs/gpu.md).
+    """
+    return device_kind == "cuda" and not config.enforce_eager and not config.reference_ops and not config.cpu_offload_gb
+
+
+def _offload(config: EngineConfig, device_kind: str) -> float:
+    gib = _gib("--cpu-offload-gb", config.cpu_offload_gb)
+    if gib and device_kind == "cpu":
+        raise InputError(
+            f"--cpu-offload-gb is {gib:g}, but on the CPU weights are in host memory anyway: leave it out, or use --device cuda"
+        )
+    if gib and config.reference_ops:
+        raise InputError(f"--cpu-offload-gb is {gib:g}, but the reference operators stream no weights: leave out one of the two")
+    return gib
 
 
 def _block_size(config: EngineConfig, device_kind: str) -> int:
