@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,15 +39,17 @@ def load_model(
     lm_head_dtype: str = "auto",
     activation: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    take: Callable[[int, Layer], Layer] | None = None,
 ) -> Decoder:
     """Load every weight for activations of ``dtype`` and positions below ``max_len``.
 
     ``lm_head_dtype`` (see kernels.layout.head_bits) is what an unquantized head is stored as; ``activation`` is for Ops.pack.
-    ``progress`` is called with (bytes read, bytes in the files). Raises CheckpointError naming the tensors where some are
+    ``progress`` is called with (bytes read, bytes in the files), ``take`` with the number of a layer and the layer as soon as it
+    is there, from several threads: what it returns takes its place. Raises CheckpointError naming the tensors where some are
     missing, left over, of another shape than config.json says, or have scales that are not finite.
     """
     bits = head_bits(lm_head_dtype, ops=ops.name, dtype=str(dtype).removeprefix("torch."))
-    return _Loader(checkpoint, spec, ops, dtype, activation, bits, progress or (lambda done, total: None)).load(max_len)
+    return _Loader(checkpoint, spec, ops, dtype, activation, bits, progress or (lambda done, total: None), take).load(max_len)
 
 
 def release_memory() -> None:
@@ -67,9 +70,10 @@ class _Loader:
         activation: str,
         head_bits: int | None,
         progress: Callable[[int, int], None],
+        take: Callable[[int, Layer], Layer] | None,
     ) -> None:
         self.checkpoint, self.spec, self.ops, self.dtype, self.progress = checkpoint, spec, ops, dtype, progress
-        self.activation, self.head_bits = activation, head_bits
+        self.activation, self.head_bits, self.take = activation, head_bits, take
         self.shapes = {m.name: m for m in spec.layer_modules()}
 
     def load(self, max_len: int) -> Decoder:
@@ -171,10 +175,10 @@ class _Loader:
             # The inputs of down are the outputs of gate and up: put those in down's order once, and no step needs a gather.
             gate_up = [_select(part, down.perm) for part in gate_up]
             down = down.without_perm()
-        norms = {}
+        norms: dict[str, Any] = {}
         if spec.qk_norm:
             norms = {n: self._norm(f"{prefix}.self_attn.{n}", spec.head_dim) for n in ("q_norm", "k_norm")}
-        return Layer(
+        layer = Layer(
             input_norm=self._norm(f"{prefix}.input_layernorm", spec.hidden),
             qkv=self._fuse(qkv),
             o=self._pack(self._read(prefix, "self_attn.o_proj")),
@@ -184,6 +188,7 @@ class _Loader:
             window=spec.windows[number],
             **norms,
         )
+        return layer if self.take is None else self.take(number, layer)
 
     def _read(self, prefix: str, module: str) -> Part:
         shape: ModuleShape = self.shapes[module]

@@ -27,6 +27,7 @@ from appliance.memory.settings import parse_length, records_steps
 from appliance.memory.text import measured_lines
 from appliance.runtime import warmup
 from appliance.runtime.graphs import CudaRecorder, Recorder
+from appliance.runtime.offload import Offloading
 from appliance.runtime.runner import Runner
 from appliance.runtime.staging import CudaLane, Lane
 from kernels.ops import get_ops
@@ -187,6 +188,7 @@ def load_decoder(
 ) -> tuple[Decoder, str]:
     """The planned model, and how it is quantized."""
     assert config.model is not None
+    offloading = Offloading(plan.offload, device) if plan.offload.layers else None
     with timeline.part("load"):
         checkpoint = Checkpoint.open(Path(config.model), config.quantization)
         try:
@@ -201,7 +203,10 @@ def load_decoder(
                 lm_head_dtype=config.lm_head_dtype,
                 activation=config.activation_dtype,
                 progress=progress,
+                take=None if offloading is None else offloading.take,
             )
+            if offloading is not None:
+                decoder = offloading.finish(decoder)
         finally:
             checkpoint.close()
     timeline.move("pack", packing.seconds, "load")
