@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.cpu import backend, native_weights
 from kernels.cpu.native_weights import TYPES, NativeWeight, address
+from kernels.layout import SCALED_CACHES
 from kernels.ops import Forward, KVCache, Layer, Norm, Ops, PagedBatch, Stack, Weight
 from quant.tensor import QuantTensor
 
@@ -115,7 +116,7 @@ class NativeOps:
         q_norm: Norm | None = None,
         k_norm: Norm | None = None,
     ) -> Tensor:
-        tokens, size = qkv.shape[0], cache.k.shape[3]
+        tokens, size = qkv.shape[0], cache.head_dim
         if qkv.stride(1) != 1:
             qkv = qkv.contiguous()
         if tokens:
@@ -232,11 +233,12 @@ class NativeOps:
         """The cache as the kernels see it, kept with it: every layer of every step asks twice."""
         found = cache.__dict__.get("_native")
         if found is None:
-            _, block_size, heads, size = cache.k.shape
-            scales = address(cache.k_scale), address(cache.v_scale)
-            found = self.module.Cache(
-                cache.k.data_ptr(), cache.v.data_ptr(), *scales, TYPES[cache.k.dtype], block_size, heads, size
-            )
+            _, block_size, heads, _ = cache.k.shape
+            if cache.dtype in SCALED_CACHES and (cache.k_scale is None or cache.v_scale is None):
+                raise ValueError(f"a cache in {cache.dtype} needs scales beside its codes")
+            places = (address(t) for t in (cache.k, cache.v, cache.k_scale, cache.v_scale))
+            shape = block_size, heads, cache.head_dim
+            found = self.module.Cache(*places, TYPES[cache.k.dtype], *shape, *(cache.given or (0.0, 0.0)))
             cache.__dict__["_native"] = found
         return found
 

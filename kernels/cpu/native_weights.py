@@ -13,7 +13,15 @@ from kernels.layout import int8_product
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4}  # Type in native/types.h
+TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float8_e4m3fn: 3,
+    torch.int8: 4,
+    torch.float8_e5m2: 5,
+    torch.uint8: 6,
+}  # Type in native/types.h
 CODES = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}  # Codes there, of dense weights
 INT4, INT8, FP8 = 0, 1, 2
 

@@ -10,9 +10,10 @@ import torch
 from kernels import reference
 from kernels.cpu import backend
 from kernels.cpu.native_ops import NativeOps
+from kernels.layout import SCALED_CACHES
 from kernels.ops import KVCache
 from tests.kernels.native import instruction_sets, native_ops
-from tests.kernels.paged import make_step
+from tests.kernels.paged import make_step, quantized
 
 if backend.native() is None:
     pytest.skip("the native extension is not built", allow_module_level=True)
@@ -36,17 +37,22 @@ def check(
     dtype: torch.dtype = torch.float32,
     window: int | None = None,
     spread: float = 1.0,
+    kind: str | None = None,
     **step: object,
 ) -> None:
-    """``spread`` > 1 makes the softmax sharp, so that its maximum moves from chunk to chunk."""
+    """``spread`` > 1 makes the softmax sharp, so that its maximum moves from chunk to chunk; ``kind``: of a quantized cache."""
     batch, cache = make_step(sequences, kv_heads=kv_heads, head_dim=size, dtype=dtype, **step)  # type: ignore[arg-type]
     q = (torch.randn(batch.positions.numel(), heads, size) * spread).to(dtype)
     options = {"scale": size**-0.5, "window": window}
     wide = KVCache(cache.k.float(), cache.v.float())
+    if kind is not None:
+        cache, wide = quantized(wide, kind)
     expected = reference.attention(q.float(), wide, batch, **options)  # type: ignore[arg-type]
     found = ops.attention(q, cache, batch, **options)  # type: ignore[arg-type]
     assert found.dtype == dtype and found.shape == expected.shape
-    torch.testing.assert_close(found.float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    # Codes are summed up before they are scaled: elsewhere in float32 than the reference rounds.
+    limit = TOLERANCE[dtype] * (3 if kind is not None and dtype == torch.float32 else 1)
+    torch.testing.assert_close(found.float(), expected, rtol=limit, atol=limit)
 
 
 @pytest.mark.parametrize("case", range(24))
@@ -113,24 +119,61 @@ def test_queries_inside_a_wider_tensor(ops: NativeOps) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["fp8", "int8", "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("kind", [*SCALED_CACHES, "float16", "bfloat16", "float32"])
 def test_other_caches(ops: NativeOps, kind: str, dtype: torch.dtype) -> None:
     """Against the reference over the values that the cache holds, whatever the activations are in."""
-    batch, cache = make_step([(70, 2), (0, 5), (300, 1)], head_dim=48, seed=3)
-    q = torch.randn(8, 4, 48).to(dtype)
-    if kind == "int8":
-        scales = [t.abs().amax(-1).nan_to_num(0.0) / 127 for t in (cache.k, cache.v)]
-        codes = [(t / s.unsqueeze(-1)).round().nan_to_num(0.0) for t, s in zip((cache.k, cache.v), scales, strict=True)]
-        small = KVCache(*(c.to(torch.int8) for c in codes), *scales)
-        held = KVCache(*(c * s.unsqueeze(-1) for c, s in zip(codes, scales, strict=True)))
-    else:
-        kept = torch.float8_e4m3fn if kind == "fp8" else getattr(torch, kind)
-        small = KVCache(cache.k.to(kept), cache.v.to(kept))
-        held = KVCache(small.k.float(), small.v.float())
-    expected = reference.attention(q.float(), held, batch, scale=0.2)
-    torch.testing.assert_close(
-        ops.attention(q, small, batch, scale=0.2).float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+    for size in (48, 16, 64, 80, 96, 128, 20, 6) if kind in SCALED_CACHES else (48,):
+        batch, cache = make_step([(70, 2), (0, 5), (300, 1)], head_dim=size, seed=size)
+        q = torch.randn(8, 4, size).to(dtype)
+        if kind in SCALED_CACHES:
+            small, held = quantized(cache, kind)
+        else:
+            small = KVCache(cache.k.to(getattr(torch, kind)), cache.v.to(getattr(torch, kind)))
+            held = KVCache(small.k.float(), small.v.float())
+        expected = reference.attention(q.float(), held, batch, scale=0.2)
+        found = ops.attention(q, small, batch, scale=0.2).float()
+        torch.testing.assert_close(
+            found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], msg=lambda m, s=size: f"{s}: {m}"
+        )
+
+
+@pytest.mark.parametrize("kind", list(SCALED_CACHES))
+@pytest.mark.parametrize("case", range(8))
+def test_random_steps_over_codes(ops: NativeOps, kind: str, case: int) -> None:
+    rng = random.Random(f"{kind} {case}")
+    kv_heads, group = rng.choice([1, 2, 3]), rng.choice([1, 2, 4, 7, 8])
+    check(
+        ops,
+        [(rng.choice([0, 0, 1, 5, 63, 64, 200, 3000]), rng.choice([1, 1, 2, 9, 70])) for _ in range(rng.randint(1, 5))],
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        size=rng.choice([16, 48, 64, 80, 96, 128, 20]),
+        dtype=rng.choice(DTYPES),
+        window=rng.choice([None, None, 1, 10, 64, 100]),
+        block_size=rng.choice([1, 8, 16, 32, 128]),
+        order=rng.choice(["shuffled", "consecutive", "half"]),
+        spread=rng.choice([1.0, 8.0]),
+        kind=kind,
+        seed=case,
     )
+
+
+@pytest.mark.parametrize("kind", list(SCALED_CACHES))
+def test_vectors_of_very_different_sizes(ops: NativeOps, kind: str) -> None:
+    """Each token and head has its own scale, among them zero, and sizes that float16 and bfloat16 have trouble with."""
+    batch, cache = make_step([(150, 1), (64, 3)], head_dim=32, seed=5)
+    sizes = torch.tensor([0.0, 1e-30, 1e-3, 1.0, 30.0])[torch.randint(0, 5, cache.k.shape[:3])].unsqueeze(-1)
+    small, held = quantized(KVCache(cache.k * sizes, cache.v * sizes), kind)
+    q = torch.randn(4, 4, 32)
+    expected = reference.attention(q, held, batch, scale=0.05)
+    torch.testing.assert_close(ops.attention(q, small, batch, scale=0.05), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_codes_without_scales(ops: NativeOps) -> None:
+    batch, cache = make_step([(3, 1)])
+    small, _ = quantized(cache, "int8")
+    with pytest.raises(ValueError, match="int8 needs scales"):
+        ops.attention(torch.randn(1, 4, 16), KVCache(small.k, small.v), batch, scale=1.0)
 
 
 def test_huge_scores(ops: NativeOps) -> None:

@@ -8,7 +8,9 @@ import torch
 from kernels import reference
 from kernels.cpu import backend
 from kernels.cpu.native_ops import NativeOps
-from kernels.ops import KVCache, Norm
+from kernels.kv_cache import KVCache, dequantize
+from kernels.layout import SCALED_CACHES
+from kernels.ops import Norm
 from tests.kernels.native import instruction_sets, native_ops
 from tests.kernels.paged import make_step
 from tests.kernels.weights import random_weight
@@ -64,28 +66,59 @@ def test_rope_store(ops: NativeOps, size: int, rotary: int, normed: bool, dtype:
         torch.testing.assert_close(ours.float(), theirs, rtol=EPS[dtype], atol=EPS[dtype], equal_nan=True)
 
 
-def test_values_in_small_caches(ops: NativeOps) -> None:
-    """FP8 takes the nearest value and saturates; int8 keeps a scale for every token and head."""
-    batch, plain = make_step([(0, 9)], block_size=4, kv_heads=3, head_dim=20)
-    shape = plain.k.shape
-    k, v = torch.randn(9, 3, 20), torch.randn(9, 3, 20) * torch.tensor([1e-3, 1.0, 300.0]).view(1, 3, 1)
-    qkv = torch.cat([torch.zeros(9, 20), k.flatten(1), v.flatten(1)], dim=1)
-    cos_sin = torch.cat([torch.ones(16, 10), torch.zeros(16, 10)], dim=1)
-    slots = batch.slots
+@pytest.mark.parametrize("kind", list(SCALED_CACHES))
+@pytest.mark.parametrize("given", [None, (0.011, 0.25)])
+@pytest.mark.parametrize("size", [16, 20, 48, 64, 80, 96, 128, 2])
+def test_what_is_stored_in_codes(ops: NativeOps, kind: str, given: tuple[float, float] | None, size: int) -> None:
+    """Bit by bit what the reference stores, and nothing elsewhere. Angles of zero: nothing is rounded before."""
+    tokens, kv_heads = 9, 3
+    batch, plain = make_step([(3, 5), (0, 4)], block_size=4, kv_heads=kv_heads, head_dim=size)
+    ours, theirs = (KVCache.zeros(*plain.k.shape, dtype=kind, device=torch.device("cpu"), given=given) for _ in range(2))
+    for cache in (ours, theirs):
+        for tensor in cache.tensors:
+            tensor.view(torch.uint8).fill_(0xA5)
+    k, v = (torch.randn(tokens, kv_heads, size) * torch.tensor([1e-3, 1.0, 300.0]).view(1, 3, 1) for _ in range(2))
+    for row, value in enumerate((0.0, 1e-38, -1e-30, 65504.0, -3e38)):
+        v[row, 1] = value
+    k[0, 1, 1], v[1, 0] = 0.0, v[1, 0].abs() + 7
+    qkv = torch.cat([torch.zeros(tokens, size), k.flatten(1), v.flatten(1)], dim=1)
+    cos_sin = torch.cat([torch.ones(16, size // 2), torch.zeros(16, size // 2)], dim=1)
+    reference.rope_store(qkv.clone(), 1, theirs, batch, cos_sin)
+    ops.rope_store(qkv.clone(), 1, ours, batch, cos_sin)
+    for found, wanted in zip(ours.tensors, theirs.tensors, strict=True):
+        assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
 
-    small = KVCache(torch.zeros(shape).to(torch.float8_e4m3fn), torch.zeros(shape).to(torch.float8_e4m3fn))
-    ops.rope_store(qkv.clone(), 1, small, batch, cos_sin)
-    for cache, values in ((small.k, k), (small.v, v)):
-        stored = cache.view(torch.uint8).flatten(0, 1)[slots].view(torch.float8_e4m3fn)
-        assert torch.equal(stored.float(), values.clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
-    scales = [torch.full(shape[:3], float("nan")) for _ in range(2)]
-    bytes_ = KVCache(torch.zeros(shape, dtype=torch.int8), torch.zeros(shape, dtype=torch.int8), *scales)
-    ops.rope_store(qkv.clone(), 1, bytes_, batch, cos_sin)
-    for cache, scale, values in ((bytes_.k, scales[0], k), (bytes_.v, scales[1], v)):
-        step = scale.flatten(0, 1)[slots].unsqueeze(-1)
-        torch.testing.assert_close(step.squeeze(-1), values.abs().amax(-1) / 127)
-        assert bool(((cache.flatten(0, 1)[slots].float() * step - values).abs() <= 0.501 * step).all())
+@pytest.mark.parametrize("kind", list(SCALED_CACHES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotated_keys_in_codes(ops: NativeOps, kind: str, dtype: torch.dtype) -> None:
+    """As the reference, but for what the reference rounds to the activations' type before."""
+    batch, plain = make_step([(5, 3), (0, 40), (17, 1)], kv_heads=2, head_dim=64)
+    ours, theirs = (KVCache.zeros(*plain.k.shape, dtype=kind, device=torch.device("cpu")) for _ in range(2))
+    qkv, cos_sin = torch.randn(44, 8 * 64).to(dtype), torch.randn(64, 32)
+    norms = {n: Norm(torch.rand(64).to(dtype) + 0.5, 1e-6) for n in ("q_norm", "k_norm")}
+    wide_norms = {n: Norm(norm.weight.float(), norm.eps) for n, norm in norms.items()}
+    reference.rope_store(qkv.float(), 4, theirs, batch, cos_sin, **wide_norms)
+    ops.rope_store(qkv, 4, ours, batch, cos_sin, **norms)
+    for name in ("k", "v"):
+        found, wanted = (
+            dequantize(getattr(c, name), getattr(c, f"{name}_scale")).flatten(0, 1)[batch.slots] for c in (ours, theirs)
+        )
+        moved = (found - wanted).abs() > 1e-4 * wanted.abs().amax()
+        assert float(moved.float().mean()) < 1e-3
+        assert float((found - wanted).abs().max()) < 0.3 * float(wanted.abs().max()), "a neighbouring code at most"
+
+
+@pytest.mark.parametrize("kind", list(SCALED_CACHES))
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_not_hidden(ops: NativeOps, kind: str, spoilt: float) -> None:
+    batch, plain = make_step([(0, 2)], kv_heads=1, head_dim=48)
+    cache = KVCache.zeros(*plain.k.shape, dtype=kind, device=torch.device("cpu"))
+    qkv = torch.randn(2, 3 * 48)
+    qkv[1, 2 * 48 + 17] = spoilt
+    ops.rope_store(qkv, 1, cache, batch, torch.cat([torch.ones(4, 24), torch.zeros(4, 24)], dim=1))
+    found = dequantize(cache.v, cache.v_scale).flatten(0, 1)[batch.slots]
+    assert bool(found[0].isfinite().all()) and not bool(found[1].isfinite().any())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -27,6 +27,7 @@ struct Attention {
     int64_t panels;                     // of 64 features
     float* partials;
     bool pairs;                         // bfloat16 by pairs, else float32
+    bool coded, shifts;                 // the cache has codes with scales; and, of four bits, with what they are shifted by
     float scale2;                       // of scores, so that shares are powers of 2
 
     // Floats of an item's result: for each row its maximum and sum, then the features by panels.
@@ -54,6 +55,10 @@ INLINE void softmax_row(const Attention& at, const Tile& t, int64_t local, int64
     const float* scores = t.scores + local * kKeys;  // `local` among one head's rows, `row` among all
     F s[4], top = splat(-INFINITY);
     for (int v = 0; v < 4; ++v) s[v] = load(scores + 16 * v);
+    if (at.coded)
+        for (int v = 0; v < 4; ++v) s[v] = s[v] * load(t.key_scales + 16 * v);
+    if (at.shifts)
+        for (int v = 0; v < 4; ++v) s[v] = fma(load(t.key_shifts + 16 * v), splat(t.queried[row]), s[v]);
     if (base < low || base + kKeys > high) {
         alignas(64) static const int32_t kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         for (int v = 0; v < 4; ++v) {
@@ -69,6 +74,7 @@ INLINE void softmax_row(const Attention& at, const Tile& t, int64_t local, int64
         const float shrink = before == -INFINITY ? 0.0f : std::exp2(before - now);
         t.most[row] = now;
         sum = sum * splat(shrink);
+        if (at.shifts) store(t.shifted + row * 16, load(t.shifted + row * 16) * splat(shrink));
         for (int64_t panel = 0; panel < at.panels; ++panel)
             for (int v = 0; v < 4; ++v) {
                 float* out = t.out + (panel * rows + row) * kPanel + 16 * v;
@@ -77,8 +83,10 @@ INLINE void softmax_row(const Attention& at, const Tile& t, int64_t local, int64
     }
     const F scale = splat(at.scale2), most = splat(now == -INFINITY ? 0.0f : now);  // nothing seen yet: shares of 2^-infinity
     for (int v = 0; v < 4; ++v) {
-        const F share = exp2(s[v] * scale - most);
+        F share = exp2(s[v] * scale - most);
         sum = sum + share;
+        if (at.shifts) store(t.shifted + row * 16, fma(share, load(t.value_shifts + 16 * v), load(t.shifted + row * 16)));
+        if (at.coded) share = share * load(t.value_scales + 16 * v);
         if (at.pairs) As<Type::bf16>::store(reinterpret_cast<uint16_t*>(t.shares) + local * kKeys + 16 * v, share);
         else store(t.shares + local * kKeys + 16 * v, share);
     }
@@ -105,6 +113,10 @@ template <Type T> INLINE void load_queries(const Attention& at, const Work& work
         if (at.pairs) std::memcpy(reinterpret_cast<uint16_t*>(t.queries) + r * dim, q, size_t(dim) * 2);
         else
             for (int64_t d = 0; d < dim; d += 16) store_some<Type::f32>(t.queries + r * dim + d, load_some<T>(q + d, dim - d), dim - d);
+        if (!at.shifts) continue;
+        F sum = splat(0);
+        for (int64_t d = 0; d < dim; d += 16) sum = sum + load_some<T>(q + d, dim - d);
+        t.queried[r] = reduce_add(sum);
     }
 }
 
@@ -124,6 +136,7 @@ INLINE void attend(const Attention& at, const Work& work, int64_t head, int64_t 
     with_type(a.type, [&](auto tag) { load_queries<decltype(tag)::value>(at, work, head, t); });
     zero(t.out, at.panels * rows * kPanel);
     zero(t.sums, rows * 16);
+    zero(t.shifted, rows * 16);
     for (int64_t r = 0; r < rows; ++r) t.most[r] = -INFINITY;
     const int64_t chunks = (work.last - work.first + kKeys - 1) / kKeys;
     const int64_t begin = work.first + chunks * split / work.splits * kKeys, stop = work.first + chunks * (split + 1) / work.splits * kKeys;
@@ -134,10 +147,15 @@ INLINE void attend(const Attention& at, const Work& work, int64_t head, int64_t 
         const int64_t next = base + kKeys < end ? locate(a, work.sequence, base + kKeys, work.last, head, following) : 0;
         Ahead ahead{a.cache, following, next, work.together};
         for (int64_t h = 0; h < work.together; ++h) {
-            if (at.pairs) pair_chunk(a.cache, here, n, h, at.panels, t, ahead);
-            else if (a.cache.type == Type::f8) widen_chunk<Type::f8>(a.cache, here, n, h, at.panels, t, ahead);
-            else if (a.cache.type == Type::i8) widen_chunk<Type::i8>(a.cache, here, n, h, at.panels, t, ahead);
-            else with_type(a.cache.type, [&](auto tag) { widen_chunk<decltype(tag)::value>(a.cache, here, n, h, at.panels, t, ahead); });
+            with_cache(a.cache.type, [&](auto tag) {
+                constexpr Type C = decltype(tag)::value;
+#if defined(__AVX512BF16__)
+                if constexpr (C != Type::f32 && C != Type::f16)
+                    if (at.pairs) return pair_chunk<C>(a.cache, here, n, h, at.panels, t, ahead);
+#endif
+                widen_chunk<C>(a.cache, here, n, h, at.panels, t, ahead);
+            });
+            if (at.coded) load_scales(a.cache, here, n, h, t);
             ahead.ask(8);
             zero(t.scores, each * kKeys);
             multiply(at.pairs, t.queries + h * each * dim / (at.pairs ? 2 : 1), dim, t.keys, dim, each, t.scores);
@@ -158,6 +176,14 @@ INLINE void attend(const Attention& at, const Work& work, int64_t head, int64_t 
     float* partial = at.partials + work.partial + (head / work.together * work.splits + split) * at.partial_size();
     for (int64_t r = 0; r < rows; ++r) {
         const float sum = reduce_add(load(t.sums + r * 16));
+        if (at.shifts) {
+            const F shift = splat(reduce_add(load(t.shifted + r * 16)));
+            for (int64_t panel = 0; panel < at.panels; ++panel)
+                for (int64_t d = 0; d < kPanel; d += 16) {
+                    float* out = t.out + (panel * rows + r) * kPanel + d;
+                    store(out, load(out) + shift);
+                }
+        }
         if (work.splits == 1) {
             with_type(a.type, [&](auto tag) { write_row<decltype(tag)::value>(at, work, head, r, t.out + r * kPanel, rows * kPanel, sum); });
             continue;
@@ -226,8 +252,10 @@ inline void attention(Pool& pool, const AttentionArgs& a) {
     at.group = a.q_heads / a.cache.heads;
     at.panels = (a.cache.dim + kPanel - 1) / kPanel;
 #if defined(__AVX512BF16__)
-    at.pairs = a.type == Type::bf16 && a.cache.type == Type::bf16 && a.cache.dim % 2 == 0;
+    at.pairs = a.type == Type::bf16 && (a.cache.type == Type::bf16 || a.cache.coded()) && a.cache.dim % 2 == 0;
 #endif
+    at.coded = a.cache.coded();
+    at.shifts = a.cache.type == Type::i4;
     const int64_t tokens_at_once = at.group >= kTile ? 1 : kTile / at.group;
     int64_t most = 0;
     for (int64_t s = 0; s < a.sequences; ++s) most += (a.starts[s + 1] - a.starts[s] + tokens_at_once - 1) / tokens_at_once;

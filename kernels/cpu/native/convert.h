@@ -1,4 +1,4 @@
-// Float32 lanes from and to bfloat16, float16, FP8 (e4m3fn) and int8 in memory.
+// Float32 lanes from and to bfloat16, float16, FP8 (e4m3fn, e5m2) and int8 in memory.
 #pragma once
 #include "vec.h"
 
@@ -52,25 +52,38 @@ INLINE void float_to_f16(uint16_t* p, F x) {
 #endif
 }
 
-// e4m3fn: the bits, shifted, are a float times 2^-120; the two NaNs come out as 480.
-INLINE F f8_to_float(const uint8_t* p) {
-    const I bits = widen_u8(p);
-    return as_float(((bits & isplat(0x80)) << 24) | ((bits & isplat(0x7f)) << 20)) * as_float(isplat(0x7b800000));
+// FP8 moved up into a float16: e5m2 is its upper half, and e4m3fn is worth 2^8 there. The NaNs of e4m3fn come out as 480.
+template <int kMantissa> INLINE F f8_to_float(const uint8_t* p) {
+    constexpr int kUp = 10 - kMantissa;
+    [[maybe_unused]] constexpr short kKept = short(kMantissa == 3 ? 0xbf80 : 0xff00);  // a sign that was widened is in two bits
+    F r;
+#if defined(__AVX512F__)
+    const __m256i bits = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    r.v[0] = (vf)_mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(bits, kUp), _mm256_set1_epi16(kKept)));
+#elif defined(__AVX2__)
+    EACH {
+        const __m128i bits = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i * 8)));
+        r.v[i] = (vf)_mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(bits, kUp), _mm_set1_epi16(kKept)));
+    }
+#else
+    uint16_t halves[16];
+    for (int i = 0; i < 16; ++i) halves[i] = uint16_t((p[i] & 0x80) << 8 | (p[i] & 0x7f) << kUp);
+    r = f16_to_float(halves);
+#endif
+    return kMantissa == 3 ? r * splat(256) : r;
 }
 
-// Saturating at 448; ties to even.
-INLINE void float_to_f8(uint8_t* p, F x) {
+// With so many bits of mantissa and this bias of the exponent; saturating at `most`; ties to even.
+template <int kMantissa, int kBias> INLINE void float_to_f8(uint8_t* p, F x, float most) {
+    constexpr int kCut = 23 - kMantissa, kLeast = 1 - kBias;  // normal from 2^kLeast on, below in steps of 2^(kLeast - kMantissa)
     const I sign = (as_int(x) >> 24) & isplat(0x80);
-    const F size = min(abs(x), splat(448.0f));
+    const F size = min(abs(x), splat(most));
     const I rest = as_int(size);
-    const I normal = (rest - isplat(120 << 23) + isplat(0x7ffff) + ((rest >> 20) & isplat(1))) >> 20;
-    const I small = round_to_int(size * splat(512.0f));  // below 2^-6 the step is 2^-9
-    I r = select(less(size, splat(0.015625f)), small, normal);
+    const I normal = (rest - isplat((127 - kBias) << 23) + isplat((1 << (kCut - 1)) - 1) + ((rest >> kCut) & isplat(1))) >> kCut;
+    const I small = round_to_int(size * as_float(isplat((127 - kLeast + kMantissa) << 23)));
+    I r = select(less(size, as_float(isplat((127 + kLeast) << 23))), small, normal);
     r = select(equal(x, x), r, isplat(0x7f)) | sign;
-    EACH {
-        const vub4 b = __builtin_convertvector(r.v[i], vub4);
-        std::memcpy(p + i * kWidth, &b, kWidth);
-    }
+    narrow_8(p, r);
 }
 
 template <Type T> struct As;
@@ -98,13 +111,18 @@ template <> struct As<Type::f16> {
 };
 template <> struct As<Type::f8> {
     using Item = uint8_t;
-    static INLINE F load(const Item* p) { return f8_to_float(p); }
-    static INLINE void store(Item* p, F x) { float_to_f8(p, x); }
+    static INLINE F load(const Item* p) { return f8_to_float<3>(p); }
+    static INLINE void store(Item* p, F x) { float_to_f8<3, 7>(p, x, 448.0f); }
+};
+template <> struct As<Type::f8e5> {
+    using Item = uint8_t;
+    static INLINE F load(const Item* p) { return f8_to_float<2>(p); }
+    static INLINE void store(Item* p, F x) { float_to_f8<2, 15>(p, x, 57344.0f); }
 };
 template <> struct As<Type::i8> {
     using Item = int8_t;
     static INLINE F load(const Item* p) { return to_float(widen_i8(p)); }
-    static INLINE void store(Item* p, F x) { narrow_i8(p, round_to_int(x)); }
+    static INLINE void store(Item* p, F x) { narrow_8(p, round_to_int(x)); }
 };
 
 // n <= 16 items; the other lanes are 0 (load) or left alone (store).
@@ -121,8 +139,21 @@ template <Type T> INLINE void store_some(typename As<T>::Item* p, F x, int64_t n
     if (n > 0) std::memcpy(p, items, size_t(n) * sizeof items[0]);
 }
 
-// One of the three types of activations, as a template argument: with_type(t, [&](auto tag) { constexpr Type T = tag.value; ... }).
+// The types of caches, in the same way.
 template <Type T> struct Tag { static constexpr Type value = T; };
+template <class G> INLINE void with_cache(Type t, G&& g) {
+    switch (t) {
+        case Type::f32: return g(Tag<Type::f32>{});
+        case Type::bf16: return g(Tag<Type::bf16>{});
+        case Type::f16: return g(Tag<Type::f16>{});
+        case Type::f8: return g(Tag<Type::f8>{});
+        case Type::f8e5: return g(Tag<Type::f8e5>{});
+        case Type::i8: return g(Tag<Type::i8>{});
+        case Type::i4: return g(Tag<Type::i4>{});
+    }
+}
+
+// One of the three types of activations, as a template argument: with_type(t, [&](auto tag) { constexpr Type T = tag.value; ... }).
 template <class G> INLINE void with_type(Type t, G&& g) {
     if (t == Type::f32) g(Tag<Type::f32>{});
     else if (t == Type::bf16) g(Tag<Type::bf16>{});

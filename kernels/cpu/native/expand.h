@@ -78,8 +78,8 @@ template <class Emit> INLINE void expand(const Linear& w, int64_t panel, int64_t
                 const int64_t item = (panel * w.K + at) * kPanel + 16 * v;
                 if (w.codes == Codes::f8) {
                     const int64_t scales = panel * w.groups() * kPanel + 16 * v;
-                    a = rounded(f8_to_float(w.data + item) * load_scale(w, scales + at / w.group * kPanel), w.round_to);
-                    if (pair) b = rounded(f8_to_float(w.data + item + kPanel) * load_scale(w, scales + (at + 1) / w.group * kPanel), w.round_to);
+                    a = rounded(f8_to_float<3>(w.data + item) * load_scale(w, scales + at / w.group * kPanel), w.round_to);
+                    if (pair) b = rounded(f8_to_float<3>(w.data + item + kPanel) * load_scale(w, scales + (at + 1) / w.group * kPanel), w.round_to);
                 } else if (w.codes == Codes::f16) {
                     a = f16_to_float(reinterpret_cast<const uint16_t*>(w.data) + item);
                     if (pair) b = f16_to_float(reinterpret_cast<const uint16_t*>(w.data) + item + kPanel);

@@ -139,8 +139,8 @@ NB_MODULE(_native, m) {
         .def_prop_ro("code_bytes", &code_bytes);
 
     nb::class_<Cache>(m, "Cache").def("__init__", [](Cache* self, uintptr_t k, uintptr_t v, uintptr_t k_scale, uintptr_t v_scale, int type,
-                                                     int64_t block_size, int64_t heads, int64_t dim) {
-        new (self) Cache{at<void>(k), at<void>(v), at<float>(k_scale), at<float>(v_scale), Type(type), block_size, heads, dim};
+                                                     int64_t block_size, int64_t heads, int64_t dim, float k_given, float v_given) {
+        new (self) Cache{at<void>(k), at<void>(v), at<void>(k_scale), at<void>(v_scale), Type(type), block_size, heads, dim, k_given, v_given};
     });
 
     nb::class_<Layer>(m, "Layer")

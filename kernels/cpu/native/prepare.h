@@ -63,9 +63,9 @@ struct Rounded {
 };
 
 INLINE void store_codes(int8_t* to, I codes, int64_t n) {
-    if (n >= 16) return narrow_i8(to, codes);
+    if (n >= 16) return narrow_8(to, codes);
     int8_t all[16];
-    narrow_i8(all, codes);
+    narrow_8(all, codes);
     std::memcpy(to, all, 8);  // segments are padded to multiples of 8
 }
 

@@ -1,5 +1,6 @@
 // The operations between the products: norms, rotation and cache writes, gates, look-ups, the largest logit.
 #pragma once
+#include "cache.h"
 #include "expand.h"
 #include "pool.h"
 
@@ -75,29 +76,6 @@ template <Type T> INLINE void rotate_head(const typename As<T>::Item* x, const t
     }
 }
 
-// One head of a token into the cache: item `slot` * heads + head.
-INLINE void write_cache(const Cache& c, void* to, float* scales, int64_t item, const float* x) {
-    const int64_t at = item * c.dim;
-    if (c.type == Type::i8) {
-        F most = splat(0);
-        for (int64_t k = 0; k < c.dim; k += 16) most = max(most, abs(load_some<Type::f32>(x + k, c.dim - k)));
-        const float scale = reduce_max(most) / 127.0f;
-        const F inverse = splat(scale > 1e-30f ? 1.0f / scale : 0.0f);
-        scales[item] = scale;
-        for (int64_t k = 0; k < c.dim; k += 16)
-            store_some<Type::i8>(static_cast<int8_t*>(to) + at + k, load_some<Type::f32>(x + k, c.dim - k) * inverse, c.dim - k);
-    } else if (c.type == Type::f8) {
-        for (int64_t k = 0; k < c.dim; k += 16)
-            store_some<Type::f8>(static_cast<uint8_t*>(to) + at + k, load_some<Type::f32>(x + k, c.dim - k), c.dim - k);
-    } else {
-        with_type(c.type, [&](auto tag) {
-            constexpr Type C = decltype(tag)::value;
-            for (int64_t k = 0; k < c.dim; k += 16)
-                store_some<C>(static_cast<typename As<C>::Item*>(to) + at + k, load_some<Type::f32>(x + k, c.dim - k), c.dim - k);
-        });
-    }
-}
-
 inline void rope_store(Pool& pool, const RopeStoreArgs& a) {
     const Cache& c = a.cache;
     const int64_t heads = a.q_heads + 2 * c.heads;
@@ -118,9 +96,9 @@ inline void rope_store(Pool& pool, const RopeStoreArgs& a) {
                 if (query) {
                     for (int64_t k = 0; k < c.dim; k += 16) store_some<T>(x + k, load_some<Type::f32>(wide + k, c.dim - k), c.dim - k);
                 } else if (value) {
-                    write_cache(c, c.v, c.v_scale, a.slots[token] * c.heads + head - a.q_heads - c.heads, wide);
+                    write_cache(c, c.v, c.v_scale, c.v_given, a.slots[token] * c.heads + head - a.q_heads - c.heads, wide);
                 } else {
-                    write_cache(c, c.k, c.k_scale, a.slots[token] * c.heads + head - a.q_heads, wide);
+                    write_cache(c, c.k, c.k_scale, c.k_given, a.slots[token] * c.heads + head - a.q_heads, wide);
                 }
             }
         });

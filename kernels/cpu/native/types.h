@@ -6,9 +6,9 @@ namespace appliance {
 
 class Pool;
 
-enum class Type : int { f32 = 0, bf16 = 1, f16 = 2, f8 = 3, i8 = 4 };  // f8: e4m3fn
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2, f8 = 3, i8 = 4, f8e5 = 5, i4 = 6 };  // f8: e4m3fn; f8e5: e5m2; i4: two in a byte
 
-inline int64_t item_size(Type t) { return t == Type::f32 ? 4 : t == Type::f8 || t == Type::i8 ? 1 : 2; }
+inline int64_t item_size(Type t) { return t == Type::f32 ? 4 : t == Type::bf16 || t == Type::f16 ? 2 : 1; }
 
 constexpr int64_t kPanel = 64;     // outputs side by side in memory
 constexpr int64_t kSegment = 128;  // inputs that share an activation scale, at most
@@ -50,13 +50,16 @@ struct MatmulArgs {
     Type out_type;
 };
 
-struct Cache {             // one layer's paged cache: [blocks, block_size, heads, dim]
+struct Cache {             // one layer's paged cache (kernels/kv_cache.py): [blocks, block_size, heads, dim]
     void* k;
     void* v;
-    float* k_scale;        // i8 only: [blocks, block_size, heads]
-    float* v_scale;
+    void* k_scale;         // of codes: [blocks, block_size, heads] float32; i4: pairs of float16, step and least
+    void* v_scale;
     Type type;
     int64_t block_size, heads, dim;
+    float k_given, v_given;  // the checkpoint's scales; 0: there are none
+    bool coded() const { return type != Type::f32 && type != Type::bf16 && type != Type::f16; }
+    int64_t row_bytes() const { return type == Type::i4 ? dim / 2 : dim * item_size(type); }  // of one head of a token
 };
 
 struct AttentionArgs {

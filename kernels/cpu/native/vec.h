@@ -31,12 +31,6 @@ constexpr int kWidth = kBytes / 4;  // lanes of one part
 typedef float vf __attribute__((vector_size(kBytes)));
 typedef int32_t vi __attribute__((vector_size(kBytes)));
 typedef uint32_t vu __attribute__((vector_size(kBytes)));
-typedef int16_t vs __attribute__((vector_size(kBytes)));
-typedef uint16_t vh __attribute__((vector_size(kBytes / 2)));
-typedef int8_t vb4 __attribute__((vector_size(kWidth)));
-typedef uint8_t vub4 __attribute__((vector_size(kWidth)));
-typedef int8_t vb __attribute__((vector_size(kBytes)));
-typedef uint8_t vub __attribute__((vector_size(kBytes)));
 
 struct F { vf v[kParts]; };
 struct I { vi v[kParts]; };
@@ -170,49 +164,55 @@ INLINE I mul16(I a, I b) {
     return r;
 }
 
-INLINE I widen_u8(const uint8_t* p) {  // 16 bytes
-    I r;
-    EACH {
-        vub4 b;
-        std::memcpy(&b, p + i * kWidth, kWidth);
-        r.v[i] = __builtin_convertvector(b, vi);
-    }
-    return r;
-}
-
-INLINE I widen_i8(const int8_t* p) {
-    I r;
-    EACH {
-        vb4 b;
-        std::memcpy(&b, p + i * kWidth, kWidth);
-        r.v[i] = __builtin_convertvector(b, vi);
-    }
-    return r;
-}
-
+// 16 small integers in memory from and to lanes, of which the lower bits are stored. GCC 12 makes a hundred instructions of
+// __builtin_convertvector between bytes and lanes: what processors have for it is asked for by name.
+#if defined(__AVX512F__)
+INLINE I widen_u8(const uint8_t* p) { return {{(vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}}; }
+INLINE I widen_i8(const int8_t* p) { return {{(vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}}; }
+INLINE I widen_u16(const uint16_t* p) { return {{(vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}}; }
+INLINE void narrow_8(void* p, I x) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x.v[0])); }
+INLINE void narrow_u16(uint16_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x.v[0])); }
+#elif defined(__AVX2__)
+INLINE __m128i load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+INLINE I widen_u8(const uint8_t* p) { return {{(vi)_mm256_cvtepu8_epi32(load8(p)), (vi)_mm256_cvtepu8_epi32(load8(p + 8))}}; }
+INLINE I widen_i8(const int8_t* p) { return {{(vi)_mm256_cvtepi8_epi32(load8(p)), (vi)_mm256_cvtepi8_epi32(load8(p + 8))}}; }
 INLINE I widen_u16(const uint16_t* p) {
+    const __m128i* from = reinterpret_cast<const __m128i*>(p);
+    return {{(vi)_mm256_cvtepu16_epi32(_mm_loadu_si128(from)), (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128(from + 1))}};
+}
+INLINE __m256i pack_u16(I x) {
+    const __m256i packed = _mm256_packus_epi32((__m256i)(x.v[0] & 0xffff), (__m256i)(x.v[1] & 0xffff));
+    return _mm256_permute4x64_epi64(packed, 0xd8);
+}
+INLINE void narrow_8(void* p, I x) {
+    const __m256i halves = pack_u16(x & isplat(0xff));
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm_packus_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
+}
+INLINE void narrow_u16(uint16_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack_u16(x)); }
+#else
+template <class Narrow> INLINE I widen_all(const void* p) {
+    typedef Narrow part __attribute__((vector_size(kWidth * sizeof(Narrow))));
     I r;
     EACH {
-        vh h;
-        std::memcpy(&h, p + i * kWidth, kBytes / 2);
-        r.v[i] = __builtin_convertvector(h, vi);
+        part narrow;
+        std::memcpy(&narrow, static_cast<const char*>(p) + i * sizeof narrow, sizeof narrow);
+        r.v[i] = __builtin_convertvector(narrow, vi);
     }
     return r;
 }
-
-INLINE void narrow_u16(uint16_t* p, I x) {
+INLINE I widen_u8(const uint8_t* p) { return widen_all<uint8_t>(p); }
+INLINE I widen_i8(const int8_t* p) { return widen_all<int8_t>(p); }
+INLINE I widen_u16(const uint16_t* p) { return widen_all<uint16_t>(p); }
+template <class Narrow> INLINE void narrow_all(void* p, I x) {
+    typedef Narrow part __attribute__((vector_size(kWidth * sizeof(Narrow))));
     EACH {
-        const vh h = __builtin_convertvector(x.v[i], vh);
-        std::memcpy(p + i * kWidth, &h, kBytes / 2);
+        const part narrow = __builtin_convertvector(x.v[i], part);
+        std::memcpy(static_cast<char*>(p) + i * sizeof narrow, &narrow, sizeof narrow);
     }
 }
-
-INLINE void narrow_i8(int8_t* p, I x) {
-    EACH {
-        const vb4 b = __builtin_convertvector(x.v[i], vb4);
-        std::memcpy(p + i * kWidth, &b, kWidth);
-    }
-}
+INLINE void narrow_8(void* p, I x) { narrow_all<uint8_t>(p, x); }
+INLINE void narrow_u16(uint16_t* p, I x) { narrow_all<uint16_t>(p, x); }
+#endif
 
 INLINE I select(I mask, I a, I b) { I r; EACH r.v[i] = (mask.v[i] & a.v[i]) | (~mask.v[i] & b.v[i]); return r; }
 INLINE F select(I mask, F a, F b) { return as_float(select(mask, as_int(a), as_int(b))); }
