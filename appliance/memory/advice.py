@@ -48,7 +48,12 @@ Plan = Callable[[Mapping[str, object]], MemoryPlan | None]
 
 
 def advise(
-    error: PlanError, demand: Demand, settings: Settings, device: DeviceInfo, variants: Variants | None = None
+    error: PlanError,
+    demand: Demand,
+    settings: Settings,
+    device: DeviceInfo,
+    variants: Variants | None = None,
+    host: DeviceInfo | None = None,
 ) -> PlanError:
     """The error, with the remedies that work; where no single change helps, one set of changes; else the plain truth."""
     variants = variants or Variants()
@@ -58,7 +63,7 @@ def advise(
         chosen = changes.get("demand", demand)
         assert isinstance(chosen, Demand)
         try:
-            return fit(chosen, replace(settings, **changed), device)  # type: ignore[arg-type]
+            return fit(chosen, replace(settings, **changed), device, host)  # type: ignore[arg-type]
         except PlanError:
             return None
 
@@ -135,7 +140,7 @@ def options(
         found.append(Option([True], "decoding is slower", lambda _: {"graphs": False}, lambda _: {"enforce_eager": True}))
     if variants.head is not None:
         found.append(Option([variants.head], "the head in 8 bits", lambda d: {"demand": d}, lambda _: {"lm_head_dtype": "int8"}))
-    return [*found, _context(demand, settings)]
+    return [*found, _context(demand, settings), *_streaming(demand, settings, device)]
 
 
 def _option(name: str, field: str, values: Sequence[Any], cost: str) -> Option:
@@ -168,6 +173,25 @@ def _context(demand: Demand, settings: Settings) -> Option:
         lambda length: {"max_len": length, "kv_bytes": cache(length)},
         lambda length: {"max_model_len": length, "kv_cache_memory_bytes": cache(length)},
     )
+
+
+def _streaming(demand: Demand, settings: Settings, device: DeviceInfo) -> list[Option]:
+    """Weights in host memory, by half GiB: more of them, and, where some were asked for and the host has too little, fewer."""
+    if device.kind == "cpu" or not demand.streamed:
+        return []
+    whole = sum(sum(parts.values()) for parts in demand.streamed)
+
+    def change(half: int) -> dict[str, Any]:
+        return {"offload_gb": half / 2, "graphs": settings.graphs and not half}
+
+    more = Option(
+        range(math.floor(settings.offload_gb * 2) + 1, math.ceil(2 * whole / GIB) + 1),
+        "these weights come over the bus in every step",
+        change,
+        lambda half: {"cpu_offload_gb": half / 2},
+    )
+    fewer = range(math.ceil(settings.offload_gb * 2) - 1, -1, -1)
+    return [more, replace(more, values=fewer, cost="more of the weights are on the card")]
 
 
 def _block_bytes(demand: Demand, settings: Settings) -> int:

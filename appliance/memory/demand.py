@@ -8,6 +8,7 @@ from pathlib import Path
 
 from appliance.config import EngineConfig
 from appliance.memory.devices import DeviceInfo
+from appliance.memory.loading import NOTHING, Loading, loading
 from appliance.memory.modules import NATIVE, Loaded, Machinery, ends, layer_weights
 from appliance.memory.offload import streamed_parts
 from appliance.memory.settings import ITEM_SIZE
@@ -43,6 +44,8 @@ class Demand:
     logits_row_bytes: int
     position_bytes: int  # the rotary table's row of one position
     streamed: tuple[dict[str, int], ...] = ()  # what each layer brings when it is streamed in, see streamed_parts
+    loading: Loading = NOTHING  # what it takes for a while to load it
+    threads: int = 1  # of the CPU, that load it
     exchange: int = 0  # buffers in which several cards exchange their sums
     head: str = "as published"  # what the output head is stored as, in words
 
@@ -80,6 +83,8 @@ class Demand:
             logits_row_bytes=spec.vocab * (4 if machinery.ops == NATIVE else 4 + size),
             position_bytes=spec.rope.rotary_dim * 4,
             head=last.words,
+            loading=loading(spec, scheme, machinery),
+            threads=machinery.threads,
             streamed=streamed_parts(spec, scheme, machinery) if machinery.ops == "triton" else (),
         )
 

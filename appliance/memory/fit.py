@@ -8,7 +8,9 @@ from dataclasses import replace
 from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.graphs import graph_bytes
-from appliance.memory.inputs import input_bytes
+from appliance.memory.host import host_parts, loading_peak
+from appliance.memory.inputs import STAGED_BLOCKS, input_bytes
+from appliance.memory.loading import Workers
 from appliance.memory.offload import offloaded, on_card
 from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, KVSpec, MemoryPlan, PlanError, decode_sizes
 from appliance.memory.settings import Settings
@@ -24,10 +26,11 @@ FAIR_TOKENS = 1366
 """Tokens of a request, prompt and answer: the mean of the public trace AzureLLMInferenceTrace_conv."""
 
 
-def fit(demand: Demand, settings: Settings, device: DeviceInfo) -> MemoryPlan:
+def fit(demand: Demand, settings: Settings, device: DeviceInfo, host: DeviceInfo | None = None) -> MemoryPlan:
     """The plan for known demands: pure arithmetic. More memory never gives less cache, a shorter context or fewer sequences.
 
-    Raises PlanError where no sequence of the length asked for can run.
+    ``host``: the memory beside a card's (None: not looked at). Raises PlanError where no sequence of the length asked for can
+    run, where it cannot be loaded, or where the host has too little memory.
     """
     if settings.max_len is not None and settings.max_len > demand.max_len:
         raise InputError(
@@ -42,13 +45,16 @@ def fit(demand: Demand, settings: Settings, device: DeviceInfo) -> MemoryPlan:
     def plan(length: int) -> MemoryPlan:
         return _plan(demand, settings, device, length, most)
 
+    def checked(found: MemoryPlan) -> MemoryPlan:
+        return _checked(_loaded(found, demand, host))
+
     if settings.max_len is not None:
-        return _checked(plan(settings.max_len))
+        return checked(plan(settings.max_len))
     longest = plan(demand.max_len)
     if _holds_one(longest):
-        return _checked(longest)
+        return checked(longest)
     blocks = last(lambda n: _holds_one(plan(n * settings.block_size)), 1, longest.kv.blocks(demand.max_len) - 1) or 0
-    return _checked(plan(max(blocks * settings.block_size, min(SHORTEST_AUTO, demand.max_len))))
+    return checked(plan(max(blocks * settings.block_size, min(SHORTEST_AUTO, demand.max_len))))
 
 
 def auto_sequences(demand: Demand, settings: Settings, device: DeviceInfo) -> tuple[int, int | None]:
@@ -92,6 +98,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int, 
         "products": demand.slab,
         "positions": demand.position_bytes * max_len,
         "inputs": input_bytes(settings.max_tokens, settings.max_seqs, kv.blocks(max_len)) if device.kind == "cuda" else 0,
+        "transfers": STAGED_BLOCKS * kv.block_bytes if device.kind == "cuda" else 0,
         **({"exchange": demand.exchange} if demand.exchange else {}),
     }
     graphs = graph_bytes(
@@ -116,7 +123,8 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int, 
         weights=on_card(demand.weights, demand.streamed, offload),
         scratch=scratch,
         graphs=graphs,
-        runtime=RUNTIME[device.kind],
+        runtime=RUNTIME[device.kind] if settings.runtime is None else settings.runtime,
+        learned=settings.runtime is not None,
         kv=kv,
         num_blocks=0,
         max_model_len=max_len,
@@ -129,6 +137,24 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int, 
     left = settings.kv_bytes if settings.kv_bytes is not None else max(0, budget - empty.fixed)
     blocks = min(left // kv.block_bytes, settings.max_seqs * kv.blocks(max_len))
     return replace(empty, num_blocks=blocks if most is None else min(blocks, most))
+
+
+def _loaded(plan: MemoryPlan, demand: Demand, host: DeviceInfo | None) -> MemoryPlan:
+    """With what loading takes, by as many workers as there is room for; and, for a card, what the host has to have."""
+    device, through, parts = demand.loading.device, demand.loading.host, {}
+    if plan.offload.layers:  # each is on the card for a while
+        device = replace(device, layer=device.layer + max(sum(parts.values()) for parts in demand.streamed))
+    if plan.device.kind != "cpu":
+        inputs, sequences = plan.scratch["inputs"], plan.max_num_seqs
+        parts = host_parts(swap=plan.swap_bytes, inputs=inputs, sequences=sequences, offload=plan.offload)
+    found = replace(plan, host=parts, host_budget=None if host is None else max(0, host.available - MARGIN["cpu"]))
+    for workers in Workers.choices(demand.threads):
+        peak, lasting = plan.runtime + device.peak(plan.weight_bytes, workers), sum(parts.values())
+        beside = max(lasting, loading_peak(parts, through.peak(0, workers))) if parts else 0
+        found = replace(found, workers=workers, load_peak=peak, host_peak=beside)
+        if peak <= plan.budget and (found.host_budget is None or beside <= found.host_budget):
+            break
+    return found
 
 
 def free_of(settings: Settings, device: DeviceInfo) -> int:
@@ -182,6 +208,13 @@ def _shortage(plan: MemoryPlan) -> str | None:
         return f"{parts} make {size_text(plan.fixed)}, but {budget}"
     if plan.total > plan.budget:  # only with --kv-cache-memory-bytes
         return f"{parts} and a KV cache of {size_text(plan.kv_bytes)} make {size_text(plan.total)}, but {budget}"
+    if plan.load_peak > plan.budget:
+        return (
+            f"while weights are loaded one layer at a time, {size_text(plan.load_peak)} are taken for a moment "
+            f"({size_text(plan.load_peak - plan.fixed)} more than by what then stays beside the KV cache), but {budget}"
+        )
+    if plan.host_budget is not None and plan.host_peak > plan.host_budget:
+        return _host_shortage(plan)
     need = plan.kv.blocks(plan.max_model_len)
     if need > plan.num_blocks:
         return (
@@ -190,6 +223,17 @@ def _shortage(plan: MemoryPlan) -> str | None:
             f"{budget}, of which {parts} are taken"
         )
     return None
+
+
+def _host_shortage(plan: MemoryPlan) -> str:
+    parts = [f"{name} {size_text(size)}" for name, size in plan.host.items() if size]
+    loading = plan.host_peak - sum(plan.host.values())
+    if loading > 0:
+        parts.append(f"loading {size_text(loading)} more for a while")
+    return (
+        f"the host has {size_text(plan.host_budget or 0)} of memory available, but {size_text(plan.host_peak)} are needed there: "
+        f"{', '.join(parts)}"
+    )
 
 
 def _checked(plan: MemoryPlan) -> MemoryPlan:

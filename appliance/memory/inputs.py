@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+STAGED_BLOCKS = 8
+"""Blocks that are on their way between a card and its host at a time: they have a place on the card."""
 ALIGN = 64  # bytes: a kernel is compiled anew for a pointer of another alignment, so all have the same one
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from appliance.memory.demand import LOGIT_ROWS
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.graphs import capture_sizes
+from appliance.memory.loading import ALL_AT_ONCE, Workers
 from appliance.memory.offload import NOTHING, Offload
 from appliance.memory.text import plan_table
 from kernels.layout import kv_nbytes
@@ -113,7 +114,7 @@ class MemoryPlan:
     budget: int
     budget_source: str  # in words
     weights: dict[str, int]  # embedding, attention, mlp, head, norms; staging, through which those in host memory come
-    scratch: dict[str, int]  # activations, logits, products, positions, inputs
+    scratch: dict[str, int]  # activations, logits, products, positions, inputs, transfers
     graphs: dict[str, int]  # see appliance.memory.graphs; empty where no steps are recorded
     runtime: int
     kv: KVSpec
@@ -123,6 +124,12 @@ class MemoryPlan:
     max_num_batched_tokens: int
     free: int = 0  # what the budget can be at most: what is free less the margin and --gpu-memory-reserve
     swap_blocks: int = 0  # of host memory, each as large as one of the cache; on a CPU they are in the same memory
+    learned: bool = False  # whether ``runtime`` is what earlier starts on this device had
+    workers: Workers = ALL_AT_ONCE  # that load the weights
+    load_peak: int = 0  # of the device, at most, while they do
+    host: dict[str, int] = field(default_factory=dict)  # of host memory, where that is another: see appliance.memory.host
+    host_peak: int = 0  # at most, while weights are loaded, or later
+    host_budget: int | None = None  # None: nothing was asked about the host
     offload: Offload = NOTHING  # the layers whose weights stay in host memory
     measured: Measured | None = None  # None: nothing was yet, or it is no card
 
@@ -214,6 +221,9 @@ class MemoryPlan:
                 "tokens": self.tokens,
                 "bytes": self.kv_bytes,
             },
+            "runtime_learned": self.learned,
+            "loading": {**asdict(self.workers), "peak_bytes": self.load_peak},
+            "host_bytes": {**self.host, "total": sum(self.host.values()), "peak": self.host_peak, "budget": self.host_budget},
             "swap": {"num_blocks": self.swap_blocks, "bytes": self.swap_bytes},
             "offload": {**asdict(self.offload), "saved": self.offload.saved},
             "measured": None if self.measured is None else asdict(self.measured),

@@ -32,15 +32,20 @@ def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None =
     """
     if device is None:
         device = this_device("cpu" if config.device == "auto" else config.device)
-    settings = Settings.from_config(config, device)
+    settings, host = read_settings(config, device), None if device.kind == "cpu" else this_device("cpu")
     published, scheme = read_scheme(CheckpointIndex.open(Path(directory)), config.quantization)
     spec = ModelSpec.from_config(published)
     machinery = Machinery.choose(config, spec.dtype, device)
     demand = Demand.of(spec, scheme, machinery, model=str(directory))
     try:
-        return fit(demand, settings, device)
+        return fit(demand, settings, device, host)
     except PlanError as error:
-        raise advise(error, demand, settings, device, _variants(demand, spec, scheme, machinery)) from None
+        raise advise(error, demand, settings, device, _variants(demand, spec, scheme, machinery), host) from None
+
+
+def read_settings(config: EngineConfig, device: DeviceInfo) -> Settings:
+    """The options in plain numbers, with what earlier starts on this device have taught."""
+    return Settings.from_config(config, device)
 
 
 def _variants(demand: Demand, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Variants:

@@ -32,6 +32,7 @@ class Settings:
     kv_dtype: str | None = None  # of a quantized cache; None: that of the activations
     reserve: int = 0  # bytes of the device that stay free beside all else
     swap_bytes: int = 0  # of host memory, for preempted sequences and evicted prefixes
+    runtime: int | None = None  # bytes of the process itself, as earlier starts on this device had them; None: an estimate
     offload_gb: float = 0.0  # GiB of the device to be freed by weights that stay in host memory
 
     @classmethod

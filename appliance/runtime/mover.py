@@ -9,10 +9,8 @@ import torch
 
 from appliance.core.step import Chunk
 from appliance.core.store import Copy
+from appliance.memory.inputs import STAGED_BLOCKS
 from kernels.ops import KVCache
-
-STAGED_BLOCKS = 8
-"""Blocks that are on their way between a card and its host at a time: they have a place on the card."""
 
 
 class Mover(Protocol):

@@ -204,6 +204,8 @@ def load_decoder(
                 activation=config.activation_dtype,
                 progress=progress,
                 take=None if offloading is None else offloading.take,
+                workers=plan.workers.count,
+                ends_first=plan.workers.ends_first,
             )
             if offloading is not None:
                 decoder = offloading.finish(decoder)

@@ -1,0 +1,33 @@
+"""The host's side of a plan for a card: what swapping, streaming, staging and loading take of its memory. No torch.
+
+On a CPU all this is the same memory, and comes out of the one budget.
+"""
+
+from __future__ import annotations
+
+from appliance.memory.devices import MIB
+from appliance.memory.offload import Offload
+
+RUNTIME = 2048 * MIB
+"""The process with CUDA in it: torch's libraries, Triton's compiler, the driver's own copies of kernels. An estimate: it has not
+been measured on a card."""
+
+
+def pinned(nbytes: int) -> int:
+    """What torch's allocator takes for a request of pinned memory: the next power of two."""
+    return 1 << max(0, nbytes - 1).bit_length() if nbytes else 0
+
+
+def host_parts(*, swap: int, inputs: int, sequences: int, offload: Offload) -> dict[str, int]:
+    """Bytes by part: what lies there from "ready" on. Inputs of a step and its answers are there twice."""
+    return {
+        "runtime": RUNTIME,
+        "swap space": pinned(swap),
+        "streamed weights": offload.host_bytes,
+        "staging": 2 * pinned(inputs) + 2 * pinned(8 * sequences),
+    }
+
+
+def loading_peak(parts: dict[str, int], transient: int) -> int:
+    """The most while weights are loaded: swap space and staging come after that."""
+    return parts["runtime"] + parts["streamed weights"] + transient

@@ -1,0 +1,209 @@
+"""What loading takes for a while beside the weights: what is read, what that becomes on the way, and the layouts being made.
+
+The loader (models/loader.py) works on some layers at a time, with embedding and head beside them, or before them::
+
+    beside     | weights so far | embedding, head: what they need | a layer | a layer | a layer |
+    before     | embedding, head, and what they need |
+               | weights so far                      | a layer | a layer | a layer | a layer |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from appliance.memory.modules import NATIVE, SLOTS, Ends, Loaded, Machinery, ends, layer_weights, loaded
+from appliance.memory.settings import ITEM_SIZE
+from kernels import layout
+from models.spec import ModelSpec
+from quant.headers import ITEM_SIZE as FILE_ITEM
+from quant.scheme import QuantScheme
+
+WORKERS = 4  # modules converted at a time, at most: models/loader.py
+SLAB_BYTES = 96 << 20
+"""While a head is quantized in slabs of 4 M values (quant/rows.py): five floats each, and what the allocator keeps of them."""
+READ = {
+    "awq-gemm": 3.5, "awq-gemv": 1.2, "awq-gemv-fast": 4.0, "gptq": 3.3, "pack-quantized": 3.3,
+    "int-quantized": 2.1, "float-quantized": 1.1, "fp8-block": 1.1, "rows": 1.1,
+}  # fmt: skip
+"""Bytes a weight while it is read into canonical form, with that: measured as the peak of a process (scales come on top)."""
+STRAIGHT = {("gptq", 4): 1.1, ("gptq", 8): 2.1, ("pack-quantized", 4): 0.6}
+"""The same of bytes that need no new order."""
+PACK = {"cpu": {4: 4.2, 8: 5.0}, "triton": {4: 3.6, 8: 2.4}}
+"""Bytes a weight of integers while it is packed, with what it becomes, measured as above. Native kernels need nothing else."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many layers are loaded at a time, and whether embedding and head come before them or beside them."""
+
+    count: int = WORKERS
+    ends_first: bool = False
+
+    @classmethod
+    def choices(cls, threads: int) -> list[Workers]:
+        """The fastest first, the one that takes the least memory last."""
+        most = min(threads, WORKERS)
+        return [cls(most, most == 1), *(cls(count, True) for count in range(most, 0, -1) if count > 1 or most > 1)]
+
+
+@dataclass(frozen=True)
+class Transient:
+    """Bytes of one memory while weights are loaded into it, or through it."""
+
+    ends: int = 0  # embedding and head, with what they need for a while
+    ends_kept: int = 0  # what is left of them
+    layer: int = 0  # what a layer needs beside what is left of it
+
+    def peak(self, weights: int, workers: Workers) -> int:
+        """At most so many bytes are taken at once by loading; ``weights``: what is left of all."""
+        if workers.ends_first:
+            return max(self.ends, weights + workers.count * self.layer)
+        return weights + max(self.ends - self.ends_kept + (workers.count - 1) * self.layer, workers.count * self.layer)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Of the device that has the weights, and of the host, where that is another memory."""
+
+    device: Transient = Transient()
+    host: Transient = Transient()
+
+
+NOTHING, ALL_AT_ONCE = Loading(), Workers()
+
+
+def loading(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Loading:
+    """What loading this model takes."""
+    last, parts, fused = (
+        ends(spec, scheme, machinery),
+        _by_layer(_published(spec, scheme)),
+        _by_layer(layer_weights(spec, scheme)),
+    )
+    both = list(zip(parts, fused, strict=True))
+    if machinery.ops == "triton":
+        device = max(_canonical(one) + _pack_extra(one, machinery) for weights in fused for one in weights)
+        host = max(max(_reading(published), _read(published) + max(map(_joined, weights))) for published, weights in both)
+        table, head = _table_bytes(spec, scheme), _head_bytes(spec, scheme)
+        ends_device = last.embedding_bytes + last.head_bytes + max(table, _pack_extra(last.head, machinery))
+        return Loading(
+            Transient(ends_device, last.embedding_bytes + last.head_bytes, device),
+            Transient(table + head + last.head_bytes + SLAB_BYTES, 0, host),
+        )
+    layer = max(_layer(published, weights, machinery) for published, weights in both)
+    kept = last.embedding_bytes + last.head_bytes
+    return Loading(Transient(_ends_peak(spec, scheme, machinery, last), kept, layer))
+
+
+def _published(spec: ModelSpec, scheme: QuantScheme) -> list[Loaded]:
+    """The weights of the layers as the files have them."""
+    return [loaded(module, spec, scheme) for module in spec.modules() if module.part in ("attention", "mlp")]
+
+
+def _by_layer(weights: Iterable[Loaded]) -> list[list[Loaded]]:
+    return [list(run) for _, run in groupby(weights, key=lambda one: one.module.name.split(".")[2])]
+
+
+def _layer(published: Sequence[Loaded], fused: Sequence[Loaded], machinery: Machinery) -> int:
+    """The most beside what is left, while a layer is read, and then joined and laid out weight by weight.
+
+    What was read stays, in canonical form, until all of the layer is laid out.
+    """
+    most, read, done = _reading(published), _read(published), 0
+    for one in fused:
+        done += one.nbytes(machinery)
+        most = max(most, read + done + _joined(one) + _pack_extra(one, machinery))
+    return max(0, most - done)
+
+
+def _canonical(one: Loaded) -> int:
+    """Bytes of the canonical form, as published."""
+    module, stored = one.module, one.stored
+    if one.kind == "dense":
+        return module.N * module.K * one.scale_bytes
+    return layout.weight_nbytes(
+        ops="reference",
+        dtype="bfloat16",
+        kind=one.kind,
+        bits=4 if stored.bits <= 4 else 8,
+        N=module.N,
+        K=module.K,
+        group_size=one.group_size,
+        asymmetric=not stored.symmetric,
+        act_order=stored.act_order,
+        scale_bytes=one.scale_bytes,
+    )
+
+
+def _read_bytes(one: Loaded) -> int:
+    """While it is read, with its canonical form."""
+    module, stored = one.module, one.stored
+    if one.kind == "dense":
+        return _canonical(one)
+    straight = not stored.act_order and not stored.planar
+    factor = STRAIGHT.get((stored.layout, stored.bits)) if straight else None
+    scales = _canonical(one) - module.N * module.K * (4 if stored.bits <= 4 else 8) // 8
+    return int(module.N * module.K * (factor or READ[stored.layout])) + 2 * max(0, scales)
+
+
+def _read(published: Sequence[Loaded]) -> int:
+    """All that was read of a layer, in canonical form: it stays until the layer is done."""
+    return sum(map(_canonical, published))
+
+
+def _reading(published: Sequence[Loaded]) -> int:
+    """The most while a layer is read: what is there of it so far, and the one that is being read."""
+    most = done = 0
+    for one in published:
+        most, done = max(most, done + _read_bytes(one)), done + _canonical(one)
+    return most
+
+
+def _joined(one: Loaded) -> int:
+    """The copy that joins parts to one weight."""
+    return _canonical(one) if SLOTS.get(one.module.name.rpartition(".")[2]) else 0
+
+
+def _pack_extra(one: Loaded, machinery: Machinery) -> int:
+    """While it is laid out, beside its canonical form and what it becomes."""
+    numbers, packed = one.module.N * one.module.K, one.nbytes(machinery)
+    if one.kind == "dense":
+        return numbers * ITEM_SIZE[machinery.dtype]  # in the activations' type
+    if machinery.ops in ("reference", NATIVE):
+        return numbers if one.kind == "fp8" and machinery.ops == NATIVE else 0
+    if machinery.ops == "triton" and packed >= numbers * ITEM_SIZE[machinery.dtype]:
+        return 14 * numbers  # dequantized by way of float32: codes, scales and values
+    if one.kind == "fp8":
+        return (4 if machinery.ops == "triton" else 2) * numbers
+    bits = 4 if one.stored.bits <= 4 else 8
+    return max(0, int(PACK[machinery.ops][bits] * numbers) - packed)
+
+
+def _table_bytes(spec: ModelSpec, scheme: QuantScheme) -> int:
+    """Of the token table in the file."""
+    return spec.vocab * spec.hidden * _file_item(spec, scheme, "model.embed_tokens.weight", "lm_head.weight")
+
+
+def _head_bytes(spec: ModelSpec, scheme: QuantScheme) -> int:
+    """While the head is read, where it is another tensor than the token table."""
+    if spec.tie_embeddings:
+        return 0
+    return spec.vocab * spec.hidden * _file_item(spec, scheme, "lm_head.weight", "model.embed_tokens.weight")
+
+
+def _file_item(spec: ModelSpec, scheme: QuantScheme, *names: str) -> int:
+    tensors = scheme.index.tensors if scheme.index is not None else {}
+    found = next((tensors[name] for name in names if name in tensors), None)
+    return FILE_ITEM[found.dtype] if found is not None else ITEM_SIZE[spec.dtype]
+
+
+def _ends_peak(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, last: Ends) -> int:
+    """Table and head as published, the table in the activations' type, the head in canonical form and laid out."""
+    table, head, numbers = _table_bytes(spec, scheme), _head_bytes(spec, scheme), spec.vocab * spec.hidden
+    canonical = _canonical(last.head) if last.head.stored.quantized else 0
+    copy = numbers * ITEM_SIZE[machinery.dtype]
+    if last.head_bytes == 0:  # one copy of both
+        return max(table + canonical + SLAB_BYTES, canonical + last.embedding_bytes) if canonical else table + 2 * copy
+    packing = max(SLAB_BYTES if canonical else 0, last.head_bytes + (0 if canonical else _pack_extra(last.head, machinery)))
+    return table + copy + head + canonical + packing
