@@ -69,32 +69,41 @@ def doctor(*, json: bool = False) -> int:
 
 
 @app.command
-def plan(model: str | None = None, /, *, json: bool = False, engine: EngineFlags = ENGINE) -> int:
+def plan(
+    model: str | None = None,
+    /,
+    *,
+    gpu: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    memory: str | None = None,
+    sequences: int | None = None,
+    context: str | None = None,
+    svg: Path | None = None,
+    json: bool = False,
+    engine: EngineFlags = ENGINE,
+) -> int:
     """Print where the memory would go, from the checkpoint's headers alone. Exit code 0: fits; 1: does not fit; 2: bad input.
 
     Parameters
     ----------
     model
         A directory with a Hugging Face checkpoint, or a name on the hub; the embedded demo model when left out.
+    gpu
+        Plan for a card that need not be in this machine, as in "RTX 4090"; for several, as in "2x RTX 3090", tensor parallel.
+    memory
+        Plan for so much memory, as in 24GiB, instead of this machine's or of what the card has.
+    sequences
+        The longest context of which so many sequences fit at once. With --context: whether so many of that length do.
+    context
+        How many sequences of so many tokens fit at once.
+    svg
+        Write the memory map to this file, as a picture.
     json
         Print JSON instead of a table.
     """
-    from json import dumps
+    from appliance.plan_command import Asked, plan_command
 
-    from appliance.hub import demo_model, resolve
-    from appliance.memory.planner import PlanError, make_plan
-
-    engine = _with_model(engine, model)
-    directory = resolve(engine.model, engine.revision) if engine.model else demo_model()
-    try:
-        made = make_plan(directory, replace(engine, model=str(directory)))
-    except PlanError as error:
-        if json:
-            print(dumps({"fits": False, "error": str(error)}))
-        _complain(error)
-        return 1
-    print(dumps({"fits": True, **made.to_dict()}, indent=2) if json else made.table())
-    return 0
+    asked = Asked(json=json, gpu=gpu, memory=memory, sequences=sequences, context=context, svg=svg)
+    return plan_command(_with_model(engine, model), asked)
 
 
 @app.command

@@ -40,6 +40,7 @@ MAY_IMPORT = {
                          "appliance.text", "appliance.runtime.worker", "appliance.hub", "appliance.demo"],
     "appliance.cli": ["appliance", "quant", "models.spec"],
     "appliance.cli_flags": ["quant.errors"],
+    "appliance.plan_command": ["quant.errors", "appliance.config", "appliance.hub", "appliance.memory"],
     "appliance.__main__": ["appliance.cli"],
 }  # fmt: skip
 NO_TORCH = ["quant.errors", "quant.scheme", "quant.headers", "kernels.layout", "kernels.cpu.backend", "models.spec", "appliance",

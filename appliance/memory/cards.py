@@ -154,11 +154,11 @@ def find_card(name: str) -> Card:
         return begins[0]
     if begins:
         raise InputError(f"--gpu {name!r} is one of several: {', '.join(card.name for card in begins[:6])}; say which")
-    near = get_close_matches(wanted, {key: card for card in CARDS for key in _keys(card)}, n=8, cutoff=0.5)
+    near = get_close_matches(wanted, {key: card for card in CARDS for key in _keys(card)}, n=8, cutoff=0.6)
     names = list(dict.fromkeys(card.name for key in near for card in CARDS if key in _keys(card)))[:4]
     hint = f"nearest: {', '.join(names)}" if names else "as in RTX 4090"
     raise InputError(
-        f"--gpu {name!r} is not in the table of {len(CARDS)} cards ({hint}); --memory SIZE plans for one that is not"
+        f"--gpu {name!r} is not in the table of {len(CARDS)} NVIDIA cards ({hint}); --device cuda --memory SIZE plans for any"
     )
 
 

@@ -16,16 +16,16 @@ from appliance.memory.fit import fit, last
 from appliance.memory.modules import Machinery
 from appliance.memory.plan import MemoryPlan, PlanError
 from appliance.memory.planner import make_plan
-from appliance.memory.roofline import CAUTION, LAUNCH_S, TARGETS, Limits, Work, reach
+from appliance.memory.roofline import Work
 from appliance.memory.settings import Settings
 from appliance.memory.shard import check_layout, shard, with_exchange
+from appliance.memory.speed import Speed, decode_speeds, prefill_speed
 from models.spec import ModelSpec
 from quant.errors import InputError
 from quant.headers import CheckpointIndex
 from quant.scheme import read_scheme
 
 CACHES = {"auto": None, "fp8": "fp8_e4m3", "int8": "int8", "int4": "int4"}  # --kv-cache-dtype: Settings.kv_dtype
-SEQUENCES, CONTEXT = (1, 8, 32), 2048  # that speeds are predicted for, beside the most sequences
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,6 @@ class CacheRow:
             "max_model_len": plan.max_model_len,
             "sequences": plan.sequences(length),
         }
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Tokens a second of all sequences together: from cautious to the targets, and with every share 100 %."""
-
-    sequences: int
-    tokens: int  # of each: in the cache, or of the prompt
-    low: float
-    high: float
-    roof: float
-
-    def to_dict(self) -> dict[str, object]:
-        rates = {"low": round(self.low, 1), "high": round(self.high, 1), "roof": round(self.roof, 1)}
-        return {"sequences": self.sequences, "tokens": self.tokens, "tokens_per_second": rates}
 
 
 @dataclass(frozen=True)
@@ -120,10 +105,10 @@ class Study:
         return None if length is None else room(length)
 
     def at_length(self, length: int) -> MemoryPlan | None:
-        """The plan for sequences of that length; None where not even one fits. InputError where the model knows none so long."""
-        if not 2 <= length <= self.demand.max_len:
-            raise InputError(f"--context is {length}: between 2 and the model's {self.demand.max_len} tokens are needed")
-        return self.other(max_len=length)
+        """The plan, made for longer sequences where it must be; None where not one fits. InputError where the model has none."""
+        if length > self.demand.max_len:
+            raise InputError(f"--context is {length}, but the model was made for at most {self.demand.max_len} tokens")
+        return self.plan if length <= self.plan.max_model_len else self.other(max_len=length)
 
     def caches(self) -> list[CacheRow]:
         """The same plan with each kind of cache."""
@@ -133,7 +118,7 @@ class Study:
     def unpredictable(self) -> str:
         """Why no speed is predicted; empty where one is."""
         if self.device.kind == "cpu":
-            return "a CPU's memory bandwidth is not known without measuring it (scripts/bench_peaks.py does)"
+            return "a CPU's memory bandwidth is not known without measuring it"
         if self.ranks > 1:
             return "what several cards lose while they wait for each other is not known"
         if known_card(self.device) is None:
@@ -143,28 +128,14 @@ class Study:
         return ""
 
     def decode_speeds(self, context: int | None = None) -> list[Speed]:
-        """Of steps of one token, for 1, 8, 32 and the most sequences, as far as they fit; none where nothing is predicted."""
-        card, plan = known_card(self.device), self.plan
-        if self.unpredictable or card is None:
-            return []
-        length = min(context or CONTEXT, plan.max_model_len)
-        counts = sorted({*SEQUENCES, plan.max_num_seqs, int(plan.sequences(length))})
-        limits, share = Limits.of(card, self.work), reach(card)
-        fitting = [n for n in counts if 1 <= n <= min(plan.max_num_seqs, plan.sequences(length))]
-        ways = ((TARGETS, share * CAUTION, 2 * LAUNCH_S), (TARGETS, share, LAUNCH_S), (None, 1.0, 0.0))
-        return [
-            Speed(n, length, *(n / self.work.decode_s(limits, n, length, plan.kv.token_bytes, *way) for way in ways))
-            for n in fitting
-        ]
+        """For 1, 8, 32 and the most sequences, as far as they fit; none where nothing is predicted."""
+        card = known_card(self.device)
+        return [] if self.unpredictable or card is None else decode_speeds(self.plan, self.work, card, context)
 
     def prefill_speed(self, context: int | None = None) -> Speed | None:
         """Of one prompt; None where nothing is predicted."""
         card = known_card(self.device)
-        if self.unpredictable or card is None:
-            return None
-        length, limits = min(context or CONTEXT, self.plan.max_model_len), Limits.of(card, self.work)
-        ways = (reach(card) * CAUTION, reach(card), None)
-        return Speed(1, length, *(length / self.work.prefill_s(limits, length, way) for way in ways))
+        return None if self.unpredictable or card is None else prefill_speed(self.plan, self.work, card, context)
 
 
 def smallest(studies: Sequence[Study]) -> Study:

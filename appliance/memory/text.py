@@ -105,11 +105,22 @@ def _parts(plan: MemoryPlan) -> list[str]:
     return lines
 
 
-def host_lines(plan: MemoryPlan) -> list[str]:
-    """What a plan for a card takes of the host's memory, where it takes any."""
-    if plan.device.kind == "cpu" or not plan.swap_blocks:
+def host_parts(plan: MemoryPlan) -> list[tuple[str, int]]:
+    """What a plan for a card takes of the host's memory, by name."""
+    if plan.device.kind == "cpu":
         return []
-    return ["", "Host memory", f"  {f'swap space, {plan.swap_blocks:,} blocks':<28}{size_text(plan.swap_bytes):>13}"]
+    layers = len(plan.offload.layers)
+    found = [
+        (f"swap space, {plan.swap_blocks:,} blocks", plan.swap_bytes),
+        (f"weights of {layers} layers", plan.offload.host_bytes),
+    ]
+    return [(name, size) for name, size in found if size]
+
+
+def host_lines(plan: MemoryPlan) -> list[str]:
+    """The host's memory, where some of it is taken."""
+    rows = [f"  {name:<28}{size_text(size):>13}" for name, size in host_parts(plan)]
+    return ["", "Host memory (pinned)", *rows] if rows else []
 
 
 def measured_lines(plan: MemoryPlan) -> list[str]:

@@ -1,0 +1,152 @@
+"""What a plan is enough for, for people and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from appliance.memory.devices import DeviceInfo
+from appliance.memory.plan import MemoryPlan
+from appliance.memory.speed import Speed
+from appliance.memory.study import CacheRow, Study
+from appliance.memory.text import columns, size_text
+from quant.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """The plan, and what it is enough for."""
+
+    study: Study
+    devices: tuple[DeviceInfo, ...]  # one for each rank
+    sequences: int | None
+    context: int | None
+    longest: MemoryPlan | None  # for so many sequences
+    long: MemoryPlan | None  # for sequences of that context
+    caches: list[CacheRow]
+    decode: list[Speed]
+    prefill: Speed | None
+
+    @classmethod
+    def of(cls, study: Study, devices: Sequence[DeviceInfo], sequences: int | None, context: int | None) -> Answers:
+        """Raises PlanError where the plan itself does not fit, and InputError for questions that have no answer."""
+        if sequences is not None and sequences < 1:
+            raise InputError(f"--sequences is {sequences}: at least 1 is needed")
+        return cls(
+            devices=tuple(devices),
+            study=study,
+            sequences=sequences,
+            context=context,
+            decode=study.decode_speeds(context),
+            prefill=study.prefill_speed(context),
+            long=None if context is None else study.at_length(context),
+            longest=None if sequences is None else study.longest(sequences),
+            caches=study.caches(),
+        )
+
+    @property
+    def fits(self) -> bool:
+        """Whether what was asked for fits: so many sequences, of that context."""
+        if self.sequences is not None:
+            return self.longest is not None and self.longest.max_model_len >= (self.context or 0)
+        return self.context is None or self.long is not None
+
+    @property
+    def length(self) -> int:
+        """That sequences are counted for."""
+        return self.context or self.study.plan.max_model_len
+
+    def to_dict(self) -> dict[str, object]:
+        """Stable keys: those of the plan, and what was asked."""
+        asked: dict[str, object] = {}
+        if self.sequences is not None:
+            asked |= {"sequences": self.sequences, "longest_context": self.longest.max_model_len if self.longest else 0}
+        if self.context is not None:
+            asked |= {"context": self.context, "sequences_of_context": self.long.sequences(self.context) if self.long else 0.0}
+        speed: dict[str, object] = {
+            "measured": False,
+            "reason_for_none": self.study.unpredictable or None,
+            "decode": [one.to_dict() for one in self.decode],
+            "prefill": self.prefill.to_dict() if self.prefill else None,
+        }
+        parallel = None
+        if len(self.devices) > 1:
+            parallel = {"cards": [device.name for device in self.devices], "planned_for": "one card", "served": False}
+        return {
+            **self.study.plan.to_dict(),
+            "fits": self.fits,
+            "asked": asked,
+            "cache_dtypes": [row.to_dict(self.length) for row in self.caches],
+            "predicted_speed": speed,
+            "tensor_parallel": parallel,
+        }
+
+    def text(self) -> str:
+        lines = [self.study.plan.table(), *self._asked(), *self._caches(), *self._speed()]
+        if len(self.devices) > 1:
+            names = ", ".join(device.name for device in dict.fromkeys(self.devices))
+            note = "Planned only: this version serves on one card. Everything below is of each card"
+            lines = [f"Tensor parallel over {len(self.devices)} cards ({names})", f"  {note}.", *lines]
+        return "\n".join(lines)
+
+    def _asked(self) -> list[str]:
+        lines = []
+        if self.longest is not None:
+            flags = f"--max-num-seqs {self.sequences} --max-model-len {self.longest.max_model_len}"
+            lines.append(f"{self.sequences:,} sequences at once: up to {self.longest.max_model_len:,} tokens each ({flags})")
+        elif self.sequences is not None:
+            lines.append(f"{self.sequences:,} sequences at once: they do not fit, however short")
+        if self.long is not None and self.context is not None:
+            lines.append(f"Sequences of {self.context:,} tokens: {self.long.sequences(self.context):,.1f} fit at once")
+        elif self.context is not None:
+            lines.append(f"Sequences of {self.context:,} tokens: not even one fits")
+        if self.sequences is not None and self.context is not None:
+            verb = "fit" if self.fits else "do not fit"
+            lines.append(f"{self.sequences:,} sequences of {self.context:,} tokens {verb} at once")
+        return ["", *lines] if lines else []
+
+    def _caches(self) -> list[str]:
+        rows = []
+        for row in self.caches:
+            if row.plan is None:
+                rows.append((row.choice, "", "does not fit", "", ""))
+                continue
+            plan = row.plan
+            name = f"auto ({plan.kv.dtype})" if row.choice == "auto" else row.choice
+            cells = (size_text(plan.kv.token_bytes), f"{plan.tokens:,}", f"{plan.max_model_len:,}")
+            room = f"{plan.sequences(self.length):,.1f}" if plan.max_model_len >= self.length else ""
+            rows.append((name, *cells, room))
+        head = ("", "a token", "tokens", "longest", f"sequences of {self.length:,}")
+        return ["", "With other caches (--kv-cache-dtype)", *columns(head, rows)]
+
+    def _speed(self) -> list[str]:
+        if self.study.unpredictable:
+            return ["", f"No speed is predicted: {self.study.unpredictable}."]
+        head = ("sequences", "tokens each", "tok/s of each", "tok/s of all", "roof")
+        rows = [
+            (f"{one.sequences:,}", f"{one.tokens:,}", _range(one, one.sequences), _range(one), _digits(one.roof))
+            for one in self.decode
+        ]
+        lines = ["", "Predicted speed, not measured (roof: all of the bandwidth and the rate that the card is sold with)"]
+        lines += columns(head, rows)
+        if self.prefill is not None:
+            one = self.prefill
+            times = f"{one.tokens / one.high:.2f} to {one.tokens / one.low:.2f} s"
+            lines.append(f"  a prompt of {one.tokens:,} tokens: {_range(one)} tok/s, {times} (roof {_digits(one.roof)})")
+        return lines
+
+    def facts(self) -> list[str]:
+        """For the picture: a head, and lines of what is predicted."""
+        if not self.decode:
+            return []
+        lines = [f"{one.sequences:,} x {one.tokens:,} tokens: {_range(one)} tok/s" for one in self.decode]
+        return ["Predicted speed, not measured", *lines]
+
+
+def _range(speed: Speed, among: int = 1) -> str:
+    return f"{_digits(speed.low / among)} to {_digits(speed.high / among)}"
+
+
+def _digits(rate: float) -> str:
+    """Three digits: a prediction has no more."""
+    return f"{float(f'{rate:.3g}'):,.0f}" if rate >= 10 else f"{rate:.1f}"

@@ -1,0 +1,117 @@
+"""``appliance plan``: where the memory would go, on this machine or on cards that are not here, and what that is enough for."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, replace
+from json import dumps
+from pathlib import Path
+
+from appliance.config import EngineConfig
+from appliance.hub import demo_model, resolve
+from appliance.memory.answers import Answers
+from appliance.memory.cards import find_cards
+from appliance.memory.devices import DeviceInfo, this_device
+from appliance.memory.plan import PlanError
+from appliance.memory.planner import command_line
+from appliance.memory.settings import parse_length
+from appliance.memory.study import Study, smallest
+from appliance.memory.text import size_text
+from quant.errors import InputError
+
+_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The options of the command that are no options of the engine."""
+
+    json: bool = False
+    gpu: tuple[str, ...] = ()
+    memory: str | None = None
+    sequences: int | None = None
+    context: str | None = None
+    svg: Path | None = None
+
+
+def plan_command(engine: EngineConfig, asked: Asked) -> int:
+    """Print the plan and the answers. 0: fits; 1: does not fit, or not what was asked for. Raises InputError for bad input."""
+    directory = resolve(engine.model, engine.revision) if engine.model else demo_model()
+    engine = replace(engine, model=str(directory))
+    devices = chosen_devices(engine, asked)
+    weakest = min(devices, key=lambda device: device.capability or 0)
+    distinct = list(dict.fromkeys(devices))
+    try:
+        study = smallest([Study.read(directory, engine, device, len(devices), weakest) for device in distinct])
+        answers = Answers.of(study, devices, asked.sequences, _context(asked.context))
+    except PlanError as error:
+        return refused(error, engine, asked)
+    if asked.svg is not None:
+        draw(asked.svg, answers)
+    print(dumps(answers.to_dict(), indent=2) if asked.json else answers.text())
+    return 0 if answers.fits else 1
+
+
+def chosen_devices(engine: EngineConfig, asked: Asked) -> list[DeviceInfo]:
+    """The cards of --gpu; else a device with --memory; else this machine's. Raises InputError."""
+    size = None if asked.memory is None else parse_size("--memory", asked.memory)
+    if asked.gpu:
+        if engine.device == "cpu":
+            raise InputError("--gpu plans for a card, and --device cpu for none: leave out one of the two")
+        cards = [card.device() for card in find_cards(list(asked.gpu))]
+        if size is None:
+            return cards
+        return [replace(card, total=size, available=max(0, size - (card.total - card.available))) for card in cards]
+    kind = "cpu" if engine.device == "auto" else engine.device
+    if size is None:
+        return [this_device(kind)]
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"--device {kind!r} is not known; auto, cpu and cuda are")
+    name = f"a {'machine' if kind == 'cpu' else 'card'} with {size_text(size)}"
+    return [DeviceInfo(kind, name, size, size)]
+
+
+def parse_size(flag: str, text: str) -> int:
+    """24GiB, 24G and 24576MiB are 24 * 2^30 bytes; 24GB is 24 * 10^9. Raises InputError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(i?B)?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise InputError(f"{flag} is {text!r}: a size is needed, as in 24GiB, 512MiB or 24GB")
+    exponent = _UNITS[match[2].upper()]
+    unit = 10 ** (exponent // 10 * 3) if (match[3] or "").lower() == "b" else 1 << exponent
+    return int(float(match[1]) * unit)
+
+
+def _context(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        length = parse_length(text)
+    except InputError:
+        length = None
+    if length is None:
+        raise InputError(f"--context is {text!r}: a whole number of at least 2 tokens is needed (32k = 32,000, 32K = 32,768)")
+    return length
+
+
+def draw(path: Path, answers: Answers) -> None:
+    """Write the memory map. Raises InputError where that cannot be."""
+    from appliance.memory.picture import memory_map
+
+    try:
+        path.write_text(memory_map(answers.study.plan, answers.facts()), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--svg {path}: {error.strerror}") from None
+    print(f"appliance: note: the memory map is in {path}", file=sys.stderr)
+
+
+def refused(error: PlanError, engine: EngineConfig, asked: Asked) -> int:
+    """Say why the model does not fit and what would, each with its effect. Returns 1."""
+    if asked.json:
+        remedies = [{**one.to_dict(), "command": command_line(engine, one)} for one in error.remedies]
+        print(dumps({"fits": False, "error": str(error), "model": engine.model, "remedies": remedies}, indent=2))
+    print(f"appliance: error: {error}", file=sys.stderr)
+    if not asked.json:
+        for one in error.remedies:
+            print(f"  {one}: {one.effect}", file=sys.stderr)
+    return 1

@@ -1,0 +1,118 @@
+"""``appliance plan`` as people call it: cards that are not here, questions, pictures, and refusals with their exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from appliance import cli
+from appliance.plan_command import parse_size
+from quant.errors import InputError
+from tests.memory.test_planner import awq_checkpoint
+from tests.memory.test_shard import LLAMA_8B
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(awq_checkpoint(tmp_path_factory.mktemp("llama"), LLAMA_8B))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.run(["plan", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_card_that_is_not_here(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, model, "--gpu", "4090", "--sequences", "16", "--context", "4k")
+    assert (code, err) == (0, "")
+    for part in (
+        "NVIDIA GeForce RTX 4090 (cuda): 23.99 GiB",
+        "16 sequences at once: up to 8,",
+        "Sequences of 4,000 tokens: 3",
+        "16 sequences of 4,000 tokens fit at once",
+        "With other caches",
+        "Predicted speed, not measured",
+    ):
+        assert part in out, part
+
+
+def test_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, model, "--gpu", "RTX 4090", "--json", "--sequences", "9999999")
+    found = json.loads(out)
+    assert (code, err, found["fits"]) == (1, "", False) and found["asked"]["longest_context"] == 0
+    code, out, err = run(
+        capsys, model, "--gpu", "RTX 4090", "--json", "--max-model-len", "8192", "--gpu-memory-utilization", "0.26"
+    )
+    found = json.loads(out)
+    assert code == 1 and found["fits"] is False and "does not fit" in found["error"]
+    first = found["remedies"][0]
+    assert first["flags"].startswith("--gpu-memory-utilization") and first["effect"] and first["tokens"] >= 8192
+    assert first["command"].startswith(f"appliance serve {model} ") and err.startswith("appliance: error: ")
+
+
+def test_a_refusal_names_what_would_fit_with_its_effect(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, model, "--gpu", "4090", "--max-model-len", "8192", "--gpu-memory-utilization", "0.26")
+    lines = err.splitlines()
+    assert code == 1 and not out and lines[0].startswith("appliance: error: ") and len(lines) >= 2
+    assert all(": " in line and "room for" in line for line in lines[1:])
+
+
+def test_several_cards(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(capsys, model, "--gpu", "2x RTX 3090")
+    assert first[0] == 0 and first[1].startswith("Tensor parallel over 2 cards (NVIDIA GeForce RTX 3090)")
+    assert run(capsys, model, "--gpu", "3090", "--gpu", "3090") == first == run(capsys, model, "--gpu", "3090,3090")
+    code, out, _ = run(capsys, model, "--gpu", "3090,4060", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["device"]["name"] == "NVIDIA GeForce RTX 4060" and len(found["tensor_parallel"]["cards"]) == 2
+    assert run(capsys, model, "--gpu", "3x 3090")[0] == 2
+
+
+def test_another_size_of_memory(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, model, "--memory", "48GiB")
+    assert code == 0 and "a machine with 48.00 GiB (cpu): 48.00 GiB" in out and "No speed is predicted" in out
+    code, out, _ = run(capsys, model, "--gpu", "4090", "--memory", "48G")
+    assert code == 0 and "RTX 4090 (cuda): 48.00 GiB, 47.55 GiB available" in out
+    assert "a card with 16.00 GiB (cuda)" in run(capsys, model, "--device", "cuda", "--memory", "16GiB")[1]
+    sizes = {"24GiB": 24 << 30, "24g": 24 << 30, "24 GB": 24 * 10**9, "512MiB": 1 << 29, "1.5T": 3 << 39, "2kb": 2000}
+    assert {text: parse_size("--memory", text) for text in sizes} == sizes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--gpu 9090", "--gpu '9090' is not in the table of"),
+        ("--gpu A100", "--gpu 'A100' is one of several: "),
+        ("--gpu 4090 --device cpu", "--gpu plans for a card, and --device cpu for none"),
+        ("--memory 24", "--memory is '24': a size is needed"),
+        ("--memory 0G", "--memory is '0G': a size is needed"),
+        ("--device tpu --memory 24G", "--device 'tpu' is not known"),
+        ("--gpu 4090 --context auto", "--context is 'auto': a whole number of at least 2 tokens"),
+        ("--gpu 4090 --context 1", "--context is '1': a whole number of at least 2 tokens"),
+        ("--gpu 4090 --context 9000", "--context is 9000, but the model was made for at most 8192"),
+        ("--gpu 4090 --sequences 0", "--sequences is 0: at least 1 is needed"),
+        ("--gpu 4090 --sequences x", "Invalid value for --sequences"),
+        ("--gpu 4090 --svg /no/such/folder/a.svg", "--svg /no/such/folder/a.svg: No such file or directory"),
+    ],
+)
+def test_bad_input_is_one_line(model: str, arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, model, *arguments.split())
+    assert code == 2 and not out and len(err.splitlines()) == 1
+    assert err.startswith(f"appliance: error: {message}")
+
+
+def test_the_picture(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "map.svg"
+    code, out, err = run(capsys, model, "--gpu", "4090", "--svg", str(path), "--json")
+    assert code == 0 and json.loads(out)["fits"] and str(path) in err
+    words = "".join(ElementTree.parse(path).getroot().itertext())
+    assert "on NVIDIA GeForce RTX 4090" in words and "Predicted speed, not measured" in words
+
+
+def test_sizes_that_are_none() -> None:
+    for text in ("", "GiB", "-1G", "1e3G", "nanG", "24 GiB free", "24PB"):
+        with pytest.raises(InputError, match="--memory is"):
+            parse_size("--memory", text)
