@@ -42,8 +42,10 @@ def plan_command(engine: EngineConfig, asked: Asked) -> int:
     devices = chosen_devices(engine, asked)
     weakest = min(devices, key=lambda device: device.capability or 0)
     distinct = list(dict.fromkeys(devices))
+    elsewhere = asked.gpu or asked.memory is not None  # then this machine's memory is not the card's host's
+    host = None if elsewhere or weakest.kind == "cpu" else this_device("cpu")
     try:
-        study = smallest([Study.read(directory, engine, device, len(devices), weakest) for device in distinct])
+        study = smallest([Study.read(directory, engine, one, host=host, ranks=len(devices), weakest=weakest) for one in distinct])
         answers = Answers.of(study, devices, asked.sequences, _context(asked.context))
     except PlanError as error:
         return refused(error, engine, asked)

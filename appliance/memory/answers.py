@@ -131,8 +131,8 @@ class Answers:
         lines += columns(head, rows)
         if self.prefill is not None:
             one = self.prefill
-            times = f"{one.tokens / one.high:.2f} to {one.tokens / one.low:.2f} s"
-            lines.append(f"  a prompt of {one.tokens:,} tokens: {_range(one)} tok/s, {times} (roof {_digits(one.roof)})")
+            times = f"{_digits(1000 * one.tokens / one.high)} to {_digits(1000 * one.tokens / one.low)} ms"
+            lines.append(f"  a prompt of {one.tokens:,} tokens: {_range(one)} tok/s, {times} (roof {_digits(one.roof)} tok/s)")
         return lines
 
     def facts(self) -> list[str]:

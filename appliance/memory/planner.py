@@ -40,7 +40,7 @@ def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None =
     try:
         return fit(demand, settings, device, host)
     except PlanError as error:
-        raise advise(error, demand, settings, device, _variants(demand, spec, scheme, machinery), host) from None
+        raise advise(error, demand, settings, device, variants(demand, spec, scheme, machinery), host) from None
 
 
 def read_settings(config: EngineConfig, device: DeviceInfo) -> Settings:
@@ -48,7 +48,7 @@ def read_settings(config: EngineConfig, device: DeviceInfo) -> Settings:
     return Settings.from_config(config, device)
 
 
-def _variants(demand: Demand, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Variants:
+def variants(demand: Demand, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Variants:
     """What else the model could be: its head in int8, and its weights in 4 bits, where that is smaller."""
     head = Demand.of(spec, scheme, replace(machinery, head_bits=8), model=demand.model)
     small = Demand.of(spec, AWQ, machinery, model=demand.model)

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from appliance.memory.cards import Card
 from appliance.memory.offload import LINK_SHARE
 from appliance.memory.plan import MemoryPlan
-from appliance.memory.roofline import CAUTION, LAUNCH_S, TARGETS, Limits, Work, reach
+from appliance.memory.roofline import CAUTION, ENDS, LAUNCH_S, LAUNCHES, TARGETS, Limits, Work, reach
 
+HOST_S = 0.3e-3
+"""What the host works on a step that is recorded, at most: it prepares the next one meanwhile, so that the longer of both counts.
+A target, not a measurement."""
+LAUNCH_HOST_S = 20e-6
+"""What the host works on each launch of a step that is not recorded. An estimate until it has been measured."""
 SEQUENCES, CONTEXT = (1, 8, 32), 2048  # that speeds are predicted for, beside the most sequences
 
 
@@ -42,7 +47,7 @@ def decode_speeds(plan: MemoryPlan, work: Work, card: Card, context: int | None 
         reached, pause = (share or 1.0) * reach(card), LAUNCH_S if share == 1.0 else 2 * LAUNCH_S
         shares = None if share is None else TARGETS
         seconds = work.decode_s(limits, sequences, length, plan.kv.token_bytes, shares, reached, pause)
-        return sequences / plan.offload.step_seconds(seconds, _link(card, share))
+        return sequences / max(plan.offload.step_seconds(seconds, _link(card, share)), _host(plan, work, share))
 
     counts = sorted({count for count in (*SEQUENCES, most) if 1 <= count <= most})
     return [Speed.of(count, length, lambda share, count=count: rate(count, share)) for count in counts]  # type: ignore[misc]
@@ -55,9 +60,17 @@ def prefill_speed(plan: MemoryPlan, work: Work, card: Card, context: int | None 
 
     def rate(share: float | None) -> float:
         seconds = work.prefill_s(limits, length, None if share is None else share * reach(card))
-        return length / steps / plan.offload.step_seconds(seconds / steps, _link(card, share))
+        step = plan.offload.step_seconds(seconds / steps, _link(card, share))
+        return length / steps / max(step, _host(plan, work, share, recorded=False))
 
     return Speed.of(1, length, rate)
+
+
+def _host(plan: MemoryPlan, work: Work, share: float | None, *, recorded: bool = True) -> float:
+    """Seconds that the host works on a step."""
+    if share is None:
+        return 0.0
+    return (HOST_S if recorded and plan.graphs else (LAUNCHES * work.layers + ENDS) * LAUNCH_HOST_S) / share
 
 
 def _link(card: Card, share: float | None) -> float:

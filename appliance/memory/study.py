@@ -8,14 +8,14 @@ from functools import cached_property
 from pathlib import Path
 
 from appliance.config import EngineConfig
-from appliance.memory.advice import advise
+from appliance.memory.advice import Variants, advise
 from appliance.memory.cards import known_card
 from appliance.memory.demand import Demand
 from appliance.memory.devices import DeviceInfo
 from appliance.memory.fit import fit, last
 from appliance.memory.modules import Machinery
 from appliance.memory.plan import MemoryPlan, PlanError
-from appliance.memory.planner import make_plan
+from appliance.memory.planner import read_settings, variants
 from appliance.memory.roofline import Work
 from appliance.memory.settings import Settings
 from appliance.memory.shard import check_layout, shard, with_exchange
@@ -54,43 +54,47 @@ class CacheRow:
 class Study:
     """A model on a device, or on each of ``ranks`` cards: its headers are read once, and it is planned as often as is asked."""
 
-    directory: Path
-    config: EngineConfig
     device: DeviceInfo
+    host: DeviceInfo | None  # whose memory a card's plan must have; None: not asked
     ranks: int
-    demand: Demand  # of one rank
     settings: Settings
-    work: Work  # of one rank
+    demand: Demand  # of one rank, as all below
+    work: Work
+    variants: Variants
 
     @classmethod
     def read(
-        cls, directory: Path, config: EngineConfig, device: DeviceInfo, ranks: int = 1, weakest: DeviceInfo | None = None
+        cls,
+        directory: Path,
+        config: EngineConfig,
+        device: DeviceInfo,
+        *,
+        host: DeviceInfo | None = None,
+        ranks: int = 1,
+        weakest: DeviceInfo | None = None,
     ) -> Study:
         """``weakest``: the card that decides the dtype for all. Raises InputError for bad input and models that do not divide."""
-        settings = Settings.from_config(config, device)
-        found, scheme = read_scheme(CheckpointIndex.open(directory), config.quantization)
-        spec = ModelSpec.from_config(found)
+        settings = read_settings(config, device)
+        published, scheme = read_scheme(CheckpointIndex.open(directory), config.quantization)
+        spec = ModelSpec.from_config(published)
         machinery, part = Machinery.choose(config, spec.dtype, weakest or device), shard(spec, ranks)
         check_layout(spec, part, scheme, ranks)
-        demand = Demand.read(directory, config, device)
-        if ranks > 1:
-            demand = with_exchange(Demand.of(part, scheme, machinery, model=str(directory)), spec, ranks)
-        return cls(directory, config, device, ranks, demand, settings, Work.of(part, scheme, machinery))
+        demand = with_exchange(Demand.of(part, scheme, machinery, model=str(directory)), spec, ranks)
+        other = variants(demand, spec, scheme, machinery) if ranks == 1 else Variants()
+        return cls(device, host, ranks, settings, demand, Work.of(part, scheme, machinery), other)
 
     @cached_property
     def plan(self) -> MemoryPlan:
-        """Raises PlanError, with what would fit, where it does not."""
-        if self.ranks == 1:
-            return make_plan(self.directory, self.config, self.device)
+        """That of the engine (appliance/memory/planner.py). Raises PlanError, with what would fit, where it does not."""
         try:
-            return fit(self.demand, self.settings, self.device)
+            return fit(self.demand, self.settings, self.device, self.host)
         except PlanError as error:
-            raise advise(error, self.demand, self.settings, self.device) from None
+            raise advise(error, self.demand, self.settings, self.device, self.variants, self.host) from None
 
     def other(self, **changes: object) -> MemoryPlan | None:
         """The plan with other Settings; None where it does not fit."""
         try:
-            return fit(self.demand, replace(self.settings, **changes), self.device)  # type: ignore[arg-type]
+            return fit(self.demand, replace(self.settings, **changes), self.device, self.host)  # type: ignore[arg-type]
         except PlanError:
             return None
 

@@ -19,7 +19,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 def size_text(nbytes: int) -> str:
     """Bytes in the largest binary unit that keeps a digit before the point."""
     for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if nbytes >= 1 << shift:
+        if round(nbytes / (1 << shift), 2) >= 1:
             return f"{nbytes / (1 << shift):.2f} {unit}"
     return f"{nbytes} bytes"
 
@@ -105,22 +105,14 @@ def _parts(plan: MemoryPlan) -> list[str]:
     return lines
 
 
-def host_parts(plan: MemoryPlan) -> list[tuple[str, int]]:
-    """What a plan for a card takes of the host's memory, by name."""
-    if plan.device.kind == "cpu":
-        return []
-    layers = len(plan.offload.layers)
-    found = [
-        (f"swap space, {plan.swap_blocks:,} blocks", plan.swap_bytes),
-        (f"weights of {layers} layers", plan.offload.host_bytes),
-    ]
-    return [(name, size) for name, size in found if size]
-
-
 def host_lines(plan: MemoryPlan) -> list[str]:
-    """The host's memory, where some of it is taken."""
-    rows = [f"  {name:<28}{size_text(size):>13}" for name, size in host_parts(plan)]
-    return ["", "Host memory (pinned)", *rows] if rows else []
+    """What a plan for a card takes of the host's memory, and what it takes at most, while weights are loaded."""
+    if not plan.host:
+        return []
+    budget = "" if plan.host_budget is None else f" ({size_text(plan.host_budget)} available)"
+    rows = [(name, size) for name, size in plan.host.items() if size] + [("total", sum(plan.host.values()))]
+    lines = [f"  {name:<28}{size_text(size):>13}" for name, size in rows]
+    return ["", f"Host memory{budget}", *lines, f"  {'while loading, at most':<28}{size_text(plan.host_peak):>13}"]
 
 
 def measured_lines(plan: MemoryPlan) -> list[str]:

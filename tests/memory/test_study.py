@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from appliance.config import EngineConfig
+from appliance.memory import planner
 from appliance.memory.answers import Answers
 from appliance.memory.cards import find_card
 from appliance.memory.devices import MIB, DeviceInfo
-from appliance.memory.plan import PlanError
+from appliance.memory.plan import MemoryPlan, PlanError
 from appliance.memory.planner import make_plan
 from appliance.memory.roofline import CAUTION, TARGETS, Limits
 from appliance.memory.shard import EXCHANGE_BYTES
@@ -32,7 +33,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def study(model: Path, device: DeviceInfo = CARD, ranks: int = 1, **options: Any) -> Study:
-    return Study.read(model, EngineConfig(model=str(model), **options), device, ranks)
+    return Study.read(model, EngineConfig(model=str(model), **options), device, ranks=ranks)
+
+
+def engines(model: Path, device: DeviceInfo, **options: Any) -> MemoryPlan:
+    """The engine's plan; but for the memory of this machine, which is not the card's host."""
+    return replace(make_plan(model, EngineConfig(model=str(model), **options), device), host_budget=None)
+
+
+@pytest.fixture(autouse=True)
+def ample_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "this_device", lambda kind: DeviceInfo(kind, "host", 1 << 40, 1 << 40))
 
 
 @pytest.mark.parametrize(
@@ -43,8 +54,7 @@ def test_a_study_s_plan_is_the_engine_s(model: Path, device: DeviceInfo, options
     if device.kind == "cpu":
         options = {name: value for name, value in options.items() if name != "cpu_offload_gb"}
     found = study(model, device, **options)
-    assert found.plan == make_plan(model, found.config, device)
-    assert found.other() == found.plan
+    assert found.plan == found.other() == engines(model, device, **options)
 
 
 @pytest.mark.parametrize("count", [1, 5, 16, 64, 500])
@@ -53,11 +63,10 @@ def test_the_longest_context_of_so_many_sequences(model: Path, count: int) -> No
     longest = found.longest(count)
     assert longest is not None
     length = longest.max_model_len
-    flags = replace(found.config, max_num_seqs=max(count, found.plan.max_num_seqs), max_model_len=length)
-    made = make_plan(model, flags, CARD)
-    assert made.sequences(length) >= count
+    most = max(count, found.plan.max_num_seqs)
+    assert engines(model, CARD, max_num_seqs=most, max_model_len=length).sequences(length) >= count
     if length < 8192:
-        longer = make_plan(model, replace(flags, max_model_len=length + 1), CARD)
+        longer = engines(model, CARD, max_num_seqs=most, max_model_len=length + 1)
         assert longer.sequences(length + 1) < count
 
 
@@ -76,7 +85,7 @@ def test_sequences_of_a_context(model: Path) -> None:
     assert answers.to_dict()["asked"] == {"context": 4096, "sequences_of_context": found.plan.sequences(4096)}
     short = study(model, max_model_len=512)
     longer = Answers.of(short, [CARD], None, 4096)
-    assert longer.long == make_plan(model, replace(short.config, max_model_len=4096), CARD)
+    assert longer.long == engines(model, CARD, max_model_len=4096)
     with pytest.raises(InputError, match="--context is 8193, but the model was made for at most 8192 tokens"):
         Answers.of(found, [CARD], None, 8193)
     with pytest.raises(InputError, match="--sequences is 0: at least 1"):
@@ -96,7 +105,7 @@ def test_other_caches(model: Path) -> None:
     rows = {row.choice: row.plan for row in found.caches()}
     assert list(rows) == ["auto", "fp8", "int8", "int4"] and rows["auto"] == found.plan
     for choice in ("fp8", "int8", "int4"):
-        assert rows[choice] == make_plan(model, replace(found.config, kv_cache_dtype=choice), CARD)
+        assert rows[choice] == engines(model, CARD, kv_cache_dtype=choice)
     small = study(model, replace(CARD, total=7200 * MIB, available=7000 * MIB), max_model_len=8192, max_num_seqs=4)
     fits = {row.choice: row.plan is not None for row in small.caches()}
     assert fits["int4"] and not fits["auto"]
@@ -163,9 +172,9 @@ def test_the_weakest_card_decides_the_type(tmp_path: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
     turing, ampere = find_card("T4").device(), find_card("3090").device()
-    both = [Study.read(directory, EngineConfig(), device, 2, turing) for device in (turing, ampere)]
+    both = [Study.read(directory, EngineConfig(), device, ranks=2, weakest=turing) for device in (turing, ampere)]
     assert {found.plan.dtype for found in both} == {"float16"}
-    assert Study.read(directory, EngineConfig(), ampere, 2, ampere).plan.dtype == "bfloat16"
+    assert Study.read(directory, EngineConfig(), ampere, ranks=2, weakest=ampere).plan.dtype == "bfloat16"
 
 
 def test_json_has_stable_keys(model: Path) -> None:
