@@ -102,11 +102,12 @@ def engine_table(engines: list[Report], limits: dict[str, float]) -> str:
             share(one["prefill_ops_s"], rate),
             number(one["decode_tok_s"]),
             share(one["decode_bytes_s"], limits["copy"]) if "decode_bytes_s" in one else "",
+            number(one["predicted_tok_s"]) if "predicted_tok_s" in one else "",
         ]
         for one in engines
         if "error" not in one
     ]
-    found = table([*head, "of the copy's bandwidth"], rows)
+    found = table([*head, "of the copy's bandwidth", "predicted, with layers on the host"], rows)
     return found + "".join(f"\n{one['model']}: {one['error']}\n" for one in engines if "error" in one)
 
 

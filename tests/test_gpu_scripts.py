@@ -9,6 +9,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,5 +151,14 @@ def test_gpu_check_measures_an_engine(tmp_path: Path, monkeypatch: pytest.Monkey
     rows = gpu_engine.run(["tiny", "none"], tmp_path / "out", bench)
     assert [row["model"] for row in rows].count("tiny graphs") == 2 and rows[1]["decode_bytes_s"] > 0 < rows[0]["prefill_ops_s"]
     assert {row["error"] for row in rows if row["model"].startswith("none")} and not any("error" in r for r in rows[:2])
+    assert gpu_engine.bus(bench) > 0
+    offload = {"layers": [1], "step_bytes": 3e9}
+    engine: Any = SimpleNamespace(engine=SimpleNamespace(info=SimpleNamespace(plan={"offload": offload})))
+    row = {**rows[1], "model": "tiny 1 GiB freed"}
+    for link, rate in ((1e9, 2 / 3), (1e20, rows[1]["decode_tok_s"])):  # as fast as the bus, or as all on the card
+        assert gpu_engine.predicted(row, "tiny graphs", rows, engine, link)["predicted_tok_s"] == pytest.approx(rate)
+    assert gpu_engine.predicted({**row, "prompt": 9}, "tiny graphs", rows, engine, 1e9) == {}
+    rows.append({**row, "predicted_tok_s": 0.6667})
     text = gpu_report.markdown({"machine": {}, "command": "", "limits": {"copy": 1e9, "float16": 1e12}, "engine": rows})
+    assert "predicted, with layers on the host" in text and "0.667 |" in text
     assert "| tiny graphs | 2 | 8 |" in text and "none graphs: KeyError" in text
