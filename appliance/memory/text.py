@@ -17,9 +17,9 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def size_text(nbytes: int) -> str:
-    """Bytes in the largest binary unit that keeps a digit before the point."""
+    """Bytes in the largest binary unit that keeps a digit before the point, when rounded."""
     for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if round(nbytes / (1 << shift), 2) >= 1:
+        if round(nbytes / (1 << shift - 10), 2) >= 1024:
             return f"{nbytes / (1 << shift):.2f} {unit}"
     return f"{nbytes} bytes"
 

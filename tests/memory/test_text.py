@@ -39,7 +39,7 @@ def test_every_byte_of_the_device_has_a_name(kind: str) -> None:
 
 def test_sizes() -> None:
     assert [size_text(n) for n in (0, 1023, 1024, 1536, (1 << 20) - 1, 1020 << 20, 24564 << 20)] == [
-        "0 bytes", "1.00 KiB", "1.00 KiB", "1.50 KiB", "1.00 MiB", "1020.00 MiB", "23.99 GiB",
+        "0 bytes", "1023 bytes", "1.00 KiB", "1.50 KiB", "1.00 MiB", "1020.00 MiB", "23.99 GiB",
     ]  # fmt: skip
 
 
