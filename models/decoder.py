@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,8 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kernels.kv_cache import LARGEST
+from kernels.layout import SCALED_CACHES
 from kernels.ops import Forward, KVCache, Layer, Linear, Norm, Ops, PagedBatch, Stack, Weight
 from models.spec import ModelSpec
+
+log = logging.getLogger("appliance.loader")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Decoder:
     head: Weight
     cos_sin: Tensor  # float32 [max_len, rotary_dim]
     tied: bool
+    kv_largest: tuple[tuple[float, float] | None, ...] = ()  # of each layer's keys and values, where the checkpoint has scales
 
     @property
     def nbytes(self) -> int:
@@ -36,6 +42,15 @@ class Decoder:
     def dtype(self) -> torch.dtype:
         """Of activations."""
         return self.norm.dtype
+
+    def given_scales(self, dtype: str) -> list[tuple[float, float] | None]:
+        """What a cache of ``dtype`` takes as scales of each layer's keys and values instead of its own (KVCache.given)."""
+        largest = self.kv_largest or (None,) * self.spec.layers
+        if dtype not in SCALED_CACHES or dtype == "int4":
+            if any(largest):
+                log.info("the checkpoint's scales of keys and values are not used: a cache in %s has none such", dtype)
+            return [None] * len(largest)
+        return [None if pair is None else (pair[0] / LARGEST[dtype], pair[1] / LARGEST[dtype]) for pair in largest]
 
     def forward(self, ids: Tensor, batch: PagedBatch, caches: Sequence[KVCache]) -> Tensor:
         """Token ids int64 [T] -> hidden states [T, hidden] after the final norm; writes keys and values into ``caches``."""

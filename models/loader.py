@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.layout import head_bits, shares_table
 from kernels.ops import Layer, Linear, Ops, Weight
 from models.decoder import Decoder
+from models.kv_scales import read_largest
 from models.rope import cos_sin_table
 from models.spec import ModelSpec, ModuleShape
 from quant.checkpoint import Checkpoint
@@ -121,6 +122,8 @@ class _Loader:
             workers.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
         norm = self._norm("model.norm", self.spec.hidden)
+        attentions = (f"model.layers.{number}.self_attn" for number in range(self.spec.layers))
+        kv_largest = tuple(read_largest(self.checkpoint, name, self.spec.kv_heads) for name in attentions)
         rest = self.checkpoint.leftover()
         if rest:
             shown = ", ".join(rest[:5]) + (", ..." if len(rest) > 5 else "")
@@ -139,6 +142,7 @@ class _Loader:
             head=head,
             cos_sin=cos_sin_table(self.spec.rope, max_len).to(self.ops.device),
             tied=tied,
+            kv_largest=kv_largest,
         )
 
     def _tell(self) -> None:

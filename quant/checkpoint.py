@@ -36,8 +36,8 @@ LOADERS: dict[str, Callable[..., QuantTensor | Tensor]] = {
     "float-quantized": fp8.load,
     "fp8-block": fp8.load,
 }
-# Tensors that change nothing here: rotary tables and causal masks, which are computed; scales of a quantized KV cache, which is
-# this project's own choice at run time.
+# Tensors that change nothing here: rotary tables and causal masks, which are computed; scales of a quantized KV cache, as far
+# as models/kv_scales.py does not read them.
 IGNORABLE = re.compile(
     r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias)|attention\.(bias|masked_bias)"
     r"|(k|v|q|kv|prob)_(scale|zero_point)|(k|v)_proj\.(k|v|output)_scale|self_attn\.attn\.(k|v|q)_scale)"

@@ -86,7 +86,7 @@ class Runner:
         self.decoder, self.device, self.block_size = decoder, device, plan.kv.block_size
         self.runs_ahead = lane is not None and decoder.ops.sample is not None
         spare = 0 if recorder is None else 1  # a block for what fills up recorded steps
-        self.caches = allocate_caches(plan, plan.num_blocks + spare, device=device)
+        self.caches = allocate_caches(plan, plan.num_blocks + spare, device=device, given=decoder.given_scales(plan.kv.dtype))
         self._mover = make_mover(decoder.ops.name, self.caches, plan.swap_blocks)
         self._forward = decoder.bind(self.caches, max_tokens=plan.max_num_batched_tokens)
         self._staging = None if lane is None else Staging(_input_bytes(plan), lane, device)
@@ -228,9 +228,10 @@ def _input_bytes(plan: MemoryPlan) -> int:
     return input_bytes(plan.max_num_batched_tokens, plan.max_num_seqs, plan.kv.blocks(plan.max_model_len))
 
 
-def allocate_caches(plan: MemoryPlan, blocks: int, *, device: torch.device) -> list[KVCache]:
-    """The whole pool, layer by layer."""
+def allocate_caches(
+    plan: MemoryPlan, blocks: int, *, device: torch.device, given: Sequence[tuple[float, float] | None]
+) -> list[KVCache]:
+    """The whole pool, layer by layer; ``given``: the checkpoint's scales of each, as ``Decoder.given_scales`` has them."""
     kv = plan.kv
-    return [
-        KVCache.zeros(blocks, kv.block_size, kv.kv_heads, kv.head_dim, dtype=kv.dtype, device=device) for _ in range(kv.layers)
-    ]
+    shape = blocks, kv.block_size, kv.kv_heads, kv.head_dim
+    return [KVCache.zeros(*shape, dtype=kv.dtype, device=device, given=scales) for scales in given]
