@@ -43,6 +43,7 @@ class Scheduler:
         priorities: bool = False,
         swaps: Callable[[Request], bool] = lambda request: True,
         fair_tokens: int = FAIR_TOKENS,
+        watermark: float = WATERMARK,
     ) -> None:
         """``host``: blocks of host memory, for requests that give way where ``swaps`` says so, and for cached prefixes."""
         if max_num_batched_tokens < 1 or max_num_seqs < 1:
@@ -54,6 +55,7 @@ class Scheduler:
             priorities,
             fair_tokens,
         )
+        self.reserve = int(watermark * pool.num_blocks)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every running decode fits into every step
         self.running: list[Request] = []
@@ -104,8 +106,8 @@ class Scheduler:
         budget, place = self.max_num_batched_tokens, 0
         while place < len(self.running):
             request, place = self.running[place], place + 1
-            if request.held or request.known >= request.max_total:  # its last token is under way
-                continue
+            if request.held or request.known >= request.max_total or (request.beam and request.ahead):
+                continue  # the last token is under way, or its group decides what comes after this one
             while (chunk := self._chunk(request, budget - len(self.running) + place)) is None:  # a token for each of those behind
                 preempted.append(self._preempt(self.running[-1]))
                 if preempted[-1] is request:
@@ -203,12 +205,15 @@ class Scheduler:
         return Chunk(request, start, end - start, end == known)
 
     def _head(self) -> Request | None:
-        """The next to be admitted, unless its next token is under way, or its siblings' leader is amid their prompt."""
-        while self.waiting and self.waiting[0].finished:
-            self._drop(self.waiting[0])
-        if not self.waiting or self.waiting[0].ahead:
+        """The next to be admitted, unless its next token is under way, or its siblings' leader is amid their prompt.
+
+        Who waits for its group is passed over: the others may be behind it.
+        """
+        while (request := next((r for r in self.waiting if r.finished or not r.held), None)) is not None and request.finished:
+            self._drop(request)
+        if request is None or request.ahead:
             return None
-        request, leader = self.waiting[0], self.waiting[0].leader
+        leader = request.leader
         led = leader is not None and leader.running and not request.output_len and leader.landed < leader.prompt_len
         return None if led else request
 
@@ -234,7 +239,12 @@ class Scheduler:
         need = self.store.room_for(places, self.store.blocks(max(known, min(known + 1, request.max_total - 1))))
         if first < len(places) and not places[first].host and self.pool.holders(places[first].block):
             need += 1  # it writes there, so it gets a copy
-        return need + (int(WATERMARK * self.pool.num_blocks) if self.running else 0)
+        return need
+
+    @property
+    def _room(self) -> int:
+        """How many blocks an admission may take."""
+        return self.pool.free - (self.reserve if self.running else 0)
 
     def _admit(self, budget: int) -> Request | None:
         """Move the head of the queue to the running ones, if there is budget, a seat, and blocks for all of it."""
@@ -244,11 +254,11 @@ class Scheduler:
         if self._blocked is not None and self._blocked[0] is request:
             _, need, patience = self._blocked
             self._blocked = (request, need, patience - 1)
-            if need > self.pool.free and patience:
+            if need > self._room and patience and budget < self.max_num_batched_tokens:  # and others go on
                 return None
         places, computed = self._places(request)
         need = self._need(request, places, computed)
-        if need > self.pool.free or not self.store.fetch(request, places, expect=self.store.blocks(request.max_total - 1)):
+        if need > self._room or not self.store.fetch(request, places, expect=self.store.blocks(request.max_total - 1)):
             self._blocked = (request, need, PATIENCE)
             return None
         self._blocked = None
@@ -257,31 +267,30 @@ class Scheduler:
             request.cached = min(computed, request.prompt_len)
             self.prompt_tokens_found += request.cached
             self.prompt_tokens_found_in_host += min(request.cached, sum(p.host for p in places) * self.pool.block_size)
-        del self.waiting[0]
+        self.waiting.remove(request)
         insort(self.running, request, key=_ticket)
         request.running, request.admitted_len = True, len(request.tokens)
         request.computed = request.landed = computed
         return request
 
     def _make_room(self) -> list[Request]:
-        """Preempt for the head of the queue: those of lower priority, and those that have had their turn."""
+        """Preempt for the head of the queue: those of lower priority, those that wait anyway, those that have had their turn."""
         head = self._head()
         if head is None or not self.running:
             return []
-        turns = [r for r in self.running if r.known - r.admitted_len >= self.fair_tokens and r.ticket[0] == head.ticket[0]]
-        turns.sort(key=lambda r: r.admitted_len - r.known)
+        peers = [r for r in self.running if r.ticket[0] == head.ticket[0]]
+        turns = [r for r in peers if r.held or r.known - r.admitted_len >= self.fair_tokens]
+        turns.sort(key=lambda r: (not r.held, r.admitted_len - r.known))
         victims = [r for r in reversed(self.running) if r.ticket[0] > head.ticket[0]] + turns
         if not victims:
             return []
-        lack = self._need(head, *self._places(head)) - self.pool.free
+        most = self.pool.free + sum(len(r.blocks) for r in victims) - (self.reserve if len(victims) < len(self.running) else 0)
         seats = 1 + len(self.running) - self.max_num_seqs
-        if (lack > 0 and lack > sum(len(r.blocks) for r in victims)) or seats > len(victims):
+        if self._need(head, *self._places(head)) > most or seats > len(victims):
             return []
-        gone = []
-        while victims and (lack > 0 or seats > 0):
-            free = self.pool.free
+        gone: list[Request] = []
+        while victims and (self._need(head, *self._places(head)) > self._room or seats > len(gone)):
             gone.append(self._preempt(victims.pop(0), last=True))
-            lack, seats = lack - (self.pool.free - free), seats - 1
         return gone
 
     def _drop(self, request: Request) -> None:
