@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 
 from appliance.core.blocks import BlockPool, PoolError
@@ -41,9 +40,14 @@ def audit(
 
 
 def _owners(pool: BlockPool, held: Sequence[Sequence[int]]) -> None:
-    owners = Counter(block for blocks in held for block in blocks)
-    if any(len(set(blocks)) != len(blocks) for blocks in held) or len(owners) != pool.used:
-        raise PoolError(f"{pool.used} blocks in use, {owners.total()} owned, {len(owners)} of them different")
+    owners: dict[int, int] = {}
+    for blocks in held:
+        if len(set(blocks)) != len(blocks):
+            raise PoolError(f"a request owns a block twice: {list(blocks)}")
+        for block in blocks:
+            owners[block] = owners.get(block, 0) + 1
+    if len(owners) != pool.used:
+        raise PoolError(f"{pool.used} blocks in use, {sum(owners.values())} owned, {len(owners)} of them different")
     for block, count in owners.items():
         if pool.holders(block) != count:
             raise PoolError(f"block {block} is owned by {count} requests, but has {pool.holders(block)} references")

@@ -125,15 +125,16 @@ class BlockPool:
             raise PoolError(f"{self.num_blocks} blocks, but a map of {len(self._map)} and {len(self._counts)} counts")
         if blank + kept != self.free or blank + kept + used != self.num_blocks:
             raise PoolError(f"{self.free} blocks counted free, {blank + kept} of {self.num_blocks} marked free")
-        for block, count in enumerate(self._counts):
-            if count < 0 or (count == 0) != (self._map[block] != 0):
-                raise PoolError(f"block {block} has {count} references and is marked {'free' if self._map[block] else 'used'}")
-        if {key: block for block, key in self._keys.items()} != self._places or len(self._keys) != len(self._places):
+        if [count > 0 for count in self._counts] != [state == 0 for state in self._map] or min(self._counts) < 0:
+            for block, count in enumerate(self._counts):
+                if count < 0 or (count == 0) != (self._map[block] != 0):
+                    state = "free" if self._map[block] else "used"
+                    raise PoolError(f"block {block} has {count} references and is marked {state}")
+        if dict(zip(self._keys.values(), self._keys)) != self._places or len(self._keys) != len(self._places):
             raise PoolError("the keys of blocks and the blocks of keys disagree")
-        marked = {block for block, state in enumerate(self._map) if state == 2}
-        if self._kept.keys() != marked or not marked <= self._keys.keys():
-            raise PoolError(f"{len(marked)} blocks are marked kept, {len(self._kept)} listed, {len(self._keys)} have keys")
-        if any(count == 0 and self._map[block] == 1 and block in self._keys for block, count in enumerate(self._counts)):
+        if len(self._kept) != kept or any(self._map[block] != 2 or block not in self._keys for block in self._kept):
+            raise PoolError(f"{kept} blocks are marked kept, {len(self._kept)} listed, {len(self._keys)} have keys")
+        if any(self._map[block] == 1 for block in self._keys):
             raise PoolError("a blank block has a key")
 
     def _evict(self) -> None:
