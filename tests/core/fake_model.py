@@ -1,59 +1,144 @@
-"""A model of one line over a real paged cache: the next token is a hash of everything that is stored for the sequence.
+"""A model of one line over real paged memory: the next token is a hash of everything that is stored for the sequence.
 
-It reads only what it finds in the slots of the request's block table, so a wrong table, a stale slot or a block with two
-owners gives other tokens than ``alone``.
+Memory is two dictionaries, of the pool and of the host: block -> what each of its slots holds, a position, a token and a salt in
+one number. A step's copies are carried out one after another, then all its tokens are stored, then every chunk reads all that is
+before it through its block table, and has to find just its own tokens there. That is the order in which a device works that is
+told step after step; its host may know the tokens later (``commit`` them after the next step was run).
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 
+from appliance.core.blocks import BlockPool
 from appliance.core.params import SamplingParams
 from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler
 from appliance.core.step import StepPlan
+from appliance.core.store import Copy
 
 VOCAB = 1000
+SPOILT = -1
+SALTS = ("", "tenant-1", "tenant-2")
+
+
+_params = cache(lambda max_tokens: SamplingParams(max_tokens=max_tokens))
 
 
 def make_request(
-    name: str, prompt: Sequence[int], max_tokens: int, *, index: int = 0, eos: Iterable[int] = (), arrival: float = 0.0
+    name: str,
+    prompt: Iterable[int],
+    max_tokens: int,
+    *,
+    index: int = 0,
+    eos: Iterable[int] = (),
+    seed: int = 0,
+    priority: int = 0,
+    salt: str = "",
+    leader: Request | None = None,
+    beam: bool = False,
 ) -> Request:
-    params = SamplingParams(max_tokens=max_tokens)
-    total = len(prompt) + max_tokens
-    return Request(name, index, list(prompt), len(prompt), params, total, 0, arrival, frozenset(eos))
+    tokens = list(prompt)
+    params, total = _params(max_tokens), len(tokens) + max_tokens
+    return Request(
+        name, index, tokens, len(tokens), params, total, seed, 0.0, frozenset(eos), priority, salt, leader=leader, beam=beam
+    )
 
 
-def next_token(tokens: Sequence[int]) -> int:
-    return zlib.crc32(repr(list(tokens)).encode()) % VOCAB
+def next_token(tokens: Sequence[int], seed: int = 0) -> int:
+    return zlib.crc32(array("q", tokens).tobytes(), seed) % VOCAB
 
 
-def alone(prompt: Sequence[int], max_tokens: int, eos: Iterable[int] = ()) -> list[int]:
+def alone(prompt: Iterable[int], max_tokens: int, eos: Iterable[int] = (), seed: int = 0) -> list[int]:
     """All tokens of a request that runs by itself, without blocks or chunks."""
     tokens = list(prompt)
     for _ in range(max_tokens):
-        tokens.append(next_token(tokens))
+        tokens.append(next_token(tokens, seed))
         if tokens[-1] in eos:
             break
     return tokens
 
 
-class FakeRunner:
-    """Stores (position, token) by slot and samples from what it reads back."""
+def codes(tokens: Iterable[int], salt: str, first: int = 0) -> list[int]:
+    """What the slots of these tokens hold, the first of which has position ``first``."""
+    base = SALTS.index(salt) << 40
+    return [base + (position << 20) + token for position, token in enumerate(tokens, first)]
 
+
+class SpoilingPool(BlockPool):
+    """A pool whose blocks lose what they contain when they become blank and when they are given out.
+
+    It says so among the copies, in order: "spoil". ``fails`` decides which allocations return None for no reason.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, host: bool = False, fails: Callable[[], bool] = lambda: False
+    ) -> None:
+        super().__init__(num_blocks, block_size)
+        self.kind, self.fails = "spoil host" if host else "spoil", fails
+        self.log: Callable[[Copy], None] = lambda copy: None
+        self.faults = 0
+
+    def allocate(self, n: int, *, after: int | None = None, expect: int = 0) -> list[int] | None:
+        if n and self.fails():
+            self.faults += 1
+            return None
+        blocks = super().allocate(n, after=after, expect=expect)
+        self._spoil(blocks or [])
+        return blocks
+
+    def release(self, blocks: Sequence[int]) -> None:
+        super().release(blocks)
+        self._spoil(block for block in blocks if self._counts[block] == 0 and block not in self._keys)
+
+    def _spoil(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self.log(Copy(self.kind, block, block))  # type: ignore[arg-type]
+
+
+class FakeRunner:
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
-        self.cache: dict[int, tuple[int, int]] = {}
-        self.sampled: dict[Request, int] = {}  # what the host may not know yet
+        self.pool: dict[int, list[int]] = {}
+        self.host: dict[int, list[int]] = {}
+        self.sampled: dict[Request, int] = {}  # by the last step: what the host may not know yet
+        for pool in (scheduler.pool, scheduler.store.host):
+            if isinstance(pool, SpoilingPool):
+                pool.log = lambda copy: scheduler.store.copies.append(copy)  # the list is replaced now and then
 
     def run(self, plan: StepPlan) -> list[int | None]:
-        for chunk in plan.chunks:  # as on a device: all keys and values are stored before any is read
-            for position in range(chunk.start, chunk.start + chunk.length):
-                self.cache[self._slot(chunk.request, position)] = (position, self._token(chunk.request, position))
-        found = [self._sample(chunk.request, chunk.start + chunk.length) if chunk.samples else None for chunk in plan.chunks]
+        self.copy(plan.copies)
+        tokens = [[*c.request.tokens, self.sampled.get(c.request, SPOILT)][: c.start + c.length] for c in plan.chunks]
+        wanted = [codes(known, chunk.request.salt) for chunk, known in zip(plan.chunks, tokens, strict=True)]
+        for chunk, want in zip(plan.chunks, wanted, strict=True):
+            self._store(chunk.request.blocks, want, chunk.start)
+        found: list[int | None] = []
+        for chunk, known, want in zip(plan.chunks, tokens, wanted, strict=True):
+            have = [code for block in chunk.request.blocks for code in self.pool[block]][: len(want)]
+            assert have == want, f"{chunk.request.key} reads what is not its own at {_differ(have, want)}"
+            found.append(next_token(known, chunk.request.seed) if chunk.samples else None)
         self.sampled = {chunk.request: token for chunk, token in zip(plan.chunks, found, strict=True) if token is not None}
         return found
+
+    def copy(self, copies: Iterable[Copy]) -> None:
+        for kind, source, target in copies:
+            if kind == "out":
+                self.host[target] = self.pool[source][:]
+            elif kind == "in":
+                self.pool[target] = self.host[source][:]
+            elif kind == "copy":
+                self.pool[target] = self.pool[source][:]
+            else:
+                (self.pool if kind == "spoil" else self.host)[target] = self._blank()
+
+    def spoil(self) -> None:
+        """A step failed: nothing is what it was."""
+        for memory in (self.pool, self.host):
+            memory.update((block, self._blank()) for block in memory)
+        self.sampled = {}
 
     def step(self) -> tuple[StepPlan, list[Request]]:
         plan = self.scheduler.schedule()
@@ -70,14 +155,19 @@ class FakeRunner:
         assert not self.scheduler.has_work, f"unfinished after {limit} steps"
         return ended
 
-    def _slot(self, request: Request, position: int) -> int:
+    def _blank(self) -> list[int]:
+        return [SPOILT] * self.scheduler.pool.block_size
+
+    def _store(self, blocks: Sequence[int], want: Sequence[int], start: int) -> None:
+        """Write what is wanted from ``start`` on; nobody else may see a change."""
         size = self.scheduler.pool.block_size
-        return request.blocks[position // size] * size + position % size
+        for position in range(start, len(want)):
+            block, slot = blocks[position // size], position % size
+            held = self.pool.setdefault(block, self._blank())
+            if held[slot] != want[position]:
+                assert self.scheduler.pool.holders(block) == 1, f"block {block} is written, and others hold it"
+                held[slot] = want[position]
 
-    def _token(self, request: Request, position: int) -> int:
-        return request.tokens[position] if position < len(request.tokens) else self.sampled[request]
 
-    def _sample(self, request: Request, known: int) -> int:
-        stored = [self.cache[self._slot(request, p)] for p in range(known)]
-        assert [position for position, _ in stored] == list(range(len(stored))), "a slot holds another position's token"
-        return next_token([token for _, token in stored])
+def _differ(have: Sequence[int], want: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(have, want)) if a != b), len(have))

@@ -1,0 +1,315 @@
+"""Random histories of the scheduler: what may happen, and what must hold after each thing that does.
+
+    python -m tests.core.histories --count 1000000 --first 0
+
+A history is what a source of choices makes of it: a seed's random numbers here, hypothesis in test_scheduler_histories.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from array import array
+from collections.abc import Callable
+from functools import cache
+
+from appliance.core import store
+from appliance.core.request import Request
+from appliance.core.scheduler import Scheduler
+from appliance.core.step import StepPlan
+from tests.core.fake_model import SALTS, FakeRunner, SpoilingPool, alone, codes, make_request, next_token
+
+Choose = Callable[[int], int]  # choose(n): one of 0 .. n - 1
+Flight = tuple[StepPlan, list[int | None]]
+NEVER = 10**6
+
+
+class PlainKey:
+    """In place of sha256: the key of a block is all that it stands for, in plain text."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def digest(self) -> bytes:
+        return self.data
+
+
+@cache
+def contents(key: bytes, size: int) -> list[int]:
+    """Of a block with a plain key."""
+    salt, tokens = (key[:8].decode(), key[8:]) if key.startswith(b"tenant") else ("", key)
+    told = array("q", tokens)
+    return codes(told[-size:], salt, len(told) - size)
+
+
+class History:
+    """One scheduler, its fake device, and what every request alive must come to."""
+
+    def __init__(self, choose: Choose) -> None:
+        self.choose, self.faulty = choose, False
+        size = (4, 1, 2, 8)[choose(4)]
+        blocks = 1 + choose(20)
+        host_blocks = (0, 1, 4, 40)[choose(4)]
+        self.fault_rate = (0, 0, 0, 12)[choose(4)]
+        pool = SpoilingPool(blocks, size, fails=self._fails)
+        host = SpoilingPool(host_blocks, size, host=True, fails=self._fails) if host_blocks else None
+        swaps = (lambda request: True, lambda request: False, lambda request: bool(self.choose(2)))[choose(3)]
+        self.scheduler = Scheduler(
+            pool,
+            max_num_batched_tokens=1 + choose(24),
+            max_num_seqs=1 + choose(8),
+            host=host,
+            caching=bool(choose(2)),
+            priorities=bool(choose(2)),
+            swaps=swaps,
+            fair_tokens=(NEVER, 1, 3, 8)[choose(4)],
+            watermark=(0.0, 0.1, 0.3)[choose(3)],
+        )
+        self.capacity = blocks * size
+        self.runner = FakeRunner(self.scheduler)
+        self.alive: dict[Request, list[int]] = {}  # with the tokens that each must end with (of a beam: that it must have now)
+        self.groups: list[list[Request]] = []  # beams, from the best on
+        self.prompts: list[list[int]] = [[(7 * i + 3 * doc) % 50 for i in range(64)] for doc in range(3)]
+        self.waits: dict[Request, tuple[tuple[int, int], int]] = {}  # ticket, and how many steps it may wait with that
+        self.count = 0
+        self.flight: Flight | None = None  # computed, but not known yet
+        self.faulty = True
+
+    def act(self) -> None:
+        """Something happens."""
+        if not self.alive:
+            self.add()
+        (self.add, self.ahead, self.ahead, self.ahead, self.step, self.step, self.step, self.step, self.abort, self.mishap)[
+            self.choose(10)
+        ]()
+
+    def add(self) -> None:
+        """A request of one or several completions; its prompt begins like others, or goes on from an earlier answer."""
+        choose = self.choose
+        max_tokens = 1 + choose(min(16, self.capacity))
+        prompt = self.prompts[choose(len(self.prompts))][: 1 + choose(40)]
+        prompt = (prompt + [1 + choose(3)] * choose(3))[: self.capacity + 1 - max_tokens]
+        n, ends, beams = (1, 1, 2, 4)[choose(4)], choose(2), not choose(4)
+        priority, salt, leader = choose(3), SALTS[max(0, choose(6) - 3)], None
+        group = []
+        for index in range(n):
+            seed = 1000 * choose(3) + index
+            answer = alone(prompt, max_tokens, seed=seed)
+            eos = {answer[len(prompt) + choose(max_tokens)]} if ends and not beams else set()
+            request = make_request(
+                f"r{self.count}",
+                prompt,
+                max_tokens,
+                index=index,
+                eos=eos,
+                seed=seed,
+                priority=priority,
+                salt=salt,
+                leader=leader,
+                beam=beams,
+            )
+            leader = leader or request
+            self.scheduler.add(request)
+            group.append(request)
+            self.alive[request] = prompt[:] if beams else alone(prompt, max_tokens, eos, seed)
+        if beams:
+            self.groups.append(group)
+        self.count += 1
+        self.check()
+
+    def step(self) -> None:
+        """What is under way lands, and a whole step goes by."""
+        self.land()
+        self.ahead()
+        self.land()
+
+    def ahead(self) -> None:
+        """A step is decided and computed before the tokens of the one before are known."""
+        plan = self.schedule()
+        sampled = self.runner.run(plan)
+        self.check_contents()
+        self.land()
+        self.flight = plan, sampled
+
+    def land(self) -> None:
+        if self.flight is not None:
+            (plan, sampled), self.flight = self.flight, None
+            for request in self.scheduler.commit(plan, sampled):
+                assert request.finish_reason in ("stop", "length", "error")
+            self.take_ended()
+            self.decide()
+            self.check()
+
+    def abort(self) -> None:
+        """One request, or one of its completions, at any time."""
+        if not self.alive:
+            return
+        request = list(self.alive)[self.choose(len(self.alive))]
+        one = self.choose(2)
+        found = self.scheduler.abort(request.request_id, request.index if one else None)
+        assert request in found and all(r.request_id == request.request_id for r in found)
+        for r in found:
+            assert r.finished and not r.blocks and not r.host
+            assert (r.finish_reason == "abort") == (self.alive.pop(r, None) is not None)
+        self.decide()
+        self.check()
+
+    def mishap(self) -> None:
+        """A step fails when it is launched, or when it lands; or somebody ends a request that runs."""
+        what = self.choose(3)
+        if what == 0 or not self.alive:
+            running = [r for r in self.scheduler.running if not r.finished]
+            if running:
+                running[self.choose(len(running))].finish_reason = "error"
+                self.take_ended(error=True)
+                self.decide()
+            return
+        if what == 1:  # its copies are not carried out; what was under way before it lands
+            self.schedule()
+            self.land()
+        elif self.choose(2):  # what is under way fails, and the next one was launched already
+            self.runner.run(self.schedule())
+        self.flight = None
+        for request in self.scheduler.recover():
+            assert request.finished and not request.blocks and not request.host
+            self.alive.pop(request, None)
+        self.runner.spoil()
+        self.decide()
+        self.check()
+
+    def take_ended(self, error: bool = False) -> None:
+        for request in [r for r in self.alive if r.finished]:
+            tokens = self.alive.pop(request)
+            if request.finish_reason == "error":
+                assert error
+            else:
+                assert request.tokens == tokens and not request.blocks and not request.host
+                self.prompts.append(tokens)
+
+    def decide(self) -> None:
+        """Groups of beams all of which wait: each goes on from one of them, chosen anyhow, or the group ends."""
+        for group in self.groups:
+            group[:] = [r for r in group if r in self.alive]
+            under_way = {chunk.request for chunk in self.flight[0].chunks} if self.flight else set()
+            if not group or not all(r.held for r in group) or under_way & {*group}:
+                continue
+            parents = [group[self.choose(len(group))] for _ in group]
+            told = [next_token([*p.tokens, i]) for i, p in enumerate(parents)]
+            expected = [[*self.alive[p], token] for p, token in zip(parents, told)]
+            self.scheduler.branch(list(zip(group, parents, told)))
+            for request, tokens in zip(group, expected):
+                self.alive[request] = tokens
+                assert request.tokens == tokens and not request.held
+                if len(tokens) == request.max_total:
+                    request.finish_reason = "length"
+                    del self.alive[request]
+
+    def schedule(self) -> StepPlan:
+        """One plan, with all that must hold of any."""
+        scheduler = self.scheduler
+        faults = self.faults
+        before = [r for r in scheduler.running if not r.finished]
+        queue = [r for r in scheduler.waiting if not r.finished]
+        plan = scheduler.schedule()
+        self.check()
+        assert plan.num_tokens <= scheduler.max_num_batched_tokens and len(plan.chunks) <= scheduler.max_num_seqs
+        planned = {chunk.request for chunk in plan.chunks}
+        assert len(planned) == len(plan.chunks)
+        for request, start, length, samples in plan.chunks:
+            known = request.known - samples  # before this step
+            assert not request.finished and not request.held
+            assert length >= 1 and start + length == request.computed <= known and samples == (request.computed == known)
+        resting = {r for r in scheduler.running if r not in planned}
+        assert planned <= {*scheduler.running}
+        for r in resting:
+            assert r.held or (r.ahead and (r.beam or r.known == r.max_total)), "every other running request advances"
+        if faults == self.faults:
+            came = {r for r in scheduler.running if r not in before}
+            passed = [r for r in queue if r in scheduler.waiting and not r.held]
+            assert all(a.ticket < w.ticket for a in came for w in passed), "somebody was overtaken"
+            assert plan.chunks or plan.preempted or self.flight or not self.alive, "nothing goes on"
+            self.count_waits()
+        else:
+            self.waits.clear()
+        return plan
+
+    def count_waits(self) -> None:
+        """Nobody waits for longer than all before it may take for a turn each, and the time to compute again what they had."""
+        scheduler = self.scheduler
+        if scheduler.priorities or self.groups:
+            return
+        waits, self.waits = self.waits, {}
+        for request in scheduler.waiting:
+            ticket, left = waits.get(request, (None, 0))
+            if ticket != request.ticket:
+                before = [r for r in self.alive if r.ticket <= request.ticket]
+                left = sum(min(scheduler.fair_tokens, r.max_total - len(r.tokens)) + r.max_total + 4 for r in before)
+            assert left > 0, f"{request.key} waits for too long"
+            self.waits[request] = request.ticket, left - 1
+
+    def finish(self) -> None:
+        """Nothing more arrives or fails: all end, right, in a bounded number of steps, and nothing leaks."""
+        self.faulty = False
+        self.waits.clear()
+        limit = 10 + sum((r.max_total + 4) * (r.max_total - len(r.tokens) + 2) for r in self.alive)
+        while self.alive:
+            self.ahead() if self.choose(2) else self.step()
+            limit -= 1
+            assert limit > 0, "a request does not end"
+        self.land()
+        self.scheduler.schedule()  # drops what was ended elsewhere
+        self.check()
+        host = self.scheduler.store.host
+        assert not self.scheduler.has_work and self.scheduler.pool.used == 0 and (host is None or host.used == 0)
+
+    @property
+    def faults(self) -> int:
+        return sum(pool.faults for pool in (self.scheduler.pool, self.scheduler.store.host) if pool is not None)
+
+    def check(self) -> None:
+        self.scheduler.check()
+        assert {r for r in (*self.scheduler.running, *self.scheduler.waiting) if not r.finished} == {*self.alive}
+        for request, tokens in self.alive.items():
+            assert request.tokens == tokens[: len(request.tokens)], "not the tokens it would have alone"
+
+    def check_contents(self) -> None:
+        """Every block that has a key contains what the key says, here and there."""
+        for pool, memory in ((self.scheduler.pool, self.runner.pool), (self.scheduler.store.host, self.runner.host)):
+            for block, key in pool._keys.items() if pool is not None else ():
+                assert memory[block] == contents(key, pool.block_size), f"block {block} does not contain what its key says"
+
+    def _fails(self) -> bool:
+        return self.faulty and self.fault_rate > 0 and not self.choose(self.fault_rate)
+
+
+def random_history(seed: int, actions: int = 30) -> History:
+    draw = random.Random(seed).random
+    history = History(lambda n: int(draw() * n))
+    for _ in range(actions):
+        history.act()
+    history.finish()
+    return history
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--actions", type=int, default=30)
+    args = parser.parse_args()
+    store.sha256 = PlainKey  # type: ignore[assignment,misc]
+    begun = time.perf_counter()
+    for seed in range(args.first, args.first + args.count):
+        try:
+            random_history(seed, args.actions)
+        except Exception as error:
+            error.add_note(f"seed {seed}")
+            raise
+        if (seed + 1 - args.first) % 10_000 == 0:
+            print(f"{seed + 1 - args.first} histories, {time.perf_counter() - begun:.0f} s", flush=True)
+    print(f"{args.count} histories from seed {args.first} on, {time.perf_counter() - begun:.1f} s: all right")
+
+
+if __name__ == "__main__":
+    main()
