@@ -11,6 +11,7 @@ import torch
 from appliance.config import EngineConfig
 from appliance.runtime.engine import Engine
 from tests.runtime.conftest import answers, submit
+from tests.tiny_model import Shape, make_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card")
 
@@ -34,6 +35,16 @@ def test_recorded_steps_equal_launched_ones(tiny: Path) -> None:
     """The same kernels on as many rows or more: a rare near-tie may turn over, as tiles depend on the rows."""
     recorded, launched = answers(load(tiny), requests()), answers(load(tiny, enforce_eager=True), requests())
     assert sum(recorded[key] == launched[key] for key in launched) >= len(launched) - 2
+
+
+@pytest.mark.parametrize("gib", [4e-5, 1.0])
+def test_streamed_layers_equal_resident_ones(tmp_path: Path, gib: float) -> None:
+    """Some layers, or all, in host memory: the same kernels on the same bits."""
+    deep = make_checkpoint(tmp_path, shape=Shape(layers=7))
+    streamed = load(deep, cpu_offload_gb=gib)
+    assert len(streamed.info.plan["offload"]["layers"]) == (3 if gib < 1 else 7)  # type: ignore[index, arg-type]
+    found = answers(streamed, requests())
+    assert found == answers(streamed, requests()) == answers(load(deep, enforce_eager=True), requests())
 
 
 def test_first_tokens_are_those_of_the_cpu(tiny: Path) -> None:

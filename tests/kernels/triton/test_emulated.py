@@ -45,8 +45,9 @@ def test_compiled_code(card: int, file: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not INTERPRETED, reason="tests/runtime/test_cuda.py runs the engine on a card")
-def test_whole_engine() -> None:
-    run(90, "tests/runtime/test_emulated_engine.py")
+@pytest.mark.parametrize("file", ["emulated_engine", "offload"])
+def test_whole_engine(file: str) -> None:
+    run(90, f"tests/runtime/test_{file}.py")
 
 
 def run(card: int, *tests: str) -> None:
