@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from json import dumps
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 from appliance.config import EngineConfig
 from appliance.hub import demo_model, resolve
 from appliance.memory.answers import Answers
-from appliance.memory.cards import find_cards
-from appliance.memory.devices import DeviceInfo, this_device
+from appliance.memory.cards import Card, find_cards
+from appliance.memory.devices import MIB, DeviceInfo, this_device
 from appliance.memory.plan import PlanError
 from appliance.memory.planner import command_line
 from appliance.memory.settings import parse_length
@@ -44,11 +45,11 @@ def plan_command(engine: EngineConfig, asked: Asked) -> int:
     distinct = list(dict.fromkeys(devices))
     elsewhere = asked.gpu or asked.memory is not None  # then this machine's memory is not the card's host's
     host = None if elsewhere or weakest.kind == "cpu" else this_device("cpu")
+    studies = [Study.read(directory, engine, one, host=host, ranks=len(devices), weakest=weakest) for one in distinct]
     try:
-        study = smallest([Study.read(directory, engine, one, host=host, ranks=len(devices), weakest=weakest) for one in distinct])
-        answers = Answers.of(study, devices, asked.sequences, _context(asked.context))
+        answers = Answers.of(smallest(studies), devices, asked.sequences, _context(asked.context))
     except PlanError as error:
-        return refused(error, engine, asked)
+        return refused(error, engine, asked, studies[0].larger())
     if asked.svg is not None:
         draw(asked.svg, answers)
     print(dumps(answers.to_dict(), indent=2) if asked.json else answers.text())
@@ -107,13 +108,18 @@ def draw(path: Path, answers: Answers) -> None:
     print(f"appliance: note: the memory map is in {path}", file=sys.stderr)
 
 
-def refused(error: PlanError, engine: EngineConfig, asked: Asked) -> int:
-    """Say why the model does not fit and what would, each with its effect. Returns 1."""
+def refused(error: PlanError, engine: EngineConfig, asked: Asked, larger: Sequence[Card]) -> int:
+    """Say why the model does not fit and what would, each with its effect; ``larger``: cards on which it fits. Returns 1."""
     if asked.json:
         remedies = [{**one.to_dict(), "command": command_line(engine, one)} for one in error.remedies]
-        print(dumps({"fits": False, "error": str(error), "model": engine.model, "remedies": remedies}, indent=2))
+        cards = [card.name for card in larger]
+        found = {"fits": False, "error": str(error), "model": engine.model, "remedies": remedies, "cards_that_fit": cards}
+        print(dumps(found, indent=2))
     print(f"appliance: error: {error}", file=sys.stderr)
     if not asked.json:
         for one in error.remedies:
             print(f"  {one}: {one.effect}", file=sys.stderr)
+        if larger:
+            names = ", ".join(f"{card.name} ({size_text(card.memory * MIB)})" for card in larger)
+            print(f"  another card: the smallest that would do are {names}", file=sys.stderr)
     return 1

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from appliance import cli
+from appliance.memory.cards import find_card
 from appliance.plan_command import parse_size
 from quant.errors import InputError
 from tests.memory.test_planner import awq_checkpoint
@@ -51,6 +52,7 @@ def test_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 1 and found["fits"] is False and "does not fit" in found["error"]
     first = found["remedies"][0]
     assert first["flags"].startswith("--gpu-memory-utilization") and first["effect"] and first["tokens"] >= 8192
+    assert find_card(found["cards_that_fit"][0]).memory > 24564
     assert first["command"].startswith(f"appliance serve {model} ") and err.startswith("appliance: error: ")
 
 
@@ -58,7 +60,8 @@ def test_a_refusal_names_what_would_fit_with_its_effect(model: str, capsys: pyte
     code, out, err = run(capsys, model, "--gpu", "4090", "--max-model-len", "8192", "--gpu-memory-utilization", "0.26")
     lines = err.splitlines()
     assert code == 1 and not out and lines[0].startswith("appliance: error: ") and len(lines) >= 2
-    assert all(": " in line and "room for" in line for line in lines[1:])
+    assert all(": " in line and "room for" in line for line in lines[1:-1])
+    assert lines[-1].startswith("  another card: the smallest that would do are GeForce RTX 5090 (31.84 GiB), ")
 
 
 def test_several_cards(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,7 +131,7 @@ class Answers:
         lines += columns(head, rows)
         if self.prefill is not None:
             one = self.prefill
-            times = f"{_digits(1000 * one.tokens / one.high)} to {_digits(1000 * one.tokens / one.low)} ms"
+            times = f"{one.tokens / one.high:.2g} to {one.tokens / one.low:.2g} s"
             lines.append(f"  a prompt of {one.tokens:,} tokens: {_range(one)} tok/s, {times} (roof {_digits(one.roof)} tok/s)")
         return lines
 

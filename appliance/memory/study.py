@@ -9,9 +9,9 @@ from pathlib import Path
 
 from appliance.config import EngineConfig
 from appliance.memory.advice import Variants, advise
-from appliance.memory.cards import known_card
+from appliance.memory.cards import CARDS, Card, known_card
 from appliance.memory.demand import Demand
-from appliance.memory.devices import DeviceInfo
+from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.fit import fit, last
 from appliance.memory.modules import Machinery
 from appliance.memory.plan import MemoryPlan, PlanError
@@ -113,6 +113,15 @@ class Study:
         if length > self.demand.max_len:
             raise InputError(f"--context is {length}, but the model was made for at most {self.demand.max_len} tokens")
         return self.plan if length <= self.plan.max_model_len else self.other(max_len=length)
+
+    def larger(self, most: int = 3) -> list[Card]:
+        """The smallest cards of the table on which the model fits, of different sizes; none where the plan is for a CPU."""
+        found: list[Card] = []
+        for card in sorted(CARDS, key=lambda card: card.memory):
+            apart = not found or card.memory > 1.1 * found[-1].memory
+            if self.device.kind == "cuda" and len(found) < most and apart and card.memory * MIB > self.device.total:
+                found += [card] if replace(self, device=card.device()).other() is not None else []
+        return found
 
     def caches(self) -> list[CacheRow]:
         """The same plan with each kind of cache."""

@@ -12,7 +12,7 @@ import pytest
 from appliance.config import EngineConfig
 from appliance.memory import planner
 from appliance.memory.answers import Answers
-from appliance.memory.cards import find_card
+from appliance.memory.cards import CARDS, find_card
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.plan import MemoryPlan, PlanError
 from appliance.memory.planner import make_plan
@@ -175,6 +175,19 @@ def test_the_weakest_card_decides_the_type(tmp_path: Path) -> None:
     both = [Study.read(directory, EngineConfig(), device, ranks=2, weakest=turing) for device in (turing, ampere)]
     assert {found.plan.dtype for found in both} == {"float16"}
     assert Study.read(directory, EngineConfig(), ampere, ranks=2, weakest=ampere).plan.dtype == "bfloat16"
+
+
+def test_the_smallest_cards_that_would_do(model: Path) -> None:
+    found = study(model, find_card("RTX 2060").device())
+    with pytest.raises(PlanError):
+        _ = found.plan
+    first, *others = found.larger()
+    assert engines(model, first.device()).num_blocks > 0 and len(others) == 2
+    for card in CARDS:
+        if card.memory < first.memory:
+            with pytest.raises(PlanError):
+                engines(model, card.device())
+    assert study(model, replace(CPU, available=4 << 30)).larger() == []
 
 
 def test_json_has_stable_keys(model: Path) -> None:
