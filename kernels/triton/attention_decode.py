@@ -115,7 +115,7 @@ def _decode(  # type: ignore[no-untyped-def]
     live = in_group < GROUP
     heads = kv_head * GROUP + in_group
     q, q_sum = load_queries(q_ptr + token * q_token_stride, heads * q_head_stride, live, D, WIDTH, CODE)
-    top, total, low, acc = start(q, CODE)
+    top, total, low, acc = start(q, BLOCK_N, CODE)
     positions = in_group * 0 + (length - 1)
     table = tables_ptr + sequence.to(tl.int64) * table_stride
     for tile in range(first, last):

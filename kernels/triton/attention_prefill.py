@@ -103,7 +103,7 @@ def _prefill(  # type: ignore[no-untyped-def]
     heads = kv_head * GROUP + row % GROUP
     tokens = (first_row + query).to(tl.int64)
     q, q_sum = load_queries(q_ptr, tokens * q_token_stride + heads * q_head_stride, live, D, WIDTH, CODE)
-    top, total, low, acc = start(q, CODE)
+    top, total, low, acc = start(q, 1, CODE)
     before = tl.load(lengths_ptr + sequence) - queries
     positions = before + query
     earliest = before + tile * TOKENS

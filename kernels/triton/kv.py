@@ -9,12 +9,13 @@ in base 2 (score * scale * log2 e); ``fold`` updates, for each row r of queries,
 Codes (CODE: "e4m3", "e5m2", "int8", "int4") are read as 16-bit words of neighbours along the head dimension, two or four in each:
 the features of each place in a word are a tensor of their own, with a product for scores and an accumulator of its own, because
 operands of smaller elements would be gathered byte by byte. A token's scales never touch its elements. Its key's scale multiplies
-its score. Its value's scale u joins the exponent, 2^(score + log2 u - top), so that shares stay in 0..1 whatever the scales are,
-which fp16 needs; ``total`` gets the shares divided by u again. In int4 a key's least value has the same product with a row's
-queries as any other constant, least * sum of q; a value's is the same for all features, so one number for each row sums them up:
+its score. Its value's scale u multiplies its weight, and top is the maximum of score + log2 u, or nearly so: then shares,
+weight * u, are at most 1.1 whatever the scales are, which fp16 needs, while ``total`` has the weights. In int4 a key's least
+value has the same product with a row's queries as any other constant; a value's is the same for all features: one number for
+each row, low.
 
     key = code * step + least      q . key = step * (q . codes) + least * sum of q
-    value = code * u + least       acc += share * code      low += share / u * least      out = (acc + low) / total
+    value = code * u + least       acc += weight * u * code      low += weight * least      out = (acc + low) / total
 """
 
 from __future__ import annotations
@@ -135,10 +136,14 @@ def _apart(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def start(q, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(top, total, low, acc) of the rows of ``q`` that have seen nothing; acc is a tuple like q."""
+def start(q, COLUMNS: tl.constexpr, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(top, total, low, acc) of the rows of ``q`` that have seen nothing; acc is a tuple like q.
+
+    COLUMNS: BLOCK_N, and sums over tokens stay apart by their place in a tile until the end, which saves the threads that share a
+    row from meeting for them; or 1, which saves registers. total and low are [M, COLUMNS].
+    """
     top = tl.full((q[0].shape[0],), LOWEST, tl.float32)
-    total = tl.zeros((q[0].shape[0],), tl.float32)
+    total = tl.zeros((q[0].shape[0], COLUMNS), tl.float32)
     acc = ()
     for _ in tl.static_range(len(q)):
         acc = acc + (tl.zeros(q[0].shape, tl.float32),)  # type: ignore[assignment]
@@ -148,14 +153,17 @@ def start(q, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def finish(top, total, low, acc, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
     """(attention float32 [M, WIDTH], its log2-sum-exp2 [M]); zeros for rows that have seen nothing."""
-    total = tl.maximum(total, 1e-30)
+    total = tl.maximum(tl.sum(total, 1), 1e-30)
+    share = (1.0 / total)[:, None]
     if CODE == "":
-        found = acc[0]
+        found = acc[0] * share
     elif CODE == "int4":
-        found = tl.interleave(tl.interleave(acc[0], acc[2]), tl.interleave(acc[1], acc[3])) + low[:, None]
+        low = tl.sum(low, 1)[:, None] * share
+        even = tl.interleave(acc[0] * share + low, acc[2] * share + low)
+        found = tl.interleave(even, tl.interleave(acc[1] * share + low, acc[3] * share + low))
     else:
-        found = tl.interleave(acc[0], acc[1])
-    return found * (1.0 / total)[:, None], top + tl.log2(total)
+        found = tl.interleave(acc[0] * share, acc[1] * share)
+    return found, top + tl.log2(total)
 
 
 @triton.jit
@@ -176,6 +184,17 @@ def product(a, b, acc, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
     if ASM == 0:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _log2(x):  # type: ignore[no-untyped-def]
+    """Of float32 > 0, at most 0.09 too small: exponent and mantissa read as one number. The exact one takes ten times as long."""
+    return x.to(tl.int32, bitcast=True).to(tl.float32) * (1.0 / 8388608.0) - 127.0
+
+
+@triton.jit
+def _columns(x, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.sum(x, 1, keep_dims=True) if COLUMNS == 1 else x
 
 
 @triton.jit
@@ -214,13 +233,14 @@ def fold(  # type: ignore[no-untyped-def]
     scores = product(q[0], k[0], None, ASM)
     for i in tl.static_range(1, PARTS):
         scores = product(q[i], k[i], scores, ASM)
-    scores *= scale
-    if CODE != "":
+    if CODE == "":
+        scores *= scale
+    else:
         base, rows = token_rows(table, first, tokens, live, scale_block_stride, scale_token_stride, BLOCK_SIZE, BLOCK_N)
         step, least = load_scales(k_scale_ptr + base + kv_head + rows, live, CODE)
         units, v_least = load_scales(v_scale_ptr + base + kv_head + rows, live, CODE)
         units = tl.maximum(units, LEAST_SCALE)
-        scores = scores * step[None, :] + tl.log2(units)[None, :]
+        scores *= (step * scale)[None, :]
         if CODE == "int4":
             scores += (q_sum * scale)[:, None] * least[None, :]
     if MASKED:
@@ -228,13 +248,18 @@ def fold(  # type: ignore[no-untyped-def]
         if WINDOW:
             seen = seen & (tokens[None, :] > positions[:, None] - window)
         scores = tl.where(seen, scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    shares = tl.exp2(scores - new_top[:, None])
+    if CODE == "":
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_top[:, None])
+        shares = weights
+    else:
+        new_top = tl.maximum(top, tl.max(scores + _log2(units)[None, :], 1))
+        weights = tl.exp2(scores - new_top[:, None])
+        shares = weights * units[None, :]
     shrink = tl.exp2(top - new_top)
-    weights = shares if CODE == "" else shares * (1.0 / units)[None, :]
-    total = total * shrink + tl.sum(weights, 1)
+    total = total * shrink[:, None] + _columns(weights, total.shape[1])
     if CODE == "int4":
-        low = low * shrink + tl.sum(weights * v_least[None, :], 1)
+        low = low * shrink[:, None] + _columns(weights * v_least[None, :], low.shape[1])
     v, shares, sums = numbers(v, DTYPE, CODE, ASM), shares.to(DTYPE), ()
     for i in tl.static_range(PARTS):
         sums = sums + (product(shares, v[i], acc[i] * shrink[:, None], ASM),)  # type: ignore[assignment]

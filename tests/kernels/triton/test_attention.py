@@ -197,7 +197,7 @@ def test_keys_and_values_in_one_tensor(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", SCALED_CACHES)
-@pytest.mark.parametrize("sequences", [[(300, 1)], [(200, 70)]])
+@pytest.mark.parametrize("sequences", [[(300, 1)], [(50, 40)]])
 def test_scales_of_every_size(sequences: list[tuple[int, int]], kind: str, dtype: torch.dtype) -> None:
     """Tokens of zeros, tiny and large ones side by side: shares times scales neither overflow nor vanish."""
     batch, cache = make_step(sequences, head_dim=32)
