@@ -34,7 +34,6 @@ HARMLESS: dict[str, tuple[object, ...]] = {
     "enable_prefix_caching": (False, None),
     "enable_chunked_prefill": (True, None),
     "load_format": ("auto", "safetensors"),
-    "cpu_offload_gb": (0,),
 }
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from appliance.memory.devices import this_device
 from appliance.memory.offload import Offload
 from appliance.memory.planner import PlanError
 from appliance.memory.text import size_text
@@ -25,15 +24,8 @@ class Offloading:
     """The layers of one model that a plan has out, from before it is loaded until it can run."""
 
     def __init__(self, offload: Offload, device: torch.device) -> None:
-        """PlanError where the host has too little memory."""
         self.offload, self.device = offload, device
         self._parked: dict[int, Parked] = {}
-        available = this_device("cpu").available
-        if offload.host_bytes > available:
-            raise PlanError(
-                f"--cpu-offload-gb: {len(offload.layers)} layers take {size_text(offload.host_bytes)} of host memory, of which "
-                f"{size_text(available)} are available: a smaller one, more host memory, or a smaller model is needed"
-            )
 
     def take(self, number: int, layer: Layer) -> Layer:
         """For models.loader: a layer that is out is moved to the host, and what is returned holds nothing of its weights.

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.config import GIB, EngineConfig
+from appliance.memory import planner
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.offload import NOTHING, Offload, offloaded
 from appliance.memory.planner import MemoryPlan, PlanError, make_plan
@@ -93,6 +94,14 @@ def test_the_cost_is_that_of_a_simulation(depth: int, share: float, ratio: float
     assert expected * 0.999 <= seconds <= expected * 1.001 + (depth / count + 1 if count % 2 or depth % count else 0)
 
 
+HOST = DeviceInfo("cpu", "a host", 64 * GIB, 60 * GIB)
+
+
+@pytest.fixture(autouse=True)
+def large_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "this_device", lambda kind: HOST)
+
+
 def plan(directory: Path, **options: object) -> MemoryPlan:
     given = {"model": str(directory), "device": "cuda", "max_model_len": 4096, "max_num_seqs": 16, **options}
     return make_plan(directory, EngineConfig(**given), CARD)  # type: ignore[arg-type]
@@ -134,6 +143,13 @@ def test_a_model_larger_than_the_card(eight: Path) -> None:
     assert not answers[0] and answers[-1] and answers == sorted(answers)
 
 
+def test_a_host_that_is_too_small(eight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan(eight, cpu_offload_gb=3.0).host["streamed weights"] > 3 * GIB
+    monkeypatch.setattr(planner, "this_device", lambda kind: replace(HOST, available=5 * GIB))
+    with pytest.raises(PlanError, match="host"):
+        plan(eight, cpu_offload_gb=3.0)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -144,6 +160,6 @@ def test_a_model_larger_than_the_card(eight: Path) -> None:
     ],
 )
 def test_refusals(eight: Path, options: dict[str, object], text: str) -> None:
-    device = CARD if options.pop("device", "cuda") == "cuda" else DeviceInfo("cpu", "a CPU", 64 * GIB, 60 * GIB)
+    device = CARD if options.pop("device", "cuda") == "cuda" else HOST
     with pytest.raises(InputError, match=text):
         make_plan(eight, EngineConfig(**options), device)  # type: ignore[arg-type]
