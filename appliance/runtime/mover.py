@@ -14,6 +14,10 @@ from kernels.ops import KVCache
 
 
 class Mover(Protocol):
+    @property
+    def host_bytes(self) -> int:
+        """Of the slots."""
+
     def move(self, copies: Sequence[Copy]) -> None:
         """Carry out the copies as if one after another."""
 
@@ -45,16 +49,17 @@ class PlainMover:
 
     def __init__(self, caches: Sequence[KVCache], slots: int) -> None:
         """``slots``: blocks of host memory, which are allocated here."""
-        # As bytes: torch does not copy rows of every type by their numbers.
-        self._pool = [tensor.view(torch.uint8) for cache in caches for tensor in cache.tensors]
-        self._host = [torch.zeros((slots, *tensor.shape[1:]), dtype=torch.uint8) for tensor in self._pool if slots]
+        # As rows of words: torch does not select rows of every type, and copies rows of one dimension in one piece.
+        self._pool = [tensor.view(tensor.shape[0], -1).view(torch.int64) for cache in caches for tensor in cache.tensors]
+        self._host = [torch.zeros((slots, tensor.shape[1]), dtype=torch.int64) for tensor in self._pool]
+        self.host_bytes = sum(tensor.nbytes for tensor in self._host)
 
     def move(self, copies: Sequence[Copy]) -> None:
         for kind, sources, targets in batches(copies):
             into = self._host if kind == "out" else self._pool
             for source, target in zip(self._host if kind == "in" else self._pool, into, strict=True):
-                rows = source[torch.tensor(sources, device=source.device)]
-                target[torch.tensor(targets, device=target.device)] = rows.to(target.device)
+                rows = source.index_select(0, torch.tensor(sources, device=source.device))
+                target.index_copy_(0, torch.tensor(targets, device=target.device), rows.to(target.device))
 
     def wait(self, chunks: Sequence[Chunk]) -> None:
         pass
@@ -67,6 +72,7 @@ class CardMover:
         from kernels.triton.transfer import Transfers
 
         self._transfers = Transfers(caches, slots=slots, room=STAGED_BLOCKS)
+        self.host_bytes = slots * self._transfers.block_bytes
         self._block_size = caches[0].block_size
         self._busy = False
 
