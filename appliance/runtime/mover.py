@@ -13,6 +13,10 @@ from appliance.memory.inputs import STAGED_BLOCKS
 from kernels.ops import KVCache
 
 
+AT_ONCE = 64
+"""Blocks that are copied in one go, at most: so little memory is taken meanwhile that it is no part of any plan."""
+
+
 class Mover(Protocol):
     @property
     def host_bytes(self) -> int:
@@ -33,7 +37,8 @@ def batches(copies: Sequence[Copy]) -> Iterator[tuple[str, list[int], list[int]]
     touched: set[int] = set()  # what a later copy of the same kind must not write; within the pool not read either
     for copy in copies:
         within = copy.kind == "copy"  # elsewhere sources and targets have numbers of their own
-        if copy.kind != kind or copy.target in touched or (within and copy.source in touched):
+        clash = copy.target in touched or (within and copy.source in touched)
+        if copy.kind != kind or clash or len(sources) == AT_ONCE:
             if sources:
                 yield kind, sources, targets
             kind, sources, targets, touched = copy.kind, [], [], set()

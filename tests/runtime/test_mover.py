@@ -1,0 +1,59 @@
+"""Copies of blocks, carried out in batches as if one after another."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from appliance.core.store import Copy
+from appliance.runtime.mover import AT_ONCE, PlainMover, batches
+from kernels.kv_cache import KVCache
+
+BLOCKS, SLOTS = 12, 7
+
+
+def caches(dtype: str) -> list[KVCache]:
+    made = [KVCache.zeros(BLOCKS, 8, 3, 16, dtype=dtype, device=torch.device("cpu")) for _ in range(2)]
+    for tensor in (t for cache in made for t in cache.tensors):
+        tensor.view(torch.uint8).random_(0, 256)
+    return made
+
+
+def copies(rng: random.Random, count: int) -> list[Copy]:
+    kinds = {"out": (BLOCKS, SLOTS), "in": (SLOTS, BLOCKS), "copy": (BLOCKS, BLOCKS)}
+    chosen = [rng.choice(["out", "out", "in", "copy"]) for _ in range(count)]
+    return [Copy(kind, rng.randrange(kinds[kind][0]), rng.randrange(kinds[kind][1])) for kind in chosen]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8_e4m3", "int8", "int4"])
+def test_as_if_one_after_another(dtype: str) -> None:
+    """Against whole blocks moved about in plain dictionaries; every tensor of a block, scales too."""
+    rng = random.Random(dtype)
+    made = caches(dtype)
+    tensors = [t.view(torch.uint8) for cache in made for t in cache.tensors]
+    pool = {b: [t[b].clone() for t in tensors] for b in range(BLOCKS)}
+    host = {s: [torch.zeros_like(t[0]) for t in tensors] for s in range(SLOTS)}
+    mover = PlainMover(made, SLOTS)
+    for _ in range(30):
+        wanted = copies(rng, rng.randrange(12))
+        mover.move(wanted)
+        for copy in wanted:
+            source = (host if copy.kind == "in" else pool)[copy.source]
+            (host if copy.kind == "out" else pool)[copy.target] = source
+        for block, expected in pool.items():
+            assert all(torch.equal(t[block], one) for t, one in zip(tensors, expected, strict=True))
+
+
+def test_batches_keep_what_depends_on_each_other_apart() -> None:
+    rng = random.Random(1)
+    for _ in range(200):
+        wanted = copies(rng, 40)
+        found = list(batches(wanted))
+        assert [Copy(kind, s, t) for kind, sources, targets in found for s, t in zip(sources, targets, strict=True)] == wanted  # type: ignore[arg-type]
+        for kind, sources, targets in found:
+            assert len(set(targets)) == len(targets)
+            assert kind != "copy" or not set(targets) & set(sources)
+    assert [len(sources) for _, sources, _ in batches([Copy("out", i, i) for i in range(AT_ONCE + 3)])] == [AT_ONCE, 3]
+    assert list(batches([])) == []
