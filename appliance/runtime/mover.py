@@ -12,7 +12,6 @@ from appliance.core.store import Copy
 from appliance.memory.inputs import STAGED_BLOCKS
 from kernels.ops import KVCache
 
-
 AT_ONCE = 64
 """Blocks that are copied in one go, at most: so little memory is taken meanwhile that it is no part of any plan."""
 

@@ -24,7 +24,8 @@ def caches(dtype: str) -> list[KVCache]:
 def copies(rng: random.Random, count: int) -> list[Copy]:
     kinds = {"out": (BLOCKS, SLOTS), "in": (SLOTS, BLOCKS), "copy": (BLOCKS, BLOCKS)}
     chosen = [rng.choice(["out", "out", "in", "copy"]) for _ in range(count)]
-    return [Copy(kind, rng.randrange(kinds[kind][0]), rng.randrange(kinds[kind][1])) for kind in chosen]  # type: ignore[arg-type]
+    found = [Copy(kind, rng.randrange(kinds[kind][0]), rng.randrange(kinds[kind][1])) for kind in chosen]  # type: ignore[arg-type]
+    return [copy for copy in found if copy.kind != "copy" or copy.source != copy.target]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8_e4m3", "int8", "int4"])
