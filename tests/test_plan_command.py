@@ -112,7 +112,7 @@ def test_the_picture(model: str, capsys: pytest.CaptureFixture[str], tmp_path: P
     code, out, err = run(capsys, model, "--gpu", "4090", "--svg", str(path), "--json")
     assert code == 0 and json.loads(out)["fits"] and str(path) in err
     words = "".join(ElementTree.parse(path).getroot().itertext())
-    assert "on NVIDIA GeForce RTX 4090" in words and "Predicted speed, not measured" in words
+    assert "on NVIDIA GeForce RTX 4090" in words and "Predicted decode speed, not measured" in words
 
 
 def test_sizes_that_are_none() -> None:

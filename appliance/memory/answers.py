@@ -139,8 +139,11 @@ class Answers:
         """For the picture: a head, and lines of what is predicted."""
         if not self.decode:
             return []
-        lines = [f"{one.sequences:,} x {one.tokens:,} tokens: {_range(one)} tok/s" for one in self.decode]
-        return ["Predicted speed, not measured", *lines]
+        lines = [
+            f"{one.sequences:,} sequence{'s' * (one.sequences > 1)} of {one.tokens:,} tokens: {_range(one)} tok/s"
+            for one in self.decode
+        ]
+        return ["Predicted decode speed, not measured", *lines]
 
 
 def _range(speed: Speed, among: int = 1) -> str:

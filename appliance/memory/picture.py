@@ -15,7 +15,7 @@ WIDTH, MARGIN = 960, 32
 INNER, RIGHT = WIDTH - 2 * MARGIN, MARGIN + 430  # the right column
 COLORS = {
     "weights": ("#1f4e8c", "#2f6db5", "#4a8bd1", "#76abe0", "#a6c9ee"),
-    "workspace": ("#c77700", "#e08e0b", "#f0a832", "#f6c064", "#fad694"),
+    "workspace": ("#c77700", "#e08e0b", "#f0a832", "#f6c064", "#fad694", "#fce6bd"),
     "CUDA graphs": ("#a64d79",),
     "runtime": ("#6e7781",),
     "swap space": ("#7b61c4",),
@@ -141,10 +141,11 @@ def _sizes(nbytes: int, total: int, right: int, y: int) -> list[str]:
 
 
 def _pool(plan: MemoryPlan, y: int, x: int) -> tuple[list[str], int]:
-    """The blocks as squares, those of one sequence of the longest length filled."""
+    """The blocks as squares, those of one sequence filled: of a length of which some fit, where there is one."""
     kv, columns = plan.kv, (WIDTH - MARGIN - x) // CELL
+    length = next((n for n in reversed(plan.lengths()) if plan.sequences(n) >= 4), plan.max_model_len)
     each = max(1, -(-plan.num_blocks // (columns * ROWS)))
-    cells, one = -(-plan.num_blocks // each), -(-kv.blocks(plan.max_model_len) // each)
+    cells, one = -(-plan.num_blocks // each), -(-kv.blocks(length) // each)
     out = [_text(x, y, f"KV cache: {plan.num_blocks:,} blocks of {kv.block_size} tokens", "head")]
     for cell in range(cells):
         left, top = x + cell % columns * CELL, y + 12 + cell // columns * CELL
@@ -152,7 +153,7 @@ def _pool(plan: MemoryPlan, y: int, x: int) -> tuple[list[str], int]:
         out.append(f'<rect class="{kind}" x="{left}" y="{top}" width="{CELL - 3}" height="{CELL - 3}" rx="2"/>')
     y += 12 + -(-cells // columns) * CELL
     squares = f"a square is {each:,} blocks; " if each > 1 else ""
-    out.append(_text(x, y + 14, f"{squares}filled: one sequence of {plan.max_model_len:,} tokens", "small"))
+    out.append(_text(x, y + 14, f"{squares}filled: one sequence of {length:,} tokens", "small"))
     return out, y + 18
 
 
