@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from appliance.core.messages import EngineInfo, Submit
-from appliance.core.params import RequestError
+from appliance.core.params import RequestError, SamplingParams
 from appliance.core.request import Request
 
 _MASK = 2**64 - 1
@@ -19,6 +21,8 @@ def check_submit(submit: Submit, info: EngineInfo) -> None:
         raise context_overflow(len(prompt), params.max_tokens, limit)
     check_ids("logit_bias", params.logit_bias or (), vocab)
     check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab)
+    if params.use_beam_search and params.n + len(info.eos_token_ids) > vocab:
+        raise RequestError(f"n is {params.n}: so many beams cannot differ in a vocabulary of {vocab} tokens", param="n")
     if submit.priority and not info.priorities:
         hint = "requests are served in order of arrival: start the server with --scheduling-policy priority"
         raise RequestError(f"priority is {submit.priority}, but {hint}", param="priority")
@@ -42,7 +46,7 @@ def context_overflow(prompt_len: int, max_tokens: int | None, limit: int) -> Req
 
 
 def make_requests(submit: Submit, info: EngineInfo, *, fallback_seed: int) -> list[Request]:
-    """The ``n`` requests of a submission. ``fallback_seed`` serves those that bring no seed of their own."""
+    """All completions of a submission. ``fallback_seed`` serves those that bring no seed of their own."""
     params, prompt = submit.params, submit.prompt_token_ids
     max_total = info.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
     eos = frozenset() if params.ignore_eos else frozenset(info.eos_token_ids)
@@ -53,19 +57,41 @@ def make_requests(submit: Submit, info: EngineInfo, *, fallback_seed: int) -> li
             index=index,
             tokens=list(prompt),
             prompt_len=len(prompt),
-            params=params,
+            params=_own(params, index, len(eos)),
             max_total=max_total,
             seed=hash_u64(seed, index),
             arrival=submit.arrival,
             eos_token_ids=eos,
             priority=submit.priority,
             salt=submit.cache_salt,
+            beam=params.use_beam_search,
         )
-        for index in range(params.n)
+        for index in range(params.width)
     ]
     for sibling in requests[1:]:
         sibling.leader = requests[0]
     return requests
+
+
+def beam_candidates(width: int, eos: int) -> int:
+    """How many most likely tokens of each beam are looked at: 2 * width (as vLLM), and enough when many tokens end a text."""
+    return max(2 * width, width + eos)
+
+
+def _own(params: SamplingParams, index: int, eos: int) -> SamplingParams:
+    """What one completion asks of the sampler."""
+    if params.use_beam_search:
+        shown = params.logprobs or 0
+        return SamplingParams(
+            temperature=0.0,
+            logprobs=-1 if shown == -1 else max(shown, beam_candidates(params.n, eos)),
+            prompt_logprobs=None if index else params.prompt_logprobs,
+            max_tokens=params.max_tokens,
+            ignore_eos=params.ignore_eos,
+        )
+    if params.width > params.n and params.logprobs is None:
+        return replace(params, logprobs=0)  # the best are known by their log-probabilities
+    return params
 
 
 def hash_u64(a: int, b: int) -> int:

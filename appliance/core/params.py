@@ -9,6 +9,19 @@ from typing import Any
 from quant.errors import InputError
 
 MAX_LOGPROBS = 20
+MAX_LENGTH_PENALTY = 10.0  # beyond that the powers of lengths are no numbers any more
+# What would change the order of tokens or the end of a text: field -> values that do not.
+NOT_FOR_BEAMS: dict[str, tuple[object, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "stop": ((),),
+    "stop_token_ids": ((),),
+    "min_tokens": (0,),
+    "logit_bias": (None, {}),
+    "allowed_token_ids": (None,),
+    "bad_words": ((),),
+}
 
 
 class RequestError(InputError):
@@ -24,6 +37,7 @@ class SamplingParams:
     """How to pick tokens. Raises RequestError naming the field that is out of range."""
 
     n: int = 1
+    best_of: int | None = None  # so many completions are generated; the n of them with the largest sum of log-probabilities count
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -47,6 +61,8 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | list[int] | None = None
     bad_words: tuple[str, ...] | list[str] | None = None
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()  # filled in by the text layer from bad_words
+    use_beam_search: bool = False  # n beams: nothing is drawn, so temperature, top_p, top_k, min_p and seed change nothing
+    length_penalty: float = 1.0  # of beam search: a score is the sum of log-probabilities / tokens ** length_penalty
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -61,12 +77,18 @@ class SamplingParams:
             object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         self._check_numbers()
         self._check_lists()
+        self._check_several()
         if 0 < self.temperature < 0.01:  # as vLLM: below this the division overflows half precision
             object.__setattr__(self, "temperature", 0.01)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def width(self) -> int:
+        """Completions that are generated."""
+        return self.best_of or self.n
 
     def _check_numbers(self) -> None:
         _number("n", self.n, 1, 16384, integer=True)
@@ -88,8 +110,31 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 _number(name, value, -1, math.inf, integer=True, hint="-1 returns the whole vocabulary")
-        if self.greedy and self.n > 1:
-            raise RequestError(f"n is {self.n}, but temperature 0 gives one answer: use n=1 or a temperature above 0", param="n")
+        _number("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
+
+    def _check_several(self) -> None:
+        """What says how many completions there are."""
+        if self.best_of is not None:
+            _number("best_of", self.best_of, 1, 16384, integer=True)
+            if self.best_of < self.n:
+                raise RequestError(f"best_of is {self.best_of}, less than n = {self.n}: it must be at least n", param="best_of")
+        if self.use_beam_search:
+            wrong = next((name for name, unused in NOT_FOR_BEAMS.items() if getattr(self, name) not in unused), None)
+            if wrong is not None:
+                raise RequestError(
+                    f"{wrong} does not go with use_beam_search, which follows the model's own log-probabilities: leave it out",
+                    param=wrong,
+                )
+            if self.width != self.n:
+                raise RequestError(
+                    f"best_of is {self.best_of}, but with use_beam_search n = {self.n} is the number of beams: leave best_of out",
+                    param="best_of",
+                )
+        elif self.greedy and self.width > 1:
+            name = "n" if self.n > 1 else "best_of"
+            raise RequestError(
+                f"{name} is {self.width}, but temperature 0 gives one answer: use {name}=1 or a temperature above 0", param=name
+            )
 
     def _check_lists(self) -> None:
         if any(not isinstance(s, str) or not s for s in self.stop or ()):
@@ -102,6 +147,33 @@ class SamplingParams:
                 raise RequestError(f"{name} must be a list of token ids (integers >= 0), got {list(ids)[:5]}", param=name)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids is empty: no token could be sampled", param="allowed_token_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class BeamSearchParams:
+    """vLLM's, for ``LLM.beam_search``. Raises RequestError naming the field that is out of range."""
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0  # changes nothing: beams are ranked by the model's own log-probabilities
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        _number("beam_width", self.beam_width, 1, 16384, integer=True)
+
+    def sampling(self) -> SamplingParams:
+        """The same for the engine."""
+        return SamplingParams(
+            n=self.beam_width,
+            use_beam_search=True,
+            max_tokens=self.max_tokens,
+            ignore_eos=self.ignore_eos,
+            temperature=self.temperature,
+            length_penalty=self.length_penalty,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+        )
 
 
 def _bias(bias: dict[Any, Any]) -> dict[int, float]:

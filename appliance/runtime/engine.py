@@ -19,8 +19,10 @@ from appliance.core.scheduler import Scheduler
 from appliance.core.step import StepPlan
 from appliance.memory.devices import cpu_threads
 from appliance.memory.planner import make_plan
+from appliance.runtime.beam import BeamGroup
 from appliance.runtime.options import choose_device, eos_token_ids, make_scheduler
 from appliance.runtime.runner import Flight, Runner, StepResult
+from appliance.runtime.sampler import Sampled
 from appliance.runtime.startup import Timeline, Tools, load_decoder, make_runner, told
 from kernels.cpu import backend
 from quant.errors import InputError
@@ -37,6 +39,7 @@ class Engine:
     def __init__(self, runner: Runner, scheduler: Scheduler, info: EngineInfo, *, seed: int = 0) -> None:
         self.runner, self.scheduler, self.info, self.seed = runner, scheduler, info, seed
         self._scores: dict[Request, list[TokenLogprob | None]] = {}  # prompt log-probabilities collected so far
+        self._beams: dict[str, BeamGroup] = {}  # by request id
         self._counts: Counter[str] = Counter()
         self._copied: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
@@ -101,13 +104,25 @@ class Engine:
         """Take a request, or raise RequestError when it can never be served."""
         check_submit(submit, self.info)
         self._counts["submitted"] += 1
-        for request in make_requests(submit, self.info, fallback_seed=hash_u64(self.seed, self._counts["submitted"])):
+        requests = make_requests(submit, self.info, fallback_seed=hash_u64(self.seed, self._counts["submitted"]))
+        for request in requests:
             self._counts["requests"] += 1
             self.scheduler.add(request)
+        if submit.params.use_beam_search:
+            self._beams[submit.request_id] = BeamGroup(requests, submit.params)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Event]:
-        """End a request now and free its blocks; an Event with finish_reason "abort" for each completion that was alive."""
+        """End a request now and free its blocks; an Event with finish_reason "abort" for each completion that was alive.
+
+        Beams end together.
+        """
+        if self._beams.pop(request_id, None) is not None:
+            index = None
         return self._end(self.scheduler.abort(request_id, index), "abort")
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing that was computed before will be found by later requests."""
+        self.scheduler.store.forget()
 
     def step(self) -> list[Event]:
         """Schedule, compute and commit one step. A step that fails ends its own requests with an error; the engine goes on.
@@ -159,13 +174,17 @@ class Engine:
             self._counts["prompt_tokens"] += min(chunk.start + chunk.length, prompt_len) - min(chunk.start, prompt_len)
         for chunk, one in taken:
             if one.error is not None:
-                events += self._end(self.scheduler.abort(*chunk.request.key), "error", one.error)
+                index = None if self._beams.pop(chunk.request.request_id, None) else chunk.request.index
+                events += self._end(self.scheduler.abort(chunk.request.request_id, index), "error", one.error)
         self.scheduler.commit(plan, [one.token if one is not None else None for one in result.sampled])
         for chunk, one in taken:
             if one.error is not None:
                 continue
             request = chunk.request
             self._counts["generation_tokens"] += 1
+            if request.beam:
+                events += self._search(request, one)
+                continue
             prompt = self._take_scores(request)
             events.append(
                 Event(
@@ -182,6 +201,21 @@ class Engine:
             )
             if request.finish_reason is not None:
                 self._finished[request.finish_reason] += 1
+        return events
+
+    def _search(self, request: Request, row: Sampled) -> list[Event]:
+        """Take what may follow one beam. Once it is known of all, they go on, or the request ends with the best of them."""
+        group = self._beams.get(request.request_id)
+        if group is None or row.logprob is None or not group.take(request, row.logprob.top):
+            return []
+        if moves := group.decide():
+            self.scheduler.branch(moves)
+            return []
+        del self._beams[request.request_id]
+        self.scheduler.abort(request.request_id)
+        wanted = group.leader.params.prompt_logprobs is not None
+        events = group.events(tuple(self._scores.pop(group.leader, [None])) if wanted else None)
+        self._finished.update(event.finish_reason or "" for event in events)
         return events
 
     def _scored(self, request: Request) -> int:
@@ -210,6 +244,10 @@ class Engine:
         if self._failures >= MAX_FAILURES:
             raise error
         ended = self.scheduler.recover()
+        groups = {request.request_id for request in ended} & self._beams.keys()
+        for request_id in groups:
+            del self._beams[request_id]
+            ended += self.scheduler.abort(request_id)
         return self._end(ended, "error", f"the engine failed to compute this request: {error}")
 
     def stats(self) -> Stats:

@@ -75,7 +75,7 @@ class Client:
         if submit.request_id in self._streams:
             raise RequestError(f"request id {submit.request_id!r} is already in use", param="request_id", status=409)
         stream = self._streams[submit.request_id] = asyncio.Queue()
-        left = submit.params.n
+        left = submit.params.width
         try:
             self._outbox.put(submit)
             while left:

@@ -24,13 +24,14 @@ def load(tiny: Path) -> Callable[..., Engine]:
 
     def make(**options: Any) -> Engine:
         settings = {
+            "model": str(tiny),
             "dtype": "float32",
             "reference_ops": True,
             "max_model_len": 256,
             "kv_cache_memory_bytes": 4 << 20,
             "threads": 1,
         }
-        return Engine.load(EngineConfig(model=str(tiny), **{**settings, **options}))
+        return Engine.load(EngineConfig(**{**settings, **options}))
 
     return make
 
