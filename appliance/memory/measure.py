@@ -10,6 +10,7 @@ a cache of almost nothing, and what is then held takes the place of what was pla
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from appliance.memory.plan import SHORTEST_AUTO, Measured, MemoryPlan, PlanError, Remedy
@@ -77,3 +78,21 @@ def _too_little(plan: MemoryPlan, held: int, length: int, blocks: int) -> PlanEr
 def _remedy(option: str, value: object, cost: str, tokens: int, length: int) -> Remedy:
     effect = f"{cost}; room for {tokens:,} tokens at least, {length:,} in one sequence"
     return Remedy(options={option: value}, effect=effect, tokens=tokens, max_model_len=length)
+
+
+def categories(plan: MemoryPlan) -> dict[str, int]:
+    """Planned bytes of what can be held against a measurement when the engine is ready."""
+    found = {"weights": plan.weight_bytes, "rotary table": plan.scratch["positions"], "KV cache": plan.kv_bytes}
+    found |= {"swap space": plan.swap_bytes} if plan.swap_blocks else {}
+    found |= {"CUDA graphs": plan.graph_bytes} if plan.graphs else {}
+    return found | {"runtime": plan.runtime}
+
+
+def comparison(planned: Mapping[str, int], found: Mapping[str, int]) -> list[str]:
+    """A line for each category that was measured: planned, measured, and the difference."""
+    lines = [f"{'':<16}{'planned':>13}{'measured':>13}{'difference':>13}"]
+    for name, size in found.items():
+        off = size - planned[name]
+        difference = f"{'-' if off < 0 else '+'}{size_text(abs(off))}" if off else "none"
+        lines.append(f"{name:<16}{size_text(planned[name]):>13}{size_text(size):>13}{difference:>13}")
+    return lines

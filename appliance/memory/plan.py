@@ -132,6 +132,7 @@ class MemoryPlan:
     host_budget: int | None = None  # None: nothing was asked about the host
     offload: Offload = NOTHING  # the layers whose weights stay in host memory
     measured: Measured | None = None  # None: nothing was yet, or it is no card
+    found: dict[str, int] = field(default_factory=dict)  # bytes by category, as they were when the engine was ready
 
     @property
     def weight_bytes(self) -> int:
@@ -227,6 +228,7 @@ class MemoryPlan:
             "swap": {"num_blocks": self.swap_blocks, "bytes": self.swap_bytes},
             "offload": {**asdict(self.offload), "saved": self.offload.saved},
             "measured": None if self.measured is None else asdict(self.measured),
+            "found_bytes": dict(self.found),
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,

@@ -10,9 +10,11 @@ from appliance.memory.advice import Variants, advise
 from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import DeviceInfo, this_device
 from appliance.memory.fit import fit
+from appliance.memory.learned import recall
 from appliance.memory.modules import Machinery
 from appliance.memory.plan import KVSpec, MemoryPlan, PlanError, Remedy, flag_text
 from appliance.memory.settings import Settings
+from kernels import layout
 from models.spec import ModelSpec
 from quant.headers import CheckpointIndex
 from quant.rules import WeightScheme
@@ -45,7 +47,8 @@ def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None =
 
 def read_settings(config: EngineConfig, device: DeviceInfo) -> Settings:
     """The options in plain numbers, with what earlier starts on this device have taught."""
-    return Settings.from_config(config, device)
+    ops = layout.ops_name(device.kind, reference=config.reference_ops)
+    return replace(Settings.from_config(config, device), runtime=recall(device, ops))
 
 
 def variants(demand: Demand, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Variants:

@@ -110,6 +110,11 @@ class Runner:
             send=self._send,
         )
 
+    @property
+    def swap_bytes(self) -> int:
+        """Of host memory, for blocks."""
+        return self._mover.host_bytes
+
     @torch.inference_mode()
     def move(self, copies: Sequence[Copy]) -> None:
         """Carry out the copies of a plan, before it is launched."""

@@ -26,6 +26,7 @@ from appliance.memory.planner import MemoryPlan, PlanError
 from appliance.memory.settings import parse_length, records_steps
 from appliance.memory.text import measured_lines
 from appliance.runtime import warmup
+from appliance.runtime.footprint import resident, settle
 from appliance.runtime.graphs import CudaRecorder, Recorder
 from appliance.runtime.offload import Offloading
 from appliance.runtime.runner import Runner
@@ -219,7 +220,7 @@ def make_runner(
     decoder: Decoder, plan: MemoryPlan, config: EngineConfig, tools: Tools, timeline: Timeline, *, device: torch.device
 ) -> tuple[Runner, MemoryPlan]:
     """A runner that has done what it will do, and the plan as it is now known. PlanError where the card's memory is too small."""
-    recorder = None
+    recorder, loaded = None, resident()
     with Kernels(decoder.ops.name) as kernels, told(plan):
         if tools.gauge is not None:
             with timeline.part("warm-up"):
@@ -229,7 +230,7 @@ def make_runner(
         with timeline.part("cache"):
             runner = Runner(decoder, plan, device=device, lane=tools.lane, recorder=recorder)
         if tools.gauge is None:
-            return runner, plan
+            return runner, settle(plan, runner, loaded)
         if recorder is not None and plan.measured is not None:
             timeline.move("graphs", recorder.record.seconds, "cache")
             plan = replace(plan, measured=replace(plan.measured, graphs=recorder.taken()))
@@ -239,7 +240,7 @@ def make_runner(
     log.info("warmed up: %s; %d sizes of decode steps recorded", kernels, recorder.steps if recorder else 0)
     for line in measured_lines(plan):
         log.info("%s", line.strip())
-    return runner, plan
+    return runner, settle(plan, runner, loaded)
 
 
 def _measure(

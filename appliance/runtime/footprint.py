@@ -1,0 +1,49 @@
+"""What a ready engine takes, held against its plan by category; the process's own share is kept for the next plan."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import psutil
+
+from appliance.memory.learned import record
+from appliance.memory.measure import categories, comparison
+from appliance.memory.plan import MemoryPlan
+from appliance.runtime.runner import Runner
+
+log = logging.getLogger("appliance.startup")
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    rss: int = psutil.Process().memory_info().rss
+    return rss
+
+
+def footprint(plan: MemoryPlan, runner: Runner, loaded: int) -> dict[str, int]:
+    """Measured bytes, by the categories of the plan. ``loaded``: ``resident()`` with the weights in place and nothing else.
+
+    A card's own share is what it held before the cache, less what was planned for weights and workspace.
+    """
+    decoder = runner.decoder
+    found = {"weights": decoder.nbytes - decoder.cos_sin.nbytes + plan.offload.staging_bytes}
+    found["rotary table"] = decoder.cos_sin.nbytes
+    spare = plan.kv.block_bytes if plan.graphs else 0
+    found["KV cache"] = sum(tensor.nbytes for cache in runner.caches for tensor in cache.tensors) - spare
+    if plan.swap_blocks:
+        found["swap space"] = runner.swap_bytes
+    if plan.measured is None:
+        return found | {"runtime": loaded - decoder.nbytes}
+    if plan.graphs and plan.measured.graphs is not None:
+        found["CUDA graphs"] = plan.measured.graphs
+    return found | {"runtime": plan.measured.held - plan.weight_bytes - plan.workspace}
+
+
+def settle(plan: MemoryPlan, runner: Runner, loaded: int) -> MemoryPlan:
+    """To be called when the engine is ready: tells the differences, keeps what the next plan on this device can use."""
+    found = footprint(plan, runner, loaded)
+    for line in comparison(categories(plan), found):
+        log.info("memory: %s", line)
+    record(plan.device, runner.decoder.ops.name, found["runtime"])
+    return replace(plan, found=found)

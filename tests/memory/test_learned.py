@@ -1,0 +1,131 @@
+"""What starts have taught: a small file that is a help and never a need."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from appliance.config import EngineConfig
+from appliance.memory.devices import MIB, DeviceInfo
+from appliance.memory.learned import BOUNDS, FILE, KEPT, MOST_KEYS, STARTS, key, recall, record
+from appliance.memory.measure import categories, comparison
+from appliance.memory.plan import RUNTIME
+from appliance.memory.planner import make_plan
+from appliance.runtime.engine import Engine
+from tests.tiny_model import make_checkpoint
+
+CPU = DeviceInfo("cpu", "some CPU", 24 << 30, 22 << 30)
+CARD = DeviceInfo("cuda", "some card", 24 << 30, 23 << 30, 89)
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("APPLIANCE_CACHE_DIR", str(tmp_path / "deep" / "cache"))
+    return tmp_path / "deep" / "cache" / FILE
+
+
+def test_the_largest_of_the_last_starts_counts(file: Path) -> None:
+    assert recall(CPU, "cpu") is None
+    for size in (300, 280, 260, 250, 240):
+        record(CPU, "cpu", size * MIB)
+    assert recall(CPU, "cpu") == 300 * MIB + KEPT["cpu"]
+    record(CPU, "cpu", 230 * MIB)
+    assert recall(CPU, "cpu") == 280 * MIB + KEPT["cpu"]
+    assert len(json.loads(file.read_text())["runtime_bytes"][key(CPU, "cpu")]) == STARTS
+    assert recall(CPU, "cpu-native") is None and recall(CARD, "cpu") is None  # other kernels, another device
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("device", [CPU, CARD])
+def test_what_cannot_be_is_bounded(file: Path, device: DeviceInfo) -> None:
+    least, most = BOUNDS[device.kind]
+    record(device, "x", 1)
+    assert recall(device, "x") == least
+    record(device, "x", 1 << 50)
+    assert recall(device, "x") == most
+    assert least < RUNTIME[device.kind] < most
+
+
+def test_only_so_many_devices_are_kept(file: Path) -> None:
+    for number in range(MOST_KEYS + 6):
+        record(CPU, f"ops {number}", 250 * MIB)
+    assert len(json.loads(file.read_text())["runtime_bytes"]) == MOST_KEYS
+    assert recall(CPU, "ops 5") is None and recall(CPU, "ops 6") is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "runtime_bytes": [1]}', '{"format": 1, "runtime_bytes": {"a": 5}}',
+     '{"format": 1, "runtime_bytes": {"a": ["5"]}}', '{"format": 1, "runtime_bytes": {"a": [-1]}}', "\xff\x00", '{"format": NaN'],
+)  # fmt: skip
+def test_a_damaged_file_is_ignored_with_a_warning(file: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    file.parent.mkdir(parents=True)
+    file.write_bytes(text.encode("latin1"))
+    with caplog.at_level(logging.WARNING):
+        assert recall(CPU, "cpu") is None
+    assert f"{file} is damaged and is not used" in caplog.text and len(caplog.records) == 1
+    record(CPU, "cpu", 250 * MIB)
+    assert recall(CPU, "cpu") == 250 * MIB + KEPT["cpu"]
+
+
+def test_a_file_of_another_format_is_left_alone(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file.parent.mkdir(parents=True)
+    file.write_text('{"format": 2, "runtime_bytes": {}}')
+    assert recall(CPU, "cpu") is None and not caplog.records
+
+
+def test_nowhere_to_write_fails_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no folder").write_text("a file where a folder should be")
+    for place in ("", str(tmp_path / "no folder"), str(tmp_path / "no folder" / "below"), "/proc/nothing/here"):
+        monkeypatch.setenv("APPLIANCE_CACHE_DIR", place)
+        record(CPU, "cpu", 250 * MIB)
+        assert recall(CPU, "cpu") is None
+    assert sorted(os.listdir(tmp_path)) == ["no folder"]
+
+
+def test_where_the_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("APPLIANCE_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    record(CPU, "cpu", 250 * MIB)
+    assert (tmp_path / "xdg" / "appliance" / FILE).is_file()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    record(CPU, "cpu", 250 * MIB)
+    assert (tmp_path / "home" / ".cache" / "appliance" / FILE).is_file()
+
+
+def test_the_next_plan_has_what_was_learned(file: Path, tmp_path: Path) -> None:
+    directory, config = make_checkpoint(tmp_path / "model", tokenizer=False), EngineConfig()
+    before = make_plan(directory, config, CARD)
+    record(CARD, "triton", 500 * MIB)
+    after = make_plan(directory, config, CARD)
+    assert not before.learned and after.learned and before.runtime - after.runtime == 300 * MIB
+    assert after.to_dict()["runtime_learned"] is True and after.to_dict()["runtime_bytes"] == 500 * MIB
+    assert make_plan(directory, config, CPU).runtime == RUNTIME["cpu"]
+
+
+@pytest.mark.parametrize("swap", [0.0, 0.001])
+def test_a_start_compares_and_remembers(file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, swap: float) -> None:
+    directory = make_checkpoint(tmp_path / "model", tokenizer=False)
+    with caplog.at_level(logging.INFO, "appliance.startup"):
+        engine = Engine.load(EngineConfig(model=str(directory), kv_cache_memory_bytes="1M", threads=1, swap_space=swap))
+    found = engine.info.plan["found_bytes"]
+    lines = [line for line in caplog.messages if line.startswith("memory: ")]
+    assert len(lines) == 1 + len(found) and all(line.endswith(" none") for line in lines[1:-1])
+    assert found["weights"] == engine.info.plan["weights_bytes"]["total"]
+    assert found["KV cache"] == engine.info.plan["kv_cache"]["bytes"] and ("swap space" in found) == bool(swap)
+    kept = json.loads(file.read_text())["runtime_bytes"]
+    assert list(kept.values()) == [[found["runtime"]]] and found["runtime"] > 100 * MIB
+
+
+def test_differences_are_told_by_category(tmp_path: Path) -> None:
+    plan = make_plan(make_checkpoint(tmp_path / "model", tokenizer=False), EngineConfig(kv_cache_memory_bytes="1M"), CPU)
+    planned = categories(plan)
+    assert sum(planned.values()) == plan.total - plan.workspace + plan.scratch["positions"]
+    lines = comparison(planned, {**planned, "runtime": planned["runtime"] - 5 * MIB, "KV cache": planned["KV cache"] + 2048})
+    assert [line.split()[-1] for line in lines] == ["difference", "none", "none", "KiB", "MiB"]
+    assert lines[3].endswith("+2.00 KiB") and lines[4].endswith("300.00 MiB   295.00 MiB    -5.00 MiB")
