@@ -20,6 +20,7 @@ from appliance.runtime import engine as engine_module
 from appliance.runtime import startup, warmup
 from appliance.runtime.engine import Engine
 from appliance.runtime.startup import Tools
+from kernels.layout import SCALED_CACHES
 from kernels.ops import Ops
 from tests.kernels.triton.conftest import DEVICE
 from tests.runtime.conftest import answers, submit
@@ -57,7 +58,9 @@ def hollow() -> Ops:
     return replace(ops, argmax=argmax, sample=sample, kth_largest=kth_largest)
 
 
-def launches(directory: Path, seqs: int, eager: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[set[Key], set[Key]]:
+def launches(
+    directory: Path, seqs: int, eager: bool, monkeypatch: pytest.MonkeyPatch, cache: str = "auto"
+) -> tuple[set[Key], set[Key]]:
     """(what starting an engine launches, what a crowd of requests does)."""
     tools = Tools(FakeLane(), FakeGauge(available=1 << 33), None if eager else FakeRecorder())
     monkeypatch.setattr(Tools, "of", classmethod(lambda cls, *args: tools))
@@ -71,6 +74,7 @@ def launches(directory: Path, seqs: int, eager: bool, monkeypatch: pytest.Monkey
     config = EngineConfig(
         model=str(directory), dtype="float16", max_model_len=500, kv_cache_memory_bytes=32 << 20, max_num_seqs=seqs, threads=1,
         max_num_batched_tokens=300, enforce_eager=eager, block_size=64, swap_space=0.01, preemption_mode="swap",
+        kv_cache_dtype=cache,
     )  # fmt: skip
     with recorded() as warm:
         engine = Engine.load(config)
@@ -96,6 +100,15 @@ def test_serving_launches_nothing_new(
     assert len(used) > 15
     new = sorted(used - warm, key=str)
     assert not new, "\n".join(f"{key}\n    nearest: {nearest(key, warm)}" for key in new)
+
+
+@pytest.mark.parametrize("cache", SCALED_CACHES)
+def test_quantized_caches_launch_nothing_new(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm, used = launches(make_checkpoint(tmp_path), 9, cache == "int4", monkeypatch, cache)
+    code = str({"fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2"}.get(cache, cache))
+    kernels = [{key[0].rpartition(":")[2] for key in keys if ("CODE", code) in key} for keys in (warm, used)]
+    assert kernels[0] >= kernels[1] == {"_rope_store", "_decode", "_prefill"}
+    assert not used - warm, sorted(used - warm, key=str)
 
 
 def test_too_short_a_warm_up_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
