@@ -29,12 +29,16 @@ AWQ = QuantScheme("awq", default=WeightScheme("awq-gemm", bits=4, group_size=128
 def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None = None) -> MemoryPlan:
     """Plan the memory of a checkpoint on a device (default: this machine's; "auto" is the CPU, which this version runs on).
 
+    The memory beside a card's is looked at where the card is this machine's, which is so where none was given.
+
     Reads config.json, quantize_config.json and the safetensors headers. Raises InputError for bad input, and PlanError, with
     remedies that would fit, where the model or its context does not.
     """
+    host = None
     if device is None:
         device = this_device("cpu" if config.device == "auto" else config.device)
-    settings, host = read_settings(config, device), None if device.kind == "cpu" else this_device("cpu")
+        host = None if device.kind == "cpu" else this_device("cpu")
+    settings = read_settings(config, device)
     published, scheme = read_scheme(CheckpointIndex.open(Path(directory)), config.quantization)
     spec = ModelSpec.from_config(published)
     machinery = Machinery.choose(config, spec.dtype, device)
