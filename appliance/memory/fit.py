@@ -142,14 +142,15 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int, 
 def _loaded(plan: MemoryPlan, demand: Demand, host: DeviceInfo | None) -> MemoryPlan:
     """With what loading takes, by as many workers as there is room for; and, for a card, what the host has to have."""
     device, through, parts = demand.loading.device, demand.loading.host, {}
-    if plan.offload.layers:  # each is on the card for a while
+    if plan.offload.layers:  # each is on the card for a while; their buffers are made when all are out
         device = replace(device, layer=device.layer + max(sum(parts.values()) for parts in demand.streamed))
     if plan.device.kind != "cpu":
         inputs, sequences = plan.scratch["inputs"], plan.max_num_seqs
         parts = host_parts(swap=plan.swap_bytes, inputs=inputs, sequences=sequences, offload=plan.offload)
     found = replace(plan, host=parts, host_budget=None if host is None else max(0, host.available - MARGIN["cpu"]))
     for workers in Workers.choices(demand.threads):
-        peak, lasting = plan.runtime + device.peak(plan.weight_bytes, workers), sum(parts.values())
+        weights = plan.weight_bytes - plan.offload.staging_bytes
+        peak, lasting = plan.runtime + device.peak(weights, workers), sum(parts.values())
         beside = max(lasting, loading_peak(parts, through.peak(0, workers))) if parts else 0
         found = replace(found, workers=workers, load_peak=peak, host_peak=beside)
         if peak <= plan.budget and (found.host_budget is None or beside <= found.host_budget):
