@@ -45,7 +45,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     """Keep the blocks of finished requests while nobody needs their room, for later prompts that begin alike."""
     cpu_offload_gb: float = 0.0
-    """On a card: GiB of weights that stay in host memory and are streamed in ahead of their use, by whole layers."""
+    """GiB of a card to free: weights of so many layers stay in host memory and are streamed in ahead of their use."""
     block_size: int | str = "auto"
     """Tokens in one KV block: 8, 16, 32, 64, 128 or 256; auto: 64 on a card, where attention then reads a block at a time, and 16
     elsewhere."""
