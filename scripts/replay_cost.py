@@ -1,9 +1,9 @@
 """How long a card takes for a step: bytes and operations, by the shares of an RTX 4090 that docs/gpu-predictions.md states.
 
 A product reads its weights once for all rows, or computes them, whichever takes longer; the head has the rows that are sampled.
-Attention of one row reads its sequence's cache; that of a prompt's chunk computes every pair of a query and a key it sees, or reads the
-cache, whichever takes longer. Launches take their time in every step. Swapped blocks go over the bus and nothing runs meanwhile. Left
-out, as there: drawing tokens, and that work of both kinds in a step might overlap.
+Attention of one row reads its sequence's cache; that of a prompt's chunk computes every pair of a query and a key it sees, or
+reads the cache, whichever takes longer. Launches take their time in every step. Blocks to and from the host go over the bus, and
+nothing runs meanwhile. Left out, as there: drawing tokens, and that work of both kinds in a step might overlap.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ class Cost(Protocol):
     """What a step costs in seconds; the simulator counts the work."""
 
     def step(self, rows: int, sampled: int, cached: int, pairs: int, context: int) -> float:
-        """``rows`` tokens, ``sampled`` of which the head sees; ``cached`` tokens that single rows attend to; chunks of prompts see
-        ``pairs`` of queries and keys in ``context`` tokens."""
+        """``rows`` tokens, ``sampled`` of which the head sees; ``cached`` tokens that single rows attend to; chunks of prompts
+        see ``pairs`` of queries and keys in ``context`` tokens."""
+
+    def cross(self, tokens: int) -> float:
+        """Move the cache of ``tokens`` tokens between the card and the host."""
 
     def copy(self, tokens: int) -> float:
-        """Move the cache of ``tokens`` tokens between the card and the host."""
+        """Copy it within the card."""
 
 
 class Llama(Model):
@@ -80,5 +83,8 @@ class Roofline:
         attention = cached * self.read_s + max(pairs * self.pair_s, context * self.read_s)
         return self.launch_s + self.products(rows, False) + self.products(sampled, True) + attention
 
-    def copy(self, tokens: int) -> float:
+    def cross(self, tokens: int) -> float:
         return tokens * self.token_bytes / BUS
+
+    def copy(self, tokens: int) -> float:
+        return 2 * tokens * self.token_bytes / BANDWIDTH

@@ -1,4 +1,4 @@
-"""Jobs through a scheduler with a simulated clock: each step takes what the cost model says, and the clock is all that is not real.
+"""Jobs through a scheduler with a simulated clock: each step takes what the cost model says; nothing but the clock is made up.
 
 A step is scheduled when the one before has ended. (On a card the next step is decided while the last one runs, which shifts every
 answer by less than a step; the scheduler's own time is hidden behind the card's and is measured apart.)
@@ -21,6 +21,7 @@ from appliance.core.params import RequestError, SamplingParams
 from appliance.core.request import Request
 
 SOON = 512  # requests that are queued at a time: which come later cannot matter to a queue served from its head
+IDLE = 100  # steps without a token that may follow each other before it is called a standstill
 ENDLESS = SamplingParams(max_tokens=None, ignore_eos=True)  # the length of an answer is its request's max_total
 
 
@@ -46,7 +47,7 @@ class Result:
     answer_tokens: int = 0
     hit_tokens: int = 0  # prompt tokens found in the cache at first
     computed_tokens: int = 0  # what went through the model, anew after preemptions too
-    copied_tokens: int = 0  # to the host and back
+    crossed_tokens: int = 0  # to the host and back
     preemptions: int = 0
     ttft: array[float] = field(default_factory=lambda: array("d"))  # of each request, from its arrival
     total: array[float] = field(default_factory=lambda: array("d"))
@@ -80,7 +81,9 @@ class Result:
 
     def summary(self) -> dict[str, Any]:
         names = ("jobs", "refused", "span", "steps", "prompt_tokens", "answer_tokens", "hit_tokens", "computed_tokens")
-        found = {name: getattr(self, name) for name in (*names, "copied_tokens", "preemptions", "waste", "hit_rate", "per_token")}
+        found = {
+            name: getattr(self, name) for name in (*names, "crossed_tokens", "preemptions", "waste", "hit_rate", "per_token")
+        }
         for name in ("ttft", "itl", "total"):
             found |= {f"{name}_p{share}": self.percentile(name, share) for share in (50, 99)}
         found |= {f"host_us_p{share}": self.percentile("host", share) / 1e3 for share in (50, 99)}
@@ -103,7 +106,7 @@ class Replay:
 
     def __init__(self, jobs: Sequence[Job], scheduler: Any, cost: Cost, *, bucket: float = 10.0) -> None:
         self.jobs, self.scheduler, self.cost, self.bucket = jobs, scheduler, cost, bucket
-        self.result, self.now, self._next = Result(), 0.0, 0
+        self.result, self.now, self._next, self._idle = Result(), 0.0, 0, 0
         self._tracks: dict[Request, Track] = {}
 
     def run(self) -> Result:
@@ -176,10 +179,22 @@ class Replay:
                 if track.hit < 0:
                     track.hit = start
                     self.result.hit_tokens += start
-        if not rows:
-            raise RuntimeError(f"a step without work: {len(self.scheduler.running)} run, {len(self.scheduler.waiting)} wait")
+        self._idle = 0 if rows else self._idle + 1
+        if self._idle > IDLE:
+            raise RuntimeError(
+                f"{IDLE} steps without work: {len(self.scheduler.running)} run, {len(self.scheduler.waiting)} wait"
+            )
         self.result.computed_tokens += rows
-        return self.cost.step(rows, sampled, cached, pairs, context)
+        return (self.cost.step(rows, sampled, cached, pairs, context) if rows else 0.0) + self._copies(plan)
+
+    def _copies(self, plan: Any) -> float:
+        """Seconds of the blocks that move before the step (a rival's never do)."""
+        copies = getattr(plan, "copies", ())
+        if not copies:
+            return 0.0
+        size, crossing = self.scheduler.pool.block_size, sum(copy.kind != "copy" for copy in copies)
+        self.result.crossed_tokens += crossing * size
+        return self.cost.cross(crossing * size) + self.cost.copy((len(copies) - crossing) * size)
 
     def _tell(self, plan: Any) -> None:
         """The tokens that came out of the step, at the time it ended."""

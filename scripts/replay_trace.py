@@ -1,7 +1,7 @@
 """Traces of real services as jobs: when a request came, how long its prompt and its answer were, and what its prompt shares.
 
-Azure's (AzurePublicDataset, 2023) tell lengths alone. Mooncake's conversation trace names every 512 tokens of a prompt by an id that
-stands for them and for all before them, so equal ids are equal prefixes. The sample of ShareGPT has lengths and no times.
+Azure's (AzurePublicDataset, 2023) tell lengths alone. Mooncake's conversation trace names every 512 tokens of a prompt by an id
+that stands for them and for all before them, so equal ids are equal prefixes. The sample of ShareGPT has lengths and no times.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 
 TRACE_BLOCK = 512  # tokens that an id of Mooncake's trace stands for
+TICK_S = 3.0  # in which its times are given
 FRESH, ANSWERS = 10**8, 2 * 10**8  # token ids of prompts that nobody shares, and of answers; ids of trace blocks are below them
 SHAREGPT_ROUNDS = 20  # the sample is small: each of its conversations comes as often, in an order of its own each time
 
@@ -57,8 +59,14 @@ def azure(path: Path) -> list[Job]:
 
 
 def mooncake(path: Path) -> list[Job]:
+    """Its times are whole ticks of three seconds: the requests of a tick are spread evenly over it."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    jobs = [Job(i, r["timestamp"] / 1e3, r["input_length"], r["output_length"], tuple(r["hash_ids"])) for i, r in enumerate(rows)]
+    jobs = []
+    for stamp, tick in groupby(enumerate(rows), lambda pair: pair[1]["timestamp"]):
+        both = list(tick)
+        for k, (i, r) in enumerate(both):
+            time = stamp / 1e3 + TICK_S * k / len(both)
+            jobs.append(Job(i, time, r["input_length"], r["output_length"], tuple(r["hash_ids"])))
     wrong = [j.number for j in jobs if len(j.shared) != -(-j.prompt // TRACE_BLOCK) or max(j.shared) >= FRESH]
     if wrong:
         raise ValueError(f"{path.name}: line {wrong[0] + 1} has not one id for each {TRACE_BLOCK} tokens")
@@ -86,8 +94,8 @@ def lasting(jobs: Sequence[Job], seconds: float) -> list[Job]:
 def ideal_hits(jobs: Iterable[Job], capacity: float = float("inf")) -> int:
     """Prompt tokens that a cache of the trace's own blocks would have: all of a prompt's blocks up to the first one unknown.
 
-    One request at a time in the trace's order, of prompts alone. ``capacity`` in tokens: least recently used blocks leave, the tail
-    of a prompt before its head. It knows nothing of pools, requests that run together, or answers.
+    One request at a time in the trace's order, of prompts alone. ``capacity`` in tokens: least recently used blocks leave, the
+    tail of a prompt before its head. It knows nothing of pools, requests that run together, or answers.
     """
     cache: OrderedDict[int, int] = OrderedDict()  # id -> tokens; the end was used last
     held = hits = 0

@@ -1,4 +1,4 @@
-"""The replay of traces: its readers, its clock, its cost model, its rivals and what it measures, against answers known by hand."""
+"""The replay of traces: its readers, clock, cost model, rivals and measurements, against answers known by hand."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ class Seconds:
 
     def step(self, rows: int, sampled: int, cached: int, pairs: int, context: int) -> float:
         return 1.0
+
+    def cross(self, tokens: int) -> float:
+        return 0.0
 
     def copy(self, tokens: int) -> float:
         return 0.0
@@ -90,8 +93,8 @@ def test_readers(tmp_path: Path) -> None:
     assert second.arrival == pytest.approx(0.252)
     assert trace.lasting([first, second], 5.0)[1].arrival == 5.0 and trace.at_once([second])[0].arrival == 0.0
     line = {"timestamp": 1500, "input_length": 513, "output_length": 2, "hash_ids": [4, 5]}
-    path.write_text(json.dumps(line))
-    assert trace.mooncake(path) == [Job(0, 1.5, 513, 2, (4, 5))]
+    path.write_text("\n".join([json.dumps(line)] * 2 + [json.dumps({**line, "timestamp": 4500})]))
+    assert trace.mooncake(path) == [Job(i, time, 513, 2, (4, 5)) for i, time in enumerate((1.5, 3.0, 4.5))], "over the tick"
     path.write_text(json.dumps({**line, "input_length": 512}))
     with pytest.raises(ValueError, match="line 1 has not one id"):
         trace.mooncake(path)
@@ -119,7 +122,7 @@ def test_a_step_costs_what_the_predictions_say() -> None:
     best = (products / predict.PREFILL + attention / predict.PREFILL_ATTENTION) / predict.RATE
     assert cost.step(2048, 0, 0, 2048 * 2049 // 2, 2048) == pytest.approx(best + cost.launch_s)
     assert cost.step(16, 0, 0, 16 * 10**5, 10**5) > 1e5 * model.plan.kv.token_bytes / predict.BANDWIDTH, "it reads the cache"
-    assert cost.copy(1000) == 1000 * 2 * 32 * 8 * 128 * 2 / cost_module.BUS
+    assert cost.cross(1000) == 1000 * 2 * 32 * 8 * 128 * 2 / cost_module.BUS
 
 
 def test_makespan_and_waste_by_hand() -> None:
@@ -177,7 +180,7 @@ def test_rivals_never_take_more_than_there_is(whole: bool, room: int | None) -> 
 
 
 def test_no_token_is_lost_or_made_twice() -> None:
-    """Without preemption a token goes through the model once; with it, more often. Every answer has its length (or run() raises)."""
+    """A token goes through the model once, or more often where requests give way; run() raises where a length is wrong."""
     jobs = random_jobs(random.Random(7), 100, 40)
     once = sum(j.total - 1 for j in jobs)
     wide = Replay(jobs, paged(100, 4), Rows()).run()
