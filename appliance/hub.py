@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from quant.errors import InputError
 
 # What a checkpoint needs, from the top folder of a repository: no code, no second copy of the weights in another format.
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 UNWANTED = ["*/*", "consolidated*.safetensors"]
+PLANNED = [
+    "config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "*.safetensors.index.json",
+]  # what a plan reads, beside headers
 
 REPO = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
@@ -42,6 +55,76 @@ def resolve(model: str, revision: str | None = None) -> Path:
         if not any(directory.glob(pattern)):
             raise InputError(f"{model} has no {what}: only Hugging Face checkpoints in safetensors files can be served")
     return directory
+
+
+@contextmanager
+def headers_of(model: str, revision: str | None = None) -> Iterator[Path]:
+    """For planning: a directory that says what ``model`` is. Its own where it is on this machine; else one for a while, with the
+    small files and the headers of the others from the hub (a few hundred KB of each), and holes instead of weights.
+
+    Raises InputError as resolve() does.
+    """
+    path = Path(model).expanduser()
+    if path.exists() or _looks_like_a_path(model, path) or not REPO.fullmatch(model):
+        yield resolve(model, revision)
+        return
+    if (cached := _cached(model, revision)) is not None:
+        yield cached
+        return
+    with TemporaryDirectory(prefix="appliance-plan-") as folder:
+        try:
+            _fetch_headers(model, revision, Path(folder))
+        except InputError:
+            raise
+        except Exception as error:  # as in _download
+            raise InputError(_explain(model, revision, error)) from error
+        yield Path(folder)
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """Where all of it is in the hub's cache, if it is. Raises InputError where it is not, and the hub may not be asked."""
+    from huggingface_hub import constants, errors, snapshot_download
+
+    if constants.is_offline_mode():
+        return resolve(repo, revision)
+    try:
+        here = snapshot_download(repo, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED, local_files_only=True)
+    except errors.LocalEntryNotFoundError:
+        return None
+    names = {path.name for path in Path(here).glob("*.safetensors")}
+    indexes = [json.loads(path.read_text()) for path in Path(here).glob("*.safetensors.index.json")]
+    return Path(here) if names and all(names >= set(index["weight_map"].values()) for index in indexes) else None
+
+
+def _fetch_headers(repo: str, revision: str | None, folder: Path) -> None:
+    """config.json and its like, and of every file of weights a header that is true and a hole that takes no disk."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    api = HfApi()
+    commit = api.model_info(repo, revision=revision).sha
+    snapshot_download(repo, revision=commit, allow_patterns=PLANNED, ignore_patterns=UNWANTED, local_dir=folder)
+    names = [name for name in api.list_repo_files(repo, revision=commit) if _is_weights(name)]
+    if not names or not (folder / "config.json").is_file():
+        missing = "config.json" if names else ".safetensors file"
+        raise InputError(f"{repo} has no {missing}: only Hugging Face checkpoints in safetensors files can be served")
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda name: api.parse_safetensors_file_metadata(repo, name, revision=commit), names)
+        for name, file in zip(names, found, strict=True):
+            _write_hollow(folder / name, {tensor: asdict(info) for tensor, info in file.tensors.items()})
+
+
+def _is_weights(name: str) -> bool:
+    return "/" not in name and name.endswith(".safetensors") and not name.startswith("consolidated")
+
+
+def _write_hollow(path: Path, header: dict[str, dict[str, Any]]) -> None:
+    tensors = {name: {key: one[key] for key in ("dtype", "shape", "data_offsets")} for name, one in header.items()}
+    text = json.dumps(tensors).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + max((one["data_offsets"][1] for one in header.values()), default=0))
 
 
 def _looks_like_a_path(model: str, path: Path) -> bool:
@@ -77,6 +160,8 @@ def _explain(repo: str, revision: str | None, error: BaseException) -> str:
         return f"{repo}: the disk is full; make room in {constants.HF_HUB_CACHE}, or set HF_HOME to a folder on a larger disk"
     if constants.is_offline_mode():
         return f"{repo} is not complete in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: unset it to download the model"
+    if isinstance(error, errors.SafetensorsParsingError):
+        return f"{repo} is damaged on {where}: {error}"
     response = getattr(causes[-1], "response", None) or getattr(error, "response", None)
     if response is not None:
         return f"{repo}: {where} answered with HTTP status {response.status_code}; try again later (a download is resumed)"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from json import dumps
 from pathlib import Path
 
 from appliance.config import EngineConfig
-from appliance.hub import demo_model, resolve
+from appliance.hub import demo_model, headers_of
 from appliance.memory.answers import Answers
 from appliance.memory.cards import Card, find_cards
 from appliance.memory.devices import MIB, DeviceInfo, this_device
@@ -38,8 +39,12 @@ class Asked:
 
 def plan_command(engine: EngineConfig, asked: Asked) -> int:
     """Print the plan and the answers. 0: fits; 1: does not fit, or not what was asked for. Raises InputError for bad input."""
-    directory = resolve(engine.model, engine.revision) if engine.model else demo_model()
-    engine = replace(engine, model=str(directory))
+    with headers_of(engine.model, engine.revision) if engine.model else nullcontext(demo_model()) as directory:
+        return plan_of(directory, replace(engine, model=engine.model or str(directory)), asked)
+
+
+def plan_of(directory: Path, engine: EngineConfig, asked: Asked) -> int:
+    """The same for a directory with config.json and headers; ``engine.model`` is what it is called."""
     devices = chosen_devices(engine, asked)
     weakest = min(devices, key=lambda device: device.capability or 0)
     distinct = list(dict.fromkeys(devices))

@@ -18,6 +18,7 @@ import pytest
 
 from appliance.hub import resolve
 from quant.errors import InputError
+from tests.tiny_model import Shape, make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -88,9 +89,10 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         status, wanted = 200, self.headers.get("Range")
         if wanted:
-            start = int(wanted.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            status, data = 206, data[start:]
+            start, _, end = wanted.removeprefix("bytes=").partition("-")
+            part = data[int(start) : int(end) + 1 if end else None]
+            headers["Content-Range"] = f"bytes {start}-{int(start) + len(part) - 1}/{len(data)}"
+            status, data = 206, part
         cut = self.server.cut_after
         if cut is not None and self.command == "GET" and len(data) > cut:
             self.server.cut_after = None
@@ -127,28 +129,35 @@ def hub() -> Iterator[Hub]:
     thread.join(5)
 
 
+RESOLVE = (
+    "import sys\n"
+    "from appliance.hub import resolve\n"
+    "from quant.errors import InputError\n"
+    "try:\n    print(resolve(sys.argv[1], sys.argv[2] or None))\n"
+    "except InputError as error:\n    print('refused:', error)\n"
+)
+PLAN = "import sys\nfrom appliance.cli import run\nsys.exit(run(['plan', *sys.argv[1].split()]))\n"
+
+
 def ask(home: Path, endpoint: str, model: str = "org/tiny", revision: str | None = None, **env: str) -> str:
     """resolve() in a process of its own, since the client library reads its settings once. Returns the path, or the error."""
-    code = (
-        "import sys\n"
-        "from appliance.hub import resolve\n"
-        "from quant.errors import InputError\n"
-        "try:\n    print(resolve(sys.argv[1], sys.argv[2] or None))\n"
-        "except InputError as error:\n    print('refused:', error)\n"
-    )
+    result = python(RESOLVE, home, endpoint, model, revision or "", **env)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 1, result.stdout
+    return result.stdout.strip()
+
+
+def python(code: str, home: Path, endpoint: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code, model, revision or ""],
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
         env={**clean, **settings, "PYTHONPATH": str(ROOT), **env},
         capture_output=True,
         text=True,
         timeout=90,
         cwd=home,
     )
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 1, result.stdout
-    return result.stdout.strip()
 
 
 def test_download_only_what_is_needed(hub: Hub, tmp_path: Path) -> None:
@@ -229,3 +238,47 @@ def test_a_path_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name in ("", "a b", "org/mo?del", "ü"):
         with pytest.raises(InputError, match=r"neither a directory nor a name|no such"):
             resolve(name)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "gptq_model-4bit-32g.safetensors"])
+def test_a_plan_reads_headers_alone(hub: Hub, tmp_path: Path, name: str) -> None:
+    """33 MiB of weights stay on the hub, and the plan is that of the files."""
+    here = make_checkpoint(tmp_path / "here", shape=Shape(hidden=512, vocab=16384, layers=1), tokenizer=False)
+    (here / "model.safetensors").rename(here / name)
+    del hub.files["model.safetensors"]
+    hub.files |= {path.name: path.read_bytes() for path in here.iterdir()}
+    line = "{} --gpu 4090 --json"
+    planned = python(PLAN, tmp_path, hub.url, line.format("org/tiny"))
+    assert planned.returncode == 0, planned.stderr
+    local = python(PLAN, tmp_path, "http://127.0.0.1:9", line.format(here))
+    assert {**json.loads(planned.stdout), "model": ""} == {**json.loads(local.stdout), "model": ""}
+    assert json.loads(planned.stdout)["model"] == "org/tiny"
+    weights = [found for method, path, found in hub.calls if method == "GET" and path.endswith(".safetensors")]
+    assert weights == ["bytes=0-100000"]
+    assert not any(path.endswith(("tokenizer.json", ".py", ".bin")) for _, path, _ in hub.calls)
+
+
+def test_a_plan_of_what_was_downloaded_asks_nobody(hub: Hub, tmp_path: Path) -> None:
+    here = make_checkpoint(tmp_path / "here", tokenizer=False)
+    hub.files |= {path.name: path.read_bytes() for path in here.iterdir()}
+    ask(tmp_path, hub.url)
+    hub.calls.clear()
+    assert python(PLAN, tmp_path, hub.url, "org/tiny").returncode == 0 and not hub.calls
+
+
+def test_plans_that_the_hub_refuses(hub: Hub, tmp_path: Path) -> None:
+    def refusal(model: str = "org/tiny", **env: str) -> str:
+        result = python(PLAN, tmp_path, hub.url, model, **env)
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and not result.stdout, result.stderr
+        return result.stderr
+
+    assert "was not found on" in refusal("org/other")
+    assert "has no revision 'v9'" in refusal("org/tiny --revision v9")
+    assert "HF_HUB_OFFLINE is set" in refusal(HF_HUB_OFFLINE="1")
+    hub.gated = True
+    assert "org/tiny is gated" in refusal()
+    hub.gated = False
+    assert "org/tiny is damaged on" in refusal()  # its weights are none
+    for name in [name for name in hub.files if name.endswith(".safetensors")]:
+        del hub.files[name]
+    assert "org/tiny has no .safetensors file" in refusal()

@@ -79,7 +79,7 @@ class Study:
         spec = ModelSpec.from_config(published)
         machinery, part = Machinery.choose(config, spec.dtype, weakest or device), shard(spec, ranks)
         check_layout(spec, part, scheme, ranks)
-        demand = with_exchange(Demand.of(part, scheme, machinery, model=str(directory)), spec, ranks)
+        demand = with_exchange(Demand.of(part, scheme, machinery, model=config.model or str(directory)), spec, ranks)
         other = variants(demand, spec, scheme, machinery) if ranks == 1 else Variants()
         return cls(device, host, ranks, settings, demand, Work.of(part, scheme, machinery), other)
 
