@@ -112,7 +112,22 @@ def host_lines(plan: MemoryPlan) -> list[str]:
     budget = "" if plan.host_budget is None else f" ({size_text(plan.host_budget)} available)"
     rows = [(name, size) for name, size in plan.host.items() if size] + [("total", sum(plan.host.values()))]
     lines = [f"  {name:<28}{size_text(size):>13}" for name, size in rows]
-    return ["", f"Host memory{budget}", *lines, f"  {'while loading, at most':<28}{size_text(plan.host_peak):>13}"]
+    lines.append(f"  {'while loading, at most':<28}{size_text(plan.host_peak):>13}")
+    return ["", f"Host memory{budget}", *lines, *offload_lines(plan)]
+
+
+def offload_lines(plan: MemoryPlan) -> list[str]:
+    """Which layers are in host memory, and what that means for a step; seconds are among the predicted speeds."""
+    offload = plan.offload
+    if not offload.layers:
+        return []
+    numbers, freed = ", ".join(map(str, offload.layers[:8])), size_text(offload.saved)
+    if len(offload.layers) > 8:
+        numbers += f" .. {offload.layers[-1]}"
+    return [
+        f"  {len(offload.layers)} of {plan.kv.layers} layers are there ({numbers}): {freed} of the card are freed,",
+        f"  every step brings {size_text(offload.step_bytes)} over the bus, and kernels are launched one by one (no CUDA graphs)",
+    ]
 
 
 def measured_lines(plan: MemoryPlan) -> list[str]:

@@ -98,11 +98,6 @@ def test_the_cost_is_that_of_a_simulation(depth: int, share: float, ratio: float
 HOST = DeviceInfo("cpu", "a host", 64 * GIB, 60 * GIB)
 
 
-@pytest.fixture(autouse=True)
-def large_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "this_device", lambda kind: HOST)
-
-
 def plan(directory: Path, **options: object) -> MemoryPlan:
     given = {"model": str(directory), "device": "cuda", "max_model_len": 4096, "max_num_seqs": 16, **options}
     return make_plan(directory, EngineConfig(**given), CARD)  # type: ignore[arg-type]
@@ -124,6 +119,9 @@ def test_a_plan_has_what_is_freed(eight: Path) -> None:
     assert (whole.weights["attention"] - less.weights["attention"]) * 32 == whole.weights["attention"] * len(offload.layers)
     told = less.to_dict()["offload"]
     assert told["saved"] == offload.saved and told["layers"] == offload.layers  # type: ignore[index]
+    table = less.table()
+    assert "12 of 32 layers are there (1, 4, 6, 9, 12, 14, 17, 20 .. 30): 1." in table and "no CUDA graphs" in table
+    assert "layers are there" not in whole.table()
     every = plan(eight, cpu_offload_gb=100.0)
     assert len(every.offload.layers) == 32 and every.weights["attention"] == every.weights["mlp"] == 0
     assert every.weights["norms"] == whole.weights["norms"] and every.weights["head"] == whole.weights["head"]
@@ -145,10 +143,13 @@ def test_a_model_larger_than_the_card(eight: Path) -> None:
 
 
 def test_a_host_that_is_too_small(eight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert plan(eight, cpu_offload_gb=3.0).host["streamed weights"] > 3 * GIB
-    monkeypatch.setattr(planner, "this_device", lambda kind: replace(HOST, available=5 * GIB))
-    with pytest.raises(PlanError, match="host"):
-        plan(eight, cpu_offload_gb=3.0)
+    given = EngineConfig(device="cuda", cpu_offload_gb=3.0, max_model_len=4096, max_num_seqs=16)
+    host = HOST
+    monkeypatch.setattr(planner, "this_device", lambda kind: CARD if kind == "cuda" else host)
+    assert make_plan(eight, given).host["streamed weights"] > 3 * GIB
+    host = replace(HOST, available=5 * GIB)
+    with pytest.raises(PlanError, match=r"the host has .* streamed weights 3\.\d+ GiB.*--cpu-offload-gb"):
+        make_plan(eight, given)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from appliance.config import GIB, EngineConfig
-from appliance.memory import planner
 from appliance.memory.devices import DeviceInfo
 from appliance.memory.offload import Offload, offloaded
 from appliance.memory.planner import MemoryPlan, PlanError, make_plan
@@ -32,11 +31,6 @@ if DEVICE != "cpu":
     pytest.skip("tests/runtime/test_cuda.py has a card", allow_module_level=True)
 CPU, CARD = torch.device("cpu"), DeviceInfo("cuda", "a card", 24 * GIB, 23 * GIB, 89)
 FIXTURES = ("awq-gemm-g32", "ct-fp8-dynamic", "ct-w8a8-int8", "gptq-4bit-g32-act-order", "gptq-8bit-channel")
-
-
-@pytest.fixture(autouse=True)
-def large_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "this_device", lambda kind: DeviceInfo("cpu", "a host", 64 * GIB, 60 * GIB))
 
 
 @pytest.fixture
