@@ -12,10 +12,10 @@ from appliance.version import __version__
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
-    from appliance.core.params import SamplingParams
+    from appliance.core.params import BeamSearchParams, SamplingParams
     from appliance.llm import LLM
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "BeamSearchParams", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,10 +24,10 @@ def __getattr__(name: str) -> Any:
         from appliance.llm import LLM
 
         return LLM
-    if name == "SamplingParams":
-        from appliance.core.params import SamplingParams
+    if name in ("SamplingParams", "BeamSearchParams"):
+        from appliance.core import params
 
-        return SamplingParams
+        return getattr(params, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

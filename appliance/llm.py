@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from itertools import count
 from typing import Any
 
 from tqdm import tqdm
 
 from appliance.config import EngineConfig
-from appliance.core.messages import Event, Submit, TokenLogprob
-from appliance.core.params import RequestError, SamplingParams
+from appliance.core.messages import Submit
+from appliance.core.params import BeamSearchParams, RequestError, SamplingParams
 from appliance.hub import resolve
+from appliance.outputs import BeamSearchOutput, Job, RequestOutput
 from appliance.runtime.engine import Engine
 from appliance.text.output import OutputStream
 from appliance.text.prepare import prepare
@@ -31,43 +32,9 @@ HARMLESS: dict[str, tuple[object, ...]] = {
     "pipeline_parallel_size": (1,),
     "tokenizer_revision": (None,),
     "disable_log_stats": (False, True),
-    "enable_prefix_caching": (False, None),
     "enable_chunked_prefill": (True, None),
     "load_format": ("auto", "safetensors"),
 }
-
-
-@dataclass(frozen=True)
-class Logprob:
-    logprob: float
-    rank: int | None = None
-    decoded_token: str | None = None
-
-
-@dataclass
-class CompletionOutput:
-    """One answer. ``logprobs`` holds, for each token, a dict from token id to Logprob."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    cumulative_logprob: float | None
-    logprobs: list[dict[int, Logprob]] | None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-
-@dataclass
-class RequestOutput:
-    """A prompt and its ``n`` answers. The first entry of ``prompt_logprobs`` is None: nothing comes before it."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None
-    outputs: list[CompletionOutput] = field(default_factory=list)
-    finished: bool = False
-    num_cached_tokens: int = 0
 
 
 class LLM:
@@ -100,11 +67,37 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Answer prompts (text, token ids, ``{"prompt": ...}``, ``{"prompt_token_ids": ...}``) together, in their order."""
+        """Answer prompts (text, token ids, ``{"prompt": ...}``, ``{"prompt_token_ids": ...}``) together, in their order.
+
+        ``priority``: one a prompt, lower goes first (scheduling_policy="priority"). A prompt with a ``cache_salt`` shares cached
+        prefixes only with those that have the same.
+        """
         many = _prompt_list(prompts)
         params = _params_list(sampling_params, len(many))
-        jobs = [self._job(prompt, one) for prompt, one in zip(many, params, strict=True)]
+        ranks = [0] * len(many) if priority is None else list(priority)
+        if len(ranks) != len(many):
+            raise InputError(f"{len(ranks)} priorities for {len(many)} prompts: give one for each")
+        jobs = [self._job(*one) for one in zip(many, params, ranks, strict=True)]
+        self._answer(jobs, use_tqdm)
+        return [job.output() for job in jobs]
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The ``params.beam_width`` best answers to each prompt, as beam search finds them."""
+        sampling = replace(params.sampling(), logprobs=2 * params.beam_width)
+        jobs = [self._job(prompt, sampling) for prompt in _prompt_list(prompts)]
+        self._answer(jobs, use_tqdm)
+        return [job.beams() for job in jobs]
+
+    def reset_prefix_cache(self) -> bool:
+        """Prompts that come from now on find nothing of what was computed before."""
+        self._engine.reset_prefix_cache()
+        return True
+
+    def _answer(self, jobs: list[Job], use_tqdm: bool) -> None:
         submitted: list[str] = []
         try:
             for job in jobs:
@@ -114,7 +107,6 @@ class LLM:
         finally:  # also after ctrl-C or a refused prompt: nothing stays behind in the engine
             for request_id in submitted:
                 self._engine.abort(request_id)
-        return [job.output() for job in jobs]
 
     def chat(
         self,
@@ -147,13 +139,16 @@ class LLM:
         prompts = [{"prompt": t, "prompt_token_ids": tokenizer.encode(t, add_special_tokens=False)} for t in texts]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def _job(self, prompt: Prompt, params: SamplingParams) -> _Job:
+    def _job(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> Job:
         text, ids = self._tokens(prompt)
         if self._tokenizer is None and params.stop:
             raise RequestError("stop strings need a tokenizer: use stop_token_ids", param="stop")
         params = prepare(params, self._tokenizer)
-        submit = Submit(str(next(self._ids)), tuple(ids), params, time.time())
-        return _Job(text, submit, self._tokenizer, [OutputStream(self._tokenizer, params, ids) for _ in range(params.n)])
+        salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+        if salt is not None and (not isinstance(salt, str) or not salt):
+            raise RequestError(f"cache_salt must be text that is not empty, got {salt!r:.80}", param="cache_salt")
+        submit = Submit(str(next(self._ids)), tuple(ids), params, time.time(), cache_salt=salt or "", priority=priority)
+        return Job(text, submit, self._tokenizer, [OutputStream(self._tokenizer, params, ids) for _ in range(params.width)])
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
@@ -167,7 +162,7 @@ class LLM:
             return prompt, self.get_tokenizer().encode(prompt)
         return None, list(prompt)
 
-    def _run(self, jobs: dict[str, _Job], use_tqdm: bool) -> None:
+    def _run(self, jobs: dict[str, Job], use_tqdm: bool) -> None:
         with tqdm(total=len(jobs), desc="Processed prompts", disable=not use_tqdm, unit="prompt") as bar:
             tokens, begun = 0, time.perf_counter()
             while self._engine.has_work:
@@ -179,61 +174,6 @@ class LLM:
                     if event.finish_reason and job.finished:
                         bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):.1f} tok/s", refresh=False)
                         bar.update()
-
-
-@dataclass
-class _Job:
-    """A prompt on its way."""
-
-    prompt: str | None
-    submit: Submit
-    tokenizer: Tokenizer | None
-    streams: list[OutputStream]
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-
-    @property
-    def finished(self) -> bool:
-        return all(s.finish_reason is not None for s in self.streams)
-
-    def take(self, event: Event) -> bool:
-        """Returns True when a stop string ended a completion that the engine is still working on."""
-        if event.finish_reason == "error":
-            raise RuntimeError(event.error)
-        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
-        return self.streams[event.index].push(event).abort
-
-    def output(self) -> RequestOutput:
-        scores = self.prompt_logprobs
-        return RequestOutput(
-            request_id=self.submit.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=list(self.submit.prompt_token_ids),
-            prompt_logprobs=None if scores is None else [None if s is None else self._shown(s) for s in scores],
-            outputs=[self._completion(i, s) for i, s in enumerate(self.streams)],
-            finished=self.finished,
-        )
-
-    def _completion(self, index: int, stream: OutputStream) -> CompletionOutput:
-        scored = list(stream.logprobs) if self.submit.params.logprobs is not None else None
-        return CompletionOutput(
-            index=index,
-            text=stream.text,
-            token_ids=list(stream.token_ids),
-            cumulative_logprob=None if scored is None else sum(s.logprob for s in scored),
-            logprobs=None if scored is None else [self._shown(s) for s in scored],
-            finish_reason=stream.finish_reason,
-            stop_reason=stream.stop_reason,
-        )
-
-    def _shown(self, scored: TokenLogprob) -> dict[int, Logprob]:
-        """The token itself first, then the most likely ones: up to k + 1 entries."""
-        entries = {scored.token_id: Logprob(scored.logprob, scored.rank, self._text(scored.token_id))}
-        for rank, (token, logprob) in enumerate(scored.top, 1):
-            entries.setdefault(token, Logprob(logprob, rank, self._text(token)))
-        return entries
-
-    def _text(self, token: int) -> str | None:
-        return None if self.tokenizer is None else self.tokenizer.token_str(token)
 
 
 def _engine_config(model: str, options: dict[str, Any]) -> EngineConfig:

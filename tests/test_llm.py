@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance import LLM, SamplingParams
+from appliance import LLM, BeamSearchParams, SamplingParams
 from appliance.core.params import RequestError
 from quant.errors import InputError
 from tests.tiny_model import make_checkpoint
@@ -66,6 +66,72 @@ def test_logprobs(llm: LLM) -> None:
     total = sum(entry[t].logprob for t, entry in zip(answer.token_ids, answer.logprobs, strict=True))
     assert answer.cumulative_logprob == pytest.approx(total)
     assert llm.generate("abc", SamplingParams(max_tokens=1))[0].outputs[0].logprobs is None
+
+
+def test_best_of(llm: LLM) -> None:
+    """The seed decides what is drawn, so the best of six are among the six."""
+    params = {"temperature": 1.0, "max_tokens": 6, "ignore_eos": True, "seed": 5}
+    six = llm.generate("abc", SamplingParams(n=6, logprobs=0, **params), use_tqdm=False)[0].outputs
+    expected = sorted(six, key=lambda one: -(one.cumulative_logprob or 0))[:2]
+    two = llm.generate("abc", SamplingParams(n=2, best_of=6, **params), use_tqdm=False)[0].outputs
+    assert [one.token_ids for one in two] == [one.token_ids for one in expected]
+    assert [one.cumulative_logprob for one in two] == pytest.approx([one.cumulative_logprob for one in expected])
+    assert [one.index for one in two] == [0, 1] and two[0].logprobs is None
+
+
+def test_beam_search(llm: LLM) -> None:
+    prompts = ["abc", {"prompt_token_ids": [5, 6]}]
+    first, second = llm.beam_search(prompts, BeamSearchParams(beam_width=3, max_tokens=6))
+    ids = llm.get_tokenizer().encode("abc")
+    assert len(first.sequences) == len(second.sequences) == 3 and second.sequences[0].tokens[:2] == [5, 6]
+    for one in first.sequences:
+        assert one.tokens[: len(ids)] == ids and len(one.logprobs) == len(one.tokens) - len(ids) <= 6
+        assert one.text == llm.get_tokenizer().decode(one.tokens, skip_special_tokens=False)
+        chosen = [row[token] for row, token in zip(one.logprobs, one.tokens[len(ids) :], strict=True)]
+        assert one.cum_logprob == pytest.approx(sum(c.logprob for c in chosen)) and all(len(row) == 6 for row in one.logprobs)
+    scores = [one.cum_logprob / (len(one.tokens) - (one.finish_reason == "stop")) for one in first.sequences]
+    assert scores == sorted(scores, reverse=True)
+    greedy = llm.generate("abc", SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True), use_tqdm=False)[0].outputs[0]
+    (alone,) = llm.beam_search("abc", BeamSearchParams(beam_width=1, max_tokens=6, ignore_eos=True))[0].sequences
+    assert alone.tokens[len(ids) :] == greedy.token_ids
+    params = SamplingParams(n=3, use_beam_search=True, max_tokens=6)
+    outputs = llm.generate("abc", params, use_tqdm=False)[0].outputs
+    assert [ids + one.token_ids for one in outputs] == [one.tokens for one in first.sequences]
+
+
+def test_cached_tokens_salts_and_reset(llm: LLM) -> None:
+    prompt, params = list(range(3, 83)), SamplingParams(temperature=0.0, max_tokens=2)
+
+    def cached(**more: object) -> int:
+        (output,) = llm.generate({"prompt_token_ids": prompt, **more}, params, use_tqdm=False)
+        return output.num_cached_tokens
+
+    assert [cached(), cached()] == [0, 79]
+    assert [cached(cache_salt="mine"), cached(cache_salt="mine"), cached(cache_salt="yours")] == [0, 79, 0]
+    assert llm.reset_prefix_cache() and cached() == 0
+    with pytest.raises(RequestError, match="cache_salt must be text that is not empty, got ''"):
+        cached(cache_salt="")
+
+
+def test_priorities(llm: LLM, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="priority is 1, but requests are served in order of arrival"):
+        llm.generate("abc", priority=[1])
+    with pytest.raises(InputError, match="2 priorities for 1 prompts"):
+        llm.generate("abc", priority=[1, 2])
+    model = make_checkpoint(tmp_path / "m")
+    first = LLM(str(model), max_num_seqs=1, kv_cache_memory_bytes=4 << 20, threads=1, scheduling_policy="priority")
+    order, submit = [], first._engine.step
+
+    def step() -> list:
+        events = submit()
+        order.extend(e.request_id for e in events if e.finish_reason)
+        return events
+
+    first._engine.step = step  # type: ignore[method-assign]
+    first.generate(["a", "b", "c"], SamplingParams(max_tokens=3), priority=[2, 0, -1], use_tqdm=False)
+    assert order == ["2", "1", "0"]
+    with pytest.raises(RequestError, match="priority must be an integer, got 'x'"):
+        first.generate("a", priority=["x"])
 
 
 def test_stop_string_ends_the_text_and_the_work(llm: LLM) -> None:

@@ -23,6 +23,8 @@ def check_submit(submit: Submit, info: EngineInfo) -> None:
     check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab)
     if params.use_beam_search and params.n + len(info.eos_token_ids) > vocab:
         raise RequestError(f"n is {params.n}: so many beams cannot differ in a vocabulary of {vocab} tokens", param="n")
+    if isinstance(submit.priority, bool) or not isinstance(submit.priority, int):
+        raise RequestError(f"priority must be an integer, got {submit.priority!r:.80}", param="priority")
     if submit.priority and not info.priorities:
         hint = "requests are served in order of arrival: start the server with --scheduling-policy priority"
         raise RequestError(f"priority is {submit.priority}, but {hint}", param="priority")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from appliance.core.params import SamplingParams
 
@@ -25,6 +27,11 @@ class Abort:
 
     request_id: str
     index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResetPrefixCache:
+    """Forget what is cached of earlier prompts: requests that come from now on find nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,7 @@ class Stats:
     steps: int = 0
     running: int = 0
     waiting: int = 0
+    swapped: int = 0  # of those that wait: their keys and values are in host memory
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_kept: int = 0  # of the others, those whose content may be wanted again
@@ -118,3 +126,28 @@ class EngineInfo:
     priorities: bool = False  # whether requests may bring one
     kernels: str = ""  # what computes: reference, torch, or the instruction set of native kernels
     startup: dict[str, float] = field(default_factory=dict)  # seconds of its parts; "ready": of all of them
+
+
+# Category -> where MemoryPlan.to_dict() has its bytes. The first ones are the device's, and add up to the plan's total.
+PLAN_PARTS = {
+    "weights": ("weights_bytes", "total"),
+    "kv_cache": ("kv_cache", "bytes"),
+    "workspace": ("workspace_bytes", "total"),
+    "graphs": ("graphs_bytes", "total"),
+    "runtime": ("runtime_bytes",),
+    "budget": ("budget_bytes",),
+    "swap": ("swap", "bytes"),
+    "host": ("host_bytes", "total"),
+}
+
+
+def plan_bytes(plan: Mapping[str, Any]) -> dict[str, int]:
+    """What a plan says of each category, as far as it does."""
+    found = {}
+    for category, path in PLAN_PARTS.items():
+        value: Any = plan
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if isinstance(value, int):
+            found[category] = value
+    return found

@@ -261,6 +261,7 @@ class Engine:
             steps=self._counts["steps"],
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
+            swapped=sum(bool(request.host) for request in scheduler.waiting),
             blocks_total=pool.num_blocks,
             blocks_used=pool.used,
             blocks_kept=pool.kept,

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from appliance.config import EngineConfig
-from appliance.core.messages import Abort, EngineInfo, Event, Stats, Submit
+from appliance.core.messages import Abort, EngineInfo, Event, ResetPrefixCache, Stats, Submit
 from appliance.core.params import RequestError
 from quant.errors import InputError
 
@@ -93,6 +93,10 @@ class Client:
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one of its completions, in the engine. Unknown or ended ones are ignored."""
         self._outbox.put(Abort(request_id, index))
+
+    def reset_prefix_cache(self) -> None:
+        """Requests that are generated from now on find nothing of earlier ones."""
+        self._outbox.put(ResetPrefixCache())
 
     @property
     def active(self) -> int:
@@ -225,10 +229,13 @@ def serve(conn: Connection) -> None:
         conn.send(("events", events, engine.stats() if fresh else None))
 
 
-def handle(engine: Any, conn: Connection, message: Submit | Abort) -> list[Event]:
+def handle(engine: Any, conn: Connection, message: Submit | Abort | ResetPrefixCache) -> list[Event]:
     """Take one message; a refusal goes straight back to the client that waits for it."""
     if isinstance(message, Abort):
         return engine.abort(message.request_id, message.index)
+    if isinstance(message, ResetPrefixCache):
+        engine.reset_prefix_cache()
+        return []
     try:
         engine.submit(message)
     except RequestError as error:

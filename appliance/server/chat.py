@@ -24,7 +24,7 @@ async def answer(state: ServerState, request_id: str, body: ChatRequest) -> Resp
     state.check_model(body.model)
     params = chat_params(body, state.defaults, state.server_config.max_logprobs)
     prompt = await chat_prompt(body, state.tokenizer, state.info.max_model_len)
-    view = ChatView(state, Job(state, request_id, "chatcmpl", [prompt], params), body)
+    view = ChatView(state, Job(state, request_id, "chatcmpl", [prompt], params, body), body)
     return await stream(view.chunks()) if body.stream else JSONResponse(await view.full())
 
 
@@ -49,7 +49,7 @@ class ChatView:
             async for _ in deltas:
                 pass
         choices = []
-        for c, output in enumerate(self.job.outputs):
+        for c, output in enumerate(self.job.best):
             choice: dict[str, Any] = {
                 "index": c,
                 "message": {"role": "assistant", "content": output.text, "refusal": None},

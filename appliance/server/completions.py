@@ -29,7 +29,7 @@ async def answer(state: ServerState, request_id: str, body: CompletionRequest) -
     prompts = await completion_prompts(body, state.tokenizer, limit)
     if body.max_tokens is None:
         params = clamp_max_tokens(params, prompts, limit)
-    view = CompletionView(state, Job(state, request_id, "cmpl", prompts, params), body)
+    view = CompletionView(state, Job(state, request_id, "cmpl", prompts, params, body), body)
     return await stream(view.chunks()) if body.stream else JSONResponse(await view.full())
 
 
@@ -56,7 +56,7 @@ class CompletionView:
             async for _ in deltas:
                 pass
         choices = []
-        for c, output in enumerate(self.job.outputs):
+        for c, output in enumerate(self.job.best):
             whole = Delta(
                 text=output.text,
                 token_ids=tuple(output.token_ids),

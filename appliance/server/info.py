@@ -81,7 +81,7 @@ async def load(request: Request) -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     state = state_of(request)
-    text = state.metrics.text(await state.client.stats())
+    text = state.metrics.text(await state.client.stats(), state.client.info)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -101,6 +101,16 @@ async def stats(request: Request) -> Response:
             "loading": state.client.loading if state.status == "loading" else None,  # bytes read, bytes to read
         }
     )
+
+
+@router.post("/reset_prefix_cache")
+async def reset_prefix_cache(request: Request) -> Response:
+    """Requests that come from now on find nothing of what was computed before."""
+    state = state_of(request)
+    if state.status != "ok":
+        raise state.refusal()
+    state.client.reset_prefix_cache()
+    return JSONResponse({"success": True})
 
 
 @router.delete("/v1/requests/{request_id:path}")

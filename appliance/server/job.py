@@ -15,22 +15,29 @@ from appliance.core.messages import Event, Submit, TokenLogprob
 from appliance.core.params import SamplingParams
 from appliance.server.errors import EngineFailed
 from appliance.server.prompts import Prompt
-from appliance.text.output import Delta, OutputStream
+from appliance.text.output import Delta, OutputStream, best_of
 from appliance.text.prepare import prepare
 
 if TYPE_CHECKING:
+    from appliance.server.schemas import SamplingFields
     from appliance.server.state import ServerState
 
 _numbers = count(1)  # clients may send the same X-Request-Id twice; the engine never sees a name twice
 
 
 class Job:
-    """Choice ``c`` is completion ``c % n`` of prompt ``c // n``. Raises RequestError where a prompt can never be served."""
+    """Output ``c`` is completion ``c % width`` of prompt ``c // width``. Raises RequestError where it can never be served."""
 
     def __init__(
-        self, state: ServerState, request_id: str, prefix: str, prompts: Sequence[Prompt], params: SamplingParams
+        self,
+        state: ServerState,
+        request_id: str,
+        prefix: str,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        body: SamplingFields,
     ) -> None:
-        self.state, self.request_id, self.prompts = state, request_id, prompts
+        self.state, self.request_id, self.prompts, self.body = state, request_id, prompts, body
         self.id = f"{prefix}-{request_id}"
         self.begun = time.time()
         self.params = prepare(params, state.tokenizer) if state.tokenizer else params
@@ -38,13 +45,27 @@ class Job:
         self.submits = [self._submit(k, prompt) for k, prompt in enumerate(prompts)]
         for submit in self.submits:
             check_submit(submit, state.info)
-        self.outputs = [OutputStream(state.tokenizer, self.params, p.token_ids) for p in prompts for _ in range(params.n)]
+        self.outputs = [OutputStream(state.tokenizer, self.params, p.token_ids) for p in prompts for _ in range(params.width)]
+        self.cached_tokens = [0] * len(prompts)
         self.prompt_logprobs: list[tuple[TokenLogprob | None, ...] | None] = [None] * len(prompts)
         self._latest: list[float | None] = [None] * len(self.outputs)  # when each choice had its latest token
 
     def _submit(self, k: int, prompt: Prompt) -> Submit:
         name = self.id if len(self.prompts) == 1 else f"{self.id}-{k}"
-        return Submit(f"{name}-{next(_numbers)}", prompt.token_ids, self.params, self.begun)
+        return Submit(
+            f"{name}-{next(_numbers)}",
+            prompt.token_ids,
+            self.params,
+            self.begun,
+            cache_salt=self.body.cache_salt or "",
+            priority=self.body.priority,
+        )
+
+    @property
+    def best(self) -> list[OutputStream]:
+        """The answers: all outputs, or the ``n`` best of each prompt under ``best_of``."""
+        n, width = self.params.n, self.params.width
+        return [one for k in range(len(self.prompts)) for one in best_of(self.outputs[k * width : (k + 1) * width], n)]
 
     async def run(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """(choice, what is new) until every choice has its finish_reason. Closing it frees everything in the engine.
@@ -60,7 +81,7 @@ class Job:
                 item = await self._queue.get()
                 if isinstance(item, Exception):
                     raise item
-                choice = item[0] * self.params.n + item[1].index
+                choice = item[0] * self.params.width + item[1].index
                 if self.outputs[choice].finish_reason is not None:
                     continue  # the engine's answer to the abort after a stop string
                 delta = self._take(choice, item[0], item[1])
@@ -91,6 +112,8 @@ class Job:
             raise EngineFailed(event.error or "the engine failed to compute this request")
         if event.prompt_logprobs is not None:
             self.prompt_logprobs[k] = event.prompt_logprobs
+        if event.index == 0:  # the others share what this one computes
+            self.cached_tokens[k] = max(self.cached_tokens[k], event.cached_tokens)
         now = time.time()
         if event.token_ids:
             self.state.metrics.token(now - self.begun if (last := self._latest[choice]) is None else None, last and now - last)
@@ -103,7 +126,7 @@ class Job:
         return delta
 
     def _count(self, choice: int, reason: str, now: float) -> None:
-        prompt = self.prompts[choice // self.params.n]
+        prompt = self.prompts[choice // self.params.width]
         self.state.metrics.finished(
             reason,
             e2e=now - self.begun,
@@ -122,14 +145,14 @@ class Job:
             self.state.client.abort(submit.request_id)
 
     def usage(self, hidden: int = 0) -> dict[str, Any]:
-        """OpenAI's usage object so far; ``hidden`` tokens of each choice are not the client's."""
+        """OpenAI's usage object so far, with all that ``best_of`` generates; ``hidden`` tokens of each are not the client's."""
         prompt = sum(len(p.token_ids) for p in self.prompts)
         completion = sum(max(0, len(output.token_ids) - hidden) for output in self.outputs)
         return {
             "prompt_tokens": prompt,
             "total_tokens": prompt + completion,
             "completion_tokens": completion,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached_tokens)},
         }
 
 

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from appliance.core.messages import Stats
+from appliance.core.messages import EngineInfo, Stats, plan_bytes
 from appliance.core.params import SamplingParams
 
 TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
@@ -25,22 +25,50 @@ REASONS = ("stop", "length", "abort", "error")
 # Engine gauges and counters: (kind, name, help, value of a Stats, vLLM's name if it has one)
 ENGINE: tuple[tuple[str, str, str, Callable[[Stats], float], bool], ...] = (
     ("gauge", "num_requests_running", "Completions in the running batch.", lambda s: s.running, True),
-    ("gauge", "num_requests_waiting", "Completions waiting for a place.", lambda s: s.waiting, True),
+    ("gauge", "num_requests_waiting", "Completions waiting for a place.", lambda s: s.waiting - s.swapped, True),
+    ("gauge", "num_requests_swapped", "Completions waiting in host memory.", lambda s: s.swapped, True),
     ("gauge", "kv_cache_usage_perc", "Used share of the KV blocks, 0 to 1.", lambda s: _usage(s), True),
     ("gauge", "gpu_cache_usage_perc", "kv_cache_usage_perc under its old name.", lambda s: _usage(s), True),
     ("gauge", "kv_blocks_total", "KV blocks in the pool.", lambda s: s.blocks_total, False),
     ("gauge", "kv_blocks_free", "KV blocks not in use.", lambda s: s.blocks_total - s.blocks_used, False),
+    ("gauge", "kv_blocks_kept", "Of those not in use, KV blocks whose content may be found.", lambda s: s.blocks_kept, False),
+    (
+        "gauge",
+        "cpu_cache_usage_perc",
+        "Share of the swap space that requests use.",
+        lambda s: _share(s.swap_used, s.swap_total),
+        True,
+    ),
+    ("gauge", "swap_blocks_total", "KV blocks of host memory.", lambda s: s.swap_total, False),
+    ("gauge", "swap_blocks_used", "Of these, those of requests that are swapped out.", lambda s: s.swap_used, False),
+    ("gauge", "swap_blocks_kept", "Of these, those of cached prefixes.", lambda s: s.swap_kept, False),
     ("gauge", "engine_rss_bytes", "Resident memory of the engine process.", lambda s: s.rss_bytes, False),
     ("gauge", "last_step_seconds", "Duration of the latest step.", lambda s: s.last_step_s, False),
     ("counter", "engine_steps", "Steps computed.", lambda s: s.steps, False),
     ("counter", "prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens, True),
     ("counter", "generation_tokens", "Tokens generated.", lambda s: s.generation_tokens, True),
     ("counter", "num_preemptions", "Completions put back to make room.", lambda s: s.preemptions, True),
+    ("counter", "num_swaps", "Of these, those that went to host memory.", lambda s: s.swaps, False),
+    ("counter", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", lambda s: s.prefix_queries, True),
+    ("counter", "prefix_cache_hits", "Of these, tokens that were found.", lambda s: s.prefix_hits, True),
+    (
+        "counter",
+        "prefix_cache_host_hits",
+        "Of those found, tokens that were in host memory.",
+        lambda s: s.prefix_host_hits,
+        False,
+    ),
+    ("counter", "gpu_prefix_cache_queries", "prefix_cache_queries under its old name.", lambda s: s.prefix_queries, True),
+    ("counter", "gpu_prefix_cache_hits", "prefix_cache_hits under its old name.", lambda s: s.prefix_hits, True),
 )
 
 
 def _usage(stats: Stats) -> float:
-    return stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
+    return _share(stats.blocks_used, stats.blocks_total)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
 
 
 class Metrics:
@@ -86,9 +114,10 @@ class Metrics:
         if params.max_tokens is not None:
             self._max_tokens.observe(params.max_tokens)
 
-    def text(self, stats: Stats) -> bytes:
-        """Prometheus' text format, with the engine as it is in ``stats``."""
-        return generate_latest(_Snapshot([*self._families(stats), *self._process.collect()]))
+    def text(self, stats: Stats, info: EngineInfo | None) -> bytes:
+        """Prometheus' text format, with the engine as it is in ``stats`` and its plan as ``info`` has it."""
+        families = [*self._families(stats), *self._by_kind(stats, info), *self._process.collect()]
+        return generate_latest(_Snapshot(families))
 
     def _families(self, stats: Stats) -> Iterator[Metric]:
         kept = [(metric, True) for metric in self._kept.collect()]
@@ -102,6 +131,18 @@ class Metrics:
             family = (GaugeMetricFamily if kind == "gauge" else CounterMetricFamily)(f"appliance:{name}", text, labels=LABELS)
             family.add_metric(self._labels, value(stats))
             yield family, theirs
+
+    def _by_kind(self, stats: Stats, info: EngineInfo | None) -> Iterator[Metric]:
+        copied = CounterMetricFamily("appliance:kv_blocks_copied", "KV blocks copied, by way.", labels=(*LABELS, "way"))
+        for way in ("out", "in", "copy"):  # to host memory, back from there, within the pool for a fork that writes
+            copied.add_metric((*self._labels, way), stats.copied_blocks.get(way, 0))
+        yield copied
+        planned = GaugeMetricFamily(
+            "appliance:memory_plan_bytes", "What the memory plan gives to each category.", labels=(*LABELS, "category")
+        )
+        for category, size in plan_bytes(info.plan if info else {}).items():
+            planned.add_metric((*self._labels, category), size)
+        yield planned
 
 
 class _Snapshot(Collector):

@@ -14,6 +14,9 @@ from quant.errors import InputError
 # Fields that a body and SamplingParams share by name.
 SHARED = (
     "n",
+    "best_of",
+    "use_beam_search",
+    "length_penalty",
     "temperature",
     "top_p",
     "top_k",
@@ -85,4 +88,6 @@ def chat_params(body: ChatRequest, defaults: Mapping[str, Any], max_logprobs: in
 def _params(body: SamplingFields, defaults: Mapping[str, Any], limit: int, more: Mapping[str, Any]) -> SamplingParams:
     check_logprobs("prompt_logprobs", body.prompt_logprobs, limit)
     given = {name: value for name in SHARED if (value := getattr(body, name)) is not None}
+    if body.use_beam_search:  # it draws nothing
+        defaults = {}
     return SamplingParams(**{**defaults, **given, **more})

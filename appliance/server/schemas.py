@@ -51,6 +51,10 @@ class SamplingFields(Fields):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    cache_salt: str | None = None
+    priority: int = 0
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -66,9 +70,13 @@ class SamplingFields(Fields):
         refuse(self.model_extra or {})
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed together with stream=true", param="stream_options")
-        if self.best_of is not None and self.best_of > (self.n or 1):
-            message = f"best_of is {self.best_of}, more than n = {self.n or 1}: best_of is not supported, use n"
-            raise RequestError(message, param="best_of", code="unsupported_parameter")
+        if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
+            message = (
+                f"best_of is {self.best_of}, more than n = {self.n or 1}: which are best is known in the end: set stream=false"
+            )
+            raise RequestError(message, param="best_of")
+        if self.cache_salt == "":
+            raise RequestError("cache_salt is empty: give it at least one character, or leave it out", param="cache_salt")
         texts = self.stop if isinstance(self.stop, list) else [self.stop or ""]
         if not all(isinstance(text, str) for text in texts):
             raise RequestError(f"stop must be text or a list of texts, got {self.stop!r:.80}", param="stop")

@@ -96,6 +96,13 @@ class OutputStream:
         )
 
 
+def best_of(outputs: Sequence[OutputStream], n: int) -> list[OutputStream]:
+    """The ``n`` with the largest sums of log-probabilities, the best first; all as they are where there are no more than that."""
+    if len(outputs) <= n:
+        return list(outputs)
+    return sorted(outputs, key=lambda output: -sum(one.logprob for one in output.logprobs))[:n]
+
+
 class _StopStrings:
     """Finds the stop string that is complete first, however the text is cut into pieces.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 from appliance.core.messages import EngineInfo, Event, Stats, Submit, TokenLogprob
+from appliance.core.params import SamplingParams
 from appliance.runtime.worker import EngineDied
 
 VOCAB = 99
@@ -24,7 +26,7 @@ def info(max_model_len: int = 512) -> EngineInfo:
         vocab_size=VOCAB,
         eos_token_ids=(END,),
         ready_s=0.1,
-        plan={"num_blocks": 64},
+        plan={"num_blocks": 64, "weights_bytes": {"mlp": 5, "total": 7}, "runtime_bytes": 3},
     )
 
 
@@ -41,7 +43,8 @@ class FakeClient:
         self.aborted: list[tuple[str, int | None]] = []
         self.submitted: list[Submit] = []
         self.running: dict[str, set[int]] = {}
-        self.tokens = 0
+        self.tokens = self.cached = self.resets = 0
+        self.decay = 0.0  # added to a log-probability for each completion before it
         self._dead = asyncio.Event()
 
     async def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
@@ -49,13 +52,13 @@ class FakeClient:
             raise EngineDied(self.failure or f"the engine is {self.state}")
         assert submit.request_id not in self.running
         self.submitted.append(submit)
-        alive = self.running[submit.request_id] = set(range(submit.params.n))
+        alive = self.running[submit.request_id] = set(range(submit.params.width))
         told: set[int] = set()
         try:
             step = 0
-            while len(told) < submit.params.n:
+            while len(told) < submit.params.width:
                 await self._wait()
-                for index in range(submit.params.n):
+                for index in range(submit.params.width):
                     if index in told:
                         continue
                     event = Event(submit.request_id, index, finish_reason="abort")
@@ -67,7 +70,7 @@ class FakeClient:
                 step += 1
         finally:
             del self.running[submit.request_id]
-            if len(told) < submit.params.n:
+            if len(told) < submit.params.width:
                 self.aborted.append((submit.request_id, None))
 
     async def _wait(self) -> None:
@@ -89,12 +92,23 @@ class FakeClient:
             submit.request_id,
             index,
             token_ids=(token,),
-            logprobs=None if params.logprobs is None else (score(token, params.logprobs),),
+            logprobs=self._scored(token, index, params),
             prompt_logprobs=None
             if params.prompt_logprobs is None or step
             else (None, *(score(t, params.prompt_logprobs) for t in prompt[1:])),
             finish_reason=reason,
+            cached_tokens=self.cached if index == 0 else len(prompt) - 1,  # the others share what the first one computes
         )
+
+    def _scored(self, token: int, index: int, params: SamplingParams) -> tuple[TokenLogprob, ...] | None:
+        """Later completions are better ones where ``decay`` is above 0."""
+        if params.logprobs is None and params.width == params.n:
+            return None
+        found = score(token, params.logprobs or 0)
+        return (replace(found, logprob=found.logprob + index * self.decay),)
+
+    def reset_prefix_cache(self) -> None:
+        self.resets += 1
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         self.aborted.append((request_id, index))
@@ -103,7 +117,22 @@ class FakeClient:
 
     async def stats(self) -> Stats:
         return Stats(
-            running=len(self.running), blocks_total=64, blocks_used=4 * len(self.running), generation_tokens=self.tokens, steps=7
+            running=len(self.running),
+            waiting=3,
+            swapped=2,
+            blocks_total=64,
+            blocks_used=4 * len(self.running),
+            blocks_kept=5,
+            swap_total=10,
+            swap_used=4,
+            swap_kept=1,
+            generation_tokens=self.tokens,
+            steps=7,
+            swaps=6,
+            prefix_queries=100,
+            prefix_hits=40,
+            prefix_host_hits=8,
+            copied_blocks={"out": 9, "copy": 2},
         )
 
     async def stop(self, drain_s: float = 0.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +59,49 @@ def test_n_times_prompts_in_order(served: Served) -> None:
     answer = served.post("/v1/completions", prompt=[[10, 11, 12], [20, 21, 22]], n=2, max_tokens=2, return_token_ids=True).json()
     assert [c["token_ids"] for c in answer["choices"]] == [[10, 11], [11, 12], [20, 21], [21, 22]]
     assert answer["usage"]["prompt_tokens"] == 6 and answer["usage"]["completion_tokens"] == 8
+
+
+def test_best_of(served: Served) -> None:
+    """The fake's later completions are the likelier ones; all that are generated count."""
+    served.client.decay = 0.1
+    try:
+        answer = served.post("/v1/completions", prompt=[[10, 11, 12, 13], [20, 21, 22, 23]], n=2, best_of=4, max_tokens=2,
+                             return_token_ids=True).json()  # fmt: skip
+    finally:
+        served.client.decay = 0.0
+    assert [c["index"] for c in answer["choices"]] == [0, 1, 2, 3]
+    assert [c["token_ids"] for c in answer["choices"]] == [[13, 10], [12, 13], [23, 20], [22, 23]]
+    assert all(c["logprobs"] is None for c in answer["choices"])
+    assert answer["usage"]["completion_tokens"] == 2 * 4 * 2 and answer["usage"]["prompt_tokens"] == 8
+    as_many = served.post("/v1/completions", prompt=[10, 11], n=2, best_of=2, max_tokens=1, stream=True)
+    assert as_many.status_code == 200
+
+
+def test_what_reaches_the_engine(served: Served) -> None:
+    served.post("/v1/completions", prompt="a", max_tokens=1, cache_salt="mine", use_beam_search=True, n=2, length_penalty=0.5)
+    submit = served.client.submitted[-1]
+    assert (submit.cache_salt, submit.priority) == ("mine", 0)
+    assert (submit.params.use_beam_search, submit.params.n, submit.params.length_penalty) == (True, 2, 0.5)
+    info = served.client.info
+    served.client.info = replace(info, priorities=True)
+    try:
+        messages = [{"role": "user", "content": "a"}]
+        assert served.post("/v1/chat/completions", messages=messages, max_tokens=1, priority=-3).status_code == 200
+        assert (served.client.submitted[-1].priority, served.client.submitted[-1].cache_salt) == (-3, "")
+    finally:
+        served.client.info = info
+
+
+def test_cached_tokens_are_those_of_each_prompts_first_completion(served: Served) -> None:
+    served.client.cached = 3
+    try:
+        usage = served.post("/v1/completions", prompt=["abcdef", "ghijkl"], n=2, max_tokens=2).json()["usage"]
+        chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "stream": True}
+        chunks = events(served.post("/v1/chat/completions", **chat, stream_options={"include_usage": True}).text)
+    finally:
+        served.client.cached = 0
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 6}
+    assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
 
 
 def test_echo_with_logprobs(served: Served) -> None:

@@ -49,7 +49,16 @@ def refused(served: Served, path: str, status: int = 400, **body: Any) -> dict[s
         ("allowed_token_ids", [], "allowed_token_ids is empty"),
         ("prompt_logprobs", 21, "prompt_logprobs is 21, but at most 20 are allowed"),
         ("stream_options", {"include_usage": True}, "stream_options is only allowed together with stream=true"),
-        ("best_of", 2, "best_of is 2, more than n = 1"),
+        ("best_of", 0, "best_of must be an integer at least 1 and at most 16384, got 0"),
+        ("best_of", "two", "best_of: Input should be a valid integer, got 'two'"),
+        ("use_beam_search", 1, "use_beam_search: Input should be a valid boolean, got 1"),
+        ("length_penalty", "x", "length_penalty: Input should be a valid number, got 'x'"),
+        ("length_penalty", 11, "length_penalty must be a number at least -10.0 and at most 10.0, got 11"),
+        ("cache_salt", "", "cache_salt is empty"),
+        ("cache_salt", 3, "cache_salt: Input should be a valid string, got 3"),
+        ("priority", 2, "priority is 2, but requests are served in order of arrival: start the server with --scheduling-policy"),
+        ("priority", 1.5, "priority: Input should be a valid integer, got 1.5"),
+        ("priority", "high", "priority: Input should be a valid integer, got 'high'"),
         ("truncate_prompt_tokens", 0, "truncate_prompt_tokens is -1"),
         ("truncation_side", "middle", "truncation_side is left or right"),
         ("seed", "x", "seed: Input should be a valid integer"),
@@ -60,6 +69,32 @@ def test_bad_values(served: Served, path: str, field: str, value: Any, words: st
     body = {"prompt": "a"} if path == "/v1/completions" else {"messages": HELLO}
     error = refused(served, path, **body, **{field: value})
     assert error["message"].startswith(words) and error["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"n": 3, "best_of": 2}, "best_of", "best_of is 2, less than n = 3"),
+        ({"best_of": 2, "stream": True}, "best_of", "best_of is 2, more than n = 1: which are best is known in the end"),
+        ({"best_of": 2, "temperature": 0}, "best_of", "best_of is 2, but temperature 0 gives one answer"),
+        ({"n": 2, "temperature": 0}, "n", "n is 2, but temperature 0 gives one answer"),
+        (
+            {"use_beam_search": True, "n": 2, "best_of": 3},
+            "best_of",
+            "best_of is 3, but with use_beam_search n = 2 is the number",
+        ),
+        ({"use_beam_search": True, "stop": ["x"]}, "stop", "stop does not go with use_beam_search"),
+        ({"use_beam_search": True, "presence_penalty": 1}, "presence_penalty", "presence_penalty does not go with use_beam"),
+        ({"use_beam_search": True, "logit_bias": {"5": 1}}, "logit_bias", "logit_bias does not go with use_beam_search"),
+        ({"use_beam_search": True, "n": 99}, "n", "n is 99: so many beams cannot differ in a vocabulary of 99 tokens"),
+        ({"use_beam_search": True, "n": 2, "early_stopping": True}, "early_stopping", "early_stopping: not supported"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_what_does_not_go_together(served: Served, path: str, body: dict[str, Any], param: str, words: str) -> None:
+    prompt = {"prompt": "a"} if path == "/v1/completions" else {"messages": HELLO}
+    error = refused(served, path, **prompt, **body)
+    assert error["message"].startswith(words) and error["param"] == param
 
 
 @pytest.mark.parametrize("field", sorted(REFUSED))

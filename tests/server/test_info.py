@@ -16,6 +16,8 @@ from quant.errors import InputError
 from tests.server.conftest import Served, serve_in_thread
 from tests.server.fake import FakeClient
 
+KINDS = {"appliance:kv_blocks_copied_total": "way", "appliance:memory_plan_bytes": "category"}
+
 
 def test_models(served: Served) -> None:
     with served.http as http:
@@ -40,6 +42,11 @@ def test_stats(served: Served) -> None:
     assert set(stats) == {"version", "model", "state", "uptime_s", "loading", "info", "engine"}
     assert stats["model"] == "tiny" and stats["state"] == "ok" and stats["info"]["max_model_len"] == 512
     assert stats["engine"]["blocks_total"] == 64 and stats["engine"]["steps"] == 7
+
+
+def test_reset_prefix_cache(served: Served) -> None:
+    response = served.post("/reset_prefix_cache")
+    assert response.status_code == 200 and response.json() == {"success": True} and served.client.resets == 1
 
 
 def test_tokenize_both_forms(served: Served) -> None:
@@ -68,9 +75,10 @@ def test_metrics(tokenizer: Tokenizer, model_dir: Path) -> None:
         served.post("/v1/completions", prompt=[68, 2], max_tokens=5)
         with served.http as http:
             text = http.get("/metrics").text
+    families = list(text_string_to_metric_families(text))
     samples = {
         (s.name, s.labels.get("finished_reason") or s.labels.get("le")): s.value
-        for family in text_string_to_metric_families(text)
+        for family in families
         for s in family.samples
         if s.labels.get("model_name") == "tiny" and s.labels["engine"] == "0"
     }
@@ -86,6 +94,19 @@ def test_metrics(tokenizer: Tokenizer, model_dir: Path) -> None:
         assert samples[f"{prefix}kv_cache_usage_perc", None] == 0
         assert samples[f"{prefix}num_requests_running", None] == 0
         assert (f"{prefix}num_preemptions_total", None) in samples
+        assert samples[f"{prefix}num_requests_waiting", None] == 1 and samples[f"{prefix}num_requests_swapped", None] == 2
+        assert samples[f"{prefix}cpu_cache_usage_perc", None] == 0.4
+        for old in ("", "gpu_"):
+            assert samples[f"{prefix}{old}prefix_cache_queries_total", None] == 100
+            assert samples[f"{prefix}{old}prefix_cache_hits_total", None] == 40
+    expected = {"prefix_cache_host_hits_total": 8, "kv_blocks_kept": 5, "swap_blocks_total": 10, "swap_blocks_used": 4}
+    expected |= {"swap_blocks_kept": 1, "num_swaps_total": 6}
+    assert {name: samples[f"appliance:{name}", None] for name in expected} == expected
+    kinds = {s.name: {} for family in families for s in family.samples if s.name in KINDS}
+    for sample in (s for family in families for s in family.samples if s.name in KINDS):
+        kinds[sample.name][sample.labels[KINDS[sample.name]]] = sample.value
+    assert kinds["appliance:kv_blocks_copied_total"] == {"out": 9, "in": 0, "copy": 2}
+    assert kinds["appliance:memory_plan_bytes"] == {"weights": 7, "runtime": 3}
     assert samples["appliance:kv_blocks_total", None] == samples["appliance:kv_blocks_free", None] == 64
     assert "process_resident_memory_bytes" in text
 

@@ -1,0 +1,137 @@
+"""What LLM answers with, and a prompt on its way there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from appliance.core.messages import Event, Submit, TokenLogprob
+from appliance.text.output import OutputStream, best_of
+from appliance.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Logprob:
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One answer. ``logprobs`` holds, for each token, a dict from token id to Logprob."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and its ``n`` answers. The first entry of ``prompt_logprobs`` is None: nothing comes before it."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    finished: bool = False
+    num_cached_tokens: int = 0
+
+
+@dataclass
+class BeamSearchSequence:
+    """What a beam became. ``tokens`` (and ``text``) begin with the prompt's; ``logprobs`` are of the answer's tokens."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]]
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class BeamSearchOutput:
+    """Of one prompt: ``beam_width`` sequences, the best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+@dataclass
+class Job:
+    """A prompt on its way."""
+
+    prompt: str | None
+    submit: Submit
+    tokenizer: Tokenizer | None
+    streams: list[OutputStream]
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    cached_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(s.finish_reason is not None for s in self.streams)
+
+    def take(self, event: Event) -> bool:
+        """Returns True when a stop string ended a completion that the engine is still working on."""
+        if event.finish_reason == "error":
+            raise RuntimeError(event.error)
+        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
+        if event.index == 0:  # the others share what this one computes
+            self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
+        return self.streams[event.index].push(event).abort
+
+    def output(self) -> RequestOutput:
+        scores = self.prompt_logprobs
+        return RequestOutput(
+            request_id=self.submit.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=list(self.submit.prompt_token_ids),
+            prompt_logprobs=None if scores is None else [None if s is None else self._shown(s) for s in scores],
+            outputs=[self._completion(i, s) for i, s in enumerate(best_of(self.streams, self.submit.params.n))],
+            finished=self.finished,
+            num_cached_tokens=self.cached_tokens,
+        )
+
+    def beams(self) -> BeamSearchOutput:
+        """The answer to a beam search, in vLLM's form."""
+        prompt, sequences = list(self.submit.prompt_token_ids), []
+        for stream in self.streams:
+            tokens = prompt + stream.token_ids
+            sequences.append(
+                BeamSearchSequence(
+                    tokens=tokens,
+                    logprobs=[self._shown(s) for s in stream.logprobs],
+                    cum_logprob=sum(s.logprob for s in stream.logprobs),
+                    text=None if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=False),
+                    finish_reason=stream.finish_reason,
+                    stop_reason=stream.stop_reason,
+                )
+            )
+        return BeamSearchOutput(sequences)
+
+    def _completion(self, index: int, stream: OutputStream) -> CompletionOutput:
+        asked, scored = self.submit.params.logprobs is not None, stream.logprobs
+        return CompletionOutput(
+            index=index,
+            text=stream.text,
+            token_ids=list(stream.token_ids),
+            cumulative_logprob=sum(s.logprob for s in scored) if asked or scored else None,
+            logprobs=[self._shown(s) for s in scored] if asked else None,
+            finish_reason=stream.finish_reason,
+            stop_reason=stream.stop_reason,
+        )
+
+    def _shown(self, scored: TokenLogprob) -> dict[int, Logprob]:
+        """The token itself first, then the most likely ones: up to k + 1 entries."""
+        entries = {scored.token_id: Logprob(scored.logprob, scored.rank, self._text(scored.token_id))}
+        for rank, (token, logprob) in enumerate(scored.top, 1):
+            entries.setdefault(token, Logprob(logprob, rank, self._text(token)))
+        return entries
+
+    def _text(self, token: int) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.token_str(token)
