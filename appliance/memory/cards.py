@@ -73,6 +73,9 @@ CARDS = (
     Card("GeForce RTX 5060 Ti 8GB", 8151, 448, 120, 36, 47.4, (5, 8)),
     Card("GeForce RTX 5060", 8151, 448, 120, 30, 38.4, (5, 8)),
     Card("GeForce RTX 5090 Laptop GPU", 24463, 896, 120, 82, 114.0, (5, 16)),
+    Card("GeForce RTX 5080 Laptop GPU", 16303, 896, 120, 60, 83.4, (5, 16)),
+    Card("GeForce RTX 5070 Ti Laptop GPU", 12227, 672, 120, 46, 62.0, (5, 16)),
+    Card("GeForce RTX 5070 Laptop GPU", 8151, 384, 120, 36, 49.9, (5, 8)),
     # GeForce, Ada
     Card("GeForce RTX 4090", 24564, 1008, 89, 128, 165.2),
     Card("GeForce RTX 4080 SUPER", 16376, 736, 89, 80, 104.4),
@@ -88,6 +91,7 @@ CARDS = (
     Card("GeForce RTX 4080 Laptop GPU", 12282, 432, 89, 58, 67.7),
     Card("GeForce RTX 4070 Laptop GPU", 8188, 256, 89, 36, 40.1, (4, 8)),
     Card("GeForce RTX 4060 Laptop GPU", 8188, 256, 89, 24, 29.1, (4, 8)),
+    Card("GeForce RTX 4050 Laptop GPU", 6141, 192, 89, 20, 24.2, (4, 8)),
     # GeForce, Ampere
     Card("GeForce RTX 3090 Ti", 24564, 1008, 86, 84, 80.0),
     Card("GeForce RTX 3090", 24576, 936, 86, 82, 71.2),
@@ -98,15 +102,18 @@ CARDS = (
     Card("GeForce RTX 3070", 8192, 448, 86, 46, 40.6),
     Card("GeForce RTX 3060 Ti", 8192, 448, 86, 38, 32.4),
     Card("GeForce RTX 3060", 12288, 360, 86, 28, 25.5),
+    Card("GeForce RTX 3060 Laptop GPU", 6144, 336, 86, 30, 26.2),
     # GeForce and Titan, Turing
     Card("TITAN RTX", 24576, 672, 75, 72, 130.5, (3, 16)),
     Card("GeForce RTX 2080 Ti", 11264, 616, 75, 68, 53.8, (3, 16)),
     Card("GeForce RTX 2080 SUPER", 8192, 496, 75, 48, 44.6, (3, 16)),
     Card("GeForce RTX 2080", 8192, 448, 75, 46, 40.3, (3, 16)),
     Card("GeForce RTX 2070 SUPER", 8192, 448, 75, 40, 36.3, (3, 16)),
+    Card("GeForce RTX 2070", 8192, 448, 75, 36, 29.9, (3, 16)),
     Card("GeForce RTX 2060", 6144, 336, 75, 30, 25.8, (3, 16)),
     # workstations
     Card("RTX PRO 6000 Blackwell Workstation Edition", 97887, 1792, 120, 188, 503.8, (5, 16), ("RTX PRO 6000",)),
+    Card("RTX PRO 5000 Blackwell", 48935, 1344, 120, 110, 258.0, (5, 16)),
     Card("RTX 6000 Ada Generation", 49140, 960, 89, 142, 364.2),
     Card("RTX 5000 Ada Generation", 32760, 576, 89, 100, 261.1),
     Card("RTX 4500 Ada Generation", 24570, 432, 89, 60, 158.5),
@@ -117,7 +124,7 @@ CARDS = (
     Card("RTX A4500", 20470, 640, 86, 56, 94.6),
     Card("RTX A4000", 16376, 448, 86, 48, 76.7),
     Card("RTX A2000 12GB", 12282, 288, 86, 26, 31.9),
-    Card("Quadro RTX 8000", 49152, 672, 75, 72, 130.5, (3, 16)),
+    Card("Quadro RTX 8000", 49152, 672, 75, 72, 130.5, (3, 16), ("RTX 8000",)),
     Card("Quadro RTX 6000", 24576, 672, 75, 72, 130.5, (3, 16)),
     # data centres
     Card("B200", 183359, 8000, 100, 148, 2250.0, (5, 16)),
@@ -136,11 +143,12 @@ CARDS = (
     Card("A30", 24576, 933, 80, 56, 165.2),
     Card("A10", 23028, 600, 86, 72, 125.0),
     Card("A10G", 23028, 600, 86, 80, 70.0),
+    Card("A2", 15356, 200, 86, 10, 18.1, (4, 8)),
     Card("Tesla T4", 15360, 320, 75, 40, 65.1, (3, 16), ("T4",)),
 )  # fmt: skip
 
 _COUNTED = re.compile(r"(\d{1,3})\s*[x*×]\s*(.*\S)|(.*\S)\s+[x*×]\s*(\d{1,3})")
-_SILENT = re.compile(r"nvidia|geforce|quadro|tesla|generation|edition|gpu|\(r\)|\(tm\)|[^a-z0-9]")
+_SILENT = re.compile(r"nvidia|geforce|tesla|generation|edition|gpu|\(r\)|\(tm\)|[^a-z0-9]")
 
 
 def find_card(name: str) -> Card:

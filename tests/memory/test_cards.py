@@ -18,6 +18,7 @@ AI_TOPS = {
     "RTX 5090": 3352, "RTX 5080": 1801, "RTX 5070 Ti": 1406, "RTX 5070": 988, "RTX 5060 Ti 16GB": 759, "RTX 5060": 614,
     "RTX 5090 Laptop GPU": 1824, "RTX 4090": 1321, "RTX 4080 SUPER": 836, "RTX 4080": 780, "RTX 4070 Ti SUPER": 706,
     "RTX 4070 Ti": 641, "RTX 4070 SUPER": 568, "RTX 4070": 466, "RTX 4060 Ti 8GB": 353, "RTX 4060": 242,
+    "RTX 5080 Laptop GPU": 1334, "RTX 5070 Ti Laptop GPU": 992, "RTX 5070 Laptop GPU": 798, "RTX 4050 Laptop GPU": 194,
     "RTX 4090 Laptop GPU": 686, "RTX 4080 Laptop GPU": 542, "RTX 4070 Laptop GPU": 321, "RTX 4060 Laptop GPU": 233,
 }  # fmt: skip
 
@@ -37,6 +38,15 @@ def test_a_card_does_what_its_processors_can(card: Card) -> None:
 def test_rates_are_those_of_the_sheets(name: str, tops: int) -> None:
     card = find_card(name)
     assert card.rate == pytest.approx(tops / (16 if card.capability == 120 else 8), rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "tops"), [("RTX PRO 6000", 4030), ("RTX PRO 5000 Blackwell", 2064), ("RTX 6000 Ada", 1457), ("RTX 4000 Ada", 428)]
+)
+def test_rates_of_workstations_are_not_halved(name: str, tops: int) -> None:
+    """Sparse FP4 has 8 times the operations of float16, sparse FP8 4 times."""
+    card = find_card(name)
+    assert card.rate == pytest.approx(tops / (8 if card.capability == 120 else 4), rel=0.005) and card.half_sums == card.rate
 
 
 def test_what_the_white_papers_say() -> None:
@@ -67,6 +77,9 @@ def test_what_the_white_papers_say() -> None:
         ("4080 super", "GeForce RTX 4080 SUPER"),
         ("6000 Ada", "RTX 6000 Ada Generation"),
         ("A6000", "RTX A6000"),
+        ("RTX 6000", "RTX 6000 Ada Generation"),
+        ("Quadro RTX 6000", "Quadro RTX 6000"),
+        ("rtx 8000", "Quadro RTX 8000"),
         ("RTX PRO 6000", "RTX PRO 6000 Blackwell Workstation Edition"),
         ("T4", "Tesla T4"),
         ("a10", "A10"),
