@@ -1,0 +1,182 @@
+"""``plan --check``: the engine is loaded for real, runs its largest steps, and what it then takes is held against the plan."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from appliance.config import EngineConfig
+from appliance.core.params import SamplingParams
+from appliance.memory.devices import MIB, cpu_threads
+from appliance.memory.measure import categories
+from appliance.memory.plan import MemoryPlan
+from appliance.memory.planner import make_plan
+from appliance.memory.text import columns, size_text
+from appliance.runtime import warmup
+from appliance.runtime.footprint import footprint, resident
+from appliance.runtime.options import choose_device
+from appliance.runtime.runner import Runner
+from appliance.runtime.startup import CudaGauge, Timeline, Tools, load_decoder, make_runner, told
+from models.decoder import Decoder
+
+CPU_SHARE = 0.02
+CARD_SHARE, CARD_BYTES = 0.01, 100 * MIB
+"""What a process may be off: 2 % on a CPU; on a card 1 %, or 100 MiB where that is more."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One category: bytes planned, bytes measured, and how far they may be apart."""
+
+    name: str
+    planned: int
+    measured: int
+    allowed: int = 0  # bytes, either way
+    below: bool = False  # whether less than planned is fine too: an upper bound
+
+    @property
+    def difference(self) -> int:
+        return self.measured - self.planned
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.allowed and (self.below or -self.difference <= self.allowed)
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "planned_bytes": self.planned,
+            "measured_bytes": self.measured,
+            "difference_bytes": self.difference,
+            "allowed_bytes": self.allowed,
+            "upper_bound": self.below,
+            "holds": self.holds,
+        }
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was planned, and what it was."""
+
+    plan: MemoryPlan  # as the engine had it when it was ready
+    rows: tuple[Row, ...]
+    steps: int  # that were run
+
+    @property
+    def holds(self) -> bool:
+        return all(row.holds for row in self.rows)
+
+    def to_dict(self) -> dict[str, object]:
+        rows = [row.to_dict() for row in self.rows]
+        return {"holds": self.holds, "steps": self.steps, "rows": rows, "plan": self.plan.to_dict()}
+
+    def table(self) -> str:
+        """For people, in fixed width."""
+        cells = []
+        for row in self.rows:
+            off = row.difference
+            share = f" ({off / row.planned:+.1%})" if off and row.planned else ""
+            difference = f"{'-' if off < 0 else '+'}{size_text(abs(off))}{share}" if off else "none"
+            limit = f"at most {size_text(row.allowed)} off" if row.allowed else "exact"
+            words = "at most as planned" if row.below else limit
+            cells.append(
+                (row.name, size_text(row.planned), size_text(row.measured), difference, words, "yes" if row.holds else "NO")
+            )
+        return "\n".join(columns(("", "planned", "measured", "difference", "wanted", "holds"), cells))
+
+
+def check(directory: Path, config: EngineConfig) -> CheckReport:
+    """Load the checkpoint in this process, run steps of the largest sizes, and compare. Raises what Engine.load raises.
+
+    Of a CPU the whole process is compared: checking should be all that it does.
+    """
+    config = replace(config, model=str(directory))
+    torch.set_num_threads(cpu_threads(config.threads))
+    device, planned, timeline = choose_device(config.device), make_plan(Path(directory), config), Timeline()
+    meter = Meter(device, planned.device.available)
+    with told(planned):
+        decoder, _ = load_decoder(config, planned, device, timeline, None)
+    loading = Row("loading, at most", planned.load_peak, meter.peak(), below=True)
+    tools = Tools.of(device, config, planned.device.name)
+    runner, plan = make_runner(decoder, planned, config, tools, timeline, device=device)
+    if decoder.ops.name == "cpu-native":
+        torch.set_num_threads(1)  # as the engine does
+    meter.begin()
+    steps = warmup.run(runner, largest(plan), plan.max_model_len)
+    share, least = (CPU_SHARE, 0) if device.type == "cpu" else (CARD_SHARE, CARD_BYTES)
+    allowed = max(int(share * plan.total), least)
+    total = Row("all, while the largest steps run", plan.total, meter.peak(), allowed)
+    after = Row("all, after them", plan.total, meter.now(), allowed, below=True)
+    return CheckReport(plan, (*_parts(plan, runner), loading, total, after), steps)
+
+
+def largest(plan: MemoryPlan) -> Iterator[warmup.Trial]:
+    """Steps that take the most: of the most tokens, of the most sequences, of the longest ones, with every way to draw."""
+    tokens, longest = plan.max_num_batched_tokens, plan.max_model_len
+    sequences = min(plan.max_num_seqs, tokens)
+    yield warmup.full(plan)
+    yield from (warmup.decodes(sequences, params) for params in (warmup.GREEDY, *warmup.DRAWS, *warmup.ON_HOST))
+    yield warmup.Trial(((longest - 1, 1),) * max(1, min(sequences, int(plan.sequences(longest)))))
+    yield warmup.Trial(((0, min(longest, tokens)),), SamplingParams(prompt_logprobs=2))
+
+
+def weights_by_part(decoder: Decoder) -> dict[str, int]:
+    """Bytes of the loaded weights, by the parts of a plan."""
+    layers = decoder.layers
+    attention = sum(weight.nbytes for layer in layers for weight in (*layer.qkv, layer.o))
+    mlp = sum(weight.nbytes for layer in layers for weight in (*layer.gate_up, layer.down))
+    return {
+        "embedding": decoder.embedding.nbytes,
+        "attention": attention,
+        "mlp": mlp,
+        "head": 0 if decoder.tied else decoder.head.nbytes,
+        "norms": decoder.norm.nbytes + sum(layer.nbytes for layer in layers) - attention - mlp,
+    }
+
+
+def _parts(plan: MemoryPlan, runner: Runner) -> Iterator[Row]:
+    """What must be as planned to the byte."""
+    measured = footprint(plan, runner, 0)
+    if not plan.offload.layers:  # what is streamed in has no place of its own
+        for part, size in weights_by_part(runner.decoder).items():
+            yield Row(f"weights: {part}", plan.weights[part], size)
+    for name in ("weights", "rotary table", "KV cache", "swap space"):
+        if name in measured:
+            yield Row(name, categories(plan)[name], measured[name])
+
+
+class Meter:
+    """What a CPU's process, or a card, has in use."""
+
+    def __init__(self, device: torch.device, available: int) -> None:
+        """``available``: bytes of the card that were free before this process took any."""
+        self.device, self.available = device, available
+        self.begin()
+
+    def begin(self) -> None:
+        """The peak begins anew, where the system can do that."""
+        if self.device.type == "cuda":
+            CudaGauge().begin()
+            return
+        with contextlib.suppress(OSError):  # not Linux
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def now(self) -> int:
+        if self.device.type == "cuda":
+            return self.available - CudaGauge().read().free
+        return resident()
+
+    def peak(self) -> int:
+        """The most since ``begin``."""
+        if self.device.type == "cuda":
+            reading = CudaGauge().read()
+            return reading.held(self.available)
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except OSError:  # not Linux
+            return self.now()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
