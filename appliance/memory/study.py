@@ -23,7 +23,7 @@ from appliance.memory.speed import Speed, decode_speeds, prefill_speed
 from models.spec import ModelSpec
 from quant.errors import InputError
 from quant.headers import CheckpointIndex
-from quant.scheme import read_scheme
+from quant.scheme import QuantScheme, read_scheme
 
 CACHES = {"auto": None, "fp8": "fp8_e4m3", "int8": "int8", "int4": "int4"}  # --kv-cache-dtype: Settings.kv_dtype
 
@@ -60,7 +60,7 @@ class Study:
     settings: Settings
     demand: Demand  # of one rank, as all below
     work: Work
-    variants: Variants
+    whole: tuple[ModelSpec, QuantScheme, Machinery]  # the model before it is divided
 
     @classmethod
     def read(
@@ -80,8 +80,7 @@ class Study:
         machinery, part = Machinery.choose(config, spec.dtype, weakest or device), shard(spec, ranks)
         check_layout(spec, part, scheme, ranks)
         demand = with_exchange(Demand.of(part, scheme, machinery, model=config.model or str(directory)), spec, ranks)
-        other = variants(demand, spec, scheme, machinery) if ranks == 1 else Variants()
-        return cls(device, host, ranks, settings, demand, Work.of(part, scheme, machinery), other)
+        return cls(device, host, ranks, settings, demand, Work.of(part, scheme, machinery), (spec, scheme, machinery))
 
     @cached_property
     def plan(self) -> MemoryPlan:
@@ -89,7 +88,8 @@ class Study:
         try:
             return fit(self.demand, self.settings, self.device, self.host)
         except PlanError as error:
-            raise advise(error, self.demand, self.settings, self.device, self.variants, self.host) from None
+            other = variants(self.demand, *self.whole) if self.ranks == 1 else Variants()
+            raise advise(error, self.demand, self.settings, self.device, other, self.host) from None
 
     def other(self, **changes: object) -> MemoryPlan | None:
         """The plan with other Settings; None where it does not fit."""
