@@ -10,6 +10,14 @@ from bench_report import COLOURS, decades, number, text
 
 WIDTH, HEIGHT = 940, 480
 BOX = (80, 50, 640, 420)  # left, top, right, bottom of the axes; the names are to the right
+KNOWN = (
+    "paged, prefix cache",
+    "contiguous, longest",
+    "contiguous, exact length",
+    "whole batches, exact length",
+    "whole batches, longest",
+    "paged, no prefix cache",
+)
 Points = Sequence[tuple[float, float]]
 
 
@@ -17,6 +25,7 @@ class Scale:
     """Numbers onto pixels, evenly or by their logarithm."""
 
     def __init__(self, low: float, high: float, start: float, end: float, *, log: bool = False) -> None:
+        high = high if high > low else 2 * low + 1  # a single value
         self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
 
     def __call__(self, value: float) -> float:
@@ -69,7 +78,8 @@ def names(found: Sequence[str], colours: Mapping[str, str]) -> list[str]:
 
 
 def colour_of(found: Sequence[str]) -> dict[str, str]:
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(found)}
+    """The same in every picture: by KNOWN, or by place for other names."""
+    return {name: COLOURS[(KNOWN.index(name) if name in KNOWN else i) % len(COLOURS)] for i, name in enumerate(found)}
 
 
 def lines(
@@ -87,7 +97,7 @@ def lines(
     if level:
         out.append(f'<line x1="{left}" y1="{y(level[1])}" x2="{right}" y2="{y(level[1])}" stroke="#999" stroke-dasharray="5 3"/>')
         out.append(text(right - 4, y(level[1]) - 5, level[0], anchor="end", colour="#666"))
-    for name, points in series.items():
+    for name, points in reversed(series.items()):  # the first, which is ours, above the others
         path = " ".join(f"{x(a)},{y(b)}" for a, b in points)
         out.append(f'<polyline points="{path}" fill="none" stroke="{colours[name]}" stroke-width="1.8"/>')
         out += [f'<circle cx="{x(a)}" cy="{y(b)}" r="3" fill="{colours[name]}"/>' for a, b in points if dots]
@@ -109,5 +119,6 @@ def bars(title: str, y_name: str, groups: Mapping[str, Mapping[str, float]]) -> 
             out.append(f'<rect {shape} fill="{colours[kind]}"><title>{escape(f"{name}, {kind}: {number(value)}")}</title></rect>')
             turn = f'transform="translate({at + width / 2 + 4:.1f} {y(value) - 4}) rotate(-90)"'
             out.append(f'<g {turn} font-size="10">{text(0, 0, number(value))}</g>')
-        out.append(text(left + room * (i + 0.5), bottom + 18, name, anchor="middle"))
+        for k, part in enumerate(name.split(", ")):
+            out.append(text(left + room * (i + 0.5), bottom + 18 + 15 * k, part, anchor="middle"))
     return "\n".join([*out, *names(kinds, colours), "</svg>"]) + "\n"

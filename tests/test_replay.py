@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import re
 import sys
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-trace, cost_module, rivals, sim, predict = (
-    importlib.import_module(name) for name in ("replay_trace", "replay_cost", "replay_rivals", "replay_sim", "gpu_predict")
+trace, cost_module, rivals, sim, plots, script, predict = (
+    importlib.import_module(name)
+    for name in ("replay_trace", "replay_cost", "replay_rivals", "replay_sim", "replay_plots", "replay", "gpu_predict")
 )
 Job, Replay, Reserved = trace.Job, sim.Replay, rivals.Reserved
 
@@ -37,14 +40,18 @@ class Seconds:
 
 
 class Rows(Seconds):
-    """A millisecond a token: what is computed twice shows."""
+    """A millisecond a token that is computed, and a second one that crosses the bus."""
 
     def step(self, rows: int, sampled: int, cached: int, pairs: int, context: int) -> float:
         return rows / 1e3
 
+    def cross(self, tokens: int) -> float:
+        return tokens
 
-def paged(blocks: int, size: int, *, budget: int = 64, seqs: int = 8) -> Scheduler:
-    return Scheduler(BlockPool(blocks, size), max_num_batched_tokens=budget, max_num_seqs=seqs)
+
+def paged(blocks: int, size: int, *, budget: int = 64, seqs: int = 8, host: int = 0, caching: bool = False) -> Scheduler:
+    second = BlockPool(host, size) if host else None
+    return Scheduler(BlockPool(blocks, size), max_num_batched_tokens=budget, max_num_seqs=seqs, host=second, caching=caching)
 
 
 def reserved(capacity: int, room: int | None, *, budget: int = 64, seqs: int = 8, whole: bool = False) -> Any:
@@ -75,6 +82,7 @@ def test_the_ideal_of_a_trace_by_hand() -> None:
     assert trace.ideal_hits(jobs) == 1100 + 1024 + 512
     assert trace.ideal_hits(jobs, capacity=0) == 0
     assert trace.ideal_hits(jobs, capacity=1100) == 1100 + 1024, "1 and 2 outlive the tail 3; then 5 and 2 push out 1"
+    assert trace.ideal_hits(jobs[:2], capacity=1024) == 1024, "the tail leaves before the head"
 
 
 def test_equal_ids_are_equal_tokens_and_others_have_none_in_common() -> None:
@@ -195,3 +203,103 @@ def test_what_can_never_fit_is_refused_and_counted() -> None:
     for scheduler in (paged(2, 4), reserved(9, None), reserved(9, None, whole=True)):
         result = Replay(jobs_of((4, 2), (30, 2), (4, 2)), scheduler, Seconds()).run()
         assert (result.refused, result.jobs, result.prompt_tokens) == (1, 2, 8)
+
+
+def test_hits_through_the_real_scheduler_by_hand() -> None:
+    """Whole blocks of 16: 1088 of the second's 1100 tokens, 1024 of the third's; nothing behind another begin."""
+    jobs = [
+        Job(0, 0.0, 1100, 2, (1, 2, 3)),
+        Job(1, 1e4, 1100, 2, (1, 2, 3)),
+        Job(2, 2e4, 1500, 2, (1, 2, 4)),
+        Job(3, 3e4, 1024, 2, (5, 2)),
+    ]
+    warm = Replay(jobs, paged(1000, 16, caching=True), Rows()).run()
+    assert warm.hit_tokens == 1088 + 1024 and warm.computed_tokens == sum(j.total - 1 for j in jobs) - warm.hit_tokens
+    assert warm.hit_rate == pytest.approx(2112 / 4724)
+    assert Replay(jobs, paged(1000, 16), Rows()).run().hit_tokens == 0
+
+
+def test_a_shared_block_is_full_and_counted_once() -> None:
+    """Two that run together on one block of 512: the second holds its own 2 blocks of 16 beside it."""
+    scheduler = paged(100, 16, budget=2048, caching=True)
+    replay = Replay([Job(0, 0.0, 512, 9, (1,)), Job(1, 1.5, 530, 9, (1, 2))], scheduler, Seconds())
+    for _ in range(3):
+        replay._arrive()
+        replay.step()
+    assert replay.result.hit_tokens == 512 and len(scheduler.running) == 2
+    assert sim.room(scheduler) == ((32 - 18) + (16 - 2), (33 + 2) * 16)
+
+
+def test_swapping_computes_nothing_again_and_takes_its_time_on_the_bus() -> None:
+    jobs = trace.at_once(random_jobs(random.Random(8), 100, 40))
+    once = sum(j.total - 1 for j in jobs)
+    swapped = Replay(jobs, paged(12, 4, host=100), Rows()).run()
+    assert swapped.preemptions > 0 and swapped.computed_tokens == once
+    assert swapped.crossed_tokens > 0 and swapped.span == pytest.approx(once / 1e3 + swapped.crossed_tokens)
+
+
+def test_the_most_load_is_found() -> None:
+    known = {share: 4 * share for share in script.LOADS}
+    assert 0 <= 0.75 - script.most_load(known, lambda share: 4 * share) <= 0.1 / 2**script.HALVINGS
+    assert script.most_load({0.2: 9.0}, lambda share: 9.0) == 0.0
+    assert 1.9 < script.most_load({1.0: 1.0}, lambda share: 1.0) < 2.0, "beyond what was tried"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small traces in the real ones' formats."""
+    folder, rng = tmp_path_factory.mktemp("data") / "traces", random.Random(9)
+    folder.mkdir()
+    for name in ("conv", "code"):
+        rows = [f"2023-11-16 18:17:{i:02}.0000000,{rng.randint(50, 900)},{rng.randint(1, 40)}" for i in range(40)]
+        text = "\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows])
+        (folder / f"AzureLLMInferenceTrace_{name}.csv").write_text(text)
+    lines = [
+        {"timestamp": 3000 * i, "input_length": 1500, "output_length": 5, "hash_ids": [i % 4, 10 + i % 8, 100 + i]}
+        for i in range(24)
+    ]
+    (folder / "mooncake_conversation.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "sharegpt_sample.json").write_text(json.dumps([{"prompt_tokens": 40, "response_tokens": 9}] * 2))
+    return folder.parent
+
+
+def test_the_whole_script(data: Path, tmp_path: Path) -> None:
+    """Every part on small traces: hits as computed from the ids by hand, pictures that parse, one part renewed by itself."""
+    parts = [name for name in script.PARTS if name != "host"]
+    words = ["--data", str(data), "--out", str(tmp_path)]
+    assert script.main([*words, "--only", *parts]) == 0
+    report = json.loads((tmp_path / "replay.json").read_text())
+    found = report["parts"]["hits"]["found"]
+    ideal = (20 * 512 + 16 * 512) / (24 * 1500)  # all but the first of each id; the second ids hang on the first
+    assert found["ideal"] == pytest.approx(ideal) and found["rows"][0]["hit_rate"] == pytest.approx(ideal, abs=0.02)
+    for trace_name, systems in report["parts"]["throughput"]["found"].items():
+        counts = {(one["jobs"], one["answer_tokens"], one["refused"]) for one in systems.values()}
+        assert len(counts) == 1, f"{trace_name}: every system does the same work"
+    text = (tmp_path / "replay.md").read_text()
+    named = set(re.findall(r"\((replay-[^)]+\.svg)\)", text))
+    assert named == {path.name for path in tmp_path.glob("*.svg")} and len(named) == 3 + 2 * 4
+    for path in tmp_path.glob("*.svg"):
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    before = dict(report["parts"])
+    assert script.main([*words, "--only", "preemption", "--requests", "9"]) == 0
+    after = json.loads((tmp_path / "replay.json").read_text())["parts"]
+    assert after["preemption"]["found"]["requests"] == 9 and all(after[name] == before[name] for name in parts[:-1])
+
+
+def test_the_scheduler_is_timed_at_the_asked_number_of_sequences(data: Path) -> None:
+    setup = script.setups(data, None)[0]
+    for busy in (False, True):
+        times = script.host_us(setup, 64, 16, busy, steps=60)
+        assert 0 < times["p50"] <= times["p99"] <= times["most"]
+
+
+def test_without_traces_it_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--data", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'traces'} is absent; --data names the folder that holds traces/\n"
+
+
+def test_axes() -> None:
+    even, log = plots.Scale(0, 12, 100, 700), plots.Scale(0.1, 1000, 100, 500, log=True)
+    assert even(3) == 250 and even(99) == 700 and even.ticks() == [0, 5, 10]
+    assert log(10) == 300 and log(0.1) == 100 and {0.1, 1, 1000} <= {round(tick, 6) for tick in log.ticks()}
+    assert [plots.label(v) for v in (0.2, 5, 1500, 20000, 12e6)] == ["0.2", "5", "1.5k", "20k", "12M"]
