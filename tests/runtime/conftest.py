@@ -36,9 +36,9 @@ def load(tiny: Path) -> Callable[..., Engine]:
     return make
 
 
-def submit(name: str, ids: Iterable[int], **params: Any) -> Submit:
+def submit(name: str, ids: Iterable[int], *, cache_salt: str = "", **params: Any) -> Submit:
     settings = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
-    return Submit(name, tuple(ids), SamplingParams(**{**settings, **params}), arrival=0.0)
+    return Submit(name, tuple(ids), SamplingParams(**{**settings, **params}), arrival=0.0, cache_salt=cache_salt)
 
 
 def finish(engine: Engine, limit: int = 10_000) -> dict[tuple[str, int], list[Event]]:
