@@ -28,6 +28,8 @@ def audit(
     if len(running) > max_num_seqs:
         raise PoolError(f"{len(running)} running, more than {max_num_seqs}")
     for r in running:
+        if not r.landed <= r.computed <= r.known or r.ahead < 0:
+            raise PoolError(f"request {r.key}: {r.landed} tokens landed, {r.computed} computed, {r.known} known")
         low, high = store.blocks(r.computed), store.blocks(r.known)
         if not low <= len(r.blocks) <= high or r.host or not r.running:
             raise PoolError(f"request {r.key} holds {len(r.blocks)} blocks, expected {low} to {high}")

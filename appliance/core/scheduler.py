@@ -286,7 +286,7 @@ class Scheduler:
             return []
         most = self.pool.free + sum(len(r.blocks) for r in victims) - (self.reserve if len(victims) < len(self.running) else 0)
         seats = 1 + len(self.running) - self.max_num_seqs
-        if self._need(head, *self._places(head)) > most or seats > len(victims):
+        if self._need(head, *self._places(head)) > most:
             return []
         gone: list[Request] = []
         while victims and (self._need(head, *self._places(head)) > self._room or seats > len(gone)):
@@ -310,7 +310,6 @@ class Scheduler:
         else:
             self.store.drop(request)
             request.computed = 0
-        request.landed = min(request.landed, request.computed)
         request.preemptions += 1
         self.num_preemptions += 1
         self._enqueue(request, last=last)
