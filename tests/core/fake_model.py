@@ -12,6 +12,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from typing import Any
 
 from appliance.core.blocks import BlockPool
 from appliance.core.params import SamplingParams
@@ -94,6 +95,10 @@ class SpoilingPool(BlockPool):
         super().release(blocks)
         self._spoil(block for block in blocks if self._counts[block] == 0 and block not in self._keys)
 
+    def forget(self) -> None:
+        self._spoil([*self._kept])
+        super().forget()
+
     def _spoil(self, blocks: Iterable[int]) -> None:
         for block in blocks:
             self.log(Copy(self.kind, block, block))  # type: ignore[arg-type]
@@ -171,3 +176,21 @@ class FakeRunner:
 
 def _differ(have: Sequence[int], want: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(have, want)) if a != b), len(have))
+
+
+def make_scheduler(
+    *, blocks: int = 64, size: int = 4, budget: int = 64, seqs: int = 8, host: int = 0, **options: Any
+) -> tuple[Scheduler, FakeRunner]:
+    """Over pools that spoil; ``host``: blocks of the second tier. The other options are the scheduler's."""
+    second = SpoilingPool(host, size, host=True) if host else None
+    pool = SpoilingPool(blocks, size)
+    scheduler = Scheduler(pool, max_num_batched_tokens=budget, max_num_seqs=seqs, host=second, **options)
+    return scheduler, FakeRunner(scheduler)
+
+
+def shape(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
+    return [(c.request.request_id, c.start, c.length, c.samples) for c in plan.chunks]
+
+
+def moves(plan: StepPlan) -> list[Copy]:
+    return [copy for copy in plan.copies if copy.kind in ("out", "in", "copy")]

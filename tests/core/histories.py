@@ -72,7 +72,6 @@ class History:
         self.groups: list[list[Request]] = []  # beams, from the best on
         self.prompts: list[list[int]] = [[(7 * i + 3 * doc) % 50 for i in range(64)] for doc in range(3)]
         self.waits: dict[Request, tuple[tuple[int, int], int]] = {}  # ticket, and how many steps it may wait with that
-        self.count = 0
         self.flight: Flight | None = None  # computed, but not known yet
         self.faulty = True
 
@@ -90,6 +89,7 @@ class History:
         max_tokens = 1 + choose(min(16, self.capacity))
         prompt = self.prompts[choose(len(self.prompts))][: 1 + choose(40)]
         prompt = (prompt + [1 + choose(3)] * choose(3))[: self.capacity + 1 - max_tokens]
+        name = next(f"r{i}" for i in range(100) if not any(r.request_id == f"r{i}" for r in self.all))
         n, ends, beams = (1, 1, 2, 4)[choose(4)], choose(2), not choose(4)
         priority, salt, leader = choose(3), SALTS[max(0, choose(6) - 3)], None
         group = []
@@ -98,7 +98,7 @@ class History:
             answer = alone(prompt, max_tokens, seed=seed)
             eos = {answer[len(prompt) + choose(max_tokens)]} if ends and not beams else set()
             request = make_request(
-                f"r{self.count}",
+                name,
                 prompt,
                 max_tokens,
                 index=index,
@@ -115,7 +115,6 @@ class History:
             self.alive[request] = prompt[:] if beams else alone(prompt, max_tokens, eos, seed)
         if beams:
             self.groups.append(group)
-        self.count += 1
         self.check()
 
     def step(self) -> None:
@@ -156,8 +155,12 @@ class History:
         self.check()
 
     def mishap(self) -> None:
-        """A step fails when it is launched, or when it lands; or somebody ends a request that runs."""
-        what = self.choose(3)
+        """A step fails when it is launched, or when it lands; somebody ends a request that runs; the prefix cache is reset."""
+        what = self.choose(4)
+        if what == 3:  # the prefix cache is reset
+            self.scheduler.store.forget()
+            self.check()
+            return
         if what == 0 or not self.alive:
             running = [r for r in self.scheduler.running if not r.finished]
             if running:
@@ -185,6 +188,7 @@ class History:
                 assert error
             else:
                 assert request.tokens == tokens and not request.blocks and not request.host
+                assert (request.finish_reason == "stop") == (tokens[-1] in request.eos_token_ids)
                 self.prompts.append(tokens)
 
     def decide(self) -> None:
@@ -237,7 +241,7 @@ class History:
     def count_waits(self) -> None:
         """Nobody waits for longer than all before it may take for a turn each, and the time to compute again what they had."""
         scheduler = self.scheduler
-        if scheduler.priorities or self.groups:
+        if scheduler.priorities or any(self.groups):
             return
         waits, self.waits = self.waits, {}
         for request in scheduler.waiting:
@@ -267,9 +271,13 @@ class History:
     def faults(self) -> int:
         return sum(pool.faults for pool in (self.scheduler.pool, self.scheduler.store.host) if pool is not None)
 
+    @property
+    def all(self) -> list[Request]:
+        return self.scheduler.running + self.scheduler.waiting
+
     def check(self) -> None:
         self.scheduler.check()
-        assert {r for r in (*self.scheduler.running, *self.scheduler.waiting) if not r.finished} == {*self.alive}
+        assert {r for r in self.all if not r.finished} == {*self.alive}
         for request, tokens in self.alive.items():
             assert request.tokens == tokens[: len(request.tokens)], "not the tokens it would have alone"
 
