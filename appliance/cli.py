@@ -78,6 +78,7 @@ def plan(
     sequences: int | None = None,
     context: str | None = None,
     svg: Path | None = None,
+    check: Annotated[bool, Parameter(negative=())] = False,
     json: bool = False,
     engine: EngineFlags = ENGINE,
 ) -> int:
@@ -97,12 +98,14 @@ def plan(
         How many sequences of so many tokens fit at once.
     svg
         Write the memory map to this file, as a picture.
+    check
+        Load the model for real, and print what it takes against what was planned. Exit code 1 where that does not hold.
     json
         Print JSON instead of a table.
     """
     from appliance.plan_command import Asked, plan_command
 
-    asked = Asked(json=json, gpu=gpu, memory=memory, sequences=sequences, context=context, svg=svg)
+    asked = Asked(json=json, gpu=gpu, memory=memory, sequences=sequences, context=context, svg=svg, check=check)
     return plan_command(_with_model(engine, model), asked)
 
 

@@ -11,7 +11,7 @@ from json import dumps
 from pathlib import Path
 
 from appliance.config import EngineConfig
-from appliance.hub import demo_model, headers_of
+from appliance.hub import demo_model, headers_of, resolve
 from appliance.memory.answers import Answers
 from appliance.memory.cards import Card, find_cards
 from appliance.memory.devices import MIB, DeviceInfo, this_device
@@ -35,10 +35,13 @@ class Asked:
     sequences: int | None = None
     context: str | None = None
     svg: Path | None = None
+    check: bool = False
 
 
 def plan_command(engine: EngineConfig, asked: Asked) -> int:
     """Print the plan and the answers. 0: fits; 1: does not fit, or not what was asked for. Raises InputError for bad input."""
+    if asked.check:
+        return checked(engine, asked)
     with headers_of(engine.model, engine.revision) if engine.model else nullcontext(demo_model()) as directory:
         return plan_of(directory, replace(engine, model=engine.model or str(directory)), asked)
 
@@ -78,6 +81,28 @@ def chosen_devices(engine: EngineConfig, asked: Asked) -> list[DeviceInfo]:
         raise InputError(f"--device {kind!r} is not known; auto, cpu and cuda are")
     name = f"a {'machine' if kind == 'cpu' else 'card'} with {size_text(size)}"
     return [DeviceInfo(kind, name, size, size)]
+
+
+def checked(engine: EngineConfig, asked: Asked) -> int:
+    """Load the model for real, and print what was planned against what it took. 0: it held; 1: not, or it does not fit."""
+    given = {"--gpu": asked.gpu, "--memory": asked.memory, "--sequences": asked.sequences, "--context": asked.context}
+    strange = [flag for flag, value in {**given, "--svg": asked.svg}.items() if value]
+    if strange:
+        raise InputError(f"--check loads the model on this machine, so {strange[0]} means nothing: leave out one of the two")
+    from appliance.runtime.check import check
+
+    directory = resolve(engine.model, engine.revision) if engine.model else demo_model()
+    try:
+        report = check(directory, engine)
+    except PlanError as error:
+        return refused(error, engine, asked, ())
+    if asked.json:
+        print(dumps({"fits": True, **report.to_dict()}, indent=2))
+    else:
+        verdict = "All of it is as planned." if report.holds else "Not all of it is as planned."
+        head = f"Planned against measured, after {report.steps} steps of the largest sizes"
+        print(f"{report.plan.table()}\n\n{head}\n{report.table()}\n{verdict}")
+    return 0 if report.holds else 1
 
 
 def parse_size(flag: str, text: str) -> int:

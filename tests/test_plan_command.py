@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 
 from appliance import cli
+from appliance.config import EngineConfig
 from appliance.memory.cards import find_card
+from appliance.memory.plan import PlanError
 from appliance.plan_command import parse_size
 from quant.errors import InputError
 from tests.memory.test_planner import awq_checkpoint
@@ -113,6 +117,51 @@ def test_the_picture(model: str, capsys: pytest.CaptureFixture[str], tmp_path: P
     assert code == 0 and json.loads(out)["fits"] and str(path) in err
     words = "".join(ElementTree.parse(path).getroot().itertext())
     assert "on NVIDIA GeForce RTX 4090" in words and "Predicted decode speed, not measured" in words
+
+
+class Report:
+    """As appliance.runtime.check has it."""
+
+    steps = 3
+
+    def __init__(self, holds: bool) -> None:
+        self.holds = holds
+        self.plan = SimpleNamespace(table=lambda: "the plan")
+
+    def table(self) -> str:
+        return "the rows"
+
+    def to_dict(self) -> dict[str, object]:
+        return {"holds": self.holds, "rows": []}
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_check(model: str, holds: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Path, EngineConfig]] = []
+
+    def check(directory: Path, config: EngineConfig) -> Report:
+        asked.append((directory, config))
+        return Report(holds)
+
+    monkeypatch.setitem(sys.modules, "appliance.runtime.check", SimpleNamespace(check=check))
+    code, out, err = run(capsys, model, "--check", "--max-model-len", "64")
+    assert (code, err) == (0 if holds else 1, "") and asked == [(Path(model), EngineConfig(model=model, max_model_len=64))]
+    assert out.startswith("the plan\n\nPlanned against measured, after 3 steps") and "the rows" in out
+    code, out, _ = run(capsys, model, "--check", "--json")
+    assert code == (0 if holds else 1) and json.loads(out) == {"fits": True, "holds": holds, "rows": []}
+
+
+def test_check_of_what_does_not_fit_or_is_not_here(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(directory: Path, config: EngineConfig) -> Report:
+        raise PlanError("the model does not fit", ())
+
+    monkeypatch.setitem(sys.modules, "appliance.runtime.check", SimpleNamespace(check=check))
+    assert run(capsys, model, "--check") == (1, "", "appliance: error: the model does not fit\n")
+    for flags in ("--gpu 4090", "--memory 8G", "--sequences 3", "--context 512", "--svg a.svg"):
+        code, _, err = run(capsys, model, "--check", *flags.split())
+        assert code == 2 and err.startswith(f"appliance: error: --check loads the model on this machine, so {flags.split()[0]} ")
 
 
 def test_sizes_that_are_none() -> None:
