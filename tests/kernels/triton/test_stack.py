@@ -178,10 +178,12 @@ def test_one_call_is_the_operators_one_by_one(name: str, dtype: torch.dtype) -> 
         assert found.dtype == dtype and bool(found.isfinite().all())
         if DEVICE == "cpu" and dtype in EXACT:
             assert torch.equal(found, one_by_one) and same(caches, other)
-        rounded = shape.activation or shape.cache  # what rounds otherwise in between may be a whole step away
-        expected, limit = plain.forward(*on(cpu)).float(), 3e-2 if rounded else LIMIT[dtype]
+        expected, limit = plain.forward(*on(cpu)).float(), LIMIT[dtype]
+        # A number whose rounding another one on the way has turned is a whole step away: 1/127, in int4 1/15. Few are.
+        most = 1 / 15 if shape.cache == "int4" else 3e-2 if shape.cache or shape.activation else limit
         for result in (found, one_by_one):
-            assert (result.float().cpu() - expected).abs().max() < limit * expected.abs().max()
+            lost = (result.float().cpu() - expected).abs().amax(1) / expected.abs().max()
+            assert lost.max() < most and (shape.activation or lost.median() < limit)
 
 
 def count_launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
