@@ -63,10 +63,7 @@ def test_the_same_answers(load: Load, fresh: tuple[int, dict], blocks: int, cach
     for _ in range(2):
         assert answers(engine, work) == expected, f"conversation({seed})"
     stats = engine.stats()
-    if blocks == 8:
-        assert stats.preemptions > 0 and (stats.swaps > 0) == ("swap" in giving_way)
-    if blocks == 512:
-        assert stats.preemptions == 0 and (stats.prefix_hits > stats.prefix_queries // 2) == caching
+    assert (stats.blocks_kept > 0) == caching and (blocks < 512 or stats.preemptions == 0)
     host = engine.scheduler.store.host
     assert (host is None) == (giving_way == "neither") and (host is None or host.used == 0)
 
@@ -112,7 +109,8 @@ def test_overload(load: Load, giving_way: str) -> None:
         right = expected[sent[name].request_id, index]
         got = told[name, index]
         assert got == right if reason != "abort" else name in doomed and got == right[: len(got)], f"seed {seed}"
-    assert 50 < list(ended.values()).count("abort") < len(ended) // 2 and engine.stats().preemptions > 0
+    assert 50 < list(ended.values()).count("abort") < len(ended) // 2
     engine.check()
+    assert engine.stats().preemptions > 0 and (engine.stats().swaps > 0) == (giving_way == "swap")
     host = engine.scheduler.store.host
     assert engine.scheduler.pool.used == 0 and (host is None or host.used == 0) and not engine._beams and not engine._scores
