@@ -21,7 +21,7 @@ from quant.headers import ITEM_SIZE as FILE_ITEM
 from quant.scheme import QuantScheme
 
 WORKERS = 4  # modules converted at a time, at most: models/loader.py
-SLAB_BYTES = 96 << 20
+SLAB_BYTES, SLAB_ITEM = 96 << 20, 24
 """While a head is quantized in slabs of 4 M values (quant/rows.py): five floats each, and what the allocator keeps of them."""
 READ = {
     "awq-gemm": 3.5, "awq-gemv": 1.2, "awq-gemv-fast": 4.0, "gptq": 3.3, "pack-quantized": 3.3,
@@ -89,7 +89,7 @@ def loading(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Loadi
         ends_device = last.embedding_bytes + last.head_bytes + max(table, _pack_extra(last.head, machinery))
         return Loading(
             Transient(ends_device, last.embedding_bytes + last.head_bytes, device),
-            Transient(table + head + last.head_bytes + SLAB_BYTES, 0, host),
+            Transient(table + head + last.head_bytes + _slab(spec), 0, host),
         )
     layer = max(_layer(published, weights, machinery) for published, weights in both)
     kept = last.embedding_bytes + last.head_bytes
@@ -198,12 +198,16 @@ def _file_item(spec: ModelSpec, scheme: QuantScheme, *names: str) -> int:
     return FILE_ITEM[found.dtype] if found is not None else ITEM_SIZE[spec.dtype]
 
 
+def _slab(spec: ModelSpec) -> int:
+    return min(SLAB_BYTES, SLAB_ITEM * spec.vocab * spec.hidden)
+
+
 def _ends_peak(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, last: Ends) -> int:
     """Table and head as published, the table in the activations' type, the head in canonical form and laid out."""
     table, head, numbers = _table_bytes(spec, scheme), _head_bytes(spec, scheme), spec.vocab * spec.hidden
     canonical = _canonical(last.head) if last.head.stored.quantized else 0
     copy = numbers * ITEM_SIZE[machinery.dtype]
     if last.head_bytes == 0:  # one copy of both
-        return max(table + canonical + SLAB_BYTES, canonical + last.embedding_bytes) if canonical else table + 2 * copy
-    packing = max(SLAB_BYTES if canonical else 0, last.head_bytes + (0 if canonical else _pack_extra(last.head, machinery)))
+        return max(table + canonical + _slab(spec), canonical + last.embedding_bytes) if canonical else table + 2 * copy
+    packing = max(_slab(spec) if canonical else 0, last.head_bytes + (0 if canonical else _pack_extra(last.head, machinery)))
     return table + copy + head + canonical + packing

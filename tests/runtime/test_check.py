@@ -1,0 +1,72 @@
+"""plan --check: exact where a plan is exact, and the process within two hundredths once a start has taught what it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.config import EngineConfig
+from appliance.runtime.check import CheckReport, Row, check, largest
+from tests.tiny_model import Shape, make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from appliance.config import EngineConfig
+from appliance.runtime.check import check
+print(json.dumps(check(Path(sys.argv[1]), EngineConfig(**json.loads(sys.argv[2]))).to_dict()))
+"""
+
+
+def in_a_process_of_its_own(directory: Path, cache: Path, **options: Any) -> dict[str, Any]:
+    environment = {**os.environ, "APPLIANCE_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", PROGRAM, str(directory), json.dumps(options)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
+def test_the_whole_process_is_as_planned(tmp_path: Path, cache_dtype: str) -> None:
+    shape = Shape(hidden=256, layers=3, mlp=512, head_dim=64, group=64, vocab=4000, max_len=256)
+    directory = make_checkpoint(tmp_path / "model", shape=shape, tokenizer=False)
+    options = {
+        "kv_cache_memory_bytes": "64M", "threads": 1, "max_num_seqs": 64, "max_num_batched_tokens": 512, "swap_space": 0.01,
+        "kv_cache_dtype": cache_dtype,
+    }  # fmt: skip
+    first = in_a_process_of_its_own(directory, tmp_path / "cache", **options)
+    second = in_a_process_of_its_own(directory, tmp_path / "cache", **options)
+    for report in (first, second):
+        exact = [row for row in report["rows"] if not row["allowed_bytes"] and not row["upper_bound"]]
+        assert len(exact) == 9 and all(row["difference_bytes"] == 0 for row in exact), exact
+        assert next(row for row in report["rows"] if row["name"] == "loading, at most")["holds"]
+        assert report["steps"] >= 10
+    assert not first["plan"]["runtime_learned"] and second["plan"]["runtime_learned"]
+    total = next(row for row in second["rows"] if row["name"] == "all, while the largest steps run")
+    assert total["allowed_bytes"] == int(0.02 * total["planned_bytes"])
+    assert total["holds"] and second["holds"], second["rows"]
+
+
+def test_a_report_says_what_does_not_hold(tmp_path: Path) -> None:
+    report = check(
+        make_checkpoint(tmp_path, tokenizer=False), EngineConfig(kv_cache_memory_bytes="1M", threads=1, max_model_len=64)
+    )
+    rows = (Row("a", 100, 100), Row("b", 1 << 20, 1 << 21, 5), Row("c", 100, 50, below=True), Row("d", 100, 95, 5))
+    wrong = CheckReport(report.plan, rows, 3)
+    assert [row.holds for row in rows] == [True, False, True, True] and not wrong.holds
+    lines = wrong.table().splitlines()
+    assert [line.split()[-1] for line in lines] == ["holds", "yes", "NO", "yes", "yes"]
+    assert "+1.00 MiB (+100.0%)" in lines[2] and "at most as planned" in lines[3] and lines[1].split()[-2] == "exact"
+    assert json.loads(json.dumps(wrong.to_dict()))["holds"] is False
+    steps = list(largest(report.plan))
+    assert max(step.tokens for step in steps) == min(report.plan.max_num_batched_tokens, 64 * report.plan.max_num_seqs)
+    assert max(len(step.chunks) for step in steps) == report.plan.max_num_seqs
