@@ -19,7 +19,7 @@ from appliance.memory.plan import PlanError
 from appliance.memory.planner import command_line
 from appliance.memory.settings import parse_length
 from appliance.memory.study import Study, smallest
-from appliance.memory.text import size_text
+from appliance.memory.text import held_by, size_text
 from quant.errors import InputError
 
 _UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
@@ -57,7 +57,7 @@ def plan_of(directory: Path, engine: EngineConfig, asked: Asked) -> int:
     try:
         answers = Answers.of(smallest(studies), devices, asked.sequences, _context(asked.context))
     except PlanError as error:
-        return refused(error, engine, asked, studies[0].larger())
+        return refused(error, engine, asked, studies[0].larger(), devices[0])
     if asked.svg is not None:
         draw(asked.svg, answers)
     print(dumps(answers.to_dict(), indent=2) if asked.json else answers.text())
@@ -95,7 +95,7 @@ def checked(engine: EngineConfig, asked: Asked) -> int:
     try:
         report = check(directory, engine)
     except PlanError as error:
-        return refused(error, engine, asked, ())
+        return refused(error, engine, asked)
     if asked.json:
         print(dumps({"fits": True, **report.to_dict()}, indent=2))
     else:
@@ -138,7 +138,9 @@ def draw(path: Path, answers: Answers) -> None:
     print(f"appliance: note: the memory map is in {path}", file=sys.stderr)
 
 
-def refused(error: PlanError, engine: EngineConfig, asked: Asked, larger: Sequence[Card]) -> int:
+def refused(
+    error: PlanError, engine: EngineConfig, asked: Asked, larger: Sequence[Card] = (), device: DeviceInfo | None = None
+) -> int:
     """Say why the model does not fit and what would, each with its effect; ``larger``: cards on which it fits. Returns 1."""
     if asked.json:
         remedies = [{**one.to_dict(), "command": command_line(engine, one)} for one in error.remedies]
@@ -149,6 +151,8 @@ def refused(error: PlanError, engine: EngineConfig, asked: Asked, larger: Sequen
     if not asked.json:
         for one in error.remedies:
             print(f"  {one}: {one.effect}", file=sys.stderr)
+        if device is not None and device.holders:
+            print(f"  fewer programs on the card: {held_by(device)}", file=sys.stderr)
         if larger:
             names = ", ".join(f"{card.name} ({size_text(card.memory * MIB)})" for card in larger)
             print(f"  another card: the smallest that would do are {names}", file=sys.stderr)

@@ -68,6 +68,21 @@ def test_a_refusal_names_what_would_fit_with_its_effect(model: str, capsys: pyte
     assert lines[-1].startswith("  another card: the smallest that would do are GeForce RTX 5090 (31.84 GiB), ")
 
 
+def test_a_refusal_names_who_holds_the_card(
+    model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = "Process ID : 991\\nName : /usr/bin/game\\nUsed GPU Memory : 6000 MiB\\n"
+    script = tmp_path / "nvidia-smi"
+    script.write_text(
+        f'#!/bin/sh\nif [ "$1" = -q ]; then printf "{process}"; else echo "NVIDIA GeForce RTX 3070, 8.6, 8192, 1800"; fi\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, out, err = run(capsys, model, "--device", "cuda")
+    assert code == 1 and not out
+    assert "\n  fewer programs on the card: 6.24 GiB held by the driver and others: game (pid 991, 5.86 GiB)\n" in err
+
+
 def test_several_cards(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     first = run(capsys, model, "--gpu", "2x RTX 3090")
     assert first[0] == 0 and first[1].startswith("Tensor parallel over 2 cards (NVIDIA GeForce RTX 3090)")

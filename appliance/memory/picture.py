@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 WIDTH, MARGIN = 960, 32
 INNER, RIGHT = WIDTH - 2 * MARGIN, MARGIN + 430  # the right column
 COLORS = {
-    "weights": ("#1f4e8c", "#2f6db5", "#4a8bd1", "#76abe0", "#a6c9ee"),
+    "weights": ("#1f4e8c", "#2f6db5", "#4a8bd1", "#76abe0", "#a6c9ee", "#cfe1f5"),
     "workspace": ("#c77700", "#e08e0b", "#f0a832", "#f6c064", "#fad694", "#fce6bd"),
     "CUDA graphs": ("#a64d79",),
     "runtime": ("#6e7781",),
@@ -32,6 +32,7 @@ text { font-family: ui-sans-serif, system-ui, 'Segoe UI', 'Helvetica Neue', 'Dej
 .number { font-size: 13px; text-anchor: end }
 .frame { fill: none; stroke: #8c959f }
 .free { fill: #eaeef2 }
+.held { fill: #afb8c1 }
 .mark { stroke: #cf222e; stroke-width: 2 }
 .sequence { fill: #1a8f62 }
 .other { fill: #8fd3b6 }
@@ -41,6 +42,7 @@ text { font-family: ui-sans-serif, system-ui, 'Segoe UI', 'Helvetica Neue', 'Dej
   .small { fill: #9198a1 }
   .inside { fill: #ffffff }
   .free { fill: #21262d }
+  .held { fill: #484f58 }
   .frame { stroke: #6e7681 }
   .other { fill: #14543c }
 }
@@ -84,6 +86,9 @@ def _bar(plan: MemoryPlan, parts: Sequence[Part], y: int) -> list[str]:
     """The device's memory from left to right, the budget's end marked, names inside where there is room."""
     total, height, x = max(plan.device.total, plan.total), 56, float(MARGIN)
     out = [f'<rect class="free" x="{MARGIN}" y="{y}" width="{INNER}" height="{height}" rx="4"/>']
+    held = INNER * (plan.device.total - plan.device.available) / total
+    if held > 0:
+        out.append(f'<rect class="held" x="{WIDTH - MARGIN - held:.2f}" y="{y}" width="{held:.2f}" height="{height}" rx="4"/>')
     spans: dict[str, tuple[float, float]] = {}
     for part, color in _colors(parts):
         width = INNER * part.nbytes / total
@@ -128,7 +133,8 @@ def _legend(plan: MemoryPlan, parts: Sequence[Part], y: int) -> tuple[list[str],
         last = category
     for name, nbytes in rest_of(plan):
         y += 22
-        out.append(f'<rect class="free" x="{MARGIN}" y="{y - 11}" width="12" height="12" rx="2" stroke="#8c959f"/>')
+        kind = "held" if "others" in name else "free"
+        out.append(f'<rect class="{kind}" x="{MARGIN}" y="{y - 11}" width="12" height="12" rx="2" stroke="#8c959f"/>')
         out += [_text(MARGIN + 20, y, name, "body"), *_sizes(nbytes, plan.device.total, right, y)]
     return out, y
 

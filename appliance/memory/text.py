@@ -82,14 +82,15 @@ def plan_table(plan: MemoryPlan) -> str:
 def device_lines(device: DeviceInfo) -> list[str]:
     """The device, and who else is on it."""
     lines = [f"  {device.name} ({device.kind}): {size_text(device.total)}, {size_text(device.available)} available"]
-    if device.holders:
-        names = [
-            f"{one.name} (pid {one.pid}{'' if one.nbytes is None else f', {size_text(one.nbytes)}'})" for one in device.holders
-        ]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        held = size_text(max(0, device.total - device.available))
-        lines.append(f"  {held} held by the driver and others: {', '.join(names[:5])}{more}")
-    return lines
+    return [*lines, f"  {held_by(device)}"] if device.holders else lines
+
+
+def held_by(device: DeviceInfo) -> str:
+    """Who holds how much of the device: five by name."""
+    names = [f"{one.name} (pid {one.pid}{'' if one.nbytes is None else f', {size_text(one.nbytes)}'})" for one in device.holders]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    held = size_text(max(0, device.total - device.available))
+    return f"{held} held by the driver and others: {', '.join(names[:5])}{more}"
 
 
 def _parts(plan: MemoryPlan) -> list[str]:

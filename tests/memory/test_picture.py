@@ -39,6 +39,15 @@ def test_the_bar_is_to_scale(kind: str) -> None:
         x += INNER * part.nbytes / (24 * GIB)
 
 
+def test_what_others_hold_is_at_the_end_of_the_bar() -> None:
+    def held(device: DeviceInfo) -> list[float]:
+        found = [one for one in rectangles(memory_map(plan(device))) if one.get("class") == "held" and one.get("height") == "56"]
+        return [float(one.get(key, "")) for one in found for key in ("x", "width")]
+
+    assert held(replace(CARD, available=24 * GIB)) == []
+    assert held(replace(CARD, available=18 * GIB)) == pytest.approx([MARGIN + 0.75 * INNER, 0.25 * INNER])
+
+
 def test_blocks_of_the_pool() -> None:
     def squares(made: MemoryPlan, kind: str) -> int:
         return sum(
