@@ -16,99 +16,28 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bench import commit, machine
-from gpu_predict import CARD, Model
-from replay_cost import BUS, Llama, Roofline
+from gpu_predict import CARD
+from replay_cost import BUS
 from replay_report import write
-from replay_rivals import Reserved
-from replay_sim import ENDLESS, Replay, Result
-from replay_trace import Job, at_once, azure, ideal_hits, lasting, mooncake, sharegpt
+from replay_setups import Setup, setups
+from replay_sim import ENDLESS
+from replay_trace import Job, at_once, ideal_hits, lasting
 
-from appliance.core.blocks import BlockPool
 from appliance.core.request import Request
-from appliance.core.scheduler import Scheduler
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-OURS, PLAIN = "paged, prefix cache", "paged, no prefix cache"
 SLOWDOWN = 3.0  # the most load may make a request take so many times what it takes alone, by token of its answer, in the mean
 HALVINGS = 4  # of the range in which the most load is sought
-LOADS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)  # requests a second, as shares of ours when all are there at once
+LOADS = (0.3, 0.5, 0.7, 0.85, 1.0)  # requests a second, as shares of ours when all are there at once
 SHOWN_LOAD = 0.7
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A trace on a model. ``few``: how many of its first requests the many runs under load take; 0 where it has no times."""
-
-    name: str
-    model: Model
-    jobs: list[Job]
-    few: int
-
-    @cached_property
-    def cost(self) -> Roofline:
-        return Roofline(self.model)
-
-    @property
-    def tokens(self) -> int:
-        return self.model.plan.tokens
-
-    @property
-    def limits(self) -> dict[str, int]:
-        return {"max_num_batched_tokens": self.model.plan.max_num_batched_tokens, "max_num_seqs": self.model.plan.max_num_seqs}
-
-    def paged(self, tokens: float | None = None, *, size: int = 0, host: float = 0, caching: bool = True) -> Scheduler:
-        """The engine's. ``tokens`` of room (the plan's), ``host`` bytes of host memory."""
-        size = size or self.model.plan.kv.block_size
-        second = BlockPool(int(host) // (size * self.cost.token_bytes), size) if host else None
-        return Scheduler(BlockPool(int(tokens or self.tokens) // size, size), host=second, caching=caching, **self.limits)
-
-    def systems(self) -> dict[str, Callable[[], Any]]:
-        """Ours and what it is compared with, the kindest first."""
-        longest = max(job.total for job in self.jobs)
-
-        def exact(request: Request) -> int:
-            return request.max_total
-
-        def most(request: Request) -> int:
-            return longest
-
-        plain = {PLAIN: lambda: self.paged(caching=False)} if self.jobs[0].shared else {}
-        return {
-            OURS: self.paged,
-            **plain,
-            "contiguous, exact length": lambda: Reserved(self.tokens, exact, **self.limits),
-            "contiguous, longest": lambda: Reserved(self.tokens, most, **self.limits),
-            "whole batches, exact length": lambda: Reserved(self.tokens, exact, whole_batches=True, **self.limits),
-            "whole batches, longest": lambda: Reserved(self.tokens, most, whole_batches=True, **self.limits),
-        }
-
-    def run(self, jobs: Sequence[Job], scheduler: Any, **how: Any) -> Result:
-        return Replay(jobs, scheduler, self.cost, **how).run()
-
-
-def setups(data: Path, requests: int | None) -> list[Setup]:
-    traces, llama, old = data / "traces", Llama("Llama-3.1-8B"), Model("Llama-2-7B")
-    conv, code = (azure(traces / f"AzureLLMInferenceTrace_{name}.csv") for name in ("conv", "code"))
-    short = [job for job in conv if job.total <= old.plan.max_model_len]
-    found = [
-        Setup("Azure conv", llama, conv, 2000),
-        Setup("Azure code", llama, code, 2000),
-        Setup("Mooncake", llama, mooncake(traces / "mooncake_conversation.jsonl"), 2000),
-        Setup("ShareGPT", llama, sharegpt(traces / "sharegpt_sample.json"), 0),
-        Setup("Azure conv, Llama-2-7B", old, short, 2000),
-    ]
-    if requests is None:
-        return found
-    return [Setup(s.name, s.model, s.jobs[:requests], min(s.few, requests)) for s in found]
 
 
 def throughput(every: list[Setup]) -> dict[str, Any]:
@@ -208,6 +137,7 @@ def preemption(every: list[Setup]) -> dict[str, Any]:
             "recompute, no prefix cache": {"caching": False},
             "swap": {"host": 8 * GIB},
             "swap, no prefix cache": {"host": 8 * GIB, "caching": False},
+            "whichever is cheaper": {"host": 8 * GIB, "auto": True},
         }.items():
             run = setup.run(jobs, setup.paged(setup.tokens / part, **how))
             again = run.computed_tokens - sum(job.total - 1 for job in jobs) + run.hit_tokens

@@ -27,7 +27,7 @@ from gpu_predict import (
     at_rows,
 )
 
-BUS = 25e9  # bytes a second between pinned host memory and the card: four fifths of the 31.5 GB/s of PCIe 4.0 x16 (assumed)
+BUS = 25e9  # bytes a second between pinned host memory and the card: four fifths of PCIe 4.0 x16, as the engine assumes
 
 
 class Cost(Protocol):
