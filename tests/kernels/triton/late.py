@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
-Work = Callable[[], object]
 
 
 class Event:
@@ -70,7 +67,7 @@ class Queue:
 
 
 class Queues:
-    """Both streams only write down what they are asked for; ``run`` does it, in an order that the events allow.
+    """Both streams only write down what they are asked for.
 
     dropped: the wait of this number, counted from 1, is forgotten.
     """
@@ -87,15 +84,38 @@ class Queues:
         with Deferred(self.side.items):
             yield
 
-    def run(self, order: str | random.Random) -> None:
-        """order: "main first" (the other stream as late as can be), "side first", or any order."""
-        while self._main.items or self.side.items:
-            both = [self._main, self.side]
-            if isinstance(order, random.Random):
-                order.shuffle(both)
-            elif order == "side first":
-                both.reverse()
-            assert both[0].advance() or both[1].advance(), "each waits for the other"
+    def wrong(self) -> set[int]:
+        """Places in the steps' queue of those that fail in some order which the events allow: of all orders there are.
+
+        What the steps' stream does are reads, which return whether they saw what they should. They change nothing, so that what
+        they see depends only on how far the other stream is. AssertionError where the two can come to wait for each other.
+        """
+        main, side = list(self._main.items), list(self.side.items)
+        reads = [i for i, item in enumerate(main) if callable(item)]
+        right = []  # by how much of the other stream is done: which reads would succeed
+        for item in [*side, None]:
+            right.append({i: main[i]() for i in reads})
+            if callable(item):
+                item()
+        recorded = {id(item): (n, i) for n, queue in enumerate((main, side)) for i, item in enumerate(queue)}
+
+        def can(item: Any, done: tuple[int, int]) -> bool:
+            if not isinstance(item, Wait):
+                return True
+            queue, place = recorded[id(item.event)]
+            return done[queue] > place
+
+        seen, left, found = {(0, 0)}, [(0, 0)], set()
+        while left:
+            i, j = done = left.pop()
+            if i < len(main) and i in right[j] and not right[j][i]:
+                found.add(i)
+            after = [(i + 1, j)] if i < len(main) and can(main[i], done) else []
+            after += [(i, j + 1)] if j < len(side) and can(side[j], done) else []
+            assert after or done == (len(main), len(side)), "each waits for the other"
+            left += [state for state in after if state not in seen]
+            seen.update(after)
+        return found
 
 
 class LateQueues(Queues):
