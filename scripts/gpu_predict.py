@@ -64,6 +64,7 @@ class Model:
     """A published 4-bit model (AWQ, groups of 128, zero points, float16), its head stored in int8 by the loader."""
 
     name: str
+    cache: str = "auto"  # as in --kv-cache-dtype
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class Model:
     @cached_property
     def plan(self) -> MemoryPlan:
         demand = Demand.of(*self.parts, model=self.name)
-        return fit(demand, Settings.from_config(EngineConfig(device="cuda"), CARD), CARD)
+        return fit(demand, Settings.from_config(EngineConfig(device="cuda", kv_cache_dtype=self.cache), CARD), CARD)
 
     def decode_s(self, sequences: int, context: int, shares: Shares | None, *, caution: float = 1.0) -> float:
         """Seconds of a step of one token for each sequence, of ``context`` tokens; shares None: the roof."""
@@ -160,6 +161,25 @@ def decode_table(models: Iterable[Model], measured: Shares | None) -> str:
     return table(head, rows)
 
 
+def caches_table(models: Iterable[Model]) -> str:
+    context, sequences = 2048, 8
+    rows = []
+    kinds = {"auto": "float16", "int8": "int8, fp8_e4m3, fp8_e5m2", "int4": "int4"}
+    for name, kind in ((model.name, kind) for model in models for kind in kinds):
+        model = Model(name, kind)
+        plan, roof = model.plan, sequences * context * model.plan.kv.token_bytes / BANDWIDTH
+        best = roof / at_rows(TARGETS[ATTENTION], sequences)
+        sizes = [f"{plan.kv.token_bytes / 1e3:.0f}", str(plan.tokens), f"{plan.sequences(context):.0f}", f"{1e3 * roof:.2f}"]
+        row = [name, kinds[kind], *sizes, f"{1e3 * best:.2f} to {1e3 * best / CAUTION:.2f}"]
+        if plan.sequences(context) < sequences:
+            rows.append([*row, f"{int(plan.sequences(context))} fit"])
+            continue
+        low, high = (model.decode_s(sequences, context, TARGETS, caution=caution) for caution in (CAUTION, 1.0))
+        rows.append([*row, f"{rate(sequences, low)} to {rate(sequences, high)}"])
+    head = ["model", "cache", "KB a token", "tokens", f"sequences of {context}", "roof, ms", "attention, ms", "predicted, tok/s"]
+    return table(head, rows)
+
+
 def prefill_table(models: Iterable[Model]) -> str:
     rows = []
     for model in models:
@@ -206,7 +226,7 @@ def document(report: Path | None) -> str:
         bandwidth=BANDWIDTH / 1e9, rate=RATE / 1e12, total=CARD.total // MIB, caution=100 * CAUTION, source=source,
         launches=LAUNCHES, ends=ENDS, launch=LAUNCH_S * 1e6, prefill=100 * PREFILL, attention=100 * PREFILL_ATTENTION,
         shares=shares_table(measured), shapes=shapes_table(), fits=fits_table(models), decode=decode_table(models, measured),
-        prompts=prefill_table(models),
+        caches=caches_table(models), prompts=prefill_table(models),
     )  # fmt: skip
 
 
@@ -236,6 +256,13 @@ The plan of `appliance plan` for this card with the default flags; sequences of 
 Each step reads the weights once and every sequence's cache.
 
 {decode}
+## Caches
+A step of 8 sequences of 2048 tokens with each `--kv-cache-dtype`: what decode attention takes in all layers, for its bytes alone,
+and the whole step. Codes and scales are read, nothing is dequantized in memory; the loop has 3.6 (float16) to 4.1 (int8)
+instructions for each number (compiled for sm_89, [gpu-kernels.md](gpu-kernels.md)), and this card issues 41 for each byte that
+it reads (128 multiprocessors, four warps of 32 at 2.52 GHz).
+
+{caches}
 ## Prefill
 One prompt at a time.
 

@@ -33,6 +33,15 @@ def test_bytes_and_operations() -> None:
     assert model.plan.kv.token_bytes == 2 * 32 * 4096 * 2 and model.plan.total <= 0.92 * predict.CARD.total
 
 
+def test_caches() -> None:
+    """Of 28 layers with 4 heads of 128: a code and four bytes of scale for each, twice; what that saves is room for tokens."""
+    plain, int8, int4 = (predict.Model("Qwen2.5-7B", kind).plan for kind in ("auto", "int8", "int4"))
+    assert [plan.kv.token_bytes for plan in (plain, int8, int4)] == [2 * 28 * 4 * size for size in (256, 132, 68)]
+    assert int4.tokens * 68 == pytest.approx(plain.tokens * 256, rel=0.02) and int8.tokens * 132 < 1.02 * plain.tokens * 256
+    table = predict.caches_table([predict.Model("Qwen2.5-7B")])
+    assert re.search(rf"\| int4 \| 15 \| {int4.tokens} \|.*\| {1e3 * 8 * 2048 * int4.kv.token_bytes / 1008e9:.2f} \|", table)
+
+
 def test_steps() -> None:
     model = predict.Model("Qwen2.5-7B")
     weights, cached = sum(n for _, n, _ in model.weights), 2048 * model.plan.kv.token_bytes
