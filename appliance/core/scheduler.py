@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from operator import attrgetter
 
 from appliance.core.audit import audit
@@ -14,7 +15,7 @@ from appliance.core.blocks import BlockPool
 from appliance.core.params import RequestError
 from appliance.core.request import Request
 from appliance.core.step import Chunk, StepPlan
-from appliance.core.store import Place, Store
+from appliance.core.store import Store
 
 FAIR_TOKENS = 1024
 """So many tokens a request generates before it makes room for one that waits: a return costs far less than they did."""
@@ -106,7 +107,7 @@ class Scheduler:
         budget, place = self.max_num_batched_tokens, 0
         while place < len(self.running):
             request, place = self.running[place], place + 1
-            if request.held or request.known >= request.max_total or (request.beam and request.ahead):
+            if request.held or len(request.tokens) + request.ahead >= request.max_total or (request.beam and request.ahead):
                 continue  # the last token is under way, or its group decides what comes after this one
             while (chunk := self._chunk(request, budget - len(self.running) + place)) is None:  # a token for each of those behind
                 preempted.append(self._preempt(self.running[-1]))
@@ -196,7 +197,7 @@ class Scheduler:
 
     def _chunk(self, request: Request, budget: int) -> Chunk | None:
         """As many of its next tokens as the budget takes, or None where there are no blocks for them."""
-        start, known = request.computed, request.known
+        start, known = request.computed, len(request.tokens) + request.ahead
         end = min(known, start + budget)
         if not self.store.extend(request, end):
             return None
@@ -217,30 +218,6 @@ class Scheduler:
         led = leader is not None and leader.running and not request.output_len and leader.landed < leader.prompt_len
         return None if led else request
 
-    def _places(self, request: Request) -> tuple[list[Place], int]:
-        """Blocks that it need not compute, and how many tokens they spare it."""
-        if request.host:
-            return self.store.swapped(request), request.computed
-        if request.params.prompt_logprobs is not None and not request.output_len:  # these come from computing the prompt
-            return [], 0
-        last = len(request.tokens) - 1  # it is computed in any case: the token after it comes from that
-        leader = request.leader
-        if leader is not None and leader.running and not request.output_len:
-            return [Place(False, block) for block in leader.blocks[: self.store.blocks(last)]], last
-        places = self.store.find(request)
-        return places, min(len(places) * self.pool.block_size, last)
-
-    def _need(self, request: Request, places: list[Place], computed: int) -> int:
-        """Free blocks that its admission takes: for every known token and the next one (but the very last is never stored).
-
-        So a request that gave way in this step, or one behind it, cannot come in again at once.
-        """
-        known, first = len(request.tokens), computed // self.pool.block_size
-        need = self.store.room_for(places, self.store.blocks(max(known, min(known + 1, request.max_total - 1))))
-        if first < len(places) and not places[first].host and self.pool.holders(places[first].block):
-            need += 1  # it writes there, so it gets a copy
-        return need
-
     @property
     def _room(self) -> int:
         """How many blocks an admission may take."""
@@ -256,8 +233,8 @@ class Scheduler:
             self._blocked = (request, need, patience - 1)
             if need > self._room and patience and budget < self.max_num_batched_tokens:  # and others go on
                 return None
-        places, computed = self._places(request)
-        need = self._need(request, places, computed)
+        places, computed = self.store.places(request)
+        need = self.store.need(request, places, computed)
         if need > self._room or not self.store.fetch(request, places, expect=self.store.blocks(request.max_total - 1)):
             self._blocked = (request, need, PATIENCE)
             return None
@@ -278,18 +255,22 @@ class Scheduler:
         head = self._head()
         if head is None or not self.running:
             return []
-        peers = [r for r in self.running if r.ticket[0] == head.ticket[0]]
-        turns = [r for r in peers if r.held or r.known - r.admitted_len >= self.fair_tokens]
+        level, fair = head.ticket[0], self.fair_tokens
+        turns = [r for r in self.running if (r.held or r.known - r.admitted_len >= fair) and r.ticket[0] == level]
         turns.sort(key=lambda r: (not r.held, r.admitted_len - r.known))
-        victims = [r for r in reversed(self.running) if r.ticket[0] > head.ticket[0]] + turns
+        victims = [*takewhile(lambda r: r.ticket[0] > level, reversed(self.running)), *turns]
         if not victims:
             return []
-        most = self.pool.free + sum(len(r.blocks) for r in victims) - (self.reserve if len(victims) < len(self.running) else 0)
-        seats = 1 + len(self.running) - self.max_num_seqs
-        if self._need(head, *self._places(head)) > most:
+        most, need = self.pool.free + sum(len(r.blocks) for r in victims), self.store.need
+        if len(victims) < len(self.running):
+            most -= self.reserve
+            if self._blocked is not None and self._blocked[0] is head and self._blocked[1] > most:
+                return []  # by what it needed when it was looked up last
+        if need(head, *self.store.places(head)) > most:
             return []
         gone: list[Request] = []
-        while victims and (self._need(head, *self._places(head)) > self._room or seats > len(gone)):
+        seats = 1 + len(self.running) - self.max_num_seqs
+        while victims and (seats > len(gone) or need(head, *self.store.places(head)) > self._room):
             gone.append(self._preempt(victims.pop(0), last=True))
         return gone
 

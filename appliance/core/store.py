@@ -15,7 +15,6 @@ block may be handed on as soon as its copy has been decided.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
 from hashlib import sha256
 from typing import Literal, NamedTuple
 
@@ -70,17 +69,30 @@ class Store:
             found.append(place)
         return found
 
-    def swapped(self, request: Request) -> list[Place]:
-        """Where the blocks of a request that is swapped out are: some may have stayed in the pool."""
-        places = []
-        for i, slot in enumerate(request.host):
-            block = self.pool.find(request.keys[i]) if i < len(request.keys) else None
-            places.append(Place(True, slot) if block is None else Place(False, block))
-        return places
+    def places(self, request: Request) -> tuple[list[Place], int]:
+        """Where the blocks are that a waiting request need not compute, and how many tokens they spare it."""
+        if request.host:
+            return self._swapped(request), request.computed
+        if request.params.prompt_logprobs is not None and not request.output_len:  # these come from computing the prompt
+            return [], 0
+        last = len(request.tokens) - 1  # it is computed in any case: the token after it comes from that
+        leader = request.leader
+        if leader is not None and leader.running and not request.output_len:
+            return [Place(False, block) for block in leader.blocks[: self.blocks(last)]], last
+        places = self.find(request)
+        return places, min(len(places) * self.pool.block_size, last)
 
-    def room_for(self, places: Iterable[Place], total: int) -> int:
-        """How many free blocks of the pool ``total`` blocks take that begin with these."""
-        return total - sum(not place.host and self.pool.holders(place.block) > 0 for place in places)
+    def need(self, request: Request, places: list[Place], computed: int) -> int:
+        """How many free blocks its admission takes: for every known token and the next one (but the very last is never stored).
+
+        So a request that gave way in this step, or one behind it, cannot come in again at once.
+        """
+        known, first, holders = len(request.tokens), computed // self.pool.block_size, self.pool.holders
+        need = self.blocks(max(known, min(known + 1, request.max_total - 1)))
+        need -= sum(not host and holders(block) > 0 for host, block in places)
+        if first < len(places) and not places[first].host and holders(places[first].block):
+            need += 1  # it writes there, so it gets a copy
+        return need
 
     def fetch(self, request: Request, places: list[Place], expect: int) -> bool:
         """Give the request these blocks, in order; its own ones in host memory are given up. False: the pool has too few."""
@@ -131,7 +143,7 @@ class Store:
         """Its tokens ``start : end`` are in the cache for certain: full blocks can be found by others from now on."""
         request.landed = max(request.landed, end)
         first, last = start // self.pool.block_size, end // self.pool.block_size
-        if not self.caching or first == last:
+        if first == last or not self.caching:
             return
         self._hash(request, end)
         for i in range(first, last):
@@ -185,6 +197,14 @@ class Store:
         self.pool.check()
         if self.host is not None:
             self.host.check()
+
+    def _swapped(self, request: Request) -> list[Place]:
+        """Where the blocks of a request that is swapped out are: some may have stayed in the pool."""
+        places = []
+        for i, slot in enumerate(request.host):
+            block = self.pool.find(request.keys[i]) if i < len(request.keys) else None
+            places.append(Place(True, slot) if block is None else Place(False, block))
+        return places
 
     def _find(self, key: bytes) -> Place | None:
         block = self.pool.find(key)
