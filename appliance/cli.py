@@ -26,6 +26,7 @@ EPILOGUE = (
     "(option_name = value; tables [engine] and [server] are allowed). -q is short for --quantization."
 )
 FLAT = Parameter(name="*")
+CARDS = Parameter(negative=(), env_var_split=lambda _, value, **_more: [value])  # names have spaces in them
 ENGINE, SERVER = EngineConfig(), ServerConfig()
 EngineFlags = Annotated[EngineConfig, FLAT]
 ServerFlags = Annotated[ServerConfig, FLAT]
@@ -73,7 +74,7 @@ def plan(
     model: str | None = None,
     /,
     *,
-    gpu: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    gpu: Annotated[tuple[str, ...], CARDS] = (),
     memory: str | None = None,
     sequences: int | None = None,
     context: str | None = None,

@@ -83,10 +83,13 @@ def test_a_refusal_names_who_holds_the_card(
     assert "\n  fewer programs on the card: 6.24 GiB held by the driver and others: game (pid 991, 5.86 GiB)\n" in err
 
 
-def test_several_cards(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_cards(model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(capsys, model, "--gpu", "2x RTX 3090")
     assert first[0] == 0 and first[1].startswith("Tensor parallel over 2 cards (NVIDIA GeForce RTX 3090)")
     assert run(capsys, model, "--gpu", "3090", "--gpu", "3090") == first == run(capsys, model, "--gpu", "3090,3090")
+    monkeypatch.setenv("APPLIANCE_GPU", "2x RTX 3090")
+    assert run(capsys, model) == first
+    monkeypatch.delenv("APPLIANCE_GPU")
     code, out, _ = run(capsys, model, "--gpu", "3090,4060", "--json")
     found = json.loads(out)
     assert code == 0 and found["device"]["name"] == "NVIDIA GeForce RTX 4060" and len(found["tensor_parallel"]["cards"]) == 2
