@@ -2,7 +2,7 @@
 
     python scripts/bench_scheduler.py
 
-At 1, 16 and 256 running sequences of 2000 tokens in blocks of 16: alone; with prefix cache and a second tier; with a queue of 1000
+At 1, 16 and 256 running sequences of 2000 tokens in blocks of 16: alone; with prefix cache and second tier; with a queue of 1000
 whose head is a prompt of 8000 tokens that finds no room; with turns besides; and in a pool that runs dry.
 """
 
