@@ -91,6 +91,7 @@ class Layer:
     window: int | None = None
     present: Callable[[], AbstractContextManager[object]] = nullcontext
     """Within it the weights can be read: those of some layers are streamed in for each step (kernels/triton/stream.py)."""
+    streamed: int = 0  # bytes of these, which have no place of their own on the device
 
     @property
     def nbytes(self) -> int:

@@ -39,6 +39,11 @@ class Decoder:
         return self.embedding.nbytes + sum(layer.nbytes for layer in self.layers) + self.norm.nbytes + head + self.cos_sin.nbytes
 
     @property
+    def streamed(self) -> int:
+        """Bytes of these that are not on the device, but come through buffers there."""
+        return sum(layer.streamed for layer in self.layers)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of activations."""
         return self.norm.dtype

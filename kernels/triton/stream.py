@@ -125,7 +125,8 @@ class WeightStream:
         views = [
             buffer[at : at + shape.nbytes].view(shape.dtype).view(shape.shape) for at, shape in zip(places, shapes, strict=True)
         ]
-        return replace(_with(layer, views), present=partial(self._present, number))
+        size = sum(view.nbytes for view in views)
+        return replace(_with(layer, views), present=partial(self._present, number), streamed=size)
 
 
 def _weights(layer: Layer) -> tuple[Weight, ...]:

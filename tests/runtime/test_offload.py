@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from appliance.memory.planner import MemoryPlan, PlanError, make_plan
 from appliance.runtime import engine as engine_module
 from appliance.runtime import startup
 from appliance.runtime.engine import Engine
+from appliance.runtime.footprint import footprint
 from appliance.runtime.startup import Timeline, Tools, load_decoder
 from models.decoder import Decoder
 from tests.kernels.triton.conftest import DEVICE
@@ -67,8 +70,10 @@ def check(directory: Path, gib: float, caplog: pytest.LogCaptureFixture, **optio
     ]
     buffers = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in moved}
     assert sum(buffers.values()) == plan.offload.staging_bytes == plan.weights["staging"]
-    held = decoder.nbytes - sum(tensor.nbytes for tensor in moved) + sum(buffers.values())
-    assert held == plan.weight_bytes + plan.scratch["positions"]
+    assert decoder.streamed == sum(tensor.nbytes for tensor in moved)
+    runner: Any = SimpleNamespace(decoder=decoder, caches=[], swap_bytes=0)
+    found = footprint(plan, runner, 0)
+    assert (found["weights"], found["rotary table"]) == (plan.weight_bytes, plan.scratch["positions"])
     return plan
 
 
