@@ -41,7 +41,7 @@ class Dashboard(App[None]):
     #top { height: 2fr; min-height: 8; max-height: 16; }
     BlockMap, Throughput { width: 1fr; }
     BlockMap, Throughput, Memory, Requests { border: round $foreground 40%; border-title-color: $text; padding: 0 1; }
-    Memory { height: 4; }
+    Memory { height: auto; min-height: 4; }
     Requests { height: 3fr; min-height: 5; }
     #counters, #head { height: 1; text-wrap: nowrap; }
     #rows { text-wrap: nowrap; }

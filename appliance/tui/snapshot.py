@@ -5,7 +5,7 @@ from __future__ import annotations
 from textual.content import Content
 
 from appliance.tui.feed import Feed
-from appliance.tui.widgets.blocks import block_map
+from appliance.tui.widgets.blocks import block_map, cached
 from appliance.tui.widgets.header import header
 from appliance.tui.widgets.memory import memory, totals
 from appliance.tui.widgets.requests import counters, table_head, table_rows
@@ -25,6 +25,7 @@ def snapshot(feed: Feed, width: int) -> str:
         memory(feed.view, width),
         block_map(stats, width, MAP_LINES),
         Content(tokens),
+        *[Content(words) for words in cached(stats)[:1]],
         counters(stats, width),
     ]
     if stats.requests_now:

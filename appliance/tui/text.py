@@ -53,23 +53,23 @@ def chart(values: Sequence[float], width: int, height: int, top: float) -> list[
 
 
 def fill_map(block_map: str, cells: int) -> str:
-    """A pool's map ("#" used, "." free) in at most ``cells`` characters.
+    """A pool's map ("#" used, "+" kept, "." blank) in at most ``cells`` characters.
 
-    One a block ("■" or "·") where they fit, else each stands for a run of blocks and is shaded by how many are used:
-    "·" none, "░▒▓" some, "█" all.
+    One a block ("■", "□" or "·") where they fit, else each stands for a run of blocks and is shaded by how many are used:
+    "░▒▓" some, "█" all, and of none "□" where some are kept, else "·".
     """
     n = len(block_map)
     if n <= cells:
-        return block_map.replace("#", "■").replace(".", "·")
+        return block_map.replace("#", "■").replace("+", "□").replace(".", "·")
     if cells < 1:
         return ""
     runs = (block_map[i * n // cells : (i + 1) * n // cells] for i in range(cells))
-    return "".join(_shade(run.count("#"), len(run)) for run in runs)
+    return "".join(_shade(run.count("#"), run.count("+"), len(run)) for run in runs)
 
 
-def _shade(used: int, of: int) -> str:
+def _shade(used: int, kept: int, of: int) -> str:
     if used in (0, of):
-        return SHADES[-1] if used else SHADES[0]
+        return SHADES[-1] if used else "□" if kept else SHADES[0]
     return SHADES[1 + min(2, 3 * used // of)]
 
 

@@ -19,6 +19,7 @@ def info(*, num_blocks: int = 1536, block_size: int = 16) -> EngineInfo:
         "workspace_bytes": {"logits": 134217728, "total": 134217728},
         "runtime_bytes": 314572800,
         "kv_cache": {"block_bytes": 524288, "num_blocks": num_blocks, "bytes": num_blocks * 524288},
+        "swap": {"num_blocks": 512, "bytes": 512 * 524288},
     }
     return EngineInfo(
         model="Llama-3.2-1B-Instruct-AWQ",
@@ -91,8 +92,14 @@ class FakeServer:
             request["blocks"] += self.pool.allocate(need, after=request["blocks"][-1] if request["blocks"] else None) or []
         if request["out"] >= request["answer"]:
             self.running.remove(request)
+            for block in request["blocks"][:-1]:  # the last one is not full
+                self.pool.register(block, self.random.randbytes(8))
             self.pool.release(request["blocks"])
             self.finished["length" if request["answer"] % 7 == 0 else "stop"] += 1
+
+    @property
+    def swapped(self) -> int:
+        return int(len(self.running) > 3)
 
     def stats(self) -> Stats:
         started = [r for r in self.running if r["computed"]]
@@ -110,13 +117,23 @@ class FakeServer:
             )
             for r in self.running
         ]
+        if self.swapped:
+            requests.insert(len(requests) // 2, RequestStat("chatcmpl-0123456789abcdef", 1, "swapped", 700, 90, 789, 0, 9.0, 1))
         return Stats(
             time=1e9 + self.clock,
             steps=int(self.clock * 18),
             running=len(started),
-            waiting=len(self.running) - len(started),
+            waiting=len(self.running) - len(started) + self.swapped,
             blocks_total=self.pool.num_blocks,
             blocks_used=self.pool.used,
+            blocks_kept=self.pool.kept,
+            swapped=self.swapped,
+            swap_total=512,
+            swap_used=60 * self.swapped,
+            swap_kept=130,
+            prefix_queries=self.prompt_tokens,
+            prefix_hits=self.prompt_tokens * 2 // 5,
+            prefix_host_hits=self.prompt_tokens // 20,
             block_size=16,
             block_map=self.pool.map(2048),
             prompt_tokens=self.prompt_tokens,

@@ -53,7 +53,11 @@ async def test_shows_everything_on_a_large_screen() -> None:
         stats = stage.server.stats()
         assert "Llama-3.2-1B-Instruct-AWQ" in text and "awq 4-bit, group 128 · bfloat16 · cpu · context 8,192" in text
         assert f"{stats.blocks_used:,} of 1,536 used" in text and "room for 24,576 tokens" in text and "█" in text
-        assert f"{stats.running} running · {stats.waiting} waiting · 2 preempted · {stats.requests} arrived" in text
+        assert (
+            f"{stats.running} running · {stats.waiting - 1} waiting · 1 swapped · 2 preempted · {stats.requests} arrived" in text
+        )
+        assert f"KV blocks · {stats.blocks_kept:,} kept · prefix hits 40 %" in text and "□" in text
+        assert "256 MiB: 60 of 512 blocks used, 130 kept" in text and "swapped " in text
         assert "generation" in text and "tok/s" in text and "peak" in text
         assert "plan 2.13 GiB of 3.00 GiB · process 2.10 GiB" in text and "weights 990 MiB" in text and "KV 768 MiB" in text
         first = stats.requests_now[0]
@@ -75,6 +79,8 @@ async def test_fits_a_terminal_of_80_by_24() -> None:
             "runtime 300 MiB",
             "Requests",
             "preempted",
+            "swap ",
+            "prefix hits 40 %",
             "Quit",
             "chatcmpl-",
         ):

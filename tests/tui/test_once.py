@@ -47,6 +47,8 @@ def test_once_prints_a_plain_snapshot(serve: Any, capsys: pytest.CaptureFixture[
     stats = server.stats()
     assert "\x1b" not in out and max(map(len, out.splitlines())) <= 100
     assert "● serving │ Llama-3.2-1B-Instruct-AWQ" in out and f"{stats.running} running" in out
+    assert f"{stats.blocks_kept:,} kept · prefix hits 40 % (5 % in host memory)" in out
+    assert "256 MiB: 60 of 512 blocks used, 130 kept" in out and "1 swapped" in out
     assert f"{stats.prompt_tokens:,} prompt and {stats.generation_tokens:,} generated tokens" in out
     assert all(request.request_id in out for request in stats.requests_now)
 

@@ -30,13 +30,14 @@ def test_chart_fills_from_below_with_the_newest_to_the_right() -> None:
 
 
 def test_map_shows_each_block_where_there_is_room() -> None:
-    assert fill_map("##..#", 5) == "■■··■"
+    assert fill_map("##..#", 5) == "■■··■" and fill_map("#+.+", 4) == "■□·□"
     assert fill_map("", 5) == ""
 
 
 def test_map_shades_runs_of_blocks() -> None:
     assert fill_map("####" + "...#" + "#..#" + "####" + "...." + ".###", 6) == "█░▒█·▓"
     assert fill_map("#.", 0) == ""
+    assert fill_map("##++" + "++++" + "...+" + "....", 4) == "▒□□·", "what is kept shows where nothing is used"
 
 
 def test_map_never_hides_a_used_or_a_free_block() -> None:

@@ -8,6 +8,23 @@ from textual.widget import Widget
 from appliance.core.messages import Stats
 from appliance.tui.text import fill_map, percent
 
+STYLES = {"·": "$text-muted", "□": "$text-primary"}
+
+
+def cached(stats: Stats) -> list[str]:
+    """What is kept of earlier prompts, and how much of later ones was found: all of it in words, then less."""
+    kept = f"{stats.blocks_kept:,} kept"
+    if not stats.prefix_queries:
+        return [kept] if stats.blocks_kept else []
+    hits = f"prefix hits {percent(stats.prefix_hits, stats.prefix_queries)}"
+    host = f"{hits} ({percent(stats.prefix_host_hits, stats.prefix_queries)} in host memory)"
+    return [f"{kept} · {host}", f"{kept} · {hits}", hits] if stats.prefix_host_hits else [f"{kept} · {hits}", hits]
+
+
+def title(stats: Stats, width: int) -> str:
+    titles = [f"KV blocks · {words}" for words in cached(stats)]
+    return next((one for one in titles if len(one) <= width), "KV blocks")
+
 
 def block_map(stats: Stats, width: int, height: int) -> Content:
     """A line of numbers, then the map in the remaining ``height - 1`` lines."""
@@ -30,10 +47,10 @@ def block_map(stats: Stats, width: int, height: int) -> Content:
 
 
 def _coloured(line: str) -> Content:
-    """Runs of free cells dim, runs of used ones in colour; the glyphs differ too, for screens without colour."""
+    """Blank cells dim, used and kept ones in a colour each; the glyphs differ too, for screens without colour."""
     parts: list[tuple[str, str]] = []
     for cell in line:
-        style = "$text-muted" if cell == "·" else "$text-success"
+        style = STYLES.get(cell, "$text-success")
         if cell == " " and parts:
             style = parts[-1][1]
         if parts and parts[-1][1] == style:
@@ -49,6 +66,7 @@ class BlockMap(Widget):
 
     def show(self, stats: Stats) -> None:
         self.stats = stats
+        self.border_title = title(stats, self.content_size.width)
         self.refresh()
 
     def render(self) -> Content:

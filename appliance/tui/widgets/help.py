@@ -12,15 +12,17 @@ TEXT = """\
   s  sort requests        ?  this help
   up, down, page keys scroll the requests
 
-[b]KV blocks[/b]  ■ or █ used, · free; where a cell stands
-for several blocks, ░▒▓ tell how many are used
+[b]KV blocks[/b]  ■ or █ used, □ kept for prompts that begin
+alike, · blank; where a cell stands for several blocks,
+░▒▓ tell how many are used
 
 [b]Throughput[/b]  tokens a second between two looks;
 the newest to the right, each chart to its own scale
 
 [b]Requests[/b]  prefill: the prompt is being read;
-decode: the answer is being written; preempted: how
-often it gave its blocks to an older request
+decode: the answer is being written; swapped: it waits
+in host memory; preempted: how often it gave its blocks
+to another request
 
 any key closes this"""
 

@@ -9,12 +9,13 @@ from typing import Any
 from textual.content import Content
 from textual.widget import Widget
 
-from appliance.core.messages import Stats
+from appliance.core.messages import Stats, plan_bytes
 from appliance.tui.feed import View
 from appliance.tui.text import percent, segments, size
 
 GLYPHS = {"weights": ("█", "$primary-lighten-1"), "KV": ("▓", "$text-success"), "workspace": ("▒", "$text-warning"),
-          "runtime": ("░", "$text-error")}  # fmt: skip
+          "graphs": ("▒", "$text-accent"), "runtime": ("░", "$text-error")}  # fmt: skip
+NAMES = {"kv_cache": "KV"}  # where the plan's own would be too long
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +28,11 @@ class Parts:
 
 def plan_parts(plan: Mapping[str, Any]) -> Parts | None:
     """Out of MemoryPlan.to_dict(); None where the plan does not say."""
-    try:
-        sizes = {
-            "weights": int(plan["weights_bytes"]["total"]),
-            "KV": int(plan["kv_cache"]["bytes"]),
-            "workspace": int(plan["workspace_bytes"]["total"]),
-            "runtime": int(plan["runtime_bytes"]),
-        }
-        return Parts(sizes, max(int(plan["budget_bytes"]), sum(sizes.values())))
-    except (KeyError, TypeError):
+    found = {NAMES.get(category, category): size for category, size in plan_bytes(plan).items()}
+    sizes = {name: found[name] for name in GLYPHS if name in found and (found[name] or name != "graphs")}
+    if not {"weights", "KV", "workspace", "runtime", "budget"} <= found.keys():
         return None
+    return Parts(sizes, max(found["budget"], sum(sizes.values())))
 
 
 def totals(view: View | None) -> str:
@@ -55,14 +51,35 @@ def _parts(view: View | None) -> Parts | None:
 
 
 def memory(view: View | None, width: int) -> Content:
-    """The bar, then its legend."""
+    """The bar, then its legend; a line for the swap space where there is one."""
     parts = _parts(view)
     if view is None or parts is None:
         return Content("no plan yet")
     widths = segments(list(parts.sizes.values()), width, parts.budget)
     bar = [(GLYPHS[name][0] * n, GLYPHS[name][1]) for name, n in zip(parts.sizes, widths, strict=True)]
     free = ("·" * (width - sum(widths)), "$text-muted")
-    return Content.assemble(*bar, free, "\n", _legend(parts, view.stats, width))
+    lines = [Content.assemble(*bar, free), _legend(parts, view.stats, width)]
+    if view.stats.swap_total:
+        lines.append(swap(view.stats, parts_of_swap(view), width))
+    return Content("\n").join(lines)
+
+
+def parts_of_swap(view: View) -> int:
+    """Bytes of the swap space, as the plan has it."""
+    return plan_bytes(view.info.plan).get("swap", 0) if view.info else 0
+
+
+def swap(stats: Stats, nbytes: int, width: int) -> Content:
+    """Host memory: a bar of what requests and cached prefixes have there, and the numbers."""
+    total, used, kept = stats.swap_total, stats.swap_used, stats.swap_kept
+    long = f" {size(nbytes)}: {used:,} of {total:,} blocks used, {kept:,} kept" if nbytes else f" {used:,} of {total:,} used"
+    words = next((text for text in (long, f" {percent(used, total)} used", "") if len(text) + 15 <= width), "")
+    room = max(width - len(words) - 5, 0)
+    widths = segments([used, kept], room, total)
+    return Content.assemble(
+        "swap ", ("▓" * widths[0], "$text-success"), ("□" * widths[1], "$text-primary"),
+        ("·" * (room - sum(widths)), "$text-muted"), words,
+    )  # fmt: skip
 
 
 def _legend(parts: Parts, stats: Stats, width: int) -> Content:

@@ -15,7 +15,7 @@ ID_WIDTHS = (12, 44)  # least, most
 
 
 def state(request: RequestStat) -> str:
-    """waiting, prefill 45 %, or decode. A preempted request that is read again also shows how far it is."""
+    """waiting, swapped, prefill 45 %, or decode. A preempted request that is read again also shows how far it is."""
     if request.state != "running":
         return request.state
     tokens = request.prompt_tokens + request.output_tokens
@@ -26,9 +26,11 @@ def state(request: RequestStat) -> str:
 
 def counters(stats: Stats, width: int) -> Content:
     """One line: the queue now, then what was counted since the start, as far as there is room."""
+    waiting = stats.waiting - stats.swapped
     parts = [
         Content.assemble((f"{stats.running:,} running", "bold $text-success")),
-        Content.assemble((f"{stats.waiting:,} waiting", "bold $text-warning" if stats.waiting else "")),
+        Content.assemble((f"{waiting:,} waiting", "bold $text-warning" if waiting else "")),
+        *([Content.assemble((f"{stats.swapped:,} swapped", "bold $text-warning"))] if stats.swapped else []),
         Content.assemble((f"{stats.preemptions:,} preempted", "$text-warning" if stats.preemptions else "")),
         Content(f"{stats.requests:,} arrived"),
     ]
@@ -89,7 +91,9 @@ def _row(request: RequestStat, chosen: list[tuple[str, int]]) -> Content:
         "age": duration(request.age_s),
         "preempted": f"{request.preemptions}" if request.preemptions else "-",
     }
-    style = "$text-warning" if values["state"] == "waiting" else "$text-primary" if values["state"] != "decode" else ""
+    style = (
+        "$text-warning" if values["state"] in ("waiting", "swapped") else "$text-primary" if values["state"] != "decode" else ""
+    )
     styles = {"state": style}
     return Content.assemble(*((_cell(column, values[column], w), styles.get(column, "")) for column, w in chosen))
 
