@@ -1,0 +1,119 @@
+"""Checkpoints of real models as they are published, in headers alone: every tensor has its name, type and shape, and no data.
+
+Shapes are those that AutoAWQ, GPTQModel and llm-compressor write (README of each); nothing here comes from the planner.
+"""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+SIZES = {"F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8, "I8": 1, "F8_E4M3": 1}
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def write_headers(directory: Path, tensors: Tensors, config: dict[str, Any]) -> Path:
+    """A checkpoint of any size that takes no disk: a true header, and a hole where the data would be."""
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + SIZES[dtype] * prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """[out, in] of the linears of one layer, from config.json."""
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    size = config.get("head_dim") or hidden // heads
+    q, kv = heads * size, config["num_key_value_heads"] * size
+    return {
+        "self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+
+
+def awq(name: str, N: int, K: int, group: int) -> Tensors:
+    return {
+        f"{name}.qweight": ("I32", (K, N // 8)),
+        f"{name}.qzeros": ("I32", (K // group, N // 8)),
+        f"{name}.scales": ("F16", (K // group, N)),
+    }
+
+
+def gptq(name: str, N: int, K: int, group: int) -> Tensors:
+    return {
+        f"{name}.qweight": ("I32", (K // 8, N)),
+        f"{name}.qzeros": ("I32", (K // group, N // 8)),
+        f"{name}.scales": ("F16", (K // group, N)),
+        f"{name}.g_idx": ("I32", (K,)),
+    }
+
+
+def packed(name: str, N: int, K: int, group: int) -> Tensors:
+    return {
+        f"{name}.weight_packed": ("I32", (N, K // 8)),
+        f"{name}.weight_scale": ("BF16", (N, K // group)),
+        f"{name}.weight_shape": ("I64", (2,)),
+    }
+
+
+def int8(name: str, N: int, K: int, group: int) -> Tensors:
+    return {f"{name}.weight": ("I8", (N, K)), f"{name}.weight_scale": ("BF16", (N, 1))}
+
+
+def fp8(name: str, N: int, K: int, group: int) -> Tensors:
+    return {f"{name}.weight": ("F8_E4M3", (N, K)), f"{name}.weight_scale": ("BF16", (N, 1))}
+
+
+def dense(name: str, N: int, K: int, group: int) -> Tensors:
+    return {f"{name}.weight": ("BF16", (N, K))}
+
+
+def _compressed(layout: str, bits: int, kind: str, strategy: str, group: int | None, activations: str | None) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": strategy, "group_size": group, "dynamic": False}
+    inputs = None if activations is None else {
+        "num_bits": 8, "type": activations, "symmetric": True, "strategy": "token", "dynamic": True,
+    }  # fmt: skip
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}}
+    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups, "ignore": ["lm_head"]}
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "sym": True, "checkpoint_format": "gptq"}
+VARIANTS: dict[str, tuple[Any, int, dict[str, Any] | None]] = {  # tensors of a linear, group size, quantization_config
+    "none": (dense, 0, None),
+    "awq": (awq, 128, {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}),
+    "gptq": (gptq, 128, {**GPTQ, "group_size": 128, "desc_act": False}),
+    "gptq-act-order": (gptq, 32, {**GPTQ, "group_size": 32, "desc_act": True}),
+    "ct-w4a16": (packed, 128, _compressed("pack-quantized", 4, "int", "group", 128, None)),
+    "ct-w8a8": (int8, 0, _compressed("int-quantized", 8, "int", "channel", None, "int")),
+    "ct-fp8": (fp8, 0, _compressed("float-quantized", 8, "float", "channel", None, "float")),
+}
+
+
+def write_published(directory: Path, config: dict[str, Any], variant: str) -> Path:
+    """The model of a config.json in one of VARIANTS; embedding, head and norms stay in bfloat16."""
+    make, group, quantization = VARIANTS[variant]
+    hidden, vocab, layers = config["hidden_size"], config["vocab_size"], config["num_hidden_layers"]
+    tensors: Tensors = {"model.embed_tokens.weight": ("BF16", (vocab, hidden)), "model.norm.weight": ("BF16", (hidden,))}
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = ("BF16", (vocab, hidden))
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{norm}.weight"] = ("BF16", (hidden,))
+        if config["architectures"] == ["Qwen3ForCausalLM"]:
+            for norm in ("q_norm", "k_norm"):
+                tensors[f"{prefix}.self_attn.{norm}.weight"] = ("BF16", (config["head_dim"],))
+        for name, (N, K) in linears(config).items():
+            tensors |= make(f"{prefix}.{name}", N, K, group)
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    return write_headers(directory, tensors, config if quantization is None else {**config, "quantization_config": quantization})

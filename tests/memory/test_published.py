@@ -1,0 +1,168 @@
+"""Plans of real models in every format, from headers alone, against the arithmetic of these formats written out by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.config import EngineConfig
+from appliance.memory.demand import Demand
+from appliance.memory.devices import DeviceInfo
+from appliance.memory.modules import Machinery
+from appliance.memory.planner import make_plan
+from models.spec import ModelSpec
+from quant.errors import InputError
+from quant.headers import CheckpointIndex
+from quant.scheme import read_scheme
+from tests.memory.published import VARIANTS, linears, write_published
+
+GIB = 1 << 30
+CARD = DeviceInfo("cuda", "a card with 192 GiB", 192 * GIB, 190 * GIB, capability=89)
+SMALL = DeviceInfo("cuda", "NVIDIA GeForce RTX 4090", 24564 << 20, 24100 << 20, capability=89)
+DENSE = (
+    "meta-llama--Meta-Llama-3.1-8B", "meta-llama--Meta-Llama-3.1-70B", "Qwen--Qwen3-0.6B", "Qwen--Qwen3-1.7B", "Qwen--Qwen3-8B",
+    "Qwen--Qwen3-32B", "Qwen--Qwen3-32B-FP8",
+)  # fmt: skip
+OTHERS = {
+    "Qwen--Qwen3-30B-A3B": "Qwen3MoeForCausalLM",
+    "Qwen--Qwen3.5-27B": "Qwen3_5ForConditionalGeneration",
+    "deepseek-ai--DeepSeek-V3": "DeepseekV3ForCausalLM",
+    "google--gemma-4-26B-A4B": "Gemma4ForConditionalGeneration",
+    "mistralai--Mixtral-8x7B-v0.1": "MixtralForCausalLM",
+    "openai--gpt-oss-20b": "GptOssForCausalLM",
+}
+PUBLISHED = {  # bytes of one linear in the files
+    "none": lambda N, K: 2 * N * K,
+    "awq": lambda N, K: N * K // 2 + K // 128 * (N // 2) + 2 * (K // 128) * N,
+    "gptq": lambda N, K: N * K // 2 + K // 128 * (N // 2) + 2 * (K // 128) * N + 4 * K,
+    "gptq-act-order": lambda N, K: N * K // 2 + K // 32 * (N // 2) + 2 * (K // 32) * N + 4 * K,
+    "ct-w4a16": lambda N, K: N * K // 2 + 2 * (K // 128) * N + 16,
+    "ct-w8a8": lambda N, K: N * K + 2 * N,
+    "ct-fp8": lambda N, K: N * K + 2 * N,
+}
+ON_CARD = {  # the same packed for Triton: a scale and an addend of 16 bits each; an FP8 scale in float32
+    "none": lambda N, K: 2 * N * K,
+    "awq": lambda N, K: N * K // 2 + 4 * (K // 128) * N,
+    "gptq": lambda N, K: N * K // 2 + 4 * (K // 128) * N,
+    "gptq-act-order": lambda N, K: N * K // 2 + 4 * (K // 32) * N,
+    "ct-w4a16": lambda N, K: N * K // 2 + 4 * (K // 128) * N,
+    "ct-w8a8": lambda N, K: N * K + 4 * N,
+    "ct-fp8": lambda N, K: N * K + 4 * N,
+}
+ON_CPU = {  # and for the native kernels of a CPU: 16-bit scales, zero points of a byte where there are any; FP8 scales in float32
+    "none": lambda N, K: 2 * N * K,
+    "awq": lambda N, K: N * K // 2 + 3 * (K // 128) * N,
+    "gptq": lambda N, K: N * K // 2 + 2 * (K // 128) * N,
+    "gptq-act-order": lambda N, K: N * K // 2 + 2 * (K // 32) * N,
+    "ct-w4a16": lambda N, K: N * K // 2 + 2 * (K // 128) * N,
+    "ct-w8a8": lambda N, K: N * K + 2 * N,
+    "ct-fp8": lambda N, K: N * K + 4 * N,
+}
+
+
+def config_of(shared_data: Path, model: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((shared_data / "configs" / f"{model}_config.json").read_text())
+    return found
+
+
+def norms(config: dict[str, Any]) -> int:
+    """Values of all of them: two a layer and one at the end; with Qwen3 one for the queries and one for the keys of a layer."""
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    heads = 2 * config["head_dim"] * layers if config["architectures"] == ["Qwen3ForCausalLM"] else 0
+    return (2 * layers + 1) * hidden + heads
+
+
+def by_part(config: dict[str, Any], variant: str, sizes: dict[str, Any], order: int) -> dict[str, int]:
+    """Bytes of attention and MLP.
+
+    order: bytes an input of the order that act-order needs, once for q, k and v, for o, and for gate and up; that of down is
+    moved into gate and up.
+    """
+    layers, shapes = config["num_hidden_layers"], linears(config)
+    sums = {"attention": 0, "mlp": 0}
+    for name, (N, K) in shapes.items():
+        sums["attention" if "attn" in name else "mlp"] += sizes[variant](N, K)
+    if variant == "gptq-act-order":
+        hidden, q = config["hidden_size"], shapes["self_attn.o_proj"][1]
+        sums["attention"] += order * (hidden + q)
+        sums["mlp"] += order * hidden
+    return {part: layers * size for part, size in sums.items()}
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model", DENSE)
+def test_every_byte_of_real_models(shared_data: Path, tmp_path: Path, model: str, variant: str) -> None:
+    config = config_of(shared_data, model)
+    directory = write_published(tmp_path, config, variant)
+    hidden, vocab, layers, tied = (config[k] for k in ("hidden_size", "vocab_size", "num_hidden_layers", "tie_word_embeddings"))
+    table = vocab * hidden
+    index = CheckpointIndex.open(directory)
+    linear = sum(by_part(config, variant, PUBLISHED, 0).values())
+    assert index.total_bytes == linear + 2 * table * (1 if tied else 2) + 2 * norms(config)
+
+    plan = make_plan(directory, EngineConfig(max_model_len=4096), CARD)
+    head = table + 8 * vocab  # int8, with a scale and an addend of 32 bits a row
+    ends = {"embedding": head, "head": 0} if tied else {"embedding": 2 * table, "head": head}
+    assert plan.weights == by_part(config, variant, ON_CARD, 8) | ends | {"norms": 2 * norms(config)}
+    kv_heads, size = config["num_key_value_heads"], config.get("head_dim") or hidden // config["num_attention_heads"]
+    assert plan.kv.token_bytes == 2 * layers * kv_heads * size * 2 and plan.kv.block_bytes == 64 * plan.kv.token_bytes
+    assert plan.scratch["positions"] == 4096 * size * 4 and plan.scratch["logits"] == 64 * vocab * 6
+    assert plan.total <= plan.budget == int(0.92 * 192 * GIB) and plan.max_num_seqs == 256
+    assert plan.num_blocks == 256 * 64 or plan.budget - plan.total < plan.kv.block_bytes
+
+    settings, scheme = read_scheme(index)
+    native = Machinery(ops="cpu-native", dtype="bfloat16", head_bits=8)
+    weights = Demand.of(ModelSpec.from_config(settings), scheme, native, model="m").weights
+    head = table + 4 * vocab
+    ends = {"embedding": head, "head": 0} if tied else {"embedding": 2 * table, "head": head}
+    assert weights == by_part(config, variant, ON_CPU, 4) | ends | {"norms": 2 * norms(config)}
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("model", OTHERS)
+def test_other_architectures_are_refused_by_name(shared_data: Path, tmp_path: Path, model: str) -> None:
+    config = config_of(shared_data, model)
+    shapes = {"hidden_size": 64, "vocab_size": 64, "num_hidden_layers": 1, "intermediate_size": 64, "num_attention_heads": 1}
+    directory = write_published(tmp_path, {**shapes, "num_key_value_heads": 1, **config, "tie_word_embeddings": True}, "none")
+    with pytest.raises(InputError, match=f"architecture {OTHERS[model]} is not supported; supported are Llama"):
+        make_plan(directory, EngineConfig(), CARD)
+
+
+@pytest.mark.realdata
+def test_totals_worked_out_by_hand(shared_data: Path, tmp_path: Path) -> None:
+    """Llama 3.1 8B in AWQ: 32 layers of 41,943,040 weights in attention and 176,160,768 in the MLP, at 4 5/32 bits in the files.
+
+    6,979,321,856 / 2 + their groups' zero points, a 256th, and scales, a 64th: 3,625,975,808; two tables of 1,050,673,152 bytes;
+    65 norms of 8,192.
+    """
+    directory = write_published(tmp_path, config_of(shared_data, "meta-llama--Meta-Llama-3.1-8B"), "awq")
+    assert CheckpointIndex.open(directory).total_bytes == 5_727_854_592
+    plan = make_plan(directory, EngineConfig(max_model_len=8192), SMALL)
+    assert plan.weights == {
+        "embedding": 1_050_673_152, "attention": 713_031_680, "mlp": 2_994_733_056, "head": 526_362_624, "norms": 532_480,
+    }  # fmt: skip
+    assert plan.kv.token_bytes == 131_072 and plan.budget == int(0.92 * (24564 << 20))
+    assert plan.sequences(8192) == plan.num_blocks / 128 and 15.5 < plan.sequences(8192) < 16
+
+
+@pytest.mark.realdata
+def test_a_plan_takes_little_itself(shared_data: Path, tmp_path: Path) -> None:
+    """32B in AWQ: the whole process that plans it stays below 200 MB (docs/benchmarks/plan-check.md has the seconds)."""
+    directory = write_published(tmp_path, config_of(shared_data, "Qwen--Qwen3-32B"), "awq")
+    program = (
+        "import resource, sys; from pathlib import Path; from appliance.config import EngineConfig; "
+        "from appliance.memory.devices import DeviceInfo; from appliance.memory.planner import make_plan; "
+        "card = DeviceInfo('cuda', 'NVIDIA GeForce RTX 4090', 24564 << 20, 24100 << 20, 89); "
+        "make_plan(Path(sys.argv[1]), EngineConfig(), card).table(); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program, str(directory)], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 200e6
