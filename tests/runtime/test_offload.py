@@ -23,6 +23,7 @@ from appliance.runtime.startup import Timeline, Tools, load_decoder
 from models.decoder import Decoder
 from tests.kernels.triton.conftest import DEVICE
 from tests.kernels.triton.late import LateQueues
+from tests.models.test_loader import write_dense
 from tests.runtime.conftest import answers, submit
 from tests.runtime.fake_lane import FakeLane
 from tests.tiny_model import Shape, make_checkpoint
@@ -89,6 +90,15 @@ def test_what_is_planned_is_what_a_card_holds(shared_data: Path, name: str, capl
 def test_bytes_of_every_choice(deep: Path, dtype: str, caplog: pytest.LogCaptureFixture) -> None:
     for gib in (1e-9, 2e-5, 1.0):
         check(deep, gib, caplog, dtype=dtype)
+
+
+@pytest.mark.usefixtures("triton")
+def test_bytes_of_odd_shapes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Dense weights that end amid 512 bytes, with biases, which stay: the buffers have padding, the card's weights none."""
+    odd = {"hidden_size": 40, "intermediate_size": 37, "num_hidden_layers": 6, "attention_bias": True}
+    plan = check(write_dense(tmp_path, **odd), 1.0, caplog, dtype="float16")
+    assert plan.offload.bytes_out % 512 == 0 and len(plan.offload.layers) == 6
+    assert plan.weights["attention"] > 0 == plan.weights["mlp"]  # biases
 
 
 @pytest.mark.usefixtures("triton")
