@@ -104,7 +104,8 @@ class ModelSpec:
         kv_heads = fields.integer("num_key_value_heads", default=heads)
         if heads % kv_heads:
             raise InputError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-        head_dim = fields.integer("head_dim", default=kind.default_head_dim or _divide(hidden, heads))
+        derived = config.get("head_dim") is None and kind.default_head_dim is None
+        head_dim = _divide(hidden, heads) if derived else fields.integer("head_dim", default=kind.default_head_dim)
         layers = fields.integer("num_hidden_layers")
         max_position = fields.integer("max_position_embeddings", default=kind.max_position)
         rope = read_rope(Fields({"max_position_embeddings": max_position, **config}), head_dim, max_position)

@@ -52,6 +52,7 @@ def test_defaults_are_those_of_transformers() -> None:
     assert (spec.kv_heads, spec.rope.theta, spec.dtype, spec.eos_token_ids, spec.bos_token_id) == (8, 1e4, "float32", (3,), None)
     assert (spec.eps, read("Phi3ForCausalLM", rms_norm_eps=GONE).eps) == (1e-6, 1e-5)
     assert read("Qwen3ForCausalLM").head_dim == 128
+    assert read(head_dim=16).head_dim == read(head_dim=16, hidden_size=60).head_dim == 16, "what is stated need not divide"
     assert read("MistralForCausalLM").windows == (4096,) * 3
     assert read("MistralForCausalLM", sliding_window=None).windows == (None,) * 3
 
