@@ -12,7 +12,7 @@ import random
 import time
 from array import array
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 
 from appliance.core import store
 from appliance.core.request import Request
@@ -35,7 +35,7 @@ class PlainKey:
         return self.data
 
 
-@cache
+@lru_cache(4096)
 def contents(key: bytes, size: int) -> list[int]:
     """Of a block with a plain key."""
     salt, tokens = (key[:8].decode(), key[8:]) if key.startswith(b"tenant") else ("", key)

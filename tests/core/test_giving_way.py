@@ -1,0 +1,185 @@
+"""Who gives way to whom, what becomes of it, and who comes next. Blocks have 4 tokens."""
+
+from __future__ import annotations
+
+import pytest
+
+from appliance.core.request import Request
+from appliance.core.scheduler import Scheduler
+from tests.core.fake_model import FakeRunner, alone, make_request, make_scheduler, moves, shape
+
+
+def names(scheduler: Scheduler, runner: FakeRunner, limit: int = 200) -> list[str]:
+    """Who runs in each step, until all have ended."""
+    steps = []
+    while scheduler.has_work:
+        plan, _ = runner.step()
+        scheduler.check()
+        steps.append(" ".join(chunk.request.request_id for chunk in plan.chunks))
+        assert len(steps) < limit
+    return steps
+
+
+def dry(swaps: bool, host: int = 8, **options: object) -> tuple[Scheduler, FakeRunner, Request, Request]:
+    """Two of 7 tokens in 4 blocks, who need 3 each in the third step: the younger has 8 tokens computed then."""
+    scheduler, runner = make_scheduler(blocks=4, host=host, swaps=lambda request: swaps, **options)
+    first, second = (make_request(name, range(i, i + 7), 5) for i, name in enumerate("ab"))
+    scheduler.add(first)
+    scheduler.add(second)
+    assert shape(runner.step()[0]) == [("a", 0, 7, True), ("b", 0, 7, True)]
+    assert shape(runner.step()[0]) == [("a", 7, 1, True), ("b", 7, 1, True)]
+    return scheduler, runner, first, second
+
+
+def test_swapped_out_and_back() -> None:
+    scheduler, runner, first, second = dry(swaps=True)
+    blocks = list(second.blocks)
+    plan, _ = runner.step()
+    assert plan.preempted == (second,) and shape(plan) == [("a", 8, 1, True)]
+    assert [(copy.kind, copy.source, copy.target) for copy in moves(plan)] == [
+        ("out", blocks[0], second.host[0]),
+        ("out", blocks[1], second.host[1]),
+    ]
+    assert second.computed == 8 and not second.blocks and scheduler.num_swaps == scheduler.num_preemptions == 1
+    slots = list(second.host)
+    while (plan := runner.step()[0]).chunks[0].request is first:
+        assert not moves(plan)
+    assert shape(plan) == [("b", 8, 1, True)], "nothing is computed again"
+    assert [(copy.kind, copy.source, copy.target) for copy in moves(plan)] == [
+        ("in", slots[0], second.blocks[0]),
+        ("in", slots[1], second.blocks[1]),
+    ]
+    runner.finish(limit=10)
+    assert first.tokens == alone(range(7), 5) and second.tokens == alone(range(1, 8), 5)
+    assert scheduler.store.host is not None and scheduler.store.host.used == 0
+
+
+@pytest.mark.parametrize(("swaps", "host"), [(False, 8), (True, 0), (True, 1)])
+def test_computed_anew(swaps: bool, host: int) -> None:
+    """Where swapping costs more, where there is no host memory (--swap-space 0), and where it is too full for both blocks."""
+    scheduler, runner, first, second = dry(swaps, host)
+    plan, _ = runner.step()
+    assert plan.preempted == (second,) and second.computed == 0 and not second.host and moves(plan) == []
+    assert scheduler.num_swaps == 0 and scheduler.num_preemptions == 1
+    while (plan := runner.step()[0]).chunks[0].request is first:
+        pass
+    assert shape(plan) == [("b", 0, 9, True)]
+    runner.finish(limit=10)
+    assert second.tokens == alone(range(1, 8), 5)
+
+
+def test_each_request_is_asked_whether_it_swaps() -> None:
+    asked = []
+    scheduler, runner = make_scheduler(
+        blocks=6, host=8, swaps=lambda request: bool(asked.append((request.request_id, request.computed))) or request.computed > 4
+    )
+    for i, (name, length) in enumerate((("a", 8), ("long", 8), ("short", 4))):
+        scheduler.add(make_request(name, range(i, i + length), 12))
+    plan, _ = runner.step()
+    assert len(plan.chunks) == 3 and scheduler.pool.free == 1
+    plan, _ = runner.step()  # three need a block each, one is left
+    assert shape(plan) == [("a", 8, 1, True), ("long", 8, 1, True)] and [r.request_id for r in plan.preempted] == ["short"]
+    runner.finish(limit=100)
+    assert asked[0] == ("short", 4) and ("long", 12) in asked and scheduler.num_swaps < scheduler.num_preemptions
+
+
+def test_a_swapped_request_finds_its_blocks_that_stayed_in_the_pool() -> None:
+    scheduler, runner, _, second = dry(swaps=True, caching=True)
+    runner.step()
+    assert second.host and scheduler.pool.kept == 1, "two of b's were kept, and a took one of them"
+    scheduler.abort("a")
+    plan, _ = runner.step()
+    assert shape(plan) == [("b", 8, 1, True)]
+    assert [copy.kind for copy in moves(plan)] == ["in", "out"], "b's second block, and one of a's makes room for b's third"
+    runner.finish(limit=10)
+    assert second.tokens == alone(range(1, 8), 5)
+
+
+def test_higher_priority_is_admitted_first() -> None:
+    scheduler, runner = make_scheduler(seqs=1, priorities=True)
+    for name, priority in (("late", 2), ("x", 1), ("first", 0), ("y", 1)):
+        scheduler.add(make_request(name, range(4), 1, priority=priority))
+    assert names(scheduler, runner) == ["first", "x", "y", "late"]
+    scheduler, runner = make_scheduler(seqs=1)
+    for name, priority in (("late", 2), ("x", 1), ("first", 0), ("y", 1)):
+        scheduler.add(make_request(name, range(4), 1, priority=priority))
+    assert names(scheduler, runner) == ["late", "x", "first", "y"], "fcfs"
+
+
+def test_lower_priority_gives_way() -> None:
+    scheduler, runner = make_scheduler(seqs=2, priorities=True, host=8)
+    low = [make_request(name, range(6), 4, priority=2) for name in ("l0", "l1")]
+    for request in low:
+        scheduler.add(request)
+    runner.step()
+    scheduler.add(make_request("high", range(9), 2, priority=1))
+    plan, _ = runner.step()
+    assert plan.preempted == (low[1],) and shape(plan) == [("l0", 6, 1, True), ("high", 0, 9, True)]
+    assert [r.request_id for r in scheduler.running] == ["high", "l0"] and low[1].host
+    assert names(scheduler, runner) == ["high l0", "l0 l1", "l1", "l1"]
+    assert [r.tokens for r in low] == [alone(range(6), 4)] * 2
+
+
+def test_lower_priority_stays_where_giving_way_would_not_help() -> None:
+    scheduler, runner = make_scheduler(blocks=10, priorities=True)
+    scheduler.add(make_request("high", range(24), 8, priority=0))
+    scheduler.add(make_request("low", range(8), 8, priority=2))
+    runner.step()
+    scheduler.add(make_request("middle", range(20), 4, priority=1))  # 6 blocks: 4 would be free without low
+    for _ in range(4):
+        plan, _ = runner.step()
+        assert [c.request.request_id for c in plan.chunks] == ["high", "low"] and plan.preempted == ()
+
+
+def test_turns() -> None:
+    """Three tokens each, while somebody waits; alone as long as it likes."""
+    scheduler, runner = make_scheduler(seqs=1, host=8, fair_tokens=3)
+    scheduler.add(make_request("a", range(4), 8))
+    scheduler.add(make_request("b", range(5), 5))
+    assert "".join(names(scheduler, runner)) == "aaabbbaaabbaa"
+    assert scheduler.num_preemptions == scheduler.num_swaps == 3
+    scheduler, runner = make_scheduler(seqs=1, host=8, fair_tokens=3)
+    scheduler.add(make_request("a", range(4), 8))
+    assert "".join(names(scheduler, runner)) == "a" * 8 and scheduler.num_preemptions == 0
+
+
+def test_turns_need_no_more_to_give_way_than_the_next_one_takes() -> None:
+    """Of those whose turn is over the one with the longest: a has generated 4 tokens, b 3."""
+    scheduler, runner = make_scheduler(seqs=2, host=8, fair_tokens=3)
+    scheduler.add(make_request("a", range(4), 9))
+    runner.step()
+    scheduler.add(make_request("b", range(4), 9))
+    for _ in range(3):
+        runner.step()
+    scheduler.add(make_request("c", range(4), 1))
+    plan, _ = runner.step()
+    assert [r.request_id for r in plan.preempted] == ["a"] and shape(plan) == [("b", 6, 1, True), ("c", 0, 4, True)]
+
+
+def test_a_turn_does_not_end_for_those_of_lower_priority() -> None:
+    scheduler, runner = make_scheduler(seqs=1, priorities=True, fair_tokens=2)
+    scheduler.add(make_request("high", range(4), 6))
+    scheduler.add(make_request("low", range(4), 2, priority=1))
+    assert names(scheduler, runner) == ["high"] * 6 + ["low"] * 2
+
+
+def test_the_watermark_is_left_free_while_others_run() -> None:
+    for room, admitted in ((0.2, False), (0.1, True)):  # 2 blocks of 10, or 1
+        scheduler, runner = make_scheduler(blocks=10, watermark=room)
+        scheduler.add(make_request("a", range(18), 8))  # 5 blocks
+        runner.step()
+        scheduler.add(make_request("b", range(15), 8))  # 4 blocks
+        assert (len(runner.step()[0].chunks) == 2) is admitted
+    scheduler, runner = make_scheduler(blocks=10, watermark=0.9)
+    request = make_request("whole", range(36), 5)
+    scheduler.add(request)
+    runner.finish(limit=5)
+    assert request.tokens == alone(range(36), 5), "who runs alone may have all"
+
+
+def test_one_that_takes_all_but_the_watermark_does_not_wait_for_those_who_are_gone() -> None:
+    scheduler, runner = make_scheduler(blocks=10, watermark=0.2)
+    scheduler.add(make_request("a", range(4), 3))
+    runner.step()
+    scheduler.add(make_request("b", range(36), 2))
+    assert names(scheduler, runner) == ["a", "a", "b", "b"]
