@@ -24,6 +24,9 @@ TRITON_SPLIT_ROWS = 8 * 32
 """Parts, times rows, of a product in Triton that is split over its inputs, at most."""
 TRITON_SPLIT_OUTPUTS = 2 * 192 * TILE
 """Weights with so many outputs are not split: their tiles fill twice the multiprocessors that any card has (kernels/tune.py)."""
+TILE_QUERIES, WIDEN, GATHER, TOGETHER = 256, 512, 64, 8
+"""Attention of torch's operators: queries at a time, quantized keys widened at a time, scattered blocks gathered at a time, and
+partial results that exist at a time (kernels/cpu/paged_attention.py)."""
 HEADS = {"int8": 8, "int4": 4, "model": None}  # what the head may be stored as, and its bits
 ACTIVATIONS = ("auto", "int8", "bf16")
 SCALED_CACHES = {"fp8_e4m3": 8, "fp8_e5m2": 8, "int8": 8, "int4": 4}
@@ -173,6 +176,18 @@ def weight_nbytes(
     units = math.ceil(K / unit)
     pair = 4 if dtype == "bfloat16" else 8  # a scale and an offset
     return planes * units * rows * pair + planes * units * unit * rows // 2 + permutation
+
+
+def paged_attention_nbytes(*, heads: int, kv_heads: int, head_dim: int, item_size: int, block_size: int) -> int:
+    """Bytes that attention of torch's operators needs beside queries and result, at most.
+
+    Partial results of a tile of queries, with the logarithm of a sum each, and float32 while they are merged; keys and values
+    that are widened (by way of float32), and those of scattered blocks.
+    """
+    rows = TILE_QUERIES * heads
+    partial = TOGETHER * rows * (head_dim * item_size + 4) + 3 * rows * 4 * (head_dim + TOGETHER)
+    widened = WIDEN * kv_heads * head_dim * (8 + 2 * item_size)
+    return partial + widened + 2 * GATHER * block_size * kv_heads * head_dim * item_size
 
 
 def bias_nbytes(*, ops: str, dtype: str, N: int, gated: bool = False) -> int:

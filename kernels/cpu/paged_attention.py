@@ -24,12 +24,10 @@ import torch
 from torch import Tensor
 
 from kernels.kv_cache import dequantize
+from kernels.layout import GATHER, TILE_QUERIES, TOGETHER, WIDEN
 from kernels.ops import KVCache, PagedBatch
 
-TILE = 256  # queries
 VIEW_BLOCKS = 8  # shorter runs of consecutive blocks are gathered with their neighbours
-GATHER = 64  # blocks gathered at a time
-WIDEN = 512  # quantized keys widened at a time
 HIDDEN = -30000.0  # added to scores that a window hides: finite in every dtype, so that rows that see nothing stay numbers
 
 
@@ -96,7 +94,7 @@ def plan(batch: PagedBatch, block_size: int, window: int | None) -> list[Tile]:
     ):
         begin = end - (stop - row)
         pieces = segments(table, end, block_size)
-        size = TILE if window is None else min(TILE, window)
+        size = TILE_QUERIES if window is None else min(TILE_QUERIES, window)
         for segment in pieces:
             for i0 in range(max(begin, segment.start), segment.stop, size):
                 i1 = min(i0 + size, segment.stop)
@@ -138,8 +136,12 @@ class PagedAttention:
             grouped = q[rows].unflatten(1, (-1, group)).permute(1, 2, 0, 3)  # [Hkv, group, rows, D]
             if tile.rows == 1:
                 grouped = grouped.permute(2, 0, 1, 3)  # the group takes the queries' place: [1, Hkv, group, D]
-            pieces = [_attend(grouped, cache, piece, scale) for part in tile.parts for piece in _stretches(cache, part)]
-            found = pieces[0][0] if len(pieces) == 1 else _merge(pieces)
+            pieces: list[tuple[Tensor, Tensor]] = []
+            for piece in (piece for part in tile.parts for piece in _stretches(cache, part)):
+                if len(pieces) == TOGETHER:  # a long context has many, and no more than these are there at once
+                    pieces = [_merge(pieces)]
+                pieces.append(_attend(grouped, cache, piece, scale))
+            found = pieces[0][0] if len(pieces) == 1 else _merge(pieces)[0]
             target = out[rows].unflatten(1, (-1, group))
             target.copy_(found if tile.rows == 1 else found.permute(2, 0, 1, 3))
         return out
@@ -196,11 +198,12 @@ def _slots(cache: Tensor, part: Part) -> Tensor:
     return cache[blocks].flatten(0, 1)[first - skipped : last - skipped]
 
 
-def _merge(pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Partial softmax results weighted by their shares of the whole sum."""
+def _merge(pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Partial softmax results weighted by their shares of the whole sum, and its logarithm; both float32."""
     sums = torch.stack([s for _, s in pieces])
-    shares = torch.exp(sums - sums.logsumexp(0)).unsqueeze(-1)
+    whole = sums.logsumexp(0)
+    shares = torch.exp(sums - whole).unsqueeze(-1)
     total = pieces[0][0] * shares[0]
     for (found, _), share in zip(pieces[1:], shares[1:]):
         total = torch.addcmul(total, found.to(total.dtype), share)
-    return total
+    return total, whole

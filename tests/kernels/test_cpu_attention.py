@@ -9,9 +9,9 @@ import torch
 
 from kernels import reference
 from kernels.cpu import paged_attention
-from kernels.cpu.paged_attention import GATHER, VIEW_BLOCKS, WIDEN, PagedAttention, segments
+from kernels.cpu.paged_attention import VIEW_BLOCKS, PagedAttention, segments
 from kernels.kv_cache import dequantize
-from kernels.layout import SCALED_CACHES
+from kernels.layout import GATHER, SCALED_CACHES, TOGETHER, WIDEN
 from tests.kernels.paged import make_step, quantized
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -91,6 +91,20 @@ def test_quantized_keys_are_widened_a_stretch_at_a_time(kind: str, monkeypatch: 
     for order in ("consecutive", "shuffled"):
         check(4, window=None, sequences=[(5 * WIDEN, 1), (2000, 300)], dtype=torch.float32, kind=kind, order=order)
     assert max(widened) == WIDEN
+
+
+def test_a_long_context_has_few_partial_results_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly three times as many pieces as may exist: the first are merged while the rest are to come."""
+    counts, merge = [], paged_attention._merge
+
+    def spy(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        counts.append(len(pieces))
+        return merge(pieces)
+
+    monkeypatch.setattr(paged_attention, "_merge", spy)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(4, window=None, sequences=[(20 * WIDEN, 1), (19 * WIDEN, 3)], dtype=dtype, kind="int8")
+    assert max(counts) == TOGETHER and len(counts) == 2 * 2 * 3
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33])
