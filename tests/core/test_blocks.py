@@ -9,24 +9,32 @@ from appliance.core.blocks import BlockPool, PoolError
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """The pool against a plain dictionary of reference counts."""
+    """The pool against plain dictionaries of reference counts and keys, and a list of what is kept."""
 
     @initialize(num_blocks=st.integers(1, 40), block_size=st.sampled_from([1, 8, 16]))
     def start(self, num_blocks: int, block_size: int) -> None:
         self.pool = BlockPool(num_blocks, block_size)
+        self.pool.evicting = lambda block, key: self.evicted.append((block, key))
         self.counts: dict[int, int] = {}
         self.held: list[list[int]] = []
+        self.keys: dict[int, bytes] = {}
+        self.kept: list[int] = []  # least recently used first
+        self.evicted: list[tuple[int, bytes]] = []
 
     @rule(n=st.integers(0, 20), expect=st.integers(0, 60), data=st.data())
     def allocate(self, n: int, expect: int, data: st.DataObject) -> None:
         after = data.draw(st.sampled_from([None, *(held[-1] for held in self.held if held)]))
-        before = (self.pool.free, self.pool.map(64), [self.pool._counts[b] for b in range(self.pool.num_blocks)])
+        before = (self.pool.free, self.pool.map(64), self.pool._counts[:])
+        blank = before[1].count(".")
         blocks = self.pool.allocate(n, after=after, expect=expect)
         if blocks is None:
             assert n > self.pool.num_blocks - len(self.counts)
-            assert before == (self.pool.free, self.pool.map(64), self.pool._counts)
+            assert before == (self.pool.free, self.pool.map(64), self.pool._counts) and not self.evicted
             return
-        assert len(blocks) == len(set(blocks)) == n and not self.counts.keys() & set(blocks)
+        gone = self.kept[: max(0, n - blank)]
+        assert self.evicted == [(block, self.keys.pop(block)) for block in gone], "no more than are needed, the oldest first"
+        del self.kept[: len(gone)], self.evicted[:]
+        assert len(blocks) == len(set(blocks)) == n and not self.counts.keys() & set(blocks) and not {*self.kept} & {*blocks}
         if n and after is not None and after + 1 < self.pool.num_blocks and before[1][after + 1] == ".":
             assert blocks[0] == after + 1
         self.counts |= dict.fromkeys(blocks, 1)
@@ -34,11 +42,13 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def share(self, data: st.DataObject) -> None:
-        if self.held:
-            blocks = data.draw(st.sampled_from(self.held))
+        """What others hold, or what is kept."""
+        blocks = data.draw(st.sampled_from([*self.held, self.kept[:], self.kept[1:4]]))
+        if blocks:
             self.pool.share(blocks)
             for block in blocks:
-                self.counts[block] += 1
+                self.counts[block] = self.counts.get(block, 0) + 1
+            self.kept = [block for block in self.kept if block not in blocks]
             self.held.append(blocks)
 
     @rule(data=st.data())
@@ -46,16 +56,38 @@ class PoolMachine(RuleBasedStateMachine):
         if self.held:
             blocks = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
             self.pool.release(blocks)
-            for block in blocks:
+            for block in reversed(blocks):
                 self.counts[block] -= 1
-            self.counts = {block: count for block, count in self.counts.items() if count}
+                if not self.counts[block]:
+                    del self.counts[block]
+                    self.kept += [block] if block in self.keys else []
+
+    @rule(data=st.data(), name=st.integers(0, 9))
+    def register(self, data: st.DataObject, name: int) -> None:
+        key = b"%d" % name
+        assert self.pool.find(key) == next((block for block, other in self.keys.items() if other == key), None)
+        if self.counts:
+            block = data.draw(st.sampled_from(sorted(self.counts)))
+            new = key not in self.keys.values() and block not in self.keys
+            assert self.pool.register(block, key) is new
+            if new:
+                self.keys[block] = key
+
+    @rule()
+    def forget(self) -> None:
+        self.pool.forget()
+        self.keys.clear()
+        self.kept.clear()
 
     @rule(data=st.data())
     def misuse(self, data: st.DataObject) -> None:
-        free = sorted(set(range(-2, self.pool.num_blocks + 2)) - self.counts.keys())
-        block = data.draw(st.sampled_from(free))
+        unused = set(range(-2, self.pool.num_blocks + 2)) - self.counts.keys()
+        block = data.draw(st.sampled_from(sorted(unused)))
         with pytest.raises(PoolError, match="cannot release block"):
             self.pool.release([block])
+        with pytest.raises(PoolError, match="cannot register block"):
+            self.pool.register(block, b"k")
+        block = data.draw(st.sampled_from(sorted(unused - {*self.kept})))
         with pytest.raises(PoolError, match="cannot share block"):
             self.pool.share([block])
 
@@ -63,9 +95,12 @@ class PoolMachine(RuleBasedStateMachine):
     def books_are_right(self) -> None:
         if not hasattr(self, "pool"):
             return
-        self.pool.check()
-        assert self.pool.free + self.pool.used == self.pool.num_blocks
-        assert self.pool.map(64) == "".join("#" if b in self.counts else "." for b in range(self.pool.num_blocks))
+        pool = self.pool
+        pool.check()
+        assert pool.free + pool.used == pool.num_blocks and pool.kept == len(self.kept)
+        assert [pool.holders(b) for b in range(pool.num_blocks)] == [self.counts.get(b, 0) for b in range(pool.num_blocks)]
+        states = ("#" if b in self.counts else "+" if b in self.kept else "." for b in range(pool.num_blocks))
+        assert pool.map(64) == "".join(states)
 
     def teardown(self) -> None:
         for blocks in getattr(self, "held", []):
@@ -126,19 +161,66 @@ def test_map_samples_a_large_pool_evenly() -> None:
     assert len(pool.map(999)) == 999 and len(pool.map(5000)) == 1000
 
 
-@pytest.mark.parametrize("damage", ["map", "counts", "free", "negative"])
-def test_check_sees_damage(damage: str) -> None:
-    pool = BlockPool(4, 16)
-    pool.allocate(2)
-    if damage == "map":
-        pool._map[0], pool._map[3] = 1, 0
-    elif damage == "counts":
-        pool._counts[3] = 1
-    elif damage == "negative":
-        pool._counts[3] = -1
-    else:
-        pool.free = 3
-    with pytest.raises(PoolError):
+def damage_map(pool: BlockPool) -> None:
+    pool._map[0], pool._map[5] = 1, 0
+
+
+def damage_counts(pool: BlockPool) -> None:
+    pool._counts[5] = 1
+
+
+def damage_negative(pool: BlockPool) -> None:
+    pool._counts[5] = -1
+
+
+def damage_free(pool: BlockPool) -> None:
+    pool.free = 5
+
+
+def damage_places(pool: BlockPool) -> None:
+    pool._places[b"a"] = 2
+
+
+def damage_keys(pool: BlockPool) -> None:
+    pool._keys[1] = b"a"
+
+
+def damage_kept(pool: BlockPool) -> None:
+    pool._kept.clear()
+
+
+def damage_lost_key(pool: BlockPool) -> None:
+    del pool._keys[2], pool._places[b"c"]
+
+
+def damage_blank_key(pool: BlockPool) -> None:
+    pool._keys[5], pool._places[b"f"] = b"f", 5
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_map, "block 0 has 1 references and is marked free"),
+        (damage_counts, "block 5 has 1 references and is marked free"),
+        (damage_negative, "block 5 has -1 references"),
+        (damage_free, "5 blocks counted free, 4 of 6 marked free"),
+        (damage_places, "disagree"),
+        (damage_keys, "disagree"),
+        (damage_kept, "1 blocks are marked kept, 0 listed"),
+        (damage_lost_key, "1 blocks are marked kept, 1 listed, 1 have keys"),
+        (damage_blank_key, "a blank block has a key"),
+    ],
+)
+def test_check_sees_damage(damage, message: str) -> None:  # type: ignore[no-untyped-def]
+    """Blocks 0 and 1 are used, 0 has a key; 2 is kept; the others are blank."""
+    pool = BlockPool(6, 16)
+    pool.allocate(3)
+    pool.register(0, b"a")
+    pool.register(2, b"c")
+    pool.release([2])
+    pool.check()
+    damage(pool)
+    with pytest.raises(PoolError, match=message):
         pool.check()
 
 
