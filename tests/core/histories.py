@@ -10,37 +10,17 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from array import array
 from collections.abc import Callable
-from functools import lru_cache
 
 from appliance.core import store
 from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler
 from appliance.core.step import StepPlan
-from tests.core.fake_model import SALTS, FakeRunner, SpoilingPool, alone, codes, make_request, next_token
+from tests.core.fake_model import SALTS, FakeRunner, PlainKey, SpoilingPool, alone, contents, make_request, next_token
 
 Choose = Callable[[int], int]  # choose(n): one of 0 .. n - 1
 Flight = tuple[StepPlan, list[int | None]]
 NEVER = 10**6
-
-
-class PlainKey:
-    """In place of sha256: the key of a block is all that it stands for, in plain text."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-
-    def digest(self) -> bytes:
-        return self.data
-
-
-@lru_cache(4096)
-def contents(key: bytes, size: int) -> list[int]:
-    """Of a block with a plain key."""
-    salt, tokens = (key[:8].decode(), key[8:]) if key.startswith(b"tenant") else ("", key)
-    told = array("q", tokens)
-    return codes(told[-size:], salt, len(told) - size)
 
 
 class History:
@@ -97,18 +77,8 @@ class History:
             seed = 1000 * choose(3) + index
             answer = alone(prompt, max_tokens, seed=seed)
             eos = {answer[len(prompt) + choose(max_tokens)]} if ends and not beams else set()
-            request = make_request(
-                name,
-                prompt,
-                max_tokens,
-                index=index,
-                eos=eos,
-                seed=seed,
-                priority=priority,
-                salt=salt,
-                leader=leader,
-                beam=beams,
-            )
+            more = {"eos": eos, "seed": seed, "priority": priority, "salt": salt, "leader": leader, "beam": beams}
+            request = make_request(name, prompt, max_tokens, index=index, **more)
             leader = leader or request
             self.scheduler.add(request)
             group.append(request)

@@ -6,21 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from appliance.core.blocks import BlockPool, PoolError
+from appliance.core.blocks import BlockPool
 from appliance.core.params import RequestError
-from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler
-from appliance.core.step import StepPlan
-from tests.core.fake_model import FakeRunner, alone, make_request
+from tests.core.fake_model import FakeRunner, alone, make_request, shape
 
 
 def make(*, blocks: int = 64, block_size: int = 16, budget: int = 64, seqs: int = 8) -> tuple[Scheduler, FakeRunner]:
     scheduler = Scheduler(BlockPool(blocks, block_size), max_num_batched_tokens=budget, max_num_seqs=seqs)
     return scheduler, FakeRunner(scheduler)
-
-
-def shape(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
-    return [(c.request.request_id, c.start, c.length, c.samples) for c in plan.chunks]
 
 
 def test_a_long_prompt_is_cut_by_the_budget_and_decodes_go_first() -> None:
@@ -238,52 +232,6 @@ def test_bad_limits_are_refused() -> None:
     for limits in ({"max_num_batched_tokens": 0, "max_num_seqs": 1}, {"max_num_batched_tokens": 1, "max_num_seqs": 0}):
         with pytest.raises(ValueError, match="must be >= 1"):
             Scheduler(BlockPool(1, 16), **limits)
-
-
-def damage_owner(scheduler: Scheduler, r: Request) -> None:
-    r.blocks[0] = scheduler.running[1].blocks[0]
-
-
-def damage_leak(scheduler: Scheduler, r: Request) -> None:
-    scheduler.pool.allocate(1)
-
-
-def damage_missing(scheduler: Scheduler, r: Request) -> None:
-    scheduler.pool.release([r.blocks.pop()])
-
-
-def damage_waiting(scheduler: Scheduler, r: Request) -> None:
-    scheduler.waiting[0].computed = 1
-
-
-def damage_order(scheduler: Scheduler, r: Request) -> None:
-    scheduler.running.reverse()
-
-
-def damage_limit(scheduler: Scheduler, r: Request) -> None:
-    scheduler.max_num_seqs = 1
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (damage_owner, "owned"),
-        (damage_leak, "owned"),
-        (damage_missing, "expected 1 to 1"),
-        (damage_waiting, "waits with 0 blocks and 1 tokens"),
-        (damage_order, "order of arrival"),
-        (damage_limit, "more than 1"),
-    ],
-)
-def test_check_sees_damage(damage, message: str) -> None:  # type: ignore[no-untyped-def]
-    scheduler, runner = make(seqs=2)
-    for name in "abc":
-        scheduler.add(make_request(name, range(4), 3))
-    runner.step()
-    scheduler.check()
-    damage(scheduler, scheduler.running[0])
-    with pytest.raises(PoolError, match=message):
-        scheduler.check()
 
 
 @pytest.mark.realdata

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from appliance.core import store
-from tests.core.histories import History, PlainKey, random_history
+from tests.core.fake_model import PlainKey
+from tests.core.histories import History, random_history
 
 COUNT = 10_000
 PARTS = 4  # so that several processes can share them
