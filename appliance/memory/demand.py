@@ -111,7 +111,19 @@ def product_workspace(weights: Sequence[Loaded], machinery: Machinery) -> int:
 
 
 def attention_workspace(spec: ModelSpec, machinery: Machinery) -> int:
-    """Bytes in which Triton's decode attention leaves the parts of sequences it has split: float32, with a sum a head."""
+    """Bytes that attention needs beside queries and result.
+
+    Triton's leaves the parts of sequences that it has split there, when tokens are decoded: float32, with a sum a head. Native
+    kernels use the memory of products, of which they need less.
+    """
+    if machinery.ops == "cpu":
+        return layout.paged_attention_nbytes(
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            item_size=ITEM_SIZE[machinery.dtype],
+            block_size=machinery.block_size,
+        )
     if machinery.ops != "triton":
         return 0
     return SPLIT_PROGRAMS * -(-spec.heads // spec.kv_heads) * (spec.head_dim + 1) * 4

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from appliance.config import EngineConfig
 from appliance.memory.devices import DeviceInfo, cpu_threads
-from appliance.memory.settings import ITEM_SIZE, resolve_dtype
+from appliance.memory.settings import ITEM_SIZE, block_size, resolve_dtype
 from kernels import layout
 from models.spec import ModelSpec, ModuleShape
 from quant.rules import DENSE, ROWS, WeightScheme
@@ -30,6 +30,7 @@ class Machinery:
     head_bits: int | None  # of a head that the checkpoint has not quantized, see kernels.layout.head_bits
     activation: str = "auto"  # --activation-dtype
     threads: int = 1
+    block_size: int = 16  # tokens in a block of the cache
 
     @classmethod
     def choose(cls, config: EngineConfig, published: str, device: DeviceInfo) -> Machinery:
@@ -41,6 +42,7 @@ class Machinery:
             head_bits=layout.head_bits(config.lm_head_dtype, ops=ops, dtype=dtype),
             activation=config.activation_dtype,
             threads=cpu_threads(config.threads),
+            block_size=block_size(config, device.kind),
         )
 
 

@@ -50,7 +50,7 @@ class Settings:
         return cls(
             utilization=utilization,
             kv_bytes=None if given is None else parse_bytes("--kv-cache-memory-bytes", given, least=1),
-            block_size=_block_size(config, device.kind),
+            block_size=block_size(config, device.kind),
             max_tokens=config.max_num_batched_tokens,
             max_seqs=_sequences(config.max_num_seqs),
             max_len=parse_length(config.max_model_len),
@@ -138,7 +138,7 @@ def _offload(config: EngineConfig, device_kind: str) -> float:
     return gib
 
 
-def _block_size(config: EngineConfig, device_kind: str) -> int:
+def block_size(config: EngineConfig, device_kind: str) -> int:
     """--block-size. Triton's attention takes up to 64 tokens at a time, and finds them with one look-up in blocks of 64."""
     if config.block_size == "auto":
         return 64 if device_kind == "cuda" and not config.reference_ops else 16

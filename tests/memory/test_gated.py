@@ -1,4 +1,4 @@
-"""What a plan has for gate and up on a card: floats of both only where no kernel multiplies them as it sums them up."""
+"""What a plan has for gate and up on a card, where no kernel multiplies them as it sums them up; and for attention on a CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.memory.demand import activation_bytes
+from appliance.memory.demand import activation_bytes, attention_workspace
 from appliance.memory.modules import Machinery, layer_weights
 from models.spec import ModelSpec
 from quant.headers import CheckpointIndex
@@ -24,3 +24,14 @@ def test_gate_and_up_in_float32(group: int, in_tiles: bool, tmp_path: Path) -> N
     few, many = activation_bytes(spec, layers, card), 3 * 2 * shape.mlp + 8 * shape.mlp
     assert (few < many) == in_tiles
     assert activation_bytes(spec, layers, expanded) > 3 * 4 * shape.mlp + 8 * shape.mlp
+
+
+def test_attention_of_torchs_operators(tmp_path: Path) -> None:
+    """Eight partial results of 256 queries, three in float32 as they are merged; 512 widened keys, 64 scattered blocks."""
+    shape = Shape(hidden=256, mlp=512, heads=4, kv_heads=2, head_dim=64)
+    config, _ = read_scheme(CheckpointIndex.open(make_checkpoint(tmp_path, shape=shape, tokenizer=False)))
+    spec = ModelSpec.from_config(config)
+    torch = Machinery(ops="cpu", dtype="bfloat16", head_bits=None, block_size=32)
+    partial = 8 * 256 * 4 * (64 * 2 + 4) + 3 * 256 * 4 * 4 * (64 + 8)
+    assert attention_workspace(spec, torch) == partial + 512 * 2 * 64 * 12 + 2 * 64 * 32 * 2 * 64 * 2
+    assert attention_workspace(spec, Machinery(ops="cpu-native", dtype="bfloat16", head_bits=8)) == 0

@@ -14,6 +14,7 @@ from appliance.config import EngineConfig
 from appliance.memory.graphs import LAYER_BYTES
 from appliance.memory.planner import DeviceInfo, MemoryPlan, PlanError, make_plan
 from kernels.cpu import backend
+from kernels.layout import paged_attention_nbytes
 from models.spec import ModelSpec
 from quant.errors import CheckpointError, InputError
 from quant.headers import CheckpointIndex
@@ -192,7 +193,7 @@ def test_a_dense_model_takes_what_its_files_take(small: Path, torch_ops: None) -
     assert plan.weight_bytes == CheckpointIndex.open(small).total_bytes
     assert plan.weights["mlp"] == 3 * 3 * 256 * 512 * 2 and plan.weights["norms"] == 7 * 256 * 2
     assert plan.max_model_len == 1024 and plan.num_blocks == 256 * 64
-    assert plan.scratch["products"] == 0
+    assert plan.scratch["products"] == paged_attention_nbytes(heads=4, kv_heads=2, head_dim=64, item_size=2, block_size=16)
     assert plan.quantization == "none"
     wide = plan_of(small, dtype="float")
     assert wide.weight_bytes == 2 * plan.weight_bytes and wide.kv.block_bytes == 2 * plan.kv.block_bytes
