@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,23 @@ from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler
 from appliance.memory.giving_way import GivingWay
 
+SHORT = 512  # tokens of a prompt
 OURS, PLAIN = "paged, prefix cache", "paged, no prefix cache"
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A trace on a model. ``few``: how many of its first requests the many runs under load take; 0 where it has no times."""
+    """A trace on a model.
+
+    ``few``: how many of its first requests the many runs under load take; 0: there are none. ``longest``: what is reserved for
+    every request by those who reserve; 0: what the trace's longest takes.
+    """
 
     name: str
     model: Model
     jobs: list[Job]
     few: int
+    longest: int = 0
 
     @cached_property
     def cost(self) -> Roofline:
@@ -61,7 +67,7 @@ class Setup:
 
     def systems(self) -> dict[str, Callable[[], Any]]:
         """Ours and what it is compared with, the kindest first."""
-        longest = max(job.total for job in self.jobs)
+        longest = self.longest or max(job.total for job in self.jobs)
 
         def exact(request: Request) -> int:
             return request.max_total
@@ -86,14 +92,17 @@ class Setup:
 def setups(data: Path, requests: int | None) -> list[Setup]:
     traces, llama, old = data / "traces", Llama("Llama-3.1-8B"), Model("Llama-2-7B")
     conv, code = (azure(traces / f"AzureLLMInferenceTrace_{name}.csv") for name in ("conv", "code"))
-    short = [job for job in conv if job.total <= old.plan.max_model_len]
+    longest = old.plan.max_model_len
+    middle = [job for job in conv if job.total <= longest]
+    short = [job for job in conv if job.prompt <= SHORT]
     found = [
-        Setup("Azure conv", llama, conv, 2000),
+        Setup("Azure conv", llama, conv, 1500),
         Setup("Azure code", llama, code, 1000),
-        Setup("Mooncake", llama, mooncake(traces / "mooncake_conversation.jsonl"), 1000),
+        Setup("Mooncake", llama, mooncake(traces / "mooncake_conversation.jsonl"), 700),
         Setup("ShareGPT", llama, sharegpt(traces / "sharegpt_sample.json"), 0),
-        Setup("Azure conv, Llama-2-7B", old, short, 1000),
+        Setup("Azure conv, Llama-2-7B", old, middle, 1000),
+        Setup("short Azure conv, Llama-2-7B", old, short, 0, longest),
     ]
     if requests is None:
         return found
-    return [Setup(s.name, s.model, s.jobs[:requests], min(s.few, requests)) for s in found]
+    return [replace(s, jobs=s.jobs[:requests], few=min(s.few, requests)) for s in found]
