@@ -133,7 +133,8 @@ class SamplingParams:
         elif self.greedy and self.width > 1:
             name = "n" if self.n > 1 else "best_of"
             raise RequestError(
-                f"{name} is {self.width}, but temperature 0 gives one answer: use {name}=1 or a temperature above 0", param=name
+                f"{name} is {getattr(self, name)}, but temperature 0 gives one answer: use {name}=1 or a temperature above 0",
+                param=name,
             )
 
     def _check_lists(self) -> None:

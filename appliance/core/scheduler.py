@@ -157,19 +157,21 @@ class Scheduler:
     def branch(self, moves: Sequence[tuple[Request, Request, int]]) -> None:
         """Each (child, parent, token): the child goes on from the parent's tokens and this one; all at once.
 
-        They are completions of one request, none with a step under way. All blocks are shared, until they are written to.
+        They are completions of one request, none with a step under way. They share their blocks, in host memory too.
         """
         states = []
         for child, parent, token in moves:
-            together = child.running and parent.running
-            blocks = parent.blocks[:] if together else parent.blocks[:0]
+            alike = child.running == parent.running  # else one would have blocks where the other has none
+            blocks, host = (parent.blocks[:], parent.host[:]) if alike else (parent.blocks[:0], parent.host[:0])
             self.pool.share(blocks)
-            computed = parent.computed if together else 0
-            states.append((child, [*parent.tokens, token], blocks, computed, parent.keys[:]))
-        for child, tokens, blocks, computed, keys in states:
+            if self.store.host is not None:
+                self.store.host.share(host)
+            states.append((child, [*parent.tokens, token], blocks, host, parent.computed if alike else 0, parent.keys[:]))
+        for child, tokens, blocks, host, computed, keys in states:
             self.store.drop(child)
             self.store.drop_host(child)
-            child.tokens, child.blocks, child.computed, child.landed, child.keys = tokens, blocks, computed, computed, keys
+            child.tokens, child.blocks, child.host, child.keys = tokens, blocks, host, keys
+            child.computed = child.landed = computed
             child.held = False
 
     def recover(self) -> list[Request]:

@@ -6,10 +6,14 @@ import random
 from collections.abc import Callable
 
 import pytest
+import torch
 
+from appliance.core.door import hash_u64
 from appliance.core.messages import Submit
 from appliance.runtime.engine import Engine
+from appliance.runtime.sampler import uniform
 from tests.runtime.conftest import answers, submit
+from tests.runtime.test_beam import whole
 
 Load = Callable[..., Engine]
 Key = tuple[str, int]
@@ -44,6 +48,20 @@ def conversation(seed: int, number: int = 10, begins: tuple[int, ...] = (0, 15, 
     return out
 
 
+def toss_up(engine: Engine, one: Submit, index: int, got: list[int], right: list[int]) -> bool:
+    """Whether two answers part where rounding decides: chunks of other lengths round differently, in the seventh digit."""
+    model, params, prompt = whole(engine.runner.decoder), one.params, list(one.prompt_token_ids)
+    if params.use_beam_search:
+        totals = [sum(dict(model(prompt + ids[:i]))[ids[i]] for i in range(len(ids))) for ids in (got, right)]
+        return abs(totals[0] - totals[1]) < 1e-4
+    i = next(i for i, (a, b) in enumerate(zip(got, right, strict=False)) if a != b)
+    row = dict(model(prompt + right[:i]))
+    if params.greedy:
+        return abs(row[got[i]] - row[right[i]]) < 1e-4
+    shares = (torch.tensor([row[token] for token in sorted(row)], dtype=torch.float64) / params.temperature).softmax(0).cumsum(0)
+    return bool((shares - uniform(hash_u64(params.seed or 0, index), len(prompt) + i)).abs().min() < 1e-5)
+
+
 @pytest.fixture(scope="module")
 def fresh() -> tuple[int, dict[Key, list[int]]]:
     return random.SystemRandom().randrange(2**32), {}
@@ -60,8 +78,13 @@ def test_the_same_answers(load: Load, fresh: tuple[int, dict], blocks: int, cach
         expected |= answers(load(enable_prefix_caching=False), work)
     engine = load(**pool(blocks), enable_prefix_caching=caching, max_num_batched_tokens=64, **GIVING_WAY[giving_way])
     assert engine.scheduler.pool.num_blocks == blocks
+    by_name = {one.request_id: one for one in work}
     for _ in range(2):
-        assert answers(engine, work) == expected, f"conversation({seed})"
+        got = answers(engine, work)
+        assert got.keys() == expected.keys()
+        wrong = {key for key in got if got[key] != expected[key]}
+        assert len(wrong) <= 3, f"conversation({seed})"
+        assert all(toss_up(engine, by_name[k[0]], k[1], got[k], expected[k]) for k in wrong), f"conversation({seed})"
     stats = engine.stats()
     assert (stats.blocks_kept > 0) == caching and (blocks < 512 or stats.preemptions == 0)
     host = engine.scheduler.store.host
@@ -108,7 +131,10 @@ def test_overload(load: Load, giving_way: str) -> None:
     for (name, index), reason in ended.items():
         right = expected[sent[name].request_id, index]
         got = told[name, index]
-        assert got == right if reason != "abort" else name in doomed and got == right[: len(got)], f"seed {seed}"
+        if reason == "abort":
+            assert name in doomed
+            right = right[: len(got)]
+        assert got == right or toss_up(engine, sent[name], index, got, right), f"seed {seed}"
     assert 50 < list(ended.values()).count("abort") < len(ended) // 2
     engine.check()
     assert engine.stats().preemptions > 0 and (engine.stats().swaps > 0) == (giving_way == "swap")
