@@ -226,10 +226,14 @@ class Store:
     def _save(self, block: int, key: bytes) -> None:
         """A block is about to be handed on: what it contains moves to host memory, if there is room."""
         host = self.host
-        if host is None or host.find(key) is not None or not host.free:
+        if host is None:
+            return
+        if (slot := host.find(key)) is not None:  # it was used more recently than there
+            host.share([slot])
+            host.release([slot])
             return
         slots = host.allocate(1)
-        if slots is None:  # as it may be where allocations are made to fail
+        if slots is None:
             return
         self.copies.append(Copy("out", block, slots[0]))
         host.register(slots[0], key)

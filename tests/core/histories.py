@@ -29,21 +29,21 @@ class History:
     def __init__(self, choose: Choose) -> None:
         self.choose, self.faulty = choose, False
         size = (4, 1, 2, 8)[choose(4)]
-        blocks = 1 + choose(20)
-        host_blocks = (0, 1, 4, 40)[choose(4)]
+        blocks = 1 + choose((20, 60, 60, 8)[choose(4)])
+        host_blocks = (0, 1, 6, 60)[choose(4)]
         self.fault_rate = (0, 0, 0, 12)[choose(4)]
         pool = SpoilingPool(blocks, size, fails=self._fails)
         host = SpoilingPool(host_blocks, size, host=True, fails=self._fails) if host_blocks else None
         swaps = (lambda request: True, lambda request: False, lambda request: bool(self.choose(2)))[choose(3)]
         self.scheduler = Scheduler(
             pool,
-            max_num_batched_tokens=1 + choose(24),
-            max_num_seqs=1 + choose(8),
+            max_num_batched_tokens=1 + choose((24, 64, 64, 8)[choose(4)]),
+            max_num_seqs=(8, 6, 4, 3, 2, 1)[choose(6)],
             host=host,
             caching=bool(choose(2)),
             priorities=bool(choose(2)),
             swaps=swaps,
-            fair_tokens=(NEVER, 1, 3, 8)[choose(4)],
+            fair_tokens=(NEVER, 8, 3, NEVER, 5, 1)[choose(6)],
             watermark=(0.0, 0.1, 0.3)[choose(3)],
         )
         self.capacity = blocks * size
@@ -59,18 +59,28 @@ class History:
         """Something happens."""
         if not self.alive:
             self.add()
-        (self.add, self.ahead, self.ahead, self.ahead, self.step, self.step, self.step, self.step, self.abort, self.mishap)[
-            self.choose(10)
-        ]()
+        what = self.choose(24)
+        (
+            self.add
+            if what < 8
+            else self.ahead
+            if what < 14
+            else self.step
+            if what < 21
+            else self.abort
+            if what < 23
+            else self.mishap
+        )()
 
     def add(self) -> None:
         """A request of one or several completions; its prompt begins like others, or goes on from an earlier answer."""
         choose = self.choose
-        max_tokens = 1 + choose(min(16, self.capacity))
-        prompt = self.prompts[choose(len(self.prompts))][: 1 + choose(40)]
+        beams = not choose(8)
+        max_tokens = 1 + choose(min(5 if beams else 16, self.capacity))
+        prompt = self.prompts[choose(len(self.prompts))][: 1 + choose((8, 20, 40)[choose(3)])]
         prompt = (prompt + [1 + choose(3)] * choose(3))[: self.capacity + 1 - max_tokens]
         name = next(f"r{i}" for i in range(100) if not any(r.request_id == f"r{i}" for r in self.all))
-        n, ends, beams = (1, 1, 2, 4)[choose(4)], choose(2), not choose(4)
+        n, ends = (1, 1, 2, 4)[choose(4)], choose(2)
         priority, salt, leader = choose(3), SALTS[max(0, choose(6) - 3)], None
         group = []
         for index in range(n):
@@ -126,8 +136,8 @@ class History:
 
     def mishap(self) -> None:
         """A step fails when it is launched, or when it lands; somebody ends a request that runs; the prefix cache is reset."""
-        what = self.choose(4)
-        if what == 3:  # the prefix cache is reset
+        what = self.choose(5)
+        if what > 2:  # the prefix cache is reset
             self.scheduler.store.forget()
             self.check()
             return
@@ -261,7 +271,7 @@ class History:
         return self.faulty and self.fault_rate > 0 and not self.choose(self.fault_rate)
 
 
-def random_history(seed: int, actions: int = 30) -> History:
+def random_history(seed: int, actions: int = 20) -> History:
     draw = random.Random(seed).random
     history = History(lambda n: int(draw() * n))
     for _ in range(actions):
@@ -274,7 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--actions", type=int, default=30)
+    parser.add_argument("--actions", type=int, default=20)
     args = parser.parse_args()
     store.sha256 = PlainKey  # type: ignore[assignment,misc]
     begun = time.perf_counter()

@@ -95,6 +95,26 @@ def test_a_swapped_request_finds_its_blocks_that_stayed_in_the_pool() -> None:
     assert second.tokens == alone(range(1, 8), 5)
 
 
+def test_half_a_block_that_was_swapped_out_is_not_found_by_others() -> None:
+    """6 of 11 prompt tokens are computed: the second block's key is known, but not all of its tokens are there."""
+    scheduler, runner = make_scheduler(budget=6, seqs=1, host=8, caching=True, priorities=True)
+    request = make_request("a", range(11), 2, priority=1)
+    scheduler.add(request)
+    runner.step()
+    assert request.computed == 6
+    scheduler.add(make_request("urgent", range(50, 51), 1))
+    runner.step()
+    assert len(request.host) == 2
+    scheduler.max_num_batched_tokens = 1
+    assert shape(runner.step()[0]) == [("a", 6, 1, False)]
+    other = make_request("b", range(11), 2)
+    assert len(scheduler.store.find(other)) == 1
+    runner.step()
+    assert len(scheduler.store.find(other)) == 2
+    runner.finish(limit=20)
+    assert request.tokens == alone(range(11), 2)
+
+
 def test_higher_priority_is_admitted_first() -> None:
     scheduler, runner = make_scheduler(seqs=1, priorities=True)
     for name, priority in (("late", 2), ("x", 1), ("first", 0), ("y", 1)):

@@ -175,6 +175,18 @@ def test_a_full_host_forgets_its_least_recently_used() -> None:
     assert serve(scheduler, runner, "gone", list(range(8)))[0].cached == 0
 
 
+def test_what_leaves_the_pool_is_the_most_recently_used_of_the_host() -> None:
+    """a and b move out, a is used again and leaves the pool for c: of the two b is the older then, and makes room for c."""
+    scheduler, runner = make_scheduler(caching=True, blocks=2, host=4)
+    for name, first in (("a", 0), ("b", 50), ("a again", 0), ("c", 100), ("d", 150)):
+        serve(scheduler, runner, name, list(range(first, first + 8)))
+    host = scheduler.store.host
+    assert host is not None
+    kept = {block for key, block in host._places.items()}
+    found = [scheduler.store.find(make_request("x", range(first, first + 8), 1)) for first in (0, 50, 100)]
+    assert [len(places) for places in found] == [2, 0, 2] and kept == {place.block for places in found for place in places}
+
+
 def test_store_refuses_tiers_of_different_blocks() -> None:
     with pytest.raises(PoolError, match="blocks of 16 tokens cannot move to blocks of 8"):
         Store(BlockPool(4, 16), BlockPool(4, 8))
