@@ -20,20 +20,25 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import KVCache, PagedBatch
+from kernels.triton.caches import code_bits
 from kernels.triton.kv import Launch, arguments, finish, fold, load_queries, start
 
 
-def choose(width: int, rows: int, capability: int, *, exact: bool) -> Launch:
-    """For heads padded to ``width`` features, at most ``rows`` rows a sequence, and float32 queries where ``exact``."""
+def choose(width: int, rows: int, bits: int, capability: int, *, exact: bool) -> Launch:
+    """For heads padded to ``width`` features, at most ``rows`` rows a sequence, a cache of ``bits`` an element, and float32
+    queries where ``exact``.
+    """
     if exact or 0 < capability < 80:  # no products in hardware: operands stay in registers
         return Launch(16, max(16, min(32, 2048 // width)), 8 if width > 128 else 4, 2)
     if rows <= 16:
         return Launch(16, max(32, min(64, 4096 // width)), 4, 3)
     if width > 128:
-        return Launch(64, 32, 8, 2)
+        return Launch(64, 16 if bits == 4 else 32, 8, 2)
     # As many rows as features, or more: then each warp has rows of its own, and a row's maximum stays within a warp. Where
-    # products take their operands from registers (before sm_90), 64 tokens of 128 features leave too few of those.
-    return Launch(128, 64 if width <= 64 or capability in (90, 100, 103) else 32, 8, 3)
+    # products take their operands from registers (all but sm_90, 100), 64 tokens of 128 features leave too few of those, and with
+    # codes, which are widened there, a third stage of the pipeline does.
+    from_memory = capability in (90, 100, 103)
+    return Launch(128, 64 if width <= 64 or from_memory else 32, 8, 3 if bits > 8 or from_memory else 2)
 
 
 def prefill(
@@ -53,7 +58,7 @@ def prefill(
     """
     given = arguments(q, cache, batch, scale=scale, window=window, capability=capability)
     group, sequences = given["GROUP"], len(batch.seq_lens)
-    launch = choose(given["WIDTH"], batch.max_query * group, capability, exact=q.dtype == torch.float32)
+    launch = choose(given["WIDTH"], batch.max_query * group, code_bits(cache), capability, exact=q.dtype == torch.float32)
     rows = max(launch.ROWS, triton.next_power_of_2(group))
     tiles = q.shape[0] // (rows // group) + sequences - (first // (rows // group) + first)
     _prefill[(tiles, cache.k.shape[2])](
