@@ -88,10 +88,11 @@ def throughput(found: Found, facts: Found) -> tuple[str, dict[str, str]]:
                 [trace, name, str(one["jobs"]), number(one["tok_s"], 4), number(one["answer_tok_s"], 3),
                  f"{first['tok_s'] / one['tok_s']:.2f} x", number(one["batch"]), percent(one["waste"]),
                  percent(one["hit_rate"]) if one["hit_tokens"] else "", str(one["preemptions"]),
-                 percent(prompts_s / first["span"], 0) if one is first else ""]
+                 percent(prompts_s / first["span"], 0) if one is first else "",
+                 f"{one['host_us_p50']:.0f} / {one['host_us_p99']:.0f}" if name.startswith("paged") else ""]
             )  # fmt: skip
     head = ["trace", "memory", "requests", "tok/s", "of answers", "ours against it", "sequences a step", "waste", "prompt found",
-            "preempted", "prompts' share"]  # fmt: skip
+            "preempted", "prompts' share", "scheduler, us"]  # fmt: skip
     rivals = {name: [next(iter(systems.values()))["tok_s"] / systems[name]["tok_s"] for systems in found.values()]
               for name in ("contiguous, longest", "whole batches, longest", "contiguous, exact length")}  # fmt: skip
     said = ", ".join(f"{min(ratios):.2f} to {max(ratios):.2f} times {name!r}" for name, ratios in rivals.items())
@@ -102,7 +103,7 @@ def throughput(found: Found, facts: Found) -> tuple[str, dict[str, str]]:
         "the model's longest context. These traces are mostly prompts, whose computation no memory makes faster (prompts' share: "
         "what they take of our time at the speed of a prompt of 2048), and a cache of grouped heads is small. The last trace is "
         "the nearest to those conditions: a cache of 0.5 MB, short prompts, room for 4096 tokens. tok/s: prompts and answers "
-        f"together.\n\n{table(head, rows)}"
+        f"together; scheduler: its own processor time a step, median / 99th percentile.\n\n{table(head, rows)}"
     )
     drawn = bars("Throughput with all requests there at once", "tokens a second, prompts and answers", groups)
     return words, {"throughput": drawn}
@@ -174,8 +175,8 @@ def waste(found: Found, facts: Found) -> tuple[str, dict[str, str]]:
     words = (
         "1 - tokens stored / (blocks held by requests x block size), over time, of the first requests: with the trace's arrivals "
         f"at {percent(facts['shown_load'], 0)} load / with all there at once. The goal is 4 % at most; the worst of ours are "
-        "{said}: on average the last block of a sequence is half empty, so short sequences want small blocks. Blocks that nobody "
-        "holds and that are kept for their contents are free room.\n\n" + table(["trace", *names], rows)
+        f"{said}: on average the last block of a sequence is half empty, so short sequences want small blocks. Blocks that "
+        "nobody holds and that are kept for their contents are free room.\n\n" + table(["trace", *names], rows)
     )
     drawn = lines(f"{trace}: room that is held and empty", "minutes", "% (beyond 40: at the rim)", series, y_top=40.0)
     return words, {"waste": drawn} if series else {}

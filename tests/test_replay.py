@@ -280,6 +280,9 @@ def test_the_whole_script(data: Path, tmp_path: Path) -> None:
     assert named == {path.name for path in tmp_path.glob("*.svg")} and len(named) == 3 + 2 * 4
     for path in tmp_path.glob("*.svg"):
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    assert not re.search(r"[{}]", text)
+    (tmp_path / "replay.md").unlink()
+    assert script.main([*words, "--only"]) == 0 and (tmp_path / "replay.md").read_text() == text, "written again from the figures"
     before = dict(report["parts"])
     assert script.main([*words, "--only", "preemption", "--requests", "9"]) == 0
     after = json.loads((tmp_path / "replay.json").read_text())["parts"]
