@@ -39,6 +39,7 @@ class BlockPool:
         self._places: dict[bytes, int] = {}  # the reverse of _keys
         self._kept: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._cursor = 0  # next fit: where the search for a new run starts
+        self._longest = num_blocks  # no gap of blank blocks is longer
 
     @property
     def used(self) -> int:
@@ -84,9 +85,12 @@ class BlockPool:
             self._counts[block] -= 1
             if self._counts[block] == 0:
                 self.free += 1
-                self._map[block] = 2 if block in self._keys else 1
                 if block in self._keys:
+                    self._map[block] = 2
                     self._kept[block] = None
+                else:
+                    self._map[block] = 1
+                    self._longest = self.num_blocks
 
     def holders(self, block: int) -> int:
         """How many references there are to a block."""
@@ -108,6 +112,7 @@ class BlockPool:
         """Nothing that any block contains will be wanted again."""
         for block in self._kept:
             self._map[block] = 1
+        self._longest = self.num_blocks
         self._kept.clear()
         self._keys.clear()
         self._places.clear()
@@ -145,6 +150,7 @@ class BlockPool:
             self.evicting(block, key)
         del self._kept[block], self._keys[block], self._places[key]
         self._map[block] = 1
+        self._longest = self.num_blocks
 
     def _take(self, start: int, most: int) -> list[int]:
         """Take the blank blocks from ``start`` on, up to the first other one, at most ``most``."""
@@ -159,13 +165,14 @@ class BlockPool:
 
     def _seat(self, want: int, expect: int) -> int:
         """Where to start a new run: at the cursor if all that may be needed fits there, else amid about the longest gap."""
-        room = min(max(want, expect), self.free - len(self._kept))
+        room = min(max(want, expect), self.free - len(self._kept), self._longest)
         needle = _BLANK * room
         for start in (self._cursor, 0):
             if self._map.startswith(needle, start):
                 self._cursor = start + room
                 return start
         while (start := self._map.find(needle)) < 0:
+            self._longest = room - 1
             room = room * 3 // 4
             needle = needle[:room]
         rest = self._map[start:]

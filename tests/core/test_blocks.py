@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -101,6 +103,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert [pool.holders(b) for b in range(pool.num_blocks)] == [self.counts.get(b, 0) for b in range(pool.num_blocks)]
         states = ("#" if b in self.counts else "+" if b in self.kept else "." for b in range(pool.num_blocks))
         assert pool.map(64) == "".join(states)
+        assert max(map(len, re.findall(r"\.+", pool.map(64))), default=0) <= pool._longest
 
     def teardown(self) -> None:
         for blocks in getattr(self, "held", []):
