@@ -242,8 +242,9 @@ class Scheduler:
             return None
         self._blocked = None
         if not request.preemptions:
-            self.prompt_tokens_looked_up += request.prompt_len
             request.cached = min(computed, request.prompt_len)
+        if not request.preemptions and self.store.caching:
+            self.prompt_tokens_looked_up += request.prompt_len
             self.prompt_tokens_found += request.cached
             self.prompt_tokens_found_in_host += min(request.cached, sum(p.host for p in places) * self.pool.block_size)
         self.waiting.remove(request)

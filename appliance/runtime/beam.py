@@ -46,7 +46,7 @@ class Beam:
 
 
 class BeamSearch:
-    """``beams`` go on, the best first; ``ended`` are hypotheses, in the order in which they were found."""
+    """``beams`` go on, the best first; ``ended`` are the best hypotheses, at most ``width``: no other can come back."""
 
     def __init__(self, width: int, *, prompt_len: int, max_tokens: int, length_penalty: float, eos: frozenset[int]) -> None:
         self.width, self.prompt_len, self.max_tokens, self.length_penalty, self.eos = (
@@ -68,7 +68,7 @@ class BeamSearch:
         for i, (beam, row) in enumerate(zip(self.beams, rows, strict=True)):
             for place, (token, logprob) in enumerate(row[: beam_candidates(self.width, len(self.eos))]):
                 candidates.append((beam.cum_logprob + logprob, i, place, token in self.eos))
-        self.ended += [self._grown(rows, one, shown) for one in candidates if one[3]]
+        self.ended = self._best([*self.ended, *(self._grown(rows, one, shown) for one in candidates if one[3])])
         best = nlargest(self.width, (one for one in candidates if not one[3]), key=lambda one: one[0])  # stable, as sorted() is
         self.beams = [self._grown(rows, one, shown) for one in best]
         return [parent for _, parent, _, _ in best]
@@ -88,17 +88,19 @@ class BeamSearch:
             return True
         if len(self.ended) < self.width:
             return False
-        worst = nlargest(self.width, map(self.score, self.ended))[-1]
         # Log-probabilities only add losses; these weigh the least in the longest text (the shortest, where length is punished).
         length = self.prompt_len + (self.max_tokens if self.length_penalty > 0 else self.beams[0].length)
-        return bool(self.beams[0].cum_logprob / length**self.length_penalty <= worst)
+        return bool(self.beams[0].cum_logprob / length**self.length_penalty <= self.score(self.ended[-1]))
 
     def score(self, beam: Beam) -> float:
         return float(beam.cum_logprob / (self.prompt_len + beam.length - beam.ended) ** self.length_penalty)
 
     def best(self) -> list[Beam]:
         """The ``width`` best of all, the best first."""
-        return sorted([*self.ended, *self.beams], key=self.score, reverse=True)[: self.width]
+        return self._best([*self.ended, *self.beams])
+
+    def _best(self, beams: list[Beam]) -> list[Beam]:
+        return sorted(beams, key=self.score, reverse=True)[: self.width]
 
 
 class BeamGroup:

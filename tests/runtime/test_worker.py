@@ -51,6 +51,7 @@ def test_a_life(tiny: Path) -> None:
             await answers_together(client)
             await refusals(client)
             await leaving(client)
+            await several(client)
             await idle(client)
         finally:
             begun = time.monotonic()
@@ -99,6 +100,26 @@ async def leaving(client: Client) -> None:
     stats = await client.stats()
     assert stats.blocks_used == 0 and stats.running == stats.waiting == 0
     assert stats.finished["abort"] >= 3
+
+
+async def several(client: Client) -> None:
+    """More completions than are asked for, beams, and a cache that is forgotten: each stream ends when all have ended."""
+    news = await collect(client, submit("best", [7, 8], n=1, best_of=3, temperature=1.0, max_tokens=3))
+    assert sorted(e.index for e in news if e.finish_reason) == [0, 1, 2] and all(e.logprobs for e in news)
+    beams = submit("beams", range(3, 60), n=3, use_beam_search=True, max_tokens=6)
+    first = await collect(client, beams)
+    assert [(e.index, len(e.token_ids), e.finish_reason) for e in first] == [(i, 6, "length") for i in range(3)]
+    again = await collect(client, beams)
+    client.reset_prefix_cache()
+    afresh = await collect(client, beams)
+    assert [e.token_ids for e in first] == [e.token_ids for e in again] == [e.token_ids for e in afresh]
+    assert [news[0].cached_tokens for news in (first, again, afresh)] == [0, 48, 0]
+    gone = client.generate(submit("gone", [5], n=3, use_beam_search=True, max_tokens=250))
+    task = asyncio.ensure_future(anext(gone))
+    await asyncio.sleep(0.05)
+    client.abort("gone", 2)
+    assert (await task).finish_reason == "abort" and [e.finish_reason async for e in gone] == ["abort", "abort"]
+    assert (await client.stats()).blocks_used == 0
 
 
 async def idle(client: Client) -> None:

@@ -126,6 +126,43 @@ def test_greedy_is_the_same_alone_streamed_and_in_company(running: Running) -> N
     assert all(value < 0 for value in scored["token_logprobs"][1:])
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_beams_whole_and_streamed(running: Running, path: str) -> None:
+    prompt = {"prompt": "hello"} if path == "completions" else {"messages": [{"role": "user", "content": "hello"}]}
+    body = {**prompt, "n": 3, "use_beam_search": True, "max_tokens": 8, "length_penalty": 0.0, "return_token_ids": True}
+    with running.http as http:
+        first, second = (http.post(f"/v1/{path}", json=body).json() for _ in range(2))
+        stream = http.post(f"/v1/{path}", json={**body, "stream": True, "stream_options": {"include_usage": True}}).text
+    tokens = [c["token_ids"] for c in first["choices"]]
+    assert len({*map(tuple, tokens)}) == 3 and [c["index"] for c in first["choices"]] == [0, 1, 2]
+    assert second["choices"] == first["choices"]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: {")]
+    told: list[list[int]] = [[], [], []]
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        told[choice["index"]] += choice.get("token_ids", [])
+    assert told == tokens and chunks[-1]["usage"]["completion_tokens"] == first["usage"]["completion_tokens"]
+
+
+def test_the_best_of_several(running: Running) -> None:
+    body = {"prompt": "hello", "max_tokens": 5, "temperature": 1.0, "seed": 4, "ignore_eos": True, "return_token_ids": True}
+    every = post(running, **body, n=5, logprobs=0)["choices"]
+    ranked = sorted(every, key=lambda choice: -sum(choice["logprobs"]["token_logprobs"]))
+    best = post(running, **body, n=2, best_of=5)
+    assert [c["token_ids"] for c in best["choices"]] == [c["token_ids"] for c in ranked[:2]]
+    assert best["usage"]["completion_tokens"] == 25
+
+
+def test_cached_tokens(running: Running) -> None:
+    def cached(**more: Any) -> int:
+        answer = post(running, prompt="to be found again " * 5, max_tokens=1, **more)
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert [cached(), cached(), cached(cache_salt="s"), cached(cache_salt="s")] == [0, 80, 0, 80]
+    with running.http as http:
+        assert http.post("/reset_prefix_cache").json() == {"success": True}
+    assert cached() == 0
+
+
 async def test_64_connections_get_their_own_answers(running: Running) -> None:
     prompts = [f"{number} bottles of {number % 7} beers" for number in range(64)]
     body = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
