@@ -89,6 +89,20 @@ def pinned_pieces(nbytes: int) -> list[int]:
     return pieces
 
 
+def pinned_slots(slots: int, size: int) -> list[int]:
+    """How many of ``slots`` slots of ``size`` bytes lie in each request for pinned memory: such that little is rounded up."""
+    pieces = []
+    while slots > 0:
+        pieces.append(max(1, min(slots, (1 << (slots * size).bit_length() - 1) // size)))
+        slots -= pieces[-1]
+    return pieces
+
+
+def pinned(nbytes: int) -> int:
+    """What torch's allocator takes for a request of pinned memory: the next power of two."""
+    return 1 << max(0, nbytes - 1).bit_length() if nbytes else 0
+
+
 def slab_rows(columns: int, item_size: int) -> int:
     """Outputs in one slab of expanded weights of torch's operators."""
     return max(BLOCK_N, SLAB_BYTES // (columns * item_size) // BLOCK_N * BLOCK_N)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import MIB, DeviceInfo
@@ -11,7 +12,7 @@ from appliance.memory.graphs import graph_bytes
 from appliance.memory.host import host_parts, loading_peak
 from appliance.memory.inputs import STAGED_BLOCKS, input_bytes
 from appliance.memory.loading import Workers
-from appliance.memory.offload import offloaded, on_card
+from appliance.memory.offload import Offload, offloaded, on_card
 from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, KVSpec, MemoryPlan, PlanError, decode_sizes
 from appliance.memory.settings import Settings
 from appliance.memory.text import size_text
@@ -109,7 +110,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int, 
         hidden_bytes=demand.hidden_bytes,
         block_bytes=kv.block_bytes,
     )
-    offload = offloaded([sum(parts.values()) for parts in demand.streamed], settings.offload_gb)
+    offload = _offload(tuple(sum(parts.values()) for parts in demand.streamed), settings.offload_gb)
     budget, source = budget_of(settings, device)
     empty = MemoryPlan(
         model=demand.model,
@@ -146,7 +147,8 @@ def _loaded(plan: MemoryPlan, demand: Demand, host: DeviceInfo | None) -> Memory
         device = replace(device, layer=device.layer + max(sum(parts.values()) for parts in demand.streamed))
     if plan.device.kind != "cpu":
         inputs, sequences = plan.scratch["inputs"], plan.max_num_seqs
-        parts = host_parts(swap=plan.swap_bytes, inputs=inputs, sequences=sequences, offload=plan.offload)
+        swap = plan.swap_blocks, plan.kv.block_bytes
+        parts = host_parts(swap=swap, inputs=inputs, sequences=sequences, offload=plan.offload)
     found = replace(plan, host=parts, host_budget=None if host is None else max(0, host.available - MARGIN["cpu"]))
     for workers in Workers.choices(demand.threads):
         weights = plan.weight_bytes - plan.offload.staging_bytes
@@ -156,6 +158,12 @@ def _loaded(plan: MemoryPlan, demand: Demand, host: DeviceInfo | None) -> Memory
         if peak <= plan.budget and (found.host_budget is None or beside <= found.host_budget):
             break
     return found
+
+
+@lru_cache(maxsize=64)
+def _offload(sizes: tuple[int, ...], gib: float) -> Offload:
+    """A plan is tried many times with the same."""
+    return offloaded(sizes, gib)
 
 
 def free_of(settings: Settings, device: DeviceInfo) -> int:

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 from appliance.memory.devices import MIB
 from appliance.memory.offload import Offload
+from kernels.layout import pinned, pinned_slots
 
 RUNTIME = 2048 * MIB
 """The process with CUDA in it: torch's libraries, Triton's compiler, the driver's own copies of kernels. An estimate: it has not
 been measured on a card."""
 
 
-def pinned(nbytes: int) -> int:
-    """What torch's allocator takes for a request of pinned memory: the next power of two."""
-    return 1 << max(0, nbytes - 1).bit_length() if nbytes else 0
+def host_parts(*, swap: tuple[int, int], inputs: int, sequences: int, offload: Offload) -> dict[str, int]:
+    """Bytes by part: what lies there from "ready" on. Inputs of a step and its answers are there twice.
 
-
-def host_parts(*, swap: int, inputs: int, sequences: int, offload: Offload) -> dict[str, int]:
-    """Bytes by part: what lies there from "ready" on. Inputs of a step and its answers are there twice."""
+    ``swap``: blocks, and bytes of each.
+    """
+    blocks, size = swap
     return {
         "runtime": RUNTIME,
-        "swap space": pinned(swap),
+        "swap space": sum(pinned(count * size) for count in pinned_slots(blocks, size)),
         "streamed weights": offload.host_bytes,
         "staging": 2 * pinned(inputs) + 2 * pinned(8 * sequences),
     }

@@ -18,14 +18,17 @@ all is done at once.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from kernels.layout import pinned_slots
 from kernels.ops import KVCache
 from kernels.triton.copy import CacheTable, copy_blocks
 
@@ -113,7 +116,8 @@ class Transfers:
         self._staging = torch.empty((room, size), dtype=torch.uint8, device=self._device)
         self._staged = CacheTable.packed(self._staging, self._pool.sizes)
         self._places = torch.arange(room, device=self._device)
-        self._host = torch.empty((slots, size), dtype=torch.uint8, pin_memory=on_card and slots > 0)
+        self._host = [torch.empty((count, size), dtype=torch.uint8, pin_memory=on_card) for count in pinned_slots(slots, size)]
+        self._slots, self._begins = slots, list(accumulate((len(piece) for piece in self._host), initial=0))
         self._blocks = min((cache.k.shape[0] for cache in caches), default=0)
         self._under_way: list[_UnderWay] = []  # oldest first
 
@@ -135,7 +139,7 @@ class Transfers:
 
     def swap_out(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         """Block blocks[i] into slot slots[i]. The blocks may be handed to others at once: ``wait`` sees to it."""
-        self._check(blocks, slots, len(self._host))
+        self._check(blocks, slots, self._slots)
         with self._transfer(read=blocks):
             ids = self._ids(blocks)
             for first, count in self._turns(len(blocks)):
@@ -145,7 +149,7 @@ class Transfers:
 
     def swap_in(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
         """Slot slots[i] into block blocks[i]. The slots may be filled anew by the next call."""
-        self._check(blocks, slots, len(self._host))
+        self._check(blocks, slots, self._slots)
         with self._transfer(written=blocks):
             ids = self._ids(blocks)
             for first, count in self._turns(len(blocks)):
@@ -182,11 +186,13 @@ class Transfers:
         return ((first, min(room, blocks - first)) for first in range(0, blocks, room))
 
     def _pieces(self, slots: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Staging area and host memory, in stretches of slots that follow one another."""
+        """Staging area and host memory, in stretches of slots that follow one another in one piece of it."""
         first = 0
         for i in range(1, len(slots) + 1):
-            if i == len(slots) or slots[i] != slots[i - 1] + 1:
-                yield self._staging[first:i], self._host[slots[first] : slots[first] + i - first]
+            if i == len(slots) or slots[i] != slots[i - 1] + 1 or slots[i] in self._begins:
+                piece = bisect_right(self._begins, slots[first]) - 1
+                start = slots[first] - self._begins[piece]
+                yield self._staging[first:i], self._host[piece][start : start + i - first]
                 first = i
 
     def _ids(self, numbers: Sequence[int]) -> Tensor:

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from kernels import reference
+from kernels import layout, reference
 from kernels.cpu import backend, weights
 from kernels.cpu.native_ops import NativeOps
 from kernels.layout import bias_nbytes, head_bits, native_workspace_bytes, ops_name, shares_table, slab_rows, weight_nbytes
@@ -136,3 +136,13 @@ def test_ops_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (ops_name("cpu"), ops_name("cpu", reference=True), ops_name("cuda")) == ("cpu", "reference", "triton")
     monkeypatch.delenv("APPLIANCE_CPU_ISA")
     assert ops_name("cpu") == ("cpu" if backend.native() is None else "cpu-native")
+
+
+def test_pinned_memory_is_asked_for_in_requests_of_which_little_is_rounded_up() -> None:
+    assert [layout.pinned(n) for n in (0, 1, 5, 8, 9)] == [0, 1, 8, 8, 16]
+    assert layout.pinned_slots(5 << 7, 8 << 20) == [512, 128] and layout.pinned_slots(0, 5) == []
+    for slots, size in ((1, 1), (1, 5), (7, 3), (640, (8 << 20) + 4096), (2500, 66 << 10), (3, 1 << 30), (1000, 34 << 14)):
+        pieces = layout.pinned_slots(slots, size)
+        asked = sum(layout.pinned(count * size) for count in pieces)
+        assert sum(pieces) == slots and asked >= slots * size and len(pieces) < 24
+        assert asked <= slots * size * 1.04 + 2 * size, (slots, size, asked / slots / size)
