@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from shlex import quote
 
 from appliance.memory.demand import LOGIT_ROWS
 from appliance.memory.devices import MIB, DeviceInfo
@@ -52,11 +53,11 @@ class Remedy:
 
 
 def flag_text(name: str, value: object) -> str:
-    """An option of EngineConfig as a flag."""
+    """An option of EngineConfig as a flag, for a shell."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {value:g}" if isinstance(value, float) else f"--{flag} {value}"
+    return f"--{flag} " + (f"{value:g}" if isinstance(value, float) else quote(str(value)))
 
 
 class PlanError(InputError):

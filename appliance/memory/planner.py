@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
+from shlex import quote
 
 from appliance.config import EngineConfig
 from appliance.memory.advice import Variants, advise
@@ -70,4 +71,5 @@ def command_line(config: EngineConfig, remedy: Remedy | None = None, command: st
     options = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
     model = options.pop("model", None)
     options |= remedy.options if remedy is not None else {}
-    return " ".join(["appliance", command, *([str(model)] if model else []), *(flag_text(*option) for option in options.items())])
+    words = ["appliance", command, *([quote(str(model))] if model else [])]
+    return " ".join([*words, *(flag_text(*option) for option in options.items())])

@@ -16,6 +16,7 @@ from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import DeviceInfo
 from appliance.memory.fit import FAIR_TOKENS, MARGIN, MOST_SEQUENCES, fit
 from appliance.memory.graphs import LAYER_BYTES, POOL_BYTES
+from appliance.memory.loading import Loading, Transient
 from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, KVSpec, MemoryPlan, PlanError
 from appliance.memory.settings import Settings, cache_dtype
 from quant.errors import InputError
@@ -23,6 +24,7 @@ from quant.errors import InputError
 GIB = 1 << 30
 
 Case = tuple[Demand, Settings, DeviceInfo]
+transients = st.builds(Transient, st.integers(0, 4 * GIB), st.just(0), st.integers(0, GIB))
 
 
 @st.composite
@@ -45,7 +47,13 @@ def cases(draw: st.DrawFn, *, fits: bool, explicit: bool = False) -> Case:
         hidden_bytes=draw(st.integers(1, 20_000)),
         logits_row_bytes=draw(st.integers(1, 1_000_000)),
         position_bytes=4 * draw(st.sampled_from([head_dim, head_dim // 2])),
+        loading=Loading(draw(transients), draw(transients)) if draw(st.booleans()) else Loading(),
+        threads=draw(st.integers(1, 8)),
     )
+    sizes = [demand.weights[part] // demand.layers for part in ("attention", "mlp")]
+    if draw(st.booleans()):
+        streamed = ({"attention": sizes[0], "mlp": sizes[1], "padding": 0},) * demand.layers
+        demand = replace(demand, streamed=streamed)
     lengths = st.integers(2, demand.max_len)
     chosen = Settings(
         utilization=draw(st.floats(0.01, 1.0)),
@@ -59,7 +67,9 @@ def cases(draw: st.DrawFn, *, fits: bool, explicit: bool = False) -> Case:
         swap_bytes=draw(st.just(0) | st.integers(0, GIB)),
     )
     kind = draw(st.sampled_from(["cpu", "cuda"]))
-    chosen = replace(chosen, graphs=kind == "cuda" and draw(st.booleans()))
+    if kind == "cuda":
+        out = draw(st.sampled_from([0.0, 0.5, 3.0])) if demand.streamed else 0.0
+        chosen = replace(chosen, graphs=not out and draw(st.booleans()), offload_gb=out)
     fixed = sum(demand.weights.values()) + demand.slab + demand.token_bytes * chosen.max_tokens + RUNTIME[kind]
     cache = demand.layers * demand.kv_heads * head_dim * 8 * ((chosen.max_len or 512) + 256)
     need = int((fixed + cache + chosen.swap_bytes + demand.logits_row_bytes * LOGIT_ROWS) / chosen.utilization)
@@ -112,10 +122,12 @@ def test_the_plan_is_monotone(case: Case, data: st.DataObject) -> None:
     demand, chosen, device = case
     before = plan_or_none(demand, chosen, device)
     assume(before is not None)
-    kinds = ["utilization", "available", "max_tokens", "weights", "slab", "reserve"]
+    kinds = ["utilization", "available", "max_tokens", "slab", "reserve"]
+    kinds += [] if chosen.offload_gb else ["weights"]
     # Memory that more sequences of a card take is missing elsewhere; there, launching one by one always leaves more.
     kinds += [] if device.kind == "cuda" or chosen.max_seqs is None else ["max_seqs"]
     kinds += ["eager", "kv_dtype"] if device.kind == "cuda" else ["swap"]
+    kinds += ["offload"] if chosen.offload_gb and chosen.max_seqs is not None else []
     kinds += [] if chosen.kv_bytes is None else ["kv_bytes"]
     more = data.draw(st.sampled_from(kinds), label="what becomes better")
     if more == "utilization":
@@ -129,6 +141,8 @@ def test_the_plan_is_monotone(case: Case, data: st.DataObject) -> None:
         chosen = replace(chosen, max_seqs=data.draw(st.integers(chosen.max_seqs, 1000)))
     elif more == "eager":
         chosen = replace(chosen, graphs=False)
+    elif more == "offload":
+        chosen = replace(chosen, offload_gb=chosen.offload_gb + data.draw(st.sampled_from([0.25, 1.0, 9.0])))
     elif more == "reserve":
         chosen = replace(chosen, reserve=data.draw(st.integers(0, chosen.reserve)))
     elif more == "swap":
@@ -182,24 +196,26 @@ def test_a_shorter_context_never_fits_fewer_sequences(case: Case, data: st.DataO
     assert after.sequences(shorter) >= before.sequences(chosen.max_len)
 
 
-@given(case=cases(fits=False))
+@given(case=cases(fits=False), gib=st.none() | st.floats(1, 40))
 @settings(max_examples=200, deadline=None)
-def test_every_advised_flag_makes_it_fit(case: Case) -> None:
+def test_every_advised_flag_makes_it_fit(case: Case, gib: float | None) -> None:
     demand, chosen, device = case
+    host = None if gib is None else cpu(gib)
     assume(plan_or_none(demand, chosen, device) is None)
     with pytest.raises(PlanError) as error:
-        fit(demand, chosen, device)
-    advised = advise(error.value, demand, chosen, device)
+        fit(demand, chosen, device, host)
+    advised = advise(error.value, demand, chosen, device, host=host)
     assert str(advised).startswith(str(error.value))
     for remedy in advised.remedies:
         assert remedy.flags in str(advised)
-        found = fit(demand, replace(chosen, **parse(remedy.flags)), device)
+        found = fit(demand, replace(chosen, **parse(remedy.flags)), device, host)
         assert (found.tokens, found.max_model_len) == (remedy.tokens, remedy.max_model_len)
         assert json.loads(json.dumps(remedy.to_dict()))["flags"] == remedy.flags
     if not advised.remedies:
         assert "No setting makes it fit" in str(advised)
         most = replace(chosen, utilization=1.0, kv_bytes=None, graphs=False, reserve=0, swap_bytes=0)
-        assert plan_or_none(demand, most, device) is None
+        with pytest.raises(PlanError):
+            fit(demand, most, device, host)
 
 
 def parse(remedy: str) -> dict[str, float | int | str | bool]:
@@ -210,6 +226,8 @@ def parse(remedy: str) -> dict[str, float | int | str | bool]:
         name = words.pop(0).removeprefix("--")
         field, read = FLAGS[name]
         found[field] = False if name == "enforce-eager" else read(words.pop(0))
+        if found.get("offload_gb"):
+            found["graphs"] = False  # no steps are recorded then
     return found
 
 
@@ -222,6 +240,7 @@ FLAGS: dict[str, tuple[str, Callable[[str], float | int | str]]] = {
     "kv-cache-memory-bytes": ("kv_bytes", int),
     "kv-cache-dtype": ("kv_dtype", cache_dtype),
     "max-num-seqs": ("max_seqs", int),
+    "cpu-offload-gb": ("offload_gb", float),
     "enforce-eager": ("graphs", bool),
 }
 
