@@ -112,10 +112,7 @@ class Engine:
             self._beams[submit.request_id] = BeamGroup(requests, submit.params)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Event]:
-        """End a request now and free its blocks; an Event with finish_reason "abort" for each completion that was alive.
-
-        Beams end together.
-        """
+        """End a request (beams end together) and free its blocks; an Event with "abort" for each completion that was alive."""
         if self._beams.pop(request_id, None) is not None:
             index = None
         return self._end(self.scheduler.abort(request_id, index), "abort")
@@ -213,8 +210,8 @@ class Engine:
             return []
         del self._beams[request.request_id]
         self.scheduler.abort(request.request_id)
-        wanted = group.leader.params.prompt_logprobs is not None
-        events = group.events(tuple(self._scores.pop(group.leader, [None])) if wanted else None)
+        scores = self._scores.pop(group.leader, [None])
+        events = group.events(None if group.leader.params.prompt_logprobs is None else tuple(scores))
         self._finished.update(event.finish_reason or "" for event in events)
         return events
 
@@ -244,8 +241,7 @@ class Engine:
         if self._failures >= MAX_FAILURES:
             raise error
         ended = self.scheduler.recover()
-        groups = {request.request_id for request in ended} & self._beams.keys()
-        for request_id in groups:
+        for request_id in {request.request_id for request in ended} & self._beams.keys():
             del self._beams[request_id]
             ended += self.scheduler.abort(request_id)
         return self._end(ended, "error", f"the engine failed to compute this request: {error}")

@@ -24,6 +24,7 @@ from appliance.runtime.engine import Engine
 from kernels.ops import KVCache, PagedBatch
 from models.decoder import Decoder
 from tests.runtime.conftest import finish, submit
+from tests.runtime.test_ahead import ahead, workload
 from tests.runtime.test_engine import mixed
 
 Load = Callable[..., Engine]
@@ -233,6 +234,16 @@ def test_beams_among_others(load: Load) -> None:
     events = finish(engine)
     assert same(found(events, 3), expected)
     assert {name: [t for e in events[name, 0] for t in e.token_ids] for name in alone} == alone
+
+
+@pytest.mark.parametrize("blocks", [400, 8])
+def test_on_a_device_that_runs_ahead(load: Load, blocks: int) -> None:
+    """Steps in which beams sample land before the next is decided; those of others need not."""
+    options = {"max_num_seqs": 7, "max_num_batched_tokens": 64, "max_model_len": 96, "kv_cache_memory_bytes": TOKEN * 16 * blocks}
+    expected = ask(load(**options), prompt_of(40), 3, 20, *workload(1, 10))
+    engine = ahead(load(**options))
+    assert same(ask(engine, prompt_of(40), 3, 20, *workload(1, 10)), expected)
+    assert (engine.stats().preemptions > 0) == (blocks == 8)
 
 
 def finish_one(engine: Engine, one) -> list[int]:

@@ -127,6 +127,8 @@ def test_overload(load: Load, giving_way: str) -> None:
             take(engine.abort(name))
         if engine.stats().steps % 16 == 0:
             engine.check()
+        if rng.random() < 0.01:
+            engine.reset_prefix_cache()
     assert len(sent) == 500 and set(ended) == {(name, i) for name, kind in sent.items() for i in range(kind.params.width)}
     for (name, index), reason in ended.items():
         right = expected[sent[name].request_id, index]
