@@ -86,7 +86,11 @@ class CheckReport:
             cells.append(
                 (row.name, size_text(row.planned), size_text(row.measured), difference, words, "yes" if row.holds else "NO")
             )
-        return "\n".join(columns(("", "planned", "measured", "difference", "wanted", "holds"), cells))
+        lines = columns(("", "planned", "measured", "difference", "wanted", "holds"), cells)
+        if not self.plan.learned and not self.holds:
+            runtime = size_text(self.plan.runtime)
+            lines.append(f"  The process itself was estimated at {runtime}; now it is known: check again, and the plan has it.")
+        return "\n".join(lines)
 
 
 def check(directory: Path, config: EngineConfig) -> CheckReport:
