@@ -180,7 +180,7 @@ def test_a_turn_does_not_end_for_those_of_lower_priority() -> None:
     scheduler, runner = make_scheduler(seqs=1, priorities=True, fair_tokens=2)
     scheduler.add(make_request("high", range(4), 6))
     scheduler.add(make_request("low", range(4), 2, priority=1))
-    assert names(scheduler, runner) == ["high"] * 6 + ["low"] * 2
+    assert names(scheduler, runner) == ["high"] * 6 + ["low"] * 2 and scheduler.num_preemptions == 0
 
 
 def test_the_watermark_is_left_free_while_others_run() -> None:
@@ -195,6 +195,19 @@ def test_the_watermark_is_left_free_while_others_run() -> None:
     scheduler.add(request)
     runner.finish(limit=5)
     assert request.tokens == alone(range(36), 5), "who runs alone may have all"
+
+
+@pytest.mark.parametrize(("watermark", "gone"), [(0.0, ["turned"]), (0.2, [])])
+def test_nobody_gives_way_where_the_watermark_would_not_be_left(watermark: float, gone: list[str]) -> None:
+    """10 blocks: 4 of one whose turn is not over, 3 of one whose is, 3 free; the head takes 5."""
+    scheduler, runner = make_scheduler(blocks=10, watermark=watermark, fair_tokens=2)
+    scheduler.add(make_request("turned", range(8), 8))
+    runner.step()
+    scheduler.add(make_request("new", range(14), 8))
+    runner.step()
+    scheduler.add(make_request("head", range(18), 2))
+    plan, _ = runner.step()
+    assert [r.request_id for r in plan.preempted] == gone
 
 
 def test_one_that_takes_all_but_the_watermark_does_not_wait_for_those_who_are_gone() -> None:

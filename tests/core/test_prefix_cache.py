@@ -176,15 +176,30 @@ def test_a_full_host_forgets_its_least_recently_used() -> None:
 
 
 def test_what_leaves_the_pool_is_the_most_recently_used_of_the_host() -> None:
-    """a and b move out, a is used again and leaves the pool for c: of the two b is the older then, and makes room for c."""
-    scheduler, runner = make_scheduler(caching=True, blocks=2, host=4)
-    for name, first in (("a", 0), ("b", 50), ("a again", 0), ("c", 100), ("d", 150)):
-        serve(scheduler, runner, name, list(range(first, first + 8)))
-    host = scheduler.store.host
-    assert host is not None
-    kept = {block for key, block in host._places.items()}
-    found = [scheduler.store.find(make_request("x", range(first, first + 8), 1)) for first in (0, 50, 100)]
-    assert [len(places) for places in found] == [2, 0, 2] and kept == {place.block for places in found for place in places}
+    """The pool holds two prompts, the host four, a among them when it is used again in the pool and then leaves that."""
+    scheduler, runner = make_scheduler(caching=True, blocks=4, host=8)
+    for turn, name in enumerate("abcadaefgh"):
+        serve(scheduler, runner, f"{turn}", list(range(100 * ord(name), 100 * ord(name) + 8)))
+    found = {
+        name: [place.host for place in scheduler.store.find(make_request("x", range(100 * ord(name), 100 * ord(name) + 8), 1))]
+        for name in "abcdefgh"
+    }
+    there, here = [True] * 2, [False] * 2
+    assert found == {"a": there, "b": [], "c": [], "d": there, "e": there, "f": there, "g": here, "h": here}
+
+
+def test_two_that_find_the_same_in_host_memory_copy_it_once() -> None:
+    scheduler, runner = make_scheduler(caching=True, blocks=6, host=8)
+    serve(scheduler, runner, "a", list(range(8)))
+    serve(scheduler, runner, "b", list(range(50, 74)))
+    requests = [make_request(name, [*range(8), i], 4) for i, name in enumerate("xy")]
+    for request in requests:
+        scheduler.add(request)
+    plan, _ = runner.step()
+    assert shape(plan) == [("x", 8, 1, True), ("y", 8, 1, True)] and requests[0].blocks[:2] == requests[1].blocks[:2]
+    assert [copy.kind for copy in moves(plan)].count("in") == 2
+    runner.finish(limit=10)
+    assert [r.tokens for r in requests] == [alone([*range(8), i], 4) for i in range(2)]
 
 
 def test_store_refuses_tiers_of_different_blocks() -> None:
