@@ -16,6 +16,7 @@ from appliance.runtime.check import CheckReport, Row, check, largest
 from tests.tiny_model import Shape, make_checkpoint
 
 ROOT = Path(__file__).parents[2]
+CACHES = ("auto", "auto", "int8")
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -35,25 +36,24 @@ def in_a_process_of_its_own(directory: Path, cache: Path, **options: Any) -> dic
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
-@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
-def test_the_whole_process_is_as_planned(tmp_path: Path, cache_dtype: str) -> None:
+def test_the_whole_process_is_as_planned(tmp_path: Path) -> None:
+    """The first start on a device teaches what the process itself takes; from the second on all is within two hundredths."""
     shape = Shape(hidden=256, layers=3, mlp=512, head_dim=64, group=64, vocab=4000, max_len=256)
     directory = make_checkpoint(tmp_path / "model", shape=shape, tokenizer=False)
     options = {
         "kv_cache_memory_bytes": "64M", "threads": 1, "max_num_seqs": 64, "max_num_batched_tokens": 512, "swap_space": 0.01,
-        "kv_cache_dtype": cache_dtype,
     }  # fmt: skip
-    first = in_a_process_of_its_own(directory, tmp_path / "cache", **options)
-    second = in_a_process_of_its_own(directory, tmp_path / "cache", **options)
-    for report in (first, second):
+    first, *later = (in_a_process_of_its_own(directory, tmp_path / "cache", **options, kv_cache_dtype=kind) for kind in CACHES)
+    for report in (first, *later):
         exact = [row for row in report["rows"] if not row["allowed_bytes"] and not row["upper_bound"]]
         assert len(exact) == 9 and all(row["difference_bytes"] == 0 for row in exact), exact
         assert next(row for row in report["rows"] if row["name"] == "loading, at most")["holds"]
         assert report["steps"] >= 10
-    assert not first["plan"]["runtime_learned"] and second["plan"]["runtime_learned"]
-    total = next(row for row in second["rows"] if row["name"] == "all, while the largest steps run")
-    assert total["allowed_bytes"] == int(0.02 * total["planned_bytes"])
-    assert total["holds"] and second["holds"], second["rows"]
+    assert not first["plan"]["runtime_learned"]
+    for report in later:
+        total = next(row for row in report["rows"] if row["name"] == "all, while the largest steps run")
+        assert report["plan"]["runtime_learned"] and total["allowed_bytes"] == int(0.02 * total["planned_bytes"])
+        assert total["holds"] and report["holds"], report["rows"]
 
 
 def test_a_report_says_what_does_not_hold(tmp_path: Path) -> None:
