@@ -1,0 +1,123 @@
+"""What a model thinks, taken apart from what it answers, as the text comes.
+
+Line breaks beside the tags belong to the tags, as in the models' own templates: ``<think>\\nHm.\\n</think>\\n\\nYes.`` is the
+reasoning "Hm." and the answer "Yes.". Where a piece of text goes never depends on how the text was cut into deltas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from appliance.text.tools.reader import open_end
+
+_EDGE = "\r\n"  # what is dropped beside a tag
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """How a model marks its reasoning."""
+
+    start: str = "<think>"
+    end: str = "</think>"
+    assumed: bool = False  # it always begins with reasoning, start tag or not
+
+    @property
+    def special(self) -> tuple[str, ...]:
+        """The tags that must be in the text even where they are special tokens."""
+        return self.start, self.end
+
+    def opened(self, prompt: str, continued: str | None = None) -> bool:
+        """Whether an answer begins within reasoning. (Where it does not, its own first characters may still begin one.)
+
+        ``prompt`` is the rendered text, ``continued`` the text of the last message where the answer goes on with that.
+        """
+        if continued is not None:
+            return continued.rfind(self.start) > continued.rfind(self.end)
+        tail = prompt[-200:].rstrip()  # templates end so; what users write is further up
+        return tail.endswith(self.start) or (self.assumed and not tail.endswith(self.end))
+
+
+THINK = Tags()
+# vLLM's names of parsers whose formats are tags around the reasoning.
+REASONING: dict[str, Tags] = {
+    "deepseek_r1": Tags(assumed=True),
+    "deepseek_v3": THINK,
+    "glm45": THINK,
+    "kimi_k2": THINK,
+    "mimo": THINK,
+    "minimax_m2": THINK,
+    "mistral": Tags("[THINK]", "[/THINK]"),
+    "nemotron_v3": THINK,
+    "qwen3": THINK,
+    "seed_oss": Tags("<seed:think>", "</seed:think>"),
+    "step3p5": THINK,
+}
+
+
+def tags_of(templates: Iterable[str]) -> Tags | None:
+    """The tags that chat templates speak of."""
+    source = "".join(templates)
+    return next((tags for tags in (REASONING["mistral"], REASONING["seed_oss"], THINK) if tags.end in source), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """What a piece of text adds."""
+
+    reasoning: str = ""
+    content: str = ""
+
+
+class ReasoningParser:
+    """One answer's text: reasoning at the start, or none, then content."""
+
+    def __init__(self, tags: Tags, *, opened: bool = False) -> None:
+        """``opened``: as ``Tags.opened`` says."""
+        self._tags = tags
+        self._held = ""  # what went nowhere yet
+        self._place = "start"
+        self._without_tag = "reasoning" if opened else "content"  # what a text is that does not begin with the start tag
+        self._trims = opened  # line breaks come before the first text of this place
+
+    def push(self, text: str) -> ReasoningDelta:
+        self._held += text
+        if self._place == "start":
+            self._place = self._begin()
+        reasoning = self._reasoning() if self._place == "reasoning" else ""
+        return ReasoningDelta(reasoning, self._give(len(self._held)) if self._place == "content" else "")
+
+    def finish(self) -> ReasoningDelta:
+        """What was held back, now that no more comes: the beginning of a tag is text."""
+        place = self._without_tag if self._place == "start" else self._place
+        rest = self._give(len(self._held))
+        return ReasoningDelta(reasoning=rest) if place == "reasoning" else ReasoningDelta(content=rest)
+
+    def parse(self, text: str) -> ReasoningDelta:
+        """A whole text at once."""
+        now, last = self.push(text), self.finish()
+        return ReasoningDelta(now.reasoning + last.reasoning, now.content + last.content)
+
+    def _begin(self) -> str:
+        begun = self._held.lstrip()
+        if begun.startswith(self._tags.start):
+            self._held, self._trims = begun[len(self._tags.start) :], True
+            return "reasoning"
+        return "start" if self._tags.start.startswith(begun) else self._without_tag
+
+    def _reasoning(self) -> str:
+        end = self._held.find(self._tags.end)
+        if end < 0:
+            n = len(self._held) - open_end(self._held, (self._tags.end,))
+            return self._give(len(self._held[:n].rstrip(_EDGE)))
+        text = self._give(len(self._held[:end].rstrip(_EDGE)))
+        self._held = self._held[self._held.find(self._tags.end) + len(self._tags.end) :]
+        self._place, self._trims = "content", True
+        return text
+
+    def _give(self, n: int) -> str:
+        text, self._held = self._held[:n], self._held[n:]
+        if self._trims:
+            text = text.lstrip(_EDGE)
+            self._trims = not text
+        return text

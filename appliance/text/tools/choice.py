@@ -1,0 +1,160 @@
+"""What a request says about tools: the tools themselves, and ``tool_choice``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from appliance.core.params import RequestError
+from appliance.text.tools.formats import Hermes, Llama3Json, Mistral
+from appliance.text.tools.parser import ToolParser
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """``auto``: the model decides. ``none``: it is told of no tools. ``required``, ``named``: it must call, see ``forced``."""
+
+    mode: Literal["auto", "none", "required", "named"] = "none"
+    tools: tuple[dict[str, Any], ...] = ()  # as sent
+    name: str | None = None  # of the function, where mode is "named"
+
+    @property
+    def parses(self) -> bool:
+        """Whether calls are looked for in the answer."""
+        return self.mode != "none"
+
+    @property
+    def functions(self) -> list[dict[str, Any]]:
+        """The functions that may be called."""
+        all_ = [tool["function"] for tool in self.tools]
+        return [one for one in all_ if one["name"] == self.name] if self.mode == "named" else all_
+
+
+def tool_choice(tools: Any, choice: Any) -> ToolChoice:
+    """Read a request's ``tools`` and ``tool_choice`` (None: not given). Raises RequestError that names the field."""
+    if tools is not None and not isinstance(tools, list):
+        raise RequestError(f"tools must be a list, got {type(tools).__name__}", param="tools")
+    seen: set[str] = set()
+    for i, tool in enumerate(tools or ()):
+        _check(tool, f"tools[{i}]", seen)
+    given = tuple(tools or ())
+    if choice is None or choice in ("auto", "none"):
+        return ToolChoice("auto" if given and choice != "none" else "none", given)
+    name = _named(choice)
+    if not given:
+        raise RequestError("tool_choice needs tools", param="tool_choice")
+    if name is None:
+        return ToolChoice("required", given)
+    if name not in seen:
+        raise RequestError(f"tool_choice names {name!r}, tools are: {', '.join(sorted(seen))}", param="tool_choice")
+    return ToolChoice("named", given, name)
+
+
+def _check(tool: Any, where: str, seen: set[str]) -> None:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
+        raise RequestError(f"{where} must be {{'type': 'function', 'function': {{...}}}}, got {tool!r:.80}", param=where)
+    name = function.get("name")
+    if not isinstance(name, str) or not name:
+        raise RequestError(f"{where}.function.name must be text, got {name!r:.80}", param=f"{where}.function.name")
+    if name in seen:
+        raise RequestError(f"{where}.function.name: there are two tools called {name!r:.80}", param=f"{where}.function.name")
+    seen.add(name)
+    parameters = function.get("parameters")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        message = f"{where}.function.parameters must be a JSON schema, got {parameters!r:.80}"
+        raise RequestError(message, param=f"{where}.function.parameters")
+
+
+def _named(choice: Any) -> str | None:
+    """The name that a tool_choice says, None where it says "required"."""
+    if choice == "required":
+        return None
+    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type", "function") == "function" else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        message = "tool_choice is 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}"
+        raise RequestError(f"{message}, got {choice!r:.80}", param="tool_choice")
+    return name
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a format writes calls: ``between`` stands between two, ``before`` and ``after`` around all of them."""
+
+    opening: str  # of one call, with %s for its name
+    closing: str
+    between: str = ""
+    before: str = ""
+    after: str = ""
+    as_json: bool = True  # the name stands in a JSON string
+
+    def write(self, calls: Sequence[tuple[str, str]]) -> str:
+        """The text of calls, each a name and its arguments (JSON text)."""
+        return self.before + self.between.join(self.begin(name) + one + self.closing for name, one in calls) + self.after
+
+    def begin(self, name: str) -> str:
+        return self.opening % (json.dumps(name, ensure_ascii=False) if self.as_json else name)
+
+
+_HERMES = Form('<tool_call>\n{"name": %s, "arguments": ', "}\n</tool_call>", between="\n")
+_LLAMA = Form('{"name": %s, "parameters": ', "}", between="; ")
+_MISTRAL_LIST = Form('{"name": %s, "arguments": ', "}", between=", ", before="[TOOL_CALLS][", after="]")
+_MISTRAL = Form("[TOOL_CALLS]%s[ARGS]", "", as_json=False)
+FORMS: dict[type[ToolParser], tuple[Form, ...]] = {
+    Hermes: (_HERMES,),
+    Llama3Json: (_LLAMA,),
+    Mistral: (_MISTRAL, _MISTRAL_LIST),
+}
+
+
+@dataclass(frozen=True)
+class Forced:
+    """What constrained decoding lets a model write where it must call: ``before``, calls with ``between`` two, ``after``.
+
+    A call is the ``begin`` of one alternative, JSON that fits its ``schema``, and ``end``. There are at least one and at most
+    ``most`` calls (None: any number).
+    """
+
+    alternatives: tuple[Alternative, ...]
+    between: str
+    before: str
+    after: str
+    most: int | None
+
+
+@dataclass(frozen=True)
+class Alternative:
+    begin: str
+    schema: dict[str, Any]
+    end: str
+
+
+def forced(choice: ToolChoice, form: Form, *, parallel: bool = True) -> Forced:
+    """For the modes "required" (any of the tools, several if ``parallel``) and "named" (one call of that one)."""
+    alternatives = (Alternative(form.begin(f["name"]), parameters(f), form.closing) for f in choice.functions)
+    most = None if parallel and choice.mode == "required" else 1
+    return Forced(tuple(alternatives), form.between, form.before, form.after, most)
+
+
+def parameters(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments: always an object, by OpenAI's word an empty one where none is given."""
+    given = function.get("parameters")
+    return {"type": "object", **given} if given else {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def schema(choice: ToolChoice, *, parallel: bool = True) -> dict[str, Any]:
+    """One JSON schema for the calls of "required" as a list of ``{"name", "parameters"}``, whatever format the model knows."""
+    one = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": f["name"]}, "parameters": parameters(f)},
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        for f in choice.functions
+    ]
+    limit = {} if parallel and choice.mode == "required" else {"maxItems": 1}
+    return {"type": "array", "minItems": 1, "items": {"anyOf": one}, **limit}

@@ -1,0 +1,129 @@
+"""The ways models write tool calls."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import string
+
+from appliance.text.tools.parser import ToolParser
+from appliance.text.tools.reader import Steps, first
+
+_KEYS = frozenset({"name", "parameters", "arguments", "type", "id"})
+_NAME, _ID = re.compile(r"[-\w.:/]*"), re.compile(r"[a-zA-Z0-9]*")
+_FIRST_BRACE, _NEXT_CALL, _BRACE = re.compile(r"\s*\{"), re.compile(r"\s*;?\s*\{"), re.compile(r"(?<=\S)\s*\{")
+
+
+class Hermes(ToolParser):
+    """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``: Hermes 2 Pro and 3, Qwen 2.5 and 3, QwQ, Granite 4.
+
+    Several objects may stand between two markers, and the last marker may be missing.
+    """
+
+    START, END = "<tool_call>", "</tool_call>"
+    openers: tuple[str, ...] = (START,)
+    ends = special = (START, END)
+
+    def read(self, marker: str) -> Steps:
+        if marker == self.END:  # text stood between it and the call
+            self.openers = (self.START,)
+            self.drop()
+            return
+        calls = self.count
+        while (yield from self.peek()) == "{" and (yield from self.object()):
+            pass
+        if self.count > calls:
+            if (yield from self.sees(self.END)):
+                self.drop()
+            else:
+                self.openers = (self.START, self.END)
+
+
+class Llama3Json(ToolParser):
+    """``{"name": ..., "parameters": {...}}`` at the start of the text or of a line, or behind ``<|python_tag|>``: Llama 3.1 to 4.
+
+    Calls are separated by ";" or white space. Other JSON is content, and so is what Llama writes for its built-in tools
+    (``<|python_tag|>brave_search.call(...)``).
+    """
+
+    TAG = "<|python_tag|>"
+    openers = ends = special = (TAG,)
+
+    def opener(self) -> tuple[int, int, str] | None:
+        brace = (_NEXT_CALL if self.fresh and self.count else _FIRST_BRACE).match(self.held)
+        if brace is None or not (self.fresh or "\n" in brace[0]):
+            brace = next((one for one in _BRACE.finditer(self.held) if "\n" in one[0]), None)
+        tag = first(self.held, self.openers)
+        if brace is not None and (tag is None or brace.end() <= tag[0]):
+            return brace.start(), brace.end(), "{"
+        return super().opener()
+
+    def safe(self) -> int:
+        return 0 if self.fresh and self.count and self.held.strip() == ";" else super().safe()
+
+    def is_layout(self, text: str) -> bool:
+        return text == ";" or super().is_layout(text)
+
+    def read(self, marker: str) -> Steps:
+        if marker == "{":
+            self.at -= 1
+            yield from self.object(_KEYS)
+        elif (yield from self.peek()) == "{":
+            yield from self.object()
+
+
+class Mistral(ToolParser):
+    """``[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]``, or ``[TOOL_CALLS]name[ARGS]{...}`` for each call (newer models).
+
+    Ids have nine letters and digits: the models' templates take no others. ``[CALL_ID]`` behind a name says the model's own.
+    """
+
+    MARKER, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
+    openers = ends = (MARKER,)
+    special = (MARKER, CALL_ID, ARGS)
+
+    @staticmethod
+    def make_id() -> str:
+        return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+
+    def read(self, marker: str) -> Steps:
+        mark = yield from self.peek()
+        if mark == "[":
+            self.at += 1
+            yield from self._list()
+        elif mark == "{":
+            yield from self.object()
+        else:
+            yield from self._named()
+
+    def _list(self) -> Steps:
+        while (yield from self.peek()) == "{" and (yield from self.object()):
+            mark = yield from self.peek()
+            if mark in ",]":
+                self.at += 1
+            if mark == "]":
+                self.drop()
+            if mark != ",":
+                return
+
+    def _named(self) -> Steps:
+        name = yield from self.run_of(_NAME)
+        call_id = None
+        yield from self.peek()
+        if (yield from self.sees(self.CALL_ID)):
+            yield from self.peek()
+            call_id = yield from self.run_of(_ID)
+            yield from self.peek()
+        yield from self.sees(self.ARGS)
+        if (yield from self.peek()) == "{" and name:
+            self.begin(name, call_id=call_id)
+            yield from self.arguments()
+
+
+PARSERS: dict[str, type[ToolParser]] = {
+    "hermes": Hermes,
+    "granite4": Hermes,
+    "llama3_json": Llama3Json,
+    "llama4_json": Llama3Json,
+    "mistral": Mistral,
+}

@@ -1,0 +1,152 @@
+"""Reasoning taken apart from content: what holds of every text and cutting, and the cases by hand."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from appliance.text.answer import AnswerParser
+from appliance.text.reasoning import REASONING, THINK, ReasoningDelta, ReasoningParser, Tags, tags_of
+from appliance.text.tools.formats import Hermes, Mistral
+from tests.text.test_tool_choice import chat_of
+from tests.text.tool_texts import KINDS, any_text, cuts, seeded
+
+SCRAPS = ["<think>", "</think>", "<thi", "nk>", "</", "<", "\n", "\r\n", " ", "Hm.", "Yes.", "ü", "<tool_call>", '{"name": "f"}']
+CASES = [
+    ("<think>\nHm.\nSo.\n</think>\n\n  Yes.\n", False, "Hm.\nSo.", "  Yes.\n"),
+    ("\n <think>Hm.</think>Yes.", False, "Hm.", "Yes."),
+    ("Yes. <think>Hm.</think>", False, "", "Yes. <think>Hm.</think>"),
+    ("<think></think>", False, "", ""),
+    ("<think>\n\n</think>\n\nYes.", False, "", "Yes."),
+    ("<think>Hm. <think> </think> a </think> b", False, "Hm. <think> ", " a </think> b"),
+    ("<think>Hm.\n</thi", False, "Hm.\n</thi", ""),
+    ("<thi", False, "", "<thi"),
+    ("Hm.\n</think>\nYes.", True, "Hm.", "Yes."),
+    ("<think>\nHm.</think>Yes.", True, "Hm.", "Yes."),  # the tag again, although the prompt has it
+    ("\nHm. <", True, "Hm. <", ""),
+    ("</think>\n\nYes.", True, "", "Yes."),
+    ("</think>\n\nYes.", False, "", "</think>\n\nYes."),
+    ("", True, "", ""),
+    ("\n\n", False, "", "\n\n"),
+]
+
+
+@pytest.mark.parametrize(("text", "opened", "reasoning", "content"), CASES)
+def test_by_hand(text, opened, reasoning, content):
+    assert ReasoningParser(THINK, opened=opened).parse(text) == ReasoningDelta(reasoning, content)
+
+
+def check(tags, text, pieces, opened):
+    whole = ReasoningParser(tags, opened=opened).parse(text)
+    parser = ReasoningParser(tags, opened=opened)
+    deltas = [*map(parser.push, pieces), parser.finish()]
+    assert ReasoningDelta("".join(d.reasoning for d in deltas), "".join(d.content for d in deltas)) == whole, (text, pieces)
+    order = "".join("r" * bool(d.reasoning) + "c" * bool(d.content) for d in deltas)
+    assert "cr" not in order
+    lost = (
+        len(text) - len(whole.reasoning) - len(whole.content)
+    )  # tags, and line breaks (any white space at the start) beside them
+    assert text.replace(tags.start, "", 1).replace(tags.end, "", 1).strip() == "" or lost <= len(tags.start + tags.end) + sum(
+        character.isspace() for character in text
+    )
+    if tags.start not in text and tags.end not in text and not opened:
+        assert whole == ReasoningDelta(content=text)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(SCRAPS) | st.text(max_size=2), max_size=12))
+def test_cutting_changes_nothing(opened, scraps):
+    text = "".join(scraps)
+    check(THINK, text, scraps, opened)
+    check(THINK, text, list(text), opened)
+
+
+def test_cutting_changes_nothing_with_other_tags():
+    for rng in seeded(300, "tags"):
+        text = any_text(rng).replace("think>", rng.choice(["think>", "THINK]", "seed:think>"])).replace("<", rng.choice("<["))
+        check(rng.choice(list(REASONING.values())), text, cuts(rng, text), rng.random() < 0.5)
+
+
+def test_nothing_is_held_back_that_can_be_no_tag():
+    parser = ReasoningParser(THINK, opened=True)
+    assert [parser.push(piece).reasoning for piece in ("a", "b <", "i>", "c\n", "d", "</think")] == [
+        "a",
+        "b ",
+        "<i>",
+        "c",
+        "\nd",
+        "",
+    ]
+    assert parser.push("> e") == ReasoningDelta(content=" e")
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_answers_with_reasoning_and_calls(kind):
+    """The two parsers behind one another: cutting changes nothing, and calls are found in content alone."""
+    for rng in seeded(300, "answer"):
+        text = rng.choice(["", "<think>\n"]) + any_text(rng) + rng.choice(["", "\n</think>\n\n"]) + any_text(rng)
+        opened, parallel = rng.random() < 0.5, rng.random() < 0.5
+
+        def make(opened=opened, parallel=parallel):
+            tools = None if kind is None else kind(lambda: "id")
+            return AnswerParser(ReasoningParser(THINK, opened=opened), tools, parallel=parallel)
+
+        whole, parts = make(), make()
+        whole.push(text, last=True)
+        for piece in cuts(rng, text):
+            parts.push(piece)
+        parts.push("", last=True)
+        assert (whole.reasoning, whole.answer) == (parts.reasoning, parts.answer), text
+        assert parallel or len(whole.answer.calls) <= 1
+        alone = ReasoningParser(THINK, opened=opened).parse(text)
+        assert whole.reasoning == alone.reasoning
+        if kind is None:
+            assert whole.answer.content == alone.content
+
+
+def test_finish_reasons():
+    call = '<tool_call>{"name": "f"}</tool_call>'
+    for text, reason, expected in [
+        (call, "stop", "tool_calls"),
+        (call, "length", "length"),
+        ("Hi", "stop", "stop"),
+        (call, None, None),
+    ]:
+        parser = AnswerParser(None, Hermes())
+        parser.push(text, last=True)
+        assert parser.finish_reason(reason) == expected
+    plain = AnswerParser(None, None)
+    assert plain.push(call, last=True).content == call and plain.finish_reason("stop") == "stop"
+    inside = AnswerParser(ReasoningParser(THINK), Mistral())
+    inside.push("<think>I could [TOOL_CALLS]f[ARGS]{}</think>[TOOL_CALLS]g[ARGS]{}", last=True)
+    assert inside.reasoning == "I could [TOOL_CALLS]f[ARGS]{}" and [one.name for one in inside.answer.calls] == ["g"]
+
+
+def test_where_an_answer_begins():
+    assert THINK.opened("<|im_start|>assistant\n<think>\n") and not THINK.opened("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert not THINK.opened("user: <think>\nassistant:")
+    always = REASONING["deepseek_r1"]
+    assert always.opened("<|Assistant|>") and not always.opened("<|Assistant|></think>")
+    assert (
+        THINK.opened("", "<think> so far")
+        and not THINK.opened("<think>", "<think>Hm.</think> so")
+        and not THINK.opened("<think>", "So")
+    )
+
+
+@pytest.mark.realdata
+def test_real_templates(shared_data):
+    """The tags are found in the template, and its prompt says whether the answer begins within them."""
+    opened = {}
+    for path in sorted((shared_data / "tokenizers" / "chat_templates").glob("*.jinja")):
+        tags = tags_of([path.read_text()])
+        if tags is None:
+            continue
+        opened[path.name] = tags.opened(
+            chat_of(path.read_text())([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tools=None)
+        )
+    assert len(opened) > 15
+    assert opened["Qwen3.5-4B.jinja"] and opened["deepseek-ai-DeepSeek-R1-Distill-Llama-8B.jinja"]
+    assert not opened["Qwen-Qwen3-0.6B.jinja"] and not opened["HuggingFaceTB-SmolLM3-3B.jinja"]
+    seed = (shared_data / "tokenizers" / "chat_templates" / "ByteDance-Seed-OSS.jinja").read_text()
+    assert tags_of([seed]) == Tags("<seed:think>", "</seed:think>") and tags_of(["plain"]) is None

@@ -1,0 +1,124 @@
+"""What requests say of tools, what must-call means for a format, and which format a model's template writes."""
+
+import json
+import random
+
+import jsonschema
+import pytest
+
+from appliance.core.params import RequestError
+from appliance.text.template import ChatTemplates
+from appliance.text.tools.choice import FORMS, forced, schema, tool_choice
+from appliance.text.tools.detect import detect
+from appliance.text.tools.formats import PARSERS
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+TOOLS = [WEATHER, CLOCK]
+NAMED = {"type": "function", "function": {"name": "clock"}}
+
+
+def test_modes():
+    assert tool_choice(None, None).mode == tool_choice([], "auto").mode == tool_choice(TOOLS, "none").mode == "none"
+    assert tool_choice(TOOLS, None).mode == tool_choice(TOOLS, "auto").mode == "auto"
+    assert tool_choice(TOOLS, "required").mode == "required"
+    named = tool_choice(TOOLS, NAMED)
+    assert (named.mode, named.name, [one["name"] for one in named.functions]) == ("named", "clock", ["clock"])
+    assert named.tools == tuple(TOOLS) and named.parses and not tool_choice(TOOLS, "none").parses
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "param", "says"),
+    [
+        ("f", None, "tools", "must be a list, got str"),
+        ([3], None, "tools[0]", "got 3"),
+        ([{"type": "function"}], None, "tools[0]", "must be"),
+        ([{**WEATHER, "type": "web"}], None, "tools[0]", "must be"),
+        ([{"type": "function", "function": {}}], None, "tools[0].function.name", "got None"),
+        ([CLOCK, WEATHER, CLOCK], None, "tools[2].function.name", "two tools"),
+        ([{"function": {"name": "f", "parameters": []}}], None, "tools[0].function.parameters", "JSON schema"),
+        (TOOLS, "always", "tool_choice", "got 'always'"),
+        (TOOLS, {"type": "function", "function": {"name": "f"}}, "tool_choice", "names 'f', tools are: clock, weather"),
+        (TOOLS, {"type": "function"}, "tool_choice", "tool_choice is"),
+        (TOOLS, 7, "tool_choice", "got 7"),
+        (None, "required", "tool_choice", "needs tools"),
+        ([], NAMED, "tool_choice", "needs tools"),
+    ],
+)
+def test_refusals(tools, choice, param, says):
+    with pytest.raises(RequestError) as caught:
+        tool_choice(tools, choice)
+    assert caught.value.param == param and says in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "form"), [(kind, form) for kind, forms in FORMS.items() for form in forms])
+def test_what_is_forced_is_what_the_parser_reads(kind, form):
+    """Whatever keeps to the alternatives and their schemas comes back as those calls."""
+    values = {"weather": {"city": "Köln"}, "clock": {}}
+    for choice, parallel, most in [("required", True, None), ("required", False, 1), (NAMED, True, 1)]:
+        rule = forced(tool_choice(TOOLS, choice), form, parallel=parallel)
+        assert rule.most == most and len(rule.alternatives) == (1 if choice is NAMED else 2)
+        rng = random.Random(0)
+        for _ in range(5):
+            picked = [rng.choice(rule.alternatives) for _ in range(most or rng.randint(1, 3))]
+            written, names = [], []
+            for one in picked:
+                name = next(name for name in values if name in one.begin)
+                jsonschema.validate(values[name], one.schema)
+                written.append(one.begin + json.dumps(values[name]) + one.end)
+                names.append(name)
+            answer = kind().parse(rule.before + rule.between.join(written) + rule.after)
+            assert [(c.name, json.loads(c.arguments)) for c in answer.calls] == [(name, values[name]) for name in names]
+            assert answer.content == ""
+
+
+def test_one_schema_for_all_calls():
+    checker = jsonschema.Draft202012Validator(schema(tool_choice(TOOLS, "required")))
+    good = [{"name": "weather", "parameters": {"city": "Rome"}}, {"name": "clock", "parameters": {}}]
+    assert checker.is_valid(good) and not checker.is_valid([])
+    assert not checker.is_valid([{"name": "weather", "parameters": {}}]) and not checker.is_valid(
+        [{"name": "f", "parameters": {}}]
+    )
+    assert not checker.is_valid([{"name": "clock", "parameters": {"city": "Rome"}}])
+    one = jsonschema.Draft202012Validator(schema(tool_choice(TOOLS, NAMED)))
+    assert one.is_valid(good[1:]) and not one.is_valid(good[:1]) and not one.is_valid(good[1:] * 2)
+
+
+WRITES = {
+    "hermes": (
+        "Bielik-11B",
+        "MiMo-VL",
+        "NousResearch",
+        "Qwen-QwQ",
+        "Qwen-Qwen2.5",
+        "Qwen-Qwen3-0.6B",
+        "Reka-Edge",
+        "ibm-granite-granite-4",
+    ),
+    "llama3_json": ("meta-llama",),
+    "mistral": ("Mistral-Small", "mistralai", "unsloth-mistral"),
+}
+
+
+@pytest.mark.realdata
+def test_the_format_of_real_templates(shared_data):
+    """Those with another format (Qwen3-Coder's and GLM's have the marker of Hermes) are not taken for one of these."""
+    seen = set()
+    for path in sorted((shared_data / "tokenizers" / "chat_templates").glob("*.jinja")):
+        expected = next((name for name, starts in WRITES.items() if path.name.startswith(starts)), None)
+        assert detect(chat_of(path.read_text())) == expected, path.name
+        seen.add(expected)
+    assert seen == {None, *WRITES} and set(WRITES) <= set(PARSERS)
+
+
+def chat_of(source):
+    templates = ChatTemplates({"default": source}, {"bos_token": "<s>", "eos_token": "</s>"}, where="m")
+    return lambda messages, **options: templates.render(
+        messages, **{"continue_final_message": False, "documents": None, "extra": {}, **options}
+    )
+
+
+def test_templates_without_tools():
+    assert detect(chat_of("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")) is None
+    assert detect(chat_of("{{ raise_exception('no') }}")) is None
