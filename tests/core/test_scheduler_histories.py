@@ -14,7 +14,7 @@ from tests.core.fake_model import PlainKey
 from tests.core.histories import History, random_history
 
 COUNT = 10_000
-PARTS = 4  # so that several processes can share them
+PARTS = 10  # none of which takes long
 
 
 @pytest.fixture(autouse=True)
