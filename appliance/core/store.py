@@ -125,10 +125,10 @@ class Store:
         pool, held, size = self.pool, len(request.blocks), self.pool.block_size
         first = request.computed // size  # the only one that can be shared among those that are written
         shared = first < held and pool.holders(request.blocks[first]) > 1
-        need = max(0, self.blocks(tokens) - held)
-        if not need and not shared:
+        need = -(-tokens // size) - held
+        if need <= 0 and not shared:
             return True
-        after = request.blocks[-1] if held else None
+        need, after = max(0, need), request.blocks[-1] if held else None
         blocks = pool.allocate(need + shared, after=after, expect=self.blocks(request.max_total - 1) - held)
         if blocks is None:
             return False
