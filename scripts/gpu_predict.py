@@ -258,7 +258,7 @@ Each step reads the weights once and every sequence's cache.
 {decode}
 ## Caches
 A step of 8 sequences of 2048 tokens with each `--kv-cache-dtype`: what decode attention takes in all layers, for its bytes alone,
-and the whole step. Codes and scales are read, nothing is dequantized in memory; the loop has 3.6 (float16) to 4.1 (int8)
+and the whole step. Codes and scales are read, nothing is dequantized in memory; the loop has 3.5 (float16) to 4.0 (int8)
 instructions for each number (compiled for sm_89, [gpu-kernels.md](gpu-kernels.md)), and this card issues 41 for each byte that
 it reads (128 multiprocessors, four warps of 32 at 2.52 GHz).
 
