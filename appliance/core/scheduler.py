@@ -254,14 +254,21 @@ class Scheduler:
         return request
 
     def _make_room(self) -> list[Request]:
-        """Preempt for the head of the queue: those of lower priority, those that wait anyway, those that have had their turn."""
+        """Preempt for the head of the queue: those of lower priority, those that wait anyway, those that have had their turn.
+
+        Beams that wait make room for their siblings, and for anybody where nothing else could go on. They keep their place in
+        the queue: else each of their tokens would cost them a turn of all others.
+        """
         head = self._head()
         if head is None or not self.running:
             return []
         level, fair = head.ticket[0], self.fair_tokens
-        turns = [r for r in self.running if (r.held or r.known - r.admitted_len >= fair) and r.ticket[0] == level]
-        turns.sort(key=lambda r: (not r.held, r.admitted_len - r.known))
-        victims = [*takewhile(lambda r: r.ticket[0] > level, reversed(self.running)), *turns]
+        stuck = all(r.held for r in self.running)
+        idle = [r for r in reversed(self.running) if r.held and (stuck or r.request_id == head.request_id)]
+        turns = [r for r in self.running if not r.held and r.known - r.admitted_len >= fair]
+        turns.sort(key=lambda r: r.admitted_len - r.known)
+        peers = (r for r in [*idle, *turns] if r.ticket[0] == level)
+        victims = [*takewhile(lambda r: r.ticket[0] > level, reversed(self.running)), *peers]
         if not victims:
             return []
         most, need = self.pool.free + sum(len(r.blocks) for r in victims), self.store.need
@@ -274,7 +281,8 @@ class Scheduler:
         gone: list[Request] = []
         seats = 1 + len(self.running) - self.max_num_seqs
         while victims and (seats > len(gone) or need(head, *self.store.places(head)) > self._room):
-            gone.append(self._preempt(victims.pop(0), last=True))
+            victim = victims.pop(0)
+            gone.append(self._preempt(victim, last=not victim.held))
         return gone
 
     def _drop(self, request: Request) -> None:

@@ -147,6 +147,20 @@ def test_the_same_in_any_pool(load: Load, caching: bool, giving_way: str, blocks
     assert stats.preemptions > 0 and (stats.swaps > 0) == (giving_way == "swap")
 
 
+@pytest.mark.parametrize("blocks", [6, 11])
+def test_beams_keep_their_place_in_line(load: Load, blocks: int) -> None:
+    """They give way to one another at every token, and yet they end before those that came after them."""
+    engine = load(max_model_len=96, kv_cache_memory_bytes=TOKEN * 16 * blocks)
+    engine.submit(submit("first", prompt_of(30, 1), max_tokens=20))
+    engine.submit(submit("beams", prompt_of(40, 7), n=4, use_beam_search=True, max_tokens=30))
+    for i in range(14):
+        engine.submit(submit(f"o{i}", prompt_of(20 + i), max_tokens=30))
+    order = []
+    while engine.has_work:
+        order += [event.request_id for event in engine.step() if event.finish_reason and event.index == 0]
+    assert len(order) == 16 and order.index("beams") <= 3 and engine.stats().preemptions > 0
+
+
 def test_more_beams_than_seats(load: Load) -> None:
     prompt = prompt_of(33)
     engine = load(max_num_seqs=2)
