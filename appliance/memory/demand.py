@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from appliance.config import EngineConfig
-from appliance.memory.devices import DeviceInfo
 from appliance.memory.loading import NOTHING, Loading, loading
 from appliance.memory.modules import NATIVE, Loaded, Machinery, ends, layer_weights
 from appliance.memory.offload import streamed_parts
 from appliance.memory.settings import ITEM_SIZE
 from kernels import layout
 from models.spec import ModelSpec
-from quant.headers import CheckpointIndex
-from quant.scheme import QuantScheme, read_scheme
+from quant.scheme import QuantScheme
 
 LOGIT_ROWS = 64
 """Rows of logits that exist at a time: sampling and prompt log-probabilities work in slices of so many."""
@@ -48,13 +44,6 @@ class Demand:
     threads: int = 1  # of the CPU, that load it
     exchange: int = 0  # buffers in which several cards exchange their sums
     head: str = "as published"  # what the output head is stored as, in words
-
-    @classmethod
-    def read(cls, directory: Path, config: EngineConfig, device: DeviceInfo) -> Demand:
-        """Raises InputError (CheckpointError) for a checkpoint that is damaged or not supported."""
-        settings, scheme = read_scheme(CheckpointIndex.open(directory), config.quantization)
-        spec = ModelSpec.from_config(settings)
-        return cls.of(spec, scheme, Machinery.choose(config, spec.dtype, device), model=str(directory))
 
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, *, model: str) -> Demand:

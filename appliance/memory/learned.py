@@ -53,7 +53,7 @@ def recall(device: DeviceInfo, ops: str) -> int | None:
 def record(device: DeviceInfo, ops: str, measured: int) -> None:
     """Keep what a start has measured: bytes of the process itself when it is ready. Says so where it cannot, and goes on."""
     path, known, name = _path(), _read(), key(device, ops)
-    if path is None:
+    if path is None or measured <= 0:
         return
     starts = [*known.pop(name, []), int(measured)][-STARTS:]
     known = dict([*known.items(), (name, starts)][-MOST_KEYS:])

@@ -83,10 +83,10 @@ def loading(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Loadi
     )
     both = list(zip(parts, fused, strict=True))
     if machinery.ops == "triton":
-        device = max(_canonical(one) + _pack_extra(one, machinery) for weights in fused for one in weights)
+        device = max(_on_card(one, machinery) for weights in fused for one in weights)
         host = max(max(_reading(published), _read(published) + max(map(_joined, weights))) for published, weights in both)
         table, head = _table_bytes(spec, scheme), _head_bytes(spec, scheme)
-        ends_device = last.embedding_bytes + last.head_bytes + max(table, _pack_extra(last.head, machinery))
+        ends_device = last.embedding_bytes + last.head_bytes + max(table, _on_card(last.head, machinery))
         return Loading(
             Transient(ends_device, last.embedding_bytes + last.head_bytes, device),
             Transient(table + head + last.head_bytes + _slab(spec), 0, host),
@@ -178,6 +178,11 @@ def _pack_extra(one: Loaded, machinery: Machinery) -> int:
         return (4 if machinery.ops == "triton" else 2) * numbers
     bits = 4 if one.stored.bits <= 4 else 8
     return max(0, int(PACK[machinery.ops][bits] * numbers) - packed)
+
+
+def _on_card(one: Loaded, machinery: Machinery) -> int:
+    """On a card, beside what it becomes: its canonical form and what laying it out takes; of a dense one, one copy."""
+    return _canonical(one) + (0 if one.kind == "dense" else _pack_extra(one, machinery))
 
 
 def _table_bytes(spec: ModelSpec, scheme: QuantScheme) -> int:

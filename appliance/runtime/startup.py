@@ -248,7 +248,7 @@ def _measure(
 ) -> MemoryPlan:
     """Run steps of every kind over a cache of one block; the plan with the cache that what is held then leaves."""
     gauge.begin()
-    one_block = replace(plan, num_blocks=1)
+    one_block = replace(plan, num_blocks=1, swap_blocks=0)
     runner = Runner(decoder, one_block, device=device, lane=tools.lane)
     steps = warmup.run(runner, warmup.trials(plan, recorded=tools.recorder is not None), plan.max_model_len)
     log.debug("%d steps of warm-up", steps)
