@@ -11,7 +11,7 @@ from appliance.core.params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Ask for ``params.n`` completions of one prompt. The engine answers with Events of the same request_id."""
+    """Ask for ``params.width`` completions of one prompt. The engine answers with Events of the same request_id."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]

@@ -9,6 +9,7 @@ from typing import Any
 from quant.errors import InputError
 
 MAX_LOGPROBS = 20
+MAX_BEAMS = 256  # what a step looks at grows with their square
 MAX_LENGTH_PENALTY = 10.0  # beyond that the powers of lengths are no numbers any more
 # What would change the order of tokens or the end of a text: field -> values that do not.
 NOT_FOR_BEAMS: dict[str, tuple[object, ...]] = {
@@ -119,6 +120,7 @@ class SamplingParams:
             if self.best_of < self.n:
                 raise RequestError(f"best_of is {self.best_of}, less than n = {self.n}: it must be at least n", param="best_of")
         if self.use_beam_search:
+            _number("n", self.n, 1, MAX_BEAMS, integer=True, hint="the number of beams")
             wrong = next((name for name, unused in NOT_FOR_BEAMS.items() if getattr(self, name) not in unused), None)
             if wrong is not None:
                 raise RequestError(
@@ -162,7 +164,7 @@ class BeamSearchParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        _number("beam_width", self.beam_width, 1, 16384, integer=True)
+        _number("beam_width", self.beam_width, 1, MAX_BEAMS, integer=True)
 
     def sampling(self) -> SamplingParams:
         """The same for the engine."""

@@ -269,7 +269,8 @@ def finish_one(engine: Engine, one) -> list[int]:
     ("params", "param"),
     [
         ({"n": 0}, "n"),
-        ({"n": 256}, "n"),
+        ({"n": 256}, "n"),  # the vocabulary
+        ({"n": 257}, "n"),
         ({"best_of": 3}, "best_of"),
         ({"stop_token_ids": [3]}, "stop_token_ids"),
         ({"stop": "x"}, "stop"),

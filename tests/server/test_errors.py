@@ -87,6 +87,11 @@ def test_bad_values(served: Served, path: str, field: str, value: Any, words: st
         ({"use_beam_search": True, "presence_penalty": 1}, "presence_penalty", "presence_penalty does not go with use_beam"),
         ({"use_beam_search": True, "logit_bias": {"5": 1}}, "logit_bias", "logit_bias does not go with use_beam_search"),
         ({"use_beam_search": True, "n": 99}, "n", "n is 99: so many beams cannot differ in a vocabulary of 99 tokens"),
+        (
+            {"use_beam_search": True, "n": 300},
+            "n",
+            "n must be an integer at least 1 and at most 256 (the number of beams), got 300",
+        ),
         ({"use_beam_search": True, "n": 2, "early_stopping": True}, "early_stopping", "early_stopping: not supported"),
     ],
 )
