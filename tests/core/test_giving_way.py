@@ -115,6 +115,32 @@ def test_half_a_block_that_was_swapped_out_is_not_found_by_others() -> None:
     assert request.tokens == alone(range(11), 2)
 
 
+def test_a_step_under_way_says_nothing_of_blocks_that_its_request_got_since() -> None:
+    """Two give way in the step after the one in which 7 tokens of a prompt are computed; one comes back at once, with 3."""
+    scheduler, runner = make_scheduler(blocks=18, budget=8, caching=True, priorities=True, watermark=0.15)
+    scheduler.add(make_request("before", range(80, 100), 1))
+    runner.finish(limit=3)
+    long, short = make_request("long", range(40), 5, priority=1), make_request("short", range(50, 66), 2, priority=1)
+    scheduler.add(long)
+    for _ in range(5):
+        runner.step()
+    scheduler.add(short)
+    plan = scheduler.schedule()
+    assert shape(plan) == [("long", 40, 1, True), ("short", 0, 7, False)]
+    sampled = runner.run(plan)
+    scheduler.add(make_request("urgent", range(80, 105), 1, priority=0))
+    later = scheduler.schedule()
+    assert [r.request_id for r in later.preempted] == ["short", "long"]
+    assert shape(later) == [("urgent", 20, 5, True), ("short", 0, 3, False)]
+    told = runner.run(later)
+    scheduler.commit(plan, sampled)
+    scheduler.check()
+    assert scheduler.store.find(make_request("x", range(50, 66), 1)) == []
+    scheduler.commit(later, told)
+    runner.finish(limit=40)
+    assert long.tokens == alone(range(40), 5) and short.tokens == alone(range(50, 66), 2)
+
+
 def test_higher_priority_is_admitted_first() -> None:
     scheduler, runner = make_scheduler(seqs=1, priorities=True)
     for name, priority in (("late", 2), ("x", 1), ("first", 0), ("y", 1)):
