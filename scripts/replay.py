@@ -128,7 +128,7 @@ def hits(every: list[Setup]) -> dict[str, Any]:
     setup = next(s for s in every if s.jobs[0].shared)
     prompts = sum(job.prompt for job in setup.jobs)
     unlimited = sum(job.total for job in setup.jobs) + 64 * len(setup.jobs)
-    sizes = [*(setup.tokens * n for n in (1, 4, 16, 64) if setup.tokens * n < unlimited), unlimited]
+    sizes = [*(setup.tokens * n for n in (1, 8, 64) if setup.tokens * n < unlimited), unlimited]
     rows = []
     for tokens, host in [*((t, 0.0) for t in sizes), (setup.tokens, 256.0 * GIB)]:
         run = setup.run(at_once(setup.jobs), setup.paged(tokens, host=host))
@@ -142,7 +142,7 @@ def hits(every: list[Setup]) -> dict[str, Any]:
 def preemption(every: list[Setup]) -> dict[str, Any]:
     """A pool that is too small: computing anew against swapping to 8 GiB of host memory."""
     setup, rows = every[0], []
-    jobs = at_once(setup.jobs[: setup.few])
+    jobs = at_once(setup.jobs[: setup.few // 2])
     for part in (1, 2, 4, 8):
         for name, how in {
             "recompute": {},

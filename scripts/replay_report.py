@@ -32,7 +32,7 @@ def write(report: Found, out: Path) -> None:
     """replay.md and the pictures of the parts that the report has."""
     facts = report["facts"]
     sections = [TEXT.format(**introduction(facts))]
-    for name, part in report["parts"].items():
+    for name, part in ((name, report["parts"][name]) for name in SECTIONS if name in report["parts"]):
         words, pictures = SECTIONS[name](part["found"], facts)
         origin = f"`{part['command']}`, {part['date']}, commit {part['commit']}, {part['machine']}; {part['seconds']} s"
         shown = "".join(f"![{file}](replay-{file}.svg)\n" for file in pictures)
@@ -212,7 +212,11 @@ def preemption(found: Found, facts: Found) -> tuple[str, dict[str, str]]:
         for r in found["rows"]
     ]  # fmt: skip
     head = ["tokens in the pool", "who gives way", "tok/s", "preempted", "tokens computed again", "over the bus", "refused"]
-    words = f"{found['trace']}, {found['requests']} requests, all there at once.\n\n{table(head, rows)}"
+    words = (
+        f"{found['trace']}, {found['requests']} requests, all there at once; swapping has 8 GiB of host memory. With the prefix "
+        "cache on, host memory also takes every block that the pool evicts, which here nobody asks for again: compare what "
+        f"crosses the bus without it.\n\n{table(head, rows)}"
+    )
     return words, {}
 
 
