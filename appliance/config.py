@@ -81,6 +81,10 @@ class ServerConfig:
     """Names under which the model answers; the first one is the one returned."""
     chat_template: str | None = None
     """A Jinja file, or the template itself, instead of the model's own."""
+    tool_call_parser: str = "auto"
+    """How the model writes tool calls: auto (its chat template says), none, hermes, llama3_json, mistral, ..."""
+    reasoning_parser: str = "auto"
+    """How the model marks its reasoning: auto (its chat template says), none, deepseek_r1, qwen3, mistral, ..."""
     strict_requests: bool = False
     """Refuse requests with unknown fields (400) instead of naming them once in the log."""
     generation_config: str = "auto"

@@ -16,6 +16,9 @@ from appliance.server.respond import stream
 from appliance.server.sampling import chat_params
 from appliance.server.schemas import ChatRequest
 from appliance.server.state import ServerState
+from appliance.text.answer import AnswerDelta, AnswerParser
+from appliance.text.tools.choice import ToolChoice
+from appliance.text.tools.parser import CallDelta
 
 
 async def answer(state: ServerState, request_id: str, body: ChatRequest) -> Response:
@@ -23,16 +26,18 @@ async def answer(state: ServerState, request_id: str, body: ChatRequest) -> Resp
     state.check_unknown(body)
     state.check_model(body.model)
     params = chat_params(body, state.defaults, state.server_config.max_logprobs)
-    prompt = await chat_prompt(body, state.tokenizer, state.info.max_model_len)
-    view = ChatView(state, Job(state, request_id, "chatcmpl", [prompt], params, body), body)
+    choice = state.parsers.choice(body)
+    prompt = await chat_prompt(body, state.tokenizer, state.info.max_model_len, list(choice.tools) or None)
+    job = Job(state, request_id, "chatcmpl", [prompt], params, body, shown=state.parsers.shown(choice))
+    view = ChatView(state, job, body, choice)
     return await stream(view.chunks()) if body.stream else JSONResponse(await view.full())
 
 
 class ChatView:
     """A job as OpenAI's chat.completion object, whole or in chunks."""
 
-    def __init__(self, state: ServerState, job: Job, body: ChatRequest) -> None:
-        self.state, self.job, self.body = state, job, body
+    def __init__(self, state: ServerState, job: Job, body: ChatRequest, choice: ToolChoice) -> None:
+        self.state, self.job, self.body, self.choice = state, job, body, choice
         self.format = Logprobs(state, as_ids=body.return_tokens_as_token_ids)
 
     def _base(self, kind: str) -> dict[str, Any]:
@@ -50,11 +55,13 @@ class ChatView:
                 pass
         choices = []
         for c, output in enumerate(self.job.best):
+            parser = self._parser()
+            parser.parse(output.text)
             choice: dict[str, Any] = {
                 "index": c,
-                "message": {"role": "assistant", "content": output.text, "refusal": None},
+                "message": self._message(parser),
                 "logprobs": self.format.chat(output.logprobs or (), self.body.top_logprobs or 0) if self.body.logprobs else None,
-                "finish_reason": output.finish_reason,
+                "finish_reason": parser.finish_reason(output.finish_reason),
                 "stop_reason": output.stop_reason,
             }
             if self.body.return_token_ids:
@@ -67,23 +74,49 @@ class ChatView:
             result["prompt_token_ids"] = list(self.job.prompts[0].token_ids)
         return result
 
+    def _parser(self) -> AnswerParser:
+        return self.state.parsers.new(self.choice, self.body, self.job.prompts[0])
+
+    def _message(self, parser: AnswerParser) -> dict[str, Any]:
+        calls = parser.answer.calls
+        content = parser.answer.content
+        message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+        if calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in calls
+            ]
+        return message | self._reasoning(parser.reasoning)
+
+    def _reasoning(self, text: str) -> dict[str, Any]:
+        """Under DeepSeek's name and under vLLM's."""
+        return {"reasoning_content": text, "reasoning": text} if text and self.body.include_reasoning else {}
+
+    def _delta(self, news: AnswerDelta) -> dict[str, Any]:
+        delta: dict[str, Any] = {"content": news.content} if news.content else {}
+        if news.calls:
+            delta["tool_calls"] = [_call(call) for call in news.calls]
+        return delta | self._reasoning(news.reasoning)
+
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        seen: set[int] = set()
+        parsers: dict[int, AnswerParser] = {}
         async with aclosing(self.job.run()) as deltas:
             async for c, delta in deltas:
-                if c not in seen:
-                    seen.add(c)
+                if c not in parsers:
+                    parsers[c] = self._parser()
                     yield self._chunk(c, {"role": "assistant", "content": ""})
                 logprobs = None
                 if self.body.logprobs and delta.logprobs:
                     logprobs = self.format.chat(delta.logprobs, self.body.top_logprobs or 0)
-                if delta.text or logprobs or delta.finish_reason or self.body.return_token_ids:
-                    more: dict[str, Any] = {"logprobs": logprobs, "finish_reason": delta.finish_reason}
+                news = self._delta(parsers[c].push(delta.text, last=delta.finish_reason is not None))
+                if news or logprobs or delta.finish_reason or self.body.return_token_ids:
+                    reason = parsers[c].finish_reason(delta.finish_reason)
+                    more: dict[str, Any] = {"logprobs": logprobs, "finish_reason": reason}
                     if delta.finish_reason:
                         more["stop_reason"] = delta.stop_reason
                     if self.body.return_token_ids:
                         more["token_ids"] = list(delta.token_ids)
-                    yield self._chunk(c, {"content": delta.text} if delta.text else {}, **more)
+                    yield self._chunk(c, news, **more)
         if self.body.stream_options and self.body.stream_options.include_usage:
             yield {**self._base("chat.completion.chunk"), "choices": [], "usage": self.job.usage()}
 
@@ -93,3 +126,11 @@ class ChatView:
         if (options := self.body.stream_options) and options.include_usage:
             chunk["usage"] = self.job.usage() if options.continuous_usage_stats else None
         return chunk
+
+
+def _call(news: CallDelta) -> dict[str, Any]:
+    """News of a call as a stream tells them: id, type and name once, then more of the arguments."""
+    if news.name is None:
+        return {"index": news.index, "function": {"arguments": news.arguments}}
+    function = {"name": news.name, "arguments": news.arguments}
+    return {"index": news.index, "id": news.id, "type": "function", "function": function}

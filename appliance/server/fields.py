@@ -32,7 +32,7 @@ HARMLESS = frozenset(
 _OFF: tuple[object, ...] = (False, "", [], {})  # False == 0, so 0 is among them
 _STRUCTURED = "structured output is not supported: ask for the format in the prompt"
 _SAMPLER = "this sampler is not supported: use temperature, top_p, top_k, min_p and the penalties"
-_TOOLS = "tool calling is not supported: leave tools out, or set tool_choice to 'none'"
+_TOOLS = "this older form is not supported: use tools and tool_choice"
 
 # Known, and they would change the answer: field -> (values that ask for nothing, what to do instead).
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {

@@ -36,7 +36,10 @@ class Job:
         prompts: Sequence[Prompt],
         params: SamplingParams,
         body: SamplingFields,
+        *,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
+        """``shown``: special tokens that are text all the same."""
         self.state, self.request_id, self.prompts, self.body = state, request_id, prompts, body
         self.id = f"{prefix}-{request_id}"
         self.begun = time.time()
@@ -45,7 +48,9 @@ class Job:
         self.submits = [self._submit(k, prompt) for k, prompt in enumerate(prompts)]
         for submit in self.submits:
             check_submit(submit, state.info)
-        self.outputs = [OutputStream(state.tokenizer, self.params, p.token_ids) for p in prompts for _ in range(params.width)]
+        self.outputs = [
+            OutputStream(state.tokenizer, self.params, p.token_ids, shown=shown) for p in prompts for _ in range(params.width)
+        ]
         self.cached_tokens = [0] * len(prompts)
         self.prompt_logprobs: list[tuple[TokenLogprob | None, ...] | None] = [None] * len(prompts)
         self._latest: list[float | None] = [None] * len(self.outputs)  # when each choice had its latest token

@@ -35,15 +35,15 @@ async def completion_prompts(body: CompletionRequest, tokenizer: Tokenizer | Non
     return prompts
 
 
-async def chat_prompt(body: ChatRequest, tokenizer: Tokenizer | None, limit: int) -> Prompt:
-    """Messages, written with the model's chat template. Raises RequestError."""
+async def chat_prompt(body: ChatRequest, tokenizer: Tokenizer | None, limit: int, tools: list[Any] | None = None) -> Prompt:
+    """Messages, and the tools that the model may call, written with the model's chat template. Raises RequestError."""
     if tokenizer is None:
         raise RequestError("chat needs a tokenizer, and this server runs without one: use /v1/completions with token ids")
     kwargs = dict(body.chat_template_kwargs or {})
     for name in ("documents", "reasoning_effort"):
         if getattr(body, name) is not None:
             kwargs.setdefault(name, getattr(body, name))
-    text = await render(tokenizer, body, kwargs, None)
+    text = await render(tokenizer, body, kwargs, tools)
     return await _from_text(text, body, tokenizer, limit, bool(body.add_special_tokens))
 
 
@@ -63,11 +63,15 @@ async def render(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest, kwar
 
 
 def _plain(message: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """Templates know no "developer", which is a system message by another name, and would print a missing content as "None"."""
+    """A message with nothing in it that is none: clients send back what they got, and templates ask whether a field is there.
+
+    Templates know no "developer", which is a system message by another name, and would print a missing content as "None".
+    """
     if message.get("content") is None and not message.get("tool_calls"):
         where = f"messages[{i}].content"
         raise RequestError(f"{where} must be text or a list of text parts, got nothing", param=where)
-    return {**message, "role": "system"} if message.get("role") == "developer" else dict(message)
+    plain = {k: v for k, v in message.items() if k == "content" or (v is not None and (k != "tool_calls" or v))}
+    return {**plain, "role": "system"} if plain.get("role") == "developer" else plain
 
 
 async def tokenize(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:

@@ -110,20 +110,16 @@ class ChatRequest(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
-    tools: list[Any] | None = None
+    tools: Any = None  # checked in text/tools/choice.py
     tool_choice: Any = None
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
     echo: bool = False
 
     def check(self) -> None:
         super().check()
         if self.echo:
             raise RequestError("echo: not supported in chat", param="echo", code="unsupported_parameter")
-        if self.tools and self.tool_choice != "none":
-            message = "tools: tool calling is not supported: leave tools out, or set tool_choice to 'none'"
-            raise RequestError(message, param="tools", code="unsupported_parameter")
-        if self.tool_choice not in (None, "none", "auto"):
-            message = "tool_choice: tool calling is not supported: use 'none'"
-            raise RequestError(message, param="tool_choice", code="unsupported_parameter")
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
         if self.continue_final_message and self.add_generation_prompt:

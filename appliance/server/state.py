@@ -16,6 +16,7 @@ from appliance.server.errors import unavailable
 from appliance.server.fields import unknown
 from appliance.server.job import Job
 from appliance.server.metrics import Metrics
+from appliance.server.parsers import Parsers
 from appliance.server.sampling import model_defaults
 from appliance.server.schemas import Fields
 from appliance.text.tokenizer import Tokenizer
@@ -48,6 +49,7 @@ class ServerState:
         self.names = tuple(server_config.served_model_name) or (engine_config.model or "demo",)
         directory = Path(engine_config.model) if engine_config.model else None
         self.defaults: dict[str, Any] = model_defaults(directory, server_config.generation_config)
+        self.parsers = Parsers.of(tokenizer, server_config)
         self.metrics = Metrics(self.names[0])
         self.jobs: set[Job] = set()
         self.begun = time.time()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from appliance.text.reasoning import ReasoningParser
 from appliance.text.tools.parser import CallDelta, ToolAnswer, ToolDelta, ToolParser
 
+_PIECE = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerDelta:
@@ -43,6 +45,12 @@ class AnswerParser:
         self.reasoning += delta.reasoning
         self.answer.add(delta.content, delta.calls)
         return delta
+
+    def parse(self, text: str) -> None:
+        """A whole text at once. (In pieces, since cutting a long text in many places is slow.)"""
+        for i in range(0, len(text), _PIECE):
+            self.push(text[i : i + _PIECE])
+        self.push("", last=True)
 
     def finish_reason(self, reason: str | None) -> str | None:
         """OpenAI's word for how the answer ended."""

@@ -72,10 +72,20 @@ codecs.register_error("appliance-one-mark-per-byte", _one_mark_per_byte)
 class Detokenizer:
     """Turns tokens into pieces of text that never end within a character; what was given out is never changed."""
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, follows_text: bool = False) -> None:
-        """``follows_text``: a prompt comes before, so that a space at the start is one between words and stays."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        follows_text: bool = False,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """``follows_text``: a prompt comes before, so that a space at the start is one between words and stays.
+
+        ``shown``: special tokens that are text even where special tokens are skipped.
+        """
         self._tokenizer, self._spelling = tokenizer, tokenizer.spelling
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip = tokenizer.special_ids - shown if skip_special_tokens else frozenset()
         self._strip = self._spelling is not None and self._spelling.strip and not follows_text
         errors = "appliance-one-mark-per-byte" if self._spelling and self._spelling.byte_tokens else "replace"
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)

@@ -26,8 +26,18 @@ class Delta:
 class OutputStream:
     """One completion as its client sees it; ``text``, ``token_ids`` and ``logprobs`` are the sums of all deltas."""
 
-    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
-        """``tokenizer`` None: token ids alone, the text stays empty. Of the prompt only whether it shows any text counts."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        *,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """``tokenizer`` None: token ids alone, the text stays empty. Of the prompt only whether it shows any text counts.
+
+        ``shown``: special tokens that are text even where special tokens are skipped.
+        """
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
@@ -42,6 +52,7 @@ class OutputStream:
                 tokenizer,
                 skip_special_tokens=params.skip_special_tokens,
                 follows_text=any(token not in hidden for token in prompt_token_ids),
+                shown=shown,
             )
 
     @property

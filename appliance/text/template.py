@@ -82,6 +82,11 @@ class ChatTemplates:
     def __bool__(self) -> bool:
         return bool(self._sources)
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The templates themselves."""
+        return tuple(self._sources.values())
+
     def render(
         self,
         messages: Sequence[Any],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,16 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._chat)
+
+    @property
+    def chat_templates(self) -> tuple[str, ...]:
+        """The model's chat templates, as Jinja."""
+        return self._chat.sources
+
+    def special_among(self, texts: Iterable[str]) -> frozenset[int]:
+        """The ids of those texts that are special tokens."""
+        ids = (self._backend.token_to_id(text) for text in texts)
+        return frozenset(i for i in ids if i is not None and i in self.special_ids)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``, never truncated; RequestError where it is not valid Unicode."""

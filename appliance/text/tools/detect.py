@@ -44,6 +44,7 @@ def _behind_user(text: str) -> str:
 
 def _reads(kind: type[ToolParser], text: str, turn: str) -> bool:
     """Whether a parser finds exactly the call, with nothing before it but how the template begins an assistant's turn."""
+    text, turn = (text.removeprefix(turn), "") if text.startswith(turn) else (text, turn)
     parser, before = kind(), ""
     for character in text:
         before += parser.push(character).content

@@ -1,0 +1,90 @@
+"""How the text of chat answers is taken apart: by what the options say, else by what the model's chat template shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from appliance.config import ServerConfig
+from appliance.core.params import RequestError
+from appliance.server.prompts import Prompt
+from appliance.server.schemas import ChatRequest
+from appliance.text.answer import AnswerParser
+from appliance.text.reasoning import REASONING, ReasoningParser, Tags, tags_of
+from appliance.text.tokenizer import Tokenizer
+from appliance.text.tools.choice import ToolChoice, tool_choice
+from appliance.text.tools.detect import detect
+from appliance.text.tools.formats import PARSERS
+from appliance.text.tools.parser import ToolParser
+from quant.errors import InputError
+
+T = TypeVar("T")
+TAIL = 64  # tokens at the end of a prompt that show whether the answer begins within reasoning
+
+
+@dataclass(frozen=True)
+class Parsers:
+    """What one server uses for all its answers."""
+
+    tools: type[ToolParser] | None = None
+    tags: Tags | None = None
+    tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer | None, config: ServerConfig) -> Parsers:
+        """Raises InputError where an option names no parser."""
+        tools = _named("--tool-call-parser", config.tool_call_parser, PARSERS)
+        tags = _named("--reasoning-parser", config.reasoning_parser, REASONING)
+        if tokenizer is None or not tokenizer.has_chat_template:
+            return cls(tools, tags, tokenizer)
+        if config.tool_call_parser == "auto":
+            tools = PARSERS.get(detect(tokenizer.chat) or "")
+        if config.reasoning_parser == "auto":
+            tags = tags_of(tokenizer.chat_templates)
+        return cls(tools, tags, tokenizer)
+
+    def choice(self, body: ChatRequest) -> ToolChoice:
+        """What a request says of tools. Raises RequestError, also for what this server cannot do."""
+        if body.tool_choice == "none":
+            return ToolChoice()  # the tools do not matter
+        if body.tools and self.tools is None:
+            message = (
+                "tools: the model's chat template shows no tool calls of a known form: name it with "
+                f"--tool-call-parser ({', '.join(PARSERS)}), or set tool_choice to 'none'"
+            )
+            raise RequestError(message, param="tools", code="unsupported_parameter")
+        choice = tool_choice(body.tools, body.tool_choice)
+        if choice.mode in ("required", "named"):
+            message = "tool_choice: only 'auto' and 'none' are supported: a model cannot be made to call a tool yet"
+            raise RequestError(message, param="tool_choice", code="unsupported_parameter")
+        return choice
+
+    def shown(self, choice: ToolChoice) -> frozenset[int]:
+        """The special tokens that mark calls and reasoning: they must be in the text."""
+        markers = (*(self.tags.special if self.tags else ()), *(self.tools.special if self.tools and choice.parses else ()))
+        return self.tokenizer.special_among(markers) if self.tokenizer else frozenset()
+
+    def new(self, choice: ToolChoice, body: ChatRequest, prompt: Prompt) -> AnswerParser:
+        """For one answer."""
+        reasoning = ReasoningParser(self.tags, opened=self._opened(self.tags, body, prompt)) if self.tags else None
+        tools = self.tools() if self.tools is not None and choice.parses else None
+        return AnswerParser(reasoning, tools, parallel=body.parallel_tool_calls)
+
+    def _opened(self, tags: Tags, body: ChatRequest, prompt: Prompt) -> bool:
+        if body.continue_final_message:
+            content = body.messages[-1].get("content")
+            parts = content if isinstance(content, list) else [content]
+            return tags.opened("", "".join(str(part.get("text") if isinstance(part, Mapping) else part) for part in parts))
+        if prompt.text is not None:
+            return tags.opened(prompt.text)
+        assert self.tokenizer is not None  # the prompt was rendered
+        return tags.opened(self.tokenizer.decode(list(prompt.token_ids[-TAIL:]), skip_special_tokens=False))
+
+
+def _named(flag: str, name: str, known: Mapping[str, T]) -> T | None:
+    if name in ("auto", "none", ""):
+        return None
+    if name not in known:
+        raise InputError(f"{flag} {name}: there is no such parser: auto, none, {', '.join(known)}")
+    return known[name]
