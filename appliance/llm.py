@@ -47,11 +47,9 @@ class LLM:
     def __init__(self, model: str, *, chat_template: str | None = None, **options: Any) -> None:
         config = _engine_config(model, options)
         directory = resolve(model, config.revision)
-        self._config = replace(config, model=str(directory))
-        self._tokenizer = None
-        if not config.skip_tokenizer_init:
-            source = resolve(config.tokenizer, config.revision) if config.tokenizer else directory
-            self._tokenizer = Tokenizer.load(source, chat_template)
+        source = resolve(config.tokenizer, config.revision) if config.tokenizer else directory
+        self._config = replace(config, model=str(directory), tokenizer=str(source))
+        self._tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(source, chat_template)
         with _load_bar() as progress:
             self._engine = Engine.load(self._config, progress)
         self._ids = count()

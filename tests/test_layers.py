@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "appliance.memory": ["quant", "kernels.layout", "models.spec", "appliance.config", "appliance.core"],
     "appliance.text": ["quant", "appliance.config", "appliance.core"],
     "appliance.runtime": ["quant", "kernels", "models", "appliance.config", "appliance.core", "appliance.memory",
-                          "appliance.version"],
+                          "appliance.version", "appliance.text.grammar", "appliance.text.tokenizer"],
     "appliance.llm": ["quant", "models", "appliance.config", "appliance.core", "appliance.memory", "appliance.runtime",
                       "appliance.text", "appliance.hub", "appliance.outputs"],
     "appliance.outputs": ["appliance.core", "appliance.text"],

@@ -23,6 +23,10 @@ def check_submit(submit: Submit, info: EngineInfo) -> None:
     check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab)
     if params.use_beam_search and params.n + len(info.eos_token_ids) > vocab:
         raise RequestError(f"n is {params.n}: so many beams cannot differ in a vocabulary of {vocab} tokens", param="n")
+    if params.structured_outputs is not None:
+        lacks = "a tokenizer" if not params.grammar else "a model that names the token which ends a text"
+        if not params.grammar or not info.eos_token_ids:
+            raise RequestError(f"structured_outputs need {lacks}", param="structured_outputs")
     if isinstance(submit.priority, bool) or not isinstance(submit.priority, int):
         raise RequestError(f"priority must be an integer, got {submit.priority!r:.80}", param="priority")
     if submit.priority and not info.priorities:

@@ -22,7 +22,12 @@ NOT_FOR_BEAMS: dict[str, tuple[object, ...]] = {
     "logit_bias": (None, {}),
     "allowed_token_ids": (None,),
     "bad_words": ((),),
+    "structured_outputs": (None,),
 }
+# The grammar says when the text ends: field -> the value that does not say otherwise.
+NOT_WITH_GRAMMAR = {"ignore_eos": False, "min_tokens": 0}
+# Of StructuredOutputsParams: of these exactly one says what the text must be.
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
 
 
 class RequestError(InputError):
@@ -31,6 +36,43 @@ class RequestError(InputError):
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
         self.param, self.code, self.status = param, code, status
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutputsParams:
+    """What the answer must be, by vLLM's names: exactly one of the first five. Raises RequestError naming the field.
+
+    Whether it can be served at all is known when it is compiled (``appliance/text/grammar.py``).
+    """
+
+    json: str | dict[str, Any] | None = None  # a JSON schema
+    regex: str | None = None  # that the whole text matches
+    choice: tuple[str, ...] | list[str] | None = None  # of which the text is one
+    grammar: str | None = None  # EBNF as of llama.cpp (GBNF), or Lark's
+    json_object: bool | None = None  # any JSON object
+    disable_any_whitespace: bool = False  # between the parts of JSON
+    whitespace_pattern: str | None = None  # a regular expression: what else may stand there
+
+    def __post_init__(self) -> None:
+        if self.json_object is False:
+            object.__setattr__(self, "json_object", None)
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise RequestError(
+                f"structured_outputs needs exactly one of {', '.join(CONSTRAINTS)}; found {found}", param="structured_outputs"
+            )
+        if isinstance(self.choice, list):
+            object.__setattr__(self, "choice", tuple(self.choice))
+        kinds = {"json": (str, dict), "choice": tuple, "json_object": bool}
+        for name in (*given, *(["whitespace_pattern"] if self.whitespace_pattern is not None else [])):
+            value = getattr(self, name)
+            if not isinstance(value, kinds.get(name, str)):  # type: ignore[arg-type]
+                raise RequestError(f"structured_outputs.{name}: cannot be {value!r:.80}", param=f"structured_outputs.{name}")
+        if self.choice is not None and not (self.choice and all(isinstance(text, str) and text for text in self.choice)):
+            raise RequestError(
+                "structured_outputs.choice must be a list of texts, none of them empty", param="structured_outputs.choice"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +105,8 @@ class SamplingParams:
     bad_words: tuple[str, ...] | list[str] | None = None
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()  # filled in by the text layer from bad_words
     use_beam_search: bool = False  # n beams: nothing is drawn, so temperature, top_p, top_k, min_p and seed change nothing
+    structured_outputs: StructuredOutputsParams | None = None
+    grammar: str = ""  # filled in by the text layer from structured_outputs: as llguidance reads it
     length_penalty: float = 1.0  # of beam search: a score is the sum of log-probabilities / tokens ** length_penalty
 
     def __post_init__(self) -> None:
@@ -79,6 +123,7 @@ class SamplingParams:
         self._check_numbers()
         self._check_lists()
         self._check_several()
+        self._check_structured()
         if 0 < self.temperature < 0.01:  # as vLLM: below this the division overflows half precision
             object.__setattr__(self, "temperature", 0.01)
 
@@ -138,6 +183,18 @@ class SamplingParams:
                 f"{name} is {getattr(self, name)}, but temperature 0 gives one answer: use {name}=1 or a temperature above 0",
                 param=name,
             )
+
+    def _check_structured(self) -> None:
+        structured: object = self.structured_outputs
+        if structured is None:
+            return
+        if not isinstance(structured, StructuredOutputsParams):
+            message = f"structured_outputs must be StructuredOutputsParams, got {structured!r:.80}"
+            raise RequestError(message, param="structured_outputs")
+        for name, value in NOT_WITH_GRAMMAR.items():
+            if getattr(self, name) != value:
+                message = f"{name} does not go with structured_outputs, where the grammar says when the text ends: leave it out"
+                raise RequestError(message, param=name)
 
     def _check_lists(self) -> None:
         if any(not isinstance(s, str) or not s for s in self.stop or ()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import Any
 
 from appliance.core.params import SamplingParams
 
@@ -25,7 +26,8 @@ class Request:
     salt: str = ""  # prefixes are shared between requests of one salt only
     leader: Request | None = None  # of its siblings, the one that computes the prompt for all
     beam: bool = False  # what it samples is taken by its group, and not by commit
-    held: bool = False  # waits for its group's decision
+    held: bool = False  # waits for its group's decision, or for its grammar
+    guide: Any = None  # where it is in its grammar; the runtime's
     computed: int = 0  # tokens whose keys and values are in the cache, or will be after the steps under way
     landed: int = 0  # of those, how many no step under way has still to compute
     ahead: int = 0  # tokens that the steps under way will add

@@ -20,6 +20,7 @@ from appliance.core.step import StepPlan
 from appliance.memory.devices import cpu_threads
 from appliance.memory.planner import make_plan
 from appliance.runtime.beam import BeamGroup
+from appliance.runtime.grammar import Grammars
 from appliance.runtime.options import choose_device, eos_token_ids, make_scheduler
 from appliance.runtime.runner import Flight, Runner, StepResult
 from appliance.runtime.sampler import Sampled
@@ -31,15 +32,20 @@ log = logging.getLogger("appliance.engine")
 
 MAX_FAILURES = 3  # steps in a row that may fail (their requests end with an error) before the engine gives up
 SHOWN_REQUESTS = 64
+IDLE_S = 0.01  # how long a step waits for a grammar where there is nothing else to do
 
 
 class Engine:
     """Drives scheduler and runner. Not thread-safe: one caller submits, steps and reads."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, info: EngineInfo, *, seed: int = 0) -> None:
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, info: EngineInfo, *, seed: int = 0, tokenizer: str | None = None
+    ) -> None:
+        """``tokenizer``: the directory where it is, if not with the model; it is read for grammars alone."""
         self.runner, self.scheduler, self.info, self.seed = runner, scheduler, info, seed
         self._scores: dict[Request, list[TokenLogprob | None]] = {}  # prompt log-probabilities collected so far
         self._beams: dict[str, BeamGroup] = {}  # by request id
+        self._grammars = Grammars(tokenizer or info.directory, info.vocab_size, info.eos_token_ids)
         self._counts: Counter[str] = Counter()
         self._copied: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
@@ -94,7 +100,7 @@ class Engine:
             kernels=kernels,
             startup={**timeline.seconds, "ready": import_s + ready_s},
         )
-        return cls(runner, scheduler, info, seed=config.seed)
+        return cls(runner, scheduler, info, seed=config.seed, tokenizer=config.tokenizer)
 
     @property
     def has_work(self) -> bool:
@@ -110,6 +116,8 @@ class Engine:
             self.scheduler.add(request)
         if submit.params.use_beam_search:
             self._beams[submit.request_id] = BeamGroup(requests, submit.params)
+        if submit.params.grammar:
+            self._grammars.begin(requests)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Event]:
         """End a request (beams end together) and free its blocks; an Event with "abort" for each completion that was alive."""
@@ -127,6 +135,9 @@ class Engine:
         Where the device works by itself, what is returned are the events of the step before, as this one is under way by then.
         """
         events = [] if self._flight is None or self._flight.open else self._land()
+        idle = self._flight is None and not self.scheduler.running and all(request.held for request in self.scheduler.waiting)
+        for request, reason in self._grammars.settle(IDLE_S if idle else 0.0):
+            events += self._end(self.scheduler.abort(*request.key), "error", reason)
         plan = self.scheduler.schedule()
         for request in plan.preempted:
             log.info("preempted %s/%d: %s", *request.key, "swapped out" if request.host else "it will be computed again")

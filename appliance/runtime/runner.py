@@ -20,6 +20,7 @@ from appliance.core.store import Copy
 from appliance.memory.inputs import input_bytes
 from appliance.memory.planner import LOGIT_ROWS, MemoryPlan
 from appliance.runtime.batch import Draws, StepArrays
+from appliance.runtime.grammar import Masks
 from appliance.runtime.graphs import DecodeGraphs, Recorder
 from appliance.runtime.mover import make_mover, rehearse
 from appliance.runtime.sampler import Sampled, draws_on_device, sample, token_logprobs
@@ -53,11 +54,12 @@ class Flight:
     wait: Callable[[], None]
     drawn: dict[Request, Sampled]  # on the host, while the step was launched
     prompt_scores: tuple[PromptScores, ...]
+    guided: bool  # whether the host must see a token before it knows what may come after it
 
     @property
     def open(self) -> bool:
         """Whether the next step can be launched before this one lands: all that it asks of the host is done."""
-        return not self.drawn and not self.prompt_scores
+        return not self.drawn and not self.prompt_scores and not self.guided
 
     def land(self) -> StepResult:
         """Wait for the device, and take the tokens. RuntimeError where it failed."""
@@ -140,19 +142,20 @@ class Runner:
         recorded = None if self._graphs is None else self._graphs.prepare(step)
         sent = self._send([*(recorded or step).arrays, last, *(draws or ())])
         hidden = self._hidden(step, recorded, sent)
+        masks = Masks.of([chunk.request for chunk in sampling], self.decoder.spec.vocab)  # while the device works
         scores = []
         if any(c.request.params.prompt_logprobs is not None for c in chunks):
             rows = hidden.split([c.length for c in chunks])
             scores = [self._score_prompt(c, own, n) for c, own, n in zip(chunks, rows, scored, strict=True)]
         if len(step.ids) > len(sampling):
             hidden = hidden[sent[len(step.arrays)]]
-        drawn = self._draw(sampling, hidden, draws, sent[len(step.arrays) + 1 :])
+        drawn = self._draw(sampling, hidden, masks, draws, sent[len(step.arrays) + 1 :])
         self._rows = {chunk.request: row for row, chunk in enumerate(sampling) if chunk.request not in drawn}
         self._answers.reverse()
         answer = self._answers[0][: len(sampling)]
         if self._rows:
             answer.copy_(self._tokens[: len(sampling)], non_blocking=True)
-        return Flight(plan, self._rows, answer, self._mark(), drawn, tuple(s for s in scores if s))
+        return Flight(plan, self._rows, answer, self._mark(), drawn, tuple(s for s in scores if s), bool(masks))
 
     def _send(self, arrays: Sequence[np.ndarray]) -> list[Tensor]:
         return send_at_once(arrays, self.device) if self._staging is None else self._staging.send(arrays)
@@ -170,7 +173,7 @@ class Runner:
         return torch.where(ids < 0, self._tokens[(-1 - ids).clamp_(min=0)], ids).clamp_(min=0)
 
     def _draw(
-        self, sampling: Sequence[Chunk], last: Tensor, draws: Draws | None, sent: Sequence[Tensor]
+        self, sampling: Sequence[Chunk], last: Tensor, masks: Masks, draws: Draws | None, sent: Sequence[Tensor]
     ) -> dict[Request, Sampled]:
         """Draw a token after each of ``last`` [R, hidden]: into ``_tokens``, or, for what is returned, on the host.
 
@@ -182,6 +185,7 @@ class Runner:
             requests = [chunk.request for chunk in sampling[first : first + LOGIT_ROWS]]
             rows = slice(first, first + len(requests))
             logits = self._logits(last[rows])
+            masks.rule_out(logits, first)
             own = [draws is None or not draws_on_device(request) for request in requests]
             if draws is not None and not all(own):
                 self._tokens[rows] = _draw_rows(ops, logits, draws, [t[rows] for t in sent])
@@ -191,7 +195,7 @@ class Runner:
                 for row, request, mine in zip(logits.split(1), requests, own, strict=True):
                     if mine:
                         drawn[request] = sample(row, [request], argmax=ops.argmax, kth=ops.kth_largest)[0]
-        return drawn
+        return drawn | {request: Sampled(-1, error=error) for request, error in masks.errors.items()}
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, V] for at most LOGIT_ROWS rows; they last until they are asked for again."""

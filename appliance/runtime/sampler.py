@@ -45,7 +45,8 @@ def sample(
 ) -> list[Sampled]:
     """Draw the next token of each request from its row of ``logits``, float32 [R, V], which is overwritten.
 
-    Log-probabilities are those of the model, before masks, penalties and temperature (vLLM's ``raw_logprobs``). A random draw
+    Log-probabilities are those of the row, before penalties, masks of the request's and temperature (vLLM's ``raw_logprobs``);
+    tokens that a grammar ruled out, whose logit is -inf, are not among the most likely. A random draw
     depends on the row, the request's seed and its number of tokens, and on nothing else. Among equal logits greedy takes the
     lowest id. Workspace: a few vectors of V, whatever R is. ``argmax`` and ``kth`` are the device's (see Ops).
     """
@@ -90,7 +91,8 @@ def _sample_row(row: Tensor, request: Request, kth: KthLargest) -> Sampled:
         adjust(row, request)
     best = row.amax().item()
     if best == -math.inf:
-        return Sampled(-1, error="every token is ruled out (by allowed_token_ids, bad_words or min_tokens)")
+        beside = "" if request.guide is None else ", beside its grammar"
+        return Sampled(-1, error=f"every token is ruled out (by allowed_token_ids, bad_words or min_tokens{beside})")
     if best == math.inf:
         return Sampled(
             -1, error=f"repetition_penalty {request.params.repetition_penalty} makes a logit infinite: use one nearer to 1"
@@ -187,4 +189,5 @@ def _most_likely(row: Tensor, norm: Tensor, k: int, kth: KthLargest) -> tuple[tu
         return ()
     ids = (row >= kth(row, k)).nonzero().view(-1) if k < row.numel() else torch.arange(k, device=row.device)
     values, order = row[ids].sort(descending=True, stable=True)
+    k = min(k, int((values > -math.inf).count_nonzero()))
     return tuple(zip(ids[order[:k]].tolist(), (values[:k] - norm).tolist(), strict=True))

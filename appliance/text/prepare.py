@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from appliance.core.params import RequestError, SamplingParams
+from appliance.text.grammar import compile_grammar
 from appliance.text.tokenizer import Tokenizer
 
 
 def prepare(params: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
-    """The parameters with ``bad_words`` as token ids. Raises RequestError where they need a tokenizer and there is none."""
+    """The parameters with ``bad_words`` as token ids, and ``structured_outputs`` as a grammar that is known to compile.
+
+    Raises RequestError where it does not, and where they need a tokenizer and there is none.
+    """
     if tokenizer is None and params.stop:
         raise RequestError("stop strings need a tokenizer: use stop_token_ids", param="stop")
+    if params.structured_outputs is not None and tokenizer is not None:
+        params = replace(params, grammar=compile_grammar(params.structured_outputs))
     if not params.bad_words:
         return params
     if tokenizer is None:

@@ -1,0 +1,130 @@
+"""Requests that follow a grammar: it is compiled beside the steps, and rules out before each draw what would leave it.
+
+Where a completion is in its grammar is a function of its output tokens, so there is nothing to keep when it gives way.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from appliance.core.request import Request
+from appliance.text.grammar import KEPT, deep_thread, library, limits, vocabulary
+
+
+class Guide:
+    """One completion's place in its grammar."""
+
+    __slots__ = ("_taken", "matcher")
+
+    def __init__(self, matcher: Any) -> None:
+        self.matcher, self._taken = matcher, 0
+
+    def follow(self, request: Request) -> None:
+        """Take the output tokens that came since it was asked last."""
+        if fresh := request.tokens[request.prompt_len + self._taken :]:
+            self.matcher.consume_tokens(fresh)
+            self._taken += len(fresh)
+
+
+class Grammars:
+    """Compiles in a thread of its own; requests are ``held`` until then, and the others go on."""
+
+    def __init__(self, directory: str, vocab: int, ends: tuple[int, ...]) -> None:
+        """``directory``: of the tokenizer, read once there is a request that needs it. ``ends``: tokens that end a text."""
+        self._directory, self._vocab, self._ends = directory, vocab, ends
+        self._vocabulary: Any = None
+        self._compiled: OrderedDict[str, Any] = OrderedDict()  # matchers at the beginning, by grammar, those used last behind
+        self._pending: list[tuple[Future[Any], list[Request]]] = []
+
+    def begin(self, requests: list[Request]) -> None:
+        """Have the grammar of these completions of one request compiled."""
+        for request in requests:
+            request.held = True
+        self._pending.append((deep_thread().submit(self._compile, requests[0].params.grammar), requests))
+
+    def settle(self, seconds: float) -> list[tuple[Request, str]]:
+        """Let requests go on whose grammar has been compiled since, and return those that cannot, with the reason.
+
+        Waits for up to ``seconds`` where all are still being compiled.
+        """
+        if not self._pending:
+            return []
+        done = wait([future for future, _ in self._pending], seconds, FIRST_COMPLETED).done
+        failed = []
+        for future, requests in [one for one in self._pending if one[0] in done]:
+            try:
+                matcher, error = future.result(), ""
+                error = matcher.get_error()
+            except Exception as problem:  # of the library or the tokenizer's files: it is the request's, not the engine's
+                error = str(problem)
+            for request in requests:
+                if error:
+                    failed.append((request, f"the grammar cannot be compiled for this model: {error}"))
+                else:
+                    request.guide = Guide(matcher.deep_copy())
+                request.held = False
+        self._pending = [one for one in self._pending if one[0] not in done]
+        return failed
+
+    def _compile(self, grammar: str) -> Any:
+        """In the thread that compiles, one after another."""
+        if self._vocabulary is None:
+            from appliance.text.tokenizer import Tokenizer
+
+            self._vocabulary = vocabulary(Tokenizer.load(self._directory), self._vocab, self._ends)
+        matcher = self._compiled.pop(grammar, None)
+        if matcher is None:
+            matcher = library().LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits())
+        self._compiled[grammar] = matcher
+        if len(self._compiled) > KEPT:
+            self._compiled.popitem(last=False)
+        return matcher
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What grammars allow in one step."""
+
+    rows: dict[int, np.ndarray] = field(default_factory=dict)  # uint8 [bytes], a bit for each token, the lowest first; 1: allowed
+    errors: dict[Request, str] = field(default_factory=dict)  # whose grammar has become too complex
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], vocab: int) -> Masks:
+        """Of the requests that sample, in the order of their rows; on the host, so it may be done while the device works."""
+        guided = [row for row, request in enumerate(requests) if request.guide is not None]
+        if not guided:
+            return cls()
+        for row in guided:
+            requests[row].guide.follow(requests[row])
+        bits = np.zeros((len(guided), -(-vocab // 32)), dtype=np.int32)
+        matchers = [(requests[row].guide.matcher, place) for place, row in enumerate(guided)]
+        _executor().unsafe_compute_mask_ptr(matchers, bits.ctypes.data, bits.shape[1] * 4, len(guided))
+        errors = {
+            requests[row]: f"its grammar: {m.get_error()}" for row, (m, _) in zip(guided, matchers, strict=True) if m.is_error()
+        }
+        return cls(dict(zip(guided, bits.view(np.uint8), strict=True)), errors)
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    def rule_out(self, logits: Tensor, first: int) -> None:
+        """Logits float32 [R, V] of the rows from ``first`` on: -inf where a grammar forbids the token. Workspace: V bytes."""
+        vocab = logits.shape[1]
+        for row, bits in self.rows.items():
+            if first <= row < first + logits.shape[0]:
+                banned = torch.from_numpy(np.unpackbits(~bits, count=vocab, bitorder="little")).view(torch.bool)
+                logits[row - first].masked_fill_(banned.to(logits.device), float("-inf"))
+
+
+@cache
+def _executor() -> Any:
+    return library().LLExecutor()

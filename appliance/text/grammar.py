@@ -1,0 +1,138 @@
+"""From structured outputs to a grammar that is known to compile, and from a tokenizer to what grammars are matched against.
+
+The library is llguidance. It is imported on first use: everything else works without it. Grammars come from strangers: their
+length, the work to compile one and the work of a step are bounded. The library walks them recursively, so all that builds one
+runs in a thread with a stack that is deep enough for the longest.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from appliance.core.params import RequestError, StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from appliance.text.tokenizer import Tokenizer
+
+MAX_CHARS = 65536  # of a schema, regular expression, grammar, or all choices
+STACK_BYTES = 256 * 2**20  # of address space: a chain of as many rules as fit into MAX_CHARS takes up to 80 MiB
+WHITESPACE = r" |\r?\n[ \t]{0,24}"  # between the parts of JSON; without a bound a small model goes on for ever
+KEPT = 64  # grammars that are not checked again
+LIMITS = {
+    "initial_lexer_fuel": 1_000_000,  # about 20 ms
+    "step_lexer_fuel": 200_000,  # about 14 ms
+    "step_max_items": 50_000,  # about 3 ms
+    "max_lexer_states": 50_000,  # 1 to 2 kB each
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,
+}
+
+
+def library() -> Any:
+    """llguidance. Raises RequestError where it is not installed."""
+    try:
+        import llguidance
+    except ImportError as error:
+        message = (
+            f"structured_outputs need the package llguidance, which cannot be imported here ({error}): pip install llguidance"
+        )
+        raise RequestError(message, param="structured_outputs", code="unsupported_parameter") from None
+    return llguidance
+
+
+@cache
+def limits() -> Any:
+    return library().LLParserLimits(**LIMITS)
+
+
+@cache
+def deep_thread() -> ThreadPoolExecutor:
+    """The one thread that compiles."""
+    pool, before = ThreadPoolExecutor(1, thread_name_prefix="grammar"), threading.stack_size(STACK_BYTES)
+    try:
+        pool.submit(int).result()  # its thread starts now
+    finally:
+        threading.stack_size(before)
+    return pool
+
+
+def compile_grammar(structured: StructuredOutputsParams) -> str:
+    """As llguidance reads it. Raises RequestError naming the field, with the library's words, where it cannot be served.
+
+    Takes up to some tenths of a second where this one was not seen lately.
+    """
+    kind, text = _source(structured)
+    if len(text) > MAX_CHARS:
+        raise RequestError(
+            f"structured_outputs.{kind} has {len(text)} characters: at most {MAX_CHARS} are taken",
+            param=f"structured_outputs.{kind}",
+        )
+    return _checked(kind, text, structured.disable_any_whitespace, structured.whitespace_pattern or WHITESPACE)
+
+
+def _source(structured: StructuredOutputsParams) -> tuple[str, str]:
+    """(field, text)."""
+    if structured.json_object:
+        return "json_object", '{"type": "object"}'
+    if structured.choice is not None:
+        return "choice", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in structured.choice)
+    if isinstance(structured.json, dict):
+        try:
+            return "json", json.dumps(structured.json, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"structured_outputs.json is no JSON ({error})", param="structured_outputs.json") from None
+    kind = next(name for name in ("json", "regex", "grammar") if getattr(structured, name) is not None)
+    return kind, getattr(structured, kind)
+
+
+@lru_cache(KEPT)
+def _checked(kind: str, text: str, tight: bool, whitespace: str) -> str:
+    lib, param = library(), f"structured_outputs.{kind}"
+    # What stands in the schema under "x-guidance" may not say otherwise.
+    options = {"whitespace_flexible": not tight, "whitespace_pattern": None if tight else whitespace, "lenient": False}
+    options |= {"coerce_one_of": False, "item_separator": ",", "key_separator": ":"}
+
+    def work() -> tuple[str, bool, list[str]]:
+        if kind in ("json", "json_object"):
+            made = lib.LLMatcher.grammar_from_json_schema(text, overrides=options)
+        elif kind == "regex":
+            made = lib.LLMatcher.grammar_from_lark(f"start: /{lib.regex_to_lark(text, use_ascii='d')}/")
+        else:
+            made = lib.grammar_from("lark" if kind == "choice" else "grammar", text)
+        return made, *lib.LLMatcher.validate_grammar_with_warnings(made, limits=limits())
+
+    try:
+        text.encode()
+        grammar, wrong, words = deep_thread().submit(work).result()
+    except UnicodeEncodeError:
+        raise RequestError(f"{param} holds an unpaired surrogate (half of a \\ud83d\\ude00 pair)", param=param) from None
+    except Exception as error:  # the library's own, and nothing narrower
+        grammar, wrong, words = "", True, [str(error)]
+    if wrong:
+        raise RequestError(f"{param} cannot be served: {' '.join(' '.join(words).split())[:500]}", param=param)
+    if any(word.startswith("no tokenizer") for word in words):
+        raise RequestError(f"{param}: names of special tokens, <|...|> and <[...]>, are not understood in grammars", param=param)
+    return grammar
+
+
+def vocabulary(tokenizer: Tokenizer, size: int, ends: tuple[int, ...]) -> Any:
+    """An LLTokenizer of ``size`` tokens, as the detokenizer spells them; ``ends`` end a text. Takes up to a second."""
+    lib, found = library(), _Vocabulary(tokenizer, size, ends[0])
+    return lib.LLTokenizer(lib.TokenizerWrapper(found), eos_token=list(ends))
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer. Tokens that a model has and its tokenizer has not are empty, and never allowed."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int, end: int) -> None:
+        self.eos_token_id, self.bos_token_id = end, None
+        self.tokens = [tokenizer.token_bytes(token) or b"" for token in range(size)]
+        self.special_token_ids = [token for token in tokenizer.special_ids if token < size]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
