@@ -45,9 +45,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.history.finish()
 
 
-TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine = pytest.mark.timeout(600)(SchedulerMachine.TestCase)  # a failure takes minutes to be made short
 TestSchedulerMachine.settings = settings(
-    max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150, stateful_step_count=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
