@@ -1,4 +1,4 @@
-"""Checkpoints of real models as they are published, in headers alone: every tensor has its name, type and shape, and no data.
+"""Checkpoints of real models as they are published: every tensor has its name, type and shape, and no data, or random ones.
 
 Shapes are those that AutoAWQ, GPTQModel and llm-compressor write (README of each); nothing here comes from the planner.
 """
@@ -9,6 +9,8 @@ import json
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from quant.headers import CheckpointIndex
 
 SIZES = {"F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8, "I8": 1, "F8_E4M3": 1}
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
@@ -117,3 +119,35 @@ def write_published(directory: Path, config: dict[str, Any], variant: str) -> Pa
             tensors |= make(f"{prefix}.{name}", N, K, group)
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     return write_headers(directory, tensors, config if quantization is None else {**config, "quantization_config": quantization})
+
+
+def fill(directory: Path, variant: str) -> Path:
+    """Random values that a loader takes, in place of the hole: scales are positive, orders are orders, GPTQ is symmetric."""
+    import torch
+    from safetensors.torch import save_file
+
+    rng, index = torch.Generator().manual_seed(0), CheckpointIndex.open(directory).tensors
+    group, orders, tensors = VARIANTS[variant][1], {}, {}
+    for name, info in index.items():
+        if name.endswith("qzeros") and variant.startswith("gptq"):
+            found = torch.full(info.shape, 0x77777777, dtype=torch.int32)
+        elif name.endswith("g_idx"):
+            K = info.shape[0]
+            order = orders.setdefault(K, torch.randperm(K, generator=rng)) if "order" in variant else torch.arange(K)
+            found = (order // group).int()
+        elif name.endswith("weight_shape"):
+            rows, words = index[name.replace("shape", "packed")].shape
+            found = torch.tensor([rows, words * 8])
+        elif info.dtype in ("I32", "I8"):
+            bits = 31 if info.dtype == "I32" else 7
+            found = torch.randint(-(2**bits), 2**bits - 1, info.shape, generator=rng, dtype=torch.int64)
+            found = found.to(torch.int32 if info.dtype == "I32" else torch.int8)
+        elif info.dtype == "F8_E4M3":
+            found = torch.randn(info.shape, generator=rng).to(torch.float8_e4m3fn)
+        else:
+            found = (0.01 * torch.rand(info.shape, generator=rng) + 0.001).to(
+                {"F16": torch.float16, "BF16": torch.bfloat16}[info.dtype]
+            )
+        tensors[name] = found
+    save_file(tensors, directory / "model.safetensors")
+    return directory

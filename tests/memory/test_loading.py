@@ -22,9 +22,10 @@ from kernels.ops import get_ops
 from models import loader
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
+from tests.memory.published import fill, write_published
 from tests.memory.test_plan import DEFAULTS, GIB, LLAMA_8B, cpu
 from tests.models.test_loader import write_dense
-from tests.tiny_model import Shape, make_checkpoint
+from tests.tiny_model import Shape, config, make_checkpoint
 
 WIDE = Shape(hidden=1024, layers=4, heads=16, kv_heads=4, head_dim=64, mlp=4096, group=128, vocab=24000)
 
@@ -34,17 +35,18 @@ def memory(key: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 
-@pytest.fixture(scope="module", params=["awq", "tied", "dense"])
+@pytest.fixture(scope="module", params=["awq", "tied", "dense", "gptq-act-order", "ct-w8a8", "ct-fp8"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "dense":
         return write_dense(folder, hidden_size=768, intermediate_size=3072, num_hidden_layers=3, vocab_size=16000)
-    return make_checkpoint(folder, shape=replace(WIDE, tied=request.param == "tied"), tokenizer=False)
+    if request.param in ("awq", "tied"):
+        return make_checkpoint(folder, shape=replace(WIDE, tied=request.param == "tied"), tokenizer=False)
+    return fill(write_published(folder, {**config(WIDE), "torch_dtype": "bfloat16"}, request.param), request.param)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("isa", ["native", "torch"])
+@pytest.mark.parametrize(("isa", "workers"), [("native", 1), ("native", 2), ("torch", 1)])
 def test_the_peak_of_loading_is_as_planned(checkpoint: Path, isa: str, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more than planned (with a little for what is no weight), and not so much less that models would be refused."""
     if isa == "torch":
