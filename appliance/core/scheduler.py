@@ -49,13 +49,8 @@ class Scheduler:
         """``host``: blocks of host memory, for requests that give way where ``swaps`` says so, and for cached prefixes."""
         if max_num_batched_tokens < 1 or max_num_seqs < 1:
             raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens} and max_num_seqs={max_num_seqs} must be >= 1")
-        self.pool, self.store, self.swaps, self.priorities, self.fair_tokens = (
-            pool,
-            Store(pool, host, caching=caching),
-            swaps,
-            priorities,
-            fair_tokens,
-        )
+        self.pool, self.store = pool, Store(pool, host, caching=caching)
+        self.swaps, self.priorities, self.fair_tokens = swaps, priorities, fair_tokens
         self.reserve = int(watermark * pool.num_blocks)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every running decode fits into every step
@@ -262,11 +257,10 @@ class Scheduler:
         head = self._head()
         if head is None or not self.running:
             return []
-        level, fair = head.ticket[0], self.fair_tokens
+        level = head.ticket[0]
         stuck = all(r.held for r in self.running)
         idle = [r for r in reversed(self.running) if r.held and (stuck or r.request_id == head.request_id)]
-        turns = [r for r in self.running if not r.held and r.known - r.admitted_len >= fair]
-        turns.sort(key=lambda r: r.admitted_len - r.known)
+        turns = [r for r in self.running if not r.held and r.known - r.admitted_len >= self.fair_tokens]
         peers = (r for r in [*idle, *turns] if r.ticket[0] == level)
         victims = [*takewhile(lambda r: r.ticket[0] > level, reversed(self.running)), *peers]
         if not victims:
@@ -279,10 +273,8 @@ class Scheduler:
         if need(head, *self.store.places(head)) > most:
             return []
         gone: list[Request] = []
-        seats = 1 + len(self.running) - self.max_num_seqs
-        while victims and (seats > len(gone) or need(head, *self.store.places(head)) > self._room):
-            victim = victims.pop(0)
-            gone.append(self._preempt(victim, last=not victim.held))
+        while victims and (len(self.running) == self.max_num_seqs or need(head, *self.store.places(head)) > self._room):
+            gone.append(self._preempt(victims.pop(0), last=True))
         return gone
 
     def _drop(self, request: Request) -> None:
@@ -304,5 +296,5 @@ class Scheduler:
             request.computed = 0
         request.preemptions += 1
         self.num_preemptions += 1
-        self._enqueue(request, last=last)
+        self._enqueue(request, last=last and not request.held)
         return request
