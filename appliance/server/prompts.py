@@ -70,7 +70,8 @@ def _plain(message: Mapping[str, Any], i: int) -> dict[str, Any]:
     if message.get("content") is None and not message.get("tool_calls"):
         where = f"messages[{i}].content"
         raise RequestError(f"{where} must be text or a list of text parts, got nothing", param=where)
-    plain = {k: v for k, v in message.items() if k == "content" or (v is not None and (k != "tool_calls" or v))}
+    plain = {k: v for k, v in message.items() if v is not None and (k != "tool_calls" or v)}
+    plain.setdefault("content", "")  # beside calls; Qwen3's template fails on null, as clients have it
     return {**plain, "role": "system"} if plain.get("role") == "developer" else plain
 
 

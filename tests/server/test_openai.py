@@ -10,6 +10,7 @@ import pytest
 
 from tests.server.conftest import Served
 from tests.server.test_completions import events
+from tests.server.test_tools import TOOL, serve
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -97,3 +98,15 @@ def test_answers_are_as_openai_describes_them(served: Served, schemas: Any) -> N
         for chunk in events(text):
             schemas("CreateChatCompletionStreamResponse").validate(chunk)
     schemas("ErrorResponse").validate(served.post("/v1/completions", prompt="a", n=0).json())
+
+
+@pytest.mark.realdata
+def test_calls_are_as_openai_describes_them(schemas: Any, tmp_path: Path) -> None:
+    with serve(tmp_path, "Hermes") as one:
+        one.client.say('<think>Hm.</think>Hi <tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>')
+        body = {"messages": HELLO, "tools": [TOOL], "n": 2}
+        answer = one.post("/v1/chat/completions", **body).json()
+        assert answer["choices"][1]["message"]["tool_calls"]
+        schemas("CreateChatCompletionResponse").validate(answer)
+        for chunk in events(one.post("/v1/chat/completions", **body, stream=True).text):
+            schemas("CreateChatCompletionStreamResponse").validate(chunk)

@@ -15,11 +15,15 @@ import pytest
 from appliance.config import EngineConfig, ServerConfig
 from appliance.core.messages import Event, Submit
 from appliance.server.parsers import Parsers
+from appliance.server.prompts import _plain
 from appliance.text.tokenizer import Tokenizer
+from appliance.text.tools.choice import tool_choice
+from appliance.text.tools.detect import detect
 from quant.errors import InputError
 from tests.server.conftest import Served, serve_in_thread
 from tests.server.fake import END, FakeClient, info
 from tests.server.test_completions import events
+from tests.text.test_tool_choice import chat_of
 from tests.text.tool_texts import FORMS, KINDS, any_text, calls, seeded
 from tests.tiny_model import write_tokenizer
 
@@ -226,6 +230,29 @@ def test_calls_that_are_cut_off(hermes: Served) -> None:
     message = ask(hermes, max_tokens=10)
     assert message["content"] == '<tool_call>{"name": '[: len(message["content"])] and "tool_calls" not in message
     assert ask(hermes, stop=["Ro"])["tool_calls"][0]["function"]["arguments"] == '{"city": "'
+
+
+@pytest.mark.realdata
+def test_calls_without_content_are_read_by_real_templates(shared_data: Path) -> None:
+    """As OpenAI's client sends back what it got: content and other fields are null. Qwen3's own template fails on that."""
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    empty = dict.fromkeys(("content", "refusal", "audio", "function_call", "annotations"))
+    messages = [
+        *HELLO,
+        {"role": "assistant", "tool_calls": [call], **empty},
+        {"role": "tool", "tool_call_id": "abcdefghi", "content": "!"},
+    ]
+    answered = [*messages, {"role": "assistant", "content": "Sunny.", "tool_calls": None, "refusal": None}, *HELLO]
+    read = 0
+    for path in sorted((shared_data / "tokenizers" / "chat_templates").glob("*.jinja")):
+        chat = chat_of(path.read_text())
+        if detect(chat) is None:
+            continue
+        plain = [_plain(message, i) for i, message in enumerate(answered)]
+        text = chat(plain, add_generation_prompt=True, tools=list(tool_choice([TOOL], None).tools))
+        assert "Sunny." in text and text.count("weather") >= 2 and "None" not in text, path.name
+        read += 1
+    assert read >= 15
 
 
 def test_parallel_calls(hermes: Served) -> None:

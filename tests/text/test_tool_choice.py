@@ -25,7 +25,12 @@ def test_modes():
     assert tool_choice(TOOLS, "required").mode == "required"
     named = tool_choice(TOOLS, NAMED)
     assert (named.mode, named.name, [one["name"] for one in named.functions]) == ("named", "clock", ["clock"])
-    assert named.tools == tuple(TOOLS) and named.parses and not tool_choice(TOOLS, "none").parses
+    weather, clock = named.tools
+    assert weather["function"] == {**WEATHER["function"], "description": ""}
+    assert clock["function"] == {"name": "clock", "description": "", "parameters": {"type": "object", "properties": {}}}
+    nulls = {**CLOCK, "function": {**CLOCK["function"], "description": None, "parameters": None, "strict": None}}
+    assert tool_choice([nulls], None).tools == (clock,)
+    assert named.parses and not tool_choice(TOOLS, "none").parses
 
 
 @pytest.mark.parametrize(
@@ -107,7 +112,10 @@ def test_the_format_of_real_templates(shared_data):
     seen = set()
     for path in sorted((shared_data / "tokenizers" / "chat_templates").glob("*.jinja")):
         expected = next((name for name, starts in WRITES.items() if path.name.startswith(starts)), None)
-        assert detect(chat_of(path.read_text())) == expected, path.name
+        chat = chat_of(path.read_text())
+        assert detect(chat) == expected, path.name
+        if expected:  # and it can be told of tools that say little
+            chat([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tools=list(tool_choice([CLOCK], None).tools))
         seen.add(expected)
     assert seen == {None, *WRITES} and set(WRITES) <= set(PARSERS)
 

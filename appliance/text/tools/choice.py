@@ -11,13 +11,15 @@ from appliance.core.params import RequestError
 from appliance.text.tools.formats import Hermes, Llama3Json, Mistral
 from appliance.text.tools.parser import ToolParser
 
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
+
 
 @dataclass(frozen=True)
 class ToolChoice:
     """``auto``: the model decides. ``none``: it is told of no tools. ``required``, ``named``: it must call, see ``forced``."""
 
     mode: Literal["auto", "none", "required", "named"] = "none"
-    tools: tuple[dict[str, Any], ...] = ()  # as sent
+    tools: tuple[dict[str, Any], ...] = ()  # for the chat template: as sent, with what the template may ask for
     name: str | None = None  # of the function, where mode is "named"
 
     @property
@@ -39,7 +41,7 @@ def tool_choice(tools: Any, choice: Any) -> ToolChoice:
     seen: set[str] = set()
     for i, tool in enumerate(tools or ()):
         _check(tool, f"tools[{i}]", seen)
-    given = tuple(tools or ())
+    given = tuple(_completed(tool) for tool in tools or ())
     if choice is None or choice in ("auto", "none"):
         return ToolChoice("auto" if given and choice != "none" else "none", given)
     name = _named(choice)
@@ -66,6 +68,14 @@ def _check(tool: Any, where: str, seen: set[str]) -> None:
     if parameters is not None and not isinstance(parameters, Mapping):
         message = f"{where}.function.parameters must be a JSON schema, got {parameters!r:.80}"
         raise RequestError(message, param=f"{where}.function.parameters")
+
+
+def _completed(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """With a description and parameters, which some templates (Hermes 3) cannot do without, and without fields that are null."""
+    function = {k: v for k, v in tool["function"].items() if v is not None}
+    for name, value in (("description", ""), ("parameters", _NO_PARAMETERS)):
+        function.setdefault(name, value)
+    return {**{k: v for k, v in tool.items() if v is not None}, "type": "function", "function": function}
 
 
 def _named(choice: Any) -> str | None:
@@ -141,8 +151,8 @@ def forced(choice: ToolChoice, form: Form, *, parallel: bool = True) -> Forced:
 
 def parameters(function: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of a function's arguments: always an object, by OpenAI's word an empty one where none is given."""
-    given = function.get("parameters")
-    return {"type": "object", **given} if given else {"type": "object", "properties": {}, "additionalProperties": False}
+    given = function.get("parameters") or _NO_PARAMETERS
+    return {**given, "additionalProperties": False} if given == _NO_PARAMETERS else {"type": "object", **given}
 
 
 def schema(choice: ToolChoice, *, parallel: bool = True) -> dict[str, Any]:
