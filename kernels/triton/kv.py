@@ -239,7 +239,7 @@ def fold(  # type: ignore[no-untyped-def]
         base, rows = token_rows(table, first, tokens, live, scale_block_stride, scale_token_stride, BLOCK_SIZE, BLOCK_N)
         step, least = load_scales(k_scale_ptr + base + kv_head + rows, live, CODE)
         units, v_least = load_scales(v_scale_ptr + base + kv_head + rows, live, CODE)
-        units = tl.maximum(units, LEAST_SCALE)
+        units = tl.where(units < LEAST_SCALE, LEAST_SCALE, units)  # NaN stays
         scores *= (step * scale)[None, :]
         if CODE == "int4":
             scores += (q_sum * scale)[:, None] * least[None, :]

@@ -35,9 +35,11 @@ def store_in_cache(  # type: ignore[no-untyped-def]
     if CODE == "":
         store(start, a, b, rest, live, HALF, REST)
     elif CODE == "int4":
-        least, most = _least(a, b, rest, HALF, REST), -_least(-a, -b, -rest, HALF, REST)
+        nothing = _largest(a, b, rest) * 0.0  # NaN where a number is not finite: the head is NaN then
+        least, most = _least(a, b, rest, HALF, REST), -_least(-a, -b, -rest, HALF, REST) + nothing
         low = tl.minimum(tl.maximum(least, -_MOST), _MOST).to(tl.float16)
-        step = tl.minimum(tl.div_rn(most - low.to(tl.float32), 15.0), _MOST).to(tl.float16)
+        step = tl.div_rn(most - low.to(tl.float32), 15.0)
+        step = tl.where(step > _MOST, _MOST, step).to(tl.float16)
         tl.store(scales + place, pack_scales(step, low), mask=live)
         least, share = low.to(tl.float32), _inverse(step.to(tl.float32))
         a, b = _nibbles((a - least) * share), _nibbles((b - least) * share)
@@ -56,9 +58,17 @@ def store_in_cache(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _largest(a, b, rest):  # type: ignore[no-untyped-def]
-    """The largest magnitude of each head, [heads, 1]; where there is no feature, there is 0."""
-    found = tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 1, keep_dims=True)
-    return tl.maximum(found, tl.max(tl.abs(rest), 1, keep_dims=True))
+    """The largest magnitude of each head, [heads, 1]: NaN where one is, as the bits of NaN are the largest of all.
+
+    Where there is no feature, there is 0.
+    """
+    found = tl.max(tl.maximum(_bits(a), _bits(b)), 1, keep_dims=True)
+    return tl.maximum(found, tl.max(_bits(rest), 1, keep_dims=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bits(x):  # type: ignore[no-untyped-def]
+    return tl.abs(x).to(tl.int32, bitcast=True)
 
 
 @triton.jit

@@ -226,6 +226,19 @@ def test_nothing_but_zeros(kind: str, now: int) -> None:
     compare(attention(q, small, to_device(batch), scale=0.3), q, wide, to_device(batch), scale=0.3)
 
 
+@pytest.mark.parametrize("kind", SCALED_CACHES)
+@pytest.mark.parametrize("part", ["k_scale", "v_scale"])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_not_finite_is_not_hidden(part: str, kind: str) -> None:
+    """Scales of NaN make the rows that see their token NaN, and leave other sequences alone."""
+    batch, cache = make_step([(20, 1), (30, 1), (3, 20)], kv_heads=1)
+    small, _ = held(cache, kind)
+    scales = getattr(small, part)
+    scales[int(batch.block_tables[1, 1]), 2] = scales[int(batch.block_tables[2, 0]), 9] = float("nan")
+    found = attention(torch.randn(22, 2, 16).half().to(DEVICE), small, to_device(batch), scale=0.3)
+    assert bool(found[0].isfinite().all()) and bool(found[[1, *range(8, 22)]].isnan().all())
+
+
 def test_huge_scores() -> None:
     """The maximum is subtracted before the exponential, and rows that see nothing of a tile stay as they are."""
     check([(100, 1), (50, 1)], spread=3e4, dtype=torch.float32)

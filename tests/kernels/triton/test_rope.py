@@ -210,6 +210,20 @@ def test_given_scales(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SCALED_CACHES)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_not_finite_is_not_hidden(wrong: float, kind: str) -> None:
+    """A head with such a number is not finite, in part or all of it; others are as ever."""
+    batch, _ = step([(0, 2)], kv_heads=2, head_dim=16)
+    qkv, small = draw(2, 6 * 16, dtype=torch.float32), empty_cache(kind, (3, 16, 2, 16))
+    qkv[1, 2 * 16 + 3] = qkv[1, 5 * 16 + 12] = wrong
+    rope.rope_store(qkv, 2, small, batch, angles(8))
+    for (codes, scales), head in zip(stored(small, batch.slots), (0, 1), strict=True):
+        finite = dequantize(codes, scales).isfinite().all(-1)
+        assert not finite[1, head] and int(finite.sum()) == 3
+
+
+@pytest.mark.parametrize("kind", SCALED_CACHES)
 def test_partial_sums_into_quantized_caches(kind: str) -> None:
     """What a product that adds them up itself would have left there; padding is left alone."""
     batch, wide = step([(5, 2), (17, 1), (7, 1)], kv_heads=2, head_dim=64, dtype=torch.float16)
