@@ -17,6 +17,8 @@ KNOWN = (
     "whole batches, exact length",
     "whole batches, longest",
     "paged, no prefix cache",
+    "blocks of 16",
+    "blocks of 64",
 )
 Points = Sequence[tuple[float, float]]
 

@@ -305,4 +305,5 @@ def test_axes() -> None:
     even, log = plots.Scale(0, 12, 100, 700), plots.Scale(0.1, 1000, 100, 500, log=True)
     assert even(3) == 250 and even(99) == 700 and even.ticks() == [0, 5, 10]
     assert log(10) == 300 and log(0.1) == 100 and {0.1, 1, 1000} <= {round(tick, 6) for tick in log.ticks()}
+    assert len(set(plots.colour_of(plots.KNOWN).values())) == len(plots.KNOWN)
     assert [plots.label(v) for v in (0.2, 5, 1500, 20000, 12e6)] == ["0.2", "5", "1.5k", "20k", "12M"]
