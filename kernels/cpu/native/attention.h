@@ -1,8 +1,9 @@
 // Attention over the paged cache, without a contiguous copy of it: softmax online over chunks of 64 keys (Dao et al. 2022).
 //
 // An item of work is a tile of queries (tokens by the query heads that share a key head) against a range of keys; few tokens take
-// all key heads together, so that the cache is read as it lies. A chunk of keys is transposed, and its values widened, into the cache of the core; both products are then those of tiles.h.
-// Long ranges are cut into several items, whose results are merged: so few long sequences occupy all threads.
+// all key heads together, so that the cache is read as it lies. A chunk of keys is transposed, and its values widened, into the
+// cache of the core; both products are then those of tiles.h. Long ranges are cut into several items, whose results are merged:
+// so few long sequences occupy all threads.
 #pragma once
 #include "chunks.h"
 
@@ -147,14 +148,7 @@ INLINE void attend(const Attention& at, const Work& work, int64_t head, int64_t 
         const int64_t next = base + kKeys < end ? locate(a, work.sequence, base + kKeys, work.last, head, following) : 0;
         Ahead ahead{a.cache, following, next, work.together};
         for (int64_t h = 0; h < work.together; ++h) {
-            with_cache(a.cache.type, [&](auto tag) {
-                constexpr Type C = decltype(tag)::value;
-#if defined(__AVX512BF16__)
-                if constexpr (C != Type::f32 && C != Type::f16)
-                    if (at.pairs) return pair_chunk<C>(a.cache, here, n, h, at.panels, t, ahead);
-#endif
-                widen_chunk<C>(a.cache, here, n, h, at.panels, t, ahead);
-            });
+            load_chunk(a.cache, Rows(a.cache, here, n, h), at.pairs, at.panels, t, ahead);
             if (at.coded) load_scales(a.cache, here, n, h, t);
             ahead.ask(8);
             zero(t.scores, each * kKeys);

@@ -35,16 +35,18 @@ INLINE I widen_i4(const uint8_t* p) {
     return r;
 }
 
-// Codes d .. d + 15 of a head of `dim` features, in float32; what is beyond `dim` is 0. bfloat16 has all of them exactly.
-template <Type C> INLINE F load_codes(const uint8_t* codes, int64_t d, int64_t dim) {
+// Codes d .. d + 15 of a head of `dim` features, in float32; kWhole: all are there, else what is beyond `dim` is 0. bfloat16 has all
+// of them exactly.
+template <Type C, bool kWhole = false> INLINE F load_codes(const uint8_t* codes, int64_t d, int64_t dim) {
     if constexpr (C == Type::i4) {
-        if (dim - d >= 16) return to_float(widen_i4(codes + d / 2));
+        if (kWhole || dim - d >= 16) return to_float(widen_i4(codes + d / 2));
         alignas(8) uint8_t some[8];
         std::memset(some, int(kMiddle) * 0x11, 8);
         std::memcpy(some, codes + d / 2, size_t(dim - d) / 2);
         return to_float(widen_i4(some));
     } else {
-        return load_some<C>(reinterpret_cast<const typename As<C>::Item*>(codes) + d, dim - d);
+        const auto* items = reinterpret_cast<const typename As<C>::Item*>(codes) + d;
+        return kWhole ? As<C>::load(items) : load_some<C>(items, dim - d);
     }
 }
 

@@ -125,6 +125,10 @@ template <> struct As<Type::i8> {
     static INLINE void store(Item* p, F x) { narrow_8(p, round_to_int(x)); }
 };
 
+template <> struct As<Type::i4> {
+    using Item = uint8_t;  // two of them
+};
+
 // n <= 16 items; the other lanes are 0 (load) or left alone (store).
 template <Type T> INLINE F load_some(const typename As<T>::Item* p, int64_t n) {
     if (n >= 16) return As<T>::load(p);

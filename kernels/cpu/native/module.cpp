@@ -140,6 +140,7 @@ NB_MODULE(_native, m) {
 
     nb::class_<Cache>(m, "Cache").def("__init__", [](Cache* self, uintptr_t k, uintptr_t v, uintptr_t k_scale, uintptr_t v_scale, int type,
                                                      int64_t block_size, int64_t heads, int64_t dim, float k_given, float v_given) {
+        if (dim > kMostFeatures) throw std::invalid_argument("heads of " + std::to_string(dim) + " features; at most 1024 are supported");
         new (self) Cache{at<void>(k), at<void>(v), at<void>(k_scale), at<void>(v_scale), Type(type), block_size, heads, dim, k_given, v_given};
     });
 

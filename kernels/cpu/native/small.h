@@ -79,13 +79,12 @@ template <Type T> INLINE void rotate_head(const typename As<T>::Item* x, const t
 inline void rope_store(Pool& pool, const RopeStoreArgs& a) {
     const Cache& c = a.cache;
     const int64_t heads = a.q_heads + 2 * c.heads;
-    constexpr int64_t kMost = 1024;  // of a head, on the stack; the bindings check it
     with_type(a.type, [&](auto tag) {
         constexpr Type T = decltype(tag)::value;
         using Item = typename As<T>::Item;
         // By heads, not tokens: a step may have one token.
         ranges(pool, a.tokens * heads, c.dim * 16, [&](int64_t first, int64_t last) {
-            alignas(64) float wide[kMost];
+            alignas(64) float wide[kMostFeatures];
             for (int64_t i = first; i < last; ++i) {
                 const int64_t token = i / heads, head = i % heads;
                 Item* x = static_cast<Item*>(a.qkv) + token * a.stride + head * c.dim;

@@ -11,6 +11,7 @@ enum class Type : int { f32 = 0, bf16 = 1, f16 = 2, f8 = 3, i8 = 4, f8e5 = 5, i4
 inline int64_t item_size(Type t) { return t == Type::f32 ? 4 : t == Type::bf16 || t == Type::f16 ? 2 : 1; }
 
 constexpr int64_t kPanel = 64;     // outputs side by side in memory
+constexpr int64_t kMostFeatures = 1024;  // of a head; the bindings check it
 constexpr int64_t kSegment = 128;  // inputs that share an activation scale, at most
 
 enum class Codes : int { int4 = 0, int8 = 1, f8 = 2, bf16 = 3, f16 = 4, f32 = 5 };
