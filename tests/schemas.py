@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
+
+import jsonschema
 
 Schema = dict[str, Any]
 
@@ -36,6 +39,32 @@ PATTERNS = (
     r"^.{0,4}$",
 )
 FORMATS = ("date", "time", "date-time", "email", "ipv4", "ipv6", "uuid", "uri", "hostname", "duration")
+
+FORMATS_CHECKED = jsonschema.FormatChecker()  # with what jsonschema itself can only check where more packages are there
+_TIME = r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?([Zz]|[+-]([01]\d|2[0-3]):[0-5]\d)"  # RFC 3339, leap seconds included
+
+
+@FORMATS_CHECKED.checks("time")
+def _is_time(value: object) -> bool:
+    return not isinstance(value, str) or re.fullmatch(_TIME, value) is not None
+
+
+@FORMATS_CHECKED.checks("date-time")
+def _is_date_time(value: object) -> bool:
+    return (
+        not isinstance(value, str)
+        or re.fullmatch(rf"\d{{4}}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])[Tt ]{_TIME}", value) is not None
+    )
+
+
+@FORMATS_CHECKED.checks("uri")
+def _is_uri(value: object) -> bool:
+    return not isinstance(value, str) or re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s\"<>\\^`{|}]*", value) is not None
+
+
+@FORMATS_CHECKED.checks("duration")
+def _is_duration(value: object) -> bool:
+    return not isinstance(value, str) or re.fullmatch(r"P(?!$)(\d+[YMWD])*(T(\d+[HMS])+)?", value) is not None
 
 
 def boolean(_: random.Random, __: int) -> Schema:

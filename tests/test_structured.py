@@ -14,10 +14,9 @@ from appliance import LLM, SamplingParams, StructuredOutputsParams
 from appliance.core.params import RequestError
 from appliance.hub import demo_model
 from appliance.text.grammar import MAX_CHARS, compile_grammar
-from tests.schemas import schemas
+from tests.schemas import FORMATS_CHECKED, schemas
 
 ALL = dict(schemas())
-CHECKER = jsonschema.FormatChecker()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def test_answers_are_valid_under_their_schemas(llm: LLM) -> None:
             assert reason in ("stop", "length")
             if reason == "stop":
                 ended += 1
-                jsonschema.Draft202012Validator(schema, format_checker=CHECKER).validate(json.loads(text))
+                jsonschema.Draft202012Validator(schema, format_checker=FORMATS_CHECKED).validate(json.loads(text))
     assert ended > 1.5 * len(chosen), "most answers come to their end"
 
 

@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,16 +22,21 @@ from appliance.text.grammar import KEPT, deep_thread, library, limits, vocabular
 class Guide:
     """One completion's place in its grammar."""
 
-    __slots__ = ("_taken", "matcher")
+    __slots__ = ("_matcher", "_taken")
 
     def __init__(self, matcher: Any) -> None:
-        self.matcher, self._taken = matcher, 0
+        self._matcher, self._taken = matcher, 0
 
-    def follow(self, request: Request) -> None:
-        """Take the output tokens that came since it was asked last."""
+    def allowed(self, request: Request, bits: np.ndarray) -> str:
+        """Set the bits, int32 [ceil(V / 32)], of the tokens that may come next; what is wrong, where the grammar gave up.
+
+        In this thread: it takes some hundredths of a millisecond, and others would have to be woken.
+        """
         if fresh := request.tokens[request.prompt_len + self._taken :]:
-            self.matcher.consume_tokens(fresh)
+            self._matcher.consume_tokens(fresh)
             self._taken += len(fresh)
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        return self._matcher.get_error()
 
 
 class Grammars:
@@ -100,18 +104,14 @@ class Masks:
     @classmethod
     def of(cls, requests: Sequence[Request], vocab: int) -> Masks:
         """Of the requests that sample, in the order of their rows; on the host, so it may be done while the device works."""
-        guided = [row for row, request in enumerate(requests) if request.guide is not None]
-        if not guided:
-            return cls()
-        for row in guided:
-            requests[row].guide.follow(requests[row])
-        bits = np.zeros((len(guided), -(-vocab // 32)), dtype=np.int32)
-        matchers = [(requests[row].guide.matcher, place) for place, row in enumerate(guided)]
-        _executor().unsafe_compute_mask_ptr(matchers, bits.ctypes.data, bits.shape[1] * 4, len(guided))
-        errors = {
-            requests[row]: f"its grammar: {m.get_error()}" for row, (m, _) in zip(guided, matchers, strict=True) if m.is_error()
-        }
-        return cls(dict(zip(guided, bits.view(np.uint8), strict=True)), errors)
+        rows, errors = {}, {}
+        for row, request in enumerate(requests):
+            if request.guide is not None:
+                bits = np.zeros(-(-vocab // 32), dtype=np.int32)
+                rows[row] = bits.view(np.uint8)
+                if error := request.guide.allowed(request, bits):
+                    errors[request] = f"its grammar: {error}"
+        return cls(rows, errors)
 
     def __bool__(self) -> bool:
         return bool(self.rows)
@@ -123,8 +123,3 @@ class Masks:
             if first <= row < first + logits.shape[0]:
                 banned = torch.from_numpy(np.unpackbits(~bits, count=vocab, bitorder="little")).view(torch.bool)
                 logits[row - first].masked_fill_(banned.to(logits.device), float("-inf"))
-
-
-@cache
-def _executor() -> Any:
-    return library().LLExecutor()
