@@ -14,6 +14,7 @@ GIB = 1024**3
 
 def info(*, num_blocks: int = 1536, block_size: int = 16) -> EngineInfo:
     plan = {  # as MemoryPlan.to_dict(): test_memory checks that the names agree
+        "device": {"kind": "cpu"},
         "budget_bytes": 3 * GIB,
         "weights_bytes": {"embedding": 525336576, "attention": 90177536, "mlp": 422576128, "total": 1038090240},
         "workspace_bytes": {"logits": 134217728, "total": 134217728},

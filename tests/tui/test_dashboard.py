@@ -59,7 +59,7 @@ async def test_shows_everything_on_a_large_screen() -> None:
         assert f"KV blocks · {stats.blocks_kept:,} kept · prefix hits 40 %" in text and "□" in text
         assert "256 MiB: 60 of 512 blocks used, 130 kept" in text and "swapped " in text
         assert "generation" in text and "tok/s" in text and "peak" in text
-        assert "plan 2.13 GiB of 3.00 GiB · process 2.10 GiB" in text and "weights 990 MiB" in text and "KV 768 MiB" in text
+        assert "plan 2.38 GiB of 3.00 GiB · process 2.10 GiB" in text and "weights 990 MiB" in text and "KV 768 MiB" in text
         first = stats.requests_now[0]
         row = next(line for line in text.split("\n") if first.request_id in line)
         assert row.split()[1:6] == [

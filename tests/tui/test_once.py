@@ -104,8 +104,9 @@ def test_state_of_a_request() -> None:
     assert state(replace(request, state="waiting")) == "waiting"
 
 
-def test_memory_bar_reads_the_planners_own_words(tmp_path: Path) -> None:
-    plan = make_plan(make_checkpoint(tmp_path), EngineConfig(model=str(tmp_path), device="cpu"))
+@pytest.mark.parametrize("swap", [0.0, 0.01])
+def test_memory_bar_reads_the_planners_own_words(tmp_path: Path, swap: float) -> None:
+    plan = make_plan(make_checkpoint(tmp_path), EngineConfig(model=str(tmp_path), device="cpu", swap_space=swap))
     parts = plan_parts(plan.to_dict())
     assert parts is not None and sum(parts.sizes.values()) == plan.total and parts.budget == plan.budget
     assert plan_parts({}) is None and plan_parts({"weights_bytes": 1}) is None

@@ -14,7 +14,7 @@ from appliance.tui.feed import View
 from appliance.tui.text import percent, segments, size
 
 GLYPHS = {"weights": ("█", "$primary-lighten-1"), "KV": ("▓", "$text-success"), "workspace": ("▒", "$text-warning"),
-          "graphs": ("▒", "$text-accent"), "runtime": ("░", "$text-error")}  # fmt: skip
+          "swap": ("▚", "$primary"), "graphs": ("▒", "$text-accent"), "runtime": ("░", "$text-error")}  # fmt: skip
 NAMES = {"kv_cache": "KV"}  # where the plan's own would be too long
 
 
@@ -27,9 +27,11 @@ class Parts:
 
 
 def plan_parts(plan: Mapping[str, Any]) -> Parts | None:
-    """Out of MemoryPlan.to_dict(); None where the plan does not say."""
+    """Out of MemoryPlan.to_dict(); None where the plan does not say. On a CPU the swap space is in the same memory."""
     found = {NAMES.get(category, category): size for category, size in plan_bytes(plan).items()}
-    sizes = {name: found[name] for name in GLYPHS if name in found and (found[name] or name != "graphs")}
+    if plan.get("device", {}).get("kind") != "cpu":
+        found.pop("swap", None)
+    sizes = {name: found[name] for name in GLYPHS if name in found and (found[name] or name not in ("graphs", "swap"))}
     if not {"weights", "KV", "workspace", "runtime", "budget"} <= found.keys():
         return None
     return Parts(sizes, max(found["budget"], sum(sizes.values())))
