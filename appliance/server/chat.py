@@ -16,7 +16,8 @@ from appliance.server.respond import stream
 from appliance.server.sampling import chat_params
 from appliance.server.schemas import ChatRequest
 from appliance.server.state import ServerState
-from appliance.text.answer import AnswerDelta, AnswerParser
+from appliance.server.structured import with_grammar
+from appliance.text.answer import Answer, AnswerDelta, AnswerParser
 from appliance.text.tools.choice import ToolChoice
 from appliance.text.tools.parser import CallDelta
 
@@ -25,7 +26,7 @@ async def answer(state: ServerState, request_id: str, body: ChatRequest) -> Resp
     body.check()
     state.check_unknown(body)
     state.check_model(body.model)
-    params = chat_params(body, state.defaults, state.server_config.max_logprobs)
+    params = await with_grammar(chat_params(body, state.defaults, state.server_config.max_logprobs), body)
     choice = state.parsers.choice(body)
     prompt = await chat_prompt(body, state.tokenizer, state.info.max_model_len, list(choice.tools) or None)
     job = Job(state, request_id, "chatcmpl", [prompt], params, body, shown=state.parsers.shown(choice))
@@ -56,10 +57,10 @@ class ChatView:
         choices = []
         for c, output in enumerate(self.job.best):
             parser = self._parser()
-            parser.parse(output.text)
+            found = parser.parse(output.text)
             choice: dict[str, Any] = {
                 "index": c,
-                "message": self._message(parser),
+                "message": self._message(found),
                 "logprobs": self.format.chat(output.logprobs or (), self.body.top_logprobs or 0) if self.body.logprobs else None,
                 "finish_reason": parser.finish_reason(output.finish_reason),
                 "stop_reason": output.stop_reason,
@@ -77,16 +78,15 @@ class ChatView:
     def _parser(self) -> AnswerParser:
         return self.state.parsers.new(self.choice, self.body, self.job.prompts[0])
 
-    def _message(self, parser: AnswerParser) -> dict[str, Any]:
-        calls = parser.answer.calls
-        content = parser.answer.content
-        message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
-        if calls:
+    def _message(self, found: Answer) -> dict[str, Any]:
+        content = found.content or (None if found.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if found.calls:
             message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in calls
+                for call in found.calls
             ]
-        return message | self._reasoning(parser.reasoning)
+        return message | self._reasoning(found.reasoning)
 
     def _reasoning(self, text: str) -> dict[str, Any]:
         """Under DeepSeek's name and under vLLM's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from appliance.text.reasoning import ReasoningParser
 from appliance.text.tools.parser import CallDelta, ToolAnswer, ToolDelta, ToolParser
@@ -18,17 +18,19 @@ class AnswerDelta:
     content: str = ""
     calls: tuple[CallDelta, ...] = ()
 
-    def __bool__(self) -> bool:
-        return bool(self.reasoning or self.content or self.calls)
+
+@dataclass(slots=True)
+class Answer(ToolAnswer):
+    """The sum of deltas."""
+
+    reasoning: str = field(default="", kw_only=True)
 
 
 class AnswerParser:
-    """``reasoning`` and ``answer`` are the sums of all deltas; without parsers all text is content."""
+    """One answer. Without parsers all of its text is content."""
 
     def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None, *, parallel: bool = True) -> None:
         """Not ``parallel``: only the first call is given out."""
-        self.reasoning = ""
-        self.answer = ToolAnswer()
         self._reasoning, self._tools, self._parallel = reasoning, tools, parallel
 
     def push(self, text: str, *, last: bool = False) -> AnswerDelta:
@@ -41,17 +43,17 @@ class AnswerParser:
         if self._tools is not None:
             found = [self._tools.push(text), *([self._tools.finish()] if last else [])]
         calls = tuple(news for one in found for news in one.calls if self._parallel or news.index == 0)
-        delta = AnswerDelta(reasoning, "".join(one.content for one in found), calls)
-        self.reasoning += delta.reasoning
-        self.answer.add(delta.content, delta.calls)
-        return delta
+        return AnswerDelta(reasoning, "".join(one.content for one in found), calls)
 
-    def parse(self, text: str) -> None:
+    def parse(self, text: str) -> Answer:
         """A whole text at once. (In pieces, since cutting a long text in many places is slow.)"""
-        for i in range(0, len(text), _PIECE):
-            self.push(text[i : i + _PIECE])
-        self.push("", last=True)
+        answer = Answer()
+        for i in range(0, len(text) + 1, _PIECE):
+            delta = self.push(text[i : i + _PIECE], last=i + _PIECE > len(text))
+            answer.reasoning += delta.reasoning
+            answer.add(delta.content, delta.calls)
+        return answer
 
     def finish_reason(self, reason: str | None) -> str | None:
         """OpenAI's word for how the answer ended."""
-        return "tool_calls" if reason == "stop" and self.answer.calls else reason
+        return "tool_calls" if reason == "stop" and self._tools is not None and self._tools.count else reason

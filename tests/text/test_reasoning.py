@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.text.answer import AnswerParser
+from appliance.text.answer import Answer, AnswerParser
 from appliance.text.reasoning import REASONING, THINK, ReasoningDelta, ReasoningParser, Tags, tags_of
 from appliance.text.tools.formats import Hermes, Mistral
 from tests.text.test_tool_choice import chat_of
@@ -88,17 +88,25 @@ def test_answers_with_reasoning_and_calls(kind):
             tools = None if kind is None else kind(lambda: "id")
             return AnswerParser(ReasoningParser(THINK, opened=opened), tools, parallel=parallel)
 
-        whole, parts = make(), make()
-        whole.push(text, last=True)
-        for piece in cuts(rng, text):
-            parts.push(piece)
-        parts.push("", last=True)
-        assert (whole.reasoning, whole.answer) == (parts.reasoning, parts.answer), text
-        assert parallel or len(whole.answer.calls) <= 1
+        whole, parts, parser = make().parse(text), Answer(), make()
+        for delta in [*map(parser.push, cuts(rng, text)), parser.push("", last=True)]:
+            parts.reasoning += delta.reasoning
+            parts.add(delta.content, delta.calls)
+        assert whole == parts, text
+        assert parallel or len(whole.calls) <= 1
         alone = ReasoningParser(THINK, opened=opened).parse(text)
         assert whole.reasoning == alone.reasoning
         if kind is None:
-            assert whole.answer.content == alone.content
+            assert whole.content == alone.content
+
+
+def test_long_answers():
+    text = (
+        "<think>" + "Hm. " * 5000 + "</think>" + '<tool_call>{"name": "f", "arguments": {"a": "' + "x" * 8191 + '"}}</tool_call>'
+    )
+    for extra in ("", "y", "y" * 4096):
+        answer = AnswerParser(ReasoningParser(THINK), Hermes()).parse(text + extra)
+        assert (len(answer.reasoning), answer.content, len(answer.calls[0].arguments)) == (20000, extra, 8200)
 
 
 def test_finish_reasons():
@@ -110,13 +118,14 @@ def test_finish_reasons():
         (call, None, None),
     ]:
         parser = AnswerParser(None, Hermes())
-        parser.push(text, last=True)
+        parser.parse(text)
         assert parser.finish_reason(reason) == expected
     plain = AnswerParser(None, None)
-    assert plain.push(call, last=True).content == call and plain.finish_reason("stop") == "stop"
-    inside = AnswerParser(ReasoningParser(THINK), Mistral())
-    inside.push("<think>I could [TOOL_CALLS]f[ARGS]{}</think>[TOOL_CALLS]g[ARGS]{}", last=True)
-    assert inside.reasoning == "I could [TOOL_CALLS]f[ARGS]{}" and [one.name for one in inside.answer.calls] == ["g"]
+    assert plain.parse(call).content == call and plain.finish_reason("stop") == "stop"
+    inside = AnswerParser(ReasoningParser(THINK), Mistral()).parse(
+        "<think>I could [TOOL_CALLS]f[ARGS]{}</think>[TOOL_CALLS]g[ARGS]{}"
+    )
+    assert inside.reasoning == "I could [TOOL_CALLS]f[ARGS]{}" and [one.name for one in inside.calls] == ["g"]
 
 
 def test_where_an_answer_begins():
