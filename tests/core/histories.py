@@ -212,6 +212,7 @@ class History:
             came = {r for r in scheduler.running if r not in before}
             passed = [r for r in queue if r in scheduler.waiting and not r.held]
             assert all(a.ticket < w.ticket for a in came for w in passed), "somebody was overtaken"
+            assert not scheduler.priorities or all(a.priority <= w.priority for a in came for w in passed)
             assert plan.chunks or plan.preempted or self.flight or not self.alive, "nothing goes on"
             self.count_waits()
         else:
