@@ -59,18 +59,7 @@ class History:
         """Something happens."""
         if not self.alive:
             self.add()
-        what = self.choose(24)
-        (
-            self.add
-            if what < 8
-            else self.ahead
-            if what < 14
-            else self.step
-            if what < 21
-            else self.abort
-            if what < 23
-            else self.mishap
-        )()
+        (*[self.add] * 8, *[self.ahead] * 6, *[self.step] * 7, self.abort, self.abort, self.mishap)[self.choose(24)]()
 
     def add(self) -> None:
         """A request of one or several completions; its prompt begins like others, or goes on from an earlier answer."""
