@@ -17,6 +17,7 @@ from appliance.server.respond import stream
 from appliance.server.sampling import completion_params
 from appliance.server.schemas import CompletionRequest
 from appliance.server.state import ServerState
+from appliance.server.structured import with_grammar
 from appliance.text.output import Delta
 
 
@@ -25,7 +26,7 @@ async def answer(state: ServerState, request_id: str, body: CompletionRequest) -
     state.check_unknown(body)
     state.check_model(body.model)
     limit = state.info.max_model_len
-    params = completion_params(body, state.defaults, state.server_config.max_logprobs)
+    params = await with_grammar(completion_params(body, state.defaults, state.server_config.max_logprobs), body)
     prompts = await completion_prompts(body, state.tokenizer, limit)
     if body.max_tokens is None:
         params = clamp_max_tokens(params, prompts, limit)

@@ -24,30 +24,19 @@ HARMLESS = frozenset(
         "mm_processor_kwargs",
         "media_io_kwargs",
         "id_slot",
+        "guided_decoding_backend",
         "timings_per_token",
         "return_progress",
     }
 )
 
 _OFF: tuple[object, ...] = (False, "", [], {})  # False == 0, so 0 is among them
-_STRUCTURED = "structured output is not supported: ask for the format in the prompt"
 _SAMPLER = "this sampler is not supported: use temperature, top_p, top_k, min_p and the penalties"
 _TOOLS = "this older form is not supported: use tools and tool_choice"
 
 # Known, and they would change the answer: field -> (values that ask for nothing, what to do instead).
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
-    "response_format": ((*_OFF, {"type": "text"}), _STRUCTURED),
-    "structured_outputs": (_OFF, _STRUCTURED),
-    "guided_json": (_OFF, _STRUCTURED),
-    "guided_regex": (_OFF, _STRUCTURED),
-    "guided_choice": (_OFF, _STRUCTURED),
-    "guided_grammar": (_OFF, _STRUCTURED),
-    "guided_json_object": (_OFF, _STRUCTURED),
-    "guided_whitespace_pattern": (_OFF, _STRUCTURED),
-    "guided_decoding_backend": (_OFF, _STRUCTURED),
-    "structural_tag": (_OFF, _STRUCTURED),
-    "grammar": (_OFF, _STRUCTURED),
-    "json_schema": (_OFF, _STRUCTURED),
+    "structural_tag": (_OFF, "structural tags are not supported: use tools, or a grammar"),
     "functions": (_OFF, _TOOLS),
     "function_call": ((*_OFF, "none", "auto"), _TOOLS),
     "suffix": (_OFF, "filling in the middle is not supported: send the prompt alone"),

@@ -53,6 +53,16 @@ class SamplingFields(Fields):
     prompt_logprobs: int | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
+    response_format: dict[str, Any] | None = None  # this and the next nine: server/structured.py
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
+    guided_whitespace_pattern: str | None = None
+    grammar: str | None = None
+    json_schema: str | dict[str, Any] | None = None
     cache_salt: str | None = None
     priority: int = 0
     skip_special_tokens: bool | None = None

@@ -1,0 +1,92 @@
+"""What a body says of its answer's form: OpenAI's response_format, vLLM's structured_outputs, its older names, llama.cpp's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from appliance.core.params import RequestError, SamplingParams, StructuredOutputsParams
+from appliance.server.schemas import SamplingFields
+from appliance.text.grammar import compile_grammar
+
+# Field of a body -> what it is called in StructuredOutputsParams.
+SHORT = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "guided_json_object": "json_object",
+    "json_schema": "json",  # llama.cpp's, like the next
+    "grammar": "grammar",
+}
+KNOWN = tuple(field.name for field in fields(StructuredOutputsParams))
+
+
+async def with_grammar(params: SamplingParams, body: SamplingFields) -> SamplingParams:
+    """The parameters with what the body says of its answer's form, compiled (which may take long) beside the event loop.
+
+    Raises RequestError naming the body's field.
+    """
+    found = structured_outputs(body)
+    if found is None:
+        return params
+    if getattr(body, "tools", None) and body.tool_choice != "none":  # type: ignore[attr-defined]  # of chat
+        message = "what says the answer's form leaves no room for tool calls: leave one of them out, or set tool_choice to 'none'"
+        raise RequestError(f"tools: {message}", param="tools")
+    source, structured = found
+    params = replace(params, structured_outputs=structured)
+    try:
+        await asyncio.to_thread(compile_grammar, structured)
+    except RequestError as error:
+        if source is None or error.code is not None:
+            raise
+        raise RequestError(str(error).replace(error.param or "", source, 1), param=source) from None
+    return params
+
+
+def structured_outputs(body: SamplingFields) -> tuple[str | None, StructuredOutputsParams] | None:
+    """(the field that says it, None for structured_outputs, which names its own; what it says), or None where nothing does.
+
+    Raises RequestError, also where two fields say something.
+    """
+    found: dict[str, tuple[str | None, StructuredOutputsParams]] = {}
+    if (form := _response_format(body.response_format)) is not None:
+        found["response_format"] = form
+    if body.structured_outputs:
+        given = {name: value for name, value in body.structured_outputs.items() if value is not None}
+        if strange := sorted(given.keys() - set(KNOWN)):
+            message = f"structured_outputs.{strange[0]} is not supported: of its fields there are {', '.join(KNOWN)}"
+            raise RequestError(message, param="structured_outputs", code="unsupported_parameter")
+        found["structured_outputs"] = None, StructuredOutputsParams(**given)
+    for name, short in SHORT.items():
+        if value := getattr(body, name):
+            more = {"whitespace_pattern": body.guided_whitespace_pattern} if short.startswith("json") else {}
+            found[name] = name, StructuredOutputsParams(**{short: value}, **more)
+    if len(found) > 1:
+        raise RequestError(f"{' and '.join(found)} both say what the answer must be: send one of them", param=[*found][1])
+    return next(iter(found.values()), None)
+
+
+def _response_format(form: Mapping[str, Any] | None) -> tuple[str, StructuredOutputsParams] | None:
+    if not form:
+        return None
+    match form.get("type"):
+        case "text":
+            return None
+        case "json_object" if form.get("schema") is None:
+            return "response_format", StructuredOutputsParams(json_object=True)
+        case "json_object":  # llama.cpp's
+            where, schema = "response_format.schema", form["schema"]
+        case "json_schema":
+            inner = form.get("json_schema")
+            if not isinstance(inner, Mapping):
+                raise RequestError(f"response_format.json_schema must be an object, got {inner!r:.80}", param="response_format")
+            where, schema = "response_format.json_schema.schema", inner.get("schema")
+        case other:
+            message = f"response_format.type is 'text', 'json_object' or 'json_schema', got {other!r:.80}"
+            raise RequestError(message, param="response_format")
+    if not isinstance(schema, Mapping):
+        raise RequestError(f"{where} must be a JSON schema (an object), got {schema!r:.80}", param=where)
+    return where, StructuredOutputsParams(json=dict(schema))

@@ -1,0 +1,146 @@
+"""Structured output over HTTP: every way to ask for it reaches the engine, and every refusal names the field that was sent."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import pytest
+
+from appliance.core.params import StructuredOutputsParams
+from appliance.hub import demo_model
+from tests.server.conftest import Served
+from tests.server.test_real import Running, started
+
+HELLO = [{"role": "user", "content": "a b"}]
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+CHAT, TEXT = ("/v1/chat/completions", {"messages": HELLO}), ("/v1/completions", {"prompt": "a b"})
+WAYS: tuple[tuple[dict[str, Any], StructuredOutputsParams], ...] = (
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}},
+        StructuredOutputsParams(json=SCHEMA),
+    ),
+    ({"response_format": {"type": "json_object"}}, StructuredOutputsParams(json_object=True)),
+    ({"response_format": {"type": "json_object", "schema": SCHEMA}}, StructuredOutputsParams(json=SCHEMA)),
+    ({"structured_outputs": {"regex": "a+", "json": None}}, StructuredOutputsParams(regex="a+")),
+    ({"structured_outputs": {"choice": ["a", "b"]}}, StructuredOutputsParams(choice=["a", "b"])),
+    (
+        {"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}},
+        StructuredOutputsParams(json=SCHEMA, disable_any_whitespace=True),
+    ),
+    ({"guided_json": SCHEMA}, StructuredOutputsParams(json=SCHEMA)),
+    ({"guided_json": json.dumps(SCHEMA)}, StructuredOutputsParams(json=json.dumps(SCHEMA))),
+    (
+        {"guided_json": SCHEMA, "guided_whitespace_pattern": " ", "guided_decoding_backend": "xgrammar"},
+        StructuredOutputsParams(json=SCHEMA, whitespace_pattern=" "),
+    ),
+    ({"guided_regex": "a+"}, StructuredOutputsParams(regex="a+")),
+    ({"guided_choice": ["a"]}, StructuredOutputsParams(choice=["a"])),
+    ({"guided_grammar": 'root ::= "a"'}, StructuredOutputsParams(grammar='root ::= "a"')),
+    ({"guided_json_object": True}, StructuredOutputsParams(json_object=True)),
+    ({"grammar": 'root ::= "a"'}, StructuredOutputsParams(grammar='root ::= "a"')),
+    ({"json_schema": SCHEMA}, StructuredOutputsParams(json=SCHEMA)),
+)
+
+
+@pytest.mark.parametrize("where", [CHAT, TEXT], ids=["chat", "completions"])
+@pytest.mark.parametrize("way", range(len(WAYS)))
+def test_every_way_to_ask_reaches_the_engine(served: Served, where: tuple[str, dict[str, Any]], way: int) -> None:
+    asked, expected = WAYS[way]
+    path, body = where
+    assert served.post(path, **body, **asked, max_tokens=2).status_code == 200
+    params = served.client.submitted[-1].params
+    assert params.structured_outputs == expected and params.grammar
+
+
+@pytest.mark.parametrize("asked", [{"response_format": {"type": "text"}}, {"response_format": None}, {"guided_json": None}, {}])
+def test_what_asks_for_nothing(served: Served, asked: dict[str, Any]) -> None:
+    assert served.post(TEXT[0], **TEXT[1], **asked, max_tokens=2).status_code == 200
+    assert served.client.submitted[-1].params.structured_outputs is None
+
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
+@pytest.mark.parametrize("where", [CHAT, TEXT], ids=["chat", "completions"])
+@pytest.mark.parametrize(
+    ("asked", "param", "words"),
+    [
+        (schema_format({"type": "bogus"}), "response_format.json_schema.schema", "Invalid type: bogus"),
+        (schema_format({"type": "integer", "minimum": 2, "maximum": 1}), "response_format.json_schema.schema", "Unsatisfiable"),
+        (schema_format({"not": {}}), "response_format.json_schema.schema", '"not"'),
+        (schema_format(None), "response_format.json_schema.schema", "must be a JSON schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema must be an object"),
+        ({"response_format": {"type": "xml"}}, "response_format", "'xml'"),
+        ({"response_format": {"schema": {}}}, "response_format", "None"),
+        ({"response_format": "json_object"}, "response_format", "should be an object"),
+        ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex", "unclosed group"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "structural_tag is not supported"),
+        ({"structured_outputs": {"choice": "a"}}, "structured_outputs.choice", "cannot be"),
+        ({"guided_regex": "(a"}, "guided_regex", "unclosed group"),
+        ({"guided_grammar": "root ::= b"}, "guided_grammar", "'b' not found"),
+        ({"guided_json": "{"}, "guided_json", "EOF"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "send one of them"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex", "send one of them"),
+        ({"guided_regex": "a", "min_tokens": 2, "max_tokens": 5}, "min_tokens", "does not go with"),
+        ({"guided_regex": "a", "use_beam_search": True}, "structured_outputs", "does not go with use_beam_search"),
+    ],
+)
+def test_refusals_name_the_field_that_was_sent(
+    served: Served, where: tuple[str, dict[str, Any]], asked: dict[str, Any], param: str, words: str
+) -> None:
+    answer = served.post(where[0], **where[1], **asked)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == param and words in error["message"], error
+
+
+def test_a_form_and_tools_together_are_refused(served: Served) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    body = {"messages": HELLO, "tools": [tool], "response_format": {"type": "json_object"}}
+    refused = served.post("/v1/chat/completions", **body)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "tools"
+    assert served.post("/v1/chat/completions", **body, tool_choice="none", max_tokens=2).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[Running]:
+    flags = ["--port", "0", "--threads", "1", "--kv-cache-memory-bytes", "16000000", "--max-num-seqs", "8"]
+    with started(str(demo_model()), *flags) as server:
+        yield server
+
+
+def test_through_a_real_server(real: Running) -> None:
+    """Whole and streamed, in both endpoints, by the official client."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{real.url}/v1", api_key="none", max_retries=0, http_client=real.http)
+    person = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 9}, "age": {"type": "integer", "minimum": 1, "maximum": 120}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": person, "strict": True}}
+    messages: Any = [{"role": "user", "content": "What is 2 plus 3?"}]
+    model = client.models.list().data[0].id
+    settings: Any = {"model": model, "messages": messages, "temperature": 0.9, "seed": 5, "max_tokens": 200}
+    whole = client.chat.completions.create(**settings, response_format=form)
+    assert whole.choices[0].finish_reason == "stop"
+    jsonschema.validate(json.loads(whole.choices[0].message.content or ""), person)
+    chunks = client.chat.completions.create(**settings, response_format=form, stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    several = client.completions.create(
+        model=model, prompt="2 plus 3 is", n=4, temperature=2.0, max_tokens=40, extra_body={"guided_regex": r"\d{2}(\.\d{2})?"}
+    )
+    assert all(re.fullmatch(r"\d{2}(\.\d{2})?", one.text) for one in several.choices), several.choices
+    picked = client.chat.completions.create(
+        **settings, logprobs=True, top_logprobs=3, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}
+    )
+    assert picked.choices[0].message.content in ("yes", "no") and picked.choices[0].logprobs is not None
+    free = client.chat.completions.create(model=model, messages=messages, temperature=0)
+    assert free.choices[0].message.content == "2 plus 3 is 5."
