@@ -131,6 +131,43 @@ def tui(*, url: str = "http://127.0.0.1:8000", interval: float = 1.0, once: bool
 
 
 @app.command
+def key(
+    name: str,
+    /,
+    *,
+    requests_per_minute: int | None = None,
+    tokens_per_minute: int | None = None,
+    tokens_per_day: int | None = None,
+    concurrency: int | None = None,
+    expires: str | None = None,
+) -> int:
+    """Make an API key: its line for --api-key-file goes to the output (append it with >>), the key itself to stderr, once.
+
+    Parameters
+    ----------
+    name
+        Whose key it is: what logs and messages call it.
+    requests_per_minute
+        Most requests in a minute.
+    tokens_per_minute
+        Most tokens in a minute, those of prompts and of answers together.
+    tokens_per_day
+        Most tokens in 24 hours.
+    concurrency
+        Most requests at work at a time.
+    expires
+        The last day on which it is valid, as 2027-01-31; UTC.
+    """
+    from appliance.server.keys import make_key
+    from appliance.server.limits import Limits
+
+    secret, line = make_key(name, Limits(requests_per_minute, tokens_per_minute, tokens_per_day, concurrency), expires)
+    print(line, flush=True)
+    print(f"appliance: the key of {name}, shown this once: {secret}", file=sys.stderr)
+    return 0
+
+
+@app.command
 def version() -> int:
     """Print the version."""
     print(f"appliance {__version__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from quant.errors import InputError
@@ -82,10 +83,11 @@ VALUED: dict[str, tuple[str, ...] | None] = {
     "--uvicorn-log-level": None,
 }
 
+# Flags of ours that take several values in a row.
+LISTS = ("--served-model-name", "--api-key")
+
 # What to do instead, for flags that would change something: those above with another value, and those never accepted.
 INSTEAD = {
-    "--allowed-origins": "answers to browsers of other origins are not supported: put a proxy in front",
-    "--api-key": "keys are not supported by this version: keep it on 127.0.0.1, or put a proxy that checks keys in front",
     "--data-parallel-size": "one engine per server: start several servers",
     "--download-dir": "set HF_HOME in the environment",
     "--enable-expert-parallel": "only one device is supported: leave it out",
@@ -95,16 +97,14 @@ INSTEAD = {
     "--lora-modules": "LoRA adapters are not supported: merge the adapter into the model",
     "--max-lora-rank": "LoRA adapters are not supported: merge the adapter into the model",
     "--max-loras": "LoRA adapters are not supported: merge the adapter into the model",
-    "--max-num-queued-reqs": "the queue has no limit in this version: leave it out",
-    "--max-num-queued-tokens": "the queue has no limit in this version: leave it out",
+    "--max-num-queued-tokens": "use --max-num-queued-reqs",
     "--no-enable-chunked-prefill": "prompts are always computed in chunks: raise --max-num-batched-tokens for larger ones",
     "--num-gpu-blocks-override": "use --kv-cache-memory-bytes",
     "--pipeline-parallel-size": "only one device is supported: leave it out",
     "--root-path": "not supported: let the proxy in front strip the path",
     "--rope-scaling": "not supported: edit rope_scaling in the model's config.json",
     "--speculative-config": "speculative decoding is not supported: leave it out",
-    "--ssl-certfile": "TLS is not supported: put a proxy in front",
-    "--ssl-keyfile": "TLS is not supported: put a proxy in front",
+    "--ssl-cert-reqs": "use --ssl-ca-certs, which asks clients for a certificate",
     "--tensor-parallel-size": "only one device is supported: leave it out, or use 1",
     "--tokenizer-revision": "use --revision, which is for the model and its tokenizer",
     "--uds": "unix sockets are not supported: use --host and --port",
@@ -145,12 +145,27 @@ def _own(name: str, equals: str, value: str, rest: list[str]) -> list[str]:
         return [name, QUANTIZATION.get(value, value)]
     if name == "--model":  # becomes the positional one: two models are an error, and both win over environment and file
         return [value if equals else _next(name, rest)]
-    if name == "--served-model-name" and not equals:  # several names may follow
+    if name in LISTS and not equals:  # several values may follow
         values = [_next(name, rest)]
         while rest and not rest[0].startswith("-"):
             values.append(rest.pop(0))
         return [part for one in values for part in (name, one)]
+    if name == "--allowed-origins":  # vLLM's is a list in JSON
+        value = value if equals else _next(name, rest)
+        return [f"{name}={one}" for one in _strings(name, value)]
     return [f"{name}={value}" if equals else name]
+
+
+def _strings(name: str, value: str) -> list[str]:
+    if not value.startswith("["):
+        return [value]
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise InputError(f"{name} is an origin, as https://chat.example, or a list of them in JSON, got {value}")
+    return found
 
 
 def _next(name: str, rest: list[str]) -> str:

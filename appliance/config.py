@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 GIB = 1024**3
 
@@ -91,6 +91,26 @@ class ServerConfig:
     """auto: the model's generation_config.json gives the sampling defaults; appliance: its own defaults are used."""
     max_logprobs: int = 20
     """Most logprobs a request may ask for; -1 for no limit."""
+    api_key: tuple[str, ...] = field(default=(), repr=False)
+    """A key that requests must bring; several may be given. In the environment it is not seen in the list of processes."""
+    api_key_file: str | None = None
+    """A file of hashed keys with names, limits and expiry, as `appliance key` prints them; read again when it changes."""
+    insecure: bool = False
+    """Listen beyond this machine without asking for keys."""
+    max_num_queued_reqs: int = 1024
+    """Most requests that wait for their first token; more are refused (503). -1 for no limit."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins whose web pages may use the server from a browser, as https://chat.example; * for all."""
+    ssl_certfile: str | None = None
+    """Certificate chain (PEM): answer by HTTPS."""
+    ssl_keyfile: str | None = None
+    """The certificate's private key, if not in the same file."""
+    ssl_ca_certs: str | None = None
+    """Ask clients for a certificate, too, that one of these authorities has signed."""
+    audit_log: str | None = None
+    """Write who asked what to this file, as JSON lines without prompts and answers; kept to ten files of 100 MB."""
+    audit_content: bool = False
+    """Write prompts and answers to the audit log, too."""
     shutdown_timeout: float = 5.0
     """Seconds that running requests get to finish after ctrl-C or SIGTERM."""
     log_level: str = "info"

@@ -73,7 +73,7 @@ def test_every_option_is_a_flag_a_file_key_and_a_variable(
                 value = 3
             if field.name == "block_size":
                 value = 3
-            expected = ("3",) if field.name == "served_model_name" else value
+            expected = ("3",) if isinstance(default, tuple) else value
             flag = ("--no-" if default is True else "--") + field.name.replace("_", "-")
             cli.run(["serve", flag] if isinstance(default, bool) else ["serve", flag, str(value)])
             (tmp_path / "a.toml").write_text(f"{field.name} = {json.dumps(list(expected) if expected == ('3',) else value)}\n")
@@ -111,7 +111,7 @@ def test_which_source_wins(served: list[Any], tmp_path: Path, monkeypatch: pytes
         ("serve -tp 2", "--tensor-parallel-size 2: only one device is supported: leave it out, or use 1"),
         ("serve --tensor_parallel_size=2", "--tensor-parallel-size 2: only one device"),
         ("serve --enable-lora", "--enable-lora: LoRA adapters are not supported"),
-        ("serve --api-key secret", "--api-key: keys are not supported"),
+        ("serve --allowed-origins [1]", "--allowed-origins is an origin, as https://chat.example, or a list of them in JSON"),
         ("plan --kv-cache-dtype fp7", "--kv-cache-dtype is 'fp7': one of auto, fp8, fp8_e4m3"),
         ("plan /no/such/model", "no such directory: /no/such/model"),
         ("frobnicate", 'Unknown command "frobnicate".'),

@@ -8,6 +8,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +17,7 @@ from appliance.config import EngineConfig, ServerConfig
 from appliance.runtime.worker import EngineDied
 from appliance.server import chat, completions, info
 from appliance.server.errors import EngineFailed, JSONResponse, error_body, error_response
+from appliance.server.guard import Guard
 from appliance.server.info import state_of
 from appliance.server.respond import read, while_connected
 from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -23,6 +25,9 @@ from appliance.server.state import EngineClient, ServerState
 from appliance.server.tokens import detokenize_answer, tokenize_answer
 from appliance.text.tokenizer import Tokenizer
 from quant.errors import InputError
+
+RATES = [f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")]
+EXPOSED = ["X-Request-Id", "Retry-After", *RATES]  # headers that pages of other origins may read
 
 router = APIRouter()
 
@@ -32,12 +37,21 @@ def create_app(
 ) -> FastAPI:
     """The application over an engine's client, which may still be loading. ``engine_config.model`` is a local directory.
 
-    Its ``state.server`` is the ServerState. Raises InputError for a bad generation_config.json.
+    Its ``state.server`` is the ServerState. Raises InputError for a bad generation_config.json, key file or audit log.
     """
     app = FastAPI(title="appliance", openapi_url=None, docs_url=None, redoc_url=None)
-    app.state.server = ServerState(client, tokenizer, engine_config, server_config)
+    app.state.server = state = ServerState(client, tokenizer, engine_config, server_config)
     app.include_router(info.router)
     app.include_router(router)
+    app.add_middleware(Guard, state=state)
+    if server_config.allowed_origins:  # outside of the guard: browsers ask for leave without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=server_config.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED,
+        )
     app.add_middleware(RequestIds)
     for kind in (InputError, EngineDied, EngineFailed):
         app.add_exception_handler(kind, _on_error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +12,14 @@ from starlette.responses import Response
 
 from appliance.core.params import RequestError
 from appliance.runtime.worker import EngineDied
+from appliance.server.limits import RateLimited
 from quant.errors import InputError
 
 log = logging.getLogger("appliance.server")
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 RETRY_AFTER_S = {429: 1, 503: 5}
+MAX_RETRY_S = 60.0  # clients that are told to wait longer had better tell their user
 
 
 class EngineFailed(RuntimeError):
@@ -59,6 +62,10 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
 def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> JSONResponse:
     status, body = describe(error)
     more = dict(headers or {})
-    if status in RETRY_AFTER_S:
+    if isinstance(error, RateLimited):
+        more["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+        if error.hopeless or error.retry_after > MAX_RETRY_S:
+            more["x-should-retry"] = "false"  # OpenAI's clients then ask no more
+    elif status in RETRY_AFTER_S:
         more["Retry-After"] = str(RETRY_AFTER_S[status])
     return JSONResponse(body, status_code=status, headers=more)

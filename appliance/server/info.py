@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from appliance.core.params import RequestError
 from appliance.server.errors import RETRY_AFTER_S, JSONResponse, error_body
+from appliance.server.guard import Ticket, current
 from appliance.server.state import ServerState
 
 router = APIRouter()
@@ -81,7 +82,8 @@ async def load(request: Request) -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     state = state_of(request)
-    text = state.metrics.text(await state.client.stats(), state.client.info)
+    lost = state.audit.lost if state.audit else 0
+    text = state.metrics.text(await state.client.stats(), state.client.info, audit_lost=lost)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -115,8 +117,9 @@ async def reset_prefix_cache(request: Request) -> Response:
 
 @router.delete("/v1/requests/{request_id:path}")
 async def abort(request: Request, request_id: str) -> Response:
-    """Abort a running request by its X-Request-Id, or by the id of its answer."""
-    jobs = [job for job in state_of(request).jobs if request_id in (job.id, job.request_id)]
+    """Abort a running request by its X-Request-Id, or by the id of its answer. Each key sees its own requests alone."""
+    asker = current.get() or Ticket()
+    jobs = [job for job in state_of(request).jobs if request_id in (job.id, job.request_id) and job.ticket.key == asker.key]
     if not jobs:
         message = f"no running request has the id {request_id!r}"
         raise RequestError(message, param="request_id", code="request_not_found", status=404)

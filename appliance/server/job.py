@@ -14,6 +14,7 @@ from appliance.core.door import check_submit
 from appliance.core.messages import Event, Submit, TokenLogprob
 from appliance.core.params import SamplingParams
 from appliance.server.errors import EngineFailed
+from appliance.server.guard import Ticket, current
 from appliance.server.prompts import Prompt
 from appliance.text.output import Delta, OutputStream, best_of
 from appliance.text.prepare import prepare
@@ -43,6 +44,8 @@ class Job:
         self.state, self.request_id, self.prompts, self.body = state, request_id, prompts, body
         self.id = f"{prefix}-{request_id}"
         self.begun = time.time()
+        self.ticket = current.get() or Ticket()
+        self.answering = False  # whether there is a token yet
         self.params = prepare(params, state.tokenizer) if state.tokenizer else params
         self._queue: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
         self.submits = [self._submit(k, prompt) for k, prompt in enumerate(prompts)]
@@ -75,8 +78,10 @@ class Job:
     async def run(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """(choice, what is new) until every choice has its finish_reason. Closing it frees everything in the engine.
 
-        Raises RequestError, EngineDied, or EngineFailed.
+        Raises RequestError (also where the queue is full, or the key's limit reached), EngineDied, or EngineFailed.
         """
+        self.state.check_queue()
+        self.ticket.begin(self)
         self.state.jobs.add(self)
         tasks = [asyncio.create_task(self._pump(k, submit)) for k, submit in enumerate(self.submits)]
         left = len(self.outputs)
@@ -121,6 +126,8 @@ class Job:
             self.cached_tokens[k] = max(self.cached_tokens[k], event.cached_tokens)
         now = time.time()
         if event.token_ids:
+            self.answering = True
+            self.ticket.generated(len(event.token_ids))
             self.state.metrics.token(now - self.begun if (last := self._latest[choice]) is None else None, last and now - last)
             self._latest[choice] = now
         delta = self.outputs[choice].push(event)
@@ -131,6 +138,7 @@ class Job:
         return delta
 
     def _count(self, choice: int, reason: str, now: float) -> None:
+        self.ticket.finish_reasons.append(reason)
         prompt = self.prompts[choice // self.params.width]
         self.state.metrics.finished(
             reason,

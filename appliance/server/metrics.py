@@ -90,6 +90,12 @@ class Metrics:
         )
         for reason in REASONS:
             self._success.labels(*self._labels, reason)
+        self._own = CollectorRegistry(auto_describe=False)
+        self._errors = Counter(
+            "appliance:http_errors", "Answers with an error, by status.", (*LABELS, "status"), registry=self._own
+        )
+        for status in ("401", "429", "500", "503"):
+            self._errors.labels(*self._labels, status)
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
         PlatformCollector(registry=self._process)
@@ -114,9 +120,15 @@ class Metrics:
         if params.max_tokens is not None:
             self._max_tokens.observe(params.max_tokens)
 
-    def text(self, stats: Stats, info: EngineInfo | None) -> bytes:
+    def http_error(self, status: int) -> None:
+        self._errors.labels(*self._labels, str(status)).inc()
+
+    def text(self, stats: Stats, info: EngineInfo | None, *, audit_lost: int = 0) -> bytes:
         """Prometheus' text format, with the engine as it is in ``stats`` and its plan as ``info`` has it."""
-        families = [*self._families(stats), *self._by_kind(stats, info), *self._process.collect()]
+        lost = CounterMetricFamily("appliance:audit_lines_lost", "Lines that the audit log could not take.", labels=LABELS)
+        lost.add_metric(self._labels, audit_lost)
+        own = [*self._own.collect(), lost]
+        families = [*self._families(stats), *self._by_kind(stats, info), *own, *self._process.collect()]
         return generate_latest(_Snapshot(families))
 
     def _families(self, stats: Stats) -> Iterator[Metric]:

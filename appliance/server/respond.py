@@ -20,17 +20,23 @@ from appliance.server.schemas import Body, parse
 log = logging.getLogger("appliance.server")
 
 MAX_BODY = 32 * 1024**2
+BODY_S, BODY_RATE = 20.0, 16 * 1024  # seconds that a body may take, and one more for so many bytes that have come
 LARGE_BODY = 256 * 1024  # above this, parsing leaves the event loop
 DONE = b"data: [DONE]\n\n"
 
 
 async def read(request: Request, schema: type[Body]) -> Body:
-    """The request's JSON body, whatever content type it claims. Raises RequestError (400, 413)."""
-    raw = bytearray()
-    async for chunk in request.stream():
-        raw += chunk
-        if len(raw) > MAX_BODY:
-            raise RequestError(f"the body is longer than {MAX_BODY} bytes", code="body_too_large", status=413)
+    """The request's JSON body, whatever content type it claims. Raises RequestError (400, 408, 413)."""
+    raw, begun = bytearray(), asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout_at(begun + BODY_S) as limit:
+            async for chunk in request.stream():
+                raw += chunk
+                if len(raw) > MAX_BODY:
+                    raise RequestError(f"the body is longer than {MAX_BODY} bytes", code="body_too_large", status=413)
+                limit.reschedule(begun + BODY_S + len(raw) / BODY_RATE)
+    except TimeoutError:
+        raise RequestError("the body came too slowly", code="request_timeout", status=408) from None
     if len(raw) > LARGE_BODY:
         return await asyncio.to_thread(parse, schema, bytes(raw))
     return parse(schema, bytes(raw))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -24,6 +25,8 @@ from appliance.memory.planner import make_plan
 from appliance.runtime.worker import Client, EngineDied
 from appliance.server.app import create_app
 from appliance.server.errors import unavailable
+from appliance.server.http import check_tls, http_config
+from appliance.server.keys import Keyring
 from appliance.server.state import ServerState
 from appliance.text.tokenizer import Tokenizer
 from quant.errors import InputError
@@ -46,7 +49,13 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     if server.log_level != "debug":
         for noisy in ("uvicorn", "httpx", "httpx2", "huggingface_hub", "filelock"):
             logging.getLogger(noisy).setLevel("WARNING")
+    check_tls(server)
+    if server.max_num_queued_reqs == 0 or server.max_num_queued_reqs < -1:
+        raise InputError(f"--max-num-queued-reqs is at least 1, or -1 for no limit, got {server.max_num_queued_reqs}")
+    keys = Keyring(server.api_key, server.api_key_file)
     with contextlib.closing(bind(server.host, server.port)) as sock:
+        if not keys.required and not server.insecure:
+            check_local(server.host, sock)
         engine, server = locate(engine, server)
         assert engine.model is not None  # locate() has filled it in
         print(make_plan(Path(engine.model), engine).table(), flush=True)
@@ -71,6 +80,17 @@ def bind(host: str, port: int) -> socket.socket:
         hint = "stop what listens there, or choose another --port (0 picks a free one)"
         raise InputError(f"cannot listen on {host} port {port}: {error.strerror or error}; {hint}") from None
     return sock
+
+
+def check_local(host: str, sock: socket.socket) -> None:
+    """Raises InputError where other machines can reach a server that asks nobody for a key."""
+    address = ipaddress.ip_address(sock.getsockname()[0])
+    inner = getattr(address, "ipv4_mapped", None) or address
+    if not inner.is_loopback:
+        hint = (
+            "give --api-key-file FILE (`appliance key NAME >> FILE` makes a key) or --api-key, or --insecure where that is meant"
+        )
+        raise InputError(f"--host {host} lets other machines in, and nobody is asked for a key: {hint}")
 
 
 def locate(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, ServerConfig]:
@@ -125,17 +145,7 @@ class _Service:
             await client.stop(0)
             raise
         self.state: ServerState = app.state.server
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=self.server.log_level == "debug",
-            lifespan="off",
-            ws="none",
-            date_header=False,
-            server_header=False,
-            timeout_graceful_shutdown=max(1, round(self.server.shutdown_timeout)),
-        )
-        http = _Http(config)
+        http = _Http(http_config(app, self.server))
         answering = asyncio.create_task(http.serve(sockets=[self.sock]))
         try:
             return await self._live(client, loading)
@@ -144,6 +154,8 @@ class _Service:
             await self._drain()
             await self.state.client.stop(0)
             await answering
+            if self.state.audit:
+                self.state.audit.close()
 
     async def _app(self, client: Client) -> FastAPI:
         tokenizer = None
@@ -195,8 +207,9 @@ class _Service:
         assert info is not None
         host, port = self.sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
+        url = f"{'https' if self.server.ssl_certfile else 'http'}://{shown}:{port}/v1"
         print(
-            f"appliance: ready at http://{shown}:{port}/v1 with model {self.state.names[0]}: up to {info.max_model_len} tokens a "
+            f"appliance: ready at {url} with model {self.state.names[0]}: up to {info.max_model_len} tokens a "
             f"sequence, {info.plan['max_concurrency']:.1f} such sequences at once, loaded in {info.ready_s:.1f} s",
             flush=True,
         )

@@ -12,9 +12,11 @@ from typing import Any, Protocol
 from appliance.config import EngineConfig, ServerConfig
 from appliance.core.messages import EngineInfo, Event, Stats, Submit
 from appliance.core.params import RequestError
+from appliance.server.audit import AuditLog
 from appliance.server.errors import unavailable
 from appliance.server.fields import unknown
 from appliance.server.job import Job
+from appliance.server.keys import Keyring
 from appliance.server.metrics import Metrics
 from appliance.server.parsers import Parsers
 from appliance.server.sampling import model_defaults
@@ -51,6 +53,8 @@ class ServerState:
         self.defaults: dict[str, Any] = model_defaults(directory, server_config.generation_config)
         self.parsers = Parsers.of(tokenizer, server_config)
         self.metrics = Metrics(self.names[0])
+        self.keys = Keyring(server_config.api_key, server_config.api_key_file)
+        self.audit = AuditLog(server_config.audit_log) if server_config.audit_log else None
         self.jobs: set[Job] = set()
         self.begun = time.time()
         self.draining = False
@@ -86,6 +90,12 @@ class ServerState:
         if model and model not in self.names:
             message = f"The model `{model}` does not exist. This server has: {', '.join(self.names)}"
             raise RequestError(message, param="model", code="model_not_found", status=404)
+
+    def check_queue(self) -> None:
+        """Raises RequestError (503) when too many requests wait. The engine's own count would be as old as its latest step."""
+        most = self.server_config.max_num_queued_reqs
+        if 0 <= most <= (waiting := sum(not job.answering for job in self.jobs)):
+            raise unavailable(f"{waiting} requests wait already, and --max-num-queued-reqs is {most}", "server_overloaded")
 
     def check_unknown(self, body: Fields) -> None:
         """Name unknown fields once in the log, or refuse them under --strict-requests."""

@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from openai import OpenAI
 
 from appliance.config import EngineConfig, ServerConfig
 from appliance.server.app import create_app
+from appliance.server.http import http_config
 from appliance.server.state import ServerState
 from appliance.text.tokenizer import Tokenizer
 from tests.server.fake import FakeClient
@@ -63,8 +64,8 @@ def serve_in_thread(make: Any, tokenizer: Tokenizer | None, engine: EngineConfig
     async def main() -> None:
         client = make()
         app = create_app(client, tokenizer, engine, server)
-        http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        http = uvicorn.Server(http_config(app, replace(server, shutdown_timeout=1)))
+        url = f"{'https' if server.ssl_certfile else 'http'}://127.0.0.1:{sock.getsockname()[1]}"
         box.update(http=http, served=Served(url, client, app.state.server, asyncio.get_running_loop()))
         task = asyncio.create_task(http.serve(sockets=[sock]))
         while not http.started:

@@ -1,0 +1,127 @@
+"""What every request passes: its headers' size, its key, the key's limits; and the audit log's record of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from appliance.core.params import RequestError
+from appliance.server.errors import error_response
+from appliance.server.limits import Account
+
+if TYPE_CHECKING:
+    from appliance.server.job import Job
+    from appliance.server.state import ServerState
+
+PUBLIC = frozenset({"/health", "/v1/health", "/ready", "/ping", "/"})  # everything else needs a key, where there are keys
+MAX_HEADERS, MAX_HEADER_BYTES = 100, 32 * 1024
+
+
+class Ticket:
+    """One HTTP request: whose it is, and what it has cost so far."""
+
+    def __init__(self) -> None:
+        self.key: str | None = None
+        self.account: Account | None = None
+        self.model: str | None = None
+        self.prompt_tokens = self.generated_tokens = 0
+        self.finish_reasons: list[str] = []
+        self.jobs: list[Job] = []
+
+    def begin(self, job: Job) -> None:
+        """Charge the prompts of a job that is about to be computed. Raises RateLimited."""
+        tokens = sum(len(prompt.token_ids) for prompt in job.prompts)
+        if self.account:
+            self.account.prompt(tokens)
+        self.prompt_tokens += tokens
+        self.model = job.body.model or job.state.names[0]
+        self.jobs.append(job)
+
+    def generated(self, tokens: int) -> None:
+        if self.account:
+            self.account.tokens(tokens)
+        self.generated_tokens += tokens
+
+
+current: ContextVar[Ticket | None] = ContextVar("current", default=None)  # of the task that answers a request
+
+
+class Guard:
+    """Where keys are given, nothing but PUBLIC is answered without one: a route that is added is guarded by itself."""
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self.app, self.state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # no websockets here: they would pass unseen
+            return await self.app(scope, receive, send) if scope["type"] == "lifespan" else None
+        ticket, begun, status = Ticket(), time.monotonic(), 500
+        current.set(ticket)
+
+        async def send_noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if status >= 400:
+                    self.state.metrics.http_error(status)
+                if ticket.account:
+                    MutableHeaders(scope=message).update(ticket.account.headers())
+            await send(message)
+
+        try:
+            _check_headers(scope["headers"])
+            with self._admitted(scope, ticket):
+                await self.app(scope, receive, send_noted)
+        except RequestError as error:
+            headers = {"WWW-Authenticate": 'Bearer realm="appliance"'} if error.status == 401 else None
+            await error_response(error, headers)(scope, receive, send_noted)
+        finally:
+            self._audit(scope, ticket, status, time.monotonic() - begun)
+
+    @contextmanager
+    def _admitted(self, scope: Scope, ticket: Ticket) -> Iterator[None]:
+        """Raises RequestError: 401, 429. Limits are for what computes, which is asked for by POST."""
+        if not self.state.keys.required or (scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD")):
+            yield
+            return
+        key, ticket.account = self.state.keys.find(scope["headers"])
+        ticket.key = key.name
+        with ticket.account.request() if scope["method"] == "POST" else nullcontext():
+            yield
+
+    def _audit(self, scope: Scope, ticket: Ticket, status: int, took_s: float) -> None:
+        """Everything but reading what there is to read: dashboards do that every second."""
+        audit = self.state.audit
+        if audit is None or (scope["method"] in ("GET", "HEAD", "OPTIONS") and status < 400):
+            return
+        record: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "request_id": scope["state"]["request_id"],
+            "client": (scope.get("client") or (None,))[0],
+            "key": ticket.key,
+            "endpoint": f"{scope['method']} {scope['path']}"[:200],
+            "model": ticket.model,
+            "status": status,
+            "prompt_tokens": ticket.prompt_tokens,
+            "generated_tokens": ticket.generated_tokens,
+            "latency_s": round(took_s, 4),
+            "finish_reasons": ticket.finish_reasons,
+        }
+        if self.state.server_config.audit_content:
+            record["prompts"] = [p.text if p.text is not None else p.token_ids for job in ticket.jobs for p in job.prompts]
+            record["answers"] = [output.text for job in ticket.jobs for output in job.outputs]
+        audit.add(record)
+
+
+def _check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
+    size = sum(len(name) + len(value) for name, value in headers)
+    if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+        found = f"{len(headers)} headers of {size} bytes"
+        raise RequestError(f"the limit is {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes in all, got {found}", status=431)

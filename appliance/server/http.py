@@ -1,0 +1,114 @@
+"""uvicorn as it is run here: what a connection may cost, and TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from appliance.config import ServerConfig
+from appliance.server.guard import MAX_HEADER_BYTES
+from quant.errors import InputError
+
+READ_S = 20.0  # for a request's head, from its first byte; for the rest of a body that nobody waits for any more
+WRITE_S = 60.0  # that a client may leave its answer unread, once the buffers are full
+KEEP_ALIVE_S = 30  # longer than the 5 s after which many clients' pools give a connection up: it is for them to close it
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, which waits for ever for a client that stops in the middle of its headers, or does not read its answer."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._reading: asyncio.TimerHandle | None = None
+        self._writing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:
+            self._watch()
+
+    def _watch(self) -> None:
+        """One time for all of a head, or of a body that is thrown away: a byte now and then buys none."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        done = answering or self.transport.is_closing() or (self.cycle is not None and self._at_rest())
+        if done and self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+        elif not done and self._reading is None:
+            self._reading = self.loop.call_later(READ_S, self.transport.abort)
+
+    def _at_rest(self) -> bool:
+        """Between two requests: uvicorn's own timer runs."""
+        return self.timeout_keep_alive_task is not None and self.conn.their_state is h11.IDLE
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._writing = self._writing or self.loop.call_later(WRITE_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in (self._reading, self._writing):
+            if timer is not None:
+                timer.cancel()
+
+
+def http_config(app: ASGIApp, server: ServerConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=Protocol,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        log_config=None,
+        access_log=server.log_level == "debug",
+        lifespan="off",
+        ws="none",
+        date_header=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(server.shutdown_timeout)),
+        ssl_certfile=server.ssl_certfile,
+        ssl_keyfile=server.ssl_keyfile,
+        ssl_ca_certs=server.ssl_ca_certs,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if server.ssl_ca_certs else ssl.CERT_NONE,
+    )
+
+
+def check_tls(server: ServerConfig) -> None:
+    """Raises InputError where the files do not do: uvicorn finds out when the model is loaded, and asks for passwords."""
+    if not server.ssl_certfile:
+        if flag := next((f for f in ("ssl_keyfile", "ssl_ca_certs") if getattr(server, f)), None):
+            raise InputError(f"--{flag.replace('_', '-')} needs --ssl-certfile")
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    flags = f"--ssl-certfile {server.ssl_certfile}" + (f" --ssl-keyfile {server.ssl_keyfile}" if server.ssl_keyfile else "")
+    try:
+        context.load_cert_chain(server.ssl_certfile, server.ssl_keyfile, _no_password)
+        if server.ssl_ca_certs:
+            flags = f"--ssl-ca-certs {server.ssl_ca_certs}"
+            context.load_verify_locations(server.ssl_ca_certs)
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise InputError(f"{flags}: {str(reason).replace('_', ' ').lower()}") from None
+
+
+def _no_password() -> str:
+    raise ValueError("keys with a password are not supported")
