@@ -19,6 +19,7 @@ from appliance.runtime import engine as engine_module
 from appliance.runtime import startup
 from appliance.runtime.engine import Engine
 from appliance.runtime.startup import Tools
+from kernels.layout import SCALED_CACHES
 from tests.kernels.triton.conftest import EMULATED
 from tests.runtime.conftest import answers, submit
 from tests.runtime.fake_lane import FakeLane
@@ -30,17 +31,32 @@ if not EMULATED:
     pytest.skip("no card is emulated", allow_module_level=True)
 from kernels.triton.ops import make_ops  # isort: skip  (which is then compiled)
 
+Answers = dict[tuple[str, int], list[int]]
 
-def test_answers_of_a_whole_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+def same(found: Answers, expected: Answers) -> int:
+    return sum(found[key] == expected[key] for key in expected)
+
+
+def first(found: Answers, expected: Answers) -> int:
+    """Of how many the first token is the same."""
+    return sum(found[key][0] == expected[key][0] for key in expected)
+
+
+@pytest.mark.parametrize("cache", ["auto", *SCALED_CACHES])
+def test_answers_of_a_whole_engine(cache: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of all kinds, recorded ones too, the next launched before the last has landed: the reference's greedy answers."""
     config = {"model": str(tiny), "max_model_len": 96, "kv_cache_memory_bytes": 1 << 20, "max_num_seqs": 6, "threads": 1,
-              "max_num_batched_tokens": 48, "lm_head_dtype": "model"}  # fmt: skip
+              "max_num_batched_tokens": 48, "lm_head_dtype": "model", "kv_cache_dtype": cache}  # fmt: skip
     rng = random.Random(3)
     requests = [
         submit(f"r{i}", [rng.randrange(3, 256) for _ in range(rng.choice((1, 15, 16, 17, 40)))], max_tokens=rng.randrange(1, 20))
         for i in range(12)
     ]
-    expected = answers(Engine.load(EngineConfig(dtype="float32", reference_ops=True, **config)), requests)  # type: ignore[arg-type]
+    expected, half = (
+        answers(Engine.load(EngineConfig(dtype=dtype, reference_ops=True, **config)), requests)  # type: ignore[arg-type]
+        for dtype in ("float32", "float16")
+    )
     tools = Tools(FakeLane(), FakeGauge(available=1 << 33), FakeRecorder())
     monkeypatch.setattr(Tools, "of", classmethod(lambda cls, *args: tools))
     monkeypatch.setattr(startup, "get_ops", lambda *args, **options: make_ops(torch.device("cpu")))
@@ -53,7 +69,9 @@ def test_answers_of_a_whole_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) 
     engine = Engine.load(EngineConfig(dtype="float16", **config))  # type: ignore[arg-type]
     assert engine.runner.runs_ahead and engine.info.kernels == "triton"
     found = answers(engine, requests)
-    assert sum(found[key] == expected[key] for key in expected) >= len(expected) - 1  # a near tie may turn over in float16
-    assert all(found[key][0] == expected[key][0] for key in expected)
+    # A near tie may turn over in float16. Of coarse codes more do: as many as the reference's, less one.
+    rounded = cache != "auto"
+    assert same(found, expected) >= (same(half, expected) if rounded else len(expected)) - 1
+    assert first(found, expected) >= (first(half, expected) - 1 if rounded else len(expected))
     drawn = answers(engine, workload(3, 10))  # every way to draw
     assert len(drawn) == 10 and all(0 <= token < 256 for tokens in drawn.values() for token in tokens)
