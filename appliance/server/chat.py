@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -18,7 +19,6 @@ from appliance.server.schemas import ChatRequest
 from appliance.server.state import ServerState
 from appliance.server.structured import with_grammar
 from appliance.text.answer import Answer, AnswerDelta, AnswerParser
-from appliance.text.tools.choice import ToolChoice
 from appliance.text.tools.parser import CallDelta
 
 
@@ -27,18 +27,20 @@ async def answer(state: ServerState, request_id: str, body: ChatRequest) -> Resp
     state.check_unknown(body)
     state.check_model(body.model)
     params = await with_grammar(chat_params(body, state.defaults, state.server_config.max_logprobs), body)
+    formed = params.structured_outputs is not None
     choice = state.parsers.choice(body)
     prompt = await chat_prompt(body, state.tokenizer, state.info.max_model_len, list(choice.tools) or None)
+    params = await state.parsers.must_call(params, choice, body, prompt)
     job = Job(state, request_id, "chatcmpl", [prompt], params, body, shown=state.parsers.shown(choice))
-    view = ChatView(state, job, body, choice)
+    view = ChatView(state, job, body, partial(state.parsers.new, choice, body, prompt, formed=formed))
     return await stream(view.chunks()) if body.stream else JSONResponse(await view.full())
 
 
 class ChatView:
-    """A job as OpenAI's chat.completion object, whole or in chunks."""
+    """A job as OpenAI's chat.completion object, whole or in chunks; ``parser()`` makes one for each answer."""
 
-    def __init__(self, state: ServerState, job: Job, body: ChatRequest, choice: ToolChoice) -> None:
-        self.state, self.job, self.body, self.choice = state, job, body, choice
+    def __init__(self, state: ServerState, job: Job, body: ChatRequest, parser: Callable[[], AnswerParser]) -> None:
+        self.state, self.job, self.body, self.parser = state, job, body, parser
         self.format = Logprobs(state, as_ids=body.return_tokens_as_token_ids)
 
     def _base(self, kind: str) -> dict[str, Any]:
@@ -56,7 +58,7 @@ class ChatView:
                 pass
         choices = []
         for c, output in enumerate(self.job.best):
-            parser = self._parser()
+            parser = self.parser()
             found = parser.parse(output.text)
             choice: dict[str, Any] = {
                 "index": c,
@@ -74,9 +76,6 @@ class ChatView:
         if self.body.return_token_ids:
             result["prompt_token_ids"] = list(self.job.prompts[0].token_ids)
         return result
-
-    def _parser(self) -> AnswerParser:
-        return self.state.parsers.new(self.choice, self.body, self.job.prompts[0])
 
     def _message(self, found: Answer) -> dict[str, Any]:
         content = found.content or (None if found.calls else "")
@@ -103,7 +102,7 @@ class ChatView:
         async with aclosing(self.job.run()) as deltas:
             async for c, delta in deltas:
                 if c not in parsers:
-                    parsers[c] = self._parser()
+                    parsers[c] = self.parser()
                     yield self._chunk(c, {"role": "assistant", "content": ""})
                 logprobs = None
                 if self.body.logprobs and delta.logprobs:

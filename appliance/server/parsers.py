@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from appliance.config import ServerConfig
-from appliance.core.params import RequestError
+from appliance.core.params import RequestError, SamplingParams, StructuredOutputsParams
 from appliance.server.prompts import Prompt
 from appliance.server.schemas import ChatRequest
 from appliance.text.answer import AnswerParser
+from appliance.text.grammar import compile_grammar
 from appliance.text.reasoning import REASONING, ReasoningParser, Tags, tags_of
 from appliance.text.tokenizer import Tokenizer
-from appliance.text.tools.choice import ToolChoice, tool_choice
+from appliance.text.tools.choice import FORMS, ToolChoice, forced, tool_choice
 from appliance.text.tools.detect import detect
-from appliance.text.tools.formats import PARSERS
+from appliance.text.tools.formats import PARSERS, Mistral
+from appliance.text.tools.grammar import lark
 from appliance.text.tools.parser import ToolParser
 from quant.errors import InputError
 
@@ -45,7 +48,7 @@ class Parsers:
         return cls(tools, tags, tokenizer)
 
     def choice(self, body: ChatRequest) -> ToolChoice:
-        """What a request says of tools. Raises RequestError, also for what this server cannot do."""
+        """What a request says of tools. Raises RequestError, also where this model's calls cannot be read."""
         if body.tool_choice == "none":
             return ToolChoice()  # the tools do not matter
         if body.tools and self.tools is None:
@@ -54,19 +57,35 @@ class Parsers:
                 f"--tool-call-parser ({', '.join(PARSERS)}), or set tool_choice to 'none'"
             )
             raise RequestError(message, param="tools", code="unsupported_parameter")
-        choice = tool_choice(body.tools, body.tool_choice)
-        if choice.mode in ("required", "named"):
-            message = "tool_choice: only 'auto' and 'none' are supported: a model cannot be made to call a tool yet"
-            raise RequestError(message, param="tool_choice", code="unsupported_parameter")
-        return choice
+        return tool_choice(body.tools, body.tool_choice)
+
+    async def must_call(self, params: SamplingParams, choice: ToolChoice, body: ChatRequest, prompt: Prompt) -> SamplingParams:
+        """The parameters with a grammar of calls, where these are a must. Raises RequestError where that cannot be."""
+        if choice.mode not in ("required", "named"):
+            return params
+        assert self.tools is not None and self.tokenizer is not None  # choice() and the prompt have seen to that
+        forms = FORMS[self.tools]
+        form = forms[0] if len(forms) == 1 or self.tokenizer.special_among((Mistral.ARGS,)) else forms[1]
+        opened = self.tags is not None and self._opened(self.tags, body, prompt)
+        text = lark(forced(choice, form, parallel=body.parallel_tool_calls), self.tags, opened=opened)
+        structured = StructuredOutputsParams(grammar=text)
+        try:
+            await asyncio.to_thread(compile_grammar, structured)
+        except RequestError as error:
+            raise RequestError(
+                f"tools: no grammar of calls can be made of these: {error}", param="tools", code=error.code
+            ) from None
+        return replace(params, structured_outputs=structured)
 
     def shown(self, choice: ToolChoice) -> frozenset[int]:
         """The special tokens that mark calls and reasoning: they must be in the text."""
         markers = (*(self.tags.special if self.tags else ()), *(self.tools.special if self.tools and choice.parses else ()))
         return self.tokenizer.special_among(markers) if self.tokenizer else frozenset()
 
-    def new(self, choice: ToolChoice, body: ChatRequest, prompt: Prompt) -> AnswerParser:
-        """For one answer."""
+    def new(self, choice: ToolChoice, body: ChatRequest, prompt: Prompt, *, formed: bool) -> AnswerParser:
+        """For one answer. ``formed``: the request says what form it has, from its first character on: all of it is content."""
+        if formed:
+            return AnswerParser(None, None)
         reasoning = ReasoningParser(self.tags, opened=self._opened(self.tags, body, prompt)) if self.tags else None
         tools = self.tools() if self.tools is not None and choice.parses else None
         return AnswerParser(reasoning, tools, parallel=body.parallel_tool_calls)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 
 from appliance.config import EngineConfig, ServerConfig
@@ -32,6 +31,7 @@ TOOL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
 }
+IMPOSSIBLE: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {"type": "colour"}}}
 CALL = {
     "Hermes": '<tool_call>\n{"name": "NAME", "arguments": ARGUMENTS}\n</tool_call>',
     "Llama3Json": '{"name": "NAME", "parameters": ARGUMENTS}',
@@ -289,6 +289,8 @@ def test_tools_that_are_not_to_be_called(hermes: Served) -> None:
         ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
         ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "clock"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}}, "tools"),
+        ({"tools": [IMPOSSIBLE], "tool_choice": "required"}, "tools"),
         ({"parallel_tool_calls": 3}, "parallel_tool_calls"),
         ({"tools": [TOOL], "functions": [TOOL["function"]]}, "functions"),
     ],
@@ -298,11 +300,32 @@ def test_refusals(hermes: Served, body: dict[str, Any], param: str) -> None:
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param
 
 
-def test_calls_that_are_a_must_are_refused_by_name(hermes: Served) -> None:
-    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
-        with pytest.raises(openai.BadRequestError, match="only 'auto' and 'none'") as caught:
-            hermes.openai.chat.completions.create(model="tiny", messages=HELLO, tools=[TOOL], tool_choice=choice)  # type: ignore[call-overload]
-        assert caught.value.code == "unsupported_parameter"
+def test_calls_that_are_a_must(any_kind: tuple[Served, Any]) -> None:
+    """The engine gets a grammar of them (which tests/test_tool_calls.py tries out); what it makes of it comes back as calls."""
+    served, kind = any_kind
+    named: Any = {"type": "function", "function": {"name": "weather"}}
+    choices: tuple[Any, ...] = ("required", named)
+    for choice in choices:
+        for form in FORMS[kind]:
+            served.client.say(form.write([("weather", '{"city": "Rome"}')]))  # type: ignore[attr-defined]
+            message = ask(served, tool_choice=choice)
+            assert [c["function"]["arguments"] for c in message["tool_calls"]] == ['{"city": "Rome"}']
+            assert message["content"] is None and message["finish_reason"] == "tool_calls"
+        params = served.client.submitted[-1].params
+        assert '"weather' in params.grammar.replace("\\", "") or "weather[ARGS]" in params.grammar
+        assert ("call)*" in params.grammar) == (choice == "required")
+    served.client.say("Hm.</think>" + FORMS[kind][0].write([("weather", "{}")]))  # type: ignore[attr-defined]
+    message = ask(served, tool_choice="required", chat_template_kwargs={"think": True}, parallel_tool_calls=False)
+    assert message["reasoning"] == "Hm." and "start: thoughts" in served.client.submitted[-1].params.grammar
+    assert "call)*" not in served.client.submitted[-1].params.grammar
+
+
+def test_an_answer_whose_form_is_said_is_content(hermes: Served) -> None:
+    text = '{"name": "weather", "parameters": {}}'
+    hermes.client.say(text)  # type: ignore[attr-defined]
+    form = {"response_format": {"type": "json_object"}, "tools": None}
+    message = ask(hermes, **form, chat_template_kwargs={"think": True})
+    assert message == {"role": "assistant", "content": text, "refusal": None, "finish_reason": "stop"}
 
 
 def test_options(tmp_path: Path) -> None:

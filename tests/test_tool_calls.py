@@ -1,0 +1,67 @@
+"""Calls that are a must, by a real model: what it writes is read back as calls whose arguments fit their schemas."""
+
+import json
+
+import jsonschema
+import pytest
+
+from appliance import LLM, SamplingParams, StructuredOutputsParams
+from appliance.hub import demo_model
+from appliance.text.answer import AnswerParser
+from appliance.text.reasoning import THINK, ReasoningParser
+from appliance.text.tools.choice import FORMS, Form, ToolChoice, forced, parameters, tool_choice
+from appliance.text.tools.grammar import lark
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}, "days": {"type": "integer", "minimum": 0, "maximum": 20}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": True},  # is not obeyed
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": CITY}},
+    {"type": "function", "function": {"name": "get_time"}},
+]
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+SCHEMAS = {one["name"]: parameters(one) for one in tool_choice(TOOLS, None).functions}
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM(str(demo_model()), max_model_len=512, max_num_seqs=16, kv_cache_memory_bytes=32 << 20, threads=1)
+
+
+def answers(llm: LLM, grammar: str) -> list[tuple[str, bool]]:
+    """Texts, and whether they came to their end. (A small model may add calls for ever.)"""
+    structured = StructuredOutputsParams(grammar=grammar)
+    params = SamplingParams(temperature=1.0, seed=1, n=4, max_tokens=250, structured_outputs=structured)
+    output = llm.generate(["One day"], params, use_tqdm=False)[0]
+    return [(one.text, one.finish_reason == "stop") for one in output.outputs]
+
+
+@pytest.mark.parametrize(("kind", "form"), [(kind, form) for kind, forms in FORMS.items() for form in forms])
+def test_a_model_that_must_call_does(llm: LLM, kind: type, form: Form) -> None:
+    ends = 0
+    for asked, parallel in (("required", True), ("required", False), (NAMED, True)):
+        choice: ToolChoice = tool_choice(TOOLS, asked)
+        for text, ended in answers(llm, lark(forced(choice, form, parallel=parallel))):
+            answer = AnswerParser(None, kind()).parse(text)
+            ends += ended
+            assert not ended or (answer.content == "" and answer.calls), text
+            assert (asked == "required" and parallel) or len(answer.calls) <= 1
+            for call in answer.calls if ended else answer.calls[:-1]:
+                assert call.name in [one["name"] for one in choice.functions]
+                jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+    assert ends >= 6
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_it_may_think_before(llm: LLM, opened: bool) -> None:
+    kind, (form, *_) = next(iter(FORMS.items()))
+    grammar = lark(forced(tool_choice(TOOLS, NAMED), form), THINK, opened=opened)
+    grammar = grammar.replace("(?s:.*)", "(?s:.{0,40})")  # a small model would not end by itself
+    for text, ended in answers(llm, grammar):
+        answer = AnswerParser(ReasoningParser(THINK, opened=opened), kind()).parse(text)
+        assert ended and [call.name for call in answer.calls] == ["get_weather"] and answer.content == "", text
+        assert not opened or answer.reasoning
