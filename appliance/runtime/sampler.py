@@ -108,9 +108,12 @@ def _draw(row: Tensor, best: float, request: Request, kth: KthLargest) -> int:
     share of what they leave.
     """
     params, ids = request.params, None
-    if 0 < params.top_k < row.numel():
-        ids = (row >= kth(row, params.top_k)).nonzero().view(-1)
+    if request.guide is not None:  # mostly few tokens are left, and exp takes three times as long for -inf
+        ids = (row > -math.inf).nonzero().view(-1)
         row = row[ids]
+    if 0 < params.top_k < row.numel():
+        index = (row >= kth(row, params.top_k)).nonzero().view(-1)
+        row, ids = _keep(index, row, ids)
     weights = ((row - best) / params.temperature).exp_()  # the largest is 1: min_p compares with it as it stands
     if params.min_p > 0:
         weights, ids = _keep((weights >= params.min_p).nonzero().view(-1), weights, ids)
