@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.cpu import backend, native_weights
 from kernels.cpu.native_weights import TYPES, NativeWeight, address
-from kernels.layout import SCALED_CACHES
+from kernels.layout import NATIVE_ROWS, SCALED_CACHES
 from kernels.ops import Forward, KVCache, Layer, Norm, Ops, PagedBatch, Stack, Weight
 from quant.tensor import QuantTensor
 
@@ -178,6 +178,9 @@ class NativeOps:
         hidden = torch.zeros(max_tokens, size, dtype=dtype)
         workspace = torch.zeros(max_tokens * max(handle.width, size), dtype=dtype)
 
+        for layer in layers[:1]:
+            self._rehearse(layer, hidden.view(-1), workspace, min(max_tokens, NATIVE_ROWS))
+
         def forward(ids: Tensor, batch: PagedBatch, alive: Any = (stack, caches)) -> Tensor:  # the handle has their addresses
             tokens = ids.shape[0]
             if tokens > max_tokens:
@@ -202,6 +205,17 @@ class NativeOps:
             return out
 
         return forward
+
+    def _rehearse(self, layer: Layer, hidden: Tensor, workspace: Tensor, rows: int) -> None:
+        """Products of as many rows as are prepared at a time: the memory that they need is there before the first request."""
+        for source, weight, target in (
+            (hidden, layer.qkv[0], workspace),
+            (workspace, layer.o, hidden),
+            (hidden, layer.gate_up[0], workspace),
+            (workspace, layer.down, hidden),
+        ):
+            x, out = source[: rows * weight.K].view(rows, weight.K), target[: rows * weight.N].view(rows, weight.N)
+            self.matmul(x, weight, out=out)
 
     def _layer(self, layer: Layer, cache: KVCache) -> Any:
         weights: Any = {"qkv": layer.qkv[0], "o": layer.o, "gate_up": layer.gate_up[0], "down": layer.down}
