@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels.layout import SCALED_CACHES
+from quant.errors import InputError
 
 CODES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2, "int8": torch.int8, "int4": torch.uint8}
 LARGEST = {"fp8_e4m3": 448.0, "fp8_e5m2": 57344.0, "int8": 127.0, "int4": 15.0}
@@ -69,7 +70,12 @@ class KVCache:
         device: torch.device,
         given: tuple[float, float] | None = None,
     ) -> KVCache:
-        """An empty cache of ``blocks * block_size * 2 * kv_heads * kernels.layout.kv_nbytes(dtype, head_dim)`` bytes."""
+        """An empty cache of ``blocks * block_size * 2 * kv_heads * kernels.layout.kv_nbytes(dtype, head_dim)`` bytes.
+
+        InputError where int4 cannot have two features of a head in each byte.
+        """
+        if dtype == "int4" and head_dim % 2:
+            raise InputError(f"--kv-cache-dtype is int4, but heads of {head_dim} do not fill whole bytes: take int8")
         shape = (blocks, block_size, kv_heads, head_dim // 2 if dtype == "int4" else head_dim)
         code = CODES.get(dtype) or getattr(torch, dtype)
         k, v = (torch.zeros(shape, dtype=code, device=device) for _ in range(2))

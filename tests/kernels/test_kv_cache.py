@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.kv_cache import CODES, LARGEST, LEAST_SCALE, KVCache, dequantize, quantize
 from kernels.layout import SCALED_CACHES, kv_nbytes
+from quant.errors import InputError
 from tests.kernels.paged import make_step
 
 QUANTIZED = list(SCALED_CACHES)
@@ -127,6 +128,11 @@ def test_a_cache_has_the_planned_bytes(dtype: str, size: int) -> None:
     cache = KVCache.zeros(3, 16, 2, size, dtype=dtype, device=torch.device("cpu"))
     assert sum(t.nbytes for t in cache.tensors) == 3 * 16 * 2 * 2 * kv_nbytes(dtype, size)
     assert (cache.dtype, cache.head_dim, cache.block_size) == (dtype, size, 16)
+
+
+def test_odd_heads_in_four_bits() -> None:
+    with pytest.raises(InputError, match="int4, but heads of 7"):
+        KVCache.zeros(3, 16, 2, 7, dtype="int4", device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
