@@ -63,7 +63,7 @@ def error_response(error: Exception, headers: Mapping[str, str] | None = None) -
     status, body = describe(error)
     more = dict(headers or {})
     if isinstance(error, RateLimited):
-        more["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+        more["Retry-After"] = str(max(1, math.ceil(round(error.retry_after, 3))))
         if error.hopeless or error.retry_after > MAX_RETRY_S:
             more["x-should-retry"] = "false"  # OpenAI's clients then ask no more
     elif status in RETRY_AFTER_S:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # no websockets here: they would pass unseen
             return await self.app(scope, receive, send) if scope["type"] == "lifespan" else None
-        ticket, begun, status = Ticket(), time.monotonic(), 500
+        ticket, begun, status, held = Ticket(), time.monotonic(), 500, ExitStack()
         current.set(ticket)
 
         async def send_noted(message: Message) -> None:
@@ -73,11 +73,14 @@ class Guard:
                     self.state.metrics.http_error(status)
                 if ticket.account:
                     MutableHeaders(scope=message).update(ticket.account.headers())
+            elif not message.get("more_body"):
+                held.close()  # before the client knows that it may ask again
             await send(message)
 
         try:
             _check_headers(scope["headers"])
-            with self._admitted(scope, ticket):
+            with held:
+                self._admit(scope, ticket, held)
                 await self.app(scope, receive, send_noted)
         except RequestError as error:
             headers = {"WWW-Authenticate": 'Bearer realm="appliance"'} if error.status == 401 else None
@@ -85,16 +88,14 @@ class Guard:
         finally:
             self._audit(scope, ticket, status, time.monotonic() - begun)
 
-    @contextmanager
-    def _admitted(self, scope: Scope, ticket: Ticket) -> Iterator[None]:
+    def _admit(self, scope: Scope, ticket: Ticket, held: ExitStack) -> None:
         """Raises RequestError: 401, 429. Limits are for what computes, which is asked for by POST."""
         if not self.state.keys.required or (scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD")):
-            yield
             return
         key, ticket.account = self.state.keys.find(scope["headers"])
         ticket.key = key.name
-        with ticket.account.request() if scope["method"] == "POST" else nullcontext():
-            yield
+        if scope["method"] == "POST":
+            held.enter_context(ticket.account.request())
 
     def _audit(self, scope: Scope, ticket: Ticket, status: int, took_s: float) -> None:
         """Everything but reading what there is to read: dashboards do that every second."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from appliance.core.params import RequestError
 
 DAY_S = 86400.0
+EPSILON = 1e-6  # units that rounding may lose
 Clock = Callable[[], float]  # seconds, never backwards
 
 
@@ -56,7 +57,7 @@ class Bucket:
 
     def wait_s(self, units: float) -> float:
         """Seconds until it holds so many units."""
-        return max(0.0, units - self.level) * 60 / self.size
+        return max(0.0, units - self.level - EPSILON) * 60 / self.size
 
 
 @dataclass
@@ -149,10 +150,11 @@ class Account:
 
 def _time(seconds: float) -> str:
     """As OpenAI writes it: 80ms, 1.5s, 6m0s, 3h0m0s."""
+    seconds = round(seconds, 3)
     if seconds < 1:
-        return f"{math.ceil(seconds * 1000)}ms"
+        return f"{math.ceil(round(seconds * 1000))}ms"
     if seconds < 60:
-        return f"{math.ceil(seconds * 10) / 10:g}s"
+        return f"{math.ceil(round(seconds * 10, 3)) / 10:g}s"
     minutes, rest = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s"
