@@ -38,6 +38,7 @@ def fit(demand: Demand, settings: Settings, device: DeviceInfo, host: DeviceInfo
             f"--max-model-len is {settings.max_len}, but the model was made for at most {demand.max_len} tokens: "
             f"give at most {demand.max_len}, or auto"
         )
+    _check_heads(demand, settings.kv_dtype, device)
     most = None
     if settings.max_seqs is None:
         sequences, most = auto_sequences(demand, settings, device)
@@ -164,6 +165,17 @@ def _loaded(plan: MemoryPlan, demand: Demand, host: DeviceInfo | None) -> Memory
 def _offload(sizes: tuple[int, ...], gib: float) -> Offload:
     """A plan is tried many times with the same."""
     return offloaded(sizes, gib)
+
+
+def _check_heads(demand: Demand, cache: str | None, device: DeviceInfo) -> None:
+    """Two features of a head lie in a byte of int4; a card's kernels take two bytes at a time, of what is rotated too."""
+    if cache is None:
+        return
+    whole = (4 if cache == "int4" else 2) if device.kind == "cuda" else 2 if cache == "int4" else 1
+    rotated = demand.position_bytes // 4
+    for what, features in (("heads", demand.head_dim), ("rotated features of heads", rotated if device.kind == "cuda" else 0)):
+        if features % whole:
+            raise InputError(f"--kv-cache-dtype is {cache}, but {what} of {features} are no multiple of {whole}: take auto")
 
 
 def free_of(settings: Settings, device: DeviceInfo) -> int:

@@ -264,3 +264,26 @@ DEFAULTS = Settings(utilization=0.5, kv_bytes=None, block_size=16, max_tokens=20
 
 def cpu(gib: float) -> DeviceInfo:
     return DeviceInfo("cpu", "some CPU", int(gib * GIB) + GIB, int(gib * GIB))
+
+
+@pytest.mark.parametrize(
+    ("kind", "cache", "head_dim", "rotary", "message"),
+    [
+        ("cpu", "int4", 15, 15, "heads of 15 are no multiple of 2"),
+        ("cpu", "int8", 15, 15, None),
+        ("cuda", "fp8_e4m3", 15, 14, "heads of 15 are no multiple of 2"),
+        ("cuda", "int4", 18, 16, "heads of 18 are no multiple of 4"),
+        ("cuda", "int4", 20, 10, "rotated features of heads of 10 are no multiple of 4"),
+        ("cuda", "int4", 20, 12, None),
+        ("cuda", None, 15, 15, None),
+    ],
+)
+def test_heads_that_a_cache_cannot_hold(kind: str, cache: str | None, head_dim: int, rotary: int, message: str | None) -> None:
+    demand = replace(LLAMA_8B, head_dim=head_dim, position_bytes=4 * rotary)
+    chosen = replace(DEFAULTS, kv_dtype=cache, max_len=128)
+    device = DeviceInfo(kind, "d", 64 * GIB, 64 * GIB)
+    if message is None:
+        assert fit(demand, chosen, device).kv.dtype == (cache or demand.dtype)
+    else:
+        with pytest.raises(InputError, match=f"--kv-cache-dtype is {cache}, but {message}"):
+            fit(demand, chosen, device)
