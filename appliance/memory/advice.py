@@ -19,6 +19,7 @@ from appliance.memory.fit import fit, last
 from appliance.memory.plan import SHORTEST_AUTO, KVSpec, MemoryPlan, PlanError, Remedy
 from appliance.memory.settings import Settings, cache_dtype
 from appliance.memory.text import size_text
+from quant.errors import InputError
 
 QUARTER = GIB // 4
 SMALLEST = 16  # shorter contexts and smaller steps than this are not advised
@@ -64,7 +65,7 @@ def advise(
         assert isinstance(chosen, Demand)
         try:
             return fit(chosen, replace(settings, **changed), device, host)  # type: ignore[arg-type]
-        except PlanError:
+        except InputError:  # a PlanError, or a cache that its heads do not fill
             return None
 
     known = options(demand, settings, device, variants)

@@ -95,7 +95,7 @@ class Study:
         """The plan with other Settings; None where it does not fit."""
         try:
             return fit(self.demand, replace(self.settings, **changes), self.device, self.host)  # type: ignore[arg-type]
-        except PlanError:
+        except InputError:  # a PlanError, or a cache that its heads do not fill
             return None
 
     def longest(self, sequences: int) -> MemoryPlan | None:

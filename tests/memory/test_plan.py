@@ -17,6 +17,7 @@ from appliance.memory.fit import FAIR_TOKENS, MARGIN, MOST_SEQUENCES, fit
 from appliance.memory.loading import Loading, Transient
 from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, MemoryPlan, PlanError
 from appliance.memory.settings import Settings, cache_dtype
+from quant.errors import InputError
 
 GIB = 1 << 30
 
