@@ -145,9 +145,9 @@ def masks_alone(engine: Engine) -> float:
     return 1e3 * spent[0] / spent[1]
 
 
-def measure(model: str, tokenizer: str | None, repeats: int) -> tuple[list[str], str]:
+def measure(model: str, tokenizer: str | None, repeats: int, threads: int | None = None) -> tuple[list[str], str]:
     """Rows of a table, over all steps of rounds that take turns; what masks take."""
-    options = {"max_model_len": 256, "max_num_seqs": BATCH, "kv_cache_memory_bytes": 256 << 20}
+    options = {"max_model_len": 256, "max_num_seqs": BATCH, "kv_cache_memory_bytes": 256 << 20, "threads": threads}
     engine = Engine.load(EngineConfig(model=model, tokenizer=tokenizer, **options))  # type: ignore[arg-type]
     found: dict[int, list[float]] = {0: [], 4: [], 8: [], 16: []}
     steps(engine, BATCH)  # the tokenizer is read, the grammar compiled
@@ -193,9 +193,9 @@ def report(proof: Proof, tables: list[tuple[str, list[str], str]], command: str)
         "",
         *(f"- **not valid**: {one}" for one in proof.invalid),
         "## What the other requests of a batch pay",
-        f"Decode steps of {BATCH} sequences at temperature 0.8, of which so many follow a grammar (arrays of objects, which do",
-        "not end here). Rounds of each kind take turns within one run. The machine is shared, and the work of others lengthens most",
-        "steps: the quickest tenth says more of the engine than the median does.",
+        f"Decode steps of {BATCH} sequences at temperature 0.8, of which so many follow a grammar (arrays of objects that do",
+        "not end). Rounds of each kind take turns within one run. The machine is shared, and the work of others lengthens",
+        "most steps: the quickest tenth says more of the engine than the median does.",
         "",
     ]
     for name, rows, alone in tables:
@@ -217,14 +217,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a model whose steps are measured too")
     parser.add_argument("--tokenizer", help="its tokenizer's directory")
+    parser.add_argument("--title", help="what the report calls it")
     parser.add_argument("--completions", type=int, default=3, help="of each schema")
     parser.add_argument("--repeats", type=int, default=15, help="rounds of each batch")
     parser.add_argument("--write", type=Path, help="the report's file")
     options = parser.parse_args()
     proof = prove(options.completions)
-    tables = [("The demo model", *measure(str(demo_model()), None, options.repeats))]
+    tables = [("The demo model, one thread", *measure(str(demo_model()), None, 3 * options.repeats, 1))]
     if options.model:
-        tables.append((Path(options.model).name, *measure(options.model, options.tokenizer, options.repeats)))
+        tables.append((options.title or Path(options.model).name, *measure(options.model, options.tokenizer, options.repeats)))
     text = report(proof, tables, "python scripts/structured_output.py" + (" --model DIRECTORY" if options.model else ""))
     print(text)
     if options.write:

@@ -18,6 +18,8 @@ from torch import Tensor
 from appliance.core.request import Request
 from appliance.text.grammar import KEPT, deep_thread, library, limits, vocabulary
 
+_NEVER = np.float32("-inf")
+
 
 class Guide:
     """One completion's place in its grammar."""
@@ -27,15 +29,15 @@ class Guide:
     def __init__(self, matcher: Any) -> None:
         self._matcher, self._taken = matcher, 0
 
-    def allowed(self, request: Request, bits: np.ndarray) -> str:
-        """Set the bits, int32 [ceil(V / 32)], of the tokens that may come next; what is wrong, where the grammar gave up.
+    def allowed(self, request: Request, where: int, size: int) -> str:
+        """Write a bit for each token into the ``size`` bytes at this address; what is wrong, where the grammar gave up.
 
         In this thread: it takes some hundredths of a millisecond, and others would have to be woken.
         """
         if fresh := request.tokens[request.prompt_len + self._taken :]:
             self._matcher.consume_tokens(fresh)
             self._taken += len(fresh)
-        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        self._matcher.unsafe_compute_mask_ptr(where, size)
         return self._matcher.get_error()
 
 
@@ -104,22 +106,26 @@ class Masks:
     @classmethod
     def of(cls, requests: Sequence[Request], vocab: int) -> Masks:
         """Of the requests that sample, in the order of their rows; on the host, so it may be done while the device works."""
-        rows, errors = {}, {}
-        for row, request in enumerate(requests):
-            if request.guide is not None:
-                bits = np.zeros(-(-vocab // 32), dtype=np.int32)
-                rows[row] = bits.view(np.uint8)
-                if error := request.guide.allowed(request, bits):
-                    errors[request] = f"its grammar: {error}"
-        return cls(rows, errors)
+        guided = [(row, request) for row, request in enumerate(requests) if request.guide is not None]
+        if not guided:
+            return cls()
+        bits = np.zeros((len(guided), 4 * -(-vocab // 32)), dtype=np.uint8)
+        where, size = bits.ctypes.data, bits.shape[1]
+        found = [request.guide.allowed(request, where + k * size, size) for k, (_, request) in enumerate(guided)]
+        errors = {request: f"its grammar: {error}" for (_, request), error in zip(guided, found, strict=True) if error}
+        return cls({row: mask for (row, _), mask in zip(guided, bits, strict=True)}, errors)
 
     def __bool__(self) -> bool:
         return bool(self.rows)
 
     def rule_out(self, logits: Tensor, first: int) -> None:
         """Logits float32 [R, V] of the rows from ``first`` on: -inf where a grammar forbids the token. Workspace: V bytes."""
-        vocab = logits.shape[1]
+        rows, vocab = logits.shape
+        values = logits.numpy() if logits.device.type == "cpu" else None
         for row, bits in self.rows.items():
-            if first <= row < first + logits.shape[0]:
-                banned = torch.from_numpy(np.unpackbits(~bits, count=vocab, bitorder="little")).view(torch.bool)
-                logits[row - first].masked_fill_(banned.to(logits.device), float("-inf"))
+            if first <= row < first + rows:
+                banned = np.unpackbits(~bits, count=vocab, bitorder="little").view(np.bool_)
+                if values is not None:  # a fraction of what calling torch takes
+                    np.copyto(values[row - first], _NEVER, where=banned)
+                else:
+                    logits[row - first].masked_fill_(torch.from_numpy(banned).to(logits.device), float("-inf"))

@@ -18,6 +18,7 @@ from kernels import reference
 from kernels.ops import ArgMax, KthLargest
 
 NOT_FINITE = "the model produced logits that are not finite numbers"
+_LARGE = 4096  # from so many tokens on it pays to leave those aside that cannot be drawn
 _LIKELY = 512  # tokens in which a nucleus is looked for first
 _BLOCK = 128  # probabilities summed together, so that a draw needs no cumulative sum over the whole vocabulary
 
@@ -108,7 +109,7 @@ def _draw(row: Tensor, best: float, request: Request, kth: KthLargest) -> int:
     share of what they leave.
     """
     params, ids = request.params, None
-    if request.guide is not None:  # mostly few tokens are left, and exp takes three times as long for -inf
+    if request.guide is not None and row.numel() > _LARGE:  # mostly few tokens are left; exp takes long for -inf
         ids = (row > -math.inf).nonzero().view(-1)
         row = row[ids]
     if 0 < params.top_k < row.numel():
