@@ -22,6 +22,18 @@ MAX_BYTES, FILES = 100 * 1000**2, 10  # a file is put aside at this size; so man
 MAX_QUEUE = 10_000  # lines that wait for the disk
 
 
+def _open(file: str | Path) -> int:
+    return os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def check_writable(file: str) -> None:
+    """Raises InputError."""
+    try:
+        os.close(_open(file))
+    except OSError as error:
+        raise InputError(f"--audit-log {file}: {error.strerror}") from None
+
+
 class AuditLog:
     def __init__(self, file: str, *, max_bytes: int = MAX_BYTES, files: int = FILES) -> None:
         """Raises InputError where the file cannot be written now."""
@@ -29,10 +41,7 @@ class AuditLog:
         self.lost = 0  # lines that could not be written
         self._failing = False
         self._queue: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUE)
-        try:
-            os.close(self._open())
-        except OSError as error:
-            raise InputError(f"--audit-log {file}: {error.strerror}") from None
+        check_writable(file)
         self._thread = threading.Thread(target=self._run, name="audit-log", daemon=True)
         self._thread.start()
 
@@ -66,13 +75,13 @@ class AuditLog:
 
     def _write(self, line: bytes) -> None:
         """Opened for each line: a file that is moved away, deleted, or on a disk that has room again needs no signal."""
-        file = self._open()
+        file = _open(self.path)
         try:
             size = os.fstat(file).st_size
             if size and size + len(line) > self.max_bytes:
                 self._rotate()
                 os.close(file)
-                file = self._open()
+                file = _open(self.path)
                 size = 0
             written = os.write(file, line)
             if written < len(line):  # the disk is full: a part of a line is worse than none
@@ -80,9 +89,6 @@ class AuditLog:
                 raise OSError(None, "no space for a whole line")
         finally:
             os.close(file)
-
-    def _open(self) -> int:
-        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def _rotate(self) -> None:
         names = [self.path, *(Path(f"{self.path}.{k}") for k in range(1, self.files))]

@@ -24,6 +24,7 @@ from appliance.hub import demo_model, resolve
 from appliance.memory.planner import make_plan
 from appliance.runtime.worker import Client, EngineDied
 from appliance.server.app import create_app
+from appliance.server.audit import check_writable
 from appliance.server.errors import unavailable
 from appliance.server.http import check_tls, http_config
 from appliance.server.keys import Keyring
@@ -50,6 +51,10 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
         for noisy in ("uvicorn", "httpx", "httpx2", "huggingface_hub", "filelock"):
             logging.getLogger(noisy).setLevel("WARNING")
     check_tls(server)
+    if server.audit_log:
+        check_writable(server.audit_log)
+    elif server.audit_content:
+        raise InputError("--audit-content needs --audit-log FILE")
     if server.max_num_queued_reqs == 0 or server.max_num_queued_reqs < -1:
         raise InputError(f"--max-num-queued-reqs is at least 1, or -1 for no limit, got {server.max_num_queued_reqs}")
     keys = Keyring(server.api_key, server.api_key_file)
