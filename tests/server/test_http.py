@@ -1,0 +1,284 @@
+"""What a connection may cost: headers, slow and silent clients; other origins; TLS."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from appliance import cli
+from appliance.config import EngineConfig, ServerConfig
+from appliance.server import http as server_http
+from appliance.server import respond
+from appliance.text.tokenizer import Tokenizer
+from tests.server.conftest import Served, serve_in_thread
+from tests.server.fake import FakeClient
+from tests.server.test_keys import bearer
+from tests.server.test_lifecycle import LONG, eventually
+
+Start = Callable[..., AbstractContextManager[Served]]
+
+
+@pytest.fixture
+def start(tokenizer: Tokenizer, model_dir: Path) -> Start:
+    def start(delay_s: float = 0.0, **options: Any) -> AbstractContextManager[Served]:
+        config = ServerConfig(served_model_name=("tiny",), **options)
+        return serve_in_thread(lambda: FakeClient(delay_s=delay_s), tokenizer, EngineConfig(model=str(model_dir)), config)
+
+    return start
+
+
+def connect(served: Served) -> socket.socket:
+    url = urlsplit(served.url)
+    sock = socket.create_connection((url.hostname, url.port), timeout=10)
+    return sock
+
+
+def ping(sock: socket.socket) -> None:
+    sock.sendall(b"GET /ping HTTP/1.1\r\nhost: a\r\n\r\n")
+    found = b""
+    while not found.endswith(b"}"):
+        found += sock.recv(65536)
+    assert found.startswith(b"HTTP/1.1 200 OK")
+
+
+def closed_after(sock: socket.socket) -> tuple[bytes, float]:
+    """What still comes, and the seconds until the server closes."""
+    begun, found = time.monotonic(), b""
+    try:
+        while data := sock.recv(65536):
+            found += data
+    except ConnectionResetError:
+        pass
+    return found, time.monotonic() - begun
+
+
+@pytest.mark.parametrize("headers", [{f"x-{i}": "1" for i in range(101)}, {"x-long": "a" * 33000}, {"cookie": "a" * 40000}])
+def test_header_floods(served: Served, headers: dict[str, str]) -> None:
+    with served.http as http:
+        response = http.post("/v1/completions", json={"prompt": "a"}, headers=headers)
+    if response.headers["content-type"] == "application/json":
+        assert response.status_code == 431 and "the limit is 100 headers of 32768 bytes" in response.json()["error"]["message"]
+    else:
+        assert response.status_code == 400  # they came in pieces, and the connection was closed
+    with served.http as http:
+        assert http.get("/ping", headers={f"x-{i}": "1" for i in range(50)}).status_code == 200
+
+
+def test_headers_without_an_end(served: Served) -> None:
+    with connect(served) as sock:
+        sock.sendall(b"GET /ping HTTP/1.1\r\n")
+        try:
+            for i in range(10_000):
+                sock.sendall(b"x-%d: y\r\n" % i)
+        except OSError:
+            pass  # it was closed on the way
+        found, _ = closed_after(sock)
+        assert found.startswith(b"HTTP/1.1 400") or not found
+
+
+@pytest.mark.parametrize("head", [b"", b"GET", b"GET /ping HTTP/1.1\r\nhost: a\r\n"])
+def test_clients_that_stop_before_they_have_asked(start: Start, head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_http, "READ_S", 0.5)
+    with start() as served, connect(served) as sock:
+        begun = time.monotonic()
+        if head:
+            sock.sendall(head)
+        for _ in range(3):  # a byte now and then buys no time
+            time.sleep(0.1)
+            sock.sendall(head and b"a")
+        closed_after(sock)
+        assert 0.4 < time.monotonic() - begun < 5
+        assert served.post("/v1/completions", prompt="a", max_tokens=1).status_code == 200
+
+
+def test_the_second_request_of_a_connection_has_its_time_too(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_http, "READ_S", 0.5)
+    with start() as served, connect(served) as sock:
+        ping(sock)
+        time.sleep(1.0)  # idle between requests: that is what keep-alive is for
+        ping(sock)
+        sock.sendall(b"GET /ping")
+        _, took = closed_after(sock)
+        assert 0.3 < took < 5
+
+
+def test_a_long_answer_is_no_slow_client(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_http, "READ_S", 0.2)
+    monkeypatch.setattr(respond, "BODY_S", 0.2)
+    with start(0.02) as served:
+        answer = served.post("/v1/completions", prompt="abc", max_tokens=50, ignore_eos=True)
+        assert answer.status_code == 200 and answer.elapsed.total_seconds() > 0.9
+
+
+def test_a_body_that_does_not_come(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(respond, "BODY_S", 0.3)
+    monkeypatch.setattr(server_http, "READ_S", 0.3)
+    with start() as served, connect(served) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 1000\r\n\r\n{")
+        found, took = closed_after(sock)
+        assert found.startswith(b"HTTP/1.1 408") and b'"code":"request_timeout"' in found and took < 5
+        assert not served.state.jobs
+
+
+def test_a_slow_body_that_comes(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(respond, "BODY_S", 0.3)
+    monkeypatch.setattr(respond, "BODY_RATE", 10)
+    body = json.dumps({"prompt": "abc", "max_tokens": 1}).encode()
+    with start() as served, connect(served) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body))
+        for byte in body:  # 0.7 s in all, as fast as the rate asks for
+            time.sleep(0.02)
+            sock.sendall(bytes([byte]))
+        assert closed_after(sock)[0].startswith(b"HTTP/1.1 200")
+
+
+def test_a_refused_body_is_not_waited_for(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_http, "READ_S", 0.3)
+    with start(api_key=("sk-x",)) as served, connect(served) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100000\r\n\r\n")
+        found, took = closed_after(sock)
+        assert found.startswith(b"HTTP/1.1 401") and took < 5
+
+
+def test_a_client_that_does_not_read(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_http, "WRITE_S", 0.5)
+    body = json.dumps({**LONG, "n": 100, "temperature": 1, "logprobs": 5, "stream": True}).encode()
+    with start(0.002) as served, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        url = urlsplit(served.url)
+        sock.connect((url.hostname, url.port))
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        eventually(lambda: served.state.jobs)
+        eventually(lambda: not served.state.jobs, 10)  # its place is free, though it never said that it had gone
+        assert served.client.aborted and served.client.tokens < 100 * 400
+        assert served.post("/v1/completions", prompt="a", max_tokens=1).status_code == 200
+
+
+def test_no_other_origins_by_default(served: Served) -> None:
+    page = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
+    with served.http as http:
+        for response in (http.options("/v1/chat/completions", headers=page), http.get("/v1/models", headers=page)):
+            assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+def test_allowed_origins(start: Start) -> None:
+    page = {"Origin": "https://chat.example"}
+    wish = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    with start(allowed_origins=("https://chat.example",), api_key=("sk-x",)) as served, served.http as http:
+        leave = http.options("/v1/chat/completions", headers={**page, **wish})  # without a key: browsers send none here
+        assert leave.status_code == 200 and leave.headers["access-control-allow-origin"] == "https://chat.example"
+        assert "authorization" in leave.headers["access-control-allow-headers"].lower()
+        body = {"prompt": "abc", "max_tokens": 1}
+        for key, status in (("sk-x", 200), ("sk-y", 401)):
+            answer = http.post("/v1/completions", json=body, headers={**page, **bearer(key)})
+            assert answer.status_code == status and answer.headers["access-control-allow-origin"] == "https://chat.example"
+            assert "x-request-id" in answer.headers["access-control-expose-headers"].lower()
+            assert "access-control-allow-credentials" not in answer.headers
+        other = {"Origin": "https://evil.example"}
+        assert http.options("/v1/completions", headers={**other, **wish}).status_code == 400
+        answer = http.post("/v1/completions", json=body, headers={**other, **bearer("sk-x")})
+        assert "access-control-allow-origin" not in answer.headers
+    with start(allowed_origins=("*",)) as served, served.http as http:
+        assert http.get("/v1/models", headers={"Origin": "null"}).headers["access-control-allow-origin"] == "*"
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority, and certificates that it signed for the server and for a client."""
+    place = tmp_path_factory.mktemp("tls")
+
+    def openssl(*args: str) -> None:
+        subprocess.run(["openssl", *args], cwd=place, check=True, capture_output=True)
+
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
+    openssl("req", "-x509", *key, "-nodes", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test", "-days", "2")
+    (place / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+    for name in ("server", "client"):
+        openssl("req", "-new", *key, "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        sign = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
+        openssl("x509", "-req", "-in", f"{name}.csr", *sign, "-out", f"{name}.pem")
+    openssl("ec", "-in", "server.key", "-aes256", "-passout", "pass:secret", "-out", "locked.key")
+    return place
+
+
+def test_tls(start: Start, papers: Path) -> None:
+    trust = ssl.create_default_context(cafile=str(papers / "ca.pem"))
+    with start(ssl_certfile=str(papers / "server.pem"), ssl_keyfile=str(papers / "server.key")) as served:
+        with httpx.Client(base_url=served.url, verify=trust, trust_env=False, timeout=10) as http:
+            assert http.base_url.scheme == "https" and http.get("/health").json() == {"status": "ok"}
+            with http.stream("POST", "/v1/completions", json={"prompt": "abc", "max_tokens": 2, "stream": True}) as response:
+                assert list(response.iter_lines())[-2] == "data: [DONE]"
+        with pytest.raises(httpx.ConnectError):  # an authority that it does not know
+            httpx.get(f"{served.url}/health", trust_env=False)
+        with connect(served) as sock:
+            sock.sendall(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")
+            assert b"200 OK" not in closed_after(sock)[0]
+
+
+def test_clients_that_must_show_a_certificate(start: Start, papers: Path) -> None:
+    options = {"ssl_certfile": "server.pem", "ssl_keyfile": "server.key", "ssl_ca_certs": "ca.pem"}
+    with start(**{name: str(papers / file) for name, file in options.items()}) as served:
+        trust = ssl.create_default_context(cafile=str(papers / "ca.pem"))
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{served.url}/health", verify=trust, trust_env=False)
+        trust.load_cert_chain(papers / "client.pem", papers / "client.key")
+        assert httpx.get(f"{served.url}/health", verify=trust, trust_env=False).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--ssl-keyfile server.key", "--ssl-keyfile needs --ssl-certfile"),
+        ("--ssl-ca-certs ca.pem", "--ssl-ca-certs needs --ssl-certfile"),
+        ("--ssl-certfile none.pem", "--ssl-certfile none.pem: no such file or directory"),
+        ("--ssl-certfile server.pem", "--ssl-certfile server.pem: "),
+        (
+            "--ssl-certfile server.pem --ssl-keyfile client.key",
+            "--ssl-certfile server.pem --ssl-keyfile client.key: key values mismatch",
+        ),
+        (
+            "--ssl-certfile server.pem --ssl-keyfile locked.key",
+            "--ssl-keyfile locked.key: keys with a password are not supported",
+        ),
+        ("--ssl-certfile server.pem --ssl-keyfile server.key --ssl-ca-certs names", "--ssl-ca-certs names: "),
+    ],
+)
+def test_papers_that_do_not_do(
+    flags: str, words: str, papers: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(papers)
+    assert cli.run(["serve", *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("appliance: error: ") and words in error and len(error.splitlines()) == 1
+
+
+def test_500_connections_that_say_nothing(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_http, "READ_S", 2.0)
+    with start() as served:
+        silent = [connect(served) for _ in range(400)]
+        assert served.post("/v1/completions", prompt="a", max_tokens=1).status_code == 200
+        for sock in silent:
+            closed_after(sock)
+            sock.close()
+        assert served.post("/v1/completions", prompt="a", max_tokens=1).status_code == 200
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.fixture
+def served(start: Start) -> Iterator[Served]:
+    with start() as one:
+        yield one
