@@ -104,7 +104,7 @@ def steps(engine: Engine, guided: int) -> list[float]:
         params: dict[str, Any] = {"ignore_eos": True}
         if i < guided:
             params = {"structured_outputs": StructuredOutputsParams(json=ENDLESS), "grammar": grammar}
-        settings = SamplingParams(temperature=0.8, seed=i, max_tokens=WARM + STEPS + 5, **params)
+        settings = SamplingParams(temperature=0.8, seed=i, max_tokens=200, **params)
         prompt = [3 + (7 * i + 13 * k) % 500 for k in range(16)]
         engine.submit(Submit(f"r{i}", tuple(prompt), settings, arrival=time.time()))
     while len(engine.scheduler.running) < BATCH or any(r.output_len < WARM for r in engine.scheduler.running):

@@ -98,7 +98,13 @@ def _sample_row(row: Tensor, request: Request, kth: KthLargest) -> Sampled:
         return Sampled(
             -1, error=f"repetition_penalty {request.params.repetition_penalty} makes a logit infinite: use one nearer to 1"
         )
-    token = int(row.argmax()) if request.params.greedy else _draw(row, best, request, kth)
+    if request.params.greedy:
+        token = int(row.argmax())
+    elif request.guide is not None and row.numel() > _LARGE:  # mostly few tokens are left, and exp takes long for -inf
+        left = (row > -math.inf).nonzero().view(-1)
+        token = int(left[_draw(row[left], best, request, kth)])
+    else:
+        token = _draw(row, best, request, kth)
     return Sampled(token, None if wanted is None else _row_logprob(raw, token, wanted, kth))
 
 
@@ -109,12 +115,9 @@ def _draw(row: Tensor, best: float, request: Request, kth: KthLargest) -> int:
     share of what they leave.
     """
     params, ids = request.params, None
-    if request.guide is not None and row.numel() > _LARGE:  # mostly few tokens are left; exp takes long for -inf
-        ids = (row > -math.inf).nonzero().view(-1)
-        row = row[ids]
     if 0 < params.top_k < row.numel():
-        index = (row >= kth(row, params.top_k)).nonzero().view(-1)
-        row, ids = _keep(index, row, ids)
+        ids = (row >= kth(row, params.top_k)).nonzero().view(-1)
+        row = row[ids]
     weights = ((row - best) / params.temperature).exp_()  # the largest is 1: min_p compares with it as it stands
     if params.min_p > 0:
         weights, ids = _keep((weights >= params.min_p).nonzero().view(-1), weights, ids)

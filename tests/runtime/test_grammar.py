@@ -11,17 +11,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from appliance.config import EngineConfig
 from appliance.core.messages import Submit
 from appliance.core.params import RequestError, SamplingParams, StructuredOutputsParams
+from appliance.core.request import Request
 from appliance.hub import demo_model
 from appliance.memory.planner import make_plan
 from appliance.runtime import grammar
 from appliance.runtime.engine import IDLE_S, Engine
 from appliance.runtime.runner import Runner
+from appliance.runtime.sampler import sample
 from appliance.text.prepare import prepare
 from appliance.text.tokenizer import Tokenizer
 from tests.runtime.conftest import answers, finish
@@ -230,3 +233,28 @@ def test_without_the_library(load: Callable[..., Engine], tokenizer: Tokenizer, 
     with pytest.raises(RequestError, match="pip install llguidance"):
         ask(tokenizer, "a", {"regex": "ab"})
     assert len(answers(load(), [ask(tokenizer, "b", None, max_tokens=3)])["b", 0]) == 3
+
+
+@pytest.mark.parametrize("more", [{}, {"top_k": 5}, {"top_k": 5000}, {"top_p": 0.7}, {"min_p": 0.2}, {"logprobs": 4}])
+def test_draws_from_a_large_vocabulary_leave_aside_what_is_ruled_out(more: dict[str, Any]) -> None:
+    """And find what they would have found among all of it."""
+    vocab = 20_000
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(1)) * 3
+    logits[0, torch.arange(vocab) % 7 != 3] = float("-inf")
+    for seed in range(40):
+        params = SamplingParams(temperature=1.3, max_tokens=1, **more)
+        plain, guided = (Request("a", 0, [1], 1, params, 2, seed, 0.0, guide=guide) for guide in (None, object()))
+        expected, found = sample(logits.clone(), [plain])[0], sample(logits.clone(), [guided])[0]
+        assert found == expected and found.token % 7 == 3
+
+
+def test_masks_leave_the_rows_of_others_alone() -> None:
+    """Bits are counted from the lowest; rows of the slice alone are touched; tokens beyond the last bit's byte do not exist."""
+    logits = torch.zeros(3, 37)
+    bits = np.zeros(8, dtype=np.uint8)
+    bits[0], bits[4] = 0b101, 0b10000
+    masks = grammar.Masks({1: bits, 4: bits, 9: bits})
+    masks.rule_out(logits, 3)
+    assert logits.isfinite().all(dim=1).tolist() == [True, False, True]
+    assert logits[1].isfinite().nonzero().view(-1).tolist() == [0, 2, 36]
+    assert masks and not grammar.Masks()
