@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import socket
 import ssl
 from typing import Any
 
@@ -17,6 +19,8 @@ from quant.errors import InputError
 
 READ_S = 20.0  # for a request's head, from its first byte; for the rest of a body that nobody waits for any more
 WRITE_S = 60.0  # that a client may leave its answer unread, once the buffers are full
+PEER = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 60_000))  # s, s, times, ms
+MAX_FILES = 65_536
 KEEP_ALIVE_S = 30  # longer than the 5 s after which many clients' pools give a connection up: it is for them to close it
 
 
@@ -30,6 +34,7 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        _watch_peer(transport.get_extra_info("socket"))
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -70,6 +75,23 @@ class Protocol(H11Protocol):
         for timer in (self._reading, self._writing):
             if timer is not None:
                 timer.cancel()
+
+
+def _watch_peer(sock: socket.socket) -> None:
+    """Notice a machine that went away without a word, while an answer is computed as well as while it is sent."""
+    options = [(socket.SOL_SOCKET, "SO_KEEPALIVE", 1)]
+    options += [(socket.IPPROTO_TCP, name, value) for name, value in PEER]
+    for level, name, value in options:
+        if hasattr(socket, name):  # not every system has all of them
+            sock.setsockopt(level, getattr(socket, name), value)
+
+
+def raise_file_limit() -> None:
+    """Each connection is an open file, and many systems allow 1024 of them unless more are asked for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def http_config(app: ASGIApp, server: ServerConfig) -> uvicorn.Config:

@@ -26,7 +26,7 @@ from appliance.runtime.worker import Client, EngineDied
 from appliance.server.app import create_app
 from appliance.server.audit import check_writable
 from appliance.server.errors import unavailable
-from appliance.server.http import check_tls, http_config
+from appliance.server.http import check_tls, http_config, raise_file_limit
 from appliance.server.keys import Keyring
 from appliance.server.state import ServerState
 from appliance.text.tokenizer import Tokenizer
@@ -58,6 +58,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     if server.max_num_queued_reqs == 0 or server.max_num_queued_reqs < -1:
         raise InputError(f"--max-num-queued-reqs is at least 1, or -1 for no limit, got {server.max_num_queued_reqs}")
     keys = Keyring(server.api_key, server.api_key_file)
+    raise_file_limit()
     with contextlib.closing(bind(server.host, server.port)) as sock:
         if not keys.required and not server.insecure:
             check_local(server.host, sock)

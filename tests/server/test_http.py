@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import socket
 import ssl
 import subprocess
@@ -166,6 +167,35 @@ def test_a_client_that_does_not_read(start: Start, monkeypatch: pytest.MonkeyPat
         assert served.post("/v1/completions", prompt="a", max_tokens=1).status_code == 200
 
 
+def test_machines_that_go_away_without_a_word_are_noticed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as one machine can show it: the kernel is told to look after the peer."""
+    seen: list[list[int]] = []
+    made = server_http.Protocol.connection_made
+
+    def connection_made(self: Any, transport: Any) -> None:
+        made(self, transport)
+        sock = transport.get_extra_info("socket")
+        found = [sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name, _ in server_http.PEER]
+        seen.append([sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), *found])
+
+    monkeypatch.setattr(server_http.Protocol, "connection_made", connection_made)
+    with start() as served:
+        assert served.post("/v1/completions", prompt="a", max_tokens=1).status_code == 200
+    assert seen == [[1, 30, 10, 3, 60_000]]
+
+
+def test_as_many_open_files_as_the_system_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+        server_http.raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 65_536), hard)
+        server_http.raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(hard, 65_536)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_no_other_origins_by_default(served: Served) -> None:
     page = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
     with served.http as http:
@@ -268,8 +298,9 @@ def test_500_connections_that_say_nothing(
     start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(server_http, "READ_S", 2.0)
+    server_http.raise_file_limit()  # both ends are in this process
     with start() as served:
-        silent = [connect(served) for _ in range(400)]
+        silent = [connect(served) for _ in range(500)]
         assert served.post("/v1/completions", prompt="a", max_tokens=1).status_code == 200
         for sock in silent:
             closed_after(sock)
