@@ -62,8 +62,10 @@ def structured_outputs(body: SamplingFields) -> tuple[str | None, StructuredOutp
         found["structured_outputs"] = None, StructuredOutputsParams(**given)
     for name, short in SHORT.items():
         if value := getattr(body, name):
-            more = {"whitespace_pattern": body.guided_whitespace_pattern} if short.startswith("json") else {}
-            found[name] = name, StructuredOutputsParams(**{short: value}, **more)
+            said: dict[str, Any] = {short: value}
+            if short.startswith("json"):
+                said["whitespace_pattern"] = body.guided_whitespace_pattern
+            found[name] = name, StructuredOutputsParams(**said)
     if len(found) > 1:
         raise RequestError(f"{' and '.join(found)} both say what the answer must be: send one of them", param=[*found][1])
     return next(iter(found.values()), None)
