@@ -130,6 +130,7 @@ def test_tokens_per_day(start: Any) -> None:
         limited(ask(served, prompt=[5]), "used 52 of its 50", 23 * 3600)
         clock.now += 23 * 3600
         assert ask(served, prompt=[5] * 40).status_code == 200
+        limited(ask(served, prompt=[5] * 9), "used 42 of its 50", 24 * 3600)  # the second day has an end, too
 
 
 def test_concurrency(start: Any) -> None:
