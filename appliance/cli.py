@@ -111,7 +111,14 @@ def plan(
 
 
 @app.command
-def tui(*, url: str = "http://127.0.0.1:8000", interval: float = 1.0, once: bool = False, json: bool = False) -> int:
+def tui(
+    *,
+    url: str = "http://127.0.0.1:8000",
+    interval: float = 1.0,
+    once: bool = False,
+    json: bool = False,
+    api_key: str | None = None,
+) -> int:
     """Watch a running server in the terminal.
 
     Parameters
@@ -124,10 +131,12 @@ def tui(*, url: str = "http://127.0.0.1:8000", interval: float = 1.0, once: bool
         Print one look as text, and end.
     json
         Print the server's own /stats as JSON, and end.
+    api_key
+        A key of the server, where it asks for one.
     """
     from appliance.tui.app import main
 
-    return main(url, interval=interval, once=once, json_output=json)
+    return main(url, interval=interval, once=once, json_output=json, api_key=api_key)
 
 
 @app.command

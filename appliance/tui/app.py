@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import sys
+from functools import partial
 
 from textual.app import App, ComposeResult
 from textual.containers import Horizontal
@@ -106,7 +107,7 @@ class Dashboard(App[None]):
         self.push_screen(Help())
 
 
-def main(url: str, *, interval: float = 1.0, once: bool = False, json_output: bool = False) -> int:
+def main(url: str, *, interval: float = 1.0, once: bool = False, json_output: bool = False, api_key: str | None = None) -> int:
     """Show the dashboard until the user quits; a plain snapshot with ``once`` or where the output is no terminal.
 
     ``json_output`` prints the server's own /stats instead. Returns the exit status: 1 where one look found no server.
@@ -116,17 +117,17 @@ def main(url: str, *, interval: float = 1.0, once: bool = False, json_output: bo
     if not (math.isfinite(interval) and interval >= 0.1):
         raise InputError(f"--interval {interval:g} is not possible: give seconds, 0.1 or more")
     if json_output:
-        return _print_json(url)
-    feed = Feed(url)
+        return _print_json(url, api_key)
+    feed = Feed(url, source=partial(fetch, api_key=api_key))
     if once or not sys.stdout.isatty():
         return _print_once(feed)
     Dashboard(feed, interval=interval).run()
     return 0
 
 
-def _print_json(url: str) -> int:
+def _print_json(url: str, api_key: str | None) -> int:
     try:
-        print(json.dumps(fetch(url), indent=2))
+        print(json.dumps(fetch(url, api_key), indent=2))
     except FeedError as error:
         print(f"appliance: {error}", file=sys.stderr)
         return 1

@@ -59,13 +59,16 @@ def base_url(url: str) -> str:
     return full.rstrip("/")
 
 
-def fetch(url: str) -> dict[str, Any]:
+def fetch(url: str, api_key: str | None = None) -> dict[str, Any]:
     """GET ``url``/stats. Raises FeedError. Asks the server itself, never a proxy."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     try:
-        with opener.open(f"{url}/stats", timeout=TIMEOUT) as answer:
+        with opener.open(urllib.request.Request(f"{url}/stats", headers=headers), timeout=TIMEOUT) as answer:
             body = json.load(answer)
     except urllib.error.HTTPError as error:
+        if error.code == 401:
+            raise FeedError(f"{url} asks for a key: give one of its own as --api-key, or in APPLIANCE_API_KEY") from error
         raise FeedError(f"{url}/stats answers {error.code} {error.reason}: is this an appliance server?") from error
     except ValueError as error:
         raise FeedError(f"{url}/stats does not answer in JSON: is this an appliance server?") from error

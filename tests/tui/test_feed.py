@@ -165,3 +165,27 @@ def test_fetch_over_http_never_asks_a_proxy(monkeypatch: pytest.MonkeyPatch) -> 
         assert fetch(url) == {"state": "ok"}
     with pytest.raises(FeedError, match=f"no answer from {url}: Connection refused"):
         fetch(url)
+
+
+def test_a_server_with_keys_is_asked_with_one() -> None:
+    seen: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers.get("Authorization"))
+            good = seen[-1] == "Bearer secret"
+            self.send_response(200 if good else 401)
+            self.end_headers()
+            self.wfile.write(b'{"version": "1"}' if good else b"{}")
+
+        def log_message(self, *given: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        assert fetch(url, "secret") == {"version": "1"}
+        with pytest.raises(FeedError, match="asks for a key: give one of its own as --api-key"):
+            fetch(url)
+        server.shutdown()
+    assert seen == ["Bearer secret", None]
