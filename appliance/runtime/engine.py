@@ -130,7 +130,7 @@ class Engine:
         self.scheduler.store.forget()
 
     def step(self) -> list[Event]:
-        """Schedule, compute and commit one step. A step that fails ends its own requests with an error; the engine goes on.
+        """Schedule, compute and commit one step. A step that fails ends all that run with an error; the engine goes on.
 
         Where the device works by itself, what is returned are the events of the step before, as this one is under way by then.
         """
