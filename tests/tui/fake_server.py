@@ -52,7 +52,7 @@ class FakeServer:
         self.running: list[dict[str, Any]] = []
         self.finished = {"stop": 0, "length": 0}
 
-    def __call__(self, url: str) -> dict[str, Any]:
+    def __call__(self, url: str, api_key: str | None = None) -> dict[str, Any]:
         if self.away:
             raise self.away
         self.tick()

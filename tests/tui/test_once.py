@@ -27,7 +27,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeServer], None]:
 
     def install(server: FakeServer) -> None:
         monkeypatch.setattr(app, "fetch", server)
-        monkeypatch.setattr(app, "Feed", lambda url: Feed(url, source=server))
+        monkeypatch.setattr(app, "Feed", lambda url, source: Feed(url, source=server))
 
     return install
 
