@@ -8,7 +8,6 @@ from typing import Any
 
 from quant.errors import InputError
 
-MAX_LOGPROBS = 20
 MAX_BEAMS = 256  # what a step looks at grows with their square
 MAX_LENGTH_PENALTY = 10.0  # beyond that the powers of lengths are no numbers any more
 # What would change the order of tokens or the end of a text: field -> values that do not.
