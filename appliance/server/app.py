@@ -18,8 +18,8 @@ from appliance.runtime.worker import EngineDied
 from appliance.server import chat, completions, info
 from appliance.server.errors import EngineFailed, JSONResponse, error_body, error_response
 from appliance.server.guard import Guard
-from appliance.server.info import state_of
 from appliance.server.respond import read, while_connected
+from appliance.server.route import request_id, serving, usable
 from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from appliance.server.state import EngineClient, ServerState
 from appliance.server.tokens import detokenize_answer, tokenize_answer
@@ -64,37 +64,35 @@ def create_app(
 @router.post("/v1/completions")
 async def post_completions(request: Request) -> Response:
     body = await read(request, CompletionRequest)
-    return await while_connected(request, completions.answer(state_of(request), _id(request, body.request_id), body))
+    return await while_connected(request, _completions(request, body))
+
+
+async def _completions(request: Request, body: CompletionRequest) -> Response:
+    state = await serving(request, body.model)
+    return await completions.answer(state, request_id(request, body.request_id), body)
 
 
 @router.post("/v1/chat/completions")
 async def post_chat(request: Request) -> Response:
     body = await read(request, ChatRequest)
-    return await while_connected(request, chat.answer(state_of(request), _id(request, body.request_id), body))
+    return await while_connected(request, _chat(request, body))
+
+
+async def _chat(request: Request, body: ChatRequest) -> Response:
+    state = await serving(request, body.model)
+    return await chat.answer(state, request_id(request, body.request_id), body)
 
 
 @router.post("/tokenize")
 async def post_tokenize(request: Request) -> Response:
     body = await read(request, TokenizeRequest)
-    return JSONResponse(await tokenize_answer(state_of(request), body))
+    return JSONResponse(await tokenize_answer(await serving(request, body.model), body))
 
 
 @router.post("/detokenize")
 async def post_detokenize(request: Request) -> Response:
     body = await read(request, DetokenizeRequest)
-    return JSONResponse(detokenize_answer(state_of(request), body))
-
-
-def _id(request: Request, asked: str | None) -> str:
-    """The X-Request-Id header, else the body's request_id, else the one that was made up."""
-    ids = request.scope["state"]
-    if asked is not None and not ids["request_id_given"] and _fit(asked):
-        ids["request_id"] = asked
-    return ids["request_id"]
-
-
-def _fit(name: str) -> bool:
-    return 0 < len(name) <= 128 and name.isascii() and name.isprintable()
+    return JSONResponse(detokenize_answer(await serving(request, body.model), body))
 
 
 class RequestIds:
@@ -108,8 +106,8 @@ class RequestIds:
             return await self.app(scope, receive, send)
         given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
         ids = scope.setdefault("state", {})
-        ids["request_id_given"] = _fit(given)
-        ids["request_id"] = given if _fit(given) else uuid.uuid4().hex
+        ids["request_id_given"] = usable(given)
+        ids["request_id"] = given if usable(given) else uuid.uuid4().hex
 
         started = False
 

@@ -25,7 +25,6 @@ from appliance.text.tools.parser import CallDelta
 async def answer(state: ServerState, request_id: str, body: ChatRequest) -> Response:
     body.check()
     state.check_unknown(body)
-    state.check_model(body.model)
     params = await with_grammar(chat_params(body, state.defaults, state.server_config.max_logprobs), body)
     formed = params.structured_outputs is not None
     choice = state.parsers.choice(body)

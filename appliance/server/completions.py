@@ -24,7 +24,6 @@ from appliance.text.output import Delta
 async def answer(state: ServerState, request_id: str, body: CompletionRequest) -> Response:
     body.check()
     state.check_unknown(body)
-    state.check_model(body.model)
     limit = state.info.max_model_len
     params = await with_grammar(completion_params(body, state.defaults, state.server_config.max_logprobs), body)
     prompts = await completion_prompts(body, state.tokenizer, limit)

@@ -12,13 +12,10 @@ from starlette.responses import Response
 from appliance.core.params import RequestError
 from appliance.server.errors import RETRY_AFTER_S, JSONResponse, error_body
 from appliance.server.guard import Ticket, current
+from appliance.server.route import state_of
 from appliance.server.state import ServerState
 
 router = APIRouter()
-
-
-def state_of(request: Request) -> ServerState:
-    return request.app.state.server
 
 
 def _card(state: ServerState, name: str) -> dict[str, Any]:

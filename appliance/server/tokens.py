@@ -12,7 +12,6 @@ from appliance.text.tokenizer import Tokenizer
 
 
 async def tokenize_answer(state: ServerState, body: TokenizeRequest) -> dict[str, Any]:
-    state.check_model(body.model)
     tokenizer, limit = _tokenizer(state), state.info.max_model_len
     if sum(one is not None for one in (body.content, body.prompt, body.messages)) != 1:
         raise RequestError("give exactly one of prompt, messages and content", param="prompt")
@@ -31,7 +30,6 @@ async def tokenize_answer(state: ServerState, body: TokenizeRequest) -> dict[str
 
 
 def detokenize_answer(state: ServerState, body: DetokenizeRequest) -> dict[str, Any]:
-    state.check_model(body.model)
     wrong = next((t for t in body.tokens if not 0 <= t < state.info.vocab_size), None)
     if wrong is not None:
         message = f"tokens holds id {wrong}, but the vocabulary has ids 0 to {state.info.vocab_size - 1}"
