@@ -38,6 +38,8 @@ class EngineDied(RuntimeError):
 class Client:
     """Starts the engine process and multiplexes requests over it. All methods belong to one event loop."""
 
+    COMMAND = (sys.executable, "-m", "appliance.runtime.worker")  # and the number of its end of the socket pair
+
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.state = "loading"  # loading, ready, dead, stopped
@@ -54,7 +56,7 @@ class Client:
     async def start(self) -> None:
         """Start the process and wait until the model is loaded. Raises InputError with the engine's words, or EngineDied."""
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "appliance.runtime.worker", str(theirs.fileno())]
+        command = [*self.COMMAND, str(theirs.fileno())]
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         self._conn = Connection(ours.detach())
@@ -97,6 +99,11 @@ class Client:
     def reset_prefix_cache(self) -> None:
         """Requests that are generated from now on find nothing of earlier ones."""
         self._outbox.put(ResetPrefixCache())
+
+    @property
+    def pid(self) -> int | None:
+        """The engine process."""
+        return self._process.pid if self._process else None
 
     @property
     def active(self) -> int:
