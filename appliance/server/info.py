@@ -97,6 +97,7 @@ async def stats(request: Request) -> Response:
             "uptime_s": time.time() - state.begun,
             "info": asdict(info) if info else None,
             "engine": asdict(await state.client.stats()),
+            "hardware": await state.hardware.latest(),
             "loading": state.client.loading if state.status == "loading" else None,  # bytes read, bytes to read
         }
     )

@@ -15,6 +15,7 @@ from appliance.core.params import RequestError
 from appliance.server.audit import AuditLog
 from appliance.server.errors import unavailable
 from appliance.server.fields import unknown
+from appliance.server.hardware import Hardware
 from appliance.server.job import Job
 from appliance.server.keys import Keyring
 from appliance.server.metrics import Metrics
@@ -35,6 +36,8 @@ class EngineClient(Protocol):
     failure: str | None
     loading: tuple[int, int]
 
+    @property
+    def pid(self) -> int | None: ...
     def generate(self, submit: Submit) -> AsyncGenerator[Event, None]: ...
     def abort(self, request_id: str, index: int | None = None) -> None: ...
     def reset_prefix_cache(self) -> None: ...
@@ -53,6 +56,7 @@ class ServerState:
         self.defaults: dict[str, Any] = model_defaults(directory, server_config.generation_config)
         self.parsers = Parsers.of(tokenizer, server_config)
         self.metrics = Metrics(self.names[0])
+        self.hardware = Hardware(lambda: {"engine": pid} if (pid := self.client.pid) else {})
         self.keys = Keyring(server_config.api_key, server_config.api_key_file)
         self.audit = AuditLog(server_config.audit_log) if server_config.audit_log else None
         self.jobs: set[Job] = set()

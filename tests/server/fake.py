@@ -38,6 +38,7 @@ class FakeClient:
         self.info: EngineInfo | None = info(max_model_len)
         self.failure: str | None = None
         self.loading = (3, 10)
+        self.pid: int | None = None
         self.delay_s = delay_s
         self.fail_at: int | None = None  # the output token at which every request ends with an error
         self.aborted: list[tuple[str, int | None]] = []
