@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 _BLANK, _USED, _KEPT = b"\1", b"\0", b"\2"
+_SIGNS = bytes.maketrans(bytes(range(4)), b"#.+&")
 
 
 class PoolError(RuntimeError):
@@ -32,6 +33,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.free = num_blocks  # blank and kept ones
+        self.shared = 0  # used ones with more than one reference
         self.evicting: Callable[[int, bytes], None] | None = None
         self._map = bytearray(_BLANK) * num_blocks  # bytearray.find over it runs at C speed
         self._counts = [0] * num_blocks
@@ -77,13 +79,16 @@ class BlockPool:
             else:
                 self._used_or_raise(block, "share")
             self._counts[block] += 1
+            self.shared += self._counts[block] == 2
 
     def release(self, blocks: Sequence[int]) -> None:
         """One reference less to each block. Of those that nobody refers to now, the last ones go first when room is needed."""
         for block in reversed(blocks):
             self._used_or_raise(block, "release")
             self._counts[block] -= 1
-            if self._counts[block] == 0:
+            if self._counts[block] == 1:
+                self.shared -= 1
+            elif self._counts[block] == 0:
                 self.free += 1
                 if block in self._keys:
                     self._map[block] = 2
@@ -118,10 +123,18 @@ class BlockPool:
         self._places.clear()
 
     def map(self, width: int) -> str:
-        """The pool as text, "." blank, "+" kept, "#" used: a character a block, or of ``width`` that are evenly sampled."""
-        n = self.num_blocks
-        sample = bytes(self._map) if n <= width else bytes(self._map[i * n // width] for i in range(width))
-        return sample.replace(_BLANK, b".").replace(_KEPT, b"+").replace(_USED, b"#").decode()
+        """The pool as text: a character a block, or of ``width`` that are evenly sampled.
+
+        "." blank, "+" kept, "#" used, "&" used with more than one reference.
+        """
+        n, counts = self.num_blocks, self._counts
+        blocks = range(n) if n <= width else [i * n // width for i in range(width)]
+        sample = bytearray(self._map) if n <= width else bytearray(self._map[block] for block in blocks)
+        if self.shared:
+            for place, block in enumerate(blocks):
+                if counts[block] > 1:
+                    sample[place] = 3
+        return sample.translate(_SIGNS).decode()
 
     def check(self) -> None:
         """Raises PoolError unless blank + kept + used = all, no count is negative, and map, counts, keys and total agree."""
@@ -130,6 +143,8 @@ class BlockPool:
             raise PoolError(f"{self.num_blocks} blocks, but a map of {len(self._map)} and {len(self._counts)} counts")
         if blank + kept != self.free or blank + kept + used != self.num_blocks:
             raise PoolError(f"{self.free} blocks counted free, {blank + kept} of {self.num_blocks} marked free")
+        if self.shared != (shared := sum(count > 1 for count in self._counts)):
+            raise PoolError(f"{self.shared} blocks counted shared, {shared} are")
         if [count > 0 for count in self._counts] != [state == 0 for state in self._map] or min(self._counts) < 0:
             for block, count in enumerate(self._counts):
                 if count < 0 or (count == 0) != (self._map[block] != 0):

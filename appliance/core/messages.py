@@ -73,6 +73,8 @@ class RequestStat:
     blocks: int
     age_s: float
     preemptions: int
+    cached_tokens: int = 0  # prompt tokens that were found in the cache
+    host_blocks: int = 0  # blocks of host memory, while it is swapped out
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +88,10 @@ class Stats:
     swapped: int = 0  # of those that wait: their keys and values are in host memory
     blocks_total: int = 0
     blocks_used: int = 0
+    blocks_shared: int = 0  # of these, those that more than one sequence refers to
     blocks_kept: int = 0  # of the others, those whose content may be wanted again
     block_size: int = 16
-    block_map: str = ""  # one character a block (or a run of blocks when there are very many): "." blank, "+" kept, "#" used
+    block_map: str = ""  # a character a block (or an even sample of very many): "." blank, "+" kept, "#" used, "&" shared
     swap_total: int = 0  # blocks of host memory
     swap_used: int = 0  # by requests that are swapped out
     swap_kept: int = 0  # by cached prefixes

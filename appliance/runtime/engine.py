@@ -271,6 +271,7 @@ class Engine:
             swapped=sum(bool(request.host) for request in scheduler.waiting),
             blocks_total=pool.num_blocks,
             blocks_used=pool.used,
+            blocks_shared=pool.shared,
             blocks_kept=pool.kept,
             block_size=pool.block_size,
             block_map=pool.map(2048),
@@ -309,4 +310,6 @@ def _stat(request: Request, state: str, now: float) -> RequestStat:
         blocks=len(request.blocks),
         age_s=now - request.arrival,
         preemptions=request.preemptions,
+        cached_tokens=request.cached,
+        host_blocks=len(request.host),
     )

@@ -101,7 +101,9 @@ class PoolMachine(RuleBasedStateMachine):
         pool.check()
         assert pool.free + pool.used == pool.num_blocks and pool.kept == len(self.kept)
         assert [pool.holders(b) for b in range(pool.num_blocks)] == [self.counts.get(b, 0) for b in range(pool.num_blocks)]
-        states = ("#" if b in self.counts else "+" if b in self.kept else "." for b in range(pool.num_blocks))
+        assert pool.shared == sum(count > 1 for count in self.counts.values())
+        marks = {0: ".", 1: "#"}
+        states = ("+" if b in self.kept else marks.get(self.counts.get(b, 0), "&") for b in range(pool.num_blocks))
         assert pool.map(64) == "".join(states)
         assert max(map(len, re.findall(r"\.+", pool.map(64))), default=0) <= pool._longest
 
@@ -162,6 +164,10 @@ def test_map_samples_a_large_pool_evenly() -> None:
     pool.allocate(500)
     assert pool.map(10) == "#####....."
     assert len(pool.map(999)) == 999 and len(pool.map(5000)) == 1000
+    pool.share(range(100, 300))
+    assert pool.map(10) == "#&&##....." and pool.shared == 200
+    pool.release(range(100, 300))
+    assert pool.map(10) == "#####....." and pool.shared == 0
 
 
 def damage_map(pool: BlockPool) -> None:
@@ -178,6 +184,10 @@ def damage_negative(pool: BlockPool) -> None:
 
 def damage_free(pool: BlockPool) -> None:
     pool.free = 5
+
+
+def damage_shared(pool: BlockPool) -> None:
+    pool.shared = 1
 
 
 def damage_places(pool: BlockPool) -> None:
@@ -207,6 +217,7 @@ def damage_blank_key(pool: BlockPool) -> None:
         (damage_counts, "block 5 has 1 references and is marked free"),
         (damage_negative, "block 5 has -1 references"),
         (damage_free, "5 blocks counted free, 4 of 6 marked free"),
+        (damage_shared, "1 blocks counted shared, 0 are"),
         (damage_places, "disagree"),
         (damage_keys, "disagree"),
         (damage_kept, "1 blocks are marked kept, 0 listed"),
