@@ -101,6 +101,8 @@ class ServerConfig:
     """Most requests that wait for their first token; more are refused (503). -1 for no limit."""
     allowed_origins: tuple[str, ...] = ()
     """Origins whose web pages may use the server from a browser, as https://chat.example; * for all."""
+    web_ui: bool = True
+    """Answer at / with a page to chat in a browser."""
     ssl_certfile: str | None = None
     """Certificate chain (PEM): answer by HTTPS."""
     ssl_keyfile: str | None = None
@@ -111,6 +113,14 @@ class ServerConfig:
     """Write who asked what to this file, as JSON lines without prompts and answers; kept to ten files of 100 MB."""
     audit_content: bool = False
     """Write prompts and answers to the audit log, too."""
+    models: str | None = None
+    """Serve several models: a TOML file with a table for each, and in it any option of the engine, aliases, load and idle_unload."""
+    idle_unload: float = 0.0
+    """Seconds without a request after which a model's engine ends, and its memory is free; the next request loads it again. 0: it
+    stays."""
+    engine_step_timeout: float = 600.0
+    """Seconds after which an engine that has work and finishes no step is stuck, is ended, and started again (sooner where it does
+    not even use the processor). 0: it is waited for."""
     shutdown_timeout: float = 5.0
     """Seconds that running requests get to finish after ctrl-C or SIGTERM."""
     log_level: str = "info"

@@ -24,6 +24,7 @@ from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeR
 from appliance.server.state import EngineClient, ServerState
 from appliance.server.tokens import detokenize_answer, tokenize_answer
 from appliance.text.tokenizer import Tokenizer
+from appliance.web import pages
 from quant.errors import InputError
 
 RATES = [f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")]
@@ -43,6 +44,8 @@ def create_app(
     app.state.server = state = ServerState(client, tokenizer, engine_config, server_config)
     app.include_router(info.router)
     app.include_router(router)
+    if server_config.web_ui:
+        app.router.routes.extend(pages.ROUTES)
     app.add_middleware(Guard, state=state)
     if server_config.allowed_origins:  # outside of the guard: browsers ask for leave without a key
         app.add_middleware(

@@ -15,12 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from appliance.core.params import RequestError
 from appliance.server.errors import error_response
 from appliance.server.limits import Account
+from appliance.web import pages
 
 if TYPE_CHECKING:
     from appliance.server.job import Job
     from appliance.server.state import ServerState
 
-PUBLIC = frozenset({"/health", "/v1/health", "/ready", "/ping", "/"})  # everything else needs a key, where there are keys
+PUBLIC = frozenset({"/health", "/v1/health", "/ready", "/ping", "/"}) | pages.PATHS  # all else needs a key, where there are keys
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 32 * 1024
 
 
