@@ -45,11 +45,33 @@ class EngineClient(Protocol):
     async def stop(self, drain_s: float = 0.0) -> None: ...
 
 
+class Shared:
+    """What all models of one server have in common."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        """Raises InputError for a bad key file or audit log."""
+        self.keys = Keyring(config.api_key, config.api_key_file)
+        self.audit = AuditLog(config.audit_log) if config.audit_log else None
+        self.jobs: set[Job] = set()
+        self.begun = time.time()
+        self.draining = False
+        self.named: set[str] = set()  # unknown request fields that the log has named already
+
+
 class ServerState:
+    """One model of the server."""
+
     def __init__(
-        self, client: EngineClient, tokenizer: Tokenizer | None, engine_config: EngineConfig, server_config: ServerConfig
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer | None,
+        engine_config: EngineConfig,
+        server_config: ServerConfig,
+        shared: Shared | None = None,
     ) -> None:
         self.client, self.tokenizer = client, tokenizer
+        self.shared = shared = shared or Shared(server_config)
+        self.keys, self.audit, self.jobs, self.begun = shared.keys, shared.audit, shared.jobs, shared.begun
         self.engine_config, self.server_config = engine_config, server_config
         self.names = tuple(server_config.served_model_name) or (engine_config.model or "demo",)
         directory = Path(engine_config.model) if engine_config.model else None
@@ -57,22 +79,24 @@ class ServerState:
         self.parsers = Parsers.of(tokenizer, server_config)
         self.metrics = Metrics(self.names[0])
         self.hardware = Hardware(lambda: {"engine": pid} if (pid := self.client.pid) else {})
-        self.keys = Keyring(server_config.api_key, server_config.api_key_file)
-        self.audit = AuditLog(server_config.audit_log) if server_config.audit_log else None
-        self.jobs: set[Job] = set()
-        self.begun = time.time()
-        self.draining = False
         self.version = __version__
-        self._named: set[str] = set()  # unknown request fields that the log has named already
         self.token_name = lru_cache(maxsize=65536)(tokenizer.token_str if tokenizer else str)
         self.token_bytes = lru_cache(maxsize=65536)(self._bytes)
 
     @property
+    def draining(self) -> bool:
+        return self.shared.draining
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self.shared.draining = value
+
+    @property
     def status(self) -> str:
-        """loading, ok, draining or dead."""
+        """loading, ok, unloaded, draining or dead."""
         if self.client.state == "ready":
             return "draining" if self.draining else "ok"
-        return {"loading": "loading", "dead": "dead"}.get(self.client.state, "draining")
+        return self.client.state if self.client.state in ("loading", "unloaded", "dead") else "draining"
 
     @property
     def info(self) -> EngineInfo:
@@ -106,9 +130,9 @@ class ServerState:
         names = unknown(body.model_extra or {})
         if names and self.server_config.strict_requests:
             raise RequestError(f"unknown field {names[0]!r} (--strict-requests)", param=names[0], code="unknown_parameter")
-        fresh = set(names) - self._named
-        if fresh and len(self._named) < 1000:  # a client that makes names up shall not fill the memory
-            self._named |= fresh
+        fresh = set(names) - self.shared.named
+        if fresh and len(self.shared.named) < 1000:  # a client that makes names up shall not fill the memory
+            self.shared.named |= fresh
             log.warning("requests hold fields that are unknown here and ignored: %s", ", ".join(sorted(fresh))[:500])
 
     def _bytes(self, token: int) -> list[int] | None:
