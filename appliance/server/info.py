@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,6 +12,7 @@ from appliance.server.errors import RETRY_AFTER_S, JSONResponse, error_body
 from appliance.server.guard import Ticket, current
 from appliance.server.route import state_of
 from appliance.server.state import ServerState
+from appliance.server.stats import stats_body
 
 router = APIRouter()
 
@@ -87,20 +86,7 @@ async def metrics(request: Request) -> Response:
 @router.get("/stats")
 async def stats(request: Request) -> Response:
     """All that the dashboard shows, in one object."""
-    state = state_of(request)
-    info = state.client.info
-    return JSONResponse(
-        {
-            "version": state.version,
-            "model": state.names[0],
-            "state": state.status,
-            "uptime_s": time.time() - state.begun,
-            "info": asdict(info) if info else None,
-            "engine": asdict(await state.client.stats()),
-            "hardware": await state.hardware.latest(),
-            "loading": state.client.loading if state.status == "loading" else None,  # bytes read, bytes to read
-        }
-    )
+    return JSONResponse(await stats_body(state_of(request)))
 
 
 @router.post("/reset_prefix_cache")

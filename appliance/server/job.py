@@ -57,6 +57,7 @@ class Job:
         self.cached_tokens = [0] * len(prompts)
         self.prompt_logprobs: list[tuple[TokenLogprob | None, ...] | None] = [None] * len(prompts)
         self._latest: list[float | None] = [None] * len(self.outputs)  # when each choice had its latest token
+        self.first_s: list[float | None] = [None] * len(self.outputs)  # seconds from the arrival to its first one
 
     def _submit(self, k: int, prompt: Prompt) -> Submit:
         name = self.id if len(self.prompts) == 1 else f"{self.id}-{k}"
@@ -128,7 +129,9 @@ class Job:
         if event.token_ids:
             self.answering = True
             self.ticket.generated(len(event.token_ids))
-            self.state.metrics.token(now - self.begun if (last := self._latest[choice]) is None else None, last and now - last)
+            if (last := self._latest[choice]) is None:
+                self.first_s[choice] = now - self.begun
+            self.state.metrics.token(self.first_s[choice] if last is None else None, last and now - last)
             self._latest[choice] = now
         delta = self.outputs[choice].push(event)
         if delta.abort:

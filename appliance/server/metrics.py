@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from appliance.core.messages import EngineInfo, Stats, plan_bytes
 from appliance.core.params import SamplingParams
+from appliance.server.stats import Recent
 
 TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
 TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -76,6 +77,7 @@ class Metrics:
 
     def __init__(self, model: str) -> None:
         self._labels = (model, "0")
+        self.ttft, self.itl = Recent(), Recent()
         self._kept = CollectorRegistry(auto_describe=False)
         self._ttft = self._histogram("time_to_first_token_seconds", "From the arrival to the first token.", TTFT)
         self._itl = self._histogram("inter_token_latency_seconds", "Between two tokens of a completion.", TOKEN)
@@ -107,8 +109,10 @@ class Metrics:
         """A completion's first token ``first_s`` after the arrival, or a later one ``gap_s`` after the one before."""
         if first_s is not None:
             self._ttft.observe(first_s)
+            self.ttft.add(first_s)
         if gap_s is not None:
             self._itl.observe(gap_s)
+            self.itl.add(gap_s)
             self._tpot.observe(gap_s)
 
     def finished(self, reason: str, *, e2e: float, prompt_tokens: int, output_tokens: int, params: SamplingParams) -> None:
