@@ -15,9 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from appliance.config import EngineConfig, ServerConfig
 from appliance.runtime.worker import EngineDied
-from appliance.server import chat, completions, info
+from appliance.server import chat, completions, info, openapi
 from appliance.server.errors import EngineFailed, JSONResponse, error_body, error_response
 from appliance.server.guard import Guard
+from appliance.server.habits import Habits, unserved
 from appliance.server.respond import read, while_connected
 from appliance.server.route import request_id, serving, usable
 from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -43,6 +44,7 @@ def create_app(
     app = FastAPI(title="appliance", openapi_url=None, docs_url=None, redoc_url=None)
     app.state.server = state = ServerState(client, tokenizer, engine_config, server_config)
     app.include_router(info.router)
+    app.include_router(openapi.router)
     app.include_router(router)
     if server_config.web_ui:
         app.router.routes.extend(pages.ROUTES)
@@ -55,6 +57,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=EXPOSED,
         )
+    app.add_middleware(Habits)
     app.add_middleware(RequestIds)
     for kind in (InputError, EngineDied, EngineFailed):
         app.add_exception_handler(kind, _on_error)
@@ -139,7 +142,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
         return JSONResponse(error_body(str(error), status=400), status_code=400)
     where = f"{request.method} {request.url.path}"
     message, code = {
-        404: (f"there is no route {where}", "not_found"),
+        404: (f"there is no route {where}{f': {why}' if (why := unserved(request.url.path)) else ''}", "not_found"),
         405: (f"the method is not allowed here: {where}", "method_not_allowed"),
     }.get(error.status_code, (str(error.detail), None))
     body = error_body(message, status=error.status_code, code=code)

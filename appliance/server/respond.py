@@ -26,7 +26,10 @@ DONE = b"data: [DONE]\n\n"
 
 
 async def read(request: Request, schema: type[Body]) -> Body:
-    """The request's JSON body, whatever content type it claims. Raises RequestError (400, 408, 413)."""
+    """The request's JSON body, whatever content type it claims. Raises RequestError (400, 408, 413, 415)."""
+    if (coding := request.headers.get("content-encoding", "identity")).lower() not in ("identity", ""):
+        message = f"Content-Encoding {coding!r:.40} is not understood: send the body as it is"
+        raise RequestError(message, code="unsupported_encoding", status=415)
     raw, begun = bytearray(), asyncio.get_running_loop().time()
     try:
         async with asyncio.timeout_at(begun + BODY_S) as limit:

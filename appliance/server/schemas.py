@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from appliance.core.params import RequestError
 from appliance.server.fields import refuse
+from appliance.server.kinds import Prompts, Stop, ToolChoice, Tools
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -42,7 +43,7 @@ class SamplingFields(Fields):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: Any = None  # text or a list of texts
+    stop: Stop = None  # text or a list of texts
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     max_tokens: int | None = None
@@ -100,7 +101,7 @@ class SamplingFields(Fields):
 
 
 class CompletionRequest(SamplingFields):
-    prompt: Any  # text, token ids, or a list of either: checked in prompts.py, where a long list costs one pass
+    prompt: Prompts  # text, token ids, or a list of either: checked in prompts.py, where a long list costs one pass
     echo: bool = False
     logprobs: int | None = None
 
@@ -120,8 +121,8 @@ class ChatRequest(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
-    tools: Any = None  # checked in text/tools/choice.py
-    tool_choice: Any = None
+    tools: Tools = None  # checked in text/tools/choice.py
+    tool_choice: ToolChoice = None
     parallel_tool_calls: bool = True
     include_reasoning: bool = True
     echo: bool = False

@@ -1,0 +1,52 @@
+"""What clients do that no route should have to know of: paths written a little otherwise, HEAD, other services' routes."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+UNPREFIXED = ("/chat/completions", "/completions", "/models", "/responses", "/messages")  # where a base_url lacks its /v1
+# OpenAI's and vLLM's routes that are known, and not served.
+UNSERVED = {
+    "/v1/embeddings": "embeddings are not computed here",
+    "/v1/moderations": "moderation is not done here",
+    "/v1/images": "images are not made here",
+    "/v1/audio": "audio is neither read nor made here",
+    "/v1/realtime": "audio is neither read nor made here",
+    "/v1/rerank": "texts are not ranked here",
+    "/v1/score": "texts are not scored here: /v1/completions with echo and logprobs has the log-probabilities of a prompt",
+    "/v1/files": "no files are kept here",
+    "/v1/uploads": "no files are kept here",
+    "/v1/vector_stores": "no files are kept here",
+    "/v1/batches": "batches are not kept here: send the requests at once, they are computed together",
+    "/v1/fine_tuning": "models are not trained here",
+    "/v1/assistants": "assistants are not kept here: use /v1/responses or /v1/chat/completions",
+    "/v1/threads": "assistants are not kept here: use /v1/responses or /v1/chat/completions",
+}
+
+
+class Habits:
+    """Ahead of keys and routes, which see one spelling of each path. HEAD is answered as GET; uvicorn leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]
+            scope = {**scope, "method": method, "path": usual(scope["path"])}
+        await self.app(scope, receive, send)
+
+
+def usual(path: str) -> str:
+    """A path without the slashes that clients put around it when they join addresses, and with exactly one /v1."""
+    path = "/" + path.strip("/")
+    if path.startswith("/v1/v1/"):  # the base_url had one, and so had the client
+        return path[3:]
+    if any(path == one or path.startswith(f"{one}/") for one in UNPREFIXED):
+        return f"/v1{path}"
+    return path
+
+
+def unserved(path: str) -> str | None:
+    """Why there is no such route, where it is one that others have."""
+    return next((why for known, why in UNSERVED.items() if path == known or path.startswith(f"{known}/")), None)

@@ -1,0 +1,72 @@
+"""What each route takes and gives, for the description of the API: a route that is added is added here, too."""
+
+from __future__ import annotations
+
+from appliance.server import answers
+from appliance.server.openapi import COMPUTE, Operation
+from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+HELLO = [{"role": "user", "content": "Hello!"}]
+READY = Operation(
+    tag="health", summary="Whether requests are served", answer=answers.Health, unready=answers.NotReady, errors=(503,)
+)
+
+OPERATIONS: dict[str, Operation] = {
+    "POST /v1/completions": Operation(
+        tag="answers",
+        summary="Go on with a text, or with token ids",
+        body=CompletionRequest,
+        example={"prompt": "Once upon a time", "max_tokens": 16},
+        answer=answers.Completion,
+        events=answers.CompletionChunk,
+        errors=COMPUTE,
+    ),
+    "POST /v1/chat/completions": Operation(
+        tag="answers",
+        summary="Answer a conversation",
+        body=ChatRequest,
+        example={"messages": HELLO, "max_tokens": 16},
+        answer=answers.ChatCompletion,
+        events=answers.ChatChunk,
+        errors=COMPUTE,
+    ),
+    "GET /v1/models": Operation(tag="models", summary="The models, under all their names", answer=answers.Models),
+    "GET /v1/models/{model:path}": Operation(tag="models", summary="The model of that name", answer=answers.Model, errors=(404,)),
+    "POST /tokenize": Operation(
+        tag="text",
+        summary="Token ids of a text, or of messages as the model sees them",
+        body=TokenizeRequest,
+        example={"prompt": "Once upon a time"},
+        answer=answers.Tokens | answers.LlamaTokens,
+        errors=COMPUTE,
+    ),
+    "POST /detokenize": Operation(
+        tag="text",
+        summary="The text of token ids",
+        body=DetokenizeRequest,
+        example={"tokens": [5, 6, 7]},
+        answer=answers.Text,
+        errors=COMPUTE,
+    ),
+    "DELETE /v1/requests/{request_id:path}": Operation(
+        tag="answers",
+        summary="Abort a running request, of the same key, by its X-Request-Id or by the id of its answer",
+        answer=answers.Aborted,
+        errors=(404,),
+    ),
+    "GET /health": READY,
+    "GET /v1/health": READY,
+    "GET /ready": READY,
+    "GET /ping": Operation(tag="health", summary="The process answers, whatever the engine does", answer=answers.Health),
+    "GET /version": Operation(tag="server", summary="The server's version", answer=answers.Version),
+    "GET /load": Operation(tag="server", summary="How many requests it works on", answer=answers.Load),
+    "GET /metrics": Operation(tag="server", summary="Metrics for Prometheus", text="text/plain"),
+    "GET /stats": Operation(tag="server", summary="All that the dashboard shows", answer=answers.ServerStats),
+    "POST /reset_prefix_cache": Operation(
+        tag="server",
+        summary="Requests that come from now on find nothing of what was computed before",
+        answer=answers.Success,
+        errors=(503,),
+    ),
+    "GET /openapi.json": Operation(tag="server", summary="This description", answer=dict[str, object]),
+}
