@@ -114,14 +114,19 @@ class ServerConfig:
     audit_content: bool = False
     """Write prompts and answers to the audit log, too."""
     models: str | None = None
-    """Serve several models: a TOML file with a table for each, and in it any option of the engine, aliases, load and idle_unload."""
+    """Serve several models: a TOML file with a table for each, which holds any of the engine's options, aliases, load and
+    idle_unload."""
     idle_unload: float = 0.0
     """Seconds without a request after which a model's engine ends, and its memory is free; the next request loads it again. 0: it
     stays."""
     engine_step_timeout: float = 600.0
-    """Seconds after which an engine that has work and finishes no step is stuck, is ended, and started again (sooner where it does
-    not even use the processor). 0: it is waited for."""
+    """Seconds after which an engine that has work and finishes no step is stuck, is ended, and started again (sooner where it
+    does not even use the processor). 0: it is waited for."""
     shutdown_timeout: float = 5.0
     """Seconds that running requests get to finish after ctrl-C or SIGTERM."""
     log_level: str = "info"
     """debug, info, warning or error."""
+    log_format: str = "text"
+    """text, or json: an object a line."""
+    enable_log_requests: bool = True
+    """A line of the log for each request that has ended: what it asked of whom, its tokens and seconds, never its text."""

@@ -21,14 +21,18 @@ from collections.abc import AsyncGenerator
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
+
 from appliance.config import EngineConfig
 from appliance.core.messages import Abort, EngineInfo, Event, ResetPrefixCache, Stats, Submit
 from appliance.core.params import RequestError
+from appliance.runtime.logs import send_lines, take_lines
 from quant.errors import InputError
 
 log = logging.getLogger("appliance.worker")
 
 STATS_INTERVAL = 0.2  # seconds between snapshots while steps run
+STILL_S = 30.0  # an engine that has work, says nothing for so long and used no processor time meanwhile: it is stopped, or waits
 
 
 class EngineDied(RuntimeError):
@@ -40,9 +44,10 @@ class Client:
 
     COMMAND = (sys.executable, "-m", "appliance.runtime.worker")  # and the number of its end of the socket pair
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self.state = "loading"  # loading, ready, dead, stopped
+    def __init__(self, config: EngineConfig, *, step_timeout: float = 0.0) -> None:
+        """``step_timeout``: seconds after which an engine that has work and finishes no step is ended; 0: never."""
+        self.config, self.step_timeout = config, step_timeout
+        self.state = "unloaded"  # then loading, ready, dead or stopped
         self.info: EngineInfo | None = None
         self.failure: str | None = None
         self.loading: tuple[int, int] = (0, 0)
@@ -52,17 +57,21 @@ class Client:
         self._process: subprocess.Popen[bytes] | None = None
         self._conn: Connection | None = None
         self._ended = asyncio.Event()
+        self._heard = 0.0  # when the engine last said something, or was given work while it had none
+        self._watch: asyncio.Task[None] | None = None  # while there is work
 
     async def start(self) -> None:
         """Start the process and wait until the model is loaded. Raises InputError with the engine's words, or EngineDied."""
+        self.state = "loading"
         ours, theirs = socket.socketpair()
         command = [*self.COMMAND, str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
         theirs.close()
         self._conn = Connection(ours.detach())
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = loop.create_future()
         self._outbox.put((self.config, logging.getLogger("appliance").getEffectiveLevel()))
+        threading.Thread(target=take_lines, args=(self._process.stderr,), name="engine-lines", daemon=True).start()
         threading.Thread(target=self._write, name="engine-writer", daemon=True).start()
         threading.Thread(target=self._read, args=(loop,), name="engine-reader", daemon=True).start()
         await self._ready
@@ -76,7 +85,11 @@ class Client:
             raise EngineDied(self.failure or f"the engine is {self.state}")
         if submit.request_id in self._streams:
             raise RequestError(f"request id {submit.request_id!r} is already in use", param="request_id", status=409)
+        if not self._streams:
+            self._heard = time.monotonic()
         stream = self._streams[submit.request_id] = asyncio.Queue()
+        if self.step_timeout and (self._watch is None or self._watch.done()):
+            self._watch = asyncio.create_task(self._watch_steps())
         left = submit.params.width
         try:
             self._outbox.put(submit)
@@ -139,6 +152,26 @@ class Client:
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
 
+    async def _watch_steps(self) -> None:
+        """End an engine that is stuck, so that those who wait hear of it and another can be started. Only while there is work."""
+        assert self._process is not None
+        process, heard, before = psutil.Process(self._process.pid), 0.0, 0.0
+        limit = min(STILL_S, self.step_timeout)
+        while self._streams and self.state == "ready":
+            with contextlib.suppress(psutil.Error):  # it has just ended: the reader sees that too
+                used = sum(process.cpu_times()[:2])
+                if heard != self._heard:
+                    heard, before = self._heard, used
+                silent = time.monotonic() - heard
+                still = used - before < 0.01 * silent
+                if silent > self.step_timeout or (silent > limit and still):
+                    why = "uses no processor time" if still else "finishes no step"
+                    self.failure = f"the engine is stuck: it has work, but {why} since {silent:.0f} s"
+                    log.error("%s; it is ended", self.failure)
+                    self._process.kill()
+                    return
+            await asyncio.sleep(limit / 8)
+
     def _write(self) -> None:
         assert self._conn is not None
         try:
@@ -158,6 +191,7 @@ class Client:
                 loop.call_soon_threadsafe(self._gone)
 
     def _take(self, message: tuple[Any, ...]) -> None:
+        self._heard = time.monotonic()
         match message:
             case ("events", events, stats):
                 if stats is not None:
@@ -201,7 +235,7 @@ class Client:
 def serve(conn: Connection) -> None:
     """The engine process: load, then take messages and step until the pipe closes or None arrives."""
     config, level = conn.recv()
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    send_lines(level)
     begun = time.perf_counter()
     from appliance.runtime.engine import Engine  # imports torch: seconds, and the client shall be told why it waits
 

@@ -15,13 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from appliance.config import EngineConfig, ServerConfig
 from appliance.runtime.worker import EngineDied
-from appliance.server import chat, completions, info, openapi
+from appliance.server import catalog, chat, completions, info, logs, openapi
 from appliance.server.errors import EngineFailed, JSONResponse, error_body, error_response
 from appliance.server.guard import Guard
 from appliance.server.habits import Habits, unserved
+from appliance.server.host import FixedHost
 from appliance.server.respond import read, while_connected
 from appliance.server.route import request_id, serving, usable
 from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from appliance.server.site import Site
 from appliance.server.state import EngineClient, ServerState
 from appliance.server.tokens import detokenize_answer, tokenize_answer
 from appliance.text.tokenizer import Tokenizer
@@ -41,9 +43,19 @@ def create_app(
 
     Its ``state.server`` is the ServerState. Raises InputError for a bad generation_config.json, key file or audit log.
     """
+    state = ServerState(client, tokenizer, engine_config, server_config)
+    site = Site([FixedHost(state)], state.shared)
+    site.starting = False
+    return app_of(site, state)
+
+
+def app_of(site: Site, state: ServerState) -> FastAPI:
+    """The application over the models of a site; ``state`` is that of the first one."""
     app = FastAPI(title="appliance", openapi_url=None, docs_url=None, redoc_url=None)
-    app.state.server = state = ServerState(client, tokenizer, engine_config, server_config)
+    app.state.server, app.state.site, server_config = state, site, state.server_config
+    app.include_router(catalog.router)
     app.include_router(info.router)
+    app.include_router(logs.router)
     app.include_router(openapi.router)
     app.include_router(router)
     if server_config.web_ui:
@@ -112,6 +124,7 @@ class RequestIds:
             return await self.app(scope, receive, send)
         given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
         ids = scope.setdefault("state", {})
+        logs.ids.set(ids)
         ids["request_id_given"] = usable(given)
         ids["request_id"] = given if usable(given) else uuid.uuid4().hex
 

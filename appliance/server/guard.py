@@ -15,6 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from appliance.core.params import RequestError
 from appliance.server.errors import error_response
 from appliance.server.limits import Account
+from appliance.server.logs import tell_request
+from appliance.server.redact import hide
 from appliance.web import pages
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class Ticket:
         self.prompt_tokens = self.generated_tokens = 0
         self.finish_reasons: list[str] = []
         self.jobs: list[Job] = []
+        self.held = ExitStack()  # what ends with the answer
 
     def begin(self, job: Job) -> None:
         """Charge the prompts of a job that is about to be computed. Raises RateLimited."""
@@ -63,7 +66,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # no websockets here: they would pass unseen
             return await self.app(scope, receive, send) if scope["type"] == "lifespan" else None
-        ticket, begun, status, held = Ticket(), time.monotonic(), 500, ExitStack()
+        ticket, begun, status = Ticket(), time.monotonic(), 500
         current.set(ticket)
 
         async def send_noted(message: Message) -> None:
@@ -75,40 +78,38 @@ class Guard:
                 if ticket.account:
                     MutableHeaders(scope=message).update(ticket.account.headers())
             elif not message.get("more_body"):
-                held.close()  # before the client knows that it may ask again
+                ticket.held.close()  # before the client knows that it may ask again
             await send(message)
 
         try:
             _check_headers(scope["headers"])
-            with held:
-                self._admit(scope, ticket, held)
+            with ticket.held:
+                self._admit(scope, ticket)
                 await self.app(scope, receive, send_noted)
         except RequestError as error:
             headers = {"WWW-Authenticate": 'Bearer realm="appliance"'} if error.status == 401 else None
             await error_response(error, headers)(scope, receive, send_noted)
         finally:
-            self._audit(scope, ticket, status, time.monotonic() - begun)
+            self._note(scope, ticket, status, time.monotonic() - begun)
 
-    def _admit(self, scope: Scope, ticket: Ticket, held: ExitStack) -> None:
+    def _admit(self, scope: Scope, ticket: Ticket) -> None:
         """Raises RequestError: 401, 429. Limits are for what computes, which is asked for by POST."""
         if not self.state.keys.required or (scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD")):
             return
         key, ticket.account = self.state.keys.find(scope["headers"])
         ticket.key = key.name
         if scope["method"] == "POST":
-            held.enter_context(ticket.account.request())
+            ticket.held.enter_context(ticket.account.request())
 
-    def _audit(self, scope: Scope, ticket: Ticket, status: int, took_s: float) -> None:
-        """Everything but reading what there is to read: dashboards do that every second."""
-        audit = self.state.audit
-        if audit is None or (scope["method"] in ("GET", "HEAD", "OPTIONS") and status < 400):
-            return
+    def _note(self, scope: Scope, ticket: Ticket, status: int, took_s: float) -> None:
+        """In the log, and in the audit log all but reading what there is to read: dashboards do that every second."""
+        reads = scope["method"] in ("GET", "HEAD", "OPTIONS") and (status < 400 or scope["path"] in PUBLIC)
         record: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request_id": scope["state"]["request_id"],
             "client": (scope.get("client") or (None,))[0],
             "key": ticket.key,
-            "endpoint": f"{scope['method']} {scope['path']}"[:200],
+            "endpoint": hide(f"{scope['method']} {scope['path']}"[:200]),
             "model": ticket.model,
             "status": status,
             "prompt_tokens": ticket.prompt_tokens,
@@ -116,10 +117,14 @@ class Guard:
             "latency_s": round(took_s, 4),
             "finish_reasons": ticket.finish_reasons,
         }
+        if self.state.server_config.enable_log_requests:
+            tell_request(record, reads=reads)
+        if self.state.audit is None or (reads and status < 400):
+            return
         if self.state.server_config.audit_content:
             record["prompts"] = [p.text if p.text is not None else p.token_ids for job in ticket.jobs for p in job.prompts]
             record["answers"] = [output.text for job in ticket.jobs for output in job.outputs]
-        audit.add(record)
+        self.state.audit.add(record)
 
 
 def _check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:

@@ -1,62 +1,17 @@
-"""Routes that ask about the server: models, health, version, metrics, stats."""
+"""Routes that ask about the server: version, metrics, stats; and those that end what runs."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from appliance.core.params import RequestError
-from appliance.server.errors import RETRY_AFTER_S, JSONResponse, error_body
+from appliance.server.errors import JSONResponse
 from appliance.server.guard import Ticket, current
 from appliance.server.route import state_of
-from appliance.server.state import ServerState
 from appliance.server.stats import stats_body
 
 router = APIRouter()
-
-
-def _card(state: ServerState, name: str) -> dict[str, Any]:
-    info = state.client.info
-    return {
-        "id": name,
-        "object": "model",
-        "created": int(state.begun),
-        "owned_by": "appliance",
-        "root": state.engine_config.model or name,
-        "parent": None,
-        "max_model_len": info.max_model_len if info else None,
-        "permission": [],
-    }
-
-
-@router.get("/v1/models")
-async def models(request: Request) -> Response:
-    state = state_of(request)
-    return JSONResponse({"object": "list", "data": [_card(state, name) for name in state.names]})
-
-
-@router.get("/v1/models/{model:path}")
-async def model(request: Request, model: str) -> Response:
-    state = state_of(request)
-    state.check_model(model or "(none)")
-    return JSONResponse(_card(state, model))
-
-
-@router.get("/health")
-@router.get("/v1/health")
-@router.get("/ready")
-async def health(request: Request) -> Response:
-    """200 when requests are served, else 503; never asks the engine process."""
-    state = state_of(request)
-    if state.status == "ok":
-        return JSONResponse({"status": "ok"})
-    error = state.refusal()
-    body = {"status": state.status, **error_body(str(error), status=503, code=error.code)}
-    if state.status == "loading":
-        body["loaded_bytes"], body["total_bytes"] = state.client.loading
-    return JSONResponse(body, status_code=503, headers={"Retry-After": str(RETRY_AFTER_S[503])})
 
 
 @router.get("/ping")

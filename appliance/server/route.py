@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from fastapi import Request
 
+from appliance.server.guard import Ticket, current
+from appliance.server.redact import is_key
+from appliance.server.site import Site
 from appliance.server.state import ServerState
 
 
+def site_of(request: Request) -> Site:
+    """All models of the server."""
+    return request.app.state.site
+
+
 def state_of(request: Request) -> ServerState:
+    """The first model, and what the server itself has."""
     return request.app.state.server
 
 
@@ -21,11 +30,15 @@ def request_id(request: Request, asked: str | None = None) -> str:
 
 def usable(name: str) -> bool:
     """Whether a client's own id may stand in headers and logs."""
-    return 0 < len(name) <= 128 and name.isascii() and name.isprintable()
+    return 0 < len(name) <= 128 and name.isascii() and name.isprintable() and not is_key(name)
 
 
 async def serving(request: Request, model: str | None) -> ServerState:
-    """The state of the model of that name, or of the only one. Raises RequestError (404) where there is none of that name."""
-    state = state_of(request)
-    state.check_model(model)
+    """The state of the model of that name, of the first one where none is named; it stays loaded until the request is answered.
+
+    Raises RequestError: 404 where there is none of that name, 503 where it cannot be served now.
+    """
+    host, visitor = site_of(request).find(model), object()
+    state = await host.enter(visitor)
+    (current.get() or Ticket()).held.callback(host.leave, visitor)
     return state

@@ -138,6 +138,12 @@ class ChatRequest(SamplingFields):
             raise RequestError(message, param="continue_final_message")
 
 
+class ModelRequest(Fields):
+    """POST /models/load and /models/unload, which llama.cpp's router has too."""
+
+    model: str
+
+
 class TokenizeRequest(Fields):
     model: str | None = None
     prompt: str | None = None

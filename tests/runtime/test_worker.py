@@ -41,8 +41,8 @@ def test_a_life(tiny: Path) -> None:
 
     async def life() -> None:
         client = Client(config(tiny))
-        assert client.state == "loading"
-        with pytest.raises(EngineDied, match="loading"):
+        assert client.state == "unloaded"
+        with pytest.raises(EngineDied, match="unloaded"):
             await collect(client, submit("early", [3]))
         await client.start()
         assert client.state == "ready" and client.info is not None and client.info.max_model_len == 256

@@ -1,0 +1,90 @@
+"""Routes about the server's models: which there are, whether they can be used, and loading and unloading them by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from appliance.core.params import RequestError
+from appliance.runtime.worker import EngineDied
+from appliance.server.errors import RETRY_AFTER_S, JSONResponse, error_body, unavailable
+from appliance.server.host import EngineHost, Host
+from appliance.server.respond import read
+from appliance.server.route import site_of, state_of
+from appliance.server.schemas import ModelRequest
+from appliance.server.site import Site
+from quant.errors import InputError
+
+router = APIRouter()
+
+
+def _card(site: Site, host: Host, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(site.shared.begun),
+        "owned_by": "appliance",
+        "root": host.root,
+        "parent": None,
+        "max_model_len": host.max_model_len,
+        "status": host.status,
+        "permission": [],
+    }
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    site = site_of(request)
+    return JSONResponse({"object": "list", "data": [_card(site, host, name) for host in site.hosts for name in host.names]})
+
+
+@router.get("/v1/models/{model:path}")
+async def model(request: Request, model: str) -> Response:
+    site = site_of(request)
+    return JSONResponse(_card(site, site.find(model or "(none)"), model))
+
+
+@router.get("/health")
+@router.get("/v1/health")
+@router.get("/ready")
+async def health(request: Request) -> Response:
+    """200 when requests are served, else 503; never asks the engine process."""
+    site, state = site_of(request), state_of(request)
+    if site.status == "ok":
+        return JSONResponse({"status": "ok"})
+    error = state.refusal()
+    body = {"status": site.status, **error_body(str(error), status=503, code=error.code)}
+    if site.status == "loading":
+        body["loaded_bytes"], body["total_bytes"] = state.client.loading
+    return JSONResponse(body, status_code=503, headers={"Retry-After": str(RETRY_AFTER_S[503])})
+
+
+@router.post("/models/load")
+async def load_model(request: Request) -> Response:
+    """Load a model, once others have made room for it; answers when it is loaded."""
+    body = await read(request, ModelRequest)
+    site, host = site_of(request), _own(request, body.model)
+    try:
+        await asyncio.shield(asyncio.ensure_future(site.bring(host)))  # a client that goes away does not stop it
+    except (InputError, EngineDied) as error:
+        raise unavailable(f"the model {host.names[0]} cannot be loaded: {error}", "model_not_loaded") from None
+    return JSONResponse({"success": True, "model": host.names[0], "status": host.status})
+
+
+@router.post("/models/unload")
+async def unload_model(request: Request) -> Response:
+    """Unload a model as soon as its requests are answered; the next request for it loads it again."""
+    body = await read(request, ModelRequest)
+    site, host = site_of(request), _own(request, body.model)
+    await asyncio.shield(asyncio.ensure_future(site.send_away(host, wait=True)))
+    return JSONResponse({"success": True, "model": host.names[0], "status": host.status})
+
+
+def _own(request: Request, name: str) -> EngineHost:
+    host = site_of(request).find(name)
+    if not isinstance(host, EngineHost):
+        raise RequestError(f"the engine of {name!r} is not this server's to load or unload", param="model")
+    return host

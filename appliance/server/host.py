@@ -1,0 +1,275 @@
+"""A model of the server: its engine is started, watched, started again when it dies, and ended to make room."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from appliance.core.params import RequestError
+from appliance.models_file import Entry
+from appliance.runtime.worker import Client, EngineDied
+from appliance.server.errors import unavailable
+from appliance.server.state import ServerState, Shared
+from appliance.text.tokenizer import Tokenizer
+from quant.errors import InputError
+
+if TYPE_CHECKING:
+    from appliance.server.site import Site
+
+log = logging.getLogger("appliance.server")
+
+DEATHS = 3  # in a row after which an engine is not started again
+LIVED_S = 60.0  # an engine that served this long may die without being counted
+
+
+class Host(Protocol):
+    """What routes need of a model."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def state(self) -> ServerState | None:
+        """None until it was loaded for the first time."""
+
+    @property
+    def status(self) -> str:
+        """loading, ok, unloaded, draining or dead."""
+
+    @property
+    def root(self) -> str:
+        """What it was made from."""
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens; None where nobody knows before it is loaded."""
+
+    async def enter(self, visitor: object) -> ServerState:
+        """The state, once requests can be served; until ``leave(visitor)`` the model stays. Raises RequestError (503)."""
+
+    def leave(self, visitor: object) -> None: ...
+
+
+class FixedHost:
+    """A model whose engine somebody else looks after."""
+
+    def __init__(self, state: ServerState) -> None:
+        self.state = state
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.state.names
+
+    @property
+    def status(self) -> str:
+        return self.state.status
+
+    @property
+    def root(self) -> str:
+        return self.state.engine_config.model or self.names[0]
+
+    @property
+    def max_model_len(self) -> int | None:
+        return self.state.client.info.max_model_len if self.state.client.info else None
+
+    async def enter(self, visitor: object) -> ServerState:
+        return self.state
+
+    def leave(self, visitor: object) -> None:
+        """Nothing depends on it."""
+
+
+class EngineHost:
+    """A model with an engine process of its own. All methods belong to one event loop."""
+
+    def __init__(self, entry: Entry, size: int, shared: Shared, make: Callable[..., Client] = Client) -> None:
+        """``entry``'s model and tokenizer are local directories; ``size``: bytes of the device that it takes while loaded."""
+        self.entry, self.size, self.shared = entry, size, shared
+        self.site: Site | None = None  # that it belongs to
+        self.state: ServerState | None = None
+        self.idle_s = entry.server.idle_unload
+        self.used = time.monotonic()  # when the latest request came or ended
+        self.closing = False  # whether it is to make room for another model
+        self.hopeless = asyncio.Event()  # it died too often, and is not started again
+        self._make = make
+        self._fresh = self._client()
+        self._present: set[object] = set()  # requests that are being served
+        self._waiting: set[object] = set()  # for it to be loaded
+        self._quiet = asyncio.Event()  # no requests are being served
+        self._quiet.set()
+        self._turn: asyncio.Task[None] | None = None  # that loads it on demand
+        self._life: asyncio.Task[None] | None = None  # that watches the engine
+        self._timer: asyncio.TimerHandle | None = None  # that unloads it when idle
+
+    def _client(self) -> Client:
+        return self._make(self.entry.engine, step_timeout=self.entry.server.engine_step_timeout)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.entry.server.served_model_name
+
+    @property
+    def client(self) -> Client:
+        return self.state.client if self.state else self._fresh  # type: ignore[return-value]
+
+    @property
+    def status(self) -> str:
+        return self.state.status if self.state else self._fresh.state
+
+    @property
+    def root(self) -> str:
+        return self.entry.engine.model or self.names[0]
+
+    @property
+    def max_model_len(self) -> int | None:
+        if self.client.info:
+            return self.client.info.max_model_len
+        known = self.entry.engine.max_model_len
+        return known if isinstance(known, int) else None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether its memory is taken, or about to be: that of an engine that is started again, too."""
+        return self.client.state in ("loading", "ready") or (self._life is not None and not self._life.done())
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._present)
+
+    async def prepare(self) -> ServerState:
+        """Read the tokenizer. Raises InputError."""
+        if self.state is None:
+            engine, server = self.entry.engine, self.entry.server
+            tokenizer = None
+            if not engine.skip_tokenizer_init:
+                assert engine.tokenizer is not None
+                tokenizer = await asyncio.to_thread(Tokenizer.load, engine.tokenizer, server.chat_template)
+            self.state = ServerState(self._fresh, tokenizer, engine, server, self.shared)
+        return self.state
+
+    async def load(self) -> None:
+        """Start the engine and serve, from now on until ``unload``. Raises InputError or EngineDied with its words."""
+        if self.client.state != "unloaded":
+            await self._renew()
+        starting = asyncio.create_task(self.client.start())  # while this process reads the tokenizer
+        try:
+            await asyncio.sleep(0)
+            await self.prepare()
+            await starting
+        except BaseException:
+            starting.cancel()
+            await self.client.stop(0)
+            raise
+        self.hopeless.clear()
+        self._life = asyncio.create_task(self._keep())
+        self._rest()
+
+    async def _renew(self) -> None:
+        """A client for another engine process, in place of the one that is there."""
+        await self.client.stop(0)
+        self._fresh = self._client()
+        if self.state:
+            self.state.client = self._fresh
+
+    async def _keep(self) -> None:
+        """Start a dead engine again, a few times."""
+        deaths, begun = 0, time.monotonic()
+        while True:
+            await self.client.wait_ended()
+            while self.client.state != "ready":
+                if self.client.state == "stopped":
+                    return
+                deaths = 1 if time.monotonic() - begun > LIVED_S else deaths + 1
+                if deaths >= DEATHS:
+                    log.error("%s: the engine died %d times in a row: %s", self.names[0], deaths, self.client.failure)
+                    return self.hopeless.set()
+                log.error("%s: the engine has died (%s); it is started again", self.names[0], self.client.failure)
+                await self._renew()
+                begun = time.monotonic()
+                try:
+                    await self.client.start()
+                    log.info("%s: the engine is ready again", self.names[0])
+                except (InputError, EngineDied) as error:
+                    self.client.failure = self.client.failure or str(error)
+                    self.client.state = "dead"
+
+    async def unload(self) -> None:
+        """End the engine; its memory is free when this returns. Requests that are being served get a 503."""
+        self.closing = True
+        if self._timer:
+            self._timer.cancel()
+        if self._life:
+            self._life.cancel()
+            await asyncio.wait({self._life})
+        if self.client.state != "unloaded":
+            await self._renew()
+        self.closing = False
+
+    async def enter(self, visitor: object) -> ServerState:
+        """As Host has it: a model that is not loaded is loaded for whoever asks for it, in its turn."""
+        self.used = time.monotonic()
+        if self.shared.draining or (self._turn is None and self.status in ("dead", "loading")):
+            raise self._refusal()
+        if self.status == "ok" and not self.closing:
+            self._present.add(visitor)
+            self._quiet.clear()
+            return self.state  # type: ignore[return-value]
+        self._waiting.add(visitor)
+        if self._turn is None:
+            self._turn = asyncio.create_task(self._take_turn())
+            self._turn.add_done_callback(lambda turn: turn.cancelled() or turn.exception())  # whoever waited may have left
+        try:
+            await asyncio.shield(self._turn)
+        except BaseException:
+            self.leave(visitor)
+            raise
+        assert self.state is not None
+        return self.state
+
+    async def _take_turn(self) -> None:
+        assert self.site is not None
+        try:
+            await self.site.bring(self)
+            self._present |= self._waiting
+            self._waiting.clear()
+            self._rest()
+        except (InputError, EngineDied) as error:
+            log.error("%s cannot be loaded: %s", self.names[0], error)
+            raise unavailable(f"the model {self.names[0]} cannot be loaded: {error}", "model_not_loaded") from None
+        finally:
+            self._turn = None
+
+    def _refusal(self) -> RequestError:
+        if self.shared.draining:
+            return unavailable("the server is shutting down", "shutting_down")
+        return self.state.refusal() if self.state else unavailable("the model is still loading", "model_loading")
+
+    def leave(self, visitor: object) -> None:
+        """As Host has it."""
+        self._waiting.discard(visitor)
+        self._present.discard(visitor)
+        self.used = time.monotonic()
+        self._rest()
+
+    def _rest(self) -> None:
+        """Nobody may be there any more: then others can have the room, at once or when time is up."""
+        if self._present:
+            return self._quiet.clear()
+        self._quiet.set()
+        if self._timer:
+            self._timer.cancel()
+        if self.idle_s and self.client.state == "ready":
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self.idle_s, lambda: loop.create_task(self._unload_idle()))
+
+    async def _unload_idle(self) -> None:
+        if self.site and not self._present and self.client.state == "ready":
+            log.info("%s: no request for %g s; it is unloaded", self.names[0], self.idle_s)
+            await self.site.send_away(self)
+
+    async def quiet(self) -> None:
+        """Let nobody else in, and wait until the last one has left."""
+        self.closing = True
+        await self._quiet.wait()
