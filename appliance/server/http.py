@@ -101,7 +101,7 @@ def http_config(app: ASGIApp, server: ServerConfig) -> uvicorn.Config:
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_keep_alive=KEEP_ALIVE_S,
         log_config=None,
-        access_log=server.log_level == "debug",
+        access_log=False,  # the server's own lines have more, and no query strings: some clients put keys there
         lifespan="off",
         ws="none",
         date_header=False,

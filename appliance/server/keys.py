@@ -22,6 +22,7 @@ from typing import Any
 
 from appliance.core.params import RequestError
 from appliance.server.limits import Account, Limits
+from appliance.server.redact import keyrings
 from quant.errors import InputError
 
 log = logging.getLogger("appliance.server")
@@ -47,6 +48,7 @@ class Keyring:
         self._kept: tuple[Key, ...] = ()
         self._accounts: dict[str, Account] = {}
         self.required = bool(self._given or file)
+        keyrings.add(self)
         if self._file:
             try:
                 self._seen = _stamp(self._file)
@@ -55,6 +57,11 @@ class Keyring:
                 raise InputError(f"--api-key-file {file}: {error.strerror}; `appliance key NAME >> {file}` makes one") from None
             if not self._kept and not self._given:
                 log.warning("%s holds no key: every request is refused until one is added", file)
+
+    def holds(self, word: str) -> bool:
+        """Whether it is one of the keys."""
+        digest = sha256(word.encode(errors="replace")).digest()
+        return any(key.digest == digest for key in (*self._given, *self._kept))
 
     def find(self, headers: Sequence[tuple[bytes, bytes]]) -> tuple[Key, Account]:
         """The key that a request brings, and what it has used. Raises RequestError (401)."""

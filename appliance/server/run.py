@@ -23,6 +23,7 @@ from appliance.config import EngineConfig, ServerConfig
 from appliance.hub import demo_model, resolve
 from appliance.memory.planner import make_plan
 from appliance.runtime.worker import Client, EngineDied
+from appliance.server import logs
 from appliance.server.app import create_app
 from appliance.server.audit import check_writable
 from appliance.server.errors import unavailable
@@ -37,19 +38,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("appliance.server")
 
-LEVELS = ("debug", "info", "warning", "error")
 RESTARTS = 3  # times that a dead engine is started again
 LIVED_S = 60.0  # an engine that served this long may die without being counted
 
 
 def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """Serve until SIGINT or SIGTERM. Returns the exit code; raises InputError where port, model or options do not do."""
-    if server.log_level not in LEVELS:
-        raise InputError(f"--log-level is one of {', '.join(LEVELS)}, got {server.log_level!r}")
-    logging.basicConfig(level=server.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    if server.log_level != "debug":
-        for noisy in ("uvicorn", "httpx", "httpx2", "huggingface_hub", "filelock"):
-            logging.getLogger(noisy).setLevel("WARNING")
+    logs.setup(server)
     check_tls(server)
     if server.audit_log:
         check_writable(server.audit_log)
@@ -64,7 +59,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
             check_local(server.host, sock)
         engine, server = locate(engine, server)
         assert engine.model is not None  # locate() has filled it in
-        print(make_plan(Path(engine.model), engine).table(), flush=True)
+        logs.tell(make_plan(Path(engine.model), engine).table(), server)
         return asyncio.run(_Service(sock, engine, server).run())
 
 
@@ -214,10 +209,10 @@ class _Service:
         host, port = self.sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         url = f"{'https' if self.server.ssl_certfile else 'http'}://{shown}:{port}/v1"
-        print(
+        logs.tell(
             f"appliance: ready at {url} with model {self.state.names[0]}: up to {info.max_model_len} tokens a "
             f"sequence, {info.plan['max_concurrency']:.1f} such sequences at once, loaded in {info.ready_s:.1f} s",
-            flush=True,
+            self.server,
         )
 
     async def _drain(self) -> None:

@@ -1,0 +1,139 @@
+"""The server's log: text or JSON lines, ids of requests, no keys; and GET /logs, the latest lines for the dashboard."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Mapping
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from appliance.config import ServerConfig
+from appliance.server.errors import JSONResponse
+from appliance.server.redact import hide
+from quant.errors import InputError
+
+LEVELS, FORMATS = ("debug", "info", "warning", "error"), ("text", "json")
+NOISY = ("uvicorn", "httpx", "httpx2", "huggingface_hub", "filelock")  # told at debug alone
+KEPT, LONGEST = 500, 8000  # latest lines, characters of each
+
+log = logging.getLogger("appliance.server")
+requests_log = logging.getLogger("appliance.requests")
+router = APIRouter()
+
+ids: ContextVar[Mapping[str, Any] | None] = ContextVar("ids", default=None)  # has the "request_id" of the task that answers it
+
+
+def request_id() -> str | None:
+    return (ids.get() or {}).get("request_id")
+
+
+class Text(logging.Formatter):
+    """``2026-11-21 12:00:00.123 INFO appliance.server: message [request id]``, with a traceback below it."""
+
+    default_msec_format = "%s.%03d"
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hide(super().format(record))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = super().formatMessage(record)
+        return f"{line} [{name}]" if (name := request_id()) else line
+
+
+class Json(logging.Formatter):
+    """An object a line: time, level, logger, message; request_id, exception and the record's ``fields``, where there are such."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            "request_id": request_id(),
+            "exception": _exception(record),
+        }
+        line = {name: value for name, value in line.items() if value is not None}
+        return hide(json.dumps(line | getattr(record, "fields", {})))
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+
+
+def _exception(record: logging.LogRecord) -> str | None:
+    """``exc_text`` is what other formatters, or other processes, made of it."""
+    return record.exc_text or (logging.Formatter().formatException(record.exc_info) if record.exc_info else None)
+
+
+class Ring(logging.Handler):
+    """The latest lines, numbered from 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self.seq = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = "\n".join(part for part in (record.getMessage(), _exception(record)) if part)
+        if name := request_id():
+            text += f" [{name}]"
+        self.seq += 1  # under the handler's lock
+        about = {"seq": self.seq, "time": _time(record), "level": record.levelname.lower(), "logger": record.name}
+        self.lines.append({**about, "message": hide(text)[:LONGEST]})
+
+    def after(self, seq: int) -> list[dict[str, Any]]:
+        """Those with higher numbers; all, where the number is of an earlier server."""
+        lines = list(self.lines)
+        return [line for line in lines if line["seq"] > seq] if seq <= self.seq else lines
+
+
+RING = Ring()
+
+
+def setup(server: ServerConfig) -> None:
+    """Log to stderr as the options say, and into the ring. Raises InputError."""
+    if server.log_level not in LEVELS:
+        raise InputError(f"--log-level is one of {', '.join(LEVELS)}, got {server.log_level!r}")
+    if server.log_format not in FORMATS:
+        raise InputError(f"--log-format is one of {', '.join(FORMATS)}, got {server.log_format!r}")
+    stderr = logging.StreamHandler()
+    stderr.setFormatter(Json() if server.log_format == "json" else Text())
+    logging.basicConfig(level=server.log_level.upper(), handlers=[stderr, RING], force=True)
+    logging.captureWarnings(True)
+    if server.log_level != "debug":
+        for noisy in NOISY:
+            logging.getLogger(noisy).setLevel("WARNING")
+
+
+def tell(text: str, server: ServerConfig) -> None:
+    """Say something to whoever started the server: on stdout as it is, or as a line of a JSON log."""
+    if server.log_format == "json":
+        log.info("%s", text)
+        return
+    print(text, flush=True)
+    RING.handle(logging.makeLogRecord({"name": log.name, "levelname": "INFO", "msg": text}))
+
+
+def tell_request(record: Mapping[str, Any], *, reads: bool) -> None:
+    """A line for a request that has ended, from what the audit log has of it. ``reads``: it only asked how the server is."""
+    tokens = f"{record['prompt_tokens']}+{record['generated_tokens']} tokens" if record["prompt_tokens"] else ""
+    reasons = "/".join(dict.fromkeys(record["finish_reasons"]))
+    more = [part for part in (record["model"], tokens, reasons, record["key"] and f"key {record['key']}") if part]
+    message = ", ".join([f"{record['endpoint']} {record['status']}", f"{record['latency_s']:.3f} s", *more])
+    fields = {name: value for name, value in record.items() if name not in ("time", "prompts", "answers")}
+    requests_log.log(logging.DEBUG if reads else logging.INFO, "%s", message, extra={"fields": fields})
+
+
+@router.get("/logs")
+async def logs(after: int = 0) -> Response:
+    """The latest lines of the log, those with a ``seq`` above ``after``; ``next`` is what to ask for next time."""
+    return JSONResponse({"lines": RING.after(after), "next": RING.seq})

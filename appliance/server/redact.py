@@ -1,0 +1,30 @@
+"""What no line of a log shall have: keys."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+if TYPE_CHECKING:
+    from appliance.server.keys import Keyring
+
+keyrings: WeakSet[Keyring] = WeakSet()  # of the servers in this process
+_SHAPES = re.compile(r"\b(?:sk-|hf_)[\w-]{16,}|(?<=Bearer )[^\s\"'\\]+", re.IGNORECASE)
+_WORD, _SEPARATORS, SHORTEST = re.compile(r"[^\s\"'`,;<>(){}\[\]\\]{6,}"), re.compile(r"[/?&=:@]"), 6
+
+
+def is_key(word: str) -> bool:
+    """Whether it is a key of a server in this process."""
+    return any(ring.holds(word) for ring in keyrings)
+
+
+def hide(text: str) -> str:
+    """Without our keys, and what looks like one of others: clients put them where they do not belong, as in paths."""
+    text = _SHAPES.sub("***", text)
+    if len(keyrings):
+        for word in set(_WORD.findall(text)):
+            for part in {word, *_SEPARATORS.split(word)}:
+                if len(part) >= SHORTEST and is_key(part):
+                    text = text.replace(part, "***")
+    return text
