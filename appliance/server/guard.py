@@ -16,7 +16,7 @@ from appliance.core.params import RequestError
 from appliance.server.errors import error_response
 from appliance.server.limits import Account
 from appliance.server.logs import tell_request
-from appliance.server.redact import hide
+from appliance.server.redact import line
 from appliance.web import pages
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Guard:
             "request_id": scope["state"]["request_id"],
             "client": (scope.get("client") or (None,))[0],
             "key": ticket.key,
-            "endpoint": hide(f"{scope['method']} {scope['path']}"[:200]),
+            "endpoint": line(f"{scope['method']} {scope['path']}"),
             "model": ticket.model,
             "status": status,
             "prompt_tokens": ticket.prompt_tokens,

@@ -19,6 +19,11 @@ def is_key(word: str) -> bool:
     return any(ring.holds(word) for ring in keyrings)
 
 
+def line(text: str, most: int = 200) -> str:
+    """What a client wrote, for a line of a log: no keys, no line breaks of its own."""
+    return "".join(c if c.isprintable() else "?" for c in hide(text)[:most])
+
+
 def hide(text: str) -> str:
     """Without our keys, and what looks like one of others: clients put them where they do not belong, as in paths."""
     text = _SHAPES.sub("***", text)
