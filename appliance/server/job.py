@@ -85,10 +85,10 @@ class Job:
         self.ticket.begin(self)
         self.state.jobs.add(self)
         tasks = [asyncio.create_task(self._pump(k, submit)) for k, submit in enumerate(self.submits)]
-        left = len(self.outputs)
+        self._left = len(self.outputs)
         reason = "abort"  # of the choices that do not come to their end
         try:
-            while left:
+            while self._left:
                 item = await self._queue.get()
                 if isinstance(item, Exception):
                     raise item
@@ -96,7 +96,7 @@ class Job:
                 if self.outputs[choice].finish_reason is not None:
                     continue  # the engine's answer to the abort after a stop string
                 delta = self._take(choice, item[0], item[1])
-                left -= delta.finish_reason is not None
+                self._left -= delta.finish_reason is not None
                 yield choice, delta
         except Exception:
             reason = "error"
@@ -150,6 +150,13 @@ class Job:
             output_tokens=len(self.outputs[choice].token_ids),
             params=self.params,
         )
+
+    def end(self, choice: int) -> None:
+        """Let a choice be complete with what it has, as after a stop string. For whoever takes what ``run`` yields."""
+        self.outputs[choice].finish_reason = "stop"
+        self.state.client.abort(self.submits[choice // self.params.width].request_id, choice % self.params.width)
+        self._left -= 1
+        self._count(choice, "stop", time.time())
 
     def fail(self, error: Exception) -> None:
         """End the job now: whoever waits for it gets this error."""

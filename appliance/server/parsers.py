@@ -15,7 +15,7 @@ from appliance.text.answer import AnswerParser
 from appliance.text.grammar import compile_grammar
 from appliance.text.reasoning import REASONING, ReasoningParser, Tags, tags_of
 from appliance.text.tokenizer import Tokenizer
-from appliance.text.tools.choice import FORMS, ToolChoice, forced, tool_choice
+from appliance.text.tools.choice import FORMS, Forced, ToolChoice, forced, tool_choice
 from appliance.text.tools.detect import detect
 from appliance.text.tools.formats import PARSERS, Mistral
 from appliance.text.tools.grammar import lark
@@ -59,46 +59,54 @@ class Parsers:
             raise RequestError(message, param="tools", code="unsupported_parameter")
         return tool_choice(body.tools, body.tool_choice)
 
-    async def must_call(self, params: SamplingParams, choice: ToolChoice, body: ChatRequest, prompt: Prompt) -> SamplingParams:
-        """The parameters with a grammar of calls, where these are a must. Raises RequestError where that cannot be."""
-        if choice.mode not in ("required", "named"):
+    async def held(self, params: SamplingParams, choice: ToolChoice, body: ChatRequest, prompt: Prompt) -> SamplingParams:
+        """The parameters with a grammar of the whole answer, where calls are a must or the answer has a form.
+
+        The form begins behind reasoning, and the model may call tools instead. Raises RequestError where that cannot be.
+        """
+        must, form = choice.mode in ("required", "named"), params.structured_outputs
+        tags = None if self.tags is None or self.tags.closed(*self._before(body, prompt)) else self.tags
+        if not must and (form is None or not (tags or choice.parses)):
             return params
+        opened = tags is not None and tags.opened(*self._before(body, prompt))
+        around = lark(self._forced(choice, body) if choice.parses else None, tags, opened=opened, formed=not must)
+        try:
+            if form is None or must:
+                form = StructuredOutputsParams(grammar=around)
+                return replace(params, structured_outputs=form, grammar=await asyncio.to_thread(compile_grammar, form))
+            return replace(params, grammar=await asyncio.to_thread(compile_grammar, form, around))
+        except RequestError as error:
+            message = f"tools: no grammar of calls can be made of these: {error}"
+            raise RequestError(message, param="tools", code=error.code) from None
+
+    def _forced(self, choice: ToolChoice, body: ChatRequest) -> Forced:
         assert self.tools is not None and self.tokenizer is not None  # choice() and the prompt have seen to that
         forms = FORMS[self.tools]
         form = forms[0] if len(forms) == 1 or self.tokenizer.special_among((Mistral.ARGS,)) else forms[1]
-        opened = self.tags is not None and self._opened(self.tags, body, prompt)
-        text = lark(forced(choice, form, parallel=body.parallel_tool_calls), self.tags, opened=opened)
-        structured = StructuredOutputsParams(grammar=text)
-        try:
-            await asyncio.to_thread(compile_grammar, structured)
-        except RequestError as error:
-            raise RequestError(
-                f"tools: no grammar of calls can be made of these: {error}", param="tools", code=error.code
-            ) from None
-        return replace(params, structured_outputs=structured)
+        return forced(choice, form, parallel=body.parallel_tool_calls)
 
     def shown(self, choice: ToolChoice) -> frozenset[int]:
         """The special tokens that mark calls and reasoning: they must be in the text."""
         markers = (*(self.tags.special if self.tags else ()), *(self.tools.special if self.tools and choice.parses else ()))
         return self.tokenizer.special_among(markers) if self.tokenizer else frozenset()
 
-    def new(self, choice: ToolChoice, body: ChatRequest, prompt: Prompt, *, formed: bool) -> AnswerParser:
-        """For one answer. ``formed``: the request says what form it has, from its first character on: all of it is content."""
-        if formed:
-            return AnswerParser(None, None)
-        reasoning = ReasoningParser(self.tags, opened=self._opened(self.tags, body, prompt)) if self.tags else None
+    def new(self, choice: ToolChoice, body: ChatRequest, prompt: Prompt) -> AnswerParser:
+        """For one answer."""
+        opened = self.tags is not None and self.tags.opened(*self._before(body, prompt))
+        reasoning = ReasoningParser(self.tags, opened=opened) if self.tags else None
         tools = self.tools() if self.tools is not None and choice.parses else None
         return AnswerParser(reasoning, tools, parallel=body.parallel_tool_calls)
 
-    def _opened(self, tags: Tags, body: ChatRequest, prompt: Prompt) -> bool:
+    def _before(self, body: ChatRequest, prompt: Prompt) -> tuple[str, str | None]:
+        """What stands before an answer, as ``Tags`` asks for it: the prompt, and the text of a message that it goes on with."""
         if body.continue_final_message:
             content = body.messages[-1].get("content")
             parts = content if isinstance(content, list) else [content]
-            return tags.opened("", "".join(str(part.get("text") if isinstance(part, Mapping) else part) for part in parts))
+            return "", "".join(str(part.get("text") if isinstance(part, Mapping) else part) for part in parts)
         if prompt.text is not None:
-            return tags.opened(prompt.text)
+            return prompt.text, None
         assert self.tokenizer is not None  # the prompt was rendered
-        return tags.opened(self.tokenizer.decode(list(prompt.token_ids[-TAIL:]), skip_special_tokens=False))
+        return self.tokenizer.decode(list(prompt.token_ids[-TAIL:]), skip_special_tokens=False), None
 
 
 def _named(flag: str, name: str, known: Mapping[str, T]) -> T | None:

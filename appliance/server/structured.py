@@ -32,9 +32,6 @@ async def with_grammar(params: SamplingParams, body: SamplingFields) -> Sampling
     found = structured_outputs(body)
     if found is None:
         return params
-    if getattr(body, "tools", None) and body.tool_choice != "none":  # type: ignore[attr-defined]  # of chat
-        message = "what says the answer's form leaves no room for tool calls: leave one of them out, or set tool_choice to 'none'"
-        raise RequestError(f"tools: {message}", param="tools")
     source, structured = found
     params = replace(params, structured_outputs=structured)
     try:

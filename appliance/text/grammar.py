@@ -60,18 +60,19 @@ def deep_thread() -> ThreadPoolExecutor:
     return pool
 
 
-def compile_grammar(structured: StructuredOutputsParams) -> str:
+def compile_grammar(structured: StructuredOutputsParams, around: str = "") -> str:
     """As llguidance reads it. Raises RequestError naming the field, with the library's words, where it cannot be served.
 
-    Takes up to some tenths of a second where this one was not seen lately.
+    ``around``: the grammar (Lark) of the whole text, in which ``@answer`` is what ``structured`` says. Takes
+    up to some tenths of a second where this one was not seen lately.
     """
     kind, text = _source(structured)
-    if len(text) > MAX_CHARS:
+    if (size := len(text) + len(around)) > MAX_CHARS:
         raise RequestError(
-            f"structured_outputs.{kind} has {len(text)} characters: at most {MAX_CHARS} are taken",
+            f"structured_outputs.{kind} has {size} characters: at most {MAX_CHARS} are taken",
             param=f"structured_outputs.{kind}",
         )
-    return _checked(kind, text, structured.disable_any_whitespace, structured.whitespace_pattern or WHITESPACE)
+    return _checked(kind, text, structured.disable_any_whitespace, structured.whitespace_pattern or WHITESPACE, around)
 
 
 def _source(structured: StructuredOutputsParams) -> tuple[str, str]:
@@ -90,7 +91,7 @@ def _source(structured: StructuredOutputsParams) -> tuple[str, str]:
 
 
 @lru_cache(KEPT)
-def _checked(kind: str, text: str, tight: bool, whitespace: str) -> str:
+def _checked(kind: str, text: str, tight: bool, whitespace: str, around: str) -> str:
     lib, param = library(), f"structured_outputs.{kind}"
     # What stands in the schema under "x-guidance" may not say otherwise.
     options = {"whitespace_flexible": not tight, "whitespace_pattern": None if tight else whitespace, "lenient": False}
@@ -103,6 +104,7 @@ def _checked(kind: str, text: str, tight: bool, whitespace: str) -> str:
             made = lib.LLMatcher.grammar_from_lark(f"start: /{lib.regex_to_lark(text, use_ascii='d')}/")
         else:
             made = lib.grammar_from("lark" if kind == "choice" else "grammar", text)
+        made = _within(around, made) if around else made
         return made, *lib.LLMatcher.validate_grammar_with_warnings(made, limits=limits())
 
     try:
@@ -117,6 +119,12 @@ def _checked(kind: str, text: str, tight: bool, whitespace: str) -> str:
     if any(word.startswith("no tokenizer") for word in words):
         raise RequestError(f"{param}: names of special tokens, <|...|> and <[...]>, are not understood in grammars", param=param)
     return grammar
+
+
+def _within(around: str, made: str) -> str:
+    """Both as one: llguidance takes a list of grammars that name each other, and begins with the first."""
+    first, *rest = json.loads(made)["grammars"] if made.startswith("{") else [{"lark_grammar": made}]
+    return json.dumps({"grammars": [{"lark_grammar": around}, {**first, "name": "answer"}, *rest]})
 
 
 def vocabulary(tokenizer: Tokenizer, size: int, ends: tuple[int, ...]) -> Any:

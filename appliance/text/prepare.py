@@ -16,7 +16,7 @@ def prepare(params: SamplingParams, tokenizer: Tokenizer | None) -> SamplingPara
     """
     if tokenizer is None and params.stop:
         raise RequestError("stop strings need a tokenizer: use stop_token_ids", param="stop")
-    if params.structured_outputs is not None and tokenizer is not None:
+    if params.structured_outputs is not None and not params.grammar and tokenizer is not None:
         params = replace(params, grammar=compile_grammar(params.structured_outputs))
     if not params.bad_words:
         return params

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from appliance.text.tools.reader import open_end
 
@@ -36,6 +37,12 @@ class Tags:
             return continued.rfind(self.start) > continued.rfind(self.end)
         tail = prompt[-200:].rstrip()  # templates end so; what users write is further up
         return tail.endswith(self.start) or (self.assumed and not tail.endswith(self.end))
+
+    def closed(self, prompt: str, continued: str | None = None) -> bool:
+        """Whether an answer begins behind the end of reasoning, as templates write it where none is wanted."""
+        if continued is not None:
+            return continued.rfind(self.end) > continued.rfind(self.start)
+        return prompt[-200:].rstrip().endswith(self.end)
 
 
 THINK = Tags()
@@ -79,6 +86,14 @@ class ReasoningParser:
         self._place = "start"
         self._without_tag = "reasoning" if opened else "content"  # what a text is that does not begin with the start tag
         self._trims = opened  # line breaks come before the first text of this place
+        self._reasoned = False
+
+    @property
+    def state(self) -> Literal["none", "open", "closed"]:
+        """Whether there was reasoning so far, and has come to its end."""
+        if self._place == "content":
+            return "closed" if self._reasoned else "none"
+        return "open" if self._place == "reasoning" or self._without_tag == "reasoning" else "none"
 
     def push(self, text: str) -> ReasoningDelta:
         self._held += text
@@ -110,6 +125,7 @@ class ReasoningParser:
         if end < 0:
             n = len(self._held) - open_end(self._held, (self._tags.end,))
             return self._give(len(self._held[:n].rstrip(_EDGE)))
+        self._reasoned = True
         text = self._give(len(self._held[:end].rstrip(_EDGE)))
         self._held = self._held[self._held.find(self._tags.end) + len(self._tags.end) :]
         self._place, self._trims = "content", True
@@ -121,3 +137,14 @@ class ReasoningParser:
             text = text.lstrip(_EDGE)
             self._trims = not text
         return text
+
+
+def tokens_until(end: str, tokens: Iterable[bytes]) -> int:
+    """How many tokens it takes to write this, which they do: ``tokens`` are the bytes of each. All of them where they do not."""
+    mark, tail, count = end.encode(), b"", 0
+    for one in tokens:
+        count += 1
+        if mark in (tail := tail + one):
+            break
+        tail = tail[-len(mark) :]
+    return count

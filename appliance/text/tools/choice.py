@@ -143,9 +143,9 @@ class Alternative:
 
 
 def forced(choice: ToolChoice, form: Form, *, parallel: bool = True) -> Forced:
-    """For the modes "required" (any of the tools, several if ``parallel``) and "named" (one call of that one)."""
+    """Any of the tools, several if ``parallel``; in the mode "named" one call of that one."""
     alternatives = (Alternative(form.begin(f["name"]), parameters(f), form.closing) for f in choice.functions)
-    most = None if parallel and choice.mode == "required" else 1
+    most = None if parallel and choice.mode != "named" else 1
     return Forced(tuple(alternatives), form.between, form.before, form.after, most)
 
 

@@ -1,4 +1,4 @@
-"""Calls that are a must, as a grammar in llguidance's Lark."""
+"""Calls that are a must, and what stands before an answer, as a grammar in llguidance's Lark."""
 
 from __future__ import annotations
 
@@ -17,11 +17,21 @@ _SPELLING = {
 }
 
 
-def lark(calls: Forced, tags: Tags | None = None, *, opened: bool = False) -> str:
+def lark(calls: Forced | None, tags: Tags | None = None, *, opened: bool = False, formed: bool = False) -> str:
     """The grammar of an answer that is calls, with reasoning before them where the model has tags for it.
 
-    ``opened``: as ``Tags.opened`` says; the answer begins within reasoning then.
+    ``opened``: as ``Tags.opened`` says; the answer begins within reasoning then. ``formed``: it may be ``@answer`` instead.
     """
+    start, rules = ["calls"] if calls else [], [] if calls is None else _calls(calls)
+    text = " | ".join(start + ["@answer"] * formed)
+    if tags is None:
+        return "\n".join([f"start: {text}", *rules])
+    thoughts = "thoughts" if opened else f"({_text(tags.start)} thoughts)?"
+    rules += [f"thoughts[suffix={_text(tags.end)}]: /(?s:.*)/", r"between: /\n{0,2}/"]
+    return "\n".join([f"start: {thoughts} between ({text})", *rules])
+
+
+def _calls(calls: Forced) -> list[str]:
     rules = []
     for i, one in enumerate(calls.alternatives):
         schema = {**one.schema, "x-guidance": _SPELLING}
@@ -30,11 +40,7 @@ def lark(calls: Forced, tags: Tags | None = None, *, opened: bool = False) -> st
     more = "" if calls.most == 1 else f" ({_text(calls.between)} call)*"
     rules.append("call: " + " | ".join(f"call{i}" for i in range(len(calls.alternatives))))
     rules.append(f"calls: {_text(calls.before)} call{more} {_text(calls.after)}")
-    if tags is None:
-        return "\n".join(["start: calls", *rules])
-    thoughts = "thoughts" if opened else f"({_text(tags.start)} thoughts)?"
-    rules += [f"thoughts[suffix={_text(tags.end)}]: /(?s:.*)/", r"between: /\n{0,2}/"]
-    return "\n".join([f"start: {thoughts} between calls", *rules])
+    return rules
 
 
 def _text(text: str) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import secrets
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from appliance.text.tools.reader import Reader, Step, Steps, decoded, first, open_end
 
@@ -39,10 +39,17 @@ class CallDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolDelta:
-    """What a piece of text adds to an answer."""
+    """What a piece of text adds to an answer: text and news of calls, in their order."""
 
-    content: str = ""
-    calls: tuple[CallDelta, ...] = ()
+    pieces: tuple[str | CallDelta, ...] = ()
+
+    @property
+    def content(self) -> str:
+        return "".join(piece for piece in self.pieces if isinstance(piece, str))
+
+    @property
+    def calls(self) -> tuple[CallDelta, ...]:
+        return tuple(piece for piece in self.pieces if not isinstance(piece, str))
 
 
 @dataclass(slots=True)
@@ -79,16 +86,21 @@ class ToolParser(Reader):
         super().__init__()
         self.count = 0  # calls so far
         self.fresh = True  # nothing but markup since the beginning or since the latest call
+        self.single = False  # whether nothing counts that comes behind the first call
         self._new_id = new_id or self.make_id
         self._streams = False  # what is read are arguments
         self._ending = False  # what is read is JSON behind a call's arguments
-        self._content: list[str] = []
-        self._calls: list[CallDelta] = []
+        self._news: list[str | CallDelta] = []
         self._steps = self._run()
 
     @staticmethod
     def make_id() -> str:
         return f"call_{secrets.token_hex(12)}"
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether what comes next cannot matter: the single call is complete."""
+        return self.single and (self.count > 1 or (self.count == 1 and not self._streams and not self._ending))
 
     def push(self, text: str) -> ToolDelta:
         if text:
@@ -144,27 +156,33 @@ class ToolParser(Reader):
     def begin(self, name: str, arguments: str = "", call_id: str | None = None) -> None:
         """A call; what is read was its markup."""
         self.drop()
-        self._calls.append(CallDelta(self.count, call_id or self._new_id(), name, arguments))
+        self._tell(CallDelta(self.count, call_id or self._new_id(), name, arguments))
         self.count += 1
         self.fresh = True
 
     def _to_content(self, n: int) -> None:
         if n:
-            self._content.append(self.cut(n))
+            self._tell(self.cut(n))
             self.fresh = False
 
     def _to_arguments(self, n: int) -> None:
         if text := self.cut(n):
-            index = self.count - 1
-            if self._calls and self._calls[-1].index == index:
-                last = self._calls.pop()
-                self._calls.append(CallDelta(index, last.id, last.name, last.arguments + text))
-            else:
-                self._calls.append(CallDelta(index, arguments=text))
+            self._tell(CallDelta(self.count - 1, arguments=text))
+
+    def _tell(self, news: str | CallDelta) -> None:
+        if self.single and (self.count if isinstance(news, str) else news.index):
+            return
+        last = self._news[-1] if self._news else None
+        if isinstance(news, str) and isinstance(last, str):
+            self._news[-1] = last + news
+        elif isinstance(news, CallDelta) and isinstance(last, CallDelta) and last.index == news.index:
+            self._news[-1] = replace(last, arguments=last.arguments + news.arguments)
+        else:
+            self._news.append(news)
 
     def _delta(self) -> ToolDelta:
-        delta = ToolDelta("".join(self._content), tuple(self._calls))
-        self._content, self._calls = [], []
+        delta = ToolDelta(tuple(self._news))
+        self._news = []
         return delta
 
     # Reading

@@ -1,0 +1,84 @@
+"""What a model says in a conversation: a job whose choices are taken apart as they come. All forms of chat begin here."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from appliance.server.job import Job
+from appliance.server.prompts import chat_prompt
+from appliance.server.sampling import chat_params
+from appliance.server.schemas import ChatRequest
+from appliance.server.state import ServerState
+from appliance.server.structured import with_grammar
+from appliance.text.answer import Answer, AnswerDelta, AnswerParser
+from appliance.text.output import Delta
+from appliance.text.reasoning import tokens_until
+
+
+async def begin(state: ServerState, request_id: str, body: ChatRequest, prefix: str = "chatcmpl") -> Turn:
+    """Everything up to the engine: it begins with ``run``. Raises RequestError for what cannot be served."""
+    body.check()
+    state.check_unknown(body)
+    params = await with_grammar(chat_params(body, state.defaults, state.server_config.max_logprobs), body)
+    choice = state.parsers.choice(body)
+    prompt = await chat_prompt(body, state.tokenizer, state.info.max_model_len, list(choice.tools) or None)
+    params = await state.parsers.held(params, choice, body, prompt)
+    job = Job(state, request_id, prefix, [prompt], params, body, shown=state.parsers.shown(choice))
+    return Turn(state, job, [state.parsers.new(choice, body, prompt) for _ in job.outputs])
+
+
+class Turn:
+    """A job's choices: ``answers`` are what has come of each so far."""
+
+    def __init__(self, state: ServerState, job: Job, parsers: Sequence[AnswerParser]) -> None:
+        self.state, self.job, self.parsers = state, job, parsers
+        self.answers = [Answer() for _ in parsers]
+        self._reasoned: list[int | None] = [None] * len(parsers)
+
+    async def run(self) -> AsyncGenerator[tuple[int, Delta, AnswerDelta], None]:
+        """(choice, what is new of it, the same taken apart) until all have ended; as ``Job.run``.
+
+        An answer whose first call is to be the only one ends with it.
+        """
+        async with aclosing(self.job.run()) as deltas:
+            async for c, delta in deltas:
+                parser = self.parsers[c]
+                news = parser.push(delta.text, last=delta.finish_reason is not None)
+                if parser.satisfied and delta.finish_reason is None:
+                    self.job.end(c)
+                    delta = replace(delta, finish_reason="stop")
+                self.answers[c].reasoning += news.reasoning
+                self.answers[c].add(news.content, news.calls)
+                yield c, delta, news
+
+    async def finish(self) -> None:
+        """Run to the end."""
+        async with aclosing(self.run()) as all_:
+            async for _ in all_:
+                pass
+
+    def finish_reason(self, c: int) -> str | None:
+        """OpenAI's word for how the answer ended."""
+        return self.parsers[c].finish_reason(self.job.outputs[c].finish_reason)
+
+    def reasoning_tokens(self, c: int) -> int:
+        """How many of the answer's tokens are reasoning, tags included."""
+        ids, tags = self.job.outputs[c].token_ids, self.state.parsers.tags
+        match self.parsers[c].reasoning:
+            case "none":
+                return 0
+            case "open":
+                return len(ids)
+        if (count := self._reasoned[c]) is None:
+            assert tags is not None and self.state.tokenizer is not None  # there was reasoning
+            spelled = self.state.tokenizer.token_bytes
+            self._reasoned[c] = count = tokens_until(tags.end, (spelled(i) or b"" for i in ids))
+        return count
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage object so far."""
+        reasoning = sum(map(self.reasoning_tokens, range(len(self.parsers))))
+        return {**self.job.usage(), "completion_tokens_details": {"reasoning_tokens": reasoning}}
