@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from appliance.server.job import Job
+from appliance.server.job import Job, clamp_max_tokens
 from appliance.server.prompts import chat_prompt
 from appliance.server.sampling import chat_params
 from appliance.server.schemas import ChatRequest
@@ -18,14 +18,19 @@ from appliance.text.output import Delta
 from appliance.text.reasoning import tokens_until
 
 
-async def begin(state: ServerState, request_id: str, body: ChatRequest, prefix: str = "chatcmpl") -> Turn:
-    """Everything up to the engine: it begins with ``run``. Raises RequestError for what cannot be served."""
+async def begin(state: ServerState, request_id: str, body: ChatRequest, prefix: str = "chatcmpl", *, clamp: bool = False) -> Turn:
+    """Everything up to the engine: it begins with ``run``. Raises RequestError for what cannot be served.
+
+    ``clamp``: a max_tokens beyond the end of the context is no error.
+    """
     body.check()
     state.check_unknown(body)
     params = await with_grammar(chat_params(body, state.defaults, state.server_config.max_logprobs), body)
     choice = state.parsers.choice(body)
     prompt = await chat_prompt(body, state.tokenizer, state.info.max_model_len, list(choice.tools) or None)
     params = await state.parsers.held(params, choice, body, prompt)
+    if clamp:
+        params = clamp_max_tokens(params, [prompt], state.info.max_model_len)
     job = Job(state, request_id, prefix, [prompt], params, body, shown=state.parsers.shown(choice))
     return Turn(state, job, [state.parsers.new(choice, body, prompt) for _ in job.outputs])
 
