@@ -2,6 +2,8 @@
 
 import { stream } from "./api.js";
 
+const MEASURABLE_MS = 40; // what comes within less may have come in one piece, and says nothing about speed
+
 const OWN = new Set(["model", "messages", "stream", "stream_options", "continue_final_message", "add_generation_prompt", "n"]);
 
 /** The fields beside temperature and the like, which a user wrote as JSON. Throws Error with a line for the user. */
@@ -13,7 +15,8 @@ export function moreFields(text) {
   } catch (error) {
     throw new Error(`More request fields: this is no JSON (${error.message}).`);
   }
-  if (found === null || typeof found !== "object" || Array.isArray(found)) throw new Error('More request fields: write an object, as {"seed": 1}.');
+  const isObject = found !== null && typeof found === "object" && !Array.isArray(found);
+  if (!isObject) throw new Error('More request fields: write an object, as {"seed": 1}.');
   const own = Object.keys(found).find((name) => OWN.has(name));
   if (own) throw new Error(`More request fields: the page itself says ${own}.`);
   return found;
@@ -22,7 +25,8 @@ export function moreFields(text) {
 /** What is asked. With `resume` the last message is the beginning of the answer. */
 export function requestBody({ messages, settings, model }, resume) {
   const { system, more, ...numbers } = settings;
-  const sent = messages.map(({ role, content, reasoning_content, tool_calls, tool_call_id }) => ({
+  const kept = messages.filter(({ role, content, tool_calls }) => role !== "assistant" || content || tool_calls?.length);
+  const sent = kept.map(({ role, content, reasoning_content, tool_calls, tool_call_id }) => ({
     role,
     content,
     ...(reasoning_content && { reasoning_content }),
@@ -57,10 +61,12 @@ export async function answer(body, message, signal, grown) {
     }
     if (choice?.finish_reason) message.finish = choice.finish_reason;
     if (chunk.usage) {
-      const rate = last > first && tokens > firstTokens ? ((tokens - firstTokens) * 1000) / (last - first) : null;
+      const measurable = last - first >= MEASURABLE_MS && tokens > firstTokens;
+      const rate = measurable ? ((tokens - firstTokens) * 1000) / (last - first) : null;
       const cached = chunk.usage.prompt_tokens_details?.cached_tokens ?? 0;
       const ttft = first ? (first - begun) / 1000 : null;
-      message.stats = { prompt: chunk.usage.prompt_tokens, cached, tokens: before + tokens, total: chunk.usage.total_tokens, ttft, rate };
+      const { prompt_tokens: prompt, total_tokens: total } = chunk.usage;
+      message.stats = { prompt, cached, tokens: before + tokens, total, ttft, rate };
     }
     grown();
   }

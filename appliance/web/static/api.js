@@ -18,6 +18,7 @@ export const apiKey = {
 
 async function ask(path, { body = null, signal = null } = {}) {
   const headers = {};
+  if (/[^\x21-\x7e]/.test(apiKey.get())) throw new ApiError("The API key has characters that no key has.", { status: 401 });
   if (apiKey.get()) headers.Authorization = `Bearer ${apiKey.get()}`;
   if (body) headers["Content-Type"] = "application/json";
   const url = new URL(path, document.baseURI); // relative: also behind a proxy that adds a prefix
@@ -26,7 +27,6 @@ async function ask(path, { body = null, signal = null } = {}) {
     return await fetch(url, body ? { ...more, method: "POST", body: JSON.stringify(body) } : more);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    if (error instanceof TypeError && /header|latin|byte/i.test(error.message)) throw new ApiError("the API key has characters that no key has");
     throw new ApiError("The server does not answer.");
   }
 }

@@ -7,8 +7,8 @@ const ROLES = ["system", "user", "assistant", "tool"];
 const NUMBERS = ["temperature", "top_p", "max_tokens"];
 
 export function create() {
-  const now = Date.now();
-  return { id: crypto.getRandomValues(new Uint32Array(2)).join("-"), title: "", model: null, updated: now, messages: [], settings: latest() };
+  const id = crypto.getRandomValues(new Uint32Array(2)).join("-");
+  return { id, title: "", model: null, updated: Date.now(), messages: [], settings: latest() };
 }
 
 function latest() {
@@ -76,8 +76,9 @@ export function fromFile(text) {
   conversation.settings = settings(found.settings);
   for (const [i, message] of messages.entries()) {
     const { role, content } = message ?? {};
-    if (!ROLES.includes(role)) throw new Error(`Message ${i + 1} of the file has the role ${JSON.stringify(role)}: roles are ${ROLES.join(", ")}.`);
-    if (typeof (content ?? "") !== "string") throw new Error(`The content of message ${i + 1} of the file is not text.`);
+    const which = `message ${i + 1} of the file`;
+    if (!ROLES.includes(role)) throw new Error(`The role of ${which} is ${JSON.stringify(role)}: roles are ${ROLES.join(", ")}.`);
+    if (typeof (content ?? "") !== "string") throw new Error(`The content of ${which} is not text.`);
     if (role === "system" && i === 0) conversation.settings.system = content ?? "";
     else conversation.messages.push(clean(message));
   }

@@ -1,0 +1,181 @@
+// What the server is doing, from its /stats; asked for once a second while somebody looks.
+
+import { get } from "./api.js";
+import { $, el, svg } from "./dom.js";
+
+const PERIOD_MS = 1000;
+const SAMPLES = 90;
+const PARTS = [
+  ["weights", "Weights", (plan) => plan.weights_bytes?.total],
+  ["cache", "KV cache", (plan) => plan.kv_cache?.bytes],
+  ["workspace", "Workspace", (plan) => plan.workspace_bytes?.total],
+  ["graphs", "Graphs", (plan) => plan.graphs_bytes?.total],
+  ["runtime", "Runtime", (plan) => plan.runtime_bytes],
+];
+
+let timer = 0;
+let before = null;
+const history = { generation: [], prompt: [] };
+
+/** Begin to ask, or end. Also ends by itself while the tab is hidden. */
+export function watch(on) {
+  clearTimeout(timer);
+  timer = 0;
+  if (on) look();
+}
+
+async function look() {
+  const begun = performance.now();
+  if (document.visibilityState === "visible") {
+    try {
+      const stats = await get("stats");
+      note(stats);
+      show(stats);
+    } catch (error) {
+      before = null;
+      $("metrics").replaceChildren(el("p", { class: "bad" }, error.message));
+    }
+  }
+  if (!$("metrics").hidden && !$("side").hidden) {
+    clearTimeout(timer);
+    timer = setTimeout(look, Math.max(100, PERIOD_MS - (performance.now() - begun)));
+  }
+}
+
+/** Tokens a second since the look before. */
+function note({ engine, uptime_s: now }) {
+  if (before && now > before.now && engine.generation_tokens >= before.engine.generation_tokens) {
+    const seconds = now - before.now;
+    push("generation", (engine.generation_tokens - before.engine.generation_tokens) / seconds);
+    push("prompt", (engine.prompt_tokens - before.engine.prompt_tokens) / seconds);
+  }
+  before = { engine, now };
+}
+
+function push(name, value) {
+  history[name].push(value);
+  if (history[name].length > SAMPLES) history[name].shift();
+}
+
+function show(stats) {
+  const { engine, info, hardware } = stats;
+  const groups = [
+    group("Throughput", chart("Generated", history.generation), chart("Prompts", history.prompt)),
+    group("Requests", tiles([["running", engine.running], ["waiting", engine.waiting], ["swapped", engine.swapped]]), finished(engine)),
+    engine.blocks_total > 0 && group("KV cache", ...cache(engine)),
+    info?.plan && group("Memory", ...memory(info.plan, engine)),
+    hardware && group("Machine", ...machine(hardware)),
+    group("Server", about(stats)),
+  ];
+  $("metrics").replaceChildren(...groups.filter(Boolean));
+}
+
+function group(title, ...content) {
+  return el("section", {}, el("h3", {}, title), content);
+}
+
+function chart(name, values) {
+  const top = Math.max(...values, 1);
+  const now = values.at(-1) ?? 0;
+  const x = (i) => ((SAMPLES - values.length + i) * 300) / (SAMPLES - 1);
+  const points = values.map((value, i) => `${x(i).toFixed(1)},${(40 - (38 * value) / top).toFixed(1)}`);
+  const picture = svg("svg", { viewBox: "0 0 300 41", preserveAspectRatio: "none", class: "chart", "aria-hidden": "true" });
+  if (points.length > 1) {
+    picture.append(svg("polygon", { points: `${x(0).toFixed(1)},41 ${points.join(" ")} 300,41` }), svg("polyline", { points: points.join(" ") }));
+  }
+  const figure = el("strong", {}, rate(now));
+  return el("div", { class: "series" }, el("p", {}, el("span", {}, name), el("span", {}, figure, " tokens/s")), picture);
+}
+
+function tiles(parts) {
+  return el("div", { class: "tiles" }, parts.map(([name, value]) => el("div", {}, el("strong", {}, number(value)), el("span", {}, name))));
+}
+
+function finished({ finished: ends, preemptions }) {
+  const parts = Object.entries(ends).map(([reason, count]) => `${number(count)} ${reason}`);
+  if (preemptions) parts.push(`${number(preemptions)} preempted`);
+  return parts.length > 0 && el("p", { class: "hint" }, `Finished: ${parts.join(", ")}`);
+}
+
+function cache({ blocks_total: total, blocks_used: used, blocks_kept: kept, block_size: size, prefix_queries: asked, prefix_hits: hits }) {
+  const parts = [["cache", "used", used], ["kept", "cached", kept], ["free", "free", total - used - kept]];
+  const found = asked ? `${percent(hits / asked)} of prompt tokens found in the cache.` : "";
+  return [
+    bar("Blocks of the cache", parts, total),
+    legend(parts.map(([kind, name, count]) => [kind, name, number(count)])),
+    el("p", { class: "hint" }, `${number(total)} blocks of ${size} tokens. ${found}`),
+  ];
+}
+
+function memory(plan, engine) {
+  const parts = PARTS.map(([kind, name, size]) => [kind, name, size(plan) ?? 0]).filter(([, , size]) => size > 0);
+  const whole = Math.max(plan.budget_bytes ?? 0, plan.total_bytes ?? 0);
+  const left = whole - parts.reduce((sum, [, , size]) => sum + size, 0);
+  return [
+    bar("Memory planned", parts, whole),
+    legend([...parts, ["free", "left", Math.max(0, left)]].map(([kind, name, size]) => [kind, name, bytes(size)])),
+    el("p", { class: "hint" }, `Planned ${bytes(plan.total_bytes)} of ${bytes(whole)}; the process holds ${bytes(engine.rss_bytes)} of host memory.`),
+  ];
+}
+
+function machine({ cpu, memory: ram, gpus = [] }) {
+  const rows = gpus.flatMap((card) => {
+    const more = [card.temperature_c !== null && `${card.temperature_c} °C`, card.power_w !== null && `${Math.round(card.power_w)} W`];
+    const label = [card.name ?? `GPU ${card.index}`, ...more.filter(Boolean)].join(", ");
+    const memory = card.memory_total_bytes ? [meter("its memory", card.memory_used_bytes / card.memory_total_bytes)] : [];
+    return [card.utilization !== null && meter(label, card.utilization), ...memory];
+  });
+  if (cpu) rows.push(meter(`CPU, ${cpu.threads} threads`, cpu.utilization));
+  if (ram) rows.push(meter(`Memory, ${bytes(ram.total_bytes)}`, 1 - ram.available_bytes / ram.total_bytes));
+  return rows.filter(Boolean);
+}
+
+function about({ version, model, state, uptime_s: uptime, info }) {
+  const rows = [["Model", model], ["State", state], ["Up", duration(uptime)], ["Version", version]];
+  if (info) {
+    rows.splice(1, 0, ["Quantization", info.quantization], ["Device", `${info.device}, ${info.kernels || "reference"} kernels`]);
+    rows.splice(3, 0, ["Activations", info.dtype], ["Context", `${number(info.max_model_len)} tokens`]);
+  }
+  return el("dl", {}, rows.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, String(value))]));
+}
+
+/** Parts of a whole, beside each other: [kind, name, size]. */
+function bar(label, parts, whole) {
+  const shown = parts.filter(([kind, , size]) => kind !== "free" && size > 0);
+  const text = parts.map(([, name, size]) => `${name} ${percent(size / whole)}`).join(", ");
+  const pieces = shown.map(([kind, name, size]) => {
+    const piece = el("i", { class: kind, title: name });
+    piece.style.width = `max(2px, ${(100 * size) / whole}%)`;
+    return piece;
+  });
+  return el("div", { class: "stack", role: "img", "aria-label": `${label}: ${text}` }, pieces);
+}
+
+function legend(parts) {
+  return el("ul", { class: "legend" }, parts.map(([kind, name, value]) => el("li", {}, el("i", { class: kind }), `${name} `, el("b", {}, value))));
+}
+
+function meter(name, share) {
+  const piece = el("i", { class: share > 0.9 ? "hot" : "cache" });
+  piece.style.width = percent(share);
+  const head = el("p", {}, el("span", {}, name), el("b", {}, percent(share)));
+  return el("div", { class: "meter" }, head, el("div", { class: "stack", role: "img", "aria-label": `${name}: ${percent(share)}` }, piece));
+}
+
+const number = (value) => Math.round(value).toLocaleString("en");
+const percent = (share) => `${Math.round(100 * share)}%`;
+const rate = (value) => (value >= 100 || value === 0 ? number(value) : value.toFixed(1));
+
+export function bytes(size) {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  const step = size > 0 ? Math.min(4, Math.floor(Math.log2(size) / 10)) : 0;
+  const value = size / 1024 ** step;
+  return `${step === 0 || value >= 100 ? Math.round(value) : value.toFixed(1)} ${units[step]}`;
+}
+
+function duration(seconds) {
+  const [d, h, m, s] = [seconds / 86400, (seconds / 3600) % 24, (seconds / 60) % 60, seconds % 60].map(Math.floor);
+  return d ? `${d} d ${h} h` : h ? `${h} h ${m} min` : m ? `${m} min ${s} s` : `${s} s`;
+}
+
+document.addEventListener("visibilitychange", () => watch(!$("metrics").hidden && !$("side").hidden));
