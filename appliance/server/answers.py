@@ -29,6 +29,10 @@ class CachedTokens(TypedDict):
     cached_tokens: int
 
 
+class ReasoningTokens(TypedDict):
+    reasoning_tokens: int
+
+
 class Usage(TypedDict):
     """Tokens; those of the answer count all that was generated, also what ``best_of`` left aside."""
 
@@ -36,6 +40,7 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: NotRequired[ReasoningTokens]
 
 
 class PromptToken(TypedDict):
@@ -185,6 +190,9 @@ class ChatChunk(Answer):
     usage: NotRequired[Usage | None]
 
 
+Status = Literal["loading", "ok", "draining", "dead", "unloaded"]
+
+
 class Model(TypedDict):
     id: str
     object: Literal["model"]
@@ -193,12 +201,19 @@ class Model(TypedDict):
     root: str
     parent: None
     max_model_len: int | None
+    status: Status
     permission: list[Any]
 
 
 class Models(TypedDict):
     object: Literal["list"]
     data: list[Model]
+
+
+class ModelChange(TypedDict):
+    success: Literal[True]
+    model: str
+    status: Status
 
 
 class Tokens(TypedDict):
@@ -233,7 +248,7 @@ class Health(TypedDict):
 
 
 class NotReady(TypedDict):
-    status: Literal["loading", "draining", "dead"]
+    status: Status
     error: Error
     loaded_bytes: NotRequired[int]
     total_bytes: NotRequired[int]
@@ -257,11 +272,46 @@ class Aborted(TypedDict):
     aborted: Literal[True]
 
 
+class LogLine(TypedDict):
+    seq: int
+    time: str
+    level: str
+    logger: str
+    message: str
+
+
+class LogLines(TypedDict):
+    """``next`` is the ``after`` to ask with next time."""
+
+    lines: list[LogLine]
+    next: int
+
+
+class Latency(TypedDict):
+    """Seconds: percentiles of the last minute's values, where there are any."""
+
+    count: int
+    sum_s: float
+    window: int
+    p50_s: float | None
+    p95_s: float | None
+    p99_s: float | None
+
+
+class Latencies(TypedDict):
+    ttft: Latency
+    itl: Latency
+
+
 class ServerStats(TypedDict):
+    """``engine.requests_now`` has for each request also whose it is and what it asked for, where the server knows."""
+
     version: str
     model: str
-    state: Literal["loading", "ok", "draining", "dead"]
+    state: Status
     uptime_s: float
     info: EngineInfo | None
     engine: Stats
+    latency: Latencies
+    hardware: dict[str, Any]
     loading: tuple[int, int] | None

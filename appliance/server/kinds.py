@@ -1,4 +1,4 @@
-"""Fields of bodies that are checked by hand, and so have to be described by hand."""
+"""Fields of bodies that are checked by hand, and so have to be described by hand, for ``/openapi.json``."""
 
 from __future__ import annotations
 
@@ -26,3 +26,35 @@ _NAMED = {
     "required": ["function"],
 }
 ToolChoice = Annotated[Any, WithJsonSchema({"anyOf": [{"enum": ["auto", "none", "required", None]}, _NAMED]})]
+
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": _TEXT,
+        "content": {"anyOf": [_TEXT, {"type": "array", "items": {"type": "object", "required": ["type"]}}, {"type": "null"}]},
+    },
+}
+Messages = Annotated[list[dict[str, Any]], WithJsonSchema({"type": "array", "items": _MESSAGE})]
+
+# Numbers, by the name that they have in all bodies; what reads them is SamplingParams and the like.
+_PENALTY: dict[str, float] = {"minimum": -2, "maximum": 2}
+RANGES: dict[str, dict[str, float]] = {
+    "n": {"minimum": 1, "maximum": 16384},
+    "best_of": {"minimum": 1, "maximum": 16384},
+    "temperature": {"minimum": 0},
+    "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+    "top_k": {"minimum": -1},
+    "min_p": {"minimum": 0, "maximum": 1},
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "repetition_penalty": {"exclusiveMinimum": 0},
+    "length_penalty": {"minimum": -10, "maximum": 10},
+    "seed": {"minimum": -(2**63), "maximum": 2**64 - 1},
+    "max_tokens": {"minimum": 0},
+    "max_completion_tokens": {"minimum": 1},
+    "min_tokens": {"minimum": 0},
+    "logprobs": {"minimum": -1},
+    "top_logprobs": {"minimum": -1},
+    "prompt_logprobs": {"minimum": -1},
+    "truncate_prompt_tokens": {"minimum": -1},
+}

@@ -19,6 +19,8 @@ from starlette.responses import Response
 from appliance.server.answers import ErrorAnswer
 from appliance.server.errors import JSONResponse
 from appliance.server.guard import PUBLIC
+from appliance.server.kinds import RANGES
+from appliance.server.schemas import Fields
 from appliance.version import __version__
 
 router = APIRouter()
@@ -69,10 +71,26 @@ class Operation:
 
 
 class _Plain(GenerateJsonSchema):
-    """pydantic's schemas, without a title that repeats each field's name."""
+    """pydantic's schemas, without a title that repeats each field's name, and with what bodies are checked for by hand."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
+
+    def model_schema(self, schema: Any) -> dict[str, Any]:
+        found = super().model_schema(schema)
+        if issubclass(schema["cls"], Fields):
+            for name, field in found["properties"].items():
+                for kind in field.get("anyOf", [field]):
+                    kind |= RANGES.get(name, {}) if kind.get("type") in ("integer", "number") else {}
+                if name not in found.get("required", ()):
+                    _may_be_null(field)
+        return found
+
+
+def _may_be_null(field: dict[str, Any]) -> None:
+    """In bodies null means absent."""
+    kinds = field.pop("anyOf", None) or [{key: field.pop(key) for key in [*field] if key not in ("default", "description")}]
+    field["anyOf"] = kinds if {"type": "null"} in kinds else [*kinds, {"type": "null"}]
 
 
 @router.get("/openapi.json")

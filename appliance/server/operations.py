@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from appliance.server import answers
 from appliance.server.openapi import COMPUTE, Operation
-from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, ModelRequest, TokenizeRequest
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 READY = Operation(
@@ -32,6 +32,20 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "GET /v1/models": Operation(tag="models", summary="The models, under all their names", answer=answers.Models),
     "GET /v1/models/{model:path}": Operation(tag="models", summary="The model of that name", answer=answers.Model, errors=(404,)),
+    "POST /v1/models/load": Operation(
+        tag="models",
+        summary="Load a model, once others have made room for it",
+        body=ModelRequest,
+        answer=answers.ModelChange,
+        errors=COMPUTE,
+    ),
+    "POST /v1/models/unload": Operation(
+        tag="models",
+        summary="Unload a model as soon as its requests are answered; the next request for it loads it again",
+        body=ModelRequest,
+        answer=answers.ModelChange,
+        errors=COMPUTE,
+    ),
     "POST /tokenize": Operation(
         tag="text",
         summary="Token ids of a text, or of messages as the model sees them",
@@ -62,6 +76,13 @@ OPERATIONS: dict[str, Operation] = {
     "GET /load": Operation(tag="server", summary="How many requests it works on", answer=answers.Load),
     "GET /metrics": Operation(tag="server", summary="Metrics for Prometheus", text="text/plain"),
     "GET /stats": Operation(tag="server", summary="All that the dashboard shows", answer=answers.ServerStats),
+    "GET /logs": Operation(
+        tag="server",
+        summary="The latest lines of the log",
+        query={"after": (int, "only lines whose `seq` is above this")},
+        answer=answers.LogLines,
+        errors=(400,),
+    ),
     "POST /reset_prefix_cache": Operation(
         tag="server",
         summary="Requests that come from now on find nothing of what was computed before",
