@@ -16,10 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from appliance.config import EngineConfig, ServerConfig
 from appliance.runtime.worker import EngineDied
 from appliance.server import catalog, chat, completions, info, logs, openapi
-from appliance.server.errors import EngineFailed, JSONResponse, error_body, error_response
+from appliance.server.errors import EngineFailed, JSONResponse, error_body, error_response, failure, speaks_anthropic
 from appliance.server.guard import Guard
 from appliance.server.habits import Habits, unserved
 from appliance.server.host import FixedHost
+from appliance.server.messages import router as messages
 from appliance.server.respond import read, while_connected
 from appliance.server.route import request_id, serving, usable
 from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -56,6 +57,7 @@ def app_of(site: Site, state: ServerState) -> FastAPI:
     app.include_router(catalog.router)
     app.include_router(info.router)
     app.include_router(logs.router)
+    app.include_router(messages.router)
     app.include_router(openapi.router)
     app.include_router(router)
     if server_config.web_ui:
@@ -69,8 +71,8 @@ def app_of(site: Site, state: ServerState) -> FastAPI:
             allow_headers=["*"],
             expose_headers=EXPOSED,
         )
-    app.add_middleware(Habits)
     app.add_middleware(RequestIds)
+    app.add_middleware(Habits)
     for kind in (InputError, EngineDied, EngineFailed):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(HTTPException, _on_http)
@@ -134,7 +136,8 @@ class RequestIds:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["X-Request-Id"] = ids["request_id"]
+                for name in ("X-Request-Id", *(["request-id"] if speaks_anthropic(scope) else [])):
+                    MutableHeaders(scope=message)[name] = ids["request_id"]
             await send(message)
 
         try:
@@ -142,24 +145,28 @@ class RequestIds:
         except Exception as error:
             if started:
                 raise
-            await error_response(error)(scope, receive, send_with_id)
+            await error_response(error, scope)(scope, receive, send_with_id)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
     """Unknown routes and wrong methods, in the same JSON form as everything else."""
     if not isinstance(error, HTTPException):
-        return JSONResponse(error_body(str(error), status=400), status_code=400)
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]  # of a query: bodies are read by hand
+        name = str(first["loc"][-1])
+        message = f"{name}: {first['msg']}, got {first.get('input')!r:.80}"
+        return JSONResponse(error_body(message, status=400, param=name, code="invalid_type"), status_code=400)
     where = f"{request.method} {request.url.path}"
     message, code = {
         404: (f"there is no route {where}{f': {why}' if (why := unserved(request.url.path)) else ''}", "not_found"),
         405: (f"the method is not allowed here: {where}", "method_not_allowed"),
     }.get(error.status_code, (str(error.detail), None))
     body = error_body(message, status=error.status_code, code=code)
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    return failure(error.status_code, body, request.scope, error.headers)
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:

@@ -1,4 +1,7 @@
-"""Errors as OpenAI's clients expect them: one JSON shape, the real HTTP status, a slug in ``code``."""
+"""Errors as OpenAI's clients expect them: one JSON shape, the real HTTP status, a slug in ``code``.
+
+Under /v1/messages they have the shape that Anthropic's clients expect.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 from pydantic_core import to_json
 from starlette.responses import Response
+from starlette.types import Scope
 
 from appliance.core.params import RequestError
 from appliance.runtime.worker import EngineDied
@@ -18,6 +22,17 @@ from quant.errors import InputError
 log = logging.getLogger("appliance.server")
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",  # what there is for "try again"
+    529: "overloaded_error",
+}
+OVERLOADED = 529  # Anthropic's own status, by which its clients know that there is too much to do
 RETRY_AFTER_S = {429: 1, 503: 5}
 MAX_RETRY_S = 60.0  # clients that are told to wait longer had better tell their user
 
@@ -32,7 +47,7 @@ class JSONResponse(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return to_json(content)
+        return to_json(content, inf_nan_mode="null")
 
 
 def unavailable(message: str, code: str) -> RequestError:
@@ -59,13 +74,33 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     return 500, error_body("internal error: the server's log has the details", status=500, code="internal_error")
 
 
-def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def error_response(error: Exception, scope: Scope, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The answer to the request of this ``scope``."""
     status, body = describe(error)
     more = dict(headers or {})
     if isinstance(error, RateLimited):
         more["Retry-After"] = str(max(1, math.ceil(round(error.retry_after, 3))))
         if error.hopeless or error.retry_after > MAX_RETRY_S:
-            more["x-should-retry"] = "false"  # OpenAI's clients then ask no more
+            more["x-should-retry"] = "false"  # the clients then ask no more
     elif status in RETRY_AFTER_S:
         more["Retry-After"] = str(RETRY_AFTER_S[status])
-    return JSONResponse(body, status_code=status, headers=more)
+    return failure(status, body, scope, more)
+
+
+def failure(status: int, body: dict[str, Any], scope: Scope, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """An error's body in the form that the request's path asks for."""
+    if speaks_anthropic(scope):
+        status = OVERLOADED if body["error"]["code"] == "server_overloaded" else status
+        body = anthropic_body(status, body, scope["state"]["request_id"])
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def speaks_anthropic(scope: Scope) -> bool:
+    path = scope["path"]
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def anthropic_body(status: int, body: Mapping[str, Any], request_id: str) -> dict[str, Any]:
+    """An error's body in Anthropic's form."""
+    kind = ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": body["error"]["message"]}, "request_id": request_id}

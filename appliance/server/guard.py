@@ -88,7 +88,7 @@ class Guard:
                 await self.app(scope, receive, send_noted)
         except RequestError as error:
             headers = {"WWW-Authenticate": 'Bearer realm="appliance"'} if error.status == 401 else None
-            await error_response(error, headers)(scope, receive, send_noted)
+            await error_response(error, scope, headers)(scope, receive, send_noted)
         finally:
             self._note(scope, ticket, status, time.monotonic() - begun)
 

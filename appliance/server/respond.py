@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+import math
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import to_json
@@ -69,18 +72,31 @@ async def _end(*tasks: asyncio.Task[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a stream is written: chunks, an error on the way, the end; ``alive`` is sent after ``quiet_s`` seconds of silence."""
+
+    chunk: Callable[[Any], bytes]
+    error: Callable[[Exception], bytes]
+    end: bytes = b""
+    alive: bytes = b""
+    quiet_s: float = math.inf
+
+
 class EventStream(Response):
     """Server-sent events: each chunk goes out as it comes; when the client goes away the generator is closed."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes, None], alive: bytes = b"", quiet_s: float = math.inf) -> None:
+        """``alive`` is sent where nothing else was for ``quiet_s``."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.chunks = chunks
+        self.chunks, self._alive, self._quiet_s, self._latest = chunks, alive, quiet_s, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         task, gone = asyncio.create_task(self._send(send)), asyncio.create_task(_gone(receive))
+        more = [asyncio.create_task(self._keep_alive(send))] if self._alive else []
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
@@ -88,36 +104,53 @@ class EventStream(Response):
             else:
                 log.info("a client went away from its stream; its request is aborted")
         finally:
-            await _end(task, gone)
+            await _end(task, gone, *more)
             await self.chunks.aclose()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for chunk in self.chunks:
+            self._latest = time.monotonic()
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self._latest = math.inf
         await send({"type": "http.response.body", "body": b""})
 
+    async def _keep_alive(self, send: Send) -> None:
+        while True:
+            await asyncio.sleep(self._quiet_s)
+            if self._latest and time.monotonic() - self._latest >= self._quiet_s:
+                await send({"type": "http.response.body", "body": self._alive, "more_body": True})
 
-async def stream(chunks: AsyncGenerator[dict[str, Any], None]) -> EventStream:
+
+async def stream(chunks: AsyncGenerator[Any, None], form: Form | None = None) -> EventStream:
     """Start to stream. What fails before the first chunk is raised, and so has its HTTP status; later it is an error event."""
+    form = form or OPENAI
     try:
         first = await anext(chunks)
     except BaseException:
         await chunks.aclose()
         raise
-    return EventStream(_events(first, chunks))
+    return EventStream(_events(first, chunks, form), form.alive, form.quiet_s)
 
 
-async def _events(first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+async def _events(first: Any, chunks: AsyncGenerator[Any, None], form: Form) -> AsyncGenerator[bytes, None]:
     async with contextlib.aclosing(chunks):
-        yield sse(first)
+        yield form.chunk(first)
         try:
             async for chunk in chunks:
-                yield sse(chunk)
+                yield form.chunk(chunk)
         except Exception as error:
-            yield sse(describe(error)[1])
-        yield DONE
+            yield form.error(error)
+        if form.end:
+            yield form.end
 
 
 def sse(data: dict[str, Any]) -> bytes:
-    return b"data: " + to_json(data) + b"\n\n"
+    return b"data: " + to_json(data, inf_nan_mode="null") + b"\n\n"
+
+
+def named_event(name: str, data: dict[str, Any]) -> bytes:
+    return b"event: " + name.encode() + b"\n" + sse(data)
+
+
+OPENAI = Form(sse, lambda error: sse(describe(error)[1]), DONE)

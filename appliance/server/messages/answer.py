@@ -1,0 +1,153 @@
+"""POST /v1/messages and /v1/messages/count_tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+
+from appliance.core.params import RequestError
+from appliance.server.errors import JSONResponse, anthropic_body, describe
+from appliance.server.messages.convert import chat_request, nine_characters
+from appliance.server.messages.events import Blocks, Event, message_of
+from appliance.server.messages.schemas import CountRequest, MessagesRequest
+from appliance.server.prompts import chat_prompt
+from appliance.server.respond import Form, named_event, stream
+from appliance.server.schemas import ChatRequest
+from appliance.server.state import ServerState
+from appliance.server.turn import Turn, begin
+from appliance.text.output import Delta
+from appliance.text.tools.formats import Mistral
+
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+PATIENCE_S = 10.0  # the stream begins at the latest then, token or not, and from then on says so often that it lives
+PING: Event = {"type": "ping"}
+# What fields are called here: chat's name, in the errors of what both share -> Anthropic's.
+NAMES = {
+    "response_format.json_schema.schema": "output_config.format.schema",
+    "response_format": "output_config.format",
+    "stop": "stop_sequences",
+}
+
+
+async def answer(state: ServerState, request_id: str, body: MessagesRequest) -> Response:
+    chat = request_of(state, body)
+    try:
+        turn = await begin(state, request_id, chat, "msg", clamp=True)
+    except RequestError as error:
+        raise renamed(error) from None
+    view = MessageView(turn, body)
+    if not body.stream:
+        return JSONResponse(await message_of(view.batches()))
+    form = Form(_encoded, lambda error: _encoded([_failed(error, request_id)]), b"", _encoded([PING]), PATIENCE_S)
+    return await stream(view.batches(), form)
+
+
+async def count(state: ServerState, body: CountRequest) -> dict[str, Any]:
+    """As many tokens as a request with the same fields has; also of a prompt that is longer than the context."""
+    chat = request_of(state, body)
+    state.check_unknown(chat)
+    assert state.info  # or it is not to be served now
+    try:
+        choice = state.parsers.choice(chat)
+        prompt = await chat_prompt(chat, state.tokenizer, sys.maxsize, list(choice.tools) or None)
+    except RequestError as error:
+        raise renamed(error) from None
+    return {"input_tokens": len(prompt.token_ids)}
+
+
+def request_of(state: ServerState, body: CountRequest) -> ChatRequest:
+    return chat_request(body, nine_characters if state.parsers.tools is Mistral else str)
+
+
+def renamed(error: RequestError) -> RequestError:
+    """An error of what chat shares, with the names that fields have here."""
+    param, message = error.param or "", str(error)
+    name = NAMES.get(param) or param.replace(".function.parameters", ".input_schema").replace(".function.name", ".name")
+    if name == param:
+        return error
+    return RequestError(message.replace(param, name, 1), param=name, code=error.code, status=error.status)
+
+
+class MessageView:
+    """A turn as Anthropic's message, in events: those of one delta are a batch."""
+
+    def __init__(self, turn: Turn, body: MessagesRequest) -> None:
+        self.turn, self.job, self.body = turn, turn.job, body
+        self.job.id = f"msg_{self.job.request_id}"
+        self.blocks = Blocks(thinking_shown=body.thinking is None or body.thinking.display != "omitted")
+
+    async def batches(self) -> AsyncGenerator[list[Event], None]:
+        async with aclosing(self.turn.run()) as news:
+            first = asyncio.ensure_future(anext(news))
+            try:
+                await asyncio.wait({first}, timeout=PATIENCE_S)
+                if first.done():
+                    first.result()  # what fails before the first event has a status of its own
+                yield [{"type": "message_start", "message": self._start()}, PING]
+                item = await first
+            finally:
+                first.cancel()
+                await asyncio.gather(first, return_exceptions=True)
+            while True:
+                _, delta, found = item
+                if batch := self._events(delta, self.blocks.push(found) if self.body.max_tokens else []):
+                    yield batch
+                if delta.finish_reason is not None:
+                    return
+                item = await anext(news)
+
+    def _events(self, delta: Delta, events: list[Event]) -> list[Event]:
+        if delta.finish_reason is None:
+            return events
+        if delta.finish_reason == "abort":
+            raise RequestError("the request was aborted", code="aborted", status=499)
+        stopped = delta.stop_reason if isinstance(delta.stop_reason, str) else None
+        end = {"stop_reason": self._stop_reason(delta, stopped), "stop_sequence": stopped}
+        cut = delta.finish_reason == "length" or stopped is not None
+        last: list[Event] = [{"type": "message_delta", "delta": end, "usage": self._usage()}, {"type": "message_stop"}]
+        return [*events, *self.blocks.finish(cut=cut), *last]
+
+    def _stop_reason(self, delta: Delta, stopped: str | None) -> str:
+        reason = self.turn.finish_reason(0)
+        if reason == "length" and (self.job.params.max_tokens or 0) < self.body.max_tokens:
+            return "model_context_window_exceeded"
+        if not self.body.max_tokens:
+            return "max_tokens"
+        return "stop_sequence" if reason == "stop" and stopped is not None else STOP_REASONS.get(reason or "", "end_turn")
+
+    def _start(self) -> dict[str, Any]:
+        return {
+            "id": self.job.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self.turn.state.names[0],
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": self._usage() | {"service_tier": "standard"},
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        """So far. A token of the prompt was computed, or found in the cache; that computed ones are kept is not counted again."""
+        usage = self.job.usage()
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        return {
+            "input_tokens": usage["prompt_tokens"] - cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached,
+            "output_tokens": usage["completion_tokens"] if self.body.max_tokens else 0,
+        }
+
+
+def _encoded(events: list[Event]) -> bytes:
+    return b"".join(named_event(event["type"], event) for event in events)
+
+
+def _failed(error: Exception, request_id: str) -> Event:
+    status, body = describe(error)
+    return anthropic_body(status, body, request_id)

@@ -1,0 +1,263 @@
+"""Anthropic's requests as the chat requests that chat templates are written for.
+
+What differs: results of tools are blocks of a user's message there and messages of their own here, system messages may stand
+anywhere there, and messages of one role may follow each other. Errors name Anthropic's fields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from appliance.core.params import RequestError
+from appliance.server.messages.schemas import CountRequest, Message, MessagesRequest, build
+from appliance.server.messages.signature import hidden
+from appliance.server.schemas import ChatRequest
+
+# What Claude Code puts first into its system prompt, with a number that is another one in each request: a prompt that begins so
+# would never be found in the prefix cache.
+BILLING = "x-anthropic-billing-header"
+_SAME_ID: Callable[[str], str] = str
+
+
+def chat_request(body: CountRequest, fit_id: Callable[[str], str] = _SAME_ID) -> ChatRequest:
+    """``fit_id`` makes a call's id one that the model's template takes. Raises RequestError naming the field."""
+    messages = Conversation(body, fit_id).messages
+    continued = messages[-1]["role"] == "assistant"
+    fields: dict[str, Any] = {
+        **body.extras(),
+        "model": body.model,
+        "messages": messages,
+        "continue_final_message": continued,
+        "add_generation_prompt": not continued,
+        **_tools(body),
+    }
+    config = body.output_config
+    if form := (config and config.format) or body.output_format:
+        schema = {"name": "answer", "schema": form.json_schema}
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if config and config.effort:
+        fields["reasoning_effort"] = config.effort
+    if body.thinking is not None and body.thinking.type != "adaptive":
+        on = body.thinking.type == "enabled"  # the two names that templates have for it
+        fields["chat_template_kwargs"] = {"enable_thinking": on, "thinking": on, **fields.get("chat_template_kwargs", {})}
+    if isinstance(body, MessagesRequest):
+        fields |= {"max_tokens": body.max_tokens or 1, "stop": _stops(body), "stream": body.stream}
+        fields |= {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
+    return build(fields)
+
+
+def _stops(body: MessagesRequest) -> list[str] | None:
+    if "" in (body.stop_sequences or ()):
+        _refuse("stop_sequences", "holds an empty text: each needs at least one character")
+    return body.stop_sequences
+
+
+def _tools(body: CountRequest) -> dict[str, Any]:
+    """tools and tool_choice in OpenAI's form."""
+    choice, found = body.tool_choice, {"tools": [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or ())]}
+    if len(names := [tool["function"]["name"] for tool in found["tools"]]) > len(set(names)):
+        i = next(i for i, name in enumerate(names) if name in names[:i])
+        _refuse(f"tools[{i}].name", f"there are two tools called {names[i]!r:.80}")
+    if choice is None:
+        return found
+    if choice.type != "tool":
+        if choice.type == "any" and not names:
+            _refuse("tool_choice", "'any' needs tools")
+        form: Any = {"any": "required"}.get(choice.type, choice.type)
+    elif choice.name is None:
+        _refuse("tool_choice.name", "is required where type is 'tool'", "missing_required_parameter")
+    elif choice.name not in names:
+        _refuse("tool_choice.name", f"is {choice.name!r:.80}, tools are: {', '.join(names) or 'none'}")
+    else:
+        form = {"type": "function", "function": {"name": choice.name}}
+    return {**found, "tool_choice": form, "parallel_tool_calls": not choice.disable_parallel_tool_use}
+
+
+def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
+    kind, name, schema = tool.get("type") or "custom", tool.get("name"), tool.get("input_schema")
+    if kind != "custom":
+        message = f"is of type {kind!r:.80}, which is Anthropic's own: declare a tool with name, description and input_schema"
+        _refuse(where, message, "unsupported_parameter")
+    if not isinstance(name, str) or not name:
+        _refuse(f"{where}.name", f"must be text, got {name!r:.80}")
+    if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
+        _refuse(f"{where}.input_schema", f"must be a JSON schema of type 'object', got {schema!r:.80}")
+    if not isinstance(tool.get("description") or "", str):
+        _refuse(f"{where}.description", f"must be text, got {tool['description']!r:.80}")
+    function = {"name": name, "description": tool.get("description") or "", "parameters": {"type": "object", **schema}}
+    return {"type": "function", "function": function}
+
+
+class Conversation:
+    """A body's system prompt and messages, as ``messages`` for chat templates: content is text everywhere."""
+
+    def __init__(self, body: CountRequest, fit_id: Callable[[str], str]) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self._fit_id = fit_id
+        self._calls: set[str] = set()  # ids that results may name
+        self._notes: list[str] = []  # of the system, that wait for the next message
+        system = [] if body.system is None else _texts(body.system, "system")
+        turns = list(enumerate(body.messages))
+        while turns and turns[0][1].role == "system":
+            i, message = turns.pop(0)
+            system += _texts(message.content, f"messages[{i}].content")
+        if not turns:
+            _refuse("messages", "must hold at least one message of the user")
+        if system:
+            self.messages.append({"role": "system", "content": "\n".join(system)})
+        for i, message in turns:
+            self._add(message, f"messages[{i}].content")
+        if self._notes:
+            self._say("user", [])
+        if self.messages[-1]["role"] == "assistant":
+            self._check_last(f"messages[{turns[-1][0]}]")
+
+    def _add(self, message: Message, where: str) -> None:
+        match message.role:
+            case "system":
+                self._note(_texts(message.content, where))
+            case "user":
+                self._user(message.content, where)
+            case "assistant":
+                self._assistant(message.content, where)
+
+    def _note(self, texts: list[str]) -> None:
+        """System text within the conversation goes where it stands, since what was said before must stay the same for the prefix
+        cache; but few templates know it there, so it becomes part of what comes before it, or after it."""
+        if self.messages and self.messages[-1]["role"] in ("user", "tool") and not self._notes:
+            self.messages[-1]["content"] = "\n\n".join([self.messages[-1]["content"], *texts])
+        else:
+            self._notes += texts
+
+    def _user(self, content: Any, where: str) -> None:
+        texts: list[str] = []
+        results: list[dict[str, Any]] = []
+        for place, block in _blocks(content, where):
+            if block["type"] == "tool_result":
+                results.append(self._result(block, place))
+            else:
+                texts.append(_text(block, place))
+        if not (results or texts):
+            _refuse(where, "is empty")
+        self.messages += results  # they answer the calls before them, so they come first
+        if results and not texts and self._notes:
+            self._notes, notes = [], self._notes
+            self._note(notes)
+        if texts:
+            self._say("user", texts)
+
+    def _say(self, role: str, texts: Sequence[str]) -> None:
+        """Add to the last message where it is of the same role: templates want them to alternate."""
+        text = "\n".join(texts)
+        if role == "user":
+            text, self._notes = "\n\n".join([*self._notes, *([text] if text else [])]), []
+        last = self.messages[-1] if self.messages else {"role": None}
+        if last["role"] == role and "tool_calls" not in last:
+            last["content"] = "\n".join([one for one in (last["content"], text) if one])
+        else:
+            self.messages.append({"role": role, "content": text})
+
+    def _assistant(self, content: Any, where: str) -> None:
+        texts: list[str] = []
+        thoughts: list[str] = []
+        calls: list[dict[str, Any]] = []
+        for place, block in _blocks(content, where):
+            match block["type"]:
+                case "thinking":
+                    thoughts.append(_thought(block, place))
+                case "redacted_thinking":
+                    pass  # only Anthropic can read it
+                case "tool_use":
+                    calls.append(self._call(block, place))
+                case _:
+                    texts.append(_text(block, place))
+        self._say("assistant", texts)
+        if any(thoughts):
+            self.messages[-1]["reasoning_content"] = "\n".join(filter(None, thoughts))
+        if calls:
+            self.messages[-1]["tool_calls"] = calls
+
+    def _call(self, block: Mapping[str, Any], where: str) -> dict[str, Any]:
+        call_id, name, arguments = block.get("id"), block.get("name"), block.get("input")
+        if not isinstance(call_id, str) or not call_id:
+            _refuse(f"{where}.id", f"must be text, got {call_id!r:.80}")
+        if not isinstance(name, str) or not name:
+            _refuse(f"{where}.name", f"must be text, got {name!r:.80}")
+        if not isinstance(arguments, Mapping):
+            _refuse(f"{where}.input", f"must be an object, got {arguments!r:.80}")
+        self._calls.add(call_id)
+        return {"id": self._fit_id(call_id), "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+
+    def _result(self, block: Mapping[str, Any], where: str) -> dict[str, Any]:
+        call_id, content = block.get("tool_use_id"), block.get("content")
+        if call_id not in self._calls:
+            _refuse(f"{where}.tool_use_id", f"is {call_id!r:.80}, and no tool_use block before it has that id")
+        texts = [_text(one, place) for place, one in _blocks("" if content is None else content, f"{where}.content")]
+        text = "\n".join(texts)
+        if block.get("is_error") and not text.lower().startswith("error"):
+            text = f"Error: {text}"  # templates know no other way to say so
+        return {"role": "tool", "tool_call_id": self._fit_id(str(call_id)), "content": text}
+
+    def _check_last(self, where: str) -> None:
+        """What the answer goes on with: text, or nothing."""
+        last = self.messages[-1]
+        if "tool_calls" in last:
+            _refuse(where, "ends with tool_use: a user's message with its tool_result must follow")
+        if not last["content"]:
+            if "reasoning_content" in last:
+                _refuse(where, "ends with thinking: an answer can go on with text only")
+            self.messages.pop()
+            if not self.messages or self.messages[-1]["role"] == "system":
+                _refuse("messages", "must hold at least one message of the user")
+
+
+def _texts(content: Any, where: str) -> list[str]:
+    """The texts of a system prompt, without what changes with each request and is not for the model."""
+    texts = [_text(block, place) for place, block in _blocks(content, where)]
+    return [text for text in texts if text and not text.startswith(BILLING)]
+
+
+def _blocks(content: Any, where: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """(place, block) for each block; text is one block."""
+    if isinstance(content, str):
+        return [(where, {"type": "text", "text": content})] if content else []
+    if not isinstance(content, list):
+        _refuse(where, f"must be text or a list of blocks, got {type(content).__name__}")
+    found = []
+    for i, block in enumerate(content):
+        block, place = {"type": "text", "text": block} if isinstance(block, str) else block, f"{where}[{i}]"
+        if not isinstance(block, Mapping) or not isinstance(block.get("type"), str):
+            _refuse(place, f"must be a block such as {{'type': 'text', 'text': ...}}, got {block!r:.80}")
+        found.append((place, block))
+    return found
+
+
+def _text(block: Mapping[str, Any], where: str) -> str:
+    """The text of a block that must have one."""
+    if block["type"] == "search_result":
+        head = "\n".join(str(block[name]) for name in ("title", "source") if block.get(name))
+        return "\n".join([head, *(_text(one, place) for place, one in _blocks(block.get("content"), f"{where}.content"))])
+    if block["type"] != "text":
+        _refuse(where, f"is of type {block['type']!r:.80}, which is not supported here: only text is", "unsupported_parameter")
+    if not isinstance(block.get("text"), str):
+        _refuse(f"{where}.text", f"must be text, got {block.get('text')!r:.80}")
+    return block["text"]
+
+
+def _thought(block: Mapping[str, Any], where: str) -> str:
+    for name in ("thinking", "signature"):
+        if not isinstance(block.get(name, ""), str):
+            _refuse(f"{where}.{name}", f"must be text, got {block[name]!r:.80}")
+    return block.get("thinking") or hidden(block.get("signature") or "")
+
+
+def _refuse(where: str, why: str, code: str | None = None) -> NoReturn:
+    raise RequestError(f"{where} {why}", param=where, code=code)
+
+
+def nine_characters(call_id: str) -> str:
+    """An id as Mistral's templates want it; the same for the same id."""
+    fits = len(call_id) == 9 and call_id.isascii() and call_id.isalnum()
+    return call_id if fits else hashlib.sha256(call_id.encode(errors="replace")).hexdigest()[:9]

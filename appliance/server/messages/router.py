@@ -1,0 +1,31 @@
+"""The routes of Anthropic's Messages API."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from appliance.server.errors import JSONResponse
+from appliance.server.messages import answer
+from appliance.server.messages.schemas import CountRequest, MessagesRequest
+from appliance.server.respond import read, while_connected
+from appliance.server.route import request_id, serving
+
+router = APIRouter()
+
+
+@router.post("/v1/messages")
+async def post_messages(request: Request) -> Response:
+    body = await read(request, MessagesRequest)
+    return await while_connected(request, _messages(request, body))
+
+
+async def _messages(request: Request, body: MessagesRequest) -> Response:
+    state = await serving(request, body.model)
+    return await answer.answer(state, request_id(request), body)
+
+
+@router.post("/v1/messages/count_tokens")
+async def post_count_tokens(request: Request) -> Response:
+    body = await read(request, CountRequest)
+    return JSONResponse(await answer.count(await serving(request, body.model), body))
