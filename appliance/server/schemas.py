@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from appliance.core.params import RequestError
 from appliance.server.fields import refuse
-from appliance.server.kinds import Prompts, Stop, ToolChoice, Tools
+from appliance.server.kinds import Messages, Prompts, Stop, ToolChoice, Tools
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -112,7 +112,7 @@ class CompletionRequest(SamplingFields):
 
 
 class ChatRequest(SamplingFields):
-    messages: list[dict[str, Any]]
+    messages: Messages
     logprobs: bool = False
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
@@ -139,7 +139,7 @@ class ChatRequest(SamplingFields):
 
 
 class ModelRequest(Fields):
-    """POST /models/load and /models/unload, which llama.cpp's router has too."""
+    """POST /v1/models/load and /v1/models/unload; llama.cpp's router has them without the version."""
 
     model: str
 
@@ -147,7 +147,7 @@ class ModelRequest(Fields):
 class TokenizeRequest(Fields):
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
     add_generation_prompt: bool = True
