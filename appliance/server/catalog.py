@@ -62,7 +62,7 @@ async def health(request: Request) -> Response:
     return JSONResponse(body, status_code=503, headers={"Retry-After": str(RETRY_AFTER_S[503])})
 
 
-@router.post("/models/load")
+@router.post("/v1/models/load")
 async def load_model(request: Request) -> Response:
     """Load a model, once others have made room for it; answers when it is loaded."""
     body = await read(request, ModelRequest)
@@ -74,7 +74,7 @@ async def load_model(request: Request) -> Response:
     return JSONResponse({"success": True, "model": host.names[0], "status": host.status})
 
 
-@router.post("/models/unload")
+@router.post("/v1/models/unload")
 async def unload_model(request: Request) -> Response:
     """Unload a model as soon as its requests are answered; the next request for it loads it again."""
     body = await read(request, ModelRequest)

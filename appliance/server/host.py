@@ -95,6 +95,7 @@ class EngineHost:
         self.hopeless = asyncio.Event()  # it died too often, and is not started again
         self._make = make
         self._fresh = self._client()
+        self._reading = asyncio.Lock()
         self._present: set[object] = set()  # requests that are being served
         self._waiting: set[object] = set()  # for it to be loaded
         self._quiet = asyncio.Event()  # no requests are being served
@@ -140,14 +141,15 @@ class EngineHost:
 
     async def prepare(self) -> ServerState:
         """Read the tokenizer. Raises InputError."""
-        if self.state is None:
-            engine, server = self.entry.engine, self.entry.server
-            tokenizer = None
-            if not engine.skip_tokenizer_init:
-                assert engine.tokenizer is not None
-                tokenizer = await asyncio.to_thread(Tokenizer.load, engine.tokenizer, server.chat_template)
-            self.state = ServerState(self._fresh, tokenizer, engine, server, self.shared)
-        return self.state
+        engine, server = self.entry.engine, self.entry.server
+        async with self._reading:
+            if self.state is None:
+                tokenizer = None
+                if not engine.skip_tokenizer_init:
+                    assert engine.tokenizer is not None
+                    tokenizer = await asyncio.to_thread(Tokenizer.load, engine.tokenizer, server.chat_template)
+                self.state = ServerState(self._fresh, tokenizer, engine, server, self.shared)
+            return self.state
 
     async def load(self) -> None:
         """Start the engine and serve, from now on until ``unload``. Raises InputError or EngineDied with its words."""
@@ -160,7 +162,7 @@ class EngineHost:
             await starting
         except BaseException:
             starting.cancel()
-            await self.client.stop(0)
+            await self._renew()
             raise
         self.hopeless.clear()
         self._life = asyncio.create_task(self._keep())
@@ -207,6 +209,14 @@ class EngineHost:
             await self._renew()
         self.closing = False
 
+    async def end(self) -> None:
+        """End the engine for good."""
+        for task in (self._turn, self._life):
+            if task:
+                task.cancel()
+                await asyncio.wait({task})
+        await self.client.stop(0)
+
     async def enter(self, visitor: object) -> ServerState:
         """As Host has it: a model that is not loaded is loaded for whoever asks for it, in its turn."""
         self.used = time.monotonic()
@@ -220,10 +230,13 @@ class EngineHost:
         if self._turn is None:
             self._turn = asyncio.create_task(self._take_turn())
             self._turn.add_done_callback(lambda turn: turn.cancelled() or turn.exception())  # whoever waited may have left
+        turn = self._turn
         try:
-            await asyncio.shield(self._turn)
+            await asyncio.shield(turn)
         except BaseException:
             self.leave(visitor)
+            if turn.cancelled() and self.shared.draining:  # not this request, but the server ends
+                raise self._refusal() from None
             raise
         assert self.state is not None
         return self.state

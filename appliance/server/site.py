@@ -38,9 +38,9 @@ class Site:
         if self.shared.draining:
             return "draining"
         found = [host.status for host in self.hosts]
-        if any(one in ("ok", "unloaded") for one in found[: 1 if self.starting else None]):
+        if found[0] == "ok" or (not self.starting and {"ok", "unloaded"} & set(found)):
             return "ok"
-        return "loading" if "loading" in found or self.starting else found[0]
+        return "loading" if self.starting or "loading" in found else found[0]
 
     def room_beside(self, host: EngineHost) -> int:
         """Bytes of the budget that are left when ``host`` is loaded, too."""

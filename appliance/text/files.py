@@ -57,10 +57,7 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
     elif _is_file(directory, "vocab.json", "merges.txt") or _is_file(directory, "tokenizer.model"):
         backend, named = _from_transformers(directory)
     else:
-        raise InputError(
-            f"{directory}: no tokenizer found (none of tokenizer.json, vocab.json with merges.txt, tokenizer.model). "
-            "Name a directory that has one with --tokenizer, or work on token ids alone with --skip-tokenizer-init"
-        )
+        raise _none(directory)
     backend.no_truncation()  # some published files carry the limit of the day they were made: never cut a prompt silently
     backend.no_padding()
     backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
@@ -71,6 +68,21 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
     if merges_only:
         _add_ends(backend, config, named)
     return TokenizerFiles(backend, named, _templates(directory, config))
+
+
+def check_tokenizer(directory: Path) -> None:
+    """Raises InputError where ``directory`` has no tokenizer. Reads nothing."""
+    if not any(
+        _is_file(directory, *names) for names in (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+    ):
+        raise _none(directory)
+
+
+def _none(directory: Path) -> InputError:
+    return InputError(
+        f"{directory}: no tokenizer found (none of tokenizer.json, vocab.json with merges.txt, tokenizer.model). "
+        "Name a directory that has one with --tokenizer, or work on token ids alone with --skip-tokenizer-init"
+    )
 
 
 def _is_file(directory: Path, *names: str) -> bool:

@@ -1,0 +1,237 @@
+"""Several models of one server: loaded on demand, in turn, making room for each other; engines that die, idle, or cannot load."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.config import EngineConfig, ServerConfig
+from appliance.core.params import RequestError
+from appliance.models_file import Entry
+from appliance.runtime.worker import EngineDied
+from appliance.server import host as host_module
+from appliance.server.host import EngineHost
+from appliance.server.site import Site
+from appliance.server.state import Shared
+from quant.errors import InputError
+from tests.server.fake import FakeClient
+
+
+class Engine(FakeClient):
+    """One that is started and ended as a real one is."""
+
+    fail: Exception | None = None
+
+    def __init__(self, log: list[str], config: EngineConfig, slow: asyncio.Event | None) -> None:
+        super().__init__(state="unloaded")
+        self.log, self.name, self.slow = log, config.revision, slow
+
+    async def start(self) -> None:
+        self.state = "loading"
+        self.log.append(f"load {self.name}")
+        if self.slow:
+            await self.slow.wait()
+        await asyncio.sleep(0)
+        if self.fail:
+            self.state, self.failure = "dead", str(self.fail)
+            self._dead.set()
+            raise self.fail
+        self.state = "ready"
+
+    async def wait_ended(self) -> None:
+        await self._dead.wait()
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        if self.state == "ready":
+            self.log.append(f"end {self.name}")
+        if self.state in ("loading", "ready"):
+            self.state = "stopped"
+        self._dead.set()
+
+
+class Street:
+    """Models a, b, ... of the sizes given, within a budget; ``log`` has what happened to their engines."""
+
+    def __init__(self, directory: Path, sizes: dict[str, int], budget: int, *, slow: bool = False, **server: Any) -> None:
+        self.log: list[str] = []
+        self.slow = asyncio.Event() if slow else None
+        self.engines: list[Engine] = []
+        shared = Shared(ServerConfig())
+        self.hosts = {
+            name: EngineHost(self._entry(directory, name, server), size, shared, self._make) for name, size in sizes.items()
+        }
+        self.site = Site(list(self.hosts.values()), shared, budget)
+
+    def _entry(self, directory: Path, name: str, server: dict[str, Any]) -> Entry:
+        engine = EngineConfig(model=str(directory), tokenizer=str(directory), revision=name)
+        return Entry(name, engine, replace(ServerConfig(), served_model_name=(name,), **server), "demand")
+
+    def _make(self, config: EngineConfig, step_timeout: float) -> Any:
+        self.engines.append(Engine(self.log, config, self.slow))
+        return self.engines[-1]
+
+    async def ask(self, name: str, until: Awaitable[Any] | None = None) -> None:
+        """A request that lasts until then."""
+        visitor = object()
+        state = await self.hosts[name].enter(visitor)
+        try:
+            assert state.names == (name,) and state.status == "ok"
+            self.log.append(f"ask {name}")
+            if until:
+                await until
+        finally:
+            self.hosts[name].leave(visitor)
+
+    async def end(self) -> None:
+        for host in self.hosts.values():
+            await host.end()
+
+
+async def soon(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+async def test_all_that_fit_are_loaded_once(model_dir: Path) -> None:
+    street = Street(model_dir, {"a": 4, "b": 4}, 8)
+    for name in "abab":
+        await street.ask(name)
+    assert street.log == ["load a", "ask a", "load b", "ask b", "ask a", "ask b"]
+    await street.end()
+
+
+async def test_the_one_that_was_idle_longest_makes_room(model_dir: Path) -> None:
+    street = Street(model_dir, {"a": 4, "b": 4, "c": 4}, 8)
+    for name in "abac":
+        await street.ask(name)
+    assert street.log[-3:] == ["end b", "load c", "ask c"]
+    assert [host.status for host in street.hosts.values()] == ["ok", "unloaded", "ok"]
+    await street.end()
+
+
+async def test_a_busy_model_finishes_first_and_newcomers_wait_for_its_next_turn(model_dir: Path) -> None:
+    street, done = Street(model_dir, {"a": 6, "b": 6}, 8), asyncio.Event()
+    first = asyncio.create_task(street.ask("a", done.wait()))
+    await soon(lambda: "ask a" in street.log)
+    others = [asyncio.create_task(street.ask("b")) for _ in range(3)]
+    await soon(lambda: street.hosts["a"].closing)
+    late = asyncio.create_task(street.ask("a"))
+    await asyncio.sleep(0.02)
+    assert street.log == ["load a", "ask a"] and not any(task.done() for task in others)
+    done.set()
+    await asyncio.gather(first, late, *others)
+    assert street.log == ["load a", "ask a", "end a", "load b", "ask b", "ask b", "ask b", "end b", "load a", "ask a"]
+    await street.end()
+
+
+async def test_models_that_take_turns_starve_nobody(model_dir: Path) -> None:
+    street = Street(model_dir, {"a": 6, "b": 6}, 8)
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(street.ask("ab"[k % 2], asyncio.sleep(0.001)) for k in range(60)))
+    assert street.log.count("ask a") == street.log.count("ask b") == 30
+    assert street.log.count("load a") + street.log.count("load b") < 6
+    await street.end()
+
+
+async def test_a_client_that_does_not_wait_keeps_nothing(model_dir: Path) -> None:
+    street = Street(model_dir, {"a": 6, "b": 6}, 8, slow=True)
+    gone = asyncio.create_task(street.ask("a"))
+    await soon(lambda: "load a" in street.log)
+    gone.cancel()
+    await asyncio.wait({gone})
+    assert street.slow is not None
+    street.slow.set()
+    await soon(lambda: street.hosts["a"].status == "ok")
+    assert not street.hosts["a"].busy
+    await street.ask("b")
+    assert street.log == ["load a", "end a", "load b", "ask b"]
+    await street.end()
+
+
+async def test_idle_models_are_unloaded_and_come_back(model_dir: Path) -> None:
+    street = Street(model_dir, {"a": 4}, 8, idle_unload=0.05)
+    await street.ask("a", asyncio.sleep(0.15))  # longer than that, but not idle
+    assert "end a" not in street.log
+    await soon(lambda: street.hosts["a"].status == "unloaded")
+    assert street.site.status == "loading"
+    street.site.starting = False
+    assert street.site.status == "ok"  # it can be had
+    await street.ask("a")
+    assert street.log == ["load a", "ask a", "end a", "load a", "ask a"]
+    await street.end()
+
+
+@pytest.mark.parametrize("error", [InputError("it does not fit: 3 GiB are free"), EngineDied("exit code -11")])
+async def test_a_model_that_cannot_be_loaded_says_why_and_is_tried_again(model_dir: Path, error: Exception) -> None:
+    street = Street(model_dir, {"a": 4}, 8)
+    street.engines[-1].fail = error
+    answers = await asyncio.gather(*(street.ask("a") for _ in range(3)), return_exceptions=True)
+    assert all(isinstance(one, RequestError) and one.status == 503 and str(error) in str(one) for one in answers), answers
+    assert street.log == ["load a"] and street.hosts["a"].status == "unloaded"
+    await street.ask("a")
+    assert street.log == ["load a", "load a", "ask a"]
+    await street.end()
+
+
+async def test_an_engine_that_dies_is_started_again_but_not_for_ever(model_dir: Path) -> None:
+    street = Street(model_dir, {"a": 4}, 8)
+    await street.ask("a")
+    host = street.hosts["a"]
+    for death in range(1, host_module.DEATHS):
+        street.engines[-1].die("exit code -9")
+        await soon(lambda death=death: host.status == "ok" and street.log.count("load a") == death + 1)
+        await street.ask("a")
+    street.engines[-1].die("exit code -9")
+    async with asyncio.timeout(5):
+        await host.hopeless.wait()
+    assert street.log.count("load a") == host_module.DEATHS and host.status == "dead" and not host.loaded
+    with pytest.raises(RequestError, match="exit code -9") as refused:
+        await street.ask("a")
+    assert refused.value.status == 503 and refused.value.code == "engine_dead"
+    await street.site.bring(host)  # by hand
+    await street.ask("a")
+    await street.end()
+
+
+async def test_long_lives_are_not_counted_as_deaths(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "LIVED_S", 0.0)
+    street = Street(model_dir, {"a": 4}, 8)
+    await street.ask("a")
+    for death in range(5):
+        street.engines[-1].die("exit code -9")
+        await soon(lambda death=death: street.hosts["a"].status == "ok" and street.log.count("load a") == death + 2)
+    assert not street.hosts["a"].hopeless.is_set()
+    await street.end()
+
+
+async def test_restarts_that_fail_count(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    street = Street(model_dir, {"a": 4}, 8)
+    await street.ask("a")
+    monkeypatch.setattr(Engine, "fail", InputError("another program has taken the memory"))
+    street.engines[-1].die("exit code -9")
+    async with asyncio.timeout(5):
+        await street.hosts["a"].hopeless.wait()
+    with pytest.raises(RequestError, match="another program has taken the memory"):
+        await street.ask("a")
+    await street.end()
+
+
+async def test_ending_while_others_wait_for_their_turn(model_dir: Path) -> None:
+    street, never = Street(model_dir, {"a": 6, "b": 6}, 8), asyncio.Event()
+    first = asyncio.create_task(street.ask("a", never.wait()))
+    await soon(lambda: "ask a" in street.log)
+    other = asyncio.create_task(street.ask("b"))
+    await soon(lambda: street.hosts["a"].closing)
+    street.site.shared.draining = True
+    async with asyncio.timeout(5):
+        await street.end()
+        await asyncio.wait({other})
+    with pytest.raises(RequestError, match="shutting down"):
+        other.result()
+    first.cancel()
