@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 keyrings: WeakSet[Keyring] = WeakSet()  # of the servers in this process
 _SHAPES = re.compile(r"\b(?:sk-|hf_)[\w-]{16,}|(?<=Bearer )[^\s\"'\\]+", re.IGNORECASE)
-_WORD, _SEPARATORS, SHORTEST = re.compile(r"[^\s\"'`,;<>(){}\[\]\\]{6,}"), re.compile(r"[/?&=:@]"), 6
+_WORD, _SEPARATORS = re.compile(r"[^\s\"'`,;<>(){}\[\]\\]{6,}"), re.compile(r"([/?&=:@]+)")
+SHORTEST, PIECES = 6, 16  # characters of a key that is looked for, pieces of a word (a path, say) that are tried together
 
 
 def is_key(word: str) -> bool:
@@ -29,7 +30,14 @@ def hide(text: str) -> str:
     text = _SHAPES.sub("***", text)
     if len(keyrings):
         for word in set(_WORD.findall(text)):
-            for part in {word, *_SEPARATORS.split(word)}:
+            for part in _parts(word):
                 if len(part) >= SHORTEST and is_key(part):
                     text = text.replace(part, "***")
     return text
+
+
+def _parts(word: str) -> set[str]:
+    """The word, and what stands in it from one separator to another: a key may have such characters, too."""
+    pieces = _SEPARATORS.split(word)[:PIECES]
+    runs = ("".join(pieces[i:j]) for i in range(len(pieces)) for j in range(i + 1, len(pieces) + 1))
+    return {word, *runs}
