@@ -18,7 +18,7 @@ def check_submit(submit: Submit, info: EngineInfo) -> None:
         raise RequestError("the prompt is empty: it needs at least one token", param="prompt")
     check_ids("prompt", prompt, vocab)
     if len(prompt) + (params.max_tokens or 1) > limit:
-        raise context_overflow(len(prompt), params.max_tokens, limit)
+        raise ContextOverflow(len(prompt), params.max_tokens, limit)
     check_ids("logit_bias", params.logit_bias or (), vocab)
     check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab)
     if params.use_beam_search and params.n + len(info.eos_token_ids) > vocab:
@@ -40,15 +40,19 @@ def check_ids(name: str, ids: object, vocab: int) -> None:
         raise RequestError(f"{name} holds token id {wrong}, but the vocabulary has ids 0 to {vocab - 1}", param=name)
 
 
-def context_overflow(prompt_len: int, max_tokens: int | None, limit: int) -> RequestError:
-    """OpenAI's error for a prompt (with its answer) that is longer than the context."""
-    asked = "" if max_tokens is None or prompt_len >= limit else f" and max_tokens asks for {max_tokens} more"
-    return RequestError(
-        f"This model's maximum context length is {limit} tokens. However, your prompt contains {prompt_len} input tokens{asked}. "
-        f"Please reduce the length of the prompt{' or max_tokens' if asked else ''}.",
-        param="max_tokens" if asked else "prompt",
-        code="context_length_exceeded",
-    )
+class ContextOverflow(RequestError):
+    """OpenAI's error for a prompt (with its answer) that is longer than the context. ``at_least``: not all of it was counted."""
+
+    def __init__(self, prompt_len: int, max_tokens: int | None, limit: int, *, at_least: bool = False) -> None:
+        self.prompt_len, self.limit = prompt_len, limit
+        asked = "" if max_tokens is None or prompt_len >= limit else f" and max_tokens asks for {max_tokens} more"
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. However, your prompt contains "
+            f"{'at least ' if at_least else ''}{prompt_len} input tokens{asked}. "
+            f"Please reduce the length of the prompt{' or max_tokens' if asked else ''}.",
+            param="max_tokens" if asked else "prompt",
+            code="context_length_exceeded",
+        )
 
 
 def make_requests(submit: Submit, info: EngineInfo, *, fallback_seed: int) -> list[Request]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from appliance.core.door import context_overflow
+from appliance.core.door import ContextOverflow
 from appliance.core.params import RequestError
 from appliance.server.schemas import ChatRequest, CompletionRequest, TokenizeRequest
 from appliance.text.tokenizer import Tokenizer
@@ -87,8 +87,7 @@ async def _from_text(text: str, body: CompletionRequest | ChatRequest, tokenizer
         while cut < len(text):  # a text that is far too long shall not cost the time of tokenizing it all
             count = len(await tokenize(tokenizer, text[:cut], special))
             if count > limit + SLACK:
-                error = context_overflow(count, None, limit)
-                raise RequestError(str(error).replace("contains", "contains at least"), param=error.param, code=error.code)
+                raise ContextOverflow(count, None, limit, at_least=True)
             cut *= 2
     ids = await tokenize(tokenizer, text, special)
     return _truncate(Prompt(tuple(ids), text), body, limit)

@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from appliance.core.door import ContextOverflow
 from appliance.core.params import RequestError
 from appliance.server.errors import JSONResponse, anthropic_body, describe
 from appliance.server.messages.convert import chat_request, nine_characters
@@ -65,7 +66,10 @@ def request_of(state: ServerState, body: CountRequest) -> ChatRequest:
 
 
 def renamed(error: RequestError) -> RequestError:
-    """An error of what chat shares, with the names that fields have here."""
+    """An error of what chat shares, with the names that fields have here, and words that clients look for to shorten a prompt."""
+    if isinstance(error, ContextOverflow):
+        message = f"prompt is too long: {error.prompt_len} tokens > {error.limit} maximum"
+        return RequestError(message, param="messages", code=error.code)
     param, message = error.param or "", str(error)
     name = NAMES.get(param) or param.replace(".function.parameters", ".input_schema").replace(".function.name", ".name")
     if name == param:
@@ -141,6 +145,7 @@ class MessageView:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
             "output_tokens": usage["completion_tokens"] if self.body.max_tokens else 0,
+            "output_tokens_details": {"thinking_tokens": self.turn.reasoning_tokens(0)},
         }
 
 
