@@ -80,6 +80,7 @@ def plan(
     context: str | None = None,
     svg: Path | None = None,
     check: Annotated[bool, Parameter(negative=())] = False,
+    models: str | None = None,
     json: bool = False,
     engine: EngineFlags = ENGINE,
 ) -> int:
@@ -101,12 +102,18 @@ def plan(
         Write the memory map to this file, as a picture.
     check
         Load the model for real, and print what it takes against what was planned. Exit code 1 where that does not hold.
+    models
+        Plan for the models of this file (see `appliance serve --models`): which of them fit together. Exit code 1: not all.
     json
         Print JSON instead of a table.
     """
     from appliance.plan_command import Asked, plan_command
 
     asked = Asked(json=json, gpu=gpu, memory=memory, sequences=sequences, context=context, svg=svg, check=check)
+    if models is not None:
+        from appliance.plan_models import plan_models
+
+        return plan_models(models, _with_model(engine, model), asked)
     return plan_command(_with_model(engine, model), asked)
 
 
