@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 from starlette.responses import Response
@@ -20,6 +20,7 @@ from appliance.server.answers import ErrorAnswer
 from appliance.server.errors import JSONResponse
 from appliance.server.guard import PUBLIC
 from appliance.server.kinds import RANGES
+from appliance.server.route import state_of
 from appliance.server.schemas import Fields
 from appliance.version import __version__
 
@@ -35,6 +36,7 @@ STATUSES = {
     429: "A limit of the key is reached.",
     431: "Too many headers, or too large ones.",
     500: "This request failed; the server goes on.",
+    529: "Too many requests wait.",
     503: "Not now: the model is loading, the server is shutting down or has too much to do, or the engine has died.",
 }
 BODY = (400, 408, 413, 415)  # what reading a body can come to
@@ -45,7 +47,8 @@ COMPUTE = (*BODY, 404, 503)  # and what the engine, too, has to do with
 class Operation:
     """One route: what it takes and gives. 401, 429, 431 and 500 need not be said: they follow from the route.
 
-    ``answer`` and ``events`` are types: of the whole answer, and of one event's data where the body says ``stream``.
+    ``answer`` and ``events`` are types: of the whole answer, and of one event's data where the body says ``stream``; ``done`` is
+    the data of the event after the last one.
     """
 
     tag: str
@@ -56,6 +59,7 @@ class Operation:
     answer: Any = None
     text: str | None = None  # the media type of an answer that is no JSON
     events: Any = None
+    done: str | None = "[DONE]"
     errors: tuple[int, ...] = ()
     error: Any = ErrorAnswer
     unready: Any = None  # what a 503 says, where it is no error
@@ -94,37 +98,37 @@ def _may_be_null(field: dict[str, Any]) -> None:
 
 
 @router.get("/openapi.json")
-async def openapi() -> Response:
-    """The same for every server of this version, so it is made once, and only if somebody asks."""
-    return JSONResponse(_ours())
+async def openapi(request: Request) -> Response:
+    return JSONResponse(_ours(keys=state_of(request).keys.required))
 
 
 @cache
-def _ours() -> dict[str, Any]:
+def _ours(*, keys: bool) -> dict[str, Any]:
+    """Made when somebody asks for it first: that takes a fifth of a second."""
     from appliance.server.operations import OPERATIONS
 
-    return document(OPERATIONS)
+    return document(OPERATIONS, keys=keys)
 
 
-def document(operations: Mapping[str, Operation]) -> dict[str, Any]:
+def document(operations: Mapping[str, Operation], *, keys: bool) -> dict[str, Any]:
     """An OpenAPI 3.1 document of the operations, each by its "METHOD /path", where a path may have FastAPI's converters."""
     schemas, components = _schemas(operations.values())
     paths: dict[str, Any] = {}
     for route, operation in operations.items():
         method, path = route.lower().split(" ", 1)[0], re.sub(r"{(\w+):\w+}", r"{\1}", route.split(" ", 1)[1])
         paths.setdefault(path, {})[method] = _operation(method, path, operation, schemas)
-    keys = {"key": {"type": "http", "scheme": "bearer"}, "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"}}
+    bearer, header = {"type": "http", "scheme": "bearer"}, {"type": "apiKey", "in": "header", "name": "x-api-key"}
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "appliance",
             "version": __version__,
-            "description": "A server of quantized language models. Keys are asked for where the server was started with some.",
+            "description": "A server of quantized language models. Keys are asked for where it was started with some.",
         },
         "servers": [{"url": "/"}],
         "paths": paths,
-        "components": {"schemas": components, "securitySchemes": keys},
-        "security": [{}, {"key": []}, {"x-api-key": []}],
+        "components": {"schemas": components, "securitySchemes": {"bearer": bearer, "x-api-key": header}},
+        "security": [*([] if keys else [{}]), {"bearer": []}, {"x-api-key": []}],
     }
 
 
@@ -148,7 +152,7 @@ def _operation(method: str, path: str, operation: Operation, schemas: Mapping[An
     for status in operation.statuses(method, path):
         shape = operation.unready if status == 503 and operation.unready is not None else operation.error
         content = {"application/json": {"schema": schemas[shape]}}
-        headers = {**_header("X-Request-Id"), **(_header("Retry-After") if status in (429, 503) else {})}
+        headers = {**_header("X-Request-Id"), **(_header("Retry-After") if status in (429, 503, 529) else {})}
         described["responses"][str(status)] = {"description": STATUSES[status], "headers": headers, "content": content}
     parameters = [
         {"name": one, "in": "path", "required": True, "schema": {"type": "string"}} for one in re.findall(r"{(\w+)}", path)
@@ -176,7 +180,8 @@ def _success(operation: Operation, schemas: Mapping[Any, Any]) -> dict[str, Any]
         content[operation.text] = {"schema": {"type": "string"}}
     if operation.events is not None:  # OpenAPI 3.1 has no word for the events of a stream; readers take this for one of them
         kinds = [schemas[operation.events], schemas[operation.error]]
-        data = [{"const": "[DONE]"}] + [{"contentMediaType": "application/json", "contentSchema": kind} for kind in kinds]
+        data: list[Any] = [{"contentMediaType": "application/json", "contentSchema": kind} for kind in kinds]
+        data += [{"const": operation.done}] if operation.done else []
         event = {"type": "object", "properties": {"data": {"type": "string", "anyOf": data}}, "required": ["data"]}
         content["text/event-stream"] = {"schema": event}
     return {"description": "As asked.", "headers": _header("X-Request-Id"), "content": content}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from appliance.server import answers
+from appliance.server.messages import described as messages
 from appliance.server.openapi import COMPUTE, Operation
 from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, ModelRequest, TokenizeRequest
 
@@ -90,4 +91,5 @@ OPERATIONS: dict[str, Operation] = {
         errors=(503,),
     ),
     "GET /openapi.json": Operation(tag="server", summary="This description", answer=dict[str, object]),
+    **messages.OPERATIONS,
 }
