@@ -99,6 +99,8 @@ class ServerConfig:
     """Listen beyond this machine without asking for keys."""
     max_num_queued_reqs: int = 1024
     """Most requests that wait for their first token; more are refused (503). -1 for no limit."""
+    max_stored_responses: int = 1000
+    """Most answers of /v1/responses that are kept in memory for each key, to be asked for again or gone on with; 0 keeps none."""
     allowed_origins: tuple[str, ...] = ()
     """Origins whose web pages may use the server from a browser, as https://chat.example; * for all."""
     web_ui: bool = True

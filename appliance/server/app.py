@@ -22,6 +22,7 @@ from appliance.server.habits import Habits, unserved
 from appliance.server.host import FixedHost
 from appliance.server.messages import router as messages
 from appliance.server.respond import read, while_connected
+from appliance.server.responses import router as responses
 from appliance.server.route import request_id, serving, usable
 from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from appliance.server.site import Site
@@ -59,6 +60,7 @@ def app_of(site: Site, state: ServerState) -> FastAPI:
     app.include_router(logs.router)
     app.include_router(messages.router)
     app.include_router(openapi.router)
+    app.include_router(responses.router)
     app.include_router(router)
     if server_config.web_ui:
         app.router.routes.extend(pages.ROUTES)

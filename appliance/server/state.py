@@ -20,6 +20,7 @@ from appliance.server.job import Job
 from appliance.server.keys import Keyring
 from appliance.server.metrics import Metrics
 from appliance.server.parsers import Parsers
+from appliance.server.responses.store import ResponseStore
 from appliance.server.sampling import model_defaults
 from appliance.server.schemas import Fields
 from appliance.text.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ class EngineClient(Protocol):
     @property
     def pid(self) -> int | None: ...
     def generate(self, submit: Submit) -> AsyncGenerator[Event, None]: ...
-    def abort(self, request_id: str, index: int | None = None) -> None: ...
+    def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> None: ...
     def reset_prefix_cache(self) -> None: ...
     async def stats(self) -> Stats: ...
     async def stop(self, drain_s: float = 0.0) -> None: ...
@@ -52,6 +53,7 @@ class Shared:
         """Raises InputError for a bad key file or audit log."""
         self.keys = Keyring(config.api_key, config.api_key_file)
         self.audit = AuditLog(config.audit_log) if config.audit_log else None
+        self.responses = ResponseStore(config.max_stored_responses)
         self.jobs: set[Job] = set()
         self.begun = time.time()
         self.draining = False

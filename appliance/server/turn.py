@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -16,6 +17,8 @@ from appliance.server.structured import with_grammar
 from appliance.text.answer import Answer, AnswerDelta, AnswerParser
 from appliance.text.output import Delta
 from appliance.text.reasoning import tokens_until
+
+PATIENCE_S = 10.0  # a stream begins at the latest then, token or not
 
 
 async def begin(state: ServerState, request_id: str, body: ChatRequest, prefix: str = "chatcmpl", *, clamp: bool = False) -> Turn:
@@ -58,6 +61,22 @@ class Turn:
                 self.answers[c].reasoning += news.reasoning
                 self.answers[c].add(news.content, news.calls)
                 yield c, delta, news
+
+    async def announced(self) -> AsyncGenerator[tuple[int, Delta, AnswerDelta] | None, None]:
+        """``run``, with None ahead: as soon as there is news, after PATIENCE_S at the latest. What fails before is raised."""
+        async with aclosing(self.run()) as all_:
+            first = asyncio.ensure_future(anext(all_))
+            try:
+                await asyncio.wait({first}, timeout=PATIENCE_S)
+                if first.done():
+                    first.result()
+                yield None
+                yield await first
+            finally:
+                first.cancel()
+                await asyncio.gather(first, return_exceptions=True)
+            async for one in all_:
+                yield one
 
     async def finish(self) -> None:
         """Run to the end."""

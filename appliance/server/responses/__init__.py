@@ -1,0 +1,1 @@
+"""OpenAI's Responses API: its requests made into chat requests, the answers of those told as items and events."""
