@@ -168,7 +168,7 @@ class LLM:
                     tokens += len(event.token_ids)
                     job = jobs[event.request_id]
                     if job.take(event):
-                        self._engine.abort(event.request_id, event.index)
+                        self._engine.abort(event.request_id, event.index, "stop")
                     if event.finish_reason and job.finished:
                         bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):.1f} tok/s", refresh=False)
                         bar.update()

@@ -27,6 +27,7 @@ class Abort:
 
     request_id: str
     index: int | None = None
+    reason: str = "abort"  # what it counts as: "stop" where the text layer found its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Event:
     error: str | None = None  # with finish_reason "error"
     preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens that were found in the cache
+    scheduled: float | None = None  # with the first token: time.time() when a step began with it for the first time
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class Stats:
     running: int = 0
     waiting: int = 0
     swapped: int = 0  # of those that wait: their keys and values are in host memory
+    held: int = 0  # of those that wait: not for a place, but for a grammar or their beams
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_shared: int = 0  # of these, those that more than one sequence refers to
@@ -107,6 +110,8 @@ class Stats:
     copied_blocks: dict[str, int] = field(default_factory=dict)  # counter: out to host memory, in from there, copy in the pool
     last_step_s: float = 0.0
     last_step_tokens: int = 0
+    step_tokens: int = 0  # counter: of all steps
+    step_sizes: dict[int, int] = field(default_factory=dict)  # counter: steps by k, of more than 2**(k-1) and up to 2**k tokens
     rss_bytes: int = 0
     requests_now: tuple[RequestStat, ...] = ()  # at most 64, oldest first
 

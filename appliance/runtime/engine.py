@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -49,6 +50,7 @@ class Engine:
         self._counts: Counter[str] = Counter()
         self._copied: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
+        self._sizes: Counter[int] = Counter()  # steps by Stats.step_sizes' k
         self._failures = 0
         self._flight: Flight | None = None  # the step under way
         self._launched = self._landed = 0.0  # when it was, and when the one before did
@@ -119,11 +121,11 @@ class Engine:
         if submit.params.grammar:
             self._grammars.begin(requests)
 
-    def abort(self, request_id: str, index: int | None = None) -> list[Event]:
-        """End a request (beams end together) and free its blocks; an Event with "abort" for each completion that was alive."""
+    def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> list[Event]:
+        """End a request (beams end together) and free its blocks; an Event with ``reason`` for each completion that was alive."""
         if self._beams.pop(request_id, None) is not None:
             index = None
-        return self._end(self.scheduler.abort(request_id, index), "abort")
+        return self._end(self.scheduler.abort(request_id, index), reason)
 
     def reset_prefix_cache(self) -> None:
         """Nothing that was computed before will be found by later requests."""
@@ -142,6 +144,9 @@ class Engine:
         for request in plan.preempted:
             log.info("preempted %s/%d: %s", *request.key, "swapped out" if request.host else "it will be computed again")
         self._copied.update(copy.kind for copy in plan.copies)
+        now = time.time()
+        for request in (chunk.request for chunk in plan.chunks):
+            request.scheduled = request.scheduled or now
         begun, flight = time.perf_counter(), None
         try:
             self.runner.move(plan.copies)
@@ -168,6 +173,8 @@ class Engine:
         self._last_step = (now - max(self._launched, self._landed), flight.plan.num_tokens)
         self._landed = now
         self._counts["steps"] += 1
+        self._counts["step_tokens"] += flight.plan.num_tokens
+        self._sizes[(flight.plan.num_tokens - 1).bit_length()] += 1
         return events
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
@@ -205,6 +212,7 @@ class Engine:
                     stop_reason=request.stop_reason,
                     preemptions=request.preemptions,
                     cached_tokens=request.cached,
+                    scheduled=request.scheduled if request.output_len == 1 else None,
                 )
             )
             if request.finish_reason is not None:
@@ -223,6 +231,7 @@ class Engine:
         self.scheduler.abort(request.request_id)
         scores = self._scores.pop(group.leader, [None])
         events = group.events(None if group.leader.params.prompt_logprobs is None else tuple(scores))
+        events = [replace(event, scheduled=group.leader.scheduled) for event in events]
         self._finished.update(event.finish_reason or "" for event in events)
         return events
 
@@ -269,6 +278,7 @@ class Engine:
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             swapped=sum(bool(request.host) for request in scheduler.waiting),
+            held=sum(request.held for request in scheduler.waiting),
             blocks_total=pool.num_blocks,
             blocks_used=pool.used,
             blocks_shared=pool.shared,
@@ -290,6 +300,8 @@ class Engine:
             copied_blocks=dict(self._copied),
             last_step_s=self._last_step[0],
             last_step_tokens=self._last_step[1],
+            step_tokens=self._counts["step_tokens"],
+            step_sizes=dict(self._sizes),
             rss_bytes=self._process.memory_info().rss,
             requests_now=tuple(_stat(r, state, now) for r, state in shown[:SHOWN_REQUESTS]),
         )

@@ -105,9 +105,9 @@ class Client:
             if left:
                 self.abort(submit.request_id)
 
-    def abort(self, request_id: str, index: int | None = None) -> None:
+    def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> None:
         """End a request, or one of its completions, in the engine. Unknown or ended ones are ignored."""
-        self._outbox.put(Abort(request_id, index))
+        self._outbox.put(Abort(request_id, index, reason))
 
     def reset_prefix_cache(self) -> None:
         """Requests that are generated from now on find nothing of earlier ones."""
@@ -273,7 +273,7 @@ def serve(conn: Connection) -> None:
 def handle(engine: Any, conn: Connection, message: Submit | Abort | ResetPrefixCache) -> list[Event]:
     """Take one message; a refusal goes straight back to the client that waits for it."""
     if isinstance(message, Abort):
-        return engine.abort(message.request_id, message.index)
+        return engine.abort(message.request_id, message.index, message.reason)
     if isinstance(message, ResetPrefixCache):
         engine.reset_prefix_cache()
         return []

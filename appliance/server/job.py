@@ -135,7 +135,7 @@ class Job:
             self._latest[choice] = now
         delta = self.outputs[choice].push(event)
         if delta.abort:
-            self.state.client.abort(self.submits[k].request_id, event.index)
+            self.state.client.abort(self.submits[k].request_id, event.index, "stop")
         if delta.finish_reason is not None:
             self._count(choice, delta.finish_reason, now)
         return delta
@@ -154,7 +154,7 @@ class Job:
     def end(self, choice: int) -> None:
         """Let a choice be complete with what it has, as after a stop string. For whoever takes what ``run`` yields."""
         self.outputs[choice].finish_reason = "stop"
-        self.state.client.abort(self.submits[choice // self.params.width].request_id, choice % self.params.width)
+        self.state.client.abort(self.submits[choice // self.params.width].request_id, choice % self.params.width, "stop")
         self._left -= 1
         self._count(choice, "stop", time.time())
 

@@ -111,7 +111,7 @@ class FakeClient:
     def reset_prefix_cache(self) -> None:
         self.resets += 1
 
-    def abort(self, request_id: str, index: int | None = None) -> None:
+    def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> None:
         self.aborted.append((request_id, index))
         if alive := self.running.get(request_id):
             alive -= {index} if index is not None else set(alive)
