@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 
 from appliance.core.door import ContextOverflow
 from appliance.core.params import RequestError
 from appliance.server.errors import JSONResponse, anthropic_body, describe
-from appliance.server.messages.convert import chat_request, nine_characters
+from appliance.server.messages.convert import Way, chat_request, nine_characters
 from appliance.server.messages.events import Blocks, Event, message_of
 from appliance.server.messages.schemas import CountRequest, MessagesRequest
-from appliance.server.prompts import chat_prompt
+from appliance.server.prompts import Prompt, chat_prompt
 from appliance.server.respond import Form, named_event, stream
 from appliance.server.schemas import ChatRequest
 from appliance.server.state import ServerState
@@ -24,9 +25,11 @@ from appliance.server.turn import Turn, begin
 from appliance.text.output import Delta
 from appliance.text.tools.formats import Mistral
 
+T = TypeVar("T")
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 PATIENCE_S = 10.0  # the stream begins at the latest then, token or not, and from then on says so often that it lives
 PING: Event = {"type": "ping"}
+WAYS = (Way(), Way(after_results=False), Way(after_results=False, system=False))
 # What fields are called here: chat's name, in the errors of what both share -> Anthropic's.
 NAMES = {
     "response_format.json_schema.schema": "output_config.format.schema",
@@ -36,11 +39,7 @@ NAMES = {
 
 
 async def answer(state: ServerState, request_id: str, body: MessagesRequest) -> Response:
-    chat = request_of(state, body)
-    try:
-        turn = await begin(state, request_id, chat, "msg", clamp=True)
-    except RequestError as error:
-        raise renamed(error) from None
+    turn = await _understood(state, body, lambda chat: begin(state, request_id, chat, "msg", clamp=True))
     view = MessageView(turn, body)
     if not body.stream:
         return JSONResponse(await message_of(view.batches()))
@@ -50,19 +49,30 @@ async def answer(state: ServerState, request_id: str, body: MessagesRequest) -> 
 
 async def count(state: ServerState, body: CountRequest) -> dict[str, Any]:
     """As many tokens as a request with the same fields has; also of a prompt that is longer than the context."""
-    chat = request_of(state, body)
-    state.check_unknown(chat)
-    assert state.info  # or it is not to be served now
-    try:
-        choice = state.parsers.choice(chat)
-        prompt = await chat_prompt(chat, state.tokenizer, sys.maxsize, list(choice.tools) or None)
-    except RequestError as error:
-        raise renamed(error) from None
-    return {"input_tokens": len(prompt.token_ids)}
+
+    async def prompt(chat: ChatRequest) -> Prompt:
+        chat.check()
+        state.check_unknown(chat)
+        tools = state.parsers.choice(chat).tools
+        return await chat_prompt(chat, state.tokenizer, sys.maxsize, list(tools) or None)
+
+    assert state.info  # else it is not to be served now
+    return {"input_tokens": len((await _understood(state, body, prompt)).token_ids)}
 
 
-def request_of(state: ServerState, body: CountRequest) -> ChatRequest:
-    return chat_request(body, nine_characters if state.parsers.tools is Mistral else str)
+async def _understood(state: ServerState, body: CountRequest, then: Callable[[ChatRequest], Awaitable[T]]) -> T:
+    """What ``then`` makes of the request, told in the first way that the model's chat template takes."""
+    refused: RequestError | None = None
+    for way in WAYS:
+        chat = chat_request(body, replace(way, fit_id=nine_characters) if state.parsers.tools is Mistral else way)
+        try:
+            return await then(chat)
+        except RequestError as error:
+            if error.param != "messages":
+                raise renamed(error) from None
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def renamed(error: RequestError) -> RequestError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from appliance.core.params import RequestError
@@ -18,12 +19,20 @@ from appliance.server.schemas import ChatRequest
 # What Claude Code puts first into its system prompt, with a number that is another one in each request: a prompt that begins so
 # would never be found in the prefix cache.
 BILLING = "x-anthropic-billing-header"
-_SAME_ID: Callable[[str], str] = str
 
 
-def chat_request(body: CountRequest, fit_id: Callable[[str], str] = _SAME_ID) -> ChatRequest:
-    """``fit_id`` makes a call's id one that the model's template takes. Raises RequestError naming the field."""
-    messages = Conversation(body, fit_id).messages
+@dataclass(frozen=True)
+class Way:
+    """How a conversation is told to a template. Not all of them take a user who speaks behind a tool's result, or a system."""
+
+    after_results: bool = True
+    system: bool = True
+    fit_id: Callable[[str], str] = str  # makes a call's id one that the template takes
+
+
+def chat_request(body: CountRequest, way: Way = Way()) -> ChatRequest:
+    """Raises RequestError naming the field."""
+    messages = Conversation(body, way).messages
     continued = messages[-1]["role"] == "assistant"
     fields: dict[str, Any] = {
         **body.extras(),
@@ -93,9 +102,9 @@ def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
 class Conversation:
     """A body's system prompt and messages, as ``messages`` for chat templates: content is text everywhere."""
 
-    def __init__(self, body: CountRequest, fit_id: Callable[[str], str]) -> None:
+    def __init__(self, body: CountRequest, way: Way) -> None:
         self.messages: list[dict[str, Any]] = []
-        self._fit_id = fit_id
+        self._way = way
         self._calls: set[str] = set()  # ids that results may name
         self._notes: list[str] = []  # of the system, that wait for the next message
         system = [] if body.system is None else _texts(body.system, "system")
@@ -105,8 +114,10 @@ class Conversation:
             system += _texts(message.content, f"messages[{i}].content")
         if not turns:
             _refuse("messages", "must hold at least one message of the user")
-        if system:
+        if system and self._way.system:
             self.messages.append({"role": "system", "content": "\n".join(system)})
+        elif system:
+            self._notes.append("\n".join(system))
         for i, message in turns:
             self._add(message, f"messages[{i}].content")
         if self._notes:
@@ -153,8 +164,10 @@ class Conversation:
         text = "\n".join(texts)
         if role == "user":
             text, self._notes = "\n\n".join([*self._notes, *([text] if text else [])]), []
-        last = self.messages[-1] if self.messages else {"role": None}
-        if last["role"] == role and "tool_calls" not in last:
+        last: dict[str, Any] = self.messages[-1] if self.messages else {"role": None}
+        if role == "user" and last["role"] == "tool" and not self._way.after_results:
+            last["content"] = "\n\n".join([last["content"], text])
+        elif last["role"] == role and "tool_calls" not in last:
             last["content"] = "\n".join([one for one in (last["content"], text) if one])
         else:
             self.messages.append({"role": role, "content": text})
@@ -188,7 +201,7 @@ class Conversation:
         if not isinstance(arguments, Mapping):
             _refuse(f"{where}.input", f"must be an object, got {arguments!r:.80}")
         self._calls.add(call_id)
-        return {"id": self._fit_id(call_id), "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+        return {"id": self._way.fit_id(call_id), "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
     def _result(self, block: Mapping[str, Any], where: str) -> dict[str, Any]:
         call_id, content = block.get("tool_use_id"), block.get("content")
@@ -198,7 +211,7 @@ class Conversation:
         text = "\n".join(texts)
         if block.get("is_error") and not text.lower().startswith("error"):
             text = f"Error: {text}"  # templates know no other way to say so
-        return {"role": "tool", "tool_call_id": self._fit_id(str(call_id)), "content": text}
+        return {"role": "tool", "tool_call_id": self._way.fit_id(str(call_id)), "content": text}
 
     def _check_last(self, where: str) -> None:
         """What the answer goes on with: text, or nothing."""
