@@ -303,6 +303,15 @@ class Latencies(TypedDict):
     itl: Latency
 
 
+class ModelState(TypedDict):
+    """``bytes``: that it takes while loaded, where that is known."""
+
+    name: str
+    names: list[str]
+    state: Status
+    bytes: int | None
+
+
 class ServerStats(TypedDict):
     """``engine.requests_now`` has for each request also whose it is and what it asked for, where the server knows."""
 
@@ -315,3 +324,4 @@ class ServerStats(TypedDict):
     latency: Latencies
     hardware: dict[str, Any]
     loading: tuple[int, int] | None
+    models: list[ModelState]

@@ -8,8 +8,8 @@ from starlette.responses import Response
 from appliance.core.params import RequestError
 from appliance.server.errors import JSONResponse
 from appliance.server.guard import Ticket, current
-from appliance.server.route import state_of
-from appliance.server.stats import stats_body
+from appliance.server.route import serving, site_of, state_of
+from appliance.server.stats import models_of, stats_body
 
 router = APIRouter()
 
@@ -39,15 +39,19 @@ async def metrics(request: Request) -> Response:
 
 
 @router.get("/stats")
-async def stats(request: Request) -> Response:
-    """All that the dashboard shows, in one object."""
-    return JSONResponse(await stats_body(state_of(request)))
+async def stats(request: Request, model: str | None = None) -> Response:
+    """All that the dashboard shows of one model, the first one where none is named, in one object."""
+    site = site_of(request)
+    state = site.find(model).state
+    if state is None:
+        raise RequestError(f"the model {model} has not been loaded yet", param="model", code="model_not_loaded", status=404)
+    return JSONResponse({**await stats_body(state), "models": models_of(site)})
 
 
 @router.post("/reset_prefix_cache")
-async def reset_prefix_cache(request: Request) -> Response:
+async def reset_prefix_cache(request: Request, model: str | None = None) -> Response:
     """Requests that come from now on find nothing of what was computed before."""
-    state = state_of(request)
+    state = await serving(request, model)
     if state.status != "ok":
         raise state.refusal()
     state.client.reset_prefix_cache()

@@ -76,7 +76,13 @@ OPERATIONS: dict[str, Operation] = {
     "GET /version": Operation(tag="server", summary="The server's version", answer=answers.Version),
     "GET /load": Operation(tag="server", summary="How many requests it works on", answer=answers.Load),
     "GET /metrics": Operation(tag="server", summary="Metrics for Prometheus", text="text/plain"),
-    "GET /stats": Operation(tag="server", summary="All that the dashboard shows", answer=answers.ServerStats),
+    "GET /stats": Operation(
+        tag="server",
+        summary="All that the dashboard shows",
+        query={"model": (str, "the model that is meant, where the server has several; the first one where it is left out")},
+        answer=answers.ServerStats,
+        errors=(404,),
+    ),
     "GET /logs": Operation(
         tag="server",
         summary="The latest lines of the log",
@@ -87,8 +93,9 @@ OPERATIONS: dict[str, Operation] = {
     "POST /reset_prefix_cache": Operation(
         tag="server",
         summary="Requests that come from now on find nothing of what was computed before",
+        query={"model": (str, "the model that is meant; the first one where it is left out")},
         answer=answers.Success,
-        errors=(503,),
+        errors=(404, 503),
     ),
     "GET /openapi.json": Operation(tag="server", summary="This description", answer=dict[str, object]),
     **messages.OPERATIONS,

@@ -11,6 +11,7 @@ from appliance.core.messages import RequestStat, Stats
 
 if TYPE_CHECKING:
     from appliance.server.job import Job
+    from appliance.server.site import Site
     from appliance.server.state import ServerState
 
 WINDOW_S, MOST = 60.0, 1024  # percentiles are those of the latest so many values, none older than a minute
@@ -40,6 +41,14 @@ class Recent:
         values = sorted(seconds for at, seconds in self._latest if at >= oldest)
         found = {f"p{p}_s": values[-(-p * len(values) // 100) - 1] if values else None for p in (50, 95, 99)}
         return {"count": self.count, "sum_s": self.sum_s, "window": len(values), **found}
+
+
+def models_of(site: Site) -> list[dict[str, Any]]:
+    """The server's models, for whom ``GET /stats?model=NAME`` has more; ``bytes``: that it takes while loaded."""
+    return [
+        {"name": host.names[0], "names": host.names, "state": host.status, "bytes": getattr(host, "size", None)}
+        for host in site.hosts
+    ]
 
 
 async def stats_body(state: ServerState) -> dict[str, Any]:

@@ -39,7 +39,9 @@ def test_health_and_version(served: Served) -> None:
 def test_stats(served: Served) -> None:
     with served.http as http:
         stats = http.get("/stats").json()
-    assert set(stats) == {"version", "model", "state", "uptime_s", "loading", "info", "engine", "latency", "hardware"}
+    known = {"version", "model", "state", "uptime_s", "loading", "info", "engine", "latency", "hardware", "models"}
+    assert set(stats) == known
+    assert stats["models"] == [{"name": "tiny", "names": ["tiny", "alias/of-tiny"], "state": "ok", "bytes": None}]
     assert stats["model"] == "tiny" and stats["state"] == "ok" and stats["info"]["max_model_len"] == 512
     assert stats["engine"]["blocks_total"] == 64 and stats["engine"]["steps"] == 7
 
