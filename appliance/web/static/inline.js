@@ -6,14 +6,14 @@ const DEPTH = 10;
 const PUNCTUATION = /[!-/:-@[-`{-~]/;
 const TAGS = { "**": "strong", __: "strong", "*": "em", _: "em", "~~": "del" };
 
-/** Nodes for a text. */
-export function inline(text, depth = 0) {
-  return new Scanner(text, depth).nodes();
+/** Nodes for a text; `linked`: it stands in a link, and links do not hold links. */
+export function inline(text, depth = 0, linked = false) {
+  return new Scanner(text, depth, linked).nodes();
 }
 
 class Scanner {
-  constructor(text, depth) {
-    Object.assign(this, { text, depth, at: 0, plain: "", found: [], missing: new Set() });
+  constructor(text, depth, linked) {
+    Object.assign(this, { text, depth, linked, at: 0, plain: "", found: [], missing: new Set() });
   }
 
   nodes() {
@@ -96,7 +96,8 @@ class Scanner {
     const mark = this.text[this.at + 1] === one ? one + one : one;
     const begin = this.at + mark.length;
     const before = this.text[this.at - 1] ?? " ";
-    const opens = /\S/.test(this.text[begin] ?? " ") && !(one === "_" && /\w/.test(before));
+    const inside = { _: /\w/, "*": /\d/ }[one]; // of a name, of a product
+    const opens = /\S/.test(this.text[begin] ?? " ") && !inside?.test(before);
     const end = TAGS[mark] && opens && this.depth < DEPTH ? this.closing(mark, begin) : -1;
     if (end < 0) {
       this.plain += mark;
@@ -104,7 +105,7 @@ class Scanner {
       return "";
     }
     this.at = end + mark.length;
-    return el(TAGS[mark], {}, inline(this.text.slice(begin, end), this.depth + 1));
+    return el(TAGS[mark], {}, inline(this.text.slice(begin, end), this.depth + 1, this.linked));
   }
 
   /** Where a mark closes: behind a character that is no space, outside of code, not as half of a longer mark. */
@@ -136,7 +137,7 @@ class Scanner {
   /** [text](address); an image is a link to it, since nothing is loaded from elsewhere. */
   link(bang) {
     const begin = this.at + bang + 1;
-    if (this.search("](", begin) < 0 || this.depth >= DEPTH) return null;
+    if (this.linked || this.depth >= DEPTH || this.search("](", begin) < 0) return null;
     const end = this.bracket(begin, "[", "]", 1000);
     if (end < 0 || this.text[end + 1] !== "(") return null;
     const close = this.bracket(end + 2, "(", ")", 4000);
@@ -145,7 +146,7 @@ class Scanner {
     if (!address) return null;
     this.at = close + 1;
     const inner = this.text.slice(begin, end);
-    return anchor(address, inner ? inline(inner, DEPTH) : [address]);
+    return anchor(address, inner ? inline(inner, this.depth + 1, true) : [address]);
   }
 
   bracket(begin, open, shut, most) {
@@ -161,11 +162,14 @@ class Scanner {
   autolink() {
     const angle = this.text[this.at] === "<" ? 1 : 0;
     const match = /^https?:\/\/[^\s<>"`]+/.exec(this.text.slice(this.at + angle, this.at + 2048));
-    if (!match || (!angle && /\w/.test(this.text[this.at - 1] ?? " "))) return null;
+    if (this.linked || !match || (!angle && /\w/.test(this.text[this.at - 1] ?? " "))) return null;
     let found = match[0];
     if (!angle) {
-      found = found.replace(/[.,;:!?'*_~\]]+$/, "");
-      if (found.endsWith(")") && !found.includes("(")) found = found.slice(0, -1);
+      for (let before = ""; before !== found; ) {
+        before = found;
+        found = found.replace(/[.,;:!?'*_~\]]+$/, "");
+        if (found.endsWith(")") && found.split(")").length > found.split("(").length) found = found.slice(0, -1);
+      }
     } else if (this.text[this.at + 1 + found.length] !== ">") return null;
     const address = safe(found);
     if (!address) return null;

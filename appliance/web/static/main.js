@@ -57,7 +57,7 @@ function refresh() {
   $("send").disabled = !server.ready || !$("prompt").value.trim();
   $("export").disabled = !conversation.messages.length;
   const [call] = chat.pending();
-  $("prompt").placeholder = call ? `Result of ${call.function.name}, as the tool would give it` : "Message the model";
+  $("prompt").placeholder = call ? `Result of ${call.function.name}` : "Message the model";
   const ideas = conversation.model === "demo" ? DEMO : [];
   $("ideas").replaceChildren(...ideas.map((text) => el("button", { type: "button", disabled: !server.ready, click: () => send(text) }, text)));
   context();

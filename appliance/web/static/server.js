@@ -5,6 +5,7 @@ import { $, el } from "./dom.js";
 import { bytes } from "./metrics.js";
 
 const WORDS = { ok: "ready", loading: "loading", draining: "shutting down", dead: "engine down", away: "no answer", key: "needs a key" };
+const AWAY = ["engine_dead", "model_loading", "shutting_down"]; // codes of errors that say so
 const ASK_MS = 700;
 
 export class Server {
@@ -55,7 +56,7 @@ export class Server {
     if (error.status === 401) {
       this.#set("key");
       $("key-error").textContent = apiKey.get() ? error.message : "";
-    } else if (error.status === 0 || (error.status === 503 && error.code !== "server_overloaded")) {
+    } else if (error.status === 0 || AWAY.includes(error.code)) {
       setTimeout(() => this.connect(), ASK_MS / 7);
     }
   }
