@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any
 
 from appliance.core.params import SamplingParams
@@ -60,6 +61,13 @@ class Event:
     preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens that were found in the cache
     scheduled: float | None = None  # with the first token: time.time() when a step began with it for the first time
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """There is one for every token, and the way that dataclasses are pickled takes four times as long."""
+        return Event, _values(self)
+
+
+_values = attrgetter(*(one.name for one in fields(Event)))
 
 
 @dataclass(frozen=True, slots=True)

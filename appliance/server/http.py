@@ -6,15 +6,17 @@ import asyncio
 import resource
 import socket
 import ssl
+from functools import partial
 from typing import Any
 
 import h11
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from appliance.config import ServerConfig
 from appliance.server.guard import MAX_HEADER_BYTES
+from appliance.server.respond import WRITE
 from quant.errors import InputError
 
 READ_S = 20.0  # for a request's head, from its first byte; for the rest of a body that nobody waits for any more
@@ -40,6 +42,11 @@ class Protocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.cycle is not None and not self.cycle.response_started:  # a new one, whose task has not begun
+            self.scope["extensions"] = {WRITE: partial(_write, self.cycle)}  # type: ignore[dict-item]
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -75,6 +82,17 @@ class Protocol(H11Protocol):
         for timer in (self._reading, self._writing):
             if timer is not None:
                 timer.cancel()
+
+
+def _write(cycle: RequestResponseCycle, data: bytes) -> bool:
+    """A piece of a streamed body as one HTTP chunk, at a fraction of what h11 and the middleware in between take for it.
+
+    Only once the answer has begun, without a Content-Length. False: it has to go the long way.
+    """
+    if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or cycle.scope["http_version"] != "1.1":
+        return False
+    cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    return True
 
 
 def _watch_peer(sock: socket.socket) -> None:

@@ -25,6 +25,7 @@ log = logging.getLogger("appliance.server")
 MAX_BODY = 32 * 1024**2
 BODY_S, BODY_RATE = 20.0, 16 * 1024  # seconds that a body may take, and one more for so many bytes that have come
 LARGE_BODY = 256 * 1024  # above this, parsing leaves the event loop
+WRITE = "appliance.write"  # an extension of ASGI: a streamed body's piece to the socket, or False for "send it as usual"
 DONE = b"data: [DONE]\n\n"
 
 
@@ -95,7 +96,7 @@ class EventStream(Response):
         self.chunks, self._alive, self._quiet_s, self._latest = chunks, alive, quiet_s, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        task, gone = asyncio.create_task(self._send(send)), asyncio.create_task(_gone(receive))
+        task, gone = asyncio.create_task(self._send(scope, send)), asyncio.create_task(_gone(receive))
         more = [asyncio.create_task(self._keep_alive(send))] if self._alive else []
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -107,11 +108,13 @@ class EventStream(Response):
             await _end(task, gone, *more)
             await self.chunks.aclose()
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        write: Callable[[bytes], bool] | None = scope.get("extensions", {}).get(WRITE)
         async for chunk in self.chunks:
             self._latest = time.monotonic()
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            if write is None or not write(chunk):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
         self._latest = math.inf
         await send({"type": "http.response.body", "body": b""})
 
