@@ -1,235 +1,23 @@
-"""The engine in a process of its own, and the asyncio client that talks to it.
-
-The child is started with ``python -m appliance.runtime.worker FD``: no fork of a process that holds threads, no second import
-of the caller's main module. One socket pair carries pickled tuples both ways; when either end goes away the other one sees it.
-"""
+"""The engine in a process of its own; appliance/runtime/client.py starts it and talks to it."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import os
-import queue
 import signal
-import socket
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import AsyncGenerator
 from multiprocessing.connection import Connection
 from typing import Any
 
-import psutil
-
-from appliance.config import EngineConfig
-from appliance.core.messages import Abort, EngineInfo, Event, ResetPrefixCache, Stats, Submit
+from appliance.core.messages import Abort, Event, ResetPrefixCache, Submit
 from appliance.core.params import RequestError
-from appliance.runtime.logs import send_lines, take_lines
+from appliance.runtime.logs import send_lines
 from quant.errors import InputError
 
 log = logging.getLogger("appliance.worker")
 
 STATS_INTERVAL = 0.2  # seconds between snapshots while steps run
-STILL_S = 30.0  # an engine that has work, says nothing for so long and used no processor time meanwhile: it is stopped, or waits
-
-
-class EngineDied(RuntimeError):
-    """The engine process is gone; the requests it held cannot be answered."""
-
-
-class Client:
-    """Starts the engine process and multiplexes requests over it. All methods belong to one event loop."""
-
-    COMMAND = (sys.executable, "-m", "appliance.runtime.worker")  # and the number of its end of the socket pair
-
-    def __init__(self, config: EngineConfig, *, step_timeout: float = 0.0) -> None:
-        """``step_timeout``: seconds after which an engine that has work and finishes no step is ended; 0: never."""
-        self.config, self.step_timeout = config, step_timeout
-        self.state = "unloaded"  # then loading, ready, dead or stopped
-        self.info: EngineInfo | None = None
-        self.failure: str | None = None
-        self.loading: tuple[int, int] = (0, 0)
-        self._stats = Stats()
-        self._streams: dict[str, asyncio.Queue[Event | Exception]] = {}
-        self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._conn: Connection | None = None
-        self._ended = asyncio.Event()
-        self._heard = 0.0  # when the engine last said something, or was given work while it had none
-        self._watch: asyncio.Task[None] | None = None  # while there is work
-
-    async def start(self) -> None:
-        """Start the process and wait until the model is loaded. Raises InputError with the engine's words, or EngineDied."""
-        self.state = "loading"
-        ours, theirs = socket.socketpair()
-        command = [*self.COMMAND, str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        theirs.close()
-        self._conn = Connection(ours.detach())
-        loop = asyncio.get_running_loop()
-        self._ready: asyncio.Future[None] = loop.create_future()
-        self._outbox.put((self.config, logging.getLogger("appliance").getEffectiveLevel()))
-        threading.Thread(target=take_lines, args=(self._process.stderr,), name="engine-lines", daemon=True).start()
-        threading.Thread(target=self._write, name="engine-writer", daemon=True).start()
-        threading.Thread(target=self._read, args=(loop,), name="engine-reader", daemon=True).start()
-        await self._ready
-
-    async def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
-        """Events of all ``n`` completions, until each has ended. Closing or cancelling the iterator aborts what is left.
-
-        Raises RequestError when the engine refuses the request, EngineDied when it dies on the way.
-        """
-        if self.state != "ready":
-            raise EngineDied(self.failure or f"the engine is {self.state}")
-        if submit.request_id in self._streams:
-            raise RequestError(f"request id {submit.request_id!r} is already in use", param="request_id", status=409)
-        if not self._streams:
-            self._heard = time.monotonic()
-        stream = self._streams[submit.request_id] = asyncio.Queue()
-        if self.step_timeout and (self._watch is None or self._watch.done()):
-            self._watch = asyncio.create_task(self._watch_steps())
-        left = submit.params.width
-        try:
-            self._outbox.put(submit)
-            while left:
-                item = await stream.get()
-                if isinstance(item, Exception):
-                    left = 0
-                    raise item
-                left -= item.finish_reason is not None
-                yield item
-        finally:
-            del self._streams[submit.request_id]
-            if left:
-                self.abort(submit.request_id)
-
-    def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> None:
-        """End a request, or one of its completions, in the engine. Unknown or ended ones are ignored."""
-        self._outbox.put(Abort(request_id, index, reason))
-
-    def reset_prefix_cache(self) -> None:
-        """Requests that are generated from now on find nothing of earlier ones."""
-        self._outbox.put(ResetPrefixCache())
-
-    @property
-    def pid(self) -> int | None:
-        """The engine process."""
-        return self._process.pid if self._process else None
-
-    @property
-    def active(self) -> int:
-        """Requests that are not yet answered to the end."""
-        return len(self._streams)
-
-    def knows(self, request_id: str) -> bool:
-        return request_id in self._streams
-
-    async def stats(self) -> Stats:
-        """The latest snapshot; never waits for a step."""
-        return self._stats
-
-    async def wait_ended(self) -> None:
-        """Until the engine process is gone."""
-        await self._ended.wait()
-
-    async def stop(self, drain_s: float = 0.0) -> None:
-        """Let running requests finish for up to ``drain_s`` seconds, abort the rest, and end the process."""
-        deadline = time.monotonic() + drain_s
-        while self.state == "ready" and self._streams and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        for request_id in list(self._streams):
-            self.abort(request_id)
-        if self.state in ("loading", "ready"):
-            self.state = "stopped"
-        if self._process is None:
-            return
-        self._outbox.put(None)
-        try:
-            await asyncio.to_thread(self._process.wait, 2.0)
-        except subprocess.TimeoutExpired:  # in the middle of a long step, or still loading
-            self._process.kill()
-            await asyncio.to_thread(self._process.wait)
-
-    async def _watch_steps(self) -> None:
-        """End an engine that is stuck, so that those who wait hear of it and another can be started. Only while there is work."""
-        assert self._process is not None
-        process, heard, before = psutil.Process(self._process.pid), 0.0, 0.0
-        limit = min(STILL_S, self.step_timeout)
-        while self._streams and self.state == "ready":
-            with contextlib.suppress(psutil.Error):  # it has just ended: the reader sees that too
-                used = sum(process.cpu_times()[:2])
-                if heard != self._heard:
-                    heard, before = self._heard, used
-                silent = time.monotonic() - heard
-                still = used - before < 0.01 * silent
-                if silent > self.step_timeout or (silent > limit and still):
-                    why = "uses no processor time" if still else "finishes no step"
-                    self.failure = f"the engine is stuck: it has work, but {why} since {silent:.0f} s"
-                    log.error("%s; it is ended", self.failure)
-                    self._process.kill()
-                    return
-            await asyncio.sleep(limit / 8)
-
-    def _write(self) -> None:
-        assert self._conn is not None
-        try:
-            while (message := self._outbox.get()) is not None:
-                self._conn.send(message)
-            self._conn.send(None)
-        except OSError:
-            log.debug("the engine's end of the pipe is closed")  # the reader sees the same and reports it
-
-    def _read(self, loop: asyncio.AbstractEventLoop) -> None:
-        assert self._conn is not None
-        try:
-            while True:
-                loop.call_soon_threadsafe(self._take, self._conn.recv())
-        except (EOFError, OSError):
-            with contextlib.suppress(RuntimeError):  # the loop may be closed already
-                loop.call_soon_threadsafe(self._gone)
-
-    def _take(self, message: tuple[Any, ...]) -> None:
-        self._heard = time.monotonic()
-        match message:
-            case ("events", events, stats):
-                if stats is not None:
-                    self._stats = stats
-                for event in events:
-                    if stream := self._streams.get(event.request_id):
-                        stream.put_nowait(event)
-            case ("refused", request_id, text, param, code, status):
-                if stream := self._streams.get(request_id):
-                    stream.put_nowait(RequestError(text, param=param, code=code, status=status))
-            case ("loading", done, total):
-                self.loading = (done, total)
-            case ("ready", info, stats):
-                self.info, self._stats = info, stats
-                if self.state == "loading":
-                    self.state = "ready"
-                if not self._ready.done():
-                    self._ready.set_result(None)
-            case ("failed", text, is_input):
-                self.failure = text
-                if not self._ready.done():
-                    self._ready.set_exception(InputError(text) if is_input else EngineDied(text))
-
-    def _gone(self) -> None:
-        """The pipe closed: the process has ended, or is about to."""
-        self._ended.set()
-        if self.state != "stopped":
-            self.state = "dead"
-            assert self._process is not None
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(0.5)
-            self.failure = self.failure or f"the engine process ended unexpectedly (exit code {self._process.returncode})"
-            log.error("%s", self.failure)
-        reason = self.failure or "the server is shutting down"
-        if not self._ready.done():
-            self._ready.set_exception(EngineDied(reason))
-        for stream in self._streams.values():
-            stream.put_nowait(EngineDied(reason))
 
 
 def serve(conn: Connection) -> None:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from appliance.config import EngineConfig, ServerConfig
-from appliance.runtime.worker import EngineDied
+from appliance.runtime.client import EngineDied
 from appliance.server import catalog, chat, completions, info, logs, openapi
 from appliance.server.errors import EngineFailed, JSONResponse, error_body, error_response, failure, speaks_anthropic
 from appliance.server.guard import Guard

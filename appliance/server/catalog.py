@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from appliance.core.params import RequestError
-from appliance.runtime.worker import EngineDied
+from appliance.runtime.client import EngineDied
 from appliance.server.errors import RETRY_AFTER_S, JSONResponse, error_body, unavailable
 from appliance.server.host import EngineHost, Host
 from appliance.server.respond import read
@@ -39,12 +39,6 @@ def _card(site: Site, host: Host, name: str) -> dict[str, Any]:
 async def models(request: Request) -> Response:
     site = site_of(request)
     return JSONResponse({"object": "list", "data": [_card(site, host, name) for host in site.hosts for name in host.names]})
-
-
-@router.get("/v1/models/{model:path}")
-async def model(request: Request, model: str) -> Response:
-    site = site_of(request)
-    return JSONResponse(_card(site, site.find(model or "(none)"), model))
 
 
 @router.get("/health")
@@ -81,6 +75,13 @@ async def unload_model(request: Request) -> Response:
     site, host = site_of(request), _own(request, body.model)
     await asyncio.shield(asyncio.ensure_future(site.send_away(host, wait=True)))
     return JSONResponse({"success": True, "model": host.names[0], "status": host.status})
+
+
+@router.get("/v1/models/{model:path}")
+async def model(request: Request, model: str) -> Response:
+    """Behind the two above: of a method that none of them has, the first one's are told."""
+    site = site_of(request)
+    return JSONResponse(_card(site, site.find(model or "(none)"), model))
 
 
 def _own(request: Request, name: str) -> EngineHost:

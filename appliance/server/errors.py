@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from appliance.core.params import RequestError
-from appliance.runtime.worker import EngineDied
+from appliance.runtime.client import EngineDied
 from appliance.server.limits import RateLimited
 from quant.errors import InputError
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from appliance.core.params import RequestError
 from appliance.models_file import Entry
-from appliance.runtime.worker import Client, EngineDied
+from appliance.runtime.client import Client, EngineDied
 from appliance.server.errors import unavailable
 from appliance.server.state import ServerState, Shared
 from appliance.text.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ import uvicorn
 from tqdm import tqdm
 
 from appliance.config import ServerConfig
-from appliance.runtime.worker import EngineDied
+from appliance.runtime.client import EngineDied
 from appliance.server import logs
 from appliance.server.app import app_of
 from appliance.server.errors import unavailable

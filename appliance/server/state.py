@@ -30,7 +30,7 @@ log = logging.getLogger("appliance.server")
 
 
 class EngineClient(Protocol):
-    """What the server needs of ``appliance.runtime.worker.Client``."""
+    """What the server needs of ``appliance.runtime.client.Client``."""
 
     state: str
     info: EngineInfo | None

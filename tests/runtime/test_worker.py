@@ -15,7 +15,7 @@ import pytest
 from appliance.config import EngineConfig
 from appliance.core.messages import Event, Submit
 from appliance.core.params import RequestError
-from appliance.runtime.worker import Client, EngineDied
+from appliance.runtime.client import Client, EngineDied
 from quant.errors import InputError
 from tests.runtime.conftest import submit
 

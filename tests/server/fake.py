@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from appliance.core.messages import EngineInfo, Event, Stats, Submit, TokenLogprob
 from appliance.core.params import SamplingParams
-from appliance.runtime.worker import EngineDied
+from appliance.runtime.client import EngineDied
 
 VOCAB = 99
 END = 2  # "</s>" of the tiny tokenizer

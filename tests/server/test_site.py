@@ -13,7 +13,7 @@ import pytest
 from appliance.config import EngineConfig, ServerConfig
 from appliance.core.params import RequestError
 from appliance.models_file import Entry
-from appliance.runtime.worker import EngineDied
+from appliance.runtime.client import EngineDied
 from appliance.server import host as host_module
 from appliance.server.host import EngineHost
 from appliance.server.site import Site
