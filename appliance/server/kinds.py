@@ -47,7 +47,7 @@ RANGES: dict[str, dict[str, float]] = {
     "min_p": {"minimum": 0, "maximum": 1},
     "presence_penalty": _PENALTY,
     "frequency_penalty": _PENALTY,
-    "repetition_penalty": {"exclusiveMinimum": 0},
+    "repetition_penalty": {"minimum": 0.001, "maximum": 1000},
     "length_penalty": {"minimum": -10, "maximum": 10},
     "seed": {"minimum": -(2**63), "maximum": 2**64 - 1},
     "max_tokens": {"minimum": 0},

@@ -55,7 +55,7 @@ class Operation:
     summary: str
     body: type | None = None
     example: Mapping[str, Any] | None = None  # of a body
-    query: Mapping[str, tuple[type, str]] | None = None  # name -> type, and what it is; all may be left out
+    query: Mapping[str, tuple[Any, str]] | None = None  # name -> type, and what it is; all may be left out
     answer: Any = None
     text: str | None = None  # the media type of an answer that is no JSON
     events: Any = None
@@ -83,6 +83,8 @@ class _Plain(GenerateJsonSchema):
     def model_schema(self, schema: Any) -> dict[str, Any]:
         found = super().model_schema(schema)
         if issubclass(schema["cls"], Fields):
+            for name in schema["cls"].not_described:
+                found["properties"].pop(name, None)
             for name, field in found["properties"].items():
                 for kind in field.get("anyOf", [field]):
                     kind |= RANGES.get(name, {}) if kind.get("type") in ("integer", "number") else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from appliance.server import answers
 from appliance.server.messages import described as messages
 from appliance.server.openapi import COMPUTE, Operation
+from appliance.server.responses import described as responses
 from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, ModelRequest, TokenizeRequest
 
 HELLO = [{"role": "user", "content": "Hello!"}]
@@ -98,5 +99,6 @@ OPERATIONS: dict[str, Operation] = {
         errors=(404, 503),
     ),
     "GET /openapi.json": Operation(tag="server", summary="This description", answer=dict[str, object]),
+    **responses.OPERATIONS,
     **messages.OPERATIONS,
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Collection
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -15,6 +16,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 class Fields(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
+    not_described: ClassVar[Collection[str]] = ()  # fields that are read in order to be refused
 
     @model_validator(mode="before")
     @classmethod
@@ -88,9 +90,12 @@ class SamplingFields(Fields):
             raise RequestError(message, param="best_of")
         if self.cache_salt == "":
             raise RequestError("cache_salt is empty: give it at least one character, or leave it out", param="cache_salt")
-        texts = self.stop if isinstance(self.stop, list) else [self.stop or ""]
+        texts = self.stop if isinstance(self.stop, list) else [] if self.stop is None else [self.stop]
         if not all(isinstance(text, str) for text in texts):
             raise RequestError(f"stop must be text or a list of texts, got {self.stop!r:.80}", param="stop")
+        if self.repetition_penalty is not None and not 0.001 <= self.repetition_penalty <= 1000:  # logits stay finite
+            message = f"repetition_penalty must be a number at least 0.001 and at most 1000, got {self.repetition_penalty}"
+            raise RequestError(message, param="repetition_penalty")
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError("prompt_logprobs cannot be streamed: set stream=false", param="prompt_logprobs")
         if self.truncation_side not in ("left", "right"):
@@ -112,6 +117,7 @@ class CompletionRequest(SamplingFields):
 
 
 class ChatRequest(SamplingFields):
+    not_described = ("echo",)
     messages: Messages
     logprobs: bool = False
     top_logprobs: int | None = None

@@ -55,7 +55,7 @@ def test_every_field_is_described(described: dict[str, Any]) -> None:
             assert body.__subclasses__(), f"no route takes {body.__name__}"
             continue
         found = schemas[body.__name__]["properties"]
-        assert found.keys() == {field.alias or name for name, field in body.model_fields.items()}
+        assert found.keys() == {field.alias or name for name, field in body.model_fields.items()} - {*body.not_described}
         assert all(field for field in found.values()), f"{body.__name__} has fields of which nothing is said"
     assert used <= {*bodies()}
 
@@ -165,6 +165,12 @@ def test_answers_are_as_described(tokenizer: Tokenizer, described: dict[str, Any
                 filled = path.replace("{model:path}", "tiny")
                 conformity.check(http.get(filled), "get", path.replace(":path}", "}"))
                 done.add(route)
+        kept = http.post("/v1/responses", json={"input": "hello", "max_output_tokens": 2}).json().get("id", "none")
+        for method, rest in (("get", ""), ("get", "/input_items"), ("post", "/cancel"), ("delete", ""), ("delete", "")):
+            response = http.request(method, f"/v1/responses/{kept}{rest}")
+            assert response.status_code in ((200, 400, 404) if ready else (404,)), response.text
+            conformity.check(response, method, f"/v1/responses/{{response_id}}{rest}")
+            done.add(f"{method.upper()} /v1/responses/{{response_id}}{rest}")
         conformity.check(http.delete("/v1/requests/none"), "delete", "/v1/requests/{request_id}")
         conformity.check(http.get("/logs?after=x"), "get", "/logs")
         for path in ("/v1/models/load", "/v1/models/unload"):  # tests/server/test_models.py has a server that may
@@ -188,7 +194,10 @@ def test_it_needs_a_key_where_there_are_keys(tokenizer: Tokenizer, served: Serve
     engine = EngineConfig(model=str(served.state.engine_config.model))
     with serve_in_thread(FakeClient, tokenizer, engine, ServerConfig(api_key=("secret",))) as one, one.http as http:
         assert http.get("/openapi.json").status_code == 401
-        assert http.get("/openapi.json", headers={"Authorization": "Bearer secret"}).json()["security"] == [{"bearer": []}, {"x-api-key": []}]
+        assert http.get("/openapi.json", headers={"Authorization": "Bearer secret"}).json()["security"] == [
+            {"bearer": []},
+            {"x-api-key": []},
+        ]
 
 
 def test_schemathesis(served: Served, described: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from appliance.core.params import RequestError
 from appliance.server.fields import refuse
 from appliance.server.schemas import ChatRequest, Fields, _refusal
 
-_BLOCK = {"type": "object", "properties": {"type": {"type": "string"}}, "required": ["type"]}
+_BLOCK = {"type": ["object", "string"], "properties": {"type": {"type": "string"}}, "required": ["type"]}
 Content = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _BLOCK}]})]
 
 # Fields of chat that mean the same here.

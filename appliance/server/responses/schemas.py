@@ -89,6 +89,8 @@ class ResponsesText(Fields):
 class InputTokensRequest(SamplingFields):
     """A conversation: what /v1/responses/input_tokens takes. Of chat's fields those that are not refused mean the same."""
 
+    not_described = tuple(REFUSED_HERE)
+
     stream_options: ResponsesStreamOptions | None = None  # type: ignore[assignment]  # another kind than chat's
     input: Input = None
     instructions: str | None = None
@@ -105,7 +107,7 @@ class InputTokensRequest(SamplingFields):
     def check(self) -> None:
         """What can be said of the fields without a model. Raises RequestError."""
         given = {**{name: getattr(self, name) for name in self.model_fields_set}, **(self.model_extra or {})}
-        refuse({name: value for name, value in given.items() if value is not None}, REFUSED_HERE)
+        refuse({name: value for name, value in given.items() if value is not None}, REFUSED | REFUSED_HERE)
         for name in HARMLESS | REFUSED_HERE.keys():
             (self.model_extra or {}).pop(name, None)
         if self.text.verbosity is not None:
