@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from quant.errors import InputError
 
 MAX_BEAMS = 256  # what a step looks at grows with their square
 MAX_LENGTH_PENALTY = 10.0  # beyond that the powers of lengths are no numbers any more
+MAX_WORDS, MAX_WORDS_CHARS = 1024, 32768  # of ``stop``, and of ``bad_words``: all of them are looked for at each token
+MAX_IDS = 2**19  # of a list of token ids: more than any vocabulary has
 # What would change the order of tokens or the end of a text: field -> values that do not.
 NOT_FOR_BEAMS: dict[str, tuple[object, ...]] = {
     "presence_penalty": (0,),
@@ -198,10 +201,19 @@ class SamplingParams:
     def _check_lists(self) -> None:
         if any(not isinstance(s, str) or not s for s in self.stop or ()):
             raise RequestError("stop holds an empty or non-text entry: a stop string needs at least one character", param="stop")
+        for name in ("stop", "bad_words"):
+            words = getattr(self, name)
+            size = sum(len(word) for word in words if isinstance(word, str))
+            if len(words) > MAX_WORDS or size > MAX_WORDS_CHARS:
+                most = f"at most {MAX_WORDS} of {MAX_WORDS_CHARS} characters in all are taken"
+                message = f"{name} has {len(words)} entries of {size} characters: {most}"
+                raise RequestError(message, param=name)
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True: use stop_token_ids instead", param="stop")
         for name in ("stop_token_ids", "allowed_token_ids"):
             ids = getattr(self, name) or ()
+            if len(ids) > MAX_IDS:
+                raise RequestError(f"{name} has {len(ids)} entries, more than any vocabulary has tokens", param=name)
             if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
                 raise RequestError(f"{name} must be a list of token ids (integers >= 0), got {list(ids)[:5]}", param=name)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
@@ -238,7 +250,7 @@ class BeamSearchParams:
 def _bias(bias: dict[Any, Any]) -> dict[int, float]:
     try:
         clean = {int(token): float(value) for token, value in bias.items()}
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, OverflowError):
         raise RequestError(f"logit_bias must map token ids to numbers, got {bias!r:.80}", param="logit_bias") from None
     for token, value in clean.items():
         if token < 0 or not -100.0 <= value <= 100.0:
@@ -250,10 +262,10 @@ def _number(
     name: str, value: Any, low: float, high: float, *, integer: bool = False, open_low: bool = False, hint: str = ""
 ) -> None:
     kinds = int if integer else (int, float)
-    good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= sys.float_info.max  # neither inf nor nan
     if good and (low < value if open_low else low <= value) and value <= high:
         return
     what = "an integer" if integer else "a number"
     below = f"above {low}" if open_low else f"at least {low}"
     above = "" if high == math.inf else f" and at most {high}"
-    raise RequestError(f"{name} must be {what} {below}{above}{f' ({hint})' if hint else ''}, got {value!r}", param=name)
+    raise RequestError(f"{name} must be {what} {below}{above}{f' ({hint})' if hint else ''}, got {value!r:.80}", param=name)

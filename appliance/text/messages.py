@@ -74,6 +74,6 @@ def _tool_call(call: Any, where: str) -> Any:
         return call
     try:
         arguments = json.loads(function["arguments"] or "{}")
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
         raise RequestError(f"{where}.function.arguments is not JSON: {error}", param=where) from None
     return {**call, "function": {**function, "arguments": arguments}}

@@ -68,9 +68,12 @@ class Tokenizer:
         return frozenset(i for i in ids if i is not None and i in self.special_ids)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``, never truncated; RequestError where it is not valid Unicode."""
+        """Token ids of ``text``, never truncated; RequestError where it is not valid Unicode.
+
+        As a batch of one: only for batches does the library let other threads run meanwhile.
+        """
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except TypeError:
             raise RequestError("the text holds an unpaired surrogate (half of a \\ud83d\\ude00 pair)", param="prompt") from None
 
