@@ -22,7 +22,7 @@ export class MessageView {
     this.foot = el("div", { class: "figures" });
     this.error = el("div", { class: "error", role: "alert", hidden: true });
     this.buttons = el("div", { class: "actions" });
-    const foot = el("div", { class: "under" }, this.buttons, this.foot);
+    const foot = el("div", { class: "under" }, this.foot, this.buttons);
     const answered = [this.name, this.details, this.content, this.calls, this.error, foot];
     const parts = message.role === "assistant" ? answered : [this.name, this.content, foot];
     this.element = el("article", { class: `message ${message.role}` }, parts);
