@@ -10,6 +10,8 @@ import pytest
 
 from tests.server.conftest import Served
 from tests.server.test_completions import events
+from tests.server.test_responses import CALL_OF_ROME, say, told
+from tests.server.test_responses import TOOL as FUNCTION
 from tests.server.test_tools import TOOL, serve
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
@@ -110,3 +112,58 @@ def test_calls_are_as_openai_describes_them(schemas: Any, tmp_path: Path) -> Non
         schemas("CreateChatCompletionResponse").validate(answer)
         for chunk in events(one.post("/v1/chat/completions", **body, stream=True).text):
             schemas("CreateChatCompletionStreamResponse").validate(chunk)
+
+
+EVENTS = {
+    "response.created": "ResponseCreatedEvent",
+    "response.in_progress": "ResponseInProgressEvent",
+    "response.output_item.added": "ResponseOutputItemAddedEvent",
+    "response.output_item.done": "ResponseOutputItemDoneEvent",
+    "response.content_part.added": "ResponseContentPartAddedEvent",
+    "response.content_part.done": "ResponseContentPartDoneEvent",
+    "response.output_text.delta": "ResponseTextDeltaEvent",
+    "response.output_text.done": "ResponseTextDoneEvent",
+    "response.reasoning_text.delta": "ResponseReasoningTextDeltaEvent",
+    "response.reasoning_text.done": "ResponseReasoningTextDoneEvent",
+    "response.function_call_arguments.delta": "ResponseFunctionCallArgumentsDeltaEvent",
+    "response.function_call_arguments.done": "ResponseFunctionCallArgumentsDoneEvent",
+    "response.completed": "ResponseCompletedEvent",
+    "response.incomplete": "ResponseIncompleteEvent",
+    "response.failed": "ResponseFailedEvent",
+}
+
+
+@pytest.mark.realdata
+def test_responses_are_as_openai_describes_them(schemas: Any, tmp_path: Path) -> None:
+    """Every event, every item, and what is kept."""
+    with serve(tmp_path, "Hermes") as one:
+        check_responses(one, schemas)
+
+
+def check_responses(hermes: Served, schemas: Any) -> None:
+    say(hermes, f"<think>Hm.</think>Hi {CALL_OF_ROME}")
+    validators = {kind: schemas(name) for kind, name in EVENTS.items()}
+    seen = set()
+    for body in ({}, {"max_output_tokens": 30}, {"top_logprobs": 2, "include": ["message.output_text.logprobs"], "user": "me"}):
+        body = {"input": "hello", "tools": [FUNCTION], "instructions": "Be kind.", **body}
+        whole = hermes.post("/v1/responses", **body).json()
+        schemas("Response").validate(whole)
+        for event in told(hermes.post("/v1/responses", **body, stream=True).text):
+            validators[event["type"]].validate(event)
+            seen.add(event["type"])
+    assert seen == EVENTS.keys() - {"response.failed"}
+    call = next(item for item in whole["output"] if item["type"] == "function_call")
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": [{"type": "input_text", "text": "sun"}]}
+    on = hermes.post("/v1/responses", input=[result], previous_response_id=whole["id"]).json()
+    with hermes.http as http:
+        items = http.get(f"/v1/responses/{on['id']}/input_items", params={"limit": 100}).json()
+        schemas("ErrorResponse").validate(http.get("/v1/responses/none").json())
+    assert [item["type"] for item in items["data"]] == [
+        "function_call_output",
+        "function_call",
+        "message",
+        "reasoning",
+        "message",
+    ]
+    schemas("ResponseItemList").validate(items)
+    schemas("TokenCountsResource").validate(hermes.post("/v1/responses/input_tokens", input="hello").json())

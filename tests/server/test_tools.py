@@ -20,7 +20,7 @@ from appliance.text.tools.choice import tool_choice
 from appliance.text.tools.detect import detect
 from quant.errors import InputError
 from tests.server.conftest import Served, serve_in_thread
-from tests.server.fake import END, FakeClient, info
+from tests.server.fake import END, FakeClient, info, score
 from tests.server.test_completions import events
 from tests.text.test_tool_choice import chat_of
 from tests.text.tool_texts import FORMS, KINDS, any_text, calls, seeded
@@ -69,12 +69,12 @@ class Scripted(FakeClient):
     def _event(self, submit: Submit, index: int, step: int) -> Event:
         said = sum(map(len, self.script[:step]))
         tokens = self.script[step] if step < len(self.script) else (END,)
-        limit = submit.params.max_tokens
+        limit, top = submit.params.max_tokens, submit.params.logprobs
+        reason = "stop" if step >= len(self.script) else None
         if limit is not None and said + len(tokens) >= limit:
-            return replace(super()._event(submit, index, 0), token_ids=tokens[: limit - said], finish_reason="length")
-        return replace(
-            super()._event(submit, index, 0), token_ids=tokens, finish_reason="stop" if step >= len(self.script) else None
-        )
+            tokens, reason = tokens[: limit - said], "length"
+        scored = None if top is None else tuple(score(token, top) for token in tokens)
+        return replace(super()._event(submit, index, 0), token_ids=tokens, logprobs=scored, finish_reason=reason)
 
 
 def serve(directory: Path, kind: str, **options: Any) -> Any:

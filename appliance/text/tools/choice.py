@@ -42,6 +42,9 @@ def tool_choice(tools: Any, choice: Any) -> ToolChoice:
     for i, tool in enumerate(tools or ()):
         _check(tool, f"tools[{i}]", seen)
     given = tuple(_completed(tool) for tool in tools or ())
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        choice, allowed = _allowed(choice.get("allowed_tools"), seen)
+        given = tuple(tool for tool in given if tool["function"]["name"] in allowed)
     if choice is None or choice in ("auto", "none"):
         return ToolChoice("auto" if given and choice != "none" else "none", given)
     name = _named(choice)
@@ -76,6 +79,21 @@ def _completed(tool: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in (("description", ""), ("parameters", _NO_PARAMETERS)):
         function.setdefault(name, value)
     return {**{k: v for k, v in tool.items() if v is not None}, "type": "function", "function": function}
+
+
+def _allowed(given: Any, known: set[str]) -> tuple[str, set[str]]:
+    """(mode, the names of the tools that there are left) of a choice of several: what is not allowed is not there."""
+    message = "tool_choice.allowed_tools must be {'mode': 'auto' or 'required', 'tools': [{'type': 'function', ...}]}"
+    if (
+        not isinstance(given, Mapping)
+        or given.get("mode") not in ("auto", "required")
+        or not isinstance(given.get("tools"), list)
+    ):
+        raise RequestError(f"{message}, got {given!r:.80}", param="tool_choice")
+    names = [_named(tool) for tool in given["tools"]]
+    if unknown := next((name for name in names if name not in known), None):
+        raise RequestError(f"tool_choice names {unknown!r:.80}, tools are: {', '.join(sorted(known))}", param="tool_choice")
+    return given["mode"], {name for name in names if name is not None}
 
 
 def _named(choice: Any) -> str | None:
