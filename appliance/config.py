@@ -130,5 +130,7 @@ class ServerConfig:
     """debug, info, warning or error."""
     log_format: str = "text"
     """text, or json: an object a line."""
+    vllm_metrics: bool = True
+    """Metrics under vLLM's names, too."""
     enable_log_requests: bool = True
     """A line of the log for each request that has ended: what it asked of whom, its tokens and seconds, never its text."""

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from appliance.config import EngineConfig, ServerConfig
 from appliance.runtime.client import EngineDied
 from appliance.server import catalog, chat, completions, info, logs, openapi
-from appliance.server.errors import EngineFailed, JSONResponse, error_body, error_response, failure, speaks_anthropic
+from appliance.server.errors import EngineFailed, JSONResponse, about, error_body, error_response, failure, speaks_anthropic
 from appliance.server.guard import Guard
 from appliance.server.habits import Habits, unserved
 from appliance.server.host import FixedHost
@@ -128,7 +128,7 @@ class RequestIds:
             return await self.app(scope, receive, send)
         given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
         ids = scope.setdefault("state", {})
-        logs.ids.set(ids)
+        about.set(ids)
         ids["request_id_given"] = usable(given)
         ids["request_id"] = given if usable(given) else uuid.uuid4().hex
 

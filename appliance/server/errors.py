@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from pydantic_core import to_json
@@ -20,6 +21,9 @@ from appliance.server.limits import RateLimited
 from quant.errors import InputError
 
 log = logging.getLogger("appliance.server")
+
+about: ContextVar[dict[str, Any] | None] = ContextVar("about", default=None)
+"""What is known of the request that this task answers: request_id, and the error_code of its answer."""
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 ANTHROPIC_TYPES = {
@@ -56,6 +60,8 @@ def unavailable(message: str, code: str) -> RequestError:
 
 def error_body(message: str, *, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    if (known := about.get()) is not None:
+        known["error_code"] = code or kind
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

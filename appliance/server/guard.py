@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from appliance.server.state import ServerState
 
 PUBLIC = frozenset({"/health", "/v1/health", "/ready", "/ping", "/"}) | pages.PATHS  # all else needs a key, where there are keys
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 32 * 1024
 
 
@@ -73,8 +74,6 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if status >= 400:
-                    self.state.metrics.http_error(status)
                 if ticket.account:
                     MutableHeaders(scope=message).update(ticket.account.headers())
             elif not message.get("more_body"):
@@ -102,7 +101,10 @@ class Guard:
             ticket.held.enter_context(ticket.account.request())
 
     def _note(self, scope: Scope, ticket: Ticket, status: int, took_s: float) -> None:
-        """In the log, and in the audit log all but reading what there is to read: dashboards do that every second."""
+        """Count it; in the log, and in the audit log all but reading what there is to read: dashboards do that every second."""
+        route = getattr(scope.get("route"), "path", scope["path"] if scope["path"] in PUBLIC else "none")
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self.state.shared.http.answered(method, route, status, scope["state"].get("error_code"))
         reads = scope["method"] in ("GET", "HEAD", "OPTIONS") and (status < 400 or scope["path"] in PUBLIC)
         record: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),

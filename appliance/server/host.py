@@ -188,6 +188,8 @@ class EngineHost:
                     log.error("%s: the engine died %d times in a row: %s", self.names[0], deaths, self.client.failure)
                     return self.hopeless.set()
                 log.error("%s: the engine has died (%s); it is started again", self.names[0], self.client.failure)
+                if self.state:
+                    self.state.metrics.restarts += 1
                 await self._renew()
                 begun = time.monotonic()
                 try:

@@ -9,6 +9,7 @@ from appliance.core.params import RequestError
 from appliance.server.errors import JSONResponse
 from appliance.server.guard import Ticket, current
 from appliance.server.route import serving, site_of, state_of
+from appliance.server.scrape import Model
 from appliance.server.stats import models_of, stats_body
 
 router = APIRouter()
@@ -32,9 +33,9 @@ async def load(request: Request) -> Response:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    state = state_of(request)
-    lost = state.audit.lost if state.audit else 0
-    text = state.metrics.text(await state.client.stats(), state.client.info, audit_lost=lost)
+    shared = state_of(request).shared
+    lost = shared.audit.lost if shared.audit else 0
+    text = shared.scrape.text([await Model.of(one) for one in shared.states], await shared.hardware.latest(), audit_lost=lost)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -15,6 +15,7 @@ from appliance.core.messages import Event, Submit, TokenLogprob
 from appliance.core.params import SamplingParams
 from appliance.server.errors import EngineFailed
 from appliance.server.guard import Ticket, current
+from appliance.server.metrics import Course
 from appliance.server.prompts import Prompt
 from appliance.text.output import Delta, OutputStream, best_of
 from appliance.text.prepare import prepare
@@ -56,8 +57,7 @@ class Job:
         ]
         self.cached_tokens = [0] * len(prompts)
         self.prompt_logprobs: list[tuple[TokenLogprob | None, ...] | None] = [None] * len(prompts)
-        self._latest: list[float | None] = [None] * len(self.outputs)  # when each choice had its latest token
-        self.first_s: list[float | None] = [None] * len(self.outputs)  # seconds from the arrival to its first one
+        self.courses = [Course(self.begun) for _ in self.outputs]
 
     def _submit(self, k: int, prompt: Prompt) -> Submit:
         name = self.id if len(self.prompts) == 1 else f"{self.id}-{k}"
@@ -109,6 +109,10 @@ class Job:
             for choice, output in enumerate(self.outputs):
                 if output.finish_reason is None:
                     self._count(choice, reason, time.time())
+            width = self.params.width
+            for k in range(len(self.prompts)):
+                longest = max(len(output.token_ids) for output in self.outputs[k * width : (k + 1) * width])
+                self.state.metrics.answered(self.params, longest)
 
     async def _pump(self, k: int, submit: Submit) -> None:
         try:
@@ -129,10 +133,7 @@ class Job:
         if event.token_ids:
             self.answering = True
             self.ticket.generated(len(event.token_ids))
-            if (last := self._latest[choice]) is None:
-                self.first_s[choice] = now - self.begun
-            self.state.metrics.token(self.first_s[choice] if last is None else None, last and now - last)
-            self._latest[choice] = now
+            self.state.metrics.tokens(self.courses[choice], event, now)
         delta = self.outputs[choice].push(event)
         if delta.abort:
             self.state.client.abort(self.submits[k].request_id, event.index, "stop")
@@ -145,10 +146,10 @@ class Job:
         prompt = self.prompts[choice // self.params.width]
         self.state.metrics.finished(
             reason,
-            e2e=now - self.begun,
+            self.courses[choice],
+            now,
             prompt_tokens=len(prompt.token_ids),
             output_tokens=len(self.outputs[choice].token_ids),
-            params=self.params,
         )
 
     def end(self, choice: int) -> None:

@@ -6,7 +6,6 @@ import json
 import logging
 from collections import deque
 from collections.abc import Mapping
-from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,7 +13,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from appliance.config import ServerConfig
-from appliance.server.errors import JSONResponse
+from appliance.server.errors import JSONResponse, about
 from appliance.server.redact import hide
 from quant.errors import InputError
 
@@ -26,11 +25,9 @@ log = logging.getLogger("appliance.server")
 requests_log = logging.getLogger("appliance.requests")
 router = APIRouter()
 
-ids: ContextVar[Mapping[str, Any] | None] = ContextVar("ids", default=None)  # has the "request_id" of the task that answers it
-
 
 def request_id() -> str | None:
-    return (ids.get() or {}).get("request_id")
+    return (about.get() or {}).get("request_id")
 
 
 class Text(logging.Formatter):

@@ -18,11 +18,12 @@ from appliance.server.fields import unknown
 from appliance.server.hardware import Hardware
 from appliance.server.job import Job
 from appliance.server.keys import Keyring
-from appliance.server.metrics import Metrics
+from appliance.server.metrics import HttpMetrics, Metrics
 from appliance.server.parsers import Parsers
 from appliance.server.responses.store import ResponseStore
 from appliance.server.sampling import model_defaults
 from appliance.server.schemas import Fields
+from appliance.server.scrape import Scrape
 from appliance.text.tokenizer import Tokenizer
 from appliance.version import __version__
 
@@ -58,6 +59,14 @@ class Shared:
         self.begun = time.time()
         self.draining = False
         self.named: set[str] = set()  # unknown request fields that the log has named already
+        self.states: list[ServerState] = []  # of all models that were loaded so far
+        self.http, self.hardware = HttpMetrics(), Hardware(self._engines)
+        self.scrape = Scrape(self.http, vllm=config.vllm_metrics)
+
+    def _engines(self) -> dict[str, int]:
+        """The engine processes, by name: the first one has no other."""
+        pids = [(state.names[0], state.client.pid) for state in self.states]
+        return {f"engine {name}" if k else "engine": pid for k, (name, pid) in enumerate(pids) if pid}
 
 
 class ServerState:
@@ -80,7 +89,8 @@ class ServerState:
         self.defaults: dict[str, Any] = model_defaults(directory, server_config.generation_config)
         self.parsers = Parsers.of(tokenizer, server_config)
         self.metrics = Metrics(self.names[0])
-        self.hardware = Hardware(lambda: {"engine": pid} if (pid := self.client.pid) else {})
+        self.hardware = shared.hardware
+        shared.states.append(self)
         self.version = __version__
         self.token_name = lru_cache(maxsize=65536)(tokenizer.token_str if tokenizer else str)
         self.token_bytes = lru_cache(maxsize=65536)(self._bytes)

@@ -56,6 +56,7 @@ async def stats_body(state: ServerState) -> dict[str, Any]:
     stats = await state.client.stats()
     engine = {name: getattr(stats, name) for name in STATS}
     engine["requests_now"] = _requests(state, stats)
+    engine["finished"] = dict(state.metrics.reasons)  # as clients were told, by all engines since the start
     return {
         "version": state.version,
         "model": state.names[0],
@@ -91,7 +92,7 @@ def _of(job: Job, k: int, index: int) -> dict[str, Any]:
         "key": job.ticket.key,
         "model": job.ticket.model,
         "prompt": k,
-        "ttft_s": job.first_s[choice] if choice < len(job.first_s) else None,
+        "ttft_s": job.courses[choice].first_s if choice < len(job.courses) else None,
         "structured": params.structured_outputs is not None,
         "priority": job.submits[k].priority,
         **{name: getattr(params, name) for name in PARAMS},

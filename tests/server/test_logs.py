@@ -20,6 +20,7 @@ import pytest
 from appliance.config import EngineConfig, ServerConfig
 from appliance.runtime.logs import take_line, take_lines
 from appliance.server import logs
+from appliance.server.errors import about
 from appliance.server.keys import Keyring
 from appliance.server.redact import hide, is_key
 from appliance.text.tokenizer import Tokenizer
@@ -80,12 +81,12 @@ def test_text_has_time_level_logger_and_the_request() -> None:
     assert re.fullmatch(
         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} INFO appliance\.test: 7 bits", logs.Text().format(record("%d bits", 7))
     )
-    token = logs.ids.set({"request_id": "abc"})
+    token = about.set({"request_id": "abc"})
     try:
         assert logs.Text().format(record("x")).endswith("appliance.test: x [abc]")
         assert json.loads(logs.Json().format(record("x")))["request_id"] == "abc"
     finally:
-        logs.ids.reset(token)
+        about.reset(token)
     text = logs.Text().format(record("it failed", exc_info=failure()))
     assert "Traceback" in text and "Bearer ***" in text and "hidden" not in text
 
