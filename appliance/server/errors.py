@@ -36,6 +36,7 @@ ANTHROPIC_TYPES = {
     503: "overloaded_error",  # what there is for "try again"
     529: "overloaded_error",
 }
+ANTHROPIC_CODES = ("thread_unsupported_request",)  # that its clients know what to do about
 OVERLOADED = 529  # Anthropic's own status, by which its clients know that there is too much to do
 RETRY_AFTER_S = {429: 1, 503: 5}
 MAX_RETRY_S = 60.0  # clients that are told to wait longer had better tell their user
@@ -109,4 +110,7 @@ def speaks_anthropic(scope: Scope) -> bool:
 def anthropic_body(status: int, body: Mapping[str, Any], request_id: str) -> dict[str, Any]:
     """An error's body in Anthropic's form."""
     kind = ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": body["error"]["message"]}, "request_id": request_id}
+    error: dict[str, Any] = {"type": kind, "message": body["error"]["message"]}
+    if (code := body["error"]["code"]) in ANTHROPIC_CODES:
+        error["details"] = {"error_code": code}
+    return {"type": "error", "error": error, "request_id": request_id}

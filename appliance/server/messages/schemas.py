@@ -35,7 +35,6 @@ _ONE = "a message is one answer: leave it out, or use /v1/chat/completions"
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "container": (_NONE, "containers are not supported: leave it out"),
     "mcp_servers": (_NONE, "servers are not asked for tools: declare the tools, and call the servers yourself"),
-    "thread": (_NONE, "nothing is kept here: send the whole conversation as messages"),
     "compaction": (_NONE, "compaction is not supported: leave it out"),
     "stop": (_NONE, "not supported under this name: use stop_sequences"),
     "response_format": (_NONE, "not supported under this name: use output_config.format"),
@@ -88,6 +87,9 @@ class CountRequest(Fields):
     def extras(self) -> dict[str, Any]:
         """The fields for chat beside those above. Raises RequestError for what would change the answer and is not supported."""
         extra = self.model_extra or {}
+        if extra.get("thread"):  # the code is Anthropic's: its clients then go on without one
+            message = "thread: nothing is kept here: send the whole conversation as messages"
+            raise RequestError(message, param="thread", code="thread_unsupported_request")
         refuse(extra, REFUSED)
         strange = next((name for name in extra if name in ChatRequest.model_fields and name not in SHARED | REFUSED.keys()), None)
         if strange is not None:
