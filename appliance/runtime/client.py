@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -29,6 +29,7 @@ from quant.errors import InputError
 
 log = logging.getLogger("appliance.client")
 
+Sink = Callable[[Event | Exception], None]
 STILL_S = 30.0  # an engine that has work, says nothing for so long and used no processor time meanwhile: it is stopped, or waits
 
 
@@ -49,7 +50,7 @@ class Client:
         self.failure: str | None = None
         self.loading: tuple[int, int] = (0, 0)
         self._stats = Stats()
-        self._streams: dict[str, asyncio.Queue[Event | Exception]] = {}
+        self._sinks: dict[str, Sink] = {}
         self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._process: subprocess.Popen[bytes] | None = None
         self._conn: Connection | None = None
@@ -73,23 +74,33 @@ class Client:
         threading.Thread(target=self._read, args=(loop,), name="engine-reader", daemon=True).start()
         await self._ready
 
-    async def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
-        """Events of all ``n`` completions, until each has ended. Closing or cancelling the iterator aborts what is left.
+    def submit(self, submit: Submit, sink: Sink) -> None:
+        """Hand a request to the engine. ``sink`` gets each Event of its ``n`` completions, or the error that ends them all.
 
-        Raises RequestError when the engine refuses the request, EngineDied when it dies on the way.
+        Errors: RequestError when the engine refuses the request, EngineDied when it dies on the way. Raises both, too.
         """
         if self.state != "ready":
             raise EngineDied(self.failure or f"the engine is {self.state}")
-        if submit.request_id in self._streams:
+        if submit.request_id in self._sinks:
             raise RequestError(f"request id {submit.request_id!r} is already in use", param="request_id", status=409)
-        if not self._streams:
+        if not self._sinks:
             self._heard = time.monotonic()
-        stream = self._streams[submit.request_id] = asyncio.Queue()
+        self._sinks[submit.request_id] = sink
         if self.step_timeout and (self._watch is None or self._watch.done()):
             self._watch = asyncio.create_task(self._watch_steps())
+        self._outbox.put(submit)
+
+    def close(self, request_id: str, *, abort: bool) -> None:
+        """No more events of a request for its sink; ``abort``: it has not come to its end."""
+        if self._sinks.pop(request_id, None) and abort:
+            self.abort(request_id)
+
+    async def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
+        """``submit`` as an iterator. Closing or cancelling it aborts what is left."""
+        stream: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        self.submit(submit, stream.put_nowait)
         left = submit.params.width
         try:
-            self._outbox.put(submit)
             while left:
                 item = await stream.get()
                 if isinstance(item, Exception):
@@ -98,9 +109,7 @@ class Client:
                 left -= item.finish_reason is not None
                 yield item
         finally:
-            del self._streams[submit.request_id]
-            if left:
-                self.abort(submit.request_id)
+            self.close(submit.request_id, abort=left > 0)
 
     def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> None:
         """End a request, or one of its completions, in the engine. Unknown or ended ones are ignored."""
@@ -118,10 +127,10 @@ class Client:
     @property
     def active(self) -> int:
         """Requests that are not yet answered to the end."""
-        return len(self._streams)
+        return len(self._sinks)
 
     def knows(self, request_id: str) -> bool:
-        return request_id in self._streams
+        return request_id in self._sinks
 
     async def stats(self) -> Stats:
         """The latest snapshot; never waits for a step."""
@@ -134,9 +143,9 @@ class Client:
     async def stop(self, drain_s: float = 0.0) -> None:
         """Let running requests finish for up to ``drain_s`` seconds, abort the rest, and end the process."""
         deadline = time.monotonic() + drain_s
-        while self.state == "ready" and self._streams and time.monotonic() < deadline:
+        while self.state == "ready" and self._sinks and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        for request_id in list(self._streams):
+        for request_id in list(self._sinks):
             self.abort(request_id)
         if self.state in ("loading", "ready"):
             self.state = "stopped"
@@ -154,7 +163,7 @@ class Client:
         assert self._process is not None
         process, heard, before = psutil.Process(self._process.pid), 0.0, 0.0
         limit = min(STILL_S, self.step_timeout)
-        while self._streams and self.state == "ready":
+        while self._sinks and self.state == "ready":
             with contextlib.suppress(psutil.Error):  # it has just ended: the reader sees that too
                 used = sum(process.cpu_times()[:2])
                 if heard != self._heard:
@@ -194,11 +203,11 @@ class Client:
                 if stats is not None:
                     self._stats = stats
                 for event in events:
-                    if stream := self._streams.get(event.request_id):
-                        stream.put_nowait(event)
+                    if sink := self._sinks.get(event.request_id):
+                        sink(event)
             case ("refused", request_id, text, param, code, status):
-                if stream := self._streams.get(request_id):
-                    stream.put_nowait(RequestError(text, param=param, code=code, status=status))
+                if sink := self._sinks.get(request_id):
+                    sink(RequestError(text, param=param, code=code, status=status))
             case ("loading", done, total):
                 self.loading = (done, total)
             case ("ready", info, stats):
@@ -225,5 +234,5 @@ class Client:
         reason = self.failure or "the server is shutting down"
         if not self._ready.done():
             self._ready.set_exception(EngineDied(reason))
-        for stream in self._streams.values():
-            stream.put_nowait(EngineDied(reason))
+        for sink in list(self._sinks.values()):
+            sink(EngineDied(reason))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,8 @@ class Job:
         self.ticket = current.get() or Ticket()
         self.answering = False  # whether there is a token yet
         self.params = prepare(params, state.tokenizer) if state.tokenizer else params
-        self._queue: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
+        self._news: deque[tuple[int, Event | Exception]] = deque()
+        self._came = asyncio.Event()
         self.submits = [self._submit(k, prompt) for k, prompt in enumerate(prompts)]
         for submit in self.submits:
             check_submit(submit, state.info)
@@ -84,18 +86,22 @@ class Job:
         self.state.check_queue()
         self.ticket.begin(self)
         self.state.jobs.add(self)
-        tasks = [asyncio.create_task(self._pump(k, submit)) for k, submit in enumerate(self.submits)]
         self._left = len(self.outputs)
         reason = "abort"  # of the choices that do not come to their end
         try:
+            for k, submit in enumerate(self.submits):
+                self.state.client.submit(submit, partial(self._put, k))
             while self._left:
-                item = await self._queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                choice = item[0] * self.params.width + item[1].index
+                while not self._news:
+                    self._came.clear()
+                    await self._came.wait()
+                k, event = self._news.popleft()
+                if isinstance(event, Exception):
+                    raise event
+                choice = k * self.params.width + event.index
                 if self.outputs[choice].finish_reason is not None:
                     continue  # the engine's answer to the abort after a stop string
-                delta = self._take(choice, item[0], item[1])
+                delta = self._take(choice, k, event)
                 self._left -= delta.finish_reason is not None
                 yield choice, delta
         except Exception:
@@ -103,9 +109,10 @@ class Job:
             raise
         finally:
             self.state.jobs.discard(self)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            width = self.params.width
+            for k, submit in enumerate(self.submits):
+                ended = all(output.finish_reason for output in self.outputs[k * width : (k + 1) * width])
+                self.state.client.close(submit.request_id, abort=not ended)
             for choice, output in enumerate(self.outputs):
                 if output.finish_reason is None:
                     self._count(choice, reason, time.time())
@@ -114,13 +121,9 @@ class Job:
                 longest = max(len(output.token_ids) for output in self.outputs[k * width : (k + 1) * width])
                 self.state.metrics.answered(self.params, longest)
 
-    async def _pump(self, k: int, submit: Submit) -> None:
-        try:
-            async with contextlib.aclosing(self.state.client.generate(submit)) as events:
-                async for event in events:
-                    self._queue.put_nowait((k, event))
-        except Exception as error:  # the consumer raises it
-            self._queue.put_nowait(error)
+    def _put(self, k: int, news: Event | Exception) -> None:
+        self._news.append((k, news))
+        self._came.set()
 
     def _take(self, choice: int, k: int, event: Event) -> Delta:
         if event.finish_reason == "error":
@@ -161,7 +164,7 @@ class Job:
 
     def fail(self, error: Exception) -> None:
         """End the job now: whoever waits for it gets this error."""
-        self._queue.put_nowait(error)
+        self._put(0, error)
 
     def abort(self) -> None:
         """Ask the engine to stop; the choices end with finish_reason "abort"."""

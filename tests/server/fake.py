@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import replace
 
 from appliance.core.messages import EngineInfo, Event, Stats, Submit, TokenLogprob
@@ -44,9 +45,27 @@ class FakeClient:
         self.aborted: list[tuple[str, int | None]] = []
         self.submitted: list[Submit] = []
         self.running: dict[str, set[int]] = {}
+        self.pumps: dict[str, asyncio.Task[None]] = {}
         self.tokens = self.cached = self.resets = 0
         self.decay = 0.0  # added to a log-probability for each completion before it
         self._dead = asyncio.Event()
+
+    def submit(self, submit: Submit, sink: Callable[[Event | Exception], None]) -> None:
+        if self.state != "ready":
+            raise EngineDied(self.failure or f"the engine is {self.state}")
+        self.pumps[submit.request_id] = asyncio.create_task(self._pump(submit, sink))
+
+    async def _pump(self, submit: Submit, sink: Callable[[Event | Exception], None]) -> None:
+        try:
+            async with aclosing(self.generate(submit)) as events:
+                async for event in events:
+                    sink(event)
+        except Exception as error:
+            sink(error)
+
+    def close(self, request_id: str, *, abort: bool) -> None:
+        if pump := self.pumps.pop(request_id, None):
+            pump.cancel()
 
     async def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
         if self.state != "ready":
