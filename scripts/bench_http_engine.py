@@ -1,0 +1,87 @@
+"""Engines for bench_http.py: one that follows a script, and a watch over the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any, ClassVar
+
+from appliance.core.messages import EngineInfo, Event, Stats, Submit, TokenLogprob
+
+
+class Scripted:
+    """Gives every request one token a step, at a steady pace, from the moment that all of them are there."""
+
+    notes: ClassVar[dict[str, Any]] = {"steps": [], "width": 0}
+
+    @classmethod
+    def load(cls, config: Any, progress: Any = None, *, import_s: float = 0.0) -> Scripted:
+        from appliance.text.tokenizer import Tokenizer
+
+        return cls(Tokenizer.load(config.tokenizer), json.loads(os.environ["BENCH_HTTP"]))
+
+    def __init__(self, tokenizer: Any, setup: dict[str, Any]) -> None:
+        self.pace, self.streams = setup["pace"], setup["streams"]
+        text = " the"
+        (self.token,) = tokenizer.encode(text, add_special_tokens=False)
+        self.notes["width"] = len(text)
+        others = tuple((i + 300, -1.5 - i) for i in range(setup["logprobs"]))
+        self.scored = (TokenLogprob(self.token, -0.25, 1, others),) if others else None
+        self.waiting: list[tuple[str, int]] = []
+        self.running: dict[str, int] = {}  # request id -> tokens to come
+        self.next = 0.0
+        self.info = EngineInfo(
+            model="demo", directory=".", architecture="", quantization="awq", dtype="float32", device="cpu", max_model_len=4096,
+            vocab_size=len(range(4096)), eos_token_ids=(2,), ready_s=0.0, plan={},
+        )  # fmt: skip
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running)
+
+    def submit(self, submit: Submit) -> None:
+        assert submit.params.max_tokens is not None
+        self.waiting.append((submit.request_id, submit.params.max_tokens))
+        if len(self.waiting) == self.streams:
+            self.running, self.waiting = dict(self.waiting), []
+            self.next = time.monotonic() + 0.1
+
+    def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> list[Event]:
+        self.running.pop(request_id, None)
+        return []
+
+    def stats(self) -> Stats:
+        return Stats(time=time.time(), running=len(self.running))
+
+    def step(self) -> list[Event]:
+        if not self.running:
+            return []
+        time.sleep(max(0.0, self.next - time.monotonic()))
+        self.next += self.pace
+        events = []
+        for name in list(self.running):
+            self.running[name] -= 1
+            reason = None if self.running[name] else "length"
+            events.append(Event(name, 0, (self.token,), self.scored, finish_reason=reason))
+            if reason:
+                del self.running[name]
+        self.notes["steps"].append(time.monotonic())
+        return events
+
+
+def note_steps() -> dict[str, Any]:
+    """From now on the real engine notes when each step with all sequences begins and ends."""
+    from appliance.runtime.engine import Engine
+
+    notes: dict[str, Any] = {"steps": []}
+    step = Engine.step
+
+    def noted(self: Engine) -> list[Event]:
+        begun = time.monotonic()
+        events = step(self)
+        notes["steps"].append((begun, time.monotonic(), len(events)))
+        return events
+
+    Engine.step = noted  # type: ignore[method-assign]
+    return notes
