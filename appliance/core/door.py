@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from appliance.core.messages import EngineInfo, Submit
@@ -16,9 +17,9 @@ def check_submit(submit: Submit, info: EngineInfo) -> None:
     params, prompt, limit, vocab = submit.params, submit.prompt_token_ids, info.max_model_len, info.vocab_size
     if not prompt:
         raise RequestError("the prompt is empty: it needs at least one token", param="prompt")
-    check_ids("prompt", prompt, vocab)
     if len(prompt) + (params.max_tokens or 1) > limit:
         raise ContextOverflow(len(prompt), params.max_tokens, limit)
+    check_ids("prompt", prompt, vocab)
     check_ids("logit_bias", params.logit_bias or (), vocab)
     check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab)
     if params.use_beam_search and params.n + len(info.eos_token_ids) > vocab:
@@ -34,9 +35,9 @@ def check_submit(submit: Submit, info: EngineInfo) -> None:
         raise RequestError(f"priority is {submit.priority}, but {hint}", param="priority")
 
 
-def check_ids(name: str, ids: object, vocab: int) -> None:
-    wrong = next((t for t in ids if not 0 <= t < vocab), None)  # type: ignore[attr-defined]
-    if wrong is not None:
+def check_ids(name: str, ids: Collection[int], vocab: int) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < vocab:
+        wrong = next(t for t in ids if not 0 <= t < vocab)
         raise RequestError(f"{name} holds token id {wrong}, but the vocabulary has ids 0 to {vocab - 1}", param=name)
 
 

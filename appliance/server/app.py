@@ -114,7 +114,7 @@ async def post_tokenize(request: Request) -> Response:
 @router.post("/detokenize")
 async def post_detokenize(request: Request) -> Response:
     body = await read(request, DetokenizeRequest)
-    return JSONResponse(detokenize_answer(await serving(request, body.model), body))
+    return JSONResponse(await detokenize_answer(await serving(request, body.model), body))
 
 
 class RequestIds:

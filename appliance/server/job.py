@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from appliance.core.door import check_submit
 from appliance.core.messages import Event, Submit, TokenLogprob
-from appliance.core.params import SamplingParams
+from appliance.core.params import RequestError, SamplingParams
 from appliance.server.errors import EngineFailed
 from appliance.server.guard import Ticket, current
 from appliance.server.metrics import Course
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from appliance.server.schemas import SamplingFields
     from appliance.server.state import ServerState
 
+MAX_COMPLETIONS = 1024  # of a request: of all its prompts
 _numbers = count(1)  # clients may send the same X-Request-Id twice; the engine never sees a name twice
 
 
@@ -43,6 +44,10 @@ class Job:
         shown: frozenset[int] = frozenset(),
     ) -> None:
         """``shown``: special tokens that are text all the same."""
+        if (total := len(prompts) * params.width) > MAX_COMPLETIONS:
+            found = f"{len(prompts)} prompts with {params.width} completions each" if len(prompts) > 1 else f"{total} completions"
+            message = f"the request asks for {found}: at most {MAX_COMPLETIONS} in all are taken in one; send several"
+            raise RequestError(message, param="n" if params.best_of is None else "best_of")
         self.state, self.request_id, self.prompts, self.body = state, request_id, prompts, body
         self.id = f"{prefix}-{request_id}"
         self.begun = time.time()

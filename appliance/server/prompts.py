@@ -9,12 +9,16 @@ from typing import Any
 
 from appliance.core.door import ContextOverflow
 from appliance.core.params import RequestError
+from appliance.server.beside import one_at_a_time
 from appliance.server.schemas import ChatRequest, CompletionRequest, TokenizeRequest
 from appliance.text.tokenizer import Tokenizer
 
 INLINE_CHARS = 2000  # texts up to this length are tokenized on the event loop (well under a millisecond)
 CHARS_PER_TOKEN = 8  # first guess at how much text certainly overflows the context
 SLACK = 16  # tokens by which a cut text may differ from the uncut one
+MAX_PROMPTS = 1024  # of a request; each is a request of its own to the engine
+MAX_CHARS, MAX_CHARS_PER_TOKEN = 2**21, 16  # texts longer than both say (of the context) are not tokenized, truncated or not
+LARGE_CHARS = 2**17  # longer texts are tokenized one after another: a token takes some hundred bytes meanwhile
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,9 @@ async def completion_prompts(body: CompletionRequest, tokenizer: Tokenizer | Non
     """The prompts of a /v1/completions body. Raises RequestError, also when one is longer than ``limit`` tokens."""
     special = body.add_special_tokens is not False
     prompts = []
-    for one in _split(body.prompt):
+    for k, one in enumerate(_split(body.prompt)):
+        if k % 16 == 15:
+            await asyncio.sleep(0)  # others have their turn
         if isinstance(one, str):
             prompts.append(await _from_text(one, body, _needed(tokenizer), limit, special))
         else:
@@ -75,21 +81,26 @@ def _plain(message: Mapping[str, Any], i: int) -> dict[str, Any]:
     return {**plain, "role": "system"} if plain.get("role") == "developer" else plain
 
 
-async def tokenize(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
+async def tokenize(tokenizer: Tokenizer, text: str, special: bool, limit: int) -> list[int]:
+    """Token ids, of a text for a context of ``limit`` tokens. Raises RequestError where it is too long to be looked at."""
     if len(text) <= INLINE_CHARS:
         return tokenizer.encode(text, add_special_tokens=special)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=special)
+    most = max(MAX_CHARS, MAX_CHARS_PER_TOKEN * limit)
+    if len(text) > most:
+        raise RequestError(f"the text has {len(text)} characters: at most {most} are taken", param="prompt")
+    work = one_at_a_time if len(text) > LARGE_CHARS else asyncio.to_thread
+    return await work(tokenizer.encode, text, add_special_tokens=special)
 
 
 async def _from_text(text: str, body: CompletionRequest | ChatRequest, tokenizer: Tokenizer, limit: int, special: bool) -> Prompt:
     if body.truncate_prompt_tokens is None:
         cut = limit * CHARS_PER_TOKEN
         while cut < len(text):  # a text that is far too long shall not cost the time of tokenizing it all
-            count = len(await tokenize(tokenizer, text[:cut], special))
+            count = len(await tokenize(tokenizer, text[:cut], special, limit))
             if count > limit + SLACK:
                 raise ContextOverflow(count, None, limit, at_least=True)
             cut *= 2
-    ids = await tokenize(tokenizer, text, special)
+    ids = await tokenize(tokenizer, text, special, limit)
     return _truncate(Prompt(tuple(ids), text), body, limit)
 
 
@@ -109,6 +120,9 @@ def _split(prompt: Any) -> list[str | list[int]]:
     """Text, token ids, or a list of either -> a list of prompts."""
     if isinstance(prompt, str) or _is_ids(prompt):
         return [prompt]
+    if isinstance(prompt, list) and len(prompt) > MAX_PROMPTS:
+        message = f"prompt has {len(prompt)} texts: at most {MAX_PROMPTS} are taken in one request; send several"
+        raise RequestError(message, param="prompt")
     if isinstance(prompt, list) and prompt and all(isinstance(p, str) or _is_ids(p) for p in prompt):
         return prompt
     what = "text, a list of texts, a list of token ids, or a list of lists of token ids"

@@ -17,36 +17,44 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from appliance.core.params import RequestError
+from appliance.server.beside import SMALL_BODY, Share, one_at_a_time, weight
 from appliance.server.errors import describe
+from appliance.server.guard import Ticket, current
 from appliance.server.schemas import Body, parse
 
 log = logging.getLogger("appliance.server")
 
 MAX_BODY = 32 * 1024**2
 BODY_S, BODY_RATE = 20.0, 16 * 1024  # seconds that a body may take, and one more for so many bytes that have come
-LARGE_BODY = 256 * 1024  # above this, parsing leaves the event loop
+BOM = b"\xef\xbb\xbf"  # what some editors and shells put in front of UTF-8
 WRITE = "appliance.write"  # an extension of ASGI: a streamed body's piece to the socket, or False for "send it as usual"
 DONE = b"data: [DONE]\n\n"
 
 
 async def read(request: Request, schema: type[Body]) -> Body:
-    """The request's JSON body, whatever content type it claims. Raises RequestError (400, 408, 413, 415)."""
+    """The request's JSON body, whatever content type it claims. Raises RequestError (400, 408, 413, 415, 503)."""
     if (coding := request.headers.get("content-encoding", "identity")).lower() not in ("identity", ""):
         message = f"Content-Encoding {coding!r:.40} is not understood: send the body as it is"
         raise RequestError(message, code="unsupported_encoding", status=415)
-    raw, begun = bytearray(), asyncio.get_running_loop().time()
+    raw, begun, share = bytearray(), asyncio.get_running_loop().time(), Share()
+    (current.get() or Ticket()).held.callback(share.close)
     try:
         async with asyncio.timeout_at(begun + BODY_S) as limit:
             async for chunk in request.stream():
                 raw += chunk
                 if len(raw) > MAX_BODY:
                     raise RequestError(f"the body is longer than {MAX_BODY} bytes", code="body_too_large", status=413)
+                if len(raw) > SMALL_BODY:
+                    share.grow(len(raw))
                 limit.reschedule(begun + BODY_S + len(raw) / BODY_RATE)
     except TimeoutError:
         raise RequestError("the body came too slowly", code="request_timeout", status=408) from None
-    if len(raw) > LARGE_BODY:
-        return await asyncio.to_thread(parse, schema, bytes(raw))
-    return parse(schema, bytes(raw))
+    if raw.startswith(BOM):
+        del raw[: len(BOM)]
+    if len(raw) <= SMALL_BODY:
+        return parse(schema, bytes(raw))
+    share.grow(weight(raw))
+    return await one_at_a_time(parse, schema, bytes(raw))
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+from appliance.core.door import check_ids
 from appliance.core.params import RequestError
 from appliance.server.prompts import render, tokenize
 from appliance.server.schemas import DetokenizeRequest, TokenizeRequest
 from appliance.server.state import ServerState
 from appliance.text.tokenizer import Tokenizer
+
+PIECES_CHARS = 2**18  # with the text of each token
 
 
 async def tokenize_answer(state: ServerState, body: TokenizeRequest) -> dict[str, Any]:
@@ -18,23 +22,31 @@ async def tokenize_answer(state: ServerState, body: TokenizeRequest) -> dict[str
     if body.content is not None:
         if not body.parse_special:
             raise RequestError("parse_special=false is not supported", param="parse_special", code="unsupported_parameter")
-        ids = await tokenize(tokenizer, body.content, body.add_special)
-        return {"tokens": [{"id": i, "piece": tokenizer.token_str(i)} for i in ids] if body.with_pieces else ids}
+        ids = await _ids(state, body.content, body.add_special, pieces=body.with_pieces)
+        return {"tokens": await asyncio.to_thread(_pieces, tokenizer, ids) if body.with_pieces else ids}
     if body.messages is not None:
-        text = await render(tokenizer, body, body.chat_template_kwargs or {}, body.tools)
-        ids = await tokenize(tokenizer, text, bool(body.add_special_tokens))
+        text, special = await render(tokenizer, body, body.chat_template_kwargs or {}, body.tools), bool(body.add_special_tokens)
     else:
-        ids = await tokenize(tokenizer, body.prompt or "", body.add_special_tokens is not False)
-    names = [tokenizer.token_str(i) for i in ids] if body.return_token_strs else None
+        text, special = body.prompt or "", body.add_special_tokens is not False
+    ids = await _ids(state, text, special, pieces=body.return_token_strs)
+    names = [piece["piece"] for piece in await asyncio.to_thread(_pieces, tokenizer, ids)] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": names}
 
 
-def detokenize_answer(state: ServerState, body: DetokenizeRequest) -> dict[str, Any]:
-    wrong = next((t for t in body.tokens if not 0 <= t < state.info.vocab_size), None)
-    if wrong is not None:
-        message = f"tokens holds id {wrong}, but the vocabulary has ids 0 to {state.info.vocab_size - 1}"
-        raise RequestError(message, param="tokens")
-    text = _tokenizer(state).decode(body.tokens, skip_special_tokens=False)
+async def _ids(state: ServerState, text: str, special: bool, *, pieces: bool) -> list[int]:
+    if pieces and len(text) > PIECES_CHARS:
+        message = f"the text has {len(text)} characters: at most {PIECES_CHARS} are taken where each token's text is asked for"
+        raise RequestError(message, param="prompt")
+    return await tokenize(_tokenizer(state), text, special, state.info.max_model_len)
+
+
+def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[dict[str, Any]]:
+    return [{"id": i, "piece": tokenizer.token_str(i)} for i in ids]
+
+
+async def detokenize_answer(state: ServerState, body: DetokenizeRequest) -> dict[str, Any]:
+    check_ids("tokens", body.tokens, state.info.vocab_size)
+    text = await asyncio.to_thread(_tokenizer(state).decode, body.tokens, skip_special_tokens=False)
     return {"prompt": text, "content": text}
 
 
