@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -11,8 +12,8 @@ import pytest
 from pydantic import BaseModel
 
 from appliance.core.params import RequestError
-from appliance.server.responses.items import messages_of
 from appliance.server.responses.store import Record, ResponseStore
+from appliance.text.reasoning import REASONING
 from tests.server.conftest import Served
 from tests.server.test_lifecycle import eventually
 from tests.server.test_tools import CALL, ascii_only, prompt_of, serve
@@ -162,20 +163,23 @@ def test_openai_client(hermes: Served) -> None:
 def test_streamed_and_whole_answers_are_equal(any_kind: tuple[Served, Any]) -> None:
     """For every parser, whatever the model says and however it comes; and what chat says is the same."""
     served, kind = any_kind
-    for i, rng in enumerate(seeded(5, f"responses-{kind.__name__}")):
-        say(served, rng.choice(["", "<think>Hm.</think>"]) + ascii_only(any_text(rng)), i)
+    found = served.state.parsers
+    several = [None, *dict.fromkeys(REASONING.values())]
+    for i, (tags, rng) in enumerate(zip(several, seeded(len(several), f"responses-{kind.__name__}"))):
+        served.state.parsers = replace(found, tags=tags)
+        thoughts = "" if tags is None or rng.random() < 0.3 else f"{tags.start}Hm.{tags.end}"
+        say(served, thoughts + ascii_only(any_text(rng)), i)
         more = {"chat_template_kwargs": {"think": rng.random() < 0.3}, "parallel_tool_calls": rng.random() < 0.7}
         response = ask(served, tools=[TOOL], **more)
         messages = [{"role": "user", "content": "hello"}]
         chat = served.post("/v1/chat/completions", messages=messages, tools=[NESTED], **more).json()["choices"][0]["message"]
-        (message,) = [one for one in messages_of(None, response["output"]) if "tool_calls" in one][:1] or [{"tool_calls": []}]
-        assert len(message["tool_calls"]) <= len(chat.get("tool_calls", ()))
         texts = [part["text"] for item in response["output"] if item["type"] == "message" for part in item["content"]]
         assert "".join(texts) == (chat["content"] or "")
         thoughts = [part["text"] for item in response["output"] if item["type"] == "reasoning" for part in item["content"]]
         assert "".join(thoughts) == chat.get("reasoning", "")
         calls = [(item["name"], item["arguments"]) for item in response["output"] if item["type"] == "function_call"]
         assert calls == [(c["function"]["name"], c["function"]["arguments"]) for c in chat.get("tool_calls", ())]
+    served.state.parsers = found
 
 
 def test_items_come_in_the_order_in_which_they_were_written(hermes: Served) -> None:

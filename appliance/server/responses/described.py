@@ -236,7 +236,7 @@ OPERATIONS = {
     "GET /v1/responses/{response_id}": Operation(
         tag="answers",
         summary="A response that is kept",
-        query={"stream": (bool, "refused where true: a stream cannot be had a second time")},
+        query={"stream": (Literal[False], "refused where true: a stream cannot be had a second time")},
         answer=ResponseAnswer,
         errors=(400, 404),
     ),

@@ -1,4 +1,4 @@
-"""The routes of the Responses API."""
+"""The routes of OpenAI's Responses API: its requests become chat requests, the answers of those are told as items and events."""
 
 from __future__ import annotations
 
