@@ -18,7 +18,7 @@ from appliance.runtime.client import EngineDied
 from appliance.server import catalog, chat, completions, info, logs, openapi
 from appliance.server.errors import EngineFailed, JSONResponse, about, error_body, error_response, failure, speaks_anthropic
 from appliance.server.guard import Guard
-from appliance.server.habits import Habits, unserved
+from appliance.server.habits import Habits, methods, unserved
 from appliance.server.host import FixedHost
 from appliance.server.messages import router as messages
 from appliance.server.respond import read, while_connected
@@ -168,7 +168,10 @@ async def _on_http(request: Request, error: Exception) -> Response:
         405: (f"the method is not allowed here: {where}", "method_not_allowed"),
     }.get(error.status_code, (str(error.detail), None))
     body = error_body(message, status=error.status_code, code=code)
-    return failure(error.status_code, body, request.scope, error.headers)
+    headers = (
+        {"Allow": ", ".join(sorted(methods(request.app.routes, request.scope)))} if error.status_code == 405 else error.headers
+    )
+    return failure(error.status_code, body, request.scope, headers)
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:

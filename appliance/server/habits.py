@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-UNPREFIXED = ("/chat/completions", "/completions", "/models", "/responses", "/messages")  # where a base_url lacks its /v1
+UNPREFIXED = (
+    "/chat/completions",
+    "/completions",
+    "/models",
+    "/responses",
+    "/messages",
+    "/embeddings",
+)  # where a base_url lacks its /v1
 # OpenAI's and vLLM's routes that are known, and not served.
 UNSERVED = {
     "/v1/embeddings": "embeddings are not computed here",
@@ -50,3 +61,10 @@ def usual(path: str) -> str:
 def unserved(path: str) -> str | None:
     """Why there is no such route, where it is one that others have."""
     return next((why for known, why in UNSERVED.items() if path == known or path.startswith(f"{known}/")), None)
+
+
+def methods(routes: Iterable[Any], scope: Scope) -> set[str]:
+    """What a path can be asked by: its first route's methods, and those of others that are written like it."""
+    every = [one for route in routes for one in getattr(getattr(route, "original_router", None), "routes", [route])]
+    fitting = [one for one in every if one.matches(dict(scope))[0] is not Match.NONE]
+    return {method for one in fitting if one.path == fitting[0].path for method in one.methods}

@@ -13,6 +13,11 @@ from appliance.server.operations import OPERATIONS
 # Which fields go together no schema says, so not every body that fits it is served: that check alone is left out.
 LEFT_OUT = "positive_data_acceptance"
 MOST = {"max_tokens": 16, "max_completion_tokens": 16, "max_output_tokens": 16, "n": 4, "best_of": 4}  # a run shall have an end
+ONE_OF = {
+    "/tokenize": (("prompt", "messages", "content"), "Hello"),
+    "/v1/responses": (("input", "previous_response_id"), "Hello!"),
+    "/v1/responses/input_tokens": (("input", "previous_response_id"), "Hello!"),
+}
 
 
 @schemathesis.hook
@@ -35,8 +40,11 @@ def before_generate_body(context: Any, strategy: Any) -> Any:
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
-    """Answers are short: how long they may be has tests of its own."""
+    """Answers are short: how long they may be has tests of its own. Where one of several fields must be there, one is."""
     if isinstance(case.body, dict):
+        names, value = ONE_OF.get(case.operation.path, ((), None))
+        if names and all(case.body.get(name) is None for name in names):
+            case.body[names[0]] = value
         for name, most in MOST.items():
             value = case.body.get(name)
             if type(value) is int and most < value < 2**63:

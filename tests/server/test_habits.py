@@ -1,0 +1,151 @@
+"""What clients do besides: other spellings of paths, HEAD, OPTIONS, compressed bodies, routes of other services."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import httpx
+import openai
+import pytest
+
+from appliance.config import EngineConfig, ServerConfig
+from appliance.server.habits import UNSERVED, usual
+from appliance.text.tokenizer import Tokenizer
+from tests.server.conftest import Served, serve_in_thread
+from tests.server.fake import FakeClient
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("asked", "served"),
+    [
+        ("/v1/models/", "/v1/models"),
+        ("//v1/models", "/v1/models"),
+        ("/v1/v1/models", "/v1/models"),
+        ("/models", "/v1/models"),
+        ("/models/alias/of-tiny", "/v1/models/alias/of-tiny"),
+        ("/chat/completions/", "/v1/chat/completions"),
+        ("/", "/"),
+        ("//", "/"),
+        ("/modelsx", "/modelsx"),
+        ("/chat", "/chat"),
+        ("/v1/v2/models", "/v1/v2/models"),
+    ],
+)
+def test_one_spelling(asked: str, served: str) -> None:
+    assert usual(asked) == served == usual(served)
+
+
+@pytest.mark.parametrize(
+    "path", ["/chat/completions", "/v1/chat/completions/", "/v1/v1/chat/completions", "//v1/chat/completions"]
+)
+def test_chat_by_any_path(served: Served, path: str) -> None:
+    response = served.post(served.url + path, messages=HELLO, max_tokens=5)
+    assert response.status_code == 200 and response.json()["choices"][0]["message"]["content"] == "user"
+    assert not response.history  # at once, without being sent elsewhere
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/", "/v1/v1"])
+def test_a_base_url_as_people_write_it(served: Served, suffix: str) -> None:
+    http = httpx.Client(trust_env=False)
+    client = openai.OpenAI(base_url=served.url + suffix, api_key="none", max_retries=0, http_client=http)
+    assert [m.id for m in client.models.list()] == ["tiny", "alias/of-tiny"]
+    assert client.completions.create(model="tiny", prompt="hello", max_tokens=4).choices[0].text == "hel"
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/models/", "/metrics", "/stats", "/version", "/openapi.json"])
+def test_head(served: Served, path: str) -> None:
+    with served.http as http:
+        head, get = http.head(path), http.get(path)
+    assert head.status_code == get.status_code == 200 and head.content == b"" and get.content
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_head_of_what_is_not_there(served: Served) -> None:
+    with served.http as http:
+        assert http.head("/nothing").status_code == 404
+        assert http.head("/v1/completions").status_code == 405
+        assert http.get("/health").status_code == 200  # the connection is as good as before
+
+
+def test_the_key_is_asked_for_by_every_path(tokenizer: Tokenizer, served: Served) -> None:
+    engine = EngineConfig(model=str(served.state.engine_config.model))
+    with serve_in_thread(FakeClient, tokenizer, engine, ServerConfig(api_key=("secret",))) as one, one.http as http:
+        for path in ("/models", "//v1/models", "/v1/models/", "/v1/v1/models", "/health/../stats", "//stats", "/stats/", "/x//"):
+            for method in ("GET", "HEAD", "POST", "OPTIONS"):
+                assert http.request(method, one.url + path).status_code == 401, (method, path)
+        assert http.get("/health/").status_code == 200 == http.head(f"{one.url}//health").status_code
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/models", "GET"),
+        ("/v1/completions", "POST"),
+        ("/v1/models/load", "POST"),
+        ("/v1/models/tiny", "GET"),
+        ("/v1/responses/x", "DELETE, GET"),
+    ],
+)
+def test_wrong_methods_are_told_the_right_ones(served: Served, path: str, allowed: str) -> None:
+    with served.http as http:
+        for method in ("OPTIONS", "PUT", "TRACE"):
+            response = http.request(method, path)
+            assert response.status_code == 405 and response.headers["allow"] == allowed
+            assert response.json()["error"]["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "deflate", "zstd", "GZIP"])
+def test_compressed_bodies(served: Served, coding: str) -> None:
+    body = gzip.compress(json.dumps({"messages": HELLO}).encode())
+    with served.http as http:
+        response = http.post("/v1/chat/completions", content=body, headers={"Content-Encoding": coding})
+        assert response.status_code == 415 and response.json()["error"]["code"] == "unsupported_encoding"
+        assert coding in response.json()["error"]["message"]
+        plain = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}, headers={"Content-Encoding": "identity"})
+        assert plain.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "kind", [None, "text/plain", "application/json; charset=utf-8", "application/x-www-form-urlencoded", "nonsense", ""]
+)
+def test_content_types(served: Served, kind: str | None) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    with served.http as http:
+        response = http.post("/v1/completions", content=b'{"prompt": "hello", "max_tokens": 1}', headers=headers)
+        assert response.status_code == 200, response.text
+        assert http.post("/v1/completions", content=b"prompt=hello", headers=headers).json()["error"]["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("body", ['{"prompt": "hello", "max_tokens": 1}', '\n {"prompt": "hello", "max_tokens": 1}\r\n'])
+def test_bodies_in_chunks_and_with_a_mark(served: Served, body: str) -> None:
+    with served.http as http:
+        chunked = http.post("/v1/completions", content=iter([body[:5].encode(), body[5:].encode()]))
+        assert chunked.status_code == 200
+        assert http.post("/v1/completions", content=b"\xef\xbb\xbf" + body.encode()).status_code == 200  # a byte order mark
+
+
+@pytest.mark.parametrize("path", [*UNSERVED, "/v1/images/generations", "/embeddings", "/api/tags", "/v1/nothing"])
+def test_routes_of_others(served: Served, path: str) -> None:
+    """At once, with a reason; 404, since OpenAI's clients try again after a 501."""
+    with served.http as http:
+        for method in ("GET", "POST"):
+            error = http.request(method, path).json()["error"]
+            assert error["code"] == "not_found" and error["type"] == "invalid_request_error"
+    known = UNSERVED.keys() & {path, path.rpartition("/")[0], f"/v1{path}"}
+    assert all(UNSERVED[one] in error["message"] for one in known)
+
+
+def test_embeddings_by_their_client(served: Served) -> None:
+    with pytest.raises(openai.NotFoundError, match="embeddings are not computed here"):
+        served.openai.embeddings.create(model="tiny", input="hello")
+
+
+def test_model_lists_as_clients_ask_for_them(served: Served) -> None:
+    """With queries that mean something elsewhere, and headers that mean nothing here."""
+    with served.http as http:
+        for query in ("?limit=20", "?owned_by=me&order=desc", "?api-version=2024-10-21", "?_=1"):
+            headers = {"OpenAI-Organization": "x", "OpenAI-Beta": "assistants=v2", "Authorization": "Bearer", "Accept": "*/*"}
+            assert [m["id"] for m in http.get(f"/v1/models{query}", headers=headers).json()["data"]] == ["tiny", "alias/of-tiny"]
