@@ -102,7 +102,7 @@ class Guard:
 
     def _note(self, scope: Scope, ticket: Ticket, status: int, took_s: float) -> None:
         """Count it; in the log, and in the audit log all but reading what there is to read: dashboards do that every second."""
-        route = getattr(scope.get("route"), "path", scope["path"] if scope["path"] in PUBLIC else "none")
+        route = str(getattr(scope.get("route"), "path", scope["path"] if scope["path"] in PUBLIC else "none"))
         method = scope["method"] if scope["method"] in METHODS else "other"
         self.state.shared.http.answered(method, route, status, scope["state"].get("error_code"))
         reads = scope["method"] in ("GET", "HEAD", "OPTIONS") and (status < 400 or scope["path"] in PUBLIC)

@@ -322,11 +322,11 @@ def test_what_a_real_server_says_adds_up(real: dict[str, Any]) -> None:
     assert one(samples, "vllm:cache_config_info", block_size="16", enable_prefix_caching="True") == 1
 
 
-# All that vLLM 0.33 documents, and names it had, but what belongs to LoRA, speculative decoding, other nodes, and opt-in samples of blocks.
+# All that vLLM 0.33 documents and names that it had, but those of LoRA, speculative decoding, other nodes, and samples of blocks.
 VLLM = """
     num_requests_running num_requests_waiting num_requests_waiting_by_reason kv_cache_usage_perc engine_sleep_state
-    cache_config_info prompt_tokens_total prompt_tokens_cached_total prompt_tokens_by_source_total generation_tokens_total request_success_total
-    num_preemptions_total prefix_cache_queries_total prefix_cache_hits_total admission_rejections_total
+    cache_config_info prompt_tokens_total prompt_tokens_cached_total prompt_tokens_by_source_total generation_tokens_total
+    request_success_total num_preemptions_total prefix_cache_queries_total prefix_cache_hits_total admission_rejections_total
     gpu_cache_usage_perc cpu_cache_usage_perc num_requests_swapped gpu_prefix_cache_queries_total gpu_prefix_cache_hits_total
 """
 VLLM_HISTOGRAMS = """
