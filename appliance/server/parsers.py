@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -11,8 +10,8 @@ from appliance.config import ServerConfig
 from appliance.core.params import RequestError, SamplingParams, StructuredOutputsParams
 from appliance.server.prompts import Prompt
 from appliance.server.schemas import ChatRequest
+from appliance.server.structured import compiled
 from appliance.text.answer import AnswerParser
-from appliance.text.grammar import compile_grammar
 from appliance.text.reasoning import REASONING, ReasoningParser, Tags, tags_of
 from appliance.text.tokenizer import Tokenizer
 from appliance.text.tools.choice import FORMS, Forced, ToolChoice, forced, tool_choice
@@ -73,8 +72,8 @@ class Parsers:
         try:
             if form is None or must:
                 form = StructuredOutputsParams(grammar=around)
-                return replace(params, structured_outputs=form, grammar=await asyncio.to_thread(compile_grammar, form))
-            return replace(params, grammar=await asyncio.to_thread(compile_grammar, form, around))
+                return replace(params, structured_outputs=form, grammar=await compiled(form))
+            return replace(params, grammar=await compiled(form, around))
         except RequestError as error:
             message = f"tools: no grammar of calls can be made of these: {error}"
             raise RequestError(message, param="tools", code=error.code) from None

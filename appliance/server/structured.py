@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ SHORT = {
     "json_schema": "json",  # llama.cpp's, like the next
     "grammar": "grammar",
 }
+_waiting = ThreadPoolExecutor(32, thread_name_prefix="grammar")
 KNOWN = tuple(field.name for field in fields(StructuredOutputsParams))
 
 
@@ -35,12 +37,17 @@ async def with_grammar(params: SamplingParams, body: SamplingFields) -> Sampling
     source, structured = found
     params = replace(params, structured_outputs=structured)
     try:
-        await asyncio.to_thread(compile_grammar, structured)
+        grammar = await compiled(structured)
     except RequestError as error:
         if source is None or error.code is not None:
             raise
         raise RequestError(str(error).replace(error.param or "", source, 1), param=source) from None
-    return params
+    return replace(params, grammar=grammar)
+
+
+async def compiled(structured: StructuredOutputsParams, around: str = "") -> str:
+    """As ``compile_grammar``, whose turn may be long in coming: not in the threads that all others need."""
+    return await asyncio.get_running_loop().run_in_executor(_waiting, compile_grammar, structured, around)
 
 
 def structured_outputs(body: SamplingFields) -> tuple[str | None, StructuredOutputsParams] | None:

@@ -1,8 +1,8 @@
 """From structured outputs to a grammar that is known to compile, and from a tokenizer to what grammars are matched against.
 
 The library is llguidance. It is imported on first use: everything else works without it. Grammars come from strangers: their
-length, the work to compile one and the work of a step are bounded. The library walks them recursively, so all that builds one
-runs in a thread with a stack that is deep enough for the longest.
+length, the work to compile one and the work of a step are bounded. They are tried in a process of their own (compiler.py). The
+library walks them recursively, so all that builds one runs in a thread with a stack that is deep enough for the longest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from appliance.core.params import RequestError, StructuredOutputsParams
+from appliance.text.compiler import Compiler, Task
 
 if TYPE_CHECKING:
     from appliance.text.tokenizer import Tokenizer
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 MAX_CHARS = 65536  # of a schema, regular expression, grammar, or all choices
 STACK_BYTES = 256 * 2**20  # of address space: a chain of as many rules as fit into MAX_CHARS takes up to 80 MiB
 WHITESPACE = r" |\r?\n[ \t]{0,24}"  # between the parts of JSON; without a bound a small model goes on for ever
-KEPT = 64  # grammars that are not checked again
+KEPT = 64  # grammars that are not tried again
 LIMITS = {
     "initial_lexer_fuel": 1_000_000,  # about 20 ms
     "step_lexer_fuel": 200_000,  # about 14 ms
@@ -30,6 +31,7 @@ LIMITS = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
+_compiler = Compiler()
 
 
 def library() -> Any:
@@ -72,7 +74,11 @@ def compile_grammar(structured: StructuredOutputsParams, around: str = "") -> st
             f"structured_outputs.{kind} has {size} characters: at most {MAX_CHARS} are taken",
             param=f"structured_outputs.{kind}",
         )
-    return _checked(kind, text, structured.disable_any_whitespace, structured.whitespace_pattern or WHITESPACE, around)
+    library()  # or say that it is missing
+    grammar, wrong = _checked(kind, text, structured.disable_any_whitespace, structured.whitespace_pattern or WHITESPACE, around)
+    if wrong:
+        raise RequestError(f"structured_outputs.{kind}{wrong}", param=f"structured_outputs.{kind}")
+    return grammar
 
 
 def _source(structured: StructuredOutputsParams) -> tuple[str, str]:
@@ -91,37 +97,26 @@ def _source(structured: StructuredOutputsParams) -> tuple[str, str]:
 
 
 @lru_cache(KEPT)
-def _checked(kind: str, text: str, tight: bool, whitespace: str, around: str) -> str:
-    lib, param = library(), f"structured_outputs.{kind}"
+def _checked(kind: str, text: str, tight: bool, whitespace: str, around: str) -> tuple[str, str]:
+    """(the grammar, or else what is wrong with it)."""
     # What stands in the schema under "x-guidance" may not say otherwise.
     options = {"whitespace_flexible": not tight, "whitespace_pattern": None if tight else whitespace, "lenient": False}
     options |= {"coerce_one_of": False, "item_separator": ",", "key_separator": ":"}
-
-    def work() -> tuple[str, bool, list[str]]:
-        if kind in ("json", "json_object"):
-            made = lib.LLMatcher.grammar_from_json_schema(text, overrides=options)
-        elif kind == "regex":
-            made = lib.LLMatcher.grammar_from_lark(f"start: /{lib.regex_to_lark(text, use_ascii='d')}/")
-        else:
-            made = lib.grammar_from("lark" if kind == "choice" else "grammar", text)
-        made = _within(around, made) if around else made
-        return made, *lib.LLMatcher.validate_grammar_with_warnings(made, limits=limits())
-
     try:
         text.encode()
-        grammar, wrong, words = deep_thread().submit(work).result()
+        grammar, wrong, words = _compiler.run(Task(kind, text, options, around))
     except UnicodeEncodeError:
-        raise RequestError(f"{param} holds an unpaired surrogate (half of a \\ud83d\\ude00 pair)", param=param) from None
-    except Exception as error:  # the library's own, and nothing narrower
-        grammar, wrong, words = "", True, [str(error)]
+        return "", " holds an unpaired surrogate (half of a \\ud83d\\ude00 pair)"
+    except TimeoutError as error:
+        return "", f" cannot be served: {error}"
     if wrong:
-        raise RequestError(f"{param} cannot be served: {' '.join(' '.join(words).split())[:500]}", param=param)
+        return "", f" cannot be served: {' '.join(' '.join(words).split())[:500]}"
     if any(word.startswith("no tokenizer") for word in words):
-        raise RequestError(f"{param}: names of special tokens, <|...|> and <[...]>, are not understood in grammars", param=param)
-    return grammar
+        return "", ": names of special tokens, <|...|> and <[...]>, are not understood in grammars"
+    return grammar, ""
 
 
-def _within(around: str, made: str) -> str:
+def within(around: str, made: str) -> str:
     """Both as one: llguidance takes a list of grammars that name each other, and begins with the first."""
     first, *rest = json.loads(made)["grammars"] if made.startswith("{") else [{"lark_grammar": made}]
     return json.dumps({"grammars": [{"lark_grammar": around}, {**first, "name": "answer"}, *rest]})

@@ -1,0 +1,126 @@
+"""A process that tries grammars. They come from strangers, and what takes too long or too much memory ends it, and nothing else.
+
+The library bounds what it does by steps of its own counting, which leave out some of the work (an integer that is a multiple of
+99999999 would take hours), and no thread of it can be stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+log = logging.getLogger("appliance.text")
+
+CPU_S = 2.0  # for one grammar
+MEMORY_BYTES = 2 * 2**30  # of address space, of which the deep stack takes an eighth
+
+
+class Task(NamedTuple):
+    kind: str  # a field of StructuredOutputsParams
+    text: str
+    options: Mapping[str, Any]  # of JSON schemas
+    around: str
+
+
+class Outcome(NamedTuple):
+    grammar: str
+    wrong: bool
+    words: list[str]
+
+
+class Compiler:
+    """One process, begun with the first grammar and again after one that was too much; one grammar at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._conn: Connection | None = None
+
+    def run(self, task: Task) -> Outcome:
+        """Waits for its turn. Raises TimeoutError where the grammar ended the process."""
+        with self._lock:
+            if self._conn is None:
+                self._start()
+            assert self._conn is not None
+            try:
+                self._conn.send(task)
+                return Outcome(*self._conn.recv())
+            except (EOFError, OSError):
+                code = self._stop()
+                if code == -signal.SIGPROF:
+                    raise TimeoutError(f"it takes more than {CPU_S:g} s to compile") from None
+                raise TimeoutError(f"it takes too much to compile (exit code {code})") from None
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "appliance.text.compiler", str(theirs.fileno())]
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        theirs.close()
+        self._conn = Connection(ours.detach())
+
+    def _stop(self) -> int:
+        assert self._process is not None and self._conn is not None
+        self._conn.close()
+        self._conn = None
+        self._process.kill()  # it has ended, or is about to
+        return self._process.wait()
+
+
+def attempt(task: Task) -> Outcome:
+    """In the other process: all that an engine does with a grammar before its first token, for a vocabulary of bytes."""
+    from appliance.text import grammar
+
+    lib = grammar.library()
+    if task.kind in ("json", "json_object"):
+        made = lib.LLMatcher.grammar_from_json_schema(task.text, overrides=dict(task.options))
+    elif task.kind == "regex":
+        made = lib.LLMatcher.grammar_from_lark(f"start: /{lib.regex_to_lark(task.text, use_ascii='d')}/")
+    else:
+        made = lib.grammar_from("lark" if task.kind == "choice" else "grammar", task.text)
+    made = grammar.within(task.around, made) if task.around else made
+    wrong, words = lib.LLMatcher.validate_grammar_with_warnings(made, limits=grammar.limits())
+    if not wrong:
+        matcher = lib.LLMatcher(lib.LLTokenizer("byte"), made, log_level=0, limits=grammar.limits())
+        matcher.compute_bitmask()
+        if error := matcher.get_error():
+            return Outcome("", True, [error])
+    return Outcome(made, wrong, words)
+
+
+def _timed(task: Task) -> Outcome:
+    signal.setitimer(signal.ITIMER_PROF, CPU_S)  # time of this process, whatever else the machine does
+    try:
+        return attempt(task)
+    except Exception as error:  # the library's own, and nothing narrower
+        return Outcome("", True, [str(error)])
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def main() -> None:
+    from appliance.text.grammar import deep_thread, library
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the whole group; the pipe says when it is over
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    library()
+    pool = deep_thread()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    conn = Connection(int(sys.argv[1]))
+    try:
+        while True:
+            conn.send(tuple(pool.submit(_timed, conn.recv()).result()))
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
