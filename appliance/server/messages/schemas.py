@@ -86,7 +86,7 @@ class CountRequest(Fields):
 
     def extras(self) -> dict[str, Any]:
         """The fields for chat beside those above. Raises RequestError for what would change the answer and is not supported."""
-        extra = self.model_extra or {}
+        extra = {k: v for k, v in (self.model_extra or {}).items() if k not in HARMLESS | MessagesRequest.model_fields.keys()}
         if extra.get("thread"):  # the code is Anthropic's: its clients then go on without one
             message = "thread: nothing is kept here: send the whole conversation as messages"
             raise RequestError(message, param="thread", code="thread_unsupported_request")
@@ -95,7 +95,7 @@ class CountRequest(Fields):
         if strange is not None:
             message = f"{strange}: not supported in messages: leave it out, or use /v1/chat/completions"
             raise RequestError(message, param=strange, code="unsupported_parameter")
-        return {name: value for name, value in extra.items() if name not in HARMLESS | REFUSED.keys()}
+        return {name: value for name, value in extra.items() if name not in REFUSED}
 
 
 class MessagesRequest(CountRequest):
