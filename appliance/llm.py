@@ -20,6 +20,7 @@ from appliance.runtime.engine import Engine
 from appliance.text.output import OutputStream
 from appliance.text.prepare import prepare
 from appliance.text.tokenizer import Tokenizer
+from appliance.text.tools.choice import tool_choice
 from quant.errors import InputError
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -115,21 +116,26 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
+        chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several, written with the model's own chat template."""
+        """Answer one conversation, or several, written with the model's own chat template, or with this one (Jinja, or its file).
+
+        ``tools``: what the model is told that it may call, as OpenAI has them. What it says is in ``text`` as it said it.
+        """
         tokenizer, more = self.get_tokenizer(), dict(chat_template_kwargs or {})
+        chat = tokenizer.chat if chat_template is None else tokenizer.with_template(chat_template)
         taken = sorted({"add_generation_prompt", "continue_final_message", "tools"} & set(more))
         if taken:
             raise InputError(f"chat_template_kwargs holds {taken[0]!r}: give it as an argument of chat()")
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = messages if several else [messages]
         texts = [
-            tokenizer.chat(
+            chat(
                 list(conversation),
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                tools=tools,
+                tools=list(tool_choice(tools, None).tools) or None,
                 **more,
             )
             for conversation in conversations

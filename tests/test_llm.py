@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,22 @@ def test_chat(llm: LLM) -> None:
     assert one.prompt == "<s>user: Hello\nassistant:" and one.prompt_token_ids.count(1) == 1
     assert one.outputs[0].text == two.outputs[0].text
     assert llm.chat(message, SamplingParams(temperature=0.0, max_tokens=4))[0].outputs[0].text == one.outputs[0].text
+
+
+def test_chat_with_tools_and_another_template(llm: LLM) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": None}}
+    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    source = "{{ tools | map(attribute='function') | list | tojson }}{% for m in messages %}|{{ m.content }}{% endfor %}"
+    params = SamplingParams(max_tokens=1)
+    (output,) = llm.chat(said, params, tools=[tool], chat_template=source)
+    function = {"name": "weather", "description": "", "parameters": {"type": "object", "properties": {}}}
+    assert output.prompt == json.dumps([function]) + "|Hi|"
+    assert llm.chat(said[:1], params)[0].prompt == "<s>user: Hi\nassistant:"
+    with pytest.raises(RequestError, match=r"tools\[0\] must be"):
+        llm.chat(said, params, tools=[{"name": "weather"}])
+    with pytest.raises(InputError, match="not a Jinja template"):
+        llm.chat(said, params, chat_template="{% if %}")
 
 
 def test_chat_arguments_are_not_given_twice(llm: LLM) -> None:

@@ -17,6 +17,7 @@ HARMLESS = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
+        "prompt_cache_options",
         "parallel_tool_calls",
         "stream_interval",
         "include_reasoning",

@@ -49,36 +49,24 @@ async def chat_prompt(body: ChatRequest, tokenizer: Tokenizer | None, limit: int
     for name in ("documents", "reasoning_effort"):
         if getattr(body, name) is not None:
             kwargs.setdefault(name, getattr(body, name))
+    if body.reasoning_effort == "none":  # by the two names that templates have for it
+        kwargs = {"enable_thinking": False, "thinking": False, **kwargs}
     text = await render(tokenizer, body, kwargs, tools)
     return await _from_text(text, body, tokenizer, limit, bool(body.add_special_tokens))
 
 
 async def render(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest, kwargs: Mapping[str, Any], tools: Any) -> str:
-    messages = [_plain(message, i) for i, message in enumerate(body.messages or [])]
     clash = {"tools", "add_generation_prompt", "continue_final_message"} & kwargs.keys()
     if clash:
         raise RequestError(f"chat_template_kwargs may not hold {sorted(clash)[0]!r}", param="chat_template_kwargs")
     return await asyncio.to_thread(
         tokenizer.chat,
-        messages,
+        body.messages or [],
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         tools=tools,
         **kwargs,
     )
-
-
-def _plain(message: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """A message with nothing in it that is none: clients send back what they got, and templates ask whether a field is there.
-
-    Templates know no "developer", which is a system message by another name, and would print a missing content as "None".
-    """
-    if message.get("content") is None and not message.get("tool_calls"):
-        where = f"messages[{i}].content"
-        raise RequestError(f"{where} must be text or a list of text parts, got nothing", param=where)
-    plain = {k: v for k, v in message.items() if v is not None and (k != "tool_calls" or v)}
-    plain.setdefault("content", "")  # beside calls; Qwen3's template fails on null, as clients have it
-    return {**plain, "role": "system"} if plain.get("role") == "developer" else plain
 
 
 async def tokenize(tokenizer: Tokenizer, text: str, special: bool, limit: int) -> list[int]:

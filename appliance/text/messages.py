@@ -14,6 +14,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 def plain_messages(messages: Sequence[Any], convert: Callable[[Any], Any]) -> list[dict[str, Any]]:
     """Fresh copies of the messages: text content in the form ``convert`` gives it, tool arguments as objects.
 
+    Nothing in them is null: clients send back what they got, and templates ask whether a field is there.
     Raises RequestError naming the message that is not one, or whose content is not text.
     """
     if isinstance(messages, str | Mapping) or not messages:
@@ -37,10 +38,13 @@ def _message(index: int, message: Any, convert: Callable[[Any], Any]) -> dict[st
     where = f"messages[{index}]"
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RequestError(f"{where} must be an object with a 'role', got {message!r:.80}", param=where)
-    plain = dict(message)
-    if "content" in plain:
-        plain["content"] = convert(_text(plain["content"], f"{where}.content"))
-    reasoning = next((plain[name] for name in _REASONING if plain.get(name) is not None), None)
+    plain = {name: value for name, value in message.items() if value is not None and (name != "tool_calls" or value)}
+    if "content" not in plain and "tool_calls" not in plain:  # templates would print "None"
+        raise RequestError(f"{where}.content must be text or a list of text parts, got nothing", param=f"{where}.content")
+    plain["content"] = convert(_text(plain.get("content", ""), f"{where}.content"))
+    if plain["role"] == "developer":  # a system message by another name, which templates do not know
+        plain["role"] = "system"
+    reasoning = next((plain[name] for name in _REASONING if name in plain), None)
     if reasoning is not None:  # templates read it under either name, clients send it under all three
         plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
     calls = plain.get("tool_calls")
@@ -52,12 +56,12 @@ def _message(index: int, message: Any, convert: Callable[[Any], Any]) -> dict[st
 
 
 def _text(content: Any, where: str) -> Any:
-    """A string or None as it is; a list as text parts."""
-    if content is None or isinstance(content, str):
+    """A string as it is; a list as text parts, a refusal among them."""
+    if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise RequestError(f"{where} must be text or a list of text parts, got {type(content).__name__}", param=where)
-    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    parts = [_part(part) for part in content]
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
@@ -65,6 +69,13 @@ def _text(content: Any, where: str) -> Any:
                 f"{where}[{i}] is of type {kind!r}: this model reads {{'type': 'text', 'text': ...}} only", param=where
             )
     return [dict(part) for part in parts]
+
+
+def _part(part: Any) -> Any:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    refused = isinstance(part, Mapping) and part.get("type") == "refusal"
+    return {"type": "text", "text": part.get("refusal")} if refused else part
 
 
 def _tool_call(call: Any, where: str) -> Any:

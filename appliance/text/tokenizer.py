@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,12 @@ class Tokenizer:
             documents=documents,
             extra=kwargs,
         )
+
+    def with_template(self, source: str) -> Callable[..., str]:
+        """``chat`` with another template (Jinja, or a file of it) than the model's. Raises InputError where it is none."""
+        other = copy(self)
+        other._chat = ChatTemplates({"default": explicit_template(source)}, self.named_tokens, where="chat_template")
+        return other.chat
 
     def _named_id(self, name: str) -> int | None:
         return self._backend.token_to_id(self.named_tokens[name]) if name in self.named_tokens else None

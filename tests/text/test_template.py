@@ -175,7 +175,20 @@ def test_options_that_contradict():
     with pytest.raises(RequestError, match="leaves out the end of the last message"):
         chat("x", [USER], **options)
     with pytest.raises(RequestError, match="needs a last message with text"):
+        chat("x", [{"role": "assistant", "content": ""}], **options)
+    with pytest.raises(RequestError, match=r"messages\[0\].content must be text or a list of text parts, got nothing"):
         chat("x", [{"role": "assistant", "content": None}], **options)
+
+
+def test_messages_as_clients_send_them_back():
+    source = "{% for m in messages %}{{ m.role }}{{ m.keys() | sort | list }}{{ m.content }};{% endfor %}"
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    refused = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}], "tool_calls": None, "refusal": None}
+    called = {"role": "assistant", "content": None, "tool_calls": [call], "audio": None}
+    text = chat(source, [{"role": "developer", "content": "Hi"}, refused, {**ANSWER, "tool_calls": []}, called])
+    first, second, third, fourth, _ = text.split(";")
+    assert first == "system['content', 'role']Hi" and second == "assistant['content', 'role']No."
+    assert third.startswith("assistant['content', 'role']Yes.") and fourth == "assistant['content', 'role', 'tool_calls']"
 
 
 def test_jinja_extras():
