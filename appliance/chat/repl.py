@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +16,8 @@ from quant.errors import InputError
 
 HELP = """\
 /system [TEXT]       show the system prompt, or set it ("" for none)
-/set [NAME [VALUE]]  show or set a field of requests, as /set temperature 0.7; without a value it is as the model says
+/set [NAME [VALUE]]  show or set a field of requests, as /set temperature 0.7;
+                     without a value it is as the model says
 /regen               answer again
 /undo                take back the last question
 /clear               begin anew
@@ -25,8 +27,9 @@ HELP = """\
 /model [NAME]        show the server's models, or talk to another one
 /help                this
 /quit                end, as ctrl-D does
-Ctrl-C stops an answer. A line that ends with \\ goes on in the next; \"\"\" begins and ends a text of several lines.
-@FILE adds that file to a message. A message that begins with / is written with //."""
+Ctrl-C stops an answer. A line that ends with \\ goes on in the next; \"\"\" begins
+and ends a text of several lines. @FILE adds that file to a message. A message
+that begins with / is written with //."""
 
 
 class Repl:
@@ -104,10 +107,13 @@ class Repl:
         self._end(answer, stopped)
 
     def _end(self, answer: Answer, stopped: bool) -> None:
-        ends = {"length": " · cut off: the limit of tokens is reached"}
-        end = " · stopped; /regen answers again" if stopped else ends.get(answer.finish or "", "")
-        if answer.tokens or end:
-            self.screen.note(f"[{answer.figures()}{end}]")
+        parts = [answer.figures()] if answer.tokens else []
+        if stopped:
+            parts.append("stopped before an answer came; the question is taken back" if answer.empty else "stopped")
+        elif answer.finish == "length":
+            parts.append("cut off: the limit of tokens is reached")
+        if parts:
+            self.screen.note(f"[{' · '.join(parts)}]\n")
 
     def _regen(self) -> None:
         question = self.talk.undo()
@@ -136,7 +142,7 @@ class Repl:
         name, _, value = rest.partition(" ")
         if name:
             self.talk.set(name, value.strip())
-        shown = ", ".join(f"{name} = {value}" for name, value in self.talk.settings.items())
+        shown = ", ".join(f"{name} = {json.dumps(value)}" for name, value in self.talk.settings.items())
         self.screen.note(shown or "all is as the model says")
 
     def _save(self, name: str, over: bool = False) -> None:

@@ -82,6 +82,6 @@ def _has(words: Sequence[str], flag: str) -> bool:
 
 
 def _end_with_parent() -> None:
-    """In the child: Linux tells it when its parent is gone, even by kill -9."""
+    """In the child: Linux ends it when its parent is gone, even by kill -9: nobody waits for its answers then."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
