@@ -117,6 +117,9 @@ def plan(
     return plan_command(_with_model(engine, model), asked)
 
 
+app.command("appliance.chat.command:chat", name="chat", help="Talk to a model in the terminal, or ask it one question.")
+
+
 @app.command
 def tui(
     *,
