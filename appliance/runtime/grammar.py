@@ -19,6 +19,7 @@ from appliance.core.request import Request
 from appliance.text.grammar import KEPT, deep_thread, library, limits, vocabulary
 
 _NEVER = np.float32("-inf")
+AT_ONCE = 65536  # bytes of masks that are unpacked at a time
 
 
 class Guide:
@@ -30,10 +31,7 @@ class Guide:
         self._matcher, self._taken = matcher, 0
 
     def allowed(self, request: Request, where: int, size: int) -> str:
-        """Write a bit for each token into the ``size`` bytes at this address; what is wrong, where the grammar gave up.
-
-        In this thread: it takes some hundredths of a millisecond, and others would have to be woken.
-        """
+        """Write a bit for each token into the ``size`` bytes at this address; what is wrong, where the grammar gave up."""
         if fresh := request.tokens[request.prompt_len + self._taken :]:
             self._matcher.consume_tokens(fresh)
             self._taken += len(fresh)
@@ -100,12 +98,18 @@ class Grammars:
 class Masks:
     """What grammars allow in one step."""
 
-    rows: dict[int, np.ndarray] = field(default_factory=dict)  # uint8 [bytes], a bit for each token, the lowest first; 1: allowed
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # those that follow a grammar, ascending
+    bits: np.ndarray = field(
+        default_factory=lambda: np.zeros((0, 0), np.uint8)
+    )  # of each, a bit a token, the lowest first; 1: allowed
     errors: dict[Request, str] = field(default_factory=dict)  # whose grammar has become too complex
 
     @classmethod
     def of(cls, requests: Sequence[Request], vocab: int) -> Masks:
-        """Of the requests that sample, in the order of their rows; on the host, so it may be done while the device works."""
+        """Of the requests that sample, in the order of their rows; on the host, so it may be done while the device works.
+
+        In this thread: a row takes a hundredth of a millisecond, and to wake another takes several.
+        """
         guided = [(row, request) for row, request in enumerate(requests) if request.guide is not None]
         if not guided:
             return cls()
@@ -113,19 +117,28 @@ class Masks:
         where, size = bits.ctypes.data, bits.shape[1]
         found = [request.guide.allowed(request, where + k * size, size) for k, (_, request) in enumerate(guided)]
         errors = {request: f"its grammar: {error}" for (_, request), error in zip(guided, found, strict=True) if error}
-        return cls({row: mask for (row, _), mask in zip(guided, bits, strict=True)}, errors)
+        return cls(np.array([row for row, _ in guided]), bits, errors)
 
     def __bool__(self) -> bool:
-        return bool(self.rows)
+        return bool(len(self.rows))
 
     def rule_out(self, logits: Tensor, first: int) -> None:
-        """Logits float32 [R, V] of the rows from ``first`` on: -inf where a grammar forbids the token. Workspace: V bytes."""
-        rows, vocab = logits.shape
-        values = logits.numpy() if logits.device.type == "cpu" else None
-        for row, bits in self.rows.items():
-            if first <= row < first + rows:
-                banned = np.unpackbits(~bits, count=vocab, bitorder="little").view(np.bool_)
-                if values is not None:  # a fraction of what calling torch takes
-                    np.copyto(values[row - first], _NEVER, where=banned)
-                else:
-                    logits[row - first].masked_fill_(torch.from_numpy(banned).to(logits.device), float("-inf"))
+        """Logits float32 [R, V] of the rows from ``first`` on: -inf where a grammar forbids the token.
+
+        Workspace: V bytes, or AT_ONCE if that is more.
+        """
+        count, vocab = logits.shape
+        begin, end = np.searchsorted(self.rows, (first, first + count))
+        stride = max(1, AT_ONCE // vocab)
+        for k in range(begin, end, stride):
+            rows = self.rows[k : min(k + stride, end)] - first
+            banned = np.unpackbits(~self.bits[k : k + len(rows)], axis=1, count=vocab, bitorder="little").view(np.bool_)
+            if logits.device.type != "cpu":
+                for row, mask in zip(rows.tolist(), torch.from_numpy(banned).to(logits.device)):
+                    logits[row].masked_fill_(mask, float("-inf"))
+            elif rows[-1] - rows[0] + 1 == len(rows):  # numpy takes a fraction of what calling torch does
+                np.copyto(logits.numpy()[rows[0] : rows[-1] + 1], _NEVER, where=banned)
+            else:
+                values = logits.numpy()
+                for row, mask in zip(rows.tolist(), banned):
+                    np.copyto(values[row], _NEVER, where=mask)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -17,8 +18,8 @@ from appliance.runtime.penalties import adjust, touches_logits
 from kernels import reference
 from kernels.ops import ArgMax, KthLargest
 
+_NEVER = np.float32("-inf")
 NOT_FINITE = "the model produced logits that are not finite numbers"
-_LARGE = 4096  # from so many tokens on it pays to leave those aside that cannot be drawn
 _LIKELY = 512  # tokens in which a nucleus is looked for first
 _BLOCK = 128  # probabilities summed together, so that a draw needs no cumulative sum over the whole vocabulary
 
@@ -100,9 +101,8 @@ def _sample_row(row: Tensor, request: Request, kth: KthLargest) -> Sampled:
         )
     if request.params.greedy:
         token = int(row.argmax())
-    elif request.guide is not None and row.numel() > _LARGE:  # mostly few tokens are left, and exp takes long for -inf
-        left = (row > -math.inf).nonzero().view(-1)
-        token = int(left[_draw(row[left], best, request, kth)])
+    elif request.guide is not None:
+        token = _draw_left(row, best, request, kth)
     else:
         token = _draw(row, best, request, kth)
     return Sampled(token, None if wanted is None else _row_logprob(raw, token, wanted, kth))
@@ -125,6 +125,21 @@ def _draw(row: Tensor, best: float, request: Request, kth: KthLargest) -> int:
         weights, ids = _nucleus(weights, ids, params.top_p, kth)
     pick = _inverse_cdf(weights, uniform(request.seed, len(request.tokens)))
     return pick if ids is None else int(ids[pick])
+
+
+def _draw_left(row: Tensor, best: float, request: Request, kth: KthLargest) -> int:
+    """The same among the tokens that a grammar has left: mostly few, often one alone, and exp takes long for -inf."""
+    params = request.params
+    if row.device.type != "cpu" or params.top_k > 0 or params.min_p > 0 or params.top_p < 1:
+        left = (row > -math.inf).nonzero().view(-1)
+        return int(left[_draw(row[left], best, request, kth)])
+    values = row.numpy()  # for a few numbers calling torch takes several times as long
+    found = (values > _NEVER).nonzero()[0]
+    if len(found) == 1:
+        return int(found[0])
+    sums = np.exp((values[found] - np.float32(best)) / np.float32(params.temperature)).cumsum(dtype=np.float64)
+    first = sums.searchsorted(uniform(request.seed, len(request.tokens)) * sums[-1], side="right")
+    return int(found[min(first, sums.searchsorted(sums[-1]))])  # the last place where it grows, should rounding leave none
 
 
 def uniform(seed: int, position: int) -> float:

@@ -253,8 +253,28 @@ def test_masks_leave_the_rows_of_others_alone() -> None:
     logits = torch.zeros(3, 37)
     bits = np.zeros(8, dtype=np.uint8)
     bits[0], bits[4] = 0b101, 0b10000
-    masks = grammar.Masks({1: bits, 4: bits, 9: bits})
+    masks = grammar.Masks(np.array([1, 4, 9]), np.stack([bits, bits, bits]))
     masks.rule_out(logits, 3)
     assert logits.isfinite().all(dim=1).tolist() == [True, False, True]
     assert logits[1].isfinite().nonzero().view(-1).tolist() == [0, 2, 36]
     assert masks and not grammar.Masks()
+
+
+@pytest.mark.parametrize("vocab", [37, 640, 40_000])
+@pytest.mark.parametrize("at_once", [1, 100_000])
+def test_masks_of_any_rows(vocab: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against one row after another: rows side by side and apart, in slices that begin and end anywhere."""
+    monkeypatch.setattr(grammar, "AT_ONCE", at_once)
+    rng = np.random.default_rng(vocab)
+    for rows in ([0], [0, 1, 2, 3], [5, 6, 7], [0, 2, 3, 9], [11], [3, 4, 5, 6, 7, 8]):
+        bits = rng.integers(0, 256, (len(rows), 4 * -(-vocab // 32)), dtype=np.uint8)
+        masks = grammar.Masks(np.array(rows), bits)
+        for first, count in ((0, 12), (3, 4), (6, 6), (0, 1)):
+            logits = torch.from_numpy(rng.standard_normal((count, vocab)).astype(np.float32))
+            expected = logits.clone()
+            for row, own in zip(rows, bits, strict=True):
+                if first <= row < first + count:
+                    allowed = np.unpackbits(own, bitorder="little")[:vocab].astype(bool)
+                    expected[row - first, torch.from_numpy(~allowed)] = float("-inf")
+            masks.rule_out(logits, first)
+            assert torch.equal(logits, expected)
