@@ -16,7 +16,7 @@ UNPREFIXED = (
     "/messages",
     "/embeddings",
 )  # where a base_url lacks its /v1
-# OpenAI's and vLLM's routes that are known, and not served.
+# Routes of OpenAI, vLLM, llama.cpp and Ollama that are known, and not served.
 UNSERVED = {
     "/v1/embeddings": "embeddings are not computed here",
     "/v1/moderations": "moderation is not done here",
@@ -32,6 +32,20 @@ UNSERVED = {
     "/v1/fine_tuning": "models are not trained here",
     "/v1/assistants": "assistants are not kept here: use /v1/responses or /v1/chat/completions",
     "/v1/threads": "assistants are not kept here: use /v1/responses or /v1/chat/completions",
+    "/v1/conversations": "conversations are not kept here: use /v1/responses with previous_response_id",
+    "/v1/containers": "no code is run here",
+    "/v1/evals": "nothing is evaluated here",
+    "/v1/videos": "videos are not made here",
+    "/v2/rerank": "texts are not ranked here",
+    "/rerank": "texts are not ranked here",
+    "/score": "texts are not scored here: /v1/completions with echo and logprobs has the log-probabilities of a prompt",
+    "/pooling": "embeddings are not computed here",
+    "/embedding": "embeddings are not computed here",
+    "/classify": "texts are not classified here",
+    "/completion": "llama.cpp's own form is not spoken here: use /v1/completions",
+    "/infill": "filling in the middle is not done here: use /v1/completions",
+    "/api": "Ollama's own form is not spoken here: use /v1/chat/completions",
+    "/generate": "use /v1/completions",
 }
 
 

@@ -8,6 +8,9 @@ from typing import Any
 import openai
 import pytest
 
+from appliance.server.fields import HARMLESS, REFUSED
+from appliance.server.responses import schemas as responses
+from appliance.server.schemas import ChatRequest, CompletionRequest
 from tests.server.conftest import Served
 from tests.server.test_completions import events
 from tests.server.test_responses import CALL_OF_ROME, say, told
@@ -66,6 +69,61 @@ def test_errors(slow: Served) -> None:
     with pytest.raises(openai.InternalServerError) as dead:
         client.completions.create(model="tiny", prompt="a")
     assert dead.value.status_code == 503
+
+
+def test_what_is_not_served_is_refused_by_name(served: Served) -> None:
+    client = served.openai
+    calls: list[tuple[str, Any]] = [
+        ("embeddings are not computed", lambda: client.embeddings.create(model="tiny", input="hello")),
+        ("moderation is not done", lambda: client.moderations.create(input="hello")),
+        ("images are not made", lambda: client.images.generate(prompt="hello")),
+        ("audio is neither", lambda: client.audio.speech.create(model="tiny", voice="alloy", input="hello")),
+        ("no files are kept", lambda: client.files.list()),
+        ("previous_response_id", lambda: client.conversations.create()),
+        ("texts are not ranked", lambda: client.post("/rerank", cast_to=object, body={})),
+    ]
+    for says, call in calls:
+        with pytest.raises(openai.NotFoundError, match=says) as caught:
+            call()
+        assert caught.value.code == "not_found" and caught.value.type == "invalid_request_error"
+    for path, says in (("/api/chat", "Ollama"), ("/completion", "/v1/completions"), ("/embeddings", "embeddings are not")):
+        answer = served.post(path)
+        assert answer.status_code == 404 and says in answer.json()["error"]["message"]
+
+
+# vLLM's fields beside OpenAI's, of completions and of chat.
+EXTRA = """\
+use_beam_search top_k min_p repetition_penalty length_penalty stop_token_ids include_stop_str_in_output ignore_eos
+min_tokens skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens truncation_side allowed_token_ids
+prompt_logprobs logprob_token_ids bad_words add_special_tokens response_format structured_outputs priority request_id
+stream_interval return_tokens_as_token_ids return_token_ids cache_salt vllm_xargs repetition_detection
+thinking_token_budget
+"""
+EXTRA_OF_CHAT = """\
+echo add_generation_prompt continue_final_message documents chat_template chat_template_kwargs include_reasoning
+mm_processor_kwargs media_io_kwargs
+"""
+
+
+@pytest.mark.realdata
+def test_no_field_is_unknown(schemas: Any) -> None:
+    """Each of OpenAI's fields and of vLLM's is served, harmless, or refused by name."""
+
+    def properties(node: Any) -> set[str]:
+        if "$ref" in node:
+            return properties(components[node["$ref"].rpartition("/")[2]])
+        return {*node.get("properties", ())}.union(*map(properties, node.get("allOf", ())))
+
+    components = schemas("Model").schema["components"]["schemas"]
+    known = HARMLESS | REFUSED.keys()
+    completion, chat = properties(components["CreateCompletionRequest"]), properties(components["CreateChatCompletionRequest"])
+    assert len(completion) == 18 and len(chat) >= 35
+    assert {*completion, *EXTRA.split()} <= CompletionRequest.model_fields.keys() | known
+    assert {*chat, *EXTRA.split(), *EXTRA_OF_CHAT.split()} <= ChatRequest.model_fields.keys() | known
+    here = known | responses.HARMLESS | responses.REFUSED_HERE.keys()
+    assert properties(components["CreateResponse"]) <= responses.ResponsesRequest.model_fields.keys() | here
+    count = properties(components["TokenCountsBody"])
+    assert count <= responses.InputTokensRequest.model_fields.keys() | here, count
 
 
 def nullable(node: Any) -> Any:

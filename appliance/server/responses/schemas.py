@@ -49,6 +49,7 @@ REFUSED_HERE: dict[str, tuple[tuple[object, ...], str]] = {
     "conversation": (_NONE, "conversations are not kept here: use previous_response_id"),
     "prompt": (_NONE, "prompt templates are not kept here: send instructions and input"),
     "context_management": (_NONE, "conversations are not compacted here: use truncation='auto'"),
+    "personality": (_NONE, "personalities are OpenAI's: say it in instructions"),
     "previous_input_messages": (_NONE, "not supported: send the items as input"),
     "previous_response": (_NONE, "not supported: use previous_response_id, or send the items as input"),
     "enable_response_messages": (_NONE, "not supported: leave it out"),
