@@ -117,36 +117,9 @@ def plan(
     return plan_command(_with_model(engine, model), asked)
 
 
+app.command("appliance.bench.command:app", name="bench", help="Measure a server: requests a second, latencies, errors.")
 app.command("appliance.chat.command:chat", name="chat", help="Talk to a model in the terminal, or ask it one question.")
-
-
-@app.command
-def tui(
-    *,
-    url: str = "http://127.0.0.1:8000",
-    interval: float = 1.0,
-    once: bool = False,
-    json: bool = False,
-    api_key: str | None = None,
-) -> int:
-    """Watch a running server in the terminal.
-
-    Parameters
-    ----------
-    url
-        Where the server is.
-    interval
-        Seconds between two looks.
-    once
-        Print one look as text, and end.
-    json
-        Print the server's own /stats as JSON, and end.
-    api_key
-        A key of the server, where it asks for one.
-    """
-    from appliance.tui.app import main
-
-    return main(url, interval=interval, once=once, json_output=json, api_key=api_key)
+app.command("appliance.tui.command:tui", name="tui", help="Watch running servers in the terminal, or start one and watch it.")
 
 
 @app.command

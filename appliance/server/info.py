@@ -10,7 +10,7 @@ from appliance.server.errors import JSONResponse
 from appliance.server.guard import Ticket, current
 from appliance.server.route import serving, site_of, state_of
 from appliance.server.scrape import Model
-from appliance.server.stats import models_of, stats_body
+from appliance.server.stats import absent_body, models_of, stats_body
 
 router = APIRouter()
 
@@ -43,10 +43,9 @@ async def metrics(request: Request) -> Response:
 async def stats(request: Request, model: str | None = None) -> Response:
     """All that the dashboard shows of one model, the first one where none is named, in one object."""
     site = site_of(request)
-    state = site.find(model).state
-    if state is None:
-        raise RequestError(f"the model {model} has not been loaded yet", param="model", code="model_not_loaded", status=404)
-    return JSONResponse({**await stats_body(state), "models": models_of(site)})
+    host = site.find(model)
+    body = await stats_body(host.state) if host.state else absent_body(site, host)
+    return JSONResponse({**body, "models": models_of(site)})
 
 
 @router.post("/reset_prefix_cache")

@@ -8,8 +8,10 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from appliance.core.messages import RequestStat, Stats
+from appliance.version import __version__
 
 if TYPE_CHECKING:
+    from appliance.server.host import Host
     from appliance.server.job import Job
     from appliance.server.site import Site
     from appliance.server.state import ServerState
@@ -67,6 +69,23 @@ async def stats_body(state: ServerState) -> dict[str, Any]:
         "latency": {"ttft": state.metrics.ttft.summary(), "itl": state.metrics.itl.summary()},
         "hardware": await state.hardware.latest(),
         "loading": state.client.loading if state.status == "loading" else None,  # bytes read, bytes to read
+    }
+
+
+def absent_body(site: Site, host: Host) -> dict[str, Any]:
+    """The same of a model that has never been loaded: nothing, but what it is called and whether it is on its way."""
+    nothing = Stats()
+    engine = {name: getattr(nothing, name) for name in STATS}
+    return {
+        "version": __version__,
+        "model": host.names[0],
+        "state": host.status,
+        "uptime_s": time.time() - site.shared.begun,
+        "info": None,
+        "engine": {**engine, "requests_now": []},
+        "latency": {"ttft": Recent().summary(), "itl": Recent().summary()},
+        "hardware": {},
+        "loading": None,
     }
 
 

@@ -1,143 +1,367 @@
-"""``appliance tui``: a client of a running server's /stats, and of nothing else."""
+"""The dashboard on the screen: it asks its servers every ``interval`` seconds and shows what they say, or plays a recording."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import math
-import shutil
-import sys
-from functools import partial
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 from textual.app import App, ComposeResult
-from textual.containers import Horizontal
-from textual.widgets import Footer
+from textual.binding import Binding, BindingType
+from textual.widgets import ContentSwitcher, DataTable, Footer, Input, Static
 
-from appliance.core.messages import Stats
-from appliance.tui.feed import Feed, FeedError, base_url, fetch
-from appliance.tui.snapshot import snapshot
-from appliance.tui.widgets.blocks import BlockMap
-from appliance.tui.widgets.header import Header
-from appliance.tui.widgets.help import Help
-from appliance.tui.widgets.memory import Memory
+from appliance.tui.bars import replay_bar, tabs
+from appliance.tui.child import Child
+from appliance.tui.feed import Feed, FeedError
+from appliance.tui.pane import ServerPane
+from appliance.tui.recording import Recording, Replay
+from appliance.tui.screens.confirm import Confirm
+from appliance.tui.screens.help import Help
+from appliance.tui.screens.inspect import Inspect
+from appliance.tui.view import Row
+from appliance.tui.widgets.header import Note
+from appliance.tui.widgets.logview import LogView
 from appliance.tui.widgets.requests import Requests
-from appliance.tui.widgets.throughput import Throughput
-from quant.errors import InputError
+
+TICK_S = 0.1  # of a replay
+OF_THE_BASE = {"sort", "reverse", "filter", "inspect", "cancel", "log", "help", "space", "server", "other", "level", "model"}
 
 
 class Dashboard(App[None]):
-    """Polls the feed every ``interval`` seconds in a thread and shows what it knows."""
+    """``child``: the server of the first feed, where it was started here. ``replay``: whose feeds are shown instead."""
 
     TITLE = "appliance"
     ENABLE_COMMAND_PALETTE = False
-    BINDINGS = [  # noqa: RUF012  (textual's own convention)
-        ("q", "quit", "Quit"),
-        ("p", "pause", "Pause"),
-        ("s", "sort", "Sort"),
-        ("question_mark", "help", "Help"),
-        ("ctrl+c", "quit"),
+    CSS_PATH = "app.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q", "quit", "Quit"),
+        Binding("p", "pause", "Pause"),
+        Binding("s", "sort(1)", "Sort"),
+        Binding("S", "sort(-1)", show=False),
+        Binding("r", "reverse", show=False),
+        Binding("slash", "filter", "Filter", key_display="/"),
+        Binding("i", "inspect", "Inspect"),
+        Binding("x", "cancel", "Cancel"),
+        Binding("l", "log", "Log"),
+        Binding("question_mark", "help", "Help", key_display="?"),
+        Binding("m", "model", show=False),
+        Binding("v", "level", show=False),
+        Binding("space", "space", show=False),
+        Binding("escape", "escape", show=False, priority=True),
+        Binding("ctrl+c", "quit", show=False),
+        Binding("left_square_bracket", "other(-1)", show=False),
+        Binding("right_square_bracket", "other(1)", show=False),
+        *(Binding(str(number), f"server({number - 1})", show=False) for number in range(1, 10)),
+        Binding("less_than_sign", "faster(-1)", show=False),
+        Binding("greater_than_sign", "faster(1)", show=False),
+        Binding("left", "seek(-10)", show=False, priority=True),
+        Binding("right", "seek(10)", show=False, priority=True),
+        Binding("shift+left", "seek(-60)", show=False, priority=True),
+        Binding("shift+right", "seek(60)", show=False, priority=True),
     ]
-    CSS = """
-    Header { height: 2; padding: 0 1; background: $panel; text-wrap: nowrap; text-overflow: ellipsis; }
-    #top { height: 2fr; min-height: 8; max-height: 16; }
-    BlockMap, Throughput { width: 1fr; }
-    BlockMap, Throughput, Memory, Requests { border: round $foreground 40%; border-title-color: $text; padding: 0 1; }
-    Memory { height: auto; min-height: 4; }
-    Requests { height: 3fr; min-height: 5; }
-    #counters, #head { height: 1; text-wrap: nowrap; }
-    #rows { text-wrap: nowrap; }
-    Requests VerticalScroll { scrollbar-size-vertical: 1; }
-    .stale BlockMap, .stale Throughput, .stale Memory, .stale Requests { opacity: 50%; }
-    Help { align: center middle; }
-    #help { width: 58; height: auto; max-height: 100%; padding: 1 2; border: round $foreground 60%; background: $panel; }
-    """
 
-    def __init__(self, feed: Feed, *, interval: float = 1.0) -> None:
-        super().__init__()
-        self.feed, self.interval = feed, interval
-        self.paused = self.newest_first = False
+    def __init__(
+        self,
+        feeds: Sequence[Feed] = (),
+        *,
+        interval: float = 1.0,
+        child: Child | None = None,
+        recording: Recording | None = None,
+        replay: Replay | None = None,
+    ) -> None:
+        plain = "NO_COLOR" in os.environ  # the base class takes it away
+        super().__init__(ansi_color=True if plain else None)
+        self.feeds = replay.feeds if replay else list(feeds)
+        self.interval, self.child, self.recording, self.replay = interval, child, recording, replay
+        self.paused = False
+        self.at = 0  # which server is shown
 
     def compose(self) -> ComposeResult:
-        yield Header()
-        with Horizontal(id="top"):
-            yield BlockMap()
-            yield Throughput()
-        yield Memory()
-        yield Requests()
+        if len(self.feeds) > 1:
+            yield Static(id="tabs")
+        with ContentSwitcher(initial="server-0"):
+            for number, feed in enumerate(self.feeds):
+                yield ServerPane(feed, id=f"server-{number}", child=self.child if number == 0 else None)
+        yield Input(id="filter", placeholder="words that must be there; enter keeps them, escape shows all again")
+        if self.replay:
+            yield Static(id="replay")
         yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
-        self.query_one(Requests).query_one("VerticalScroll").focus()
-        self.run_worker(self.watch_feed(), exclusive=True)
+        if self.child or self.recording:  # what is open here must be closed, whoever ends this
+            for signum in (signal.SIGTERM, signal.SIGHUP):
+                with contextlib.suppress(ValueError, RuntimeError):  # no main thread
+                    asyncio.get_running_loop().add_signal_handler(signum, self.exit)
+        self.pane.requests.table.focus()
+        if self.replay:
+            self.run_worker(self.play())
+        for number, feed in enumerate([] if self.replay else self.feeds):
+            self.run_worker(self.follow(number, feed))
+        if self.child:
+            self.pane.toggle_log()
 
-    async def watch_feed(self) -> None:
+    @property
+    def panes(self) -> list[ServerPane]:
+        return list(self.screen_stack[0].query(ServerPane)) if self.screen_stack else []
+
+    @property
+    def pane(self) -> ServerPane:
+        return self.panes[self.at]
+
+    # ---------------------------------------------------------------- looking
+
+    async def follow(self, number: int, feed: Feed) -> None:
         """Poll, show, sleep; a poll that waits for its time-out holds nothing up."""
         while True:
             if not self.paused:
-                await asyncio.to_thread(self.feed.poll)
-            self.show()
+                await in_thread(lambda: self.look(number, feed))
+                self.show()
             await asyncio.sleep(self.interval)
+
+    def look(self, number: int, feed: Feed) -> None:
+        """In a thread."""
+        child = self.child if number == 0 else None
+        if child is not None:
+            feed.starting, feed.child = child.running and feed.view is None, child.ended
+        if feed.child is None:
+            feed.poll()
+        if child is None and ((number == self.at and self.panes and self.pane.log_shown) or self.recording):
+            feed.poll_log()
+
+    async def play(self) -> None:
+        assert self.replay is not None
+        self.replay.show_until(0.0)
+        self.show()
+        before = time.monotonic()
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = time.monotonic()
+            fresh = self.replay.advance(now - before)
+            before = now
+            (self.show if fresh else self.show_bars)()
 
     def on_resize(self) -> None:
         self.call_after_refresh(self.show)
 
     def show(self) -> None:
-        view = self.feed.view
-        stats = view.stats if view else Stats()
-        parts = (Header, BlockMap, Throughput, Memory, Requests)
-        if not self.screen_stack or not all(self.screen_stack[0].query(part) for part in parts):
+        panes = self.panes
+        if len(panes) <= self.at:
             return  # the application is ending, and its screen is being taken down
-        screen = self.screen_stack[0]
-        screen.set_class(self.feed.error is not None, "stale")
-        screen.query_one(Header).show(self.feed, paused=self.paused)
-        screen.query_one(BlockMap).show(stats)
-        screen.query_one(Throughput).show(self.feed)
-        screen.query_one(Memory).show(view)
-        screen.query_one(Requests).show(stats, newest_first=self.newest_first)
+        panes[self.at].show(self.notes())
+        self.show_bars()
+        if isinstance(self.screen, Inspect):
+            self.screen.show()
+
+    def show_bars(self) -> None:
+        base = self.screen_stack[0]
+        for strip in base.query("#tabs").results(Static):
+            strip.update(tabs(self.feeds, self.at), layout=False)
+        for bar in base.query("#replay").results(Static):
+            if self.replay:
+                bar.update(replay_bar(self.replay, self.size.width - 2), layout=False)
+
+    def notes(self) -> list[Note]:
+        notes = [("‖ paused", "bold $text-warning")] if self.paused else []
+        if self.recording:
+            stopped = self.recording.stopped
+            notes.append((f"recording stopped: {stopped}" if stopped else "◉ recording", "bold $text-error"))
+        return notes
+
+    # ---------------------------------------------------------------- keys
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action in ("seek", "faster"):
+            return self.replay is not None and not isinstance(self.focused, Input) and len(self.screen_stack) == 1
+        if action == "escape":
+            return isinstance(self.focused, Input)
+        return len(self.screen_stack) == 1 or action not in OF_THE_BASE
+
+    async def action_quit(self) -> None:
+        """At once, unless a server that was started here works on requests: then it asks."""
+        view = self.feeds[0].view if self.feeds else None
+        busy = view.stats.running + view.stats.waiting if view and self.child and self.child.running else 0
+        if not busy or isinstance(self.screen, Confirm):
+            self.exit()
+            return
+
+        def answered(yes: bool | None) -> None:
+            if yes:
+                self.exit()
+
+        question = f"The server that was started here works on {busy} request{'s' if busy > 1 else ''}. End it?"
+        self.push_screen(Confirm(question, "end it, after a few seconds for them", "stay"), answered)
 
     def action_pause(self) -> None:
+        if self.replay:
+            self.action_space()
+            return
         self.paused = not self.paused
         self.show()
 
-    def action_sort(self) -> None:
-        self.newest_first = not self.newest_first
+    def action_space(self) -> None:
+        """Play and stop in a replay; else hold the log still, where that has the keys."""
+        if self.replay:
+            if self.replay.ended:
+                self.replay.seek(0.0)
+            self.replay.playing = not self.replay.playing
+            self.show()
+        elif isinstance(self.focused, LogView):
+            self.focused.frozen = not self.focused.frozen
+            self.pane.show_log()
+
+    def action_faster(self, steps: int) -> None:
+        assert self.replay is not None
+        self.replay.faster(steps)
         self.show()
 
+    def action_seek(self, seconds: int) -> None:
+        assert self.replay is not None
+        self.replay.seek(self.replay.position + seconds)
+        self.show()
+
+    def action_sort(self, steps: int) -> None:
+        self.pane.requests.sort(steps)
+
+    def action_reverse(self) -> None:
+        self.pane.requests.sort_by(self.pane.requests.order)
+
+    def action_server(self, number: int) -> None:
+        if number >= len(self.panes) or number == self.at:
+            return
+        self.at = number
+        self.query_one(ContentSwitcher).current = f"server-{number}"
+        self.query_one("#filter").remove_class("open")
+        self.focus_on(self.pane.log_view if self.pane.log_shown else self.pane.requests)
+        self.call_after_refresh(self.show)
+
+    def action_other(self, steps: int) -> None:
+        self.action_server((self.at + steps) % len(self.panes))
+
+    async def action_model(self) -> None:
+        feed = self.pane.feed
+        feed.next_model()
+        if not self.replay:
+            await in_thread(feed.poll)
+            self.show()
+
+    def action_log(self) -> None:
+        self.pane.toggle_log()
+        self.call_after_refresh(self.show)
+        if not self.replay and self.pane.child is None and self.pane.log_shown:
+            feed = self.pane.feed
+            self.run_worker(in_thread(feed.poll_log))
+
+    def action_level(self) -> None:
+        if self.pane.log_shown:
+            self.pane.log_view.next_level()
+
     def action_help(self) -> None:
-        self.push_screen(Help())
+        self.push_screen(Help(replay=self.replay is not None))
+
+    # ---------------------------------------------------------------- filter
+
+    @property
+    def filtered(self) -> Requests | LogView:
+        """What the filter is for: the part that has, or had, the keys."""
+        pane = self.pane
+        return pane.log_view if pane.log_shown and (pane.log_view.has_focus or pane.has_class("short")) else pane.requests
+
+    def action_filter(self) -> None:
+        field = self.query_one("#filter", Input)
+        self._filtering = self.filtered
+        field.add_class("open")
+        field.value = self._filtering.words
+        field.focus()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        if self.query_one("#filter").has_class("open"):
+            self.filter_by(event.value)
+
+    def on_input_submitted(self) -> None:
+        self.close_filter()
+
+    def action_escape(self) -> None:
+        self.filter_by("")
+        self.close_filter()
+
+    def filter_by(self, words: str) -> None:
+        target = self._filtering
+        target.words = words
+        if isinstance(target, LogView):
+            target.again()
+        else:
+            target.show(self.pane.feed.view)
+
+    def close_filter(self) -> None:
+        self.query_one("#filter").remove_class("open")
+        self.focus_on(self._filtering)
+
+    def focus_on(self, part: Requests | LogView) -> None:
+        (part.table if isinstance(part, Requests) else part).focus()
+
+    # ---------------------------------------------------------------- one request
+
+    def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
+        self.action_inspect()
+
+    def action_inspect(self) -> None:
+        if row := self.pane.requests.table.selected:
+            self.push_screen(Inspect(self.pane.feed, row, self.ask_to_cancel))
+
+    def action_cancel(self) -> None:
+        if row := self.pane.requests.table.selected:
+            self.ask_to_cancel(self.pane.feed, row)
+
+    def ask_to_cancel(self, feed: Feed, row: Row) -> None:
+        name = row.id
+        if name is None:
+            self.notify("the server does not say by which id this one can be cancelled", severity="warning")
+            return
+        question = f"Cancel {name}? Its client gets what there is, with finish_reason abort."
+
+        def answered(yes: bool | None) -> None:
+            if yes:
+                self.run_worker(self.cancel(feed, name))
+
+        self.push_screen(Confirm(question, "cancel it", "let it run"), answered)
+
+    async def cancel(self, feed: Feed, name: str) -> None:
+        """What the server says comes as a note: that it is done, or that the request is another key's, or gone."""
+        said: list[Any] = []
+
+        def ask() -> None:
+            try:
+                said.append(feed.source.cancel(name))
+            except FeedError as error:
+                said.append(str(error))
+
+        await in_thread(ask)
+        done = said[0] == f"{name} is cancelled"
+        self.notify(str(said[0]), severity="information" if done else "error", markup=False)
 
 
-def main(url: str, *, interval: float = 1.0, once: bool = False, json_output: bool = False, api_key: str | None = None) -> int:
-    """Show the dashboard until the user quits; a plain snapshot with ``once`` or where the output is no terminal.
+async def in_thread(function: Callable[[], object]) -> None:
+    """As asyncio.to_thread, but nobody waits for the thread when the application ends."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
 
-    ``json_output`` prints the server's own /stats instead. Returns the exit status: 1 where one look found no server.
-    Raises InputError for a bad address or interval.
-    """
-    url = base_url(url)
-    if not (math.isfinite(interval) and interval >= 0.1):
-        raise InputError(f"--interval {interval:g} is not possible: give seconds, 0.1 or more")
-    if json_output:
-        return _print_json(url, api_key)
-    feed = Feed(url, source=partial(fetch, api_key=api_key))
-    if once or not sys.stdout.isatty():
-        return _print_once(feed)
-    Dashboard(feed, interval=interval).run()
-    return 0
+    def finish(error: BaseException | None) -> None:
+        if not done.done():
+            done.set_result(None) if error is None else done.set_exception(error)
 
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            function()
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed already
+            loop.call_soon_threadsafe(finish, error)
 
-def _print_json(url: str, api_key: str | None) -> int:
-    try:
-        print(json.dumps(fetch(url, api_key), indent=2))
-    except FeedError as error:
-        print(f"appliance: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _print_once(feed: Feed) -> int:
-    feed.poll()
-    if feed.view is None:
-        print(f"appliance: {feed.error}", file=sys.stderr)
-        return 1
-    print(snapshot(feed, shutil.get_terminal_size((100, 24)).columns))
-    return 0
+    threading.Thread(target=run, name="dashboard", daemon=True).start()
+    await done

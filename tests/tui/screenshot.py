@@ -1,31 +1,26 @@
-"""Draw the dashboard with stand-in data: python -m tests.tui.screenshot docs/images/dashboard.svg [COLUMNS LINES [KEY ...]]"""
+"""Draw the pictures of the documentation with stand-in data: python -m tests.tui.screenshot docs/images [NAME ...]"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import sys
 from pathlib import Path
 
-from appliance.tui.app import Dashboard
-from appliance.tui.feed import Feed
-from tests.tui.fake_server import FakeServer
+from tests.tui.stage import SCENES, Stage, play
 
 
-async def draw(path: Path, size: tuple[int, int], keys: list[str]) -> None:
-    server = FakeServer()
-    feed = Feed("http://127.0.0.1:8000", source=server, clock=lambda: server.clock)
-    for _ in range(120):
-        feed.poll()
-    app = Dashboard(feed, interval=3600)
-    async with app.run_test(size=size) as pilot:
-        await pilot.pause(0.5)  # the one poll of its own
-        await pilot.press(*keys)
-        await pilot.pause()
-        svg = app.export_screenshot(title="appliance tui")
-    path.write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL), encoding="utf-8")  # no fonts from afar
+async def draw(folder: Path, name: str) -> None:
+    async def save(stage: Stage) -> None:
+        svg = stage.app.export_screenshot(title="appliance tui")
+        svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # no fonts from afar
+        (folder / f"dashboard-{name}.svg").write_text(svg, encoding="utf-8")
+
+    await play(SCENES[name], save)
 
 
 if __name__ == "__main__":
-    columns, lines = (int(n) for n in sys.argv[2:4]) if len(sys.argv) > 3 else (120, 34)
-    asyncio.run(draw(Path(sys.argv[1]), (columns, lines), sys.argv[4:]))
+    os.environ["TZ"] = "UTC"
+    for chosen in sys.argv[2:] or [name for name, scene in SCENES.items() if scene.documented]:
+        asyncio.run(draw(Path(sys.argv[1]), chosen))

@@ -1,26 +1,35 @@
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 import pytest
 
-from appliance.tui.feed import HISTORY, Feed, FeedError, Rates, base_url, fetch, parse
-from quant.errors import InputError
+from appliance.tui.feed import HISTORY, LOG_LINES, Feed, FeedError, LogLine, Rates
+from appliance.tui.view import parse
 from tests.tui.fake_server import FakeServer
 
 
 class Counters:
     """Bodies of /stats with chosen counters, and a clock that goes with them."""
 
+    url, model = "http://localhost:1", None
+
     def __init__(self) -> None:
         self.body = FakeServer().body()
+        self.body["hardware"] = {}
         self.now = 0.0
 
+    def stats(self) -> dict[str, Any]:
+        return self.body
+
+    def log(self, after: int) -> dict[str, Any]:
+        return {"lines": [{"message": str(n)} for n in range(after, after + 7)], "next": after + 7}
+
+    def cancel(self, request_id: str) -> str:
+        return "no"
+
     def feed(self) -> Feed:
-        return Feed("localhost:1", source=lambda url: self.body, clock=lambda: self.now)
+        return Feed(self, clock=lambda: self.now)
 
     def set(self, now: float, **engine: float) -> None:
         self.now = now
@@ -79,7 +88,7 @@ def test_a_server_that_started_again_gives_no_negative_rate(counters: Counters) 
 
 def test_keeps_the_last_view_while_the_server_is_away() -> None:
     server = FakeServer()
-    feed = Feed("localhost:1", source=server)
+    feed = Feed(server)
     feed.poll()
     seen = feed.view
     server.away = FeedError("no answer from there: refused")
@@ -94,7 +103,7 @@ def test_keeps_the_last_view_while_the_server_is_away() -> None:
 
 
 def test_history_is_bounded() -> None:
-    feed = Feed("localhost:1", source=FakeServer(arrivals=0))
+    feed = Feed(FakeServer(arrivals=0))
     for _ in range(HISTORY + 20):
         feed.poll()
     assert len(feed.history) == HISTORY
@@ -110,82 +119,60 @@ def test_parse_leaves_aside_what_it_does_not_know_and_names_what_is_missing() ->
         parse({**body, "engine": None})
 
 
-URLS = [("localhost:80/", "http://localhost:80"), ("https://a.b", "https://a.b"), ("http://[::1]:8000", "http://[::1]:8000")]
+def row(name: str, out: int, **more: Any) -> dict[str, Any]:
+    known = {"request_id": name, "index": 0, "state": "running", "prompt_tokens": 10, "output_tokens": out, "blocks": 2}
+    return {**known, "computed_tokens": 9 + out, "age_s": 3.0, "preemptions": 0, **more}
 
 
-@pytest.mark.parametrize(("given", "url"), URLS)
-def test_base_url(given: str, url: str) -> None:
-    assert base_url(given) == url
+def test_speed_is_that_between_two_looks_evened_out(counters: Counters) -> None:
+    feed = counters.feed()
+    speeds = []
+    for now, out in ((0, 11), (1, 21), (2, 31), (3, 51)):
+        counters.set(now, time=float(now), running=1, requests_now=[row("a", out, ttft_s=1.0)])
+        feed.poll()
+        assert feed.view is not None
+        speeds.append(feed.view.rows[0].speed)
+    assert speeds == [5.0, 7.5, 8.75, 14.375], "at first the mean since the first token: 10 more in 2 s"
+    assert list(feed.trails["a", 0]) == speeds
+    counters.set(4, time=3.0)
+    feed.poll()
+    assert feed.view is not None and feed.view.rows[0].speed == 14.375, "in the middle of a step"
+    counters.set(5, time=5.0, requests_now=[row("b", 0)])
+    feed.poll()
+    assert feed.view is not None and feed.view.rows[0].speed is None and set(feed.trails) == {("b", 0)}
 
 
-@pytest.mark.parametrize("given", ["ftp://a", "http://", "http://a:0", "http://a:x", ""])
-def test_base_url_refuses(given: str) -> None:
-    with pytest.raises(InputError, match=r"is not the address of a server: it looks like http://127.0.0.1:8000"):
-        base_url(given)
+def test_time_to_first_token_is_the_mean_of_those_that_came(counters: Counters) -> None:
+    feed = counters.feed()
+    for now, (count, total) in enumerate(((5, 1.0), (9, 3.0), (9, 3.0), (1, 0.5))):
+        counters.now = now
+        counters.body = {**counters.body, "latency": {"ttft": {"count": count, "sum_s": total}}}
+        feed.poll()
+    assert [one.ttft for one in feed.history] == [0.5, None, None], "none came; and then the server was started again"
 
 
-@contextmanager
-def answering(status: int, body: bytes) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+def test_another_model_of_the_server_begins_with_a_clean_slate(counters: Counters) -> None:
+    feed = counters.feed()
+    counters.body["models"] = [{"name": "a"}, {"name": "b"}]
+    for model, tokens in (("a", 500), ("a", 600), ("b", 7000)):
+        counters.body["model"] = model
+        counters.now += 1
+        counters.set(counters.now, time=counters.now, generation_tokens=tokens)
+        feed.poll()
+    assert not feed.history and feed.view is not None and feed.view.model == "b"
+    feed.next_model()
+    assert feed.source.model == "a", "after the last one the first"
 
 
-@pytest.mark.parametrize(
-    ("status", "body", "message"),
-    [
-        (404, b"{}", "answers 404 Not Found: is this an appliance server"),
-        (200, b"<html>", "does not answer in JSON"),
-        (200, b"\xff", "does not answer in JSON"),
-        (200, b"[]", "is not a JSON object"),
-    ],
-)
-def test_fetch_says_what_is_wrong(status: int, body: bytes, message: str) -> None:
-    with answering(status, body) as url, pytest.raises(FeedError, match=message):
-        fetch(url)
-
-
-def test_fetch_over_http_never_asks_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    with answering(200, b'{"state": "ok"}') as url:
-        assert fetch(url) == {"state": "ok"}
-    with pytest.raises(FeedError, match=f"no answer from {url}: Connection refused"):
-        fetch(url)
-
-
-def test_a_server_with_keys_is_asked_with_one() -> None:
-    seen: list[str | None] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            seen.append(self.headers.get("Authorization"))
-            good = seen[-1] == "Bearer secret"
-            self.send_response(200 if good else 401)
-            self.end_headers()
-            self.wfile.write(b'{"version": "1"}' if good else b"{}")
-
-        def log_message(self, *given: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}"
-        assert fetch(url, "secret") == {"version": "1"}
-        with pytest.raises(FeedError, match="asks for a key: give one of its own as --api-key"):
-            fetch(url)
-        server.shutdown()
-    assert seen == ["Bearer secret", None]
+def test_the_log_is_asked_for_once_and_bounded(counters: Counters) -> None:
+    feed = counters.feed()
+    for _ in range(3):
+        feed.poll_log()
+    assert [line.message for line in feed.log] == [str(n) for n in range(21)] and feed.log_total == 21
+    assert feed.log[0] == LogLine("", "", "", "0")
+    for _ in range(LOG_LINES // 7):
+        feed.poll_log()
+    assert len(feed.log) == LOG_LINES
+    counters.log = lambda after: {"lines": 3, "next": 1}  # type: ignore[method-assign]
+    feed.poll_log()
+    assert feed.log_error is not None and "/logs is not understood" in feed.log_error

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from appliance.tui.text import chart, duration, fill_map, segments, size
+from appliance.tui.text import chart, duration, fill_map, fit, seconds, segments, short_size, size
 
 SIZES = [(0, "0 B"), (512, "512 B"), (1536, "1.50 KiB"), (12 << 20, "12.0 MiB"), (300 << 20, "300 MiB"), (5 << 40, "5120 GiB")]
 
@@ -21,22 +21,45 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+TIMES = [
+    (None, "-"),
+    (0.0004, "0.4 ms"),
+    (0.00996, "10 ms"),
+    (0.9994, "999 ms"),
+    (0.9996, "1.00 s"),
+    (12.34, "12.3 s"),
+    (75, "1m 15s"),
+]
+
+
+@pytest.mark.parametrize(("value", "text"), TIMES)
+def test_seconds(value: float | None, text: str) -> None:
+    assert seconds(value) == text
+
+
+def test_what_fits() -> None:
+    assert short_size(990 << 20) == "990M" and short_size(3 << 30) == "3.00G" and short_size(5) == "5B"
+    assert fit(["long words", "short"], 9) == "short" and fit(["long words", "short"], 3) == "sho" and fit(["a"], -1) == ""
+
+
 def test_chart_fills_from_below_with_the_newest_to_the_right() -> None:
     assert chart([0, 1, 8, 16], width=5, height=2, top=16) == ["    █", "  ▁██"]
     assert chart([5, 1, 8], width=2, height=1, top=8) == ["▁█"], "older values fall off to the left"
     assert chart([1e-9, 0], width=2, height=1, top=1e9) == ["▁ "], "a little is not nothing"
     assert chart([0, 0], width=3, height=2, top=0) == ["   ", "   "]
+    assert chart([4, None, 8], width=3, height=1, top=8) == ["▄ █"], "None is a gap"
     assert chart([], width=0, height=1, top=0) == [""]
 
 
 def test_map_shows_each_block_where_there_is_room() -> None:
-    assert fill_map("##..#", 5) == "■■··■" and fill_map("#+.+", 4) == "■□·□"
+    assert fill_map("##..#", 5) == "■■··■" and fill_map("#+.&", 4) == "■□·◆"
     assert fill_map("", 5) == ""
 
 
 def test_map_shades_runs_of_blocks() -> None:
     assert fill_map("####" + "...#" + "#..#" + "####" + "...." + ".###", 6) == "█░▒█·▓"
     assert fill_map("#.", 0) == ""
+    assert fill_map("&&&&" + "&.#." + "&.##" + "&+++", 4) == "◆◆▓◆", "shared where at least half of the used ones are"
     assert fill_map("##++" + "++++" + "...+" + "....", 4) == "▒□□·", "what is kept shows where nothing is used"
 
 

@@ -3,55 +3,91 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import PurePath
 
 from textual.content import Content
 from textual.widgets import Static
 
 from appliance.tui.feed import Feed, View
-from appliance.tui.text import duration, percent, size
+from appliance.tui.text import MUTED, duration, percent, size
 
+GOOD, BUSY, BAD = "bold $text-success", "bold $text-warning", "bold $text-error"
 STATES = {
-    "ok": ("● serving", "bold $text-success"),
-    "loading": ("◐ loading", "bold $text-warning"),
-    "draining": ("◌ shutting down", "bold $text-warning"),
-    "dead": ("✖ engine dead", "bold $text-error"),
+    "ok": ("● serving", GOOD),
+    "unloading": ("◌ unloading", BUSY),
+    "loading": ("◐ loading", BUSY),
+    "unloaded": ("○ unloaded", BUSY),
+    "draining": ("◌ shutting down", BUSY),
+    "stuck": ("✖ stuck", BAD),
+    "dead": ("✖ engine dead", BAD),
 }
+KINDS = {"appliance": "appliance", "vllm": "vLLM"}
+Note = tuple[str, str]  # what the dashboard itself is doing, and a style
 
 
-def header(feed: Feed, *, paused: bool = False) -> Content:
+def state_of(feed: Feed) -> Note:
+    """In two words, as also the tabs show it."""
+    if feed.child or (feed.view is None and feed.error and not feed.starting):
+        return ("✖ ended" if feed.child else "✖ away", BAD)
+    if feed.view is None:
+        return ("◐ starting" if feed.starting else "… asking", MUTED)
+    if feed.error:
+        return ("✖ away", BAD)
+    return STATES.get(feed.view.state, (f"? {feed.view.state}", BUSY))
+
+
+def header(feed: Feed, notes: Sequence[Note] = ()) -> Content:
     """Two lines."""
-    view = feed.view
+    view, extra = feed.view, [Content.assemble(note) for note in notes]
     if view is None:
-        return Content.assemble(_connection(feed), "\n", ("waiting for the first answer", "dim"))
-    label, style = STATES.get(view.state, (f"? {view.state}", "bold $text-warning"))
-    parts = [Content.assemble((f"appliance {view.version}", "bold")), Content.assemble((label, style))]
-    if paused:
-        parts.append(Content.assemble(("‖ paused", "bold $text-warning")))
-    parts += [Content.assemble((_short(view.model), "bold $text-primary")), Content(f"up {duration(view.uptime_s)}")]
-    second = _connection(feed) if feed.error else _details(view)
+        first = [Content.assemble(("appliance tui", "bold")), Content(feed.url), *extra]
+        return Content.assemble(Content(" │ ").join(first), "\n", _connection(feed))
+    label, style = STATES.get(view.state, (f"? {view.state}", BUSY))
+    name = f"{KINDS.get(view.kind, view.kind)} {view.version}".strip()
+    parts = [Content.assemble((name, "bold")), Content.assemble((label, style)), *extra]
+    parts.append(Content.assemble((short(view.model), "bold $text-primary")))
+    if view.uptime_s is not None:
+        parts.append(Content(f"up {duration(view.uptime_s)}"))
+    second = _connection(feed) if feed.error or feed.child else _details(view)
     return Content.assemble(Content(" │ ").join(parts), "\n", second)
 
 
-def _short(model: str) -> str:
+def short(model: str) -> str:
     """A name as it is; of a path the last part."""
     return PurePath(model).name if model.startswith(("/", ".", "~")) else model
 
 
 def _connection(feed: Feed) -> Content:
+    if feed.child:
+        return Content.assemble((f"✖ {feed.child}", BAD))
+    if feed.starting:
+        return Content.assemble(("◐ the server is starting", BUSY), f" at {feed.url}")
     if feed.error is None or feed.away_since is None:
         return Content(f"asking {feed.url}")
     since = time.strftime("%H:%M:%S", time.localtime(feed.away_since))
-    away = duration(time.time() - feed.away_since)
-    return Content.assemble((f"✖ away since {since} ({away}), trying again", "bold $text-error"), f": {feed.error}")
+    away = duration(feed.wall() - feed.away_since)
+    return Content.assemble((f"✖ away since {since} ({away}), trying again", BAD), f": {feed.error}")
 
 
 def _details(view: View) -> Content:
+    if len(view.models) > 1:
+        return _models(view)
     if view.info is None:
-        return Content(_loading(view))
+        return Content(view.about or (_loading(view) if view.state == "loading" else "no model is loaded"))
     info = view.info
     facts = [info.quantization, info.dtype, info.device, f"context {info.max_model_len:,}", info.architecture]
     return Content(" · ".join([*(fact for fact in facts if fact), f"ready in {duration(info.ready_s)}"]))
+
+
+def _models(view: View) -> Content:
+    """Of a server with several: each with the sign of its state."""
+    parts = []
+    for model in view.models:
+        label, style = STATES.get(str(model.get("state")), (f"? {model.get('state')}", BUSY))
+        name = (f" {short(str(model.get('name')))}", "reverse" if model.get("name") == view.model else "")
+        parts.append(Content.assemble((label.split(" ")[0], style), name))
+    return Content("  ").join([Content(f"{len(parts)} models (m):"), *parts])
 
 
 def _loading(view: View) -> str:
@@ -63,5 +99,5 @@ def _loading(view: View) -> str:
 
 
 class Header(Static):
-    def show(self, feed: Feed, *, paused: bool) -> None:
-        self.update(header(feed, paused=paused))
+    def show(self, feed: Feed, notes: Sequence[Note]) -> None:
+        self.update(header(feed, notes), layout=False)

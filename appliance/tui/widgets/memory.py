@@ -1,4 +1,4 @@
-"""The memory plan as one bar, and what the process really takes."""
+"""The memory plan as a bar, and below it what the engine really takes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from textual.widget import Widget
 
 from appliance.core.messages import Stats, plan_bytes
 from appliance.tui.feed import View
-from appliance.tui.text import percent, segments, size
+from appliance.tui.text import MUTED, percent, segments, short_size, size
+from appliance.tui.widgets.hardware import summary
 
 GLYPHS = {"weights": ("█", "$primary-lighten-1"), "KV": ("▓", "$text-success"), "workspace": ("▒", "$text-warning"),
-          "swap": ("▚", "$primary"), "graphs": ("▒", "$text-accent"), "runtime": ("░", "$text-error")}  # fmt: skip
+          "swap": ("▚", "$primary"), "graphs": ("▤", "$text-accent"), "runtime": ("░", "$text-error")}  # fmt: skip
 NAMES = {"kv_cache": "KV"}  # where the plan's own would be too long
 
 
@@ -37,14 +38,23 @@ def plan_parts(plan: Mapping[str, Any]) -> Parts | None:
     return Parts(sizes, max(found["budget"], sum(sizes.values())))
 
 
+def used_bytes(view: View) -> tuple[int, str]:
+    """What the engine really takes of the memory that the plan is for, and whose word that is."""
+    device = str((view.info.plan.get("device") or {}).get("kind", "cpu")) if view.info else "cpu"  # type: ignore[attr-defined]
+    cards = view.hardware.get("gpus") or []
+    if device != "cpu" and cards:
+        ours = cards[0].get("process_bytes")
+        return (ours, "on the card") if ours else (cards[0].get("memory_used_bytes") or 0, "on the card, all in all")
+    return view.stats.rss_bytes, "resident"
+
+
 def totals(view: View | None) -> str:
     """What is planned and what is taken, in words."""
-    parts = _parts(view)
-    words = ["Memory"]
+    parts, words = _parts(view), ["Memory"]
     if parts:
-        words.append(f"plan {size(sum(parts.sizes.values()))} of {size(parts.budget)}")
-    if view and view.stats.rss_bytes:
-        words.append(f"process {size(view.stats.rss_bytes)}")
+        words.append(f"planned {size(sum(parts.sizes.values()))} of {size(parts.budget)}")
+    if view and (used := used_bytes(view))[0]:
+        words.append(f"used {size(used[0])} {used[1]}")
     return " · ".join(words)
 
 
@@ -53,54 +63,47 @@ def _parts(view: View | None) -> Parts | None:
 
 
 def memory(view: View | None, width: int) -> Content:
-    """The bar, then its legend; a line for the swap space where there is one."""
+    """The plan as a bar, what is used of it as another to the same scale, and the legend."""
     parts = _parts(view)
     if view is None or parts is None:
-        return Content("no plan yet")
-    widths = segments(list(parts.sizes.values()), width, parts.budget)
-    bar = [(GLYPHS[name][0] * n, GLYPHS[name][1]) for name, n in zip(parts.sizes, widths, strict=True)]
-    free = ("·" * (width - sum(widths)), "$text-muted")
-    lines = [Content.assemble(*bar, free), _legend(parts, view.stats, width)]
-    if view.stats.swap_total:
-        lines.append(swap(view.stats, parts_of_swap(view), width))
+        return Content("no plan yet" if view is None or view.kind == "appliance" else "this server tells no plan")
+    room = max(width - 8, 0)
+    widths = segments(list(parts.sizes.values()), room, parts.budget)
+    plan = [(GLYPHS[name][0] * n, GLYPHS[name][1]) for name, n in zip(parts.sizes, widths, strict=True)]
+    used, _ = used_bytes(view)
+    full = segments([min(used, parts.budget)], room, parts.budget)[0]
+    taken = "$text-error" if used > parts.budget else "$text-success"
+    lines = [
+        Content.assemble("planned ", *plan, ("·" * (room - sum(widths)), MUTED)),
+        Content.assemble("used    ", ("■" * full, taken), ("·" * (room - full), MUTED)),
+        _legend(parts, view.stats, width),
+    ]
     return Content("\n").join(lines)
 
 
-def parts_of_swap(view: View) -> int:
-    """Bytes of the swap space, as the plan has it."""
-    return plan_bytes(view.info.plan).get("swap", 0) if view.info else 0
-
-
-def swap(stats: Stats, nbytes: int, width: int) -> Content:
-    """Host memory: a bar of what requests and cached prefixes have there, and the numbers."""
-    total, used, kept = stats.swap_total, stats.swap_used, stats.swap_kept
-    long = f" {size(nbytes)}: {used:,} of {total:,} blocks used, {kept:,} kept" if nbytes else f" {used:,} of {total:,} used"
-    words = next((text for text in (long, f" {percent(used, total)} used", "") if len(text) + 15 <= width), "")
-    room = max(width - len(words) - 5, 0)
-    widths = segments([used, kept], room, total)
-    return Content.assemble(
-        "swap ", ("▓" * widths[0], "$text-success"), ("□" * widths[1], "$text-primary"),
-        ("·" * (room - sum(widths)), "$text-muted"), words,
-    )  # fmt: skip
-
-
 def _legend(parts: Parts, stats: Stats, width: int) -> Content:
+    """As wordy as there is room for."""
     used = f" ({percent(stats.blocks_used, stats.blocks_total)} used)"
-    items = []
-    for name, amount in parts.sizes.items():
-        glyph, style = GLYPHS[name]
-        items.append(Content.assemble((glyph, style), f" {name} {size(amount)}"))
-    with_used = [Content.assemble(item, used) if "KV" in item.plain else item for item in items]
-    lines = [Content("   ").join(with_used), Content("  ").join(with_used), Content("  ").join(items)]
-    return next((line for line in lines if line.cell_length <= width), lines[-1])
+    ways = ((size, used, "   ", " "), (size, "", "   ", " "), (size, "", "  ", " "), (short_size, "", "  ", " "))
+    for amount_of, more, gap, space in (*ways, (short_size, "", " ", "")):
+        items = [
+            Content.assemble(GLYPHS[name], f"{space}{name} {amount_of(amount)}{more if name == 'KV' else ''}")
+            for name, amount in parts.sizes.items()
+        ]
+        line = Content(gap).join(items)
+        if line.cell_length <= width:
+            break
+    return line
 
 
 class Memory(Widget):
     view: View | None = None
 
-    def show(self, view: View | None) -> None:
+    def show(self, view: View | None, *, machine: bool) -> None:
+        """``machine``: whether the bottom line also says what the machine does."""
         self.view = view
         self.border_title = totals(view)
+        self.border_subtitle = summary(view) if machine else ""
         self.refresh()
 
     def render(self) -> Content:

@@ -1,27 +1,55 @@
-"""Every request of the moment: how far it is, what it holds."""
+"""Every request of the moment: whose it is, how far, what it holds, how fast it goes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.text import Text
 from textual.app import ComposeResult
-from textual.containers import Vertical, VerticalScroll
+from textual.containers import Vertical
 from textual.content import Content
-from textual.widgets import Static
+from textual.coordinate import Coordinate
+from textual.markup import escape
+from textual.widgets import DataTable, Static
 
-from appliance.core.messages import RequestStat, Stats
-from appliance.tui.text import duration
+from appliance.core.messages import Stats
+from appliance.tui.colours import colour
+from appliance.tui.feed import View
+from appliance.tui.text import duration, rate, seconds, size
+from appliance.tui.view import Row
 
-COLUMNS = (("state", 14), ("prompt", 8), ("output", 8), ("blocks", 7), ("age", 8), ("preempted", 11))
 ID_WIDTHS = (12, 44)  # least, most
 
 
-def state(request: RequestStat) -> str:
-    """waiting, swapped, prefill 45 %, or decode. A preempted request that is read again also shows how far it is."""
-    if request.state != "running":
-        return request.state
-    tokens = request.prompt_tokens + request.output_tokens
-    if request.computed_tokens < tokens - 1:  # the newest token is always still to be computed
-        return f"prefill {100 * request.computed_tokens // tokens} %"
-    return "decode"
+@dataclass(frozen=True, slots=True)
+class Column:
+    name: str
+    width: int  # 0: what is left
+    text: Callable[[Row], str]
+    order: Callable[[Row], Any]
+    words: bool = False  # to the left, and A to Z first; numbers to the right, and the largest first
+
+
+def _or_less(value: float | None) -> float:
+    return -1.0 if value is None else value
+
+
+COLUMNS = (
+    Column("request", 0, lambda r: r.name, lambda r: r.name, words=True),
+    Column("key", 10, lambda r: r.key or "-", lambda r: r.key or "", words=True),
+    Column("state", 13, lambda r: r.state, lambda r: r.state, words=True),
+    Column("prompt", 8, lambda r: f"{r.stat.prompt_tokens:,}", lambda r: r.stat.prompt_tokens),
+    Column("output", 8, lambda r: f"{r.stat.output_tokens:,}", lambda r: r.stat.output_tokens),
+    Column("blocks", 8, lambda r: f"{r.stat.blocks:,}", lambda r: r.stat.blocks),
+    Column("tok/s", 7, lambda r: "-" if r.speed is None else rate(r.speed), lambda r: _or_less(r.speed)),
+    Column("age", 8, lambda r: duration(r.stat.age_s), lambda r: r.stat.age_s),
+    Column("first", 9, lambda r: seconds(r.ttft_s), lambda r: _or_less(r.ttft_s)),
+    Column("cached", 8, lambda r: f"{r.stat.cached_tokens:,}", lambda r: r.stat.cached_tokens),
+    Column("preempted", 11, lambda r: f"{r.stat.preemptions or '-'}", lambda r: r.stat.preemptions),
+)
+BY_NAME = {column.name: column for column in COLUMNS}
 
 
 def counters(stats: Stats, width: int) -> Content:
@@ -43,73 +71,169 @@ def counters(stats: Stats, width: int) -> Content:
     return Content(" · ").join(parts)
 
 
-def columns(stats: Stats, width: int) -> list[tuple[str, int]]:
-    """The columns that fit, with their widths; the id is as wide as it needs and may."""
-    least, most = ID_WIDTHS
-    chosen = list(COLUMNS)
-    while chosen and width - sum(w for _, w in chosen) < least:
-        chosen.pop()
-    longest = max((len(_name(request)) for request in stats.requests_now), default=0) + 2
-    room = min(width - sum(w for _, w in chosen), most)
-    return [("request", max(min(room, max(longest, least)), 1)), *chosen]
+def columns(rows: Sequence[Row], width: int) -> list[tuple[Column, int]]:
+    """The columns that fit, with their widths; the id is as wide as it needs and may. Keys only where there are some."""
+    first, *others = [column for column in COLUMNS if column.name != "key" or any(row.key for row in rows)]
+    while others and width - sum(column.width for column in others) < ID_WIDTHS[0]:
+        others.pop()
+    longest = max((len(row.name) for row in rows), default=0) + 2
+    room = min(width - sum(column.width for column in others), ID_WIDTHS[1])
+    return [(first, max(min(room, max(longest, ID_WIDTHS[0])), 1)), *((column, column.width) for column in others)]
 
 
-def table_head(stats: Stats, width: int) -> Content:
-    chosen = columns(stats, width)
-    return Content.assemble(("".join(_cell(name, name, w) for name, w in chosen), "$text-muted"))
-
-
-def table_rows(stats: Stats, width: int, *, newest_first: bool = False) -> Content:
-    """A line a request. ``stats`` has them oldest first, and not more than it can show."""
-    requests = list(reversed(stats.requests_now)) if newest_first else list(stats.requests_now)
-    chosen = columns(stats, width)
-    lines = [_row(request, chosen) for request in requests]
-    hidden = stats.running + stats.waiting - len(requests)
-    if hidden > 0:
-        lines.append(Content.assemble((f"and {hidden:,} more", "$text-muted")))
-    return Content("\n").join(lines) if lines else Content.assemble(("no requests", "$text-muted"))
-
-
-def _name(request: RequestStat) -> str:
-    return request.request_id + (f"/{request.index}" if request.index else "")
-
-
-def _cell(column: str, value: str, width: int) -> str:
+def cell(column: Column, text: str, width: int) -> str:
     """Words to the left, cut where they are too long; numbers to the right."""
-    if column not in ("request", "state"):
-        return value.rjust(width)
-    return (value if len(value) < width else value[: width - 2] + "…").ljust(width)
+    if not column.words:
+        return text.rjust(width)
+    return (text if len(text) < width else text[: max(width - 2, 0)] + "…").ljust(width)[:width]
 
 
-def _row(request: RequestStat, chosen: list[tuple[str, int]]) -> Content:
-    values = {
-        "request": _name(request),
-        "state": state(request),
-        "prompt": f"{request.prompt_tokens:,}",
-        "output": f"{request.output_tokens:,}",
-        "blocks": f"{request.blocks:,}",
-        "age": duration(request.age_s),
-        "preempted": f"{request.preemptions}" if request.preemptions else "-",
-    }
-    style = (
-        "$text-warning" if values["state"] in ("waiting", "swapped") else "$text-primary" if values["state"] != "decode" else ""
-    )
-    styles = {"state": style}
-    return Content.assemble(*((_cell(column, values[column], w), styles.get(column, "")) for column, w in chosen))
+def chosen_rows(rows: Sequence[Row], order: str = "age", *, backward: bool = False, words: str = "") -> list[Row]:
+    """Those with all the ``words`` in id, key, state or model; by the column ``order``, in its own direction or against it."""
+    wanted = words.lower().split()
+    found = [row for row in rows if all(word in _haystack(row) for word in wanted)]
+    column = BY_NAME[order]
+    return sorted(found, key=column.order, reverse=column.words == backward)
+
+
+def _haystack(row: Row) -> str:
+    return " ".join([row.name, row.stat.request_id, row.key or "", row.state, str(row.facts.get("model") or "")]).lower()
+
+
+def style_of(state: str) -> str:
+    """A variable of the theme; "" for what goes as it should."""
+    return "text-warning" if state in ("waiting", "swapped") else "text-primary" if state != "decode" else ""
+
+
+def table_lines(view: View, width: int) -> list[str]:
+    """The table as plain text, oldest first."""
+    rows = chosen_rows(view.rows)
+    chosen = columns(rows, width)
+    lines = ["".join(cell(column, column.name, w) for column, w in chosen)]
+    lines += ["".join(cell(column, column.text(row), w) for column, w in chosen) for row in rows]
+    hidden = view.stats.running + view.stats.waiting - len(rows)
+    return [*lines, f"and {hidden:,} more"] if hidden > 0 else lines
+
+
+def without_list(view: View) -> Content:
+    """For servers that only count."""
+    stats, lines = view.stats, ["This server counts its requests, and does not list them."]
+    lines.append("")
+    lines += [f"{count:>12,}  ended with {reason}" for reason, count in sorted(stats.finished.items(), key=lambda i: -i[1])]
+    lines.append(f"{stats.prompt_tokens:>12,}  prompt tokens")
+    lines.append(f"{stats.generation_tokens:>12,}  generated tokens")
+    if view.e2e and view.e2e.p50_s is not None:
+        lines.append(f"{seconds(view.e2e.p50_s):>12}  for a whole answer, p95 {seconds(view.e2e.p95_s)} (last minute)")
+    if stats.rss_bytes:
+        lines.append(f"{size(stats.rss_bytes):>12}  resident memory of its front end")
+    return Content("\n".join(lines))
+
+
+class Table(DataTable[Text]):
+    """Its rows keep their places while their values change; the cursor stays with its request."""
+
+    def __init__(self) -> None:
+        super().__init__(cursor_type="row", cell_padding=0, zebra_stripes=False)
+        self.shown: list[Row] = []
+        self._layout: list[tuple[str, int]] = []
+        self._texts: list[list[tuple[str, str]]] = []
+
+    @property
+    def selected(self) -> Row | None:
+        return self.shown[self.cursor_row] if 0 <= self.cursor_row < len(self.shown) else None
+
+    def show(self, rows: list[Row], chosen: list[tuple[Column, int]], labels: list[str]) -> None:
+        selected = self.selected
+        layout = [(label, width) for label, (_, width) in zip(labels, chosen, strict=True)]
+        if layout != self._layout:
+            self.clear(columns=True)
+            self._layout, self._texts = layout, []
+            for label, width in layout:
+                self.add_column(Text(label), width=width)
+        texts = [[(cell(column, column.text(row), width), _style(column, row)) for column, width in chosen] for row in rows]
+        for at, (new, old) in enumerate(zip(texts, self._texts, strict=False)):
+            for x, value in enumerate(new):
+                if value != old[x]:
+                    self.update_cell_at(Coordinate(at, x), self._text(value))
+        for new in texts[len(self._texts) :]:
+            self.add_row(*map(self._text, new))
+        while len(self.rows) > len(texts):
+            self.remove_row(self.coordinate_to_cell_key(Coordinate(len(self.rows) - 1, 0)).row_key)
+        self._texts, self.shown = texts, rows
+        places = [row.place for row in rows]
+        if selected and selected.place in places and (at := places.index(selected.place)) != self.cursor_row:
+            self.move_cursor(row=at, animate=False)
+
+    def _text(self, value: tuple[str, str]) -> Text:
+        return Text(value[0], style=colour(self.app, value[1]), no_wrap=True, end="")
+
+
+def _style(column: Column, row: Row) -> str:
+    return style_of(row.state) if column.name == "state" else ""
 
 
 class Requests(Vertical):
+    """Counters in the title, the table, and what is sorted and filtered in the bottom line."""
+
     BORDER_TITLE = "Requests"
 
-    def compose(self) -> ComposeResult:
-        yield Static(id="counters")
-        yield Static(id="head")
-        with VerticalScroll(can_focus=True):
-            yield Static(id="rows")
+    def __init__(self) -> None:
+        super().__init__()
+        self.order, self.backward, self.words = "age", False, ""
+        self.view: View | None = None
 
-    def show(self, stats: Stats, *, newest_first: bool) -> None:
-        width = self.content_size.width
-        self.border_title = f"Requests, {'newest' if newest_first else 'oldest'} first"
-        self.query_one("#counters", Static).update(counters(stats, width))
-        self.query_one("#head", Static).update(table_head(stats, width - 1))
-        self.query_one("#rows", Static).update(table_rows(stats, width - 1, newest_first=newest_first))
+    def compose(self) -> ComposeResult:
+        yield Table()
+        yield Static(id="counted")
+
+    @property
+    def table(self) -> Table:
+        return self.query_one(Table)
+
+    def show(self, view: View | None) -> None:
+        self.view, width = view, self.content_size.width
+        listed = view is None or view.listed
+        self.set_class(not listed, "counted")
+        if view is None:
+            self.border_title, self.border_subtitle = "Requests", ""
+            return
+        self.border_title = Content.assemble("Requests · ", counters(view.stats, width - 14))
+        if not listed:
+            self.query_one("#counted", Static).update(without_list(view))
+            self.border_subtitle = ""
+            return
+        rows = chosen_rows(view.rows, self.order, backward=self.backward, words=self.words)
+        chosen = columns(view.rows, width - 2)  # beside the scroll bar
+        self.table.show(rows, chosen, [self._label(column, w) for column, w in chosen])
+        self.border_subtitle = self._below(view, len(rows))
+
+    def _label(self, column: Column, width: int) -> str:
+        sign = ("▼" if column.words == self.backward else "▲") if column.name == self.order else ""
+        return cell(column, f"{column.name}{sign}" if column.words else f"{sign}{column.name}", width)
+
+    def _below(self, view: View, shown: int) -> str:
+        words = [f"by {self.order}{', reversed' if self.backward else ''}"]
+        if self.words:
+            words.append(f"filter: {escape(self.words)}")
+        total = view.stats.running + view.stats.waiting
+        if shown < total:
+            words.append(f"{shown:,} of {total:,} shown")
+        return " · ".join(words)
+
+    def sort(self, steps: int) -> None:
+        """By the next column, or the one before; of those that are on the screen."""
+        names = [column.name for column, _ in columns(self.view.rows if self.view else (), self.content_size.width - 2)]
+        at = names.index(self.order) if self.order in names else -steps
+        self.order, self.backward = names[(at + steps) % len(names)], False
+        self.show(self.view)
+
+    def sort_by(self, name: str) -> None:
+        """As a click on a column's head: again turns the order round."""
+        self.backward = not self.backward if name == self.order else False
+        self.order = name
+        self.show(self.view)
+
+    def on_data_table_header_selected(self, event: DataTable.HeaderSelected) -> None:
+        names = [column.name for column, _ in columns(self.view.rows if self.view else (), self.content_size.width - 2)]
+        if event.column_index < len(names):
+            self.sort_by(names[event.column_index])

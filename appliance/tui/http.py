@@ -1,0 +1,155 @@
+"""How the dashboard talks to a server: /stats, or /metrics under vLLM's names; the log; an end to a request."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from typing import Any, Protocol
+from urllib.parse import quote, urlsplit
+
+from appliance.tui.vllm import NotVllm, VllmMetrics
+from quant.errors import InputError
+
+TIMEOUT = 5.0  # seconds to wait for an answer
+MOST_BYTES = 32 << 20  # of an answer
+
+
+class FeedError(InputError):
+    """The server does not answer, or not as expected; says which."""
+
+
+class NotOurs(FeedError):
+    """Something answers, but no server of ours: /metrics may tell more."""
+
+
+class Source(Protocol):
+    """Where a feed has its news from."""
+
+    url: str
+    model: str | None
+
+    def stats(self) -> dict[str, Any]: ...
+    def log(self, after: int) -> dict[str, Any]: ...
+    def cancel(self, request_id: str) -> str: ...
+
+
+def base_url(url: str) -> str:
+    """``url`` with a scheme and without a trailing slash. Raises InputError where it is none."""
+    full = url if "://" in url else f"http://{url}"
+    parts = urlsplit(full)
+    try:
+        port_ok = parts.port != 0
+    except ValueError:
+        port_ok = False
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_ok:
+        raise InputError(f"--url {url!r} is not the address of a server: it looks like http://127.0.0.1:8000")
+    return full.rstrip("/")
+
+
+def ask(url: str, api_key: str | None = None, *, method: str = "GET") -> bytes:
+    """The body of an answer with a status below 300. Asks the server itself, never a proxy. Raises HTTPError, OSError."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    headers = {} if not api_key else {"Authorization": f"Bearer {api_key}"}
+    with opener.open(urllib.request.Request(url, headers=headers, method=method), timeout=TIMEOUT) as answer:
+        body: bytes = answer.read(MOST_BYTES)
+        return body
+
+
+def _get(url: str, path: str, api_key: str | None) -> bytes:
+    """Raises FeedError; NotOurs where there is no such route."""
+    try:
+        return ask(f"{url}{path}", api_key)
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            raise FeedError(f"{url} asks for a key: give one of its own as --api-key, or in APPLIANCE_API_KEY") from error
+        if error.code == 404 and '"model_not' in (words := error.read(2000).decode(errors="replace")):
+            raise FeedError(f"{url}{path} answers 404: {_message(words)}") from error
+        kind = NotOurs if error.code in (404, 405) else FeedError
+        raise kind(f"{url}{path} answers {error.code} {error.reason}: is this an appliance server?") from error
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise FeedError(f"no answer from {url}: {getattr(reason, 'strerror', None) or reason}") from error
+    except Exception as error:  # http.client has many ways to say that this is no HTTP
+        raise FeedError(f"{url} does not answer by HTTP: {type(error).__name__}: {error}") from error
+
+
+def _message(body: str | bytes) -> str:
+    """Of an error in OpenAI's form. Raises ValueError where it is none."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (KeyError, TypeError) as error:
+        raise ValueError("no error of ours") from error
+
+
+def fetch(url: str, api_key: str | None = None, path: str = "/stats") -> dict[str, Any]:
+    """GET ``url`` + ``path``: a JSON object. Raises FeedError."""
+    try:
+        body = json.loads(_get(url, path, api_key))
+    except ValueError as error:
+        if isinstance(error, FeedError):
+            raise
+        raise NotOurs(f"{url}{path} does not answer in JSON: is this an appliance server?") from error
+    if not isinstance(body, dict):
+        raise NotOurs(f"{url}{path} is not a JSON object: is this an appliance server?")
+    return body
+
+
+class Server:
+    """A server by HTTP. What has no /stats is asked for vLLM's /metrics, which come in the shape of /stats."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        self.url, self.api_key = base_url(url), api_key
+        self.model: str | None = None  # of several, the one that is asked about
+        self._metrics: VllmMetrics | None = None  # once it was found out that these are all there is
+
+    def stats(self) -> dict[str, Any]:
+        """Raises FeedError."""
+        if self._metrics is not None:
+            try:
+                return self._metrics.body(self._text("/metrics"), time.time())
+            except (FeedError, NotVllm):
+                self._metrics = None  # who comes back may be another one
+        try:
+            return fetch(self.url, self.api_key, f"/stats?model={quote(self.model, safe='')}" if self.model else "/stats")
+        except NotOurs as error:
+            return self._vllm(error)
+
+    def _vllm(self, error: NotOurs) -> dict[str, Any]:
+        """The first look at /metrics. Raises what is wrong with /stats where they are none of vLLM's."""
+        try:
+            text = self._text("/metrics")
+            metrics = VllmMetrics(self._version())
+            body = metrics.body(text, time.time())
+        except (NotOurs, NotVllm):
+            raise error from None
+        self._metrics = metrics
+        return body
+
+    def _version(self) -> str:
+        try:
+            return str(fetch(self.url, self.api_key, "/version").get("version", ""))
+        except FeedError:
+            return ""
+
+    def _text(self, path: str) -> str:
+        return _get(self.url, path, self.api_key).decode(errors="replace")
+
+    def log(self, after: int) -> dict[str, Any]:
+        """``{"lines": [...], "next": N}``. Raises FeedError."""
+        return fetch(self.url, self.api_key, f"/logs?after={after}")
+
+    def cancel(self, request_id: str) -> str:
+        """Abort a request. Returns what the server says to it; never raises for an answer, FeedError for none."""
+        url = f"{self.url}/v1/requests/{quote(request_id, safe='')}"
+        try:
+            ask(url, self.api_key, method="DELETE")
+        except urllib.error.HTTPError as error:
+            try:
+                return _message(error.read(MOST_BYTES))
+            except (ValueError, OSError):
+                return f"the server answers {error.code} {error.reason}"
+        except OSError as error:
+            raise FeedError(f"no answer from {self.url}: {getattr(error, 'reason', error)}") from error
+        return f"{request_id} is cancelled"
