@@ -134,3 +134,136 @@ class ServerConfig:
     """Metrics under vLLM's names, too."""
     enable_log_requests: bool = True
     """A line of the log for each request that has ended: what it asked of whom, its tokens and seconds, never its text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What `appliance bench serve` asks, of whom, and how often. Names and meanings are those of `vllm bench serve`."""
+
+    backend: str = "openai"
+    """openai: completions (also vllm); openai-chat: chat."""
+    base_url: str | None = None
+    """Where the server is, as https://example.org:8000, instead of --host and --port."""
+    host: str = "127.0.0.1"
+    """Address of the server."""
+    port: int = 8000
+    """Its port."""
+    endpoint: str | None = None
+    """Path that is asked; /v1/completions or /v1/chat/completions when left out, as --backend says."""
+    header: tuple[str, ...] = ()
+    """Headers to send, as NAME=VALUE."""
+    api_key: str | None = field(default=None, repr=False)
+    """Key to send; OPENAI_API_KEY in the environment when left out."""
+    ssl_ca_certs: str | None = None
+    """Trust these certificates (PEM)."""
+    insecure: bool = False
+    """Take any certificate."""
+    model: str | None = None
+    """Name of the model; the first one that the server names when left out."""
+    served_model_name: str | None = None
+    """Name to ask for, if not --model."""
+    dataset_name: str = "random"
+    """random, sharegpt, custom (JSON lines with prompt or messages), text (cuts from any text), timed_trace (arrivals and lengths:
+    Azure's CSV, or JSON lines as Mooncake's)."""
+    dataset_path: str | None = None
+    """File of the data set."""
+    num_prompts: int = 1000
+    """Requests to send; of a trace the first so many."""
+    input_len: int | None = None
+    """The same as --random-input-len."""
+    output_len: int | None = None
+    """Tokens of each answer, whatever the data set says."""
+    random_input_len: int = 1024
+    """Tokens of a random prompt (words, of a text)."""
+    random_output_len: int = 128
+    """Tokens of its answer."""
+    random_range_ratio: float = 0.0
+    """Lengths vary by this share up and down."""
+    random_prefix_len: int = 0
+    """Tokens that all random prompts begin with, beside the others."""
+    sharegpt_output_len: int | None = None
+    """Tokens of each answer, instead of those that the conversation had."""
+    custom_output_len: int = 256
+    """Tokens of each answer where the file does not say; -1: as long as the model likes."""
+    timed_trace_chunk_hash_size: int = 512
+    """Tokens that an id of the trace's hash_ids stands for."""
+    timed_trace_sec_multiplier: float = 0.001
+    """Seconds that 1 in the timestamps of JSON lines stands for."""
+    self_timed: bool | None = None
+    """Send requests when the trace says; on for timed_trace."""
+    speedup: float = 1.0
+    """Replay a trace so many times as fast."""
+    scale_lengths: float = 1.0
+    """Multiply a trace's lengths, as for a model of a shorter context."""
+    disable_shuffle: bool = False
+    """Take a data set in its order."""
+    no_oversample: bool = False
+    """Send each request of a data set once, even where that is fewer than --num-prompts."""
+    request_rate: float = float("inf")
+    """Requests a second; inf: all at once."""
+    burstiness: float = 1.0
+    """Shape of the gamma distribution of gaps between requests: 1 is a Poisson process, less is burstier, more is more even."""
+    max_concurrency: int | None = None
+    """Most requests under way."""
+    ramp_up_strategy: str | None = None
+    """linear or exponential: the rate changes from --ramp-up-start-rps to --ramp-up-end-rps."""
+    ramp_up_start_rps: float | None = None
+    """Rate of the first requests."""
+    ramp_up_end_rps: float | None = None
+    """Rate of the last ones."""
+    num_warmups: int = 0
+    """Requests to send before, which do not count."""
+    ready_check_timeout_sec: int = 0
+    """Seconds to wait for a server that does not answer yet."""
+    request_timeout: float = 21_600.0
+    """Seconds after which a request is given up."""
+    seed: int = 0
+    """Of prompts, lengths and arrivals."""
+    ignore_eos: bool = False
+    """Ask for answers that do not end before their length."""
+    temperature: float | None = None
+    """Sampling: left to the server when left out, like the five below."""
+    top_p: float | None = None
+    """Sampling."""
+    top_k: int | None = None
+    """Sampling."""
+    min_p: float | None = None
+    """Sampling."""
+    frequency_penalty: float | None = None
+    """Sampling."""
+    presence_penalty: float | None = None
+    """Sampling."""
+    repetition_penalty: float | None = None
+    """Sampling."""
+    logprobs: int | None = None
+    """Ask for so many log-probabilities a token."""
+    extra_body: str | None = None
+    """JSON object with more fields for each request."""
+    request_id_prefix: str | None = None
+    """Begin of each X-Request-Id."""
+    percentile_metrics: str = "ttft,tpot,itl,e2el"
+    """Latencies to show."""
+    metric_percentiles: str = "90,95,99"
+    """Percentiles to show beside mean and median."""
+    goodput: tuple[str, ...] = ()
+    """Most milliseconds of a good request, as ttft:200 tpot:50 e2el:5000; how many were good a second is shown."""
+    json: str | None = None
+    """Write all results to this file."""
+    svg: str | None = None
+    """Draw latencies and the course of the run into this file."""
+    save_result: bool = False
+    """Write results to a file with a name of its own, in --result-dir."""
+    save_detailed: bool = False
+    """With the figures and the text of each request in it."""
+    append_result: bool = False
+    """Add a line to the file of --result-filename, instead of a new file."""
+    result_dir: str | None = None
+    """Folder for results; this one when left out."""
+    result_filename: str | None = None
+    """Name of the file."""
+    label: str | None = None
+    """First part of the file's name; the backend when left out."""
+    metadata: tuple[str, ...] = ()
+    """More facts for the results, as NAME=VALUE."""
+    disable_tqdm: bool = False
+    """No progress bar."""
