@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 PUBLIC = frozenset({"/health", "/v1/health", "/ready", "/ping", "/"}) | pages.PATHS  # all else needs a key, where there are keys
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 32 * 1024
+HEADERS = {400: {"Connection": "close"}, 431: {"Connection": "close"}, 401: {"WWW-Authenticate": 'Bearer realm="appliance"'}}
 
 
 class Ticket:
@@ -81,13 +81,12 @@ class Guard:
             await send(message)
 
         try:
-            _check_headers(scope["headers"])
+            _check_head(scope)
             with ticket.held:
                 self._admit(scope, ticket)
                 await self.app(scope, receive, send_noted)
         except RequestError as error:
-            headers = {"WWW-Authenticate": 'Bearer realm="appliance"'} if error.status == 401 else None
-            await error_response(error, scope, headers)(scope, receive, send_noted)
+            await error_response(error, scope, HEADERS.get(error.status))(scope, receive, send_noted)
         finally:
             self._note(scope, ticket, status, time.monotonic() - begun)
 
@@ -129,8 +128,12 @@ class Guard:
         self.state.audit.add(record)
 
 
-def _check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
-    size = sum(len(name) + len(value) for name, value in headers)
+def _check_head(scope: Scope) -> None:
+    headers = scope["headers"]
+    size = sum(len(name) + len(value) for name, value in headers) + len(scope["raw_path"]) + len(scope["query_string"])
     if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
         found = f"{len(headers)} headers of {size} bytes"
         raise RequestError(f"the limit is {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes in all, got {found}", status=431)
+    names = [name for name, _ in headers]
+    if b"transfer-encoding" in names and b"content-length" in names:  # somebody in between may have read it otherwise
+        raise RequestError("Content-Length and Transfer-Encoding do not go together: where the body ends is not clear")

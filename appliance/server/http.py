@@ -11,10 +11,12 @@ from typing import Any
 
 import h11
 import uvicorn
+from pydantic_core import to_json
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from appliance.config import ServerConfig
+from appliance.server.errors import error_body
 from appliance.server.guard import MAX_HEADER_BYTES
 from appliance.server.respond import WRITE
 from quant.errors import InputError
@@ -23,6 +25,8 @@ READ_S = 20.0  # for a request's head, from its first byte; for the rest of a bo
 WRITE_S = 60.0  # that a client may leave its answer unread, once the buffers are full
 PEER = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 60_000))  # s, s, times, ms
 MAX_FILES = 65_536
+MAX_CONNECTIONS, SPARE_FILES = 8192, 64  # files for all that is no connection; a head that does not end holds 32 KiB for READ_S
+GONE_S = 0.1  # how often it is asked whether a client that sends no more is gone
 KEEP_ALIVE_S = 30  # longer than the 5 s after which many clients' pools give a connection up: it is for them to close it
 
 
@@ -33,9 +37,14 @@ class Protocol(H11Protocol):
         super().__init__(*args, **more)
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
+        self._half_open: asyncio.TimerHandle | None = None  # the client sends no more
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > most_connections():
+            error = error_body("the server has as many connections as it can have", status=503, code="server_overloaded")
+            self._say("503 Service Unavailable", error, "Retry-After: 1\r\n")
+            return
         _watch_peer(transport.get_extra_info("socket"))
         self._watch()
 
@@ -48,8 +57,46 @@ class Protocol(H11Protocol):
         if self.cycle is not None and not self.cycle.response_started:  # a new one, whose task has not begun
             self.scope["extensions"] = {WRITE: partial(_write, self.cycle)}  # type: ignore[dict-item]
 
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP has an answer in JSON like everything else, unless there was one already."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE) or self.transport.is_closing():
+            self.transport.close()
+        else:
+            self._say("400 Bad Request", error_body("this is no HTTP request", status=400))
+
+    def _say(self, status: str, body: dict[str, Any], headers: str = "") -> None:
+        data = to_json(body)
+        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n{headers}"
+        self.transport.write(f"{head}Connection: close\r\n\r\n".encode() + data)
+        self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Anybody can ask for that, and is answered without it."""
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more: nearly always it is gone, but some end their side only, and read on.
+
+        Sending tells them apart: who is gone answers with a reset. An answer that has not begun lets 100 Continue go ahead,
+        which every client skips.
+        """
+        answering = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+        if not answering or self.scheme == "https" or self.scope["http_version"] != "1.1":
+            return False
+        if not self.cycle.response_started:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._half_open = self.loop.call_later(GONE_S, self._ask)
+        return True
+
+    def _ask(self) -> None:
+        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+        else:
+            self._half_open = self.loop.call_later(GONE_S, self._ask)
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._half_open is not None:
+            self.transport.close()
         if self.conn.their_state is h11.SEND_BODY:
             self._watch()
 
@@ -79,7 +126,7 @@ class Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        for timer in (self._reading, self._writing):
+        for timer in (self._reading, self._writing, self._half_open):
             if timer is not None:
                 timer.cancel()
 
@@ -110,6 +157,11 @@ def raise_file_limit() -> None:
     most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def most_connections() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, max(soft // 2, soft - SPARE_FILES))
 
 
 def http_config(app: ASGIApp, server: ServerConfig) -> uvicorn.Config:

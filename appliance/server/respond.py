@@ -36,6 +36,8 @@ async def read(request: Request, schema: type[Body]) -> Body:
     if (coding := request.headers.get("content-encoding", "identity")).lower() not in ("identity", ""):
         message = f"Content-Encoding {coding!r:.40} is not understood: send the body as it is"
         raise RequestError(message, code="unsupported_encoding", status=415)
+    if int(request.headers.get("content-length", 0)) > MAX_BODY:
+        raise _too_large()
     raw, begun, share = bytearray(), asyncio.get_running_loop().time(), Share()
     (current.get() or Ticket()).held.callback(share.close)
     try:
@@ -43,7 +45,7 @@ async def read(request: Request, schema: type[Body]) -> Body:
             async for chunk in request.stream():
                 raw += chunk
                 if len(raw) > MAX_BODY:
-                    raise RequestError(f"the body is longer than {MAX_BODY} bytes", code="body_too_large", status=413)
+                    raise _too_large()
                 if len(raw) > SMALL_BODY:
                     share.grow(len(raw))
                 limit.reschedule(begun + BODY_S + len(raw) / BODY_RATE)
@@ -55,6 +57,10 @@ async def read(request: Request, schema: type[Body]) -> Body:
         return parse(schema, bytes(raw))
     share.grow(weight(raw))
     return await one_at_a_time(parse, schema, bytes(raw))
+
+
+def _too_large() -> RequestError:
+    return RequestError(f"the body is longer than {MAX_BODY} bytes", code="body_too_large", status=413)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
