@@ -1,6 +1,7 @@
 """Calls that are a must, by a real model: what it writes is read back as calls whose arguments fit their schemas."""
 
 import json
+import re
 
 import jsonschema
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from appliance import LLM, SamplingParams, StructuredOutputsParams
 from appliance.hub import demo_model
 from appliance.text.answer import AnswerParser
+from appliance.text.grammar import compile_grammar
 from appliance.text.reasoning import THINK, ReasoningParser
 from appliance.text.tools.choice import FORMS, Form, ToolChoice, forced, parameters, tool_choice
 from appliance.text.tools.grammar import lark
@@ -32,10 +34,11 @@ def llm():
     return LLM(str(demo_model()), max_model_len=512, max_num_seqs=16, kv_cache_memory_bytes=32 << 20, threads=1)
 
 
-def answers(llm: LLM, grammar: str) -> list[tuple[str, bool]]:
-    """Texts, and whether they came to their end. (A small model may add calls for ever.)"""
-    structured = StructuredOutputsParams(grammar=grammar)
-    params = SamplingParams(temperature=1.0, seed=1, n=4, max_tokens=250, structured_outputs=structured)
+def answers(llm: LLM, grammar: str, form: StructuredOutputsParams | None = None) -> list[tuple[str, bool]]:
+    """Texts, and whether they came to their end. (A small model may add calls for ever.) ``grammar`` may stand around a form."""
+    structured = form or StructuredOutputsParams(grammar=grammar)
+    made = compile_grammar(structured, grammar if form else "")
+    params = SamplingParams(temperature=1.0, seed=1, n=4, max_tokens=250, structured_outputs=structured, grammar=made)
     output = llm.generate(["One day"], params, use_tqdm=False)[0]
     return [(one.text, one.finish_reason == "stop") for one in output.outputs]
 
@@ -65,3 +68,42 @@ def test_it_may_think_before(llm: LLM, opened: bool) -> None:
         answer = AnswerParser(ReasoningParser(THINK, opened=opened), kind()).parse(text)
         assert ended and [call.name for call in answer.calls] == ["get_weather"] and answer.content == "", text
         assert not opened or answer.reasoning
+
+
+@pytest.mark.parametrize(
+    "form", [{"json": CITY}, {"regex": "(Yes|No), [a-z]{3}"}, {"choice": ["red", "blue"]}, {"grammar": 'root ::= "x"+'}]
+)
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_form_begins_behind_reasoning(llm: LLM, form: dict, opened: bool) -> None:
+    structured = StructuredOutputsParams(**form)
+    around = lark(None, THINK, opened=opened, formed=True).replace("(?s:.*)", "(?s:.{0,40})")
+    for text, ended in answers(llm, around, structured):
+        answer = AnswerParser(ReasoningParser(THINK, opened=opened), None).parse(text)
+        assert answer.reasoning or not opened
+        if "json" in form and ended:
+            jsonschema.validate(json.loads(answer.content), CITY)
+        elif "json" not in form:
+            assert re.fullmatch(form.get("regex") or "x+|red|blue", answer.content) and (ended or "grammar" in form), text
+
+
+def test_a_form_or_calls(llm: LLM) -> None:
+    """Both are had: which, the model says with its first token."""
+    kind, (form, *_) = next(iter(FORMS.items()))
+    around, seen = lark(forced(tool_choice(TOOLS, None), form, parallel=False), formed=True), set()
+    for begin in ("<tool_call>", "{"):
+        first = llm.get_tokenizer().encode(begin, add_special_tokens=False)[0]
+        structured = StructuredOutputsParams(json=CITY)
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=250,
+            structured_outputs=structured,
+            grammar=compile_grammar(structured, around),
+            logit_bias={first: 100.0},
+        )
+        output = llm.generate("One day", params, use_tqdm=False)[0].outputs[0]
+        answer = AnswerParser(None, kind()).parse(output.text)
+        assert bool(answer.calls) != bool(answer.content.strip()), output.text
+        seen.add(bool(answer.calls))
+        if answer.content and output.finish_reason == "stop":
+            jsonschema.validate(json.loads(answer.content), CITY)
+    assert seen == {False, True}

@@ -352,7 +352,7 @@ def test_an_answer_whose_form_is_said(hermes: Served) -> None:
         params = hermes.client.submitted[-1].params
         assert params.structured_outputs is not None and params.structured_outputs.json_object
         around = json.loads(params.grammar)["grammars"][0]["lark_grammar"]
-        assert around.startswith("start: thoughts between" if think else 'start: ("<think>" thoughts)? between')
+        assert around.startswith("start: thoughts between (" if think else 'start: ("<think>" thoughts between)? (')
     closed = [*HELLO, {"role": "assistant", "content": "<think>Hm.</think>"}]
     on: Any = {"messages": closed, "add_generation_prompt": False, "continue_final_message": True}
     hermes.client.say(text)  # type: ignore[attr-defined]
@@ -369,7 +369,7 @@ def test_a_form_and_tools(hermes: Served) -> None:
         message = ask(hermes, **form)
         assert len(message.get("tool_calls", ())) == calls_ and message["content"] == (None if calls_ else text)
         around, answer = json.loads(hermes.client.submitted[-1].params.grammar)["grammars"]
-        assert "between (calls | @answer)" in around["lark_grammar"] and answer["json_schema"] == {"type": "object"} | {
+        assert "between)? (calls | @answer)" in around["lark_grammar"] and answer["json_schema"] == {"type": "object"} | {
             "x-guidance": answer["json_schema"]["x-guidance"]
         }
     assert ask(hermes, **form, tool_choice="required")["tool_calls"]

@@ -26,9 +26,9 @@ def lark(calls: Forced | None, tags: Tags | None = None, *, opened: bool = False
     text = " | ".join(start + ["@answer"] * formed)
     if tags is None:
         return "\n".join([f"start: {text}", *rules])
-    thoughts = "thoughts" if opened else f"({_text(tags.start)} thoughts)?"
+    before = "thoughts between" if opened else f"({_text(tags.start)} thoughts between)?"
     rules += [f"thoughts[suffix={_text(tags.end)}]: /(?s:.*)/", r"between: /\n{0,2}/"]
-    return "\n".join([f"start: {thoughts} between ({text})", *rules])
+    return "\n".join([f"start: {before} ({text})", *rules])
 
 
 def _calls(calls: Forced) -> list[str]:
