@@ -22,6 +22,7 @@ from appliance.server.app import app_of
 from appliance.server.errors import unavailable
 from appliance.server.host import DEATHS, EngineHost
 from appliance.server.http import http_config
+from appliance.server.notify import beat, notify
 from appliance.server.site import Site
 from appliance.server.state import Shared
 from quant.errors import InputError
@@ -79,9 +80,12 @@ class Service:
             raise
         http = _Http(http_config(app, self.server))
         answering = asyncio.create_task(http.serve(sockets=[self.sock]))
+        beating = asyncio.create_task(beat())
         try:
             return await self._live(loading)
         finally:
+            beating.cancel()
+            notify("STOPPING=1")
             http.stop.set()
             await self._drain()
             await asyncio.gather(*(host.end() for host in self.hosts))
@@ -123,6 +127,7 @@ class Service:
                 bar.cancel()
                 await asyncio.wait({loading, bar})  # it clears its line before anything else is said
             self._say_ready(host)
+            notify("READY=1", f"STATUS=serves {host.names[0]}")
         self.site.starting = False
 
     async def _all_hopeless(self) -> None:
