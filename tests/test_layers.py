@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "appliance.doctor": ["quant.errors", "kernels.cpu.backend", "appliance.version", "appliance.memory"],
     "appliance.hub": ["quant.errors", "appliance.config"],
     "appliance.demo": [],
+    "appliance.bench": ["quant.errors", "appliance.config", "appliance.version"],
     "appliance.tui": ["quant.errors", "appliance.version", "appliance.core.messages"],
     "appliance.server": ["quant", "models.spec", "appliance.config", "appliance.version", "appliance.core", "appliance.memory",
                          "appliance.text", "appliance.runtime.client", "appliance.hub", "appliance.demo", "appliance.web", "appliance.models_file"],
@@ -52,7 +53,7 @@ MAY_IMPORT = {
 }  # fmt: skip
 NO_TORCH = ["quant.errors", "quant.scheme", "quant.headers", "kernels.layout", "kernels.cpu.backend", "models.spec", "appliance",
             "appliance.config", "appliance.core", "appliance.memory", "appliance.tui", "appliance.version",
-            "appliance.doctor"]  # fmt: skip
+            "appliance.bench", "appliance.doctor"]  # fmt: skip
 NO_DIRECT_TORCH = ["appliance.server", "appliance.cli"]
 NO_EDGE = ["quant", "kernels", "models", "appliance.core", "appliance.memory", "appliance.runtime", "appliance.text",
            "appliance.llm", "appliance.config", "appliance.version"]  # fmt: skip
@@ -168,7 +169,7 @@ assert not blocked & set(sys.modules), blocked & set(sys.modules)
 """
 
 
-WITHOUT_BOTH = [part for part in NO_TORCH if part != "appliance.tui"]
+WITHOUT_BOTH = [part for part in NO_TORCH if part not in ("appliance.tui", "appliance.bench")]
 
 
 @pytest.mark.parametrize(("blocked", "parts"), [(TORCH | EDGE, WITHOUT_BOTH), (EDGE, NO_EDGE)], ids=["torch", "edge"])

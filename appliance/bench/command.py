@@ -12,8 +12,11 @@ app = App(name="bench", help="Measure a server.", result_action="return_value")
 DEFAULTS = BenchConfig()
 
 
+FLAT = Parameter(name="*", negative_iterable=(), negative_none=(), consume_multiple=True)
+
+
 @app.command
-def serve(*, config: Annotated[BenchConfig, Parameter(name="*", negative_iterable=(), negative_none=(), consume_multiple=True)] = DEFAULTS) -> int:
+def serve(*, config: Annotated[BenchConfig, FLAT] = DEFAULTS) -> int:
     """Send requests to a server with OpenAI's API, this one or another, and tell how long it took. Exit code 1: some failed.
 
     Latencies count from when a request should have begun, not from when there was time to send it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -20,8 +21,9 @@ def report(results: dict[str, Any], config: BenchConfig) -> None:
 
 
 def _overview(r: dict[str, Any]) -> Table:
-    table = Table(title=f"{r['model_id']} at {r['url']}", show_header=False, title_justify="left")
-    table.add_column("what")
+    title = f"{r['model_id']} at {r['url']}"
+    table = Table(title=title, show_header=False, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("what", no_wrap=True)
     table.add_column("value", justify="right")
     offered = f" ({r['offered_rate']:.2f} offered)" if r["offered_rate"] is not None else ""
     rows: list[tuple[str, str] | None] = [
@@ -45,14 +47,19 @@ def _overview(r: dict[str, Any]) -> Table:
 
 def _latencies(r: dict[str, Any], config: BenchConfig) -> Table:
     wanted = percentiles(config)
-    table = Table("Latency, ms")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("latency, ms", no_wrap=True)
     for name in ("mean", "median", *(f"p{p:g}" for p in wanted), "most"):
         table.add_column(name, justify="right")
     for name in shown(config):
         keys = ("mean", "median", *(f"p{p:g}" for p in wanted), "max")
         figures = [r[f"{key}_{name}_ms"] for key in keys]
-        table.add_row(METRICS[name], *("-" if v is None else f"{v:,.2f}" for v in figures))
+        table.add_row(METRICS[name], *map(_figure, figures))
     return table
+
+
+def _figure(ms: float | None) -> str:
+    return "-" if ms is None else f"{ms:.2f}" if ms < 100 else f"{ms:,.0f}" if ms >= 1000 else f"{ms:.1f}"
 
 
 def notes(r: dict[str, Any]) -> list[str]:
