@@ -118,7 +118,7 @@ BAD: list[tuple[Any, str]] = [
     ({"tools": [{"input_schema": {}}]}, "tools[0].name must be text"),
     ({"tools": [{"name": "f", "input_schema": {"type": "array"}}]}, "tools[0].input_schema must be a JSON schema"),
     ({"tools": [{"name": "f", "input_schema": {}, "description": 3}]}, "tools[0].description must be text"),
-    ({"tools": [TOOL, TOOL]}, "tools[1].name there are two"),
+    ({"tools": [TOOL, TOOL]}, "tools[1].name is that of another tool, too"),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0] is of type 'web_search_20250305'"),
     ({"tools": [TOOL, {"type": "bash_20250124", "name": "bash"}]}, "tools[1] is of type 'bash_20250124'"),
     ({"tools": [{**TOOL, "input_schema": {"properties": 3}}], "tool_choice": {"type": "any"}}, "tools: "),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -27,7 +26,7 @@ from appliance.text.tools.formats import Mistral
 
 T = TypeVar("T")
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-PATIENCE_S = 10.0  # the stream begins at the latest then, token or not, and from then on says so often that it lives
+QUIET_S = 10.0  # a stream in which nothing comes says so often that it lives
 PING: Event = {"type": "ping"}
 WAYS = (Way(), Way(after_results=False), Way(after_results=False, system=False))
 # What fields are called here: chat's name, in the errors of what both share -> Anthropic's.
@@ -43,7 +42,7 @@ async def answer(state: ServerState, request_id: str, body: MessagesRequest) -> 
     view = MessageView(turn, body)
     if not body.stream:
         return JSONResponse(await message_of(view.batches()))
-    form = Form(_encoded, lambda error: _encoded([_failed(error, request_id)]), b"", _encoded([PING]), PATIENCE_S)
+    form = Form(_encoded, lambda error: _encoded([_failed(error, request_id)]), b"", _encoded([PING]), QUIET_S)
     return await stream(view.batches(), form)
 
 
@@ -96,24 +95,12 @@ class MessageView:
         self.blocks = Blocks(thinking_shown=body.thinking is None or body.thinking.display != "omitted")
 
     async def batches(self) -> AsyncGenerator[list[Event], None]:
-        async with aclosing(self.turn.run()) as news:
-            first = asyncio.ensure_future(anext(news))
-            try:
-                await asyncio.wait({first}, timeout=PATIENCE_S)
-                if first.done():
-                    first.result()  # what fails before the first event has a status of its own
-                yield [{"type": "message_start", "message": self._start()}, PING]
-                item = await first
-            finally:
-                first.cancel()
-                await asyncio.gather(first, return_exceptions=True)
-            while True:
-                _, delta, found = item
-                if batch := self._events(delta, self.blocks.push(found) if self.body.max_tokens else []):
+        async with aclosing(self.turn.announced()) as all_:
+            async for news in all_:
+                if news is None:
+                    yield [{"type": "message_start", "message": self._start()}, PING]
+                elif batch := self._events(news[1], self.blocks.push(news[2]) if self.body.max_tokens else []):
                     yield batch
-                if delta.finish_reason is not None:
-                    return
-                item = await anext(news)
 
     def _events(self, delta: Delta, events: list[Event]) -> list[Event]:
         if delta.finish_reason is None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from appliance.core.params import RequestError
-from appliance.server.messages.schemas import CountRequest, Message, MessagesRequest, build
+from appliance.server.messages.schemas import CountRequest, Message, MessagesRequest, build, wrong
 from appliance.server.messages.signature import hidden
+from appliance.server.messages.tools import chat_tools
 from appliance.server.schemas import ChatRequest
 
 # What Claude Code puts first into its system prompt, with a number that is another one in each request: a prompt that begins so
@@ -32,7 +32,8 @@ class Way:
 
 def chat_request(body: CountRequest, way: Way = Way()) -> ChatRequest:
     """Raises RequestError naming the field."""
-    messages = Conversation(body, way).messages
+    conversation = Conversation(body, way)
+    messages = conversation.messages
     continued = messages[-1]["role"] == "assistant"
     fields: dict[str, Any] = {
         **body.extras(),
@@ -40,7 +41,7 @@ def chat_request(body: CountRequest, way: Way = Way()) -> ChatRequest:
         "messages": messages,
         "continue_final_message": continued,
         "add_generation_prompt": not continued,
-        **_tools(body),
+        **chat_tools(body, conversation.found),
     }
     config = body.output_config
     if form := (config and config.format) or body.output_format:
@@ -59,44 +60,8 @@ def chat_request(body: CountRequest, way: Way = Way()) -> ChatRequest:
 
 def _stops(body: MessagesRequest) -> list[str] | None:
     if "" in (body.stop_sequences or ()):
-        _refuse("stop_sequences", "holds an empty text: each needs at least one character")
+        wrong("stop_sequences", "holds an empty text: each needs at least one character")
     return body.stop_sequences
-
-
-def _tools(body: CountRequest) -> dict[str, Any]:
-    """tools and tool_choice in OpenAI's form."""
-    choice, found = body.tool_choice, {"tools": [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or ())]}
-    if len(names := [tool["function"]["name"] for tool in found["tools"]]) > len(set(names)):
-        i = next(i for i, name in enumerate(names) if name in names[:i])
-        _refuse(f"tools[{i}].name", f"there are two tools called {names[i]!r:.80}")
-    if choice is None:
-        return found
-    if choice.type != "tool":
-        if choice.type == "any" and not names:
-            _refuse("tool_choice", "'any' needs tools")
-        form: Any = {"any": "required"}.get(choice.type, choice.type)
-    elif choice.name is None:
-        _refuse("tool_choice.name", "is required where type is 'tool'", "missing_required_parameter")
-    elif choice.name not in names:
-        _refuse("tool_choice.name", f"is {choice.name!r:.80}, tools are: {', '.join(names) or 'none'}")
-    else:
-        form = {"type": "function", "function": {"name": choice.name}}
-    return {**found, "tool_choice": form, "parallel_tool_calls": not choice.disable_parallel_tool_use}
-
-
-def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
-    kind, name, schema = tool.get("type") or "custom", tool.get("name"), tool.get("input_schema")
-    if kind != "custom":
-        message = f"is of type {kind!r:.80}, which is Anthropic's own: declare a tool with name, description and input_schema"
-        _refuse(where, message, "unsupported_parameter")
-    if not isinstance(name, str) or not name:
-        _refuse(f"{where}.name", f"must be text, got {name!r:.80}")
-    if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
-        _refuse(f"{where}.input_schema", f"must be a JSON schema of type 'object', got {schema!r:.80}")
-    if not isinstance(tool.get("description") or "", str):
-        _refuse(f"{where}.description", f"must be text, got {tool['description']!r:.80}")
-    function = {"name": name, "description": tool.get("description") or "", "parameters": {"type": "object", **schema}}
-    return {"type": "function", "function": function}
 
 
 class Conversation:
@@ -105,6 +70,7 @@ class Conversation:
     def __init__(self, body: CountRequest, way: Way) -> None:
         self.messages: list[dict[str, Any]] = []
         self._way = way
+        self.found: set[str] = set()  # names of tools that results told of
         self._calls: set[str] = set()  # ids that results may name
         self._notes: list[str] = []  # of the system, that wait for the next message
         system = [] if body.system is None else _texts(body.system, "system")
@@ -113,7 +79,7 @@ class Conversation:
             i, message = turns.pop(0)
             system += _texts(message.content, f"messages[{i}].content")
         if not turns:
-            _refuse("messages", "must hold at least one message of the user")
+            wrong("messages", "must hold at least one message of the user")
         if system and self._way.system:
             self.messages.append({"role": "system", "content": "\n".join(system)})
         elif system:
@@ -151,7 +117,7 @@ class Conversation:
             else:
                 texts.append(_text(block, place))
         if not (results or texts):
-            _refuse(where, "is empty")
+            wrong(where, "is empty")
         self.messages += results  # they answer the calls before them, so they come first
         if results and not texts and self._notes:
             self._notes, notes = [], self._notes
@@ -161,7 +127,7 @@ class Conversation:
 
     def _say(self, role: str, texts: Sequence[str]) -> None:
         """Add to the last message where it is of the same role: templates want them to alternate."""
-        text = "\n".join(texts)
+        text = "\n".join(filter(None, texts))
         if role == "user":
             text, self._notes = "\n\n".join([*self._notes, *([text] if text else [])]), []
         last: dict[str, Any] = self.messages[-1] if self.messages else {"role": None}
@@ -195,20 +161,21 @@ class Conversation:
     def _call(self, block: Mapping[str, Any], where: str) -> dict[str, Any]:
         call_id, name, arguments = block.get("id"), block.get("name"), block.get("input")
         if not isinstance(call_id, str) or not call_id:
-            _refuse(f"{where}.id", f"must be text, got {call_id!r:.80}")
+            wrong(f"{where}.id", f"must be text, got {call_id!r:.80}")
         if not isinstance(name, str) or not name:
-            _refuse(f"{where}.name", f"must be text, got {name!r:.80}")
+            wrong(f"{where}.name", f"must be text, got {name!r:.80}")
         if not isinstance(arguments, Mapping):
-            _refuse(f"{where}.input", f"must be an object, got {arguments!r:.80}")
+            wrong(f"{where}.input", f"must be an object, got {arguments!r:.80}")
         self._calls.add(call_id)
         return {"id": self._way.fit_id(call_id), "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
     def _result(self, block: Mapping[str, Any], where: str) -> dict[str, Any]:
         call_id, content = block.get("tool_use_id"), block.get("content")
         if call_id not in self._calls:
-            _refuse(f"{where}.tool_use_id", f"is {call_id!r:.80}, and no tool_use block before it has that id")
-        texts = [_text(one, place) for place, one in _blocks("" if content is None else content, f"{where}.content")]
-        text = "\n".join(texts)
+            wrong(f"{where}.tool_use_id", f"is {call_id!r:.80}, and no tool_use block before it has that id")
+        blocks = _blocks("" if content is None else content, f"{where}.content")
+        self.found |= {str(one.get("tool_name")) for _, one in blocks if one["type"] == "tool_reference"}
+        text = "\n".join(_text(one, place) for place, one in blocks)
         if block.get("is_error") and not text.lower().startswith("error"):
             text = f"Error: {text}"  # templates know no other way to say so
         return {"role": "tool", "tool_call_id": self._way.fit_id(str(call_id)), "content": text}
@@ -217,13 +184,13 @@ class Conversation:
         """What the answer goes on with: text, or nothing."""
         last = self.messages[-1]
         if "tool_calls" in last:
-            _refuse(where, "ends with tool_use: a user's message with its tool_result must follow")
+            wrong(where, "ends with tool_use: a user's message with its tool_result must follow")
         if not last["content"]:
             if "reasoning_content" in last:
-                _refuse(where, "ends with thinking: an answer can go on with text only")
+                wrong(where, "ends with thinking: an answer can go on with text only")
             self.messages.pop()
             if not self.messages or self.messages[-1]["role"] == "system":
-                _refuse("messages", "must hold at least one message of the user")
+                wrong("messages", "must hold at least one message of the user")
 
 
 def _texts(content: Any, where: str) -> list[str]:
@@ -237,12 +204,12 @@ def _blocks(content: Any, where: str) -> list[tuple[str, Mapping[str, Any]]]:
     if isinstance(content, str):
         return [(where, {"type": "text", "text": content})] if content else []
     if not isinstance(content, list):
-        _refuse(where, f"must be text or a list of blocks, got {type(content).__name__}")
+        wrong(where, f"must be text or a list of blocks, got {type(content).__name__}")
     found = []
     for i, block in enumerate(content):
         block, place = {"type": "text", "text": block} if isinstance(block, str) else block, f"{where}[{i}]"
         if not isinstance(block, Mapping) or not isinstance(block.get("type"), str):
-            _refuse(place, f"must be a block such as {{'type': 'text', 'text': ...}}, got {block!r:.80}")
+            wrong(place, f"must be a block such as {{'type': 'text', 'text': ...}}, got {block!r:.80}")
         found.append((place, block))
     return found
 
@@ -252,22 +219,20 @@ def _text(block: Mapping[str, Any], where: str) -> str:
     if block["type"] == "search_result":
         head = "\n".join(str(block[name]) for name in ("title", "source") if block.get(name))
         return "\n".join([head, *(_text(one, place) for place, one in _blocks(block.get("content"), f"{where}.content"))])
+    if block["type"] == "tool_reference":
+        return str(block.get("tool_name"))
     if block["type"] != "text":
-        _refuse(where, f"is of type {block['type']!r:.80}, which is not supported here: only text is", "unsupported_parameter")
+        wrong(where, f"is of type {block['type']!r:.80}, which is not supported here: only text is", "unsupported_parameter")
     if not isinstance(block.get("text"), str):
-        _refuse(f"{where}.text", f"must be text, got {block.get('text')!r:.80}")
+        wrong(f"{where}.text", f"must be text, got {block.get('text')!r:.80}")
     return block["text"]
 
 
 def _thought(block: Mapping[str, Any], where: str) -> str:
     for name in ("thinking", "signature"):
         if not isinstance(block.get(name, ""), str):
-            _refuse(f"{where}.{name}", f"must be text, got {block[name]!r:.80}")
+            wrong(f"{where}.{name}", f"must be text, got {block[name]!r:.80}")
     return block.get("thinking") or hidden(block.get("signature") or "")
-
-
-def _refuse(where: str, why: str, code: str | None = None) -> NoReturn:
-    raise RequestError(f"{where} {why}", param=where, code=code)
 
 
 def nine_characters(call_id: str) -> str:

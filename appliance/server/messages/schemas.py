@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import Field, ValidationError, WithJsonSchema
 
@@ -114,3 +114,8 @@ def build(fields: dict[str, Any]) -> ChatRequest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise _refusal(first["type"], first["loc"], first["msg"], first.get("input")) from None
+
+
+def wrong(where: str, why: str, code: str | None = None) -> NoReturn:
+    """Raise RequestError: what stands there is not what should."""
+    raise RequestError(f"{where} {why}", param=where, code=code)

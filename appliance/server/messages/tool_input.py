@@ -13,6 +13,7 @@ import re
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 _MARKS = re.compile(r'["\\{}\[\],]')
+_SPACE = " \t\r\n"
 
 
 class ToolInput:
@@ -47,7 +48,7 @@ class ToolInput:
 
     def finish(self, *, cut: bool) -> str:
         """What is missing for an object. ``cut``: the text was cut off, so that a member which has no end is left out."""
-        if self._broken or not (cut or self._closed) or (self._closed and "".join(self._member).strip()):
+        if self._broken or not (cut or self._closed) or (self._closed and "".join(self._member).strip(_SPACE)):
             wrong = to_json({"INVALID_JSON": "".join(self._text)}).decode()
             return (", " if self._members else "{") + wrong[1:]
         return "}" if self._members else "{}"
@@ -64,7 +65,7 @@ class ToolInput:
         if self._broken:
             return ""
         self._closed = end == "}"
-        if self._closed and not self._members and not text.strip():
+        if self._closed and not self._members and not text.strip(_SPACE):
             return ""
         member = _valid("{" + text + "}")
         if member is None or end == "]":
