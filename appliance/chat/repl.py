@@ -113,7 +113,8 @@ class Repl:
         elif answer.finish == "length":
             parts.append("cut off: the limit of tokens is reached")
         if parts:
-            self.screen.note(f"[{' · '.join(parts)}]\n")
+            self.screen.note(f"[{' · '.join(parts)}]")
+            self.screen.note("")
 
     def _regen(self) -> None:
         question = self.talk.undo()

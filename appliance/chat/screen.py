@@ -90,8 +90,11 @@ class Screen:
         return f"\x01{BOLD}\x02{text}\x01{PLAIN}\x02" if self.colour else text
 
     def begin(self) -> None:
+        """An answer is on its way."""
         self._wrap = Wrap(shutil.get_terminal_size().columns)
         self._kind = None
+        if self.colour:
+            self._write(self.style(DIM, "..."))
 
     def piece(self, kind: Kind, text: str) -> None:
         """The next piece of an answer."""
@@ -101,7 +104,9 @@ class Screen:
         self._write(self._wrap.feed(harmless(text)))
 
     def _change(self, kind: Kind) -> None:
-        if self._kind is not None:
+        if self._kind is None:
+            self._erase()
+        else:
             self._write(self._wrap.end() + (PLAIN if self.colour else "") + "\n\n")
             self._wrap = Wrap(self._wrap.width)
         if kind == "reasoning":
@@ -112,9 +117,16 @@ class Screen:
 
     def end(self) -> None:
         """The answer is over, or breaks off."""
-        if self._kind is not None:
+        if self._kind is None:
+            self._erase()
+        else:
             self._write(self._wrap.end() + (PLAIN if self.colour else "") + "\n")
         self._kind = None
+
+    def _erase(self) -> None:
+        """The sign that an answer is on its way, and the ^C of who would not wait for it."""
+        if self.colour:
+            self._write("\r\x1b[K")
 
     def note(self, text: str) -> None:
         self._write(self.style(DIM, harmless(text)) + "\n")

@@ -114,8 +114,13 @@ function side(tab) {
     }
     $(`open-${name}`).setAttribute("aria-expanded", String(on));
   }
-  metrics.watch(tab === "metrics");
+  watch();
   if (tab === null) opener?.focus();
+}
+
+/** Look at what the server does while that is shown. */
+function watch() {
+  metrics.watch(!$("side").hidden && !$("metrics").hidden, () => chat.conversation.model);
 }
 
 const shownTab = () => ($("settings").hidden ? "metrics" : "settings");
@@ -188,6 +193,7 @@ settings.listen(() => chat.conversation, (key) => server.useKey(key));
 store.onChange(() => (list(), chat.reload()));
 addEventListener("hashchange", () => chat.open(location.hash.slice(1)));
 addEventListener("keydown", onKey);
+document.addEventListener("visibilitychange", watch);
 
 chat.open(location.hash.slice(1) || (store.list()[0]?.id ?? null));
 server.connect();

@@ -14,13 +14,16 @@ const PARTS = [
 ];
 
 let timer = 0;
+let asked = "";
+let current = () => null;
 let before = null;
 const history = { generation: [], prompt: [] };
 
-/** Begin to ask, or end. Also ends by itself while the tab is hidden. */
-export function watch(on) {
+/** Begin to ask, or end; `model` says of which one, each time. Rests by itself while the tab is hidden. */
+export function watch(on, model) {
   clearTimeout(timer);
   timer = 0;
+  current = model;
   if (on) look();
 }
 
@@ -28,7 +31,9 @@ async function look() {
   const begun = performance.now();
   if (document.visibilityState === "visible") {
     try {
-      const stats = await get("stats");
+      const model = current() ?? "";
+      if (model !== asked) [asked, before, history.generation, history.prompt] = [model, null, [], []];
+      const stats = await get(`stats${asked && `?model=${encodeURIComponent(asked)}`}`);
       note(stats);
       show(stats);
     } catch (error) {
@@ -58,10 +63,11 @@ function push(name, value) {
 }
 
 function show(stats) {
-  const { engine, info, hardware } = stats;
+  const { engine, info, hardware, latency } = stats;
   const groups = [
     group("Throughput", chart("Generated", history.generation), chart("Prompts", history.prompt)),
     group("Requests", tiles([["running", engine.running], ["waiting", engine.waiting], ["swapped", engine.swapped]]), finished(engine)),
+    latency && group("Latency of the last minute", waits(latency)),
     engine.blocks_total > 0 && group("KV cache", ...cache(engine)),
     info?.plan && group("Memory", ...memory(info.plan, engine)),
     hardware && group("Machine", ...machine(hardware)),
@@ -89,6 +95,14 @@ function chart(name, values) {
 
 function tiles(parts) {
   return el("div", { class: "tiles" }, parts.map(([name, value]) => el("div", {}, el("strong", {}, number(value)), el("span", {}, name))));
+}
+
+function waits({ ttft, itl }) {
+  const rows = [["Time to first token", ttft], ["Between tokens", itl]];
+  const cell = (seconds) => el("td", {}, seconds === null ? "–" : seconds < 1 ? `${Math.round(1000 * seconds)} ms` : `${seconds.toFixed(1)} s`);
+  const head = el("tr", {}, el("td"), ["p50", "p95", "p99"].map((name) => el("th", { scope: "col" }, name)));
+  const body = rows.map(([name, { p50_s, p95_s, p99_s }]) => el("tr", {}, el("th", { scope: "row" }, name), [p50_s, p95_s, p99_s].map(cell)));
+  return el("table", { class: "waits" }, el("thead", {}, head), el("tbody", {}, body));
 }
 
 function finished({ finished: ends, preemptions }) {
@@ -178,4 +192,3 @@ function duration(seconds) {
   return d ? `${d} d ${h} h` : h ? `${h} h ${m} min` : m ? `${m} min ${s} s` : `${s} s`;
 }
 
-document.addEventListener("visibilitychange", () => watch(!$("metrics").hidden && !$("side").hidden));
