@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from pydantic import BaseModel
 
+from appliance.config import EngineConfig, ServerConfig
 from appliance.core.params import RequestError
 from appliance.server.responses.store import Record, ResponseStore
 from appliance.text.reasoning import REASONING
-from tests.server.conftest import Served
+from appliance.text.tokenizer import Tokenizer
+from tests.server.conftest import Served, serve_in_thread
+from tests.server.fake import FakeClient
 from tests.server.test_lifecycle import eventually
 from tests.server.test_tools import CALL, ascii_only, prompt_of, serve
 from tests.text.tool_texts import FORMS, KINDS, any_text, seeded
@@ -408,6 +412,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"n": 2}, "n"),
     ({"echo": True}, "echo"),
+    ({"include_reasoning": False}, "include_reasoning"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"temperature": -1}, "temperature"),
     ({"top_logprobs": 200}, "top_logprobs"),
@@ -444,6 +449,32 @@ def test_fields_that_change_nothing(hermes: Served) -> None:
     some |= {"prompt_cache_key": "k", "safety_identifier": "s", "text": {"verbosity": "medium"}}
     assert hermes.post("/v1/responses", input="hello", **some).status_code == 200
     assert ask(hermes, **some)["reasoning"] == {"effort": "low", "summary": "auto"}
+
+
+def test_each_key_has_its_own(tokenizer: Tokenizer, model_dir: Path) -> None:
+    config = ServerConfig(served_model_name=("tiny",), api_key=("sk-first-first", "sk-second-second"), max_stored_responses=2)
+    with serve_in_thread(FakeClient, tokenizer, EngineConfig(model=str(model_dir)), config) as one:
+        first, second = (one.openai.with_options(api_key=key) for key in config.api_key)
+        mine = first.responses.create(model="tiny", input="hello", max_output_tokens=2)
+        for refused in (
+            second.responses.retrieve,
+            second.responses.delete,
+            second.responses.cancel,
+            second.responses.input_items.list,
+        ):
+            with pytest.raises(openai.NotFoundError):
+                refused(mine.id)
+        with pytest.raises(openai.BadRequestError):
+            second.responses.create(model="tiny", input="on", previous_response_id=mine.id)
+        with pytest.raises(openai.BadRequestError, match="no item of that id"):
+            second.responses.create(model="tiny", input=[{"type": "item_reference", "id": mine.output[0].id}])  # type: ignore[arg-type,list-item]
+        for _ in range(3):
+            second.responses.create(model="tiny", input="hello", max_output_tokens=2)
+        assert first.responses.retrieve(mine.id).id == mine.id
+        for _ in range(2):
+            first.responses.create(model="tiny", input="hello", max_output_tokens=2)
+        with pytest.raises(openai.NotFoundError):
+            first.responses.retrieve(mine.id)
 
 
 def record(name: str, previous: str | None = None, size: int = 0) -> Record:

@@ -66,6 +66,7 @@ REFUSED_HERE: dict[str, tuple[tuple[object, ...], str]] = {
     "return_token_ids": ((False,), "not supported here: use /v1/completions or /v1/chat/completions"),
     "return_tokens_as_token_ids": ((False,), "not supported here: use /v1/completions or /v1/chat/completions"),
     "echo": ((False,), "not supported here: use /v1/completions"),
+    "include_reasoning": ((True,), "not supported here: leave aside the items of type 'reasoning'"),
     "n": ((1,), _ONE),
     "best_of": ((1,), _ONE),
     "use_beam_search": ((False,), _ONE),
