@@ -75,7 +75,7 @@ def description() -> Description:
     return Description()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     template = tmp_path_factory.mktemp("template") / "tools.jinja"
     template.write_text(TEMPLATE)
@@ -84,7 +84,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield one
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client(live: Running, description: Description) -> Iterator[OpenAI]:
     """OpenAI's client; what it gets is validated on its way."""
     http = httpx.Client(trust_env=False, event_hooks={"response": [description.check]})
@@ -92,7 +92,7 @@ def client(live: Running, description: Description) -> Iterator[OpenAI]:
         yield one
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def live_client(live: Running) -> Iterator[OpenAI]:
     """The same without the validation, which would read all of a stream before the client sees its beginning."""
     with OpenAI(
