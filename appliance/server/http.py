@@ -136,7 +136,9 @@ def _write(cycle: RequestResponseCycle, data: bytes) -> bool:
 
     Only once the answer has begun, without a Content-Length. False: it has to go the long way.
     """
-    if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or cycle.scope["http_version"] != "1.1":
+    if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete:
+        return False
+    if cycle.scope["http_version"] != "1.1" or cycle.scope["method"] == "HEAD":
         return False
     cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
     return True
