@@ -106,7 +106,7 @@ function waits({ ttft, itl }) {
 }
 
 function finished({ finished: ends, preemptions }) {
-  const parts = Object.entries(ends).map(([reason, count]) => `${number(count)} ${reason}`);
+  const parts = Object.entries(ends).filter(([, count]) => count).map(([reason, count]) => `${number(count)} ${reason}`);
   if (preemptions) parts.push(`${number(preemptions)} preempted`);
   return parts.length > 0 && el("p", { class: "hint" }, `Finished: ${parts.join(", ")}`);
 }
