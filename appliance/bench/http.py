@@ -104,6 +104,7 @@ class Connection(asyncio.Protocol):
         self.status, self.headers = 0, dict[str, str]()
         self.body = b""  # where the answer is no 200, or nobody listens
         self.reusable = True
+        self.heard = False  # anything since the request
         self._head = b""
         self._reader: BodyReader | None = None
         self._on_body: OnBody | None = None
@@ -118,6 +119,7 @@ class Connection(asyncio.Protocol):
         """Send a request and read its answer to the end; its status. Raises Broken."""
         assert self._transport is not None
         self.status, self.headers, self.body, self._head, self._reader = 0, {}, b"", b"", None
+        self.heard = False
         self._on_body, self._waiter = on_body, asyncio.get_running_loop().create_future()
         if self._transport.is_closing():
             raise Broken("the connection was closed before an answer")
@@ -135,14 +137,14 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        now = time.perf_counter()
+        now, self.heard = time.perf_counter(), True
         try:
             while data and self._reader is None:
                 data = self._take_head(data)
             if self._reader is not None:
                 self._take_body(data, now)
         except (Broken, ValueError) as error:
-            self._end(error if isinstance(error, Broken) else Broken(f"an answer that is not HTTP: {error}"))
+            self._end(error if isinstance(error, Broken) else Broken("an answer that is not HTTP"))
 
     def eof_received(self) -> None:
         if self._reader is not None and self._reader.until_close:
@@ -163,8 +165,9 @@ class Connection(asyncio.Protocol):
                 raise Broken("an answer whose head does not end")
             return b""
         first, *lines = head.decode("latin-1").split("\r\n")
-        version, status, *_ = first.split(" ", 2)
-        if not version.startswith("HTTP/1."):
+        version, _, status = first.partition(" ")
+        status = status[:3]
+        if not version.startswith("HTTP/1.") or not status.isdecimal():
             raise Broken("an answer that is not HTTP")
         if int(status) < 200:  # a better one follows
             self._head = b""
@@ -230,8 +233,14 @@ class Target:
 
     async def send(self, request: bytes, on_body: OnBody | None = None) -> Connection:
         """The connection with the answer's status, headers and, where nobody listens to its stream, its body. Raises Broken."""
-        connection = await self._connect()
-        await connection.ask(request, on_body)
+        while True:
+            connection, fresh = await self._connect()
+            try:
+                await connection.ask(request, on_body)
+                break
+            except Broken:
+                if fresh or connection.heard:
+                    raise  # else the server had given the idle connection up, and never saw the request
         if connection.reusable:
             self._idle.append(connection)
         else:
@@ -250,17 +259,18 @@ class Target:
         while self._idle:
             self._idle.pop().close()
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> tuple[Connection, bool]:
+        """A connection, and whether it is a new one."""
         while self._idle:
             if (known := self._idle.pop()).reusable:
-                return known
+                return known, False
         try:
             _, connection = await asyncio.get_running_loop().create_connection(Connection, self.host, self.port, ssl=self._ssl)
         except ssl.SSLError as error:
             raise Broken(f"TLS: {error.reason or error}".lower().replace("_", " ")) from None
         except OSError as error:
             raise Broken(f"no connection: {_why(error)}") from None
-        return connection
+        return connection, True
 
 
 def _why(error: OSError) -> str:

@@ -106,9 +106,9 @@ async def run(
     async def one(sample: Sample, outcome: Outcome, at: float) -> None:
         outcome.intended = found.begun + at
         async with places or nullcontext():
-            outcome.sent = time.perf_counter()
+            now = outcome.sent = time.perf_counter()
             if places is not None and not open_loop:
-                outcome.intended = outcome.sent
+                outcome.intended = now
             await asker.ask(sample, outcome)
         done()
 
@@ -131,7 +131,7 @@ async def run(
     found.cpu_s = time.process_time() - cpu
     for outcome in found.outcomes:
         if found.cut and not outcome.end:
-            outcome.fail("never sent" if not outcome.sent else "cut off", "the run was ended before")
+            outcome.fail("never sent" if outcome.sent is None else "cut off", "the run was ended before")
     return found
 
 

@@ -15,7 +15,7 @@ class Outcome:
 
     number: int
     intended: float = 0.0  # when the request should have begun: latencies count from here
-    sent: float = 0.0  # when it did begin
+    sent: float | None = None  # when it did begin
     asked_tokens: int = 0
     times: list[float] = field(default_factory=list)  # when each piece of the answer came
     end: float = 0.0

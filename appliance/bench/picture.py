@@ -50,11 +50,11 @@ def picture(results: dict[str, Any], run: Run, config: BenchConfig) -> str:
         [(0.0, 0), *((min(t, seconds), n) for t, n in found), (seconds, 0)] for found in (in_flight(run), queued(run))
     )
     out += _course("requests", [("under way", flight, "#00798c", ""), ("waiting for a first token", queue, "#d1495b", "4 2")],
-                   seconds, (540, 80, 920, 260))  # fmt: skip
+                   seconds, (540, 80, 920, 250))  # fmt: skip
     tokens = [(second, count / min(1.0, max(seconds - second, 1e-9))) for second, count in tokens_each_second(run)]
     tokens = [one for one in tokens if seconds - one[0] > 0.2] or tokens  # a second that had hardly begun says nothing
     tokens.append((seconds, tokens[-1][1]))
-    out += _course("output tokens a second", [("", tokens, "#0b6e4f", "")], seconds, (540, 320, 920, 500))
+    out += _course("output tokens a second", [("", tokens, "#0b6e4f", "")], seconds, (540, 335, 920, 500))
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
@@ -62,7 +62,7 @@ def _distributions(found: dict[str, list[float]], names: Sequence[str], box: Box
     """For each latency, the share of requests (or gaps) that took no longer."""
     left, top, right, bottom = box
     sorted_ms = {name: np.sort(1e3 * np.asarray(found[name])) for name in names if found[name]}
-    lows = [max(ms[0], 1e-3) for ms in sorted_ms.values()] or [1.0]
+    lows = [max(ms[0], 0.1) for ms in sorted_ms.values()] or [1.0]
     low, high = (
         10 ** math.floor(math.log10(min(lows))),
         10 ** math.ceil(math.log10(max([ms[-1] for ms in sorted_ms.values()] or [10.0]))),

@@ -14,6 +14,7 @@ from appliance.config import BenchConfig
 
 def report(results: dict[str, Any], config: BenchConfig) -> None:
     console = Console(highlight=False)
+    console.print(f"{results['model_id']} at {results['url']}", soft_wrap=True, markup=False)
     console.print(_overview(results))
     console.print(_latencies(results, config))
     for line in notes(results):
@@ -21,8 +22,7 @@ def report(results: dict[str, Any], config: BenchConfig) -> None:
 
 
 def _overview(r: dict[str, Any]) -> Table:
-    title = f"{r['model_id']} at {r['url']}"
-    table = Table(title=title, show_header=False, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(show_header=False, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("what", no_wrap=True)
     table.add_column("value", justify="right")
     offered = f" ({r['offered_rate']:.2f} offered)" if r["offered_rate"] is not None else ""

@@ -121,15 +121,15 @@ def steps(edges: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
 
 def in_flight(run: Run) -> list[tuple[float, int]]:
     """(seconds from the begin, requests under way)."""
-    sent = [one for one in run.outcomes if one.sent]
-    return steps([e for one in sent for e in ((one.sent - run.begun, 1), ((one.end or run.end) - run.begun, -1))])
+    spans = [(one.sent, one.end or run.end) for one in run.outcomes if one.sent is not None]
+    return steps([e for begin, end in spans for e in ((begin - run.begun, 1), (end - run.begun, -1))])
 
 
 def queued(run: Run) -> list[tuple[float, int]]:
     """(seconds from the begin, requests that wait for their first token, here or at the server)."""
     found = []
     for one in run.outcomes:
-        if one.sent:
+        if one.sent is not None:
             first = one.times[0] if one.times else one.end or run.end
             found += [(one.intended - run.begun, 1), (first - run.begun, -1)]
     return steps(found)
@@ -146,7 +146,7 @@ def _depths(run: Run) -> dict[str, float]:
 
 def _generator(run: Run) -> dict[str, Any]:
     """Whether this process kept up: how late its event loop and its requests were, and how busy its core."""
-    starts = np.asarray([one.sent - one.intended for one in run.outcomes if one.sent] or [0.0])
+    starts = np.asarray([one.sent - one.intended for one in run.outcomes if one.sent is not None] or [0.0])
     late = np.asarray(run.late_s or [0.0])
     found = {
         "generator_cpu": run.cpu_s / run.seconds,
@@ -176,7 +176,7 @@ def details(run: Run) -> dict[str, list[Any]]:
         "itls": [one.gaps for one in run.outcomes],
         "latencies": [one.e2e for one in run.outcomes],
         "start_times": [one.intended - run.begun for one in run.outcomes],
-        "queue_times": [one.sent - one.intended for one in run.outcomes],
+        "queue_times": [None if one.sent is None else one.sent - one.intended for one in run.outcomes],
         "generated_texts": ["".join(one.text) for one in run.outcomes],
         "errors": [f"{one.error}: {one.detail}" if one.error else "" for one in run.outcomes],
     }
