@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -63,7 +64,8 @@ async def _understood(state: ServerState, body: CountRequest, then: Callable[[Ch
     """What ``then`` makes of the request, told in the first way that the model's chat template takes."""
     refused: RequestError | None = None
     for way in WAYS:
-        chat = chat_request(body, replace(way, fit_id=nine_characters) if state.parsers.tools is Mistral else way)
+        way = replace(way, fit_id=nine_characters) if state.parsers.tools is Mistral else way
+        chat = await asyncio.to_thread(chat_request, body, way)  # there may be very many blocks
         try:
             return await then(chat)
         except RequestError as error:

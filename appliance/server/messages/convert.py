@@ -7,7 +7,7 @@ anywhere there, and messages of one role may follow each other. Errors name Anth
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,10 @@ def _stops(body: MessagesRequest) -> list[str] | None:
 
 
 class Conversation:
-    """A body's system prompt and messages, as ``messages`` for chat templates: content is text everywhere."""
+    """A body's system prompt and messages, as ``messages`` for chat templates: content is text everywhere.
+
+    (While they are made it is a list of texts: a client may send any number of them.)
+    """
 
     def __init__(self, body: CountRequest, way: Way) -> None:
         self.messages: list[dict[str, Any]] = []
@@ -74,22 +77,23 @@ class Conversation:
         self._calls: set[str] = set()  # ids that results may name
         self._notes: list[str] = []  # of the system, that wait for the next message
         system = [] if body.system is None else _texts(body.system, "system")
-        turns = list(enumerate(body.messages))
-        while turns and turns[0][1].role == "system":
-            i, message = turns.pop(0)
+        begin = next((i for i, message in enumerate(body.messages) if message.role != "system"), len(body.messages))
+        for i, message in enumerate(body.messages[:begin]):
             system += _texts(message.content, f"messages[{i}].content")
-        if not turns:
+        if begin == len(body.messages):
             wrong("messages", "must hold at least one message of the user")
         if system and self._way.system:
-            self.messages.append({"role": "system", "content": "\n".join(system)})
+            self.messages.append({"role": "system", "content": ["\n".join(system)]})
         elif system:
             self._notes.append("\n".join(system))
-        for i, message in turns:
+        for i, message in enumerate(body.messages[begin:], begin):
             self._add(message, f"messages[{i}].content")
         if self._notes:
-            self._say("user", [])
+            self._say("user", "")
+        for one in self.messages:
+            one["content"] = "".join(one["content"])
         if self.messages[-1]["role"] == "assistant":
-            self._check_last(f"messages[{turns[-1][0]}]")
+            self._check_last(f"messages[{len(body.messages) - 1}]")
 
     def _add(self, message: Message, where: str) -> None:
         match message.role:
@@ -104,7 +108,7 @@ class Conversation:
         """System text within the conversation goes where it stands, since what was said before must stay the same for the prefix
         cache; but few templates know it there, so it becomes part of what comes before it, or after it."""
         if self.messages and self.messages[-1]["role"] in ("user", "tool") and not self._notes:
-            self.messages[-1]["content"] = "\n\n".join([self.messages[-1]["content"], *texts])
+            _extend(self.messages[-1], "\n\n".join(texts), "\n\n")
         else:
             self._notes += texts
 
@@ -123,20 +127,19 @@ class Conversation:
             self._notes, notes = [], self._notes
             self._note(notes)
         if texts:
-            self._say("user", texts)
+            self._say("user", "\n".join(filter(None, texts)))
 
-    def _say(self, role: str, texts: Sequence[str]) -> None:
+    def _say(self, role: str, text: str) -> None:
         """Add to the last message where it is of the same role: templates want them to alternate."""
-        text = "\n".join(filter(None, texts))
         if role == "user":
             text, self._notes = "\n\n".join([*self._notes, *([text] if text else [])]), []
         last: dict[str, Any] = self.messages[-1] if self.messages else {"role": None}
         if role == "user" and last["role"] == "tool" and not self._way.after_results:
-            last["content"] = "\n\n".join([last["content"], text])
+            _extend(last, text, "\n\n")
         elif last["role"] == role and "tool_calls" not in last:
-            last["content"] = "\n".join([one for one in (last["content"], text) if one])
+            _extend(last, text, "\n")
         else:
-            self.messages.append({"role": role, "content": text})
+            self.messages.append({"role": role, "content": [text] if text else []})
 
     def _assistant(self, content: Any, where: str) -> None:
         texts: list[str] = []
@@ -152,7 +155,7 @@ class Conversation:
                     calls.append(self._call(block, place))
                 case _:
                     texts.append(_text(block, place))
-        self._say("assistant", texts)
+        self._say("assistant", "\n".join(filter(None, texts)))
         if any(thoughts):
             self.messages[-1]["reasoning_content"] = "\n".join(filter(None, thoughts))
         if calls:
@@ -171,14 +174,14 @@ class Conversation:
 
     def _result(self, block: Mapping[str, Any], where: str) -> dict[str, Any]:
         call_id, content = block.get("tool_use_id"), block.get("content")
-        if call_id not in self._calls:
+        if not isinstance(call_id, str) or call_id not in self._calls:
             wrong(f"{where}.tool_use_id", f"is {call_id!r:.80}, and no tool_use block before it has that id")
         blocks = _blocks("" if content is None else content, f"{where}.content")
         self.found |= {str(one.get("tool_name")) for _, one in blocks if one["type"] == "tool_reference"}
         text = "\n".join(_text(one, place) for place, one in blocks)
         if block.get("is_error") and not text.lower().startswith("error"):
             text = f"Error: {text}"  # templates know no other way to say so
-        return {"role": "tool", "tool_call_id": self._way.fit_id(str(call_id)), "content": text}
+        return {"role": "tool", "tool_call_id": self._way.fit_id(call_id), "content": [text] if text else []}
 
     def _check_last(self, where: str) -> None:
         """What the answer goes on with: text, or nothing."""
@@ -195,8 +198,14 @@ class Conversation:
 
 def _texts(content: Any, where: str) -> list[str]:
     """The texts of a system prompt, without what changes with each request and is not for the model."""
-    texts = [_text(block, place) for place, block in _blocks(content, where)]
-    return [text for text in texts if text and not text.startswith(BILLING)]
+    texts = (_text(block, place) for place, block in _blocks(content, where))
+    kept = (text.partition("\n")[2] if text.startswith(BILLING) else text for text in texts)
+    return [text for text in kept if text]
+
+
+def _extend(message: dict[str, Any], text: str, between: str) -> None:
+    if text:
+        message["content"] += [between, text] if message["content"] else [text]
 
 
 def _blocks(content: Any, where: str) -> list[tuple[str, Mapping[str, Any]]]:

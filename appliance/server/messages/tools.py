@@ -12,8 +12,11 @@ def chat_tools(body: CountRequest, known: set[str]) -> dict[str, Any]:
     """tools and tool_choice in OpenAI's form. Of those to be loaded late only the ``known`` ones count."""
     tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or ())]
     names = [tool["function"]["name"] for tool in tools]
-    if (i := next((i for i, name in enumerate(names) if name in names[:i]), None)) is not None:
-        wrong(f"tools[{i}].name", f"is that of another tool, too: {names[i]!r:.80}")
+    seen: set[str] = set()
+    for i, name in enumerate(names):
+        if name in seen:
+            wrong(f"tools[{i}].name", f"is that of another tool, too: {name!r:.80}")
+        seen.add(name)
     choice, late = body.tool_choice, [bool(tool.get("defer_loading")) for tool in body.tools or ()]
     if choice is not None and choice.name:
         known = known | {choice.name}
@@ -28,8 +31,8 @@ def chat_tools(body: CountRequest, known: set[str]) -> dict[str, Any]:
         form: Any = {"any": "required"}.get(choice.type, choice.type)
     elif choice.name is None:
         wrong("tool_choice.name", "is required where type is 'tool'", "missing_required_parameter")
-    elif choice.name not in names:
-        wrong("tool_choice.name", f"is {choice.name!r:.80}, tools are: {', '.join(names) or 'none'}")
+    elif choice.name not in seen:
+        wrong("tool_choice.name", f"is {choice.name!r:.80}, tools are: {', '.join(names) or 'none':.500}")
     else:
         form = {"type": "function", "function": {"name": choice.name}}
     return {**found, "tool_choice": form, "parallel_tool_calls": not choice.disable_parallel_tool_use}
