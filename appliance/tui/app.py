@@ -6,30 +6,30 @@ import asyncio
 import contextlib
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from textual.app import App, ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.widgets import ContentSwitcher, DataTable, Footer, Input, Static
 
 from appliance.tui.bars import replay_bar, tabs
 from appliance.tui.child import Child
 from appliance.tui.feed import Feed, FeedError
+from appliance.tui.keys import BINDINGS, OF_THE_BASE
 from appliance.tui.pane import ServerPane
 from appliance.tui.recording import Recording, Replay
 from appliance.tui.screens.confirm import Confirm
 from appliance.tui.screens.help import Help
 from appliance.tui.screens.inspect import Inspect
+from appliance.tui.threads import in_thread
 from appliance.tui.view import Row
 from appliance.tui.widgets.header import Note
 from appliance.tui.widgets.logview import LogView
 from appliance.tui.widgets.requests import Requests
 
 TICK_S = 0.1  # of a replay
-OF_THE_BASE = {"sort", "reverse", "filter", "inspect", "cancel", "log", "help", "space", "server", "other", "level", "model"}
 
 
 class Dashboard(App[None]):
@@ -38,32 +38,7 @@ class Dashboard(App[None]):
     TITLE = "appliance"
     ENABLE_COMMAND_PALETTE = False
     CSS_PATH = "app.tcss"
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("q", "quit", "Quit"),
-        Binding("p", "pause", "Pause"),
-        Binding("s", "sort(1)", "Sort"),
-        Binding("S", "sort(-1)", show=False),
-        Binding("r", "reverse", show=False),
-        Binding("slash", "filter", "Filter", key_display="/"),
-        Binding("i", "inspect", "Inspect"),
-        Binding("x", "cancel", "Cancel"),
-        Binding("l", "log", "Log"),
-        Binding("question_mark", "help", "Help", key_display="?"),
-        Binding("m", "model", show=False),
-        Binding("v", "level", show=False),
-        Binding("space", "space", show=False),
-        Binding("escape", "escape", show=False, priority=True),
-        Binding("ctrl+c", "quit", show=False),
-        Binding("left_square_bracket", "other(-1)", show=False),
-        Binding("right_square_bracket", "other(1)", show=False),
-        *(Binding(str(number), f"server({number - 1})", show=False) for number in range(1, 10)),
-        Binding("less_than_sign", "faster(-1)", show=False),
-        Binding("greater_than_sign", "faster(1)", show=False),
-        Binding("left", "seek(-10)", show=False, priority=True),
-        Binding("right", "seek(10)", show=False, priority=True),
-        Binding("shift+left", "seek(-60)", show=False, priority=True),
-        Binding("shift+right", "seek(60)", show=False, priority=True),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = BINDINGS
 
     def __init__(
         self,
@@ -104,6 +79,7 @@ class Dashboard(App[None]):
             self.run_worker(self.follow(number, feed))
         if self.child:
             self.pane.toggle_log()
+            self.run_worker(self.hide_log_when_ready(self.pane))
 
     @property
     def panes(self) -> list[ServerPane]:
@@ -132,6 +108,14 @@ class Dashboard(App[None]):
             feed.poll()
         if child is None and ((number == self.at and self.panes and self.pane.log_shown) or self.recording):
             feed.poll_log()
+
+    async def hide_log_when_ready(self, pane: ServerPane) -> None:
+        """It is shown while the server is loading, and then makes room for what it does."""
+        while pane.log_shown and not (pane.feed.view and pane.feed.view.state == "ok"):
+            await asyncio.sleep(TICK_S)
+        if pane.log_shown:
+            pane.toggle_log()
+            self.show()
 
     async def play(self) -> None:
         assert self.replay is not None
@@ -343,25 +327,3 @@ class Dashboard(App[None]):
         await in_thread(ask)
         done = said[0] == f"{name} is cancelled"
         self.notify(str(said[0]), severity="information" if done else "error", markup=False)
-
-
-async def in_thread(function: Callable[[], object]) -> None:
-    """As asyncio.to_thread, but nobody waits for the thread when the application ends."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def finish(error: BaseException | None) -> None:
-        if not done.done():
-            done.set_result(None) if error is None else done.set_exception(error)
-
-    def run() -> None:
-        error: BaseException | None = None
-        try:
-            function()
-        except BaseException as caught:
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop is closed already
-            loop.call_soon_threadsafe(finish, error)
-
-    threading.Thread(target=run, name="dashboard", daemon=True).start()
-    await done

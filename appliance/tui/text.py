@@ -57,7 +57,9 @@ def fit(choices: Sequence[str], width: int) -> str:
 
 
 def percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.0f} %" if whole else "0 %"
+    """Of the whole; a little is not nothing."""
+    share = 100 * part / whole if whole else 0.0
+    return "<1 %" if 0 < share < 0.5 else f"{share:.0f} %"
 
 
 def chart(values: Sequence[float | None], width: int, height: int, top: float) -> list[str]:

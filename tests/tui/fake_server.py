@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -69,7 +70,8 @@ class FakeServer:
         if self.away:
             raise self.away
         self.tick()
-        return self.body()
+        answer: dict[str, Any] = json.loads(json.dumps(self.body()))
+        return answer
 
     def log(self, after: int) -> dict[str, Any]:
         if self.away:

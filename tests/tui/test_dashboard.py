@@ -35,7 +35,7 @@ async def test_shows_everything_on_a_large_screen() -> None:
             and f"{stats.blocks_shared} shared · {stats.blocks_kept:,} kept" in text
         )
         assert f"{stats.running} running · {stats.waiting - 1} waiting · 1 swapped · 2 preempted" in text
-        assert "prefix hits 40 % (5 % in host memory)" in text and "60+130 of 512" in text and "swap ▓" in text
+        assert "prefix hits 40 % (5 % in host memory)" in text and "60 swapped, 130 kept of 512" in text and "swap ▓" in text
         assert "◆" in text and "□" in text and "■ used ◆ shared □ kept · free" in text
         assert "generation" in text and "tok/s" in text and "peak" in text and "1st token" in text and "p95" in text
         assert "planned 2.38 GiB of 3.00 GiB · used 2.10 GiB resident" in text and "weights 990" in text and "KV 768" in text

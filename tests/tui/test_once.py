@@ -62,7 +62,7 @@ def test_once_prints_a_plain_snapshot(serve: Any, capsys: pytest.CaptureFixture[
     assert "\x1b" not in out and max(map(len, out.splitlines())) <= 100
     assert "● serving │ Llama-3.2-1B-Instruct-AWQ" in out and f"{stats.running} running" in out
     assert f"{stats.blocks_shared} shared · {stats.blocks_kept:,} kept" in out and "prefix hits 40 % (5 % in host memory)" in out
-    assert "60 of 512 blocks swapped, 130 kept" in out and "1 swapped" in out
+    assert "60 swapped, 130 kept of 512 blocks, 256 MiB" in out and "1 swapped" in out
     assert "CPU 98 %, 64 °C · RAM 11.0 GiB of 32.0 GiB" in out and "first token after" in out
     assert f"{stats.prompt_tokens:,} prompt and {stats.generation_tokens:,} generated tokens" in out
     ids = [row["id"] for row in server.body()["engine"]["requests_now"]]

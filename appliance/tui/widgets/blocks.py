@@ -86,9 +86,9 @@ def swap(view: View, width: int) -> Content:
     stats = view.stats
     total, used, kept = stats.swap_total, stats.swap_used, stats.swap_kept
     nbytes = plan_bytes(view.info.plan).get("swap", 0) if view.info else 0
-    counts = f"{used:,} of {total:,} blocks swapped, {kept:,} kept"
-    choices = [*([f" {size(nbytes)}: {counts}"] if nbytes else []), f" {counts}", f" {used:,}+{kept:,} of {total:,}", ""]
-    words = next((one for one in choices if len(one) <= width // 2), "")
+    long = f" {used:,} swapped, {kept:,} kept of {total:,}"
+    choices = [*([f"{long} blocks, {size(nbytes)}"] if nbytes else []), long, f" {used:,}+{kept:,} of {total:,}", ""]
+    words = next((one for one in choices if len(one) <= 3 * width // 5), "")
     room = max(width - len(words) - 5, 0)
     widths = segments([used, kept], room, total)
     return Content.assemble(
