@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import queue
+import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -20,6 +25,7 @@ from quant.errors import InputError
 LEVELS, FORMATS = ("debug", "info", "warning", "error"), ("text", "json")
 NOISY = ("uvicorn", "httpx", "httpx2", "huggingface_hub", "filelock")  # told at debug alone
 KEPT, LONGEST = 500, 8000  # latest lines, characters of each
+WAITING = 10_000  # lines that wait for whoever reads stderr
 
 log = logging.getLogger("appliance.server")
 requests_log = logging.getLogger("appliance.requests")
@@ -71,6 +77,46 @@ def _exception(record: logging.LogRecord) -> str | None:
     return record.exc_text or (logging.Formatter().formatException(record.exc_info) if record.exc_info else None)
 
 
+class Beside(logging.Handler):
+    """To stderr, by a thread: a pipe that nobody empties, or a disk that hangs, costs lines (they are counted), but no answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost = 0
+        self._lines: queue.Queue[str] = queue.Queue(WAITING)
+        threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self.lost += 1
+        except Exception:  # as all handlers do
+            self.handleError(record)
+
+    def _write(self) -> None:
+        while True:
+            line, lost = self._lines.get(), self.lost
+            with contextlib.suppress(OSError, ValueError):  # the disk is full, nobody is there to read, or stderr is closed
+                if lost:
+                    record = {
+                        "name": log.name,
+                        "levelname": "WARNING",
+                        "msg": f"{lost} lines were lost: the log is read too slowly",
+                    }
+                    sys.stderr.write(self.format(logging.makeLogRecord(record)) + "\n")
+                    self.lost -= lost
+                sys.stderr.write(line + "\n")
+                sys.stderr.flush()
+            self._lines.task_done()
+
+    def flush(self) -> None:
+        """What waits, for a second at most."""
+        deadline = time.monotonic() + 1
+        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+
 class Ring(logging.Handler):
     """The latest lines, numbered from 1."""
 
@@ -102,7 +148,7 @@ def setup(server: ServerConfig) -> None:
         raise InputError(f"--log-level is one of {', '.join(LEVELS)}, got {server.log_level!r}")
     if server.log_format not in FORMATS:
         raise InputError(f"--log-format is one of {', '.join(FORMATS)}, got {server.log_format!r}")
-    stderr = logging.StreamHandler()
+    stderr = Beside()
     stderr.setFormatter(Json() if server.log_format == "json" else Text())
     logging.basicConfig(level=server.log_level.upper(), handlers=[stderr, RING], force=True)
     logging.captureWarnings(True)
