@@ -7,6 +7,7 @@ import sys
 import threading
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import Browser, expect, sync_playwright
 
@@ -24,8 +25,8 @@ def load(url: str, stop: threading.Event) -> None:
             response.read()
 
 
-def picture(browser: Browser, url: str, path: Path, *, width: int, height: int, scheme: str, panel: bool) -> None:
-    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
+def picture(browser: Browser, url: str, path: Path, *, panel: bool, **device: Any) -> None:
+    page = browser.new_page(**device)
     page.goto(url)
     for question in QUESTIONS:
         page.fill("#prompt", question)
@@ -48,8 +49,9 @@ def main(url: str, directory: Path) -> None:
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            picture(browser, url, directory / "chat-page.png", width=1200, height=760, scheme="light", panel=True)
-            picture(browser, url, directory / "chat-page-phone.png", width=390, height=700, scheme="dark", panel=False)
+            picture(browser, url, directory / "chat-page.png", panel=True, viewport={"width": 1200, "height": 760})
+            phone = {"viewport": {"width": 390, "height": 700}, "color_scheme": "dark", "has_touch": True, "is_mobile": True}
+            picture(browser, url, directory / "chat-page-phone.png", panel=False, **phone)
             browser.close()
     finally:
         stop.set()

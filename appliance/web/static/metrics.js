@@ -99,7 +99,7 @@ function tiles(parts) {
 
 function waits({ ttft, itl }) {
   const rows = [["Time to first token", ttft], ["Between tokens", itl]];
-  const cell = (seconds) => el("td", {}, seconds === null ? "–" : seconds < 1 ? `${Math.round(1000 * seconds)} ms` : `${seconds.toFixed(1)} s`);
+  const cell = (seconds) => el("td", {}, seconds === null ? "–" : brief(seconds));
   const head = el("tr", {}, el("td"), ["p50", "p95", "p99"].map((name) => el("th", { scope: "col" }, name)));
   const body = rows.map(([name, { p50_s, p95_s, p99_s }]) => el("tr", {}, el("th", { scope: "row" }, name), [p50_s, p95_s, p99_s].map(cell)));
   return el("table", { class: "waits" }, el("thead", {}, head), el("tbody", {}, body));
@@ -176,6 +176,7 @@ function meter(name, share) {
   return el("div", { class: "meter" }, head, el("div", { class: "stack", role: "img", "aria-label": `${name}: ${percent(share)}` }, piece));
 }
 
+const brief = (seconds) => (seconds < 1 ? `${(1000 * seconds).toFixed(seconds < 0.01 ? 1 : 0)} ms` : `${seconds.toFixed(1)} s`);
 const number = (value) => Math.round(value).toLocaleString("en");
 const percent = (share) => `${Math.round(100 * share)}%`;
 const rate = (value) => (value >= 100 || value === 0 ? number(value) : value.toFixed(1));
