@@ -56,17 +56,21 @@ def serve(model: str | None = None, /, *, engine: EngineFlags = ENGINE, server: 
 
 
 @app.command
-def doctor(*, json: bool = False) -> int:
-    """Say what this machine has, which CPU kernels will be used and what it costs to lack others. Exit code 0: ready; 1: not.
+def doctor(model: str | None = None, /, *, port: int = SERVER.port, json: bool = False) -> int:
+    """Say what this machine has, what of it will be used, what is slow, and how to mend it. Exit code 0: ready; 1: not.
 
     Parameters
     ----------
+    model
+        A model's directory, whose disk is looked at, too.
+    port
+        That the server is to listen on.
     json
         Print JSON instead of text.
     """
     from appliance.doctor import doctor
 
-    return doctor(json)
+    return doctor(model, port, json=json)
 
 
 @app.command
