@@ -103,6 +103,8 @@ class ServerConfig:
     """Most answers of /v1/responses that are kept in memory for each key, to be asked for again or gone on with; 0 keeps none."""
     allowed_origins: tuple[str, ...] = ()
     """Origins whose web pages may use the server from a browser, as https://chat.example; * for all."""
+    forwarded_allow_ips: tuple[str, ...] = ()
+    """Proxies (addresses, networks, or *) that are believed when they say in X-Forwarded-For who asks."""
     web_ui: bool = True
     """Answer at / with a page to chat in a browser."""
     ssl_certfile: str | None = None

@@ -178,6 +178,8 @@ def http_config(app: ASGIApp, server: ServerConfig) -> uvicorn.Config:
         ws="none",
         date_header=False,
         server_header=False,
+        proxy_headers=bool(server.forwarded_allow_ips),
+        forwarded_allow_ips=list(server.forwarded_allow_ips),
         timeout_graceful_shutdown=max(1, round(server.shutdown_timeout)),
         ssl_certfile=server.ssl_certfile,
         ssl_keyfile=server.ssl_keyfile,
