@@ -1,0 +1,92 @@
+"""AWQ (Lin et al. 2024): columns of weights that matter are scaled up before rounding, their inputs down; extremes are cut off.
+
+A scale s leaves the product as it is, W x = (W diag(s)) (x / s), but rounding W diag(s) is kinder to columns with a large s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.algorithms.grid import Grid
+
+RATIOS = 20  # of inputs' sizes to weights' that are tried
+CUTS, DEEPEST = 10, 0.5  # extremes that are tried: from all of them down to this share
+CHUNK = 1 << 24  # values of outputs that are compared at a time
+Tie = Callable[[Tensor], Tensor]  # [K] -> [K]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    scales: Tensor  # float32 [K]: what the weights' columns are multiplied with
+    loss: float  # squared error of all outputs together, over the inputs given
+    before: float  # the same without scales
+
+
+def search_scales(weights: Sequence[Tensor], x: Tensor, sizes: Tensor, grid: Grid, tie: Tie | None = None) -> Scaling:
+    """The scales that serve all ``weights`` (float32 [N, K], which read the same inputs) best.
+
+    ``x`` float32 [T, K]: some of the inputs; ``sizes`` float32 [K]: the mean magnitude of each over all that were seen. Tried are
+    s = sizes^r / w^(1 - r), r = 0, 1/20, .., 19/20, where w is a column's mean magnitude in shares of its groups' largest, as
+    AutoAWQ does. ``tie`` makes inputs share a scale that come from the same output.
+    """
+    columns = torch.stack([_relative(weight, grid) for weight in weights]).mean(0)
+    before = _error(weights, x, None, grid)
+    best, scales = before, torch.ones_like(sizes)
+    for step in range(RATIOS):
+        ratio = step / RATIOS
+        tried = (sizes**ratio / (columns ** (1 - ratio) + 1e-4)).clamp(min=1e-4)
+        tried = tried / (tried.max() * tried.min()).sqrt()
+        tried = torch.where(torch.isfinite(tried), tried, 1.0)
+        tried = tried if tie is None else tie(tried)
+        loss = _error(weights, x, tried, grid)
+        if loss < best:
+            best, scales = loss, tried
+    return Scaling(scales, best, before)
+
+
+def _relative(weight: Tensor, grid: Grid) -> Tensor:
+    """Mean over outputs of each column's magnitude, in shares of the largest of its group; [K]."""
+    parts = grid.parts(weight).abs()
+    return (parts / (parts.amax(2, keepdim=True) + 1e-6)).mean(0).flatten()[: weight.shape[1]]
+
+
+def _error(weights: Sequence[Tensor], x: Tensor, scales: Tensor | None, grid: Grid) -> float:
+    """Sum over outputs and inputs of (x (W - Q)^T)^2."""
+    total = 0.0
+    for weight in weights:
+        rows = max(1, CHUNK // max(x.shape[0], weight.shape[1]))
+        for part in weight.split(rows):
+            off = (grid.rounded(part) if scales is None else grid.rounded(part * scales).div_(scales)).sub_(part)
+            total += float((x @ off.t()).square_().sum())
+    return total
+
+
+def search_cuts(weight: Tensor, x: Tensor, grid: Grid) -> Tensor:
+    """By how much the extremes of groups are best shrunk before rounding: float32 [N, G], 1 for not at all.
+
+    ``weight`` float32 [N, K]; ``x`` float32 [T, K]: some inputs. The squared error of a group's part of an output counts.
+    """
+    N = weight.shape[0]
+    inputs = grid.parts(x).permute(1, 0, 2).contiguous()  # [G, T, size]
+    best = torch.ones(N, inputs.shape[0])
+    rows = max(1, CHUNK // (inputs.shape[0] * inputs.shape[1]))
+    for first in range(0, N, rows):
+        part = weight[first : first + rows]
+        least = _group_errors(part, inputs, grid, 1.0)
+        for cut in range(1, CUTS):
+            shrink = 1 - cut * (1 - DEEPEST) / CUTS
+            errors = _group_errors(part, inputs, grid, shrink)
+            better = errors < least
+            best[first : first + rows][better] = shrink
+            least = torch.where(better, errors, least)
+    return best
+
+
+def _group_errors(part: Tensor, inputs: Tensor, grid: Grid, shrink: float) -> Tensor:
+    """[n, G]: the squared error that each group brings into each output."""
+    off = grid.parts(grid.rounded(part, shrink) - part).permute(1, 2, 0)  # [G, size, n]
+    return torch.bmm(inputs, off).square_().sum(1).t()

@@ -1,0 +1,165 @@
+"""Quantized weights as other programs read them: AutoAWQ's, GPTQ's and compressed-tensors' tensors, and their configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from quant.algorithms.grid import Grid, Quantized
+from quant.bits import pack_nibbles
+from quant.errors import InputError
+
+FORMATS = ("awq", "gptq", "compressed-tensors")
+SLAB = 1 << 22  # values that are packed at a time
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word is this one of its eight columns
+
+
+def grid_for(form: str, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype) -> Grid:
+    """The grid that a format can say. Raises InputError where it cannot say this one."""
+    if form not in FORMATS:
+        raise InputError(f"--format is {form!r}: one of {', '.join(FORMATS)} is needed")
+    allowed = {"awq": (4,), "gptq": (2, 3, 4, 8), "compressed-tensors": (2, 3, 4, 8)}[form]
+    if bits not in allowed:
+        raise InputError(f"--bits is {bits}: the format {form} has {', '.join(map(str, allowed))}")
+    if group_size != -1 and (group_size < 8 or group_size % 8):
+        raise InputError(f"--group-size is {group_size}: a multiple of 8, or -1 (a scale for each output), is needed")
+    # Version 1 of GPTQ stores zero points less one, and readers differ about what is below 0.
+    dtype = scale_dtype if form == "compressed-tensors" else torch.float16
+    return Grid(bits, group_size, symmetric, dtype, least_zero=1 if form == "gptq" else 0)
+
+
+def tensors_of(form: str, weight: Quantized) -> dict[str, Tensor]:
+    """The tensors of one module, by what follows its name. Raises InputError where its shape cannot be said."""
+    return {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed}[form](weight)
+
+
+def check_shape(form: str, name: str, N: int, K: int, grid: Grid) -> None:
+    """Raises InputError for a module of N outputs and K inputs whose shape the format cannot say."""
+    if grid.group_size != -1 and K % grid.group_size:
+        raise InputError(f"--group-size {grid.group_size} does not divide the {K} inputs of {name}: take a divisor, or -1")
+    per_word = 32 // grid.bits if 32 % grid.bits == 0 else 32
+    if form == "awq" and N % 8:
+        raise InputError(f"{name} has {N} outputs: the format awq needs a multiple of 8; take --format compressed-tensors")
+    if form == "gptq" and (N % per_word or K % per_word):
+        raise InputError(
+            f"{name} is {N} x {K}: the format gptq needs multiples of {per_word} at {grid.bits} bits; "
+            "take --format compressed-tensors"
+        )
+
+
+def _awq(weight: Quantized) -> dict[str, Tensor]:
+    """gemm: words of eight columns, [K, N / 8]."""
+    return {
+        "qweight": _awq_words(weight.codes.t().contiguous()),
+        "qzeros": _awq_words(weight.zeros),
+        "scales": weight.scales,
+    }
+
+
+def _awq_words(values: Tensor) -> Tensor:
+    """uint8 [R, C] below 16 -> int32 [R, C / 8]."""
+    eights = values.unflatten(1, (-1, 8))[:, :, AWQ_ORDER].to(torch.int64)
+    return _as_int32((eights << (4 * torch.arange(8))).sum(2))
+
+
+def _gptq(weight: Quantized) -> dict[str, Tensor]:
+    """Version 1: words along K, [K * bits / 32, N]; zero points less one; the group of each input."""
+    bits, size = weight.grid.bits, weight.grid.size(weight.codes.shape[1])
+    codes, groups = weight.codes, torch.arange(weight.codes.shape[1]) // size
+    if weight.perm is not None:
+        codes, g_idx = torch.empty_like(codes), torch.empty_like(groups)
+        codes[:, weight.perm], g_idx[weight.perm] = weight.codes, groups
+        groups = g_idx
+    return {
+        "qweight": pack_stream(codes, bits).t().contiguous(),
+        "qzeros": pack_stream(weight.zeros - 1 & (2**bits - 1), bits),
+        "scales": weight.scales,
+        "g_idx": groups.to(torch.int32),
+    }
+
+
+def _compressed(weight: Quantized) -> dict[str, Tensor]:
+    """pack-quantized: words along K, [N, ceil(K * bits / 32)]; zero points packed along N."""
+    bits, (N, K) = weight.grid.bits, weight.codes.shape
+    codes, found = weight.codes, {}
+    if weight.perm is not None:
+        size = weight.grid.size(K)
+        codes, g_idx = torch.empty_like(codes), torch.empty(K, dtype=torch.int32)
+        codes[:, weight.perm], g_idx[weight.perm] = weight.codes, (torch.arange(K) // size).to(torch.int32)
+        found["weight_g_idx"] = g_idx
+    found |= {
+        "weight_packed": pack_stream(codes, bits),
+        "weight_scale": weight.scales.t().contiguous(),
+        "weight_shape": torch.tensor([N, K], dtype=torch.int64),
+    }
+    if not weight.grid.symmetric:
+        found["weight_zero_point"] = pack_stream(weight.zeros, bits).t().contiguous()
+    return found
+
+
+def pack_stream(values: Tensor, bits: int) -> Tensor:
+    """uint8 [R, C] below 2 ** bits -> int32 [R, ceil(C * bits / 32)]: a dense little-endian stream in each row."""
+    if bits in (4, 8):
+        data = pack_nibbles(values) if bits == 4 else values
+        data = pad(data, (0, -data.shape[1] % 4)).contiguous()
+        return data.view(-1).view(torch.int32).view(data.shape[0], -1)  # a single row may have any stride
+    words = [_bits(part, bits) for part in values.split(max(1, SLAB // values.shape[1]))]
+    return torch.cat(words)
+
+
+def _bits(values: Tensor, bits: int) -> Tensor:
+    """The same for any width, by way of a byte for each bit."""
+    flags = values.unsqueeze(2).bitwise_right_shift(torch.arange(bits, dtype=torch.uint8)).bitwise_and_(1).flatten(1)
+    eights = pad(flags, (0, -flags.shape[1] % 32)).unflatten(1, (-1, 8))
+    return (eights << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8).view(torch.int32)
+
+
+def _as_int32(words: Tensor) -> Tensor:
+    """int64 values below 2 ** 32 -> int32 of the same bits."""
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def config_section(form: str, grid: Grid, *, act_order: bool, more: Mapping[str, Any]) -> dict[str, Any]:
+    """``quantization_config`` of config.json. ``more``: what else is told of how it was made."""
+    if form == "awq":
+        return {
+            "quant_method": "awq",
+            "version": "gemm",
+            "bits": grid.bits,
+            "group_size": grid.group_size,
+            "zero_point": not grid.symmetric,
+            "modules_to_not_convert": ["lm_head"],
+            **more,
+        }
+    if form == "gptq":
+        return {
+            "quant_method": "gptq",
+            "checkpoint_format": "gptq",
+            "bits": grid.bits,
+            "group_size": grid.group_size,
+            "desc_act": act_order,
+            "sym": grid.symmetric,
+            "lm_head": False,
+            **more,
+        }
+    weights = {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": grid.symmetric,
+        "strategy": "channel" if grid.group_size == -1 else "group",
+        "group_size": None if grid.group_size == -1 else grid.group_size,
+        "dynamic": False,
+        "actorder": "group" if act_order else None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+        "ignore": ["lm_head"],
+        **more,
+    }
