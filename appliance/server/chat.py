@@ -40,13 +40,13 @@ class ChatView:
         }
 
     async def full(self) -> dict[str, Any]:
-        await self.turn.finish()
+        answers = await self.turn.finish()
         choices, place = [], {id(output): c for c, output in enumerate(self.job.outputs)}
         for index, output in enumerate(self.job.best):
             c = place[id(output)]
             choice: dict[str, Any] = {
                 "index": index,
-                "message": self._message(self.turn.answers[c]),
+                "message": self._message(answers[c]),
                 "logprobs": self.format.chat(output.logprobs or (), self.body.top_logprobs or 0) if self.body.logprobs else None,
                 "finish_reason": self.turn.finish_reason(c),
                 "stop_reason": output.stop_reason,

@@ -29,6 +29,8 @@ BODY_S, BODY_RATE = 20.0, 16 * 1024  # seconds that a body may take, and one mor
 BOM = b"\xef\xbb\xbf"  # what some editors and shells put in front of UTF-8
 WRITE = "appliance.write"  # an extension of ASGI: a streamed body's piece to the socket, or False for "send it as usual"
 DONE = b"data: [DONE]\n\n"
+ALIVE = b": ping\n\n"  # a comment, which readers pass over
+QUIET_S = 15.0  # after so much silence a stream says that it lives: proxies close those that do not
 
 
 async def read(request: Request, schema: type[Body]) -> Body:
@@ -81,7 +83,7 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _end(*tasks: asyncio.Task[Any]) -> None:
+async def _end(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -140,20 +142,29 @@ class EventStream(Response):
 
 
 async def stream(chunks: AsyncGenerator[Any, None], form: Form | None = None) -> EventStream:
-    """Start to stream. What fails before the first chunk is raised, and so has its HTTP status; later it is an error event."""
+    """Start to stream: with the first chunk, or after ``form.quiet_s``.
+
+    What fails before is raised, and so has its HTTP status; later it is an error event.
+    """
     form = form or OPENAI
+    first = asyncio.ensure_future(anext(chunks))
     try:
-        first = await anext(chunks)
+        await asyncio.wait({first}, timeout=None if form.quiet_s == math.inf else form.quiet_s)
+        if first.done():
+            first.result()
     except BaseException:
+        await _end(first)
         await chunks.aclose()
         raise
     return EventStream(_events(first, chunks, form), form.alive, form.quiet_s)
 
 
-async def _events(first: Any, chunks: AsyncGenerator[Any, None], form: Form) -> AsyncGenerator[bytes, None]:
+async def _events(first: asyncio.Future[Any], chunks: AsyncGenerator[Any, None], form: Form) -> AsyncGenerator[bytes, None]:
     async with contextlib.aclosing(chunks):
-        yield form.chunk(first)
+        if not first.done():
+            yield form.alive
         try:
+            yield form.chunk(await first)
             async for chunk in chunks:
                 yield form.chunk(chunk)
         except Exception as error:
@@ -170,4 +181,4 @@ def named_event(name: str, data: dict[str, Any]) -> bytes:
     return b"event: " + name.encode() + b"\n" + sse(data)
 
 
-OPENAI = Form(sse, lambda error: sse(describe(error)[1]), DONE)
+OPENAI = Form(sse, lambda error: sse(describe(error)[1]), DONE, ALIVE, QUIET_S)

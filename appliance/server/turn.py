@@ -39,11 +39,10 @@ async def begin(state: ServerState, request_id: str, body: ChatRequest, prefix: 
 
 
 class Turn:
-    """A job's choices: ``answers`` are what has come of each so far."""
+    """A job's choices, each with its parser."""
 
     def __init__(self, state: ServerState, job: Job, parsers: Sequence[AnswerParser]) -> None:
         self.state, self.job, self.parsers = state, job, parsers
-        self.answers = [Answer() for _ in parsers]
         self._reasoned: list[int | None] = [None] * len(parsers)
 
     async def run(self) -> AsyncGenerator[tuple[int, Delta, AnswerDelta], None]:
@@ -58,8 +57,6 @@ class Turn:
                 if parser.satisfied and delta.finish_reason is None:
                     self.job.end(c)
                     delta = replace(delta, finish_reason="stop")
-                self.answers[c].reasoning += news.reasoning
-                self.answers[c].add(news.content, news.calls)
                 yield c, delta, news
 
     async def announced(self) -> AsyncGenerator[tuple[int, Delta, AnswerDelta] | None, None]:
@@ -78,11 +75,17 @@ class Turn:
             async for one in all_:
                 yield one
 
-    async def finish(self) -> None:
-        """Run to the end."""
+    async def finish(self) -> list[Answer]:
+        """Run to the end: what has come of each choice."""
+        told: list[list[AnswerDelta]] = [[] for _ in self.parsers]
         async with aclosing(self.run()) as all_:
-            async for _ in all_:
-                pass
+            async for c, _, news in all_:
+                told[c].append(news)
+        answers = []
+        for deltas in told:
+            answers.append(answer := Answer(reasoning="".join(one.reasoning for one in deltas)))
+            answer.add("".join(one.content for one in deltas), tuple(call for one in deltas for call in one.calls))
+        return answers
 
     def finish_reason(self, c: int) -> str | None:
         """OpenAI's word for how the answer ended."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from appliance.server import respond
 from appliance.server.fields import HARMLESS, REFUSED
 from appliance.server.responses import schemas as responses
 from appliance.server.schemas import ChatRequest, CompletionRequest
@@ -124,6 +126,23 @@ def test_no_field_is_unknown(schemas: Any) -> None:
     assert properties(components["CreateResponse"]) <= responses.ResponsesRequest.model_fields.keys() | here
     count = properties(components["TokenCountsBody"])
     assert count <= responses.InputTokensRequest.model_fields.keys() | here, count
+
+
+def test_streams_that_are_silent_say_that_they_live(slow: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first token and between two; OpenAI's client does not notice."""
+    monkeypatch.setattr(respond, "OPENAI", replace(respond.OPENAI, quiet_s=0.02))
+    slow.client.delay_s = 0.15
+    for path, body in (("/v1/completions", {"prompt": "hello"}), ("/v1/chat/completions", {"messages": HELLO})):
+        lines = slow.post(path, **body, max_tokens=4, stream=True).text.split("\n\n")
+        assert lines[0] == ": ping" and lines[-2] == "data: [DONE]"
+        chunks = [i for i, line in enumerate(lines) if line.startswith("data: {")]
+        assert ": ping" in lines[chunks[0] : chunks[-1]]
+    slow.client.fail_at = 0
+    failed = slow.post("/v1/completions", prompt="hello", stream=True)
+    assert failed.status_code == 200 and events(failed.text.replace(": ping\n\n", ""))[-1]["error"]["code"] == "engine_error"
+    slow.client.fail_at = None
+    stream = slow.openai.completions.create(model="tiny", prompt="hello", max_tokens=3, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == "he"
 
 
 def nullable(node: Any) -> Any:

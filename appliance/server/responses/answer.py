@@ -13,7 +13,7 @@ from appliance.core.params import RequestError
 from appliance.server.errors import JSONResponse
 from appliance.server.guard import Ticket, current
 from appliance.server.prompts import chat_prompt
-from appliance.server.respond import Form, named_event, stream
+from appliance.server.respond import ALIVE, QUIET_S, Form, named_event, stream
 from appliance.server.responses.chat import chat_request, renamed
 from appliance.server.responses.events import Event
 from appliance.server.responses.items import Item, items_of, messages_of
@@ -34,7 +34,7 @@ async def answer(state: ServerState, request_id: str, body: ResponsesRequest) ->
         response_id += f"_{uuid.uuid4().hex[:8]}"
     view = ResponseView(turn, body, response_id, given, key)
     if body.stream:
-        return await stream(view.batches(), Form(_encoded, lambda error: _encoded(view.failed(error))))
+        return await stream(view.batches(), Form(_encoded, lambda error: _encoded(view.failed(error)), b"", ALIVE, QUIET_S))
     async with aclosing(view.batches()) as batches:
         *_, last = [batch[-1] async for batch in batches]
     return JSONResponse(last["response"])
