@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 from fastapi import APIRouter
 from starlette.responses import Response
@@ -157,12 +157,12 @@ def setup(server: ServerConfig) -> None:
             logging.getLogger(noisy).setLevel("WARNING")
 
 
-def tell(text: str, server: ServerConfig) -> None:
-    """Say something to whoever started the server: on stdout as it is, or as a line of a JSON log."""
+def tell(text: str, server: ServerConfig, *, stream: TextIO | None = None) -> None:
+    """Say something to whoever started the server: on stdout (or ``stream``) as it is, or as a line of a JSON log."""
     if server.log_format == "json":
         log.info("%s", text)
         return
-    print(text, flush=True)
+    print(text, file=stream, flush=True)
     RING.handle(logging.makeLogRecord({"name": log.name, "levelname": "INFO", "msg": text}))
 
 

@@ -133,7 +133,7 @@ class Service:
     async def _all_hopeless(self) -> None:
         await asyncio.gather(*(host.hopeless.wait() for host in self.hosts))
         why = self.hosts[0].client.failure
-        print(f"appliance: error: the engine died {DEATHS} times in a row: {why}", file=sys.stderr)
+        logs.tell(f"appliance: error: the engine died {DEATHS} times in a row: {why}", self.server, stream=sys.stderr)
 
     def _say_ready(self, host: EngineHost) -> None:
         info = host.client.info
@@ -167,5 +167,5 @@ class Service:
     def _on_signal(self) -> None:
         if self.stopping.is_set():
             os._exit(130)  # asked twice: the engine process sees the pipe close and ends too
-        print("appliance: stopping (again to stop at once)", file=sys.stderr, flush=True)
+        logs.tell("appliance: stopping (again to stop at once)", self.server, stream=sys.stderr)
         self.stopping.set()

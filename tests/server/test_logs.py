@@ -290,7 +290,8 @@ def test_keys_are_in_no_log_and_no_answer_about_the_server(real: dict[str, Any])
 
 def test_every_line_is_json_those_of_uvicorn_and_of_the_engine_too(real: dict[str, Any]) -> None:
     assert real["out"] == b""
-    told = [json.loads(line) for line in real["err"].splitlines() if line != b"appliance: stopping (again to stop at once)"]
+    told = [json.loads(line) for line in real["err"].splitlines()]
+    assert told[-1]["message"] and [line for line in told if "again to stop at once" in line["message"]]
     assert {"time", "level", "logger", "message"} <= set.intersection(*(set(line) for line in told))
     assert {"appliance.server", "appliance.engine", "appliance.requests", "uvicorn.error"} <= {line["logger"] for line in told}
     assert not [line for line in told if line["logger"] == "appliance.engine.stderr"], "what the engine logs comes as it is"
