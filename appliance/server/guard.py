@@ -110,7 +110,7 @@ class Guard:
             "request_id": scope["state"]["request_id"],
             "client": (scope.get("client") or (None,))[0],
             "key": ticket.key,
-            "endpoint": line(f"{scope['method']} {scope['path']}"),
+            "endpoint": f"{method} {route}" if route == scope["path"] else line(f"{scope['method']} {scope['path']}"),
             "model": ticket.model,
             "status": status,
             "prompt_tokens": ticket.prompt_tokens,

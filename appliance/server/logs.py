@@ -36,6 +36,11 @@ def request_id() -> str | None:
     return (about.get() or {}).get("request_id")
 
 
+def clean(record: logging.LogRecord, text: str) -> str:
+    """Without keys. Lines of requests are made of what has none: looking for them would cost more than all the rest."""
+    return text if record.name == requests_log.name else hide(text)
+
+
 class Text(logging.Formatter):
     """``2026-11-21 12:00:00.123 INFO appliance.server: message [request id]``, with a traceback below it."""
 
@@ -45,7 +50,7 @@ class Text(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        return hide(super().format(record))
+        return clean(record, super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         line = super().formatMessage(record)
@@ -65,7 +70,7 @@ class Json(logging.Formatter):
             "exception": _exception(record),
         }
         line = {name: value for name, value in line.items() if value is not None}
-        return hide(json.dumps(line | getattr(record, "fields", {})))
+        return clean(record, json.dumps(line | getattr(record, "fields", {})))
 
 
 def _time(record: logging.LogRecord) -> str:
@@ -131,7 +136,7 @@ class Ring(logging.Handler):
             text += f" [{name}]"
         self.seq += 1  # under the handler's lock
         about = {"seq": self.seq, "time": _time(record), "level": record.levelname.lower(), "logger": record.name}
-        self.lines.append({**about, "message": hide(text)[:LONGEST]})
+        self.lines.append({**about, "message": clean(record, text)[:LONGEST]})
 
     def after(self, seq: int) -> list[dict[str, Any]]:
         """Those with higher numbers; all, where the number is of an earlier server."""
