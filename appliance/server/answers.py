@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NotRequired
 
+from pydantic import with_config
 from typing_extensions import TypedDict  # pydantic knows typing's from Python 3.12 on
 
 from appliance.core.messages import EngineInfo, Stats
@@ -241,6 +242,16 @@ class Text(TypedDict):
 
     prompt: str
     content: str
+
+
+@with_config(extra="allow")
+class TokenizerInfo(TypedDict):
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
 
 
 class Health(TypedDict):

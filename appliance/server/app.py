@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 
 from fastapi import APIRouter, FastAPI, Request
@@ -27,7 +28,7 @@ from appliance.server.route import request_id, serving, usable
 from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from appliance.server.site import Site
 from appliance.server.state import EngineClient, ServerState
-from appliance.server.tokens import detokenize_answer, tokenize_answer
+from appliance.server.tokens import detokenize_answer, tokenize_answer, tokenizer_info
 from appliance.text.tokenizer import Tokenizer
 from appliance.web import pages
 from quant.errors import InputError
@@ -115,6 +116,11 @@ async def post_tokenize(request: Request) -> Response:
 async def post_detokenize(request: Request) -> Response:
     body = await read(request, DetokenizeRequest)
     return JSONResponse(await detokenize_answer(await serving(request, body.model), body))
+
+
+@router.get("/tokenizer_info")
+async def get_tokenizer_info(request: Request, model: str | None = None) -> Response:
+    return JSONResponse(await asyncio.to_thread(tokenizer_info, await serving(request, model)))
 
 
 class RequestIds:

@@ -64,6 +64,13 @@ OPERATIONS: dict[str, Operation] = {
         answer=answers.Text,
         errors=COMPUTE,
     ),
+    "GET /tokenizer_info": Operation(
+        tag="text",
+        summary="The model's tokenizer_config.json, with the special tokens and the chat template that count here",
+        query={"model": (str, "the model that is meant; the first one where it is left out")},
+        answer=answers.TokenizerInfo,
+        errors=(400, 404, 503),
+    ),
     "DELETE /v1/requests/{request_id:path}": Operation(
         tag="answers",
         summary="Abort a running request, of the same key, by its X-Request-Id or by the id of its answer",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from pathlib import Path
 from typing import Any
 
 from appliance.core.door import check_ids
@@ -48,6 +50,15 @@ async def detokenize_answer(state: ServerState, body: DetokenizeRequest) -> dict
     check_ids("tokens", body.tokens, state.info.vocab_size)
     text = await asyncio.to_thread(_tokenizer(state).decode, body.tokens, skip_special_tokens=False)
     return {"prompt": text, "content": text}
+
+
+def tokenizer_info(state: ServerState) -> dict[str, Any]:
+    """tokenizer_config.json with the names of special tokens and the chat template that count here: what vLLM tells."""
+    tokenizer, path = _tokenizer(state), Path(state.info.directory) / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    none = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"))
+    return {**config, **none, **tokenizer.named_tokens, "chat_template": next(iter(tokenizer.chat_templates), None)}
 
 
 def _tokenizer(state: ServerState) -> Tokenizer:
