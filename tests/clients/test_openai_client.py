@@ -289,6 +289,37 @@ def test_async_client(live: Running) -> None:
     eventually(lambda: used(live) == 0)
 
 
+def test_as_lm_eval_asks(live: Running) -> None:
+    """A batch of token ids, echo, one token more than is wanted; it slices behind the context, and the last token off."""
+    with live.http as http:
+        info = http.get("/tokenizer_info").json()
+        assert info["eos_token"] == "<|end|>" and info["chat_template"].startswith("<|bos|>") and info["tokenizer_class"]
+        context, rest = ("<|bos|><|user|>2 + 3 = ?<|end|><|assistant|>", "2 plus 3 is 5.")
+        ask = {"add_special_tokens": False}
+        head, tail = (http.post("/tokenize", json={"prompt": text, **ask}).json()["tokens"] for text in (context, rest))
+        other = http.post("/tokenize", json={"prompt": "2 plus 3 is 7.", **ask}).json()["tokens"]
+        body = {
+            "model": "demo",
+            "prompt": [head + tail, head + other],
+            "echo": True,
+            "logprobs": 1,
+            "max_tokens": 1,
+            "seed": 1234,
+        }
+        choices = http.post("/v1/completions", json={**body, "temperature": 0}).json()["choices"]
+        exact = http.post("/v1/completions", json={"prompt": head + tail, "prompt_logprobs": 0, "max_tokens": 1}).json()[
+            "choices"
+        ]
+    sums, greedy = [], []
+    for choice in sorted(choices, key=lambda one: one["index"]):
+        found = {name: values[len(head) : -1] for name, values in choice["logprobs"].items()}
+        sums.append(sum(found["token_logprobs"]))
+        greedy.append(all(name == max(top, key=top.get) for name, top in zip(found["tokens"], found["top_logprobs"])))
+    assert greedy == [True, False] and sums[0] > -1 > sums[1]
+    scored = [next(iter(one.values()))["logprob"] for one in exact[0]["prompt_logprobs"][len(head) :]]
+    assert sums[0] == pytest.approx(sum(scored), abs=1e-3)
+
+
 def test_everything_was_as_openai_describes_it(description: Description) -> None:
     """The last test of this file: that there was something to validate."""
     if description.components is None:
