@@ -15,6 +15,7 @@ from appliance.core.params import RequestError
 from appliance.server.errors import error_response
 from appliance.server.limits import Account
 from appliance.server.logs import tell_request
+from appliance.server.pages import Pages
 from appliance.server.redact import line
 from appliance.web import pages
 
@@ -63,6 +64,8 @@ class Guard:
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self.app, self.state = app, state
+        server = state.server_config
+        self.pages = None if server.insecure else Pages(server.host, server.allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # no websockets here: they would pass unseen
@@ -91,9 +94,11 @@ class Guard:
             self._note(scope, ticket, status, time.monotonic() - begun)
 
     def _admit(self, scope: Scope, ticket: Ticket) -> None:
-        """Raises RequestError: 401, 429. Limits are for what computes, which is asked for by POST."""
-        if not self.state.keys.required or (scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD")):
+        """Raises RequestError: 401, 403, 429. Limits are for what computes, which is asked for by POST."""
+        if scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD"):
             return
+        if not self.state.keys.required:
+            return self.pages.check(scope) if self.pages else None
         key, ticket.account = self.state.keys.find(scope["headers"])
         ticket.key = key.name
         if scope["method"] == "POST":

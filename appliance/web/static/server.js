@@ -4,7 +4,7 @@ import { ApiError, apiKey, get, health } from "./api.js";
 import { $, el } from "./dom.js";
 import { bytes } from "./metrics.js";
 
-const WORDS = { ok: "ready", loading: "loading", draining: "shutting down", dead: "engine down", away: "no answer", key: "needs a key" };
+const WORDS = { ok: "ready", loading: "loading", draining: "shutting down", dead: "engine down", away: "no answer", key: "needs a key", refused: "refused" };
 const AWAY = ["engine_dead", "model_loading", "shutting_down"]; // codes of errors that say so
 const ASK_MS = 700;
 
@@ -46,19 +46,20 @@ export class Server {
       this.models = (await get("v1/models")).data ?? [];
       this.#set("ok");
     } catch (error) {
-      this.failed(error);
+      if (!this.failed(error)) this.#set("refused", error);
     }
   }
 
-  /** What an error says of the server itself. */
+  /** Whether an error says something of the server itself, which then shows. */
   failed(error) {
-    if (!(error instanceof ApiError)) return;
+    if (!(error instanceof ApiError)) return false;
     if (error.status === 401) {
       this.#set("key");
       $("key-error").textContent = apiKey.get() ? error.message : "";
     } else if (error.status === 0 || AWAY.includes(error.code)) {
       setTimeout(() => this.connect(), ASK_MS / 7);
-    }
+    } else return false;
+    return true;
   }
 
   useKey(key) {
@@ -84,6 +85,6 @@ export class Server {
     $("loading-bar").hidden = state !== "loading";
     if (all) $("loading-bar").value = done / all;
     else $("loading-bar").removeAttribute("value");
-    $("loading-how").textContent = state === "loading" && all ? `${bytes(done)} of ${bytes(all)}` : "This page goes on by itself.";
+    $("loading-how").textContent = state === "loading" && all ? `${bytes(done)} of ${bytes(all)}` : state === "refused" ? "" : "This page goes on by itself.";
   }
 }
