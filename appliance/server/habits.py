@@ -63,8 +63,8 @@ class Habits:
 
 
 def usual(path: str) -> str:
-    """A path without the slashes that clients put around it when they join addresses, and with exactly one /v1."""
-    path = "/" + path.strip("/")
+    """A path without the slashes that clients put in when they join addresses, and with exactly one /v1."""
+    path = "/" + "/".join(part for part in path.split("/") if part)
     if path.startswith("/v1/v1/"):  # the base_url had one, and so had the client
         return path[3:]
     if any(path == one or path.startswith(f"{one}/") for one in UNPREFIXED):

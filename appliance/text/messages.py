@@ -39,7 +39,10 @@ def _message(index: int, message: Any, convert: Callable[[Any], Any]) -> dict[st
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RequestError(f"{where} must be an object with a 'role', got {message!r:.80}", param=where)
     plain = {name: value for name, value in message.items() if value is not None and (name != "tool_calls" or value)}
-    if "content" not in plain and "tool_calls" not in plain:  # templates would print "None"
+    if "content" not in plain and message["role"] not in (
+        "assistant",
+        "tool",
+    ):  # of these nothing can come; of a user it is a slip
         raise RequestError(f"{where}.content must be text or a list of text parts, got nothing", param=f"{where}.content")
     plain["content"] = convert(_text(plain.get("content", ""), f"{where}.content"))
     if plain["role"] == "developer":  # a system message by another name, which templates do not know

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from typing import Any
 
 import httpx
 import openai
@@ -23,6 +24,7 @@ HELLO = [{"role": "user", "content": "hello"}]
     [
         ("/v1/models/", "/v1/models"),
         ("//v1/models", "/v1/models"),
+        ("/v1//models", "/v1/models"),  # Open WebUI, where the address ends with a slash
         ("/v1/v1/models", "/v1/models"),
         ("/models", "/v1/models"),
         ("/models/alias/of-tiny", "/v1/models/alias/of-tiny"),
@@ -136,6 +138,72 @@ def test_routes_of_others(served: Served, path: str) -> None:
             assert error["code"] == "not_found" and error["type"] == "invalid_request_error"
     known = UNSERVED.keys() & {path, path.rpartition("/")[0], f"/v1{path}"}
     assert all(UNSERVED[one] in error["message"] for one in known)
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "b"}],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}, {"role": "user", "content": "b"}],
+        [{"role": "user", "content": "a"}, {"role": "assistant"}, {"role": "user", "content": "b"}],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": []}, {"role": "user", "content": "b"}],
+        [{"role": "user", "content": "a", "id": 17, "opts": {"visible": False}, "name": "me", "timestamp": 1.5}],
+        [{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]}],
+        [{"role": "system", "content": [{"type": "text", "text": "s"}]}, {"role": "user", "content": "a"}],
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None, "audio": None, "function_call": None},
+            {"role": "tool", "tool_call_id": "c1", "name": "f", "content": "42"},
+        ],
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": [], "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "42"}]},
+        ],
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "c1", "content": ""},
+        ],
+        [
+            {"role": "user", "content": "a"},
+            {
+                "role": "assistant",
+                "content": "b",
+                "reasoning_content": "r",
+                "reasoning": "r",
+                "annotations": [],
+                "tool_calls": [],
+            },
+            {"role": "user", "content": "c"},
+        ],
+    ],
+)
+def test_messages_as_clients_send_them(served: Served, messages: list[dict[str, Any]]) -> None:
+    response = served.post("/v1/chat/completions", messages=messages, max_tokens=1)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"max_tokens": None, "stop": None, "tools": None, "tool_choice": None, "response_format": None, "stream_options": None},
+        {"stop": [f"stop {i}" for i in range(20)], "max_tokens": 3},
+        {"stop": [], "tools": [], "logit_bias": {}, "max_tokens": 3},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "max_tokens": 3},
+        {"temperature": 1, "top_p": 1, "n": 1, "presence_penalty": 0, "frequency_penalty": 0, "max_tokens": 3},
+        {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}, "max_tokens": 3},
+        {"max_tokens": 3, "max_completion_tokens": 3, "reasoning_effort": "low", "store": False, "user": "x", "metadata": {}},
+        {"max_tokens": 3, "options": {"num_ctx": 8192}, "keep_alive": "5m", "cache_prompt": True, "session_id": "s"},
+        {"max_tokens": 3, "model": ""},
+    ],
+)
+def test_bodies_as_clients_send_them(served: Served, body: dict[str, Any]) -> None:
+    response = served.post("/v1/chat/completions", messages=HELLO, **body)
+    assert response.status_code == 200, response.text
 
 
 def test_embeddings_by_their_client(served: Served) -> None:
