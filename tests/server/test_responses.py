@@ -442,6 +442,20 @@ def test_refusals(hermes: Served, body: dict[str, Any], param: str) -> None:
         assert param in error["message"]
 
 
+def test_fields_that_nobody_knows(hermes: Served) -> None:
+    say(hermes, "Yes.")
+    ask(hermes, favourite_colour="red", conversation=None)
+    config = hermes.state.server_config
+    hermes.state.server_config = replace(config, strict_requests=True)
+    try:
+        ask(hermes, max_tool_calls=3, background=False, service_tier="auto")
+        for path in ("/v1/responses", "/v1/responses/input_tokens"):
+            error = hermes.post(path, input="hello", favourite_colour="red").json()["error"]
+            assert (error["param"], error["code"]) == ("favourite_colour", "unknown_parameter")
+    finally:
+        hermes.state.server_config = config
+
+
 def test_fields_that_change_nothing(hermes: Served) -> None:
     say(hermes, "Yes.")
     some = {"include": ["reasoning.encrypted_content"], "service_tier": "auto", "max_tool_calls": 3, "background": False}

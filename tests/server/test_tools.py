@@ -14,6 +14,7 @@ import pytest
 from appliance.config import EngineConfig, ServerConfig
 from appliance.core.messages import Event, Submit
 from appliance.server.parsers import Parsers
+from appliance.text.reasoning import REASONING, THINK
 from appliance.text.tokenizer import Tokenizer
 from appliance.text.tools.choice import tool_choice
 from appliance.text.tools.detect import detect
@@ -147,15 +148,21 @@ def ascii_only(text: str) -> str:
 def test_streamed_and_whole_answers_are_equal(any_kind: tuple[Served, Any]) -> None:
     """For every parser, whatever the model says and however it comes."""
     served, kind = any_kind
-    for i, rng in enumerate(seeded(10, f"server-{kind.__name__}")):
+    found = served.state.parsers
+    several = [THINK] * 6 + [tags for tags in dict.fromkeys(REASONING.values()) if tags != THINK] + [None]
+    for i, (tags, rng) in enumerate(zip(several, seeded(len(several), f"server-{kind.__name__}"))):
+        served.state.parsers = replace(found, tags=tags)
         text = ascii_only(any_text(rng))
+        if tags is not None and tags != THINK:
+            text = f"{tags.start}Hm.\n{text}{tags.end}\n{text}" if rng.random() < 0.7 else f"Hm.{tags.end}{text}"
         served.client.say(text, i)  # type: ignore[attr-defined]
         think = rng.random() < 0.3
         message = ask(served, chat_template_kwargs={"think": think}, parallel_tool_calls=rng.random() < 0.7)
         kept = (message["content"] or "") + message.get("reasoning", "")
         assert len(kept) + sum(len(c["function"]["arguments"]) for c in message.get("tool_calls", ())) <= len(text)
-        if "tool_calls" not in message and not any(tag in text for tag in ("<think>", "</think>")):
+        if tags == THINK and "tool_calls" not in message and not any(tag in text for tag in ("<think>", "</think>")):
             assert kept == (text.lstrip("\n") if think else text)
+    served.state.parsers = found
 
 
 def test_calls_of_every_form(any_kind: tuple[Served, Any]) -> None:

@@ -26,6 +26,7 @@ from appliance.server.turn import Turn, begin
 
 async def answer(state: ServerState, request_id: str, body: ResponsesRequest) -> Response:
     body.check()
+    state.check_unknown(body)
     key, store = asker(), state.shared.responses
     given, items = conversation(store, key, body)
     turn = await _begin(state, request_id, body, items)
@@ -43,6 +44,7 @@ async def answer(state: ServerState, request_id: str, body: ResponsesRequest) ->
 async def count(state: ServerState, body: InputTokensRequest) -> dict[str, Any]:
     """As many tokens as a request with the same fields has; also of a prompt that is longer than the context."""
     body.check()
+    state.check_unknown(body)
     _, items = conversation(state.shared.responses, asker(), body)
     chat = chat_request(body, messages_of(body.instructions, items))
     assert state.info  # or it is not to be served now
