@@ -176,8 +176,10 @@ def test_options_that_contradict():
         chat("x", [USER], **options)
     with pytest.raises(RequestError, match="needs a last message with text"):
         chat("x", [{"role": "assistant", "content": ""}], **options)
-    with pytest.raises(RequestError, match=r"messages\[0\].content must be text or a list of text parts, got nothing"):
+    with pytest.raises(RequestError, match="needs a last message with text"):
         chat("x", [{"role": "assistant", "content": None}], **options)
+    with pytest.raises(RequestError, match=r"messages\[0\].content must be text or a list of text parts, got nothing"):
+        chat("x", [{"role": "user", "content": None}], **options)
 
 
 def test_messages_as_clients_send_them_back():
