@@ -164,11 +164,11 @@ def setup(server: ServerConfig) -> None:
 
 def tell(text: str, server: ServerConfig, *, stream: TextIO | None = None) -> None:
     """Say something to whoever started the server: on stdout (or ``stream``) as it is, or as a line of a JSON log."""
+    record = logging.makeLogRecord({"name": log.name, "levelno": logging.INFO, "levelname": "INFO", "msg": text})
     if server.log_format == "json":
-        log.info("%s", text)
-        return
+        return log.handle(record)  # whatever --log-level says
     print(text, file=stream, flush=True)
-    RING.handle(logging.makeLogRecord({"name": log.name, "levelname": "INFO", "msg": text}))
+    RING.handle(record)
 
 
 def tell_request(record: Mapping[str, Any], *, reads: bool) -> None:

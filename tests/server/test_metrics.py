@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -261,7 +263,11 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         found = re.search(r"ready at (http://[\d.:]+)/v1", "".join(output))
         assert found, output
         with httpx.Client(base_url=found[1], timeout=30, trust_env=False) as http:
-            yield {"answers": ask(http), "metrics": http.get("/metrics").text, "stats": http.get("/stats").json()}
+            told = {"answers": ask(http), "metrics": http.get("/metrics").text, "stats": http.get("/stats").json()}
+            os.kill(told["stats"]["hardware"]["processes"]["engine"]["pid"], signal.SIGKILL)
+            eventually(lambda: http.get("/health").status_code == 503)
+            eventually(lambda: http.get("/health").status_code == 200, 60)
+            yield {**told, "later": http.get("/metrics").text}
     finally:
         process.terminate()
         process.wait(20)
@@ -320,6 +326,22 @@ def test_what_a_real_server_says_adds_up(real: dict[str, Any]) -> None:
     assert one(samples, "appliance:engine_state", state="ok") == 1
     assert one(samples, "appliance:build_info", device="cpu", quantization="awq") == 1
     assert one(samples, "vllm:cache_config_info", block_size="16", enable_prefix_caching="True") == 1
+
+
+def test_an_engine_that_dies_is_counted_and_counts_go_on(real: dict[str, Any]) -> None:
+    before, after = read(real["metrics"]), read(real["later"])
+    assert one(before, "appliance:engine_restarts_total") == 0 and one(after, "appliance:engine_restarts_total") == 1
+    for name, labels in before:
+        if name.startswith("vllm:request_") or name == "vllm:time_to_first_token_seconds_count":
+            assert after[name, labels] == before[name, labels], name
+    assert one(after, "appliance:engine_steps_total") == 0, (
+        "what the engine counts begins anew, as Prometheus expects of a restart"
+    )
+    assert (
+        one(after, "appliance:http_errors_total", code="engine_dead")
+        + one(after, "appliance:http_errors_total", code="model_loading")
+        > 0
+    )
 
 
 # All that vLLM 0.33 documents and names that it had, but those of LoRA, speculative decoding, other nodes, and samples of blocks.
@@ -407,12 +429,20 @@ def test_the_parser_sees_what_is_wrong() -> None:
             parse(bad)
 
 
-@pytest.mark.parametrize(("title", "target"), EXPRESSIONS, ids=[f"{t}-{x['refId']}" for t, x in EXPRESSIONS])
-def test_the_dashboard_asks_for_what_there_is(real: dict[str, Any], title: str, target: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def series(real: dict[str, Any]) -> tuple[dict[str, set[str]], dict[str, str]]:
+    """The labels that each metric has, and its type."""
     labels: dict[str, set[str]] = {}
     for name, have in read(real["metrics"]):
         labels.setdefault(name, set()).update(dict(have))
-    types = {s.name: f.type for f in text_string_to_metric_families(real["metrics"]) for s in f.samples}
+    return labels, {s.name: f.type for f in text_string_to_metric_families(real["metrics"]) for s in f.samples}
+
+
+@pytest.mark.parametrize(("title", "target"), EXPRESSIONS, ids=[f"{t}-{x['refId']}" for t, x in EXPRESSIONS])
+def test_the_dashboard_asks_for_what_there_is(
+    series: tuple[dict[str, set[str]], dict[str, str]], title: str, target: dict[str, Any]
+) -> None:
+    labels, types = series
     for metric, matched, by, function in parse(target["expr"]):
         assert metric in labels, f"{title}: there is no {metric}"
         known = labels[metric] | TARGET
