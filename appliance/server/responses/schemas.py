@@ -41,7 +41,7 @@ NOTHING_MORE = frozenset(
     }
 )
 # OpenAI's fields that cannot change the answer here.
-HARMLESS = frozenset({"max_tool_calls", "service_tier", "prompt_cache_retention", "prompt_cache_options", "mm_processor_kwargs"})
+HARMLESS = frozenset({"service_tier", "prompt_cache_retention", "prompt_cache_options", "mm_processor_kwargs"})
 _NONE: tuple[object, ...] = ([], {}, "", False)
 _ONE = "a response is one answer: leave it out, or use /v1/chat/completions"
 REFUSED_HERE: dict[str, tuple[tuple[object, ...], str]] = {
@@ -119,6 +119,7 @@ class InputTokensRequest(SamplingFields):
 class ResponsesRequest(InputTokensRequest):
     store: bool = True
     max_output_tokens: int | None = Field(None, ge=1)
+    max_tool_calls: int | None = Field(None, ge=0)  # of OpenAI's own tools: there are none
     include: list[str] = Field(default_factory=list)
     top_logprobs: int | None = Field(None, ge=0)
     metadata: dict[str, str] = Field(default_factory=dict)

@@ -94,6 +94,7 @@ class ResponseView:
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
+            "max_tool_calls": body.max_tool_calls,
             "model": self.state.names[0],
             "output": [] if status == "in_progress" else self.output.items,
             "parallel_tool_calls": body.parallel_tool_calls,
