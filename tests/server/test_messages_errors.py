@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import time
 from collections.abc import Iterator
 from hashlib import sha256
@@ -22,6 +24,7 @@ from tests.server.fake import FakeClient
 from tests.server.test_lifecycle import eventually
 from tests.server.test_messages import HELLO, TOOL, client, events_of
 from tests.server.test_tools import serve
+from tests.text.tool_texts import seeded
 
 KEY = "sk-messages-messages"
 ASK: dict[str, Any] = {"model": "tiny", "max_tokens": 3, "messages": HELLO}
@@ -142,6 +145,12 @@ BAD: list[tuple[Any, str]] = [
     ({"logprobs": True}, "logprobs: "),
     ({"seed": "x"}, "seed: "),
     ({"mirostat": 2}, "mirostat: "),
+    ({"chat_template_kwargs": "x", "thinking": {"type": "disabled"}}, "chat_template_kwargs: "),
+    (
+        {"output_config": {"format": {"type": "json_schema", "schema": {}}}, "guided_regex": "a"},
+        "output_config.format and guided_regex both say",
+    ),
+    ({"messages": [user({"type": "tool_result", "tool_use_id": []})]}, "messages[0].content[0].tool_use_id is []"),
     ({"messages": [user({"type": "text", "text": "a" * 20000})]}, "prompt is too long: "),
     (b"", "the body is not JSON"),
     (b"{", "the body is not JSON"),
@@ -160,6 +169,72 @@ def test_bad_requests(hermes: Served, wrong: Any, begins: str) -> None:
     with hermes.http as http:
         assert told(http.post("/v1/messages", content=body), 400, "invalid_request_error").startswith(begins)
     assert len(hermes.client.submitted) == before
+
+
+GOOD: dict[str, Any] = {
+    **ASK,
+    "system": [{"type": "text", "text": "S", "cache_control": {"type": "ephemeral"}}],
+    "messages": [
+        user({"type": "text", "text": "hi"}),
+        bot({"type": "thinking", "thinking": "x", "signature": "thinking:eA=="}, {"type": "redacted_thinking", "data": "q"}, USE),
+        user(
+            {
+                **RESULT,
+                "is_error": True,
+                "content": [{"type": "text", "text": "r"}, {"type": "tool_reference", "tool_name": "f"}],
+            },
+            {"type": "search_result", "title": "T", "source": "s", "content": [{"type": "text", "text": "z"}]},
+        ),
+        {"role": "system", "content": "note"},
+    ],
+    "tools": [{**TOOL, "defer_loading": False}],
+    "tool_choice": {"type": "any", "disable_parallel_tool_use": False},
+    "thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"},
+    "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": {"type": "object"}}},
+    "stop_sequences": ["zz"],
+    "metadata": {"user_id": "u"},
+    "logit_bias": {"5": 1},
+    "chat_template_kwargs": {"think": False},
+    "cache_salt": "s",
+}
+SCRAPS: list[Any] = [
+    *(None, True, False, 0, -1, 3.5, 1e308, 10**30, float("nan"), float("inf")),
+    *("", "x", "text", "tool_use", "tool_result", "thinking", "image", "user", "assistant", "system", "any", "\x00", "a" * 5000),
+    *([], [[]], [None], ["a"], {}, {"type": "text"}, [{"type": "text", "text": "q"}], {"type": "object"}, {"a": {"b": [1]}}),
+]
+
+
+def places(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where there are values, as the keys on the way."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*here, key)
+        yield from places(inner, (*here, key))
+
+
+def mutated(rng: random.Random) -> dict[str, Any]:
+    body = copy.deepcopy(GOOD)
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        *way, key = rng.choice([*places(body)])
+        inner: Any = body
+        for step in way:
+            inner = inner[step]
+        if rng.random() < 0.8:
+            inner[key] = copy.deepcopy(rng.choice(SCRAPS))
+        else:
+            del inner[key]
+    return body
+
+
+def test_no_request_is_too_bad(hermes: Served) -> None:
+    """Anything anywhere in a request that has it all: it is served, or refused in the right form."""
+    seen: dict[int, int] = {}
+    with hermes.http as http:
+        for rng in seeded(250, "mutated"):
+            response = http.post(rng.choice(["/v1/messages", "/v1/messages/count_tokens"]), content=json.dumps(mutated(rng)))
+            seen[response.status_code] = seen.get(response.status_code, 0) + 1
+            if response.status_code != 200:
+                told(response, response.status_code, {404: "not_found_error"}.get(response.status_code, "invalid_request_error"))
+    assert seen.keys() <= {200, 400, 404} and min(seen[200], seen[400]) > 50
 
 
 def test_bad_counts(hermes: Served) -> None:

@@ -82,10 +82,11 @@ def renamed(error: RequestError) -> RequestError:
         message = f"prompt is too long: {error.prompt_len} tokens > {error.limit} maximum"
         return RequestError(message, param="messages", code=error.code)
     param, message = error.param or "", str(error)
-    name = NAMES.get(param) or param.replace(".function.parameters", ".input_schema").replace(".function.name", ".name")
-    if name == param:
-        return error
-    return RequestError(message.replace(param, name, 1), param=name, code=error.code, status=error.status)
+    for name, here in NAMES.items():
+        if param == name or name in message.split():
+            param, message = param.replace(name, here), message.replace(name, here, 1)
+            break
+    return RequestError(message, param=param, code=error.code, status=error.status)
 
 
 class MessageView:

@@ -49,13 +49,14 @@ def chat_request(body: CountRequest, way: Way = Way()) -> ChatRequest:
         fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     if config and config.effort:
         fields["reasoning_effort"] = config.effort
-    if body.thinking is not None and body.thinking.type != "adaptive":
-        on = body.thinking.type == "enabled"  # the two names that templates have for it
-        fields["chat_template_kwargs"] = {"enable_thinking": on, "thinking": on, **fields.get("chat_template_kwargs", {})}
     if isinstance(body, MessagesRequest):
         fields |= {"max_tokens": body.max_tokens or 1, "stop": _stops(body), "stream": body.stream}
         fields |= {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
-    return build(fields)
+    chat = build(fields)
+    if body.thinking is not None and body.thinking.type != "adaptive":
+        on = body.thinking.type == "enabled"  # the two names that templates have for it
+        chat.chat_template_kwargs = {"enable_thinking": on, "thinking": on, **(chat.chat_template_kwargs or {})}
+    return chat
 
 
 def _stops(body: MessagesRequest) -> list[str] | None:

@@ -21,8 +21,9 @@ async def post_messages(request: Request) -> Response:
 
 
 async def _messages(request: Request, body: MessagesRequest) -> Response:
+    asked = (body.model_extra or {}).get("request_id")
     state = await serving(request, body.model)
-    return await answer.answer(state, request_id(request), body)
+    return await answer.answer(state, request_id(request, asked if isinstance(asked, str) else None), body)
 
 
 @router.post("/v1/messages/count_tokens")
