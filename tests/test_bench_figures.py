@@ -106,10 +106,10 @@ def test_times_of_an_answer() -> None:
 
 def test_the_server_counts_tokens_where_it_does() -> None:
     usage = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 9}}
-    one = heard((1.0, piece("abc")), (3.0, piece("def")), (3.0, END), (3.5, usage))
+    one = heard((1.0, piece("abc")), (3.0, piece("def")), (5.0, END), (5.5, usage))
     assert (one.tokens, one.prompt_tokens, one.times) == (9, 7, [1.0, 3.0])
-    assert one.tpot == 2.0 / 8  # over the tokens after the first one
-    assert one.e2e == 3.0  # the usage behind the last token is no part of the answer
+    assert one.tpot == 4.0 / 8  # over the tokens after the first one, of which the last has no text
+    assert one.e2e == 5.0  # the usage behind the end is no part of the answer
 
 
 def test_usage_in_every_chunk_tells_of_tokens_without_text() -> None:
@@ -187,7 +187,7 @@ def test_failures_are_counted_by_kind_and_touch_no_latency() -> None:
     assert found["errors_by_kind"] == {"HTTP 503 server_overloaded": 2}
     assert found["max_ttft_ms"] == pytest.approx(100)
     facts = {**found, "max_concurrency": None, "offered_rate": None}
-    assert notes(facts)[0] == "failed: 2 x HTTP 503 server_overloaded"
+    assert notes(facts)[0] == "failed: 2 x HTTP 503 server_overloaded (full)"
 
 
 def test_depths_and_tokens_over_time() -> None:

@@ -7,6 +7,7 @@ import json
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -97,6 +98,13 @@ class EventReader:
         return self.feed(b"\n\n")
 
 
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes  # empty where somebody listened to it as it came
+
+
 class Connection(asyncio.Protocol):
     """One connection, one request at a time."""
 
@@ -115,8 +123,8 @@ class Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
-    async def ask(self, request: bytes, on_body: OnBody | None = None) -> int:
-        """Send a request and read its answer to the end; its status. Raises Broken."""
+    async def ask(self, request: bytes, on_body: OnBody | None = None) -> Answer:
+        """Send a request and read its answer to the end. Raises Broken."""
         assert self._transport is not None
         self.status, self.headers, self.body, self._head, self._reader = 0, {}, b"", b"", None
         self.heard = False
@@ -129,7 +137,7 @@ class Connection(asyncio.Protocol):
         except asyncio.CancelledError:
             self.close()
             raise
-        return self.status
+        return Answer(self.status, self.headers, self.body)
 
     def close(self) -> None:
         self.reusable = False
@@ -231,12 +239,12 @@ class Target:
         lines += [f"Content-Length: {len(raw)}"] if raw else []
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + raw
 
-    async def send(self, request: bytes, on_body: OnBody | None = None) -> Connection:
-        """The connection with the answer's status, headers and, where nobody listens to its stream, its body. Raises Broken."""
+    async def send(self, request: bytes, on_body: OnBody | None = None) -> Answer:
+        """The answer to a request; ``on_body`` listens to a 200's body. Raises Broken."""
         while True:
             connection, fresh = await self._connect()
             try:
-                await connection.ask(request, on_body)
+                answer = await connection.ask(request, on_body)
                 break
             except Broken:
                 if fresh or connection.heard:
@@ -245,7 +253,7 @@ class Target:
             self._idle.append(connection)
         else:
             connection.close()
-        return connection
+        return answer
 
     async def json(self, path: str, body: Any = None) -> Any:
         """The answer to a request as JSON; None where that is not to be had. Raises Broken where there is no server."""

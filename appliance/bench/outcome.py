@@ -23,6 +23,7 @@ class Outcome:
     completion_tokens: int | None = None
     text: list[str] = field(default_factory=list)
     finish_reason: str | None = None
+    finished: float | None = None  # when that came
     error: str | None = None
     detail: str = ""
     _events: EventReader = field(default_factory=EventReader)
@@ -41,9 +42,13 @@ class Outcome:
         return self.times[0] - self.intended if self.times else None
 
     @property
+    def last(self) -> float:
+        """When it was known that no more comes, or the last piece where that is not told."""
+        return max([*self.times[-1:], *([] if self.finished is None else [self.finished])], default=self.end)
+
+    @property
     def e2e(self) -> float:
-        """To the last token."""
-        return (self.times[-1] if self.times else self.end) - self.intended
+        return self.last - self.intended
 
     @property
     def gaps(self) -> list[float]:
@@ -53,7 +58,7 @@ class Outcome:
     @property
     def tpot(self) -> float | None:
         """Time for each token after those of the first piece, taken to be one; None where there is no other."""
-        return (self.times[-1] - self.times[0]) / (self.tokens - 1) if self.tokens > 1 and len(self.times) > 1 else None
+        return (self.last - self.times[0]) / (self.tokens - 1) if self.times and self.tokens > 1 else None
 
     def feed(self, body: bytes, now: float) -> None:
         """A part of the answer, cut anywhere."""
@@ -94,6 +99,8 @@ class Outcome:
             self.completion_tokens = usage.get("completion_tokens", before)
         choices = chunk.get("choices") or []
         pieces = [self._choice(choice) for choice in choices]
+        if self.finish_reason is not None and self.finished is None:
+            self.finished = now
         more = usage is not None and bool(choices) and (self.completion_tokens or 0) > (before or 0)
         ends_empty = self.finish_reason is not None and not self.times  # an answer of nothing: its end is what one waits for
         if more or any(pieces) or (choices and ends_empty):
@@ -114,11 +121,12 @@ class Outcome:
 
 def refused(status: int, body: bytes) -> tuple[str, str]:
     """An answer's status and body as an error's kind and what was said."""
+    kind, text = f"HTTP {status}", body[:300].decode(errors="replace")
     try:
         found = json.loads(body)
         error = found.get("error", found)
-        said = error if isinstance(error, dict) else {"message": str(error)}
-        code = said.get("code") if isinstance(said.get("code"), str) else said.get("type")
-        return f"HTTP {status}" + (f" {code}" if code else ""), str(said.get("message", ""))
     except (ValueError, AttributeError):
-        return f"HTTP {status}", body[:200].decode(errors="replace")
+        return kind, text
+    said = error if isinstance(error, dict) else {"message": error}
+    code = said.get("code") if isinstance(said.get("code"), str) else said.get("type")
+    return kind + (f" {code}" if code else ""), str(said.get("message") or text)

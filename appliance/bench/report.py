@@ -64,7 +64,8 @@ def _figure(ms: float | None) -> str:
 
 def notes(r: dict[str, Any]) -> list[str]:
     """What a reader of the figures has to know."""
-    found = [f"failed: {count} x {kind}" for kind, count in r["errors_by_kind"].items()]
+    said = {kind: f" ({detail})" if detail else "" for kind, detail in r["error_examples"].items()}
+    found = [f"failed: {count} x {kind}{said[kind]}" for kind, count in r["errors_by_kind"].items()]
     if r["cut_off_by_user"]:
         found.append("ended by ctrl-C: these are the figures so far")
     if not r["tokens_counted_by_server"]:

@@ -78,6 +78,7 @@ def summary(run: Run, config: BenchConfig) -> dict[str, Any]:
         "completed": len(good),
         "failed": len(run.outcomes) - len(good),
         "errors_by_kind": dict(Counter(one.error for one in run.outcomes if one.error is not None).most_common()),
+        "error_examples": {one.error: one.detail for one in reversed(run.outcomes) if one.error is not None},
         "cut_off_by_user": run.cut,
         "total_input_tokens": prompt,
         "total_output_tokens": output,

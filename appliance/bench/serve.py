@@ -86,17 +86,20 @@ async def _measure(config: BenchConfig, target: Target) -> tuple[Run, dict[str, 
 
 
 async def _model(config: BenchConfig, target: Target, stop: asyncio.Event) -> tuple[str, int | None]:
-    """The model's name and, where the server tells, the length of its context. Raises InputError where no server answers."""
+    """The model's name and, where the server tells, the length of its context. Raises InputError where no server is ready."""
     deadline = time.monotonic() + config.ready_check_timeout_sec
+    hint = "start one, or name it with --base-url or --host and --port"
     while True:
         try:
-            answer = await asyncio.wait_for(target.send(target.request("/v1/models")), 30)
-            if answer.status < 500 or time.monotonic() >= deadline:
+            async with asyncio.timeout(30):
+                answer, health = [await target.send(target.request(path)) for path in ("/v1/models", "/health")]
+            if answer.status < 500 and health.status != 503:  # not every server has the latter
                 break
+            trouble, hint = f"it is not ready (status {max(answer.status, health.status)})", "--ready-check-timeout-sec 600 waits"
         except (Broken, TimeoutError) as error:
-            if time.monotonic() >= deadline or stop.is_set():
-                hint = "start one, or name it with --base-url or --host and --port"
-                raise InputError(f"no server answers at {target.url}: {str(error) or 'timed out'}; {hint}") from None
+            trouble = str(error) or "timed out"
+        if time.monotonic() >= deadline or stop.is_set():
+            raise InputError(f"no server answers at {target.url}: {trouble}; {hint}")
         await asyncio.sleep(0.2)
     name = config.served_model_name or config.model
     if answer.status in (401, 403):
