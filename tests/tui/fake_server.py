@@ -54,6 +54,7 @@ class FakeServer:
         self.random = random.Random(seed)
         self.keys: tuple[str | None, ...] = ("alice", "bob", "batch-jobs")
         self.ttft, self.cancelled = [], []
+        self.frozen, self.asked = False, 0  # time goes by, and nothing happens; how often it was asked
         self.lines: list[dict[str, Any]] = []
         self.prefix: list[int] = []  # blocks that all requests share
         self.pool = BlockPool(num_blocks, 16)
@@ -67,9 +68,11 @@ class FakeServer:
         self.finished = {"stop": 0, "length": 0}
 
     def stats(self) -> dict[str, Any]:
+        self.asked += 1
         if self.away:
             raise self.away
-        self.tick()
+        if not self.frozen:
+            self.tick()
         answer: dict[str, Any] = json.loads(json.dumps(self.body()))
         return answer
 
@@ -149,7 +152,7 @@ class FakeServer:
             self.finished[reason] += 1
             name = f"chatcmpl-{request['id']}"
             self.say("info", "appliance.requests", f"POST /v1/chat/completions 200 {name}: {request['out']} tokens, {reason}")
-            if self.arrived % 9 == 0:
+            if self.arrived % 4 == 0:
                 self.say("warning", "appliance.engine", "a request gave way: its blocks went to host memory")
 
     @property
@@ -241,6 +244,7 @@ class FakeServer:
         return {
             "cpu": {"utilization": busy, "cores": 8, "threads": 16, "load": [4.2, 3.9, 3.1], "temperature_c": 64.0},
             "memory": {"total_bytes": 32 * GIB, "available_bytes": 21 * GIB},
+            "processes": {"server": {"pid": 2, "cpu_cores": 0.12}, "engine": {"pid": 3, "cpu_cores": 8 * busy}},
             "gpus": cards,
         }
 

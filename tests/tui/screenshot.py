@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import sys
 from pathlib import Path
@@ -15,12 +14,11 @@ async def draw(folder: Path, name: str) -> None:
     async def save(stage: Stage) -> None:
         svg = stage.app.export_screenshot(title="appliance tui")
         svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # no fonts from afar
-        (folder / f"dashboard-{name}.svg").write_text(svg, encoding="utf-8")
+        (folder / ("dashboard.svg" if name == "main" else f"dashboard-{name}.svg")).write_text(svg, encoding="utf-8")
 
     await play(SCENES[name], save)
 
 
 if __name__ == "__main__":
-    os.environ["TZ"] = "UTC"
     for chosen in sys.argv[2:] or [name for name, scene in SCENES.items() if scene.documented]:
         asyncio.run(draw(Path(sys.argv[1]), chosen))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,11 +28,14 @@ class FakeVllm:
 
     def __init__(self, url: str = "http://127.0.0.1:8001") -> None:
         self.url, self.clock, self.model = url, 0.0, None
+        self.frozen, self.asked = False, 0
         self._text, self._metrics = VLLM_METRICS.read_text(), VllmMetrics("0.11.0")
 
     def stats(self) -> dict[str, Any]:
+        self.asked += 1
         self.clock += 1.0
-        self._text = grown(self._text, int(self.clock))
+        if not self.frozen:
+            self._text = grown(self._text, int(self.clock))
         return self._metrics.body(self._text, BEGUN + self.clock)
 
     def log(self, after: int) -> dict[str, Any]:
@@ -91,7 +95,7 @@ class Stage:
 
 @asynccontextmanager
 async def showing(
-    *servers: Source, size: tuple[int, int] = (120, 40), polled: int = 60, interval: float = 0.1, **more: Any
+    *servers: Source, size: tuple[int, int] = (120, 40), polled: int = 60, interval: float = 0.3, **more: Any
 ) -> AsyncIterator[Stage]:
     """``polled`` seconds into the life of the servers. ``interval``: so often it asks again."""
     chosen: Sequence[Any] = servers or (FakeServer(),)
@@ -112,7 +116,7 @@ class Scene:
 
     size: tuple[int, int] = (120, 40)
     keys: tuple[str, ...] = ()
-    servers: Callable[[], tuple[Any, ...]] = lambda: (FakeServer(),)
+    servers: Callable[[], tuple[Any, ...]] = lambda: (FakeServer(num_blocks=2560, arrivals=1.1),)
     environment: dict[str, str] = field(default_factory=dict)
     documented: bool = False  # a picture of it is in docs/images
 
@@ -142,8 +146,10 @@ SCENES = {
 
 async def play(scene: Scene, look: Callable[[Stage], Awaitable[None]]) -> None:
     """Show a scene and look at it, the same each time: one look at the servers, after a minute of theirs."""
-    before = {name: os.environ.get(name) for name in scene.environment}
-    os.environ.update(scene.environment)
+    environment = {"TZ": "UTC", **scene.environment}
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    time.tzset()
     try:
         async with showing(*scene.servers(), size=scene.size, interval=3600.0) as stage:
             await stage.until("Quit")
@@ -163,3 +169,4 @@ async def play(scene: Scene, look: Callable[[Stage], Awaitable[None]]) -> None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        time.tzset()

@@ -58,6 +58,13 @@ def memory_line(hardware: dict[str, Any]) -> str:
     return f"RAM {size(total - available)} of {size(total)}"
 
 
+def processes_line(hardware: dict[str, Any]) -> str:
+    """How many cores our processes keep busy."""
+    known = {name: one.get("cpu_cores") for name, one in (hardware.get("processes") or {}).items()}
+    words = [f"{name} {cores:.1f}" for name, cores in sorted(known.items()) if isinstance(cores, int | float)]
+    return f"busy cores: {', '.join(words)}" if words else ""
+
+
 def summary(view: View | None) -> str:
     """One line, for small screens: ``CPU 43 %, 61 °C · GPU 0 87 %, 64 °C, 410 of 700 W``."""
     if view is None:
@@ -76,8 +83,7 @@ def hardware(feed: Feed, width: int, height: int) -> Content:
     devices = facts(feed.view.hardware)
     computes = len(devices) > 1 and (feed.view.info is None or not feed.view.info.device.startswith("cpu"))
     lines = [_line(feed, *one, width, chart_it=(at == int(computes))) for at, one in enumerate(devices)]
-    if ram := memory_line(feed.view.hardware):
-        lines.append(Content(ram))
+    lines += [Content(words) for words in (memory_line(feed.view.hardware), processes_line(feed.view.hardware)) if words]
     return Content("\n").join(lines[:height])
 
 

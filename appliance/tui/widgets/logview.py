@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 
 from rich.text import Text
 from textual.markup import escape
@@ -26,8 +27,11 @@ def wanted(line: LogLine, level: str, words: str) -> bool:
 
 
 def clock(time: str) -> str:
-    """The time of day, of ISO 8601."""
-    return time.partition("T")[2][:8]
+    """The time of day here, of ISO 8601."""
+    try:
+        return datetime.fromisoformat(time).astimezone().strftime("%H:%M:%S")
+    except ValueError:
+        return time[-8:]
 
 
 class LogView(RichLog):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.text import Text
@@ -20,7 +20,7 @@ from appliance.tui.feed import View
 from appliance.tui.text import duration, rate, seconds, size
 from appliance.tui.view import Row
 
-ID_WIDTHS = (12, 44)  # least, most
+ID_WIDTHS, KEY_WIDTHS = (12, 44), (6, 18)  # least, most
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,10 @@ def counters(stats: Stats, width: int) -> Content:
 
 def columns(rows: Sequence[Row], width: int) -> list[tuple[Column, int]]:
     """The columns that fit, with their widths; the id is as wide as it needs and may. Keys only where there are some."""
-    first, *others = [column for column in COLUMNS if column.name != "key" or any(row.key for row in rows)]
+    key = max((len(row.key or "") + 2 for row in rows), default=0)  # 2: nobody has one
+    room = min(max(key, KEY_WIDTHS[0]), KEY_WIDTHS[1] if width >= 100 else 10)
+    sized = [replace(one, width=room) if one.name == "key" else one for one in COLUMNS]
+    first, *others = [column for column in sized if column.name != "key" or key > 2]
     while others and width - sum(column.width for column in others) < ID_WIDTHS[0]:
         others.pop()
     longest = max((len(row.name) for row in rows), default=0) + 2
