@@ -85,3 +85,19 @@ def note_steps() -> dict[str, Any]:
 
     Engine.step = noted  # type: ignore[method-assign]
     return notes
+
+
+def run_alone(threads: int, sequences: int, tokens: int) -> None:
+    """As many sequences as clients would ask for, to their end."""
+    from appliance.config import EngineConfig
+    from appliance.core.params import SamplingParams
+    from appliance.hub import demo_model
+    from appliance.runtime.engine import Engine
+
+    model = str(demo_model())
+    engine = Engine.load(EngineConfig(model=model, tokenizer=model, threads=threads, max_num_seqs=64))
+    for i in range(sequences):
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=1.0, seed=i)
+        engine.submit(Submit(f"r{i}", tuple(range(300, 305)), params, time.time()))
+    while engine.has_work:
+        engine.step()
