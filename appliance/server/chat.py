@@ -56,7 +56,7 @@ class ChatView:
             choices.append(choice)
         result = {**self._base("chat.completion"), "choices": choices, "usage": self.turn.usage()}
         if self.body.prompt_logprobs is not None:
-            result["prompt_logprobs"] = self.format.prompt(self.job.prompt_logprobs[0])
+            result["prompt_logprobs"] = self.format.prompt(self.job.prompt_logprobs[0], self.body.prompt_logprobs)
         if self.body.return_token_ids:
             result["prompt_token_ids"] = list(self.job.prompts[0].token_ids)
         return result

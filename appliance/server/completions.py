@@ -65,7 +65,9 @@ class CompletionView:
                 stop_reason=output.stop_reason,
                 abort=False,
             )
-            prompt = self.logprobs.prompt(self._prompt_scores(c)) if self.body.prompt_logprobs is not None else None
+            prompt = None
+            if self.body.prompt_logprobs is not None:
+                prompt = self.logprobs.prompt(self._prompt_scores(c), self.body.prompt_logprobs)
             choices.append({**self._choice(c, whole, first=True), "prompt_logprobs": prompt})
         return {**self._base(), "choices": choices, "usage": self.job.usage(self.hidden)}
 
@@ -101,9 +103,10 @@ class CompletionView:
             scored = (self._prompt_scores(c) or (None,) * len(prompt.token_ids)) + scored
         logprobs = None
         if self.body.logprobs is not None and scored:
-            logprobs = self.logprobs.completion(shown[: len(scored)], scored, self.offsets[c])
+            logprobs = self.logprobs.completion(shown[: len(scored)], scored, self.body.logprobs, self.offsets[c])
             self.offsets[c] += sum(map(len, logprobs["tokens"]))
-        choice = {"index": c, "text": text, "logprobs": logprobs, "finish_reason": reason, "stop_reason": delta.stop_reason}
+        stop_reason = None if self.hidden else delta.stop_reason
+        choice = {"index": c, "text": text, "logprobs": logprobs, "finish_reason": reason, "stop_reason": stop_reason}
         if self.body.return_token_ids:
             choice["token_ids"] = list(ids)
             choice["prompt_token_ids"] = list(prompt.token_ids) if first else None

@@ -25,12 +25,13 @@ class Logprobs:
         """``choice.logprobs`` of a chat answer; ``top`` most likely tokens beside each (-1: all)."""
         content = []
         for one in scored:
-            most = one.top if top < 0 else one.top[:top]
             entry = self._entry(one.token_id, one.logprob)
-            content.append({**entry, "top_logprobs": [self._entry(t, p) for t, p in most]})
+            content.append({**entry, "top_logprobs": [self._entry(t, p) for t, p in _first(one, top)]})
         return {"content": content, "refusal": None}
 
-    def completion(self, token_ids: Sequence[int], scored: Sequence[TokenLogprob | None], offset: int) -> dict[str, Any]:
+    def completion(
+        self, token_ids: Sequence[int], scored: Sequence[TokenLogprob | None], top: int, offset: int
+    ) -> dict[str, Any]:
         """``choice.logprobs`` of a completion; text offsets start at ``offset``. A token without a score gets nulls."""
         names = [self._name(t) for t in token_ids]
         offsets = []
@@ -41,28 +42,33 @@ class Logprobs:
             "text_offset": offsets,
             "token_logprobs": [None if s is None else max(s.logprob, FLOOR) for s in scored],
             "tokens": names,
-            "top_logprobs": [None if s is None else self._top(s) for s in scored],
+            "top_logprobs": [None if s is None else self._top(s, top) for s in scored],
         }
 
-    def prompt(self, scored: Sequence[TokenLogprob | None] | None) -> list[dict[str, Any] | None] | None:
+    def prompt(self, scored: Sequence[TokenLogprob | None] | None, top: int) -> list[dict[str, Any] | None] | None:
         """vLLM's prompt_logprobs: for each prompt token a dict from token id to its logprob, rank and text."""
-        return None if scored is None else [None if one is None else self._ranked(one) for one in scored]
+        return None if scored is None else [None if one is None else self._ranked(one, top) for one in scored]
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": self._name(token), "logprob": max(logprob, FLOOR), "bytes": self._bytes(token)}
 
-    def _top(self, one: TokenLogprob) -> dict[str, float]:
+    def _top(self, one: TokenLogprob, top: int) -> dict[str, float]:
         """The token itself and the most likely ones; of tokens with the same text the likelier one counts."""
         found = {self._name(one.token_id): max(one.logprob, FLOOR)}
-        for token, logprob in one.top:
+        for token, logprob in _first(one, top):
             found.setdefault(self._name(token), max(logprob, FLOOR))
         return found
 
-    def _ranked(self, one: TokenLogprob) -> dict[str, Any]:
+    def _ranked(self, one: TokenLogprob, top: int) -> dict[str, Any]:
         entries = {one.token_id: (one.logprob, one.rank)}
-        for rank, (token, logprob) in enumerate(one.top, 1):
+        for rank, (token, logprob) in enumerate(_first(one, top), 1):
             entries.setdefault(token, (logprob, rank))
         return {
             str(token): {"logprob": max(logprob, FLOOR), "rank": rank, "decoded_token": self._text(token)}
             for token, (logprob, rank) in entries.items()
         }
+
+
+def _first(one: TokenLogprob, top: int) -> Sequence[tuple[int, float]]:
+    """The ``top`` most likely tokens (-1: all): a request may have asked for more of them in another place."""
+    return one.top if top < 0 else one.top[:top]

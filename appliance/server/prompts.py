@@ -10,6 +10,7 @@ from typing import Any
 from appliance.core.door import ContextOverflow
 from appliance.core.params import RequestError
 from appliance.server.beside import one_at_a_time
+from appliance.server.sampling import COMPLETION_TOKENS
 from appliance.server.schemas import ChatRequest, CompletionRequest, TokenizeRequest
 from appliance.text.tokenizer import Tokenizer
 
@@ -98,6 +99,8 @@ def _truncate(prompt: Prompt, body: CompletionRequest | ChatRequest, limit: int)
     if wanted is None:
         return prompt
     asked = getattr(body, "max_completion_tokens", None) or body.max_tokens or 1
+    if body.max_tokens is None and isinstance(body, CompletionRequest):
+        asked = COMPLETION_TOKENS
     keep = limit - max(asked, 1) if wanted == -1 else wanted
     if keep < 1 or keep >= len(prompt.token_ids):
         return prompt

@@ -70,8 +70,9 @@ def completion_params(body: CompletionRequest, defaults: Mapping[str, Any], max_
     """With echo=true and max_tokens=0 one token is computed, and left out of the answer."""
     check_logprobs("logprobs", body.logprobs, max_logprobs)
     more: dict[str, Any] = {"logprobs": body.logprobs}
-    if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
-        more["prompt_logprobs"] = body.logprobs
+    if body.echo and body.logprobs is not None:
+        both = (body.logprobs, body.prompt_logprobs or 0)
+        more["prompt_logprobs"] = -1 if -1 in both else max(both)
     tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens or 1
     return _params(body, defaults, max_logprobs, {**more, "max_tokens": tokens})
 
