@@ -14,9 +14,9 @@ from appliance.server.fields import HARMLESS, REFUSED
 from appliance.server.responses import schemas as responses
 from appliance.server.schemas import ChatRequest, CompletionRequest
 from tests.server.conftest import Served
+from tests.server.responses import CALL_OF_ROME, say, told
+from tests.server.responses import TOOL as FUNCTION
 from tests.server.test_completions import events
-from tests.server.test_responses import CALL_OF_ROME, say, told
-from tests.server.test_responses import TOOL as FUNCTION
 from tests.server.test_tools import TOOL, serve
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]

@@ -22,7 +22,6 @@ from quant.errors import InputError
 from tests.server.conftest import Served, serve_in_thread
 from tests.server.fake import END, FakeClient, info, score
 from tests.server.test_completions import events
-from tests.server.test_lifecycle import eventually
 from tests.text.test_tool_choice import chat_of
 from tests.text.tool_texts import FORMS, KINDS, any_text, calls, seeded
 from tests.tiny_model import write_tokenizer
@@ -267,27 +266,6 @@ def test_parallel_calls(hermes: Served) -> None:
     assert [c["function"]["name"] for c in ask(hermes, parallel_tool_calls=False)["tool_calls"]] == ["a"]
 
 
-def test_an_answer_of_one_call_ends_with_it(any_kind: tuple[Served, Any]) -> None:
-    """Nothing is computed behind it, and nothing of that is told."""
-    served, kind = any_kind
-    for form in FORMS[kind]:
-        text = "Let me see.\n" + form.write([("weather", '{"city": "Rome"}')] * 2) + "\nThat was " + "it" * 50
-        served.client.say(text, 3)  # type: ignore[attr-defined]
-        body: Any = {"messages": HELLO, "tools": [TOOL]}
-        whole = served.post("/v1/chat/completions", **body).json()["usage"]["completion_tokens"]
-        message = ask(served, parallel_tool_calls=False)
-        assert (message["content"], len(message["tool_calls"])) == ("Let me see.", 1)
-        assert (
-            message["finish_reason"] == "tool_calls" and message["tool_calls"][0]["function"]["arguments"] == '{"city": "Rome"}'
-        )
-        for stream in (False, True):
-            options: Any = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-            answer = served.post("/v1/chat/completions", **body, parallel_tool_calls=False, n=2, **options)
-            usage = events(answer.text)[-1]["usage"] if stream else answer.json()["usage"]
-            assert usage["completion_tokens"] < 2 * (whole - 100)
-        eventually(lambda: not served.client.running)
-
-
 def test_several_choices_with_logprobs(hermes: Served) -> None:
     text = '<tool_call>{"name": "a"}</tool_call>'
     hermes.client.say(text)  # type: ignore[attr-defined]
@@ -345,67 +323,6 @@ def test_calls_that_are_a_must(any_kind: tuple[Served, Any]) -> None:
     message = ask(served, tool_choice="required", chat_template_kwargs={"think": True}, parallel_tool_calls=False)
     assert message["reasoning"] == "Hm." and "start: thoughts" in served.client.submitted[-1].params.grammar
     assert "call)*" not in served.client.submitted[-1].params.grammar
-
-
-def test_an_answer_whose_form_is_said(hermes: Served) -> None:
-    """It is content, behind reasoning where the model reasons; the engine's grammar begins there, too."""
-    text = '{"name": "weather", "parameters": {}}'
-    form = {"response_format": {"type": "json_object"}, "tools": None}
-    for said, think in ((text, False), (f"<think>Hm.</think>\n{text}", False), (f"Hm.</think>\n\n{text}", True)):
-        hermes.client.say(said)  # type: ignore[attr-defined]
-        message = ask(hermes, **form, chat_template_kwargs={"think": think})
-        assert message["content"] == text and message["finish_reason"] == "stop" and "tool_calls" not in message
-        assert message.get("reasoning") == (None if said == text else "Hm.")
-        params = hermes.client.submitted[-1].params
-        assert params.structured_outputs is not None and params.structured_outputs.json_object
-        around = json.loads(params.grammar)["grammars"][0]["lark_grammar"]
-        assert around.startswith("start: thoughts between (" if think else 'start: ("<think>" thoughts between)? (')
-    closed = [*HELLO, {"role": "assistant", "content": "<think>Hm.</think>"}]
-    on: Any = {"messages": closed, "add_generation_prompt": False, "continue_final_message": True}
-    hermes.client.say(text)  # type: ignore[attr-defined]
-    assert ask(hermes, **form, **on)["content"] == text
-    assert "thoughts" not in hermes.client.submitted[-1].params.grammar
-
-
-def test_a_form_and_tools(hermes: Served) -> None:
-    """The model may call, or answer in the form; where it must call, the form does not matter."""
-    form: Any = {"response_format": {"type": "json_object"}}
-    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
-    for text, calls_ in (('{"a": 1}', 0), (call, 1)):
-        hermes.client.say(text)  # type: ignore[attr-defined]
-        message = ask(hermes, **form)
-        assert len(message.get("tool_calls", ())) == calls_ and message["content"] == (None if calls_ else text)
-        around, answer = json.loads(hermes.client.submitted[-1].params.grammar)["grammars"]
-        assert "between)? (calls | @answer)" in around["lark_grammar"] and answer["json_schema"] == {"type": "object"} | {
-            "x-guidance": answer["json_schema"]["x-guidance"]
-        }
-    assert ask(hermes, **form, tool_choice="required")["tool_calls"]
-    assert "@answer" not in hermes.client.submitted[-1].params.grammar
-
-
-def test_usage_counts_the_tokens_of_reasoning(hermes: Served) -> None:
-    """Every token of the tiny model is a character."""
-    for text, think, expected in [
-        ("<think>Hm.</think>Yes.", False, len("<think>Hm.</think>")),
-        ("Hm.</think>\nYes.", True, len("Hm.</think>")),
-        ("Hm", True, len("Hm") + 1),  # and the end of text
-        ("Yes. <think>", False, 0),
-    ]:
-        marks = sum(text.count(mark) * (len(mark) - 1) for mark in ("<think>", "</think>") if special(hermes, mark))
-        hermes.client.say(text)  # type: ignore[attr-defined]
-        body: Any = {"messages": HELLO, "chat_template_kwargs": {"think": think}, "n": 2}
-        usage = hermes.post("/v1/chat/completions", **body).json()["usage"]
-        assert usage["completion_tokens_details"] == {"reasoning_tokens": 2 * (expected - (marks if expected else 0))}
-        options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        told = [chunk["usage"] for chunk in events(hermes.post("/v1/chat/completions", **body, **options).text)]
-        assert told[-1] == usage
-        counts = [one["completion_tokens_details"]["reasoning_tokens"] for one in told]
-        assert counts == sorted(counts)
-
-
-def special(served: Served, text: str) -> bool:
-    assert served.state.tokenizer is not None
-    return bool(served.state.tokenizer.special_among([text]))
 
 
 def test_options(tmp_path: Path) -> None:
