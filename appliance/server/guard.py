@@ -108,7 +108,7 @@ class Guard:
         """Count it; in the log, and in the audit log all but reading what there is to read: dashboards do that every second."""
         route = str(getattr(scope.get("route"), "path", scope["path"] if scope["path"] in PUBLIC else "none"))
         method = scope["method"] if scope["method"] in METHODS else "other"
-        self.state.shared.http.answered(method, route, status, scope["state"].get("error_code"))
+        self.state.shared.http.answered(method, route, status, scope["state"].get("error_code"), took_s)
         reads = scope["method"] in ("GET", "HEAD", "OPTIONS") and (status < 400 or scope["path"] in PUBLIC)
         record: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5
 TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TOKENS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
+DURATION = (0.1, 0.5, 1, 5, 10, 30, 60, math.inf)
 LABELS = ("model_name", "engine")
 REASONS = ("stop", "length", "abort", "error")
 
@@ -132,10 +134,17 @@ class HttpMetrics:
 
     def __init__(self) -> None:
         self.answers: Counter[tuple[str, str, int]] = Counter()  # (method, route, status)
+        self.durations: dict[
+            tuple[str, str], list[float]
+        ] = {}  # (method, route): the sum, and how many took up to each of DURATION
         self.errors: Counter[tuple[int, str]] = Counter(dict.fromkeys(EXPECTED, 0))
 
-    def answered(self, method: str, route: str, status: int, code: str | None) -> None:
-        """``code``: of the error. One with a status below 400 broke a stream off."""
+    def answered(self, method: str, route: str, status: int, code: str | None, seconds: float) -> None:
+        """``code``: of the error. One with a status below 400 broke a stream off. ``seconds``: until the last byte was sent."""
         self.answers[method, route, status] += 1
+        taken = self.durations.setdefault((method, route), [0.0] * (len(DURATION) + 1))
+        taken[0] += seconds
+        for k, bound in enumerate(DURATION):
+            taken[k + 1] += seconds <= bound
         if status >= 400 or code:
             self.errors[status, code or "none"] += 1

@@ -5,6 +5,7 @@ What vLLM has comes twice: as ``appliance:*``, and under its name, for its Grafa
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from prometheus_client.registry import Collector
 
 from appliance.core.messages import EngineInfo, Stats, plan_bytes
 from appliance.server.machine_metrics import machine
-from appliance.server.metrics import LABELS, HttpMetrics, Metrics
+from appliance.server.metrics import DURATION, LABELS, HttpMetrics, Metrics
 from appliance.version import __version__
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ ENGINE: tuple[tuple[str, str, str, Value, bool], ...] = (
     ("counter", "gpu_prefix_cache_queries", "prefix_cache_queries' old name.", lambda s: s.prefix_queries, True),
     ("counter", "gpu_prefix_cache_hits", "prefix_cache_hits' old name.", lambda s: s.prefix_hits, True),
 )
+# What vLLM's count of answers leaves out.
+PROBES = frozenset({"/health", "/v1/health", "/ready", "/load", "/ping", "/version", "/metrics"})
 KINDS = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
 _NAMES = re.compile(rb"^((?:# (?:HELP|TYPE) )?)appliance:", re.MULTILINE)
 
@@ -125,21 +128,31 @@ class Scrape:
         for (status, code), number in self.http.errors.items():
             errors.add_metric((str(status), code), number)
         yield from (answers, errors)
+        yield self._durations("appliance:http_request_duration_seconds", frozenset())
+
+    def _durations(self, name: str, unwanted: frozenset[str]) -> Metric:
+        family = HistogramMetricFamily(name, "From the request to the last byte of the answer.", labels=("method", "handler"))
+        for (method, route), (total, *counts) in self.http.durations.items():
+            if route not in unwanted:
+                bounds = ["+Inf" if bound == math.inf else str(float(bound)) for bound in DURATION]
+                family.add_metric((method, route), list(zip(bounds, counts)), total)
+        return family
 
     def _vllm_http(self, models: Sequence[Model]) -> Iterator[Metric]:
         """As the instrumentation that vLLM uses counts answers, and its count of those that found the queue full."""
         answers = CounterMetricFamily("http_requests", "Answers, by route and status.", labels=("handler", "method", "status"))
         found: dict[tuple[str, str, str], int] = {}
         for (method, route, status), number in self.http.answers.items():
-            kind = (route, method, f"{status // 100}xx")
-            found[kind] = found.get(kind, 0) + number
+            if route not in PROBES:
+                kind = (route, method, f"{status // 100}xx")
+                found[kind] = found.get(kind, 0) + number
         for kind, number in found.items():
             answers.add_metric(kind, number)
         full = CounterMetricFamily("vllm:admission_rejections", "Requests that found the queue full.", labels=(*LABELS, "reason"))
         turned_away = sum(number for (_, code), number in self.http.errors.items() if code == "server_overloaded")
         for model in models[:1]:
             full.add_metric((*model.labels, "max_num_queued_reqs"), turned_away)
-        yield from (answers, full)
+        yield from (answers, full, self._durations("http_request_duration_seconds", PROBES))
 
 
 def histograms(models: Sequence[Model]) -> Iterator[Metric]:
@@ -219,7 +232,8 @@ def vllm_only(models: Sequence[Model]) -> Iterator[Metric]:
         prompts.add_metric(labels, stats.prompt_tokens + stats.prefix_hits)
         cached.add_metric(labels, stats.prefix_hits)
         source.add_metric((*labels, "local_compute"), stats.prompt_tokens)
-        source.add_metric((*labels, "local_cache_hit"), stats.prefix_hits)
+        source.add_metric((*labels, "local_cache_hit"), stats.prefix_hits - stats.prefix_host_hits)
+        source.add_metric((*labels, "external_kv_transfer"), stats.prefix_host_hits)
         waiting.add_metric((*labels, "capacity"), stats.waiting - stats.held)
         waiting.add_metric((*labels, "deferred"), stats.held)
         sleep.add_metric((*labels, "awake"), model.status != "unloaded")

@@ -131,13 +131,16 @@ def test_names_of_models_are_no_names_of_metrics() -> None:
     assert one(samples, "vllm:num_requests_running", model_name='appliance:odd"name\n') == 0
 
 
+SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")
+
+
 def test_prompt_tokens_mean_what_they_do_in_vllm() -> None:
     """Those found in the cache are in its count of prompt tokens; ours is of those computed."""
-    samples = scraped(model(Metrics("m"), Stats(prompt_tokens=70, prefix_hits=30, waiting=5, held=2)))
+    samples = scraped(model(Metrics("m"), Stats(prompt_tokens=70, prefix_hits=30, prefix_host_hits=12, waiting=5, held=2)))
     assert one(samples, "appliance:prompt_tokens_total") == 70 and one(samples, "vllm:prompt_tokens_total") == 100
-    assert one(samples, "vllm:prompt_tokens_cached_total") == one(
-        samples, "vllm:prompt_tokens_by_source_total", source="local_cache_hit"
-    )
+    source = {name: one(samples, "vllm:prompt_tokens_by_source_total", source=name) for name in SOURCES}
+    assert source == {"local_compute": 70, "local_cache_hit": 18, "external_kv_transfer": 12}
+    assert one(samples, "vllm:prompt_tokens_cached_total") == 30
     assert one(samples, "vllm:num_requests_waiting_by_reason", reason="capacity") == 3
     assert one(samples, "vllm:num_requests_waiting_by_reason", reason="deferred") == 2
 
