@@ -2,9 +2,9 @@
 
     .venv/bin/python scripts/bench_generator.py [--streams 64] [--tokens 400] [--pace MS] [--json FILE]
 
-The server is a process of its own that answers every request at once with a stream of chunks, shaped as a real server's are. Without
---pace it writes as fast as it can, to each stream in turn: the generator is the slower one, and reads several chunks at a time.
-With it, each stream gets a chunk every so many milliseconds, and the generator wakes up for each.
+The server is a process of its own that answers every request at once with a stream of chunks, shaped as a real server's are.
+Without --pace it writes as fast as it can, to each stream in turn: the generator is the slower one, and reads several chunks at a
+time. With it, each stream gets a chunk every so many milliseconds, and the generator wakes up for each.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main() -> None:
     result = asyncio.run(load())
     server.terminate()
     most = 1e6 / result["cpu_us_per_chunk"]
-    print(f"{result['chunks']} chunks of {count} streams, {args.streams} at a time: {result['chunks_per_s']:,.0f} chunks a second,")
+    print(f"{count} streams of {args.tokens} chunks, {args.streams} at a time: {result['chunks_per_s']:,.0f} chunks a second,")
     print(f"{result['cpu_us_per_chunk']:.1f} µs of processor time each: at most {most:,.0f} a second on one core,")
     print(f"{most / 50:,.0f} streams of 50 tokens a second")
     if args.json:

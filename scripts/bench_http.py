@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat, tools": ("/v1/chat/completions", {"messages": MESSAGES, "tools": TOOLS}),
     "chat, usage": ("/v1/chat/completions", {"messages": MESSAGES, "stream_options": USAGE}),
 }  # fmt: skip
+ENGINE_CASES = ("no API", "completions", "completions, API at nice 10", "completions, half of the clients do not read")
 COLUMNS = {
     "case": "{case}",
     "streams": "{streams}",
@@ -175,7 +176,8 @@ def measure(case: str, streams: int, *, pace: float, tokens: int, **setup: Any) 
 
 def steps_of(case: str, threads: int, tokens: int = 400, streams: int = 64) -> dict[str, Any]:
     """Of the steps in which all sequences took part, in milliseconds; the first fifth is left aside."""
-    server = Server(threads=threads, alone=streams if case == "no API" else 0, tokens=tokens, loop="asyncio", profile=None)
+    alone, nice = streams if case == "no API" else 0, 10 if "nice" in case else 0
+    server = Server(threads=threads, alone=alone, tokens=tokens, loop="asyncio", profile=None, nice=nice)
     if case != "no API":
         path, body = CASES["chat" if "chat" in case else "completions"]
         body = {**body, "stream": True, "max_tokens": tokens, "ignore_eos": True, "temperature": 1.0}
@@ -217,6 +219,7 @@ def serve() -> None:
     async def main() -> None:
         client = Client(engine)
         await client.start()
+        os.nice(setup.get("nice", 0))
         config = ServerConfig(max_num_queued_reqs=-1, tool_call_parser="hermes")
         app = create_app(client, Tokenizer.load(model), engine, config)
         settings = http_config(app, config)
@@ -316,7 +319,7 @@ def engine(args: argparse.Namespace) -> None:
     rows = []
     print("| threads | | step, ms: median | p99 | from step to step, ms: median | mean | steps |\n|---|---|---|---|---|---|---|")
     for threads in map(int, args.threads.split(",")):
-        for case in ("no API", "completions", "chat", "completions, half of the clients do not read"):
+        for case in ENGINE_CASES:
             r = steps_of(case, threads)
             rows.append(r)
             print(
