@@ -135,7 +135,8 @@ class Guard:
 
 def _check_head(scope: Scope) -> None:
     headers = scope["headers"]
-    size = sum(len(name) + len(value) for name, value in headers) + len(scope["raw_path"]) + len(scope["query_string"])
+    size = len(scope["method"]) + len(scope["raw_path"]) + len(scope["query_string"])
+    size += sum(len(name) + len(value) for name, value in headers)
     if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
         found = f"{len(headers)} headers of {size} bytes"
         raise RequestError(f"the limit is {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes in all, got {found}", status=431)

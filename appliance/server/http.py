@@ -146,7 +146,7 @@ def _write(cycle: RequestResponseCycle, data: bytes) -> bool:
 
 def _watch_peer(sock: socket.socket) -> None:
     """Notice a machine that went away without a word, while an answer is computed as well as while it is sent."""
-    options = [(socket.SOL_SOCKET, "SO_KEEPALIVE", 1)]
+    options = [(socket.SOL_SOCKET, "SO_KEEPALIVE", 1), (socket.IPPROTO_TCP, "TCP_NODELAY", 1)]
     options += [(socket.IPPROTO_TCP, name, value) for name, value in PEER]
     for level, name, value in options:
         if hasattr(socket, name):  # not every system has all of them

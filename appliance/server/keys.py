@@ -118,12 +118,14 @@ def _refused(message: str) -> RequestError:
 
 
 def _presented(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
-    """OpenAI's header, else Anthropic's."""
-    found = dict(headers)  # lower-case names
-    scheme, _, value = found.get(b"authorization", b"").partition(b" ")
+    """OpenAI's header, else Anthropic's. Where one comes twice and differs, somebody else may have looked at the other."""
+    given = {header: {value for name, value in headers if name == header} for header in (b"authorization", b"x-api-key")}
+    if any(len(values) > 1 for values in given.values()):
+        return None
+    scheme, _, value = next(iter(given[b"authorization"]), b"").partition(b" ")
     if scheme.lower() == b"bearer" and value.strip():
         return value.strip()
-    return found.get(b"x-api-key", b"").strip() or None
+    return next(iter(given[b"x-api-key"]), b"").strip() or None
 
 
 def _given(i: int, key: str) -> Key:
