@@ -187,6 +187,23 @@ def test_errors_by_kind(served: Served) -> None:
     assert theirs["/v1/completions", "POST", "4xx"] == 3 and theirs["/v1/completions", "POST", "5xx"] == 1
 
 
+def test_how_long_answers_took() -> None:
+    http = HttpMetrics()
+    for seconds in (0.05, 0.3, 200.0):
+        http.answered("POST", "/v1/completions", 200, None, seconds)
+    http.answered("GET", "/health", 503, "model_loading", 0.01)
+    samples = scraped(model(Metrics("m")), http=http)
+    for name in ("appliance:http_request_duration_seconds", "http_request_duration_seconds"):
+        assert one(samples, f"{name}_sum", handler="/v1/completions", method="POST") == pytest.approx(200.35)
+        mine = {
+            dict(k[1])["le"]: v for k, v in samples.items() if k[0] == f"{name}_bucket" and ("handler", "/v1/completions") in k[1]
+        }
+        assert mine["0.1"] == 1 and mine["0.5"] == mine["10.0"] == 2 and mine["+Inf"] == 3
+    assert one(samples, "appliance:http_requests_total", handler="/health", status="503") == 1
+    probes = [labels for name, labels in samples if name.startswith("http_request") and ("handler", "/health") in labels]
+    assert not probes, "vLLM leaves them out"
+
+
 CARD = {
     "index": 0,
     "name": "NVIDIA L4",
