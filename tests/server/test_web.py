@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 from appliance.config import EngineConfig, ServerConfig
 from appliance.text.tokenizer import Tokenizer
@@ -28,16 +28,27 @@ expect.set_options(timeout=10_000)
 
 
 class Visit:
-    """A page of its own, with what it complained of and where it went."""
+    """A look at the page, with what it complained of and where it went. All use one tab: another one costs more than a test."""
 
-    def __init__(self, browser: Browser, url: str, **more: Any) -> None:
-        self.url, self.complaints, self.asked = url, [], []
-        self.context = browser.new_context(**more)
-        self.page = self.context.new_page()
-        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(url)
+    def __init__(self, tab: Page, url: str, *, size: tuple[int, int], scheme: str, motion: bool) -> None:
+        self.page, self.url, self.complaints, self.asked = tab, url, [], []
+        tab.set_viewport_size({"width": size[0], "height": size[1]})
+        tab.emulate_media(color_scheme=scheme, reduced_motion="no-preference" if motion else "reduce")  # type: ignore[arg-type]
+        self._heard = {
+            "console": lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None,
+            "pageerror": lambda error: self.complaints.append(str(error)),
+            "request": lambda request: self.asked.append(request.url),
+        }
+        for event, hear in self._heard.items():
+            tab.on(event, hear)  # type: ignore[call-overload]
+        tab.goto(url)
+
+    def close(self) -> None:
+        self.page.unroute_all()
+        self.page.evaluate("sessionStorage.clear()")
+        for event, hear in self._heard.items():
+            self.page.remove_listener(event, hear)
+        self.page.goto("about:blank")  # it keeps what is on its way
 
     def say(self, text: str, *, wait: bool = True) -> None:
         self.page.fill("#prompt", text)
@@ -63,29 +74,39 @@ Open = Callable[..., Visit]
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def tab() -> Iterator[Page]:
     if CHROMIUM is None or subprocess.run([CHROMIUM, "--version"], capture_output=True).returncode:
         pytest.skip("no Chromium that runs on this machine: apt-get install chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield browser
+        yield browser.new_page()
         browser.close()
 
 
 @pytest.fixture
-def visit(browser: Browser) -> Iterator[Open]:
-    """Open a page. In the end it must have complained of nothing but what ``expected`` names, and asked nobody else."""
+def visit(tab: Page) -> Iterator[Open]:
+    """Open the page with an empty storage. In the end it has complained of nothing but ``expected``, and asked nobody else."""
     opened: list[tuple[Visit, str | None]] = []
 
-    def open_(url: str, *, expected: str | None = None, **more: Any) -> Visit:
-        opened.append((Visit(browser, url, **more), expected))
+    def open_(
+        url: str,
+        *,
+        expected: str | None = None,
+        size: tuple[int, int] = (1280, 720),
+        scheme: str = "light",
+        motion: bool = False,
+    ) -> Visit:
+        tab.goto(f"{url}/ui/icon.svg")  # of the same origin, and runs nothing
+        tab.evaluate("localStorage.clear()")
+        opened.append((Visit(tab, url, size=size, scheme=scheme, motion=motion), expected))
         return opened[-1][0]
 
     yield open_
+    for one, _ in opened:
+        one.close()
     for one, expected in opened:
         assert [text for text in one.complaints if expected is None or expected not in text] == []
         assert {url for url in one.asked if not url.startswith((one.url, "blob:"))} == set()
-        one.context.close()
 
 
 @pytest.fixture(scope="module")
@@ -196,25 +217,24 @@ def test_messages_are_changed_asked_again_deleted(visit: Open, demo: Running) ->
 
 
 def test_stop_ends_the_request_in_the_engine(visit: Open, demo: Running) -> None:
-    def running() -> int:
+    def engine() -> dict[str, Any]:
         with demo.http as http:
-            return http.get("/stats").json()["engine"]["running"]
+            return http.get("/stats").json()["engine"]
 
-    one = visit(demo.url)
+    one, aborted = visit(demo.url), engine()["finished"].get("abort", 0)
     one.set("more", json.dumps(LONG))
     one.say("Spell the word garden.", wait=False)
     expect(one.page.locator(".assistant .figures")).to_contain_text("tokens")
-    assert running() == 1
+    assert engine()["running"] == 1
     one.page.press("#prompt", "Escape")
     one.answered()
     expect(one.page.locator(".assistant .figures")).to_contain_text("Stopped.")
     deadline = time.monotonic() + 5
-    while running() and time.monotonic() < deadline:
+    while engine()["running"] and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert running() == 0
-    with demo.http as http:
-        assert http.get("/stats").json()["engine"]["finished"].get("abort") == 1
+    assert engine()["running"] == 0 and engine()["finished"]["abort"] == aborted + 1
     one.set("more", "")
+    one.set("max_tokens", "8")
     before = one.texts[1]
     one.page.get_by_role("button", name="Go on").click()
     one.answered()
@@ -379,7 +399,7 @@ def overflow(page: Page) -> list[str]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_fits_a_phone(visit: Open, served: Served, scheme: str) -> None:
-    one = visit(served.url, viewport={"width": 360, "height": 700}, color_scheme=scheme, has_touch=True)
+    one = visit(served.url, size=(360, 700), scheme=scheme, motion=scheme == "light")
     wide = "x" * 300 + "\n\n|a|b|\n|-|-|\n|" + "y" * 90 + "|" + "z" * 90 + "|\n\n```\n" + "w" * 200 + "\n```\n"
     one.page.route(
         "**/v1/chat/completions", lambda route: route.fulfill(body=stream({"content": wide}), content_type="text/event-stream")
@@ -417,20 +437,12 @@ MARKDOWN = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def page(browser: Browser, served: Served) -> Iterator[Page]:
-    """One page for tests of the page's modules."""
-    page = browser.new_page()
-    page.goto(served.url)
-    yield page
-    page.close()
-
-
 RENDER = """async (text) => { const { render } = await import('/ui/markdown.js');
     const box = document.createElement('div'); render(box, text); return box.innerHTML; }"""
 
 
-def test_markdown(page: Page) -> None:
+def test_markdown(visit: Open, served: Served) -> None:
+    page = visit(served.url).page
     assert [page.evaluate(RENDER, text) for text, _ in MARKDOWN] == [html for _, html in MARKDOWN]
     link = page.evaluate(RENDER, "(see https://example.com/a_(b)?c=1), [**d**](http://e.example)")
     assert link.count('target="_blank" rel="noopener noreferrer nofollow"') == 2 and "<strong>d</strong>" in link
@@ -441,8 +453,9 @@ def test_markdown(page: Page) -> None:
     assert '<th>a</th><th class="right">b</th>' in table and '<td class="right"><code>2</code></td>' in table
 
 
-def test_markdown_grows_as_it_is_written_and_costs_little(page: Page) -> None:
+def test_markdown_grows_as_it_is_written_and_costs_little(visit: Open, served: Served) -> None:
     """Whatever was shown before, the end is the same; and no text makes it slow."""
+    page = visit(served.url).page
     text = "\n".join(source for source, _ in MARKDOWN) + "\n```\ncode\n```\n|a|b|\n|-|-|\n|1|2|\n"
     grown = """async (text) => { const { render } = await import('/ui/markdown.js');
         const box = document.createElement('div'); for (let i = 1; i <= text.length; i += 3) render(box, text.slice(0, i));
@@ -455,9 +468,9 @@ def test_markdown_grows_as_it_is_written_and_costs_little(page: Page) -> None:
     assert max(page.evaluate(timed, nasty)) < 3000
 
 
-def test_events_cut_anywhere(page: Page) -> None:
+def test_events_cut_anywhere(visit: Open, served: Served) -> None:
     """Every cut of the bytes into two, each byte by itself, and all three line endings."""
-    found = page.evaluate(
+    found = visit(served.url).page.evaluate(
         """async () => { const { EventParser } = await import('/ui/sse.js'); const wrong = [];
         for (const end of ['\\n', '\\r\\n', '\\r']) {
             const lines = ['data: {"a": "é日🎉"}', '', ': ping', 'event: x', 'data:b', 'data: c', '', 'data: [DONE]', '', ''];
