@@ -1,0 +1,173 @@
+"""Bodies that are meant to be too much: refused in time and memory that do not depend on them, while others are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from appliance.core.params import RequestError, StructuredOutputsParams
+from appliance.server import beside
+from appliance.server.beside import MAX_VALUES, Share, check_values, weight
+from appliance.text.grammar import compile_grammar
+from appliance.text.tokenizer import Tokenizer
+from tests.server.conftest import Served
+from tests.server.test_lifecycle import eventually
+
+C, CHAT = "/v1/completions", "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "Hi"}]
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "[" * 100_000}}
+
+TOO_MUCH: dict[str, tuple[str, Any, str]] = {
+    "deep lists": (C, b'{"prompt": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
+    "deep objects": (C, b'{"a":' * 100_000, "recursion"),
+    "deep arguments of a call": (CHAT, {"messages": [*HELLO, {"role": "assistant", "tool_calls": [CALL]}]}, "not JSON"),
+    "long integers": (C, b'{"prompt": "a", "max_tokens": ' + b"9" * 400 + b"}", "max_tokens"),
+    "longer integers": (C, b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", ""),
+    "endless numbers": (C, b'{"prompt": "a", "temperature": 1e400}', "temperature"),
+    "no numbers": (C, b'{"prompt": "a", "temperature": NaN}', "temperature"),
+    "long token ids": (C, b'{"prompt": [' + b"9" * 400 + b"]}", "token id"),
+    "half a pair": (C, b'{"prompt": "\\ud800"}', "JSON"),
+    "half a pair as a name": (C, b'{"prompt": "a", "\\udc00": 1}', "JSON"),
+    "bytes that are no UTF-8": (C, b'{"prompt": "\xff\xfe"}', "JSON"),
+    "UTF-16": (C, '{"prompt": "a"}'.encode("utf-16"), "JSON"),
+    "100,000 prompts": (C, {"prompt": ["a"] * 100_000}, "at most 1024"),
+    "100,000 prompts of ids": (C, {"prompt": [[1]] * 100_000}, "at most 1024"),
+    "a billion answers": (C, {"prompt": "a", "n": 10**9}, "at most 16384"),
+    "2000 answers": (C, {"prompt": "a", "n": 2000}, "at most 1024"),
+    "prompts times answers": (C, {"prompt": ["a"] * 100, "n": 11}, "100 prompts with 11 completions each"),
+    "the best of 2000": (C, {"prompt": "a", "best_of": 2000}, "at most 1024"),
+    "10,000 stop texts": (C, {"prompt": "a", "stop": [f"stop {i}" for i in range(10_000)]}, "at most 1024"),
+    "a long stop text": (C, {"prompt": "a", "stop": "x" * 1_000_000}, "of 32768 characters"),
+    "10,000 bad words": (C, {"prompt": "a", "bad_words": [f"bad {i}" for i in range(10_000)]}, "at most 1024"),
+    "100,000 biases": (C, {"prompt": "a", "logit_bias": {str(i): 1 for i in range(100_000)}}, "logit_bias"),
+    "600,000 stop ids": (C, {"prompt": "a", "stop_token_ids": [1] * 600_000}, "more than any vocabulary"),
+    "a long text": (C, {"prompt": "ab" * 1_500_000}, "at least"),
+    "a long text to cut": (C, {"prompt": "ab" * 1_500_000, "truncate_prompt_tokens": 9}, "3000000 characters"),
+    "a long text to count": ("/tokenize", {"prompt": "ab" * 1_500_000}, "3000000 characters"),
+    "a long text to spell": ("/tokenize", {"prompt": "ab" * 200_000, "return_token_strs": True}, "400000 characters"),
+    "100,000 messages": (CHAT, {"messages": HELLO * 100_000}, "at least"),
+    "templates": (CHAT, {"messages": HELLO, "chat_template": "{% for i in range(9999999999) %}a{% endfor %}"}, "not taken"),
+    "what templates are given": (CHAT, {"messages": HELLO, "chat_template_kwargs": {"messages": []}}, "may not hold"),
+    "a schema of the world": (C, {"prompt": "a", "guided_json": {"enum": ["x" * 70_000]}}, "at most 65536"),
+    "files": (C, {"prompt": "a", "guided_json": {"$ref": "file:///etc/passwd"}}, "cannot be served"),
+    "addresses": (C, {"prompt": "a", "guided_json": {"$ref": "http://127.0.0.1:9/x"}}, "cannot be served"),
+    "no end": (C, {"prompt": "a", "guided_json": {"$ref": "#"}}, "cannot be served"),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "served" in request.fixturenames:
+        served = request.getfixturevalue("served")
+        answer = served.post(C, prompt=[5, 6], max_tokens=3, return_token_ids=True).json()
+        assert answer["choices"][0]["token_ids"] == [5, 6, 5]
+        eventually(lambda: not served.state.jobs and not served.client.running and not Share.held)
+
+
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_it_is_refused_with_a_word(served: Served, name: str) -> None:
+    path, body, words = TOO_MUCH[name]
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with served.http as http:
+        answer = http.post(path, content=raw)
+    assert answer.status_code == 400, answer.text[:500]
+    assert words in answer.json()["error"]["message"] and len(answer.text) < 2000
+
+
+@pytest.mark.parametrize("raw", [b"[1," * 600_000, b"{},[]," * 300_000, b'{"prompt": [' + b"1," * (MAX_VALUES + 1) + b"1]}"])
+def test_more_values_than_are_read(served: Served, raw: bytes) -> None:
+    with served.http as http:
+        answer = http.post(C, content=raw)
+    assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": ["ab"] * 500, "max_tokens": 1},
+        {"prompt": "ab", "max_tokens": 1, "n": 500, "temperature": 1},
+        {"prompt": "ab", "stop": [f"stop {i}" for i in range(1000)], "max_tokens": 1},
+        {"prompt": "ab", "metadata": {"x": "y" * 3_000_000}, "max_tokens": 1},
+        {"prompt": "a" * 300_000, "truncate_prompt_tokens": 9, "max_tokens": 1},
+        {"prompt": "ab", "max_tokens": 1, "user": "\0" * 1000},
+    ],
+)
+def test_what_is_much_and_not_too_much(served: Served, body: dict[str, Any]) -> None:
+    assert served.post(C, **body).status_code == 200
+
+
+def test_large_bodies_share_what_there_is(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as fit are read at once; the others hear of it, and small ones are answered all the time."""
+    monkeypatch.setattr(beside, "BUDGET", 5_000_000)
+    large = json.dumps({"prompt": "ab", "max_tokens": 1, "user": "x" * 2_000_000}).encode()
+
+    async def all_at_once() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=served.url, timeout=30, trust_env=False) as http:
+            small = [http.post(C, json={"prompt": "ab", "max_tokens": 1}) for _ in range(4)]
+            return await asyncio.gather(*(http.post(C, content=large) for _ in range(6)), *small)
+
+    *answers, a, b, c, d = asyncio.run(all_at_once())
+    assert {one.status_code for one in (a, b, c, d)} == {200}
+    assert {one.status_code for one in answers} <= {200, 503} and 200 in {one.status_code for one in answers}
+    assert all(one.headers["retry-after"] for one in answers if one.status_code == 503)
+    eventually(lambda: not Share.held)
+    with served.http as http:
+        assert http.post(C, content=large).status_code == 200
+
+
+def test_a_body_that_breaks_off_holds_nothing(served: Served) -> None:
+    def half() -> Iterator[bytes]:
+        yield b'{"prompt": "' + b"a" * 2_000_000
+        eventually(lambda: Share.held >= 2_000_000)
+        raise ConnectionError
+
+    with served.http as http, pytest.raises(ConnectionError):
+        http.post(C, content=half())
+    eventually(lambda: not Share.held)
+
+
+def test_weights() -> None:
+    assert weight(b'{"a": [1, 2]}') == 2 * 13 + 100 * 3
+    assert weight('{"a": "ä"}'.encode()) == 5 * 11 + 100 and weight(b'{"a": "\\u00e4"}') == 5 * 15 + 100
+    with pytest.raises(RequestError, match="values"):
+        check_values(b"," * (MAX_VALUES + 1))
+
+
+def test_tokenizing_lets_others_run(tokenizer: Tokenizer) -> None:
+    """Else a long prompt would stop every stream of the server."""
+    gaps, done = [0.0], threading.Event()
+
+    def watch() -> None:
+        last = time.perf_counter()
+        while not done.is_set():
+            time.sleep(0.001)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begun = time.perf_counter()
+    tokenizer.encode("who are you? " * 150_000)
+    took = time.perf_counter() - begun
+    done.set()
+    watcher.join()
+    assert max(gaps) < 0.6 * took, (max(gaps), took)
+
+
+def test_a_grammar_that_takes_too_long_ends_alone() -> None:
+    begun = time.monotonic()
+    with pytest.raises(RequestError, match="takes more than 2 s"):
+        compile_grammar(StructuredOutputsParams(json={"type": "integer", "multipleOf": 99999999}))
+    with pytest.raises(RequestError, match="takes more than 2 s"):  # known by now
+        compile_grammar(StructuredOutputsParams(json={"type": "integer", "multipleOf": 99999999}))
+    assert compile_grammar(StructuredOutputsParams(json={"type": "integer", "multipleOf": 7}))
+    assert time.monotonic() - begun < 30
