@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from appliance.text.tokenizer import Tokenizer
 from tests.server.fake import FakeClient
 from tests.tiny_model import write_tokenizer
 
+TLS = ssl.create_default_context()  # to make one for each client takes longer than most requests
+
 
 @dataclass
 class Served:
@@ -34,7 +37,7 @@ class Served:
 
     @property
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=20, trust_env=False)
+        return httpx.Client(base_url=self.url, timeout=20, trust_env=False, verify=TLS)
 
     @property
     def openai(self) -> OpenAI:
