@@ -10,8 +10,9 @@ from starlette.responses import Response
 
 from appliance.core.params import RequestError
 from appliance.runtime.client import EngineDied
-from appliance.server.errors import RETRY_AFTER_S, JSONResponse, error_body, unavailable
+from appliance.server.errors import RETRY_AFTER_S, JSONResponse, error_body, speaks_anthropic, unavailable
 from appliance.server.host import EngineHost, Host
+from appliance.server.messages.models import model_info, models_page
 from appliance.server.respond import read
 from appliance.server.route import site_of, state_of
 from appliance.server.schemas import ModelRequest
@@ -38,7 +39,8 @@ def _card(site: Site, host: Host, name: str) -> dict[str, Any]:
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
     site = site_of(request)
-    return JSONResponse({"object": "list", "data": [_card(site, host, name) for host in site.hosts for name in host.names]})
+    cards = [_card(site, host, name) for host in site.hosts for name in host.names]
+    return JSONResponse(models_page(cards) if speaks_anthropic(request.scope) else {"object": "list", "data": cards})
 
 
 @router.get("/health")
@@ -81,7 +83,8 @@ async def unload_model(request: Request) -> Response:
 async def model(request: Request, model: str) -> Response:
     """Behind the two above: of a method that none of them has, the first one's are told."""
     site = site_of(request)
-    return JSONResponse(_card(site, site.find(model or "(none)"), model))
+    card = _card(site, site.find(model or "(none)"), model)
+    return JSONResponse(model_info(card) if speaks_anthropic(request.scope) else card)
 
 
 def _own(request: Request, name: str) -> EngineHost:

@@ -103,7 +103,10 @@ def failure(status: int, body: dict[str, Any], scope: Scope, headers: Mapping[st
 
 
 def speaks_anthropic(scope: Scope) -> bool:
+    """Whether the client is one of Anthropic's: by the path, or by its own header where OpenAI's have the same path."""
     path = scope["path"]
+    if path == "/v1/models" or path.startswith("/v1/models/"):
+        return any(name == b"anthropic-version" for name, _ in scope["headers"])
     return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 

@@ -32,8 +32,12 @@ OPERATIONS: dict[str, Operation] = {
         events=answers.ChatChunk,
         errors=COMPUTE,
     ),
-    "GET /v1/models": Operation(tag="models", summary="The models, under all their names", answer=answers.Models),
-    "GET /v1/models/{model:path}": Operation(tag="models", summary="The model of that name", answer=answers.Model, errors=(404,)),
+    "GET /v1/models": Operation(
+        tag="models", summary="The models, under all their names", answer=answers.Models | messages.ModelsPage
+    ),
+    "GET /v1/models/{model:path}": Operation(
+        tag="models", summary="The model of that name", answer=answers.Model | messages.ModelInfo, errors=(404,)
+    ),
     "POST /v1/models/load": Operation(
         tag="models",
         summary="Load a model, once others have made room for it",

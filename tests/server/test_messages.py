@@ -310,3 +310,18 @@ def test_requests_are_aborted_by_the_id_of_their_message(slow: Served) -> None:
         next(iter(stream))
         assert slow.state.jobs
     eventually(lambda: not slow.client.running and not slow.state.jobs)  # the client went away
+
+
+def test_models(served: Served) -> None:
+    models = client(served).models
+    page = models.list()
+    known(page)
+    assert [one.id for one in page] == ["tiny", "alias/of-tiny"] and not page.has_next_page()
+    one = models.retrieve("alias/of-tiny")
+    known(one)
+    assert one.max_input_tokens == 512 and one.created_at.year >= 2026 and one.display_name == "alias/of-tiny"
+    with pytest.raises(anthropic.NotFoundError) as unknown:
+        models.retrieve("claude")
+    assert unknown.value.type == "not_found_error" and unknown.value.request_id
+    with served.http as http:
+        assert http.get("/v1/models").json()["object"] == "list"  # others get OpenAI's form

@@ -138,14 +138,14 @@ class MessageView:
 
     def _usage(self) -> dict[str, Any]:
         """So far. A token of the prompt was computed, or found in the cache; that computed ones are kept is not counted again."""
-        usage = self.job.usage()
+        usage, told = self.job.usage(), self.body.max_tokens > 0
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         return {
             "input_tokens": usage["prompt_tokens"] - cached,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
-            "output_tokens": usage["completion_tokens"] if self.body.max_tokens else 0,
-            "output_tokens_details": {"thinking_tokens": self.turn.reasoning_tokens(0)},
+            "output_tokens": usage["completion_tokens"] if told else 0,
+            "output_tokens_details": {"thinking_tokens": self.turn.reasoning_tokens(0) if told else 0},
         }
 
 

@@ -137,6 +137,25 @@ class TokenCount(TypedDict):
     input_tokens: int
 
 
+class ModelInfo(TypedDict):
+    type: Literal["model"]
+    id: str
+    display_name: str
+    created_at: str
+    lifecycle: Literal["active"]
+    max_input_tokens: int | None
+    max_tokens: int | None
+
+
+class ModelsPage(TypedDict):
+    """All models, where the request has the header ``anthropic-version``."""
+
+    data: list[ModelInfo]
+    has_more: Literal[False]
+    first_id: str | None
+    last_id: str | None
+
+
 EXAMPLE = {"model": "", "max_tokens": 16, "messages": [{"role": "user", "content": "Hello!"}]}
 OPERATIONS = {
     "POST /v1/messages": Operation(
