@@ -76,9 +76,9 @@ class ChatView:
         return {"reasoning_content": text, "reasoning": text} if text and self.body.include_reasoning else {}
 
     def _delta(self, news: AnswerDelta) -> dict[str, Any]:
-        delta: dict[str, Any] = {"content": news.content} if news.content else {}
-        if news.calls:
-            delta["tool_calls"] = [_call(call) for call in news.calls]
+        delta: dict[str, Any] = {"content": content} if (content := news.content) else {}
+        if calls := news.calls:
+            delta["tool_calls"] = [_call(call) for call in calls]
         return delta | self._reasoning(news.reasoning)
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:

@@ -20,11 +20,11 @@ class AnswerDelta:
 
     @property
     def content(self) -> str:
-        return "".join(piece for piece in self.pieces if isinstance(piece, str))
+        return "".join([piece for piece in self.pieces if isinstance(piece, str)])
 
     @property
     def calls(self) -> tuple[CallDelta, ...]:
-        return tuple(piece for piece in self.pieces if not isinstance(piece, str))
+        return tuple([piece for piece in self.pieces if not isinstance(piece, str)])
 
 
 @dataclass(slots=True)
