@@ -46,6 +46,10 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
 
 
+class Unanswerable(str):
+    """An error that the request itself has brought about: nothing is wrong with the engine or the model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """News of completion ``index`` of a request: new tokens, or its end, or both. ``finish_reason`` comes exactly once."""
@@ -57,7 +61,7 @@ class Event:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # once, before or with the first token; [0] is None
     finish_reason: str | None = None  # stop, length, abort, error
     stop_reason: int | str | None = None  # the stop token id or stop string that ended it; None for the end-of-text token
-    error: str | None = None  # with finish_reason "error"
+    error: str | None = None  # with finish_reason "error"; Unanswerable where the request is to blame
     preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens that were found in the cache
     scheduled: float | None = None  # with the first token: time.time() when a step began with it for the first time

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from appliance.core.messages import Unanswerable
 from appliance.core.request import Request
 from appliance.text.grammar import KEPT, deep_thread, library, limits, vocabulary
 
@@ -116,7 +117,9 @@ class Masks:
         bits = np.zeros((len(guided), 4 * -(-vocab // 32)), dtype=np.uint8)
         where, size = bits.ctypes.data, bits.shape[1]
         found = [request.guide.allowed(request, where + k * size, size) for k, (_, request) in enumerate(guided)]
-        errors = {request: f"its grammar: {error}" for (_, request), error in zip(guided, found, strict=True) if error}
+        errors = {
+            request: Unanswerable(f"its grammar: {error}") for (_, request), error in zip(guided, found, strict=True) if error
+        }
         return cls(np.array([row for row, _ in guided]), bits, errors)
 
     def __bool__(self) -> bool:

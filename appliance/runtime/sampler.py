@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from appliance.core.door import hash_u64
-from appliance.core.messages import TokenLogprob
+from appliance.core.messages import TokenLogprob, Unanswerable
 from appliance.core.request import Request
 from appliance.runtime.penalties import adjust, touches_logits
 from kernels import reference
@@ -94,11 +94,11 @@ def _sample_row(row: Tensor, request: Request, kth: KthLargest) -> Sampled:
     best = row.amax().item()
     if best == -math.inf:
         beside = "" if request.guide is None else ", beside its grammar"
-        return Sampled(-1, error=f"every token is ruled out (by allowed_token_ids, bad_words or min_tokens{beside})")
+        why = f"every token is ruled out (by allowed_token_ids, bad_words or min_tokens{beside})"
+        return Sampled(-1, error=Unanswerable(why))
     if best == math.inf:
-        return Sampled(
-            -1, error=f"repetition_penalty {request.params.repetition_penalty} makes a logit infinite: use one nearer to 1"
-        )
+        why = f"repetition_penalty {request.params.repetition_penalty} makes a logit infinite: use one nearer to 1"
+        return Sampled(-1, error=Unanswerable(why))
     if request.params.greedy:
         token = int(row.argmax())
     elif request.guide is not None:

@@ -12,7 +12,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from appliance.core.door import check_submit
-from appliance.core.messages import Event, Submit, TokenLogprob
+from appliance.core.messages import Event, Submit, TokenLogprob, Unanswerable
 from appliance.core.params import RequestError, SamplingParams
 from appliance.server.errors import EngineFailed
 from appliance.server.guard import Ticket, current
@@ -132,6 +132,8 @@ class Job:
 
     def _take(self, choice: int, k: int, event: Event) -> Delta:
         if event.finish_reason == "error":
+            if isinstance(event.error, Unanswerable):
+                raise RequestError(str(event.error))
             raise EngineFailed(event.error or "the engine failed to compute this request")
         if event.prompt_logprobs is not None:
             self.prompt_logprobs[k] = event.prompt_logprobs

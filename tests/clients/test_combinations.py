@@ -144,6 +144,20 @@ def test_two_wishes_for_scores_of_the_prompt(live: Running, prompt_logprobs: int
     assert all(score in [one["logprob"] for one in entry.values()] for score, entry in zip(told, scores))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_wishes_that_leave_no_token(live: Running, stream: bool) -> None:
+    """Which is known when it comes to it, and still is the request's own fault: no answer of 5xx, after which clients come again."""
+    wishes = {"allowed_token_ids": [40, 41], "structured_outputs": {"regex": "é"}, "stream": stream, "prompt": "Hello"}
+    with live.http as http:
+        response = http.post("/v1/completions", json=wishes)
+    error = response.json()["error"]
+    assert (
+        response.status_code == 400
+        and error["type"] == "invalid_request_error"
+        and "every token is ruled out" in error["message"]
+    )
+
+
 @pytest.mark.parametrize(("body", "asked"), [({}, 16), ({"max_tokens": 5}, 5), ({"max_tokens": 0, "echo": True}, 1)])
 def test_a_prompt_is_cut_to_leave_room_for_its_answer(live: Running, body: dict[str, Any], asked: int) -> None:
     with live.http as http:

@@ -49,6 +49,7 @@ async def count(state: ServerState, body: InputTokensRequest) -> dict[str, Any]:
     chat = chat_request(body, messages_of(body.instructions, items))
     assert state.info  # or it is not to be served now
     try:
+        chat.check()
         choice = state.parsers.choice(chat)
         prompt = await chat_prompt(chat, state.tokenizer, sys.maxsize, list(choice.tools) or None)
     except RequestError as error:
