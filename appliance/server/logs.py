@@ -65,12 +65,12 @@ class Json(logging.Formatter):
             "time": _time(record),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": clean(record, record.getMessage()),
             "request_id": request_id(),
-            "exception": _exception(record),
+            "exception": None if (trace := _exception(record)) is None else clean(record, trace),
         }
         line = {name: value for name, value in line.items() if value is not None}
-        return clean(record, json.dumps(line | getattr(record, "fields", {})))
+        return json.dumps(line | getattr(record, "fields", {}))
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -11,8 +11,12 @@ if TYPE_CHECKING:
 
 keyrings: WeakSet[Keyring] = WeakSet()  # of the servers in this process
 _SHAPES = re.compile(r"\b(?:sk-|hf_)[\w-]{16,}|(?<=Bearer )[^\s\"'\\]+", re.IGNORECASE)
-_WORD, _SEPARATORS = re.compile(r"[^\s\"'`,;<>(){}\[\]\\]{6,}"), re.compile(r"([/?&=:@]+)")
-SHORTEST, PIECES = 6, 16  # characters of a key that is looked for, pieces of a word (a path, say) that are tried together
+_WORD, _PIECE = re.compile(r"\S{6,}"), re.compile(r"[/?&=:@\"'`,;<>(){}\[\]\\]|[^/?&=:@\"'`,;<>(){}\[\]\\]+")
+SHORTEST, PIECES, TOGETHER = (
+    6,
+    128,
+    20,
+)  # characters of a key that is looked for; pieces of a word that are tried, so many in a row
 
 
 def is_key(word: str) -> bool:
@@ -22,7 +26,7 @@ def is_key(word: str) -> bool:
 
 def line(text: str, most: int = 200) -> str:
     """What a client wrote, for a line of a log: no keys, no line breaks of its own."""
-    return "".join(c if c.isprintable() else "?" for c in hide(text)[:most])
+    return "".join(c if c.isprintable() else "?" for c in hide(text[: 2 * most])[:most])
 
 
 def hide(text: str) -> str:
@@ -37,7 +41,7 @@ def hide(text: str) -> str:
 
 
 def _parts(word: str) -> set[str]:
-    """The word, and what stands in it from one separator to another: a key may have such characters, too."""
-    pieces = _SEPARATORS.split(word)[:PIECES]
-    runs = ("".join(pieces[i:j]) for i in range(len(pieces)) for j in range(i + 1, len(pieces) + 1))
-    return {word, *runs}
+    """The word, and what stands in it between two separators: a key may have such characters, too."""
+    pieces = _PIECE.findall(word)[:PIECES]
+    ends = range(1, TOGETHER + 1)
+    return {word, *("".join(pieces[i : i + end]) for i in range(len(pieces)) for end in ends if i + end <= len(pieces))}
