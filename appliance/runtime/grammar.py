@@ -117,7 +117,7 @@ class Masks:
         bits = np.zeros((len(guided), 4 * -(-vocab // 32)), dtype=np.uint8)
         where, size = bits.ctypes.data, bits.shape[1]
         found = [request.guide.allowed(request, where + k * size, size) for k, (_, request) in enumerate(guided)]
-        errors = {
+        errors: dict[Request, str] = {
             request: Unanswerable(f"its grammar: {error}") for (_, request), error in zip(guided, found, strict=True) if error
         }
         return cls(np.array([row for row, _ in guided]), bits, errors)

@@ -146,7 +146,7 @@ def test_two_wishes_for_scores_of_the_prompt(live: Running, prompt_logprobs: int
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_wishes_that_leave_no_token(live: Running, stream: bool) -> None:
-    """Which is known when it comes to it, and still is the request's own fault: no answer of 5xx, after which clients come again."""
+    """That is known when it comes to it, and the request's own fault all the same: after a 5xx its client would come again."""
     wishes = {"allowed_token_ids": [40, 41], "structured_outputs": {"regex": "é"}, "stream": stream, "prompt": "Hello"}
     with live.http as http:
         response = http.post("/v1/completions", json=wishes)
