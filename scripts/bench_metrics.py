@@ -33,7 +33,7 @@ def main() -> None:
     print(f"a request: {(time.perf_counter() - begun) / REQUESTS * 1e6:.1f} us")
     http = HttpMetrics()
     for k in range(40):
-        http.answered("GET", f"/route/{k}", 200, None, 0.1)
+        http.answered("GET", f"/route/{k}", 200, 0.1)
     look = asyncio.run(Hardware().latest())
     stats = Stats(step_sizes=dict.fromkeys(range(12), 9))
     for models in (1, 4):

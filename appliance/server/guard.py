@@ -77,6 +77,8 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if status >= 400:  # now, and not when it is sent: whoever got it finds it counted
+                    self.state.shared.http.failed(status, scope["state"].get("error_code"))
                 if ticket.account:
                     MutableHeaders(scope=message).update(ticket.account.headers())
             elif not message.get("more_body"):
@@ -108,7 +110,9 @@ class Guard:
         """Count it; in the log, and in the audit log all but reading what there is to read: dashboards do that every second."""
         route = str(getattr(scope.get("route"), "path", scope["path"] if scope["path"] in PUBLIC else "none"))
         method = scope["method"] if scope["method"] in METHODS else "other"
-        self.state.shared.http.answered(method, route, status, scope["state"].get("error_code"), took_s)
+        self.state.shared.http.answered(method, route, status, took_s)
+        if status < 400 and "error_code" in scope["state"]:  # in the middle of a stream
+            self.state.shared.http.failed(status, scope["state"]["error_code"])
         reads = scope["method"] in ("GET", "HEAD", "OPTIONS") and (status < 400 or scope["path"] in PUBLIC)
         record: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),

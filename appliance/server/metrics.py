@@ -139,12 +139,14 @@ class HttpMetrics:
         ] = {}  # (method, route): the sum, and how many took up to each of DURATION
         self.errors: Counter[tuple[int, str]] = Counter(dict.fromkeys(EXPECTED, 0))
 
-    def answered(self, method: str, route: str, status: int, code: str | None, seconds: float) -> None:
-        """``code``: of the error. One with a status below 400 broke a stream off. ``seconds``: until the last byte was sent."""
+    def failed(self, status: int, code: str | None) -> None:
+        """With a status below 400 it broke a stream off."""
+        self.errors[status, code or "none"] += 1
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """``seconds``: until the last byte was sent."""
         self.answers[method, route, status] += 1
         taken = self.durations.setdefault((method, route), [0.0] * (len(DURATION) + 1))
         taken[0] += seconds
         for k, bound in enumerate(DURATION):
             taken[k + 1] += seconds <= bound
-        if status >= 400 or code:
-            self.errors[status, code or "none"] += 1

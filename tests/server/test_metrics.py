@@ -168,6 +168,7 @@ def test_errors_by_kind(served: Served) -> None:
         served.client.fail_at = 2
         http.post("/v1/completions", json={"prompt": "a", "stream": True, "max_tokens": 9})
         served.client.fail_at = None
+        eventually(lambda: served.state.shared.http.errors[200, "engine_error"])  # a stream's is counted when it is over
         after = read(http.get("/metrics").text)
     grown = {(n, tuple(sorted(labels))): v - before.get((n, labels), 0) for (n, labels), v in after.items()}
     errors = {(dict(k)["status"], dict(k)["code"]): v for (n, k), v in grown.items() if n == "appliance:http_errors_total" and v}
@@ -190,8 +191,8 @@ def test_errors_by_kind(served: Served) -> None:
 def test_how_long_answers_took() -> None:
     http = HttpMetrics()
     for seconds in (0.05, 0.3, 200.0):
-        http.answered("POST", "/v1/completions", 200, None, seconds)
-    http.answered("GET", "/health", 503, "model_loading", 0.01)
+        http.answered("POST", "/v1/completions", 200, seconds)
+    http.answered("GET", "/health", 503, 0.01)
     samples = scraped(model(Metrics("m")), http=http)
     for name in ("appliance:http_request_duration_seconds", "http_request_duration_seconds"):
         assert one(samples, f"{name}_sum", handler="/v1/completions", method="POST") == pytest.approx(200.35)
