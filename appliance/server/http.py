@@ -26,6 +26,7 @@ WRITE_S = 60.0  # that a client may leave its answer unread, once the buffers ar
 PEER = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 60_000))  # s, s, times, ms
 MAX_FILES = 65_536
 MAX_CONNECTIONS, SPARE_FILES = 8192, 64  # files for all that is no connection; a head that does not end holds 32 KiB for READ_S
+BACKLOG, AT_ONCE = 2048, 16  # connections that wait in the kernel; those taken at once, before any of them can be refused
 GONE_S = 0.1  # how often it is asked whether a client that sends no more is gone
 KEEP_ALIVE_S = 30  # longer than the 5 s after which many clients' pools give a connection up: it is for them to close it
 
@@ -171,6 +172,7 @@ def http_config(app: ASGIApp, server: ServerConfig) -> uvicorn.Config:
         app,
         http=Protocol,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        backlog=AT_ONCE,  # asyncio goes on so often where there are no files left, too; the socket gets its BACKLOG afterwards
         timeout_keep_alive=KEEP_ALIVE_S,
         log_config=None,
         access_log=False,  # the server's own lines have more, and no query strings: some clients put keys there

@@ -21,7 +21,7 @@ from appliance.server import logs
 from appliance.server.app import app_of
 from appliance.server.errors import unavailable
 from appliance.server.host import DEATHS, EngineHost
-from appliance.server.http import http_config
+from appliance.server.http import BACKLOG, http_config
 from appliance.server.notify import beat, notify
 from appliance.server.site import Site
 from appliance.server.state import Shared
@@ -42,9 +42,9 @@ async def show_loading(host: EngineHost) -> None:
 class _Http(uvicorn.Server):
     """uvicorn without its ten wake-ups a second and without its signal handling: idle is idle."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, sock: socket.socket) -> None:
         super().__init__(config)
-        self.stop = asyncio.Event()
+        self.stop, self.sock = asyncio.Event(), sock
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -52,6 +52,7 @@ class _Http(uvicorn.Server):
 
     async def main_loop(self) -> None:
         self.server_state.default_headers = self.config.encoded_headers
+        self.sock.listen(BACKLOG)
         await self.stop.wait()
 
 
@@ -78,7 +79,7 @@ class Service:
             loading.cancel()
             await asyncio.wait({loading})
             raise
-        http = _Http(http_config(app, self.server))
+        http = _Http(http_config(app, self.server), self.sock)
         answering = asyncio.create_task(http.serve(sockets=[self.sock]))
         beating = asyncio.create_task(beat())
         try:

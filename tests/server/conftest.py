@@ -19,7 +19,7 @@ from openai import OpenAI
 
 from appliance.config import EngineConfig, ServerConfig
 from appliance.server.app import create_app
-from appliance.server.http import http_config
+from appliance.server.http import BACKLOG, http_config
 from appliance.server.state import ServerState
 from appliance.text.tokenizer import Tokenizer
 from tests.server.fake import FakeClient
@@ -73,6 +73,7 @@ def serve_in_thread(make: Any, tokenizer: Tokenizer | None, engine: EngineConfig
         task = asyncio.create_task(http.serve(sockets=[sock]))
         while not http.started:
             await asyncio.sleep(0.005)
+        sock.listen(BACKLOG)
         ready.set()
         await task
 
