@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,7 +16,7 @@ import pytest
 from appliance.config import EngineConfig, ServerConfig
 from appliance.core.messages import RequestStat, Stats
 from appliance.server import stats as stats_module
-from appliance.server.stats import MOST, Recent
+from appliance.server.stats import MOST, Recent, absent_body, stats_body
 from appliance.text.tokenizer import Tokenizer
 from tests.server.conftest import Served, serve_in_thread
 from tests.server.fake import FakeClient
@@ -103,3 +104,12 @@ def test_percentiles_are_values_of_the_last_minute(monkeypatch: pytest.MonkeyPat
     for value in range(2 * MOST):
         recent.add(float(value))
     assert recent.summary()["window"] == MOST, "no more than these are kept, however fast they come"
+
+
+async def test_a_model_that_was_never_loaded_has_the_same_fields(served: Served) -> None:
+    host = SimpleNamespace(names=("late",), status="unloaded")
+    site = SimpleNamespace(shared=SimpleNamespace(begun=time.time() - 5))
+    absent, known = absent_body(site, host), await stats_body(served.state)  # type: ignore[arg-type]
+    assert absent.keys() == known.keys() and absent["engine"].keys() == known["engine"].keys()
+    assert absent["latency"]["ttft"].keys() == known["latency"]["ttft"].keys()
+    assert (absent["model"], absent["state"], absent["info"]) == ("late", "unloaded", None) and 5 <= absent["uptime_s"] < 60

@@ -95,7 +95,7 @@ class Stage:
 
 @asynccontextmanager
 async def showing(
-    *servers: Source, size: tuple[int, int] = (120, 40), polled: int = 60, interval: float = 0.3, **more: Any
+    *servers: Source, size: tuple[int, int] = (120, 40), polled: int = 20, interval: float = 0.3, **more: Any
 ) -> AsyncIterator[Stage]:
     """``polled`` seconds into the life of the servers. ``interval``: so often it asks again."""
     chosen: Sequence[Any] = servers or (FakeServer(),)
@@ -151,7 +151,7 @@ async def play(scene: Scene, look: Callable[[Stage], Awaitable[None]]) -> None:
     os.environ.update(environment)
     time.tzset()
     try:
-        async with showing(*scene.servers(), size=scene.size, interval=3600.0) as stage:
+        async with showing(*scene.servers(), size=scene.size, polled=60, interval=3600.0) as stage:
             await stage.until("Quit")
             for _ in range(50):  # until the one look of its own is over
                 await stage.pilot.pause(0.02)

@@ -67,12 +67,17 @@ def _connection(feed: Feed) -> Content:
         return Content(f"asking {feed.url}")
     since = time.strftime("%H:%M:%S", time.localtime(feed.away_since))
     away = duration(feed.wall() - feed.away_since)
-    return Content.assemble((f"✖ away since {since} ({away}), trying again", BAD), f": {feed.error}")
+    why = feed.error.removeprefix(f"no answer from {feed.url}: ")
+    return Content.assemble((f"✖ away since {since} ({away}), trying again", BAD), f": {why}")
 
 
 def _details(view: View) -> Content:
     if len(view.models) > 1:
-        return _models(view)
+        return Content.assemble(_models(view), " │ ", _one_model(view))
+    return _one_model(view)
+
+
+def _one_model(view: View) -> Content:
     if view.info is None:
         return Content(view.about or (_loading(view) if view.state == "loading" else "no model is loaded"))
     info = view.info

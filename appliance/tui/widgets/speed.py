@@ -39,9 +39,9 @@ def _latency(feed: Feed, width: int) -> Content:
     if feed.view is None:
         return Content("1st token")
     ttft, itl = feed.view.ttft, feed.view.itl
-    slow = f"  p95 {seconds(ttft.p95_s)}"
+    slow = f"  p95 {seconds(ttft.p95_s)}" if ttft.p95_s is not None else ""
     between = f"  between tokens {seconds(itl.p50_s)}" if itl.p50_s is not None else ""
-    slower = f"{slow}  p99 {seconds(ttft.p99_s)}"
+    slower = f"{slow}  p99 {seconds(ttft.p99_s)}" if slow else ""
     more = fit([slower + between, slow + between, slow, ""], width - 24)
     return Content.assemble(f"{'1st token':10} ", (f"{seconds(ttft.p50_s):>13}", "bold"), (more, MUTED))
 
