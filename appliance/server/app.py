@@ -34,7 +34,7 @@ from appliance.web import pages
 from quant.errors import InputError
 
 RATES = [f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")]
-EXPOSED = ["X-Request-Id", "Retry-After", *RATES]  # headers that pages of other origins may read
+EXPOSED = ["X-Request-Id", "request-id", "Retry-After", *RATES]  # headers that pages of other origins may read
 
 router = APIRouter()
 
