@@ -4,15 +4,19 @@ import json
 import re
 
 import jsonschema
+import numpy as np
 import pytest
 
 from appliance import LLM, SamplingParams, StructuredOutputsParams
+from appliance.core.params import RequestError
 from appliance.hub import demo_model
 from appliance.text.answer import AnswerParser
-from appliance.text.grammar import compile_grammar
-from appliance.text.reasoning import THINK, ReasoningParser
+from appliance.text.grammar import compile_grammar, library, limits, vocabulary
+from appliance.text.reasoning import REASONING, THINK, ReasoningParser, Tags
+from appliance.text.tokenizer import Tokenizer
 from appliance.text.tools.choice import FORMS, Form, ToolChoice, forced, parameters, tool_choice
 from appliance.text.tools.grammar import lark
+from tests.tiny_model import write_tokenizer
 
 CITY = {
     "type": "object",
@@ -107,3 +111,37 @@ def test_a_form_or_calls(llm: LLM) -> None:
         if answer.content and output.finish_reason == "stop":
             jsonschema.validate(json.loads(answer.content), CITY)
     assert seen == {False, True}
+
+
+@pytest.mark.parametrize(("kind", "form"), [(kind, form) for kind, forms in FORMS.items() for form in forms])
+@pytest.mark.parametrize("tags", [None, THINK, REASONING["mistral"]], ids=["", "think", "THINK"])
+@pytest.mark.parametrize("special", [False, True])
+def test_markers_that_are_special_tokens(tmp_path, kind: type, form: Form, tags: Tags | None, special: bool) -> None:
+    """The model's own tokens for them are allowed where they belong, and there alone."""
+    write_tokenizer(tmp_path)
+    backend = Tokenizer.load(tmp_path)._backend
+    markers = [*kind.special, *(tags.special if tags else ())]
+    (backend.add_special_tokens if special else backend.add_tokens)(markers)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    reader, tokenizer = Tokenizer.load(tmp_path), Tokenizer.load(tmp_path)
+    specials = {one: i for one in markers for i in tokenizer.special_among([one])}
+    assert len(specials) == (len(markers) if special else 0)
+    words, size = vocabulary(tokenizer, len(tokenizer), (2,)), len(tokenizer)
+    call = form.write([("get_weather", '{"city": "Rome", "days": 3}'), ("get_time", "{}")])
+    thoughts = f"{tags.start}Hm.{tags.end}\n\n" if tags else ""
+    required = lark(forced(tool_choice(TOOLS, "required"), form), tags, specials=specials)
+    auto = lark(forced(tool_choice(TOOLS, None), form), tags, formed=True, specials=specials)
+    answer = '{"city": "[TOOL_CALLS]", "days": 3}'
+    made = compile_grammar(StructuredOutputsParams(grammar=required), ours=True)
+    either = compile_grammar(StructuredOutputsParams(json=CITY), auto)
+    for grammar, text in ((made, thoughts + call), (made, call), (either, thoughts + call), (either, thoughts + answer)):
+        matcher = library().LLMatcher(words, grammar, limits=limits())
+        ids = reader.encode(text, add_special_tokens=False)
+        if text.endswith(answer):  # what only looks like a marker
+            ids = reader.encode(thoughts, add_special_tokens=False) + tokenizer.encode(answer, add_special_tokens=False)
+        for token in ids:
+            allowed = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")[:size]
+            assert allowed[token] and matcher.try_consume_tokens([token]) == 1, (text, reader.token_str(token))
+        assert matcher.is_accepting()
+    with pytest.raises(RequestError, match="special tokens"):
+        compile_grammar(StructuredOutputsParams(grammar='start: <[5]> "a"'), "start: @answer")

@@ -68,11 +68,12 @@ class Parsers:
         if not must and (form is None or not (tags or choice.parses)):
             return params
         opened = tags is not None and tags.opened(*self._before(body, prompt))
-        around = lark(self._forced(choice, body) if choice.parses else None, tags, opened=opened, formed=not must)
+        calls, specials = self._forced(choice, body) if choice.parses else None, self._specials(choice)
+        around = lark(calls, tags, opened=opened, formed=not must, specials=specials)
         try:
             if form is None or must:
                 form = StructuredOutputsParams(grammar=around)
-                return replace(params, structured_outputs=form, grammar=await compiled(form))
+                return replace(params, structured_outputs=form, grammar=await compiled(form, ours=True))
             return replace(params, grammar=await compiled(form, around))
         except RequestError as error:
             message = f"tools: no grammar of calls can be made of these: {error}"
@@ -86,8 +87,12 @@ class Parsers:
 
     def shown(self, choice: ToolChoice) -> frozenset[int]:
         """The special tokens that mark calls and reasoning: they must be in the text."""
+        return frozenset(self._specials(choice).values())
+
+    def _specials(self, choice: ToolChoice) -> dict[str, int]:
+        """The markers of calls and reasoning that are special tokens, and their ids."""
         markers = (*(self.tags.special if self.tags else ()), *(self.tools.special if self.tools and choice.parses else ()))
-        return self.tokenizer.special_among(markers) if self.tokenizer else frozenset()
+        return {one: i for one in markers for i in self.tokenizer.special_among([one])} if self.tokenizer else {}
 
     def new(self, choice: ToolChoice, body: ChatRequest, prompt: Prompt) -> AnswerParser:
         """For one answer."""

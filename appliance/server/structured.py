@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 from appliance.core.params import RequestError, SamplingParams, StructuredOutputsParams
@@ -45,9 +46,9 @@ async def with_grammar(params: SamplingParams, body: SamplingFields) -> Sampling
     return replace(params, grammar=grammar)
 
 
-async def compiled(structured: StructuredOutputsParams, around: str = "") -> str:
+async def compiled(structured: StructuredOutputsParams, around: str = "", *, ours: bool = False) -> str:
     """As ``compile_grammar``, whose turn may be long in coming: not in the threads that all others need."""
-    return await asyncio.get_running_loop().run_in_executor(_waiting, compile_grammar, structured, around)
+    return await asyncio.get_running_loop().run_in_executor(_waiting, partial(compile_grammar, structured, around, ours=ours))
 
 
 def structured_outputs(body: SamplingFields) -> tuple[str | None, StructuredOutputsParams] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -89,7 +90,8 @@ def attempt(task: Task) -> Outcome:
     made = grammar.within(task.around, made) if task.around else made
     wrong, words = lib.LLMatcher.validate_grammar_with_warnings(made, limits=grammar.limits())
     if not wrong:
-        matcher = lib.LLMatcher(lib.LLTokenizer("byte"), made, log_level=0, limits=grammar.limits())
+        bytes_alone = re.sub(r"<\[\d+\]>", "<[0]>", made)  # special tokens of a model, by their ids
+        matcher = lib.LLMatcher(lib.LLTokenizer("byte"), bytes_alone, log_level=0, limits=grammar.limits())
         matcher.compute_bitmask()
         if error := matcher.get_error():
             return Outcome("", True, [error])

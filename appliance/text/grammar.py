@@ -62,12 +62,15 @@ def deep_thread() -> ThreadPoolExecutor:
     return pool
 
 
-def compile_grammar(structured: StructuredOutputsParams, around: str = "") -> str:
+def compile_grammar(structured: StructuredOutputsParams, around: str = "", *, ours: bool = False) -> str:
     """As llguidance reads it. Raises RequestError naming the field, with the library's words, where it cannot be served.
 
-    ``around``: the grammar (Lark) of the whole text, in which ``@answer`` is what ``structured`` says. Takes
-    up to some tenths of a second where this one was not seen lately.
+    ``around``: the grammar (Lark) of the whole text, in which ``@answer`` is what ``structured`` says. In it, and where
+    ``structured`` is ``ours``, special tokens may stand by their ids. Takes up to some tenths of a second where this one was not
+    seen lately.
     """
+    if around:
+        compile_grammar(structured)
     kind, text = _source(structured)
     if (size := len(text) + len(around)) > MAX_CHARS:
         raise RequestError(
@@ -75,7 +78,8 @@ def compile_grammar(structured: StructuredOutputsParams, around: str = "") -> st
             param=f"structured_outputs.{kind}",
         )
     library()  # or say that it is missing
-    grammar, wrong = _checked(kind, text, structured.disable_any_whitespace, structured.whitespace_pattern or WHITESPACE, around)
+    whitespace = structured.whitespace_pattern or WHITESPACE
+    grammar, wrong = _checked(kind, text, structured.disable_any_whitespace, whitespace, around, ours or bool(around))
     if wrong:
         raise RequestError(f"structured_outputs.{kind}{wrong}", param=f"structured_outputs.{kind}")
     return grammar
@@ -97,7 +101,7 @@ def _source(structured: StructuredOutputsParams) -> tuple[str, str]:
 
 
 @lru_cache(KEPT)
-def _checked(kind: str, text: str, tight: bool, whitespace: str, around: str) -> tuple[str, str]:
+def _checked(kind: str, text: str, tight: bool, whitespace: str, around: str, specials: bool) -> tuple[str, str]:
     """(the grammar, or else what is wrong with it)."""
     # What stands in the schema under "x-guidance" may not say otherwise.
     options = {"whitespace_flexible": not tight, "whitespace_pattern": None if tight else whitespace, "lenient": False}
@@ -111,7 +115,7 @@ def _checked(kind: str, text: str, tight: bool, whitespace: str, around: str) ->
         return "", f" cannot be served: {error}"
     if wrong:
         return "", f" cannot be served: {' '.join(' '.join(words).split())[:500]}"
-    if any(word.startswith("no tokenizer") for word in words):
+    if not specials and any(word.startswith("no tokenizer") for word in words):
         return "", ": names of special tokens, <|...|> and <[...]>, are not understood in grammars"
     return grammar, ""
 
@@ -123,7 +127,11 @@ def within(around: str, made: str) -> str:
 
 
 def vocabulary(tokenizer: Tokenizer, size: int, ends: tuple[int, ...]) -> Any:
-    """An LLTokenizer of ``size`` tokens, as the detokenizer spells them; ``ends`` end a text. Takes up to a second."""
+    """An LLTokenizer of ``size`` tokens, as the detokenizer spells them; ``ends`` end a text. Takes up to a second.
+
+    The tokenizer reads no special tokens in texts from now on: a grammar's text that looks like one is text.
+    """
+    tokenizer.spell_specials()
     lib, found = library(), _Vocabulary(tokenizer, size, ends[0])
     return lib.LLTokenizer(lib.TokenizerWrapper(found), eos_token=list(ends))
 

@@ -68,6 +68,10 @@ class Tokenizer:
         ids = (self._backend.token_to_id(text) for text in texts)
         return frozenset(i for i in ids if i is not None and i in self.special_ids)
 
+    def spell_specials(self) -> None:
+        """From now on, what reads like a special token in a text is text."""
+        self._backend.encode_special_tokens = True
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``, never truncated; RequestError where it is not valid Unicode.
 
