@@ -30,7 +30,6 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",  # kept, but asked for anew: another version of the server has another page
 }
@@ -55,7 +54,8 @@ def _load() -> dict[str, _File]:
     """Path -> file. There are no other paths, whatever a request asks for."""
     static = files("appliance.web") / "static"
     found = {entry.name: _File(entry.name, entry.read_bytes()) for entry in static.iterdir() if entry.is_file()}
-    return {"/" if name == "index.html" else f"/ui/{name}": file for name, file in sorted(found.items())}
+    paths = {"/": found.pop("index.html"), "/favicon.ico": found["icon.svg"]}  # browsers ask for that one on their own
+    return paths | {f"/ui/{name}": file for name, file in sorted(found.items())}
 
 
 _FILES = _load()

@@ -23,6 +23,7 @@ from tests.server.test_real import Running, started
 STATIC = Path(__file__).resolve().parents[2] / "appliance" / "web" / "static"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ASSETS = sorted(f"/ui/{file.name}" for file in STATIC.iterdir() if file.name != "index.html")
+FLAGS = ("--no-sandbox", "--disable-dev-shm-usage", "--host-resolver-rules=MAP evil.example 127.0.0.1")
 LONG = {"ignore_eos": True, "min_tokens": 400}  # fields that keep the demo model busy for seconds
 expect.set_options(timeout=10_000)
 
@@ -78,7 +79,7 @@ def tab() -> Iterator[Page]:
     if CHROMIUM is None or subprocess.run([CHROMIUM, "--version"], capture_output=True).returncode:
         pytest.skip("no Chromium that runs on this machine: apt-get install chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS])
         yield browser.new_page()
         browser.close()
 
@@ -135,6 +136,7 @@ def test_files_and_headers(served: Served) -> None:
     with served.http as http:
         page = http.get("/")
         assert page.headers["content-type"] == "text/html; charset=utf-8" and page.text == (STATIC / "index.html").read_text()
+        assert http.get("/favicon.ico").headers["content-type"] == "image/svg+xml; charset=utf-8"
         for path in ["/", *ASSETS]:
             answer, head = http.get(path), http.head(path)
             assert (answer.status_code, head.status_code, head.content) == (200, 200, b"")
@@ -337,6 +339,15 @@ def test_asks_for_a_key_and_keeps_it_for_the_tab(visit: Open, pretend: Callable[
     expect(one.page.locator("#state")).to_have_text("ready")
     stored = "JSON.stringify([Object.entries(localStorage), document.cookie, location.href])"
     assert "right" not in one.page.evaluate(stored)
+
+
+def test_a_name_that_another_page_made_mean_this_server(visit: Open, served: Served) -> None:
+    """DNS rebinding: the page is nobody's secret, but what it would use is not answered."""
+    one = visit(served.url.replace("127.0.0.1", "evil.example"), expected="status of 403")
+    expect(one.page.locator("#state")).to_have_text("refused")
+    expect(one.page.locator("#loading")).to_contain_text("asked by the name 'evil.example:")
+    send = "fetch('/v1/completions', {method: 'POST', body: '{\"prompt\": \"a\"}'}).then((answer) => answer.status)"
+    assert one.page.evaluate(send) == 403 and not served.client.running
 
 
 def test_an_answer_that_breaks_off(visit: Open, pretend: Callable[..., Served]) -> None:

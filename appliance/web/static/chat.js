@@ -8,9 +8,9 @@ import * as store from "./store.js";
 const SAVE_MS = 2000;
 
 export class Chat {
-  /** `changed` is called when a conversation is another one, `grown` when an answer is longer, `failed` with each error. */
-  constructor({ changed, grown, failed }) {
-    Object.assign(this, { changed, grown, failed, views: new Map(), running: new Map(), sticky: true });
+  /** Called: `changed` when a conversation is another one, `grown` when an answer is, `ended` after it, `failed` with errors. */
+  constructor({ changed, grown, ended, failed }) {
+    Object.assign(this, { changed, grown, ended, failed, views: new Map(), running: new Map(), sticky: true });
     this.conversation = store.create();
     this.scroll = $("scroll");
     this.scroll.addEventListener("scroll", () => this.#scrolled());
@@ -88,13 +88,16 @@ export class Chat {
     } finally {
       this.running.delete(conversation.id);
       this.#end(conversation, message);
+      this.ended();
     }
   }
 
   /** An answer of which nothing came is not kept, unless there is an error to show. */
   #end(conversation, message) {
     const empty = !message.content && !message.reasoning_content && !message.tool_calls?.length;
-    if (empty && !message.error && message.finish === "stopped") conversation.messages.splice(conversation.messages.indexOf(message), 1);
+    if (empty && !message.error && message.finish === "stopped") {
+      conversation.messages.splice(conversation.messages.indexOf(message), 1);
+    }
     this.#keep(conversation);
   }
 
@@ -150,7 +153,8 @@ export class Chat {
   #keep(conversation = this.conversation) {
     conversation.updated = Date.now();
     if (conversation.messages.length === 0) store.remove(conversation.id);
-    if (!store.save(conversation)) toast("The browser's storage is full: this conversation will be lost. Export it, or delete others.");
+    const kept = store.save(conversation);
+    if (!kept) toast("The browser's storage is full: this conversation will be lost. Export it, or delete others.");
     if (conversation === this.conversation) this.#show();
     this.changed();
   }
@@ -159,7 +163,12 @@ export class Chat {
   #show() {
     const log = $("log");
     const { messages } = this.conversation;
-    const act = { retry: (m) => this.retry(m), edit: (m, text) => this.edit(m, text), remove: (m) => this.remove(m), resume: (m) => this.resume(m) };
+    const act = {
+      retry: (message) => this.retry(message),
+      edit: (message, text) => this.edit(message, text),
+      remove: (message) => this.remove(message),
+      resume: (message) => this.resume(message),
+    };
     const shown = new Set(messages);
     for (const [message, view] of this.views) {
       if (shown.has(message)) continue;

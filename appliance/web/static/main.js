@@ -10,7 +10,7 @@ import * as store from "./store.js";
 const DEMO = ["What is 7 plus 5?", "What is the capital of France?", "What is the opposite of hot?", "Spell the word garden."];
 
 const server = new Server(refresh);
-const chat = new Chat({ changed, grown: context, failed: (error) => server.failed(error) });
+const chat = new Chat({ changed, grown, ended: () => server.look(), failed: (error) => server.failed(error) });
 
 /** Another conversation, or other messages in it. */
 function changed() {
@@ -27,7 +27,8 @@ function list() {
   const rows = store.list().map((one) => {
     const current = one.id === chat.conversation.id;
     const title = one.title || "Untitled";
-    const open = el("button", { type: "button", class: "title", "aria-current": current && "true", click: () => (chat.open(one.id), drawer(false)) }, title);
+    const click = () => (chat.open(one.id), drawer(false));
+    const open = el("button", { type: "button", class: "title", "aria-current": current && "true", click }, title);
     return el("li", { class: current && "current" }, open, iconButton("remove", `Delete ${title}`, () => forget(one)));
   });
   $("list").replaceChildren(...rows);
@@ -47,9 +48,12 @@ function refresh() {
   const names = server.models.map(({ id }) => id);
   if (names.length && !names.includes(conversation.model)) conversation.model = names[0];
   const picker = $("model");
-  if ([...picker.options].map(({ value }) => value).join("\n") !== names.join("\n")) {
-    picker.replaceChildren(...names.map((name) => el("option", { value: name, title: name }, name.split("/").filter(Boolean).at(-1) ?? name)));
+  const short = (name) => name.split("/").filter(Boolean).at(-1) ?? name; // of a directory, its last part
+  const labels = names.map((name) => short(name) + (server.loaded(name) ? "" : " (not loaded)"));
+  if ([...picker.options].map(({ label }) => label).join("\n") !== labels.join("\n")) {
+    picker.replaceChildren(...names.map((name, i) => el("option", { value: name, title: name }, labels[i])));
   }
+  $("waking").hidden = !busy || server.loaded(conversation.model);
   picker.value = conversation.model ?? "";
   picker.disabled = names.length < 2 || busy;
   $("stop").hidden = !busy;
@@ -59,7 +63,13 @@ function refresh() {
   const [call] = chat.pending();
   $("prompt").placeholder = call ? `Result of ${call.function.name}` : "Message the model";
   const ideas = conversation.model === "demo" ? DEMO : [];
-  $("ideas").replaceChildren(...ideas.map((text) => el("button", { type: "button", disabled: !server.ready, click: () => send(text) }, text)));
+  const idea = (text) => el("button", { type: "button", disabled: !server.ready, click: () => send(text) }, text);
+  $("ideas").replaceChildren(...ideas.map(idea));
+  context();
+}
+
+function grown() {
+  $("waking").hidden = true;
   context();
 }
 
@@ -128,8 +138,8 @@ const shownTab = () => ($("settings").hidden ? "metrics" : "settings");
 function exportFile() {
   const { conversation } = chat;
   const url = URL.createObjectURL(new Blob([store.toFile(conversation)], { type: "application/json" }));
-  const name = (conversation.title || "conversation").replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 50) || "conversation";
-  el("a", { href: url, download: `${name}.json` }).click();
+  const name = conversation.title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 50);
+  el("a", { href: url, download: `${name || "conversation"}.json` }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
@@ -171,7 +181,11 @@ $("prompt").addEventListener("keydown", onPromptKey);
 $("prompt").addEventListener("input", () => (grow(), ($("send").disabled = !server.ready || !$("prompt").value.trim())));
 $("stop").addEventListener("click", () => (chat.stop(), $("prompt").focus()));
 $("down").addEventListener("click", () => chat.toEnd());
-$("model").addEventListener("change", ({ target }) => ((chat.conversation.model = target.value), store.save(chat.conversation), refresh()));
+$("model").addEventListener("change", ({ target }) => {
+  chat.conversation.model = target.value;
+  store.save(chat.conversation);
+  refresh();
+});
 $("new").addEventListener("click", () => (chat.open(null), drawer(false), $("prompt").focus()));
 $("export").addEventListener("click", exportFile);
 $("import").addEventListener("click", () => $("file").click());

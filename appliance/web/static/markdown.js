@@ -10,7 +10,7 @@ const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])(?:( {1,4})(?=\S)|[ \t]+|$)(.*)$/;
 
-/** Show `text` in `container`. Blocks that are as they were stay the elements they are, so a growing answer costs its end alone. */
+/** Show `text` in `container`. Blocks that are as they were stay the elements they are: a growing answer costs its end alone. */
 export function render(container, text) {
   const blocks = split(text.split("\n"), 0);
   const old = [...container.children];

@@ -3,6 +3,7 @@
 import { copyButton, el, icon, iconButton } from "./dom.js";
 import { render } from "./markdown.js";
 
+const NAMES = { user: "You", tool: "Tool", system: "System" };
 const ENDS = {
   length: "Cut off: the limit of tokens is reached.",
   abort: "Aborted by the server.",
@@ -32,7 +33,7 @@ export class MessageView {
   update() {
     const { message, streaming } = this;
     const { role } = message;
-    this.name.textContent = role === "user" ? "You" : role === "tool" ? "Tool" : role === "system" ? "System" : message.model ?? "Model";
+    this.name.textContent = NAMES[role] ?? message.model ?? "Model";
     if (role === "assistant") render(this.content, message.content);
     else this.content.textContent = message.content;
     this.content.hidden = !message.content && !streaming;
@@ -78,14 +79,16 @@ export class MessageView {
     this.buttons.replaceChildren();
     if (this.streaming) return;
     this.buttons.append(copyButton(() => this.message.content, "Copy"));
-    if (message.role !== "tool") this.buttons.append(iconButton("retry", message.role === "user" ? "Answer again" : "Try again", () => act.retry(message)));
+    const again = message.role === "user" ? "Answer again" : "Try again";
+    if (message.role !== "tool") this.buttons.append(iconButton("retry", again, () => act.retry(message)));
     this.buttons.append(iconButton("edit", "Edit", () => this.#edit()));
     this.buttons.append(iconButton("remove", "Delete", () => act.remove(message)));
   }
 
   /** A field in place of the text. A question is sent anew; an answer is changed, and no more. */
   #edit() {
-    const field = el("textarea", { "aria-label": "Edit the message", rows: Math.min(12, this.message.content.split("\n").length + 1) });
+    const rows = Math.min(12, this.message.content.split("\n").length + 1);
+    const field = el("textarea", { "aria-label": "Edit the message", rows });
     field.value = this.message.content;
     const close = () => (form.replaceWith(this.content), (this.buttons.hidden = false));
     const submit = (event) => {
@@ -115,15 +118,18 @@ function call({ function: { name, arguments: given } }) {
   } catch {
     // still on its way, or no JSON: as the model wrote it
   }
-  return el("div", { class: "call" }, el("div", { class: "code-head" }, el("span", {}, icon("go"), ` ${name}`)), el("pre", { tabindex: "0" }, shown));
+  const head = el("div", { class: "code-head" }, el("span", {}, icon("go"), ` ${name}`));
+  return el("div", { class: "call" }, head, el("pre", { tabindex: "0" }, shown));
 }
 
 /** [text, explanation] of each figure. */
 function figures({ tokens, rate, ttft, prompt, cached }) {
   const found = [[`${tokens.toLocaleString("en")} ${tokens === 1 ? "token" : "tokens"}`, "Tokens of the answer"]];
   if (rate) found.push([`${rate >= 100 ? Math.round(rate) : rate.toFixed(1)} tokens/s`, "After the first one"]);
-  if (ttft !== null) found.push([`first after ${ttft < 1 ? `${Math.round(ttft * 1000)} ms` : `${ttft.toFixed(1)} s`}`, "Time to the first token"]);
+  const wait = ttft < 1 ? `${Math.round(ttft * 1000)} ms` : `${ttft?.toFixed(1)} s`;
+  if (ttft !== null) found.push([`first after ${wait}`, "Time to the first token"]);
   const known = cached ? `, ${cached.toLocaleString("en")} cached` : "";
-  found.push([`prompt ${prompt.toLocaleString("en")}${known}`, "Tokens of the prompt, and how many of them were computed before"]);
+  const why = "Tokens of the prompt, and how many of them were computed before";
+  found.push([`prompt ${prompt.toLocaleString("en")}${known}`, why]);
   return found;
 }

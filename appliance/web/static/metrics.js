@@ -66,7 +66,7 @@ function show(stats) {
   const { engine, info, hardware, latency } = stats;
   const groups = [
     group("Throughput", chart("Generated", history.generation), chart("Prompts", history.prompt)),
-    group("Requests", tiles([["running", engine.running], ["waiting", engine.waiting], ["swapped", engine.swapped]]), finished(engine)),
+    group("Requests", tiles(["running", "waiting", "swapped"].map((name) => [name, engine[name]])), finished(engine)),
     latency && group("Latency of the last minute", waits(latency)),
     engine.blocks_total > 0 && group("KV cache", ...cache(engine)),
     info?.plan && group("Memory", ...memory(info.plan, engine)),
@@ -87,21 +87,26 @@ function chart(name, values) {
   const points = values.map((value, i) => `${x(i).toFixed(1)},${(40 - (38 * value) / top).toFixed(1)}`);
   const picture = svg("svg", { viewBox: "0 0 300 41", preserveAspectRatio: "none", class: "chart", "aria-hidden": "true" });
   if (points.length > 1) {
-    picture.append(svg("polygon", { points: `${x(0).toFixed(1)},41 ${points.join(" ")} 300,41` }), svg("polyline", { points: points.join(" ") }));
+    picture.append(svg("polygon", { points: `${x(0).toFixed(1)},41 ${points.join(" ")} 300,41` }));
+    picture.append(svg("polyline", { points: points.join(" ") }));
   }
   const figure = el("strong", {}, rate(now));
   return el("div", { class: "series" }, el("p", {}, el("span", {}, name), el("span", {}, figure, " tokens/s")), picture);
 }
 
 function tiles(parts) {
-  return el("div", { class: "tiles" }, parts.map(([name, value]) => el("div", {}, el("strong", {}, number(value)), el("span", {}, name))));
+  const tile = ([name, value]) => el("div", {}, el("strong", {}, number(value)), el("span", {}, name));
+  return el("div", { class: "tiles" }, parts.map(tile));
 }
 
 function waits({ ttft, itl }) {
   const rows = [["Time to first token", ttft], ["Between tokens", itl]];
   const cell = (seconds) => el("td", {}, seconds === null ? "–" : brief(seconds));
   const head = el("tr", {}, el("td"), ["p50", "p95", "p99"].map((name) => el("th", { scope: "col" }, name)));
-  const body = rows.map(([name, { p50_s, p95_s, p99_s }]) => el("tr", {}, el("th", { scope: "row" }, name), [p50_s, p95_s, p99_s].map(cell)));
+  const row = ([name, found]) => {
+    return el("tr", {}, el("th", { scope: "row" }, name), [found.p50_s, found.p95_s, found.p99_s].map(cell));
+  };
+  const body = rows.map(row);
   return el("table", { class: "waits" }, el("thead", {}, head), el("tbody", {}, body));
 }
 
@@ -111,9 +116,11 @@ function finished({ finished: ends, preemptions }) {
   return parts.length > 0 && el("p", { class: "hint" }, `Finished: ${parts.join(", ")}`);
 }
 
-function cache({ blocks_total: total, blocks_used: used, blocks_kept: kept, block_size: size, prefix_queries: asked, prefix_hits: hits }) {
+function cache(engine) {
+  const { blocks_total: total, blocks_used: used, blocks_kept: kept, block_size: size } = engine;
+  const { prefix_queries: queries, prefix_hits: hits } = engine;
   const parts = [["cache", "used", used], ["kept", "cached", kept], ["free", "free", total - used - kept]];
-  const found = asked ? `${percent(hits / asked)} of prompt tokens found in the cache.` : "";
+  const found = queries ? `${percent(hits / queries)} of prompt tokens found in the cache.` : "";
   return [
     bar("Blocks of the cache", parts, total),
     legend(parts.map(([kind, name, count]) => [kind, name, number(count)])),
@@ -125,16 +132,18 @@ function memory(plan, engine) {
   const parts = PARTS.map(([kind, name, size]) => [kind, name, size(plan) ?? 0]).filter(([, , size]) => size > 0);
   const whole = Math.max(plan.budget_bytes ?? 0, plan.total_bytes ?? 0);
   const left = whole - parts.reduce((sum, [, , size]) => sum + size, 0);
+  const words = `Planned ${bytes(plan.total_bytes)} of ${bytes(whole)}; the process holds ${bytes(engine.rss_bytes)}.`;
   return [
     bar("Memory planned", parts, whole),
     legend([...parts, ["free", "left", Math.max(0, left)]].map(([kind, name, size]) => [kind, name, bytes(size)])),
-    el("p", { class: "hint" }, `Planned ${bytes(plan.total_bytes)} of ${bytes(whole)}; the process holds ${bytes(engine.rss_bytes)} of host memory.`),
+    el("p", { class: "hint" }, words),
   ];
 }
 
 function machine({ cpu, memory: ram, gpus = [] }) {
   const rows = gpus.flatMap((card) => {
-    const more = [card.temperature_c !== null && `${card.temperature_c} °C`, card.power_w !== null && `${Math.round(card.power_w)} W`];
+    const { temperature_c: heat, power_w: power } = card;
+    const more = [heat !== null && `${heat} °C`, power !== null && `${Math.round(power)} W`];
     const label = [card.name ?? `GPU ${card.index}`, ...more.filter(Boolean)].join(", ");
     const memory = card.memory_total_bytes ? [meter("its memory", card.memory_used_bytes / card.memory_total_bytes)] : [];
     return [card.utilization !== null && meter(label, card.utilization), ...memory];
@@ -166,14 +175,16 @@ function bar(label, parts, whole) {
 }
 
 function legend(parts) {
-  return el("ul", { class: "legend" }, parts.map(([kind, name, value]) => el("li", {}, el("i", { class: kind }), `${name} `, el("b", {}, value))));
+  const item = ([kind, name, value]) => el("li", {}, el("i", { class: kind }), `${name} `, el("b", {}, value));
+  return el("ul", { class: "legend" }, parts.map(item));
 }
 
 function meter(name, share) {
   const piece = el("i", { class: share > 0.9 ? "hot" : "cache" });
   piece.style.width = percent(share);
   const head = el("p", {}, el("span", {}, name), el("b", {}, percent(share)));
-  return el("div", { class: "meter" }, head, el("div", { class: "stack", role: "img", "aria-label": `${name}: ${percent(share)}` }, piece));
+  const stack = el("div", { class: "stack", role: "img", "aria-label": `${name}: ${percent(share)}` }, piece);
+  return el("div", { class: "meter" }, head, stack);
 }
 
 const brief = (seconds) => (seconds < 1 ? `${(1000 * seconds).toFixed(seconds < 0.01 ? 1 : 0)} ms` : `${seconds.toFixed(1)} s`);

@@ -4,7 +4,15 @@ import { ApiError, apiKey, get, health } from "./api.js";
 import { $, el } from "./dom.js";
 import { bytes } from "./metrics.js";
 
-const WORDS = { ok: "ready", loading: "loading", draining: "shutting down", dead: "engine down", away: "no answer", key: "needs a key", refused: "refused" };
+const WORDS = {
+  ok: "ready",
+  loading: "loading",
+  draining: "shutting down",
+  dead: "engine down",
+  away: "no answer",
+  key: "needs a key",
+  refused: "refused",
+};
 const AWAY = ["engine_dead", "model_loading", "shutting_down"]; // codes of errors that say so
 const ASK_MS = 700;
 
@@ -25,6 +33,16 @@ export class Server {
   /** The longest context of a model, in tokens; null where the server does not say. */
   context(model) {
     return this.models.find(({ id }) => id === model)?.max_model_len ?? null;
+  }
+
+  /** Whether a model is in memory; one that is not is loaded for the first question. */
+  loaded(model) {
+    return ["ok", undefined].includes(this.models.find(({ id }) => id === model)?.status);
+  }
+
+  /** Ask anew for the models, where what is loaded may have changed. */
+  async look() {
+    if (this.ready && this.models.some(({ status }) => status && status !== "ok")) await this.#list();
   }
 
   /** Ask until the server is ready, however long that takes. */
@@ -85,6 +103,7 @@ export class Server {
     $("loading-bar").hidden = state !== "loading";
     if (all) $("loading-bar").value = done / all;
     else $("loading-bar").removeAttribute("value");
-    $("loading-how").textContent = state === "loading" && all ? `${bytes(done)} of ${bytes(all)}` : state === "refused" ? "" : "This page goes on by itself.";
+    const how = state === "refused" ? "" : "This page goes on by itself.";
+    $("loading-how").textContent = state === "loading" && all ? `${bytes(done)} of ${bytes(all)}` : how;
   }
 }
