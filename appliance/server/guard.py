@@ -50,6 +50,11 @@ class Ticket:
         self.model = job.body.model or job.state.names[0]
         self.jobs.append(job)
 
+    @property
+    def first_s(self) -> float | None:
+        """Seconds from the arrival to the first token of any of its completions."""
+        return min((c.first_s for job in self.jobs for c in job.courses if c.first_s is not None), default=None)
+
     def generated(self, tokens: int) -> None:
         if self.account:
             self.account.tokens(tokens)
@@ -128,7 +133,7 @@ class Guard:
             "finish_reasons": ticket.finish_reasons,
         }
         if self.state.server_config.enable_log_requests:
-            tell_request(record, reads=reads)
+            tell_request(record, reads=reads, first_s=ticket.first_s)
         if self.state.audit is None or (reads and status < 400):
             return
         if self.state.server_config.audit_content:

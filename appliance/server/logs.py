@@ -171,13 +171,18 @@ def tell(text: str, server: ServerConfig, *, stream: TextIO | None = None) -> No
     RING.handle(record)
 
 
-def tell_request(record: Mapping[str, Any], *, reads: bool) -> None:
-    """A line for a request that has ended, from what the audit log has of it. ``reads``: it only asked how the server is."""
+def tell_request(record: Mapping[str, Any], *, reads: bool, first_s: float | None) -> None:
+    """A line for a request that has ended, from what the audit log has of it. ``reads``: it only asked how the server is.
+
+    ``first_s``: seconds to its first token.
+    """
+    took = f"{record['latency_s']:.3f} s" + (f" (first token {first_s:.3f} s)" if first_s is not None else "")
     tokens = f"{record['prompt_tokens']}+{record['generated_tokens']} tokens" if record["prompt_tokens"] else ""
     reasons = "/".join(dict.fromkeys(record["finish_reasons"]))
     more = [part for part in (record["model"], tokens, reasons, record["key"] and f"key {record['key']}") if part]
-    message = ", ".join([f"{record['endpoint']} {record['status']}", f"{record['latency_s']:.3f} s", *more])
+    message = ", ".join([f"{record['endpoint']} {record['status']}", took, *more])
     fields = {name: value for name, value in record.items() if name not in ("time", "prompts", "answers")}
+    fields["first_token_s"] = first_s and round(first_s, 4)
     requests_log.log(logging.DEBUG if reads else logging.INFO, "%s", message, extra={"fields": fields})
 
 

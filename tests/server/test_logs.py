@@ -124,6 +124,7 @@ def test_a_line_for_each_request(served: Served, log: Log) -> None:
     assert (first["prompt_tokens"], first["generated_tokens"], first["finish_reasons"]) == (4, 8, ["length", "length"])
     assert first["model"] == "tiny" and first["key"] is None and 0 < first["latency_s"] < 5
     assert chat["endpoint"] == "POST /v1/chat/completions" and chat["generated_tokens"] == 2 and len(chat["request_id"]) == 32
+    assert 0 < first["first_token_s"] <= first["latency_s"] and bad["first_token_s"] is None
     assert bad["status"] == 400 and bad["request_id"] == "bad" and bad["level"] == "info" and bad["generated_tokens"] == 0
     assert health["level"] == "debug", "what load balancers ask all the time is not worth a line"
     assert "abcdefgh" not in str(nowhere)
