@@ -223,10 +223,11 @@ def serve() -> None:
         config = ServerConfig(max_num_queued_reqs=-1, tool_call_parser="hermes")
         app = create_app(client, Tokenizer.load(model), engine, config)
         settings = http_config(app, config)
-        http = uvicorn.Server(settings)
+        http, stop = uvicorn.Server(settings), asyncio.Event()
         http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+        http.main_loop = stop.wait  # type: ignore[method-assign, assignment]  # as in the service: nothing ten times a second
         sock = bind("127.0.0.1", 0)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, setattr, http, "should_exit", True)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
         print(sock.getsockname()[1], client._process.pid, flush=True)  # type: ignore[union-attr]
         await http.serve(sockets=[sock])
         await client.stop(0)
