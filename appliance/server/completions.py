@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from appliance.core.messages import TokenLogprob
 from appliance.server.errors import JSONResponse
-from appliance.server.job import Job, clamp_max_tokens
+from appliance.server.job import Job
 from appliance.server.logprobs import Logprobs
 from appliance.server.prompts import completion_prompts, text_of
 from appliance.server.respond import stream
@@ -27,9 +27,8 @@ async def answer(state: ServerState, request_id: str, body: CompletionRequest) -
     limit = state.info.max_model_len
     params = await with_grammar(completion_params(body, state.defaults, state.server_config.max_logprobs), body)
     prompts = await completion_prompts(body, state.tokenizer, limit)
-    if body.max_tokens is None:
-        params = clamp_max_tokens(params, prompts, limit)
-    view = CompletionView(state, Job(state, request_id, "cmpl", prompts, params, body), body)
+    job = Job(state, request_id, "cmpl", prompts, params, body, clamp=body.max_tokens is None)
+    view = CompletionView(state, job, body)
     return await stream(view.chunks()) if body.stream else JSONResponse(await view.full())
 
 

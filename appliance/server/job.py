@@ -42,8 +42,9 @@ class Job:
         body: SamplingFields,
         *,
         shown: frozenset[int] = frozenset(),
+        clamp: bool = False,
     ) -> None:
-        """``shown``: special tokens that are text all the same."""
+        """``shown``: special tokens that are text all the same. ``clamp``: each prompt gets what of max_tokens fits behind it."""
         if (total := len(prompts) * params.width) > MAX_COMPLETIONS:
             found = f"{len(prompts)} prompts with {params.width} completions each" if len(prompts) > 1 else f"{total} completions"
             message = f"the request asks for {found}: at most {MAX_COMPLETIONS} in all are taken in one; send several"
@@ -56,7 +57,7 @@ class Job:
         self.params = prepare(params, state.tokenizer) if state.tokenizer else params
         self._news: deque[tuple[int, Event | Exception]] = deque()
         self._came = asyncio.Event()
-        self.submits = [self._submit(k, prompt) for k, prompt in enumerate(prompts)]
+        self.submits = [self._submit(k, prompt, clamp=clamp) for k, prompt in enumerate(prompts)]
         for submit in self.submits:
             check_submit(submit, state.info)
         self.outputs = [
@@ -66,12 +67,13 @@ class Job:
         self.prompt_logprobs: list[tuple[TokenLogprob | None, ...] | None] = [None] * len(prompts)
         self.courses = [Course(self.begun) for _ in self.outputs]
 
-    def _submit(self, k: int, prompt: Prompt) -> Submit:
+    def _submit(self, k: int, prompt: Prompt, *, clamp: bool) -> Submit:
         name = self.id if len(self.prompts) == 1 else f"{self.id}-{k}"
+        params = clamp_max_tokens(self.params, prompt, self.state.info.max_model_len) if clamp else self.params
         return Submit(
             f"{name}-{next(_numbers)}",
             prompt.token_ids,
-            self.params,
+            params,
             self.begun,
             cache_salt=self.body.cache_salt or "",
             priority=self.body.priority,
@@ -190,9 +192,9 @@ class Job:
         }
 
 
-def clamp_max_tokens(params: SamplingParams, prompts: Sequence[Prompt], limit: int) -> SamplingParams:
+def clamp_max_tokens(params: SamplingParams, prompt: Prompt, limit: int) -> SamplingParams:
     """A max_tokens that nobody asked for shall not push a prompt over the context."""
-    room = limit - max(len(p.token_ids) for p in prompts)
+    room = limit - len(prompt.token_ids)
     if params.max_tokens is None or room < 1 or room >= params.max_tokens or room < params.min_tokens:
         return params
     return replace(params, max_tokens=room)

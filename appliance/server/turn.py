@@ -33,7 +33,7 @@ async def begin(state: ServerState, request_id: str, body: ChatRequest, prefix: 
     prompt = await chat_prompt(body, state.tokenizer, state.info.max_model_len, list(choice.tools) or None)
     params = await state.parsers.held(params, choice, body, prompt)
     if clamp:
-        params = clamp_max_tokens(params, [prompt], state.info.max_model_len)
+        params = clamp_max_tokens(params, prompt, state.info.max_model_len)
     job = Job(state, request_id, prefix, [prompt], params, body, shown=state.parsers.shown(choice))
     return Turn(state, job, [state.parsers.new(choice, body, prompt) for _ in job.outputs])
 

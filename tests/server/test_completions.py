@@ -35,6 +35,8 @@ def test_defaults_to_sixteen_tokens_or_what_fits(served: Served) -> None:
     assert served.post("/v1/completions", prompt="ab").json()["usage"]["completion_tokens"] == 16
     answer = served.post("/v1/completions", prompt=[5] * 505).json()
     assert answer["usage"]["completion_tokens"] == 7
+    both = served.post("/v1/completions", prompt=[[5] * 505, [5, 6]]).json()
+    assert both["usage"]["completion_tokens"] == 7 + 16  # each as if it were alone
 
 
 @pytest.mark.parametrize(
