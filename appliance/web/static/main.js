@@ -204,7 +204,7 @@ for (const name of ["settings", "metrics"]) {
   });
 }
 settings.listen(() => chat.conversation, (key) => server.useKey(key));
-store.onChange(() => (list(), chat.reload()));
+store.onChange((id) => (id === null || id === chat.conversation.id ? chat.reload() : list()));
 addEventListener("hashchange", () => chat.open(location.hash.slice(1)));
 addEventListener("keydown", onKey);
 document.addEventListener("visibilitychange", watch);

@@ -50,9 +50,11 @@ export function remove(id) {
   localStorage.removeItem(PREFIX + id);
 }
 
-/** Call back when another tab has changed a conversation. */
+/** Call back with the id of a conversation that another tab has changed; null where it was all of them. */
 export function onChange(callback) {
-  addEventListener("storage", (event) => (event.key === null || event.key.startsWith(PREFIX)) && callback());
+  addEventListener("storage", ({ key }) => {
+    if (key === null || key.startsWith(PREFIX)) callback(key && key.slice(PREFIX.length));
+  });
 }
 
 function title({ messages }) {
