@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "appliance.chat": ["quant.errors", "appliance.version", "appliance.config", "appliance.tui.feed"],
     "appliance.cli": ["appliance", "quant", "models.spec"],
     "appliance.cli_flags": ["quant.errors"],
+    "appliance.quantize": ["quant", "models", "appliance.hub", "appliance.memory", "appliance.text"],
     "appliance.models_file": ["quant.errors", "appliance.config"],
     "appliance.plan_models": ["quant.errors", "appliance.config", "appliance.hub", "appliance.memory", "appliance.models_file",
                               "appliance.plan_command"],

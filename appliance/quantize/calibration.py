@@ -1,0 +1,85 @@
+"""The text that a model is shown while it is quantized, as token ids."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import random
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from appliance.text.tokenizer import Tokenizer
+from quant.errors import InputError
+
+CHUNK = 1 << 20  # characters that are tokenized at a time
+
+
+def calibration_ids(file: str | None, tokenizer: Tokenizer, *, samples: int, length: int, vocab: int, seed: int) -> Tensor:
+    """Token ids int64 [samples, length]: pieces of the text, each beginning somewhere at random.
+
+    ``file``: text, or JSON lines with "text" or "messages" (content is taken). Raises InputError where it is too short.
+    """
+    ids = text_ids(file, tokenizer)
+    if len(ids) < length + samples:
+        raise InputError(
+            f"--calibration {file or 'by default'} has {len(ids)} tokens: {samples} samples of {length} need at least "
+            f"{length + samples} (better {samples * length}); give more text, fewer --calibration-samples or a smaller "
+            "--calibration-length"
+        )
+    strange = max(ids)
+    if strange >= vocab:
+        raise InputError(
+            f"the tokenizer makes token {strange} of {file}, but the model has {vocab} tokens: give its own tokenizer"
+        )
+    starts = random.Random(seed).sample(range(len(ids) - length + 1), samples)
+    return torch.tensor([ids[start : start + length] for start in starts])
+
+
+def default_text() -> str:
+    """English prose and code that every Python has: its language reference and some of its library.
+
+    A stand-in: text like that for which the model will be used is better.
+    """
+    from pydoc_data.topics import topics
+
+    modules = ("argparse", "calendar", "csv", "difflib", "fractions", "json.decoder", "mailbox", "statistics", "textwrap")
+    sources = [inspect.getsource(import_module(name)) for name in modules]
+    return "\n\n".join([*(topics[key] for key in sorted(topics)), *sources])
+
+
+def text_ids(file: str | None, tokenizer: Tokenizer) -> list[int]:
+    """All of a file's text, without special tokens; None: ``default_text``. Raises InputError."""
+    return _encode(default_text() if file is None else read_text(file), tokenizer)
+
+
+def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
+    found: list[int] = []
+    for first in range(0, len(text), CHUNK):
+        found += tokenizer.encode(text[first : first + CHUNK], add_special_tokens=False)
+    return found
+
+
+def read_text(file: str) -> str:
+    """A text file, or the texts of JSON lines. Raises InputError."""
+    try:
+        text = Path(file).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}") from None
+    if file.endswith((".jsonl", ".json")):
+        return "\n\n".join(_line(file, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+    return text
+
+
+def _line(file: str, number: int, line: str) -> str:
+    try:
+        value = json.loads(line)
+        if isinstance(value, str):
+            return value
+        if isinstance(value.get("text"), str):
+            return value["text"]
+        return "\n".join(str(message["content"]) for message in value["messages"])
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise InputError(f'{file}, line {number}: JSON with "text" or "messages" is needed') from None

@@ -1,0 +1,88 @@
+"""``appliance quantize``: an unquantized model in, a checkpoint that others load as well out."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+
+def quantize(
+    model: str,
+    /,
+    *,
+    output: str,
+    method: str = "awq",
+    bits: int = 4,
+    group_size: int = 128,
+    sym: bool | None = None,
+    act_order: Annotated[bool, Parameter(negative=())] = False,
+    format: str | None = None,
+    calibration: str | None = None,
+    calibration_samples: int = 128,
+    calibration_length: int = 512,
+    damping: float = 0.01,
+    clip: bool = True,
+    kv_scales: Annotated[bool, Parameter(negative=())] = False,
+    seed: int = 0,
+    threads: int | None = None,
+    revision: str | None = None,
+) -> int:
+    """Quantize a model, one layer in memory at a time. A job that was interrupted goes on with the layer that it had reached.
+
+    Parameters
+    ----------
+    model
+        A directory with an unquantized Hugging Face checkpoint, or a name on the hub.
+    output
+        The directory to make. While work goes on it is called OUTPUT.partial.
+    method
+        awq, gptq, or rtn (round to nearest: no calibration, and the largest loss).
+    bits
+        4 (awq); 2, 3, 4 or 8 (gptq and compressed-tensors).
+    group_size
+        Inputs that share a scale; -1: a scale for each output.
+    sym
+        Symmetric around zero, without zero points. Default: with gptq.
+    act_order
+        With gptq: the columns that matter most first (desc_act). A little better, a little slower to compute with.
+    format
+        awq, gptq or compressed-tensors. Default: the method's own, where it can say so many bits.
+    calibration
+        Text like that for which the model will be used, or JSON lines with "text" or "messages". Default: text and code that come
+        with Python.
+    calibration_samples
+        Pieces of that text.
+    calibration_length
+        Tokens of each.
+    damping
+        With gptq: what is added to the Hessian's diagonal, as a share of its mean.
+    clip
+        With awq: whether extremes are cut off where that is better.
+    kv_scales
+        Add scales of keys and values for a KV cache in FP8.
+    seed
+        Of the choice of samples.
+    threads
+        CPU threads; default: the physical cores.
+    revision
+        Branch, tag or commit of a model that comes from the hub.
+    """
+    from appliance.quantize.options import Options
+    from appliance.quantize.run import run
+
+    options = Options(
+        method=method,
+        bits=bits,
+        group_size=group_size,
+        symmetric=sym,
+        act_order=act_order,
+        format=format,
+        samples=calibration_samples,
+        length=calibration_length,
+        damping=damping,
+        clip=clip,
+        kv_scales=kv_scales,
+        seed=seed,
+    )
+    return run(model, output, options.checked(), calibration=calibration, threads=threads, revision=revision)

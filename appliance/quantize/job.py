@@ -1,0 +1,169 @@
+"""Quantizing a model from directory to directory. In memory at a time: one layer's weights, and all samples' hidden states."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from appliance.quantize.layer import Made, Watcher, quantize_layer
+from appliance.quantize.options import Options
+from appliance.quantize.shards import Shards, check_space
+from models.plain import FLOATS, PlainLayer
+from models.rope import cos_sin_table
+from models.spec import ModelSpec
+from quant.checkpoint import Checkpoint
+from quant.errors import InputError
+from quant.headers import CheckpointIndex, read_header
+from quant.publish import check_shape, config_section, tensors_of
+from quant.scheme import QuantScheme
+
+log = logging.getLogger("appliance.quantize")
+
+TOKENS_AT_ONCE = 4096  # that go through a layer together
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+PUBLISHED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float16}  # what the rest is written in
+
+
+@dataclass
+class Report:
+    """What came of it: mean squared error of each module's outputs where the method knows it, and seconds of each layer."""
+
+    output: Path
+    nbytes: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+class Job:
+    """One quantization. ``ids``: the calibration's tokens int64 [samples, length]; None where the method takes none."""
+
+    def __init__(self, source: Path, output: Path, options: Options, ids: Tensor | None) -> None:
+        """Raises InputError for what cannot be quantized so, and where there is no room for it."""
+        self.source, self.options, self.ids = source, options, ids
+        self.checkpoint = Checkpoint.open(source)
+        if self.checkpoint.scheme.method != "none":
+            raise InputError(f"{source} is quantized already ({self.checkpoint.scheme.method}): give the original model")
+        self.spec = ModelSpec.from_config(self.checkpoint.config)
+        if ids is not None and ids.shape[1] > self.spec.max_len:
+            raise InputError(f"--calibration-length is {ids.shape[1]}, but the model was made for {self.spec.max_len} tokens")
+        self.published = torch.float16 if options.format == "awq" else PUBLISHED[self.spec.dtype]
+        self.grid = options.grid(self.published)
+        for module in self.spec.layer_modules():
+            check_shape(str(options.format), module.name, module.N, module.K, self.grid)
+        self.output = output
+        check_space(output.absolute().parent, self.expected_bytes())
+        self.shards = Shards(output, self._fingerprint(), self.spec.layers + 1)
+        length = 1 if ids is None else ids.shape[1]
+        self.cos_sin = cos_sin_table(self.spec.rope, max(length, 1))
+
+    def expected_bytes(self) -> int:
+        """Of the new checkpoint, about: codes, scales and zero points, and what stays as it is."""
+        dense = sum(module.N * module.K for module in self.spec.modules() if module.part in ("embedding", "head"))
+        each = sum(
+            module.N * module.K * self.grid.bits // 8 + 3 * module.N * -(-module.K // self.grid.size(module.K))
+            for module in self.spec.layer_modules()
+        )
+        return 2 * dense + self.spec.layers * each
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a job to be gone on with."""
+        tensors = sorted((name, info.dtype, *info.shape) for name, info in self.checkpoint.index.tensors.items())
+        text = hashlib.sha256(b"" if self.ids is None else self.ids.numpy().tobytes()).hexdigest()
+        made_of = hashlib.sha256(repr(tensors).encode()).hexdigest()
+        return {"source": str(self.source.resolve()), "tensors": made_of, "options": asdict(self.options), "text": text}
+
+    def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
+        """Quantize. ``progress`` is called with (layers done, layers). Raises InputError; what is done by then is kept."""
+        report = Report(self.output)
+        hidden = None if self.ids is None else self._embedded(self.ids)
+        for number in range(self.spec.layers):
+            progress(number, self.spec.layers)
+            last = number == self.spec.layers - 1
+            if self.shards.has(number):
+                hidden = None if hidden is None or last else self._gone_through(number, hidden)
+                continue
+            layer = PlainLayer.read(self.checkpoint, self.spec, number, self.cos_sin, torch.float32)
+            made, hidden, extra = self._layer(layer, hidden, last)
+            report.losses |= {f"model.layers.{number}.{name}": loss for name, loss in made.losses.items()}
+            self.shards.write(number, {**self._tensors(layer, made), **extra})
+        progress(self.spec.layers, self.spec.layers)
+        if not self.shards.has(self.spec.layers):
+            self.shards.write(self.spec.layers, self._ends())
+        self._finish()
+        report.nbytes = sum(path.stat().st_size for path in self.output.glob("*.safetensors"))
+        return report
+
+    def _layer(self, layer: PlainLayer, hidden: Tensor | None, last: bool) -> tuple[Made, Tensor | None, dict[str, Tensor]]:
+        """Quantize one layer; (what was made, the hidden states after it, its scales of keys and values)."""
+        batches = [] if hidden is None else list(self._batches(hidden))
+        watcher = Watcher(self.options.method, len(batches), self.options.kv_scales)
+        after = [layer.forward(batch.float(), watcher).to(batch.dtype) for batch in batches]
+        made = quantize_layer(layer, watcher, self.options, self.grid, self.published)
+        extra = {}
+        if self.options.kv_scales:
+            for short, name in (("k", "keys"), ("v", "values")):
+                scale = watcher.largest[name] / torch.finfo(torch.float8_e4m3fn).max
+                extra[f"model.layers.{layer.number}.self_attn.{short}_scale"] = torch.tensor([scale], dtype=torch.float32)
+        if last or hidden is None:
+            return made, None, extra
+        if self.options.method == "gptq":  # later layers make good what this one lost
+            after = [layer.forward(batch.float()).to(batch.dtype) for batch in batches]
+        return made, torch.cat(after), extra
+
+    def _gone_through(self, number: int, hidden: Tensor) -> Tensor:
+        """Hidden states after a layer that is done: as it is now (GPTQ), or as it was."""
+        with Checkpoint.open(self.source) as original:
+            layer = PlainLayer.read(original, self.spec, number, self.cos_sin, torch.float32)
+        if self.options.method == "gptq":
+            layer.weights = dict(self._written(number))
+        return torch.cat([layer.forward(batch.float()).to(batch.dtype) for batch in self._batches(hidden)])
+
+    def _written(self, number: int) -> Iterator[tuple[str, Tensor]]:
+        """The quantized weights of a layer that is done, float32, by module."""
+        index = CheckpointIndex(self.shards.folder, read_header(self.shards.path(number)))
+        config = {**self.checkpoint.config, "quantization_config": self._section()}
+        with Checkpoint(index, config, QuantScheme.from_config(config, None, index)) as done:
+            for module in self.spec.layer_modules():
+                weight = done.weight(f"model.layers.{number}.{module.name}", expect=(module.N, module.K))
+                yield module.name, weight.dequantize()
+
+    def _batches(self, hidden: Tensor) -> Iterator[Tensor]:
+        return iter(hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1])))
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """Hidden states [samples, length, hidden] in the model's own type: all of them stay in memory."""
+        name = EMBEDDING if self.checkpoint.has(EMBEDDING) else HEAD
+        table = self.checkpoint.take(name, dtypes=FLOATS, shape=(self.spec.vocab, self.spec.hidden))
+        return table[ids].to(getattr(torch, self.spec.dtype))
+
+    def _tensors(self, layer: PlainLayer, made: Made) -> dict[str, Tensor]:
+        prefix, form = f"model.layers.{layer.number}", str(self.options.format)
+        found = {f"{prefix}.{name}.weight": norm.to(self.published) for name, norm in layer.norms.items()}
+        found |= {f"{prefix}.{name}.bias": bias.to(self.published) for name, bias in layer.biases.items()}
+        for name, weight in made.modules.items():
+            found |= {f"{prefix}.{name}.{key}": tensor for key, tensor in tensors_of(form, weight).items()}
+        return found
+
+    def _ends(self) -> dict[str, Tensor]:
+        """Embedding, head and the last norm, as they were."""
+        found = {}
+        for name in (EMBEDDING, HEAD, NORM):
+            if self.checkpoint.has(name):
+                found[name] = self.checkpoint.take(name, dtypes=FLOATS).to(self.published)
+        return found
+
+    def _section(self) -> dict[str, Any]:
+        return config_section(str(self.options.format), self.grid, act_order=self.options.act_order, more=self.options.told())
+
+    def _finish(self) -> None:
+        config = {key: value for key, value in self.checkpoint.config.items() if key not in ("torch_dtype", "dtype")}
+        config["torch_dtype"] = str(self.published).removeprefix("torch.")
+        section = config["quantization_config"] = self._section()
+        beside = {"quantize_config.json": section} if self.options.format == "gptq" else {}
+        self.shards.finish(self.source, config, beside)

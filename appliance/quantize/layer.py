@@ -1,0 +1,151 @@
+"""One decoder layer: what its linears read is looked at, its weights are scaled where the method does that, and quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from appliance.quantize.options import Options
+from models.plain import INPUTS, PlainLayer
+from quant.algorithms.awq import Tie, search_cuts, search_scales
+from quant.algorithms.gptq import Hessian, gptq
+from quant.algorithms.grid import Grid, Quantized, round_to_nearest
+
+LOOKED_AT = 1024  # inputs of each linear that AWQ's searches compare outputs for
+UNCUT = ("q_proj", "k_proj", "qkv_proj")  # AutoAWQ leaves their extremes: queries and keys meet in a product
+
+
+@dataclass
+class Seen:
+    """What was seen of the inputs of linears that read the same."""
+
+    size: Tensor  # float64 [K]: sum of magnitudes
+    rows: int = 0
+    some: list[Tensor] = field(default_factory=list)  # float32 [.., K]
+    hessian: Hessian | None = None
+
+    def mean(self) -> Tensor:
+        return (self.size / max(self.rows, 1)).float()
+
+
+class Watcher:
+    """Gathers what a method needs of a layer's inputs, while batches go through it."""
+
+    def __init__(self, method: str, batches: int, kv_scales: bool) -> None:
+        self.method, self.kv_scales = method, kv_scales
+        self.each = max(1, -(-LOOKED_AT // max(batches, 1)))  # inputs taken of a batch
+        self.seen: dict[str, Seen] = {}
+        self.largest = {"keys": 0.0, "values": 0.0}
+
+    def __call__(self, name: str, x: Tensor) -> None:
+        if name in self.largest:
+            self.largest[name] = max(self.largest[name], float(x.abs().max())) if self.kv_scales else 0.0
+            return
+        if self.method == "rtn":
+            return
+        flat = x.reshape(-1, x.shape[-1])
+        seen = self.seen.setdefault(name, Seen(torch.zeros(flat.shape[1], dtype=torch.float64)))
+        if self.method == "gptq":
+            seen.hessian = seen.hessian or Hessian(flat.shape[1], flat.device)
+            seen.hessian.add(flat)
+            return
+        seen.size += flat.abs().sum(0, dtype=torch.float64).cpu()
+        seen.rows += flat.shape[0]
+        stride = max(1, flat.shape[0] // self.each)
+        seen.some.append(flat[stride // 2 :: stride][: self.each].float().clone())
+
+
+@dataclass(frozen=True)
+class Made:
+    """A quantized layer: its modules by name, and the mean squared error of each module's outputs where it is known."""
+
+    modules: dict[str, Quantized]
+    losses: dict[str, float]
+
+
+def quantize_layer(layer: PlainLayer, watcher: Watcher, options: Options, grid: Grid, published: torch.dtype) -> Made:
+    """Quantize every linear. ``layer`` is changed: norms and weights are scaled (AWQ), weights become the quantized ones.
+
+    ``published``: the type in which norms will be written.
+
+    Raises InputError naming the module that cannot be quantized.
+    """
+    scaled = dict(_scale(layer, watcher, grid, published)) if options.method == "awq" else {}
+    modules: dict[str, Quantized] = {}
+    losses: dict[str, float] = {}
+    for module in layer.spec.layer_modules():
+        name, weight = module.name, layer.weights[module.name].float()
+        seen = watcher.seen.get(INPUTS[name])
+        if options.method == "gptq":
+            assert seen is not None and seen.hessian is not None
+            full = f"model.layers.{layer.number}.{name}"
+            found = gptq(weight, seen.hessian.mean(), grid, act_order=options.act_order, damping=options.damping, name=full)
+            modules[name], losses[name] = found.weight, found.loss
+        else:
+            shrink: Tensor | float = 1.0
+            if options.method == "awq" and options.clip and name.rpartition(".")[2] not in UNCUT:
+                assert seen is not None
+                shrink = search_cuts(weight, _some(seen) / scaled.get(INPUTS[name], torch.tensor(1.0)), grid)
+            modules[name] = round_to_nearest(weight, grid, shrink)
+        layer.weights[name] = modules[name].dequantize().to(layer.weights[name].dtype)
+    return Made(modules, losses)
+
+
+def _some(seen: Seen) -> Tensor:
+    return torch.cat(seen.some)
+
+
+def _scale(layer: PlainLayer, watcher: Watcher, grid: Grid, published: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Fold AWQ's scales into the layer; what each kind of inputs is divided by from then on, by its name."""
+    for inputs in ("attention", "heads", "mlp", "inner"):
+        names = [module.name for module in layer.spec.layer_modules() if INPUTS[module.name] == inputs]
+        seen = watcher.seen[inputs]
+        weights = [layer.weights[name].float() for name in names]
+        found = search_scales(weights, _some(seen), seen.mean(), grid, _tie(layer) if inputs == "heads" else None)
+        if found.loss >= found.before:
+            continue
+        scales = _fold(layer, inputs, found.scales, published)
+        for name, weight in zip(names, weights, strict=True):
+            layer.weights[name] = (weight * scales).to(layer.weights[name].dtype)
+        yield inputs, scales
+
+
+def _fold(layer: PlainLayer, inputs: str, scales: Tensor, published: torch.dtype) -> Tensor:
+    """Divide what computes these inputs by ``scales``; returns by what they are divided exactly, as the parts are rounded."""
+    spec = layer.spec
+    if inputs in ("attention", "mlp"):
+        name = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}[inputs]
+        before = layer.norms[name].float()
+        after = (before / scales).to(published).float()
+        layer.norms[name] = after.to(layer.norms[name].dtype)
+        return torch.where(after != 0, before / torch.where(after != 0, after, 1.0), scales)
+    fused, one, rows = {
+        "heads": ("self_attn.qkv_proj", "self_attn.v_proj", spec.kv_size),
+        "inner": ("mlp.gate_up_proj", "mlp.up_proj", spec.intermediate),
+    }[inputs]
+    name = fused if spec.fused_qkv else one
+    own = scales if inputs == "inner" else _untied(layer, scales)
+    layer.weights[name][-rows:] = (layer.weights[name][-rows:].float() / own.unsqueeze(1)).to(layer.weights[name].dtype)
+    if name in layer.biases:
+        layer.biases[name][-rows:] = (layer.biases[name][-rows:].float() / own).to(layer.biases[name].dtype)
+    return scales
+
+
+def _tie(layer: PlainLayer) -> Tie:
+    """Heads of queries that share values share their scales: the mean of what each would have."""
+    repeat, size = layer.spec.heads // layer.spec.kv_heads, layer.spec.head_dim
+
+    def tie(scales: Tensor) -> Tensor:
+        heads = scales.view(-1, repeat, size)
+        return heads.log().mean(1, keepdim=True).exp().expand_as(heads).reshape(-1)
+
+    return tie
+
+
+def _untied(layer: PlainLayer, scales: Tensor) -> Tensor:
+    """[heads * head size] -> [KV heads * head size]."""
+    repeat, size = layer.spec.heads // layer.spec.kv_heads, layer.spec.head_dim
+    return scales.view(-1, repeat, size)[:, 0].reshape(-1)

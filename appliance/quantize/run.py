@@ -1,0 +1,46 @@
+"""The command's work: find the model and the text, show progress, say what came of it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from appliance.hub import resolve
+from appliance.memory.devices import cpu_threads
+from appliance.memory.text import size_text
+from appliance.quantize.calibration import calibration_ids
+from appliance.quantize.job import Job
+from appliance.quantize.options import Options
+from appliance.text.tokenizer import Tokenizer
+from models.spec import ModelSpec
+from quant.headers import read_json
+
+
+def run(model: str, output: str, options: Options, *, calibration: str | None, threads: int | None, revision: str | None) -> int:
+    """Returns the exit code. Raises InputError for what cannot be done."""
+    logging.basicConfig(level="INFO", format="%(levelname)s %(name)s: %(message)s")
+    torch.set_num_threads(cpu_threads(threads))
+    source, begun, ids = resolve(model, revision), time.monotonic(), None
+    if options.calibrated:
+        spec = ModelSpec.from_config(read_json(source / "config.json"))
+        tokenizer = Tokenizer.load(source)
+        length = min(options.length, spec.max_len)
+        ids = calibration_ids(calibration, tokenizer, samples=options.samples, length=length, vocab=spec.vocab, seed=options.seed)
+    job = Job(source, Path(output), options, ids)
+    with tqdm(total=job.spec.layers, desc="Quantizing", unit="layer", disable=None) as bar, torch.inference_mode():
+
+        def tell(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+
+        report = job.run(tell)
+    worst = sorted(report.losses.items(), key=lambda item: -item[1])[:3]
+    print(f"{output}: {size_text(report.nbytes)} in {time.monotonic() - begun:.0f} s, {options.bits} bits by {options.method}")
+    if worst:
+        print("largest mean squared errors of outputs: " + ", ".join(f"{name} {loss:.3g}" for name, loss in worst))
+    print(f"try it: appliance serve {output}", file=sys.stderr)
+    return 0

@@ -1,0 +1,107 @@
+"""The files of a checkpoint that is being made: one for each layer, whole or not there, and what turns them into a model.
+
+Everything is written to DIR.partial, where there is no config.json until all else is done; then that becomes DIR.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quant.errors import InputError
+
+JOB = "job.json"
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")  # beside the weights: tokenizer, templates, generation defaults
+REPLACED = ("config.json", "model.safetensors.index.json", "quantize_config.json", "quant_config.json", JOB)
+
+
+class Shards:
+    def __init__(self, output: Path, job: Mapping[str, Any], count: int) -> None:
+        """``job`` says what is being made: a DIR.partial of the same is gone on with. Raises InputError where DIR is taken."""
+        self.count = count
+        self.output, self.folder = output, output.with_name(output.name + ".partial")
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise InputError(f"--output {output} exists already: name another directory, or remove it")
+        self.resumed = False
+        try:
+            self._begin(job)
+        except OSError as error:
+            raise InputError(f"--output {output}: {error.strerror or error}") from None
+
+    def _begin(self, job: Mapping[str, Any]) -> None:
+        note = self.folder / JOB
+        if note.is_file():
+            if json.loads(note.read_text()) != job:
+                raise InputError(
+                    f"{self.folder} holds the beginning of another job (other options, text or model): remove it, or name "
+                    "another --output"
+                )
+            self.resumed = True
+            for half in self.folder.glob("*.tmp"):
+                half.unlink()
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(job, indent=1))
+
+    def path(self, number: int) -> Path:
+        """Of file 0, 1, .. as it will be called in the end."""
+        return self.folder / f"model-{number + 1:05}-of-{self.count:05}.safetensors"
+
+    def has(self, number: int) -> bool:
+        return self.path(number).is_file()
+
+    def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write one file: it is there as a whole or not at all. Raises InputError where the disk is full."""
+        half = self.path(number).with_suffix(".tmp")
+        try:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, half, metadata={"format": "pt"})
+            half.chmod(0o644)  # the library makes it its owner's alone
+            with half.open("rb+") as file:
+                os.fsync(file.fileno())
+            half.rename(self.path(number))
+        except OSError as error:
+            half.unlink(missing_ok=True)
+            raise InputError(
+                f"{self.path(number)}: {error.strerror or error}; what is done is kept, and gone on with next time"
+            ) from None
+
+    def finish(self, source: Path, config: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]]) -> None:
+        """Copy what belongs beside the weights from ``source``, write config.json last, and be DIR.
+
+        ``beside``: further JSON files, by name.
+        """
+        weight_map: dict[str, str] = {}
+        total = 0
+        for number in range(self.count):
+            path = self.path(number)
+            with safe_open(path, "pt") as file:
+                weight_map |= dict.fromkeys(file.keys(), path.name)
+            total += path.stat().st_size
+        for pattern in COPIED:
+            for one in source.glob(pattern):
+                if one.name not in REPLACED:
+                    shutil.copyfile(one, self.folder / one.name)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        for name, value in {"model.safetensors.index.json": index, **beside, "config.json": config}.items():
+            (self.folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (self.folder / JOB).unlink()
+        if self.output.exists():
+            self.output.rmdir()  # it is empty
+        self.folder.rename(self.output)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises InputError where the disk has less than ``needed`` bytes."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(f"{folder} has {free / 1e9:.2f} GB free, and the checkpoint will take {needed / 1e9:.2f} GB")

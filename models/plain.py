@@ -1,0 +1,118 @@
+"""One decoder layer over whole sequences, with dense weights and no cache: what quantizing looks into. Driven by ModelSpec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.spec import ModelSpec
+from quant.checkpoint import Checkpoint
+from quant.errors import CheckpointError
+from quant.tensor import QuantTensor
+
+FLOATS = ("F16", "BF16", "F32")
+INPUTS = {
+    "self_attn.qkv_proj": "attention", "self_attn.q_proj": "attention", "self_attn.k_proj": "attention",
+    "self_attn.v_proj": "attention", "self_attn.o_proj": "heads",
+    "mlp.gate_up_proj": "mlp", "mlp.gate_proj": "mlp", "mlp.up_proj": "mlp", "mlp.down_proj": "inner",
+}  # fmt: skip
+"""What each linear reads: the norms' outputs, the heads' outputs side by side, and silu(gate) * up."""
+Watch = Callable[[str, Tensor], None]
+
+
+@dataclass
+class PlainLayer:
+    """``weights`` [N, K] and ``biases`` [N] by module, ``norms`` by name, all of one float type; and what all layers share."""
+
+    spec: ModelSpec
+    number: int
+    cos_sin: Tensor  # float32 [max_len, rotary_dim]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, spec: ModelSpec, number: int, cos_sin: Tensor, dtype: torch.dtype) -> PlainLayer:
+        """Quantized modules are dequantized. Raises CheckpointError for what is missing or holds numbers that are not finite."""
+        layer, prefix = cls(spec, number, cos_sin), f"model.layers.{number}"
+        for module in spec.layer_modules():
+            weight = checkpoint.weight(f"{prefix}.{module.name}", expect=(module.N, module.K))
+            dense = weight.dequantize() if isinstance(weight, QuantTensor) else weight
+            layer.weights[module.name] = _finite(f"{prefix}.{module.name}", dense.to(dtype))
+            if module.bias:
+                bias = checkpoint.take(f"{prefix}.{module.name}.bias", dtypes=FLOATS, shape=(module.N,))
+                layer.biases[module.name] = _finite(f"{prefix}.{module.name}.bias", bias.to(dtype))
+        for name, size in spec.small_tensors():
+            if name.startswith(f"{prefix}."):
+                short = name.removeprefix(f"{prefix}.").removesuffix(".weight")
+                layer.norms[short] = _finite(name, checkpoint.take(name, dtypes=FLOATS, shape=(size,)).to(dtype))
+        return layer
+
+    def forward(self, hidden: Tensor, watch: Watch | None = None) -> Tensor:
+        """Hidden states [B, T, hidden] -> the same after this layer. Positions are 0 .. T - 1.
+
+        ``watch`` is told the inputs of linears, by the names of INPUTS, and "keys" [B, heads, T, head size], as they are cached,
+        and "values".
+        """
+        told = watch or (lambda name, value: None)
+        x = self._norm(hidden, "input_layernorm")
+        told("attention", x)
+        heads = self._attention(*self._heads(x), told).transpose(1, 2).flatten(2)
+        told("heads", heads)
+        hidden = hidden + self._linear(heads, "self_attn.o_proj")
+        x = self._norm(hidden, "post_attention_layernorm")
+        told("mlp", x)
+        if self.spec.fused_qkv:
+            gate, up = self._linear(x, "mlp.gate_up_proj").chunk(2, dim=-1)
+        else:
+            gate, up = self._linear(x, "mlp.gate_proj"), self._linear(x, "mlp.up_proj")
+        inner = F.silu(gate) * up
+        told("inner", inner)
+        return hidden + self._linear(inner, "mlp.down_proj")
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, heads, T, head size], not yet rotated."""
+        spec = self.spec
+        if spec.fused_qkv:
+            parts = self._linear(x, "self_attn.qkv_proj").split([spec.q_size, spec.kv_size, spec.kv_size], dim=-1)
+        else:
+            parts = tuple(self._linear(x, f"self_attn.{name}_proj") for name in "qkv")
+        q, k, v = (part.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2) for part in parts)
+        if spec.qk_norm:
+            q, k = self._norm(q, "self_attn.q_norm"), self._norm(k, "self_attn.k_norm")
+        return q, k, v
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, told: Watch) -> Tensor:
+        q, k = self._rotated(q), self._rotated(k)
+        told("keys", k)
+        told("values", v)
+        window, length = self.spec.windows[self.number] if self.spec.windows else None, q.shape[2]
+        mask = None
+        if window is not None and window < length:
+            distance = torch.arange(length).unsqueeze(1) - torch.arange(length)
+            mask = ((distance >= 0) & (distance < window)).to(q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        """[B, heads, T, head size]: the first rotary_dim features turned, halves against each other."""
+        cos, sin = self.cos_sin[: x.shape[2]].to(x.device).chunk(2, dim=-1)
+        half = cos.shape[-1]
+        a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+        return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.spec.eps)).to(x.dtype) * self.norms[name]
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self.weights[name], self.biases.get(name))
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{name}: some of its values are not finite numbers: the checkpoint is damaged")
+    return tensor
