@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from appliance.config import ServerConfig
 from appliance.core.params import RequestError, SamplingParams, StructuredOutputsParams
@@ -16,7 +16,7 @@ from appliance.text.reasoning import REASONING, ReasoningParser, Tags, tags_of
 from appliance.text.tokenizer import Tokenizer
 from appliance.text.tools.choice import FORMS, Forced, ToolChoice, forced, tool_choice
 from appliance.text.tools.detect import detect
-from appliance.text.tools.formats import PARSERS, Mistral
+from appliance.text.tools.formats import PARSERS, Mistral, nine_characters
 from appliance.text.tools.grammar import lark
 from appliance.text.tools.parser import ToolParser
 from quant.errors import InputError
@@ -57,6 +57,12 @@ class Parsers:
             )
             raise RequestError(message, param="tools", code="unsupported_parameter")
         return tool_choice(body.tools, body.tool_choice)
+
+    def fitted(self, body: ChatRequest) -> ChatRequest:
+        """With ids of calls that the model's template takes: a conversation may have been begun elsewhere."""
+        if self.tools is not Mistral:
+            return body
+        return body.model_copy(update={"messages": [_fitted(message) for message in body.messages]})
 
     async def held(self, params: SamplingParams, choice: ToolChoice, body: ChatRequest, prompt: Prompt) -> SamplingParams:
         """The parameters with a grammar of the whole answer, where calls are a must or the answer has a form.
@@ -111,6 +117,18 @@ class Parsers:
             return prompt.text, None
         assert self.tokenizer is not None  # the prompt was rendered
         return self.tokenizer.decode(list(prompt.token_ids[-TAIL:]), skip_special_tokens=False), None
+
+
+def _fitted(message: dict[str, Any]) -> dict[str, Any]:
+    fitted = dict(message)
+    if isinstance(call_id := message.get("tool_call_id"), str):
+        fitted["tool_call_id"] = nine_characters(call_id)
+    if isinstance(calls := message.get("tool_calls"), list):
+        known = [isinstance(call, Mapping) and isinstance(call.get("id"), str) for call in calls]
+        fitted["tool_calls"] = [
+            {**call, "id": nine_characters(call["id"])} if ok else call for call, ok in zip(calls, known, strict=True)
+        ]
+    return fitted
 
 
 def _named(flag: str, name: str, known: Mapping[str, T]) -> T | None:

@@ -30,7 +30,7 @@ async def begin(state: ServerState, request_id: str, body: ChatRequest, prefix: 
     state.check_unknown(body)
     params = await with_grammar(chat_params(body, state.defaults, state.server_config.max_logprobs), body)
     choice = state.parsers.choice(body)
-    prompt = await chat_prompt(body, state.tokenizer, state.info.max_model_len, list(choice.tools) or None)
+    prompt = await chat_prompt(state.parsers.fitted(body), state.tokenizer, state.info.max_model_len, list(choice.tools) or None)
     params = await state.parsers.held(params, choice, body, prompt)
     if clamp:
         params = clamp_max_tokens(params, prompt, state.info.max_model_len)

@@ -14,7 +14,7 @@ from appliance.core.params import RequestError
 from appliance.server import turn
 from appliance.server.messages import answer
 from appliance.server.messages.answer import WAYS
-from appliance.server.messages.convert import Way, chat_request, nine_characters
+from appliance.server.messages.convert import Way, chat_request
 from appliance.server.messages.events import Blocks
 from appliance.server.messages.schemas import MessagesRequest
 from appliance.server.messages.signature import hidden, signature
@@ -23,6 +23,7 @@ from appliance.server.schemas import ChatRequest
 from appliance.text.answer import AnswerDelta
 from appliance.text.tools.choice import tool_choice
 from appliance.text.tools.detect import detect
+from appliance.text.tools.formats import nine_characters
 from tests.server.conftest import Served
 from tests.server.test_messages import TOOL, events_of
 from tests.text.test_tool_choice import chat_of

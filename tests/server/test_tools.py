@@ -77,10 +77,10 @@ class Scripted(FakeClient):
         return replace(super()._event(submit, index, 0), token_ids=tokens, logprobs=scored, finish_reason=reason)
 
 
-def serve(directory: Path, kind: str, **options: Any) -> Any:
+def serve(directory: Path, kind: str, source: str | None = None, **options: Any) -> Any:
     write_tokenizer(directory)
     settings = json.loads((directory / "tokenizer_config.json").read_text())
-    (directory / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template(kind)}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": source or template(kind)}))
     backend = Tokenizer.load(directory)._backend
     backend.add_special_tokens([marker for one in KINDS if one.__name__ == kind for marker in one.special])
     backend.save(str(directory / "tokenizer.json"))

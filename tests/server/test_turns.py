@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from appliance.text.tools.formats import nine_characters
 from tests.server.conftest import Served
 from tests.server.test_completions import events
 from tests.server.test_lifecycle import eventually
@@ -108,3 +110,23 @@ def test_a_form_and_tools(hermes: Served) -> None:
         }
     assert ask(hermes, **form, tool_choice="required")["tool_calls"]
     assert "@answer" not in hermes.client.submitted[-1].params.grammar
+
+
+@pytest.mark.realdata
+def test_calls_of_another_server_go_on_here(shared_data: Path, tmp_path: Path) -> None:
+    """Mistral's own templates want ids of nine letters and digits; OpenAI's are longer."""
+    sources = [path.read_text() for path in sorted((shared_data / "tokenizers" / "chat_templates").glob("*istral*.jinja"))]
+    strict = [source for source in sources if "length 9" in source]
+    assert strict
+    for i, source in enumerate(strict):
+        (directory := tmp_path / str(i)).mkdir()
+        with serve(directory, "Mistral", source=source) as one:
+            one.client.say("Sunny.")
+            call = {"id": "call_0123456789abcdef", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+            result = {"role": "tool", "tool_call_id": call["id"], "content": "sun"}
+            messages = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}, result]
+            answer = one.post("/v1/chat/completions", messages=messages, tools=[TOOL])
+            assert answer.status_code == 200, answer.text
+            sent = one.state.tokenizer.decode(one.client.submitted[-1].prompt_token_ids, skip_special_tokens=False)
+            fitted = nine_characters(call["id"])
+            assert call["id"] not in sent and sent.count(fitted) == 2

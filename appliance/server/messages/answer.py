@@ -14,7 +14,7 @@ from starlette.responses import Response
 from appliance.core.door import ContextOverflow
 from appliance.core.params import RequestError
 from appliance.server.errors import JSONResponse, anthropic_body, describe
-from appliance.server.messages.convert import Way, chat_request, nine_characters
+from appliance.server.messages.convert import Way, chat_request
 from appliance.server.messages.events import Blocks, Event, message_of
 from appliance.server.messages.schemas import CountRequest, MessagesRequest
 from appliance.server.prompts import Prompt, chat_prompt
@@ -23,7 +23,7 @@ from appliance.server.schemas import ChatRequest
 from appliance.server.state import ServerState
 from appliance.server.turn import Turn, begin
 from appliance.text.output import Delta
-from appliance.text.tools.formats import Mistral
+from appliance.text.tools.formats import Mistral, nine_characters
 
 T = TypeVar("T")
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}

@@ -6,7 +6,6 @@ anywhere there, and messages of one role may follow each other. Errors name Anth
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -243,9 +242,3 @@ def _thought(block: Mapping[str, Any], where: str) -> str:
         if not isinstance(block.get(name, ""), str):
             wrong(f"{where}.{name}", f"must be text, got {block[name]!r:.80}")
     return block.get("thinking") or hidden(block.get("signature") or "")
-
-
-def nine_characters(call_id: str) -> str:
-    """An id as Mistral's templates want it; the same for the same id."""
-    fits = len(call_id) == 9 and call_id.isascii() and call_id.isalnum()
-    return call_id if fits else hashlib.sha256(call_id.encode(errors="replace")).hexdigest()[:9]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import string
+from hashlib import sha256
 
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import Steps, first
@@ -118,6 +119,12 @@ class Mistral(ToolParser):
         if (yield from self.peek()) == "{" and name:
             self.begin(name, call_id=call_id)
             yield from self.arguments()
+
+
+def nine_characters(call_id: str) -> str:
+    """An id as Mistral's templates want it; the same for the same id."""
+    fits = len(call_id) == 9 and call_id.isascii() and call_id.isalnum()
+    return call_id if fits else sha256(call_id.encode(errors="replace")).hexdigest()[:9]
 
 
 PARSERS: dict[str, type[ToolParser]] = {
