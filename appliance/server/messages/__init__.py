@@ -1,1 +1,0 @@
-"""Anthropic's Messages API: its requests made into chat requests, the answers of those told in its words."""

@@ -1,4 +1,4 @@
-"""The routes of Anthropic's Messages API."""
+"""Anthropic's Messages API: its requests made into chat requests, the answers of those told in its words."""
 
 from __future__ import annotations
 
