@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from appliance.server import answers
+from appliance.server import about, answers
 from appliance.server.messages import described as messages
 from appliance.server.openapi import COMPUTE, Operation
 from appliance.server.responses import described as responses
 from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, ModelRequest, TokenizeRequest
 
 HELLO = [{"role": "user", "content": "Hello!"}]
-READY = Operation(
-    tag="health", summary="Whether requests are served", answer=answers.Health, unready=answers.NotReady, errors=(503,)
-)
+READY = Operation(tag="health", summary="Whether requests are served", answer=about.Health, unready=about.NotReady, errors=(503,))
 
 OPERATIONS: dict[str, Operation] = {
     "POST /v1/completions": Operation(
@@ -33,23 +31,23 @@ OPERATIONS: dict[str, Operation] = {
         errors=COMPUTE,
     ),
     "GET /v1/models": Operation(
-        tag="models", summary="The models, under all their names", answer=answers.Models | messages.ModelsPage
+        tag="models", summary="The models, under all their names", answer=about.Models | messages.ModelsPage
     ),
     "GET /v1/models/{model:path}": Operation(
-        tag="models", summary="The model of that name", answer=answers.Model | messages.ModelInfo, errors=(404,)
+        tag="models", summary="The model of that name", answer=about.Model | messages.ModelInfo, errors=(404,)
     ),
     "POST /v1/models/load": Operation(
         tag="models",
         summary="Load a model, once others have made room for it",
         body=ModelRequest,
-        answer=answers.ModelChange,
+        answer=about.ModelChange,
         errors=COMPUTE,
     ),
     "POST /v1/models/unload": Operation(
         tag="models",
         summary="Unload a model as soon as its requests are answered; the next request for it loads it again",
         body=ModelRequest,
-        answer=answers.ModelChange,
+        answer=about.ModelChange,
         errors=COMPUTE,
     ),
     "POST /tokenize": Operation(
@@ -57,7 +55,7 @@ OPERATIONS: dict[str, Operation] = {
         summary="Token ids of a text, or of messages as the model sees them",
         body=TokenizeRequest,
         example={"prompt": "Once upon a time"},
-        answer=answers.Tokens | answers.LlamaTokens,
+        answer=about.Tokens | about.LlamaTokens,
         errors=COMPUTE,
     ),
     "POST /detokenize": Operation(
@@ -65,48 +63,48 @@ OPERATIONS: dict[str, Operation] = {
         summary="The text of token ids",
         body=DetokenizeRequest,
         example={"tokens": [5, 6, 7]},
-        answer=answers.Text,
+        answer=about.Text,
         errors=COMPUTE,
     ),
     "GET /tokenizer_info": Operation(
         tag="text",
         summary="The model's tokenizer_config.json, with the special tokens and the chat template that count here",
         query={"model": (str, "the model that is meant; the first one where it is left out")},
-        answer=answers.TokenizerInfo,
+        answer=about.TokenizerInfo,
         errors=(400, 404, 503),
     ),
     "DELETE /v1/requests/{request_id:path}": Operation(
         tag="answers",
         summary="Abort a running request, of the same key, by its X-Request-Id or by the id of its answer",
-        answer=answers.Aborted,
+        answer=about.Aborted,
         errors=(404,),
     ),
     "GET /health": READY,
     "GET /v1/health": READY,
     "GET /ready": READY,
-    "GET /ping": Operation(tag="health", summary="The process answers, whatever the engine does", answer=answers.Health),
-    "GET /version": Operation(tag="server", summary="The server's version", answer=answers.Version),
-    "GET /load": Operation(tag="server", summary="How many requests it works on", answer=answers.Load),
+    "GET /ping": Operation(tag="health", summary="The process answers, whatever the engine does", answer=about.Health),
+    "GET /version": Operation(tag="server", summary="The server's version", answer=about.Version),
+    "GET /load": Operation(tag="server", summary="How many requests it works on", answer=about.Load),
     "GET /metrics": Operation(tag="server", summary="Metrics for Prometheus", text="text/plain"),
     "GET /stats": Operation(
         tag="server",
         summary="All that the dashboard shows",
         query={"model": (str, "the model that is meant, where the server has several; the first one where it is left out")},
-        answer=answers.ServerStats,
+        answer=about.ServerStats,
         errors=(404,),
     ),
     "GET /logs": Operation(
         tag="server",
         summary="The latest lines of the log",
         query={"after": (int, "only lines whose `seq` is above this")},
-        answer=answers.LogLines,
+        answer=about.LogLines,
         errors=(400,),
     ),
     "POST /reset_prefix_cache": Operation(
         tag="server",
         summary="Requests that come from now on find nothing of what was computed before",
         query={"model": (str, "the model that is meant; the first one where it is left out")},
-        answer=answers.Success,
+        answer=about.Success,
         errors=(404, 503),
     ),
     "GET /openapi.json": Operation(tag="server", summary="This description", answer=dict[str, object]),
