@@ -99,9 +99,10 @@ class Report:
 
     def _speed(self) -> str:
         assert self.memory_gb_per_second is not None
-        told = (
-            f"on the CPU a model whose weights take 4 GB gives at most {self.memory_gb_per_second / 4:.1f} tokens a second, alone"
-        )
+        rate = self.memory_gb_per_second / 4
+        told = f"memory lets a model whose weights take 4 GB give about {rate:.1f} tokens a second on the CPU, to one sequence"
+        if any(one.name == "cpu_busy" for one in self.findings):
+            told += " (as busy as the machine is now)"
         return told if self.disk_gb_per_second is None else f"{told}; its disk reads {self.disk_gb_per_second:.1f} GB/s"
 
 
