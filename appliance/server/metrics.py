@@ -80,11 +80,11 @@ class Metrics:
         """A completion has new tokens. This is done for every token: about a microsecond."""
         if course.latest is None:
             course.first, course.scheduled, course.cached = now, event.scheduled, event.cached_tokens
-            self._first.observe(now - course.begun)
-            self.ttft.add(now - course.begun)
+            self._first.observe(took := max(0.0, now - course.begun))  # clocks may be set
+            self.ttft.add(took)
         else:
-            self._gap.observe(now - course.latest)
-            self.itl.add(now - course.latest)
+            self._gap.observe(took := max(0.0, now - course.latest))
+            self.itl.add(took)
         course.latest, course.preemptions = now, event.preemptions
 
     def finished(self, reason: str, course: Course, now: float, *, prompt_tokens: int, output_tokens: int) -> None:

@@ -171,3 +171,22 @@ def test_a_grammar_that_takes_too_long_ends_alone() -> None:
         compile_grammar(StructuredOutputsParams(json={"type": "integer", "multipleOf": 99999999}))
     assert compile_grammar(StructuredOutputsParams(json={"type": "integer", "multipleOf": 7}))
     assert time.monotonic() - begun < 30
+
+
+@pytest.mark.parametrize("jump", [-86400.0, 86400.0, -1e9])
+def test_a_clock_that_is_set_while_answers_are_made(slow: Served, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+    now, ahead = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: now() + ahead[0])
+    with slow.http as http, http.stream("POST", C, json={"prompt": [5, 6], "max_tokens": 20, "stream": True}) as response:
+        lines = [line for line in response.iter_lines() if line]
+        assert lines[-1] == "data: [DONE]"
+    with slow.http as http, http.stream("POST", C, json={"prompt": [5, 6], "max_tokens": 20, "stream": True}) as response:
+        found = []
+        for line in response.iter_lines():
+            ahead[0] = jump
+            found += [line] if line else []
+        assert len(found) == len(lines) and found[-1] == "data: [DONE]"
+        assert slow.post(C, prompt=[5, 6], max_tokens=2).status_code == 200
+        sums = [line.split() for line in http.get("/metrics").text.splitlines() if "_seconds_sum" in line and line[0] != "#"]
+        assert len(sums) > 8 and all(float(value) >= 0 for _, value in sums), sums
+        assert http.get("/stats").json()["uptime_s"] >= 0 and http.get("/health").status_code == 200

