@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import count
 from typing import Any
 
 import schemathesis
@@ -13,6 +14,9 @@ from appliance.server.operations import OPERATIONS
 # Which fields go together no schema says, so not every body that fits it is served: that check alone is left out.
 LEFT_OUT = "positive_data_acceptance"
 MOST = {"max_tokens": 16, "max_completion_tokens": 16, "max_output_tokens": 16, "n": 4, "best_of": 4}  # a run shall have an end
+LENGTH = {"/v1/chat/completions": "max_completion_tokens", "/v1/responses": "max_output_tokens"}
+SLOW = ("/v1/models/load", "/v1/models/unload")
+_calls = count()
 ONE_OF = {
     "/tokenize": (("prompt", "messages", "content"), "Hello"),
     "/v1/responses": (("input", "previous_response_id"), "Hello!"),
@@ -40,12 +44,15 @@ def before_generate_body(context: Any, strategy: Any) -> Any:
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
-    """Answers are short: how long they may be has tests of its own. Where one of several fields must be there, one is."""
+    """Answers are short, a model is seldom loaded anew: a run shall have an end. Where one of some fields is needed, one is there."""
     if isinstance(case.body, dict):
-        names, value = ONE_OF.get(case.operation.path, ((), None))
+        path = case.operation.path
+        names, value = ONE_OF.get(path, ((), None))
         if names and all(case.body.get(name) is None for name in names):
             case.body[names[0]] = value
         for name, most in MOST.items():
             value = case.body.get(name)
-            if type(value) is int and most < value < 2**63:
+            if (type(value) is int and most < value < 2**63) or (value is None and name == LENGTH.get(path)):
                 case.body[name] = most
+        if path in SLOW and next(_calls) % 10:
+            case.body["model"] = "another"
