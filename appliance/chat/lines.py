@@ -81,5 +81,9 @@ class Lines:
 
 
 def clean(text: str) -> str:
-    """Without the halves of characters that a terminal of another encoding leaves behind: JSON has no place for them."""
-    return text.encode(sys.stdin.encoding or "utf-8", "surrogateescape").decode(sys.stdin.encoding or "utf-8", "replace")
+    """Without halves of characters, which JSON has no place for: a terminal sends more bytes than the locale has characters."""
+    return text.encode(sys.stdin.encoding or "utf-8", "surrogateescape").decode("utf-8", "replace") if _halves(text) else text
+
+
+def _halves(text: str) -> bool:
+    return any("\ud800" <= char <= "\udfff" for char in text)

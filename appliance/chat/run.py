@@ -37,7 +37,7 @@ class Asked:
 
 def main(asked: Asked) -> int:
     """The exit code: 0, or 1 where there was no answer. Raises InputError."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may know fewer characters than a model
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -60,9 +60,9 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 def _question(prompt: str | None) -> str:
     """What is asked, of --prompt and of what comes by a pipe. Raises InputError where it is nothing."""
-    parts = [] if prompt is None else [with_files(prompt)]
+    parts = [] if prompt is None else [with_files(os.fsencode(prompt).decode(errors="replace"))]
     if not sys.stdin.isatty():
-        parts.append(sys.stdin.read())
+        parts.append(sys.stdin.buffer.read().decode(errors="replace"))
     question = "\n\n".join(part.strip() for part in parts if part.strip())
     if not question:
         raise InputError("there is no question: --prompt and the input are empty")

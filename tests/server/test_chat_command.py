@@ -173,6 +173,10 @@ def test_in_a_pipe_only_the_answer(served: Served, tmp_path: Path) -> None:
     found = pipe("--url", served.url, "-p", f"sum up @{file}", "--max-tokens", "200", given="and this")
     for words in ("sum up", "in a file", "and this"):
         assert words in found.stdout
+    question = "Wie heißt du? 日本"
+    ascii_ = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for found in (pipe("--url", served.url, "-p", question, **ascii_), pipe("--url", served.url, given=question, **ascii_)):
+        assert found.returncode == 0 and "user: Wie hei" in found.stdout
     latin = pipe("--url", served.url, "-p", "a", "--max-tokens", "5", PYTHONIOENCODING="ascii")
     assert latin.returncode == 0
 
