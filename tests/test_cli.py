@@ -67,7 +67,7 @@ def test_every_option_is_a_flag_a_file_key_and_a_variable(
         for field in fields(kind):
             default = getattr(kind(), field.name)
             value: Any = (not default) if isinstance(default, bool) else 3 if isinstance(default, int) else "3"
-            if field.name in ("gpu_memory_utilization", "swap_space", "cpu_offload_gb", "shutdown_timeout"):
+            if isinstance(default, float) or field.name == "gpu_memory_utilization":
                 value = 3.0
             if field.name in ("kv_cache_memory_bytes", "gpu_memory_reserve", "threads", "max_model_len", "max_num_seqs"):
                 value = 3
@@ -210,6 +210,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--port", "99999"], "--port is 0 to 65535, got 99999"),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid: "),
+        (["--idle-unload", "-1"], "--idle-unload is -1: seconds, 0 or more, are needed"),
+        (["--engine-step-timeout", "nan"], "--engine-step-timeout is nan: seconds, 0 or more, are needed"),
         (["--log-level", "loud"], "--log-level is one of debug, info, warning, error, got 'loud'"),
     ],
 )

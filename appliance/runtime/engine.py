@@ -152,7 +152,7 @@ class Engine:
             self.runner.move(plan.copies)
             if plan.chunks:
                 flight = self.runner.launch(plan, [self._scored(c.request) for c in plan.chunks])
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:  # whatever it was: one request's odd number shall not end the others' engine
             return events + self._land() + self._fail(plan, error)
         events += self._land()
         self._flight, self._launched = flight, begun
@@ -165,7 +165,7 @@ class Engine:
             return []
         try:
             result = flight.land()
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             return self._fail(flight.plan, error)
         self._failures = 0
         events = self._commit(flight.plan, result)

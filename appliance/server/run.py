@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import math
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,6 +37,9 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
         raise InputError("--audit-content needs --audit-log FILE")
     if server.max_num_queued_reqs == 0 or server.max_num_queued_reqs < -1:
         raise InputError(f"--max-num-queued-reqs is at least 1, or -1 for no limit, got {server.max_num_queued_reqs}")
+    for flag, seconds in (("--idle-unload", server.idle_unload), ("--engine-step-timeout", server.engine_step_timeout)):
+        if not 0 <= seconds < math.inf:
+            raise InputError(f"{flag} is {seconds:g}: seconds, 0 or more, are needed")
     keys = Keyring(server.api_key, server.api_key_file)
     raise_file_limit()
     with contextlib.closing(bind(server.host, server.port)) as sock:

@@ -135,7 +135,7 @@ class ServerState:
     def check_queue(self) -> None:
         """Raises RequestError (503) when too many requests wait. The engine's own count would be as old as its latest step."""
         most = self.server_config.max_num_queued_reqs
-        if 0 <= most <= (waiting := sum(not job.answering for job in self.jobs)):
+        if 0 <= most <= (waiting := sum(len(job.submits) for job in self.jobs if not job.answering)):
             raise unavailable(f"{waiting} requests wait already, and --max-num-queued-reqs is {most}", "server_overloaded")
 
     def check_unknown(self, body: Fields) -> None:
@@ -143,8 +143,8 @@ class ServerState:
         names = unknown(body.model_extra or {})
         if names and self.server_config.strict_requests:
             raise RequestError(f"unknown field {names[0]!r} (--strict-requests)", param=names[0], code="unknown_parameter")
-        fresh = set(names) - self.shared.named
-        if fresh and len(self.shared.named) < 1000:  # a client that makes names up shall not fill the memory
+        fresh = set(names[:100]) - self.shared.named  # a client that makes names up shall fill neither time nor memory
+        if fresh and len(self.shared.named) < 1000:
             self.shared.named |= fresh
             log.warning("requests hold fields that are unknown here and ignored: %s", ", ".join(sorted(fresh))[:500])
 

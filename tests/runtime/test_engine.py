@@ -215,13 +215,14 @@ def test_refused_at_the_door(load: Load, ids: list[int], params: dict, param: st
     assert error.value.param == param and not engine.has_work
 
 
-def test_a_failing_step_ends_its_own_requests_only(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError, OverflowError, ValueError, KeyError])
+def test_a_failing_step_ends_its_own_requests_only(load: Load, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
     engine = load()
     launch, broken = engine.runner.launch, [True]
 
     def fail_once(plan: StepPlan, scored: list[int]) -> Flight:
         if broken and broken.pop():
-            raise RuntimeError("no memory for this step")
+            raise kind("no memory for this step")
         return launch(plan, scored)
 
     monkeypatch.setattr(engine.runner, "launch", fail_once)
