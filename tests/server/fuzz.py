@@ -44,7 +44,7 @@ def before_generate_body(context: Any, strategy: Any) -> Any:
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
-    """Answers are short, a model is seldom loaded anew: a run shall have an end. Where one of some fields is needed, one is there."""
+    """Answers are short, models are seldom loaded: a run shall have an end. Where one of some fields is needed, one is there."""
     if isinstance(case.body, dict):
         path = case.operation.path
         names, value = ONE_OF.get(path, ((), None))
