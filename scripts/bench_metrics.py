@@ -1,6 +1,6 @@
 """What metrics cost: a scrape, and what is done for each token. Numbers of one core: run it on a quiet machine.
 
-    python scripts/bench_metrics.py
+python scripts/bench_metrics.py
 """
 
 from __future__ import annotations
