@@ -176,11 +176,20 @@ def parse(schema: type[Body], raw: bytes) -> Body:
     try:
         return schema.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise _refusal(first["type"], first["loc"], first["msg"], first.get("input")) from None
+        raise _refusal(error) from None
 
 
-def _refusal(kind: str, where: tuple[int | str, ...], message: str, found: Any) -> RequestError:
+def build(schema: type[Body], fields: dict[str, Any]) -> Body:
+    """The same of what another form of request says. Raises RequestError that names the field."""
+    try:
+        return schema.model_validate(fields)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> RequestError:
+    first = error.errors(include_url=False)[0]
+    kind, where, message, found = first["type"], first["loc"], first["msg"], first.get("input")
     if kind == "json_invalid":
         return RequestError(f"the body is not JSON: {message.removeprefix('Invalid JSON: ')}", code="invalid_json")
     if not where:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from appliance.server.messages.schemas import CountRequest, Message, MessagesRequest, build, wrong
+from appliance.server.messages.schemas import CountRequest, Message, MessagesRequest, wrong
 from appliance.server.messages.signature import hidden
 from appliance.server.messages.tools import chat_tools
-from appliance.server.schemas import ChatRequest
+from appliance.server.schemas import ChatRequest, build
 
 # What Claude Code puts first into its system prompt, with a number that is another one in each request: a prompt that begins so
 # would never be found in the prefix cache.
@@ -51,7 +51,7 @@ def chat_request(body: CountRequest, way: Way = Way()) -> ChatRequest:
     if isinstance(body, MessagesRequest):
         fields |= {"max_tokens": body.max_tokens or 1, "stop": _stops(body), "stream": body.stream}
         fields |= {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
-    chat = build(fields)
+    chat = build(ChatRequest, fields)
     if body.thinking is not None and body.thinking.type != "adaptive":
         on = body.thinking.type == "enabled"  # the two names that templates have for it
         chat.chat_template_kwargs = {"enable_thinking": on, "thinking": on, **(chat.chat_template_kwargs or {})}

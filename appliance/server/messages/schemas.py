@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import Field, ValidationError, WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
 from appliance.core.params import RequestError
 from appliance.server.fields import refuse
-from appliance.server.schemas import ChatRequest, Fields, _refusal
+from appliance.server.schemas import ChatRequest, Fields
 
 _BLOCK = {"type": ["object", "string"], "properties": {"type": {"type": "string"}}, "required": ["type"]}
 Content = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _BLOCK}]})]
@@ -105,15 +105,6 @@ class MessagesRequest(CountRequest):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-
-
-def build(fields: dict[str, Any]) -> ChatRequest:
-    """Raises RequestError naming the field."""
-    try:
-        return ChatRequest.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise _refusal(first["type"], first["loc"], first["msg"], first.get("input")) from None
 
 
 def wrong(where: str, why: str, code: str | None = None) -> NoReturn:

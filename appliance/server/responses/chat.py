@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from appliance.core.params import RequestError
-from appliance.server.responses.schemas import InputTokensRequest, ResponsesRequest, build
-from appliance.server.schemas import ChatRequest, SamplingFields
+from appliance.server.responses.schemas import InputTokensRequest, ResponsesRequest
+from appliance.server.schemas import ChatRequest, SamplingFields, build
 
 # What fields are called here: chat's name -> OpenAI's in responses. The longest that fits counts.
 NAMES = {
@@ -36,7 +36,7 @@ def chat_request(body: InputTokensRequest, messages: list[dict[str, Any]]) -> Ch
     if isinstance(body, ResponsesRequest):
         fields |= {"max_completion_tokens": body.max_output_tokens}
         fields |= {"logprobs": body.scored, "top_logprobs": body.top_logprobs} if body.scored else {}
-    return build(fields)
+    return build(ChatRequest, fields)
 
 
 def renamed(error: RequestError) -> RequestError:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
 from appliance.core.params import RequestError
 from appliance.server.fields import REFUSED, refuse
-from appliance.server.schemas import ChatRequest, Fields, SamplingFields, _refusal
+from appliance.server.schemas import Fields, SamplingFields
 
 _ITEM = {"type": "object", "properties": {"type": {"type": "string"}, "role": {"type": "string"}}}
 Input = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _ITEM}, {"type": "null"}]})]
@@ -138,12 +138,3 @@ class ResponsesRequest(InputTokensRequest):
     def scored(self) -> bool:
         """Whether log-probabilities are asked for."""
         return LOGPROBS in self.include or bool(self.top_logprobs)
-
-
-def build(fields: dict[str, Any]) -> ChatRequest:
-    """Raises RequestError naming the field."""
-    try:
-        return ChatRequest.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise _refusal(first["type"], first["loc"], first["msg"], first.get("input")) from None
