@@ -12,6 +12,7 @@ from quant.errors import InputError
 MAX_BEAMS = 256  # what a step looks at grows with their square
 MAX_LENGTH_PENALTY = 10.0  # beyond that the powers of lengths are no numbers any more
 MAX_WORDS, MAX_WORDS_CHARS = 1024, 32768  # of ``stop``, and of ``bad_words``: all of them are looked for at each token
+FLAT = 1e6  # temperature at which all tokens are equally likely; far beyond it float32 has nothing but zeros and infinities
 ALL_TOKENS = 2**31 - 1  # of top_k: more than any vocabulary has, and the most that kernels take
 MAX_IDS = 2**19  # of a list of token ids: more than any vocabulary has
 # What would change the order of tokens or the end of a text: field -> values that do not.
@@ -129,6 +130,8 @@ class SamplingParams:
         self._check_structured()
         if self.top_k > ALL_TOKENS:
             object.__setattr__(self, "top_k", ALL_TOKENS)
+        if self.temperature > FLAT:
+            object.__setattr__(self, "temperature", FLAT)
         if 0 < self.temperature < 0.01:  # as vLLM: below this the division overflows half precision
             object.__setattr__(self, "temperature", 0.01)
 
