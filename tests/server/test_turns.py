@@ -130,3 +130,18 @@ def test_calls_of_another_server_go_on_here(shared_data: Path, tmp_path: Path) -
             sent = one.state.tokenizer.decode(one.client.submitted[-1].prompt_token_ids, skip_special_tokens=False)
             fitted = nine_characters(call["id"])
             assert call["id"] not in sent and sent.count(fitted) == 2
+
+
+@pytest.mark.realdata
+def test_no_effort_is_no_reasoning(shared_data: Path, tmp_path: Path) -> None:
+    """By the model's own template; a form then begins at once."""
+    source = (shared_data / "tokenizers" / "chat_templates" / "Qwen-Qwen3-0.6B.jinja").read_text()
+    with serve(tmp_path, "Hermes", source=source) as one:
+        body: Any = {"messages": HELLO, "response_format": {"type": "json_object"}}
+        for text, effort in (('<think>Hm.</think>{"a": 1}', "high"), ('{"a": 1}', "none")):
+            one.client.say(text)
+            message = one.post("/v1/chat/completions", **body, reasoning_effort=effort).json()["choices"][0]["message"]
+            assert message["content"] == '{"a": 1}' and message.get("reasoning") == (None if effort == "none" else "Hm.")
+            assert ("thoughts" in one.client.submitted[-1].params.grammar) == (effort == "high")
+        on = one.post("/v1/chat/completions", **body, reasoning_effort="none", chat_template_kwargs={"enable_thinking": True})
+        assert on.status_code == 200 and "thoughts" in one.client.submitted[-1].params.grammar

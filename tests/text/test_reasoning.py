@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from appliance.text.answer import Answer, AnswerParser
 from appliance.text.reasoning import REASONING, THINK, ReasoningDelta, ReasoningParser, Tags, tags_of
+from appliance.text.template import ChatTemplates
 from appliance.text.tools.formats import Hermes, Mistral
 from tests.text.test_tool_choice import chat_of
 from tests.text.tool_texts import KINDS, any_text, cuts, seeded
@@ -129,6 +130,8 @@ def test_finish_reasons():
 
 
 def test_where_an_answer_begins():
+    assert THINK.closed("<|im_start|>assistant\n<think>\n\n</think>\n\n") and not THINK.closed("user: </think>\nassistant:")
+    assert THINK.closed("", "<think>Hm.</think> so") and not THINK.closed("</think>", "<think>So")
     assert THINK.opened("<|im_start|>assistant\n<think>\n") and not THINK.opened("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert not THINK.opened("user: <think>\nassistant:")
     always = REASONING["deepseek_r1"]
@@ -156,3 +159,23 @@ def test_real_templates(shared_data):
     assert not opened["Qwen-Qwen3-0.6B.jinja"] and not opened["HuggingFaceTB-SmolLM3-3B.jinja"]
     seed = (shared_data / "tokenizers" / "chat_templates" / "ByteDance-Seed-OSS.jinja").read_text()
     assert tags_of([seed]) == Tags("<seed:think>", "</seed:think>") and tags_of(["plain"]) is None
+
+
+@pytest.mark.realdata
+def test_real_templates_without_reasoning(shared_data):
+    """Most templates close the reasoning in the prompt where none is asked for; of none is it open and closed."""
+    closed = {"asked": set(), "off": set()}
+    for path in sorted((shared_data / "tokenizers" / "chat_templates").glob("*.jinja")):
+        tags = tags_of([path.read_text()])
+        if tags is None:
+            continue
+        templates = ChatTemplates({"default": path.read_text()}, {"bos_token": "<s>", "eos_token": "</s>"}, where="model")
+        for name, extra in (("asked", {}), ("off", {"enable_thinking": False, "thinking": False, "reasoning_effort": "none"})):
+            hello = [{"role": "user", "content": "Hi </think>"}]
+            options = {"add_generation_prompt": True, "continue_final_message": False, "tools": None, "documents": None}
+            prompt = templates.render(hello, **options, extra=extra)
+            assert not (tags.closed(prompt) and tags.opened(prompt))
+            if tags.closed(prompt):
+                closed[name].add(path.stem)
+    some = {"Qwen-Qwen3-0.6B", "Qwen3.5-4B", "GLM-4.6", "GLM-4.7-Flash", "HuggingFaceTB-SmolLM3-3B"}
+    assert some <= closed["off"] and not some & closed["asked"] and "deepseek-ai-DeepSeek-V3.1" in closed["asked"]
