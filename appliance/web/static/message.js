@@ -78,6 +78,7 @@ export class MessageView {
     const { act, message } = this;
     this.buttons.replaceChildren();
     if (this.streaming) return;
+    if (message.error && !message.content) return; // its own button asks again
     this.buttons.append(copyButton(() => this.message.content, "Copy"));
     const again = message.role === "user" ? "Answer again" : "Try again";
     if (message.role !== "tool") this.buttons.append(iconButton("retry", again, () => act.retry(message)));
