@@ -82,6 +82,8 @@ class Parsers:
                 return replace(params, structured_outputs=form, grammar=await compiled(form, ours=True))
             return replace(params, grammar=await compiled(form, around))
         except RequestError as error:
+            if calls is None:
+                raise
             message = f"tools: no grammar of calls can be made of these: {error}"
             raise RequestError(message, param="tools", code=error.code) from None
 
