@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from itertools import accumulate
 from typing import Any
 
 from starlette.responses import Response
@@ -12,7 +13,7 @@ from appliance.core.messages import TokenLogprob
 from appliance.server.errors import JSONResponse
 from appliance.server.job import Job
 from appliance.server.logprobs import Logprobs
-from appliance.server.prompts import completion_prompts, text_of
+from appliance.server.prompts import Prompt, completion_prompts, text_of
 from appliance.server.respond import stream
 from appliance.server.sampling import completion_params
 from appliance.server.schemas import CompletionRequest
@@ -89,21 +90,38 @@ class CompletionView:
     def _prompt_scores(self, c: int) -> tuple[TokenLogprob | None, ...] | None:
         return self.job.prompt_logprobs[c // self.job.params.n]
 
+    def _widths(self, token_ids: Sequence[int]) -> list[int]:
+        """How many characters of the text each token is."""
+        tokenizer = self.state.tokenizer
+        if tokenizer is None:
+            return [0] * len(token_ids)
+        hidden = tokenizer.special_ids if self.job.params.skip_special_tokens else ()
+        return [0 if token in hidden else len(self.state.token_name(token)) for token in token_ids]
+
+    def _widths_of(self, prompt: Prompt) -> list[int]:
+        """The same of an echoed prompt: special tokens are shown, but not the one that the tokenizer has put ahead of a text."""
+        if (tokenizer := self.state.tokenizer) is None:
+            return [0] * len(prompt.token_ids)
+        names = [self.state.token_name(token) for token in prompt.token_ids]
+        ahead = prompt.token_ids[0] in tokenizer.special_ids and prompt.text is not None and not prompt.text.startswith(names[0])
+        return [0 if ahead else len(names[0]), *map(len, names[1:])]
+
     def _choice(self, c: int, delta: Delta, first: bool) -> dict[str, Any]:
         """What is new of choice ``c``; its first piece brings the echoed prompt."""
         prompt = self.job.prompts[c // self.job.params.n]
         text, ids = ("", ()) if self.hidden else (delta.text, delta.token_ids)
         scored: tuple[TokenLogprob | None, ...] = () if self.hidden else tuple(delta.logprobs or ())
         reason = "length" if self.hidden and delta.finish_reason == "stop" else delta.finish_reason
-        shown = ids
-        if first and self.body.echo:
+        shown, echoed = ids, first and self.body.echo
+        if echoed:
             text = text_of(prompt, self.state.tokenizer) + text
             shown = prompt.token_ids + ids
             scored = (self._prompt_scores(c) or (None,) * len(prompt.token_ids)) + scored
         logprobs = None
         if self.body.logprobs is not None and scored:
-            logprobs = self.logprobs.completion(shown[: len(scored)], scored, self.body.logprobs, self.offsets[c])
-            self.offsets[c] += sum(map(len, logprobs["tokens"]))
+            widths = (self._widths_of(prompt) if echoed else []) + self._widths(ids)
+            *offsets, self.offsets[c] = accumulate(widths[: len(scored)], initial=self.offsets[c])
+            logprobs = self.logprobs.completion(shown[: len(scored)], scored, self.body.logprobs, offsets)
         stop_reason = None if self.hidden else delta.stop_reason
         choice = {"index": c, "text": text, "logprobs": logprobs, "finish_reason": reason, "stop_reason": stop_reason}
         if self.body.return_token_ids:

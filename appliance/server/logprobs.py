@@ -30,18 +30,13 @@ class Logprobs:
         return {"content": content, "refusal": None}
 
     def completion(
-        self, token_ids: Sequence[int], scored: Sequence[TokenLogprob | None], top: int, offset: int
+        self, token_ids: Sequence[int], scored: Sequence[TokenLogprob | None], top: int, offsets: Sequence[int]
     ) -> dict[str, Any]:
-        """``choice.logprobs`` of a completion; text offsets start at ``offset``. A token without a score gets nulls."""
-        names = [self._name(t) for t in token_ids]
-        offsets = []
-        for name in names:
-            offsets.append(offset)
-            offset += len(name)
+        """``choice.logprobs`` of a completion; ``offsets``: where each token begins in its text. Without a score it has nulls."""
         return {
-            "text_offset": offsets,
+            "text_offset": list(offsets),
             "token_logprobs": [None if s is None else max(s.logprob, FLOOR) for s in scored],
-            "tokens": names,
+            "tokens": [self._name(t) for t in token_ids],
             "top_logprobs": [None if s is None else self._top(s, top) for s in scored],
         }
 

@@ -144,6 +144,25 @@ def test_two_wishes_for_scores_of_the_prompt(live: Running, prompt_logprobs: int
     assert all(score in [one["logprob"] for one in entry.values()] for score, entry in zip(told, scores))
 
 
+@pytest.mark.parametrize("by_ids", [False, True])
+def test_offsets_point_into_the_text(live: Running, by_ids: bool) -> None:
+    """Though the tokenizer puts a token ahead that is not shown, and the end of text is not shown either."""
+    with live.http as http:
+        ids = http.post("/tokenize", json={"prompt": "The capital"}).json()["tokens"]
+        body = {"prompt": ids if by_ids else "The capital", "max_tokens": 40, "temperature": 0, "echo": True, "logprobs": 0}
+        for more in ({}, {"return_tokens_as_token_ids": True}, {"echo": False}):
+            (choice,), _ = whole(http, "/v1/completions", {**body, **more})
+            found, text = choice["logprobs"], choice["text"]
+            names = http.post("/v1/completions", json={**body, "echo": more.get("echo", True)}).json()["choices"][0]["logprobs"][
+                "tokens"
+            ]
+            assert choice["finish_reason"] == "stop" and names[-1] == "<|end|>" and text[-1] == "."
+            begun = [text[at : at + len(name)] == name for at, name in zip(found["text_offset"], names)]
+            assert begun == [by_ids or "echo" in more, *[True] * (len(names) - 2), False]
+            (told,), _ = streamed(http, "/v1/completions", {**body, **more})
+            assert told["logprobs"]["text_offset"] == found["text_offset"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_wishes_that_leave_no_token(live: Running, stream: bool) -> None:
     """That is known when it comes to it, and the request's own fault all the same: after a 5xx its client would come again."""
