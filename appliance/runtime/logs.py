@@ -39,7 +39,7 @@ def take_lines(stream: IO[bytes]) -> None:
 def take_line(raw: bytes) -> None:
     if raw.startswith(MARK):
         try:
-            record = logging.makeLogRecord(json.loads(raw[1:]))
+            record = logging.makeLogRecord({**json.loads(raw[1:]), "keyless": True})  # the engine is told of no keys
             logging.getLogger(record.name).handle(record)
             return
         except (ValueError, TypeError, AttributeError):

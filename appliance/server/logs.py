@@ -37,8 +37,8 @@ def request_id() -> str | None:
 
 
 def clean(record: logging.LogRecord, text: str) -> str:
-    """Without keys. Lines of requests are made of what has none: looking for them would cost more than all the rest."""
-    return text if record.name == requests_log.name else hide(text)
+    """Without keys. Lines of requests, and the engine's, are made of what has none: to look for them costs more than the rest."""
+    return text if record.name == requests_log.name or getattr(record, "keyless", False) else hide(text)
 
 
 class Text(logging.Formatter):
