@@ -105,7 +105,7 @@ def segments(parts: Sequence[float], width: int, whole: float) -> list[int]:
     """Widths, together at most ``width``, in proportion to ``parts`` of ``whole``; a part above zero gets one if any is left."""
     if whole <= 0 or width <= 0:
         return [0] * len(parts)
-    widths = [max(1, round(width * part / whole)) if part > 0 else 0 for part in parts]
+    widths = [max(1, round(width * min(part / whole, 1))) if part > 0 else 0 for part in parts]
     while sum(widths) > width:
         widths[widths.index(max(widths))] -= 1
     return widths

@@ -10,6 +10,8 @@ from appliance.tui.http import FeedError
 
 T = TypeVar("T")
 
+MOST = 1e18  # no number that is shown is larger
+
 
 @dataclass(frozen=True, slots=True)
 class Latency:
@@ -124,9 +126,21 @@ def parse(body: dict[str, Any]) -> View:
 
 
 def _row(data: dict[str, Any]) -> Row:
-    return Row(_make(RequestStat, data), id=data.get("id"), key=data.get("key"), ttft_s=data.get("ttft_s"), facts=data)
+    known = {name: data.get(name) for name in ("id", "key", "ttft_s", "facts")}
+    return _make(Row, {**known, "stat": _make(RequestStat, data), "facts": data})
 
 
 def _make(cls: type[T], data: dict[str, Any]) -> T:
-    known = {one.name for one in fields(cls)}  # type: ignore[arg-type]
-    return cls(**{name: value for name, value in data.items() if name in known})
+    """Raises TypeError where a number, or a text, is something else: widgets shall not have to ask."""
+    known = {}
+    for one in fields(cls):  # type: ignore[arg-type]
+        if one.name in data:
+            value = known[one.name] = data[one.name]
+            kind = str(one.type).removesuffix(" | None")
+            if value is None and kind != one.type:
+                continue
+            if kind in ("int", "float") and not (isinstance(value, int | float) and abs(value) < MOST):
+                raise TypeError(f"{one.name} is {value!r:.40}")
+            if kind == "str" and not isinstance(value, str):
+                raise TypeError(f"{one.name} is {value!r:.40}")
+    return cls(**known)

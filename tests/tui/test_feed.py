@@ -176,3 +176,14 @@ def test_the_log_is_asked_for_once_and_bounded(counters: Counters) -> None:
     counters.log = lambda after: {"lines": 3, "next": 1}  # type: ignore[method-assign]
     feed.poll_log()
     assert feed.log_error is not None and "/logs is not understood" in feed.log_error
+
+
+@pytest.mark.parametrize("wrong", [None, "many", [], 1e300, float("nan")])
+def test_what_is_no_number_is_told_and_not_shown(counters: Counters, wrong: Any) -> None:
+    feed = counters.feed()
+    counters.set(1, blocks_used=wrong)
+    feed.poll()
+    assert feed.view is None and feed.error is not None and "not understood: TypeError: blocks_used is" in feed.error
+    counters.set(1, blocks_used=1, requests_now=[row("a", 1, ttft_s="soon")])
+    feed.poll()
+    assert feed.error is not None and "ttft_s is 'soon'" in feed.error

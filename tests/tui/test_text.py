@@ -84,4 +84,5 @@ def test_segments_keep_the_proportions_and_the_width() -> None:
         parts = [rng.choice([0, rng.random(), 100 * rng.random()]) for _ in range(4)]
         widths = segments(parts, width := rng.randint(4, 80), sum(parts))
         assert sum(widths) <= width and all((w > 0) == (p > 0) for w, p in zip(widths, parts, strict=True))
+    assert segments([1e30], 8, 10) == [8], "at once, and not one by one"
     assert segments([1], 0, 1) == segments([1], 5, 0) == [0]
