@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -50,7 +49,6 @@ class Asker:
         self.chat = config.backend == "openai-chat"
         self.path = config.endpoint or ENDPOINTS[config.backend]
         self.more = _object("--extra-body", config.extra_body)
-        self._prefix = config.request_id_prefix if config.request_id_prefix is not None else f"bench-{uuid.uuid4().hex[:8]}-"
 
     def body(self, sample: Sample) -> dict[str, Any]:
         config = self.config
@@ -75,7 +73,9 @@ class Asker:
     async def ask(self, sample: Sample, outcome: Outcome) -> None:
         """Fill ``outcome``; every failure ends up in it. Cancelled: so does that."""
         outcome.asked_tokens = sample.output_tokens or 0
-        request = self.target.request(self.path, self.body(sample), {"X-Request-Id": f"{self._prefix}{outcome.number}"})
+        prefix = self.config.request_id_prefix  # none without it: there are servers that take UUIDs alone
+        named = {} if prefix is None else {"X-Request-Id": f"{prefix}{outcome.number}"}
+        request = self.target.request(self.path, self.body(sample), named)
         try:
             async with asyncio.timeout(self.config.request_timeout):
                 answer = await self.target.send(request, outcome.feed)
