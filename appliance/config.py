@@ -165,8 +165,8 @@ class BenchConfig:
     served_model_name: str | None = None
     """Name to ask for, if not --model."""
     dataset_name: str = "random"
-    """random, sharegpt, custom (JSON lines with prompt or messages), text (cuts from any text), timed_trace (a trace's arrivals and
-    lengths: Azure's CSV, or JSON lines as Mooncake's)."""
+    """random, sharegpt, custom (JSON lines with prompt or messages), text (cuts from a text), timed_trace (arrivals and lengths:
+    Azure's CSV, or JSON lines as Mooncake's)."""
     dataset_path: str | None = None
     """File of the data set."""
     num_prompts: int = 1000
