@@ -60,6 +60,7 @@ class Operation:
     text: str | None = None  # the media type of an answer that is no JSON
     events: Any = None
     done: str | None = "[DONE]"
+    leads_to: tuple[str, ...] = ()  # routes whose path takes the ``id`` of this one's answer
     errors: tuple[int, ...] = ()
     error: Any = ErrorAnswer
     unready: Any = None  # what a 503 says, where it is no error
@@ -144,9 +145,8 @@ def _schemas(operations: Iterable[Operation]) -> tuple[dict[Any, Any], dict[str,
 
 
 def _operation(method: str, path: str, operation: Operation, schemas: Mapping[Any, Any]) -> dict[str, Any]:
-    name = "_".join(re.findall(r"\w+", path)) or "root"
     described: dict[str, Any] = {
-        "operationId": f"{method}_{name}",
+        "operationId": _id(method, path),
         "tags": [operation.tag],
         "summary": operation.summary,
         "responses": {"200": _success(operation, schemas)},
@@ -186,7 +186,16 @@ def _success(operation: Operation, schemas: Mapping[Any, Any]) -> dict[str, Any]
         data += [{"const": operation.done}] if operation.done else []
         event = {"type": "object", "properties": {"data": {"type": "string", "anyOf": data}}, "required": ["data"]}
         content["text/event-stream"] = {"schema": event}
-    return {"description": "As asked.", "headers": _header("X-Request-Id"), "content": content}
+    links = {}
+    for method, path in (route.split() for route in operation.leads_to):
+        parameters = dict.fromkeys(re.findall(r"{(\w+)}", path), "$response.body#/id")
+        links[_id(method.lower(), path)] = {"operationId": _id(method.lower(), path), "parameters": parameters}
+    more = {"links": links} if links else {}
+    return {"description": "As asked.", "headers": _header("X-Request-Id"), "content": content, **more}
+
+
+def _id(method: str, path: str) -> str:
+    return f"{method}_{'_'.join(re.findall(r'[a-zA-Z0-9_]+', path)) or 'root'}"
 
 
 def _header(name: str) -> dict[str, Any]:

@@ -82,9 +82,9 @@ def chat_params(body: ChatRequest, defaults: Mapping[str, Any], max_logprobs: in
     if (body.top_logprobs or 0) < 0 and max_logprobs != -1:
         raise RequestError(f"top_logprobs must be at least 0, got {body.top_logprobs}", param="top_logprobs")
     tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if body.max_completion_tokens is not None and body.max_completion_tokens < 1:
-        message = f"max_completion_tokens must be an integer at least 1, got {body.max_completion_tokens}"
-        raise RequestError(message, param="max_completion_tokens")
+    for name in ("max_tokens", "max_completion_tokens"):  # also of the one that does not count
+        if (value := getattr(body, name)) is not None and value < 1:
+            raise RequestError(f"{name} must be an integer at least 1, got {value}", param=name)
     more = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "max_tokens": tokens}
     return _params(body, defaults, max_logprobs, more)
 

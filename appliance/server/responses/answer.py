@@ -20,6 +20,7 @@ from appliance.server.responses.items import Item, items_of, messages_of
 from appliance.server.responses.schemas import InputTokensRequest, ResponsesRequest
 from appliance.server.responses.store import ResponseStore
 from appliance.server.responses.view import ResponseView
+from appliance.server.sampling import chat_params
 from appliance.server.state import ServerState
 from appliance.server.turn import Turn, begin
 
@@ -50,6 +51,7 @@ async def count(state: ServerState, body: InputTokensRequest) -> dict[str, Any]:
     assert state.info  # or it is not to be served now
     try:
         chat.check()
+        chat_params(chat, state.defaults, state.server_config.max_logprobs)  # refuses what an answer could not be made with
         choice = state.parsers.choice(chat)
         prompt = await chat_prompt(chat, state.tokenizer, sys.maxsize, list(choice.tools) or None)
     except RequestError as error:

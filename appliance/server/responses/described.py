@@ -224,6 +224,12 @@ OPERATIONS = {
         answer=ResponseAnswer,
         events=ResponseEvent | ItemEvent | PartEvent | DeltaEvent | DoneEvent,
         done=None,
+        leads_to=(
+            "GET /v1/responses/{response_id}",
+            "GET /v1/responses/{response_id}/input_items",
+            "POST /v1/responses/{response_id}/cancel",
+            "DELETE /v1/responses/{response_id}",
+        ),
         errors=COMPUTE,
     ),
     "POST /v1/responses/input_tokens": Operation(
