@@ -124,6 +124,7 @@ def plan(
 app.command("appliance.bench.command:app", name="bench", help="Measure a server: requests a second, latencies, errors.")
 app.command("appliance.chat.command:chat", name="chat", help="Talk to a model in the terminal, or ask it one question.")
 app.command("appliance.quantize.command:quantize", name="quantize", help="Make a quantized checkpoint of a model.")
+app.command("appliance.eval.command:evaluate", name="eval", help="Measure models side by side: what quantizing has cost.")
 app.command("appliance.tui.command:tui", name="tui", help="Watch running servers in the terminal, or start one and watch it.")
 
 

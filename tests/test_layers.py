@@ -45,6 +45,8 @@ MAY_IMPORT = {
     "appliance.chat": ["quant.errors"],
     "appliance.cli": ["appliance", "quant", "models.spec"],
     "appliance.cli_flags": ["quant.errors"],
+    "appliance.eval": ["quant.errors", "appliance.config", "appliance.core", "appliance.runtime", "appliance.llm", "appliance.hub",
+                       "appliance.memory", "appliance.text", "appliance.quantize.calibration"],
     "appliance.quantize": ["quant", "models", "appliance.hub", "appliance.memory", "appliance.text"],
     "appliance.models_file": ["quant.errors", "appliance.config"],
     "appliance.plan_models": ["quant.errors", "appliance.config", "appliance.hub", "appliance.memory", "appliance.models_file",

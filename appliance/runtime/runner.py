@@ -6,7 +6,8 @@ the last one lands: its inputs are those that the host knows, and the tokens tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from appliance.core.messages import TokenLogprob
+from appliance.core.params import SamplingParams
 from appliance.core.request import Request
 from appliance.core.step import Chunk, StepPlan
 from appliance.core.store import Copy
@@ -200,6 +202,20 @@ class Runner:
     def _logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, V] for at most LOGIT_ROWS rows; they last until they are asked for again."""
         return self.decoder.logits(hidden, self._out[: hidden.shape[0]])
+
+    @torch.inference_mode()
+    def every_logit(self, ids: Sequence[int], at_once: int) -> Iterator[Tensor]:
+        """Logits float32 [r, V] after each of a text's tokens, some rows at a time, each part until the next one is asked for.
+
+        For measuring, while no request is there: it writes into the cache from its first block on. ``at_once``: tokens of a step.
+        """
+        blocks = array("i", range(-(-len(ids) // self.block_size)))
+        request = Request("", 0, list(ids), len(ids), SamplingParams(), len(ids) + 1, 0, 0.0, blocks=blocks)
+        for start in range(0, len(ids), at_once):
+            step = StepArrays.build([Chunk(request, start, min(at_once, len(ids) - start), False)], self.block_size)
+            hidden = self._hidden(step, None, self._send(step.arrays))
+            for part in hidden.split(LOGIT_ROWS):
+                yield self._logits(part)
 
     def _score_prompt(self, chunk: Chunk, hidden: Tensor, scored: int) -> PromptScores | None:
         """Row p of the chunk predicts token p + 1. The first prompt token has nothing before it and no log-probability."""
