@@ -168,5 +168,6 @@ class Service:
     def _on_signal(self) -> None:
         if self.stopping.is_set():
             os._exit(130)  # asked twice: the engine process sees the pipe close and ends too
-        logs.tell("appliance: stopping (again to stop at once)", self.server, stream=sys.stderr)
         self.stopping.set()
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            logs.tell("appliance: stopping (again to stop at once)", self.server, stream=sys.stderr)
