@@ -81,7 +81,10 @@ def check(asked: Asked) -> None:
         if asked.replay and value:
             raise InputError(f"{name} does not go with --replay: a recording is played, and no server is asked")
     if asked.flags and asked.serve is None:
-        raise InputError(f"{asked.flags[0]!r} is for a server that --serve MODEL starts; the address of one that runs is --url's")
+        first = asked.flags[0]
+        if not first.startswith("-"):
+            raise InputError(f"{first!r}: the address of a server is given as --url {first}")
+        raise InputError(f"there is no option {first}; what is behind -- is for a server that --serve MODEL starts")
     if asked.serve == "":
         raise InputError("--serve needs a model: a directory, a name on the hub, or demo for the embedded one")
 
