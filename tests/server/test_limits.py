@@ -212,8 +212,7 @@ def test_the_queue_has_an_end(start: Any) -> None:
         with served.http as http:
             assert http.get("/health").status_code == 200  # busy is not ill
             assert (
-                'http_errors_total{code="server_overloaded",status="503"} 2.0'
-                in http.get("/metrics", headers=bearer(MINE)).text
+                'http_errors_total{code="server_overloaded",status="503"} 2.0' in http.get("/metrics", headers=bearer(MINE)).text
             )
         served.client._wait = gate
         served.run(served.client._dead.set)
