@@ -85,7 +85,7 @@ def some(rng: random.Random, *, chat: bool) -> dict[str, Any]:
     return body
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(16))
 def test_completions(live: Running, seed: int) -> None:
     rng = random.Random(seed)
     body = some(rng, chat=False)
@@ -199,7 +199,7 @@ def ask_for_scores(http: httpx.Client, body: dict[str, Any], given: list[Any]) -
     return found
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_chat(live: Running, seed: int) -> None:
     rng = random.Random(1000 + seed)
     body = some(rng, chat=True)
