@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import time
@@ -57,8 +58,16 @@ async def read(request: Request, schema: type[Body]) -> Body:
         del raw[: len(BOM)]
     if len(raw) <= SMALL_BODY:
         return parse(schema, bytes(raw))
-    share.grow(weight(raw))
-    return await one_at_a_time(parse, schema, bytes(raw))
+    share.grow(await one_at_a_time(weight, raw))
+    return await one_at_a_time(_parse_large, schema, raw)
+
+
+def _parse_large(schema: type[Body], raw: bytearray) -> Body:
+    gc.disable()  # it would go through all of the new values again and again
+    try:
+        return parse(schema, bytes(raw))
+    finally:
+        gc.enable()
 
 
 def _too_large() -> RequestError:

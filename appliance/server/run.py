@@ -18,6 +18,7 @@ from appliance.memory.together import Wish, seats, settled
 from appliance.models_file import Entry, read_models
 from appliance.server import logs
 from appliance.server.audit import check_writable
+from appliance.server.beside import give_memory_back
 from appliance.server.host import EngineHost
 from appliance.server.http import check_tls, raise_file_limit
 from appliance.server.keys import Keyring
@@ -42,6 +43,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
             raise InputError(f"{flag} is {seconds:g}: seconds, 0 or more, are needed")
     keys = Keyring(server.api_key, server.api_key_file)
     raise_file_limit()
+    give_memory_back()
     with contextlib.closing(bind(server.host, server.port)) as sock:
         if not keys.required and not server.insecure:
             check_local(server.host, sock)

@@ -135,8 +135,8 @@ def test_a_body_that_breaks_off_holds_nothing(served: Served) -> None:
 
 
 def test_weights() -> None:
-    assert weight(b'{"a": [1, 2]}') == 2 * 13 + 100 * 3
-    assert weight('{"a": "ä"}'.encode()) == 5 * 11 + 100 and weight(b'{"a": "\\u00e4"}') == 5 * 15 + 100
+    assert weight(b'{"a": [1, 2]}') == 2 * 13 + 40 * 9
+    assert weight('{"a": "ä"}'.encode()) == 5 * 11 + 160 and weight(b'{"a": "\\u00e4"}') == 5 * 15 + 160
     with pytest.raises(RequestError, match="values"):
         check_values(b"," * (MAX_VALUES + 1))
 
