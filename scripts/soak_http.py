@@ -146,6 +146,16 @@ async def soak(url: str, api: psutil.Process, keys: dict[str, str], args: argpar
     }
 
 
+def written(report: dict[str, Any]) -> str:
+    """As JSON, a sample a line."""
+    from bench import heading, without_folders
+
+    words = ["scripts/soak_http.py", *(without_folders(word) for word in sys.argv[1:])]
+    rest = {name: value for name, value in report.items() if name != "samples"}
+    text = json.dumps({**heading("demo"), "command": " ".join(words), "server": FLAGS, **rest}, indent=1)
+    return text[: -len("\n}")] + ',\n "samples": [\n  ' + ",\n  ".join(map(json.dumps, report["samples"])) + "\n ]\n}\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
@@ -159,10 +169,7 @@ def main() -> int:
         report["audit_lines"] = sum(1 for _ in (Path(folder) / "audit.jsonl").open())
         report["log_errors"] = [line[:300] for line in (Path(folder) / "log").open() if " ERROR " in line][:20]
     if args.json:
-        from bench import heading
-
-        head = {**heading("demo"), "command": " ".join(["scripts/soak_http.py", *sys.argv[1:]]), "server": FLAGS}
-        args.json.write_text(json.dumps({**head, **report}, indent=1) + "\n")
+        args.json.write_text(written(report))
     print(json.dumps({name: value for name, value in report.items() if name != "samples"}, indent=1))
     return 1 if report["wrong"] else 0
 
