@@ -95,7 +95,7 @@ class Stage:
 
 @asynccontextmanager
 async def showing(
-    *servers: Source, size: tuple[int, int] = (120, 40), polled: int = 20, interval: float = 0.3, **more: Any
+    *servers: Source, size: tuple[int, int] = (110, 30), polled: int = 20, interval: float = 0.3, **more: Any
 ) -> AsyncIterator[Stage]:
     """``polled`` seconds into the life of the servers. ``interval``: so often it asks again."""
     chosen: Sequence[Any] = servers or (FakeServer(),)
