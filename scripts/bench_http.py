@@ -177,7 +177,7 @@ def measure(case: str, streams: int, *, pace: float, tokens: int, **setup: Any) 
 def steps_of(case: str, threads: int, tokens: int = 400, streams: int = 64) -> dict[str, Any]:
     """Of the steps in which all sequences took part, in milliseconds; the first fifth is left aside."""
     alone, nice = streams if case == "no API" else 0, 10 if "nice" in case else 0
-    server = Server(threads=threads, alone=alone, tokens=tokens, loop="asyncio", profile=None, nice=nice)
+    server = Server(threads=threads, alone=alone, streams=streams, tokens=tokens, loop="asyncio", profile=None, nice=nice)
     if case != "no API":
         path, body = CASES["chat" if "chat" in case else "completions"]
         body = {**body, "stream": True, "max_tokens": tokens, "ignore_eos": True, "temperature": 1.0}
@@ -252,7 +252,7 @@ def alone(setup: dict[str, Any]) -> None:
 
     from bench_http_engine import note_steps, run_alone
 
-    notes = note_steps()
+    notes = note_steps(setup["streams"])
     print(0, os.getpid(), flush=True)
     run_alone(setup["threads"], setup["alone"], setup["tokens"])
     Path(setup["log"]).write_text(json.dumps(notes))
@@ -279,7 +279,7 @@ def worker(fd: int) -> None:
     else:
         from bench_http_engine import note_steps
 
-        notes = note_steps()
+        notes = note_steps(setup["streams"])
     real.serve(Connection(fd))
     Path(setup["log"]).write_text(json.dumps(notes))
     os._exit(0)

@@ -70,14 +70,17 @@ class Scripted:
         return events
 
 
-def note_steps() -> dict[str, Any]:
-    """From now on the real engine notes when each step with all sequences begins and ends."""
+def note_steps(streams: int) -> dict[str, Any]:
+    """From now on the real engine waits until so many sequences are there, and notes when each step begins and ends."""
     from appliance.runtime.engine import Engine
 
     notes: dict[str, Any] = {"steps": []}
     step = Engine.step
 
     def noted(self: Engine) -> list[Event]:
+        if not notes["steps"] and len(self.scheduler.waiting) < streams:
+            time.sleep(0.001)
+            return []
         begun = time.monotonic()
         events = step(self)
         notes["steps"].append((begun, time.monotonic(), len(events)))
