@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from itertools import count
 from typing import Any
 
@@ -17,6 +18,7 @@ MOST = {"max_tokens": 16, "max_completion_tokens": 16, "max_output_tokens": 16, 
 LENGTH = {"/v1/chat/completions": "max_completion_tokens", "/v1/responses": "max_output_tokens"}
 SLOW = ("/v1/models/load", "/v1/models/unload")
 _calls = count()
+_kept: deque[str] = deque(maxlen=8)  # ids of responses
 ONE_OF = {
     "/tokenize": (("prompt", "messages", "content"), "Hello"),
     "/v1/responses": (("input", "previous_response_id"), "Hello!"),
@@ -45,8 +47,10 @@ def before_generate_body(context: Any, strategy: Any) -> Any:
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
     """Answers are short, models are seldom loaded: a run shall have an end. Where one of some fields is needed, one is there."""
+    path = case.operation.path
+    if path.startswith("/v1/responses/{") and _kept and next(_calls) % 2:
+        case.path_parameters["response_id"] = _kept[-1] if "delete" not in case.method.lower() else _kept.pop()
     if isinstance(case.body, dict):
-        path = case.operation.path
         names, value = ONE_OF.get(path, ((), None))
         if names and all(case.body.get(name) is None for name in names):
             case.body[names[0]] = value
@@ -56,3 +60,10 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
                 case.body[name] = most
         if path in SLOW and next(_calls) % 10:
             case.body["model"] = "another"
+
+
+@schemathesis.hook
+def after_call(context: Any, case: Any, response: Any) -> None:
+    """Of the routes about responses that are kept every second is asked for one that is."""
+    if case.operation.path == "/v1/responses" and response.status_code == 200 and "json" in response.headers["content-type"][0]:
+        _kept.append(response.json()["id"])

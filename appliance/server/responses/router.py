@@ -42,7 +42,10 @@ async def input_tokens(request: Request) -> Response:
 
 @router.get("/v1/responses/{response_id}")
 async def retrieve(request: Request, response_id: str) -> Response:
-    if request.query_params.get("stream") in ("true", "1"):
+    given = request.query_params.get("stream", "false")
+    if given not in ("true", "1", "false", "0"):
+        raise RequestError(f"stream is true or false, got {given!r:.40}", param="stream")
+    if given in ("true", "1"):
         message = "stream: a stream cannot be had a second time: leave it out, the whole response is kept"
         raise RequestError(message, param="stream", code="unsupported_parameter")
     return JSONResponse(store_of(request).get(answer.asker(), response_id).response)
