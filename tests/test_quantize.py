@@ -144,7 +144,8 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_an_interrupted_job_goes_on_and_makes_the_same(model: Path, tmp_path: Path, method: str) -> None:
-    whole = quantized(model, tmp_path / "whole", method=method)
+    some = ids(samples=6)
+    whole = quantized(model, tmp_path / "whole", some, method=method)
     options = Options(group_size=16, method=method).checked()
 
     def stop(done: int, total: int) -> None:
@@ -153,15 +154,15 @@ def test_an_interrupted_job_goes_on_and_makes_the_same(model: Path, tmp_path: Pa
 
     with torch.inference_mode():
         with pytest.raises(Stopped):
-            Job(model, tmp_path / "parts", options, ids()).run(stop)
+            Job(model, tmp_path / "parts", options, some).run(stop)
         half = tmp_path / "parts.partial"
         assert len(list(half.glob("*.safetensors"))) == 2 and not (half / "config.json").exists()
         (half / "model-00003-of-00004.tmp").write_bytes(b"half a file")
         for other, words in ((Options(group_size=32, method=method).checked(), "other options"), (options, "text")):
             with pytest.raises(InputError, match=words):
-                Job(model, tmp_path / "parts", other, ids(seed=2) if other is options else ids())
+                Job(model, tmp_path / "parts", other, ids(seed=2) if other is options else some)
         told: list[int] = []
-        job = Job(model, tmp_path / "parts", options, ids())
+        job = Job(model, tmp_path / "parts", options, some)
         assert job.shards.resumed
         job.run(lambda done, total: told.append(done))
     names = sorted(path.name for path in whole.iterdir())
