@@ -81,9 +81,9 @@ def note_steps(streams: int) -> dict[str, Any]:
         if not notes["steps"] and len(self.scheduler.waiting) < streams:
             time.sleep(0.001)
             return []
-        begun = time.monotonic()
+        begun, cpu = time.monotonic(), time.process_time()
         events = step(self)
-        notes["steps"].append((begun, time.monotonic(), len(events)))
+        notes["steps"].append((begun, time.monotonic(), len(events), cpu, time.process_time()))
         return events
 
     Engine.step = noted  # type: ignore[method-assign]
