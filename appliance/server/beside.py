@@ -38,7 +38,15 @@ def give_memory_back() -> None:
 
 async def one_at_a_time(function: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
     """In the one thread for what takes much memory while it runs."""
-    return await asyncio.get_running_loop().run_in_executor(_one, lambda: function(*args, **more))
+
+    def work() -> T:
+        try:
+            return function(*args, **more)
+        finally:
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)  # many small pieces stay in the heap otherwise
+
+    return await asyncio.get_running_loop().run_in_executor(_one, work)
 
 
 def check_values(raw: bytes | bytearray) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,7 @@ async def tokenize(tokenizer: Tokenizer, text: str, special: bool, limit: int) -
     """Token ids, of a text for a context of ``limit`` tokens. Raises RequestError where it is too long to be looked at."""
     if len(text) <= INLINE_CHARS:
         return tokenizer.encode(text, add_special_tokens=special)
-    most = max(MAX_CHARS, MAX_CHARS_PER_TOKEN * limit)
+    most = max(MAX_CHARS, MAX_CHARS_PER_TOKEN * limit if limit < sys.maxsize else 0)  # which is what counting alone says
     if len(text) > most:
         raise RequestError(f"the text has {len(text)} characters: at most {most} are taken", param="prompt")
     work = one_at_a_time if len(text) > LARGE_CHARS else asyncio.to_thread

@@ -15,6 +15,7 @@ Item = dict[str, Any]
 ROLES = ("user", "assistant", "system", "developer")
 KINDS = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
 TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}  # of a part: type -> its key
+MAX_ITEMS = 8192  # of an input: about 10 microseconds each, in which nobody else is answered
 PREFIX = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 
 
@@ -33,6 +34,8 @@ def items_of(given: Any, known: Callable[[str], Item | None], history: Sequence[
         given = [{"role": "user", "content": given}] if given else []
     if not isinstance(given, list):
         _refuse("input", f"must be text or a list of items, got {type(given).__name__}")
+    if len(given) > MAX_ITEMS:
+        _refuse("input", f"has {len(given)} items: at most {MAX_ITEMS} are taken")
     calls = {item["call_id"] for item in history if item["type"] == "function_call"}
     found = []
     for i, one in enumerate(given):
