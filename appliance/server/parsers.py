@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -74,8 +75,10 @@ class Parsers:
         if not must and (form is None or not (tags or choice.parses)):
             return params
         opened = tags is not None and tags.opened(*self._before(body, prompt))
-        calls, specials = self._forced(choice, body) if choice.parses else None, self._specials(choice)
-        around = lark(calls, tags, opened=opened, formed=not must, specials=specials)
+        calls = (
+            await asyncio.to_thread(self._forced, choice, body) if choice.parses else None
+        )  # of many tools: a tenth of a second
+        around = await asyncio.to_thread(lark, calls, tags, opened=opened, formed=not must, specials=self._specials(choice))
         try:
             if form is None or must:
                 form = StructuredOutputsParams(grammar=around)

@@ -11,6 +11,7 @@ from appliance.core.params import RequestError
 from appliance.text.tools.formats import Hermes, Llama3Json, Mistral
 from appliance.text.tools.parser import ToolParser
 
+MAX_TOOLS = 1024  # of a request; about ten microseconds each
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 
 
@@ -38,6 +39,8 @@ def tool_choice(tools: Any, choice: Any) -> ToolChoice:
     """Read a request's ``tools`` and ``tool_choice`` (None: not given). Raises RequestError that names the field."""
     if tools is not None and not isinstance(tools, list):
         raise RequestError(f"tools must be a list, got {type(tools).__name__}", param="tools")
+    if len(tools or ()) > MAX_TOOLS:
+        raise RequestError(f"tools has {len(tools)} entries: at most {MAX_TOOLS} are taken", param="tools")
     seen: set[str] = set()
     for i, tool in enumerate(tools or ()):
         _check(tool, f"tools[{i}]", seen)
