@@ -17,6 +17,7 @@ from appliance.server import beside
 from appliance.server.beside import MAX_VALUES, Share, check_values, weight
 from appliance.text.grammar import compile_grammar
 from appliance.text.tokenizer import Tokenizer
+from appliance.text.tools.choice import tool_choice
 from tests.server.conftest import Served
 from tests.server.test_lifecycle import eventually
 
@@ -53,6 +54,12 @@ TOO_MUCH: dict[str, tuple[str, Any, str]] = {
     "a long text to count": ("/tokenize", {"prompt": "ab" * 1_500_000}, "3000000 characters"),
     "a long text to spell": ("/tokenize", {"prompt": "ab" * 200_000, "return_token_strs": True}, "400000 characters"),
     "100,000 messages": (CHAT, {"messages": HELLO * 100_000}, "at least"),
+    "10,000 items": ("/v1/responses", {"input": HELLO * 10_000}, "at most 8192"),
+    "a long text of which only the size is asked": (
+        "/v1/messages/count_tokens",
+        {"model": "tiny", "messages": [{"role": "user", "content": "ab" * 1_500_000}]},
+        "at most 2097152",
+    ),
     "templates": (CHAT, {"messages": HELLO, "chat_template": "{% for i in range(9999999999) %}a{% endfor %}"}, "not taken"),
     "what templates are given": (CHAT, {"messages": HELLO, "chat_template_kwargs": {"messages": []}}, "may not hold"),
     "a schema of the world": (C, {"prompt": "a", "guided_json": {"enum": ["x" * 70_000]}}, "at most 65536"),
@@ -132,6 +139,11 @@ def test_a_body_that_breaks_off_holds_nothing(served: Served) -> None:
     with served.http as http, pytest.raises(ConnectionError):
         http.post(C, content=half())
     eventually(lambda: not Share.held)
+
+
+def test_more_tools_than_are_taken() -> None:
+    with pytest.raises(RequestError, match="at most 1024"):
+        tool_choice([{"type": "function", "function": {"name": f"f{k}"}} for k in range(1025)], None)
 
 
 def test_weights() -> None:

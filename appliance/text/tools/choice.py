@@ -39,7 +39,7 @@ def tool_choice(tools: Any, choice: Any) -> ToolChoice:
     """Read a request's ``tools`` and ``tool_choice`` (None: not given). Raises RequestError that names the field."""
     if tools is not None and not isinstance(tools, list):
         raise RequestError(f"tools must be a list, got {type(tools).__name__}", param="tools")
-    if len(tools or ()) > MAX_TOOLS:
+    if tools is not None and len(tools) > MAX_TOOLS:
         raise RequestError(f"tools has {len(tools)} entries: at most {MAX_TOOLS} are taken", param="tools")
     seen: set[str] = set()
     for i, tool in enumerate(tools or ()):
