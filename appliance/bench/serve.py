@@ -98,6 +98,8 @@ async def _model(config: BenchConfig, target: Target, stop: asyncio.Event) -> tu
             trouble, hint = f"it is not ready (status {max(answer.status, health.status)})", "--ready-check-timeout-sec 600 waits"
         except (Broken, TimeoutError) as error:
             trouble = str(error) or "timed out"
+            if trouble.startswith("tls: "):
+                hint = "trust it with --ssl-ca-certs FILE, or --insecure"
         if time.monotonic() >= deadline or stop.is_set():
             raise InputError(f"no server answers at {target.url}: {trouble}; {hint}")
         await asyncio.sleep(0.2)
