@@ -197,9 +197,7 @@ def report(proof: Proof, tables: list[tuple[str, list[str], str]], command: str)
         "not end). Rounds of each kind take turns within one run. The machine is shared, and the work of others lengthens",
         "most steps: the quickest tenth says more of the engine than the median does.",
         "",
-        "A row that follows a grammar costs its mask, and saves most of its draw where the vocabulary is large, as few tokens",
-        "are left. On the demo model, whose steps of 16 take less than a millisecond, the hundredths of a millisecond of a row",
-        "show; on a model of a billion parameters they do not.",
+        "A row that follows a grammar costs its mask, and saves most of its draw, as few tokens are left.",
         "",
     ]
     for name, rows, alone in tables:
