@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from dataclasses import dataclass, fields, replace
@@ -70,9 +71,11 @@ def _entry(where: str, name: str, table: Any, parent: Path, engine: EngineConfig
         raise InputError(f"{where}: there is no option {strange[0]!r} for a model; there are {', '.join(sorted(known))}")
     if not isinstance(table.get("model"), str):
         raise InputError(f"{where}: model is missing: the directory of a checkpoint, or a name on the hub")
-    table["model"] = _located(table["model"], parent)
+    table |= {key: _located(table[key], parent) for key in ("model", "tokenizer") if isinstance(table.get(key), str)}
     theirs = {key: table.pop(key) for key in OF_SERVER if key in table}
     made = replace(server, **_checked(where, ServerConfig, theirs), served_model_name=tuple(names))
+    if not 0 <= made.idle_unload < math.inf:
+        raise InputError(f"{where}: idle_unload is {made.idle_unload:g}: seconds, 0 or more, are needed")
     return Entry(name, replace(engine, **_checked(where, EngineConfig, table)), made, load)
 
 

@@ -28,7 +28,8 @@ def grid_for(form: str, bits: int, group_size: int, symmetric: bool, scale_dtype
     if group_size != -1 and (group_size < 8 or group_size % 8):
         raise InputError(f"--group-size is {group_size}: a multiple of 8, or -1 (a scale for each output), is needed")
     # Version 1 of GPTQ stores zero points less one, and readers differ about what is below 0.
-    dtype = scale_dtype if form == "compressed-tensors" else torch.float16
+    # GPTQ's are stored in float16, and cast to the model's type before use.
+    dtype = torch.float16 if form == "awq" else scale_dtype
     return Grid(bits, group_size, symmetric, dtype, least_zero=1 if form == "gptq" else 0)
 
 
@@ -77,7 +78,7 @@ def _gptq(weight: Quantized) -> dict[str, Tensor]:
     return {
         "qweight": pack_stream(codes, bits).t().contiguous(),
         "qzeros": pack_stream(weight.zeros - 1 & (2**bits - 1), bits),
-        "scales": weight.scales,
+        "scales": weight.scales.to(torch.float16),
         "g_idx": groups.to(torch.int32),
     }
 

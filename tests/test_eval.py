@@ -58,7 +58,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     text.write_text("What is 7 plus 5? The answer is 12. " * 30)
     lines = (demo_model() / "heldout.jsonl").read_text().splitlines()[:12]
     questions.write_text("\n".join(lines))
-    demo, flags = str(demo_model()), ["--kv-cache-memory-bytes", "8M", "--max-num-seqs", "16", "--threads", "1"]
+    demo = str(demo_model())
+    flags = ["--lm-head-dtype", "model", "--kv-cache-memory-bytes", "8M", "--max-num-seqs", "16", "--threads", "1"]
     command = ["eval", demo, "--text", str(text), "--length", "64", "--questions", str(questions), *flags]
     assert cli.run([*command, "--base", demo, "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)

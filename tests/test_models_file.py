@@ -55,6 +55,8 @@ def test_what_it_says(tmp_path: Path) -> None:
         ('[a]\nmodel = "m"\ndevice = "cpu"', "no option 'device'"),
         ('[a]\nmodel = "m"\nswap_space = "much"', r"\[a\]: swap_space is 'much': input should be a valid number"),
         ('[a]\nmodel = "m"\nenforce_eager = "perhaps"', r"\[a\]: enforce_eager is 'perhaps': input should be a valid boolean"),
+        ('[a]\nmodel = "m"\nidle_unload = -5', r"\[a\]: idle_unload is -5: seconds, 0 or more, are needed"),
+        ('[a]\nmodel = "m"\nidle_unload = nan', r"\[a\]: idle_unload is nan"),
         ('[a]\nmodel = "m"\nload = "later"', r'load is \'later\': "start" or "demand" is needed'),
         ('[a]\nmodel = "m"\naliases = "b"', "aliases is 'b': a list of names is needed"),
         ('["a b"]\nmodel = "m"', "'a b' cannot be a model's name"),

@@ -17,7 +17,7 @@ FIELDS = (("question", "prompt", "input"), ("answer", "target", "output"))
 def read_questions(file: str) -> list[tuple[str, str]]:
     """JSON lines with "question" and "answer" (or prompt and target, or input and output). Raises InputError."""
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise InputError(f"--questions {file}: {error.strerror}") from None
     found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -49,7 +50,9 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {"model": self.model, "quantization": self.quantization, "weights_bytes": self.nbytes}
         if self.score:
-            found |= {"perplexity": self.score.perplexity, "tokens": self.score.tokens, "text_tokens_per_s": self.prefill}
+            known = self.score.perplexity
+            found |= {"perplexity": known if math.isfinite(known) else None, "tokens": self.score.tokens}
+            found |= {"text_tokens_per_s": self.prefill} if self.prefill else {}
             if self.kl:
                 found |= {"kl": self.score.kl / self.score.tokens, "top1_agreement": self.score.agree / self.score.tokens}
         if self.answers:
@@ -84,17 +87,24 @@ def _config(config: EngineConfig, model: str) -> EngineConfig:
 
 
 def _read_text(rows: Sequence[Row], config: EngineConfig, asked: Asked) -> None:
-    base = None if asked.base is None else Model(_config(config, asked.base), asked.length + 1)
+    base, expected = None, None
+    if asked.base is not None:  # whatever the models are measured with, it is what the others are held against
+        own = replace(_config(config, asked.base), kv_cache_dtype="auto", lm_head_dtype="model", quantization=None)
+        base, expected = Model(own, asked.length + 1), text_ids(asked.text, Tokenizer.load(str(own.tokenizer)))
     for row in rows:
         own = _config(config, row.model)
         tokenizer = Tokenizer.load(str(own.tokenizer))
-        start = next(iter(tokenizer.encode("")), None)  # what it puts before every text
-        pieces = windows(text_ids(asked.text, tokenizer), asked.length, asked.windows, start)
+        first = next(iter(tokenizer.encode("")), None)  # what it puts before every text
+        ids = text_ids(asked.text, tokenizer)
+        if expected is not None and ids != expected:
+            raise InputError(f"--base {asked.base} has another tokenizer than {row.model}: what they say cannot be compared")
+        pieces = windows(ids, asked.length, asked.windows, first if first == tokenizer.bos_token_id else None)
         model, begun = Model(own, asked.length + 1), time.perf_counter()
         row.quantization, row.nbytes, row.kl = model.info.quantization, model.nbytes, base is not None
         for sums in tqdm(score(model, pieces, base), desc=row.model, total=len(pieces), unit="window", disable=None):
             row.score = sums
-        row.prefill = sums.tokens / (time.perf_counter() - begun)
+        row.prefill = 0.0 if base else sums.tokens / (time.perf_counter() - begun)
+        del model  # before the next one is loaded
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -24,7 +24,7 @@ class Model:
 
     def __init__(self, config: EngineConfig, length: int) -> None:
         """``length``: the most tokens of a text. Raises InputError."""
-        room = replace(config, max_num_seqs=1, max_model_len=length + 1, enable_prefix_caching=False)
+        room = replace(config, max_num_seqs=1, max_model_len=length, enable_prefix_caching=False)
         self.engine = Engine.load(room)
         self._at_once = min(config.max_num_batched_tokens, length)
 
@@ -55,7 +55,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll / self.tokens)
+        mean = self.nll / self.tokens
+        return math.exp(mean) if mean < 700 else math.inf
 
     def add(self, ids: Tensor, found: Tensor, base: Tensor | None) -> None:
         """``ids`` int64 [r]: what does follow; ``found`` and ``base`` [r, V]."""

@@ -22,6 +22,8 @@ from quant.errors import InputError
 
 LEAST = 4096
 """Tokens of context that every model must have room for where memory is shared out; fewer, if it was made for fewer."""
+MANY = 12
+"""Models of which all sets are tried: a few hundredths of a second."""
 SIZED = ("gpu_memory_utilization", "gpu_memory_reserve", "kv_cache_memory_bytes")  # options that say how much a model gets
 
 
@@ -44,21 +46,36 @@ class Seats:
     source: str  # of the budget, in words
 
     def fits(self, chosen: Sequence[int]) -> bool:
-        """Whether the models of these numbers can be loaded at the same time."""
-        return sum(self.plans[k].total for k in chosen) <= self.budget
+        """Whether the models of these numbers can be loaded at the same time, as far as the device and its host go."""
+        plans = [self.plans[k] for k in chosen]
+        hosts = [plan.host_budget for plan in plans if plan.host_budget is not None]
+        beside = sum(sum(plan.host.values()) for plan in plans)
+        return sum(plan.total for plan in plans) <= self.budget and (not hosts or beside <= min(hosts))
 
     @property
     def all_fit(self) -> bool:
         return self.fits(range(len(self.plans)))
 
     def groups(self) -> list[tuple[int, ...]]:
-        """The largest sets of models that fit together, none of them part of another."""
+        """The largest sets of models that fit together, none of them part of another; of more than MANY models, some of these."""
+        everyone = range(len(self.plans))
+        if self.all_fit:
+            return [tuple(everyone)]
+        if len(everyone) > MANY:  # each model with as many as fit beside it, small ones first
+            return sorted({self._beside(one) for one in everyone})
         found: list[tuple[int, ...]] = []
         for size in range(len(self.plans), 0, -1):
             for chosen in combinations(range(len(self.plans)), size):
                 if self.fits(chosen) and not any(set(chosen) <= set(larger) for larger in found):
                     found.append(chosen)
         return found
+
+    def _beside(self, one: int) -> tuple[int, ...]:
+        chosen = [one]
+        for other in sorted(range(len(self.plans)), key=lambda k: self.plans[k].total):
+            if other != one and self.fits([*chosen, other]):
+                chosen.append(other)
+        return tuple(sorted(chosen))
 
     def text(self) -> str:
         """A line for each model, then which of them fit together."""

@@ -69,7 +69,7 @@ def read_text(file: str) -> str:
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from None
     if file.endswith((".jsonl", ".json")):
-        return "\n\n".join(_line(file, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+        return "\n\n".join(_line(file, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     return text
 
 
@@ -80,6 +80,7 @@ def _line(file: str, number: int, line: str) -> str:
             return value
         if isinstance(value.get("text"), str):
             return value["text"]
-        return "\n".join(str(message["content"]) for message in value["messages"])
+        contents = [message.get("content") for message in value["messages"]]
+        return "\n".join(text for text in contents if isinstance(text, str))
     except (ValueError, AttributeError, KeyError, TypeError):
         raise InputError(f'{file}, line {number}: JSON with "text" or "messages" is needed') from None

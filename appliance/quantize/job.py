@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from appliance.quantize.layer import Made, Watcher, quantize_layer
 from appliance.quantize.options import Options
-from appliance.quantize.shards import Shards, check_space
+from appliance.quantize.shards import Shards
 from models.plain import FLOATS, PlainLayer
 from models.rope import cos_sin_table
 from models.spec import ModelSpec
@@ -52,15 +52,30 @@ class Job:
         self.spec = ModelSpec.from_config(self.checkpoint.config)
         if ids is not None and ids.shape[1] > self.spec.max_len:
             raise InputError(f"--calibration-length is {ids.shape[1]}, but the model was made for {self.spec.max_len} tokens")
+        self._check_tensors()
         self.published = torch.float16 if options.format == "awq" else PUBLISHED[self.spec.dtype]
         self.grid = options.grid(self.published)
         for module in self.spec.layer_modules():
             check_shape(str(options.format), module.name, module.N, module.K, self.grid)
         self.output = output
-        check_space(output.absolute().parent, self.expected_bytes())
-        self.shards = Shards(output, self._fingerprint(), self.spec.layers + 1)
+        self.shards = Shards(output, self._fingerprint(), self.spec.layers + 1, self.expected_bytes())
         length = 1 if ids is None else ids.shape[1]
         self.cos_sin = cos_sin_table(self.spec.rope, max(length, 1))
+
+    def _check_tensors(self) -> None:
+        """Raises InputError for tensors that are missing, and for those that would get lost."""
+        modules, checkpoint = self.spec.modules(), self.checkpoint
+        known = {f"{module.name}.weight" for module in modules} | {name for name, _ in self.spec.small_tensors()}
+        known |= {f"{module.name}.bias" for module in modules if module.bias}
+        missing = sorted(name for name in known if not checkpoint.has(name))
+        if self.spec.tie_embeddings and checkpoint.has(HEAD):  # the table may have either name
+            missing = [name for name in missing if name != EMBEDDING]
+        if missing:
+            raise InputError(f"{self.source}: {len(missing)} tensors are missing: {', '.join(missing[:5])}")
+        checkpoint.consumed |= known | {HEAD}
+        if rest := checkpoint.leftover():
+            kind = self.spec.architecture
+            raise InputError(f"{self.source}: {len(rest)} tensors have no place in a {kind}: {', '.join(rest[:5])}")
 
     def expected_bytes(self) -> int:
         """Of the new checkpoint, about: codes, scales and zero points, and what stays as it is."""
@@ -76,7 +91,15 @@ class Job:
         tensors = sorted((name, info.dtype, *info.shape) for name, info in self.checkpoint.index.tensors.items())
         text = hashlib.sha256(b"" if self.ids is None else self.ids.numpy().tobytes()).hexdigest()
         made_of = hashlib.sha256(repr(tensors).encode()).hexdigest()
-        return {"source": str(self.source.resolve()), "tensors": made_of, "options": asdict(self.options), "text": text}
+        files = {info.file for info in self.checkpoint.index.tensors.values()}
+        return {
+            "source": str(self.source.resolve()),
+            "config": self.checkpoint.config,
+            "files": sorted([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files),
+            "tensors": made_of,
+            "options": asdict(self.options),
+            "text": text,
+        }
 
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
         """Quantize. ``progress`` is called with (layers done, layers). Raises InputError; what is done by then is kept."""
@@ -86,10 +109,11 @@ class Job:
             progress(number, self.spec.layers)
             last = number == self.spec.layers - 1
             if self.shards.has(number):
-                hidden = None if hidden is None or last else self._gone_through(number, hidden)
+                if hidden is not None and not last:
+                    self._go_through(number, hidden)
                 continue
             layer = PlainLayer.read(self.checkpoint, self.spec, number, self.cos_sin, torch.float32)
-            made, hidden, extra = self._layer(layer, hidden, last)
+            made, extra = self._layer(layer, hidden, last)
             report.losses |= {f"model.layers.{number}.{name}": loss for name, loss in made.losses.items()}
             self.shards.write(number, {**self._tensors(layer, made), **extra})
         progress(self.spec.layers, self.spec.layers)
@@ -99,30 +123,42 @@ class Job:
         report.nbytes = sum(path.stat().st_size for path in self.output.glob("*.safetensors"))
         return report
 
-    def _layer(self, layer: PlainLayer, hidden: Tensor | None, last: bool) -> tuple[Made, Tensor | None, dict[str, Tensor]]:
-        """Quantize one layer; (what was made, the hidden states after it, its scales of keys and values)."""
+    def _layer(self, layer: PlainLayer, hidden: Tensor | None, last: bool) -> tuple[Made, dict[str, Tensor]]:
+        """Quantize one layer; (what was made, its scales of keys and values). ``hidden`` becomes what it is behind the layer."""
         batches = [] if hidden is None else list(self._batches(hidden))
-        watcher = Watcher(self.options.method, len(batches), self.options.kv_scales)
-        after = [layer.forward(batch.float(), watcher).to(batch.dtype) for batch in batches]
+        gptq, kv_scales = self.options.method == "gptq", self.options.kv_scales
+        again = kv_scales or (gptq and not last)  # GPTQ's later layers make good what this one lost
+        watcher, after = Watcher(self.options.method, len(batches), False), []
+        for batch in batches:
+            there = layer.forward(batch.float(), watcher)
+            if not again and not last:
+                batch.copy_(there)
+            elif not gptq and not last:
+                after.append(there.to(batch.dtype))
         made = quantize_layer(layer, watcher, self.options, self.grid, self.published)
-        extra = {}
-        if self.options.kv_scales:
-            for short, name in (("k", "keys"), ("v", "values")):
-                scale = watcher.largest[name] / torch.finfo(torch.float8_e4m3fn).max
-                extra[f"model.layers.{layer.number}.self_attn.{short}_scale"] = torch.tensor([scale], dtype=torch.float32)
-        if last or hidden is None:
-            return made, None, extra
-        if self.options.method == "gptq":  # later layers make good what this one lost
-            after = [layer.forward(batch.float()).to(batch.dtype) for batch in batches]
-        return made, torch.cat(after), extra
+        largest = Watcher("rtn", 0, kv_scales)
+        for k, batch in enumerate(batches if again else ()):
+            there = layer.forward(batch.float(), largest)
+            if not last:
+                batch.copy_(there if gptq else after[k])
+        return made, self._kv_scales(layer.number, largest.largest) if kv_scales else {}
 
-    def _gone_through(self, number: int, hidden: Tensor) -> Tensor:
-        """Hidden states after a layer that is done: as it is now (GPTQ), or as it was."""
+    def _kv_scales(self, number: int, largest: Mapping[str, float]) -> dict[str, Tensor]:
+        """What keys and values are divided by in a cache of FP8."""
+        found = {}
+        for short, name in (("k", "keys"), ("v", "values")):
+            scale = max(largest[name] / torch.finfo(torch.float8_e4m3fn).max, 1e-6)
+            found[f"model.layers.{number}.self_attn.{short}_scale"] = torch.tensor([scale], dtype=torch.float32)
+        return found
+
+    def _go_through(self, number: int, hidden: Tensor) -> None:
+        """Take hidden states behind a layer that is done: as it is now (GPTQ), or as it was."""
         with Checkpoint.open(self.source) as original:
             layer = PlainLayer.read(original, self.spec, number, self.cos_sin, torch.float32)
         if self.options.method == "gptq":
             layer.weights = dict(self._written(number))
-        return torch.cat([layer.forward(batch.float()).to(batch.dtype) for batch in self._batches(hidden)])
+        for batch in self._batches(hidden):
+            batch.copy_(layer.forward(batch.float()))
 
     def _written(self, number: int) -> Iterator[tuple[str, Tensor]]:
         """The quantized weights of a layer that is done, float32, by module."""
@@ -144,25 +180,32 @@ class Job:
 
     def _tensors(self, layer: PlainLayer, made: Made) -> dict[str, Tensor]:
         prefix, form = f"model.layers.{layer.number}", str(self.options.format)
-        found = {f"{prefix}.{name}.weight": norm.to(self.published) for name, norm in layer.norms.items()}
-        found |= {f"{prefix}.{name}.bias": bias.to(self.published) for name, bias in layer.biases.items()}
+        found = {f"{prefix}.{name}.weight": norm for name, norm in layer.norms.items()}
+        found |= {f"{prefix}.{name}.bias": bias for name, bias in layer.biases.items()}
+        found = {name: self._publish(name, tensor) for name, tensor in found.items()}
         for name, weight in made.modules.items():
             found |= {f"{prefix}.{name}.{key}": tensor for key, tensor in tensors_of(form, weight).items()}
         return found
 
     def _ends(self) -> dict[str, Tensor]:
         """Embedding, head and the last norm, as they were."""
-        found = {}
-        for name in (EMBEDDING, HEAD, NORM):
-            if self.checkpoint.has(name):
-                found[name] = self.checkpoint.take(name, dtypes=FLOATS).to(self.published)
-        return found
+        names = [name for name in (EMBEDDING, HEAD, NORM) if self.checkpoint.has(name)]
+        return {name: self._publish(name, self.checkpoint.take(name, dtypes=FLOATS)) for name in names}
+
+    def _publish(self, name: str, tensor: Tensor) -> Tensor:
+        """In the type of the file. Raises InputError where that cannot hold it."""
+        made = tensor.to(self.published)
+        if not bool(torch.isfinite(made).all()):
+            kind = str(self.published).removeprefix("torch.")
+            raise InputError(f"{name}: some of its values are not finite numbers in {kind}; take another --format, or mend it")
+        return made
 
     def _section(self) -> dict[str, Any]:
         return config_section(str(self.options.format), self.grid, act_order=self.options.act_order, more=self.options.told())
 
     def _finish(self) -> None:
-        config = {key: value for key, value in self.checkpoint.config.items() if key not in ("torch_dtype", "dtype")}
+        left_out = ("torch_dtype", "dtype", "auto_map")  # the last one speaks of files that are not copied
+        config = {key: value for key, value in self.checkpoint.config.items() if key not in left_out}
         config["torch_dtype"] = str(self.published).removeprefix("torch.")
         section = config["quantization_config"] = self._section()
         beside = {"quantize_config.json": section} if self.options.format == "gptq" else {}

@@ -119,7 +119,8 @@ def _fold(layer: PlainLayer, inputs: str, scales: Tensor, published: torch.dtype
     if inputs in ("attention", "mlp"):
         name = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}[inputs]
         before = layer.norms[name].float()
-        after = (before / scales).to(published).float()
+        largest = torch.finfo(published).max
+        after = (before / scales).clamp(-largest, largest).to(published).float()
         layer.norms[name] = after.to(layer.norms[name].dtype)
         return torch.where(after != 0, before / torch.where(after != 0, after, 1.0), scales)
     fused, one, rows = {

@@ -49,6 +49,8 @@ class Options:
         form = self.format or self._usual()
         if form not in FORMATS:
             raise InputError(f"--format is {form!r}: one of {', '.join(FORMATS)} is needed")
+        if self.act_order and form == "compressed-tensors":
+            raise InputError("--act-order: compressed-tensors has given up groups in order of activation; take --format gptq")
         if form == "awq" and self.method == "gptq":
             raise InputError("--format awq cannot say what GPTQ makes in its order: take gptq or compressed-tensors")
         made = Options(**{**asdict(self), "symmetric": symmetric, "format": form})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,6 @@ from quant.headers import read_json
 
 def run(model: str, output: str, options: Options, *, calibration: str | None, threads: int | None, revision: str | None) -> int:
     """Returns the exit code. Raises InputError for what cannot be done."""
-    logging.basicConfig(level="INFO", format="%(levelname)s %(name)s: %(message)s")
     torch.set_num_threads(cpu_threads(threads))
     source, begun, ids = resolve(model, revision), time.monotonic(), None
     if options.calibrated:

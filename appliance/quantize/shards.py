@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,13 +24,19 @@ REPLACED = ("config.json", "model.safetensors.index.json", "quantize_config.json
 
 
 class Shards:
-    def __init__(self, output: Path, job: Mapping[str, Any], count: int) -> None:
-        """``job`` says what is being made: a DIR.partial of the same is gone on with. Raises InputError where DIR is taken."""
+    def __init__(self, output: Path, job: Mapping[str, Any], count: int, needed: int) -> None:
+        """``job`` says what is being made: a DIR.partial of the same is gone on with. ``needed``: bytes of all files.
+
+        Raises InputError where DIR is taken, or there is no room for it.
+        """
         self.count = count
+        output = Path(os.path.abspath(output))
         self.output, self.folder = output, output.with_name(output.name + ".partial")
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
             raise InputError(f"--output {output} exists already: name another directory, or remove it")
         self.resumed = False
+        there = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        check_space(self.output.parent, needed - there)
         try:
             self._begin(job)
         except OSError as error:
@@ -48,8 +54,12 @@ class Shards:
             for half in self.folder.glob("*.tmp"):
                 half.unlink()
             return
+        if any(self.folder.glob("*.safetensors")):
+            raise InputError(f"{self.folder} holds files of a job that nobody knows: remove it, or name another --output")
         self.folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(job, indent=1))
+        half = note.with_suffix(".tmp")
+        half.write_text(json.dumps(job, indent=1))
+        half.rename(note)
 
     def path(self, number: int) -> Path:
         """Of file 0, 1, .. as it will be called in the end."""
@@ -67,17 +77,25 @@ class Shards:
             with half.open("rb+") as file:
                 os.fsync(file.fileno())
             half.rename(self.path(number))
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the library has its own for a full disk
             half.unlink(missing_ok=True)
-            raise InputError(
-                f"{self.path(number)}: {error.strerror or error}; what is done is kept, and gone on with next time"
-            ) from None
+            raise self._failed(error) from None
+
+    def _failed(self, error: Exception) -> InputError:
+        why = getattr(error, "strerror", None) or error
+        return InputError(f"{self.folder}: {why}; what is done is kept, and gone on with next time")
 
     def finish(self, source: Path, config: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]]) -> None:
-        """Copy what belongs beside the weights from ``source``, write config.json last, and be DIR.
+        """Copy what belongs beside the weights from ``source``, write config.json last, and be DIR. Raises InputError.
 
         ``beside``: further JSON files, by name.
         """
+        try:
+            self._finish(source, config, beside)
+        except (OSError, SafetensorError) as error:
+            raise self._failed(error) from None
+
+    def _finish(self, source: Path, config: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]]) -> None:
         weight_map: dict[str, str] = {}
         total = 0
         for number in range(self.count):
@@ -91,11 +109,14 @@ class Shards:
                     shutil.copyfile(one, self.folder / one.name)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         for name, value in {"model.safetensors.index.json": index, **beside, "config.json": config}.items():
-            (self.folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (self.folder / JOB).unlink()
+            with (self.folder / name).open("w", encoding="utf-8") as file:
+                file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         if self.output.exists():
             self.output.rmdir()  # it is empty
         self.folder.rename(self.output)
+        (self.output / JOB).unlink()  # last: until then it says whose files these are
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -55,17 +55,19 @@ class Client:
         self._process: subprocess.Popen[bytes] | None = None
         self._conn: Connection | None = None
         self._ended = asyncio.Event()
-        self._heard = 0.0  # when the engine last said something, or was given work while it had none
+        self._heard = 0  # messages of the engine
+        self._owed = False  # whether it has said nothing since it was told something
         self._watch: asyncio.Task[None] | None = None  # while there is work
 
     async def start(self) -> None:
         """Start the process and wait until the model is loaded. Raises InputError with the engine's words, or EngineDied."""
         self.state = "loading"
-        ours, theirs = socket.socketpair()
-        command = [*self.COMMAND, str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        theirs.close()
-        self._conn = Connection(ours.detach())
+        try:
+            self._conn = self._spawn()
+        except OSError as error:  # no file, process or memory to be had now
+            self.state = "dead"
+            raise EngineDied(f"the engine process cannot be started: {error}") from None
+        assert self._process is not None
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = loop.create_future()
         self._outbox.put((self.config, logging.getLogger("appliance").getEffectiveLevel()))
@@ -73,6 +75,16 @@ class Client:
         threading.Thread(target=self._write, name="engine-writer", daemon=True).start()
         threading.Thread(target=self._read, args=(loop,), name="engine-reader", daemon=True).start()
         await self._ready
+
+    def _spawn(self) -> Connection:
+        ours, theirs = socket.socketpair()
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(ours.close)
+            command = [*self.COMMAND, str(theirs.fileno())]
+            pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], **pipes)  # type: ignore[call-overload]
+            undo.pop_all()
+        return Connection(ours.detach())
 
     def submit(self, submit: Submit, sink: Sink) -> None:
         """Hand a request to the engine. ``sink`` gets each Event of its ``n`` completions, or the error that ends them all.
@@ -83,9 +95,8 @@ class Client:
             raise EngineDied(self.failure or f"the engine is {self.state}")
         if submit.request_id in self._sinks:
             raise RequestError(f"request id {submit.request_id!r} is already in use", param="request_id", status=409)
-        if not self._sinks:
-            self._heard = time.monotonic()
         self._sinks[submit.request_id] = sink
+        self._owed = True
         if self.step_timeout and (self._watch is None or self._watch.done()):
             self._watch = asyncio.create_task(self._watch_steps())
         self._outbox.put(submit)
@@ -113,7 +124,9 @@ class Client:
 
     def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> None:
         """End a request, or one of its completions, in the engine. Unknown or ended ones are ignored."""
-        self._outbox.put(Abort(request_id, index, reason))
+        if self.state == "ready":
+            self._owed = True
+            self._outbox.put(Abort(request_id, index, reason))
 
     def reset_prefix_cache(self) -> None:
         """Requests that are generated from now on find nothing of earlier ones."""
@@ -159,16 +172,18 @@ class Client:
             await asyncio.to_thread(self._process.wait)
 
     async def _watch_steps(self) -> None:
-        """End an engine that is stuck, so that those who wait hear of it and another can be started. Only while there is work."""
+        """End an engine that is stuck, so that those who wait hear of it and another can be started. Only while there is work.
+
+        Silence is counted and not measured: the clock goes on while this process is stopped, or its machine is.
+        """
         assert self._process is not None
-        process, heard, before = psutil.Process(self._process.pid), 0.0, 0.0
+        process, heard, before, silent = psutil.Process(self._process.pid), -1, 0.0, 0.0
         limit = min(STILL_S, self.step_timeout)
-        while self._sinks and self.state == "ready":
+        while (self._sinks or self._owed) and self.state == "ready":
             with contextlib.suppress(psutil.Error):  # it has just ended: the reader sees that too
                 used = sum(process.cpu_times()[:2])
                 if heard != self._heard:
-                    heard, before = self._heard, used
-                silent = time.monotonic() - heard
+                    heard, before, silent = self._heard, used, 0.0
                 still = used - before < 0.01 * silent
                 if silent > self.step_timeout or (silent > limit and still):
                     why = "uses no processor time" if still else "finishes no step"
@@ -177,6 +192,7 @@ class Client:
                     self._process.kill()
                     return
             await asyncio.sleep(limit / 8)
+            silent += limit / 8
 
     def _write(self) -> None:
         assert self._conn is not None
@@ -197,7 +213,7 @@ class Client:
                 loop.call_soon_threadsafe(self._gone)
 
     def _take(self, message: tuple[Any, ...]) -> None:
-        self._heard = time.monotonic()
+        self._heard, self._owed = self._heard + 1, False
         match message:
             case ("events", events, stats):
                 if stats is not None:
@@ -212,10 +228,10 @@ class Client:
                 self.loading = (done, total)
             case ("ready", info, stats):
                 self.info, self._stats = info, stats
-                if self.state == "loading":
+                if self.state == "loading":  # and not stopped since
                     self.state = "ready"
-                if not self._ready.done():
-                    self._ready.set_result(None)
+                    if not self._ready.done():
+                        self._ready.set_result(None)
             case ("failed", text, is_input):
                 self.failure = text
                 if not self._ready.done():

@@ -49,7 +49,6 @@ def serve(conn: Connection) -> None:
         except EOFError:
             return
         except Exception as error:
-            log.exception("the engine stops")
             conn.send(("failed", f"the engine failed: {type(error).__name__}: {error}", False))
             raise
         now = time.monotonic()
@@ -91,6 +90,9 @@ def main() -> None:
         serve(Connection(int(sys.argv[1])))
     except (BrokenPipeError, ConnectionResetError):
         log.warning("the server is gone; the engine ends")
+    except Exception:
+        log.exception("the engine process ends")
+        os._exit(1)  # now: requests shall not be sent to one that is being taken down
     os._exit(0)  # nothing to save, and torch's own teardown takes a good part of a second
 
 

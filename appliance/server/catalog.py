@@ -9,15 +9,13 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from appliance.core.params import RequestError
-from appliance.runtime.client import EngineDied
-from appliance.server.errors import RETRY_AFTER_S, JSONResponse, error_body, speaks_anthropic, unavailable
+from appliance.server.errors import RETRY_AFTER_S, JSONResponse, error_body, speaks_anthropic
 from appliance.server.host import EngineHost, Host
 from appliance.server.messages.models import model_info, models_page
 from appliance.server.respond import read
 from appliance.server.route import site_of, state_of
 from appliance.server.schemas import ModelRequest
 from appliance.server.site import Site
-from quant.errors import InputError
 
 router = APIRouter()
 
@@ -62,11 +60,8 @@ async def health(request: Request) -> Response:
 async def load_model(request: Request) -> Response:
     """Load a model, once others have made room for it; answers when it is loaded."""
     body = await read(request, ModelRequest)
-    site, host = site_of(request), _own(request, body.model)
-    try:
-        await asyncio.shield(asyncio.ensure_future(site.bring(host)))  # a client that goes away does not stop it
-    except (InputError, EngineDied) as error:
-        raise unavailable(f"the model {host.names[0]} cannot be loaded: {error}", "model_not_loaded") from None
+    host = _own(request, body.model)
+    await host.come()
     return JSONResponse({"success": True, "model": host.names[0], "status": host.status})
 
 

@@ -117,7 +117,9 @@ class EngineHost:
 
     @property
     def status(self) -> str:
-        return self.state.status if self.state else self._fresh.state
+        bare = {"ready": "loading", "stopped": "unloaded"}
+        found = self.state.status if self.state else bare.get(self._fresh.state, self._fresh.state)
+        return "unloaded" if found == "draining" and not self.shared.draining else found
 
     @property
     def root(self) -> str:
@@ -139,6 +141,11 @@ class EngineHost:
     def busy(self) -> bool:
         return bool(self._present)
 
+    @property
+    def turning(self) -> bool:
+        """Whether it is loaded for those who wait, or leaves in good order: it can be had."""
+        return self._turn is not None or self.closing
+
     async def prepare(self) -> ServerState:
         """Read the tokenizer. Raises InputError."""
         engine, server = self.entry.engine, self.entry.server
@@ -153,8 +160,7 @@ class EngineHost:
 
     async def load(self) -> None:
         """Start the engine and serve, from now on until ``unload``. Raises InputError or EngineDied with its words."""
-        if self.client.state != "unloaded":
-            await self._renew()
+        await self.unload()  # what is left of an earlier engine, and whoever would start it again
         starting = asyncio.create_task(self.client.start())  # while this process reads the tokenizer
         try:
             await asyncio.sleep(0)
@@ -166,6 +172,7 @@ class EngineHost:
             raise
         self.hopeless.clear()
         self._life = asyncio.create_task(self._keep())
+        self.used = time.monotonic()
         self._rest()
 
     async def _renew(self) -> None:
@@ -191,13 +198,13 @@ class EngineHost:
                 if self.state:
                     self.state.metrics.restarts += 1
                 await self._renew()
-                begun = time.monotonic()
                 try:
                     await self.client.start()
                     log.info("%s: the engine is ready again", self.names[0])
                 except (InputError, EngineDied) as error:
                     self.client.failure = self.client.failure or str(error)
                     self.client.state = "dead"
+                begun = time.monotonic()
 
     async def unload(self) -> None:
         """End the engine; its memory is free when this returns. Requests that are being served get a 503."""
@@ -209,6 +216,7 @@ class EngineHost:
             await asyncio.wait({self._life})
         if self.client.state != "unloaded":
             await self._renew()
+        self.hopeless.clear()
         self.closing = False
 
     async def end(self) -> None:
@@ -228,25 +236,40 @@ class EngineHost:
             self._present.add(visitor)
             self._quiet.clear()
             return self.state  # type: ignore[return-value]
+        if 0 <= (most := self.entry.server.max_num_queued_reqs) <= (waiting := len(self._waiting)):
+            raise unavailable(f"{waiting} requests wait already, and --max-num-queued-reqs is {most}", "server_overloaded")
         self._waiting.add(visitor)
+        try:
+            await self.come()
+        except BaseException:
+            self.leave(visitor)
+            raise
+        assert self.state is not None
+        return self.state
+
+    async def come(self) -> None:
+        """Be loaded, in the turn that others wait for already, where there is one; whoever gives up waiting does not stop it.
+
+        Raises RequestError (503).
+        """
+        if self.shared.draining:
+            raise self._refusal()
         if self._turn is None:
             self._turn = asyncio.create_task(self._take_turn())
             self._turn.add_done_callback(lambda turn: turn.cancelled() or turn.exception())  # whoever waited may have left
         turn = self._turn
         try:
             await asyncio.shield(turn)
-        except BaseException:
-            self.leave(visitor)
+        except asyncio.CancelledError:
             if turn.cancelled() and self.shared.draining:  # not this request, but the server ends
                 raise self._refusal() from None
             raise
-        assert self.state is not None
-        return self.state
 
     async def _take_turn(self) -> None:
         assert self.site is not None
         try:
             await self.site.bring(self)
+            log.info("%s: loaded on demand", self.names[0])
             self._present |= self._waiting
             self._waiting.clear()
             self._rest()

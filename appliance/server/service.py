@@ -71,7 +71,7 @@ class Service:
         """The exit code. Raises InputError where a model cannot be loaded at start."""
         self._catch_signals()
         first = self.hosts[0]
-        loading = asyncio.create_task(first.load())
+        loading = asyncio.create_task(self.site.bring(first))
         try:
             await asyncio.sleep(0)  # the engine process starts while this one reads the tokenizer
             app = app_of(self.site, await first.prepare())
@@ -132,7 +132,9 @@ class Service:
         self.site.starting = False
 
     async def _all_hopeless(self) -> None:
-        await asyncio.gather(*(host.hopeless.wait() for host in self.hosts))
+        while not all(host.hopeless.is_set() for host in self.hosts):  # one that was may have been loaded again by hand
+            for host in self.hosts:
+                await host.hopeless.wait()
         why = self.hosts[0].client.failure
         logs.tell(f"appliance: error: the engine died {DEATHS} times in a row: {why}", self.server, stream=sys.stderr)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 
 from appliance.core.params import RequestError
+from appliance.runtime.client import EngineDied
 from appliance.server.host import EngineHost, Host
 from appliance.server.state import Shared
 
@@ -38,7 +40,8 @@ class Site:
         if self.shared.draining:
             return "draining"
         found = [host.status for host in self.hosts]
-        if found[0] == "ok" or (not self.starting and {"ok", "unloaded"} & set(found)):
+        turning = any(isinstance(host, EngineHost) and host.turning for host in self.hosts)
+        if found[0] == "ok" or (not self.starting and (turning or {"ok", "unloaded"} & set(found))):
             return "ok"
         return "loading" if self.starting or "loading" in found else found[0]
 
@@ -56,8 +59,9 @@ class Site:
                 log.info("%s makes room for %s", victim.names[0], host.names[0])
                 await victim.quiet()
                 await victim.unload()
+            if self.shared.draining:
+                raise EngineDied("the server is shutting down")
             await host.load()
-            log.info("%s: loaded on demand", host.names[0])
 
     def _beside(self, host: EngineHost) -> list[EngineHost]:
         """The other models that are loaded."""
@@ -68,5 +72,7 @@ class Site:
         async with self._change:
             if wait:
                 await host.quiet()
+            elif time.monotonic() - host.used < 0.99 * host.idle_s:
+                return  # somebody came while this waited for its turn
             if not host.busy:
                 await host.unload()

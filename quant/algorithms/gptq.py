@@ -64,7 +64,7 @@ def gptq(
     if perm is not None:
         W = W[:, perm]
     dead = H.diagonal() == 0  # inputs that were always 0: nothing is lost by leaving them out
-    H.diagonal()[dead] = 1.0
+    H.diagonal()[dead] = H.diagonal()[~dead].mean() if bool((~dead).any()) else 1.0
     W[:, dead] = 0.0
     inverse, used = _inverse_factor(H, damping, name)
     made, loss = _sweep(W, inverse, grid)
@@ -82,7 +82,7 @@ def _inverse_factor(H: Tensor, damping: float, name: str) -> tuple[Tensor, float
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed) and bool(torch.isfinite(upper).all()):
                 return upper, damping
-        log.info("%s: the Hessian cannot be inverted with a damping of %g; ten times that is tried", name, damping)
+        log.warning("%s: the Hessian cannot be inverted with a damping of %g; ten times that is tried", name, damping)
         damping *= 10
     raise InputError(
         f"{name}: the Hessian of its inputs cannot be inverted, even with a damping of {damping / 10:g}: give more calibration "

@@ -114,11 +114,27 @@ def test_refusals(folders: list[Path]) -> None:
         seats(mixed, EngineConfig())
 
 
-def test_the_sets_of_many_are_found_quickly() -> None:
-    class Plan:
-        def __init__(self, total: int) -> None:
-            self.total = total
+class Plan:
+    """As far as sets are concerned."""
 
-    found = Seats(tuple("abcdefghij"), tuple(Plan(k) for k in range(1, 11)), 15, "")  # type: ignore[arg-type]
+    host_budget = None
+    host: dict[str, int] = {}  # noqa: RUF012
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+
+@pytest.mark.parametrize("count", [10, 40])
+def test_the_sets_of_many_are_found_quickly(count: int) -> None:
+    found = Seats(tuple(map(str, range(count))), tuple(Plan(k) for k in range(1, count + 1)), 15, "")  # type: ignore[arg-type]
     groups = found.groups()
-    assert (0, 1, 2, 3, 4) in groups and all(found.fits(group) for group in groups)
+    assert (0, 1, 2, 3, 4) in groups and all(found.fits(group) for group in groups if len(group) > 1)
+    assert {k for group in groups for k in group} >= set(range(15 if count > 15 else count))
+
+
+def test_the_hosts_memory_counts_too() -> None:
+    plans = [Plan(1), Plan(1)]
+    for plan in plans:
+        plan.host_budget, plan.host = 10, {"swap space": 6}  # type: ignore[assignment]
+    found = Seats(("a", "b"), tuple(plans), 15, "")  # type: ignore[arg-type]
+    assert found.fits([0]) and not found.all_fit and found.groups() == [(0,), (1,)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,35 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path, tiny: Path) -> None:
         await client.stop()
 
     asyncio.run(life())
+
+
+async def test_a_stuck_engine_is_found_although_nobody_waits_for_long() -> None:
+    client = Client(EngineConfig(), step_timeout=0.4)
+    client._process = subprocess.Popen(["sleep", "60"])
+    client.state = "ready"
+    try:
+        for k in range(60):
+            client.submit(submit(str(k), [3]), lambda item: None)
+            await asyncio.sleep(0.05)
+            client.close(str(k), abort=True)
+            if client._process.poll() is not None:
+                break
+        assert client._process.wait(5) == -signal.SIGKILL and "the engine is stuck" in (client.failure or "")
+    finally:
+        client._process.kill()
+
+
+async def test_an_engine_that_answers_is_not_stuck() -> None:
+    client = Client(EngineConfig(), step_timeout=0.4)
+    client._process = subprocess.Popen(["sleep", "60"])
+    client.state = "ready"
+    try:
+        client.submit(submit("a", [3]), lambda item: None)
+        for _ in range(12):
+            await asyncio.sleep(0.1)
+            client._take(("events", [], None))
+        client.close("a", abort=False)
+        await asyncio.sleep(0.6)
+        assert client._process.poll() is None and client.failure is None
+    finally:
+        client._process.kill()

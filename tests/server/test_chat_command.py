@@ -170,7 +170,7 @@ def test_in_a_pipe_only_the_answer(served: Served, tmp_path: Path) -> None:
     assert found.stderr == "appliance: note: the answer was cut off: the limit of tokens is reached\n"
     file = tmp_path / "notes.txt"
     file.write_text("in a file")
-    found = pipe("--url", served.url, "-p", f"sum up @{file}", "--max-tokens", "200", given="and this")
+    found = pipe("--url", served.url, "-p", f"sum up @{file}", "--max-tokens", "400", given="and this")
     for words in ("sum up", "in a file", "and this"):
         assert words in found.stdout
     question = "Wie heißt du? 日本"

@@ -235,3 +235,81 @@ async def test_ending_while_others_wait_for_their_turn(model_dir: Path) -> None:
     with pytest.raises(RequestError, match="shutting down"):
         other.result()
     first.cancel()
+
+
+async def test_loading_by_hand_while_it_is_started_again(model_dir: Path) -> None:
+    street = Street(model_dir, {"a": 4}, 8)
+    await street.ask("a")
+    host, street.slow = street.hosts["a"], asyncio.Event()
+    street.engines[-1].die("exit code -9")
+    await soon(lambda: street.log.count("load a") == 2)
+    by_hand = asyncio.create_task(host.come())
+    await soon(lambda: street.log.count("load a") == 3)
+    street.slow.set()
+    await by_hand
+    await street.ask("a")
+    assert host.status == "ok" and sum(engine.state == "ready" for engine in street.engines) == 1
+    await street.end()
+
+
+async def test_requests_wait_for_what_is_loaded_by_hand(model_dir: Path) -> None:
+    street = Street(model_dir, {"a": 4, "b": 4}, 4, slow=True, max_num_queued_reqs=2)
+    street.site.starting = False
+    by_hand = asyncio.create_task(street.hosts["a"].come())
+    await soon(lambda: "load a" in street.log)
+    asking = [asyncio.create_task(street.ask("a")) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert street.site.status == "ok"  # it can be had
+    with pytest.raises(RequestError, match="2 requests wait already, and --max-num-queued-reqs is 2"):
+        await street.ask("a")
+    assert street.slow is not None
+    street.slow.set()
+    await asyncio.gather(by_hand, *asking)
+    assert street.log == ["load a", "ask a", "ask a"]
+    street.site.shared.draining = True
+    with pytest.raises(RequestError, match="shutting down"):
+        await street.hosts["b"].come()
+    await street.end()
+
+
+async def test_the_time_that_loading_takes_is_no_life(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "LIVED_S", 0.1)
+    start = Engine.start
+
+    async def slowly(self: Engine) -> None:
+        await asyncio.sleep(0.2)
+        await start(self)
+
+    monkeypatch.setattr(Engine, "start", slowly)
+    street = Street(model_dir, {"a": 4}, 8)
+    await street.ask("a")
+    for death in range(1, host_module.DEATHS + 1):
+        await soon(lambda death=death: street.hosts["a"].status == "ok" and street.log.count("load a") == death)
+        street.engines[-1].die("exit code -9")
+    async with asyncio.timeout(5):
+        await street.hosts["a"].hopeless.wait()
+    await street.site.bring(street.hosts["a"])
+    assert not street.hosts["a"].hopeless.is_set()
+    await street.end()
+
+
+async def test_no_process_to_be_had(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real client: what the system refuses counts as a death, and nothing is left open."""
+
+    def refuse(*args: Any, **more: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("appliance.runtime.client.subprocess.Popen", refuse)
+    shared = Shared(ServerConfig())
+    entry = Entry(
+        "a", EngineConfig(model=str(model_dir), tokenizer=str(model_dir)), replace(ServerConfig(), served_model_name=("a",))
+    )
+    host = EngineHost(entry, 4, shared)
+    site = Site([host], shared, 8)
+    for _ in range(2):
+        with pytest.raises(EngineDied, match=r"cannot be started: .*Too many open files"):
+            await site.bring(host)
+    with pytest.raises(RequestError, match="Too many open files"):
+        await host.enter(object())
+    assert host.status == "unloaded" and not host.loaded
+    await host.end()
