@@ -164,13 +164,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(spawn: Spawn, tokenizer: To
         assert "\x1b[" not in re.sub(r"\x1b\[\?2004[hl]", "", terminal.text), "colours, though NO_COLOR is set"
 
 
-def test_in_a_pipe_only_the_answer(served: Served, tmp_path: Path) -> None:
+def test_in_a_pipe_only_the_answer(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     found = pipe("--url", served.url, "--max-tokens", "12", given="hello")
     assert found.returncode == 0 and re.fullmatch("user: hello\n?", found.stdout)
     assert found.stderr == "appliance: note: the answer was cut off: the limit of tokens is reached\n"
-    file = tmp_path / "notes.txt"
-    file.write_text("in a file")
-    found = pipe("--url", served.url, "-p", f"sum up @{file}", "--max-tokens", "400", given="and this")
+    Path("notes.txt").write_text("in a file")
+    found = pipe("--url", served.url, "-p", "sum up @notes.txt", "--max-tokens", "200", given="and this")
     for words in ("sum up", "in a file", "and this"):
         assert words in found.stdout
     question = "Wie heißt du? 日本"
