@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -9,6 +10,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["APPLIANCE_CACHE_DIR"] = ""  # what one test's engine measures is not for the next one's plan, nor for the user's
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("realdata")
         elif item.get_closest_marker("realdata") and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"no real data: {SHARED} is absent"))
+
+
+@pytest.fixture(autouse=True)
+def root_logger() -> Iterator[None]:
+    """Commands that are run in this process set up the log of theirs; the next test shall not read it on its stderr."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
