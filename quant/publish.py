@@ -86,14 +86,8 @@ def _gptq(weight: Quantized) -> dict[str, Tensor]:
 def _compressed(weight: Quantized) -> dict[str, Tensor]:
     """pack-quantized: words along K, [N, ceil(K * bits / 32)]; zero points packed along N."""
     bits, (N, K) = weight.grid.bits, weight.codes.shape
-    codes, found = weight.codes, {}
-    if weight.perm is not None:
-        size = weight.grid.size(K)
-        codes, g_idx = torch.empty_like(codes), torch.empty(K, dtype=torch.int32)
-        codes[:, weight.perm], g_idx[weight.perm] = weight.codes, (torch.arange(K) // size).to(torch.int32)
-        found["weight_g_idx"] = g_idx
-    found |= {
-        "weight_packed": pack_stream(codes, bits),
+    found = {
+        "weight_packed": pack_stream(weight.codes, bits),
         "weight_scale": weight.scales.t().contiguous(),
         "weight_shape": torch.tensor([N, K], dtype=torch.int64),
     }
@@ -154,7 +148,6 @@ def config_section(form: str, grid: Grid, *, act_order: bool, more: Mapping[str,
         "strategy": "channel" if grid.group_size == -1 else "group",
         "group_size": None if grid.group_size == -1 else grid.group_size,
         "dynamic": False,
-        "actorder": "group" if act_order else None,
     }
     return {
         "quant_method": "compressed-tensors",

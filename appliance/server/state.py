@@ -127,11 +127,6 @@ class ServerState:
                 return unavailable(self.client.failure or "the engine has died", "engine_dead")
         return unavailable("the model is still loading", "model_loading")
 
-    def check_model(self, model: str | None) -> None:
-        if model and model not in self.names:
-            message = f"The model `{model}` does not exist. This server has: {', '.join(self.names)}"
-            raise RequestError(message, param="model", code="model_not_found", status=404)
-
     def check_queue(self) -> None:
         """Raises RequestError (503) when too many requests wait. The engine's own count would be as old as its latest step."""
         most = self.server_config.max_num_queued_reqs
