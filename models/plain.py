@@ -52,6 +52,10 @@ class PlainLayer:
                 layer.norms[short] = _finite(name, checkpoint.take(name, dtypes=FLOATS, shape=(size,)).to(dtype))
         return layer
 
+    def full(self, name: str) -> str:
+        """A module's name in the checkpoint."""
+        return f"model.layers.{self.number}.{name}"
+
     def forward(self, hidden: Tensor, watch: Watch | None = None) -> Tensor:
         """Hidden states [B, T, hidden] -> the same after this layer. Positions are 0 .. T - 1.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +17,11 @@ from quant.errors import InputError
 
 FORMATS = ("awq", "gptq", "compressed-tensors")
 SLAB = 1 << 22  # values that are packed at a time
+QKV, GATE_UP = r"self_attn\.(q|k|v|qkv)_proj", r"mlp\.(gate|up|gate_up)_proj"
+KINDS = {
+    **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj"), QKV),
+    **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"), GATE_UP),
+}  # by which readers that fuse modules ask
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word is this one of its eight columns
 
 
@@ -118,30 +125,75 @@ def _as_int32(words: Tensor) -> Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
-def config_section(form: str, grid: Grid, *, act_order: bool, more: Mapping[str, Any]) -> dict[str, Any]:
-    """``quantization_config`` of config.json. ``more``: what else is told of how it was made."""
-    if form == "awq":
-        return {
-            "quant_method": "awq",
-            "version": "gemm",
-            "bits": grid.bits,
-            "group_size": grid.group_size,
-            "zero_point": not grid.symmetric,
-            "modules_to_not_convert": ["lm_head"],
-            **more,
-        }
-    if form == "gptq":
-        return {
-            "quant_method": "gptq",
-            "checkpoint_format": "gptq",
-            "bits": grid.bits,
-            "group_size": grid.group_size,
-            "desc_act": act_order,
-            "sym": grid.symmetric,
-            "lm_head": False,
-            **more,
-        }
-    weights = {
+def config_section(
+    form: str, grid: Grid, others: Mapping[str, Grid | None], *, act_order: bool, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``quantization_config`` of config.json. ``others``: modules that are not on ``grid``; None for those left as they are.
+
+    ``more``: what else is told of how it was made. Raises InputError where the format cannot say it.
+    """
+    return {"awq": _awq_section, "gptq": _gptq_section, "compressed-tensors": _compressed_section}[form](
+        grid, others, act_order, more
+    )
+
+
+def _awq_section(grid: Grid, others: Mapping[str, Grid | None], act_order: bool, more: Mapping[str, Any]) -> dict[str, Any]:
+    for name, other in others.items():
+        if other is not None:
+            raise InputError(
+                f"{name} has {other.bits} bits: the format awq has one width for all; take --format compressed-tensors"
+            )
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": grid.bits,
+        "group_size": grid.group_size,
+        "zero_point": not grid.symmetric,
+        "modules_to_not_convert": ["lm_head", *others],
+        **more,
+    }
+
+
+def _gptq_section(grid: Grid, others: Mapping[str, Grid | None], act_order: bool, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Modules that differ are named in ``dynamic``, as GPTQModel does; vLLM asks it for the names of fused modules."""
+    dynamic = {}
+    for bits, names in _by_bits(others).items():
+        for pattern in _patterns(names):
+            dynamic[f"{'+' if bits else '-'}:{pattern}"] = {"bits": bits} if bits else {}
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": grid.bits,
+        "group_size": grid.group_size,
+        "desc_act": act_order,
+        "sym": grid.symmetric,
+        "lm_head": False,
+        **({"dynamic": dynamic} if dynamic else {}),
+        **more,
+    }
+
+
+def _compressed_section(
+    grid: Grid, others: Mapping[str, Grid | None], act_order: bool, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": _ct_weights(grid), "input_activations": None}}
+    for bits, names in _by_bits(others).items():
+        if bits:
+            made = _ct_weights(replace(grid, bits=bits))
+            targets = [f"re:{pattern}" for pattern in _patterns(names)]
+            groups[f"group_{len(groups)}"] = {"targets": targets, "weights": made, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head", *(name for name, other in others.items() if other is None)],
+        **more,
+    }
+
+
+def _ct_weights(grid: Grid) -> dict[str, Any]:
+    return {
         "num_bits": grid.bits,
         "type": "int",
         "symmetric": grid.symmetric,
@@ -149,11 +201,25 @@ def config_section(form: str, grid: Grid, *, act_order: bool, more: Mapping[str,
         "group_size": None if grid.group_size == -1 else grid.group_size,
         "dynamic": False,
     }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
-        "ignore": ["lm_head"],
-        **more,
-    }
+
+
+def _by_bits(others: Mapping[str, Grid | None]) -> dict[int, list[str]]:
+    """Names by bits, 0 for those left as they are."""
+    found: dict[int, list[str]] = {}
+    for name, grid in others.items():
+        found.setdefault(grid.bits if grid else 0, []).append(name)
+    return found
+
+
+def _patterns(names: Iterable[str]) -> list[str]:
+    """Regular expressions that fit these names alone, and the fused modules that they are parts of; one for each kind."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        layers.setdefault(KINDS.get(found[2], re.escape(found[2])) if found else re.escape(name), []).append(
+            found[1] if found else ""
+        )
+    return [
+        rf"^model\.layers\.({'|'.join(dict.fromkeys(numbers))})\.{kind}$" if numbers[0] else rf"^(.*\.)?{kind}$"
+        for kind, numbers in layers.items()
+    ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from appliance.quantize.layer import Made, Watcher, quantize_layer
 from appliance.quantize.options import Options
+from appliance.quantize.recipe import Recipe, stored_bytes
 from appliance.quantize.shards import Shards
 from models.plain import FLOATS, PlainLayer
 from models.rope import cos_sin_table
@@ -23,6 +24,7 @@ from quant.errors import InputError
 from quant.headers import CheckpointIndex, read_header
 from quant.publish import check_shape, config_section, tensors_of
 from quant.scheme import QuantScheme
+from quant.tensor import QuantTensor
 
 log = logging.getLogger("appliance.quantize")
 
@@ -54,9 +56,9 @@ class Job:
             raise InputError(f"--calibration-length is {ids.shape[1]}, but the model was made for {self.spec.max_len} tokens")
         self._check_tensors()
         self.published = torch.float16 if options.format == "awq" else PUBLISHED[self.spec.dtype]
-        self.grid = options.grid(self.published)
+        self.recipe = Recipe(options.grid(self.published))
         for module in self.spec.layer_modules():
-            check_shape(str(options.format), module.name, module.N, module.K, self.grid)
+            check_shape(str(options.format), module.name, module.N, module.K, self.recipe.default)
         self.output = output
         self.shards = Shards(output, self._fingerprint(), self.spec.layers + 1, self.expected_bytes())
         length = 1 if ids is None else ids.shape[1]
@@ -80,10 +82,7 @@ class Job:
     def expected_bytes(self) -> int:
         """Of the new checkpoint, about: codes, scales and zero points, and what stays as it is."""
         dense = sum(module.N * module.K for module in self.spec.modules() if module.part in ("embedding", "head"))
-        each = sum(
-            module.N * module.K * self.grid.bits // 8 + 3 * module.N * -(-module.K // self.grid.size(module.K))
-            for module in self.spec.layer_modules()
-        )
+        each = sum(stored_bytes(module.N, module.K, self.recipe.default) for module in self.spec.layer_modules())
         return 2 * dense + self.spec.layers * each
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -135,7 +134,7 @@ class Job:
                 batch.copy_(there)
             elif not gptq and not last:
                 after.append(there.to(batch.dtype))
-        made = quantize_layer(layer, watcher, self.options, self.grid, self.published)
+        made = quantize_layer(layer, watcher, self.options, self.recipe, self.published)
         largest = Watcher("rtn", 0, kv_scales)
         for k, batch in enumerate(batches if again else ()):
             there = layer.forward(batch.float(), largest)
@@ -167,7 +166,7 @@ class Job:
         with Checkpoint(index, config, QuantScheme.from_config(config, None, index)) as done:
             for module in self.spec.layer_modules():
                 weight = done.weight(f"model.layers.{number}.{module.name}", expect=(module.N, module.K))
-                yield module.name, weight.dequantize()
+                yield module.name, weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
 
     def _batches(self, hidden: Tensor) -> Iterator[Tensor]:
         return iter(hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1])))
@@ -184,7 +183,11 @@ class Job:
         found |= {f"{prefix}.{name}.bias": bias for name, bias in layer.biases.items()}
         found = {name: self._publish(name, tensor) for name, tensor in found.items()}
         for name, weight in made.modules.items():
-            found |= {f"{prefix}.{name}.{key}": tensor for key, tensor in tensors_of(form, weight).items()}
+            full = f"{prefix}.{name}"
+            if isinstance(weight, Tensor):
+                found[f"{full}.weight"] = self._publish(full, weight)
+            else:
+                found |= {f"{full}.{key}": tensor for key, tensor in tensors_of(form, weight).items()}
         return found
 
     def _ends(self) -> dict[str, Tensor]:
@@ -201,7 +204,8 @@ class Job:
         return made
 
     def _section(self) -> dict[str, Any]:
-        return config_section(str(self.options.format), self.grid, act_order=self.options.act_order, more=self.options.told())
+        form, grid, others = str(self.options.format), self.recipe.default, self.recipe.exceptions()
+        return config_section(form, grid, others, act_order=self.options.act_order, more=self.options.told())
 
     def _finish(self) -> None:
         left_out = ("torch_dtype", "dtype", "auto_map")  # the last one speaks of files that are not copied

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from appliance.quantize.options import Options
+from appliance.quantize.recipe import Recipe
 from models.plain import INPUTS, PlainLayer
 from quant.algorithms.awq import Tie, search_cuts, search_scales
 from quant.algorithms.gptq import Hessian, gptq
-from quant.algorithms.grid import Grid, Quantized, round_to_nearest
+from quant.algorithms.grid import Quantized, round_to_nearest
 
 LOOKED_AT = 1024  # inputs of each linear that AWQ's searches compare outputs for
 UNCUT = ("q_proj", "k_proj", "qkv_proj")  # AutoAWQ leaves their extremes: queries and keys meet in a product
@@ -62,47 +63,53 @@ class Watcher:
 class Made:
     """A quantized layer: its modules by name, and the mean squared error of each module's outputs where it is known."""
 
-    modules: dict[str, Quantized]
+    modules: dict[str, Quantized | Tensor]  # a module that is left as it is: its weight, which may be scaled
     losses: dict[str, float]
 
 
-def quantize_layer(layer: PlainLayer, watcher: Watcher, options: Options, grid: Grid, published: torch.dtype) -> Made:
+def quantize_layer(layer: PlainLayer, watcher: Watcher, options: Options, recipe: Recipe, published: torch.dtype) -> Made:
     """Quantize every linear. ``layer`` is changed: norms and weights are scaled (AWQ), weights become the quantized ones.
 
     ``published``: the type in which norms will be written.
 
     Raises InputError naming the module that cannot be quantized.
     """
-    scaled = dict(_scale(layer, watcher, grid, published)) if options.method == "awq" else {}
-    modules: dict[str, Quantized] = {}
-    losses: dict[str, float] = {}
+    scaled = dict(_scale(layer, watcher, recipe, published)) if options.method == "awq" else {}
+    made = Made({}, {})
     for module in layer.spec.layer_modules():
-        name, weight = module.name, layer.weights[module.name].float()
-        seen = watcher.seen.get(INPUTS[name])
+        name = module.name
+        grid = recipe.grid(layer.full(name))
+        if grid is None:
+            made.modules[name] = layer.weights[name]
+            continue
+        weight, seen = layer.weights[name].float(), watcher.seen.get(INPUTS[name])
         if options.method == "gptq":
             assert seen is not None and seen.hessian is not None
-            full = f"model.layers.{layer.number}.{name}"
-            found = gptq(weight, seen.hessian.mean(), grid, act_order=options.act_order, damping=options.damping, name=full)
-            modules[name], losses[name] = found.weight, found.loss
+            hessian, order = seen.hessian.mean(), options.act_order
+            found = gptq(weight, hessian, grid, act_order=order, damping=options.damping, name=layer.full(name))
+            quantized, made.losses[name] = found.weight, found.loss
         else:
             shrink: Tensor | float = 1.0
             if options.method == "awq" and options.clip and name.rpartition(".")[2] not in UNCUT:
                 assert seen is not None
                 shrink = search_cuts(weight, _some(seen) / scaled.get(INPUTS[name], torch.tensor(1.0)), grid)
-            modules[name] = round_to_nearest(weight, grid, shrink)
-        layer.weights[name] = modules[name].dequantize().to(layer.weights[name].dtype)
-    return Made(modules, losses)
+            quantized = round_to_nearest(weight, grid, shrink)
+        made.modules[name] = quantized
+        layer.weights[name] = quantized.dequantize().to(layer.weights[name].dtype)
+    return made
 
 
 def _some(seen: Seen) -> Tensor:
     return torch.cat(seen.some)
 
 
-def _scale(layer: PlainLayer, watcher: Watcher, grid: Grid, published: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _scale(layer: PlainLayer, watcher: Watcher, recipe: Recipe, published: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Fold AWQ's scales into the layer; what each kind of inputs is divided by from then on, by its name."""
     for inputs in ("attention", "heads", "mlp", "inner"):
         names = [module.name for module in layer.spec.layer_modules() if INPUTS[module.name] == inputs]
-        seen = watcher.seen[inputs]
+        grid, seen = recipe.grid(layer.full(names[0])), watcher.seen[inputs]
+        if grid is None:
+            continue
         weights = [layer.weights[name].float() for name in names]
         found = search_scales(weights, _some(seen), seen.mean(), grid, _tie(layer) if inputs == "heads" else None)
         if found.loss >= found.before:

@@ -38,7 +38,9 @@ CASES = [
 def test_our_own_readers(tmp_path: Path, form: str, bits: int, group: int, symmetric: bool, act_order: bool) -> None:
     weight = made(form, bits, group, symmetric, act_order=act_order)
     check_shape(form, "it", 32, 128, weight.grid)
-    save(tmp_path, tensors_of(form, weight), config_section(form, weight.grid, act_order=act_order, more={"made_by": "a test"}))
+    save(
+        tmp_path, tensors_of(form, weight), config_section(form, weight.grid, {}, act_order=act_order, more={"made_by": "a test"})
+    )
     assert torch.equal(load(tmp_path, (32, 128)).dequantize(), weight.dequantize())
 
 

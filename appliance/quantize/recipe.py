@@ -1,0 +1,51 @@
+"""Which grid each module's weights are put on: the same for all, or more bits for those that need them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from models.plain import INPUTS
+from models.spec import ModelSpec
+from quant.algorithms.grid import Grid
+
+KEPT = 16  # bits of a module that stays as it is
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``bits`` by module (model.layers.0.mlp.up_proj, lm_head, ..), where they are not the default's; KEPT: left as it is."""
+
+    default: Grid
+    bits: Mapping[str, int] = field(default_factory=dict)
+
+    def grid(self, module: str) -> Grid | None:
+        """None for a module that is left as it is."""
+        bits = self.bits.get(module, self.default.bits)
+        return None if bits == KEPT else replace(self.default, bits=bits)
+
+    def exceptions(self) -> dict[str, Grid | None]:
+        """The modules whose grid is not the default."""
+        return {name: self.grid(name) for name, bits in self.bits.items() if bits != self.default.bits}
+
+
+def units(spec: ModelSpec) -> dict[str, list[str]]:
+    """Modules that must have the same bits, since kernels work on them as one (they read the same): their full names, by unit.
+
+    A unit's name is that of the layer and of what it reads: model.layers.0.attention, .heads, .mlp, .inner.
+    """
+    found: dict[str, list[str]] = {}
+    for number in range(spec.layers):
+        for module in spec.layer_modules():
+            prefix = f"model.layers.{number}"
+            found.setdefault(f"{prefix}.{INPUTS[module.name]}", []).append(f"{prefix}.{module.name}")
+    return found
+
+
+def stored_bytes(N: int, K: int, grid: Grid | None) -> int:
+    """Of a weight in a file: codes, a scale and, where there are any, a zero point for each group; 2 a value if it is kept."""
+    if grid is None:
+        return 2 * N * K
+    groups = -(-K // grid.size(K))
+    zeros = 0 if grid.symmetric else N * groups * grid.bits // 8
+    return N * K * grid.bits // 8 + 2 * N * groups + zeros
