@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,13 @@ class PlainLayer:
                 short = name.removeprefix(f"{prefix}.").removesuffix(".weight")
                 layer.norms[short] = _finite(name, checkpoint.take(name, dtypes=FLOATS, shape=(size,)).to(dtype))
         return layer
+
+    def to(self, device: torch.device) -> PlainLayer:
+        """The same on a device."""
+        weights, biases, norms = (
+            {name: tensor.to(device) for name, tensor in part.items()} for part in (self.weights, self.biases, self.norms)
+        )
+        return replace(self, cos_sin=self.cos_sin.to(device), weights=weights, biases=biases, norms=norms)
 
     def full(self, name: str) -> str:
         """A module's name in the checkpoint."""

@@ -150,7 +150,7 @@ def test_an_interrupted_job_goes_on_and_makes_the_same(tmp_path: Path, method: s
     whole = quantized(model, tmp_path / "whole", some, method=method)
     options = Options(group_size=16, method=method).checked()
 
-    def stop(done: int, total: int) -> None:
+    def stop(done: float) -> None:
         if done == 2:
             raise Stopped
 
@@ -163,10 +163,10 @@ def test_an_interrupted_job_goes_on_and_makes_the_same(tmp_path: Path, method: s
         for other, words in ((Options(group_size=32, method=method).checked(), "other options"), (options, "text")):
             with pytest.raises(InputError, match=words):
                 Job(model, tmp_path / "parts", other, ids(seed=2) if other is options else some)
-        told: list[int] = []
+        told: list[float] = []
         job = Job(model, tmp_path / "parts", options, some)
         assert job.shards.resumed
-        job.run(lambda done, total: told.append(done))
+        job.run(told.append)
     names = sorted(path.name for path in whole.iterdir())
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == names and not half.exists()
     for name in names:

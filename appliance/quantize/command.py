@@ -25,6 +25,7 @@ def quantize(
     clip: bool = True,
     kv_scales: Annotated[bool, Parameter(negative=())] = False,
     seed: int = 0,
+    device: str = "auto",
     threads: int | None = None,
     revision: str | None = None,
 ) -> int:
@@ -63,6 +64,8 @@ def quantize(
         Add scales of keys and values for a KV cache in FP8.
     seed
         Of the choice of samples.
+    device
+        cpu, or cuda: a card on which one layer at a time is worked on, while all else stays in main memory. auto is cpu.
     threads
         CPU threads; default: the physical cores.
     revision
@@ -85,4 +88,4 @@ def quantize(
         kv_scales=kv_scales,
         seed=seed,
     )
-    return run(model, output, options.checked(), calibration=calibration, threads=threads, revision=revision)
+    return run(model, output, options.checked(), calibration=calibration, device=device, threads=threads, revision=revision)

@@ -29,6 +29,7 @@ from quant.tensor import QuantTensor
 log = logging.getLogger("appliance.quantize")
 
 TOKENS_AT_ONCE = 4096  # that go through a layer together
+FIRST, SEARCH = 0.3, 0.5  # about: shares of a layer's time that looking at its inputs takes, and quantizing
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 PUBLISHED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float16}  # what the rest is written in
 
@@ -45,9 +46,11 @@ class Report:
 class Job:
     """One quantization. ``ids``: the calibration's tokens int64 [samples, length]; None where the method takes none."""
 
-    def __init__(self, source: Path, output: Path, options: Options, ids: Tensor | None) -> None:
-        """Raises InputError for what cannot be quantized so, and where there is no room for it."""
-        self.source, self.options, self.ids = source, options, ids
+    def __init__(
+        self, source: Path, output: Path, options: Options, ids: Tensor | None, device: torch.device | str = "cpu"
+    ) -> None:
+        """``device``: cpu or cuda, where a layer is worked on. InputError for what cannot be quantized so, or has no room."""
+        self.source, self.options, self.ids, self.device = source, options, ids, torch.device(device)
         self.checkpoint = Checkpoint.open(source)
         if self.checkpoint.scheme.method != "none":
             raise InputError(f"{source} is quantized already ({self.checkpoint.scheme.method}): give the original model")
@@ -100,44 +103,53 @@ class Job:
             "text": text,
         }
 
-    def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
-        """Quantize. ``progress`` is called with (layers done, layers). Raises InputError; what is done by then is kept."""
+    def run(self, progress: Callable[[float], None] = lambda done: None) -> Report:
+        """Quantize. ``progress`` is told the layers done, and shares of one. Raises InputError; what is done by then is kept."""
         report = Report(self.output)
         hidden = None if self.ids is None else self._embedded(self.ids)
         for number in range(self.spec.layers):
-            progress(number, self.spec.layers)
+            progress(number)
             last = number == self.spec.layers - 1
             if self.shards.has(number):
                 if hidden is not None and not last:
                     self._go_through(number, hidden)
                 continue
-            layer = PlainLayer.read(self.checkpoint, self.spec, number, self.cos_sin, torch.float32)
-            made, extra = self._layer(layer, hidden, last)
+            layer = PlainLayer.read(self.checkpoint, self.spec, number, self.cos_sin, torch.float32).to(self.device)
+            made, extra = self._layer(layer, hidden, last, progress)
             report.losses |= {f"model.layers.{number}.{name}": loss for name, loss in made.losses.items()}
             self.shards.write(number, {**self._tensors(layer, made), **extra})
-        progress(self.spec.layers, self.spec.layers)
+        progress(self.spec.layers)
         if not self.shards.has(self.spec.layers):
             self.shards.write(self.spec.layers, self._ends())
         self._finish()
         report.nbytes = sum(path.stat().st_size for path in self.output.glob("*.safetensors"))
         return report
 
-    def _layer(self, layer: PlainLayer, hidden: Tensor | None, last: bool) -> tuple[Made, dict[str, Tensor]]:
+    def _layer(
+        self, layer: PlainLayer, hidden: Tensor | None, last: bool, progress: Callable[[float], None]
+    ) -> tuple[Made, dict[str, Tensor]]:
         """Quantize one layer; (what was made, its scales of keys and values). ``hidden`` becomes what it is behind the layer."""
         batches = [] if hidden is None else list(self._batches(hidden))
         gptq, kv_scales = self.options.method == "gptq", self.options.kv_scales
         again = kv_scales or (gptq and not last)  # GPTQ's later layers make good what this one lost
         watcher, after = Watcher(self.options.method, len(batches), False), []
-        for batch in batches:
-            there = layer.forward(batch.float(), watcher)
+        for k, batch in enumerate(batches):
+            progress(layer.number + FIRST * k / len(batches))
+            there = layer.forward(batch.to(self.device).float(), watcher)
             if not again and not last:
                 batch.copy_(there)
             elif not gptq and not last:
-                after.append(there.to(batch.dtype))
-        made = quantize_layer(layer, watcher, self.options, self.recipe, self.published)
+                after.append(there.to(batch.device, batch.dtype))
+
+        def tell(done: float) -> None:
+            progress(layer.number + FIRST + SEARCH * done)
+
+        made = quantize_layer(layer, watcher, self.options, self.recipe, self.published, tell)
+        del watcher  # and the Hessians in it
         largest = Watcher("rtn", 0, kv_scales)
         for k, batch in enumerate(batches if again else ()):
-            there = layer.forward(batch.float(), largest)
+            progress(layer.number + FIRST + SEARCH + (1 - FIRST - SEARCH) * k / len(batches))
+            there = layer.forward(batch.to(self.device).float(), largest)
             if not last:
                 batch.copy_(there if gptq else after[k])
         return made, self._kv_scales(layer.number, largest.largest) if kv_scales else {}
@@ -156,8 +168,9 @@ class Job:
             layer = PlainLayer.read(original, self.spec, number, self.cos_sin, torch.float32)
         if self.options.method == "gptq":
             layer.weights = dict(self._written(number))
+        layer = layer.to(self.device)
         for batch in self._batches(hidden):
-            batch.copy_(layer.forward(batch.float()))
+            batch.copy_(layer.forward(batch.to(self.device).float()))
 
     def _written(self, number: int) -> Iterator[tuple[str, Tensor]]:
         """The quantized weights of a layer that is done, float32, by module."""

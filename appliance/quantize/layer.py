@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -48,12 +48,12 @@ class Watcher:
         if self.method == "rtn":
             return
         flat = x.reshape(-1, x.shape[-1])
-        seen = self.seen.setdefault(name, Seen(torch.zeros(flat.shape[1], dtype=torch.float64)))
+        seen = self.seen.setdefault(name, Seen(torch.zeros(flat.shape[1], dtype=torch.float64, device=flat.device)))
         if self.method == "gptq":
             seen.hessian = seen.hessian or Hessian(flat.shape[1], flat.device)
             seen.hessian.add(flat)
             return
-        seen.size += flat.abs().sum(0, dtype=torch.float64).cpu()
+        seen.size += flat.abs().sum(0, dtype=torch.float64)
         seen.rows += flat.shape[0]
         stride = max(1, flat.shape[0] // self.each)
         seen.some.append(flat[stride // 2 :: stride][: self.each].float().clone())
@@ -67,16 +67,25 @@ class Made:
     losses: dict[str, float]
 
 
-def quantize_layer(layer: PlainLayer, watcher: Watcher, options: Options, recipe: Recipe, published: torch.dtype) -> Made:
+def quantize_layer(
+    layer: PlainLayer,
+    watcher: Watcher,
+    options: Options,
+    recipe: Recipe,
+    published: torch.dtype,
+    progress: Callable[[float], None] = lambda done: None,
+) -> Made:
     """Quantize every linear. ``layer`` is changed: norms and weights are scaled (AWQ), weights become the quantized ones.
 
-    ``published``: the type in which norms will be written.
+    ``published``: the type in which norms will be written. ``progress`` is told the share that is done, 0 to 1.
 
     Raises InputError naming the module that cannot be quantized.
     """
     scaled = dict(_scale(layer, watcher, recipe, published)) if options.method == "awq" else {}
     made = Made({}, {})
-    for module in layer.spec.layer_modules():
+    modules = list(layer.spec.layer_modules())
+    for k, module in enumerate(modules):
+        progress(k / len(modules))
         name = module.name
         grid = recipe.grid(layer.full(name))
         if grid is None:
@@ -92,7 +101,7 @@ def quantize_layer(layer: PlainLayer, watcher: Watcher, options: Options, recipe
             shrink: Tensor | float = 1.0
             if options.method == "awq" and options.clip and name.rpartition(".")[2] not in UNCUT:
                 assert seen is not None
-                shrink = search_cuts(weight, _some(seen) / scaled.get(INPUTS[name], torch.tensor(1.0)), grid)
+                shrink = search_cuts(weight, _some(seen) / scaled.get(INPUTS[name], 1.0), grid)
             quantized = round_to_nearest(weight, grid, shrink)
         made.modules[name] = quantized
         layer.weights[name] = quantized.dequantize().to(layer.weights[name].dtype)

@@ -15,24 +15,37 @@ from appliance.memory.text import size_text
 from appliance.quantize.calibration import calibration_ids
 from appliance.quantize.job import Job
 from appliance.quantize.options import Options
+from appliance.runtime.options import choose_device
 from appliance.text.tokenizer import Tokenizer
 from models.spec import ModelSpec
 from quant.headers import read_json
 
+BAR = "{desc}: layer {n:.1f} of {total} |{bar}| {percentage:.0f} %, {elapsed} gone, {remaining} left"
 
-def run(model: str, output: str, options: Options, *, calibration: str | None, threads: int | None, revision: str | None) -> int:
+
+def run(
+    model: str,
+    output: str,
+    options: Options,
+    *,
+    calibration: str | None,
+    device: str,
+    threads: int | None,
+    revision: str | None,
+) -> int:
     """Returns the exit code. Raises InputError for what cannot be done."""
     torch.set_num_threads(cpu_threads(threads))
+    where = choose_device(device)
     source, begun, ids = resolve(model, revision), time.monotonic(), None
     if options.calibrated:
         spec = ModelSpec.from_config(read_json(source / "config.json"))
         tokenizer = Tokenizer.load(source)
         length = min(options.length, spec.max_len)
         ids = calibration_ids(calibration, tokenizer, samples=options.samples, length=length, vocab=spec.vocab, seed=options.seed)
-    job = Job(source, Path(output), options, ids)
-    with tqdm(total=job.spec.layers, desc="Quantizing", unit="layer", disable=None) as bar, torch.inference_mode():
+    job = Job(source, Path(output), options, ids, where)
+    with tqdm(total=job.spec.layers, desc="Quantizing", bar_format=BAR, disable=None) as bar, torch.inference_mode():
 
-        def tell(done: int, total: int) -> None:
+        def tell(done: float) -> None:
             bar.update(done - bar.n)
 
         report = job.run(tell)
