@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from appliance.core.params import RequestError, StructuredOutputsParams
@@ -23,6 +23,7 @@ MAX_CHARS = 65536  # of a schema, regular expression, grammar, or all choices
 STACK_BYTES = 256 * 2**20  # of address space: a chain of as many rules as fit into MAX_CHARS takes up to 80 MiB
 WHITESPACE = r" |\r?\n[ \t]{0,24}"  # between the parts of JSON; without a bound a small model goes on for ever
 KEPT = 64  # grammars that are not tried again
+_BEFORE = "\x02"  # a text that no token joins with what follows it
 LIMITS = {
     "initial_lexer_fuel": 1_000_000,  # about 20 ms
     "step_lexer_fuel": 200_000,  # about 14 ms
@@ -146,4 +147,24 @@ class _Vocabulary:
         self._tokenizer = tokenizer
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        """Tokens that spell exactly this, as they stand within a text: many tokenizers put a space before what begins one."""
+        wanted = text.encode()
+        for before in ("", _BEFORE):
+            ids = self._tokenizer.encode(before + text, add_special_tokens=False)
+            for first in range(3 * len(before) + 1):
+                if b"".join([self.tokens[token] for token in ids[first:] if token < len(self.tokens)]) == wanted:
+                    return ids[first:]
+        return self._greedy(wanted)
+
+    def _greedy(self, wanted: bytes) -> list[int]:
+        """The longest token each time; only so far as there are tokens."""
+        ids, at, most = [], 0, max(map(len, self._ids), default=0)
+        while found := next((end for end in range(min(len(wanted), at + most), at, -1) if wanted[at:end] in self._ids), 0):
+            ids.append(self._ids[wanted[at:found]])
+            at = found
+        return ids
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        special = set(self.special_token_ids)
+        return {token: i for i, token in enumerate(self.tokens) if token and i not in special}
