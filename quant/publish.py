@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from quant.algorithms.grid import Grid, Quantized
 from quant.bits import pack_nibbles
 from quant.errors import InputError
 
-FORMATS = ("awq", "gptq", "compressed-tensors")
+FORMATS = ("awq", "gptq", "gptq_v2", "compressed-tensors")
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 SLAB = 1 << 22  # values that are packed at a time
 QKV, GATE_UP = r"self_attn\.(q|k|v|qkv)_proj", r"mlp\.(gate|up|gate_up)_proj"
 KINDS = {
@@ -29,7 +29,7 @@ def grid_for(form: str, bits: int, group_size: int, symmetric: bool, scale_dtype
     """The grid that a format can say. Raises InputError where it cannot say this one."""
     if form not in FORMATS:
         raise InputError(f"--format is {form!r}: one of {', '.join(FORMATS)} is needed")
-    allowed = {"awq": (4,), "gptq": (2, 3, 4, 8), "compressed-tensors": (2, 3, 4, 8)}[form]
+    allowed = (4,) if form == "awq" else (2, 3, 4, 8)
     if bits not in allowed:
         raise InputError(f"--bits is {bits}: the format {form} has {', '.join(map(str, allowed))}")
     if group_size != -1 and (group_size < 8 or group_size % 8):
@@ -42,7 +42,9 @@ def grid_for(form: str, bits: int, group_size: int, symmetric: bool, scale_dtype
 
 def tensors_of(form: str, weight: Quantized) -> dict[str, Tensor]:
     """The tensors of one module, by what follows its name. Raises InputError where its shape cannot be said."""
-    return {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed}[form](weight)
+    if form in ("gptq", "gptq_v2"):
+        return _gptq(weight, offset=1 if form == "gptq" else 0)
+    return _awq(weight) if form == "awq" else _compressed(weight)
 
 
 def check_shape(form: str, name: str, N: int, K: int, grid: Grid) -> None:
@@ -52,9 +54,9 @@ def check_shape(form: str, name: str, N: int, K: int, grid: Grid) -> None:
     per_word = 32 // grid.bits if 32 % grid.bits == 0 else 32
     if form == "awq" and N % 8:
         raise InputError(f"{name} has {N} outputs: the format awq needs a multiple of 8; take --format compressed-tensors")
-    if form == "gptq" and (N % per_word or K % per_word):
+    if form in ("gptq", "gptq_v2") and (N % per_word or K % per_word):
         raise InputError(
-            f"{name} is {N} x {K}: the format gptq needs multiples of {per_word} at {grid.bits} bits; "
+            f"{name} is {N} x {K}: the format {form} needs multiples of {per_word} at {grid.bits} bits; "
             "take --format compressed-tensors"
         )
 
@@ -74,8 +76,8 @@ def _awq_words(values: Tensor) -> Tensor:
     return _as_int32((eights << (4 * torch.arange(8))).sum(2))
 
 
-def _gptq(weight: Quantized) -> dict[str, Tensor]:
-    """Version 1: words along K, [K * bits / 32, N]; zero points less one; the group of each input."""
+def _gptq(weight: Quantized, offset: int) -> dict[str, Tensor]:
+    """Words along K, [K * bits / 32, N]; zero points less ``offset``, which is 1 in version 1; the group of each input."""
     bits, size = weight.grid.bits, weight.grid.size(weight.codes.shape[1])
     codes, groups = weight.codes, torch.arange(weight.codes.shape[1]) // size
     if weight.perm is not None:
@@ -84,7 +86,7 @@ def _gptq(weight: Quantized) -> dict[str, Tensor]:
         groups = g_idx
     return {
         "qweight": pack_stream(codes, bits).t().contiguous(),
-        "qzeros": pack_stream(weight.zeros - 1 & (2**bits - 1), bits),
+        "qzeros": pack_stream(weight.zeros - offset & (2**bits - 1), bits),
         "scales": weight.scales.to(torch.float16),
         "g_idx": groups.to(torch.int32),
     }
@@ -126,74 +128,95 @@ def _as_int32(words: Tensor) -> Tensor:
 
 
 def config_section(
-    form: str, grid: Grid, others: Mapping[str, Grid | None], *, act_order: bool, more: Mapping[str, Any]
+    form: str,
+    grid: Grid,
+    others: Mapping[str, Grid | None],
+    *,
+    act_order: bool,
+    static_groups: bool = False,
+    kv_scales: bool = False,
+    more: Mapping[str, Any],
 ) -> dict[str, Any]:
     """``quantization_config`` of config.json. ``others``: modules that are not on ``grid``; None for those left as they are.
 
-    ``more``: what else is told of how it was made. Raises InputError where the format cannot say it.
+    Embedding and head are as they were unless ``others`` has a grid for them, which may be the same. ``act_order``: columns were
+    rounded in order of their importance; ``static_groups``: their groups are those of neighbours all the same. ``kv_scales``:
+    there are scales of keys and values in FP8. ``more``: what else is told of how it was made. Raises InputError where the format
+    cannot say it.
     """
-    return {"awq": _awq_section, "gptq": _gptq_section, "compressed-tensors": _compressed_section}[form](
-        grid, others, act_order, more
-    )
+    others = {HEAD: None, EMBEDDING: None, **others}
+    if form == "compressed-tensors":
+        return {**_compressed_section(grid, others, act_order, kv_scales), **more}
+    if others[EMBEDDING] is not None:
+        raise InputError(f"--embedding-bits: the format {form} has no quantized embeddings; take --format compressed-tensors")
+    if form == "awq":
+        return {**_awq_section(grid, others), **more}
+    return {**_gptq_section(form, grid, others, act_order, static_groups), **more}
 
 
-def _awq_section(grid: Grid, others: Mapping[str, Grid | None], act_order: bool, more: Mapping[str, Any]) -> dict[str, Any]:
+def _awq_section(grid: Grid, others: Mapping[str, Grid | None]) -> dict[str, Any]:
     for name, other in others.items():
         if other is not None:
-            raise InputError(
-                f"{name} has {other.bits} bits: the format awq has one width for all; take --format compressed-tensors"
-            )
+            why = "no quantized head" if name == HEAD else "one width for all"
+            raise InputError(f"{name} has {other.bits} bits: the format awq has {why}; take --format compressed-tensors")
     return {
         "quant_method": "awq",
         "version": "gemm",
         "bits": grid.bits,
         "group_size": grid.group_size,
         "zero_point": not grid.symmetric,
-        "modules_to_not_convert": ["lm_head", *others],
-        **more,
+        "modules_to_not_convert": [name for name in others if name != EMBEDDING],
     }
 
 
-def _gptq_section(grid: Grid, others: Mapping[str, Grid | None], act_order: bool, more: Mapping[str, Any]) -> dict[str, Any]:
+def _gptq_section(
+    form: str, grid: Grid, others: Mapping[str, Grid | None], act_order: bool, static_groups: bool
+) -> dict[str, Any]:
     """Modules that differ are named in ``dynamic``, as GPTQModel does; vLLM asks it for the names of fused modules."""
     dynamic = {}
-    for bits, names in _by_bits(others).items():
-        for pattern in _patterns(names):
-            dynamic[f"{'+' if bits else '-'}:{pattern}"] = {"bits": bits} if bits else {}
+    for other, names in _by_grid({name: other for name, other in others.items() if name != EMBEDDING}).items():
+        if other != grid:
+            for pattern in _patterns(name for name in names if other is not None or name != HEAD):
+                dynamic[f"{'+' if other else '-'}:{pattern}"] = {"bits": other.bits} if other else {}
     return {
         "quant_method": "gptq",
-        "checkpoint_format": "gptq",
+        "checkpoint_format": form,
         "bits": grid.bits,
         "group_size": grid.group_size,
-        "desc_act": act_order,
+        "desc_act": act_order and not static_groups,
+        "static_groups": act_order and static_groups,
         "sym": grid.symmetric,
-        "lm_head": False,
+        "lm_head": others[HEAD] is not None,
         **({"dynamic": dynamic} if dynamic else {}),
-        **more,
     }
 
 
-def _compressed_section(
-    grid: Grid, others: Mapping[str, Grid | None], act_order: bool, more: Mapping[str, Any]
-) -> dict[str, Any]:
-    groups = {"group_0": {"targets": ["Linear"], "weights": _ct_weights(grid), "input_activations": None}}
-    for bits, names in _by_bits(others).items():
-        if bits:
-            made = _ct_weights(replace(grid, bits=bits))
-            targets = [f"re:{pattern}" for pattern in _patterns(names)]
-            groups[f"group_{len(groups)}"] = {"targets": targets, "weights": made, "input_activations": None}
+def _compressed_section(grid: Grid, others: Mapping[str, Grid | None], act_order: bool, kv_scales: bool) -> dict[str, Any]:
+    """Linears are on ``grid``, others are named. vLLM's head is no Linear, and its embeddings may have no name, only a class."""
+    groups = {"group_0": _ct_group(["Linear"], grid, act_order)}
+    for other, names in _by_grid(others).items():
+        if other is None:
+            continue
+        targets = [f"re:{pattern}" for pattern in _patterns(name for name in names if name != EMBEDDING)]
+        if EMBEDDING in names:
+            groups[f"group_{len(groups)}"] = _ct_group(["Embedding"], other, False)
+        if targets and other == grid:
+            groups["group_0"]["targets"] += targets
+        elif targets:
+            groups[f"group_{len(groups)}"] = _ct_group(targets, other, act_order)
+    kv = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", *(name for name, other in others.items() if other is None)],
-        **more,
+        "ignore": [name for name, other in others.items() if other is None and name != EMBEDDING],
+        "kv_cache_scheme": kv if kv_scales else None,
     }
 
 
-def _ct_weights(grid: Grid) -> dict[str, Any]:
-    return {
+def _ct_group(targets: list[str], grid: Grid, act_order: bool) -> dict[str, Any]:
+    weights = {
         "num_bits": grid.bits,
         "type": "int",
         "symmetric": grid.symmetric,
@@ -201,13 +224,16 @@ def _ct_weights(grid: Grid) -> dict[str, Any]:
         "group_size": None if grid.group_size == -1 else grid.group_size,
         "dynamic": False,
     }
+    if act_order and grid.group_size != -1:
+        weights["actorder"] = "static"  # which is all that is left of it: groups are always of neighbours
+    return {"targets": targets, "weights": weights, "input_activations": None}
 
 
-def _by_bits(others: Mapping[str, Grid | None]) -> dict[int, list[str]]:
-    """Names by bits, 0 for those left as they are."""
-    found: dict[int, list[str]] = {}
+def _by_grid(others: Mapping[str, Grid | None]) -> dict[Grid | None, list[str]]:
+    """Names by what they are on; None for those left as they are."""
+    found: dict[Grid | None, list[str]] = {}
     for name, grid in others.items():
-        found.setdefault(grid.bits if grid else 0, []).append(name)
+        found.setdefault(grid, []).append(name)
     return found
 
 

@@ -89,7 +89,7 @@ def test_streams(bits: int) -> None:
 
 def test_refusals() -> None:
     for arguments, words in (
-        (("marlin", 4, 32, True), "--format is 'marlin': one of awq, gptq, compressed-tensors"),
+        (("marlin", 4, 32, True), "--format is 'marlin': one of awq, gptq, gptq_v2, compressed-tensors"),
         (("awq", 8, 32, True), "--bits is 8: the format awq has 4"),
         (("gptq", 5, 32, True), "the format gptq has 2, 3, 4, 8"),
         (("gptq", 4, 20, True), "--group-size is 20: a multiple of 8"),
