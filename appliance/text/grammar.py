@@ -142,7 +142,7 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, size: int, end: int) -> None:
         self.eos_token_id, self.bos_token_id = end, None
-        self.tokens = [tokenizer.token_bytes(token) or b"" for token in range(size)]
+        self.tokens = [tokenizer.spell(token) or b"" for token in range(size)]
         self.special_token_ids = [token for token in tokenizer.special_ids if token < size]
         self._tokenizer = tokenizer
 

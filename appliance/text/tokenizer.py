@@ -25,7 +25,8 @@ class Tokenizer:
         self.named_tokens = named
         self._chat = ChatTemplates(templates, named, where=where)
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
-        self.spelling = Spelling.of(json.loads(backend.to_str())["decoder"])
+        state = None if backend.decoder is None else backend.decoder.__getstate__()  # to_str() would write the vocabulary too
+        self.spelling = Spelling.of(None if state is None else json.loads(state))
         self._bytes: dict[int, bytes | None] = {}
 
     @classmethod
@@ -100,7 +101,7 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes | None:
         """Exactly the bytes that a token contributes to a text (a part of a character, perhaps); None for an unknown id."""
         if token_id not in self._bytes:
-            self._bytes[token_id] = self._spell(token_id)
+            self._bytes[token_id] = self.spell(token_id)
         return self._bytes[token_id]
 
     def token_str(self, token_id: int) -> str:
@@ -140,7 +141,8 @@ class Tokenizer:
     def _named_id(self, name: str) -> int | None:
         return self._backend.token_to_id(self.named_tokens[name]) if name in self.named_tokens else None
 
-    def _spell(self, token_id: int) -> bytes | None:
+    def spell(self, token_id: int) -> bytes | None:
+        """``token_bytes``, not kept."""
         token = self.token(token_id)
         if token is None:
             return None
