@@ -13,6 +13,8 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from appliance.hub import demo_model
 from models.spec import ModelSpec
@@ -28,12 +30,18 @@ def items() -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def questions() -> Iterator[object]:
+def scripts() -> Iterator[None]:
+    """The folder of scripts can be imported from."""
     sys.path.insert(0, str(ROOT / "scripts"))
+    yield
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+@pytest.fixture(scope="module")
+def questions(scripts: None) -> object:
     from demo_model import questions
 
-    yield questions
-    sys.path.remove(str(ROOT / "scripts"))
+    return questions
 
 
 def test_what_ships() -> None:
@@ -59,6 +67,49 @@ def test_held_out_questions_are_not_trained_on(items: list[dict[str, str]], ques
     assert not trained.intersection(asked)
     sample = questions.held_out_sample(300, 0)  # type: ignore[attr-defined]
     assert [q.text for q in sample] == [item["question"] for item in items], "the generator is deterministic"
+
+
+def on_the_grid(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [N, K] rounded, said once more: 64 inputs share a step in float16 and a zero point, set by their extremes."""
+    groups = weight.unflatten(1, (-1, 64))
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    steps = ((high - low) / 15).clamp(min=1e-5).half().float()
+    zeros = (-low / steps).round().clamp(0, 15)
+    return ((((groups / steps).round() + zeros).clamp(0, 15) - zeros) * steps).flatten(1)
+
+
+def test_training_makes_what_ships(
+    scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A few steps, the last of them with rounded weights: what ships are the weights that the training computed with."""
+    import train_demo_model
+    from demo_model.model import Linear
+
+    work, output = tmp_path / "work", tmp_path / "demo"
+    few = ["--steps", "4", "--rows", "2", "--length", "48", "--held-out", "12", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["train", "--work", str(work), "--output", str(output), *few])
+    monkeypatch.setenv("COLUMNS", "200")
+    assert train_demo_model.main() == 1, "nobody learns sums in four steps, and it says so"
+    out = capfd.readouterr().out
+    assert "KL from base" in out and "exact match" in out and re.search(r"rtn-4 .*\b0\.0% of 12", out), out
+    assert {path.name for path in output.glob("*.json*")} > {"config.json", "tokenizer.json", "heldout.jsonl"}
+    trained = load_file(work / "trained" / "model.safetensors")
+    with Checkpoint.open(output, "awq") as checkpoint, torch.no_grad():
+        spec = ModelSpec.from_config(checkpoint.config)
+        stored = checkpoint.scheme.for_module("model.layers.0.mlp.up_proj")
+        assert (stored.layout, stored.bits, stored.group_size) == ("awq-gemm", 4, 64)
+        for module in spec.modules():
+            weight = trained[f"{module.name}.weight"]
+            shipped = checkpoint.weight(module.name, expect=(module.N, module.K))
+            if module.part == "embedding":
+                assert torch.equal(shipped, weight.half())
+                continue
+            assert torch.equal(shipped.dequantize(), on_the_grid(weight)), module.name
+            assert Linear.rounded, "as it was in the last step"
+            linear = Linear(module.K, module.N)
+            linear.weight.copy_(weight)
+            assert torch.allclose(linear(torch.eye(module.K)).t(), shipped.dequantize(), rtol=0, atol=1e-7), module.name
+            assert not torch.allclose(weight, shipped.dequantize(), rtol=0, atol=1e-4)
 
 
 ORACLE = """

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-GROUP = 64
+from quant.algorithms.grid import Grid
+
+GRID = Grid(bits=4, group_size=64, symmetric=False)
+"""What weights are rounded to: as `appliance quantize --method rtn --group-size 64` does, which so makes what was trained."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,6 @@ class Shape:
         return self.hidden // self.heads
 
 
-def grid(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Min-max 4-bit grid of a weight [N, K]: (codes [N, G, 64], scales [N, G, 1] as float16 holds them, zeros [N, G, 1])."""
-    groups = weight.unflatten(1, (-1, GROUP))
-    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
-    scales = ((high - low) / 15).clamp(min=1e-6).half().float()
-    zeros = (-low / scales).round().clamp(0, 15)
-    return (groups / scales + zeros).round().clamp(0, 15), scales, zeros
-
-
 class Linear(nn.Linear):
     """Without bias; with ``rounded`` on, the forward pass uses the 4-bit weight and the gradient passes straight through."""
 
@@ -49,8 +43,7 @@ class Linear(nn.Linear):
         if not Linear.rounded:
             return F.linear(x, self.weight)
         with torch.no_grad():
-            codes, scales, zeros = grid(self.weight)
-            error = ((codes - zeros) * scales).flatten(1) - self.weight
+            error = GRID.rounded(self.weight) - self.weight
         return F.linear(x, self.weight + error)
 
 

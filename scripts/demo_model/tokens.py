@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from demo_model.questions import SYSTEMS, Conversations, all_questions
+from demo_model.questions import SYSTEMS, Conversations, Question, all_questions
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
@@ -91,3 +92,20 @@ class Batches:
         if text not in self.cache:
             self.cache[text] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return self.cache[text]
+
+
+def conversation_text(messages: Iterable[Mapping[str, str]]) -> str:
+    """As the chat template has it: what a model that is served reads and writes."""
+    return SPECIAL[BOS] + "".join(f"<|{one['role']}|>{one['content']}{SPECIAL[END]}" for one in messages)
+
+
+def training_text(seed: int, number: int) -> str:
+    """``number`` conversations like those that the model is trained on."""
+    source = Conversations(seed)
+    return "".join(conversation_text(source.next()) for _ in range(number))
+
+
+def held_out_text(questions: Iterable[Question]) -> str:
+    """Questions that were held out, each with its answer."""
+    turns = ([{"role": "user", "content": q.text}, {"role": "assistant", "content": q.answer}] for q in questions)
+    return "".join(map(conversation_text, turns))
