@@ -5,38 +5,17 @@ Minimizes sum((X (W - Q)^T)^2) over the inputs X that were seen, which enter by 
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quant.algorithms.grid import Grid, Quantized
-from quant.errors import InputError
+from quant.algorithms.hessian import DAMPING, Factor, Hessian, factored
 
-log = logging.getLogger("appliance.quantize")
+__all__ = ["DAMPING", "Factor", "Found", "Hessian", "factored", "gptq", "sweep"]
 
 BLOCK, SMALL = 128, 16  # columns whose effect on all others, and on the others of a block, is added up before it is carried over
-DAMPING = 0.01  # of the mean of H's diagonal, added to it
-TRIES = 4  # each with ten times the damping of the one before
-
-
-class Hessian:
-    """X^T X of the inputs of a linear, gathered batch by batch; ``rows`` is how many there were."""
-
-    def __init__(self, K: int, device: torch.device | str = "cpu") -> None:
-        self.sum = torch.zeros(K, K, dtype=torch.float32, device=device)
-        self.rows = 0
-
-    def add(self, x: Tensor) -> None:
-        """Inputs [..., K]."""
-        flat = x.reshape(-1, x.shape[-1]).float()
-        self.sum.addmm_(flat.t(), flat)
-        self.rows += flat.shape[0]
-
-    def mean(self) -> Tensor:
-        """H / rows: of about the same size however many inputs there were."""
-        return self.sum / max(self.rows, 1)
 
 
 @dataclass(frozen=True)
@@ -47,81 +26,104 @@ class Found:
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, grid: Grid, *, act_order: bool = False, damping: float = DAMPING, name: str = "a weight"
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    *,
+    act_order: bool = False,
+    static_groups: bool = False,
+    damping: float = DAMPING,
+    name: str = "a weight",
 ) -> Found:
     """Quantize ``weight`` [N, K] for inputs with this mean of x x^T, float32 [K, K].
 
     ``act_order``: columns in order of falling diagonal, which makes ``perm`` (GPTQ's desc_act). Raises InputError naming the
-    weight where the inputs tell too little for H to be inverted even when damped, or hold numbers that are not finite.
+    weight where the inputs tell too little for H to be inverted even when damped, or hold numbers that are not finite. Where
+    several weights read the same inputs, ``factored`` and ``sweep`` do this with one factorization.
     """
-    W = weight.float().clone()
-    if not bool(torch.isfinite(hessian.diagonal()).all()):
-        raise InputError(
-            f"{name}: its inputs hold numbers that are not finite: the calibration text drives the model out of range"
-        )
-    perm = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
-    H = hessian.clone() if perm is None else hessian[perm][:, perm]
-    if perm is not None:
-        W = W[:, perm]
-    dead = H.diagonal() == 0  # inputs that were always 0: nothing is lost by leaving them out
-    H.diagonal()[dead] = H.diagonal()[~dead].mean() if bool((~dead).any()) else 1.0
-    W[:, dead] = 0.0
-    inverse, used = _inverse_factor(H, damping, name)
-    made, loss = _sweep(W, inverse, grid)
-    return Found(replace(made, perm=perm), loss / weight.shape[0], used)
+    factor = factored(hessian.clone(), act_order=act_order, damping=damping, name=name)
+    return sweep(weight, factor, grid, static_groups=static_groups)
 
 
-def _inverse_factor(H: Tensor, damping: float, name: str) -> tuple[Tensor, float]:
-    """The upper Cholesky factor of H^-1, and the damping with which it exists."""
-    mean = H.diagonal().mean().item()
-    for _ in range(TRIES):
-        damped = H.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed) and bool(torch.isfinite(upper).all()):
-                return upper, damping
-        log.warning("%s: the Hessian cannot be inverted with a damping of %g; ten times that is tried", name, damping)
-        damping *= 10
-    raise InputError(
-        f"{name}: the Hessian of its inputs cannot be inverted, even with a damping of {damping / 10:g}: give more calibration "
-        "text (--calibration-samples), or a higher --damping"
-    )
+def sweep(weight: Tensor, factor: Factor, grid: Grid, *, static_groups: bool = False) -> Found:
+    """Quantize ``weight`` [N, K] of any float type, on whose device all is done, by the factor of its inputs' Hessian.
+
+    Columns are taken in the factor's order. Groups are of columns that follow one another in it, and a group's scales are made
+    when it is reached: ``perm`` says which it is. With ``static_groups`` they are of neighbours in the weight and are made before
+    anything is changed (GPTQ's static_groups, llm-compressor's actorder "static"): there is no ``perm``.
+    """
+    columns = weight.t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if factor.perm is not None:
+        columns = columns[factor.perm]
+    columns[factor.dead] = 0.0
+    places = _Places(columns, factor.perm, grid, static_groups)
+    loss = _sweep(columns, factor.upper, places)
+    return Found(places.quantized(), loss / weight.shape[0], factor.damping)
 
 
-def _sweep(W: Tensor, inverse: Tensor, grid: Grid) -> tuple[Quantized, float]:
-    """Round the columns of ``W`` in their order; also the loss, summed over outputs. A group's scale is made when it is reached.
+class _Places:
+    """Where codes go, and whose scales are used: the columns of a sweep are numbered in its order."""
+
+    def __init__(self, columns: Tensor, perm: Tensor | None, grid: Grid, static: bool) -> None:
+        """``columns`` [K, N]."""
+        (K, N), device = columns.shape, columns.device
+        self.grid, self.static, self.perm, self.size = grid, static, perm, grid.size(K)
+        self.codes = torch.empty(K, N, dtype=torch.uint8, device=device)
+        self.scales = torch.empty(-(-K // self.size), N, device=device)
+        self.zeros = torch.empty_like(self.scales)
+        self.groups = [j // self.size for j in (range(K) if perm is None or not static else perm.tolist())]
+        if static:
+            where = torch.arange(K, device=device) if perm is None else perm.argsort()
+            for group, part in enumerate(where.split(self.size)):
+                self.fit(group, columns[part])
+
+    def begins(self, j: int) -> bool:
+        """Whether a group begins with column j whose scales are not made yet."""
+        return not self.static and j % self.size == 0
+
+    def fit(self, group: int, columns: Tensor) -> None:
+        self.scales[group], self.zeros[group] = self.grid.fit(columns.amin(0), columns.amax(0))
+
+    def round(self, j: int, column: Tensor) -> Tensor:
+        """Keep the codes [N] of column j; the values that they stand for."""
+        scales, zeros = self.scales[self.groups[j]], self.zeros[self.groups[j]]
+        code = self.grid.codes(column, scales, zeros)
+        self.codes[j] = code
+        return code.sub_(zeros).mul_(scales)
+
+    def quantized(self) -> Quantized:
+        codes, perm = self.codes, self.perm
+        if self.static and perm is not None:
+            codes, perm = torch.empty_like(self.codes), None
+            codes[self.perm] = self.codes
+        scales, zeros = self.scales.to(self.grid.scale_dtype), self.zeros.to(torch.uint8)
+        return Quantized(codes.t().contiguous(), scales, zeros, self.grid, perm)
+
+
+def _sweep(columns: Tensor, inverse: Tensor, places: _Places) -> float:
+    """Round ``columns`` [K, N], which is used up, in their order; the loss, summed over outputs.
 
     Columns are rows here, so that each lies in one piece; what one changes is carried over at once within its small block, to
     the rest of the large block when that one ends, and to all others at the end of the large block.
     """
-    columns, size = W.t().contiguous(), grid.size(W.shape[1])  # [K, N]
     K, N = columns.shape
-    codes = torch.empty(K, N, dtype=torch.uint8)
-    all_scales, all_zeros = [], []
-    errors, loss = torch.empty(BLOCK, N), 0.0
+    errors = torch.empty(BLOCK, N, device=columns.device)
+    loss = torch.zeros((), dtype=torch.float64, device=columns.device)
+    diagonal = inverse.diagonal().tolist()
     for begin in range(0, K, BLOCK):
         end = min(begin + BLOCK, K)
         for first in range(begin, end, SMALL):
             last = min(first + SMALL, end)
             for j in range(first, last):
-                if j % size == 0:
-                    carried = _carried(columns, inverse, errors, begin, first, j, min(j + size, K))
-                    scales, zeros = grid.fit(carried.amin(0), carried.amax(0))
-                    all_scales.append(scales)
-                    all_zeros.append(zeros)
-                column = columns[j]
-                code = grid.codes(column, scales, zeros)
-                codes[j] = code
-                error = torch.sub(column, code.sub_(zeros).mul_(scales), out=errors[j - begin]).div_(inverse[j, j])
+                if places.begins(j):
+                    places.fit(places.groups[j], _carried(columns, inverse, errors, begin, first, j, min(j + places.size, K)))
+                error = torch.sub(columns[j], places.round(j, columns[j]), out=errors[j - begin]).div_(diagonal[j])
                 columns[j + 1 : last].addr_(inverse[j, j + 1 : last], error, alpha=-1)
             done = slice(first - begin, last - begin)
             columns[last:end].addmm_(inverse[first:last, last:end].t(), errors[done], alpha=-1)
         columns[end:].addmm_(inverse[begin:end, end:].t(), errors[: end - begin], alpha=-1)
-        loss += float(errors[: end - begin].square().sum(dtype=torch.float64))
-    scales, zeros = torch.stack(all_scales), torch.stack(all_zeros)
-    return Quantized(codes.t().contiguous(), scales.to(grid.scale_dtype), zeros.to(torch.uint8), grid), loss
+        loss += errors[: end - begin].square().sum(dtype=torch.float64)
+    return float(loss)
 
 
 def _carried(columns: Tensor, inverse: Tensor, errors: Tensor, begin: int, first: int, j: int, end: int) -> Tensor:
