@@ -24,6 +24,9 @@ class EngineConfig:
     lm_head_dtype: str = "auto"
     """What an unquantized output head (and an embedding tied to it) is stored as: int8, int4, model (as --dtype says); auto: int8
     with native CPU kernels, unless --dtype is float32."""
+    embedding_dtype: str = "auto"
+    """What an unquantized embedding that is not one with the head is stored as: int8, int4, model (as --dtype says, and what auto
+    is). It saves memory, not time."""
     activation_dtype: str = "auto"
     """What kernels round activations to for products with integer weights: int8 (a scale for 128 inputs) or bf16 (they stay as
     they are); auto: int8 with native CPU kernels, unless --dtype is float32, and on a card what the checkpoint asks for."""

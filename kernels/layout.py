@@ -57,6 +57,18 @@ def head_bits(choice: str, *, ops: str, dtype: str) -> int | None:
     return HEADS[choice]
 
 
+def embedding_bits(choice: str) -> int | None:
+    """The same of an unquantized embedding that is not one with the head, for --embedding-dtype; auto is the model's own type.
+
+    A step reads a few rows of it, so that fewer bits save memory, but no time.
+    """
+    if choice == "auto":
+        return None
+    if choice not in HEADS:
+        raise InputError(f"--embedding-dtype is {choice!r}: one of auto, {', '.join(HEADS)} is needed")
+    return HEADS[choice]
+
+
 def kv_nbytes(dtype: str, head_dim: int) -> int:
     """Bytes of one head's key, or value, of one token in a cache of that type, with its scale."""
     if dtype in SCALED_CACHES:
@@ -71,6 +83,11 @@ def shares_table(ops: str, bits: int | None) -> bool:
     dense table serves both.
     """
     return ops == "triton" or (ops == "cpu-native") == (bits is not None)
+
+
+def table_ops(ops: str) -> str:
+    """The operators in whose layout rows of a quantized embedding are looked up: torch's own cannot do that in theirs."""
+    return "reference" if ops == "cpu" else ops
 
 
 def padded(n: int, multiple: int) -> int:

@@ -261,6 +261,7 @@ class Ops:
     kth_largest: KthLargest
     bind: Bind | None = None
     sample: Sample | None = None  # None: tokens are drawn on the host
+    pack_table: Pack | None = None  # for an embedding alone; None: rows can be looked up in what ``pack`` makes of integers
 
 
 def get_ops(device: str = "cpu", *, reference: bool = False, threads: int | None = None) -> Ops:

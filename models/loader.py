@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.layout import head_bits, shares_table
+from kernels.layout import embedding_bits, head_bits, shares_table
 from kernels.ops import Layer, Linear, Ops, Weight
 from models.decoder import Decoder
 from models.kv_scales import read_largest
@@ -21,7 +21,7 @@ from models.rope import cos_sin_table
 from models.spec import ModelSpec, ModuleShape
 from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError
-from quant.rows import quantize_rows
+from quant.rows import dequantize_rows, quantize_rows
 from quant.tensor import QuantTensor
 
 log = logging.getLogger("appliance.loader")
@@ -40,6 +40,7 @@ def load_model(
     dtype: torch.dtype,
     max_len: int,
     lm_head_dtype: str = "auto",
+    embedding_dtype: str = "auto",
     activation: str = "auto",
     progress: Callable[[int, int], None] | None = None,
     take: Callable[[int, Layer], Layer] | None = None,
@@ -48,7 +49,8 @@ def load_model(
 ) -> Decoder:
     """Load every weight for activations of ``dtype`` and positions below ``max_len``.
 
-    ``lm_head_dtype`` (see kernels.layout.head_bits) is what an unquantized head is stored as; ``activation`` is for Ops.pack.
+    ``lm_head_dtype`` (see kernels.layout.head_bits) is what an unquantized head is stored as, ``embedding_dtype`` the same of an
+    embedding that is not one with the head; ``activation`` is for Ops.pack.
     ``progress`` is called with (bytes read, bytes in the files), ``take`` with the number of a layer and the layer as soon as it
     is there, from several threads: what it returns takes its place. ``workers`` layers are loaded at a time, by default one a
     thread and at most WORKERS; embedding and head beside them or, which takes less memory, before them (``ends_first``). Raises
@@ -56,7 +58,8 @@ def load_model(
     that are not finite.
     """
     bits = head_bits(lm_head_dtype, ops=ops.name, dtype=str(dtype).removeprefix("torch."))
-    loader = _Loader(checkpoint, spec, ops, dtype, activation, bits, progress or (lambda done, total: None), take)
+    ends = bits, embedding_bits(embedding_dtype)
+    loader = _Loader(checkpoint, spec, ops, dtype, activation, ends, progress or (lambda done, total: None), take)
     with prompt_release():
         return loader.load(max_len, workers or min(torch.get_num_threads(), WORKERS), ends_first)
 
@@ -95,12 +98,13 @@ class _Loader:
         ops: Ops,
         dtype: torch.dtype,
         activation: str,
-        head_bits: int | None,
+        bits: tuple[int | None, int | None],
         progress: Callable[[int, int], None],
         take: Callable[[int, Layer], Layer] | None,
     ) -> None:
         self.checkpoint, self.spec, self.ops, self.dtype, self.progress = checkpoint, spec, ops, dtype, progress
-        self.activation, self.head_bits, self.take = activation, head_bits, take
+        self.activation, self.take = activation, take
+        self.head_bits, self.embedding_bits = bits
         self.shapes = {m.name: m for m in spec.layer_modules()}
 
     def load(self, max_len: int, count: int, ends_first: bool) -> Decoder:
@@ -151,49 +155,58 @@ class _Loader:
 
     def _ends(self) -> tuple[Tensor | Weight, Weight, bool]:
         """(embedding, head, whether they are one). A tied model may store the one table under either name."""
-        shape = (self.spec.vocab, self.spec.hidden)
-        tied, stored = self.spec.tie_embeddings, self.checkpoint.has(f"{EMBEDDING}.weight")
-        name = EMBEDDING if stored or not tied else HEAD
-        if tied and not self._has_head(stored):
-            return self._shared(self._table(name))
-        table = self._table(name)
-        head = self.checkpoint.weight(HEAD, expect=shape)
-        if tied and isinstance(head, Tensor):
+        if not self.spec.tie_embeddings:  # one after the other: the first table is gone before the second is read
+            return self._embedding(self._table(EMBEDDING)), self._head(self._table(HEAD)), False
+        stored = self._stored(EMBEDDING)
+        if not (stored and self._stored(HEAD)):
+            return self._shared(self._table(EMBEDDING if stored else HEAD))
+        table, head = self._table(EMBEDDING), self._table(HEAD)
+        if isinstance(head, Tensor) and isinstance(table, Tensor):
             if torch.equal(head.to(self.dtype), table.to(self.dtype)):
                 return self._shared(table)
             log.warning(
                 "config.json says that the head is tied to the embedding, but the checkpoint has both and they differ: using both"
             )
-        return table.to(self.ops.device, self.dtype), self._head(head), False
+        return self._embedding(table), self._head(head), False
 
-    def _table(self, name: str) -> Tensor:
-        table = self.checkpoint.weight(name, expect=(self.spec.vocab, self.spec.hidden))
-        if isinstance(table, QuantTensor):
-            raise CheckpointError(f"{EMBEDDING} is quantized: quantized embeddings are not supported")
-        return table
+    def _stored(self, module: str) -> bool:
+        return any(name.startswith(f"{module}.") for name in self.checkpoint.index.tensors)
 
-    def _shared(self, table: Tensor) -> tuple[Tensor | Weight, Weight, bool]:
+    def _table(self, name: str) -> QuantTensor | Tensor:
+        return self._finite(name, self.checkpoint.weight(name, expect=(self.spec.vocab, self.spec.hidden)))
+
+    def _shared(self, table: QuantTensor | Tensor) -> tuple[Tensor | Weight, Weight, bool]:
         """Embedding and head of one table: one copy where the operators can look up rows of what they multiply with."""
-        shared = shares_table(self.ops.name, self.head_bits)
-        if shared and self.head_bits is not None:
-            quantized = quantize_rows(table, self.head_bits)
-            del table  # before the packed copy is made
-            packed = self._pack((quantized, None))
+        bits = table.bits if isinstance(table, QuantTensor) else self.head_bits
+        shared = shares_table(self.ops.name, bits)
+        if isinstance(table, Tensor) and shared and bits is None:
+            dense = table.to(self.ops.device, self.dtype)
+            return dense, self._pack((dense, None)), True
+        if isinstance(table, Tensor) and shared and bits is not None:
+            table = quantize_rows(table, bits)  # the table is gone before the packed copy is made
+        if isinstance(table, QuantTensor) and shared and has_rows(table):
+            packed = self._pack((table, None))
             return packed, packed, True
-        dense = table.to(self.ops.device, self.dtype)
-        if self.head_bits is not None:
-            log.info("the head is stored in int%d; the embedding it is tied to stays beside it in %s", self.head_bits, self.dtype)
-            return dense, self._head(table), False
-        return dense, self._pack((dense, None)), shared
+        embedding = self._embedding(table)
+        if isinstance(embedding, Tensor) and bits is not None:
+            log.info("the head is stored in int%d; the embedding it is tied to stays beside it in %s", bits, self.dtype)
+        return embedding, self._head(table), False
+
+    def _embedding(self, table: QuantTensor | Tensor) -> Tensor | Weight:
+        """An embedding by itself, quantized where that is wanted and the checkpoint has not done it."""
+        if isinstance(table, Tensor):
+            if self.embedding_bits is None:
+                return table.to(self.ops.device, self.dtype)
+            table = quantize_rows(table, self.embedding_bits)
+        if not has_rows(table):
+            return dequantize_rows(table, self.dtype).to(self.ops.device)
+        return (self.ops.pack_table or self.ops.pack)(table, dtype=self.dtype, activation=self.activation)
 
     def _head(self, head: QuantTensor | Tensor) -> Weight:
         """Packed, and quantized before where that is wanted and the checkpoint has not done it."""
         if isinstance(head, Tensor) and self.head_bits is not None:
             head = quantize_rows(head, self.head_bits)
         return self._pack((head, None))
-
-    def _has_head(self, embedding_stored: bool) -> bool:
-        return embedding_stored and any(name.startswith(f"{HEAD}.") for name in self.checkpoint.index.tensors)
 
     def _layer(self, number: int) -> Layer:
         spec, prefix = self.spec, f"model.layers.{number}"
@@ -225,10 +238,13 @@ class _Loader:
     def _read(self, prefix: str, module: str) -> Part:
         shape: ModuleShape = self.shapes[module]
         name = f"{prefix}.{module}"
-        weight = self.checkpoint.weight(name, expect=(shape.N, shape.K))
+        weight = self._finite(name, self.checkpoint.weight(name, expect=(shape.N, shape.K)))
+        return weight, self._vector(f"{name}.bias", shape.N) if shape.bias else None
+
+    def _finite(self, name: str, weight: QuantTensor | Tensor) -> QuantTensor | Tensor:
         if isinstance(weight, QuantTensor) and not bool(torch.isfinite(weight.scales.float()).all()):
             raise CheckpointError(f"{name}: some of its scales are not finite numbers: the checkpoint is damaged")
-        return weight, self._vector(f"{name}.bias", shape.N) if shape.bias else None
+        return weight
 
     def _norm(self, name: str, size: int) -> Tensor:
         return self._vector(f"{name}.weight", size)
@@ -258,6 +274,11 @@ class _Loader:
 
     def _pack(self, part: Part, *, gated: bool = False) -> Weight:
         return self.ops.pack(part[0], dtype=self.dtype, bias=part[1], gated=gated, activation=self.activation)
+
+
+def has_rows(table: QuantTensor) -> bool:
+    """Whether operators can look up rows of it. Of others (FP8, inputs in another order) a dense embedding is made."""
+    return table.kind == "int" and table.perm is None
 
 
 def _select(part: Part, index: Tensor) -> Part:

@@ -1,4 +1,4 @@
-"""Quantizing an unquantized weight while it is loaded: round to nearest, row by row, without a second copy of the whole."""
+"""Tables of many rows, from float to codes and back while they are loaded, without a second copy of the whole in float."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SLAB = 1 << 22  # values that are worked on at a time
 
 
 def quantize_rows(weight: Tensor, bits: int) -> QuantTensor:
-    """A weight [N, K] of any float dtype as a QuantTensor of 8 or 4 bits (ValueError for others).
+    """A weight [N, K] of any float dtype, each value rounded to the nearest, in 8 or 4 bits (ValueError for others).
 
     8: symmetric, one float32 scale an output, the row's largest magnitude over 127 (float16 would lose rows of tiny values).
     4: a float16 scale and a zero point for 32 inputs, from their extremes (0 is always among the values). A row with values that
@@ -38,6 +38,16 @@ def quantize_rows(weight: Tensor, bits: int) -> QuantTensor:
             codes, scale, zero = _asymmetric(wide, group)
             packed[rows], scales[:, rows], zeros[:, rows] = pack_nibbles(codes), scale.t(), zero.t()
     return QuantTensor(packed, scales, zeros, None, bits, group, K, N)
+
+
+def dequantize_rows(weight: QuantTensor, dtype: torch.dtype) -> Tensor:
+    """``weight.dequantize(dtype)``, a slab at a time: what is in float32 stays small."""
+    out = torch.empty(weight.N, weight.K, dtype=dtype, device=weight.packed.device)
+    step = max(1, SLAB // weight.K)
+    for first in range(0, weight.N, step):
+        rows = torch.arange(first, min(first + step, weight.N), device=weight.packed.device)
+        out[rows] = weight.select_rows(rows).dequantize(dtype)
+    return out
 
 
 def _symmetric(wide: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ class Option:
 class Variants:
     """The same model otherwise: demands that planning made in vain may be tried with."""
 
-    head: Demand | None = None  # with --lm-head-dtype int8
+    tables: Sequence[tuple[Demand, dict[str, str]]] = ()  # with head, embedding, or both in int8, by options; the mildest first
     quantized: Mapping[str, Demand] | None = None  # of other checkpoints, by what they are
 
 
@@ -139,8 +139,10 @@ def options(
         found.append(_option("max_num_seqs", "max_seqs", fewer, "fewer requests run at once"))
     if settings.graphs:
         found.append(Option([True], "decoding is slower", lambda _: {"graphs": False}, lambda _: {"enforce_eager": True}))
-    if variants.head is not None:
-        found.append(Option([variants.head], "the head in 8 bits", lambda d: {"demand": d}, lambda _: {"lm_head_dtype": "int8"}))
+    if variants.tables:
+        names = [{"lm_head_dtype": "head", "embedding_dtype": "embedding"}[name] for name in variants.tables[-1][1]]
+        cost = f"the {' or '.join(names)} in 8 bits"
+        found.append(Option(variants.tables, cost, lambda table: {"demand": table[0]}, lambda table: table[1]))
     return [*found, _context(demand, settings), *_streaming(demand, settings, device)]
 
 

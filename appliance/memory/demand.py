@@ -45,6 +45,7 @@ class Demand:
     exchange: int = 0  # buffers in which several cards exchange their sums
     head: str = "as published"  # what the output head is stored as, in words
 
+    embedding: str = "as published"  # the same of the embedding
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, *, model: str) -> Demand:
         """The demand of a model whose every module has the shape and the scheme that the config and the headers state."""
@@ -74,6 +75,7 @@ class Demand:
             head=last.words,
             loading=loading(spec, scheme, machinery),
             threads=machinery.threads,
+            embedding=last.embedding_words,
             streamed=streamed_parts(spec, scheme, machinery) if machinery.ops == "triton" else (),
         )
 

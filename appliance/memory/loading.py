@@ -10,10 +10,23 @@ The loader (models/loader.py) works on some layers at a time, with embedding and
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
-from appliance.memory.modules import NATIVE, SLOTS, Ends, Loaded, Machinery, ends, layer_weights, loaded
+from appliance.memory.modules import (
+    EMBEDDING,
+    HEAD,
+    NATIVE,
+    SLOTS,
+    Ends,
+    Loaded,
+    Machinery,
+    ends,
+    has_both,
+    layer_weights,
+    loaded,
+    published_table,
+)
 from appliance.memory.settings import ITEM_SIZE
 from kernels import layout
 from models.spec import ModelSpec
@@ -85,11 +98,12 @@ def loading(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Loadi
     if machinery.ops == "triton":
         device = max(_on_card(one, machinery) for weights in fused for one in weights)
         host = max(max(_reading(published), _read(published) + max(map(_joined, weights))) for published, weights in both)
-        table, head = _table_bytes(spec, scheme), _head_bytes(spec, scheme)
-        ends_device = last.embedding_bytes + last.head_bytes + max(table, _on_card(last.head, machinery))
+        kept = last.embedding_bytes + last.head_bytes
+        table, head = (_host_end(*one, spec) for one in _ends(spec, scheme, last))
+        on_card = max(_on_card(one, machinery) for one in (last.embedding, last.head))
         return Loading(
-            Transient(ends_device, last.embedding_bytes + last.head_bytes, device),
-            Transient(table + head + last.head_bytes + _slab(spec), 0, host),
+            Transient(kept + max(on_card, spec.vocab * spec.hidden * _file_item(spec, scheme)), kept, device),
+            Transient(max(table, head) if not spec.tie_embeddings else table + head, 0, host),
         )
     layer = max(_layer(published, weights, machinery) for published, weights in both)
     kept = last.embedding_bytes + last.head_bytes
@@ -185,34 +199,64 @@ def _on_card(one: Loaded, machinery: Machinery) -> int:
     return _canonical(one) + (0 if one.kind == "dense" else _pack_extra(one, machinery))
 
 
-def _table_bytes(spec: ModelSpec, scheme: QuantScheme) -> int:
-    """Of the token table in the file."""
-    return spec.vocab * spec.hidden * _file_item(spec, scheme, "model.embed_tokens.weight", "lm_head.weight")
+def _ends(spec: ModelSpec, scheme: QuantScheme, last: Ends) -> list[tuple[Loaded, int, Loaded]]:
+    """Embedding and head: as published, the bytes of that once it is read, and what is made of it."""
+    table = published_table(spec, scheme)
+    head = loaded(last.head.module, spec, scheme) if has_both(spec, scheme) else table
+    dense = spec.vocab * spec.hidden * _file_item(spec, scheme)
+    return [
+        (one, _canonical(one) if one.stored.quantized else dense, made)
+        for one, made in ((table, last.embedding), (head, last.head))
+    ]
 
 
-def _head_bytes(spec: ModelSpec, scheme: QuantScheme) -> int:
-    """While the head is read, where it is another tensor than the token table."""
-    if spec.tie_embeddings:
-        return 0
-    return spec.vocab * spec.hidden * _file_item(spec, scheme, "lm_head.weight", "model.embed_tokens.weight")
-
-
-def _file_item(spec: ModelSpec, scheme: QuantScheme, *names: str) -> int:
+def _file_item(spec: ModelSpec, scheme: QuantScheme) -> int:
+    """Bytes of a number in the larger of the dense tables."""
     tensors = scheme.index.tensors if scheme.index is not None else {}
-    found = next((tensors[name] for name in names if name in tensors), None)
-    return FILE_ITEM[found.dtype] if found is not None else ITEM_SIZE[spec.dtype]
+    found = [tensors[name] for name in (f"{EMBEDDING}.weight", f"{HEAD}.weight") if name in tensors]
+    return max((FILE_ITEM[one.dtype] for one in found), default=ITEM_SIZE[spec.dtype])
 
 
 def _slab(spec: ModelSpec) -> int:
     return min(SLAB_BYTES, SLAB_ITEM * spec.vocab * spec.hidden)
 
 
+def _until_canonical(published: Loaded, read: int, made: Loaded, spec: ModelSpec) -> int:
+    """The most until the canonical form is there: of one that was published quantized, or is to be."""
+    return _read_bytes(published) if published.stored.quantized else read + _canonical(made) + _slab(spec)
+
+
+def _host_end(published: Loaded, read: int, made: Loaded, spec: ModelSpec) -> int:
+    """Beside a card, which lays out what it is sent: with a copy in another float type."""
+    return (
+        _until_canonical(published, read, made, spec)
+        if made.stored.quantized
+        else read + max(_slab(spec), 4 * spec.vocab * spec.hidden)
+    )
+
+
+def _end(published: Loaded, read: int, made: Loaded, packed: int, machinery: Machinery, spec: ModelSpec) -> int:
+    """The most while embedding or head is read, quantized where that is wanted, and laid out, with what it becomes."""
+    if not made.stored.quantized:
+        extra = (
+            _slab(spec) if published.stored.quantized else 0 if made.module.part == "embedding" else _pack_extra(made, machinery)
+        )
+        return max(_read_bytes(published), read + packed + extra)
+    laid = _canonical(made)  # which the reference keeps
+    if machinery.ops != "reference":
+        laid += packed + _pack_extra(made, machinery)
+    return max(_until_canonical(published, read, made, spec), laid)
+
+
 def _ends_peak(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, last: Ends) -> int:
-    """Table and head as published, the table in the activations' type, the head in canonical form and laid out."""
-    table, head, numbers = _table_bytes(spec, scheme), _head_bytes(spec, scheme), spec.vocab * spec.hidden
-    canonical = _canonical(last.head) if last.head.stored.quantized else 0
-    copy = numbers * ITEM_SIZE[machinery.dtype]
+    """One after the other where they have nothing to do with each other; else both are there, as published, all the time."""
+    (table, read, embedding), (head, other, _) = _ends(spec, scheme, last)
     if last.head_bytes == 0:  # one copy of both
-        return max(table + canonical + _slab(spec), canonical + last.embedding_bytes) if canonical else table + 2 * copy
-    packing = max(_slab(spec) if canonical else 0, last.head_bytes + (0 if canonical else _pack_extra(last.head, machinery)))
-    return table + copy + head + canonical + packing
+        copy = spec.vocab * spec.hidden * ITEM_SIZE[machinery.dtype]
+        dense = not embedding.stored.quantized
+        return read + 2 * copy if dense else _end(table, read, embedding, last.embedding_bytes, machinery, spec)
+    where = replace(machinery, ops=layout.table_ops(machinery.ops))
+    first = _end(table, read, embedding, last.embedding_bytes, where, spec)
+    second = _end(head, other, last.head, last.head_bytes, machinery, spec)
+    beside = (other, read) if spec.tie_embeddings else (0, 0)
+    return max(first + beside[0], second + beside[1] + last.embedding_bytes)

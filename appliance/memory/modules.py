@@ -14,7 +14,7 @@ from models.spec import ModelSpec, ModuleShape
 from quant.rules import DENSE, ROWS, WeightScheme
 from quant.scheme import QuantScheme
 
-NATIVE = "cpu-native"
+NATIVE, EMBEDDING, HEAD = "cpu-native", "model.embed_tokens", "lm_head"
 SLOTS = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv",
     "gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up",
@@ -28,6 +28,7 @@ class Machinery:
     ops: str  # name of the Ops, see kernels.layout
     dtype: str  # of activations
     head_bits: int | None  # of a head that the checkpoint has not quantized, see kernels.layout.head_bits
+    embedding_bits: int | None = None  # the same of an embedding that is not one with the head
     activation: str = "auto"  # --activation-dtype
     threads: int = 1
     block_size: int = 16  # tokens in a block of the cache
@@ -40,6 +41,7 @@ class Machinery:
             ops=ops,
             dtype=dtype,
             head_bits=layout.head_bits(config.lm_head_dtype, ops=ops, dtype=dtype),
+            embedding_bits=layout.embedding_bits(config.embedding_dtype),
             activation=config.activation_dtype,
             threads=cpu_threads(config.threads),
             block_size=block_size(config, device.kind),
@@ -91,10 +93,12 @@ class Loaded:
 class Ends:
     """Embedding and head. What they share counts as embedding."""
 
+    embedding: Loaded  # as it is looked up in
     head: Loaded
     embedding_bytes: int
     head_bytes: int
     words: str  # what the head is stored as
+    embedding_words: str  # the same of the embedding
 
 
 def layer_weights(spec: ModelSpec, scheme: QuantScheme) -> Iterator[Loaded]:
@@ -133,24 +137,57 @@ def loaded(module: ModuleShape, spec: ModelSpec, scheme: QuantScheme) -> Loaded:
 def ends(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Ends:
     """Embedding and head by the loader's rules.
 
-    A published quantized head stays as it is and is not the embedding. Where rows can be looked up in what the head becomes
-    (kernels.layout.shares_table), a tied embedding needs no other copy.
+    What the checkpoint has quantized stays as it is, and is one with the other only where a tied checkpoint has a single table.
+    Where rows can be looked up in what the head becomes (kernels.layout.shares_table), a tied embedding needs no other copy.
     """
-    module, bits, dtype = ModuleShape("lm_head", spec.vocab, spec.hidden, "head", False), machinery.head_bits, machinery.dtype
-    head = loaded(module, spec, scheme) if _has_head(spec, scheme) else Loaded(module, DENSE, 2)
-    tied = spec.tie_embeddings and not head.stored.quantized
-    words = dtype if bits is None else f"int{bits}"
-    if head.stored.quantized:
-        words = f"{head.stored.bits} bits as published"
-    elif bits is not None:
+    bits, dtype, both = machinery.head_bits, machinery.dtype, has_both(spec, scheme)
+    module, table = ModuleShape(HEAD, spec.vocab, spec.hidden, "head", False), published_table(spec, scheme)
+    head = loaded(module, spec, scheme) if both else replace(table, module=module)
+    words = _words(head, bits, dtype)
+    if not head.stored.quantized and bits is not None:
         head = Loaded(module, ROWS[bits], 4 if bits == 8 else 2)
-    table, packed = spec.vocab * spec.hidden * ITEM_SIZE[dtype], head.nbytes(machinery)
-    if tied and layout.shares_table(machinery.ops, bits):
-        return Ends(head, packed, 0, f"{words}, shared with the embedding")
-    return Ends(head, table, packed, words)
+    packed = head.nbytes(machinery)
+    shares = layout.shares_table(machinery.ops, head.stored.bits if head.stored.quantized else None)
+    if not both and shares and (not table.stored.quantized or has_rows(table)):
+        return Ends(head, head, packed, 0, f"{words}, shared with the embedding", words)
+    embedding = table
+    if not table.stored.quantized and machinery.embedding_bits is not None:
+        embedding = Loaded(table.module, ROWS[machinery.embedding_bits], 4 if machinery.embedding_bits == 8 else 2)
+    elif not has_rows(table):
+        embedding = Loaded(table.module, DENSE, 2)
+    where = replace(machinery, ops=layout.table_ops(machinery.ops))
+    size = embedding.nbytes(where) if embedding.stored.quantized else spec.vocab * spec.hidden * ITEM_SIZE[dtype]
+    asked = None if table.stored.quantized else machinery.embedding_bits
+    return Ends(embedding, head, size, packed, words, _words(embedding, asked, dtype))
 
 
-def _has_head(spec: ModelSpec, scheme: QuantScheme) -> bool:
-    """Whether there is a head beside the embedding: a tied model has one where its checkpoint has quantized tensors for it."""
+def has_rows(table: Loaded) -> bool:
+    """Whether rows of a quantized table can be looked up; of others the loader makes a dense one."""
+    return table.kind == "int" and not table.stored.act_order
+
+
+def published_table(spec: ModelSpec, scheme: QuantScheme) -> Loaded:
+    """The token table as the files have it: under the head's name where a tied checkpoint has it there alone."""
+    name = EMBEDDING if not spec.tie_embeddings or _stored(scheme, EMBEDDING) or not _stored(scheme, HEAD) else HEAD
+    return loaded(ModuleShape(name, spec.vocab, spec.hidden, "embedding", False), spec, scheme)
+
+
+def has_both(spec: ModelSpec, scheme: QuantScheme) -> bool:
+    """Whether there is a head beside the embedding; of a tied model two dense tables are taken to be the same."""
+    if not spec.tie_embeddings:
+        return True
+    dense = {f"{EMBEDDING}.weight", f"{HEAD}.weight"}
     names = scheme.index.tensors if scheme.index is not None else {}
-    return not spec.tie_embeddings or any(name.startswith("lm_head.") and name != "lm_head.weight" for name in names)
+    tables = [name for name in names if name.startswith((f"{EMBEDDING}.", f"{HEAD}."))]
+    return _stored(scheme, HEAD) and _stored(scheme, EMBEDDING) and any(name not in dense for name in tables)
+
+
+def _stored(scheme: QuantScheme, module: str) -> bool:
+    return scheme.index is not None and any(name.startswith(f"{module}.") for name in scheme.index.tensors)
+
+
+def _words(one: Loaded, bits: int | None, dtype: str) -> str:
+    """What a table is stored as; ``bits``: what it is quantized to where the checkpoint has not done that."""
+    if one.stored.quantized and one.stored.layout != "rows":
+        return f"{one.stored.bits} bits as published"
+    return dtype if bits is None else f"int{bits}"

@@ -112,6 +112,7 @@ class MemoryPlan:
     device: DeviceInfo
     dtype: str
     head: str  # what the output head is stored as, in words
+    embedding: str  # the same of the embedding
     budget: int
     budget_source: str  # in words
     weights: dict[str, int]  # embedding, attention, mlp, head, norms; staging, through which those in host memory come
@@ -214,6 +215,7 @@ class MemoryPlan:
             "weights_bytes": {**self.weights, "total": self.weight_bytes},
             "workspace_bytes": {**self.scratch, "total": self.workspace},
             "graphs_bytes": {**self.graphs, "total": self.graph_bytes},
+            "embedding": self.embedding,
             "runtime_bytes": self.runtime,
             "kv_cache": {
                 **asdict(self.kv),

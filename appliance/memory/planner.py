@@ -9,7 +9,7 @@ from shlex import quote
 from appliance.config import EngineConfig
 from appliance.memory.advice import Variants, advise
 from appliance.memory.demand import LOGIT_ROWS, Demand
-from appliance.memory.devices import DeviceInfo, this_device
+from appliance.memory.devices import DeviceInfo, device_kind, this_device
 from appliance.memory.fit import fit
 from appliance.memory.learned import recall
 from appliance.memory.modules import Machinery
@@ -28,7 +28,7 @@ AWQ = QuantScheme("awq", default=WeightScheme("awq-gemm", bits=4, group_size=128
 
 
 def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None = None) -> MemoryPlan:
-    """Plan the memory of a checkpoint on a device (default: this machine's; "auto" is the CPU, which this version runs on).
+    """Plan the memory of a checkpoint on a device (default: this machine's, as --device says).
 
     The memory beside a card's is looked at where the card is this machine's, which is so where none was given.
 
@@ -37,7 +37,7 @@ def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None =
     """
     host = None
     if device is None:
-        device = this_device("cpu" if config.device == "auto" else config.device)
+        device = this_device(device_kind(config.device))
         host = None if device.kind == "cpu" else this_device("cpu")
     settings = read_settings(config, device)
     published, scheme = read_scheme(CheckpointIndex.open(Path(directory)), config.quantization)
@@ -57,13 +57,18 @@ def read_settings(config: EngineConfig, device: DeviceInfo) -> Settings:
 
 
 def variants(demand: Demand, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Variants:
-    """What else the model could be: its head in int8, and its weights in 4 bits, where that is smaller."""
-    head = Demand.of(spec, scheme, replace(machinery, head_bits=8), model=demand.model)
+    """What else the model could be: its head and embedding in int8, and its weights in 4 bits, where that is smaller."""
     small = Demand.of(spec, AWQ, machinery, model=demand.model)
-    weights, dense = (sum(one.weights.values()) for one in (demand, head))
-    less = sum(small.weights.values())
-    words = "another checkpoint: this model in 4 bits (AWQ, groups of 128)"
-    return Variants(head=head if dense < weights else None, quantized={words: small} if less < 0.9 * weights else {})
+    weights, less = (sum(one.weights.values()) for one in (demand, small))
+    words, quantized = "another checkpoint: this model in 4 bits (AWQ, groups of 128)", less < 0.9 * weights
+    tables: list[tuple[Demand, dict[str, str]]] = []
+    for option in ("lm_head_dtype", "embedding_dtype"):
+        tried = replace(machinery, head_bits=8) if option == "lm_head_dtype" else replace(machinery, embedding_bits=8)
+        other = Demand.of(spec, scheme, tried, model=demand.model)
+        if (size := sum(other.weights.values())) < weights:
+            machinery, weights = tried, size
+            tables.append((other, {**(tables[-1][1] if tables else {}), option: "int8"}))
+    return Variants(tables=tables, quantized={words: small} if quantized else {})
 
 
 def command_line(config: EngineConfig, remedy: Remedy | None = None, command: str = "serve") -> str:

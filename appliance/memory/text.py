@@ -58,6 +58,7 @@ def plan_table(plan: MemoryPlan) -> str:
     cache = "" if plan.kv.dtype == plan.dtype else f", KV cache in {plan.kv.dtype}"
     both = " and KV cache" if not cache else ""
     lines = [
+    table = "" if plan.embedding == plan.dtype or "shared" in plan.head else f", embedding in {plan.embedding}"
         f"Memory plan for {plan.model}",
         f"  {plan.architecture}, {plan.quantization}, activations{both} in {plan.dtype}{cache}, head in {plan.head}",
         *device_lines(plan.device),

@@ -202,6 +202,7 @@ def load_decoder(
                 dtype=getattr(torch, plan.dtype),
                 max_len=plan.max_model_len,
                 lm_head_dtype=config.lm_head_dtype,
+                embedding_dtype=config.embedding_dtype,
                 activation=config.activation_dtype,
                 progress=progress,
                 take=None if offloading is None else offloading.take,

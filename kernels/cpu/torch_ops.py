@@ -29,9 +29,11 @@ def matmul(
 
 
 def embedding(ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:
-    if not isinstance(table, Tensor):
-        raise TypeError(f"torch's operators have no look-up in a {type(table).__name__}: keep the embedding as a tensor")
-    return table.index_select(0, ids).to(dtype)
+    if isinstance(table, Tensor):
+        return table.index_select(0, ids).to(dtype)
+    if not isinstance(table, reference.ReferenceWeight):
+        raise TypeError(f"torch's operators have no look-up in a {type(table).__name__}: Ops.pack_table makes what they know")
+    return reference.embedding(ids, table, dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -82,4 +84,5 @@ def make_ops(device: torch.device) -> Ops:
         silu_mul=weights.silu_mul,
         argmax=reference.argmax,
         kth_largest=reference.kth_largest,
+        pack_table=reference.pack,
     )

@@ -103,6 +103,7 @@ def compare(directory: Path, kind: str, **options: Any) -> MemoryPlan:
             dtype=getattr(torch, plan.dtype),
             max_len=plan.max_model_len,
             lm_head_dtype=config.lm_head_dtype,
+            embedding_dtype=config.embedding_dtype,
             activation=config.activation_dtype,
         )
     assert plan.weight_bytes + plan.scratch["positions"] == decoder.nbytes
@@ -126,6 +127,20 @@ def test_every_head_is_planned_as_it_is_loaded(tmp_path: Path, choice: str, tied
     assert plan.head == stored + (", shared with the embedding" if shared else "")
     assert (plan.weights["head"] == 0) == shared
     assert f"head in {plan.head}" in plan.table() and plan.to_dict()["lm_head"] == plan.head
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("choice", ["int8", "int4", "model"])
+def test_every_embedding_is_planned_as_it_is_loaded(tmp_path: Path, choice: str, tied: bool, kind: str) -> None:
+    """One that is not one with the head: of a tied model where the head is in codes and its operators know no rows of these."""
+    directory = write_dense(tmp_path, tie_word_embeddings=tied, vocab_size=70, torch_dtype="bfloat16")
+    heads = ("model", "int8") if tied else ("auto",)
+    for head in heads:
+        plan = compare(directory, kind, lm_head_dtype=head, embedding_dtype=choice)
+        apart = not tied or "shared" not in plan.head
+        assert plan.embedding == ({"model": "bfloat16"}.get(choice, choice) if apart else plan.head.split(",")[0])
+        assert (f", embedding in {choice}" in plan.table()) == (apart and choice != "model")
+        assert plan.to_dict()["embedding"] == plan.embedding
 
 
 def test_scales_are_counted_in_their_own_dtype(tmp_path: Path, kind: str) -> None:
