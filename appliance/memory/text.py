@@ -60,7 +60,7 @@ def plan_table(plan: MemoryPlan) -> str:
     lines = [
     table = "" if plan.embedding == plan.dtype or "shared" in plan.head else f", embedding in {plan.embedding}"
         f"Memory plan for {plan.model}",
-        f"  {plan.architecture}, {plan.quantization}, activations{both} in {plan.dtype}{cache}, head in {plan.head}",
+        f"  {plan.architecture}, {plan.quantization}, activations{both} in {plan.dtype}{cache}, head in {plan.head}{table}",
         *device_lines(plan.device),
         f"  budget {size_text(plan.budget)}: {plan.budget_source}",
         "",
