@@ -151,7 +151,7 @@ _COUNTED = re.compile(r"(\d{1,3})\s*[x*×]\s*(.*\S)|(.*\S)\s+[x*×]\s*(\d{1,3})"
 _SILENT = re.compile(r"nvidia|geforce|tesla|generation|edition|gpu|\(r\)|\(tm\)|[^a-z0-9]")
 
 
-def find_card(name: str) -> Card:
+def find_card(name: str, flag: str = "--gpu") -> Card:
     """The card of that name: capitals, spaces, NVIDIA, GeForce and RTX may be left out, GB added. InputError with the nearest."""
     wanted = _key(name)
     for card in CARDS:
@@ -161,24 +161,23 @@ def find_card(name: str) -> Card:
     if len(begins) == 1:
         return begins[0]
     if begins:
-        raise InputError(f"--gpu {name!r} is one of several: {', '.join(card.name for card in begins[:6])}; say which")
+        raise InputError(f"{flag} {name!r} is one of several: {', '.join(card.name for card in begins[:6])}; say which")
     near = get_close_matches(wanted, {key: card for card in CARDS for key in _keys(card)}, n=8, cutoff=0.6)
     names = list(dict.fromkeys(card.name for key in near for card in CARDS if key in _keys(card)))[:4]
     hint = f"nearest: {', '.join(names)}" if names else "as in RTX 4090"
-    raise InputError(
-        f"--gpu {name!r} is not in the table of {len(CARDS)} NVIDIA cards ({hint}); --device cuda --memory SIZE plans for any"
-    )
+    any_card = "--device cuda --memory SIZE plans for any" if flag == "--gpu" else "a size, as in 24GB, stands for any"
+    raise InputError(f"{flag} {name!r} is not in the table of {len(CARDS)} NVIDIA cards ({hint}); {any_card}")
 
 
-def find_cards(names: list[str]) -> list[Card]:
+def find_cards(names: list[str], flag: str = "--gpu") -> list[Card]:
     """Those of --gpu, which may be repeated, separated by commas and counted: "2x RTX 3090"."""
     found: list[Card] = []
     for name in (part.strip() for given in names for part in given.split(",")):
         match = _COUNTED.fullmatch(name)
         count, one = (int(match[1] or match[4]), match[2] or match[3]) if match else (1, name)
         if not 1 <= count <= MOST:
-            raise InputError(f"--gpu {name!r}: between 1 and {MOST} cards are needed")
-        found += [find_card(one)] * count
+            raise InputError(f"{flag} {name!r}: between 1 and {MOST} cards are needed")
+        found += [find_card(one, flag)] * count
     return found
 
 

@@ -22,8 +22,8 @@ class Front:
     def of(cls, costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, Mapping[int, int]]) -> Front:
         """``costs`` and ``sizes`` by unit and width, both of the same units and widths.
 
-        Unit by unit all sums are made and the dominated ones left out (Nemhauser and Ullmann 1969), so it is exact as long as there
-        are no more than MOST.
+        Unit by unit all sums are made and the dominated ones left out (Nemhauser and Ullmann 1969), so it is exact as long as
+        there are no more than MOST.
         """
         total, loss = np.zeros(1, np.int64), np.zeros(1)
         choices = {}

@@ -25,6 +25,11 @@ def quantize(
     clip: bool = True,
     kv_scales: Annotated[bool, Parameter(negative=())] = False,
     seed: int = 0,
+    target_bits: float | None = None,
+    fit: str | None = None,
+    context: str | None = None,
+    sequences: int = 1,
+    kv_cache_dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
     revision: str | None = None,
@@ -64,6 +69,18 @@ def quantize(
         Add scales of keys and values for a KV cache in FP8.
     seed
         Of the choice of samples.
+    target_bits
+        Mixed precision: more bits where they help most, so many for a weight in the mean over all linears of the decoder layers,
+        with scales and zero points (what others call bits per weight). Instead of BITS.
+    fit
+        Mixed precision: as many bits as fit on this card ("RTX 4090"), in a memory of this size (24GB), or on this machine (cuda,
+        cpu), by the planner, with its defaults. 4, 8 and 16 are used.
+    context
+        With fit: beside a KV cache for so many tokens (32k). Default: 8192, or the model's longest if that is less.
+    sequences
+        With fit: so many sequences of that length at once.
+    kv_cache_dtype
+        With fit: what keys and values will be stored as, see serve.
     device
         cpu, or cuda: a card on which one layer at a time is worked on, while all else stays in main memory. auto is cpu.
     threads
@@ -87,5 +104,10 @@ def quantize(
         clip=clip,
         kv_scales=kv_scales,
         seed=seed,
+        target_bits=target_bits,
+        fit=fit,
+        context=context,
+        sequences=sequences,
+        kv_cache_dtype=kv_cache_dtype,
     )
     return run(model, output, options.checked(), calibration=calibration, device=device, threads=threads, revision=revision)

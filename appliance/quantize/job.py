@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from appliance.quantize.ends import Ends
 from appliance.quantize.layer import Made, Watcher, quantize_layer
+from appliance.quantize.mixed import Mixer
 from appliance.quantize.options import Options
 from appliance.quantize.recipe import Recipe, stored_bytes
+from appliance.quantize.sensitivity import measure
 from appliance.quantize.shards import Shards
 from models.plain import FLOATS, PlainLayer
 from models.rope import cos_sin_table
@@ -30,7 +33,7 @@ log = logging.getLogger("appliance.quantize")
 
 TOKENS_AT_ONCE = 4096  # that go through a layer together
 FIRST, SEARCH = 0.3, 0.5  # about: shares of a layer's time that looking at its inputs takes, and quantizing
-EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PUBLISHED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float16}  # what the rest is written in
 
 
@@ -60,8 +63,11 @@ class Job:
         self._check_tensors()
         self.published = torch.float16 if options.format == "awq" else PUBLISHED[self.spec.dtype]
         self.recipe = Recipe(options.grid(self.published))
-        for module in self.spec.layer_modules():
+        self.ends = Ends(self.spec, options, self.recipe.default)
+        for module in self.spec.layer_modules() if not options.mixed else ():
             check_shape(str(options.format), module.name, module.N, module.K, self.recipe.default)
+        self.mixer = Mixer(options, self.spec, self.recipe.default, self._config) if options.mixed else None
+        self.bits: dict[str, int] | None = None  # by unit, once they are chosen
         self.output = output
         self.shards = Shards(output, self._fingerprint(), self.spec.layers + 1, self.expected_bytes())
         length = 1 if ids is None else ids.shape[1]
@@ -84,9 +90,10 @@ class Job:
 
     def expected_bytes(self) -> int:
         """Of the new checkpoint, about: codes, scales and zero points, and what stays as it is."""
-        dense = sum(module.N * module.K for module in self.spec.modules() if module.part in ("embedding", "head"))
+        if self.mixer is not None:
+            return self.ends.nbytes + self.mixer.room
         each = sum(stored_bytes(module.N, module.K, self.recipe.default) for module in self.spec.layer_modules())
-        return 2 * dense + self.spec.layers * each
+        return self.ends.nbytes + self.spec.layers * each
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same for a job to be gone on with."""
@@ -106,10 +113,13 @@ class Job:
     def run(self, progress: Callable[[float], None] = lambda done: None) -> Report:
         """Quantize. ``progress`` is told the layers done, and shares of one. Raises InputError; what is done by then is kept."""
         report = Report(self.output)
-        hidden = None if self.ids is None else self._embedded(self.ids)
+        if self.mixer is not None and self.bits is None:
+            self.choose()
+        looked_at = self.ids is not None and (self.options.method != "rtn" or self.options.kv_scales)
+        hidden = self._embedded(self.ids) if self.ids is not None and looked_at else None
         for number in range(self.spec.layers):
             progress(number)
-            last = number == self.spec.layers - 1
+            last = number == self.spec.layers - 1 and not self.ends.calibrated  # whose outputs nobody looks at
             if self.shards.has(number):
                 if hidden is not None and not last:
                     self._go_through(number, hidden)
@@ -120,10 +130,27 @@ class Job:
             self.shards.write(number, {**self._tensors(layer, made), **extra})
         progress(self.spec.layers)
         if not self.shards.has(self.spec.layers):
-            self.shards.write(self.spec.layers, self._ends())
+            batches = self._batches(hidden) if hidden is not None and self.ends.calibrated else None
+            self.shards.write(self.spec.layers, self.ends.tensors(self.checkpoint, batches, self._publish, self.device))
         self._finish()
         report.nbytes = sum(path.stat().st_size for path in self.output.glob("*.safetensors"))
         return report
+
+    def choose(self, progress: Callable[[float], None] = lambda done: None) -> str:
+        """Mixed precision: take the bits that this job began with, or measure what they are worth. Returns them in words.
+
+        ``progress`` is told shares of 1. Raises InputError.
+        """
+        assert self.mixer is not None and self.ids is not None
+        self.bits = self.shards.note()
+        if self.bits is None:
+            grids, seed = self.mixer.grids, self.options.seed
+            costs = measure(self.source, self.spec, self.ids, grids, device=self.device, seed=seed, progress=progress)
+            self.bits = self.mixer.choose(costs)
+            self.shards.keep(self.bits)
+        progress(1.0)
+        self.recipe = self.mixer.recipe(self.bits)
+        return self.mixer.told(self.bits)
 
     def _layer(
         self, layer: PlainLayer, hidden: Tensor | None, last: bool, progress: Callable[[float], None]
@@ -175,7 +202,7 @@ class Job:
     def _written(self, number: int) -> Iterator[tuple[str, Tensor]]:
         """The quantized weights of a layer that is done, float32, by module."""
         index = CheckpointIndex(self.shards.folder, read_header(self.shards.path(number)))
-        config = {**self.checkpoint.config, "quantization_config": self._section()}
+        config = {**self.checkpoint.config, "quantization_config": self._section(self.recipe)}
         with Checkpoint(index, config, QuantScheme.from_config(config, None, index)) as done:
             for module in self.spec.layer_modules():
                 weight = done.weight(f"model.layers.{number}.{module.name}", expect=(module.N, module.K))
@@ -203,11 +230,6 @@ class Job:
                 found |= {f"{full}.{key}": tensor for key, tensor in tensors_of(form, weight).items()}
         return found
 
-    def _ends(self) -> dict[str, Tensor]:
-        """Embedding, head and the last norm, as they were."""
-        names = [name for name in (EMBEDDING, HEAD, NORM) if self.checkpoint.has(name)]
-        return {name: self._publish(name, self.checkpoint.take(name, dtypes=FLOATS)) for name in names}
-
     def _publish(self, name: str, tensor: Tensor) -> Tensor:
         """In the type of the file. Raises InputError where that cannot hold it."""
         made = tensor.to(self.published)
@@ -216,14 +238,21 @@ class Job:
             raise InputError(f"{name}: some of its values are not finite numbers in {kind}; take another --format, or mend it")
         return made
 
-    def _section(self) -> dict[str, Any]:
-        form, grid, others = str(self.options.format), self.recipe.default, self.recipe.exceptions()
-        return config_section(form, grid, others, act_order=self.options.act_order, more=self.options.told())
+    def _section(self, recipe: Recipe) -> dict[str, Any]:
+        options, others = self.options, recipe.exceptions() | self.ends.grids
+        said = {"act_order": options.act_order, "static_groups": options.static, "kv_scales": options.kv_scales}
+        return config_section(str(options.format), recipe.default, others, **said, more=options.told())
 
-    def _finish(self) -> None:
+    def _config(self, recipe: Recipe | None) -> dict[str, Any]:
+        """config.json of what a recipe makes, or of the same in the published type alone."""
         left_out = ("torch_dtype", "dtype", "auto_map")  # the last one speaks of files that are not copied
         config = {key: value for key, value in self.checkpoint.config.items() if key not in left_out}
         config["torch_dtype"] = str(self.published).removeprefix("torch.")
-        section = config["quantization_config"] = self._section()
-        beside = {"quantize_config.json": section} if self.options.format == "gptq" else {}
+        if self.ends.untied:
+            config["tie_word_embeddings"] = False
+        return config if recipe is None else {**config, "quantization_config": self._section(recipe)}
+
+    def _finish(self) -> None:
+        config = self._config(self.recipe)
+        beside = {"quantize_config.json": config["quantization_config"]} if str(self.options.format).startswith("gptq") else {}
         self.shards.finish(self.source, config, beside)

@@ -21,6 +21,7 @@ from models.spec import ModelSpec
 from quant.headers import read_json
 
 BAR = "{desc}: layer {n:.1f} of {total} |{bar}| {percentage:.0f} %, {elapsed} gone, {remaining} left"
+SHARE = "{desc} |{bar}| {percentage:.0f} %, {elapsed} gone, {remaining} left"
 
 
 def run(
@@ -35,7 +36,7 @@ def run(
 ) -> int:
     """Returns the exit code. Raises InputError for what cannot be done."""
     torch.set_num_threads(cpu_threads(threads))
-    where = choose_device(device)
+    where = choose_device("cpu" if device == "auto" else device)
     source, begun, ids = resolve(model, revision), time.monotonic(), None
     if options.calibrated:
         spec = ModelSpec.from_config(read_json(source / "config.json"))
@@ -43,6 +44,14 @@ def run(
         length = min(options.length, spec.max_len)
         ids = calibration_ids(calibration, tokenizer, samples=options.samples, length=length, vocab=spec.vocab, seed=options.seed)
     job = Job(source, Path(output), options, ids, where)
+    if options.mixed:
+        with tqdm(total=100, desc="Measuring", bar_format=SHARE, disable=None) as bar, torch.inference_mode():
+
+            def measured(done: float) -> None:
+                bar.update(100 * done - bar.n)
+
+            chosen = job.choose(measured)
+        print(chosen, flush=True)
     with tqdm(total=job.spec.layers, desc="Quantizing", bar_format=BAR, disable=None) as bar, torch.inference_mode():
 
         def tell(done: float) -> None:
@@ -50,7 +59,8 @@ def run(
 
         report = job.run(tell)
     worst = sorted(report.losses.items(), key=lambda item: -item[1])[:3]
-    print(f"{output}: {size_text(report.nbytes)} in {time.monotonic() - begun:.0f} s, {options.bits} bits by {options.method}")
+    bits = "mixed" if options.mixed else options.bits
+    print(f"{output}: {size_text(report.nbytes)} in {time.monotonic() - begun:.0f} s, {bits} bits by {options.method}")
     if worst:
         print("largest mean squared errors of outputs: " + ", ".join(f"{name} {loss:.3g}" for name, loss in worst))
     print(f"try it: appliance serve {output}", file=sys.stderr)

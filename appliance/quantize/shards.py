@@ -19,8 +19,9 @@ from torch import Tensor
 from quant.errors import InputError
 
 JOB = "job.json"
+NOTE = "chosen.json"  # bits by unit, where they are chosen by measuring
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")  # beside the weights: tokenizer, templates, generation defaults
-REPLACED = ("config.json", "model.safetensors.index.json", "quantize_config.json", "quant_config.json", JOB)
+REPLACED = ("config.json", "model.safetensors.index.json", "quantize_config.json", "quant_config.json", JOB, NOTE)
 
 
 class Shards:
@@ -60,6 +61,20 @@ class Shards:
         half = note.with_suffix(".tmp")
         half.write_text(json.dumps(job, indent=1))
         half.rename(note)
+
+    def note(self) -> dict[str, int] | None:
+        """What was kept when this job began; None: nothing yet."""
+        path = self.folder / NOTE
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def keep(self, bits: Mapping[str, int]) -> None:
+        """For when the job is gone on with. Raises InputError where the disk is full."""
+        half = self.folder / f"{NOTE}.tmp"
+        try:
+            half.write_text(json.dumps(bits, indent=1))
+            half.rename(self.folder / NOTE)
+        except OSError as error:
+            raise self._failed(error) from None
 
     def path(self, number: int) -> Path:
         """Of file 0, 1, .. as it will be called in the end."""
@@ -116,6 +131,7 @@ class Shards:
         if self.output.exists():
             self.output.rmdir()  # it is empty
         self.folder.rename(self.output)
+        (self.output / NOTE).unlink(missing_ok=True)
         (self.output / JOB).unlink()  # last: until then it says whose files these are
 
 
