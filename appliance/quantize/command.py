@@ -17,6 +17,9 @@ def quantize(
     group_size: int = 128,
     sym: bool | None = None,
     act_order: Annotated[bool, Parameter(negative=())] = False,
+    static_groups: bool = True,
+    lm_head_bits: int = 16,
+    embedding_bits: int = 16,
     format: str | None = None,
     calibration: str | None = None,
     calibration_samples: int = 128,
@@ -51,9 +54,19 @@ def quantize(
     sym
         Symmetric around zero, without zero points. Default: with gptq.
     act_order
-        With gptq: the columns that matter most first (desc_act). A little better, a little slower to compute with.
+        With gptq: the columns that matter most are rounded first. A little better, and as fast to compute with.
+    static_groups
+        With act-order: groups are of neighbours all the same (actorder "static"). Without, they are of columns that follow one
+        another in that order (desc_act): slower to compute with, and vLLM refuses such checkpoints.
+    lm_head_bits
+        Of the output head: 4 (by the method, as the layers), 8 (rounded), or 16: as it is. Not in the format awq.
+    embedding_bits
+        Of the embedding: 4 or 8 (rounded), or 16: as it is. In the format compressed-tensors alone.
+        Where head and embedding are one table (a tied model) and either is quantized, the checkpoint gets two: other programs
+        read no table of codes as both. Here such a table needs none of this: serve --lm-head-dtype keeps one in codes.
     format
-        awq, gptq or compressed-tensors. Default: the method's own, where it can say so many bits.
+        awq, gptq, gptq_v2 or compressed-tensors. Default: the method's own, where it can say what is asked for. gptq_v2 has
+        other zero points: GPTQModel wants it for --no-sym.
     calibration
         Text like that for which the model will be used, or JSON lines with "text" or "messages". Default: text and code that come
         with Python.
@@ -97,6 +110,9 @@ def quantize(
         group_size=group_size,
         symmetric=sym,
         act_order=act_order,
+        static_groups=static_groups,
+        lm_head_bits=lm_head_bits,
+        embedding_bits=embedding_bits,
         format=format,
         samples=calibration_samples,
         length=calibration_length,

@@ -130,8 +130,7 @@ class Job:
             self.shards.write(number, {**self._tensors(layer, made), **extra})
         progress(self.spec.layers)
         if not self.shards.has(self.spec.layers):
-            batches = self._batches(hidden) if hidden is not None and self.ends.calibrated else None
-            self.shards.write(self.spec.layers, self.ends.tensors(self.checkpoint, batches, self._publish, self.device))
+            self.shards.write(self.spec.layers, self._ends(hidden))
         self._finish()
         report.nbytes = sum(path.stat().st_size for path in self.output.glob("*.safetensors"))
         return report
@@ -229,6 +228,11 @@ class Job:
             else:
                 found |= {f"{full}.{key}": tensor for key, tensor in tensors_of(form, weight).items()}
         return found
+
+    def _ends(self, hidden: Tensor | None = None) -> dict[str, Tensor]:
+        """Embedding, head and the last norm. ``hidden``: from the last layer."""
+        batches = self._batches(hidden) if hidden is not None and self.ends.calibrated else None
+        return self.ends.tensors(self.checkpoint, batches, self._publish, self.device)
 
     def _publish(self, name: str, tensor: Tensor) -> Tensor:
         """In the type of the file. Raises InputError where that cannot hold it."""

@@ -94,8 +94,9 @@ def quantize_layer(
         weight, seen = layer.weights[name].float(), watcher.seen.get(INPUTS[name])
         if options.method == "gptq":
             assert seen is not None and seen.hessian is not None
-            hessian, order = seen.hessian.mean(), options.act_order
-            found = gptq(weight, hessian, grid, act_order=order, damping=options.damping, name=layer.full(name))
+            hessian, order, static = seen.hessian.mean(), options.act_order, options.static
+            full = layer.full(name)
+            found = gptq(weight, hessian, grid, act_order=order, static_groups=static, damping=options.damping, name=full)
             quantized, made.losses[name] = found.weight, found.loss
         else:
             shrink: Tensor | float = 1.0

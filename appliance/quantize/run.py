@@ -58,6 +58,8 @@ def run(
             bar.update(done - bar.n)
 
         report = job.run(tell)
+    if (told := job.ends.told()) is not None:
+        print(told)
     worst = sorted(report.losses.items(), key=lambda item: -item[1])[:3]
     bits = "mixed" if options.mixed else options.bits
     print(f"{output}: {size_text(report.nbytes)} in {time.monotonic() - begun:.0f} s, {bits} bits by {options.method}")
