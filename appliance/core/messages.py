@@ -45,6 +45,10 @@ class TokenLogprob:
     rank: int
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As an Event's: there is one for every token."""
+        return TokenLogprob, (self.token_id, self.logprob, self.rank, self.top)
+
 
 class Unanswerable(str):
     """An error that the request itself has brought about: nothing is wrong with the engine or the model."""
@@ -157,6 +161,7 @@ PLAN_PARTS = {
     "runtime": ("runtime_bytes",),
     "budget": ("budget_bytes",),
     "swap": ("swap", "bytes"),
+    "grammars": ("grammars_bytes", "total"),
     "host": ("host_bytes", "total"),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from appliance.server.errors import JSONResponse
+from appliance.server.errors import JSONResponse, as_json, spliced
 from appliance.server.logprobs import Logprobs
 from appliance.server.respond import stream
 from appliance.server.schemas import ChatRequest
@@ -28,7 +28,7 @@ class ChatView:
 
     def __init__(self, turn: Turn, body: ChatRequest) -> None:
         self.turn, self.job, self.state, self.body = turn, turn.job, turn.state, body
-        self.format = Logprobs(self.state, as_ids=body.return_tokens_as_token_ids)
+        self.format = Logprobs(self.state, self.job.pace, as_ids=body.return_tokens_as_token_ids)
 
     def _base(self, kind: str) -> dict[str, Any]:
         return {
@@ -39,7 +39,7 @@ class ChatView:
             "system_fingerprint": f"appliance-{self.state.version}",
         }
 
-    async def full(self) -> dict[str, Any]:
+    async def full(self) -> bytes:
         answers = await self.turn.finish()
         choices, place = [], {id(output): c for c, output in enumerate(self.job.outputs)}
         for index, output in enumerate(self.job.best):
@@ -47,19 +47,20 @@ class ChatView:
             choice: dict[str, Any] = {
                 "index": index,
                 "message": self._message(answers[c]),
-                "logprobs": self.format.chat(output.logprobs or (), self.body.top_logprobs or 0) if self.body.logprobs else None,
+                "logprobs": await self.format.chat(output.logprobs, self.body.top_logprobs or 0) if self.body.logprobs else None,
                 "finish_reason": self.turn.finish_reason(c),
                 "stop_reason": output.stop_reason,
             }
             if self.body.return_token_ids:
                 choice["token_ids"] = list(output.token_ids)
-            choices.append(choice)
+            choices.append(spliced(choice))
+            await self.job.pace()
         result = {**self._base("chat.completion"), "choices": choices, "usage": self.turn.usage()}
         if self.body.prompt_logprobs is not None:
-            result["prompt_logprobs"] = self.format.prompt(self.job.prompt_logprobs[0], self.body.prompt_logprobs)
+            result["prompt_logprobs"] = await self.format.prompt(self.job.prompt_logprobs[0], self.body.prompt_logprobs)
         if self.body.return_token_ids:
             result["prompt_token_ids"] = list(self.job.prompts[0].token_ids)
-        return result
+        return spliced(result)
 
     def _message(self, found: Answer) -> dict[str, Any]:
         content = found.content or (None if found.calls else "")
@@ -81,7 +82,7 @@ class ChatView:
             delta["tool_calls"] = [_call(call) for call in calls]
         return delta | self._reasoning(news.reasoning)
 
-    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         begun: set[int] = set()
         async with aclosing(self.turn.run()) as all_:
             async for c, delta, found in all_:
@@ -90,7 +91,7 @@ class ChatView:
                     yield self._chunk(c, {"role": "assistant", "content": ""})
                 logprobs = None
                 if self.body.logprobs and delta.logprobs:
-                    logprobs = self.format.chat(delta.logprobs, self.body.top_logprobs or 0)
+                    logprobs = await self.format.chat(delta.logprobs, self.body.top_logprobs or 0)
                 news = self._delta(found)
                 if news or logprobs or delta.finish_reason or self.body.return_token_ids:
                     more: dict[str, Any] = {"logprobs": logprobs, "finish_reason": None}
@@ -100,14 +101,14 @@ class ChatView:
                         more["token_ids"] = list(delta.token_ids)
                     yield self._chunk(c, news, **more)
         if self.body.stream_options and self.body.stream_options.include_usage:
-            yield {**self._base("chat.completion.chunk"), "choices": [], "usage": self.turn.usage()}
+            yield as_json({**self._base("chat.completion.chunk"), "choices": [], "usage": self.turn.usage()})
 
-    def _chunk(self, c: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+    def _chunk(self, c: int, delta: dict[str, Any], **more: Any) -> bytes:
         choice = {"index": c, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-        chunk = {**self._base("chat.completion.chunk"), "choices": [choice]}
+        chunk = {**self._base("chat.completion.chunk"), "choices": [spliced(choice)]}
         if (options := self.body.stream_options) and options.include_usage:
             chunk["usage"] = self.turn.usage() if options.continuous_usage_stats else None
-        return chunk
+        return spliced(chunk)
 
 
 def _call(news: CallDelta) -> dict[str, Any]:

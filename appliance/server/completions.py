@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 
 from appliance.core.messages import TokenLogprob
-from appliance.server.errors import JSONResponse
+from appliance.server.errors import JSONResponse, as_json, spliced
 from appliance.server.job import Job
 from appliance.server.logprobs import Logprobs
 from appliance.server.prompts import Prompt, completion_prompts, text_of
@@ -38,7 +38,7 @@ class CompletionView:
 
     def __init__(self, state: ServerState, job: Job, body: CompletionRequest) -> None:
         self.state, self.job, self.body = state, job, body
-        self.logprobs = Logprobs(state, as_ids=body.return_tokens_as_token_ids)
+        self.logprobs = Logprobs(state, job.pace, as_ids=body.return_tokens_as_token_ids)
         self.hidden = 1 if body.max_tokens == 0 else 0  # the one token that the engine computed for echo alone
         self.offsets = [0] * len(job.outputs)  # text offset of each choice's next token
 
@@ -51,7 +51,7 @@ class CompletionView:
             "system_fingerprint": f"appliance-{self.state.version}",
         }
 
-    async def full(self) -> dict[str, Any]:
+    async def full(self) -> bytes:
         async with aclosing(self.job.run()) as deltas:
             async for _ in deltas:
                 pass
@@ -67,25 +67,26 @@ class CompletionView:
             )
             prompt = None
             if self.body.prompt_logprobs is not None:
-                prompt = self.logprobs.prompt(self._prompt_scores(c), self.body.prompt_logprobs)
-            choices.append({**self._choice(c, whole, first=True), "prompt_logprobs": prompt})
-        return {**self._base(), "choices": choices, "usage": self.job.usage(self.hidden)}
+                prompt = await self.logprobs.prompt(self._prompt_scores(c), self.body.prompt_logprobs)
+            choices.append(spliced({**await self._choice(c, whole, first=True), "prompt_logprobs": prompt}))
+            await self.job.pace()
+        return spliced({**self._base(), "choices": choices, "usage": self.job.usage(self.hidden)})
 
-    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         options, seen = self.body.stream_options, set[int]()
         async with aclosing(self.job.run()) as deltas:
             async for c, delta in deltas:
                 first = c not in seen
                 seen.add(c)
-                choice = self._choice(c, delta, first)
+                choice = await self._choice(c, delta, first)
                 if not (choice["text"] or choice["finish_reason"] or choice["logprobs"] or self.body.return_token_ids):
                     continue
-                chunk = {**self._base(), "choices": [choice]}
+                chunk = {**self._base(), "choices": [spliced(choice)]}
                 if options and options.include_usage:
                     chunk["usage"] = self.job.usage(self.hidden) if options.continuous_usage_stats else None
-                yield chunk
+                yield spliced(chunk)
         if options and options.include_usage:
-            yield {**self._base(), "choices": [], "usage": self.job.usage(self.hidden)}
+            yield as_json({**self._base(), "choices": [], "usage": self.job.usage(self.hidden)})
 
     def _prompt_scores(self, c: int) -> tuple[TokenLogprob | None, ...] | None:
         return self.job.prompt_logprobs[c // self.job.params.n]
@@ -106,7 +107,7 @@ class CompletionView:
         ahead = prompt.token_ids[0] in tokenizer.special_ids and prompt.text is not None and not prompt.text.startswith(names[0])
         return [0 if ahead else len(names[0]), *map(len, names[1:])]
 
-    def _choice(self, c: int, delta: Delta, first: bool) -> dict[str, Any]:
+    async def _choice(self, c: int, delta: Delta, first: bool) -> dict[str, Any]:
         """What is new of choice ``c``; its first piece brings the echoed prompt."""
         prompt = self.job.prompts[c // self.job.params.n]
         text, ids = ("", ()) if self.hidden else (delta.text, delta.token_ids)
@@ -121,7 +122,7 @@ class CompletionView:
         if self.body.logprobs is not None and scored:
             widths = (self._widths_of(prompt) if echoed else []) + self._widths(ids)
             *offsets, self.offsets[c] = accumulate(widths[: len(scored)], initial=self.offsets[c])
-            logprobs = self.logprobs.completion(shown[: len(scored)], scored, self.body.logprobs, offsets)
+            logprobs = await self.logprobs.completion(shown[: len(scored)], scored, self.body.logprobs, offsets)
         stop_reason = None if self.hidden else delta.stop_reason
         choice = {"index": c, "text": text, "logprobs": logprobs, "finish_reason": reason, "stop_reason": stop_reason}
         if self.body.return_token_ids:

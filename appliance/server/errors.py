@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Mapping
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from pydantic_core import to_json
@@ -46,13 +47,25 @@ class EngineFailed(RuntimeError):
     """The engine could not compute this one request; it goes on with the others."""
 
 
+as_json = partial(to_json, inf_nan_mode="null")  # fast, and infinities become null instead of invalid JSON
+
+
 class JSONResponse(Response):
-    """JSON by pydantic's encoder: fast, and infinities become null instead of invalid JSON."""
+    """What is no JSON yet (bytes) is made JSON."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return to_json(content, inf_nan_mode="null")
+        return content if isinstance(content, bytes) else as_json(content)
+
+
+def spliced(value: Any) -> bytes:
+    """JSON of dicts that may hold bytes, and lists of bytes: these are JSON already. Long answers are written in such parts."""
+    if isinstance(value, dict):
+        return b"{%b}" % b",".join([b"%b:%b" % (to_json(name), spliced(one)) for name, one in value.items()])
+    if isinstance(value, list) and value and isinstance(value[0], bytes):
+        return b"[%b]" % b",".join(value)
+    return value if isinstance(value, bytes) else as_json(value)
 
 
 def unavailable(message: str, code: str) -> RequestError:

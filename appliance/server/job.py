@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from appliance.core.door import check_submit
 from appliance.core.messages import Event, Submit, TokenLogprob, Unanswerable
 from appliance.core.params import RequestError, SamplingParams
+from appliance.server.beside import Pace
 from appliance.server.errors import EngineFailed
 from appliance.server.guard import Ticket, current
 from appliance.server.metrics import Course
@@ -57,6 +58,7 @@ class Job:
         self.params = prepare(params, state.tokenizer) if state.tokenizer else params
         self._news: deque[tuple[int, Event | Exception]] = deque()
         self._came = asyncio.Event()
+        self.pace = Pace()
         self.submits = [self._submit(k, prompt, clamp=clamp) for k, prompt in enumerate(prompts)]
         for submit in self.submits:
             check_submit(submit, state.info)
@@ -99,9 +101,12 @@ class Job:
             for k, submit in enumerate(self.submits):
                 self.state.client.submit(submit, partial(self._put, k))
             while self._left:
+                if self._news:  # a step may bring news of very many
+                    await self.pace()
                 while not self._news:
                     self._came.clear()
                     await self._came.wait()
+                    self.pace.begin()
                 k, event = self._news.popleft()
                 if isinstance(event, Exception):
                     raise event

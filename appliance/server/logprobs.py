@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from appliance.core.messages import TokenLogprob
+from appliance.server.beside import Pace
+from appliance.server.errors import as_json
 
 if TYPE_CHECKING:
     from appliance.server.state import ServerState
@@ -14,22 +16,29 @@ FLOOR = -9999.0  # JSON has no -infinity
 
 
 class Logprobs:
-    """Formats tokens; ``as_ids`` writes them as "token_id:123" instead of their text."""
+    """Formats tokens; ``as_ids`` writes them as "token_id:123" instead of their text.
 
-    def __init__(self, state: ServerState, *, as_ids: bool) -> None:
+    A token's alternatives are given as JSON (bytes) at once: those of a long answer would be very many objects.
+    """
+
+    def __init__(self, state: ServerState, pace: Pace, *, as_ids: bool) -> None:
         self._bytes = state.token_bytes
         self._name = "token_id:{}".format if as_ids else state.token_name
         self._text = state.token_name
+        self._pace = pace
 
-    def chat(self, scored: Sequence[TokenLogprob], top: int) -> dict[str, Any]:
+    async def chat(self, scored: Sequence[TokenLogprob], top: int) -> dict[str, Any]:
         """``choice.logprobs`` of a chat answer; ``top`` most likely tokens beside each (-1: all)."""
-        content = []
+        return {"content": [as_json(entry) async for entry in self.entries(scored, top)], "refusal": None}
+
+    async def entries(self, scored: Sequence[TokenLogprob], top: int) -> AsyncIterator[dict[str, Any]]:
+        """The tokens of a chat answer's logprobs."""
         for one in scored:
             entry = self._entry(one.token_id, one.logprob)
-            content.append({**entry, "top_logprobs": [self._entry(t, p) for t, p in _first(one, top)]})
-        return {"content": content, "refusal": None}
+            yield {**entry, "top_logprobs": [self._entry(t, p) for t, p in _first(one, top)]}
+            await self._pace()
 
-    def completion(
+    async def completion(
         self, token_ids: Sequence[int], scored: Sequence[TokenLogprob | None], top: int, offsets: Sequence[int]
     ) -> dict[str, Any]:
         """``choice.logprobs`` of a completion; ``offsets``: where each token begins in its text. Without a score it has nulls."""
@@ -37,12 +46,21 @@ class Logprobs:
             "text_offset": list(offsets),
             "token_logprobs": [None if s is None else max(s.logprob, FLOOR) for s in scored],
             "tokens": [self._name(t) for t in token_ids],
-            "top_logprobs": [None if s is None else self._top(s, top) for s in scored],
+            "top_logprobs": await self._each(scored, self._top, top),
         }
 
-    def prompt(self, scored: Sequence[TokenLogprob | None] | None, top: int) -> list[dict[str, Any] | None] | None:
+    async def prompt(self, scored: Sequence[TokenLogprob | None] | None, top: int) -> list[bytes] | None:
         """vLLM's prompt_logprobs: for each prompt token a dict from token id to its logprob, rank and text."""
-        return None if scored is None else [None if one is None else self._ranked(one, top) for one in scored]
+        return None if scored is None else await self._each(scored, self._ranked, top)
+
+    async def _each(
+        self, scored: Sequence[TokenLogprob | None], form: Callable[[TokenLogprob, int], dict[str, Any]], top: int
+    ) -> list[bytes]:
+        found = []
+        for one in scored:
+            found.append(as_json(None if one is None else form(one, top)))
+            await self._pace()
+        return found
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": self._name(token), "logprob": max(logprob, FLOOR), "bytes": self._bytes(token)}

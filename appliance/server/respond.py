@@ -12,20 +12,19 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from appliance.core.params import RequestError
 from appliance.server.beside import SMALL_BODY, Share, one_at_a_time, weight
-from appliance.server.errors import describe
+from appliance.server.errors import as_json, describe
 from appliance.server.guard import Ticket, current
 from appliance.server.schemas import Body, parse
 
 log = logging.getLogger("appliance.server")
 
-MAX_BODY = 32 * 1024**2
+MAX_BODY = 16 * 1024**2  # read in less than 50 ms, in which nothing else runs
 BODY_S, BODY_RATE = 20.0, 16 * 1024  # seconds that a body may take, and one more for so many bytes that have come
 BOM = b"\xef\xbb\xbf"  # what some editors and shells put in front of UTF-8
 WRITE = "appliance.write"  # an extension of ASGI: a streamed body's piece to the socket, or False for "send it as usual"
@@ -182,8 +181,9 @@ async def _events(first: asyncio.Future[Any], chunks: AsyncGenerator[Any, None],
             yield form.end
 
 
-def sse(data: dict[str, Any]) -> bytes:
-    return b"data: " + to_json(data, inf_nan_mode="null") + b"\n\n"
+def sse(data: Any) -> bytes:
+    """``data``: JSON, or what it is made of."""
+    return b"data: %b\n\n" % (data if isinstance(data, bytes) else as_json(data))
 
 
 def named_event(name: str, data: dict[str, Any]) -> bytes:

@@ -19,6 +19,7 @@ from appliance.config import ServerConfig
 from appliance.runtime.client import EngineDied
 from appliance.server import logs
 from appliance.server.app import app_of
+from appliance.server.beside import keep_what_is_there
 from appliance.server.errors import unavailable
 from appliance.server.host import DEATHS, EngineHost
 from appliance.server.http import BACKLOG, http_config
@@ -130,6 +131,7 @@ class Service:
             self._say_ready(host)
             notify("READY=1", f"STATUS=serves {host.names[0]}")
         self.site.starting = False
+        keep_what_is_there()
 
     async def _all_hopeless(self) -> None:
         while not all(host.hopeless.is_set() for host in self.hosts):  # one that was may have been loaded again by hand

@@ -85,6 +85,7 @@ class Turn:
         for deltas in told:
             answers.append(answer := Answer(reasoning="".join(one.reasoning for one in deltas)))
             answer.add("".join(one.content for one in deltas), tuple(call for one in deltas for call in one.calls))
+            await self.job.pace()
         return answers
 
     def finish_reason(self, c: int) -> str | None:

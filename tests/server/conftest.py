@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -47,6 +48,24 @@ class Served:
     def post(self, path: str, **body: Any) -> httpx.Response:
         with self.http as http:
             return http.post(path, json=body)
+
+    @contextmanager
+    def longest_turn(self) -> Iterator[list[float]]:
+        """Seconds of processor time: the longest that the event loop was busy without letting everybody have their turn."""
+        longest = [0.0]
+
+        async def watch() -> None:
+            begun = time.thread_time()
+            while True:
+                await asyncio.sleep(0)
+                now = time.thread_time()
+                longest[0], begun = max(longest[0], now - begun), now
+
+        watching = asyncio.run_coroutine_threadsafe(watch(), self.loop)
+        try:
+            yield longest
+        finally:
+            watching.cancel()
 
     def run(self, function: Any, *args: Any) -> Any:
         """Call in the server's event loop."""

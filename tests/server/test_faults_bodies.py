@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 import time
@@ -27,7 +28,7 @@ CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "[
 
 TOO_MUCH: dict[str, tuple[str, Any, str]] = {
     "deep lists": (C, b'{"prompt": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
-    "deep objects": (C, b'{"a":' * 100_000, "recursion"),
+    "deep objects": (C, b'{"a":' * 60_000, "recursion"),
     "deep arguments of a call": (CHAT, {"messages": [*HELLO, {"role": "assistant", "tool_calls": [CALL]}]}, "not JSON"),
     "long integers": (C, b'{"prompt": "a", "max_tokens": ' + b"9" * 400 + b"}", "max_tokens"),
     "longer integers": (C, b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", ""),
@@ -53,7 +54,7 @@ TOO_MUCH: dict[str, tuple[str, Any, str]] = {
     "a long text to cut": (C, {"prompt": "ab" * 1_500_000, "truncate_prompt_tokens": 9}, "3000000 characters"),
     "a long text to count": ("/tokenize", {"prompt": "ab" * 1_500_000}, "3000000 characters"),
     "a long text to spell": ("/tokenize", {"prompt": "ab" * 200_000, "return_token_strs": True}, "400000 characters"),
-    "100,000 messages": (CHAT, {"messages": HELLO * 100_000}, "at least"),
+    "50,000 messages": (CHAT, {"messages": HELLO * 50_000}, "at least"),
     "10,000 items": ("/v1/responses", {"input": HELLO * 10_000}, "at most 8192"),
     "a long text of which only the size is asked": (
         "/v1/messages/count_tokens",
@@ -89,10 +90,17 @@ def test_it_is_refused_with_a_word(served: Served, name: str) -> None:
     assert words in answer.json()["error"]["message"] and len(answer.text) < 2000
 
 
-@pytest.mark.parametrize("raw", [b"[1," * 600_000, b"{},[]," * 300_000, b'{"prompt": [' + b"1," * (MAX_VALUES + 1) + b"1]}"])
+@pytest.mark.parametrize(
+    "raw", [b"[1," * 600_000, b"{},[]," * 300_000, b'{"a":' * 100_000, b'{"prompt": [' + b"1," * (MAX_VALUES + 1) + b"1]}"]
+)
 def test_more_values_than_are_read(served: Served, raw: bytes) -> None:
     with served.http as http:
         answer = http.post(C, content=raw)
+    assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+
+
+def test_more_messages_than_are_read(served: Served) -> None:
+    answer = served.post(CHAT, messages=HELLO * 100_000)
     assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
 
 
@@ -109,6 +117,30 @@ def test_more_values_than_are_read(served: Served, raw: bytes) -> None:
 )
 def test_what_is_much_and_not_too_much(served: Served, body: dict[str, Any]) -> None:
     assert served.post(C, **body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 20}),
+        (C, {"prompt": "ab", "logprobs": 20}),
+        (C, {"prompt": "ab", "logprobs": 20, "stream": True}),
+        (C, {"prompt": ["abc" * 160] * 16, "logprobs": 20, "prompt_logprobs": 20, "echo": True, "max_tokens": 1, "n": 1}),
+    ],
+)
+def test_large_answers_let_others_run(served: Served, path: str, more: dict[str, Any]) -> None:
+    """The longest turn of the event loop, in processor time: others wait for it."""
+    gc.collect()
+    gc.freeze()  # as the server does when it is ready
+    with served.longest_turn() as longest:
+        answer = served.post(path, **{"n": 250, "max_tokens": 12, "temperature": 1, "ignore_eos": True, **more})
+    assert answer.status_code == 200, answer.text[:500]
+    gc.unfreeze()
+    assert longest[0] < 0.05
+    if "stream" not in more:
+        scored = [choice["logprobs"] for choice in answer.json()["choices"]]
+        assert len(scored) == (16 if "n" in more else 250)
+        assert all(len(one["content"]) == 12 if path == CHAT else len(one["top_logprobs"]) >= 12 for one in scored)
 
 
 def test_large_bodies_share_what_there_is(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,8 +179,9 @@ def test_more_tools_than_are_taken() -> None:
 
 
 def test_weights() -> None:
-    assert weight(b'{"a": [1, 2]}') == 2 * 13 + 40 * 9
-    assert weight('{"a": "ä"}'.encode()) == 5 * 11 + 160 and weight(b'{"a": "\\u00e4"}') == 5 * 15 + 160
+    assert weight(b'{"a": [1, 2]}') == 2 * 13 + 40 * (1 + 4 + 16)
+    assert weight('{"a": "ä"}'.encode()) == 5 * 11 + 640 and weight(b'{"a": "\\u00e4"}') == 5 * 15 + 640
+    assert check_values(rb'{"a": "{\"b\": {\n1}, {2}"}') == 1 + 2 * 16, "an object, and one brace that could be one"
     with pytest.raises(RequestError, match="values"):
         check_values(b"," * (MAX_VALUES + 1))
 

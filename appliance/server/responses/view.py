@@ -26,7 +26,7 @@ class ResponseView:
         self.job.id, self.given, self.key = response_id, given, key
         self.event = Numbered()
         self.output = Output(self.event)
-        self.format = Logprobs(self.state, as_ids=False)
+        self.format = Logprobs(self.state, self.job.pace, as_ids=False)
 
     async def batches(self) -> AsyncGenerator[list[Event], None]:
         """Events; those of one delta are a batch. The last one of all has the whole response."""
@@ -39,7 +39,7 @@ class ResponseView:
                         yield [self.event("response.created", response=begun), self.event("response.in_progress", response=begun)]
                         continue
                     _, delta, news = one
-                    batch = self.output.push(news, self._scored(delta))
+                    batch = self.output.push(news, await self._scored(delta))
                     if delta.finish_reason is not None:
                         batch += self._end(ENDS.get(delta.finish_reason, "completed"))
                         ended = True
@@ -70,13 +70,13 @@ class ResponseView:
             self.state.shared.responses.put(self.key, Record.of(response, self.given, running))
         return response
 
-    def _scored(self, delta: Delta) -> list[Any]:
+    async def _scored(self, delta: Delta) -> list[Any]:
         """Log-probabilities of what is text: not of the token that ends it."""
         if not self.body.scored or not delta.logprobs:
             return []
         silent = delta.finish_reason == "stop" and not isinstance(delta.stop_reason, str)
         shown = delta.logprobs[:-1] if silent and not self.job.params.include_stop_str_in_output else delta.logprobs
-        entries: list[dict[str, Any]] = self.format.chat(shown, self.body.top_logprobs or 0)["content"]
+        entries = [entry async for entry in self.format.entries(shown, self.body.top_logprobs or 0)]
         for one in (*entries, *(top for entry in entries for top in entry["top_logprobs"])):
             one["bytes"] = one["bytes"] or []
         return entries
