@@ -14,7 +14,7 @@ from appliance.config import EngineConfig
 from appliance.hub import demo_model, headers_of, resolve
 from appliance.memory.answers import Answers
 from appliance.memory.cards import Card, find_cards
-from appliance.memory.devices import MIB, DeviceInfo, this_device
+from appliance.memory.devices import MIB, DeviceInfo, device_kind, this_device
 from appliance.memory.plan import PlanError
 from appliance.memory.planner import command_line
 from appliance.memory.settings import parse_length
@@ -74,11 +74,9 @@ def chosen_devices(engine: EngineConfig, asked: Asked) -> list[DeviceInfo]:
         if size is None:
             return cards
         return [replace(card, total=size, available=max(0, size - (card.total - card.available))) for card in cards]
-    kind = "cpu" if engine.device == "auto" else engine.device
+    kind = device_kind(engine.device)
     if size is None:
         return [this_device(kind)]
-    if kind not in ("cpu", "cuda"):
-        raise InputError(f"--device {kind!r} is not known; auto, cpu and cuda are")
     name = f"a {'machine' if kind == 'cpu' else 'card'} with {size_text(size)}"
     return [DeviceInfo(kind, name, size, size)]
 

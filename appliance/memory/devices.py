@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ import psutil
 from quant.errors import InputError
 
 MIB = 1024**2
+OLDEST = 75  # capability of a card that the kernels are made for
 _UNSAID = re.compile(r"\[?(N/A|Not Found|Not Supported|Insufficient Permissions|Unknown Error)\b")  # of odd or cautious drivers
 _UNLIMITED = 2**60  # version 1 of control groups writes "no limit" as a huge number
 
@@ -55,6 +57,38 @@ def this_device(kind: str) -> DeviceInfo:
     if kind == "cuda":
         return _first_card()
     raise InputError(f"--device {kind!r} is not known; auto, cpu and cuda are")
+
+
+def device_kind(choice: str) -> str:
+    """What --device asks for: cpu or cuda. InputError for another word.
+
+    auto is APPLIANCE_DEVICE, where that is set; else a card, where one answers that the kernels and this torch can use; else the
+    CPU.
+    """
+    if choice == "auto":
+        choice = os.environ.get("APPLIANCE_DEVICE") or "auto"
+    if choice == "auto":
+        return "cuda" if _torch_has_cuda() and _has_card() else "cpu"
+    if choice not in ("cpu", "cuda"):
+        raise InputError(f"--device {choice!r} is not known; auto, cpu and cuda are")
+    return choice
+
+
+def _has_card() -> bool:
+    try:
+        return (_first_card().capability or 0) >= OLDEST
+    except InputError:  # none, or a hidden one
+        return False
+
+
+def _torch_has_cuda() -> bool:
+    """Whether the torch that would be imported was built for NVIDIA cards; it is not imported for that."""
+    found = find_spec("torch")
+    try:
+        text = Path(str(found.origin)).with_name("version.py").read_text() if found else ""
+    except OSError:
+        return False
+    return re.search(r"^cuda\b.*=\s*['\"]", text, re.MULTILINE) is not None
 
 
 def cpu_threads(threads: int | None) -> int:

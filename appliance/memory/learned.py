@@ -52,7 +52,7 @@ def recall(device: DeviceInfo, ops: str) -> int | None:
 
 def record(device: DeviceInfo, ops: str, measured: int) -> None:
     """Keep what a start has measured: bytes of the process itself when it is ready. Says so where it cannot, and goes on."""
-    path, known, name = _path(), _read(), key(device, ops)
+    path, known, name = cache_file(FILE), _read(), key(device, ops)
     if path is None or measured <= 0:
         return
     starts = [*known.pop(name, []), int(measured)][-STARTS:]
@@ -66,20 +66,21 @@ def record(device: DeviceInfo, ops: str, measured: int) -> None:
         log.info("what this start measured is not kept: %s", error)
 
 
-def _path() -> Path | None:
+def cache_file(name: str) -> Path | None:
+    """Where a file of the user's cache is; None where there is no cache."""
     given = os.environ.get("APPLIANCE_CACHE_DIR")
     if given is not None:
-        return Path(given) / FILE if given else None
+        return Path(given) / name if given else None
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError:  # nobody's home is known
         return None
-    return Path(home) / "appliance" / FILE
+    return Path(home) / "appliance" / name
 
 
 def _read() -> dict[str, list[int]]:
     """By key, the last starts' bytes, oldest first."""
-    path = _path()
+    path = cache_file(FILE)
     try:
         if path is None or not path.is_file():
             return {}

@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 from appliance.config import EngineConfig
-from appliance.memory.devices import DeviceInfo, this_device
+from appliance.memory.devices import DeviceInfo, device_kind, this_device
 from appliance.memory.fit import MARGIN, budget_of
 from appliance.memory.plan import MemoryPlan, PlanError
 from appliance.memory.planner import make_plan, read_settings
@@ -108,7 +108,7 @@ def seats(wishes: Sequence[Wish], base: EngineConfig, device: DeviceInfo | None 
     ``base``: the options that are said for all, whose --gpu-memory-utilization is the share that all may take together. Raises
     InputError for bad input, and PlanError where one of them does not even fit by itself.
     """
-    kinds = {"cpu" if wish.config.device == "auto" else wish.config.device for wish in wishes}
+    kinds = {device_kind(wish.config.device) for wish in wishes}
     if len(kinds) > 1:
         raise InputError(f"models of one server are on one device, but device is {' and '.join(sorted(kinds))}")
     if device is None:

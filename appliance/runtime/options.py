@@ -10,6 +10,7 @@ from appliance.config import EngineConfig
 from appliance.core.blocks import BlockPool
 from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler
+from appliance.memory.devices import device_kind
 from appliance.memory.giving_way import MODES, GivingWay
 from appliance.memory.planner import MemoryPlan
 from models.spec import ModelSpec
@@ -18,12 +19,11 @@ from quant.headers import read_json
 
 
 def choose_device(name: str) -> torch.device:
-    """Of --device; auto is the CPU. InputError where it is unknown, or no card can be used."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {name!r} is not known; auto, cpu and cuda are")
-    if name == "cuda" and not torch.cuda.is_available():
+    """Of --device (appliance.memory.devices.device_kind). InputError where it is unknown, or no card can be used."""
+    kind = device_kind(name)
+    if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device cuda: this torch ({torch.__version__}) finds no NVIDIA card; use --device cpu")
-    return torch.device("cpu" if name == "auto" else name)
+    return torch.device(kind)
 
 
 def make_scheduler(config: EngineConfig, plan: MemoryPlan, spec: ModelSpec) -> Scheduler:

@@ -1,0 +1,165 @@
+"""A card is believed once it has computed something right: before its cache is made, what it says is held against the reference.
+
+A small part of the model goes through the card's kernels and through the reference's operators on the CPU: the first layer, with
+the embedding and the head of a few hundred tokens, in steps of many tokens and of one. That finds kernels that compute nonsense
+on a card, driver or compiler that nobody has tried; it says nothing of speed. A combination that was right is remembered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from appliance.config import EngineConfig
+from appliance.memory.learned import cache_file
+from appliance.memory.plan import MemoryPlan
+from appliance.runtime.runner import Runner
+from appliance.runtime.staging import Lane
+from kernels.layout import HEADS, head_bits
+from kernels.ops import get_ops
+from models.decoder import Decoder
+from models.loader import EMBEDDING, HEAD, load_model
+from models.spec import ModelSpec
+from quant.checkpoint import Checkpoint
+from quant.errors import InputError
+from quant.tensor import QuantTensor
+
+log = logging.getLogger("appliance.startup")
+
+TOKENS, KNOWN = 192, 512  # of the text, and those that it is made of
+STEPS = (128, 17, 1)  # tokens at once: tiles for many rows and for few, attention of chunks and of single tokens
+ALLOWED = 0.1  # root of the mean squared difference of logits, in shares of their spread; 0.035 with FP8 products
+FILE, MOST = "cards.json", 256
+
+
+class CardError(InputError):
+    """The card computes something else than the reference."""
+
+
+def prove(config: EngineConfig, plan: MemoryPlan, decoder: Decoder, lane: Lane | None = None) -> None:
+    """Let the loaded model show that its device computes what the reference does. Raises CardError.
+
+    Nothing is done where this card, these kernels and a model of these shapes and formats have been right before.
+    """
+    name = key(plan, decoder)
+    if name in _known():
+        return
+    oracle, tokens = load_oracle(config, plan, decoder)
+    for at_once, off in deviations(decoder, oracle, tokens, plan, lane):
+        log.debug("steps of %d tokens: logits differ from the reference's by %.2f %% of their spread", at_once, 100 * off)
+        if not off <= ALLOWED:  # nor NaN
+            raise CardError(
+                f"{plan.device.name}: in steps of {at_once} tokens logits differ from the reference's by {off:.0%} of their "
+                f"spread, and {ALLOWED:.0%} is allowed: its kernels cannot be trusted with this driver and Triton "
+                f"{version('triton')}; --device cpu serves this model"
+            )
+    log.info("%s computes what the reference does: one layer and %d tokens were compared", plan.device.name, TOKENS)
+    _remember(name)
+
+
+def load_oracle(config: EngineConfig, plan: MemoryPlan, decoder: Decoder) -> tuple[Decoder, Tensor]:
+    """The first layer for the reference on the CPU, and the tokens [KNOWN] int64, rising, that its embedding and head have."""
+    bits = head_bits(config.lm_head_dtype, ops=decoder.ops.name, dtype=plan.dtype)
+    vocab = decoder.spec.vocab
+    tokens = torch.randperm(vocab, generator=torch.Generator().manual_seed(0))[:KNOWN].sort().values
+    with Checkpoint.open(Path(str(config.model)), config.quantization) as whole:
+        oracle = load_model(
+            _Part(whole, tokens, vocab),
+            replace(ModelSpec.from_config(whole.config), layers=1, vocab=len(tokens)),
+            get_ops("cpu", reference=True),
+            dtype=decoder.dtype,
+            max_len=min(plan.max_model_len, TOKENS),
+            lm_head_dtype=next(word for word, known in HEADS.items() if known == bits),
+        )
+    return oracle, tokens
+
+
+class _Part(Checkpoint):
+    """A checkpoint as if it had only these tokens; what else is in it is not missed."""
+
+    def __init__(self, whole: Checkpoint, tokens: Tensor, vocab: int) -> None:
+        super().__init__(whole.index, whole.config, whole.scheme)
+        self.tokens, self.vocab = tokens, vocab
+
+    def weight(self, name: str, expect: tuple[int, int] | None = None) -> QuantTensor | Tensor:
+        if name not in (EMBEDDING, HEAD) or expect is None:
+            return super().weight(name, expect)
+        table = super().weight(name, expect=(self.vocab, expect[1]))
+        return table.select_rows(self.tokens) if isinstance(table, QuantTensor) else table[self.tokens]
+
+    def leftover(self) -> list[str]:
+        return []
+
+
+def deviations(
+    decoder: Decoder, oracle: Decoder, tokens: Tensor, plan: MemoryPlan, lane: Lane | None
+) -> Iterable[tuple[int, float]]:
+    """(tokens at once, how far the logits of ``tokens`` are from the oracle's, in shares of these' spread)."""
+    count = min(TOKENS, plan.max_model_len)
+    text = torch.randint(len(tokens), (count,), generator=torch.Generator().manual_seed(1))
+    kv = replace(plan.kv, layers=1)
+    small = replace(plan, kv=kv, num_blocks=kv.blocks(count), swap_blocks=0)
+    expected = _logits(Runner(oracle, small, device=torch.device("cpu")), text, count)
+    first = replace(decoder, spec=replace(decoder.spec, layers=1), layers=decoder.layers[:1], kv_largest=decoder.kv_largest[:1])
+    runner = Runner(first, small, device=decoder.ops.device, lane=lane)
+    for at_once in STEPS:
+        found = _logits(runner, tokens[text], min(at_once, plan.max_num_batched_tokens))[:, tokens]
+        yield at_once, float((found - expected).square().mean().sqrt() / expected.std())
+
+
+@torch.inference_mode()
+def _logits(runner: Runner, text: Tensor, at_once: int) -> Tensor:
+    return torch.cat([part.cpu().clone() for part in runner.every_logit(text.tolist(), at_once)])  # each is overwritten
+
+
+def key(plan: MemoryPlan, decoder: Decoder) -> str:
+    """What a result holds for: card and driver, compiler, the kernels' text, and all that chooses among them."""
+    text = hashlib.sha256()
+    for path in sorted(Path(kernels.__file__).parent.rglob("*.py")):
+        text.update(path.read_bytes())
+    spec = decoder.spec
+    shapes = spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab
+    layer = decoder.layers[0]
+    weights = [str(type(weight).__name__) + str(weight.nbytes) for weight in (*layer.qkv, layer.o, *layer.gate_up, layer.down)]
+    found = [plan.device.name, torch.version.cuda, _driver(), version("triton"), version("torch"), text.hexdigest(), plan.dtype]
+    return " | ".join(map(str, [*found, plan.kv.dtype, plan.kv.block_size, decoder.head.nbytes, *shapes, *weights]))
+
+
+def _driver() -> str:
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return "unknown"
+
+
+def _known() -> list[str]:
+    path = cache_file(FILE)
+    try:
+        found: Any = json.loads(path.read_text()) if path else []
+        return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+    except (OSError, ValueError):
+        return []
+
+
+def _remember(name: str) -> None:
+    path = cache_file(FILE)
+    if path is None:
+        return
+    scratch = path.with_name(f"{FILE}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps([*_known(), name][-MOST:]))
+        os.replace(scratch, path)
+    except OSError as error:
+        log.info("that this card was right is not kept: %s", error)

@@ -1,0 +1,105 @@
+"""Whether a device computes what the reference does: right kernels pass, wrong ones are found, results are remembered."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from appliance.config import EngineConfig
+from appliance.memory.plan import MemoryPlan
+from appliance.memory.planner import PlanError, make_plan
+from appliance.runtime import trial
+from appliance.runtime.engine import Engine
+from appliance.runtime.startup import Timeline, load_decoder
+from kernels import reference
+from kernels.ops import KVCache, PagedBatch, Weight
+from models.decoder import Decoder
+
+
+def loaded(directory: Path, **options: Any) -> tuple[EngineConfig, MemoryPlan, Decoder]:
+    config = EngineConfig(model=str(directory), kv_cache_memory_bytes=1 << 20, threads=1, max_model_len=256, **options)
+    plan = make_plan(directory, config)
+    return config, plan, load_decoder(config, plan, torch.device("cpu"), Timeline(), None)[0]
+
+
+def found(config: EngineConfig, plan: MemoryPlan, decoder: Decoder) -> dict[int, float]:
+    oracle, tokens = trial.load_oracle(config, plan, decoder)
+    assert oracle.spec.layers == 1 and len(tokens) == oracle.spec.vocab <= trial.KNOWN
+    return dict(trial.deviations(decoder, oracle, tokens, plan, None))
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"kv_cache_dtype": "fp8"}, {"kv_cache_dtype": "int4"}])
+def test_right_kernels_pass(tiny: Path, options: dict[str, Any]) -> None:
+    off = found(*loaded(tiny, **options))
+    assert set(off) == set(trial.STEPS) and all(value < trial.ALLOWED / 2 for value in off.values())
+
+
+def neighbour(ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:
+    return reference.embedding((ids - 1).clamp(min=0), table, dtype)
+
+
+def shifted(qkv: Tensor, heads: int, cache: KVCache, batch: PagedBatch, cos_sin: Tensor, **norms: Any) -> Tensor:
+    """Queries and keys of single tokens are turned as if they stood elsewhere: relative positions are wrong."""
+    late = replace(batch, positions=batch.positions * 2)
+    return reference.rope_store(qkv, heads, cache, late, cos_sin.repeat(2, 1), **norms)
+
+
+def forgetful(q: Tensor, cache: KVCache, batch: PagedBatch, **options: Any) -> Tensor:
+    return reference.attention(q, cache, batch, **{**options, "window": 8})
+
+
+def unscaled(x: Tensor, weight: Weight, **options: Any) -> Tensor:
+    return reference.matmul(x, weight, **options) * 1.2
+
+
+WRONG: dict[str, Any] = {"embedding": neighbour, "rope_store": shifted, "attention": forgetful, "matmul": unscaled}
+
+
+@pytest.mark.parametrize("operator", WRONG)
+def test_wrong_kernels_are_found(
+    operator: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("APPLIANCE_CACHE_DIR", str(tmp_path))
+    config, plan, decoder = loaded(tiny, reference_ops=True)
+    prove = trial.prove
+    with caplog.at_level("INFO", "appliance.startup"):
+        prove(config, plan, decoder)
+    assert "computes what the reference does" in caplog.text
+    wrong = replace(decoder, ops=replace(decoder.ops, **{operator: WRONG[operator]}))
+    prove(config, plan, wrong)  # right once, by the same kernels' text: it is not asked again
+    (tmp_path / trial.FILE).unlink()
+    with pytest.raises(trial.CardError, match=r"logits differ from the reference's by \d+% .*--device cpu serves this model"):
+        prove(config, plan, wrong)
+    assert not (tmp_path / trial.FILE).exists()
+
+
+def test_a_card_that_fails_leaves_the_work_to_the_cpu(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only where nobody asked for the card, and where the card is to blame."""
+    monkeypatch.setenv("APPLIANCE_DEVICE", "cuda")
+    load = Engine._load
+
+    def failing(error: Exception) -> None:
+        def first(cls: type[Engine], config: EngineConfig, *rest: Any) -> Engine:
+            if config.device == "cuda":
+                raise error
+            return load(config, *rest)
+
+        monkeypatch.setattr(Engine, "_load", classmethod(first))
+
+    config = EngineConfig(model=str(tiny), kv_cache_memory_bytes=1 << 20, threads=1)
+    failing(RuntimeError("PTX was compiled with an unsupported toolchain"))
+    with caplog.at_level("WARNING", "appliance.engine"):
+        assert Engine.load(config).info.device == "cpu"
+    assert "the CPU is used, as the card cannot be: PTX was compiled" in caplog.text
+    with pytest.raises(RuntimeError):
+        Engine.load(replace(config, device="cuda"))
+    failing(PlanError("it does not fit"))
+    with pytest.raises(PlanError):
+        Engine.load(config)
