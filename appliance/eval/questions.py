@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from appliance.config import EngineConfig
 from quant.errors import InputError
@@ -44,6 +45,13 @@ class Answers:
     @property
     def share(self) -> float:
         return self.right / self.of
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "exact_match": self.share,
+            "questions": self.of,
+            "answer_tokens_per_s": self.tokens / self.seconds,
+        }
 
 
 def ask(config: EngineConfig, questions: Sequence[tuple[str, str]], max_tokens: int) -> Answers:

@@ -3,125 +3,194 @@
 from __future__ import annotations
 
 import json
-import math
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from appliance.config import EngineConfig
-from appliance.eval.questions import Answers, ask, read_questions
-from appliance.eval.scoring import Model, Score, score, windows
-from appliance.hub import resolve
-from appliance.memory.text import size_text
+from appliance.eval.picture import picture
+from appliance.eval.questions import ask, read_questions
+from appliance.eval.rows import Row
+from appliance.eval.scoring import Model, Piece, score, windows, with_room
+from appliance.eval.sizes import read_sizes
+from appliance.eval.speed import measure
+from appliance.eval.tables import tables
+from appliance.eval.variants import Variant, labels, read_variant
+from appliance.memory.planner import make_plan
 from appliance.quantize.calibration import text_ids
 from appliance.text.tokenizer import Tokenizer
+from models.spec import ModelSpec
 from quant.errors import InputError
+from quant.headers import read_json
+
+LENGTH, INPUT_LEN, OUTPUT_LEN = 512, 512, 128  # where contexts are long enough
+UNQUANTIZED = {"quantization": None, "kv_cache_dtype": "auto", "lm_head_dtype": "model", "embedding_dtype": "model"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
+    """The command's own options; see appliance/eval/command.py."""
+
     text: str | None
     base: str | None
     questions: str | None
-    length: int
+    length: int | None
+    stride: int | None
     windows: int | None
     max_tokens: int
+    speed: bool
+    batch_size: tuple[int, ...]
+    input_len: int | None
+    output_len: int | None
+    plot: Path | None
     json: bool
 
+    def check(self) -> None:
+        """Raises InputError naming the flag."""
+        if self.text is None and self.questions is None:
+            raise InputError("nothing to measure: give --text FILE, --questions FILE, or both")
+        if self.base is not None and self.text is None:
+            raise InputError("--base is what models are compared with over a text: give --text FILE, too")
+        least = {"length": 2, "windows": 1, "stride": 1, "max_tokens": 1, "input_len": 1, "output_len": 4}
+        for name, number in least.items():
+            value = getattr(self, name)
+            if value is not None and value < number:
+                raise InputError(f"--{name.replace('_', '-')} is {value}: at least {number} is needed")
+        if min(self.batch_size, default=1) < 1:
+            raise InputError(f"--batch-size is {min(self.batch_size)}: at least 1 is needed")
+        if self.plot is not None and self.plot.suffix != ".svg":
+            raise InputError(f"--plot {self.plot}: pictures are SVG, a name that ends in .svg is needed")
+        if self.plot is not None and not self.plot.absolute().parent.is_dir():
+            raise InputError(f"--plot {self.plot}: there is no directory {self.plot.parent}")
 
-@dataclass
-class Row:
-    """What was found of one model."""
 
-    model: str
-    quantization: str = ""
-    nbytes: int = 0
-    score: Score | None = None
-    prefill: float = 0.0  # tokens of text a second, one piece at a time
-    answers: Answers | None = None
-    kl: bool = False
+@dataclass(frozen=True)
+class Setup:
+    """What is the same for all models."""
 
-    def to_dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"model": self.model, "quantization": self.quantization, "weights_bytes": self.nbytes}
-        if self.score:
-            known = self.score.perplexity
-            found |= {"perplexity": known if math.isfinite(known) else None, "tokens": self.score.tokens}
-            found |= {"text_tokens_per_s": self.prefill} if self.prefill else {}
-            if self.kl:
-                found |= {"kl": self.score.kl / self.score.tokens, "top1_agreement": self.score.agree / self.score.tokens}
-        if self.answers:
-            one = self.answers
-            found |= {"exact_match": one.share, "questions": one.of, "answer_tokens_per_s": one.tokens / one.seconds}
-        return found
+    pieces: tuple[tuple[Piece, ...], ...]  # by model; they differ where tokenizers do
+    length: int  # tokens of a window, with the start token
+    requests: tuple[int, int]  # how many at once, of how many tokens; (0, 0): speed is not asked for
+    output_len: int
 
 
 def run(models: Sequence[str], config: EngineConfig, asked: Asked) -> int:
     """Returns the exit code. Raises InputError."""
-    if asked.text is None and asked.questions is None:
-        raise InputError("nothing to measure: give --text FILE, --questions FILE, or both")
-    if asked.length < 2 or (asked.windows is not None and asked.windows < 1):
-        raise InputError(f"--length is {asked.length} and --windows {asked.windows}: at least 2 and 1 are needed")
+    asked.check()
+    variants = [read_variant(model, config) for model in models]
+    base = None if asked.base is None else read_variant(asked.base, _unquantized(config))
     questions = None if asked.questions is None else read_questions(asked.questions)
-    rows = [Row(model) for model in models]
-    if asked.text is not None:
-        _read_text(rows, config, asked)
+    rows = [Row(one, label) for one, label in zip(variants, labels(variants), strict=True)]
+    setup = _setup(variants, base, asked)
+    _measure(rows, base, setup, asked)
     for row in rows:
         if questions is not None:
-            row.answers = ask(_config(config, row.model), questions, asked.max_tokens)
+            row.answers = ask(row.variant.config, questions, asked.max_tokens)
+    if asked.plot is not None:
+        asked.plot.write_text(picture([row.to_dict() for row in rows]))
     if asked.json:
         print(json.dumps([row.to_dict() for row in rows], indent=2))
-    else:
-        Console().print(table(rows))
+        return 0
+    console = Console()
+    console = console if console.is_terminal else Console(width=200)  # a file or a pipe folds nothing
+    for table in tables(rows, _caption(setup, asked)):
+        console.print(table)
     return 0
 
 
-def _config(config: EngineConfig, model: str) -> EngineConfig:
-    directory = str(resolve(model, config.revision))
-    return replace(config, model=directory, tokenizer=config.tokenizer or directory)
+def _unquantized(config: EngineConfig) -> EngineConfig:
+    """Whatever the models are measured with: the base is what they are held against."""
+    known = {f.name for f in fields(EngineConfig)}
+    return replace(config, **{name: value for name, value in UNQUANTIZED.items() if name in known})  # type: ignore[arg-type]
 
 
-def _read_text(rows: Sequence[Row], config: EngineConfig, asked: Asked) -> None:
-    base, expected = None, None
-    if asked.base is not None:  # whatever the models are measured with, it is what the others are held against
-        own = replace(_config(config, asked.base), kv_cache_dtype="auto", lm_head_dtype="model", quantization=None)
-        base, expected = Model(own, asked.length + 1), text_ids(asked.text, Tokenizer.load(str(own.tokenizer)))
-    for row in rows:
-        own = _config(config, row.model)
-        tokenizer = Tokenizer.load(str(own.tokenizer))
-        first = next(iter(tokenizer.encode("")), None)  # what it puts before every text
-        ids = text_ids(asked.text, tokenizer)
-        if expected is not None and ids != expected:
-            raise InputError(f"--base {asked.base} has another tokenizer than {row.model}: what they say cannot be compared")
-        pieces = windows(ids, asked.length, asked.windows, first if first == tokenizer.bos_token_id else None)
-        model, begun = Model(own, asked.length + 1), time.perf_counter()
-        row.quantization, row.nbytes, row.kl = model.info.quantization, model.nbytes, base is not None
-        for sums in tqdm(score(model, pieces, base), desc=row.model, total=len(pieces), unit="window", disable=None):
-            row.score = sums
-        row.prefill = 0.0 if base else sums.tokens / (time.perf_counter() - begun)
+def _setup(variants: Sequence[Variant], base: Variant | None, asked: Asked) -> Setup:
+    """Everything that can be wrong is found here, before any model is loaded. Raises InputError."""
+    every = [*variants, *([] if base is None else [base])]
+    specs = [ModelSpec.from_config(read_json(Path(str(one.config.model)) / "config.json")) for one in every]
+    limit = min(spec.max_len for spec in specs)
+    pieces, length = [], 0
+    if asked.text is not None:
+        texts = [_text(one, spec, asked.text) for one, spec in zip(every, specs, strict=True)]
+        if base is not None:
+            _check_same(variants, specs, texts, base)
+        room = limit - any(start is not None for _, start in texts)
+        length = min(LENGTH, room) if asked.length is None else asked.length
+        if length > room:
+            raise InputError(f"--length is {length}, but the models have room for {room} tokens (and a start token, if any)")
+        if asked.stride is not None and asked.stride > length:
+            raise InputError(f"--stride is {asked.stride}: windows of --length {length} would leave tokens out")
+        pieces = [tuple(windows(ids, length, asked.windows, start, asked.stride)) for ids, start in texts[: len(variants)]]
+        length = max(len(ids) for one in pieces for ids, _ in one)
+    requests, output_len = _requests(asked, limit)
+    for one in every:
+        make_plan(Path(str(one.config.model)), with_room(one.config, length or sum(requests), *requests))
+    return Setup(tuple(pieces), length, requests, output_len)
+
+
+def _text(variant: Variant, spec: ModelSpec, file: str) -> tuple[list[int], int | None]:
+    """(a text's token ids, the token that the tokenizer puts before every text)."""
+    tokenizer = Tokenizer.load(str(variant.config.tokenizer))
+    ids, first = text_ids(file, tokenizer), next(iter(tokenizer.encode("")), None)
+    if ids and max(ids) >= spec.vocab:
+        raise InputError(
+            f"the tokenizer of {variant.text} makes token {max(ids)} of {file}, but the model has {spec.vocab} tokens"
+        )
+    return ids, first if first == tokenizer.bos_token_id else None
+
+
+def _check_same(variants: Sequence[Variant], specs: Sequence[ModelSpec], texts: Sequence[Any], base: Variant) -> None:
+    for one, spec, text in zip(variants, specs, texts, strict=False):
+        if text != texts[-1]:
+            raise InputError(f"--base {base.text} has another tokenizer than {one.text}: what they say cannot be compared")
+        if spec.vocab != specs[-1].vocab:
+            raise InputError(f"--base {base.text} has {specs[-1].vocab} tokens, and {one.text} has {spec.vocab}")
+
+
+def _requests(asked: Asked, limit: int) -> tuple[tuple[int, int], int]:
+    """(how many requests at once, and tokens of each), tokens of an answer."""
+    if not asked.speed or not asked.batch_size:
+        return (0, 0), 0
+    output_len = min(OUTPUT_LEN, limit // 4) if asked.output_len is None else asked.output_len
+    input_len = min(INPUT_LEN, limit - output_len) if asked.input_len is None else asked.input_len
+    if input_len + output_len > limit:
+        raise InputError(
+            f"--input-len {input_len} and --output-len {output_len}, but the models have room for {limit} tokens: take less"
+        )
+    return (max(asked.batch_size), input_len + output_len), output_len
+
+
+def _measure(rows: Sequence[Row], base: Variant | None, setup: Setup, asked: Asked) -> None:
+    against = None if base is None else Model(base.config, setup.length)
+    for k, row in enumerate(rows):
+        own, length = row.variant.config, setup.length or sum(setup.requests)
+        plan = make_plan(Path(str(own.model)), with_room(own, length, *setup.requests))
+        row.sizes, row.quantization = read_sizes(Path(str(own.model)), plan.to_dict()), plan.quantization
+        if not setup.pieces and not setup.requests[0]:
+            continue
+        model = Model(own, length, setup.requests)
+        if setup.pieces:
+            pieces = setup.pieces[k]
+            for found in tqdm(score(model, pieces, against), desc=row.label, total=len(pieces), unit="window", disable=None):
+                row.score = found
+        if setup.requests[0]:
+            input_len = setup.requests[1] - setup.output_len
+            row.speed = measure(model.engine, asked.batch_size, input_len=input_len, output_len=setup.output_len)
         del model  # before the next one is loaded
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """For people."""
-    found = Table()
-    heads = ["model", "quantization", "weights"]
-    text, asked = any(row.score for row in rows), any(row.answers for row in rows)
-    heads += ["perplexity"] + (["KL from base", "same top token"] if any(row.kl for row in rows) else []) if text else []
-    heads += ["exact match", "answer tokens/s"] if asked else []
-    for k, head in enumerate(heads):
-        found.add_column(head, justify="left" if k < 2 else "right", overflow="fold")
-    for row in rows:
-        cells = [Path(row.model).name or row.model, row.quantization, size_text(row.nbytes) if row.nbytes else ""]
-        if row.score:
-            cells.append(f"{row.score.perplexity:.3f}")
-            cells += [f"{row.score.kl / row.score.tokens:.5f}", f"{row.score.agree / row.score.tokens:.1%}"] if row.kl else []
-        if row.answers:
-            cells += [f"{row.answers.share:.1%} of {row.answers.of}", f"{row.answers.tokens / row.answers.seconds:.1f}"]
-        found.add_row(*cells)
-    return found
+def _caption(setup: Setup, asked: Asked) -> str:
+    """What was measured, in words."""
+    parts = []
+    if setup.pieces:
+        count = len(setup.pieces[0])
+        step = "" if asked.stride is None else f", {asked.stride} apart"
+        parts.append(f"{count} window{'s' * (count > 1)} of {setup.length} tokens of {Path(str(asked.text)).name}{step}")
+        parts += [] if asked.base is None else [f"base: {Path(asked.base).name}"]
+    if asked.questions is not None:
+        parts.append(f"questions: {Path(asked.questions).name}")
+    return "; ".join(parts)
