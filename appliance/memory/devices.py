@@ -62,11 +62,11 @@ def this_device(kind: str) -> DeviceInfo:
 def device_kind(choice: str) -> str:
     """What --device asks for: cpu or cuda. InputError for another word.
 
-    auto is APPLIANCE_DEVICE, where that is set; else a card, where one answers that the kernels and this torch can use; else the
+    auto is APPLIANCE_AUTO_DEVICE, where that is set; else a card, where one answers that the kernels and this torch can use; else the
     CPU.
     """
     if choice == "auto":
-        choice = os.environ.get("APPLIANCE_DEVICE") or "auto"
+        choice = os.environ.get("APPLIANCE_AUTO_DEVICE") or "auto"
     if choice == "auto":
         return "cuda" if _torch_has_cuda() and _has_card() else "cpu"
     if choice not in ("cpu", "cuda"):

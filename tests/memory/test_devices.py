@@ -200,7 +200,7 @@ def test_the_first_card_that_cuda_sees(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_auto_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A card, where one answers that the kernels are made for, and where torch was built for cards."""
-    monkeypatch.delenv("APPLIANCE_DEVICE")
+    monkeypatch.delenv("APPLIANCE_AUTO_DEVICE")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (tmp_path / "version.py").write_text("cuda: Optional[str] = None\nhip: Optional[str] = '6'\n")
     monkeypatch.setattr(devices, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
@@ -208,9 +208,9 @@ def test_what_auto_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_kind("auto") == "cpu"  # torch has no use for the card
     (tmp_path / "version.py").write_text("cuda: Optional[str] = '12.8'\n")
     assert device_kind("auto") == "cuda" and device_kind("cpu") == "cpu"
-    monkeypatch.setenv("APPLIANCE_DEVICE", "cpu")
+    monkeypatch.setenv("APPLIANCE_AUTO_DEVICE", "cpu")
     assert device_kind("auto") == "cpu" and device_kind("cuda") == "cuda"
-    monkeypatch.delenv("APPLIANCE_DEVICE")
+    monkeypatch.delenv("APPLIANCE_AUTO_DEVICE")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert device_kind("auto") == "cpu"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")

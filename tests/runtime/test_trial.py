@@ -82,7 +82,7 @@ def test_a_card_that_fails_leaves_the_work_to_the_cpu(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only where nobody asked for the card, and where the card is to blame."""
-    monkeypatch.setenv("APPLIANCE_DEVICE", "cuda")
+    monkeypatch.setenv("APPLIANCE_AUTO_DEVICE", "cuda")
     load = Engine._load
 
     def failing(error: Exception) -> None:
