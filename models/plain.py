@@ -26,7 +26,7 @@ Watch = Callable[[str, Tensor], None]
 
 @dataclass
 class PlainLayer:
-    """``weights`` [N, K] and ``biases`` [N] by module, ``norms`` by name, all of one float type; and what all layers share."""
+    """``weights`` [N, K] and ``biases`` [N] by module, ``norms`` by name, of any float types; and what all layers share."""
 
     spec: ModelSpec
     number: int
@@ -34,22 +34,36 @@ class PlainLayer:
     weights: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
+    compute: torch.dtype = torch.float32  # of the inputs and outputs of linears and attention; what is between layers is wider
 
     @classmethod
-    def read(cls, checkpoint: Checkpoint, spec: ModelSpec, number: int, cos_sin: Tensor, dtype: torch.dtype) -> PlainLayer:
-        """Quantized modules are dequantized. Raises CheckpointError for what is missing or holds numbers that are not finite."""
-        layer, prefix = cls(spec, number, cos_sin), f"model.layers.{number}"
+    def read(
+        cls,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        number: int,
+        cos_sin: Tensor,
+        dtype: torch.dtype | None,
+        compute: torch.dtype | None = None,
+    ) -> PlainLayer:
+        """One layer of a checkpoint. Quantized modules are dequantized.
+
+        ``dtype``: in which the tensors are kept; None: weights as published, and the rest in float32. ``compute`` None: the same.
+        Raises CheckpointError for what is missing or holds numbers that are not finite.
+        """
+        layer, prefix = cls(spec, number, cos_sin, compute=compute or dtype or torch.float32), f"model.layers.{number}"
+        small = dtype or torch.float32
         for module in spec.layer_modules():
             weight = checkpoint.weight(f"{prefix}.{module.name}", expect=(module.N, module.K))
             dense = weight.dequantize() if isinstance(weight, QuantTensor) else weight
-            layer.weights[module.name] = _finite(f"{prefix}.{module.name}", dense.to(dtype))
+            layer.weights[module.name] = _finite(f"{prefix}.{module.name}", dense.to(dtype or dense.dtype))
             if module.bias:
                 bias = checkpoint.take(f"{prefix}.{module.name}.bias", dtypes=FLOATS, shape=(module.N,))
-                layer.biases[module.name] = _finite(f"{prefix}.{module.name}.bias", bias.to(dtype))
+                layer.biases[module.name] = _finite(f"{prefix}.{module.name}.bias", bias.to(small))
         for name, size in spec.small_tensors():
             if name.startswith(f"{prefix}."):
                 short = name.removeprefix(f"{prefix}.").removesuffix(".weight")
-                layer.norms[short] = _finite(name, checkpoint.take(name, dtypes=FLOATS, shape=(size,)).to(dtype))
+                layer.norms[short] = _finite(name, checkpoint.take(name, dtypes=FLOATS, shape=(size,)).to(small))
         return layer
 
     def to(self, device: torch.device) -> PlainLayer:
@@ -64,11 +78,16 @@ class PlainLayer:
         return f"model.layers.{self.number}.{name}"
 
     def forward(self, hidden: Tensor, watch: Watch | None = None) -> Tensor:
-        """Hidden states [B, T, hidden] -> the same after this layer. Positions are 0 .. T - 1.
+        """Hidden states [B, T, hidden] -> the same after this layer, in float32 or as they were. Positions are 0 .. T - 1.
 
         ``watch`` is told the inputs of linears, by the names of INPUTS, and "keys" [B, heads, T, head size], as they are cached,
         and "values".
         """
+        hidden, inner = self.look(hidden, watch)
+        return hidden + self._linear(inner, "mlp.down_proj")
+
+    def look(self, hidden: Tensor, watch: Watch | None = None) -> tuple[Tensor, Tensor]:
+        """All but the last product: (what that is added to, what it reads), after ``watch`` is told everything."""
         told = watch or (lambda name, value: None)
         x = self._norm(hidden, "input_layernorm")
         told("attention", x)
@@ -83,7 +102,7 @@ class PlainLayer:
             gate, up = self._linear(x, "mlp.gate_proj"), self._linear(x, "mlp.up_proj")
         inner = F.silu(gate) * up
         told("inner", inner)
-        return hidden + self._linear(inner, "mlp.down_proj")
+        return hidden, inner
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, heads, T, head size], not yet rotated."""
@@ -104,8 +123,9 @@ class PlainLayer:
         window, length = self.spec.windows[self.number] if self.spec.windows else None, q.shape[2]
         mask = None
         if window is not None and window < length:
-            distance = torch.arange(length).unsqueeze(1) - torch.arange(length)
-            mask = ((distance >= 0) & (distance < window)).to(q.device)
+            places = torch.arange(length, device=q.device)
+            distance = places.unsqueeze(1) - places
+            mask = (distance >= 0) & (distance < window)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
     def _rotated(self, x: Tensor) -> Tensor:
@@ -117,10 +137,11 @@ class PlainLayer:
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.spec.eps)).to(x.dtype) * self.norms[name]
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.spec.eps) * self.norms[name]).to(self.compute)
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
-        return F.linear(x, self.weights[name], self.biases.get(name))
+        bias = self.biases.get(name)
+        return F.linear(x, self.weights[name].to(self.compute), None if bias is None else bias.to(self.compute))
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
