@@ -32,6 +32,7 @@ class Demand:
     kv_heads: int
     head_dim: int
     max_len: int
+    vocab: int
     weights: dict[str, int]  # by part
     slab: int  # what one product, or one attention, needs beside its input and output
     layer_slab: int  # the same without the head's product, which is in no recorded step
@@ -44,8 +45,8 @@ class Demand:
     threads: int = 1  # of the CPU, that load it
     exchange: int = 0  # buffers in which several cards exchange their sums
     head: str = "as published"  # what the output head is stored as, in words
-
     embedding: str = "as published"  # the same of the embedding
+
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, *, model: str) -> Demand:
         """The demand of a model whose every module has the shape and the scheme that the config and the headers state."""
@@ -64,6 +65,7 @@ class Demand:
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
             max_len=spec.max_len,
+            vocab=spec.vocab,
             weights=weights,
             slab=max(product_workspace([*layers, last.head], machinery), attention),
             layer_slab=max(product_workspace(layers, machinery), attention),
@@ -73,9 +75,9 @@ class Demand:
             logits_row_bytes=spec.vocab * (4 if machinery.ops == NATIVE else 4 + size),
             position_bytes=spec.rope.rotary_dim * 4,
             head=last.words,
+            embedding=last.embedding_words,
             loading=loading(spec, scheme, machinery),
             threads=machinery.threads,
-            embedding=last.embedding_words,
             streamed=streamed_parts(spec, scheme, machinery) if machinery.ops == "triton" else (),
         )
 

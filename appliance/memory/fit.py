@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import MIB, DeviceInfo
+from appliance.memory.grammars import grammar_parts
 from appliance.memory.graphs import graph_bytes
 from appliance.memory.host import host_parts, loading_peak
 from appliance.memory.inputs import STAGED_BLOCKS, input_bytes
@@ -120,13 +121,14 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int, 
         device=device,
         dtype=demand.dtype,
         head=demand.head,
-        budget=budget,
         embedding=demand.embedding,
+        budget=budget,
         budget_source=source,
         weights=on_card(demand.weights, demand.streamed, offload),
         scratch=scratch,
         graphs=graphs,
         runtime=RUNTIME[device.kind] if settings.runtime is None else settings.runtime,
+        grammars=grammar_parts(demand.vocab) if settings.grammars else {},
         learned=settings.runtime is not None,
         kv=kv,
         num_blocks=0,
@@ -150,7 +152,7 @@ def _loaded(plan: MemoryPlan, demand: Demand, host: DeviceInfo | None) -> Memory
     if plan.device.kind != "cpu":
         inputs, sequences = plan.scratch["inputs"], plan.max_num_seqs
         swap = plan.swap_blocks, plan.kv.block_bytes
-        parts = host_parts(swap=swap, inputs=inputs, sequences=sequences, offload=plan.offload)
+        parts = host_parts(swap=swap, inputs=inputs, sequences=sequences, offload=plan.offload, grammars=plan.grammar_bytes)
     found = replace(plan, host=parts, host_budget=None if host is None else max(0, host.available - MARGIN["cpu"]))
     for workers in Workers.choices(demand.threads):
         weights = plan.weight_bytes - plan.offload.staging_bytes
@@ -221,6 +223,7 @@ def _shortage(plan: MemoryPlan) -> str | None:
     """Why a plan is none: the numbers, in words."""
     graphs = f"CUDA graphs {size_text(plan.graph_bytes)} ({plan.max_num_seqs} sequences), " if plan.graphs else ""
     swap = f"swap space {size_text(plan.swap_bytes)}, " if plan.swap_blocks and plan.device.kind == "cpu" else ""
+    swap += f"grammars {size_text(plan.grammar_bytes)}, " if plan.grammars and plan.device.kind == "cpu" else ""
     parts = (
         f"weights {size_text(plan.weight_bytes)}, workspace {size_text(plan.workspace)} "
         f"({plan.max_num_batched_tokens} tokens a step), {graphs}{swap}runtime {size_text(plan.runtime)}"

@@ -1,4 +1,4 @@
-"""The host's side of a plan for a card: what swapping, streaming, staging and loading take of its memory. No torch.
+"""The host's side of a plan for a card: what swapping, grammars, streaming, staging and loading take of its memory. No torch.
 
 On a CPU all this is the same memory, and comes out of the one budget.
 """
@@ -14,7 +14,7 @@ RUNTIME = 2048 * MIB
 been measured on a card."""
 
 
-def host_parts(*, swap: tuple[int, int], inputs: int, sequences: int, offload: Offload) -> dict[str, int]:
+def host_parts(*, swap: tuple[int, int], inputs: int, sequences: int, offload: Offload, grammars: int) -> dict[str, int]:
     """Bytes by part: what lies there from "ready" on. Inputs of a step and its answers are there twice.
 
     ``swap``: blocks, and bytes of each.
@@ -23,11 +23,12 @@ def host_parts(*, swap: tuple[int, int], inputs: int, sequences: int, offload: O
     return {
         "runtime": RUNTIME,
         "swap space": sum(pinned(count * size) for count in pinned_slots(blocks, size)),
+        "grammars": grammars,
         "streamed weights": offload.host_bytes,
         "staging": 2 * pinned(inputs) + 2 * pinned(8 * sequences),
     }
 
 
 def loading_peak(parts: dict[str, int], transient: int) -> int:
-    """The most while weights are loaded: swap space and staging come after that."""
+    """The most while weights are loaded: swap space, staging and grammars come after that."""
     return parts["runtime"] + parts["streamed weights"] + transient

@@ -18,6 +18,7 @@ COLORS = {
     "workspace": ("#c77700", "#e08e0b", "#f0a832", "#f6c064", "#fad694", "#fce6bd"),
     "CUDA graphs": ("#a64d79",),
     "runtime": ("#6e7781",),
+    "grammars": ("#9a6700", "#bf8700", "#d4a72c"),
     "swap space": ("#7b61c4",),
     "KV cache": ("#1a8f62",),
 }

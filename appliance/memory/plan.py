@@ -119,6 +119,7 @@ class MemoryPlan:
     scratch: dict[str, int]  # activations, logits, products, positions, inputs, transfers
     graphs: dict[str, int]  # see appliance.memory.graphs; empty where no steps are recorded
     runtime: int
+    grammars: dict[str, int]  # of the host: see appliance.memory.grammars; empty where no answer can follow one
     kv: KVSpec
     num_blocks: int
     max_model_len: int
@@ -149,6 +150,11 @@ class MemoryPlan:
         return sum(self.graphs.values())
 
     @property
+    def grammar_bytes(self) -> int:
+        """Of host memory."""
+        return sum(self.grammars.values())
+
+    @property
     def decode_sizes(self) -> tuple[int, ...]:
         """Sequences of the decode steps that are recorded, where any are."""
         return decode_sizes(self.max_num_seqs, self.max_num_batched_tokens)
@@ -164,9 +170,9 @@ class MemoryPlan:
 
     @property
     def fixed(self) -> int:
-        """All that the device has beside the KV cache; on a CPU the swap space is in the same memory."""
-        swap = self.swap_bytes if self.device.kind == "cpu" else 0
-        return self.weight_bytes + self.workspace + self.graph_bytes + self.runtime + swap
+        """All that the device has beside the KV cache; on a CPU swap space and grammars are in the same memory."""
+        host = self.swap_bytes + self.grammar_bytes if self.device.kind == "cpu" else 0
+        return self.weight_bytes + self.workspace + self.graph_bytes + self.runtime + host
 
     @property
     def total(self) -> int:
@@ -209,14 +215,15 @@ class MemoryPlan:
             "device": asdict(self.device),
             "dtype": self.dtype,
             "lm_head": self.head,
+            "embedding": self.embedding,
             "budget_bytes": self.budget,
             "budget_source": self.budget_source,
             "total_bytes": self.total,
             "weights_bytes": {**self.weights, "total": self.weight_bytes},
             "workspace_bytes": {**self.scratch, "total": self.workspace},
             "graphs_bytes": {**self.graphs, "total": self.graph_bytes},
-            "embedding": self.embedding,
             "runtime_bytes": self.runtime,
+            "grammars_bytes": {**self.grammars, "total": self.grammar_bytes},
             "kv_cache": {
                 **asdict(self.kv),
                 "token_bytes": self.kv.token_bytes,

@@ -34,6 +34,7 @@ class Settings:
     swap_bytes: int = 0  # of host memory, for preempted sequences and evicted prefixes
     runtime: int | None = None  # bytes of the process itself, as earlier starts on this device had them; None: an estimate
     offload_gb: float = 0.0  # GiB of the device to be freed by weights that stay in host memory
+    grammars: bool = True  # whether answers may be asked to follow one
 
     @classmethod
     def from_config(cls, config: EngineConfig, device: DeviceInfo) -> Settings:
@@ -59,6 +60,7 @@ class Settings:
             reserve=0 if reserve is None else parse_bytes("--gpu-memory-reserve", reserve),
             swap_bytes=int(_gib("--swap-space", config.swap_space) * GIB),
             offload_gb=_offload(config, device.kind),
+            grammars=not config.skip_tokenizer_init,
         )
 
 

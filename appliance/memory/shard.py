@@ -73,4 +73,4 @@ def with_exchange(demand: Demand, spec: ModelSpec, ranks: int) -> Demand:
     """What one of several cards asks of its memory: with buffers for exchange, and logits of the whole ``spec``'s vocabulary."""
     if ranks == 1:
         return demand
-    return replace(demand, exchange=EXCHANGE_BYTES, logits_row_bytes=demand.logits_row_bytes + 4 * spec.vocab)
+    return replace(demand, vocab=spec.vocab, exchange=EXCHANGE_BYTES, logits_row_bytes=demand.logits_row_bytes + 4 * spec.vocab)

@@ -28,7 +28,7 @@ def size_text(nbytes: int) -> str:
 class Part:
     """Some bytes of the device, and what they are for."""
 
-    category: str  # weights, workspace, CUDA graphs, runtime, swap space, KV cache
+    category: str  # weights, workspace, CUDA graphs, runtime, grammars, swap space, KV cache
     name: str
     nbytes: int
 
@@ -40,6 +40,7 @@ def parts_of(plan: MemoryPlan) -> list[Part]:
     found.append(Part("CUDA graphs", f"{len(plan.decode_sizes)} sizes", plan.graph_bytes))
     found.append(Part("runtime", "the process and its libraries", plan.runtime))
     if plan.device.kind == "cpu":
+        found += [Part("grammars", name, size) for name, size in plan.grammars.items()]
         found.append(Part("swap space", f"{plan.swap_blocks:,} blocks", plan.swap_bytes))
     found.append(Part("KV cache", f"{plan.num_blocks:,} blocks", plan.kv_bytes))
     return [part for part in found if part.nbytes]
@@ -57,8 +58,8 @@ def plan_table(plan: MemoryPlan) -> str:
     """Where the bytes go, a bar a row (its full width is the budget), and how many sequences of which length fit."""
     cache = "" if plan.kv.dtype == plan.dtype else f", KV cache in {plan.kv.dtype}"
     both = " and KV cache" if not cache else ""
-    lines = [
     table = "" if plan.embedding == plan.dtype or "shared" in plan.head else f", embedding in {plan.embedding}"
+    lines = [
         f"Memory plan for {plan.model}",
         f"  {plan.architecture}, {plan.quantization}, activations{both} in {plan.dtype}{cache}, head in {plan.head}{table}",
         *device_lines(plan.device),

@@ -21,7 +21,11 @@ from appliance.runtime.footprint import footprint, resident
 from appliance.runtime.options import choose_device
 from appliance.runtime.runner import Runner
 from appliance.runtime.startup import CudaGauge, Timeline, Tools, load_decoder, make_runner, told
+from appliance.text.files import check_tokenizer
+from appliance.text.grammar import library, limits, vocabulary
+from appliance.text.tokenizer import Tokenizer
 from models.decoder import Decoder
+from quant.errors import InputError
 
 CPU_SHARE = 0.02
 CARD_SHARE, CARD_BYTES = 0.01, 100 * MIB
@@ -112,10 +116,27 @@ def check(directory: Path, config: EngineConfig) -> CheckReport:
     meter.begin()
     steps = warmup.run(runner, largest(plan), plan.max_model_len)
     share, least = (CPU_SHARE, 0) if device.type == "cpu" else (CARD_SHARE, CARD_BYTES)
-    allowed = max(int(share * plan.total), least)
-    total = Row("all, while the largest steps run", plan.total, meter.peak(), allowed)
-    after = Row("all, after them", plan.total, meter.now(), allowed, below=True)
-    return CheckReport(plan, (*_parts(plan, runner), loading, total, after), steps)
+    later = plan.grammar_bytes if device.type == "cpu" else 0  # comes with the first answer that follows one
+    allowed = max(int(share * (plan.total - later)), least)
+    total = Row("all, while the largest steps run", plan.total - later, meter.peak(), allowed)
+    after = Row("all, after them", plan.total - later, meter.now(), allowed, below=True)
+    rows = (*_parts(plan, runner), loading, total, after, *_vocabulary(directory, config, decoder, plan))
+    return CheckReport(plan, rows, steps)
+
+
+def _vocabulary(directory: Path, config: EngineConfig, decoder: Decoder, plan: MemoryPlan) -> Iterator[Row]:
+    """What the first answer that follows a grammar brings into the process: read where there is a tokenizer."""
+    source = Path(config.tokenizer or directory)
+    try:
+        check_tokenizer(source)
+    except InputError:
+        return
+    if plan.grammars:
+        before, spec, lib = resident(), decoder.spec, library()
+        words = vocabulary(Tokenizer.load(source), spec.vocab, spec.eos_token_ids or (0,))
+        matcher = lib.LLMatcher(words, lib.LLMatcher.grammar_from_json_schema('{"type": "object"}'), log_level=0, limits=limits())
+        matcher.compute_bitmask()
+        yield Row("vocabulary for grammars", plan.grammars["vocabulary"], resident() - before, below=True)
 
 
 def largest(plan: MemoryPlan) -> Iterator[warmup.Trial]:

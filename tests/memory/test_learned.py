@@ -125,7 +125,7 @@ def test_a_start_compares_and_remembers(file: Path, tmp_path: Path, caplog: pyte
 def test_differences_are_told_by_category(tmp_path: Path) -> None:
     plan = make_plan(make_checkpoint(tmp_path / "model", tokenizer=False), EngineConfig(kv_cache_memory_bytes="1M"), CPU)
     planned = categories(plan)
-    assert sum(planned.values()) == plan.total - plan.workspace + plan.scratch["positions"]
+    assert sum(planned.values()) == plan.total - plan.workspace - plan.grammar_bytes + plan.scratch["positions"]
     lines = comparison(planned, {**planned, "runtime": planned["runtime"] - 5 * MIB, "KV cache": planned["KV cache"] + 2048})
     assert [line.split()[-1] for line in lines] == ["difference", "none", "none", "KiB", "MiB"]
     assert lines[3].endswith("+2.00 KiB") and lines[4].endswith("300.00 MiB   295.00 MiB    -5.00 MiB")

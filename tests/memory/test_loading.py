@@ -98,11 +98,12 @@ def test_what_the_host_of_a_card_has_to_have() -> None:
     chosen = replace(DEFAULTS, utilization=0.92, max_len=4096, swap_bytes=3 * GIB)
     plan = fit(large, chosen, card, host)
     assert plan.swap_blocks == 3 * GIB // plan.kv.block_bytes and plan.host["swap space"] == 3 * GIB == plan.swap_bytes
-    assert plan.host["runtime"] == RUNTIME and plan.host_budget == 8 * GIB - MARGIN["cpu"]
+    assert plan.host["runtime"] == RUNTIME and plan.host["grammars"] == plan.grammar_bytes > 0
+    assert plan.host_budget == 8 * GIB - MARGIN["cpu"]
     assert plan.workers == Workers(3, True) and plan.host_peak == RUNTIME + 21 * GIB // 4
     assert plan.total == fit(large, replace(chosen, swap_bytes=0), card, host).total  # none of it is on the card
     with pytest.raises(
-        PlanError, match=r"the host has 7\.94 GiB of memory available, but 8\.0\d GiB are needed there: runtime 2"
+        PlanError, match=r"the host has 7\.94 GiB of memory available, but 8\.1\d GiB are needed there: runtime 2"
     ):
         fit(large, replace(chosen, swap_bytes=6 * GIB), card, host)
 

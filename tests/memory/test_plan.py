@@ -38,6 +38,7 @@ def cases(draw: st.DrawFn, *, fits: bool, explicit: bool = False) -> Case:
         kv_heads=draw(st.integers(1, 16)),
         head_dim=head_dim,
         max_len=draw(st.integers(2, 200_000)),
+        vocab=draw(st.integers(1, 300_000)),
         weights={"attention": draw(st.integers(0, 4 * GIB)), "mlp": draw(st.integers(0, 8 * GIB))},
         slab=draw(st.integers(0, GIB)),
         layer_slab=draw(st.integers(0, GIB)),
@@ -93,7 +94,7 @@ def test_a_plan_holds_what_it_promises(case: Case) -> None:
     if chosen.kv_bytes is None:
         assert plan.budget <= chosen.utilization * (device.available if device.kind == "cpu" else device.total)
     fixed = plan.weight_bytes + plan.workspace + plan.graph_bytes + plan.runtime
-    fixed += plan.swap_bytes if device.kind == "cpu" else 0
+    fixed += plan.swap_bytes + plan.grammar_bytes if device.kind == "cpu" else 0
     assert plan.total == fixed + plan.num_blocks * plan.kv.block_bytes
     assert 0 <= chosen.swap_bytes - plan.swap_bytes < plan.kv.block_bytes
     assert (plan.graph_bytes > 0) == chosen.graphs and (plan.scratch["inputs"] > 0) == (device.kind == "cuda")
@@ -252,6 +253,7 @@ LLAMA_8B = Demand(
     kv_heads=8,
     head_dim=128,
     max_len=131072,
+    vocab=128256,
     weights={"embedding": 1 << 30, "attention": 1 << 30, "mlp": 3 << 30, "head": 1 << 30},
     slab=100 << 20,
     layer_slab=30 << 20,
@@ -259,6 +261,7 @@ LLAMA_8B = Demand(
     hidden_bytes=8192,
     logits_row_bytes=128256 * 6,
     position_bytes=512,
+    embedding="float16",
 )
 DEFAULTS = Settings(utilization=0.5, kv_bytes=None, block_size=16, max_tokens=2048, max_seqs=256, max_len=None)
 

@@ -21,7 +21,9 @@ def test_a_plan_worked_out_by_hand() -> None:
     plan = fit(LLAMA_8B, replace(DEFAULTS, max_len=8192), cpu(24))
     workspace = 120_000 * 2048 + 128256 * 6 * LOGIT_ROWS + (100 << 20) + 512 * 8192
     assert plan.free == 24 * GIB - MARGIN["cpu"]
-    left = 12 * GIB - 6 * GIB - workspace - RUNTIME["cpu"]
+    grammars = (16 << 20) + 832 * 128256 + 64 * (64 << 10) + 256 * (128256 // 8 + (128 << 10))
+    assert plan.grammar_bytes == grammars
+    left = 12 * GIB - 6 * GIB - workspace - RUNTIME["cpu"] - grammars
     assert plan.kv == KVSpec(32, 8, 128, 16, "float16")
     assert plan.kv.token_bytes == 128 * 1024 and plan.kv.block_bytes == 2 << 20  # the worked example of Llama-3-8B
     assert plan.workspace == workspace
@@ -93,7 +95,7 @@ def test_refusals_have_the_numbers_and_the_flags() -> None:
     numbers = (
         r"llama does not fit: one sequence of 65536 tokens needs 4096 KV blocks of 16 tokens \(8\.00 GiB\), but there is "
         r"room for 2\d\d\d \(5\.\d\d GiB\): the budget is 12\.00 GiB \(0\.5 of 24\.00 GiB available\), of which "
-        r"weights 6\.00 GiB, workspace .* MiB \(2048 tokens a step\), runtime 300\.00 MiB are taken$"
+        r"weights 6\.00 GiB, workspace .* MiB \(2048 tokens a step\), grammars 157\.68 MiB, runtime 300\.00 MiB are taken$"
     )
     assert re.match(numbers, str(short.value)), str(short.value)
     advised = advise(short.value, LLAMA_8B, replace(DEFAULTS, max_len=65536), cpu(24))
@@ -125,10 +127,10 @@ def test_one_set_of_flags_where_no_single_one_helps() -> None:
     assert plan_or_none(LLAMA_8B, less, cpu(7)) is None
     given = replace(tight, kv_bytes=16 * GIB)
     with pytest.raises(PlanError) as error:
-        fit(LLAMA_8B, given, cpu(7.2))
+        fit(LLAMA_8B, given, cpu(7.36))
     assert re.fullmatch(
         r"--kv-cache-dtype fp8 --max-num-batched-tokens \d{3,4} --max-model-len \d+ --kv-cache-memory-bytes \d+",
-        advise(error.value, LLAMA_8B, given, cpu(7.2)).remedies[0].flags,
+        advise(error.value, LLAMA_8B, given, cpu(7.36)).remedies[0].flags,
     )
     hopeless = advise(error.value, LLAMA_8B, tight, cpu(2))
     assert hopeless.remedies == () and "needs one with more memory, or a smaller model" in str(hopeless)
@@ -139,7 +141,17 @@ def test_the_table_says_it_all() -> None:
     table = plan.table()
     assert f"Maximum concurrency for 8,192 tokens per request: {plan.sequences(8192):.2f}x" in table
     assert f"KV cache: {plan.tokens:,} tokens in blocks of 16 (2.00 MiB a block, 128.00 KiB a token)" in table
-    for part in ("weights", "  mlp", "workspace", "  logits", "runtime", "total", "left of the budget"):
+    for part in (
+        "weights",
+        "  mlp",
+        "workspace",
+        "  logits",
+        "grammars",
+        "  masks and places",
+        "runtime",
+        "total",
+        "left of the budget",
+    ):
         assert re.search(rf"^  {part} +\d+\.\d\d [GMK]iB +\d+\.\d%", table, re.M), part
     for length in ("512", "1,024", "4,096", "8,192"):
         assert re.search(rf"^ +{length} +[\d,]+\.\d$", table, re.M), length

@@ -220,6 +220,7 @@ def test_the_plan_is_plain_data(small: Path) -> None:
     assert (
         sum(found[f"{part}_bytes"]["total"] for part in ("weights", "workspace", "graphs"))
         + found["runtime_bytes"]
+        + found["grammars_bytes"]["total"]
         + found["kv_cache"]["bytes"]
         == found["total_bytes"]
     )

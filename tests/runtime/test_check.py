@@ -25,6 +25,41 @@ from appliance.runtime.check import check
 print(json.dumps(check(Path(sys.argv[1]), EngineConfig(**json.loads(sys.argv[2]))).to_dict()))
 """
 
+GROWTH = """
+import json, sys
+from appliance.config import EngineConfig
+from appliance.core.messages import Submit
+from appliance.core.params import SamplingParams
+from appliance.hub import demo_model
+from appliance.runtime.engine import Engine
+from appliance.runtime.footprint import resident
+from tests.schemas import schemas
+
+engine = Engine.load(EngineConfig(model=str(demo_model()), threads=1, max_model_len=96, kv_cache_memory_bytes="8M"))
+
+def answer(grammars):
+    for i, grammar in enumerate(grammars):
+        params = SamplingParams(max_tokens=40, temperature=1.0, seed=i)
+        if grammar:
+            object.__setattr__(params, "grammar", grammar)
+        engine.submit(Submit(f"r{i}", (5, 6, 7), params, arrival=0.0))
+    count = 0
+    while engine.has_work:
+        count += sum(event.finish_reason in ("stop", "length") for event in engine.step())
+    return count
+
+answer([""] * 64)
+ready = resident()
+answer([""] * 64)
+plain = resident()
+lark = [f'start: "{i}" /[a-z]{{1,30}}/ | /[0-9]{{{i % 7 + 1}}}/ "."' for i in range(40)]
+grammars = [json.dumps({"grammars": [{"json_schema": schema}]}) for _, schema in schemas(40)] + lark
+answered = answer(grammars)
+first = resident()
+answer(grammars * 2)
+print(json.dumps([plain - ready, answered, first - plain, resident() - first, engine.info.plan["grammars_bytes"]]))
+"""
+
 
 def in_a_process_of_its_own(directory: Path, cache: Path, **options: Any) -> dict[str, Any]:
     environment = {**os.environ, "APPLIANCE_CACHE_DIR": str(cache)}
@@ -71,3 +106,15 @@ def test_a_report_says_what_does_not_hold(tmp_path: Path) -> None:
     steps = list(largest(report.plan))
     assert max(step.tokens for step in steps) == min(report.plan.max_num_batched_tokens, 64 * report.plan.max_num_seqs)
     assert max(len(step.chunks) for step in steps) == report.plan.max_num_seqs
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what the allocator keeps is another's")
+def test_answers_that_follow_grammars_take_what_is_reserved_for_them() -> None:
+    """Once ready an engine grows by that alone."""
+    environment = {**os.environ, "APPLIANCE_CACHE_DIR": ""}
+    done = subprocess.run([sys.executable, "-c", GROWTH], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    plain, answered, grown, again, reserved = json.loads(done.stdout)
+    assert plain < 1 << 20 and answered > 40
+    assert reserved["vocabulary"] // 4 < grown < reserved["total"] == sum(reserved.values()) // 2
+    assert again < reserved["masks and places"]

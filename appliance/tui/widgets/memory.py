@@ -15,7 +15,8 @@ from appliance.tui.text import MUTED, percent, segments, short_size, size
 from appliance.tui.widgets.hardware import summary
 
 GLYPHS = {"weights": ("█", "$primary-lighten-1"), "KV": ("▓", "$text-success"), "workspace": ("▒", "$text-warning"),
-          "swap": ("▚", "$primary"), "graphs": ("▤", "$text-accent"), "runtime": ("░", "$text-error")}  # fmt: skip
+          "swap": ("▚", "$primary"), "graphs": ("▤", "$text-accent"), "runtime": ("░", "$text-error"),
+          "grammars": ("▧", "$text-muted")}  # fmt: skip
 NAMES = {"kv_cache": "KV"}  # where the plan's own would be too long
 
 
@@ -28,11 +29,13 @@ class Parts:
 
 
 def plan_parts(plan: Mapping[str, Any]) -> Parts | None:
-    """Out of MemoryPlan.to_dict(); None where the plan does not say. On a CPU the swap space is in the same memory."""
+    """Out of MemoryPlan.to_dict(); None where the plan does not say. On a CPU swap space and grammars are in the same memory."""
     found = {NAMES.get(category, category): size for category, size in plan_bytes(plan).items()}
     if plan.get("device", {}).get("kind") != "cpu":
-        found.pop("swap", None)
-    sizes = {name: found[name] for name in GLYPHS if name in found and (found[name] or name not in ("graphs", "swap"))}
+        found = {name: nbytes for name, nbytes in found.items() if name not in ("swap", "grammars")}
+    sizes = {
+        name: found[name] for name in GLYPHS if name in found and (found[name] or name not in ("graphs", "swap", "grammars"))
+    }
     if not {"weights", "KV", "workspace", "runtime", "budget"} <= found.keys():
         return None
     return Parts(sizes, max(found["budget"], sum(sizes.values())))

@@ -11,6 +11,7 @@ const PARTS = [
   ["workspace", "Workspace", (plan) => plan.workspace_bytes?.total],
   ["graphs", "Graphs", (plan) => plan.graphs_bytes?.total],
   ["runtime", "Runtime", (plan) => plan.runtime_bytes],
+  ["grammars", "Grammars", (plan) => plan.device?.kind === "cpu" && plan.grammars_bytes?.total],
 ];
 
 let timer = 0;
