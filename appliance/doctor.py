@@ -17,7 +17,7 @@ from appliance.diagnosis import system
 from appliance.diagnosis.card import Installed, examine_cards
 from appliance.diagnosis.findings import Finding, note, problem, slow
 from appliance.diagnosis.measure import NETWORK, disk_speed, file_system, memory_speed
-from appliance.memory.devices import this_device
+from appliance.memory.devices import device_kind, this_device
 from appliance.memory.text import size_text
 from appliance.version import __version__
 from kernels.cpu import backend
@@ -55,6 +55,7 @@ class Report:
     huge_pages: str
     gpu: str
     driver: str | None
+    device: str  # that --device auto would take
     kernels: str | None
     kernels_available: tuple[str, ...]
     kernels_built: bool
@@ -81,6 +82,7 @@ class Report:
             "memory nodes": str(self.memory_nodes),
             "huge pages": self.huge_pages,
             "gpu": self.gpu + (f"; driver {self.driver}" if self.driver else ""),
+            "device": f"{self.device}, unless --device says otherwise",
             "kernels": f"{self.kernels or 'none'} (this machine can run {', '.join(self.kernels_available)})",
             "models": self.models,
         }
@@ -155,6 +157,7 @@ def examine(model: str | None = None, port: int | None = None, *, measure: bool 
         huge_pages=system.huge_pages(root),
         gpu=card(),
         driver=driver,
+        device=device_kind("auto"),
         kernels=kernels,
         kernels_available=available,
         kernels_built=built,

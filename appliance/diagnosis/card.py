@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pynvml  # type: ignore[import-untyped]
 
 from appliance.diagnosis.findings import Finding, note, problem, slow
+from appliance.memory.devices import torch_cuda
 from appliance.memory.text import size_text
 
 # Bits of NVML's "clocks event reasons": (why, what to do)
@@ -40,7 +39,7 @@ class Installed:
         """From metadata and torch's version.py, without importing either."""
         torch = _version("torch")
         wanted = [re.match(r"triton\s*==\s*([\w.+]+)", line) for line in _requires("torch")]
-        return cls(torch, _torch_cuda() if torch else None, _version("triton"), next((m[1] for m in wanted if m), None))
+        return cls(torch, torch_cuda() if torch else None, _version("triton"), next((m[1] for m in wanted if m), None))
 
 
 def _version(package: str) -> str | None:
@@ -55,18 +54,6 @@ def _requires(package: str) -> list[str]:
         return importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
         return []
-
-
-def _torch_cuda() -> str | None:
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    try:
-        text = (Path(spec.origin).parent / "version.py").read_text()
-    except OSError:
-        return None
-    found = re.search(r"^cuda(?:\s*:[^=\n]*)?\s*=\s*'([\d.]+)'", text, re.MULTILINE)
-    return found[1] if found else None
 
 
 def examine_cards(installed: Installed) -> tuple[str | None, list[Finding]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
 import subprocess
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -62,13 +62,13 @@ def this_device(kind: str) -> DeviceInfo:
 def device_kind(choice: str) -> str:
     """What --device asks for: cpu or cuda. InputError for another word.
 
-    auto is APPLIANCE_AUTO_DEVICE, where that is set; else a card, where one answers that the kernels and this torch can use; else the
-    CPU.
+    auto is APPLIANCE_AUTO_DEVICE, where that is set; else a card, where one answers that the kernels and this torch can use; else
+    the CPU.
     """
     if choice == "auto":
         choice = os.environ.get("APPLIANCE_AUTO_DEVICE") or "auto"
     if choice == "auto":
-        return "cuda" if _torch_has_cuda() and _has_card() else "cpu"
+        return "cuda" if torch_cuda() and _has_card() else "cpu"
     if choice not in ("cpu", "cuda"):
         raise InputError(f"--device {choice!r} is not known; auto, cpu and cuda are")
     return choice
@@ -81,14 +81,17 @@ def _has_card() -> bool:
         return False
 
 
-def _torch_has_cuda() -> bool:
-    """Whether the torch that would be imported was built for NVIDIA cards; it is not imported for that."""
-    found = find_spec("torch")
+def torch_cuda() -> str | None:
+    """The CUDA, as 12.8, that torch was built for; None where it was built without. Torch is not imported."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
     try:
-        text = Path(str(found.origin)).with_name("version.py").read_text() if found else ""
+        text = (Path(spec.origin).parent / "version.py").read_text()
     except OSError:
-        return False
-    return re.search(r"^cuda\b.*=\s*['\"]", text, re.MULTILINE) is not None
+        return None
+    found = re.search(r"^cuda(?:\s*:[^=\n]*)?\s*=\s*'([\d.]+)'", text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def cpu_threads(threads: int | None) -> int:

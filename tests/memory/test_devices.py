@@ -203,7 +203,7 @@ def test_what_auto_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("APPLIANCE_AUTO_DEVICE")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (tmp_path / "version.py").write_text("cuda: Optional[str] = None\nhip: Optional[str] = '6'\n")
-    monkeypatch.setattr(devices, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
     fake_smi(tmp_path, monkeypatch)
     assert device_kind("auto") == "cpu"  # torch has no use for the card
     (tmp_path / "version.py").write_text("cuda: Optional[str] = '12.8'\n")
