@@ -54,8 +54,8 @@ def check_options(options: Options) -> None:
             continue
         flag, allowed = TAKES.get(one.name, (flag, allowed))
         if value not in allowed:
-            said = flag if isinstance(value, bool) else f"{flag} {value}"
-            raise InputError(f"{said} is not among what --engine autoawq can do; {OURS}")
+            said = f"{flag} {value}" if not isinstance(value, bool) else flag if value else f"--no-{flag[2:]}"
+            raise InputError(f"{said}: --engine autoawq does awq in 4 bits with zero points, as --format awq, and no more; {OURS}")
     if options.group_size < 1:
         raise InputError(f"--group-size {options.group_size}: AutoAWQ's search needs groups, 128 or 64 or 32; or {OURS}")
     _check_package()

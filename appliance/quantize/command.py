@@ -33,6 +33,7 @@ def quantize(
     context: str | None = None,
     sequences: int = 1,
     kv_cache_dtype: str = "auto",
+    engine: str = "appliance",
     device: str = "auto",
     threads: int | None = None,
     revision: str | None = None,
@@ -94,6 +95,9 @@ def quantize(
         With fit: so many sequences of that length at once.
     kv_cache_dtype
         With fit: what keys and values will be stored as, see serve.
+    engine
+        Whose code quantizes: appliance, or autoawq: that package itself (pip install 'appliance[autoawq]'), for awq in 4 bits. It
+        holds the whole model in memory, and begins anew where it was interrupted.
     device
         cpu, or cuda: a card on which one layer at a time is worked on, while all else stays in main memory. auto is cpu.
     threads
@@ -125,5 +129,6 @@ def quantize(
         context=context,
         sequences=sequences,
         kv_cache_dtype=kv_cache_dtype,
+        engine=engine,
     )
     return run(model, output, options.checked(), calibration=calibration, device=device, threads=threads, revision=revision)

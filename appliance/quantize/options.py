@@ -13,6 +13,7 @@ from quant.errors import InputError
 from quant.publish import FORMATS, grid_for
 
 METHODS = ("awq", "gptq", "rtn")
+ENGINES = ("appliance", "autoawq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,16 @@ class Options:
     context: str | None = None  # beside so many tokens, None: 8192 or the model's longest
     sequences: int = 1  # of each of so many sequences
     kv_cache_dtype: str = "auto"
+    engine: str = "appliance"  # whose code quantizes
 
     def checked(self) -> Options:
         """The same with nothing left open. Raises InputError naming the flag."""
+        if self.engine not in ENGINES:
+            raise InputError(f"--engine is {self.engine!r}: one of {', '.join(ENGINES)} is needed")
+        if self.engine == "autoawq":
+            from appliance.quantize.autoawq import check_options
+
+            check_options(self)
         if self.method not in METHODS:
             raise InputError(f"--method is {self.method!r}: one of {', '.join(METHODS)} is needed")
         if self.act_order and self.method != "gptq":

@@ -43,7 +43,7 @@ def run(
         tokenizer = Tokenizer.load(source)
         length = min(options.length, spec.max_len)
         ids = calibration_ids(calibration, tokenizer, samples=options.samples, length=length, vocab=spec.vocab, seed=options.seed)
-    job = Job(source, Path(output), options, ids, where)
+    job = _kind(options)(source, Path(output), options, ids, where)
     if options.mixed:
         with tqdm(total=100, desc="Measuring", bar_format=SHARE, disable=None) as bar, torch.inference_mode():
 
@@ -62,8 +62,20 @@ def run(
         print(told)
     worst = sorted(report.losses.items(), key=lambda item: -item[1])[:3]
     bits = "mixed" if options.mixed else options.bits
-    print(f"{output}: {size_text(report.nbytes)} in {time.monotonic() - begun:.0f} s, {bits} bits by {options.method}")
+    print(f"{output}: {size_text(report.nbytes)} in {time.monotonic() - begun:.0f} s, {bits} bits by {_maker(options)}")
     if worst:
         print("largest mean squared errors of outputs: " + ", ".join(f"{name} {loss:.3g}" for name, loss in worst))
     print(f"try it: appliance serve {output}", file=sys.stderr)
     return 0
+
+
+def _kind(options: Options) -> type[Job]:
+    if options.engine == "appliance":
+        return Job
+    from appliance.quantize.autoawq import AutoAWQJob
+
+    return AutoAWQJob
+
+
+def _maker(options: Options) -> str:
+    return options.method if options.engine == "appliance" else f"{options.method} ({options.engine})"
