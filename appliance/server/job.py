@@ -19,6 +19,7 @@ from appliance.server.errors import EngineFailed
 from appliance.server.guard import Ticket, current
 from appliance.server.metrics import Course
 from appliance.server.prompts import Prompt
+from appliance.server.structured import form_field
 from appliance.text.output import Delta, OutputStream, best_of
 from appliance.text.prepare import prepare
 
@@ -140,7 +141,7 @@ class Job:
     def _take(self, choice: int, k: int, event: Event) -> Delta:
         if event.finish_reason == "error":
             if isinstance(event.error, Unanswerable):
-                raise RequestError(str(event.error))
+                raise RequestError(str(event.error), param=form_field(self.body))
             raise EngineFailed(event.error or "the engine failed to compute this request")
         if event.prompt_logprobs is not None:
             self.prompt_logprobs[k] = event.prompt_logprobs

@@ -76,6 +76,13 @@ def structured_outputs(body: SamplingFields) -> tuple[str | None, StructuredOutp
     return next(iter(found.values()), None)
 
 
+def form_field(body: SamplingFields) -> str | None:
+    """The field of a body that was taken which says what the answer must be; else the tools, where a call is a must."""
+    if (found := structured_outputs(body)) is None:
+        return "tools" if getattr(body, "tools", None) else None
+    return found[0] or "structured_outputs"
+
+
 def _response_format(form: Mapping[str, Any] | None) -> tuple[str, StructuredOutputsParams] | None:
     if not form:
         return None

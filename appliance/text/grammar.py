@@ -91,7 +91,8 @@ def _source(structured: StructuredOutputsParams) -> tuple[str, str]:
     if structured.json_object:
         return "json_object", '{"type": "object"}'
     if structured.choice is not None:
-        return "choice", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in structured.choice)
+        # As one terminal, which becomes an automaton: of rules, thousands would be tried one by one in each step.
+        return "choice", "start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, structured.choice))
     if isinstance(structured.json, dict):
         try:
             return "json", json.dumps(structured.json, ensure_ascii=False)
@@ -99,6 +100,11 @@ def _source(structured: StructuredOutputsParams) -> tuple[str, str]:
             raise RequestError(f"structured_outputs.json is no JSON ({error})", param="structured_outputs.json") from None
     kind = next(name for name in ("json", "regex", "grammar") if getattr(structured, name) is not None)
     return kind, getattr(structured, kind)
+
+
+def _quoted(text: str) -> str:
+    """As a string in Lark, whose lexer takes no DEL as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 @lru_cache(KEPT)

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
-from appliance.core.messages import EngineInfo, Event, Stats, Submit, TokenLogprob
+from appliance.core.messages import EngineInfo, Event, Stats, Submit, TokenLogprob, Unanswerable
 from appliance.core.params import SamplingParams
 from appliance.runtime.client import EngineDied
 
@@ -42,6 +42,7 @@ class FakeClient:
         self.pid: int | None = None
         self.delay_s = delay_s
         self.fail_at: int | None = None  # the output token at which every request ends with an error
+        self.unanswerable: str | None = None  # what every request ends with: its own fault
         self.aborted: list[tuple[str, int | None]] = []
         self.submitted: list[Submit] = []
         self.running: dict[str, set[int]] = {}
@@ -102,6 +103,8 @@ class FakeClient:
 
     def _event(self, submit: Submit, index: int, step: int) -> Event:
         prompt, params = submit.prompt_token_ids, submit.params
+        if self.unanswerable is not None:
+            return Event(submit.request_id, index, finish_reason="error", error=Unanswerable(self.unanswerable))
         if self.fail_at is not None and step >= self.fail_at:
             return Event(submit.request_id, index, finish_reason="error", error="the step failed")
         token = prompt[(step + index) % len(prompt)]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
 
@@ -99,19 +100,66 @@ def test_refusals_name_the_field_that_was_sent(
     assert answer.status_code == 400 and error["param"] == param and words in error["message"], error
 
 
+@pytest.fixture(scope="module")
+def real() -> Iterator[Running]:
+    flags = ["--port", "0", "--threads", "1", "--kv-cache-memory-bytes", "16000000", "--max-num-seqs", "8"]
+    with started(str(demo_model()), *flags) as server:
+        yield server
+
+
+WORDS = [f"entry {i}" for i in range(3000)]
+MANY = {"anyOf": [{"type": "object", "properties": {"k": {"const": f"c{i}"}}} for i in range(1000)]}
+RULES = [f"r{i}" for i in range(2500)]
+LARGE: dict[str, tuple[dict[str, Any], str | None, str]] = {
+    "choices": ({"structured_outputs": {"choice": WORDS}}, None, "|".join(WORDS)),
+    "choices that begin otherwise": ({"guided_choice": [f"{i * 2654435761 % 2**32:x}" for i in range(4000)]}, None, "[0-9a-f]+"),
+    "choices that begin alike": ({"guided_choice": ["a", "ab", "\x7f"]}, None, "a|ab|\x7f"),
+    "an enum": ({"guided_json": {"enum": WORDS}}, None, '"entry [0-9]+"'),
+    "an enum of numbers": ({"guided_json": {"enum": [i * 7919 for i in range(6000)]}}, None, "[0-9]+"),
+    "an alternation": ({"guided_regex": "|".join(WORDS)}, None, "|".join(WORDS)),
+    "too many choices": ({"structured_outputs": {"choice": 2 * WORDS}}, "structured_outputs.choice", "at most 65536"),
+    "alternatives": ({"guided_json": MANY}, "guided_json", "max is 2000"),
+    "rules": ({"guided_grammar": "root ::= " + " | ".join(RULES) + "\n" + "\n".join(f'{r} ::= "x{r}"' for r in RULES)},
+              "guided_grammar", "max is 2000"),
+    "optional properties": ({"guided_json": {"type": "object", "properties": {f"p{i}": {} for i in range(1500)}}},
+                            "guided_json", "max is 2000"),
+    "deep lists": ({"guided_json": '{"items":' * 1500 + "{}" + "}" * 1500}, "guided_json", "recursion limit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_forms_are_served_or_refused_by_name(real: Running, name: str) -> None:
+    """Never by an engine that finds out when the answer has begun."""
+    asked, param, expected = LARGE[name]
+    with httpx.Client(base_url=real.url, timeout=60, trust_env=False) as http:
+        answer = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 60, **asked})
+    if param is None:
+        assert answer.status_code == 200 and re.fullmatch(expected, answer.json()["choices"][0]["text"]), answer.text
+    else:
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["param"] == param and expected in error["message"], error
+
+
+def test_a_form_that_the_engine_gives_up_is_named(served: Served) -> None:
+    served.client.unanswerable = "its grammar: too many items"
+    try:
+        for asked, param in (
+            ({"guided_regex": "a+"}, "guided_regex"),
+            ({"structured_outputs": {"regex": "a+"}}, "structured_outputs"),
+        ):
+            answer = served.post("/v1/completions", prompt="a b", max_tokens=3, **asked)
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+            assert answer.json()["error"]["message"] == "its grammar: too many items"
+    finally:
+        served.client.unanswerable = None
+
+
 def test_a_form_and_tools_together_are_refused(served: Served) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
     body = {"messages": HELLO, "tools": [tool], "response_format": {"type": "json_object"}}
     refused = served.post("/v1/chat/completions", **body)
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "tools"
     assert served.post("/v1/chat/completions", **body, tool_choice="none", max_tokens=2).status_code == 200
-
-
-@pytest.fixture(scope="module")
-def real() -> Iterator[Running]:
-    flags = ["--port", "0", "--threads", "1", "--kv-cache-memory-bytes", "16000000", "--max-num-seqs", "8"]
-    with started(str(demo_model()), *flags) as server:
-        yield server
 
 
 def test_through_a_real_server(real: Running) -> None:
