@@ -15,7 +15,7 @@ from quant.algorithms.grid import Grid
 
 RATIOS = 20  # of inputs' sizes to weights' that are tried
 CUTS, DEEPEST = 10, 0.5  # extremes that are tried: from all of them down to this share
-CHUNK = 1 << 24  # values of outputs that are compared at a time
+CHUNK, CACHED = 1 << 25, 1 << 20  # values of weights that are tried at a time; on a CPU, whose cache should hold them
 Tie = Callable[[Tensor], Tensor]  # [K] -> [K]
 
 
@@ -29,9 +29,9 @@ class Scaling:
 def search_scales(weights: Sequence[Tensor], x: Tensor, sizes: Tensor, grid: Grid, tie: Tie | None = None) -> Scaling:
     """The scales that serve all ``weights`` (float32 [N, K], which read the same inputs) best.
 
-    ``x`` float32 [T, K]: some of the inputs; ``sizes`` float32 [K]: the mean magnitude of each over all that were seen. Tried are
-    s = sizes^r / w^(1 - r), r = 0, 1/20, .., 19/20, where w is a column's mean magnitude in shares of its groups' largest, as
-    AutoAWQ does. ``tie`` makes inputs share a scale that come from the same output.
+    ``x`` [T, K]: some of the inputs, in the type in which outputs are compared; ``sizes`` float32 [K]: the mean magnitude of each
+    over all that were seen. Tried are s = sizes^r / w^(1 - r), r = 0, 1/20, .., 19/20, where w is a column's mean magnitude in
+    shares of its groups' largest, as AutoAWQ does. ``tie`` makes inputs share a scale that come from the same output.
     """
     columns = torch.stack([_relative(weight, grid) for weight in weights]).mean(0)
     before = _error(weights, x, None, grid)
@@ -50,19 +50,25 @@ def search_scales(weights: Sequence[Tensor], x: Tensor, sizes: Tensor, grid: Gri
 
 def _relative(weight: Tensor, grid: Grid) -> Tensor:
     """Mean over outputs of each column's magnitude, in shares of the largest of its group; [K]."""
-    parts = grid.parts(weight).abs()
-    return (parts / (parts.amax(2, keepdim=True) + 1e-6)).mean(0).flatten()[: weight.shape[1]]
+    total = torch.zeros(weight.shape[1], device=weight.device)
+    for rows in _rows(weight):
+        parts = grid.parts(rows).abs()
+        total += parts.div_(parts.amax(2, keepdim=True).add_(1e-6)).sum(0).flatten()[: weight.shape[1]]
+    return total / weight.shape[0]
 
 
 def _error(weights: Sequence[Tensor], x: Tensor, scales: Tensor | None, grid: Grid) -> float:
     """Sum over outputs and inputs of (x (W - Q)^T)^2."""
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
     for weight in weights:
-        rows = max(1, CHUNK // max(x.shape[0], weight.shape[1]))
-        for part in weight.split(rows):
-            off = (grid.rounded(part) if scales is None else grid.rounded(part * scales).div_(scales)).sub_(part)
-            total += float((x @ off.t()).square_().sum())
-    return total
+        for rows in _rows(weight):
+            off = (grid.rounded(rows) if scales is None else grid.rounded(rows * scales).div_(scales)).sub_(rows)
+            total += (x @ off.to(x.dtype).t()).float().square_().sum()
+    return float(total)
+
+
+def _rows(weight: Tensor) -> Sequence[Tensor]:
+    return weight.split(max(1, (CACHED if weight.device.type == "cpu" else CHUNK) // weight.shape[1]))
 
 
 def search_cuts(weight: Tensor, x: Tensor, grid: Grid) -> Tensor:
@@ -70,23 +76,24 @@ def search_cuts(weight: Tensor, x: Tensor, grid: Grid) -> Tensor:
 
     ``weight`` float32 [N, K]; ``x`` float32 [T, K]: some inputs. The squared error of a group's part of an output counts.
     """
-    N = weight.shape[0]
-    inputs = grid.parts(x).permute(1, 0, 2).contiguous()  # [G, T, size]
-    best = torch.ones(N, inputs.shape[0])
-    rows = max(1, CHUNK // (inputs.shape[0] * inputs.shape[1]))
-    for first in range(0, N, rows):
-        part = weight[first : first + rows]
-        least = _group_errors(part, inputs, grid, 1.0)
+    inputs = grid.parts(x).permute(1, 0, 2)  # [G, T, size]
+    if inputs.shape[1] > inputs.shape[2]:  # as many rows as a group has columns say the same about sums of squares
+        inputs = torch.linalg.qr(inputs, mode="r").R
+    inputs, found = inputs.contiguous(), []
+    for rows in _rows(weight):
+        least = _group_errors(rows, inputs, grid, 1.0)
+        best = torch.ones_like(least)
         for cut in range(1, CUTS):
             shrink = 1 - cut * (1 - DEEPEST) / CUTS
-            errors = _group_errors(part, inputs, grid, shrink)
+            errors = _group_errors(rows, inputs, grid, shrink)
             better = errors < least
-            best[first : first + rows][better] = shrink
+            best = torch.where(better, shrink, best)
             least = torch.where(better, errors, least)
-    return best
+        found.append(best)
+    return torch.cat(found)
 
 
-def _group_errors(part: Tensor, inputs: Tensor, grid: Grid, shrink: float) -> Tensor:
+def _group_errors(rows: Tensor, inputs: Tensor, grid: Grid, shrink: float) -> Tensor:
     """[n, G]: the squared error that each group brings into each output."""
-    off = grid.parts(grid.rounded(part, shrink) - part).permute(1, 2, 0)  # [G, size, n]
+    off = grid.parts(grid.rounded(rows, shrink).sub_(rows)).permute(1, 2, 0)  # [G, size, n]
     return torch.bmm(inputs, off).square_().sum(1).t()
