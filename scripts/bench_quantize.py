@@ -1,7 +1,7 @@
 """What quantizing takes: processor seconds of a layer and the peak of memory, for models of known shapes with random weights.
 
     .venv/bin/python scripts/bench_quantize.py [--shapes llama-3.2-1b llama-2-7b qwen2.5-7b] [--methods awq gptq ...] [--layers 2]
-        [--samples 128] [--length 512] [--folder /tmp/models] [--json FILE]
+        [--samples 128] [--length 512] [--threads N] [--folder /tmp/models] [--json FILE]
 
 The models are made in --folder (once) with the first --layers layers alone: what is in memory at a time does not depend on how
 many there are. Each job is a process of its own. The table in docs/benchmarks/quantizing.md; wall-clock needs a quiet machine.
@@ -77,7 +77,7 @@ def make(folder: Path, name: str, layers: int) -> Path:
     return target
 
 
-def work(model: Path, output: Path, method: str, samples: int, length: int) -> dict[str, float]:
+def work(model: Path, output: Path, method: str, samples: int, length: int, threads: int | None) -> dict[str, float]:
     """One job in this process: processor and wall seconds of the first layer and of all, peak of resident memory in bytes."""
     import torch
 
@@ -85,7 +85,7 @@ def work(model: Path, output: Path, method: str, samples: int, length: int) -> d
     from appliance.quantize.job import Job
     from appliance.quantize.options import Options
 
-    torch.set_num_threads(cpu_threads(None))
+    torch.set_num_threads(cpu_threads(threads))
     options = Options(**METHODS[method], samples=samples, length=length).checked()
     vocab = json.loads((model / "config.json").read_text())["vocab_size"]
     ids = torch.randint(vocab, (samples, length), generator=torch.Generator().manual_seed(0)) if options.calibrated else None
@@ -111,7 +111,7 @@ def measured(model: Path, method: str, args: argparse.Namespace) -> dict[str, fl
     output = args.folder / "quantized"
     for left in (output, output.with_name("quantized.partial")):
         shutil.rmtree(left, ignore_errors=True)
-    job = json.dumps([str(model), str(output), method, args.samples, args.length])
+    job = json.dumps([str(model), str(output), method, args.samples, args.length, args.threads])
     done = subprocess.run([sys.executable, __file__, "--job", job], capture_output=True, text=True, check=False)
     shutil.rmtree(output, ignore_errors=True)
     if done.returncode:
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="at least 2: of the first, nothing is left out")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, help="of the processor; with 1, its seconds count among others, too")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/models"))
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--job", help=argparse.SUPPRESS)
