@@ -177,7 +177,7 @@ def _gptq_section(
     for other, names in _by_grid({name: other for name, other in others.items() if name != EMBEDDING}).items():
         if other != grid:
             for pattern in _patterns(name for name in names if other is not None or name != HEAD):
-                dynamic[f"{'+' if other else '-'}:{pattern}"] = {"bits": other.bits} if other else {}
+                dynamic[f"{'+' if other else '-'}:{pattern}"] = _override(other, grid) if other else {}
     return {
         "quant_method": "gptq",
         "checkpoint_format": form,
@@ -189,6 +189,11 @@ def _gptq_section(
         "lm_head": others[HEAD] is not None,
         **({"dynamic": dynamic} if dynamic else {}),
     }
+
+
+def _override(other: Grid, grid: Grid) -> dict[str, int]:
+    pairs = {"bits": (other.bits, grid.bits), "group_size": (other.group_size, grid.group_size)}
+    return {name: its for name, (its, usual) in pairs.items() if its != usual or name == "bits"}
 
 
 def _compressed_section(grid: Grid, others: Mapping[str, Grid | None], act_order: bool, kv_scales: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from appliance.quantize.ends import Ends
 from appliance.quantize.layer import Made, Watcher, quantize_layer
-from appliance.quantize.mixed import Mixer
+from appliance.quantize.mixed import Choice, Mixer
 from appliance.quantize.options import Options
 from appliance.quantize.recipe import Recipe, stored_bytes
 from appliance.quantize.sensitivity import measure
@@ -67,7 +67,7 @@ class Job:
         for module in self.spec.layer_modules() if not options.mixed else ():
             check_shape(str(options.format), module.name, module.N, module.K, self.recipe.default)
         self.mixer = Mixer(options, self.spec, self.recipe.default, self._config) if options.mixed else None
-        self.bits: dict[str, int] | None = None  # by unit, once they are chosen
+        self.chosen: Choice | None = None
         self.output = output
         self.shards = Shards(output, self._fingerprint(), self.spec.layers + 1, self.expected_bytes())
         length = 1 if ids is None else ids.shape[1]
@@ -113,7 +113,7 @@ class Job:
     def run(self, progress: Callable[[float], None] = lambda done: None) -> Report:
         """Quantize. ``progress`` is told the layers done, and shares of one. Raises InputError; what is done by then is kept."""
         report = Report(self.output)
-        if self.mixer is not None and self.bits is None:
+        if self.mixer is not None and self.chosen is None:
             self.choose()
         looked_at = self.ids is not None and (self.options.method != "rtn" or self.options.kv_scales)
         hidden = self._embedded(self.ids) if self.ids is not None and looked_at else None
@@ -141,15 +141,15 @@ class Job:
         ``progress`` is told shares of 1. Raises InputError.
         """
         assert self.mixer is not None and self.ids is not None
-        self.bits = self.shards.note()
-        if self.bits is None:
+        note = self.shards.note()
+        if note is None:
             grids, seed = self.mixer.grids, self.options.seed
             costs = measure(self.source, self.spec, self.ids, grids, device=self.device, seed=seed, progress=progress)
-            self.bits = self.mixer.choose(costs)
-            self.shards.keep(self.bits)
+            note = self.mixer.choose(costs)
+            self.shards.keep(note)
         progress(1.0)
-        self.recipe = self.mixer.recipe(self.bits)
-        return self.mixer.told(self.bits)
+        self.chosen, self.recipe = note, self.mixer.recipe(note)
+        return self.mixer.told(note)
 
     def _layer(
         self, layer: PlainLayer, hidden: Tensor | None, last: bool, progress: Callable[[float], None]
@@ -243,7 +243,7 @@ class Job:
         return made
 
     def _section(self, recipe: Recipe) -> dict[str, Any]:
-        options, others = self.options, recipe.exceptions() | self.ends.grids
+        options, others = self.options, {**recipe.others, **self.ends.grids}
         said = {"act_order": options.act_order, "static_groups": options.static, "kv_scales": options.kv_scales}
         return config_section(str(options.format), recipe.default, others, **said, more=options.told())
 

@@ -18,14 +18,15 @@ from quant.algorithms.grid import Grid
 from quant.errors import InputError
 from quant.publish import check_shape
 
-WIDTHS = (2, 3, 4, 8, KEPT)
+WIDTHS = (2, 3, 4, 8)
+FINER = (128, 64, 32)  # groups that are tried where --group-size is larger: a small step between two widths
 KINDS = ("attention", "heads", "mlp", "inner")
-Sizes = dict[str, dict[int, int]]  # bytes by unit and bits
+Choice = dict[str, str]  # by unit: "4", "4 g32", .., "16"
 Costs = Mapping[str, Mapping[int, float]]
 
 
 class Mixer:
-    """Chooses bits for units: ``--target-bits``, or what the planner says of ``--fit``."""
+    """Chooses grids for units: ``--target-bits``, or what the planner says of ``--fit``."""
 
     def __init__(self, options: Options, spec: ModelSpec, grid: Grid, config: Callable[[Recipe | None], dict[str, Any]]) -> None:
         """``config``: config.json of the checkpoint that a recipe makes; of the model as it is, for None.
@@ -39,111 +40,136 @@ class Mixer:
         self.place = None
         if options.fit is not None:
             self.place = Place.read(options.fit, options.context, options.sequences, options.kv_cache_dtype, spec.max_len)
-        self.widths = self._widths()
-        for bits in self.widths[:-1]:
-            for module in spec.layer_modules():
-                check_shape(str(options.format), module.name, module.N, module.K, replace(grid, bits=bits))
-        self.room = self._room()
+        self.names = self._names()
+        self.sizes = self._in_files() if self.place is None else self._in_memory(self.place)
+        self.room = self._target() if self.place is None else self._fitting(self.place)
 
-    def _widths(self) -> tuple[int, ...]:
-        """That are worth a try, KEPT among them: those of the format; below 4 bits only for a target that 4 bits do not reach."""
-        least = 4
-        if self.options.target_bits is not None:
-            target = self.options.target_bits
-            possible = [bits for bits in WIDTHS if bits <= 4 and (bits == 4 or self.options.format != "awq")]
-            reached = [bits for bits in possible if self._mean(self.uniform(bits)) <= target]
-            if not reached or target >= KEPT:
-                low = self._mean(self.uniform(possible[0]))
-                raise InputError(
-                    f"--target-bits is {target:g}: at least {low:.4g} (all at {possible[0]} bits, with scales) and less than {KEPT} "
-                    f"are needed with --format {self.options.format} and --group-size {self.options.group_size}"
-                )
-            least = reached[-1]
-        return tuple(bits for bits in WIDTHS if bits >= least and (bits != 8 or self.options.format != "awq"))
+    def _names(self) -> dict[str, Grid | None]:
+        """What a unit can be: the format's widths, 4 bits or less in groups of --group-size and smaller ones, or as it is.
 
-    def uniform(self, bits: int) -> dict[str, int]:
-        return dict.fromkeys(self.units, bits)
+        Less than 4 bits are tried only where 4 are more than the target. Raises InputError for shapes that cannot be.
+        """
+        mixing, target = self.options.format != "awq", self.options.target_bits
+        found: dict[str, Grid | None] = {}
+        for bits in WIDTHS if mixing else (4,):
+            grid = replace(self.grid, bits=bits)
+            if bits < 4 and (target is None or target >= self._mean(replace(grid, bits=4))):
+                continue
+            if bits < 3 and target is not None and target >= self._mean(replace(grid, bits=3)):
+                continue
+            self._check(grid)
+            found[str(bits)] = grid
+            for size in FINER if mixing and bits <= 4 else ():
+                finer = replace(grid, group_size=size)
+                if (grid.group_size == -1 or size < grid.group_size) and self._can(finer):
+                    found[f"{bits} g{size}"] = finer
+        return {**found, str(KEPT): None}
 
-    def _room(self) -> int:
-        """Bytes that the linears' weights can take, in the file for a target and in memory for a card."""
-        if self.place is None:
-            assert self.options.target_bits is not None
-            return int(self.options.target_bits * self.weights / 8)
-        if self.place.plan(self.place.study(self.config(None))) is not None:
+    def _check(self, grid: Grid) -> None:
+        for module in self.spec.layer_modules():
+            check_shape(str(self.options.format), module.name, module.N, module.K, grid)
+
+    def _can(self, grid: Grid) -> bool:
+        try:
+            self._check(grid)
+        except InputError:
+            return False
+        return True
+
+    def _target(self) -> int:
+        """Bytes that the linears' weights can take in files."""
+        target, least = self.options.target_bits, next(iter(self.names))
+        assert target is not None
+        low = self._mean(self.names[least])
+        if not low <= target < KEPT:
+            how = f"--format {self.options.format} and --group-size {self.options.group_size}"
             raise InputError(
-                f"--fit {self.options.fit!r}: the model fits as it is ({self.place}), so nothing need be quantized; "
+                f"--target-bits is {target:g}: with {how} at least {low:.4g} (all at {least} bits, with scales) and "
+                f"less than {KEPT} are needed"
+            )
+        return int(target * self.weights / 8)
+
+    def _fitting(self, place: Place) -> int:
+        """Bytes that they can take in memory."""
+        if place.plan(place.study(self.config(None))) is not None:
+            raise InputError(
+                f"--fit {self.options.fit!r}: the model fits as it is ({place}), so nothing need be quantized; "
                 "--bits or --target-bits make it smaller and faster all the same"
             )
-        smallest = self.place.study(self.config(self.recipe(self.uniform(self.widths[0]))))
-        if self.place.plan(smallest) is None:
-            raise self.place.refusal(smallest, self.widths[0])
-        self.sizes = self._in_memory()
-        front = Front.of({unit: {bits: -size for bits, size in of.items()} for unit, of in self.sizes.items()}, self.sizes)
-        return int(front.sizes[self._largest(front)])
+        least = next(iter(self.names))
+        smallest = place.study(self.config(self._uniform(self.names[least])))
+        if place.plan(smallest) is None:
+            raise place.refusal(smallest, int(least))
+        front = Front.of({unit: {n: -size for n, size in of.items()} for unit, of in self.sizes.items()}, self.sizes)
+        return int(front.sizes[self._largest(front, place)])
 
-    def _in_memory(self) -> Sizes:
-        assert self.place is not None
-        found: Sizes = {unit: {} for unit in self.units}
-        for bits in self.widths:
-            recipe = None if bits == KEPT else self.recipe(self.uniform(bits))
-            for unit, size in weights_in_memory(self.place.study(self.config(recipe))).items():
-                found[unit][bits] = size
+    def _in_files(self) -> dict[str, dict[int, int]]:
+        return {unit: {n: self._stored(unit, grid) for n, grid in enumerate(self.names.values())} for unit in self.units}
+
+    def _in_memory(self, place: Place) -> dict[str, dict[int, int]]:
+        found: dict[str, dict[int, int]] = {unit: {} for unit in self.units}
+        for n, grid in enumerate(self.names.values()):
+            study = place.study(self.config(None if grid is None else self._uniform(grid)))
+            for unit, size in weights_in_memory(study).items():
+                found[unit][n] = size
         return found
 
-    def _largest(self, front: Front) -> int:
-        """The number of the last combination that fits on the card, by planning it."""
-        place = self.place
-        assert place is not None
-        fits = last(
-            lambda n: place.plan(place.study(self.config(self.recipe(front.bits(n))))) is not None, 0, len(front.sizes) - 1
+    def _largest(self, front: Front, place: Place) -> int:
+        """The number of the last combination that fits, by planning it; the first is known to."""
+        count = len(front.sizes) - 1
+        return (
+            last(lambda n: place.plan(place.study(self.config(self.recipe(self._choice(front, n))))) is not None, 0, count) or 0
         )
-        return fits or 0
+
+    def _choice(self, front: Front, number: int) -> Choice:
+        names = list(self.names)
+        return {unit: names[n] for unit, n in front.bits(number).items()}
 
     @property
     def grids(self) -> dict[int, Grid]:
-        """Those that something may be rounded to, by bits."""
-        return {bits: replace(self.grid, bits=bits) for bits in self.widths if bits != KEPT}
+        """Those that units may be rounded to, by their numbers among what a unit can be."""
+        return {n: grid for n, grid in enumerate(self.names.values()) if grid is not None}
 
-    def choose(self, costs: Costs) -> dict[str, int]:
-        """Bits by unit, for what rounding costs (appliance.quantize.sensitivity; nothing where a unit is left as it is)."""
-        costs = {unit: {**own, KEPT: 0.0} for unit, own in costs.items()}
+    def choose(self, costs: Costs) -> Choice:
+        """For what rounding costs, by unit and number (appliance.quantize.sensitivity): that which costs least."""
+        front = Front.of({unit: {**own, len(self.names) - 1: 0.0} for unit, own in costs.items()}, self.sizes)
         if self.place is not None:
-            front = Front.of(costs, self.sizes)
-            return front.bits(self._largest(front))
-        front = Front.of(costs, {unit: {bits: self.stored(unit, bits) for bits in self.widths} for unit in self.units})
+            return self._choice(front, self._largest(front, self.place))
         found = front.within(self.room)
         assert found is not None, "the smallest is within the target"
-        return front.bits(found)
+        return self._choice(front, found)
 
-    def stored(self, unit: str, bits: int) -> int:
-        """Bytes of a unit in the file."""
-        grid = None if bits == KEPT else replace(self.grid, bits=bits)
+    def _stored(self, unit: str, grid: Grid | None) -> int:
+        """Bytes of a unit in files."""
         return sum(stored_bytes(*self.shapes[module], grid) for module in self.units[unit])
 
-    def recipe(self, bits: Mapping[str, int]) -> Recipe:
-        """The width that most weights have is the default."""
-        share: dict[int, int] = {}
-        for unit, own in bits.items():
-            if own != KEPT:
-                share[own] = share.get(own, 0) + self.stored(unit, KEPT)
-        usual = max(share, key=lambda own: (share[own], -own)) if share else self.grid.bits
-        others = {module: own for unit, own in bits.items() if own != usual for module in self.units[unit]}
-        return Recipe(replace(self.grid, bits=usual), others)
+    def _mean(self, grid: Grid | None) -> float:
+        """Bits of a weight, with scales and zero points, where all are on that grid."""
+        return 8 * sum(self._stored(unit, grid) for unit in self.units) / self.weights
 
-    def _mean(self, bits: Mapping[str, int]) -> float:
-        """Bits of a weight of the linears, with scales and zero points."""
-        return 8 * sum(self.stored(unit, own) for unit, own in bits.items()) / self.weights
+    def _uniform(self, grid: Grid | None) -> Recipe:
+        return self.recipe(dict.fromkeys(self.units, next(name for name, its in self.names.items() if its == grid)))
 
-    def told(self, bits: Mapping[str, int]) -> str:
+    def recipe(self, choice: Choice) -> Recipe:
+        """The grid that most weights are on is the default."""
+        share: dict[str, int] = {}
+        for unit, name in choice.items():
+            share[name] = share.get(name, 0) + self._stored(unit, None)
+        usual = max((name for name in share if self.names[name] is not None), key=lambda name: share[name], default=None)
+        others = {module: self.names[name] for unit, name in choice.items() if name != usual for module in self.units[unit]}
+        return Recipe((None if usual is None else self.names[usual]) or self.grid, others)
+
+    def told(self, choice: Choice) -> str:
         """What was chosen, in a line, and layer by layer."""
-        size = sum(self.stored(unit, own) for unit, own in bits.items())
-        asked = f"--target-bits {self.options.target_bits:g}"
+        size = sum(self._stored(unit, self.names[name]) for unit, name in choice.items())
+        asked = f"--target-bits {self.options.target_bits}"
         if self.place is not None:
             asked = f"--fit: {size_text(self.room)} for the linears' weights on {self.place}"
-        head = f"{asked}: {self._mean(bits):.3f} bits a weight with scales, {size_text(size)}"
+        head = f"{asked}: {8 * size / self.weights:.3f} bits a weight with scales, {size_text(size)}"
         rows = []
-        for own, layers in groupby(range(self.spec.layers), lambda n: tuple(bits[f"model.layers.{n}.{kind}"] for kind in KINDS)):
+        for own, layers in groupby(
+            range(self.spec.layers), lambda n: tuple(choice[f"model.layers.{n}.{kind}"] for kind in KINDS)
+        ):
             numbers = list(layers)
-            name = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-            rows.append((name, *map(str, own)))
+            rows.append((str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}", *own))
         return "\n".join([head, *columns(("layer", "q, k, v", "o", "gate, up", "down"), rows)])

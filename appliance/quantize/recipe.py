@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from models.plain import INPUTS
 from models.spec import ModelSpec
@@ -14,19 +14,14 @@ KEPT = 16  # bits of a module that stays as it is
 
 @dataclass(frozen=True)
 class Recipe:
-    """``bits`` by module (model.layers.0.mlp.up_proj, lm_head, ..), where they are not the default's; KEPT: left as it is."""
+    """``others``: the grids of modules (model.layers.0.mlp.up_proj, ..) that are not on the default; None: left as it is."""
 
     default: Grid
-    bits: Mapping[str, int] = field(default_factory=dict)
+    others: Mapping[str, Grid | None] = field(default_factory=dict)
 
     def grid(self, module: str) -> Grid | None:
         """None for a module that is left as it is."""
-        bits = self.bits.get(module, self.default.bits)
-        return None if bits == KEPT else replace(self.default, bits=bits)
-
-    def exceptions(self) -> dict[str, Grid | None]:
-        """The modules whose grid is not the default."""
-        return {name: self.grid(name) for name, bits in self.bits.items() if bits != self.default.bits}
+        return self.others.get(module, self.default)
 
 
 def units(spec: ModelSpec) -> dict[str, list[str]]:

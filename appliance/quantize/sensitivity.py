@@ -58,10 +58,10 @@ def measure(
     seed: int = 0,
     progress: Callable[[float], None] = lambda done: None,
 ) -> Costs:
-    """By unit (appliance.quantize.recipe.units) and bits: the mean divergence of a token's successor, about, in nats.
+    """By unit (appliance.quantize.recipe.units) and grid: the mean divergence of a token's successor, about, in nats.
 
-    ``ids`` int64 [samples, length], of which the first are looked at; ``grids`` by bits. In memory at a time: one layer in float32
-    with its gradients, and the hidden states of those samples before every layer. ``progress`` is told shares of 1. Raises
+    ``ids`` int64 [samples, length], of which the first are looked at; ``grids`` by any number. In memory at a time: one layer in
+    float32 with its gradients, and the hidden states of those samples before every layer. ``progress`` is told shares of 1. Raises
     InputError where the model's numbers are not finite.
     """
     ids = ids[: max(LEAST, TOKENS // ids.shape[1])]

@@ -19,7 +19,7 @@ from torch import Tensor
 from quant.errors import InputError
 
 JOB = "job.json"
-NOTE = "chosen.json"  # bits by unit, where they are chosen by measuring
+NOTE = "chosen.json"  # what was chosen by measuring, before all else
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")  # beside the weights: tokenizer, templates, generation defaults
 REPLACED = ("config.json", "model.safetensors.index.json", "quantize_config.json", "quant_config.json", JOB, NOTE)
 
@@ -62,16 +62,16 @@ class Shards:
         half.write_text(json.dumps(job, indent=1))
         half.rename(note)
 
-    def note(self) -> dict[str, int] | None:
+    def note(self) -> dict[str, str] | None:
         """What was kept when this job began; None: nothing yet."""
         path = self.folder / NOTE
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def keep(self, bits: Mapping[str, int]) -> None:
+    def keep(self, note: Mapping[str, str]) -> None:
         """For when the job is gone on with. Raises InputError where the disk is full."""
         half = self.folder / f"{NOTE}.tmp"
         try:
-            half.write_text(json.dumps(bits, indent=1))
+            half.write_text(json.dumps(note, indent=1))
             half.rename(self.folder / NOTE)
         except OSError as error:
             raise self._failed(error) from None
