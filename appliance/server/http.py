@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import socket
 import ssl
@@ -130,6 +131,51 @@ class Protocol(H11Protocol):
         for timer in (self._reading, self._writing, self._half_open):
             if timer is not None:
                 timer.cancel()
+
+
+class Accepted(socket.socket):
+    """A connection that is among others until it is closed."""
+
+    def __init__(self, sock: socket.socket, all_: set[Accepted]) -> None:
+        super().__init__(fileno=sock.detach())
+        self._all = all_
+        all_.add(self)
+
+    def close(self) -> None:
+        self._all.discard(self)
+        super().close()
+
+
+class TlsListener(socket.socket):
+    """Counts connections from when they are accepted: before its handshake is done nobody else knows of a client."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(fileno=os.dup(sock.fileno()))
+        self.accepted: set[Accepted] = set()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """One too many is closed unanswered: an answer would take a handshake. Raises ConnectionAbortedError then."""
+        connection, address = super().accept()
+        if len(self.accepted) >= most_connections():
+            connection.close()
+            raise ConnectionAbortedError
+        return Accepted(connection, self.accepted), address
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, with an end to handshakes: a minute by asyncio, and by uvicorn nothing else."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on sockets that are bound."""
+        await self.lifespan.startup()  # which is off
+        config, self.servers = self.config, []
+        make = partial(Protocol, config=config, server_state=self.server_state, app_state={})
+        tls: dict[str, Any] = {"ssl": config.ssl, "ssl_handshake_timeout": READ_S, "ssl_shutdown_timeout": READ_S}
+        for sock in sockets or ():
+            listener, more = (TlsListener(sock), tls) if config.ssl else (sock, {})
+            server = await asyncio.get_running_loop().create_server(make, sock=listener, backlog=config.backlog, **more)
+            self.servers.append(server)
+        self.started = True
 
 
 def _write(cycle: RequestResponseCycle, data: bytes) -> bool:

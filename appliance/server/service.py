@@ -22,7 +22,7 @@ from appliance.server.app import app_of
 from appliance.server.beside import keep_what_is_there
 from appliance.server.errors import unavailable
 from appliance.server.host import DEATHS, EngineHost
-from appliance.server.http import BACKLOG, http_config
+from appliance.server.http import BACKLOG, HttpServer, http_config
 from appliance.server.notify import beat, notify
 from appliance.server.site import Site
 from appliance.server.state import Shared
@@ -40,7 +40,7 @@ async def show_loading(host: EngineHost) -> None:
             await asyncio.sleep(0.1)
 
 
-class _Http(uvicorn.Server):
+class _Http(HttpServer):
     """uvicorn without its ten wake-ups a second and without its signal handling: idle is idle."""
 
     def __init__(self, config: uvicorn.Config, sock: socket.socket) -> None:

@@ -15,12 +15,11 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from openai import OpenAI
 
 from appliance.config import EngineConfig, ServerConfig
 from appliance.server.app import create_app
-from appliance.server.http import BACKLOG, http_config
+from appliance.server.http import BACKLOG, HttpServer, http_config
 from appliance.server.state import ServerState
 from appliance.text.tokenizer import Tokenizer
 from tests.server.fake import FakeClient
@@ -86,7 +85,7 @@ def serve_in_thread(make: Any, tokenizer: Tokenizer | None, engine: EngineConfig
     async def main() -> None:
         client = make()
         app = create_app(client, tokenizer, engine, server)
-        http = uvicorn.Server(http_config(app, replace(server, shutdown_timeout=1)))
+        http = HttpServer(http_config(app, replace(server, shutdown_timeout=1)))
         url = f"{'https' if server.ssl_certfile else 'http'}://127.0.0.1:{sock.getsockname()[1]}"
         box.update(http=http, served=Served(url, client, app.state.server, asyncio.get_running_loop()))
         task = asyncio.create_task(http.serve(sockets=[sock]))

@@ -268,6 +268,62 @@ def test_clients_that_must_show_a_certificate(start: Start, papers: Path) -> Non
         assert httpx.get(f"{served.url}/health", verify=trust, trust_env=False).status_code == 200
 
 
+@pytest.fixture
+def tls(start: Start, papers: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """Over TLS, with little patience and few connections."""
+    monkeypatch.setattr(server_http, "READ_S", 1.0)
+    monkeypatch.setattr(server_http, "most_connections", lambda: 4)
+    with start(ssl_certfile=str(papers / "server.pem"), ssl_keyfile=str(papers / "server.key")) as served:
+        yield served
+
+
+@pytest.mark.parametrize("hello", [b"", b"\x16\x03\x01\x02\x00\x01", b"\x16\x03"])
+def test_handshakes_have_an_end(tls: Served, hello: bytes) -> None:
+    with connect(tls) as sock:
+        begun = time.monotonic()
+        sock.sendall(hello)
+        closed_after(sock)
+        assert 0.9 < time.monotonic() - begun < 6
+
+
+def test_a_client_that_says_nothing_after_its_handshake(tls: Served, papers: Path) -> None:
+    trust = ssl.create_default_context(cafile=str(papers / "ca.pem"))
+    with connect(tls) as sock, trust.wrap_socket(sock, server_hostname="127.0.0.1") as secure:
+        begun = time.monotonic()
+        with pytest.raises(OSError):  # without the words of TLS for the end
+            secure.sendall(b"GET /ping HTTP/1.1\r\n")
+            assert not secure.recv(9)
+            raise ConnectionResetError
+        assert 0.9 < time.monotonic() - begun < 6
+
+
+def test_handshakes_count_as_connections(tls: Served, papers: Path) -> None:
+    silent = [connect(tls) for _ in range(4)]
+    time.sleep(0.2)
+    begun = time.monotonic()
+    with connect(tls) as one_more:
+        assert closed_after(one_more)[0] == b"" and time.monotonic() - begun < 0.6, "at once, and without an answer"
+    trust = ssl.create_default_context(cafile=str(papers / "ca.pem"))
+    with httpx.Client(base_url=tls.url, verify=trust, trust_env=False, timeout=10) as http:
+        with pytest.raises(httpx.TransportError):
+            http.get("/ping")
+        for sock in silent[:2]:
+            sock.close()
+        eventually(lambda: _answers(http))
+        for sock in silent[2:]:
+            closed_after(sock)
+    for _ in range(12):  # three times as many as there may be at once: those that ended are not counted any more
+        assert httpx.get(f"{tls.url}/ping", verify=trust, trust_env=False).status_code == 200
+        connect(tls).close()
+
+
+def _answers(http: httpx.Client) -> bool:
+    try:
+        return http.get("/ping").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
