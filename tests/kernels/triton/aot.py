@@ -3,7 +3,8 @@
     reports = compile_all([Compilation("kernels.triton.norm:_rms_norm", {"x": "*fp16", "n": "i32"}, {"BLOCK": 1024})])
 
 compiles for every architecture of TARGETS and gives a Report for each pair: for each compilation, each target. It runs in a
-process of its own (this module as a program, JSON in and out), because kernels imported for the interpreter cannot be compiled.
+process of its own (this module as a program, a line of JSON in and out), because kernels imported for the interpreter cannot be
+compiled. To start it takes longer than most compilations, so it stays as long as this one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,7 @@ class Report:
     registers: int
     stack: int  # bytes of local memory: more than 0 are spills, or arrays that did not fit registers
     shared: int  # bytes
-    loop: dict[str, int]
+    loop: dict[str, int] | None  # None: not asked for
     turns: bool  # whether there is a loop
 
     @property
@@ -77,28 +79,40 @@ class Report:
 
     def count(self, *prefixes: str) -> int:
         """Operations of the loop whose name starts with one of these."""
+        assert self.loop is not None
         return sum(n for name, n in self.loop.items() if name.startswith(prefixes))
 
     def per_weight(self, weights: int) -> float:
         """Instructions of the loop for each of the ``weights`` that one thread handles in a turn."""
+        assert self.loop is not None
         return sum(self.loop.values()) / weights
 
 
-def compile_all(compilations: Sequence[Compilation]) -> list[Report]:
-    """Raises RuntimeError with the compiler's words for what does not compile."""
-    root = Path(__file__).parents[3]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.triton.aot"],
-        input=json.dumps([asdict(one) for one in compilations]),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        cwd=root,
-        check=False,
+def compile_all(compilations: Sequence[Compilation], *, loops: bool = True) -> list[Report]:
+    """Raises RuntimeError with the compiler's words for what does not compile.
+
+    ``loops``: read the machine code too. That takes most of the time where the compiler's cache has the rest.
+    """
+    process = compiler()
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps([[asdict(one) for one in compilations], loops]) + "\n")
+    process.stdin.flush()
+    if not (answer := process.stdout.readline()):
+        compiler.cache_clear()
+        raise RuntimeError(f"the compiler ended with exit code {process.wait()}")
+    found = json.loads(answer)
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return [Report(**one) for one in found]
+
+
+@cache
+def compiler() -> subprocess.Popen[str]:
+    """Ends when this process does, for then nobody writes to it."""
+    command, root = [sys.executable, "-m", "tests.kernels.triton.aot"], Path(__file__).parents[3]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(), cwd=root
     )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-4000:])
-    return [Report(**one) for one in json.loads(done.stdout.splitlines()[-1])]
 
 
 def environment() -> dict[str, str]:
@@ -118,7 +132,7 @@ def hot_loop(sass: str) -> tuple[Counter[str], bool]:
     return Counter(name for name in names if name != "NOP"), best[1] > 0
 
 
-def compile_one(one: Compilation, target: int) -> Report:
+def compile_one(one: Compilation, target: int, loops: bool) -> Report:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -144,16 +158,26 @@ def compile_one(one: Compilation, target: int) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([tools / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    loop, turns = hot_loop(sass)
-    return Report(one.label, target, one.num_warps, int(found[1]), int(found[2]), made.metadata.shared, dict(loop), turns)
+        options = ["-res-usage", *["-sass"] * loops]
+        told = subprocess.run([tools / "cuobjdump", *options, file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert found is not None, told
+    loop, turns = hot_loop(told) if loops else ({}, False)
+    seen = dict(loop) if loops else None
+    return Report(one.label, target, one.num_warps, int(found[1]), int(found[2]), made.metadata.shared, seen, turns)
+
+
+def answer(line: str) -> str:
+    """Reports, or the words of what went wrong, in JSON."""
+    given, loops = json.loads(line)
+    try:
+        wanted = [Compilation.of(one) for one in given]
+        return json.dumps([asdict(compile_one(one, target, loops)) for one in wanted for target in one.targets])
+    except Exception as error:
+        return json.dumps(f"{type(error).__name__}: {error}"[-4000:])
 
 
 if __name__ == "__main__":
-    wanted = [Compilation.of(one) for one in json.load(sys.stdin)]
-    print(json.dumps([asdict(compile_one(one, target)) for one in wanted for target in one.targets]))
+    out, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed is no answer
+    for line in sys.stdin:
+        print(answer(line), file=out, flush=True)

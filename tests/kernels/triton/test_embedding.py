@@ -134,5 +134,5 @@ def test_compilations() -> None:
     wanted = [compilation("fp16", bits, TARGETS) for bits in (4, 8, 16)]
     wanted += [compilation("fp16", bits, (75, 90), signed=True) for bits in (4, 8)]
     wanted += [compilation("bf16", bits, (80, 90)) for bits in (4, 8, 16)]
-    for report in compile_all(wanted):
+    for report in compile_all(wanted, loops=False):
         assert report.fits and report.stack == 0, report

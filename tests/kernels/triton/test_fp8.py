@@ -108,7 +108,7 @@ def test_every_launch_fits_every_card() -> None:
     wanted = [
         fp8("fp16" if target == 75 else "bf16", launch, targets=(target,)) for target, some in launches.items() for launch in some
     ]
-    for report in compile_all(wanted):
+    for report in compile_all(wanted, loops=False):
         assert report.fits and report.stack <= STACK, report
 
 

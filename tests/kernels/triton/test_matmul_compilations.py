@@ -77,7 +77,7 @@ def test_every_launch_fits_every_card(bits: int) -> None:
         for launch in some
         if target == 75 or launch.block_m > 16
     ]
-    for report in compile_all(wanted):
+    for report in compile_all(wanted, loops=False):
         assert report.fits and report.stack <= STACK, report
 
 

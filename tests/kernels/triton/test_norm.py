@@ -158,5 +158,5 @@ def test_compilations() -> None:
     few += [compilation(4096, "fp16", add=add, splits=8 if add else 1, perm=True) for add in (False, True)]
     few += [compilation(8192, "fp16", add=True, quantize=True)]
     wanted += [replace(one, targets=(75, 89, 90)) for one in few]
-    for report in compile_all(wanted):
+    for report in compile_all(wanted, loops=False):
         assert report.fits and report.stack == 0, report

@@ -212,5 +212,5 @@ def test_compilations() -> None:
     wanted.append(compilation("bf16", "e5m2", size=80, rotary=80, normed=False))
     wanted.append(compilation("bf16", "e4m3", size=96, rotary=32, normed=True, splits=4))
     wanted.append(compilation("bf16", "int4", size=96, rotary=32, normed=True, splits=4))
-    for report in compile_all(wanted):
+    for report in compile_all(wanted, loops=False):
         assert report.fits and report.stack == 0, report
