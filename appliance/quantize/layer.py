@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -12,8 +13,10 @@ from appliance.quantize.options import Options
 from appliance.quantize.recipe import Recipe
 from models.plain import INPUTS, PlainLayer
 from quant.algorithms.awq import Tie, search_cuts, search_scales
-from quant.algorithms.gptq import Hessian, gptq
+from quant.algorithms.gptq import Factor, Hessian, factored, sweep
 from quant.algorithms.grid import Quantized, round_to_nearest
+
+log = logging.getLogger("appliance.quantize")
 
 LOOKED_AT = 1024  # inputs of each linear that AWQ's searches compare outputs for
 UNCUT = ("q_proj", "k_proj", "qkv_proj")  # AutoAWQ leaves their extremes: queries and keys meet in a product
@@ -25,7 +28,7 @@ class Seen:
 
     size: Tensor  # float64 [K]: sum of magnitudes
     rows: int = 0
-    some: list[Tensor] = field(default_factory=list)  # float32 [.., K]
+    some: list[Tensor] = field(default_factory=list)  # [.., K]
     hessian: Hessian | None = None
 
     def mean(self) -> Tensor:
@@ -53,10 +56,10 @@ class Watcher:
             seen.hessian = seen.hessian or Hessian(flat.shape[1], flat.device)
             seen.hessian.add(flat)
             return
-        seen.size += flat.abs().sum(0, dtype=torch.float64)
+        seen.size += flat.abs().sum(0, dtype=torch.float32)
         seen.rows += flat.shape[0]
         stride = max(1, flat.shape[0] // self.each)
-        seen.some.append(flat[stride // 2 :: stride][: self.each].float().clone())
+        seen.some.append(flat[stride // 2 :: stride][: self.each].clone())
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def quantize_layer(
     scaled = dict(_scale(layer, watcher, recipe, published)) if options.method == "awq" else {}
     made = Made({}, {})
     modules = list(layer.spec.layer_modules())
+    factors = _Factors(layer, watcher, options)
     for k, module in enumerate(modules):
         progress(k / len(modules))
         name = module.name
@@ -93,20 +97,40 @@ def quantize_layer(
             continue
         weight, seen = layer.weights[name].float(), watcher.seen.get(INPUTS[name])
         if options.method == "gptq":
-            assert seen is not None and seen.hessian is not None
-            hessian, order, static = seen.hessian.mean(), options.act_order, options.static
-            full = layer.full(name)
-            found = gptq(weight, hessian, grid, act_order=order, static_groups=static, damping=options.damping, name=full)
+            found = sweep(weight, factors.of(name), grid, static_groups=options.static)
             quantized, made.losses[name] = found.weight, found.loss
         else:
             shrink: Tensor | float = 1.0
             if options.method == "awq" and options.clip and name.rpartition(".")[2] not in UNCUT:
                 assert seen is not None
-                shrink = search_cuts(weight, _some(seen) / scaled.get(INPUTS[name], 1.0), grid)
+                shrink = search_cuts(weight, _some(seen).float() / scaled.get(INPUTS[name], 1.0), grid)
             quantized = round_to_nearest(weight, grid, shrink)
         made.modules[name] = quantized
         layer.weights[name] = quantized.dequantize().to(layer.weights[name].dtype)
     return made
+
+
+class _Factors:
+    """GPTQ's factors, one at a time: modules that read the same share it, and it takes the memory of the Hessian."""
+
+    def __init__(self, layer: PlainLayer, watcher: Watcher, options: Options) -> None:
+        self.layer, self.watcher, self.options = layer, watcher, options
+        self.inputs = ""
+        self.factor: Factor | None = None
+
+    def of(self, module: str) -> Factor:
+        """Raises InputError naming the module."""
+        before, self.inputs = self.inputs, INPUTS[module]
+        if self.factor is None or before != self.inputs:
+            self.factor, name = None, self.layer.full(module)
+            hessian = self.watcher.seen.pop(self.inputs).hessian
+            assert hessian is not None
+            rows, K = hessian.rows, hessian.sum.shape[0]
+            if rows < K and self.layer.number == 0:
+                log.warning("%s: only %d tokens of calibration for its %d inputs: give more --calibration-samples", name, rows, K)
+            order, damping = self.options.act_order, self.options.damping
+            self.factor = factored(hessian.taken(), act_order=order, damping=damping, name=name)
+        return self.factor
 
 
 def _some(seen: Seen) -> Tensor:
