@@ -76,6 +76,7 @@ class Setup:
     length: int  # tokens of a window, with the start token
     requests: tuple[int, int]  # how many at once, of how many tokens; (0, 0): speed is not asked for
     output_len: int
+    tokenizers_differ: bool
 
 
 def run(models: Sequence[str], config: EngineConfig, asked: Asked) -> int:
@@ -113,11 +114,12 @@ def _setup(variants: Sequence[Variant], base: Variant | None, asked: Asked) -> S
     every = [*variants, *([] if base is None else [base])]
     specs = [ModelSpec.from_config(read_json(Path(str(one.config.model)) / "config.json")) for one in every]
     limit = min(spec.max_len for spec in specs)
-    pieces, length = [], 0
+    pieces, length, differ = [], 0, False
     if asked.text is not None:
         texts = [_text(one, spec, asked.text) for one, spec in zip(every, specs, strict=True)]
         if base is not None:
             _check_same(variants, specs, texts, base)
+        differ = any(text != texts[0] for text in texts)
         room = limit - any(start is not None for _, start in texts)
         length = min(LENGTH, room) if asked.length is None else asked.length
         if length > room:
@@ -129,7 +131,7 @@ def _setup(variants: Sequence[Variant], base: Variant | None, asked: Asked) -> S
     requests, output_len = _requests(asked, limit)
     for one in every:
         make_plan(Path(str(one.config.model)), with_room(one.config, length or sum(requests), *requests))
-    return Setup(tuple(pieces), length, requests, output_len)
+    return Setup(tuple(pieces), length, requests, output_len, differ)
 
 
 def _text(variant: Variant, spec: ModelSpec, file: str) -> tuple[list[int], int | None]:
@@ -191,6 +193,7 @@ def _caption(setup: Setup, asked: Asked) -> str:
         step = "" if asked.stride is None else f", {asked.stride} apart"
         parts.append(f"{count} window{'s' * (count > 1)} of {setup.length} tokens of {Path(str(asked.text)).name}{step}")
         parts += [] if asked.base is None else [f"base: {Path(asked.base).name}"]
+        parts += ["tokenizers differ: perplexities cannot be compared"] * setup.tokenizers_differ
     if asked.questions is not None:
         parts.append(f"questions: {Path(asked.questions).name}")
     return "; ".join(parts)
