@@ -112,9 +112,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-speed", action="store_true", help="leave out tokens a second")
     parser.add_argument("--windows", type=int, default=64, help="of WikiText-2; all of the held-out stories are read")
     parser.add_argument("--leave-out", nargs="*", default=[], metavar="NAME", help="checkpoints or options to do without")
-    parser.add_argument(
-        "--write-again", action="store_true", help="measure nothing: tables and picture of the last run's figures"
-    )
+    parser.add_argument("--write-again", action="store_true", help="only tables and picture, of the last run's figures")
     args = parser.parse_args()
     if not args.write_again and not (args.data / BASE).is_dir():
         parser.error(f"{args.data / BASE} is not there: name the test data with --data")
