@@ -19,7 +19,7 @@ from appliance.quantize.options import Options
 from appliance.quantize.recipe import Recipe, stored_bytes
 from appliance.quantize.sensitivity import measure
 from appliance.quantize.shards import Shards
-from models.plain import FLOATS, PlainLayer
+from models.plain import FLOATS, PlainLayer, compute_dtype
 from models.rope import cos_sin_table
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
@@ -124,7 +124,7 @@ class Job:
                 if hidden is not None and not last:
                     self._go_through(number, hidden)
                 continue
-            layer = PlainLayer.read(self.checkpoint, self.spec, number, self.cos_sin, torch.float32).to(self.device)
+            layer = self._read(number)
             made, extra = self._layer(layer, hidden, last, progress)
             report.losses |= {f"model.layers.{number}.{name}": loss for name, loss in made.losses.items()}
             self.shards.write(number, {**self._tensors(layer, made), **extra})
@@ -161,11 +161,14 @@ class Job:
         watcher, after = Watcher(self.options.method, len(batches), False), []
         for k, batch in enumerate(batches):
             progress(layer.number + FIRST * k / len(batches))
+            if gptq or last:  # what the layer makes of it is not needed, or not yet
+                layer.look(batch.to(self.device).float(), watcher)
+                continue
             there = layer.forward(batch.to(self.device).float(), watcher)
-            if not again and not last:
-                batch.copy_(there)
-            elif not gptq and not last:
+            if again:
                 after.append(there.to(batch.device, batch.dtype))
+            else:
+                batch.copy_(there)
 
         def tell(done: float) -> None:
             progress(layer.number + FIRST + SEARCH * done)
@@ -180,6 +183,11 @@ class Job:
                 batch.copy_(there if gptq else after[k])
         return made, self._kv_scales(layer.number, largest.largest) if kv_scales else {}
 
+    def _read(self, number: int) -> PlainLayer:
+        """One layer of the model, its weights as published: they are made wider where they are worked on."""
+        compute = compute_dtype(self.spec.dtype, self.device)
+        return PlainLayer.read(self.checkpoint, self.spec, number, self.cos_sin, None, compute).to(self.device)
+
     def _kv_scales(self, number: int, largest: Mapping[str, float]) -> dict[str, Tensor]:
         """What keys and values are divided by in a cache of FP8."""
         found = {}
@@ -190,11 +198,9 @@ class Job:
 
     def _go_through(self, number: int, hidden: Tensor) -> None:
         """Take hidden states behind a layer that is done: as it is now (GPTQ), or as it was."""
-        with Checkpoint.open(self.source) as original:
-            layer = PlainLayer.read(original, self.spec, number, self.cos_sin, torch.float32)
+        layer = self._read(number)
         if self.options.method == "gptq":
-            layer.weights = dict(self._written(number))
-        layer = layer.to(self.device)
+            layer.weights = {name: weight.to(self.device, layer.compute) for name, weight in self._written(number)}
         for batch in self._batches(hidden):
             batch.copy_(layer.forward(batch.to(self.device).float()))
 

@@ -93,7 +93,7 @@ def quantize_layer(
         name = module.name
         grid = recipe.grid(layer.full(name))
         if grid is None:
-            made.modules[name] = layer.weights[name]
+            made.modules[name] = layer.weights[name] = layer.weights[name].to(published)  # as it will be read again
             continue
         weight, seen = layer.weights[name].float(), watcher.seen.get(INPUTS[name])
         if options.method == "gptq":
@@ -106,7 +106,7 @@ def quantize_layer(
                 shrink = search_cuts(weight, _some(seen).float() / scaled.get(INPUTS[name], 1.0), grid)
             quantized = round_to_nearest(weight, grid, shrink)
         made.modules[name] = quantized
-        layer.weights[name] = quantized.dequantize().to(layer.weights[name].dtype)
+        layer.weights[name] = quantized.dequantize().to(layer.compute)
     return made
 
 
@@ -150,7 +150,7 @@ def _scale(layer: PlainLayer, watcher: Watcher, recipe: Recipe, published: torch
             continue
         scales = _fold(layer, inputs, found.scales, published)
         for name, weight in zip(names, weights, strict=True):
-            layer.weights[name] = (weight * scales).to(layer.weights[name].dtype)
+            layer.weights[name] = weight.mul_(scales)
         yield inputs, scales
 
 
@@ -159,10 +159,10 @@ def _fold(layer: PlainLayer, inputs: str, scales: Tensor, published: torch.dtype
     spec = layer.spec
     if inputs in ("attention", "mlp"):
         name = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}[inputs]
-        before = layer.norms[name].float()
+        before = layer.norms[name]
         largest = torch.finfo(published).max
         after = (before / scales).clamp(-largest, largest).to(published).float()
-        layer.norms[name] = after.to(layer.norms[name].dtype)
+        layer.norms[name] = after
         return torch.where(after != 0, before / torch.where(after != 0, after, 1.0), scales)
     fused, one, rows = {
         "heads": ("self_attn.qkv_proj", "self_attn.v_proj", spec.kv_size),
@@ -170,9 +170,10 @@ def _fold(layer: PlainLayer, inputs: str, scales: Tensor, published: torch.dtype
     }[inputs]
     name = fused if spec.fused_qkv else one
     own = scales if inputs == "inner" else _untied(layer, scales)
-    layer.weights[name][-rows:] = (layer.weights[name][-rows:].float() / own.unsqueeze(1)).to(layer.weights[name].dtype)
+    layer.weights[name] = layer.weights[name].float()
+    layer.weights[name][-rows:] /= own.unsqueeze(1)
     if name in layer.biases:
-        layer.biases[name][-rows:] = (layer.biases[name][-rows:].float() / own).to(layer.biases[name].dtype)
+        layer.biases[name][-rows:] /= own
     return scales
 
 
