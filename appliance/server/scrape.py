@@ -192,11 +192,18 @@ def engine(models: Sequence[Model], *, theirs: bool) -> Iterator[Metric]:
         yield ended
 
 
+FOUND = {"KV cache": "kv_cache", "CUDA graphs": "graphs", "swap space": "swap", "rotary table": "rotary_table"}
+"""Categories of MemoryPlan.found as they are called among the planned ones."""
+
+
 def by_kind(models: Sequence[Model]) -> Iterator[Metric]:
     """Ours alone, with labels of their own."""
     copied = CounterMetricFamily("appliance:kv_blocks_copied", "KV blocks copied, by way.", labels=(*LABELS, "way"))
     planned = GaugeMetricFamily(
         "appliance:memory_plan_bytes", "What the plan gives to each category.", labels=(*LABELS, "category")
+    )
+    found = GaugeMetricFamily(
+        "appliance:memory_found_bytes", "What each category took when the engine was ready.", labels=(*LABELS, "category")
     )
     states = GaugeMetricFamily("appliance:engine_state", "1 for the state that it is in.", labels=(*LABELS, "state"))
     restarts = CounterMetricFamily("appliance:engine_restarts", "Times that a dead engine was started again.", labels=LABELS)
@@ -207,12 +214,14 @@ def by_kind(models: Sequence[Model]) -> Iterator[Metric]:
             copied.add_metric((*model.labels, way), model.stats.copied_blocks.get(way, 0))
         for category, size in plan_bytes(model.info.plan if model.info else {}).items():
             planned.add_metric((*model.labels, category), size)
+        for category, size in ((model.info.plan if model.info else {}).get("found_bytes") or {}).items():  # type: ignore[attr-defined]
+            found.add_metric((*model.labels, FOUND.get(category, category)), size)
         for state in STATES:
             states.add_metric((*model.labels, state), model.status == state)
         restarts.add_metric(model.labels, model.metrics.restarts)
         known = [str(getattr(model.info, name, "")) for name in about[1:]]
         build.add_metric((*model.labels, __version__, *known), 1)
-    yield from (copied, planned, states, restarts, build)
+    yield from (copied, planned, found, states, restarts, build)
 
 
 def vllm_only(models: Sequence[Model]) -> Iterator[Metric]:

@@ -27,7 +27,12 @@ def info(max_model_len: int = 512) -> EngineInfo:
         vocab_size=VOCAB,
         eos_token_ids=(END,),
         ready_s=0.1,
-        plan={"num_blocks": 64, "weights_bytes": {"mlp": 5, "total": 7}, "runtime_bytes": 3},
+        plan={
+            "num_blocks": 64,
+            "weights_bytes": {"mlp": 5, "total": 7},
+            "runtime_bytes": 3,
+            "found_bytes": {"weights": 7, "KV cache": 9},
+        },
     )
 
 

@@ -16,7 +16,8 @@ from quant.errors import InputError
 from tests.server.conftest import Served, serve_in_thread
 from tests.server.fake import FakeClient
 
-KINDS = {"appliance:kv_blocks_copied_total": "way", "appliance:memory_plan_bytes": "category"}
+KINDS = {f"appliance:memory_{which}_bytes": "category" for which in ("plan", "found")}
+KINDS |= {"appliance:kv_blocks_copied_total": "way"}
 
 
 def test_models(served: Served) -> None:
@@ -109,6 +110,7 @@ def test_metrics(tokenizer: Tokenizer, model_dir: Path) -> None:
         kinds[sample.name][sample.labels[KINDS[sample.name]]] = sample.value
     assert kinds["appliance:kv_blocks_copied_total"] == {"out": 9, "in": 0, "copy": 2}
     assert kinds["appliance:memory_plan_bytes"] == {"weights": 7, "runtime": 3}
+    assert kinds["appliance:memory_found_bytes"] == {"weights": 7, "kv_cache": 9}
     assert samples["appliance:kv_blocks_total", None] == samples["appliance:kv_blocks_free", None] == 64
     assert "process_resident_memory_bytes" in text
 
