@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("APPLIANCE_AUTO_DEVICE", "cpu")  # what --device auto is: a card is asked for by those that test one
 os.environ["APPLIANCE_CACHE_DIR"] = ""  # what one test's engine measures is not for the next one's plan, nor for the user's
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,8 +33,30 @@ def shared_data() -> Path:
     return SHARED
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever uses the real data is marked so, whether or not the test said it."""
+SECONDS = {
+    "kernels/triton/test_emulated.py": 190,
+    "kernels/triton/test_attention.py": 110,
+    "core/test_scheduler_histories.py": 70,
+    "kernels/triton/test_attention_compilations.py": 30,
+    "kernels/triton/test_many.py": 25,
+    "kernels/triton/test_gate_compilations.py": 20,
+    "kernels/triton/test_eight_compilations.py": 15,
+    "kernels/triton/test_matmul_compilations.py": 15,
+    "kernels/triton/test_fp8.py": 15,
+}
+"""Of processor time that files of tests take, where that says more than how many tests they have."""
+OF_A_TEST = 0.15  # seconds, in the mean
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Whatever uses the real data is marked so, whether or not the test said it.
+
+    Where several processes share the files (scripts/test), those that take longest come first, so that all end together.
+    """
+    if hasattr(config, "workerinput"):
+        counts, here = Counter(item.path for item in items), Path(__file__).parent
+        long = {path: SECONDS.get(path.relative_to(here).as_posix(), OF_A_TEST * count) for path, count in counts.items()}
+        items.sort(key=lambda item: (-long[item.path], item.path))
     for item in items:
         if "shared_data" in getattr(item, "fixturenames", ()):
             item.add_marker("realdata")
