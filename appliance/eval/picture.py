@@ -73,7 +73,8 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str = "") -> str:
     unit, unit_name = next(one for one in UNITS if max(point.size for point in points) >= one[0] or one[0] == 1)
     left = (LEFT, TOP, LEFT + PANEL, bottom)
     x = _padded([point.size / unit for point in points], left)
-    out = _frame(left, x, y, f"weights in memory, {unit_name}") + [text(LEFT, TOP - 14, words, "small")]
+    words += "; on the lower rim: none to speak of" if log and any(point.quality < y.low for point in points) else ""
+    out = [*_frame(left, x, y, f"weights in memory, {unit_name}"), text(LEFT, TOP - 14, words, "small")]
     out += [text(LEFT - 6, y(value) + 4, label(round(value, 9)), "small", "end") for value in y.ticks()]
     out += _best(points, lambda point: x(point.size / unit), y)
     heights = spread([y(point.quality) for point in points], GAP, TOP, bottom)

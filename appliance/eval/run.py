@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -182,7 +183,8 @@ def _measure(rows: Sequence[Row], base: Variant | None, setup: Setup, asked: Ask
         if setup.requests[0]:
             input_len = setup.requests[1] - setup.output_len
             row.speed = measure(model.engine, asked.batch_size, input_len=input_len, output_len=setup.output_len)
-        del model  # before the next one is loaded
+        del model  # before the next one is loaded; its parts know each other
+        gc.collect()
 
 
 def _caption(setup: Setup, asked: Asked) -> str:
