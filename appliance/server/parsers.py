@@ -66,17 +66,20 @@ class Parsers:
         return body.model_copy(update={"messages": [_fitted(message) for message in body.messages]})
 
     async def held(self, params: SamplingParams, choice: ToolChoice, body: ChatRequest, prompt: Prompt) -> SamplingParams:
-        """The parameters with a grammar of the whole answer, where calls are a must or the answer has a form.
+        """The parameters with a grammar of the whole answer, where calls are a must, a tool is strict, or the answer has a form.
 
         The form begins behind reasoning, and the model may call tools instead. Raises RequestError where that cannot be.
         """
         must, form = choice.mode in ("required", "named"), params.structured_outputs
+        free = choice.strict and form is None and not params.use_beam_search
         tags = None if self.tags is None or self.tags.closed(*self._before(body, prompt)) else self.tags
-        if not must and (form is None or not (tags or choice.parses)):
+        if not must and not free and (form is None or not (tags or choice.parses)):
             return params
         opened = tags is not None and tags.opened(*self._before(body, prompt))
-        calls = await asyncio.to_thread(self._forced, choice, body) if choice.parses else None  # a hundred tools: 0.1 s
-        around = await asyncio.to_thread(lark, calls, tags, opened=opened, formed=not must, specials=self._specials(choice))
+        calls = await asyncio.to_thread(self._forced, choice, body, free) if choice.parses else None  # a hundred tools: 0.1 s
+        marker = self.tools.openers[0] if self.tools is not None and free else ""
+        kind: dict[str, Any] = {"formed": not must and not free, "marker": marker, "specials": self._specials(choice)}
+        around = await asyncio.to_thread(lark, calls, tags, opened=opened, **kind)
         try:
             if form is None or must:
                 form = StructuredOutputsParams(grammar=around)
@@ -88,11 +91,11 @@ class Parsers:
             message = f"tools: no grammar of calls can be made of these: {error}"
             raise RequestError(message, param="tools", code=error.code) from None
 
-    def _forced(self, choice: ToolChoice, body: ChatRequest) -> Forced:
+    def _forced(self, choice: ToolChoice, body: ChatRequest, strict: bool) -> Forced:
         assert self.tools is not None and self.tokenizer is not None  # choice() and the prompt have seen to that
         forms = FORMS[self.tools]
         form = forms[0] if len(forms) == 1 or self.tokenizer.special_among((Mistral.ARGS,)) else forms[1]
-        return forced(choice, form, parallel=body.parallel_tool_calls)
+        return forced(choice, form, parallel=body.parallel_tool_calls, strict=strict)
 
     def shown(self, choice: ToolChoice) -> frozenset[int]:
         """The special tokens that mark calls and reasoning: they must be in the text."""

@@ -297,6 +297,8 @@ def test_tools_that_are_not_to_be_called(hermes: Served) -> None:
         ({"tools": [IMPOSSIBLE], "response_format": {"type": "json_object"}}, "tools"),
         ({"tools": [IMPOSSIBLE], "tool_choice": "required"}, "tools"),
         ({"parallel_tool_calls": 3}, "parallel_tool_calls"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": "yes"}}]}, "tools[0].function.strict"),
+        ({"tools": [{**IMPOSSIBLE, "function": {**IMPOSSIBLE["function"], "strict": True}}]}, "tools"),
         ({"tools": [TOOL], "functions": [TOOL["function"]]}, "functions"),
     ],
 )
@@ -323,6 +325,36 @@ def test_calls_that_are_a_must(any_kind: tuple[Served, Any]) -> None:
     message = ask(served, tool_choice="required", chat_template_kwargs={"think": True}, parallel_tool_calls=False)
     assert message["reasoning"] == "Hm." and "start: thoughts" in served.client.submitted[-1].params.grammar
     assert "call)*" not in served.client.submitted[-1].params.grammar
+
+
+def test_strict_tools(any_kind: tuple[Served, Any]) -> None:
+    """Their arguments are held to their schema where the model may call them, in all APIs (tests/text/test_strict_tools.py)."""
+    served, kind = any_kind
+    function = TOOL["function"]
+    flat = {"name": function["name"], "input_schema": function["parameters"]}
+    messages = {"messages": HELLO, "model": "tiny", "max_tokens": 200}
+    ways: list[tuple[str, dict[str, Any], Any]] = [
+        ("/v1/chat/completions", {"messages": HELLO}, lambda strict: {"type": "function", "function": {**function, **strict}}),
+        ("/v1/responses", {"input": "hello"}, lambda strict: {"type": "function", **function, **strict}),
+        ("/v1/messages", messages, lambda strict: {**flat, **strict}),
+    ]
+    other = {"type": "function", "function": {"name": "other", "parameters": IMPOSSIBLE["function"]["parameters"]}}
+    for path, body, tool in ways:
+        served.client.say(CALL[kind.__name__].replace("NAME", "weather").replace("ARGUMENTS", '{"city": "Rome"}'))  # type: ignore[attr-defined]
+        for strict in ({}, {"strict": False}, {"strict": None}):
+            assert served.post(path, **body, tools=[tool(strict)]).status_code == 200
+            assert not served.client.submitted[-1].params.grammar, "free"
+        answer = served.post(path, **body, tools=[tool({"strict": True})])
+        assert answer.status_code == 200 and "Rome" in answer.text
+        grammar = served.client.submitted[-1].params.grammar
+        assert '"city"' in grammar and "TEXT: " in grammar
+    strict = {**TOOL, "function": {**function, "strict": True}}
+    assert ask(served, tools=[strict, other])["tool_calls"][0]["function"]["arguments"] == '{"city": "Rome"}'
+    grammar = served.client.submitted[-1].params.grammar
+    assert "colour" not in grammar and grammar.count('"city"') == 1, "what is not strict fits any object"
+    assert ask(served, tools=[strict], tool_choice="none")["content"] and not served.client.submitted[-1].params.grammar
+    assert ask(served, tools=[strict, other], chat_template_kwargs={"think": True})["reasoning"]
+    assert "start: thoughts" in served.client.submitted[-1].params.grammar
 
 
 def test_options(tmp_path: Path) -> None:

@@ -50,4 +50,4 @@ def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(tool.get("description") or "", str):
         wrong(f"{where}.description", f"must be text, got {tool['description']!r:.80}")
     function = {"name": name, "description": tool.get("description") or "", "parameters": {"type": "object", **schema}}
-    return {"type": "function", "function": function}
+    return {"type": "function", "function": {**function, "strict": True} if tool.get("strict") else function}

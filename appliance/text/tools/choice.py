@@ -34,6 +34,11 @@ class ToolChoice:
         all_ = [tool["function"] for tool in self.tools]
         return [one for one in all_ if one["name"] == self.name] if self.mode == "named" else all_
 
+    @property
+    def strict(self) -> bool:
+        """Whether the model decides, and a function's arguments have to fit its parameters if it calls that one."""
+        return self.mode == "auto" and any(one.get("strict") for one in self.functions)
+
 
 def tool_choice(tools: Any, choice: Any) -> ToolChoice:
     """Read a request's ``tools`` and ``tool_choice`` (None: not given). Raises RequestError that names the field."""
@@ -70,6 +75,8 @@ def _check(tool: Any, where: str, seen: set[str]) -> None:
     if name in seen:
         raise RequestError(f"{where}.function.name: there are two tools called {name!r:.80}", param=f"{where}.function.name")
     seen.add(name)
+    if not isinstance(strict := function.get("strict") or False, bool):
+        raise RequestError(f"{where}.function.strict must be true or false, got {strict!r:.80}", param=f"{where}.function.strict")
     parameters = function.get("parameters")
     if parameters is not None and not isinstance(parameters, Mapping):
         message = f"{where}.function.parameters must be a JSON schema, got {parameters!r:.80}"
@@ -163,9 +170,16 @@ class Alternative:
     end: str
 
 
-def forced(choice: ToolChoice, form: Form, *, parallel: bool = True) -> Forced:
-    """Any of the tools, several if ``parallel``; in the mode "named" one call of that one."""
-    alternatives = (Alternative(form.begin(f["name"]), parameters(f), form.closing) for f in choice.functions)
+def forced(choice: ToolChoice, form: Form, *, parallel: bool = True, strict: bool = False) -> Forced:
+    """Any of the tools, several if ``parallel``; in the mode "named" one call of that one.
+
+    ``strict``: of those that are not, the arguments are any object.
+    """
+
+    def schema(f: Mapping[str, Any]) -> dict[str, Any]:
+        return {"type": "object"} if strict and not f.get("strict") else parameters(f)
+
+    alternatives = (Alternative(form.begin(f["name"]), schema(f), form.closing) for f in choice.functions)
     most = None if parallel and choice.mode != "named" else 1
     return Forced(tuple(alternatives), form.between, form.before, form.after, most)
 

@@ -1,0 +1,159 @@
+"""Tools whose arguments must fit, among text that is free: what a grammar lets through, whatever a model would rather write."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import jsonschema
+import pytest
+
+from appliance.text.answer import AnswerParser
+from appliance.text.grammar import library, limits
+from appliance.text.reasoning import THINK, ReasoningParser
+from appliance.text.tools.choice import FORMS as ALL_FORMS
+from appliance.text.tools.choice import Form, ToolChoice, forced, tool_choice
+from appliance.text.tools.formats import Llama3Json
+from appliance.text.tools.grammar import lark
+from appliance.text.tools.parser import ToolParser
+from tests.text.tool_texts import any_text, seeded
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": "integer"}, "unit": {"enum": ["C", "F"]}},
+    "required": ["n"],
+    "additionalProperties": False,
+}
+HANDY = frozenset(b' "{}:,0123456789nCFunit')
+FORMS = [(kind, form) for kind, forms in ALL_FORMS.items() for form in forms]
+
+
+def choice(strict: bool = True) -> ToolChoice:
+    f = {"name": "f", "parameters": SCHEMA, "strict": strict}
+    return tool_choice(
+        [{"type": "function", "function": one} for one in (f, {"name": "get_weather", "parameters": SCHEMA})], None
+    )
+
+
+class Model:
+    """Writes what it would like to, byte by byte, as far as the grammar lets it."""
+
+    def __init__(self, kind: type[ToolParser], form: Form, *, special: bool, opened: bool | None = None) -> None:
+        """``opened`` None: it does not reason."""
+        markers = (*kind.special, *(() if opened is None else THINK.special))
+        self.specials = {marker: 256 + i for i, marker in enumerate(markers)} if special else {}
+        tags = None if opened is None else THINK
+        self.grammar = lark(
+            forced(choice(), form, strict=True), tags, opened=bool(opened), marker=kind.openers[0], specials=self.specials
+        )
+        lib = library()
+        assert not lib.LLMatcher.validate_grammar(self.grammar, limits=limits())
+        words = [bytes([i]) for i in range(256)] + [b"\xff" + marker.encode() for marker in self.specials] + [b"\xff<end>"]
+        self.words = [*(bytes([i]) for i in range(256)), *(marker.encode() for marker in self.specials), b""]
+        self.end = len(words) - 1
+        vocabulary = _Words(words, range(256, len(words)))
+        self.matcher = lib.LLMatcher(
+            lib.LLTokenizer(lib.TokenizerWrapper(vocabulary)), self.grammar, log_level=0, limits=limits()
+        )
+
+    def tokens(self, text: str) -> list[int]:
+        parts = re.split(f"({'|'.join(map(re.escape, self.specials))})", text) if self.specials else [text]
+        return [i for part in parts for i in ([self.specials[part]] if part in self.specials else part.encode())]
+
+    def write(self, text: str, rng: random.Random | None = None, most: int = 60) -> tuple[str, bool]:
+        """(what comes of it, whether that may be all). Where the grammar does not let it go on: the end, or ``rng``'s choices."""
+        self.matcher.reset()
+        said: list[int] = []
+        for token in self.tokens(text):
+            for _ in range(most):
+                if self.matcher.try_consume_tokens([token]):
+                    said.append(token)
+                    break
+                allowed = [i for i, bias in enumerate(self.matcher.compute_logit_bias()) if bias and i != self.end]
+                if rng is None or not allowed:
+                    break
+                said.append(rng.choice([i for i in allowed if i in HANDY] or allowed))
+                assert self.matcher.consume_token(said[-1])
+            else:
+                break
+            if said[-1] != token:
+                break
+        return b"".join(self.words[i] for i in said).decode(errors="replace"), self.matcher.is_accepting()
+
+
+class _Words:
+    """As llguidance asks of a tokenizer."""
+
+    def __init__(self, words: list[bytes], special: range) -> None:
+        self.tokens, self.special_token_ids = words, list(special)
+        self.bos_token_id, self.eos_token_id = None, len(words) - 1
+
+    def __call__(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+@pytest.fixture(scope="module", params=[(*one, special) for one in FORMS for special in (False, True)], ids=str)
+def model(request: pytest.FixtureRequest) -> tuple[type[ToolParser], Form, Model]:
+    kind, form, special = request.param
+    return kind, form, Model(kind, form, special=special)
+
+
+def check(kind: type[ToolParser], text: str) -> int:
+    """Every call that the parser finds has fitting arguments; how many there are of the strict function."""
+    found = kind().parse(text).calls
+    for call in found:
+        arguments = json.loads(call.arguments)
+        assert isinstance(arguments, dict) and call.name in ("f", "get_weather"), text
+        if call.name == "f":
+            jsonschema.validate(arguments, SCHEMA)
+    return sum(call.name == "f" for call in found)
+
+
+def test_whatever_a_model_would_rather_write(model: tuple[type[ToolParser], Form, Model]) -> None:
+    kind, form, one = model
+    ended = calls = 0
+    for k, rng in enumerate(seeded(120, form.opening)):
+        wrong = [("f", '{"n": "x"}'), ("f", '{"n": 1, "m": 2}'), ("f", '{"n": 17}'), ("get_weather", '{"any": ["thing"]}')]
+        text = any_text(rng) if k % 2 else rng.choice(["", "So.\n", "Hm "]) + form.write(rng.choices(wrong, k=rng.randint(1, 3)))
+        said, may_end = one.write(text, rng)
+        if may_end:
+            ended += 1
+            calls += check(kind, said)
+    assert ended > 40 and calls > 10, (ended, calls)
+
+
+def test_what_is_free_stays_free(model: tuple[type[ToolParser], Form, Model]) -> None:
+    kind, form, one = model
+    fine = form.write([("get_weather", '{"any": [{"thing": "}"}]}'), ("f", '{"n": 5, "unit": "C"}')])
+    for text in ("", "Hello,\n\nwhat a day: 3 < 4 {and} [so] on; <tool", '"name" is a word', '```json\n{\n "a": 1}\n```\n', fine):
+        assert one.write(text) == (text, True)
+    between = "\n" if kind is Llama3Json else " and "
+    for text in (f"Let me see.\n{fine}", f"{fine}{between}then\n{fine}\nDone."):
+        assert one.write(text) == (text, True) and len(kind().parse(text).calls) == 2 * text.count('"thing"')
+
+
+@pytest.mark.parametrize("bad", ['{"n": "x"}', '{"n": 1, "m": 1}', '{"unit": "C"}', "[]", "null"])
+def test_what_does_not_fit_cannot_be_written(model: tuple[type[ToolParser], Form, Model], bad: str) -> None:
+    _, form, one = model
+    text = form.write([("f", bad)])
+    said, may_end = one.write(f"So:\n{text}")
+    assert len(said) < len(f"So:\n{text}") and not may_end
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+def test_reasoning_is_free(kind: type[ToolParser], form: Form, special: bool, opened: bool) -> None:
+    one, begin = Model(kind, form, special=special, opened=opened), "" if opened else "<think>"
+    fine, bad = form.write([("f", '{"n": 5}')]), form.write([("f", '{"n": "x"}')])
+    thought = 'Like {"n": "x"}?\n{"n": "x"}' if special and kind is not Llama3Json else f"Like\n{bad}?"
+    text = f"{begin}{thought}</think>\n\n{fine}"
+    assert one.write(text) == (text, True)
+    answer = AnswerParser(ReasoningParser(THINK, opened=opened), kind()).parse(text)
+    assert answer.reasoning == thought and answer.content == "" and answer.calls[0].arguments == '{"n": 5}'
+    said, may_end = one.write(f"{begin}Hm.</think>{bad}")
+    assert said.endswith('{"n": ') and not may_end
+    if not opened:
+        assert one.write(f"No thoughts.\n{fine}") == (f"No thoughts.\n{fine}", True)
+        assert not one.write(f"No thoughts.\n{bad}")[1] and not one.write(bad)[1]
