@@ -55,7 +55,7 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.evaluate:
-        command("eval", args.evaluate, "--questions", args.evaluate / QUESTIONS, "--dtype", "float32")
+        command("eval", args.evaluate, "--questions", args.evaluate / QUESTIONS, "--dtype", "float32", "--no-speed")
         return good(args.evaluate)
     if args.compare:
         judge(args.work, [quantize(args.work, method, bits) for method, bits in COMPARED])
@@ -125,14 +125,18 @@ def quantize(work: Path, method: str, bits: int) -> Path:
 
 
 def judge(work: Path, models: Sequence[Path]) -> None:
-    """The table of ``models`` beside the one that they were made from."""
+    """The table of ``models`` beside the one that they were made from.
+
+    Its perplexity counts questions, too, which nobody taught the model to predict: divergence and exact match tell more.
+    """
     text = ["--text", work / TEXT, "--length", LENGTH, "--base", work / TRAINED]
-    command("eval", work / TRAINED, *models, *text, "--questions", work / QUESTIONS, "--dtype", "float32")
+    command("eval", work / TRAINED, *models, *text, "--questions", work / QUESTIONS, "--dtype", "float32", "--no-speed")
 
 
 def command(*words: object) -> None:
     """Run an ``appliance`` command. Raises SystemExit where it fails."""
     argv = [str(word) for word in words]
+    argv += ["--threads", str(torch.get_num_threads())]
     print("$ appliance", *argv, flush=True)
     if code := cli.run(argv):
         raise SystemExit(code)
@@ -149,7 +153,11 @@ def ship(made: Path, questions: Path, output: Path) -> None:
 
 def good(directory: Path) -> int:
     """The exit code: 0 for a model that answers enough of its held-out questions."""
-    answers = ask(EngineConfig(model=str(directory), dtype="float32"), read_questions(str(directory / QUESTIONS)), 64)
+    answers = ask(
+        EngineConfig(model=str(directory), dtype="float32", threads=torch.get_num_threads()),
+        read_questions(str(directory / QUESTIONS)),
+        64,
+    )
     print(f"{directory}: {answers.right} of {answers.of} held-out questions answered exactly ({answers.share:.1%})")
     return 0 if answers.share >= GOOD else 1
 

@@ -1,0 +1,84 @@
+"""Every architecture that is served can be quantized and judged; and what was made, others read with the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models.spec import ARCHITECTURES, ModelSpec
+from quant.checkpoint import Checkpoint
+from quant.tensor import QuantTensor
+from tests.quantizing import divergence, ids, logits, make, quantized
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-tied-bfloat16": {"kind": "Llama", "tie_word_embeddings": True, "dtype": "bfloat16"},
+    "llama-biases": {"kind": "Llama", "attention_bias": True, "mlp_bias": True},
+    "mistral-window": {"kind": "Mistral", "sliding_window": 11, "dtype": "float16"},
+    "qwen2-shards": {"kind": "Qwen2", "saved": {"max_shard_size": "100KB"}},
+    "qwen3": {"kind": "Qwen3", "attention_bias": True, "tie_word_embeddings": True},
+    "phi3": {"kind": "Phi3", "sliding_window": 13},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("dense") / request.param, num_hidden_layers=2, **MODELS[request.param])
+
+
+def test_none_is_left_out() -> None:
+    assert {f"{one['kind']}ForCausalLM" for one in MODELS.values()} == set(ARCHITECTURES)
+
+
+def test_a_plain_layer_is_what_transformers_computes(model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids()).logits.log_softmax(-1)
+    assert torch.allclose(logits(model, ids()), expected, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def made(model: Path) -> Path:
+    """By AWQ, which changes norms, values, up projections and their biases."""
+    return quantized(model, model / "made", ids(samples=12), method="awq", format="compressed-tensors")
+
+
+def test_quantizing_leaves_the_function_as_it_was(model: Path, made: Path, tmp_path: Path) -> None:
+    rounded = divergence(quantized(model, tmp_path / "rtn", method="rtn", format="compressed-tensors"), model)
+    assert divergence(made, model) < rounded
+    assert divergence(quantized(model, tmp_path / "gptq", ids(samples=12), method="gptq", symmetric=False), model) < rounded
+
+
+def test_the_engine_computes_what_the_weights_say(made: Path) -> None:
+    from appliance import LLM, SamplingParams
+
+    tokens = ids(seed=5, samples=1)
+    llm = LLM(str(made), dtype="float32", reference_ops=True, kv_cache_memory_bytes=1 << 20, lm_head_dtype="model", threads=1)
+    (output,) = llm.generate([{"prompt_token_ids": tokens[0].tolist()}], SamplingParams(max_tokens=1, prompt_logprobs=0))
+    assert output.prompt_logprobs is not None
+    found = [entry[token].logprob for token, entry in zip(tokens[0].tolist(), output.prompt_logprobs, strict=True) if entry]
+    expected = logits(made, tokens)[0, :-1].gather(1, tokens[0, 1:, None])[:, 0]
+    off = (torch.tensor(found) - expected).abs()  # the engine rounds weights to the type of their scales, this does not
+    coarse = 4 if "bfloat16" in str(made.parent) else 1
+    assert float(off.mean()) < 0.015 * coarse and float(off.max()) < 0.15 * coarse
+
+
+def test_transformers_reads_the_same_weights(made: Path) -> None:
+    """By compressed-tensors' own loader in it: each weight, and the logits."""
+    pytest.importorskip("compressed_tensors", exc_type=ImportError)
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    theirs = AutoModelForCausalLM.from_pretrained(
+        made, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    weights = theirs.state_dict()
+    with Checkpoint.open(made) as checkpoint, torch.inference_mode():
+        for module in ModelSpec.from_config(checkpoint.config).modules():
+            weight = checkpoint.weight(module.name, expect=(module.N, module.K))
+            dense = weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
+            assert torch.allclose(weights[f"{module.name}.weight"].float(), dense, rtol=2**-7, atol=0), module.name
+        off = (logits(made, ids()) - theirs(ids()).logits.log_softmax(-1)).abs()  # it rounds weights to that type, too
+    assert float(off.mean()) < 0.02

@@ -1,0 +1,98 @@
+"""Quantizing a model: what is refused, and that nothing is left then which looks whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from appliance.quantize.options import Options
+from quant.errors import InputError
+from tests.quantizing import make, quantized
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("dense") / "model")
+
+
+def test_refusals(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, words in (
+        ({"method": "marlin"}, "--method is 'marlin'"),
+        ({"method": "awq", "act_order": True}, "--act-order is GPTQ's"),
+        (
+            {"method": "gptq", "act_order": True, "static_groups": False, "format": "compressed-tensors"},
+            "compressed-tensors has given up groups",
+        ),
+        ({"method": "gptq", "static_groups": False}, "--no-static-groups says how groups are made with --act-order"),
+        ({"method": "gptq", "format": "awq"}, "--format awq cannot say what GPTQ makes"),
+        ({"format": "gguf"}, "--format is 'gguf'"),
+        ({"damping": 0.0}, "--damping is 0"),
+        ({"samples": 0}, "--calibration-samples is 0"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Options(**options).checked()  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"--group-size 48 does not divide the 64 inputs of self_attn\.q_proj"):
+        quantized(model, tmp_path / "a", group_size=48)
+    with pytest.raises(InputError, match="the model was made for 256 tokens"):
+        quantized(model, tmp_path / "a", torch.zeros(2, 300, dtype=torch.int64))
+    made = quantized(model, tmp_path / "b", method="rtn")
+    with pytest.raises(InputError, match="quantized already"):
+        quantized(made, tmp_path / "a")
+    with pytest.raises(InputError, match="exists already"):
+        quantized(model, made)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    with pytest.raises(InputError, match=r"has 0\.00 GB free, and the checkpoint will take"):
+        quantized(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "a.partial").exists()
+
+
+def test_tensors_that_are_missing_or_would_get_lost(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    for change, words in (
+        (
+            {"model.layers.1.self_attn.q_proj.bias": torch.ones(64)},
+            "1 tensors have no place in a LlamaForCausalLM: .*q_proj.bias",
+        ),
+        ({"model.layers.2.mlp.up_proj.weight": None}, "1 tensors are missing: model.layers.2.mlp.up_proj.weight"),
+    ):
+        other = tmp_path / str(len(words))
+        shutil.copytree(model, other)
+        changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+        save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(InputError, match=words):
+            quantized(other, tmp_path / "made")
+
+
+def test_what_the_file_cannot_hold(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "large"
+    shutil.copytree(model, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.norm\.weight: some of its values are not finite numbers in float16"):
+        quantized(other, tmp_path / "made", method="rtn")
+    (tmp_path / "made.partial" / "job.json").unlink()
+    with pytest.raises(InputError, match="files of a job that nobody knows"):
+        quantized(model, tmp_path / "made", method="rtn")
+
+
+def test_damaged_weights(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj: some of its values are not finite"):
+        quantized(damaged, tmp_path / "made")
+    assert not (tmp_path / "made").exists() and not (tmp_path / "made.partial" / "config.json").exists()
