@@ -1,10 +1,11 @@
 """What quantizing takes: processor seconds of a layer and the peak of memory, for models of known shapes with random weights.
 
     .venv/bin/python scripts/bench_quantize.py [--shapes llama-3.2-1b llama-2-7b qwen2.5-7b] [--methods awq gptq ...] [--layers 2]
-        [--samples 128] [--length 512] [--threads N] [--folder /tmp/models] [--json FILE]
+        [--samples 128] [--length 512] [--threads N] [--first-only] [--folder DIR] [--json FILE]
 
 The models are made in --folder (once) with the first --layers layers alone: what is in memory at a time does not depend on how
-many there are. Each job is a process of its own. The table in docs/benchmarks/quantizing.md; wall-clock needs a quiet machine.
+many there are. Each job is a process of its own. With fewer --samples, what grows with them is told as for 128 x 512 tokens: the
+seconds in proportion, and the hidden states in memory; the wall-clock seconds are as measured. docs/benchmarks/quantizing.md
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+USUAL = 128, 512  # samples and tokens of each that `appliance quantize` takes by itself
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
     "awq": {"method": "awq"},
@@ -77,33 +81,40 @@ def make(folder: Path, name: str, layers: int) -> Path:
     return target
 
 
-def work(model: Path, output: Path, method: str, samples: int, length: int, threads: int | None) -> dict[str, float]:
-    """One job in this process: processor and wall seconds of the first layer and of all, peak of resident memory in bytes."""
+def work(
+    model: Path, output: Path, method: str, samples: int, length: int, threads: int | None, first_only: bool
+) -> dict[str, float]:
+    """One job in this process: seconds of the first layer's parts, and the peak of resident memory in bytes."""
     import torch
 
     from appliance.memory.devices import cpu_threads
-    from appliance.quantize.job import Job
+    from appliance.quantize.job import FIRST, SEARCH, Job
     from appliance.quantize.options import Options
 
     torch.set_num_threads(cpu_threads(threads))
     options = Options(**METHODS[method], samples=samples, length=length).checked()
-    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
-    ids = torch.randint(vocab, (samples, length), generator=torch.Generator().manual_seed(0)) if options.calibrated else None
-    marks: dict[int, tuple[float, float]] = {}  # when each layer was begun
+    config = json.loads((model / "config.json").read_text())
+    ids = torch.randint(config["vocab_size"], (samples, length), generator=torch.Generator().manual_seed(0))
+    begins = (0.0, FIRST, FIRST + SEARCH, 1.0)
+    marks: dict[float, tuple[float, float]] = {}  # when each part of the first layer was begun
 
     def tell(done: float) -> None:
-        marks.setdefault(int(done), (time.process_time(), time.perf_counter()))
+        for begin in begins:
+            if done >= begin - 1e-9:
+                marks.setdefault(begin, (time.process_time(), time.perf_counter()))
+        if first_only and done >= 1:
+            raise InterruptedError
 
-    begun = time.process_time(), time.perf_counter()
-    with torch.inference_mode():
-        Job(model, output, options, ids).run(tell)
+    with torch.inference_mode(), suppress(InterruptedError):
+        Job(model, output, options, ids if options.calibrated else None).run(tell)
+    (look, find, again), wall = (
+        [marks[after][0] - marks[before][0] for before, after in pairwise(begins)], marks[1.0][1] - marks[0.0][1]
+    )  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    state = 2 * config["hidden_size"] * length if options.calibrated else 0
     return {
-        "layer_cpu_s": marks[1][0] - marks[0][0],
-        "layer_wall_s": marks[1][1] - marks[0][1],
-        "cpu_s": time.process_time() - begun[0],
-        "wall_s": time.perf_counter() - begun[1],
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+        "look_s": look, "find_s": find, "again_s": again, "layer_wall_s": wall, "peak_bytes": peak, "state_bytes": state,
+    }  # fmt: skip
 
 
 def measured(model: Path, method: str, args: argparse.Namespace) -> dict[str, float]:
@@ -111,12 +122,23 @@ def measured(model: Path, method: str, args: argparse.Namespace) -> dict[str, fl
     output = args.folder / "quantized"
     for left in (output, output.with_name("quantized.partial")):
         shutil.rmtree(left, ignore_errors=True)
-    job = json.dumps([str(model), str(output), method, args.samples, args.length, args.threads])
+    job = json.dumps([str(model), str(output), method, args.samples, args.length, args.threads, args.first_only])
     done = subprocess.run([sys.executable, __file__, "--job", job], capture_output=True, text=True, check=False)
     shutil.rmtree(output, ignore_errors=True)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def line(name: str, method: str, found: dict[str, float], args: argparse.Namespace) -> str:
+    """Of the table: what grows with the samples as it is for ``USUAL`` tokens."""
+    more = USUAL[0] * USUAL[1] / (args.samples * args.length)
+    look, again = found["look_s"] * more, found["again_s"] * more
+    layer = look + found["find_s"] + again
+    peak = found["peak_bytes"] + found["state_bytes"] * args.samples * (more - 1)
+    hours, wall = SHAPES[name][1] * layer / 3600, found["layer_wall_s"]
+    numbers = (look, found["find_s"], again, layer, hours, peak / 1e9, wall)
+    return " | ".join([f"| {name}", method, *(f"{number:.{2 if number < 10 else 0}f}" for number in numbers)]) + " |"
 
 
 def main() -> None:
@@ -127,6 +149,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, help="of the processor; with 1, its seconds count among others, too")
+    parser.add_argument("--first-only", action="store_true", help="stop behind a layer: embedding and head are left out, too")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/models"))
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -136,18 +159,14 @@ def main() -> None:
         print(json.dumps(work(Path(model), Path(output), *rest)))
         return
     rows = []
-    print("| shape | method | CPU s a layer | wall s a layer | CPU h, whole model | peak memory, GB |\n|---|---|---|---|---|---|")
+    print("| shape | method | look | quantize | second look | a layer | whole model, CPU h | peak memory, GB | wall s |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in args.shapes:
         model = make(args.folder, name, args.layers)
         for method in args.methods:
             found = measured(model, method, args)
-            rows.append({"shape": name, "method": method, **found})
-            layers = SHAPES[name][1]
-            print(
-                f"| {name} | {method} | {found['layer_cpu_s']:.0f} | {found['layer_wall_s']:.0f} "
-                f"| {layers * found['layer_cpu_s'] / 3600:.2f} | {found['peak_bytes'] / 1e9:.2f} |",
-                flush=True,
-            )
+            rows.append({"shape": name, "method": method, "samples": args.samples, "length": args.length, **found})
+            print(line(name, method, found, args), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -19,7 +19,7 @@ from appliance.quantize.options import Options
 from appliance.quantize.recipe import Recipe, stored_bytes
 from appliance.quantize.sensitivity import measure
 from appliance.quantize.shards import Shards
-from models.plain import FLOATS, PlainLayer, compute_dtype
+from models.plain import FLOATS, PlainLayer, compute_dtype, finite
 from models.rope import cos_sin_table
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
@@ -243,7 +243,7 @@ class Job:
     def _publish(self, name: str, tensor: Tensor) -> Tensor:
         """In the type of the file. Raises InputError where that cannot hold it."""
         made = tensor.to(self.published)
-        if not bool(torch.isfinite(made).all()):
+        if not finite(made):
             kind = str(self.published).removeprefix("torch.")
             raise InputError(f"{name}: some of its values are not finite numbers in {kind}; take another --format, or mend it")
         return made

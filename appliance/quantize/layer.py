@@ -84,6 +84,7 @@ def quantize_layer(
 
     Raises InputError naming the module that cannot be quantized.
     """
+    progress(0.0)
     scaled = dict(_scale(layer, watcher, recipe, published)) if options.method == "awq" else {}
     made = Made({}, {})
     modules = list(layer.spec.layer_modules())
@@ -125,10 +126,10 @@ class _Factors:
             self.factor, name = None, self.layer.full(module)
             hessian = self.watcher.seen.pop(self.inputs).hessian
             assert hessian is not None
-            rows, K = hessian.rows, hessian.sum.shape[0]
-            if rows < K and self.layer.number == 0:
-                log.warning("%s: only %d tokens of calibration for its %d inputs: give more --calibration-samples", name, rows, K)
-            order, damping = self.options.act_order, self.options.damping
+            order, damping = self.options.act_order, hessian.damping(self.options.damping)
+            if damping > self.options.damping and self.layer.number == 0:
+                said = "%s: %d tokens of calibration say little of %d inputs: damped by %.2g; give more --calibration-samples"
+                log.warning(said, name, hessian.rows, hessian.sum.shape[0], damping)
             self.factor = factored(hessian.taken(), act_order=order, damping=damping, name=name)
         return self.factor
 

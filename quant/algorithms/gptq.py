@@ -71,7 +71,7 @@ class _Places:
         self.codes = torch.empty(K, N, dtype=torch.uint8, device=device)
         self.scales = torch.empty(-(-K // self.size), N, device=device)
         self.zeros = torch.empty_like(self.scales)
-        self.groups = [j // self.size for j in (range(K) if perm is None or not static else perm.tolist())]
+        self.groups = [j // self.size for j in (range(K) if perm is None or not static else perm.cpu().tolist())]
         if static:
             where = torch.arange(K, device=device) if perm is None else perm.argsort()
             for group, part in enumerate(where.split(self.size)):
@@ -109,7 +109,7 @@ def _sweep(columns: Tensor, inverse: Tensor, places: _Places) -> float:
     K, N = columns.shape
     errors = torch.empty(BLOCK, N, device=columns.device)
     loss = torch.zeros((), dtype=torch.float64, device=columns.device)
-    diagonal = inverse.diagonal().tolist()
+    diagonal = inverse.diagonal().cpu().tolist()
     for begin in range(0, K, BLOCK):
         end = min(begin + BLOCK, K)
         for first in range(begin, end, SMALL):

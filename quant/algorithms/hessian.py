@@ -55,6 +55,14 @@ class Hessian:
             own.copy_(own.triu() + own.triu(1).t())
         return self.sum
 
+    def damping(self, least: float = DAMPING) -> float:
+        """The damping that these inputs ask for: as many directions as were not seen by each that was.
+
+        With fewer inputs than columns the sweep would otherwise make use of directions in which nothing is known: on inputs that
+        were not seen, outputs became up to 1.8 times worse than by rounding.
+        """
+        return max(least, self.sum.shape[0] / max(self.rows, 1) - 1)
+
     def _copy(self) -> Hessian:
         made = Hessian(0)
         made.sum, made.rows = self.sum.clone(), self.rows
