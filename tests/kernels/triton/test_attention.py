@@ -131,7 +131,7 @@ def test_single_rows_before_chunks(heads: int, window: int | None) -> None:
     assert batch.singles == 5
     batch, (small, values) = to_device(batch), held(cache, "float16")
     q = torch.randn(106, heads, 16).half().to(DEVICE)
-    for singles in range(6):
+    for singles in range(6) if heads < 32 else (0, 2, 5):
         found = attention(q, small, replace(batch, singles=singles), scale=0.3, window=window)
         compare(found, q, values, batch, scale=0.3, window=window)
 
