@@ -151,7 +151,7 @@ class LLM:
         salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
         if salt is not None and (not isinstance(salt, str) or not salt):
             raise RequestError(f"cache_salt must be text that is not empty, got {salt!r:.80}", param="cache_salt")
-        submit = Submit(str(next(self._ids)), tuple(ids), params, time.time(), cache_salt=salt or "", priority=priority)
+        submit = Submit(str(next(self._ids)), tuple(ids), params, time.monotonic(), cache_salt=salt or "", priority=priority)
         return Job(text, submit, self._tokenizer, [OutputStream(self._tokenizer, params, ids) for _ in range(params.width)])
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:

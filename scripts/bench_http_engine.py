@@ -52,7 +52,7 @@ class Scripted:
         return []
 
     def stats(self) -> Stats:
-        return Stats(time=time.time(), running=len(self.running))
+        return Stats(time=time.monotonic(), running=len(self.running))
 
     def step(self) -> list[Event]:
         if not self.running:
@@ -101,6 +101,6 @@ def run_alone(threads: int, sequences: int, tokens: int) -> None:
     engine = Engine.load(EngineConfig(model=model, tokenizer=model, threads=threads, max_num_seqs=64))
     for i in range(sequences):
         params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=1.0, seed=i)
-        engine.submit(Submit(f"r{i}", tuple(range(300, 305)), params, time.time()))
+        engine.submit(Submit(f"r{i}", tuple(range(300, 305)), params, time.monotonic()))
     while engine.has_work:
         engine.step()

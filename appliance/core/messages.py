@@ -17,7 +17,7 @@ class Submit:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
-    arrival: float  # time.time() at the door
+    arrival: float  # time.monotonic() at the door
     cache_salt: str = ""  # cached prefixes are shared between requests of one salt only
     priority: int = 0  # lower goes first, under --scheduling-policy priority
 
@@ -68,7 +68,7 @@ class Event:
     error: str | None = None  # with finish_reason "error"; Unanswerable where the request is to blame
     preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens that were found in the cache
-    scheduled: float | None = None  # with the first token: time.time() when a step began with it for the first time
+    scheduled: float | None = None  # with the first token: time.monotonic() when a step began with it for the first time
 
     def __reduce__(self) -> tuple[Any, ...]:
         """There is one for every token, and the way that dataclasses are pickled takes four times as long."""
@@ -99,7 +99,7 @@ class RequestStat:
 class Stats:
     """The engine at one moment. Counters only grow. Feeds /stats, /metrics, the dashboard and the log alike."""
 
-    time: float = 0.0
+    time: float = 0.0  # time.monotonic()
     steps: int = 0
     running: int = 0
     waiting: int = 0

@@ -38,7 +38,7 @@ class Request:
     running: bool = False
     admitted_len: int = 0  # len(tokens) when it was admitted last
     cached: int = 0  # prompt tokens that were in the cache when it was admitted first
-    scheduled: float | None = None  # time.time() of the first step that it had a part in
+    scheduled: float | None = None  # time.monotonic() of the first step that it had a part in
     preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None

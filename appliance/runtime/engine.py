@@ -164,7 +164,7 @@ class Engine:
         for request in plan.preempted:
             log.info("preempted %s/%d: %s", *request.key, "swapped out" if request.host else "it will be computed again")
         self._copied.update(copy.kind for copy in plan.copies)
-        now = time.time()
+        now = time.monotonic()
         for request in (chunk.request for chunk in plan.chunks):
             request.scheduled = request.scheduled or now
         begun, flight = time.perf_counter(), None
@@ -288,7 +288,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """The engine at this moment; costs well under a millisecond."""
-        pool, host, scheduler, now = self.scheduler.pool, self.scheduler.store.host, self.scheduler, time.time()
+        pool, host, scheduler, now = self.scheduler.pool, self.scheduler.store.host, self.scheduler, time.monotonic()
         shown = [(r, "running") for r in scheduler.running]
         shown += [(r, "swapped" if r.host else "waiting") for r in scheduler.waiting]
         shown.sort(key=lambda pair: pair[0].arrival)

@@ -53,7 +53,7 @@ class Job:
             raise RequestError(message, param="n" if params.best_of is None else "best_of")
         self.state, self.request_id, self.prompts, self.body = state, request_id, prompts, body
         self.id = f"{prefix}-{request_id}"
-        self.begun = time.time()
+        self.begun, self.arrived = time.time(), time.monotonic()  # to tell, and to measure by: clocks may be set
         self.ticket = current.get() or Ticket()
         self.answering = False  # whether there is a token yet
         self.params = prepare(params, state.tokenizer) if state.tokenizer else params
@@ -68,7 +68,7 @@ class Job:
         ]
         self.cached_tokens = [0] * len(prompts)
         self.prompt_logprobs: list[tuple[TokenLogprob | None, ...] | None] = [None] * len(prompts)
-        self.courses = [Course(self.begun) for _ in self.outputs]
+        self.courses = [Course(self.arrived) for _ in self.outputs]
 
     def _submit(self, k: int, prompt: Prompt, *, clamp: bool) -> Submit:
         name = self.id if len(self.prompts) == 1 else f"{self.id}-{k}"
@@ -77,7 +77,7 @@ class Job:
             f"{name}-{next(_numbers)}",
             prompt.token_ids,
             params,
-            self.begun,
+            self.arrived,
             cache_salt=self.body.cache_salt or "",
             priority=self.body.priority,
         )
@@ -128,7 +128,7 @@ class Job:
                 self.state.client.close(submit.request_id, abort=not ended)
             for choice, output in enumerate(self.outputs):
                 if output.finish_reason is None:
-                    self._count(choice, reason, time.time())
+                    self._count(choice, reason, time.monotonic())
             width = self.params.width
             for k in range(len(self.prompts)):
                 longest = max(len(output.token_ids) for output in self.outputs[k * width : (k + 1) * width])
@@ -147,7 +147,7 @@ class Job:
             self.prompt_logprobs[k] = event.prompt_logprobs
         if event.index == 0:  # the others share what this one computes
             self.cached_tokens[k] = max(self.cached_tokens[k], event.cached_tokens)
-        now = time.time()
+        now = time.monotonic()
         if event.token_ids:
             self.answering = True
             self.ticket.generated(len(event.token_ids))
@@ -175,7 +175,7 @@ class Job:
         self.outputs[choice].finish_reason = "stop"
         self.state.client.abort(self.submits[choice // self.params.width].request_id, choice % self.params.width, "stop")
         self._left -= 1
-        self._count(choice, "stop", time.time())
+        self._count(choice, "stop", time.monotonic())
 
     def fail(self, error: Exception) -> None:
         """End the job now: whoever waits for it gets this error."""

@@ -43,7 +43,7 @@ ENDED: tuple[tuple[str, str, tuple[float, ...]], ...] = (
 
 @dataclass(slots=True)
 class Course:
-    """How a completion went so far. Times are time.time()."""
+    """How a completion went so far. Times are time.monotonic(), of which one machine's processes have one."""
 
     begun: float  # it arrived
     scheduled: float | None = None  # a step had a part of it for the first time
@@ -80,7 +80,7 @@ class Metrics:
         """A completion has new tokens. This is done for every token: about a microsecond."""
         if course.latest is None:
             course.first, course.scheduled, course.cached = now, event.scheduled, event.cached_tokens
-            self._first.observe(took := max(0.0, now - course.begun))  # clocks may be set
+            self._first.observe(took := max(0.0, now - course.begun))
             self.ttft.add(took)
         else:
             self._gap.observe(took := max(0.0, now - course.latest))
@@ -106,7 +106,7 @@ class Metrics:
                 seen["request_prefill_time_seconds"] = course.first - course.scheduled
                 seen["request_inference_time_seconds"] = course.latest - course.scheduled
         for name, value in seen.items():
-            self._ended[name].observe(max(0, value))  # clocks may be set
+            self._ended[name].observe(max(0, value))
 
     def answered(self, params: SamplingParams, longest: int) -> None:
         """All completions of a prompt have ended, the longest with so many tokens."""

@@ -57,7 +57,7 @@ class Shared:
         self.audit = AuditLog(config.audit_log) if config.audit_log else None
         self.responses = ResponseStore(config.max_stored_responses)
         self.jobs: set[Job] = set()
-        self.begun = time.time()
+        self.begun, self.started = time.time(), time.monotonic()
         self.draining = False
         self.named: set[str] = set()  # unknown request fields that the log has named already
         self.states: list[ServerState] = []  # of all models that were loaded so far
@@ -83,7 +83,7 @@ class ServerState:
     ) -> None:
         self.client, self.tokenizer = client, tokenizer
         self.shared = shared = shared or Shared(server_config)
-        self.keys, self.audit, self.jobs, self.begun = shared.keys, shared.audit, shared.jobs, shared.begun
+        self.keys, self.audit, self.jobs = shared.keys, shared.audit, shared.jobs
         self.engine_config, self.server_config = engine_config, server_config
         self.names = tuple(server_config.served_model_name) or (engine_config.model or "demo",)
         directory = Path(engine_config.model) if engine_config.model else None

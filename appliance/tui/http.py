@@ -108,7 +108,7 @@ class Server:
         """Raises FeedError."""
         if self._metrics is not None:
             try:
-                return self._metrics.body(self._text("/metrics"), time.time())
+                return self._metrics.body(self._text("/metrics"), time.monotonic(), time.time())
             except (FeedError, NotVllm):
                 self._metrics = None  # who comes back may be another one
         try:
@@ -121,7 +121,7 @@ class Server:
         try:
             text = self._text("/metrics")
             metrics = VllmMetrics(self._version())
-            body = metrics.body(text, time.time())
+            body = metrics.body(text, time.monotonic(), time.time())
         except (NotOurs, NotVllm):
             raise error from None
         self._metrics = metrics

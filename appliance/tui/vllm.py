@@ -65,8 +65,10 @@ class VllmMetrics:
         self._version = version
         self._percentiles = {"ttft": Percentiles(), "itl": Percentiles(), "e2e": Percentiles()}
 
-    def body(self, text: str, now: float) -> dict[str, Any]:
-        """Of several engines and models the sums; of their caches' usage the mean. Raises NotVllm."""
+    def body(self, text: str, now: float, wall: float | None = None) -> dict[str, Any]:
+        """``now`` never goes back; ``wall``: seconds since 1970, by which servers say when they began; None: the same.
+
+        Of several engines and models the sums; of their caches' usage the mean. Raises NotVllm."""
         samples = _read(text)
         if not any(name.startswith("vllm:") for name in samples):
             raise NotVllm("no metric has a name of vLLM's")
@@ -77,7 +79,7 @@ class VllmMetrics:
             "kind": "vllm",
             "model": ", ".join(dict.fromkeys(_labels(samples, "model_name"))) or "a model",
             "state": "ok",
-            "uptime_s": max(now - started, 0.0) if started else None,
+            "uptime_s": max((now if wall is None else wall) - started, 0.0) if started else None,
             "about": _about(config),
             "info": None,
             "engine": _engine(samples, config, now),

@@ -115,7 +115,7 @@ def test_our_own_metrics_are_understood_too(tmp_path: Path) -> None:
     with serve_in_thread(FakeClient, Tokenizer.load(tmp_path), engine, server) as served:
         served.post("/v1/completions", prompt="abc", max_tokens=5, n=2)
         with served.http as http:
-            view = parse(VllmMetrics().body(http.get("/metrics").text, time.time()))
+            view = parse(VllmMetrics().body(http.get("/metrics").text, time.monotonic(), time.time()))
             told = http.get("/stats").json()
     assert view.model == "tiny" and view.ttft.count == 2 and view.itl.count == 8 and view.e2e and view.e2e.count == 2
     assert view.stats.generation_tokens == told["engine"]["generation_tokens"] == 10 and view.stats.finished["length"] == 2
