@@ -36,6 +36,10 @@ class OnCard(Tensor):
 class Card(TorchDispatchMode):
     """Within it, tensors can be made and moved to CARD."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to hear so would load the compiler
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return carried_out(func, args, kwargs or {})
 
