@@ -85,6 +85,15 @@ def test_a_head_in_8_bits(awq: Path) -> None:
     assert not any("--lm-head-dtype" in one for one in flags(refusal(awq, replace(config, lm_head_dtype="int8"), card(6.2))))
 
 
+def test_an_embedding_in_8_bits(awq: Path) -> None:
+    """The same of the embedding, where the head has 8 bits already; both together where one is not enough."""
+    config = EngineConfig(max_model_len=2048, max_num_batched_tokens=256, kv_cache_dtype="fp8")
+    assert "--embedding-dtype int8" in flags(refusal(awq, config, card(6.4)))
+    both = flags(refusal(awq, replace(config, lm_head_dtype="model"), card(6.4)))
+    assert "--lm-head-dtype int8 --embedding-dtype int8" in both
+    assert not any("--embedding-dtype" in one for one in flags(refusal(awq, replace(config, embedding_dtype="int8"), card(5.6))))
+
+
 def test_the_mildest_comes_first(awq: Path) -> None:
     found = refusal(awq, EngineConfig(max_model_len=65536, gpu_memory_utilization=0.8), card(16))
     names = [next(iter(remedy.options)) for remedy in found.remedies]

@@ -109,6 +109,48 @@ def test_an_unquantized_head_is_quantized_when_asked(
     assert (f"the head is stored in int{bits}; the embedding it is tied to stays" in caplog.text) == (tied and not shared)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["reference", "torch", "native"])
+def test_an_unquantized_embedding_is_quantized_when_asked(
+    tmp_path: Path, tied: bool, bits: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are those of an embedding that was quantized before; beside a head that it is not one with."""
+    if kind == "native" and backend.native() is None:
+        pytest.skip("the native extension is not built")
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "auto" if kind == "native" else "torch")
+    head = "model" if kind == "native" or not tied else "int8"
+    tensors = dense_tensors({**DENSE, "tie_word_embeddings": tied})
+    table = tensors["model.embed_tokens.weight"]
+    changed = {**tensors, "model.embed_tokens.weight": quantize_rows(table, bits).dequantize()}
+    if tied:
+        changed["lm_head.weight"] = table.clone() if head == "model" else quantize_rows(table, 8).dequantize()
+    folder = write_dense(tmp_path / "dense", tensors, tie_word_embeddings=tied)
+    decoder = load(folder, reference=kind == "reference", lm_head_dtype=head, embedding_dtype=f"int{bits}")
+    found = logits(decoder)
+    assert not decoder.tied and not isinstance(decoder.embedding, torch.Tensor)
+    assert (found - logits(load(write_dense(tmp_path / "changed", changed), reference=True))).abs().max() < 1e-2
+    assert (found - logits(load(folder, reference=True))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["reference", "torch", "native"])
+def test_an_embedding_in_fp8_becomes_dense(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of FP8 are looked up by nobody here."""
+    if kind == "native" and backend.native() is None:
+        pytest.skip("the native extension is not built")
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "auto" if kind == "native" else "torch")
+    tensors = dense_tensors(DENSE)
+    table = tensors.pop("model.embed_tokens.weight")
+    codes, scale = (table * 100).to(torch.float8_e4m3fn), torch.full((50, 1), 0.01)
+    stored = {"model.embed_tokens.weight": codes, "model.embed_tokens.weight_scale": scale}
+    group = {"targets": ["Embedding"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}}
+    config = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
+    decoder = load(write_dense(tmp_path / "fp8", tensors | stored, quantization_config=config), reference=kind == "reference")
+    assert isinstance(decoder.embedding, torch.Tensor)
+    expected = write_dense(tmp_path / "dense", tensors | {"model.embed_tokens.weight": codes.float() * scale})
+    assert torch.equal(logits(decoder), logits(load(expected, reference=kind == "reference")))
+
+
 @pytest.mark.parametrize(
     "missing", ["lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
 )

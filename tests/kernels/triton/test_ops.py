@@ -61,6 +61,26 @@ def test_a_model_agrees_with_the_reference(checkpoint: Path, head: str) -> None:
         assert torch.equal(picks.cpu(), found.argmax(1)) and torch.equal(values.cpu(), found.amax(1))
 
 
+@pytest.mark.parametrize(("choice", "dtype"), [("int8", "float16"), ("int4", "bfloat16"), ("int8", "float32")])
+def test_an_embedding_by_itself(tmp_path: Path, choice: str, dtype: str) -> None:
+    """In codes, of as many bytes as were planned, with the rows that they stand for."""
+    folder = make_checkpoint(tmp_path / "model", shape=replace(SHAPE, layers=1), tokenizer=False)
+    ops, name = make_ops(torch.device(DEVICE)), getattr(torch, dtype)
+    with Checkpoint.open(folder) as checkpoint:
+        spec = ModelSpec.from_config(checkpoint.config)
+        machinery = Machinery(ops="triton", dtype=dtype, head_bits=None, embedding_bits=HEADS[choice])
+        planned = ends(spec, checkpoint.scheme, machinery)
+        table = checkpoint.weight("model.embed_tokens")
+        assert isinstance(table, torch.Tensor) and HEADS[choice] is not None
+    with Checkpoint.open(folder) as checkpoint:
+        decoder = load_model(checkpoint, spec, ops, dtype=name, max_len=64, lm_head_dtype="model", embedding_dtype=choice)
+    assert not decoder.tied and planned.embedding_bytes == decoder.embedding.nbytes
+    ids = torch.randint(SHAPE.vocab, (5,))
+    expected = quantize_rows(table, HEADS[choice]).dequantize()[ids].to(name)
+    found = ops.embedding(ids.to(DEVICE), decoder.embedding, name).cpu()
+    torch.testing.assert_close(found, expected, rtol=2**-7 if dtype == "bfloat16" else 1e-3, atol=0)
+
+
 @pytest.mark.parametrize(
     ("head", "dtype"), [("int8", "float16"), ("int4", "bfloat16"), ("int8", "float32"), ("model", "float16")]
 )
