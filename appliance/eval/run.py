@@ -6,6 +6,7 @@ import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ def _setup(variants: Sequence[Variant], base: Variant | None, asked: Asked) -> S
     limit = min(spec.max_len for spec in specs)
     pieces, length, differ = [], 0, False
     if asked.text is not None:
-        texts = [_text(one, spec, asked.text) for one, spec in zip(every, specs, strict=True)]
+        read = cache(partial(_text, asked.text))  # a model beside itself has one tokenizer
+        texts = [read(str(one.config.tokenizer), spec.vocab) for one, spec in zip(every, specs, strict=True)]
         if base is not None:
             _check_same(variants, specs, texts, base)
         differ = any(text != texts[0] for text in texts)
@@ -135,14 +137,12 @@ def _setup(variants: Sequence[Variant], base: Variant | None, asked: Asked) -> S
     return Setup(tuple(pieces), length, requests, output_len, differ)
 
 
-def _text(variant: Variant, spec: ModelSpec, file: str) -> tuple[list[int], int | None]:
+def _text(file: str, directory: str, vocab: int) -> tuple[list[int], int | None]:
     """(a text's token ids, the token that the tokenizer puts before every text)."""
-    tokenizer = Tokenizer.load(str(variant.config.tokenizer))
+    tokenizer = Tokenizer.load(directory)
     ids, first = text_ids(file, tokenizer), next(iter(tokenizer.encode("")), None)
-    if ids and max(ids) >= spec.vocab:
-        raise InputError(
-            f"the tokenizer of {variant.text} makes token {max(ids)} of {file}, but the model has {spec.vocab} tokens"
-        )
+    if ids and max(ids) >= vocab:
+        raise InputError(f"the tokenizer in {directory} makes token {max(ids)} of {file}, but the model has {vocab} tokens")
     return ids, first if first == tokenizer.bos_token_id else None
 
 

@@ -29,6 +29,11 @@ from appliance.memory.planner import make_plan
 from appliance.runtime.engine import Engine
 from quant.errors import InputError
 
+KEPT = 1 << 30
+"""Bytes of a base's log-probabilities that are kept for the next model."""
+Piece = tuple[list[int], int]
+"""Tokens that are read together, and the first of them that counts."""
+
 
 class Model:
     """A loaded model that texts are put through, one at a time; its engine can answer requests, too."""
@@ -37,14 +42,34 @@ class Model:
         """``length``: the most tokens of a text; ``requests``: how many at once of how many tokens. Raises InputError."""
         self.engine = Engine.load(with_room(config, length, *requests))
         self.at_once = min(config.max_num_batched_tokens, length)
+        self._kept: dict[tuple[int, ...], list[Tensor]] = {}
+        self._room = KEPT
 
     @property
     def info(self) -> EngineInfo:
         return self.engine.info
 
-    def logits(self, ids: Sequence[int], at_once: int) -> Iterator[Tensor]:
-        """Logits float32 [r, V] of what follows each token, some rows at a time, each part until the next one is asked for."""
-        yield from self.engine.runner.every_logit(ids, at_once)
+    def logprobs(self, piece: Piece, at_once: int, *, keep: bool = False) -> Iterator[Tensor]:
+        """Log-probabilities float32 [r, V] of what may stand at each token of a window that counts, some rows at a time.
+
+        ``keep``: it will be asked for again, so it is remembered as long as all that is takes no more than KEPT bytes.
+        """
+        name = (*piece[0], piece[1], at_once)
+        if name in self._kept:
+            yield from self._kept[name]
+            return
+        parts, ids, at = [], piece[0], 0
+        keep = keep and self._room >= 4 * self.info.vocab_size * (len(ids) - piece[1])
+        for found in self.engine.runner.every_logit(ids, at_once):
+            rows = slice(max(0, piece[1] - 1 - at), max(0, min(len(found), len(ids) - 1 - at)))  # the row before a token
+            at += len(found)
+            if rows.start < rows.stop:
+                part = found[rows].float().log_softmax(-1)
+                yield part
+                parts += [part.cpu()] if keep else []
+        if keep:
+            self._kept[name] = parts
+            self._room -= sum(part.nbytes for part in parts)
 
 
 def with_room(config: EngineConfig, length: int, requests: int = 0, each: int = 0) -> EngineConfig:
@@ -54,10 +79,6 @@ def with_room(config: EngineConfig, length: int, requests: int = 0, each: int = 
         return room
     kv = make_plan(Path(str(room.model)), replace(room, max_num_seqs=1)).kv
     return replace(room, kv_cache_memory_bytes=max(kv.blocks(length), requests * kv.blocks(each)) * kv.block_bytes)
-
-
-Piece = tuple[list[int], int]
-"""Tokens that are read together, and the first of them that counts."""
 
 
 def windows(ids: Sequence[int], length: int, most: int | None, start: int | None, stride: int | None = None) -> list[Piece]:
@@ -85,36 +106,32 @@ def score(model: Model, pieces: Sequence[Piece], base: Model | None = None) -> I
     if base is not None and base.info.vocab_size != model.info.vocab_size:
         raise InputError(f"--base has {base.info.vocab_size} tokens, and {model.info.model} has {model.info.vocab_size}")
     total = Score()
-    for ids, counts in pieces:
-        total.windows.append(_read(model, ids, counts, base))
+    for piece in pieces:
+        total.windows.append(_read(model, piece, base))
         yield total
 
 
-def _read(model: Model, ids: list[int], counts: int, base: Model | None) -> Window:
-    """One window, of which the tokens from ``counts`` on count: the row before a token says how likely it was."""
+def _read(model: Model, piece: Piece, base: Model | None) -> Window:
+    """One window."""
     at_once = min(one.at_once for one in (model, base) if one is not None)
-    expected = base.logits(ids, at_once) if base is not None else None
+    expected = None if base is None else base.logprobs(piece, at_once, keep=True)
+    text = torch.tensor(piece[0][piece[1] :]).unsqueeze(1)
     nll, base_nll, kl, agree, at = [], [], [], [], 0
-    for found in model.logits(ids, at_once):
-        of_base = None if expected is None else next(expected)
-        rows = slice(max(0, counts - 1 - at), max(0, min(len(found), len(ids) - 1 - at)))
-        after = torch.tensor(ids[at + rows.start + 1 : at + rows.stop + 1]).unsqueeze(1).to(found.device)
-        at += len(found)
-        if rows.start >= rows.stop:
-            continue
-        own = found[rows].float().log_softmax(-1)
+    for own in model.logprobs(piece, at_once):
+        after = text[at : at + len(own)].to(own.device)
+        at += len(own)
         nll.append(-own.gather(1, after))
-        if of_base is not None:
-            other = of_base[rows].to(own.device).float().log_softmax(-1)
+        if expected is not None:
+            other = next(expected).to(own.device)
             base_nll.append(-other.gather(1, after))
             kl.append((other.exp() * (other - own)).sum(-1, dtype=torch.float64))
             agree.append(other.argmax(-1) == own.argmax(-1))
-    if base is None:
+    if expected is None:
         return Window(_joined(nll))
+    for _ in expected:  # so that it comes to its end, and keeps what it found
+        pass
     return Window(_joined(nll), _joined(base_nll), _joined(kl), _joined(agree).astype(bool))
 
 
 def _joined(parts: Sequence[Tensor]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    if not parts:
-        return np.zeros(0)
     return torch.cat([part.flatten() for part in parts]).cpu().double().numpy()
