@@ -80,16 +80,15 @@ class Place:
 
     def refusal(self, study: Study, bits: int) -> InputError:
         """Why not even that model fits, and what would."""
-        begin, larger = f"--fit {self.name!r}: even at {bits} bits", study.larger()
-        words = f"; the smallest cards that would do: {', '.join(card.name for card in larger)}" if larger else ""
-        most = max(self.sequences, 1)
+        begin, most = f"--fit {self.name!r}: even at {bits} bits", max(self.sequences, 1)
+        asked = replace(study, settings=replace(study.settings, max_len=self.context, max_seqs=most))
+        larger = ", ".join(card.name for card in asked.larger())
+        words = f"; the smallest cards that would do: {larger}" if larger else ""
         try:
-            settings = replace(study.settings, max_len=self.context, max_seqs=most)
-            found = replace(study, settings=settings).plan
+            found = asked.plan
         except PlanError as error:
-            return InputError(
-                f"{begin} {error}{words}".replace("--max-model-len", "--context").replace("--max-num-seqs", "--sequences")
-            )
+            said = f"{begin} {error}{words}"
+            return InputError(said.replace("--max-model-len", "--context").replace("--max-num-seqs", "--sequences"))
         longest = study.longest(most)
         length = 0 if longest is None else longest.max_model_len
         room = f"weights {size_text(found.weight_bytes)}, room for {found.sequences(self.context):.1f} of them"

@@ -90,7 +90,7 @@ class Mixer:
         return int(target * self.weights / 8)
 
     def _fitting(self, place: Place) -> int:
-        """Bytes that they can take in memory."""
+        """Bytes that they take in files at most. Raises InputError where the model fits as it is, or in no way."""
         if place.plan(place.study(self.config(None))) is not None:
             raise InputError(
                 f"--fit {self.options.fit!r}: the model fits as it is ({place}), so nothing need be quantized; "
@@ -100,8 +100,7 @@ class Mixer:
         smallest = place.study(self.config(self._uniform(self.names[least])))
         if place.plan(smallest) is None:
             raise place.refusal(smallest, int(least))
-        front = Front.of({unit: {n: -size for n, size in of.items()} for unit, of in self.sizes.items()}, self.sizes)
-        return int(front.sizes[self._largest(front, place)])
+        return min(2 * self.weights, place.device.available)
 
     def _in_files(self) -> dict[str, dict[int, int]]:
         return {unit: {n: self._stored(unit, grid) for n, grid in enumerate(self.names.values())} for unit in self.units}
@@ -115,7 +114,7 @@ class Mixer:
         return found
 
     def _largest(self, front: Front, place: Place) -> int:
-        """The number of the last combination that fits, by planning it; the first is known to."""
+        """The number of a combination that fits beside one that does not, by planning them; the first is known to fit."""
         count = len(front.sizes) - 1
         return (
             last(lambda n: place.plan(place.study(self.config(self.recipe(self._choice(front, n))))) is not None, 0, count) or 0
@@ -164,7 +163,7 @@ class Mixer:
         size = sum(self._stored(unit, self.names[name]) for unit, name in choice.items())
         asked = f"--target-bits {self.options.target_bits}"
         if self.place is not None:
-            asked = f"--fit: {size_text(self.room)} for the linears' weights on {self.place}"
+            asked = f"--fit: {self.place}"
         head = f"{asked}: {8 * size / self.weights:.3f} bits a weight with scales, {size_text(size)}"
         rows = []
         for own, layers in groupby(

@@ -60,9 +60,9 @@ def measure(
 ) -> Costs:
     """By unit (appliance.quantize.recipe.units) and grid: the mean divergence of a token's successor, about, in nats.
 
-    ``ids`` int64 [samples, length], of which the first are looked at; ``grids`` by any number. In memory at a time: one layer in
-    float32 with its gradients, and the hidden states of those samples before every layer. ``progress`` is told shares of 1. Raises
-    InputError where the model's numbers are not finite.
+    ``ids`` int64 [samples, length], of which the first are looked at; ``grids`` by any number. In memory at a time: a layer in
+    float32 with its gradients, and the hidden states of those samples before every layer. ``progress`` is told shares of 1.
+    Raises InputError where the model's numbers are not finite.
     """
     ids = ids[: max(LEAST, TOKENS // ids.shape[1])]
     place = torch.device(device)
