@@ -55,7 +55,7 @@ def check_options(options: Options) -> None:
         flag, allowed = TAKES.get(one.name, (flag, allowed))
         if value not in allowed:
             said = f"{flag} {value}" if not isinstance(value, bool) else flag if value else f"--no-{flag[2:]}"
-            raise InputError(f"{said}: --engine autoawq does awq in 4 bits with zero points, as --format awq, and no more; {OURS}")
+            raise InputError(f"{said}: --engine autoawq does awq in 4 bits with zero points, --format awq, and no more; {OURS}")
     if options.group_size < 1:
         raise InputError(f"--group-size {options.group_size}: AutoAWQ's search needs groups, 128 or 64 or 32; or {OURS}")
     _check_package()
@@ -218,7 +218,7 @@ def _quantizer() -> Any:
 
         def _get_input_feat(self, layer: Any, linears: dict[str, Any]) -> Any:
             """The first that is done with a layer: its inputs, by linear."""
-            self.layer, self.taken, self.steps = self.layer + 1, 0, len(linears) + 5
+            self.layer, self.taken, self.steps = self.layer + 1, 0, 5 + (len(linears) if self.apply_clip else 0)
             self.tell(self.layer)
             return super()._get_input_feat(layer.float(), linears)
 
