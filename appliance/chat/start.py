@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import secrets
-import signal
 import subprocess
 import sys
 import threading
@@ -14,12 +12,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from appliance import leash
 from appliance.chat.client import ChatError, Server
 from quant.errors import InputError
 
 READY = re.compile(r"appliance: ready at (https?://\S+)/v1 ")
 STOP_S = 10.0
-PR_SET_PDEATHSIG = 1
 
 
 class Child:
@@ -29,16 +27,14 @@ class Child:
         self.key = secrets.token_urlsafe(24)  # other users of this machine can reach its port as well
         self._lines: deque[str] = deque(maxlen=50)
         self._url: str | None = None
-        self._process = subprocess.Popen(
+        self._process, self._leash = leash.start(
             [sys.executable, "-m", "appliance", "serve", *words, *([] if _has(words, "--port") else ["--port", "0"])],
+            {**os.environ, "APPLIANCE_API_KEY": self.key},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             errors="replace",
-            env={**os.environ, "APPLIANCE_API_KEY": self.key},
             start_new_session=True,  # ctrl-C is for the answer, and not for the server
-            preexec_fn=_end_with_parent,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -49,6 +45,7 @@ class Child:
             self._lines.append(line.rstrip())
             if found := READY.match(line):
                 self._url = found[1]
+        os.close(self._leash)
 
     def server(self, told: Callable[[str], None]) -> Server:
         """Wait until it is ready. Raises InputError with the child's own words, ChatError where it has none."""
@@ -79,9 +76,3 @@ class Child:
 
 def _has(words: Sequence[str], flag: str) -> bool:
     return any(word == flag or word.startswith(f"{flag}=") for word in words)
-
-
-def _end_with_parent() -> None:
-    """In the child: Linux ends it when its parent is gone, even by kill -9: nobody waits for its answers then."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

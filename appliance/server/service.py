@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import uvicorn
 from tqdm import tqdm
 
+from appliance import leash
 from appliance.config import ServerConfig
 from appliance.runtime.client import EngineDied
 from appliance.server import logs
@@ -168,6 +169,7 @@ class Service:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
+        leash.hold(loop, self.stopping.set)
 
     def _on_signal(self) -> None:
         if self.stopping.is_set():

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from appliance import leash
 from appliance.tui.feed import LogLine
 from quant.errors import InputError
 
@@ -54,14 +55,13 @@ class Child:
         return None
 
     def start(self) -> None:
-        self._process = subprocess.Popen(
+        self._process, self._leash = leash.start(
             self.command,
+            {**os.environ, "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             errors="replace",
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
         self._reader = threading.Thread(target=self._read, name="server-output", daemon=True)
         self._reader.start()
@@ -72,6 +72,7 @@ class Child:
             if words := line.rstrip("\n"):
                 self.lines.append(as_log(words))
                 self.total += 1
+        os.close(self._leash)
 
     @property
     def running(self) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from appliance.tui.app import Dashboard
@@ -16,6 +18,7 @@ from appliance.tui.child import Child, as_log
 from appliance.tui.feed import Feed, LogLine
 from appliance.tui.http import Server
 from quant.errors import InputError
+from tests.tiny_model import make_checkpoint
 from tests.tui.fake_server import FakeServer
 from tests.tui.stage import Stage
 
@@ -136,6 +139,36 @@ def test_one_that_cannot_start_says_why(tmp_path: Path) -> None:
             break
         time.sleep(0.02)
     assert child.ended == "the server has ended with exit code 2: no such directory: /nowhere/at/all" and child.code == 2
+
+
+DASHBOARD = """
+import sys, time
+from appliance.tui.child import Child
+child = Child(sys.argv[2], sys.argv[3:])
+child.start()
+while not any(sys.argv[1] in line.message for line in list(child.lines)): time.sleep(0.02)
+print(child._process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("when", ["", "appliance: ready"])
+def test_a_dashboard_that_is_killed_takes_its_server_along(tmp_path: Path, when: str) -> None:
+    """While it loads, and when it serves; and the engine as well."""
+    make_checkpoint(tmp_path / "tiny")
+    flags = ["--reference-ops", "--threads", "1", "--kv-cache-memory-bytes", "4000000", "--shutdown-timeout", "1"]
+    command = [sys.executable, "-c", DASHBOARD, when or "MiB", str(tmp_path / "tiny"), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as dashboard:
+        assert dashboard.stdout is not None
+        server = psutil.Process(int(dashboard.stdout.readline()))
+        if when:
+            assert server.children(), "its engine"
+        left = [server, *server.children()]
+        dashboard.kill()
+    _, alive = psutil.wait_procs(left, 20)
+    for one in alive:
+        one.kill()
+    assert not alive
 
 
 async def test_the_log_is_shown_while_it_loads_and_quitting_asks(tmp_path: Path) -> None:
