@@ -103,7 +103,7 @@ def test_ours_on_planted_outliers(model: Path, theirs: Path, tmp_path: Path) -> 
 def test_ours_on_a_real_model(shared_data: Path, tmp_path: Path) -> None:
     original, text = shared_data / "models/TinyStories-656K", str(shared_data / "text/tinystories.txt")
     tokenizer = Tokenizer.load(original)
-    tokens = calibration_ids(text, tokenizer, samples=16, length=128, vocab=2048, seed=0)
+    tokens = calibration_ids(text, tokenizer, samples=64, length=128, vocab=2048, seed=0)
     held_out = calibration_ids(text, tokenizer, samples=128, length=128, vocab=2048, seed=77)
     expected = logits(original, held_out)
 
