@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from appliance.config import EngineConfig, ServerConfig
@@ -16,10 +17,12 @@ from appliance.models_file import Entry
 from appliance.runtime.client import EngineDied
 from appliance.server import host as host_module
 from appliance.server.host import EngineHost
+from appliance.server.run import bind
+from appliance.server.service import Service
 from appliance.server.site import Site
 from appliance.server.state import Shared
 from quant.errors import InputError
-from tests.server.fake import FakeClient
+from tests.server.fake import FakeClient, info
 
 
 class Engine(FakeClient):
@@ -29,7 +32,7 @@ class Engine(FakeClient):
 
     def __init__(self, log: list[str], config: EngineConfig, slow: asyncio.Event | None) -> None:
         super().__init__(state="unloaded")
-        self.log, self.name, self.slow = log, config.revision, slow
+        self.log, self.name, self.slow, self.info = log, config.revision, slow, None
 
     async def start(self) -> None:
         self.state = "loading"
@@ -41,7 +44,7 @@ class Engine(FakeClient):
             self.state, self.failure = "dead", str(self.fail)
             self._dead.set()
             raise self.fail
-        self.state = "ready"
+        self.state, self.info = "ready", replace(info(), plan={**info().plan, "max_concurrency": 1.0})
 
     async def wait_ended(self) -> None:
         await self._dead.wait()
@@ -313,3 +316,43 @@ async def test_no_process_to_be_had(model_dir: Path, monkeypatch: pytest.MonkeyP
         await host.enter(object())
     assert host.status == "unloaded" and not host.loaded
     await host.end()
+
+
+@pytest.mark.parametrize(("budget", "log"), [(8, ["load a", "load b"]), (4, ["load a", "end a", "load b"])])
+@pytest.mark.parametrize("fails", [False, True])
+async def test_another_model_is_asked_for_while_the_first_one_loads_at_start(
+    model_dir: Path, budget: int, log: list[str], fails: bool
+) -> None:
+    """Over HTTP: it waits for its turn, which does not keep the start from going on, and a start that fails tells it so."""
+    street = Street(model_dir, {"a": 4, "b": 4}, budget, slow=True)
+    assert street.slow is not None
+    if fails:
+        street.engines[0].fail = InputError("it does not fit")
+    sock = bind("127.0.0.1", 0)
+    service = Service(sock, [*street.hosts.values()], street.site.shared, budget, ServerConfig(shutdown_timeout=1))
+    running = asyncio.create_task(service.run())
+    body = {"prompt": "ab", "max_tokens": 1}
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{sock.getsockname()[1]}", trust_env=False, timeout=20) as http:
+        assert (await http.get("/health")).json()["status"] == "loading"
+        other = asyncio.create_task(http.post("/v1/completions", json={**body, "model": "b"}))
+        await soon(lambda: street.hosts["b"].turning)
+        first = await http.post("/v1/completions", json={**body, "model": "a"})
+        assert first.status_code == 503 and first.json()["error"]["code"] == "model_loading" and first.headers["retry-after"]
+        states = {card["id"]: card["status"] for card in (await http.get("/v1/models")).json()["data"]}
+        assert states == {"a": "loading", "b": "unloaded"} and street.log == ["load a"] and not other.done()
+        street.slow.set()
+        answer = await other
+        if fails:  # the server ends; what it has begun by then it may finish
+            assert answer.status_code == 200 or answer.json()["error"]["code"] == "shutting_down", answer.text
+        else:
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["model"] == "b" and street.log == log
+            await soon(lambda: not service.site.starting)
+            assert (await http.get("/health")).status_code == 200
+            assert (await http.post("/v1/completions", json={**body, "model": "a"})).json()["model"] == "a"
+            service.stopping.set()
+    if fails:
+        with pytest.raises(InputError, match="it does not fit"):
+            await running
+    else:
+        assert await running == 0
