@@ -51,48 +51,18 @@ def test_refusals(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not (tmp_path / "a").exists() and not (tmp_path / "a.partial").exists()
 
 
-def test_tensors_that_are_missing_or_would_get_lost(model: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(model / "model.safetensors")
-    for change, words in (
-        (
-            {"model.layers.1.self_attn.q_proj.bias": torch.ones(64)},
-            "1 tensors have no place in a LlamaForCausalLM: .*q_proj.bias",
-        ),
-        ({"model.layers.2.mlp.up_proj.weight": None}, "1 tensors are missing: model.layers.2.mlp.up_proj.weight"),
-    ):
-        other = tmp_path / str(len(words))
-        shutil.copytree(model, other)
-        changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
-        save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(InputError, match=words):
-            quantized(other, tmp_path / "made")
-
-
 def test_what_the_file_cannot_hold(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     other = tmp_path / "large"
     shutil.copytree(model, other)
     tensors = load_file(other / "model.safetensors")
-    tensors["model.norm.weight"][3] = 1e6
+    tensors["model.layers.1.input_layernorm.weight"][3] = 1e6
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"model\.norm\.weight: some of its values are not finite numbers in float16"):
+    with pytest.raises(
+        InputError, match=r"model\.layers\.1\.input_layernorm\.weight: some of its values are not finite numbers in float16"
+    ):
         quantized(other, tmp_path / "made", method="rtn")
     (tmp_path / "made.partial" / "job.json").unlink()
     with pytest.raises(InputError, match="files of a job that nobody knows"):
         quantized(model, tmp_path / "made", method="rtn")
-
-
-def test_damaged_weights(model: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    damaged = tmp_path / "damaged"
-    shutil.copytree(model, damaged)
-    tensors = load_file(damaged / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
-    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj: some of its values are not finite"):
-        quantized(damaged, tmp_path / "made")
-    assert not (tmp_path / "made").exists() and not (tmp_path / "made.partial" / "config.json").exists()

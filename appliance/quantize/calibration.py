@@ -65,9 +65,12 @@ def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
 def read_text(file: str) -> str:
     """A text file, or the texts of JSON lines. Raises InputError."""
     try:
-        text = Path(file).read_text(encoding="utf-8", errors="replace")
+        text = Path(file).read_text(encoding="utf-8-sig")  # what Windows puts before it is no text
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise InputError(f"{file}: byte {error.start} ({byte:#x}) is not UTF-8: give a text file, converted to UTF-8") from None
     if file.endswith((".jsonl", ".json")):
         return "\n\n".join(_line(file, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     return text

@@ -113,6 +113,7 @@ class Job:
     def run(self, progress: Callable[[float], None] = lambda done: None) -> Report:
         """Quantize. ``progress`` is told the layers done, and shares of one. Raises InputError; what is done by then is kept."""
         report = Report(self.output)
+        self._check_ends()
         if self.mixer is not None and self.chosen is None:
             self.choose()
         looked_at = self.ids is not None and (self.options.method != "rtn" or self.options.kv_scales)
@@ -127,10 +128,10 @@ class Job:
             layer = self._read(number)
             made, extra = self._layer(layer, hidden, last, progress)
             report.losses |= {f"model.layers.{number}.{name}": loss for name, loss in made.losses.items()}
-            self.shards.write(number, {**self._tensors(layer, made), **extra})
+            self._write(number, {**self._tensors(layer, made), **extra})
         progress(self.spec.layers)
         if not self.shards.has(self.spec.layers):
-            self.shards.write(self.spec.layers, self._ends(hidden))
+            self._write(self.spec.layers, self._ends(hidden))
         self._finish()
         report.nbytes = sum(path.stat().st_size for path in self.output.glob("*.safetensors"))
         return report
@@ -242,11 +243,17 @@ class Job:
 
     def _publish(self, name: str, tensor: Tensor) -> Tensor:
         """In the type of the file. Raises InputError where that cannot hold it."""
-        made = tensor.to(self.published)
-        if not finite(made):
-            kind = str(self.published).removeprefix("torch.")
-            raise InputError(f"{name}: some of its values are not finite numbers in {kind}; take another --format, or mend it")
-        return made
+        return _held(name, tensor.to(self.published))
+
+    def _check_ends(self) -> None:
+        """Before the layers: hours later would be late to say so. Raises InputError for numbers that the file cannot hold."""
+        for name in () if self.shards.has(self.spec.layers) else (EMBEDDING, HEAD, "model.norm.weight"):
+            if self.checkpoint.has(name):
+                self._publish(name, self.checkpoint.take(name, dtypes=FLOATS))
+
+    def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Raises InputError for numbers that the file cannot hold, such as the scales of very large weights."""
+        self.shards.write(number, {name: _held(name, tensor) for name, tensor in tensors.items()})
 
     def _section(self, recipe: Recipe) -> dict[str, Any]:
         options, others = self.options, {**recipe.others, **self.ends.grids}
@@ -266,3 +273,11 @@ class Job:
         config = self._config(self.recipe)
         beside = {"quantize_config.json": config["quantization_config"]} if str(self.options.format).startswith("gptq") else {}
         self.shards.finish(self.source, config, beside)
+
+
+def _held(name: str, tensor: Tensor) -> Tensor:
+    """The same. Raises InputError where it holds numbers that are not finite."""
+    if tensor.is_floating_point() and not finite(tensor):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(f"{name}: some of its values are not finite numbers in {kind}; take another --format, or mend it")
+    return tensor

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from appliance.quantize.options import Options
 from appliance.quantize.recipe import Recipe
-from models.plain import INPUTS, PlainLayer
+from models.plain import INPUTS, PlainLayer, finite
 from quant.algorithms.awq import Tie, search_cuts, search_scales
 from quant.algorithms.gptq import Factor, Hessian, factored, sweep
 from quant.algorithms.grid import Quantized, round_to_nearest
+from quant.errors import InputError
 
 log = logging.getLogger("appliance.quantize")
 
 LOOKED_AT = 1024  # inputs of each linear that AWQ's searches compare outputs for
+OUT_OF_RANGE = "its inputs hold numbers that are not finite: the calibration text drives the model out of range"
 UNCUT = ("q_proj", "k_proj", "qkv_proj")  # AutoAWQ leaves their extremes: queries and keys meet in a product
 
 
@@ -106,7 +108,7 @@ def quantize_layer(
                 assert seen is not None
                 shrink = search_cuts(weight, _some(seen).float() / scaled.get(INPUTS[name], 1.0), grid)
             quantized = round_to_nearest(weight, grid, shrink)
-        made.modules[name] = quantized
+        made.modules[name] = quantized.cpu()
         layer.weights[name] = quantized.dequantize().to(layer.compute)
     return made
 
@@ -139,12 +141,14 @@ def _some(seen: Seen) -> Tensor:
 
 
 def _scale(layer: PlainLayer, watcher: Watcher, recipe: Recipe, published: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Fold AWQ's scales into the layer; what each kind of inputs is divided by from then on, by its name."""
+    """Fold AWQ's scales into the layer; what each kind of inputs is divided by from then on, by its name. Raises InputError."""
     for inputs in ("attention", "heads", "mlp", "inner"):
         names = [module.name for module in layer.spec.layer_modules() if INPUTS[module.name] == inputs]
         grid, seen = recipe.grid(layer.full(names[0])), watcher.seen[inputs]
         if grid is None:
             continue
+        if not finite(seen.size):
+            raise InputError(f"{layer.full(names[0])}: {OUT_OF_RANGE}")
         weights = [layer.weights[name].float() for name in names]
         found = search_scales(weights, _some(seen), seen.mean(), grid, _tie(layer) if inputs == "heads" else None)
         if found.loss >= found.before:
