@@ -43,6 +43,7 @@ def first(found: Answers, expected: Answers) -> int:
     return sum(found[key][0] == expected[key][0] for key in expected)
 
 
+@pytest.mark.timeout(1800)  # two minutes on a core of its own
 @pytest.mark.parametrize("cache", ["auto", *SCALED_CACHES])
 def test_answers_of_a_whole_engine(cache: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of all kinds, recorded ones too, the next launched before the last has landed: the reference's greedy answers."""
