@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,6 +80,11 @@ class Quantized:
     zeros: Tensor  # uint8 [G, N]
     grid: Grid
     perm: Tensor | None = None  # int64 [K]
+
+    def cpu(self) -> Quantized:
+        """The same in the host's memory."""
+        perm = None if self.perm is None else self.perm.cpu()
+        return replace(self, codes=self.codes.cpu(), scales=self.scales.cpu(), zeros=self.zeros.cpu(), perm=perm)
 
     def tensor(self) -> QuantTensor:
         """In the canonical form, as it will be loaded."""
