@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from appliance.server.errors import JSONResponse, as_json, spliced
+from appliance.server.errors import Chunks, JSONResponse, spliced
 from appliance.server.logprobs import Logprobs
 from appliance.server.respond import stream
 from appliance.server.schemas import ChatRequest
@@ -83,32 +83,35 @@ class ChatView:
         return delta | self._reasoning(news.reasoning)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        begun: set[int] = set()
+        begun, chunk = set[int](), Chunks(self._base("chat.completion.chunk"))
         async with aclosing(self.turn.run()) as all_:
             async for c, delta, found in all_:
                 if c not in begun:
                     begun.add(c)
-                    yield self._chunk(c, {"role": "assistant", "content": ""})
+                    yield chunk(_piece(c, {"role": "assistant", "content": ""}), **self._usage())
                 logprobs = None
                 if self.body.logprobs and delta.logprobs:
                     logprobs = await self.format.chat(delta.logprobs, self.body.top_logprobs or 0)
                 news = self._delta(found)
                 if news or logprobs or delta.finish_reason or self.body.return_token_ids:
-                    more: dict[str, Any] = {"logprobs": logprobs, "finish_reason": None}
+                    choice = _piece(c, news, logprobs)
                     if delta.finish_reason:
-                        more |= {"finish_reason": self.turn.finish_reason(c), "stop_reason": delta.stop_reason}
+                        choice |= {"finish_reason": self.turn.finish_reason(c), "stop_reason": delta.stop_reason}
                     if self.body.return_token_ids:
-                        more["token_ids"] = list(delta.token_ids)
-                    yield self._chunk(c, news, **more)
+                        choice["token_ids"] = list(delta.token_ids)
+                    yield chunk(choice, **self._usage())
         if self.body.stream_options and self.body.stream_options.include_usage:
-            yield as_json({**self._base("chat.completion.chunk"), "choices": [], "usage": self.turn.usage()})
+            yield chunk(None, usage=self.turn.usage())
 
-    def _chunk(self, c: int, delta: dict[str, Any], **more: Any) -> bytes:
-        choice = {"index": c, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-        chunk = {**self._base("chat.completion.chunk"), "choices": [spliced(choice)]}
-        if (options := self.body.stream_options) and options.include_usage:
-            chunk["usage"] = self.turn.usage() if options.continuous_usage_stats else None
-        return spliced(chunk)
+    def _usage(self) -> dict[str, Any]:
+        """What chunks with a choice have behind it."""
+        if (options := self.body.stream_options) is None or not options.include_usage:
+            return {}
+        return {"usage": self.turn.usage() if options.continuous_usage_stats else None}
+
+
+def _piece(c: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"index": c, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
 
 def _call(news: CallDelta) -> dict[str, Any]:

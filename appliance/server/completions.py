@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 
 from appliance.core.messages import TokenLogprob
-from appliance.server.errors import JSONResponse, as_json, spliced
+from appliance.server.errors import Chunks, JSONResponse, spliced
 from appliance.server.job import Job
 from appliance.server.logprobs import Logprobs
 from appliance.server.prompts import Prompt, completion_prompts, text_of
@@ -73,7 +73,7 @@ class CompletionView:
         return spliced({**self._base(), "choices": choices, "usage": self.job.usage(self.hidden)})
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        options, seen = self.body.stream_options, set[int]()
+        options, seen, chunk = self.body.stream_options, set[int](), Chunks(self._base())
         async with aclosing(self.job.run()) as deltas:
             async for c, delta in deltas:
                 first = c not in seen
@@ -81,12 +81,12 @@ class CompletionView:
                 choice = await self._choice(c, delta, first)
                 if not (choice["text"] or choice["finish_reason"] or choice["logprobs"] or self.body.return_token_ids):
                     continue
-                chunk = {**self._base(), "choices": [spliced(choice)]}
                 if options and options.include_usage:
-                    chunk["usage"] = self.job.usage(self.hidden) if options.continuous_usage_stats else None
-                yield spliced(chunk)
+                    yield chunk(choice, usage=self.job.usage(self.hidden) if options.continuous_usage_stats else None)
+                else:
+                    yield chunk(choice)
         if options and options.include_usage:
-            yield as_json({**self._base(), "choices": [], "usage": self.job.usage(self.hidden)})
+            yield chunk(None, usage=self.job.usage(self.hidden))
 
     def _prompt_scores(self, c: int) -> tuple[TokenLogprob | None, ...] | None:
         return self.job.prompt_logprobs[c // self.job.params.n]

@@ -13,6 +13,7 @@ import pytest
 from appliance.bench.http import BodyReader, EventReader
 from appliance.server import http
 from appliance.server.app import create_app
+from appliance.server.errors import Chunks, as_json
 from tests.server.conftest import Served
 from tests.server.fake import FakeClient
 
@@ -125,3 +126,13 @@ async def test_a_server_that_does_not_know_the_short_way(served: Served, expecte
         body = {"model": "tiny", "prompt": TEXT, "max_tokens": 100, "ignore_eos": True, "stream": True}
         found = await client.post("/v1/completions", json=body)
     assert "".join(texts(found.content)) == expected
+
+
+@pytest.mark.parametrize("more", [{}, {"usage": None}, {"usage": {"total_tokens": 3}}])
+@pytest.mark.parametrize("logprobs", [None, {"content": [{"token": "ä", "logprob": -9999.0, "bytes": [195]}], "refusal": None}])
+def test_chunks_are_the_json_of_the_whole(logprobs: Any, more: dict[str, Any]) -> None:
+    base = {"id": 'a"b', "created": 5, "model": "ü"}
+    choice = {"index": 3, "text": 'say "\n😀"', "logprobs": logprobs, "finish_reason": None}
+    parts = logprobs and {**logprobs, "content": [as_json(one) for one in logprobs["content"]]}
+    assert Chunks(base)({**choice, "logprobs": parts}, **more) == as_json({**base, "choices": [choice], **more})
+    assert Chunks(base)(None, **more) == as_json({**base, "choices": [], **more})
