@@ -55,7 +55,7 @@ def _score(row: Row, name: str, error: str = "", decimals: int | None = None) ->
     value, around = found.get(name), found.get(error)
     if value is None:
         return "not finite" if name in found else ""
-    return _rounded(value, around, decimals)
+    return rounded(value, around, decimals)
 
 
 def _share(row: Row, name: str, error: str, less: float = 0.0) -> str:
@@ -64,10 +64,10 @@ def _share(row: Row, name: str, error: str, less: float = 0.0) -> str:
     if found.get(name) is None:
         return "not finite" if name in found else ""
     value, around = 100 * (found[name] - less), found[error]
-    return ("+" if less and value > 0 else "") + _rounded(value, None if around is None else 100 * around, 1) + " %"
+    return ("+" if less and value > 0 else "") + rounded(value, None if around is None else 100 * around, 1) + " %"
 
 
-def _rounded(value: float, error: float | None, decimals: int | None) -> str:
+def rounded(value: float, error: float | None, decimals: int | None = None) -> str:
     """``decimals`` at least; without any asked for, as many as its error, or three digits of its own, have."""
     scale = error or value
     digits = (1 if error else 2) - math.floor(math.log10(abs(scale))) if scale else 0
