@@ -132,3 +132,23 @@ def test_killed_from_outside(model: Path, tmp_path: Path) -> None:
     unfinished(tmp_path / "parts")
     assert cli.run(argv) == 0 and cli.run(command(model, tmp_path / "whole", [])) == 0
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+
+
+def test_interrupted(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C: a line that says what there is, and how to go on."""
+    argv, write, half = command(model, tmp_path / "made", ["--method", "rtn"]), shards.Shards.write, tmp_path / "made.partial"
+
+    def interrupt(self: shards.Shards, number: int, *args: Any) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+        write(self, number, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.Shards, "write", interrupt)
+        assert cli.run(argv) == 130
+    err = capsys.readouterr().err
+    assert f"interrupted: what is done is kept in {half}, and the same command goes on with it" in err and "Traceback" not in err
+    unfinished(tmp_path / "made")
+    assert cli.run(argv) == 0
+    out, err = capsys.readouterr()
+    assert f"going on with {half}: 2 of {LAYERS} layers are done" in err and " KiB, of " in out

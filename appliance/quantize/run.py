@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -52,7 +54,9 @@ def run(
 
             chosen = job.choose(measured)
         print(chosen, flush=True)
-    with tqdm(total=job.spec.layers, desc="Quantizing", bar_format=BAR, disable=None) as bar, torch.inference_mode():
+    if (done := sum(map(job.shards.has, range(job.spec.layers)))) > 0:
+        print(f"going on with {job.shards.folder}: {done} of {job.spec.layers} layers are done", file=sys.stderr)
+    with tqdm(total=job.spec.layers, desc="Quantizing", bar_format=BAR, disable=None) as bar, torch.inference_mode(), _kept(job):
 
         def tell(done: float) -> None:
             bar.update(done - bar.n)
@@ -62,11 +66,24 @@ def run(
         print(told)
     worst = sorted(report.losses.items(), key=lambda item: -item[1])[:3]
     bits = "mixed" if options.mixed else options.bits
-    print(f"{output}: {size_text(report.nbytes)} in {time.monotonic() - begun:.0f} s, {bits} bits by {_maker(options)}")
+    size, seconds = size_text(job.checkpoint.index.total_bytes), time.monotonic() - begun
+    print(f"{output}: {size_text(report.nbytes)}, of {size}, in {seconds:.0f} s, {bits} bits by {_maker(options)}")
     if worst:
         print("largest mean squared errors of outputs: " + ", ".join(f"{name} {loss:.3g}" for name, loss in worst))
     print(f"try it: appliance serve {output}", file=sys.stderr)
     return 0
+
+
+@contextmanager
+def _kept(job: Job) -> Iterator[None]:
+    """Says what there is when somebody interrupts."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = any(map(job.shards.has, range(job.spec.layers)))
+        kept = f": what is done is kept in {job.shards.folder}, and the same command goes on with it" if done else ""
+        print(f"\nappliance: interrupted{kept}", file=sys.stderr)
+        raise
 
 
 def _kind(options: Options) -> type[Job]:
