@@ -145,7 +145,9 @@ def test_interrupted(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
     with monkeypatch.context() as patch:
         patch.setattr(shards.Shards, "write", interrupt)
-        assert cli.run(argv) == 130
+        with pytest.raises(SystemExit) as ended:
+            cli.run(argv)
+    assert ended.value.code == 130
     err = capsys.readouterr().err
     assert f"interrupted: what is done is kept in {half}, and the same command goes on with it" in err and "Traceback" not in err
     unfinished(tmp_path / "made")
