@@ -85,7 +85,8 @@ def quantize(
         Of the choice of samples.
     target_bits
         Mixed precision: more bits where they help most, so many for a weight in the mean over all linears of the decoder layers,
-        with scales and zero points (what others call bits per weight). Instead of BITS.
+        with scales and zero points (what others call bits per weight). Instead of BITS: 4, 8 and 16 are used, less than 4 only
+        where the target is below what 4 bits take, and smaller groups than GROUP_SIZE, down to 32, as a step between two widths.
     fit
         Mixed precision: as many bits as fit on this card ("RTX 4090"), in a memory of this size (24GB), or on this machine (cuda,
         cpu), by the planner, with its defaults. 4, 8 and 16 are used.
