@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 
+from appliance.memory import grammars
 from appliance.memory.advice import advise
 from appliance.memory.demand import LOGIT_ROWS
 from appliance.memory.devices import DeviceInfo
 from appliance.memory.fit import MARGIN, fit
 from appliance.memory.graphs import LAYER_BYTES, POOL_BYTES
 from appliance.memory.plan import RUNTIME, KVSpec, PlanError
+from appliance.text import grammar as text_grammar
 from quant.errors import InputError
 from tests.memory.test_plan import DEFAULTS, GIB, LLAMA_8B, cpu, parse, plan_or_none
 
@@ -21,9 +23,9 @@ def test_a_plan_worked_out_by_hand() -> None:
     plan = fit(LLAMA_8B, replace(DEFAULTS, max_len=8192), cpu(24))
     workspace = 120_000 * 2048 + 128256 * 6 * LOGIT_ROWS + (100 << 20) + 512 * 8192
     assert plan.free == 24 * GIB - MARGIN["cpu"]
-    grammars = (16 << 20) + 832 * 128256 + 64 * (64 << 10) + 256 * (128256 // 8 + (128 << 10))
-    assert plan.grammar_bytes == grammars
-    left = 12 * GIB - 6 * GIB - workspace - RUNTIME["cpu"] - grammars
+    reserved = (16 << 20) + 832 * 128256 + 64 * (64 << 10) + 256 * (128256 // 8 + (128 << 10))
+    assert plan.grammar_bytes == reserved
+    left = 12 * GIB - 6 * GIB - workspace - RUNTIME["cpu"] - reserved
     assert plan.kv == KVSpec(32, 8, 128, 16, "float16")
     assert plan.kv.token_bytes == 128 * 1024 and plan.kv.block_bytes == 2 << 20  # the worked example of Llama-3-8B
     assert plan.workspace == workspace
@@ -159,3 +161,16 @@ def test_the_table_says_it_all() -> None:
     assert "16,384" not in table
     full = re.search(r"^  total .*?(█+)[▏▎▍▌▋▊▉]?$", table, re.M)[1]
     assert len(full) == round(plan.total / plan.budget * 240) // 8  # in eighths
+
+
+def test_as_many_grammars_are_planned_as_are_kept_and_none_without_a_tokenizer() -> None:
+    assert grammars.KEPT == text_grammar.KEPT
+    assert grammars.mask_bytes(32000) == 4000 and grammars.mask_bytes(32001) == 4004
+    plain, card = replace(DEFAULTS, max_len=8192), DeviceInfo("cuda", "card", 24 * GIB, 23 * GIB)
+    reserved, none = (fit(LLAMA_8B, replace(plain, grammars=on), cpu(24)) for on in (True, False))
+    assert none.grammar_bytes == 0 and none.to_dict()["grammars_bytes"] == {"total": 0}
+    assert "grammars" in reserved.table() and "grammars" not in none.table()
+    assert none.num_blocks - reserved.num_blocks in (reserved.grammar_bytes >> 21, (reserved.grammar_bytes >> 21) + 1)
+    beside, alone = (fit(LLAMA_8B, replace(plain, grammars=on), card) for on in (True, False))
+    assert beside.num_blocks == alone.num_blocks and not alone.host["grammars"]
+    assert beside.host["grammars"] == reserved.grammar_bytes
