@@ -18,11 +18,11 @@ rank correlation on TinyStories-656K, the demo model and 12 random layers with o
     change of the residual stream behind the layer            0.98  0.74  0.91
     relative error of the modules' own outputs                0.55  0.29  0.28
 
-and its sum over all units is 0.99 and 1.23 of the true one on the first two. (Random layers at 4 bits are far beyond the range of
-small changes: there it overrates all, but in the right order.) Costs are those of rounding to nearest. Where GPTQ or AWQ round the
-unit the same numbers still give the order: 0.86 and 0.95 on TinyStories-656K in groups of 128, 0.90 and 0.97 on the demo model at
-3 bits, 0.98 and 1.00 on 12 milder random layers. The share of the loss that GPTQ makes good could be foretold from its factor
-(0.91, 0.89, 1.00), but only with as many tokens as there are inputs several times over.
+and its sum over all units is 0.99 and 1.23 of the true one on the first two. (Random layers at 4 bits are far beyond the range
+of small changes: there it overrates all, but in the right order.) Costs are those of rounding to nearest. Where GPTQ or AWQ
+round the unit the same numbers still give the order: 0.86 and 0.95 on TinyStories-656K in groups of 128, 0.90 and 0.97 on the
+demo model at 3 bits, 0.98 and 1.00 on 12 milder random layers. The share of the loss that GPTQ makes good could be foretold
+from its factor (0.91, 0.89, 1.00), but only with as many tokens as there are inputs several times over.
 
 Operations: 8 for each weight and token (forward; then again, by inputs, by weights), whatever the number of widths: for TOKENS
 tokens an eighth of what goes through the model when GPTQ is given 128 samples of 512.
