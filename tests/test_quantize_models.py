@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from models.spec import ARCHITECTURES, ModelSpec
+from quant.algorithms.grid import round_to_nearest
 from quant.checkpoint import Checkpoint
+from quant.publish import check_shape, grid_for, tensors_of
 from quant.tensor import QuantTensor
 from tests.quantizing import divergence, ids, logits, make, quantized
 
@@ -82,3 +84,19 @@ def test_transformers_reads_the_same_weights(made: Path) -> None:
             assert torch.allclose(weights[f"{module.name}.weight"].float(), dense, rtol=2**-7, atol=0), module.name
         off = (logits(made, ids()) - theirs(ids()).logits.log_softmax(-1)).abs()  # it rounds weights to that type, too
     assert float(off.mean()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "group"), [(8, 16, 16), (8, 64, -1), (40, 72, 8), (48, 192, 64), (136, 256, 128), (24, 200, 40)]
+)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_autoawq_reads_the_same_weights(N: int, K: int, group: int, symmetric: bool) -> None:
+    """By its own dequantizer: every shape that a layer may have, with and without zero points."""
+    packing = pytest.importorskip("awq.utils.packing_utils", exc_type=ImportError)
+    torch.manual_seed(N)
+    weight = round_to_nearest(torch.randn(N, K), grid_for("awq", 4, group, symmetric, torch.bfloat16))
+    check_shape("awq", "it", N, K, weight.grid)
+    tensors = tensors_of("awq", weight)
+    size = K if group == -1 else group
+    found = packing.dequantize_gemm(tensors["qweight"], tensors["qzeros"], tensors["scales"].float(), 4, size)
+    assert torch.equal(found.t(), weight.dequantize())
