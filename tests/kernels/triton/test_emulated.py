@@ -8,6 +8,7 @@ tests/kernels/triton/test_attention.py``.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,9 +39,13 @@ CHOICE = {
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not INTERPRETED, reason="these tests run on a card already")
-@pytest.mark.parametrize(("card", "file"), [(card, file) for card, files in CHOICE.items() for file in files])
-def test_compiled_code(card: int, file: str) -> None:
-    run(card, f"tests/kernels/triton/test_{file}.py", "-k", CHOICE[card][file])
+@pytest.mark.parametrize("card", CHOICE)
+def test_compiled_code(card: int) -> None:
+    """All of a card in one process: to start one takes as long as many of these tests."""
+    files = {f"test_{file}.py": chosen for file, chosen in CHOICE[card].items()}
+    chosen = " or ".join(f"({file} and ({which}))" for file, which in files.items())
+    told = run(card, *(f"tests/kernels/triton/{file}" for file in files), "-vv", "-k", chosen)
+    assert all(re.search(rf"{file}::.* PASSED", told) for file in files), told
 
 
 @pytest.mark.slow
@@ -52,7 +57,7 @@ def test_whole_engine(file: str, chosen: str) -> None:
     run(90, f"tests/runtime/test_{file}.py", "-k", chosen)
 
 
-def run(card: int, *tests: str) -> None:
+def run(card: int, *tests: str) -> str:
     """pytest, in a process whose kernels are compiled for that card."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -61,3 +66,4 @@ def run(card: int, *tests: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout, "nothing was chosen"
+    return done.stdout
