@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from appliance.memory.text import size_text
 from quant.errors import InputError
 
 JOB = "job.json"
@@ -141,4 +142,4 @@ def check_space(folder: Path, needed: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(f"{folder} has {free / 1e9:.2f} GB free, and the checkpoint will take {needed / 1e9:.2f} GB")
+        raise InputError(f"{folder} has {size_text(free)} free, and the checkpoint will take {size_text(needed)} more")
