@@ -92,7 +92,7 @@ def work(
     from appliance.quantize.options import Options
 
     torch.set_num_threads(cpu_threads(threads))
-    options = Options(**METHODS[method], samples=samples, length=length).checked()
+    options = Options(**METHODS[method], calibration_samples=samples, calibration_length=length).checked()
     config = json.loads((model / "config.json").read_text())
     ids = torch.randint(config["vocab_size"], (samples, length), generator=torch.Generator().manual_seed(0))
     begins = (0.0, FIRST, FIRST + SEARCH, 1.0)
