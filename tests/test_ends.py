@@ -29,7 +29,13 @@ from tests.models.test_loader import dense_tensors, write_dense
 
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5])
 SAMPLES = torch.randint(0, 51, (4, 32), generator=torch.Generator().manual_seed(0))
-OPTIONS: dict[str, Any] = {"method": "rtn", "group_size": 16, "format": "compressed-tensors", "samples": 4, "length": 32}
+OPTIONS: dict[str, Any] = {
+    "method": "rtn",
+    "group_size": 16,
+    "format": "compressed-tensors",
+    "calibration_samples": 4,
+    "calibration_length": 32,
+}
 
 
 def quantized(folder: Path, **options: Any) -> Path:
@@ -54,7 +60,7 @@ def read(folder: Path, name: str) -> Tensor:
 @pytest.mark.parametrize(("head", "embedding"), [(4, 8), (8, 4), (16, 8), (4, 16)])
 def test_tables_are_near_what_they_were(tmp_path: Path, head: int, embedding: int, tied: bool) -> None:
     """Half a step at most, and what bfloat16 scales are off; a tied model gets two tables and says so."""
-    made = quantized(tmp_path, lm_head_bits=head, embedding_bits=embedding, symmetric=True, tie_word_embeddings=tied)
+    made = quantized(tmp_path, lm_head_bits=head, embedding_bits=embedding, sym=True, tie_word_embeddings=tied)
     config = json.loads((made / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     before = dense_tensors({**config, "tie_word_embeddings": tied})
@@ -130,7 +136,7 @@ def test_a_head_of_4_bits_is_made_by_the_method(tmp_path: Path, method: str, for
         "method": method,
         "format": form,
         "lm_head_bits": 4,
-        "symmetric": True,
+        "sym": True,
         "vocab_size": 64,
         "act_order": False,
     }
@@ -199,14 +205,14 @@ def test_refusals(tmp_path: Path) -> None:
     assert Options(method="gptq", lm_head_bits=8).checked().format == "gptq"
     source = write_dense(tmp_path / "dense", torch_dtype="bfloat16", vocab_size=51)
     with pytest.raises(InputError, match="lm_head is 51 x 32: the format gptq needs multiples of 8"):
-        chosen = Options(**{**OPTIONS, "format": "gptq", "symmetric": True, "lm_head_bits": 4}).checked()
+        chosen = Options(**{**OPTIONS, "format": "gptq", "sym": True, "lm_head_bits": 4}).checked()
         Job(source, tmp_path / "made", chosen, None)
 
 
 def test_a_head_with_zero_points_has_whole_words(tmp_path: Path) -> None:
     """vLLM cuts the words in which zero points are packed by the vocabulary, so 51 tokens have none."""
     for vocab, symmetric in ((51, True), (64, False)):
-        made = quantized(tmp_path / str(vocab), lm_head_bits=4, vocab_size=vocab, symmetric=False)
+        made = quantized(tmp_path / str(vocab), lm_head_bits=4, vocab_size=vocab, sym=False)
         groups = json.loads((made / "config.json").read_text())["quantization_config"]["config_groups"].values()
         head = next(group for group in groups if any("lm_head" in target for target in group["targets"]))
         assert head["weights"]["symmetric"] == symmetric and groups

@@ -106,7 +106,7 @@ def foretold(
     """(costs, divergences) of every unit rounded alone."""
     with Checkpoint.open(source) as checkpoint:
         spec = ModelSpec.from_config(checkpoint.config)
-    given = Options(method="rtn", bits=bits, group_size=32, symmetric=False, format="compressed-tensors").checked()
+    given = Options(method="rtn", bits=bits, group_size=32, sym=False, format="compressed-tensors").checked()
     grid, told = given.grid(torch.float16), list[float]()
     with torch.inference_mode():
         costs = measure(source, spec, tokens, {0: grid}, progress=told.append)
@@ -147,7 +147,7 @@ def test_costs_are_the_divergence_of_a_real_model(shared_data: Path, tmp_path: P
 
 def test_bits_where_they_help_most(model: Path, tmp_path: Path) -> None:
     """Better than as many bits elsewhere, or everywhere; and more bits are better."""
-    given: dict[str, Any] = {"format": "compressed-tensors", "symmetric": False}
+    given: dict[str, Any] = {"format": "compressed-tensors", "sym": False}
     found = []
     for target in (4.4, 4.7, 5.5, 7.0):
         kl, job = made(model, tmp_path / f"{target}", target_bits=target, **given)

@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["gptq", "awq", "head", "rtn"],
 )
 def test_a_job_stays_on_the_card(model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    checked, tokens = Options(group_size=32, samples=4, length=32, **options).checked(), ids()[:4]
+    checked, tokens = Options(group_size=32, calibration_samples=4, calibration_length=32, **options).checked(), ids()[:4]
     made = []
     for name, device in (("host", "cpu"), ("card", CARD)):
         with Card(), torch.inference_mode():

@@ -51,7 +51,7 @@ def made(model: Path) -> Path:
 def test_quantizing_leaves_the_function_as_it_was(model: Path, made: Path, tmp_path: Path) -> None:
     rounded = divergence(quantized(model, tmp_path / "rtn", method="rtn", format="compressed-tensors"), model)
     assert divergence(made, model) < rounded
-    assert divergence(quantized(model, tmp_path / "gptq", ids(samples=12), method="gptq", symmetric=False), model) < rounded
+    assert divergence(quantized(model, tmp_path / "gptq", ids(samples=12), method="gptq", sym=False), model) < rounded
 
 
 def test_the_engine_computes_what_the_weights_say(made: Path) -> None:

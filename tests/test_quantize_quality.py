@@ -60,7 +60,7 @@ def test_awq_and_gptq_beat_rounding(request: pytest.FixtureRequest, tmp_path: Pa
     """
     model, calibration, text, base = request.getfixturevalue(name)
     group, symmetric = (64, bits == 4) if name == "demo" else (128, False)
-    grid = {"bits": bits, "group_size": group, "symmetric": symmetric, "format": "compressed-tensors"}
+    grid = {"bits": bits, "group_size": group, "sym": symmetric, "format": "compressed-tensors"}
     (least, _), found = judged(model, text, base), {}
     for method in ("rtn", "awq", "gptq"):
         made = quantized(model, tmp_path / method, None if method == "rtn" else calibration, method=method, **grid)
@@ -75,7 +75,7 @@ def test_weights_that_are_on_the_grid_stay_there(demo: Parts, tmp_path: Path) ->
     model, calibration, text, base = demo
     for method in ("rtn", "awq", "gptq"):
         made = quantized(
-            model, tmp_path / method, None if method == "rtn" else calibration[:8], method=method, group_size=64, symmetric=False
+            model, tmp_path / method, None if method == "rtn" else calibration[:8], method=method, group_size=64, sym=False
         )
         assert judged(made, text, base)[1] < 1e-3, method
 
@@ -85,7 +85,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "awq-gemm-g128": {"method": "awq", "group_size": 128},
     "gptq-4bit-g32-sym": {"method": "gptq", "group_size": 32},
     "gptq-4bit-g32-act-order": {"method": "gptq", "group_size": 32, "act_order": True, "static_groups": False},
-    "gptq-4bit-g64-asym": {"method": "gptq", "group_size": 64, "symmetric": False},
+    "gptq-4bit-g64-asym": {"method": "gptq", "group_size": 64, "sym": False},
     "gptq-8bit-channel": {"method": "gptq", "group_size": -1, "bits": 8},
     "ct-w4a16-g128": {"method": "gptq", "group_size": 128, "format": "compressed-tensors"},
 }

@@ -40,9 +40,9 @@ TAKES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "method": ("--method", ("awq",)),
     "bits": ("--bits", (4,)),
     "format": ("--format", (None, "awq")),
-    "symmetric": ("--sym", (None, False)),
+    "sym": ("--sym", (None, False)),
 }
-FREE = ("engine", "group_size", "clip", "samples", "length", "seed")
+FREE = ("engine", "group_size", "clip", "calibration_samples", "calibration_length", "seed")
 ROWS = 64  # outputs: AutoAWQ's clipping goes through so many at a time, and knows no rest
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from quant.algorithms.grid import Grid
 from quant.errors import InputError
-from quant.publish import FORMATS, grid_for
+
+if TYPE_CHECKING:  # the command line reads this file, and has no use for torch
+    import torch
+
+    from quant.algorithms.grid import Grid
 
 METHODS = ("awq", "gptq", "rtn")
 ENGINES = ("appliance", "autoawq")
@@ -18,32 +19,65 @@ ENGINES = ("appliance", "autoawq")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a model is quantized. ``symmetric`` None: as is usual for the method (GPTQ yes, AWQ and rtn no)."""
+    """How a model is quantized. The command line is made from this."""
 
     method: str = "awq"
+    """awq, gptq, or rtn (round to nearest: no calibration, and the largest loss)."""
     bits: int = 4
+    """4 (awq); 2, 3, 4 or 8 (gptq and compressed-tensors)."""
     group_size: int = 128
-    symmetric: bool | None = None
+    """Inputs that share a scale; -1: a scale for each output."""
+    sym: bool | None = None
+    """Symmetric around zero, without zero points. Default: with gptq."""
     act_order: bool = False
-    static_groups: bool = True  # of ``act_order``
-    lm_head_bits: int = 16  # 4, 8, or as it is
+    """With gptq: the columns that matter most are rounded first. A little better, and as fast to compute with."""
+    static_groups: bool = True
+    """With act-order: groups are of neighbours all the same (actorder "static"). Without, they are of columns that follow one
+    another in that order (desc_act): slower to compute with, and vLLM refuses such checkpoints."""
+    lm_head_bits: int = 16
+    """Of the output head: 4 (by the method, as the layers), 8 (rounded), or 16: as it is. Not in the format awq."""
     embedding_bits: int = 16
-    format: str | None = None  # None: awq for AWQ and rtn in 4 bits, gptq for GPTQ, else (and for embeddings) compressed-tensors
-    samples: int = 128
-    length: int = 512  # tokens of each
+    """Of the embedding: 4 or 8 (rounded), or 16: as it is. In the format compressed-tensors alone. Where head and embedding are
+    one table (a tied model) and either is quantized, the checkpoint gets two: other programs read no table of codes as both. Here
+    such a table needs none of this: serve --lm-head-dtype keeps one in codes."""
+    format: str | None = None
+    """awq, gptq, gptq_v2 or compressed-tensors. Default: the method's own, where it can say what is asked for. gptq_v2 has other
+    zero points: GPTQModel wants it for --no-sym."""
+    calibration_samples: int = 128
+    """Pieces of the calibration's text."""
+    calibration_length: int = 512
+    """Tokens of each."""
     damping: float = 0.01
+    """With gptq: what is added to the Hessian's diagonal, as a share of its mean."""
     clip: bool = True
+    """With awq: whether extremes are cut off where that is better."""
     kv_scales: bool = False
+    """Add scales of keys and values for a KV cache in FP8."""
     seed: int = 0
-    target_bits: float | None = None  # mean of all linears' weights, scales included; instead of ``bits``
-    fit: str | None = None  # or as many as this card has room for: a name, a size, cpu or cuda for this machine's
-    context: str | None = None  # beside so many tokens, None: 8192 or the model's longest
-    sequences: int = 1  # of each of so many sequences
+    """Of the choice of samples."""
+    target_bits: float | None = None
+    """Mixed precision: more bits where they help most, so many for a weight in the mean over all linears of the decoder layers,
+    with scales and zero points (what others call bits per weight). Instead of BITS: 4, 8 and 16 are used, less than 4 only where
+    the target is below what 4 bits take, and smaller groups than GROUP_SIZE, down to 32, as a step between two widths."""
+    fit: str | None = None
+    """Mixed precision: as many bits as fit on this card ("RTX 4090"), in a memory of this size (24GB), or on this machine (cuda,
+    cpu), by the planner, with its defaults. 4, 8 and 16 are used."""
+    context: str | None = None
+    """With fit: beside a KV cache for so many tokens (32k). Default: 8192, or the model's longest if that is less."""
+    sequences: int = 1
+    """With fit: so many sequences of that length at once."""
     kv_cache_dtype: str = "auto"
-    engine: str = "appliance"  # whose code quantizes
+    """With fit: what keys and values will be stored as, see serve."""
+    engine: str = "appliance"
+    """Whose code quantizes: appliance, or autoawq: that package itself (pip install 'appliance[autoawq]'), for awq in 4 bits. It
+    holds the whole model in memory, and begins anew where it was interrupted."""
 
     def checked(self) -> Options:
         """The same with nothing left open. Raises InputError naming the flag."""
+        import torch
+
+        from quant.publish import FORMATS
+
         if self.engine not in ENGINES:
             raise InputError(f"--engine is {self.engine!r}: one of {', '.join(ENGINES)} is needed")
         if self.engine == "autoawq":
@@ -54,7 +88,10 @@ class Options:
             raise InputError(f"--method is {self.method!r}: one of {', '.join(METHODS)} is needed")
         if self.act_order and self.method != "gptq":
             raise InputError(f"--act-order is GPTQ's: it does nothing with --method {self.method}")
-        for flag, value, least in (("--calibration-samples", self.samples, 1), ("--calibration-length", self.length, 2)):
+        for flag, value, least in (
+            ("--calibration-samples", self.calibration_samples, 1),
+            ("--calibration-length", self.calibration_length, 2),
+        ):
             if value < least:
                 raise InputError(f"{flag} is {value}: at least {least} is needed")
         if not (math.isfinite(self.damping) and 0 < self.damping <= 1):
@@ -62,7 +99,7 @@ class Options:
                 f"--damping is {self.damping:g}: a share of the Hessian's diagonal, above 0 and at most 1, is needed"
             )
         self._check_mixed()
-        symmetric = self.method == "gptq" if self.symmetric is None else self.symmetric
+        sym = self.method == "gptq" if self.sym is None else self.sym
         form = self.format or self._usual()
         if form not in FORMATS:
             raise InputError(f"--format is {form!r}: one of {', '.join(FORMATS)} is needed")
@@ -70,7 +107,7 @@ class Options:
         self._check_ends(form)
         if form == "awq" and self.method == "gptq":
             raise InputError("--format awq cannot say what GPTQ makes in its order: take gptq or compressed-tensors")
-        made = Options(**{**asdict(self), "symmetric": symmetric, "format": form})
+        made = Options(**{**asdict(self), "sym": sym, "format": form})
         made.grid(torch.float16)
         return made
 
@@ -127,7 +164,9 @@ class Options:
         return "awq" if simple else "compressed-tensors"
 
     def grid(self, scale_dtype: torch.dtype) -> Grid:
-        return grid_for(str(self.format), self.bits, self.group_size, bool(self.symmetric), scale_dtype)
+        from quant.publish import grid_for
+
+        return grid_for(str(self.format), self.bits, self.group_size, bool(self.sym), scale_dtype)
 
     @property
     def calibrated(self) -> bool:

@@ -43,8 +43,8 @@ def run(
     if options.calibrated:
         spec = ModelSpec.from_config(read_json(source / "config.json"))
         tokenizer = Tokenizer.load(source)
-        length = min(options.length, spec.max_len)
-        ids = calibration_ids(calibration, tokenizer, samples=options.samples, length=length, vocab=spec.vocab, seed=options.seed)
+        samples, length = options.calibration_samples, min(options.calibration_length, spec.max_len)
+        ids = calibration_ids(calibration, tokenizer, samples=samples, length=length, vocab=spec.vocab, seed=options.seed)
     job = _kind(options)(source, Path(output), options, ids, where)
     if options.mixed:
         with tqdm(total=100, desc="Measuring", bar_format=SHARE, disable=None) as bar, torch.inference_mode():
