@@ -105,7 +105,8 @@ class Ends:
         if seen.hessian is None:
             some = torch.cat(seen.some)
             return lambda rows: round_to_nearest(rows, grid, search_cuts(rows, some, grid))
-        factor = factored(seen.hessian.taken(), act_order=options.act_order, damping=options.damping, name=HEAD)
+        damping = seen.hessian.damping(options.damping)
+        factor = factored(seen.hessian.taken(), act_order=options.act_order, damping=damping, name=HEAD)
         return lambda rows: sweep(rows, factor, grid, static_groups=options.static).weight
 
 
