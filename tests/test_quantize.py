@@ -14,6 +14,7 @@ from appliance import cli
 from appliance.quantize.calibration import calibration_ids
 from appliance.quantize.job import Job
 from appliance.quantize.options import Options
+from appliance.quantize.run import usual_output
 from appliance.text.tokenizer import Tokenizer
 from models.plain import FLOATS, PlainLayer
 from models.rope import cos_sin_table
@@ -143,6 +144,14 @@ def test_calibration(tmp_path: Path, model: Path) -> None:
         calibration_ids(str(lines), tokenizer, samples=1, length=5, vocab=VOCAB, seed=0)
     with pytest.raises(InputError, match="No such file"):
         calibration_ids("nowhere.txt", tokenizer, samples=1, length=5, vocab=VOCAB, seed=0)
+
+
+def test_where_it_goes_by_itself(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert usual_output("organisation/Model-1B", Options(method="gptq", target_bits=4.5)) == "Model-1B-gptq-4.5bit"
+    assert usual_output("~/Model-1B/", Options(fit="RTX 4090")) == "Model-1B-awq-fit"
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["quantize", str(model), "--method", "rtn", "--group-size", "16", "--threads", "1"]) == 0
+    assert (tmp_path / f"{model.name}-rtn-4bit" / "config.json").is_file()
 
 
 def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ def quantize(
     model: str,
     /,
     *,
-    output: str,
+    output: str | None = None,
     calibration: str | None = None,
     options: Annotated[Options, Parameter(name="*")] = USUAL,
     device: str = "auto",
@@ -29,7 +29,8 @@ def quantize(
     model
         A directory with an unquantized Hugging Face checkpoint, or a name on the hub.
     output
-        The directory to make. While work goes on it is called OUTPUT.partial.
+        The directory to make. While work goes on it is called OUTPUT.partial. Default: the model's name with the method and the
+        bits behind it, in the current directory.
     calibration
         Text like that for which the model will be used, or JSON lines with "text" or "messages". Default: text and code that come
         with Python.

@@ -53,16 +53,19 @@ class Ends:
     def nbytes(self) -> int:
         """Of both in the new checkpoint, about."""
         names = [EMBEDDING] if self.spec.tie_embeddings and not self.untied else [EMBEDDING, HEAD]
-        return sum(stored_bytes(self.spec.vocab, self.spec.hidden, self.grids.get(name)) for name in names)
+        return sum(self._stored(self.grids.get(name)) for name in names)
+
+    def _stored(self, grid: Grid | None) -> int:
+        return stored_bytes(self.spec.vocab, self.spec.hidden, grid, str(self.options.format))
 
     def told(self) -> str | None:
         """What there is to know of a model that is not tied any more, in words."""
         if not self.untied:
             return None
-        dense = stored_bytes(self.spec.vocab, self.spec.hidden, None)
+        before, after = size_text(self._stored(None)), size_text(self.nbytes)
         return (
-            f"embedding and head were one table of {size_text(dense)}; they are two now, of {size_text(self.nbytes)}: no other "
-            "program reads one in codes as both. (Unquantized, it is one in codes here: serve --lm-head-dtype)"
+            f"embedding and head were one table of {before}; they are two now, of {after}: no other program reads one in codes "
+            "as both. (Unquantized, it is one in codes here: serve --lm-head-dtype)"
         )
 
     def tensors(

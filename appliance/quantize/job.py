@@ -92,7 +92,8 @@ class Job:
         """Of the new checkpoint, about: codes, scales and zero points, and what stays as it is."""
         if self.mixer is not None:
             return self.ends.nbytes + self.mixer.room
-        each = sum(stored_bytes(module.N, module.K, self.recipe.default) for module in self.spec.layer_modules())
+        grid, form = self.recipe.default, str(self.options.format)
+        each = sum(stored_bytes(module.N, module.K, grid, form) for module in self.spec.layer_modules())
         return self.ends.nbytes + self.spec.layers * each
 
     def _fingerprint(self) -> dict[str, Any]:

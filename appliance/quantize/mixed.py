@@ -140,7 +140,8 @@ class Mixer:
 
     def _stored(self, unit: str, grid: Grid | None) -> int:
         """Bytes of a unit in files."""
-        return sum(stored_bytes(*self.shapes[module], grid) for module in self.units[unit])
+        form = str(self.options.format)
+        return sum(stored_bytes(*self.shapes[module], grid, form) for module in self.units[unit])
 
     def _mean(self, grid: Grid | None) -> float:
         """Bits of a weight, with scales and zero points, where all are on that grid."""

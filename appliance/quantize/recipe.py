@@ -37,10 +37,14 @@ def units(spec: ModelSpec) -> dict[str, list[str]]:
     return found
 
 
-def stored_bytes(N: int, K: int, grid: Grid | None) -> int:
-    """Of a weight in a file: codes, a scale and, where there are any, a zero point for each group; 2 a value if it is kept."""
+def stored_bytes(N: int, K: int, grid: Grid | None, form: str) -> int:
+    """Of a weight in a file of that format; 2 a value if it is kept.
+
+    Codes, and for each group a scale and a zero point, which compressed-tensors leaves out of symmetric ones; in GPTQ's formats
+    the group of each input, too.
+    """
     if grid is None:
         return 2 * N * K
     groups = -(-K // grid.size(K))
-    zeros = 0 if grid.symmetric else N * groups * grid.bits // 8
-    return N * K * grid.bits // 8 + 2 * N * groups + zeros
+    zeros = 0 if grid.symmetric and form == "compressed-tensors" else N * groups * grid.bits // 8
+    return N * K * grid.bits // 8 + 2 * N * groups + zeros + (4 * K if form.startswith("gptq") else 0)

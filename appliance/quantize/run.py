@@ -28,7 +28,7 @@ SHARE = "{desc} |{bar}| {percentage:.0f} %, {elapsed} gone, {remaining} left"
 
 def run(
     model: str,
-    output: str,
+    output: str | None,
     options: Options,
     *,
     calibration: str | None,
@@ -44,7 +44,10 @@ def run(
         spec = ModelSpec.from_config(read_json(source / "config.json"))
         tokenizer = Tokenizer.load(source)
         samples, length = options.calibration_samples, min(options.calibration_length, spec.max_len)
+        if length < options.calibration_length:
+            print(f"--calibration-length: {length} tokens, for which the model was made", file=sys.stderr)
         ids = calibration_ids(calibration, tokenizer, samples=samples, length=length, vocab=spec.vocab, seed=options.seed)
+    output = output or usual_output(model, options)
     job = _kind(options)(source, Path(output), options, ids, where)
     if options.mixed:
         with tqdm(total=100, desc="Measuring", bar_format=SHARE, disable=None) as bar, torch.inference_mode():
@@ -72,6 +75,12 @@ def run(
         print("largest mean squared errors of outputs: " + ", ".join(f"{name} {loss:.3g}" for name, loss in worst))
     print(f"try it: appliance serve {output}", file=sys.stderr)
     return 0
+
+
+def usual_output(model: str, options: Options) -> str:
+    """Where a checkpoint goes that nobody has named: Llama-3.2-1B-awq-4bit, Llama-3.2-1B-gptq-4.5bit, Llama-3.2-1B-awq-fit."""
+    bits = "fit" if options.fit is not None else f"{options.target_bits or options.bits:g}bit"
+    return f"{Path(model).expanduser().resolve().name or 'model'}-{options.method}-{bits}"
 
 
 @contextmanager
