@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import signal
@@ -154,3 +155,58 @@ def test_interrupted(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.run(argv) == 0
     out, err = capsys.readouterr()
     assert f"going on with {half}: 2 of {LAYERS} layers are done" in err and " KiB, of " in out
+
+
+def test_what_safetensors_was_writing_does_not_stay(model: Path, tmp_path: Path) -> None:
+    """It writes to a file of its own, with a hidden name, before the one that we named is there."""
+    argv = command(model, tmp_path / "made", METHODS["awq"])
+    half = tmp_path / "made.partial"
+
+    def prepare() -> None:
+        def leave(tensors: Any, path: Path, **more: Any) -> None:
+            (path.parent / ".tmpAbCdEf").write_bytes(b"half of it")
+            die()
+
+        shards.save_file = leave
+
+    killed(argv, prepare)
+    assert (half / ".tmpAbCdEf").is_file()
+    assert cli.run(argv) == 0
+    names = {path.name for path in (tmp_path / "made").iterdir()}
+    weights = {f"model-{n + 1:05}-of-{LAYERS + 1:05}.safetensors" for n in range(LAYERS + 1)}
+    assert names == {*weights, "model.safetensors.index.json", "config.json"} | {
+        path.name for path in model.iterdir() if path.suffix == ".json" and path.name != "config.json"
+    }
+
+
+def test_one_process_at_a_time(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = command(model, tmp_path / "made", METHODS["awq"])
+    (tmp_path / "made.partial").mkdir()
+    with (tmp_path / "made.partial" / shards.JOB).open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert cli.run(argv) == 2
+        assert "another process is at work on it" in capsys.readouterr().err
+    assert cli.run(argv) == 0  # the file is empty, as if the plug had been pulled: a beginning
+    assert not (tmp_path / "made.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [("/", "cannot be a new directory"), ("x" * 300, "File name too long"), ("model/sub", "lies within the model's own")],
+)
+def test_places_that_cannot_be(model: Path, output: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    where = str(model / "sub") if output == "model/sub" else output
+    assert cli.run(["quantize", str(model), "--output", where, "--method", "rtn", "--group-size", "16"]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+
+
+def test_directories_with_names_of_files(tmp_path: Path) -> None:
+    source = make(tmp_path / "model")
+    (source / "strange.json").mkdir()
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    (source / "adapter_config.json").write_text("{}")
+    assert cli.run(["quantize", str(source), "--output", str(tmp_path / "made"), "--method", "rtn", "--group-size", "16"]) == 0
+    assert (tmp_path / "made/additional_chat_templates/tools.jinja").is_file()
+    assert not (tmp_path / "made/strange.json").exists() and not (tmp_path / "made/adapter_config.json").exists()

@@ -95,7 +95,9 @@ def torch_cuda() -> str | None:
 
 
 def cpu_threads(threads: int | None) -> int:
-    """--threads, or the physical cores."""
+    """--threads, or the physical cores. InputError for fewer than none."""
+    if threads is not None and threads < 0:
+        raise InputError(f"--threads is {threads}: at least 1 is needed")
     return threads or psutil.cpu_count(logical=False) or 1
 
 

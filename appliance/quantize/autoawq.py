@@ -119,7 +119,7 @@ class AutoAWQJob(Job):
     def run(self, progress: Callable[[float], None] = lambda done: None) -> Report:
         """Quantize. ``progress`` is told the layers done, and shares of one. Raises InputError, and leaves nothing then."""
         try:
-            return self._run(progress)
+            return super().run(progress)
         except BaseException:
             self._forget()
             raise

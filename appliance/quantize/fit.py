@@ -24,6 +24,7 @@ from models.spec import ModelSpec
 from quant.errors import InputError
 from quant.scheme import QuantScheme
 
+ASKED = {"max_model_len", "max_num_seqs", "kv_cache_dtype"}  # the engine's options that can be asked for here, too
 USUAL = 8192  # tokens of context where --context is not given, or the model's longest if that is less
 
 
@@ -87,7 +88,10 @@ class Place:
         try:
             found = asked.plan
         except PlanError as error:
-            said = f"{begin} {error}{words}"
+            facts = re.split(r"\. (?:What would fit|No setting)", str(error))[0]
+            known = [str(remedy) for remedy in error.remedies if remedy.options and set(remedy.options) <= ASKED]
+            would = f"; what would fit: {', or '.join(known)}" if known else ""
+            said = f"{begin} {facts}{would}{words}"
             return InputError(said.replace("--max-model-len", "--context").replace("--max-num-seqs", "--sequences"))
         longest = study.longest(most)
         length = 0 if longest is None else longest.max_model_len

@@ -18,7 +18,7 @@ from appliance.quantize.mixed import Choice, Mixer
 from appliance.quantize.options import Options
 from appliance.quantize.recipe import Recipe, stored_bytes
 from appliance.quantize.sensitivity import measure
-from appliance.quantize.shards import Shards
+from appliance.quantize.shards import Shards, checked_output, noted
 from models.plain import FLOATS, PlainLayer, compute_dtype, finite
 from models.rope import cos_sin_table
 from models.spec import ModelSpec
@@ -54,6 +54,7 @@ class Job:
     ) -> None:
         """``device``: cpu or cuda, where a layer is worked on. InputError for what cannot be quantized so, or has no room."""
         self.source, self.options, self.ids, self.device = source, options, ids, torch.device(device)
+        self.output = output = checked_output(output, source)
         self.checkpoint = Checkpoint.open(source)
         if self.checkpoint.scheme.method != "none":
             raise InputError(f"{source} is quantized already ({self.checkpoint.scheme.method}): give the original model")
@@ -66,10 +67,11 @@ class Job:
         self.ends = Ends(self.spec, options, self.recipe.default)
         for module in self.spec.layer_modules() if not options.mixed else ():
             check_shape(str(options.format), module.name, module.N, module.K, self.recipe.default)
-        self.mixer = Mixer(options, self.spec, self.recipe.default, self._config) if options.mixed else None
+        self.mixer = Mixer(options, self.spec, self.recipe.default, self._config, noted(output)) if options.mixed else None
         self.chosen: Choice | None = None
-        self.output = output
         self.shards = Shards(output, self._fingerprint(), self.spec.layers + 1, self.expected_bytes())
+        if self.mixer is not None and not self.shards.resumed:
+            self.mixer.forget()
         length = 1 if ids is None else ids.shape[1]
         self.cos_sin = cos_sin_table(self.spec.rope, max(length, 1))
 
@@ -113,6 +115,12 @@ class Job:
 
     def run(self, progress: Callable[[float], None] = lambda done: None) -> Report:
         """Quantize. ``progress`` is told the layers done, and shares of one. Raises InputError; what is done by then is kept."""
+        try:
+            return self._run(progress)
+        finally:
+            self.shards.let_go()
+
+    def _run(self, progress: Callable[[float], None]) -> Report:
         report = Report(self.output)
         self._check_ends()
         if self.mixer is not None and self.chosen is None:
@@ -143,7 +151,7 @@ class Job:
         ``progress`` is told shares of 1. Raises InputError.
         """
         assert self.mixer is not None and self.ids is not None
-        note = self.shards.note()
+        note = self.mixer.chosen
         if note is None:
             grids, seed = self.mixer.grids, self.options.seed
             costs = measure(self.source, self.spec, self.ids, grids, device=self.device, seed=seed, progress=progress)

@@ -28,10 +28,18 @@ Costs = Mapping[str, Mapping[int, float]]
 class Mixer:
     """Chooses grids for units: ``--target-bits``, or what the planner says of ``--fit``."""
 
-    def __init__(self, options: Options, spec: ModelSpec, grid: Grid, config: Callable[[Recipe | None], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        options: Options,
+        spec: ModelSpec,
+        grid: Grid,
+        config: Callable[[Recipe | None], dict[str, Any]],
+        chosen: Choice | None = None,
+    ) -> None:
         """``config``: config.json of the checkpoint that a recipe makes; of the model as it is, for None.
 
-        Raises InputError for what cannot be done, or need not.
+        ``chosen``: by the job that is gone on with; what has room is not asked again then. Raises InputError for what cannot be
+        done, or need not.
         """
         self.options, self.spec, self.grid, self.config = options, spec, grid, config
         self.shapes = {module.name: (module.N, module.K) for module in spec.modules() if module.part in ("attention", "mlp")}
@@ -42,7 +50,21 @@ class Mixer:
             self.place = Place.read(options.fit, options.context, options.sequences, options.kv_cache_dtype, spec.max_len)
         self.names = self._names()
         self.sizes = self._in_files() if self.place is None else self._in_memory(self.place)
-        self.room = self._target() if self.place is None else self._fitting(self.place)
+        known = chosen is not None and chosen.keys() == self.units.keys() and set(chosen.values()) <= self.names.keys()
+        self.chosen = chosen if known else None
+        self.room = self._room()
+
+    def _room(self) -> int:
+        """Bytes that the linears' weights take in files at most. Raises InputError."""
+        if self.chosen is not None:
+            return sum(self._stored(unit, self.names[name]) for unit, name in self.chosen.items())
+        return self._target() if self.place is None else self._fitting(self.place)
+
+    def forget(self) -> None:
+        """What was chosen was not for this job."""
+        if self.chosen is not None:
+            self.chosen = None
+            self.room = self._room()
 
     def _names(self) -> dict[str, Grid | None]:
         """What a unit can be: the format's widths, 4 bits or less in groups of --group-size and smaller ones, or as it is.

@@ -17,6 +17,7 @@ from appliance.memory.text import size_text
 from appliance.quantize.calibration import calibration_ids
 from appliance.quantize.job import Job
 from appliance.quantize.options import Options
+from appliance.quantize.recipe import KEPT
 from appliance.runtime.options import choose_device
 from appliance.text.tokenizer import Tokenizer
 from models.spec import ModelSpec
@@ -71,6 +72,8 @@ def run(
     bits = "mixed" if options.mixed else options.bits
     size, seconds = size_text(job.checkpoint.index.total_bytes), time.monotonic() - begun
     print(f"{output}: {size_text(report.nbytes)}, of {size}, in {seconds:.0f} s, {bits} bits by {_maker(options)}")
+    if (said := unread(options)) is not None:
+        print(said, file=sys.stderr)
     if worst:
         print("largest mean squared errors of outputs: " + ", ".join(f"{name} {loss:.3g}" for name, loss in worst))
     print(f"try it: appliance serve {output}", file=sys.stderr)
@@ -81,6 +84,17 @@ def usual_output(model: str, options: Options) -> str:
     """Where a checkpoint goes that nobody has named: Llama-3.2-1B-awq-4bit, Llama-3.2-1B-gptq-4.5bit, Llama-3.2-1B-awq-fit."""
     bits = "fit" if options.fit is not None else f"{options.target_bits or options.bits:g}bit"
     return f"{Path(model).expanduser().resolve().name or 'model'}-{options.method}-{bits}"
+
+
+def unread(options: Options) -> str | None:
+    """What transformers (5.23, with compressed-tensors 0.20) makes of such a checkpoint, where that is not what it is."""
+    if options.format != "compressed-tensors":
+        return None
+    uneven = options.mixed or options.lm_head_bits != KEPT or options.embedding_bits != KEPT
+    if options.sym and options.embedding_bits == KEPT:
+        return "transformers: not with dequantize=True, which reads all widths as one" if uneven else None
+    why = "an embedding in codes" if options.sym else "zero points packed so (--sym has none)"
+    return f"transformers does not load {why}{', and with dequantize=True reads all widths as one' if uneven else ''}"
 
 
 @contextmanager

@@ -5,12 +5,13 @@ Everything is written to DIR.partial, where there is no config.json until all el
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,7 +23,10 @@ from quant.errors import InputError
 JOB = "job.json"
 NOTE = "chosen.json"  # what was chosen by measuring, before all else
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")  # beside the weights: tokenizer, templates, generation defaults
-REPLACED = ("config.json", "model.safetensors.index.json", "quantize_config.json", "quant_config.json", JOB, NOTE)
+TEMPLATES = "additional_chat_templates"  # a directory of them
+REPLACED = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", "adapter_config.json",
+            "quantize_config.json", "quant_config.json", JOB, NOTE)  # fmt: skip
+HALVES = ("*.tmp", ".tmp*")  # files that were being written: ours, and those that safetensors makes first
 
 
 class Shards:
@@ -31,48 +35,63 @@ class Shards:
 
         Raises InputError where DIR is taken, or there is no room for it.
         """
-        self.count = count
-        output = Path(os.path.abspath(output))
-        self.output, self.folder = output, output.with_name(output.name + ".partial")
-        if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-            raise InputError(f"--output {output} exists already: name another directory, or remove it")
-        self.resumed = False
-        there = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-        check_space(self.output.parent, needed - there)
+        self.count, self.resumed = count, False
+        self.output, self.folder = output, _partial(output)
         try:
+            if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+                raise InputError(f"--output {output} exists already: name another directory, or remove it")
+            there = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+            check_space(self.output.parent, needed - there)
             self._begin(job)
         except OSError as error:
             raise InputError(f"--output {output}: {error.strerror or error}") from None
 
     def _begin(self, job: Mapping[str, Any]) -> None:
-        note = self.folder / JOB
-        if note.is_file():
-            if json.loads(note.read_text()) != job:
-                raise InputError(
-                    f"{self.folder} holds the beginning of another job (other options, text or model): remove it, or name "
-                    "another --output"
-                )
-            self.resumed = True
-            for half in self.folder.glob("*.tmp"):
-                half.unlink()
-            return
-        if any(self.folder.glob("*.safetensors")):
+        fresh = not (self.folder / JOB).is_file()
+        if fresh and any(self.folder.glob("*.safetensors")):
             raise InputError(f"{self.folder} holds files of a job that nobody knows: remove it, or name another --output")
         self.folder.mkdir(parents=True, exist_ok=True)
-        half = note.with_suffix(".tmp")
-        half.write_text(json.dumps(job, indent=1))
-        half.rename(note)
+        self._lock = (self.folder / JOB).open("a+", encoding="utf-8")  # held until the end
+        try:
+            self._take(job)
+        except BaseException:
+            self._lock.close()
+            raise
 
-    def note(self) -> dict[str, str] | None:
-        """What was kept when this job began; None: nothing yet."""
-        path = self.folder / NOTE
-        return json.loads(path.read_text()) if path.is_file() else None
+    def _take(self, job: Mapping[str, Any]) -> None:
+        """Be the one who works here."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.folder}: another process is at work on it: wait for it, or name another --output") from None
+        for half in self._halves():
+            half.unlink()
+        self._lock.seek(0)
+        try:
+            known = json.loads(self._lock.read())
+        except ValueError:  # empty, or what was written of it when somebody pulled the plug: there is nothing behind it then
+            known = None
+        if known != job and (known is not None or any(self.folder.glob("*.safetensors"))):
+            raise InputError(
+                f"{self.folder} holds the beginning of another job (other options, text or model): remove it, or name "
+                "another --output"
+            )
+        self.resumed = known is not None
+        if not self.resumed:
+            self._lock.truncate(0)
+            self._lock.write(json.dumps(job, indent=1))
+            _settle(self._lock)
+
+    def _halves(self) -> list[Path]:
+        return [half for pattern in HALVES for half in self.folder.glob(pattern)]
 
     def keep(self, note: Mapping[str, str]) -> None:
-        """For when the job is gone on with. Raises InputError where the disk is full."""
+        """For when the job is gone on with (``noted``). Raises InputError where the disk is full."""
         half = self.folder / f"{NOTE}.tmp"
         try:
-            half.write_text(json.dumps(note, indent=1))
+            with half.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(note, indent=1))
+                _settle(file)
             half.rename(self.folder / NOTE)
         except OSError as error:
             raise self._failed(error) from None
@@ -119,21 +138,56 @@ class Shards:
             with safe_open(path, "pt") as file:
                 weight_map |= dict.fromkeys(file.keys(), path.name)
             total += path.stat().st_size
+        for half in self._halves():
+            half.unlink()
         for pattern in COPIED:
             for one in source.glob(pattern):
-                if one.name not in REPLACED:
+                if one.name not in REPLACED and one.is_file():
                     shutil.copyfile(one, self.folder / one.name)
+        if (source / TEMPLATES).is_dir():
+            shutil.copytree(source / TEMPLATES, self.folder / TEMPLATES, dirs_exist_ok=True)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         for name, value in {"model.safetensors.index.json": index, **beside, "config.json": config}.items():
             with (self.folder / name).open("w", encoding="utf-8") as file:
                 file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+                _settle(file)
         if self.output.exists():
             self.output.rmdir()  # it is empty
         self.folder.rename(self.output)
         (self.output / NOTE).unlink(missing_ok=True)
         (self.output / JOB).unlink()  # last: until then it says whose files these are
+
+    def let_go(self) -> None:
+        """Another process may go on."""
+        self._lock.close()
+
+
+def checked_output(output: Path, source: Path) -> Path:
+    """An absolute path. Raises InputError for one that no directory can have, and for one within the model's."""
+    if "\0" in str(output) or not (path := Path(os.path.abspath(output))).name:
+        raise InputError(f"--output {str(output)!r} cannot be a new directory: name another")
+    if source.resolve() in path.resolve().parents:
+        raise InputError(f"--output {output} lies within the model's own directory: name another")
+    return path
+
+
+def noted(output: Path) -> dict[str, str] | None:
+    """What ``keep`` kept of the job that makes ``output``; None: nothing yet."""
+    path = _partial(output) / NOTE
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): remove {path.parent}, or name another --output") from None
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def _settle(file: IO[str]) -> None:
+    """What was written is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def check_space(folder: Path, needed: int) -> None:
