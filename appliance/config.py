@@ -31,7 +31,7 @@ class EngineConfig:
     """What kernels round activations to for products with integer weights: int8 (a scale for 128 inputs) or bf16 (they stay as
     they are); auto: int8 with native CPU kernels, unless --dtype is float32, and on a card what the checkpoint asks for."""
     device: str = "auto"
-    """cpu or cuda; auto: an NVIDIA card, where there is one, torch can use it and what it computes is right, else the CPU."""
+    """cpu or cuda; auto: an NVIDIA card that --device cuda has tried and found right once, else the CPU."""
     max_model_len: int | str = "auto"
     """Longest prompt plus answer, in tokens (32k is understood); auto: the longest that the model and the memory allow."""
     gpu_memory_utilization: float | None = None

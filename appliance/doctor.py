@@ -17,7 +17,8 @@ from appliance.diagnosis import system
 from appliance.diagnosis.card import Installed, examine_cards
 from appliance.diagnosis.findings import Finding, note, problem, slow
 from appliance.diagnosis.measure import NETWORK, disk_speed, file_system, memory_speed
-from appliance.memory.devices import device_kind, this_device
+from appliance.memory.devices import this_device
+from appliance.memory.proofs import device_kind
 from appliance.memory.text import size_text
 from appliance.version import __version__
 from kernels.cpu import backend

@@ -14,9 +14,10 @@ from appliance.config import EngineConfig
 from appliance.hub import demo_model, headers_of, resolve
 from appliance.memory.answers import Answers
 from appliance.memory.cards import Card, find_cards
-from appliance.memory.devices import MIB, DeviceInfo, device_kind, this_device
+from appliance.memory.devices import MIB, DeviceInfo, this_device
 from appliance.memory.plan import PlanError
 from appliance.memory.planner import command_line
+from appliance.memory.proofs import device_kind
 from appliance.memory.settings import parse_length
 from appliance.memory.study import Study, smallest
 from appliance.memory.text import held_by, size_text

@@ -8,7 +8,6 @@ import os
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")  # before torch is imported: several test processes share the machine
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("APPLIANCE_AUTO_DEVICE", "cpu")  # what --device auto is: a card is asked for by those that test one
 os.environ["APPLIANCE_CACHE_DIR"] = ""  # what one test's engine measures is not for the next one's plan, nor for the user's
 
 from collections import Counter

@@ -15,7 +15,6 @@ import psutil
 from quant.errors import InputError
 
 MIB = 1024**2
-OLDEST = 75  # capability of a card that the kernels are made for
 _UNSAID = re.compile(r"\[?(N/A|Not Found|Not Supported|Insufficient Permissions|Unknown Error)\b")  # of odd or cautious drivers
 _UNLIMITED = 2**60  # version 1 of control groups writes "no limit" as a huge number
 
@@ -57,28 +56,6 @@ def this_device(kind: str) -> DeviceInfo:
     if kind == "cuda":
         return _first_card()
     raise InputError(f"--device {kind!r} is not known; auto, cpu and cuda are")
-
-
-def device_kind(choice: str) -> str:
-    """What --device asks for: cpu or cuda. InputError for another word.
-
-    auto is APPLIANCE_AUTO_DEVICE, where that is set; else a card, where one answers that the kernels and this torch can use; else
-    the CPU.
-    """
-    if choice == "auto":
-        choice = os.environ.get("APPLIANCE_AUTO_DEVICE") or "auto"
-    if choice == "auto":
-        return "cuda" if torch_cuda() and _has_card() else "cpu"
-    if choice not in ("cpu", "cuda"):
-        raise InputError(f"--device {choice!r} is not known; auto, cpu and cuda are")
-    return choice
-
-
-def _has_card() -> bool:
-    try:
-        return (_first_card().capability or 0) >= OLDEST
-    except InputError:  # none, or a hidden one
-        return False
 
 
 def torch_cuda() -> str | None:

@@ -9,11 +9,12 @@ from shlex import quote
 from appliance.config import EngineConfig
 from appliance.memory.advice import Variants, advise
 from appliance.memory.demand import LOGIT_ROWS, Demand
-from appliance.memory.devices import DeviceInfo, device_kind, this_device
+from appliance.memory.devices import DeviceInfo, this_device
 from appliance.memory.fit import fit
 from appliance.memory.learned import recall
 from appliance.memory.modules import Machinery
 from appliance.memory.plan import KVSpec, MemoryPlan, PlanError, Remedy, flag_text
+from appliance.memory.proofs import device_kind
 from appliance.memory.settings import Settings
 from kernels import layout
 from models.spec import ModelSpec
@@ -47,7 +48,10 @@ def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None =
     try:
         return fit(demand, settings, device, host)
     except PlanError as error:
-        raise advise(error, demand, settings, device, variants(demand, spec, scheme, machinery), host) from None
+        told = advise(error, demand, settings, device, variants(demand, spec, scheme, machinery), host)
+        if device.kind == "cuda" and config.device == "auto":
+            told = PlanError(f"{told}. --device cpu leaves the card alone", told.remedies)
+        raise told from None
 
 
 def read_settings(config: EngineConfig, device: DeviceInfo) -> Settings:

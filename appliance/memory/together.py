@@ -12,10 +12,11 @@ from itertools import combinations
 from pathlib import Path
 
 from appliance.config import EngineConfig
-from appliance.memory.devices import DeviceInfo, device_kind, this_device
+from appliance.memory.devices import DeviceInfo, this_device
 from appliance.memory.fit import MARGIN, budget_of
 from appliance.memory.plan import MemoryPlan, PlanError
 from appliance.memory.planner import make_plan, read_settings
+from appliance.memory.proofs import device_kind
 from appliance.memory.settings import parse_length
 from appliance.memory.text import size_text
 from quant.errors import InputError

@@ -18,8 +18,8 @@ from appliance.core.messages import EngineInfo, Event, RequestStat, Stats, Submi
 from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler
 from appliance.core.step import StepPlan
-from appliance.memory.devices import cpu_threads, device_kind
-from appliance.memory.planner import PlanError, make_plan
+from appliance.memory.devices import cpu_threads
+from appliance.memory.planner import make_plan
 from appliance.runtime.beam import BeamGroup
 from appliance.runtime.grammar import Grammars
 from appliance.runtime.options import choose_device, eos_token_ids, make_scheduler
@@ -28,7 +28,7 @@ from appliance.runtime.sampler import Sampled
 from appliance.runtime.startup import Timeline, Tools, load_decoder, make_runner, told
 from appliance.runtime.trial import prove
 from kernels.cpu import backend
-from quant.errors import CheckpointError, InputError
+from quant.errors import InputError
 
 log = logging.getLogger("appliance.engine")
 
@@ -63,26 +63,10 @@ class Engine:
         """Plan the memory, load the checkpoint in directory ``config.model``, allocate everything, and try it out on a card.
 
         Raises InputError (also its subclasses CheckpointError and PlanError) with one line for the user. ``progress`` is called
-        with (bytes loaded, bytes to load). ``import_s``: seconds that the caller took to get here, for the timeline. Where no
-        device was asked for, and a card fails at this, the CPU takes its place, and the log says why.
+        with (bytes loaded, bytes to load). ``import_s``: seconds that the caller took to get here, for the timeline.
         """
         if config.model is None:
             raise InputError("no model given: name a directory with a Hugging Face checkpoint")
-        kind = device_kind(config.device)
-        if kind == "cuda" and config.device == "auto":
-            try:
-                return cls._load(replace(config, device=kind), progress, import_s)
-            except (PlanError, CheckpointError):  # these speak of the model, and of options
-                raise
-            except Exception as error:  # whatever a driver, a compiler or a card that nobody has tried comes up with
-                log.warning("the CPU is used, as the card cannot be: %s", str(error) or type(error).__name__)
-                kind = "cpu"
-        return cls._load(replace(config, device=kind), progress, import_s)
-
-    @classmethod
-    def _load(cls, config: EngineConfig, progress: Callable[[int, int], None] | None, import_s: float) -> Engine:
-        """On the device that is asked for."""
-        assert config.model is not None
         begun, timeline = time.perf_counter(), Timeline(import_s)
         torch.set_num_threads(cpu_threads(config.threads))
         directory, device = Path(config.model), choose_device(config.device)

@@ -10,16 +10,16 @@ from appliance.config import EngineConfig
 from appliance.core.blocks import BlockPool
 from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler
-from appliance.memory.devices import device_kind
 from appliance.memory.giving_way import MODES, GivingWay
 from appliance.memory.planner import MemoryPlan
+from appliance.memory.proofs import device_kind
 from models.spec import ModelSpec
 from quant.errors import InputError
 from quant.headers import read_json
 
 
 def choose_device(name: str) -> torch.device:
-    """Of --device (appliance.memory.devices.device_kind). InputError where it is unknown, or no card can be used."""
+    """Of --device (appliance.memory.proofs.device_kind). InputError where it is unknown, or no card can be used."""
     kind = device_kind(name)
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device cuda: this torch ({torch.__version__}) finds no NVIDIA card; use --device cpu")

@@ -7,23 +7,19 @@ on a card, driver or compiler that nobody has tried; it says nothing of speed. A
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import kernels
 from appliance.config import EngineConfig
-from appliance.memory.learned import cache_file
 from appliance.memory.plan import MemoryPlan
+from appliance.memory.proofs import SEPARATOR, card_key, known, remember
 from appliance.runtime.runner import Runner
 from appliance.runtime.staging import Lane
 from kernels.layout import HEADS, head_bits
@@ -40,7 +36,6 @@ log = logging.getLogger("appliance.startup")
 TOKENS, KNOWN = 192, 512  # of the text, and those that it is made of
 STEPS = (128, 17, 1)  # tokens at once: tiles for many rows and for few, attention of chunks and of single tokens
 ALLOWED = 0.1  # root of the mean squared difference of logits, in shares of their spread; 0.035 with FP8 products
-FILE, MOST = "cards.json", 256
 
 
 class CardError(InputError):
@@ -53,7 +48,7 @@ def prove(config: EngineConfig, plan: MemoryPlan, decoder: Decoder, lane: Lane |
     Nothing is done where this card, these kernels and a model of these shapes and formats have been right before.
     """
     name = key(plan, decoder)
-    if name in _known():
+    if name in known():
         return
     oracle, tokens = load_oracle(config, plan, decoder)
     for at_once, off in deviations(decoder, oracle, tokens, plan, lane):
@@ -65,7 +60,7 @@ def prove(config: EngineConfig, plan: MemoryPlan, decoder: Decoder, lane: Lane |
                 f"{version('triton')}; --device cpu serves this model"
             )
     log.info("%s computes what the reference does: one layer and %d tokens were compared", plan.device.name, TOKENS)
-    _remember(name)
+    remember(name)
 
 
 def load_oracle(config: EngineConfig, plan: MemoryPlan, decoder: Decoder) -> tuple[Decoder, Tensor]:
@@ -81,6 +76,7 @@ def load_oracle(config: EngineConfig, plan: MemoryPlan, decoder: Decoder) -> tup
             dtype=decoder.dtype,
             max_len=min(plan.max_model_len, TOKENS),
             lm_head_dtype=next(word for word, known in HEADS.items() if known == bits),
+            embedding_dtype=config.embedding_dtype,
         )
     return oracle, tokens
 
@@ -124,42 +120,10 @@ def _logits(runner: Runner, text: Tensor, at_once: int) -> Tensor:
 
 
 def key(plan: MemoryPlan, decoder: Decoder) -> str:
-    """What a result holds for: card and driver, compiler, the kernels' text, and all that chooses among them."""
-    text = hashlib.sha256()
-    for path in sorted(Path(kernels.__file__).parent.rglob("*.py")):
-        text.update(path.read_bytes())
-    spec = decoder.spec
-    shapes = spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab
-    layer = decoder.layers[0]
-    weights = [str(type(weight).__name__) + str(weight.nbytes) for weight in (*layer.qkv, layer.o, *layer.gate_up, layer.down)]
-    found = [plan.device.name, torch.version.cuda, _driver(), version("triton"), version("torch"), text.hexdigest(), plan.dtype]
-    return " | ".join(map(str, [*found, plan.kv.dtype, plan.kv.block_size, decoder.head.nbytes, *shapes, *weights]))
-
-
-def _driver() -> str:
-    try:
-        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-    except (OSError, IndexError):
-        return "unknown"
-
-
-def _known() -> list[str]:
-    path = cache_file(FILE)
-    try:
-        found: Any = json.loads(path.read_text()) if path else []
-        return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
-    except (OSError, ValueError):
-        return []
-
-
-def _remember(name: str) -> None:
-    path = cache_file(FILE)
-    if path is None:
-        return
-    scratch = path.with_name(f"{FILE}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps([*_known(), name][-MOST:]))
-        os.replace(scratch, path)
-    except OSError as error:
-        log.info("that this card was right is not kept: %s", error)
+    """What a result holds for: the card with its compiler and kernels, and all of the model that chooses among these."""
+    spec, layer = decoder.spec, decoder.layers[0]
+    weights = [*layer.qkv, layer.o, *layer.gate_up, layer.down, decoder.head, decoder.embedding]
+    found = [plan.dtype, plan.kv.dtype, plan.kv.block_size, os.environ.get("APPLIANCE_FP16_SUMS", "0")]
+    found += [spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab]
+    found += [f"{type(weight).__name__} {weight.nbytes} {getattr(weight, 'rounds', '')}" for weight in weights]
+    return SEPARATOR.join([card_key(plan.device), *map(str, found)])

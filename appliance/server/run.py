@@ -14,6 +14,7 @@ from pathlib import Path
 from appliance.config import EngineConfig, ServerConfig
 from appliance.hub import demo_model, resolve
 from appliance.memory.planner import make_plan
+from appliance.memory.proofs import untried
 from appliance.memory.together import Wish, seats, settled
 from appliance.models_file import Entry, read_models
 from appliance.server import logs
@@ -47,6 +48,8 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     with contextlib.closing(bind(server.host, server.port)) as sock:
         if not keys.required and not server.insecure:
             check_local(server.host, sock)
+        if engine.device == "auto" and (said := untried()) is not None:
+            logs.tell(said, server)
         entries, sizes, budget = planned(engine, server)
         return asyncio.run(_serve(sock, entries, sizes, budget, server))
 

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from appliance.memory import devices
-from appliance.memory.devices import DeviceInfo, Holder, cgroup_limits, device_kind, parse_card, parse_holders, this_device
+from appliance.memory.devices import DeviceInfo, Holder, cgroup_limits, parse_card, parse_holders, this_device
 from quant.errors import InputError
 
 MIB = 1 << 20
@@ -196,31 +195,6 @@ def test_the_first_card_that_cuda_sees(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         with pytest.raises(InputError, match="CUDA_VISIBLE_DEVICES hides every card"):
             this_device("cuda")
-
-
-def test_what_auto_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card, where one answers that the kernels are made for, and where torch was built for cards."""
-    monkeypatch.delenv("APPLIANCE_AUTO_DEVICE")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    (tmp_path / "version.py").write_text("cuda: Optional[str] = None\nhip: Optional[str] = '6'\n")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
-    fake_smi(tmp_path, monkeypatch)
-    assert device_kind("auto") == "cpu"  # torch has no use for the card
-    (tmp_path / "version.py").write_text("cuda: Optional[str] = '12.8'\n")
-    assert device_kind("auto") == "cuda" and device_kind("cpu") == "cpu"
-    monkeypatch.setenv("APPLIANCE_AUTO_DEVICE", "cpu")
-    assert device_kind("auto") == "cpu" and device_kind("cuda") == "cuda"
-    monkeypatch.delenv("APPLIANCE_AUTO_DEVICE")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert device_kind("auto") == "cpu"
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(smi.read_text().replace("7.5", "7.0"))
-    assert device_kind("auto") == "cpu"  # an older card
-    monkeypatch.setenv("PATH", "")
-    assert device_kind("auto") == "cpu"
-    with pytest.raises(InputError, match="--device 'tpu' is not known; auto, cpu and cuda are"):
-        device_kind("tpu")
 
 
 def test_no_card_and_no_such_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from appliance.config import EngineConfig
+from appliance.memory import proofs
 from appliance.memory.plan import MemoryPlan
-from appliance.memory.planner import PlanError, make_plan
+from appliance.memory.planner import make_plan
 from appliance.runtime import trial
-from appliance.runtime.engine import Engine
 from appliance.runtime.startup import Timeline, load_decoder
 from kernels import reference
 from kernels.ops import KVCache, PagedBatch, Weight
@@ -72,34 +72,16 @@ def test_wrong_kernels_are_found(
     assert "computes what the reference does" in caplog.text
     wrong = replace(decoder, ops=replace(decoder.ops, **{operator: WRONG[operator]}))
     prove(config, plan, wrong)  # right once, by the same kernels' text: it is not asked again
-    (tmp_path / trial.FILE).unlink()
+    (tmp_path / proofs.FILE).unlink()
     with pytest.raises(trial.CardError, match=r"logits differ from the reference's by \d+% .*--device cpu serves this model"):
         prove(config, plan, wrong)
-    assert not (tmp_path / trial.FILE).exists()
+    assert not (tmp_path / proofs.FILE).exists()
 
 
-def test_a_card_that_fails_leaves_the_work_to_the_cpu(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Only where nobody asked for the card, and where the card is to blame."""
-    monkeypatch.setenv("APPLIANCE_AUTO_DEVICE", "cuda")
-    load = Engine._load
-
-    def failing(error: Exception) -> None:
-        def first(cls: type[Engine], config: EngineConfig, *rest: Any) -> Engine:
-            if config.device == "cuda":
-                raise error
-            return load(config, *rest)
-
-        monkeypatch.setattr(Engine, "_load", classmethod(first))
-
-    config = EngineConfig(model=str(tiny), kv_cache_memory_bytes=1 << 20, threads=1)
-    failing(RuntimeError("PTX was compiled with an unsupported toolchain"))
-    with caplog.at_level("WARNING", "appliance.engine"):
-        assert Engine.load(config).info.device == "cpu"
-    assert "the CPU is used, as the card cannot be: PTX was compiled" in caplog.text
-    with pytest.raises(RuntimeError):
-        Engine.load(replace(config, device="cuda"))
-    failing(PlanError("it does not fit"))
-    with pytest.raises(PlanError):
-        Engine.load(config)
+def test_embeddings_and_heads_in_codes(tiny: Path) -> None:
+    """The oracle has what the model has: coarse codes are no fault of a card."""
+    for options in ({"embedding_dtype": "int4"}, {"lm_head_dtype": "int4", "embedding_dtype": "int8"}):
+        config, plan, decoder = loaded(tiny, reference_ops=True, **options)
+        assert all(value < 1e-3 for value in found(config, plan, decoder).values()), options
+    names = {trial.key(plan, loaded(tiny, embedding_dtype=kind)[2]) for kind in ("model", "int8", "int4")}
+    assert len(names) == 3
