@@ -205,8 +205,8 @@ it is at most at 99 of 100 tokens; behind ± stands the standard error, by windo
 
 The others' in 4 bits and groups of 128 and 32 are farther off than plain rounding in the same groups (`rtn`; with zero points,
 which of these only AutoAWQ's have). So the differences are not those of the methods alone: their calibration is in them, and in
-AutoAWQ's more than that: on a CPU its release 0.2.9 damages the weights that it tries scales on, and by itself it ends there as far
-off as these are (0.29 in groups of 32, with what we showed it; kept from that, 0.055: docs/quantizing.md).
+AutoAWQ's more than that: on a CPU its release 0.2.9 damages the weights that it tries scales on, and by itself it ends there as
+far off as these are (0.29 in groups of 32, with what we showed it; kept from that, 0.055: docs/quantizing.md).
 
 {found}
 """
