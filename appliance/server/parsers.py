@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from appliance.config import ServerConfig
-from appliance.core.params import RequestError, SamplingParams, StructuredOutputsParams
+from appliance.core.params import NOT_WITH_GRAMMAR, RequestError, SamplingParams, StructuredOutputsParams
 from appliance.server.prompts import Prompt
 from appliance.server.schemas import ChatRequest
 from appliance.server.structured import compiled
@@ -47,8 +47,11 @@ class Parsers:
             tags = tags_of(tokenizer.chat_templates)
         return cls(tools, tags, tokenizer)
 
-    def choice(self, body: ChatRequest) -> ToolChoice:
-        """What a request says of tools. Raises RequestError, also where this model's calls cannot be read."""
+    def choice(self, body: ChatRequest, params: SamplingParams | None = None) -> ToolChoice:
+        """What a request says of tools. Raises RequestError, also where this model's calls cannot be read.
+
+        Where something in ``params`` does not go with a grammar, or there is one already, strict tools are free like others.
+        """
         if body.tool_choice == "none":
             return ToolChoice()  # the tools do not matter
         if body.tools and self.tools is None:
@@ -57,7 +60,14 @@ class Parsers:
                 f"--tool-call-parser ({', '.join(PARSERS)}), or set tool_choice to 'none'"
             )
             raise RequestError(message, param="tools", code="unsupported_parameter")
-        return tool_choice(body.tools, body.tool_choice)
+        choice = tool_choice(body.tools, body.tool_choice)
+        if params is None or not (
+            params.structured_outputs is not None
+            or params.use_beam_search
+            or any(getattr(params, name) != value for name, value in NOT_WITH_GRAMMAR.items())
+        ):
+            return choice
+        return replace(choice, loose=True)
 
     def fitted(self, body: ChatRequest) -> ChatRequest:
         """With ids of calls that the model's template takes: a conversation may have been begun elsewhere."""
@@ -71,7 +81,7 @@ class Parsers:
         The form begins behind reasoning, and the model may call tools instead. Raises RequestError where that cannot be.
         """
         must, form = choice.mode in ("required", "named"), params.structured_outputs
-        free = choice.strict and form is None and not params.use_beam_search
+        free = choice.strict
         tags = None if self.tags is None or self.tags.closed(*self._before(body, prompt)) else self.tags
         if not must and not free and (form is None or not (tags or choice.parses)):
             return params
@@ -110,7 +120,8 @@ class Parsers:
         """For one answer."""
         opened = self.tags is not None and self.tags.opened(*self._before(body, prompt))
         reasoning = ReasoningParser(self.tags, opened=opened) if self.tags else None
-        tools = self.tools() if self.tools is not None and choice.parses else None
+        known = [one["name"] for one in choice.functions] if choice.strict else []
+        tools = self.tools(known=known) if self.tools is not None and choice.parses else None
         return AnswerParser(reasoning, tools, parallel=body.parallel_tool_calls)
 
     def _before(self, body: ChatRequest, prompt: Prompt) -> tuple[str, str | None]:

@@ -29,7 +29,7 @@ async def begin(state: ServerState, request_id: str, body: ChatRequest, prefix: 
     body.check()
     state.check_unknown(body)
     params = await with_grammar(chat_params(body, state.defaults, state.server_config.max_logprobs), body)
-    choice = state.parsers.choice(body)
+    choice = state.parsers.choice(body, params)
     prompt = await chat_prompt(state.parsers.fitted(body), state.tokenizer, state.info.max_model_len, list(choice.tools) or None)
     params = await state.parsers.held(params, choice, body, prompt)
     if clamp:

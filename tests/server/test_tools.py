@@ -354,7 +354,28 @@ def test_strict_tools(any_kind: tuple[Served, Any]) -> None:
     assert "colour" not in grammar and grammar.count('"city"') == 1, "what is not strict fits any object"
     assert ask(served, tools=[strict], tool_choice="none")["content"] and not served.client.submitted[-1].params.grammar
     assert ask(served, tools=[strict, other], chat_template_kwargs={"think": True})["reasoning"]
-    assert "start: thoughts" in served.client.submitted[-1].params.grammar
+    assert "start: (thoughts between answer |" in served.client.submitted[-1].params.grammar
+    free: tuple[dict[str, Any], ...] = ({"min_tokens": 2}, {"ignore_eos": True}, {"use_beam_search": True, "temperature": 0})
+    for fields in free:
+        answer = served.post("/v1/chat/completions", messages=HELLO, tools=[strict], **fields)
+        assert answer.status_code == 200, (fields, answer.text)
+        assert not served.client.submitted[-1].params.grammar, "what does not go with a grammar leaves the tools free"
+    form = {"response_format": {"type": "json_object"}}
+    refused = served.post("/v1/chat/completions", messages=HELLO, tools=[strict], min_tokens=2, **form)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "min_tokens"
+
+
+def test_json_beside_strict_tools(tmp_path: Path) -> None:
+    """Where calls need no marker: only those of the tools that there are count."""
+    strict = {**TOOL, "function": {**TOOL["function"], "strict": True}}
+    with serve(tmp_path, "Llama3Json") as one:
+        for text in ('{"name": "Ann", "parameters": {}}', 'So:\n{"id": 1, "x": 2}', '{"name": "weath', '{"type": "function"}'):
+            one.client.say(text)
+            assert ask(one, tools=[strict])["content"] == text
+        one.client.say('{"name": "Ann", "parameters": {}}\n{"name": "weather", "parameters": {"city": "Rome"}}')
+        message = ask(one, tools=[strict])
+        assert message["content"] == '{"name": "Ann", "parameters": {}}' and len(message["tool_calls"]) == 1
+        assert len(ask(one)["tool_calls"]) == 2, "without a strict tool any name is one"
 
 
 def test_options(tmp_path: Path) -> None:

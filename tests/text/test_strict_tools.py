@@ -16,8 +16,8 @@ from appliance.text.tools.choice import FORMS as ALL_FORMS
 from appliance.text.tools.choice import Form, ToolChoice, forced, tool_choice
 from appliance.text.tools.formats import Llama3Json
 from appliance.text.tools.grammar import lark
-from appliance.text.tools.parser import ToolParser
-from tests.text.tool_texts import any_text, seeded
+from appliance.text.tools.parser import ToolAnswer, ToolParser
+from tests.text.tool_texts import any_text, cuts, seeded
 
 SCHEMA = {
     "type": "object",
@@ -99,9 +99,13 @@ def model(request: pytest.FixtureRequest) -> tuple[type[ToolParser], Form, Model
     return kind, form, Model(kind, form, special=special)
 
 
+KNOWN = ("f", "get_weather")
+LLAMA = ALL_FORMS[Llama3Json][0]
+
+
 def check(kind: type[ToolParser], text: str) -> int:
     """Every call that the parser finds has fitting arguments; how many there are of the strict function."""
-    found = kind().parse(text).calls
+    found = kind(known=KNOWN).parse(text).calls
     for call in found:
         arguments = json.loads(call.arguments)
         assert isinstance(arguments, dict) and call.name in ("f", "get_weather"), text
@@ -130,7 +134,7 @@ def test_what_is_free_stays_free(model: tuple[type[ToolParser], Form, Model]) ->
         assert one.write(text) == (text, True)
     between = "\n" if kind is Llama3Json else " and "
     for text in (f"Let me see.\n{fine}", f"{fine}{between}then\n{fine}\nDone."):
-        assert one.write(text) == (text, True) and len(kind().parse(text).calls) == 2 * text.count('"thing"')
+        assert one.write(text) == (text, True) and len(kind(known=KNOWN).parse(text).calls) == 2 * text.count('"thing"')
 
 
 @pytest.mark.parametrize("bad", ['{"n": "x"}', '{"n": 1, "m": 1}', '{"unit": "C"}', "[]", "null"])
@@ -150,10 +154,114 @@ def test_reasoning_is_free(kind: type[ToolParser], form: Form, special: bool, op
     thought = 'Like {"n": "x"}?\n{"n": "x"}' if special and kind is not Llama3Json else f"Like\n{bad}?"
     text = f"{begin}{thought}</think>\n\n{fine}"
     assert one.write(text) == (text, True)
-    answer = AnswerParser(ReasoningParser(THINK, opened=opened), kind()).parse(text)
+    answer = AnswerParser(ReasoningParser(THINK, opened=opened), kind(known=KNOWN)).parse(text)
     assert answer.reasoning == thought and answer.content == "" and answer.calls[0].arguments == '{"n": 5}'
     said, may_end = one.write(f"{begin}Hm.</think>{bad}")
     assert said.endswith('{"n": ') and not may_end
     if not opened:
         assert one.write(f"No thoughts.\n{fine}") == (f"No thoughts.\n{fine}", True)
         assert not one.write(f"No thoughts.\n{bad}")[1] and not one.write(bad)[1]
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+def test_an_answer_may_end_within_reasoning(kind: type[ToolParser], form: Form, special: bool, opened: bool) -> None:
+    one = Model(kind, form, special=special, opened=opened)
+    for thought in ("", "Hm", "Hm.\n", 'Like {"name": "f", "arg', "Is </thin", "One.\n\nTwo; {"):
+        text = ("" if opened else "<think>") + thought
+        assert one.write(text) == (text, True)
+        answer = AnswerParser(ReasoningParser(THINK, opened=opened), kind(known=KNOWN)).parse(text)
+        assert answer.reasoning == thought and not answer.content and not answer.calls
+        text += "</think>Yes."
+        assert one.write(text) == (text, True)
+        text += "\n" + form.write([("f", '{"n": "x"}')])
+        assert not one.write(text)[1], "behind reasoning, calls are held"
+
+
+JSONS = [
+    *('{"id": 1, "x": 2}', '{"name": "Ann", "age": 5}', '{"type": "object", "properties": {}}', '{"parameters": {}, "name": 1}'),
+    *(
+        '{"arguments": [1]}',
+        '```json\n{\n  "id": 7,\n  "name": "f2"\n}\n```',
+        '[\n{"id": 1},\n{"name": "Bo", "parameters": {}}\n]',
+    ),
+    *('{"name": "Ann"}\n{"name": "Bo", "parameters": {"n": "x"}}', '{"name": "fu", "parameters": {}}', '{"name": 5}', '{"name":'),
+    *(
+        '{"type": "function", "id": 1}',
+        '{"type": "function", "name": "other", "parameters": {}}',
+        '{"name\\u0065": "f"}',
+        '{"name": "f',
+    ),
+    *('{ "na\nme" }', 'So; {"name": "f", "age": 5}', "{\n;{", '{"id": 1, "name": "f", "parameters": {"n": "x"}}'),
+]
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_json_that_is_no_call_of_a_known_tool_is_free(special: bool) -> None:
+    """Of a format in which a call may begin without a marker."""
+    one, fine = Model(Llama3Json, LLAMA, special=special), LLAMA.write([("f", '{"n": 5}')])
+    for text in JSONS:
+        for before in ("", "Here:\n", "\n", '{"name": "Ann"}\n'):
+            assert one.write(before + text) == (before + text, True)
+            answer = Llama3Json(known=KNOWN).parse(before + text)
+            assert answer.content == before + text and not answer.calls
+        both = f"{text}\n{fine}; {fine}\n{text}\n"
+        assert one.write(both) == (both, True) and len(Llama3Json(known=KNOWN).parse(both).calls) == 2
+    for head in (
+        '{"name": "f"',
+        '{ "name"\n:"f"',
+        '{"type": "function", "name": "f"',
+        '\n \x1c{"name": "f"',
+        f'{fine};{{"name": "f"',
+    ):
+        for before in ("", "Yes:\n", '{"name": "Ann"}\n {"id": 1}\n'):
+            said, may_end = one.write(f'{before}{head}, "parameters": {{"n": 1}}}}')
+            assert may_end and len(Llama3Json(known=KNOWN).parse(said).calls) == 1 + (fine in head)
+            for bad in (', "parameters": {"n": "x"}}', ', "age": 5}', "}"):
+                assert not one.write(before + head + bad)[1]
+
+
+def test_parser_and_grammar_agree_about_what_is_a_call() -> None:
+    """Of scraps: calls in what the grammar lets through fit, and it lets all texts through in which no call may begin."""
+    scraps = [
+        '{"name": "f"',
+        '{"name": "g"',
+        '{"type": "function", "name": "f"',
+        '"id": 1',
+        '"parameters": ',
+        '{"n": 1}',
+        '{"n": "x"}',
+    ]
+    scraps += [
+        "{",
+        "}",
+        ";",
+        "\n",
+        " ",
+        ", ",
+        "Hi",
+        "\x1c",
+        "\u2028",
+        Llama3Json.TAG,
+        '{"name": "Ann"}',
+        LLAMA.write([("f", '{"n": 5}')]),
+    ]
+    models = [Model(Llama3Json, LLAMA, special=special) for special in (False, True)]
+    calls = free = 0
+    for rng in seeded(2500, "scraps"):
+        text = "".join(rng.choices(scraps, k=rng.randint(1, 9)))
+        said, may_end = models[rng.randrange(2)].write(text)
+        if may_end:
+            calls += check(Llama3Json, said)
+        may_be = re.search(r'<\|python_tag|(\A|[\n}])[\s;]*\{("type": "function", )?"name": "f"', text)
+        if not may_be:
+            assert not Llama3Json(known=KNOWN).parse(text).calls
+            free += "{" in text
+            assert (said, may_end) == (text, True), text
+        pieces = cuts(rng, text)
+        parser, answer = Llama3Json(lambda: "id", KNOWN), ToolAnswer()
+        for delta in (*map(parser.push, pieces), parser.finish()):
+            answer.add(delta.content, delta.calls)
+        assert answer == Llama3Json(lambda: "id", KNOWN).parse(text), "streamed = whole"
+    assert calls > 100 and free > 100, (calls, free)

@@ -22,6 +22,7 @@ class ToolChoice:
     mode: Literal["auto", "none", "required", "named"] = "none"
     tools: tuple[dict[str, Any], ...] = ()  # for the chat template: as sent, with what the template may ask for
     name: str | None = None  # of the function, where mode is "named"
+    loose: bool = False  # strict tools are free like others
 
     @property
     def parses(self) -> bool:
@@ -37,7 +38,7 @@ class ToolChoice:
     @property
     def strict(self) -> bool:
         """Whether the model decides, and a function's arguments have to fit its parameters if it calls that one."""
-        return self.mode == "auto" and any(one.get("strict") for one in self.functions)
+        return self.mode == "auto" and not self.loose and any(one.get("strict") for one in self.functions)
 
 
 def tool_choice(tools: Any, choice: Any) -> ToolChoice:

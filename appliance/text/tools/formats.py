@@ -8,7 +8,7 @@ import string
 from hashlib import sha256
 
 from appliance.text.tools.parser import ToolParser
-from appliance.text.tools.reader import Steps, first
+from appliance.text.tools.reader import Step, Steps, first
 
 _KEYS = frozenset({"name", "parameters", "arguments", "type", "id"})
 _NAME, _ID = re.compile(r"[-\w.:/]*"), re.compile(r"[a-zA-Z0-9]*")
@@ -44,7 +44,8 @@ class Llama3Json(ToolParser):
     """``{"name": ..., "parameters": {...}}`` at the start of the text or of a line, or behind ``<|python_tag|>``: Llama 3.1 to 4.
 
     Calls are separated by ";" or white space. Other JSON is content, and so is what Llama writes for its built-in tools
-    (``<|python_tag|>brave_search.call(...)``).
+    (``<|python_tag|>brave_search.call(...)``). Where ``known`` holds names, only ``{"name": "<one of them>"`` begins a call
+    without a marker (``{"type": "function", `` may come before the name): other keys and names are an answer's own.
     """
 
     TAG = "<|python_tag|>"
@@ -68,9 +69,31 @@ class Llama3Json(ToolParser):
     def read(self, marker: str) -> Steps:
         if marker == "{":
             self.at -= 1
-            yield from self.object(_KEYS)
+            if not self.known or (yield from self._begins()):
+                yield from self.object(_KEYS)
         elif (yield from self.peek()) == "{":
             yield from self.object()
+
+    def _begins(self) -> Step[bool]:
+        """Whether a call of a known tool begins with the brace that comes next. Only the brace is read if not."""
+        start = self.at
+        known = yield from self._head()
+        self.at = start if known else start + 1
+        return known
+
+    def _head(self) -> Step[bool]:
+        self.at += 1
+        yield from self.peek()
+        typed = ('"type"', ":", '"function"', ",") if (yield from self.sees('"type"')) else ()
+        for part in (*typed[1:], '"name"', ":"):
+            yield from self.peek()
+            if not (yield from self.sees(part)):
+                return False
+        yield from self.peek()
+        for name in self.known:
+            if (yield from self.sees(name)):
+                return True
+        return False
 
 
 class Mistral(ToolParser):

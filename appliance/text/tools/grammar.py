@@ -23,16 +23,11 @@ _SPELLING = {
 }
 
 
-# Of a format without a marker: a brace at the beginning, in a new line, or behind a call; and text that begins no call behind it.
-_BRACES = (
-    r"KEY: /(?s:\s*\"(name|parameters|arguments|type|id)\".*|\s*\"[^\"\\]*\\.*)/",
-    r"BRACE: /(?s:(.*\n)?\s*;?\s*\{)/",
-    "PLAIN: TEXT & ~KEY",
-    "open[lazy]: BRACE",
-    "again[lazy]: BRACE & ~KEY",
-    'answer: TEXT | (open calls? | marked "{" calls) more',
-    'more: (again calls? | remarked "{" calls)* PLAIN',
-)
+_SPACE = r"[\s\x1c-\x1f]*"  # what Python takes for white space
+_HEAD = '{"name": "'  # of a call without a marker, as the grammar writes it behind one
+# The same as a model may write it; what stands before it says whether the parser takes it for a call's (``Llama3Json``).
+_BEGUN = rf'\{{{_SPACE}("type"{_SPACE}:{_SPACE}"function"{_SPACE},{_SPACE})?"name"{_SPACE}:{_SPACE}"'
+_TEXT = "/(?s:.*)/"
 
 
 def lark(
@@ -62,13 +57,22 @@ def lark(
         text = " | ".join(start + ["@answer"] * formed)
     if tags is None:
         return "\n".join([f"start: {text}", *rules])
-    before = "thoughts between" if opened else f"({spelled(tags.start)} thoughts between)?"
-    if text == "answer" and not opened and tags.start not in specials:  # as text it could be either, and text goes on for longer
-        before, text = "", f"{spelled(tags.start)} thoughts between answer | bare"
-        rules += _bare(rules, tags.start)
     special = tags.end in specials
-    rules.append(f"thoughts: /(?s:.*)/ {spelled(tags.end)}" if special else f"thoughts[suffix={_text(tags.end)}]: /(?s:.*)/")
-    return "\n".join([f"start: {before} ({text})", *rules, r"between: /\n{0,2}/"])
+    rules.append(f"thoughts: {_TEXT} {spelled(tags.end)}" if special else f"thoughts[suffix={_text(tags.end)}]: {_TEXT}")
+    rules.append(r"between: /\n{0,2}/")
+    if text != "answer":
+        before = "thoughts between" if opened else f"({spelled(tags.start)} thoughts between)?"
+        return "\n".join([f"start: {before} ({text})", *rules])
+    rules.append(f"UNENDED: TEXT & ~/(?s:.*{_literal(tags.end)}.*)/")
+    thinking = "(thoughts between answer | UNENDED)"  # text that is free may end anywhere
+    if opened:
+        whole = thinking
+    elif tags.start in specials:
+        whole = f"{spelled(tags.start)} {thinking} | answer"
+    else:  # it could be either, and text goes on for longer
+        whole = f"{spelled(tags.start)} {thinking} | bare_answer"
+        rules += [rf"BARRED: /(?s:{_SPACE}{_literal(tags.start)}.*)/", *_answer(rules, "bare_", " & ~BARRED")]
+    return "\n".join([f"start: {whole}", *rules])
 
 
 def _calls(calls: Forced, spelled: Callable[[str], str], *, formed: bool) -> list[str]:
@@ -90,30 +94,53 @@ def _among_text(calls: Forced, marker: str, spelled: Callable[[str], str], *, sp
 
     Each call is written to its end, behind which the parser looks for no other. Lazily: a text ends with its first marker.
     """
-    brace = not (calls.before or calls.alternatives[0].begin).startswith(marker)  # a call may begin with that alone
-    cut = 1 if brace else len(marker)
+    bare = not (calls.before or calls.alternatives[0].begin).startswith(marker)  # a call may begin with its own JSON alone
+    cut = len(_HEAD) if bare else len(marker)
     if calls.before:
         tail = replace(calls, before=calls.before[cut:])
     else:
         each = tuple(replace(one, begin=one.begin[cut:]) for one in calls.alternatives)
         tail = replace(calls, alternatives=each, most=1)
-    rules = [*_calls(tail, spelled, formed=False), "TEXT: /(?s:.*)/"]
-    if special:
-        rules += [f"marked: TEXT {spelled(marker)}", f"remarked: PLAIN {spelled(marker)}"]
-    else:
-        rules += [f"MARKED: TEXT {_text(marker)}", "marked[lazy]: MARKED", "remarked[lazy]: MARKED & ~KEY"]
-    return [*rules, *_BRACES] if brace else [*rules[:-1], "answer: (marked calls)* TEXT"]
+    rules = [*_calls(tail, spelled, formed=False), f"TEXT: {_TEXT}"]
+    rules.append(f"marker: {spelled(marker)}" if special else f"MARKED: TEXT {_text(marker)}")
+    if bare:
+        written = [json.loads(f"{one.begin}null{one.end}")["name"] for one in calls.alternatives]
+        names = "|".join(_literal(_text(name)[1:-1]) for name in written)
+        rules += [
+            f'KNOWN: /(?s:({names})".*)/',
+            "UNKNOWN: TEXT & ~KNOWN",  # behind the head that a call has
+            f"behind[lazy]: /(?s:((.*\\n)?{_SPACE}|{_SPACE};{_SPACE}){_BEGUN})/",
+            f"LATER: /(?s:.*\\n{_SPACE}{_BEGUN})/",
+            "later[lazy]: LATER & ~KNOWN",
+            f"FIRST: /(?s:(.*\\n)?{_SPACE}{_BEGUN})/",
+            f"next: {_text(_HEAD)} calls",
+            "unknown_marked: UNKNOWN marker" if special else "unknown_marked[lazy]: MARKED & ~KNOWN",
+        ]
+    return rules + _answer(rules)
 
 
-def _bare(rules: list[str], tag: str) -> list[str]:
-    """Rules of ``bare``: an answer, as ``_among_text`` has it, that does not begin with a tag."""
-    barred, marked = rf"BARRED: /(?s:\s*{re.escape(tag)}.*)/", next(rule for rule in rules if rule.startswith("marked"))
-    found = [barred, "BARE: TEXT & ~BARRED", "barely" + marked.removeprefix("marked").replace("TEXT", "BARE")]
-    if "[lazy]" in marked:
-        found[-1] += " & ~BARRED"
-    if _BRACES[0] not in rules:
-        return [*found, "bare: BARE | barely calls answer"]
-    return [*found, "openly[lazy]: BRACE & ~BARRED", 'bare: BARE | (openly calls? | barely "{" calls) more']
+def _answer(rules: list[str], name: str = "", but: str = "") -> list[str]:
+    """Rules of an answer that is free, beside the shared ``rules``: ``called`` is all of it up to a call's end, ``begun`` up
+    to a call's head. ``but``: what its first text may not be."""
+    special = not any(rule.startswith("MARKED") for rule in rules)
+    free = [f"{name.upper()}FREE: TEXT{but}"]
+    free.append(f"{name}marked: {name.upper()}FREE marker" if special else f"{name}marked[lazy]: MARKED{but}")
+    after = "TEXT marker" if special else "plain_marked"
+    if not special and not name:
+        free.append("plain_marked[lazy]: MARKED")
+    if not any(rule.startswith("FIRST") for rule in rules):
+        return [
+            *free,
+            f"{name}called: {name}marked calls | {name}called {after} calls",
+            f"{name}answer: {name.upper()}FREE | {name}called TEXT",
+        ]
+    return [
+        *free,
+        f"{name}first[lazy]: FIRST{but}",
+        f"{name}called: {name}marked next | {name}begun calls | {name}called {after} next | {name}begun unknown_marked next",
+        f"{name}begun: {name}first | {name}called behind | {name}begun later",
+        f"{name}answer: {name.upper()}FREE | {name}called TEXT | {name}begun UNKNOWN",
+    ]
 
 
 def _whole(one: Alternative) -> dict[str, Any]:
@@ -132,3 +159,8 @@ def _json(schema: Mapping[str, Any]) -> str:
 
 def _text(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
+
+
+def _literal(text: str) -> str:
+    """As it stands within a regular expression of Lark."""
+    return re.escape(text).replace("/", r"\/")

@@ -16,9 +16,10 @@ The rules, for all formats:
 
 from __future__ import annotations
 
+import json
 import secrets
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from appliance.text.tools.reader import Reader, Step, Steps, decoded, first, open_end
@@ -81,9 +82,10 @@ class ToolParser(Reader):
     ends: tuple[str, ...]  # the markers that end arguments whose structure is broken
     special: tuple[str, ...] = ()  # the markers that are special tokens, and yet must be in the text
 
-    def __init__(self, new_id: Callable[[], str] | None = None) -> None:
-        """``new_id`` makes the ids of calls."""
+    def __init__(self, new_id: Callable[[], str] | None = None, known: Sequence[str] = ()) -> None:
+        """``new_id`` makes the ids of calls. ``known``: the tools' names, where a grammar holds their arguments (``lark``)."""
         super().__init__()
+        self.known = tuple(json.dumps(name, ensure_ascii=False) for name in known)
         self.count = 0  # calls so far
         self.fresh = True  # nothing but markup since the beginning or since the latest call
         self.single = False  # whether nothing counts that comes behind the first call
