@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -90,16 +91,11 @@ class Parsers:
         marker = self.tools.openers[0] if self.tools is not None and free else ""
         kind: dict[str, Any] = {"formed": not must and not free, "marker": marker, "specials": self._specials(choice)}
         around = await asyncio.to_thread(lark, calls, tags, opened=opened, **kind)
-        try:
-            if form is None or must:
-                form = StructuredOutputsParams(grammar=around)
-                return replace(params, structured_outputs=form, grammar=await compiled(form, ours=True))
-            return replace(params, grammar=await compiled(form, around))
-        except RequestError as error:
-            if calls is None:
-                raise
-            message = f"tools: no grammar of calls can be made of these: {error}"
-            raise RequestError(message, param="tools", code=error.code) from None
+        parts = await asyncio.to_thread(_schemas, choice, calls) if calls else None
+        if form is None or must:
+            form = StructuredOutputsParams(grammar=around)
+            return replace(params, structured_outputs=form, grammar=await compiled(form, ours=True, parts=parts))
+        return replace(params, grammar=await compiled(form, around, parts=parts))
 
     def _forced(self, choice: ToolChoice, body: ChatRequest, strict: bool) -> Forced:
         assert self.tools is not None and self.tokenizer is not None  # choice() and the prompt have seen to that
@@ -134,6 +130,13 @@ class Parsers:
             return prompt.text, None
         assert self.tokenizer is not None  # the prompt was rendered
         return self.tokenizer.decode(list(prompt.token_ids[-TAIL:]), skip_special_tokens=False), None
+
+
+def _schemas(choice: ToolChoice, calls: Forced) -> dict[str, str]:
+    """Of the functions whose arguments are held: name -> schema as JSON."""
+    both = zip(choice.functions, calls.alternatives, strict=True)
+    held = ((f, one) for f, one in both if not choice.strict or f.get("strict"))
+    return {f["name"]: json.dumps(one.schema, ensure_ascii=False) for f, one in held}
 
 
 def _fitted(message: dict[str, Any]) -> dict[str, Any]:

@@ -46,9 +46,12 @@ async def with_grammar(params: SamplingParams, body: SamplingFields) -> Sampling
     return replace(params, grammar=grammar)
 
 
-async def compiled(structured: StructuredOutputsParams, around: str = "", *, ours: bool = False) -> str:
+async def compiled(
+    structured: StructuredOutputsParams, around: str = "", *, ours: bool = False, parts: Mapping[str, str] | None = None
+) -> str:
     """As ``compile_grammar``, whose turn may be long in coming: not in the threads that all others need."""
-    return await asyncio.get_running_loop().run_in_executor(_waiting, partial(compile_grammar, structured, around, ours=ours))
+    work = partial(compile_grammar, structured, around, ours=ours, parts=parts)
+    return await asyncio.get_running_loop().run_in_executor(_waiting, work)
 
 
 def structured_outputs(body: SamplingFields) -> tuple[str | None, StructuredOutputsParams] | None:

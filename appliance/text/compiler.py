@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ log = logging.getLogger("appliance.text")
 
 CPU_S = 2.0  # for one grammar
 WALK = 8  # bytes of an answer that are tried
+TIGHT = {"whitespace_flexible": False, "whitespace_pattern": None}
 MEMORY_BYTES = 2 * 2**30  # of address space, of which the deep stack takes an eighth
 
 
@@ -31,12 +32,14 @@ class Task(NamedTuple):
     text: str
     options: Mapping[str, Any]  # of JSON schemas
     around: str
+    parts: Sequence[tuple[str, str]] = ()  # names, and JSON schemas within the text that are tried first, each by itself
 
 
 class Outcome(NamedTuple):
     grammar: str
     wrong: bool
     words: list[str]
+    part: str | None = None  # which one is wrong
 
 
 class Compiler:
@@ -82,13 +85,24 @@ def attempt(task: Task) -> Outcome:
     from appliance.text import grammar
 
     lib = grammar.library()
+    for name, schema in task.parts:
+        made = lib.LLMatcher.grammar_from_json_schema(schema, overrides={**task.options, **TIGHT})
+        outcome = _tried(made)
+        if outcome.wrong:
+            return outcome._replace(part=name)
     if task.kind in ("json", "json_object"):
         made = lib.LLMatcher.grammar_from_json_schema(task.text, overrides=dict(task.options))
     elif task.kind == "regex":
         made = lib.LLMatcher.grammar_from_lark(f"start: /{lib.regex_to_lark(task.text, use_ascii='d')}/")
     else:
         made = lib.grammar_from("lark" if task.kind == "choice" else "grammar", task.text)
-    made = grammar.within(task.around, made) if task.around else made
+    return _tried(grammar.within(task.around, made) if task.around else made)
+
+
+def _tried(made: str) -> Outcome:
+    from appliance.text import grammar
+
+    lib = grammar.library()
     wrong, words = lib.LLMatcher.validate_grammar_with_warnings(made, limits=grammar.limits())
     if not wrong:
         bytes_alone = re.sub(r"<\[\d+\]>", "<[0]>", made)  # special tokens of a model, by their ids

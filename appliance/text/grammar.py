@@ -8,7 +8,9 @@ library walks them recursively, so all that builds one runs in a thread with a s
 from __future__ import annotations
 
 import json
+import re
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
     from appliance.text.tokenizer import Tokenizer
 
 MAX_CHARS = 65536  # of a schema, regular expression, grammar, or all choices
-STACK_BYTES = 256 * 2**20  # of address space: a chain of as many rules as fit into MAX_CHARS takes up to 80 MiB
+MAX_OWN_CHARS = 3 * MAX_CHARS  # of a grammar that the server itself makes of many tools
+STACK_BYTES = (
+    256 * 2**20
+)  # of address space: a chain of as many rules as fit into MAX_CHARS takes up to 80 MiB, of MAX_OWN_CHARS 240
 WHITESPACE = r" |\r?\n[ \t]{0,24}"  # between the parts of JSON; without a bound a small model goes on for ever
 KEPT = 64  # grammars that are not tried again
 _BEFORE = "\x02"  # a text that no token joins with what follows it
@@ -63,26 +68,32 @@ def deep_thread() -> ThreadPoolExecutor:
     return pool
 
 
-def compile_grammar(structured: StructuredOutputsParams, around: str = "", *, ours: bool = False) -> str:
+def compile_grammar(
+    structured: StructuredOutputsParams, around: str = "", *, ours: bool = False, parts: Mapping[str, str] | None = None
+) -> str:
     """As llguidance reads it. Raises RequestError naming the field, with the library's words, where it cannot be served.
 
     ``around``: the grammar (Lark) of the whole text, in which ``@answer`` is what ``structured`` says. In it, and where
-    ``structured`` is ``ours``, special tokens may stand by their ids. Takes up to some tenths of a second where this one was not
-    seen lately.
+    ``structured`` is ``ours``, special tokens may stand by their ids. ``parts``: tools' names, and JSON schemas in a grammar that
+    is ours, tried by themselves; the error is about tools then. Takes up to some tenths of a second where this one was not seen
+    lately.
     """
     if around:
         compile_grammar(structured)
     kind, text = _source(structured)
-    if (size := len(text) + len(around)) > MAX_CHARS:
-        raise RequestError(
-            f"structured_outputs.{kind} has {size} characters: at most {MAX_CHARS} are taken",
-            param=f"structured_outputs.{kind}",
-        )
+    made = ours or bool(around)
+    field, most = ("tools", MAX_OWN_CHARS) if parts else (f"structured_outputs.{kind}", MAX_OWN_CHARS if made else MAX_CHARS)
+    if (size := len(text) + len(around)) > most:
+        message = f"{field} has {size} characters: at most {most} are taken"
+        if parts:
+            message = f"tools: the grammar of their calls {message.removeprefix(field)[1:]}"
+        raise RequestError(message, param=field)
     library()  # or say that it is missing
     whitespace = structured.whitespace_pattern or WHITESPACE
-    grammar, wrong = _checked(kind, text, structured.disable_any_whitespace, whitespace, around, ours or bool(around))
+    tried = tuple((parts or {}).items())
+    grammar, wrong = _checked(kind, text, structured.disable_any_whitespace, whitespace, around, made, tried)
     if wrong:
-        raise RequestError(f"structured_outputs.{kind}{wrong}", param=f"structured_outputs.{kind}")
+        raise RequestError(f"{field}{wrong}", param=field)
     return grammar
 
 
@@ -108,20 +119,26 @@ def _quoted(text: str) -> str:
 
 
 @lru_cache(KEPT)
-def _checked(kind: str, text: str, tight: bool, whitespace: str, around: str, specials: bool) -> tuple[str, str]:
+def _checked(
+    kind: str, text: str, tight: bool, whitespace: str, around: str, specials: bool, parts: tuple[tuple[str, str], ...]
+) -> tuple[str, str]:
     """(the grammar, or else what is wrong with it)."""
     # What stands in the schema under "x-guidance" may not say otherwise.
     options = {"whitespace_flexible": not tight, "whitespace_pattern": None if tight else whitespace, "lenient": False}
     options |= {"coerce_one_of": False, "item_separator": ",", "key_separator": ":"}
     try:
         text.encode()
-        grammar, wrong, words = _compiler.run(Task(kind, text, options, around))
+        grammar, wrong, words, part = _compiler.run(Task(kind, text, options, around, parts))
     except UnicodeEncodeError:
         return "", " holds an unpaired surrogate (half of a \\ud83d\\ude00 pair)"
     except TimeoutError as error:
         return "", f" cannot be served: {error}"
     if wrong:
-        return "", f" cannot be served: {' '.join(' '.join(words).split())[:500]}"
+        reason = " ".join(words)
+        if parts:  # the library shows the grammar below its words, which is none that anybody sent
+            reason = re.split(r"\n\s*\d+ \| ", reason)[0]
+        where = "" if part is None else f": the parameters of {part!r:.80}"
+        return "", f"{where} cannot be served: {' '.join(reason.split())[:500]}"
     if not specials and any(word.startswith("no tokenizer") for word in words):
         return "", ": names of special tokens, <|...|> and <[...]>, are not understood in grammars"
     return grammar, ""

@@ -365,6 +365,43 @@ def test_strict_tools(any_kind: tuple[Served, Any]) -> None:
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "min_tokens"
 
 
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_what_of_tools_cannot_be_held_is_named(hermes: Served, choice: str) -> None:
+    """At the door, though it would show within the arguments alone; without a text that nobody sent."""
+    wide: dict[str, Any] = {"type": "object", "properties": {f"a{i}": {"type": "integer"} for i in range(700)}}
+    wrong: tuple[tuple[Any, str], ...] = ((wide, "2000"), ({"properties": {"a": {"type": "colour"}}}, "Invalid type: colour"))
+    for schema, reason in wrong:
+        tools = [
+            {"type": "function", "function": {"name": name, "strict": True, "parameters": one}}
+            for name, one in (("fine", TOOL["function"]["parameters"]), ("off", schema))
+        ]
+        for more in ({}, {"response_format": {"type": "json_object"}}):
+            answer = hermes.post("/v1/chat/completions", messages=HELLO, tools=tools, tool_choice=choice, **more)
+            error = answer.json()["error"]
+            assert answer.status_code == 400 and error["param"] == "tools"
+            assert "'off'" in error["message"] and reason in error["message"] and "fine" not in error["message"]
+            assert "start:" not in error["message"] and "x-guidance" not in error["message"] and len(error["message"]) < 250
+
+
+@pytest.mark.parametrize("strict", [1, "true", [True]])
+def test_strict_is_true_or_false(hermes: Served, strict: Any) -> None:
+    function, hello = {**TOOL["function"], "strict": strict}, {"messages": HELLO, "model": "tiny", "max_tokens": 20}
+    flat = {"name": "weather", "input_schema": TOOL["function"]["parameters"], "strict": strict}
+    ways: tuple[tuple[str, dict[str, Any], str], ...] = (
+        (
+            "/v1/chat/completions",
+            {"messages": HELLO, "tools": [{"type": "function", "function": function}]},
+            "tools[0].function.strict",
+        ),
+        ("/v1/responses", {"input": "hello", "tools": [{"type": "function", **function}]}, "strict"),
+        ("/v1/messages", {**hello, "tools": [flat]}, "tools[0].strict"),
+        ("/v1/messages/count_tokens", {"messages": HELLO, "model": "tiny", "tools": [flat]}, "tools[0].strict"),
+    )
+    for path, body, where in ways:
+        answer = hermes.post(path, **body)
+        assert answer.status_code == 400 and where in answer.text and "true or false" in answer.text, (path, answer.text)
+
+
 def test_json_beside_strict_tools(tmp_path: Path) -> None:
     """Where calls need no marker: only those of the tools that there are count."""
     strict = {**TOOL, "function": {**TOOL["function"], "strict": True}}

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import random
 import re
+from typing import Any
 
 import jsonschema
 import pytest
 
+from appliance.core.params import RequestError, StructuredOutputsParams
 from appliance.text.answer import AnswerParser
-from appliance.text.grammar import library, limits
+from appliance.text.grammar import compile_grammar, library, limits
 from appliance.text.reasoning import THINK, ReasoningParser
 from appliance.text.tools.choice import FORMS as ALL_FORMS
 from appliance.text.tools.choice import Form, ToolChoice, forced, tool_choice
-from appliance.text.tools.formats import Llama3Json
+from appliance.text.tools.formats import Hermes, Llama3Json
 from appliance.text.tools.grammar import lark
 from appliance.text.tools.parser import ToolAnswer, ToolParser
 from tests.text.tool_texts import any_text, cuts, seeded
@@ -265,3 +267,27 @@ def test_parser_and_grammar_agree_about_what_is_a_call() -> None:
             answer.add(delta.content, delta.calls)
         assert answer == Llama3Json(lambda: "id", KNOWN).parse(text), "streamed = whole"
     assert calls > 100 and free > 100, (calls, free)
+
+
+def test_many_described_tools() -> None:
+    """What a schema says beside constraints takes no room in the grammar; what is called like that stays."""
+    said = {"description": "what it is about " * 9, "title": "A title", "examples": ["one"], "default": None, "$comment": "x"}
+    properties: dict[str, Any] = {f"title_{i}": {"type": "string", "enum": ["description"], **said} for i in range(5)}
+    properties["description"] = {"anyOf": [{"type": "integer", **said}, {"type": "array", "items": {"type": "null", **said}}]}
+    schema = {"type": "object", "properties": properties, "required": ["description"], "additionalProperties": False, **said}
+
+    def made(count: int) -> str:
+        some = [{"name": f"f{i}", "strict": True, "parameters": schema} for i in range(count)]
+        tools = tool_choice([{"type": "function", "function": one} for one in some], None)
+        calls = forced(tools, ALL_FORMS[Hermes][0], strict=True)
+        parts = {f["name"]: json.dumps(one.schema) for f, one in zip(tools.functions, calls.alternatives, strict=True)}
+        grammar = StructuredOutputsParams(grammar=lark(calls, marker="<tool_call>"))
+        return compile_grammar(grammar, ours=True, parts=parts)
+
+    assert len(made(60)) < 65536 < len(grammar := made(180))
+    assert "what it is" not in grammar and "A title" not in grammar and "$comment" not in grammar and "examples" not in grammar
+    assert grammar.count('"title_4": {"type": "string", "enum": ["description"]}') == 180
+    assert grammar.count('"description": {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "null"}}]}') == 180
+    with pytest.raises(RequestError, match=r"the grammar of their calls has [0-9]+ characters: at most 196608") as error:
+        made(900)
+    assert error.value.param == "tools"

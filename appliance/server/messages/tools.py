@@ -49,5 +49,7 @@ def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
         wrong(f"{where}.input_schema", f"must be a JSON schema of type 'object', got {schema!r:.80}")
     if not isinstance(tool.get("description") or "", str):
         wrong(f"{where}.description", f"must be text, got {tool['description']!r:.80}")
+    if not isinstance(strict := tool.get("strict") or False, bool):
+        wrong(f"{where}.strict", f"must be true or false, got {strict!r:.80}")
     function = {"name": name, "description": tool.get("description") or "", "parameters": {"type": "object", **schema}}
-    return {"type": "function", "function": {**function, "strict": True} if tool.get("strict") else function}
+    return {"type": "function", "function": {**function, "strict": True} if strict else function}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ from appliance.text.tools.parser import ToolParser
 
 MAX_TOOLS = 1024  # of a request; about ten microseconds each
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
+# Of a JSON schema: what constrains nothing, what holds schemas by names, and what is a schema or a list of them.
+_WORDS = frozenset({"description", "title", "default", "examples", "$comment"})
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_WITHIN = frozenset({"items", "prefixItems", "additionalProperties", "additionalItems", "anyOf", "allOf", "oneOf"})
 
 
 @dataclass(frozen=True)
@@ -186,9 +191,29 @@ def forced(choice: ToolChoice, form: Form, *, parallel: bool = True, strict: boo
 
 
 def parameters(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a function's arguments: always an object, by OpenAI's word an empty one where none is given."""
+    """The schema of a function's arguments: always an object, by OpenAI's word an empty one where none is given.
+
+    Without its descriptions and the like, which take room in a grammar.
+    """
     given = function.get("parameters") or _NO_PARAMETERS
+    with contextlib.suppress(RecursionError):  # one so deep is left as it is
+        given = _constraining(given)
     return {**given, "additionalProperties": False} if given == _NO_PARAMETERS else {"type": "object", **given}
+
+
+def _constraining(schema: Any) -> Any:
+    """A JSON schema without what says nothing of the values that fit it."""
+    if isinstance(schema, list):
+        return [_constraining(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    kept: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, Mapping):
+            kept[key] = {name: _constraining(one) for name, one in value.items()}
+        elif key not in _WORDS:
+            kept[key] = _constraining(value) if key in _WITHIN else value
+    return kept
 
 
 def schema(choice: ToolChoice, *, parallel: bool = True) -> dict[str, Any]:
