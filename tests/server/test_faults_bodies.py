@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -184,6 +185,51 @@ def test_weights() -> None:
     assert check_values(rb'{"a": "{\"b\": {\n1}, {2}"}') == 1 + 2 * 16, "an object, and one brace that could be one"
     with pytest.raises(RequestError, match="values"):
         check_values(b"," * (MAX_VALUES + 1))
+
+
+def _counted(value: Any, ascii_alone: bool) -> int:
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # as an upper bound, by its characters as they are escaped
+        text = json.dumps(value, ensure_ascii=ascii_alone)
+        return text.count(",") + 4 * text.count("[") + 16 * (text.count("{") - text.count("{\\"))
+    inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else None
+    if inner is None:
+        return 0
+    return (16 if isinstance(value, dict) else 4) + max(0, len(inner) - 1) + sum(_counted(one, ascii_alone) for one in inner)
+
+
+def _any_value(rng: random.Random, depth: int = 0) -> Any:
+    kind = rng.randrange(6 if depth < 4 else 3)
+    if kind < 2:
+        return "".join(rng.choices(['"', "\\", "{", "[", ",", "a", "\n", " ", "é", '"}'], k=rng.randrange(9)))
+    if kind == 2:
+        return rng.random()
+    inner = [_any_value(rng, depth + 1) for _ in range(rng.randrange(5))]
+    return inner if kind == 3 else {f'{i}"{{\\': one for i, one in enumerate(inner)}
+
+
+@pytest.mark.parametrize("part", [2, 3, 64, 64 * 1024])
+def test_values_outside_texts_are_counted(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "ROUGH", -1)
+    monkeypatch.setattr(beside, "PART", part)
+    rng = random.Random(part)
+    for _ in range(500):
+        value, ascii_alone = _any_value(rng), rng.random() < 0.5
+        found, exact = check_values(raw := json.dumps(value, ensure_ascii=ascii_alone).encode()), _counted(value, ascii_alone)
+        assert found == exact or (part < len(raw) and exact < found <= exact + 16 * len(raw) // part), "a brace where a part ends"
+        check_values(bytes(rng.choices(b'"\\{[,a', k=rng.randrange(30))))  # comes to an end
+
+
+def test_code_is_no_structure() -> None:
+    """A megabyte of it weighs no more than its bytes. So much structure is refused, also in a text, as arguments are."""
+    raw = json.dumps({"model": "m", "prompt": ".a{b:c}" * 150_000}).encode()
+    assert check_values(raw) == 17 and weight(raw) == 2 * len(raw) + 40 * 17
+    rows = json.dumps([{"a": [i, {}]} for i in range(60_000)])
+    for text in (rows, " \n" + rows):
+        arguments: Any = {"messages": [{"tool_calls": [{"function": {"arguments": text}}]}]}
+        for much in (text, json.dumps(text), json.dumps(text).replace("[", "\\u005b", 1), json.dumps(arguments)):
+            with pytest.raises(RequestError, match="values"):
+                check_values(much.encode())
+    assert check_values(b'{"a": "a' + b"{" * 2**20 + b'"}') == 16
 
 
 def test_tokenizing_lets_others_run(tokenizer: Tokenizer) -> None:
