@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -57,13 +57,18 @@ class Compiler:
                 self._start()
             assert self._conn is not None
             try:
+                part = ""
                 self._conn.send(task)
-                return Outcome(*self._conn.recv())
+                while isinstance(news := self._conn.recv(), str):
+                    part = news
+                return Outcome(*news)
             except (EOFError, OSError):
                 code = self._stop()
-                if code == -signal.SIGPROF:
-                    raise TimeoutError(f"it takes more than {CPU_S:g} s to compile") from None
-                raise TimeoutError(f"it takes too much to compile (exit code {code})") from None
+                slow, much = f"it takes more than {CPU_S:g} s to compile", f"it takes too much to compile (exit code {code})"
+                words = slow if code == -signal.SIGPROF else much
+                if part:
+                    return Outcome("", True, [words], part)
+                raise TimeoutError(words) from None
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
@@ -80,16 +85,21 @@ class Compiler:
         return self._process.wait()
 
 
-def attempt(task: Task) -> Outcome:
-    """In the other process: all that an engine does with a grammar before its first token, for a vocabulary of bytes."""
+def attempt(task: Task, tell: Callable[[str], object] = id) -> Outcome:
+    """In the other process: all that an engine does with a grammar before its first token, for a vocabulary of bytes.
+
+    ``tell`` hears which part is tried, "" for the whole.
+    """
     from appliance.text import grammar
 
     lib = grammar.library()
     for name, schema in task.parts:
+        tell(name)
         made = lib.LLMatcher.grammar_from_json_schema(schema, overrides={**task.options, **TIGHT})
         outcome = _tried(made)
         if outcome.wrong:
             return outcome._replace(part=name)
+    tell("")
     if task.kind in ("json", "json_object"):
         made = lib.LLMatcher.grammar_from_json_schema(task.text, overrides=dict(task.options))
     elif task.kind == "regex":
@@ -123,10 +133,10 @@ def _walked(matcher: Any) -> str:
     return str(matcher.get_error() or "")
 
 
-def _timed(task: Task) -> Outcome:
+def _timed(task: Task, tell: Callable[[str], object]) -> Outcome:
     signal.setitimer(signal.ITIMER_PROF, CPU_S)  # time of this process, whatever else the machine does
     try:
-        return attempt(task)
+        return attempt(task, tell)
     except Exception as error:  # the library's own, and nothing narrower
         return Outcome("", True, [str(error)])
     finally:
@@ -144,7 +154,7 @@ def main() -> None:
     conn = Connection(int(sys.argv[1]))
     try:
         while True:
-            conn.send(tuple(pool.submit(_timed, conn.recv()).result()))
+            conn.send(tuple(pool.submit(_timed, conn.recv(), conn.send).result()))
     except (EOFError, OSError):
         os._exit(0)
 
