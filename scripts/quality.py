@@ -81,7 +81,7 @@ CHECKPOINTS = (
     ours("rtn-8bit-g128", KINDS[4], "--method rtn --bits 8 --group-size 128"),
     theirs("ct-w8a8-int8", KINDS[4], "llm-compressor"),
     theirs("ct-fp8-dynamic", KINDS[4], "llm-compressor"),
-    ours("mixed-4.5", KINDS[5], "--method gptq --group-size 32 --target-bits 4.5"),
+    ours("mixed-4.5", KINDS[5], "--method gptq --format compressed-tensors --target-bits 4.5"),
 )
 LOADED = "awq-g128"  # what is loaded with other options
 OPTIONS = (
