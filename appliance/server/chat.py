@@ -12,15 +12,17 @@ from appliance.server.errors import Chunks, JSONResponse, spliced
 from appliance.server.logprobs import Logprobs
 from appliance.server.respond import stream
 from appliance.server.schemas import ChatRequest
+from appliance.server.shortcut import Shortcut
 from appliance.server.state import ServerState
 from appliance.server.turn import Turn, begin
 from appliance.text.answer import Answer, AnswerDelta
+from appliance.text.output import Delta
 from appliance.text.tools.parser import CallDelta
 
 
 async def answer(state: ServerState, request_id: str, body: ChatRequest) -> Response:
     view = ChatView(await begin(state, request_id, body), body)
-    return await stream(view.chunks()) if body.stream else JSONResponse(await view.full())
+    return await stream(view.chunks(), shortcut=view.job.shortcut) if body.stream else JSONResponse(await view.full())
 
 
 class ChatView:
@@ -29,6 +31,9 @@ class ChatView:
     def __init__(self, turn: Turn, body: ChatRequest) -> None:
         self.turn, self.job, self.state, self.body = turn, turn.job, turn.state, body
         self.format = Logprobs(self.state, self.job.pace, as_ids=body.return_tokens_as_token_ids)
+        self._chunk = Chunks(self._base("chat.completion.chunk"))
+        if not body.logprobs and len(turn.parsers) == 1 and not turn.parsers[0].may_end:
+            self.job.shortcut = Shortcut(lambda delta: self._told(0, delta, turn.parsers[0].push(delta.text)))
 
     def _base(self, kind: str) -> dict[str, Any]:
         return {
@@ -83,25 +88,31 @@ class ChatView:
         return delta | self._reasoning(news.reasoning)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        begun, chunk = set[int](), Chunks(self._base("chat.completion.chunk"))
+        begun = set[int]()
         async with aclosing(self.turn.run()) as all_:
             async for c, delta, found in all_:
                 if c not in begun:
                     begun.add(c)
-                    yield chunk(_piece(c, {"role": "assistant", "content": ""}), **self._usage())
+                    yield self._chunk(_piece(c, {"role": "assistant", "content": ""}), **self._usage())
                 logprobs = None
                 if self.body.logprobs and delta.logprobs:
                     logprobs = await self.format.chat(delta.logprobs, self.body.top_logprobs or 0)
-                news = self._delta(found)
-                if news or logprobs or delta.finish_reason or self.body.return_token_ids:
-                    choice = _piece(c, news, logprobs)
-                    if delta.finish_reason:
-                        choice |= {"finish_reason": self.turn.finish_reason(c), "stop_reason": delta.stop_reason}
-                    if self.body.return_token_ids:
-                        choice["token_ids"] = list(delta.token_ids)
-                    yield chunk(choice, **self._usage())
+                if (told := self._told(c, delta, found, logprobs)) is not None:
+                    yield told
         if self.body.stream_options and self.body.stream_options.include_usage:
-            yield chunk(None, usage=self.turn.usage())
+            yield self._chunk(None, usage=self.turn.usage())
+
+    def _told(self, c: int, delta: Delta, found: AnswerDelta, logprobs: Any = None) -> bytes | None:
+        """The chunk of what is new of a choice, where there is something to tell."""
+        news = self._delta(found)
+        if not (news or logprobs or delta.finish_reason or self.body.return_token_ids):
+            return None
+        choice = _piece(c, news, logprobs)
+        if delta.finish_reason:
+            choice |= {"finish_reason": self.turn.finish_reason(c), "stop_reason": delta.stop_reason}
+        if self.body.return_token_ids:
+            choice["token_ids"] = list(delta.token_ids)
+        return self._chunk(choice, **self._usage())
 
     def _usage(self) -> dict[str, Any]:
         """What chunks with a choice have behind it."""

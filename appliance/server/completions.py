@@ -17,6 +17,7 @@ from appliance.server.prompts import Prompt, completion_prompts, text_of
 from appliance.server.respond import stream
 from appliance.server.sampling import completion_params
 from appliance.server.schemas import CompletionRequest
+from appliance.server.shortcut import Shortcut
 from appliance.server.state import ServerState
 from appliance.server.structured import with_grammar
 from appliance.text.output import Delta
@@ -30,7 +31,7 @@ async def answer(state: ServerState, request_id: str, body: CompletionRequest) -
     prompts = await completion_prompts(body, state.tokenizer, limit)
     job = Job(state, request_id, "cmpl", prompts, params, body, clamp=body.max_tokens is None)
     view = CompletionView(state, job, body)
-    return await stream(view.chunks()) if body.stream else JSONResponse(await view.full())
+    return await stream(view.chunks(), shortcut=job.shortcut) if body.stream else JSONResponse(await view.full())
 
 
 class CompletionView:
@@ -41,6 +42,9 @@ class CompletionView:
         self.logprobs = Logprobs(state, job.pace, as_ids=body.return_tokens_as_token_ids)
         self.hidden = 1 if body.max_tokens == 0 else 0  # the one token that the engine computed for echo alone
         self.offsets = [0] * len(job.outputs)  # text offset of each choice's next token
+        self._chunk = Chunks(self._base())
+        if body.logprobs is None and len(job.outputs) == 1:
+            job.shortcut = Shortcut(lambda delta: self._told(self._piece(0, delta.text, delta)))
 
     def _base(self) -> dict[str, Any]:
         return {
@@ -73,20 +77,23 @@ class CompletionView:
         return spliced({**self._base(), "choices": choices, "usage": self.job.usage(self.hidden)})
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        options, seen, chunk = self.body.stream_options, set[int](), Chunks(self._base())
+        options, seen = self.body.stream_options, set[int]()
         async with aclosing(self.job.run()) as deltas:
             async for c, delta in deltas:
                 first = c not in seen
                 seen.add(c)
-                choice = await self._choice(c, delta, first)
-                if not (choice["text"] or choice["finish_reason"] or choice["logprobs"] or self.body.return_token_ids):
-                    continue
-                if options and options.include_usage:
-                    yield chunk(choice, usage=self.job.usage(self.hidden) if options.continuous_usage_stats else None)
-                else:
-                    yield chunk(choice)
+                if (told := self._told(await self._choice(c, delta, first))) is not None:
+                    yield told
         if options and options.include_usage:
-            yield chunk(None, usage=self.job.usage(self.hidden))
+            yield self._chunk(None, usage=self.job.usage(self.hidden))
+
+    def _told(self, choice: dict[str, Any]) -> bytes | None:
+        """The chunk of a choice in which there is something to tell."""
+        if not (choice["text"] or choice["finish_reason"] or choice["logprobs"] or self.body.return_token_ids):
+            return None
+        if (options := self.body.stream_options) is None or not options.include_usage:
+            return self._chunk(choice)
+        return self._chunk(choice, usage=self.job.usage(self.hidden) if options.continuous_usage_stats else None)
 
     def _prompt_scores(self, c: int) -> tuple[TokenLogprob | None, ...] | None:
         return self.job.prompt_logprobs[c // self.job.params.n]
@@ -112,7 +119,6 @@ class CompletionView:
         prompt = self.job.prompts[c // self.job.params.n]
         text, ids = ("", ()) if self.hidden else (delta.text, delta.token_ids)
         scored: tuple[TokenLogprob | None, ...] = () if self.hidden else tuple(delta.logprobs or ())
-        reason = "length" if self.hidden and delta.finish_reason == "stop" else delta.finish_reason
         shown, echoed = ids, first and self.body.echo
         if echoed:
             text = text_of(prompt, self.state.tokenizer) + text
@@ -123,9 +129,17 @@ class CompletionView:
             widths = (self._widths_of(prompt) if echoed else []) + self._widths(ids)
             *offsets, self.offsets[c] = accumulate(widths[: len(scored)], initial=self.offsets[c])
             logprobs = await self.logprobs.completion(shown[: len(scored)], scored, self.body.logprobs, offsets)
-        stop_reason = None if self.hidden else delta.stop_reason
+        choice = self._piece(c, text, delta, logprobs)
+        if self.body.return_token_ids and first:
+            choice["prompt_token_ids"] = list(prompt.token_ids)
+        return choice
+
+    def _piece(self, c: int, text: str, delta: Delta, logprobs: Any = None) -> dict[str, Any]:
+        """``delta`` with this text in its place."""
+        reason, stop_reason = delta.finish_reason, delta.stop_reason
+        if self.hidden:
+            reason, stop_reason = "length" if reason == "stop" else reason, None
         choice = {"index": c, "text": text, "logprobs": logprobs, "finish_reason": reason, "stop_reason": stop_reason}
         if self.body.return_token_ids:
-            choice["token_ids"] = list(ids)
-            choice["prompt_token_ids"] = list(prompt.token_ids) if first else None
+            choice |= {"token_ids": [] if self.hidden else list(delta.token_ids), "prompt_token_ids": None}
         return choice

@@ -181,13 +181,14 @@ class HttpServer(uvicorn.Server):
 def _write(cycle: RequestResponseCycle, data: bytes) -> bool:
     """A piece of a streamed body as one HTTP chunk, at a fraction of what h11 and the middleware in between take for it.
 
-    Only once the answer has begun, without a Content-Length. False: it has to go the long way.
+    Only once the answer has begun, without a Content-Length. False: it has to go the long way. Nothing: whether that is so now.
     """
     if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete:
         return False
     if cycle.scope["http_version"] != "1.1" or cycle.scope["method"] == "HEAD":
         return False
-    cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    if data:
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
     return True
 
 

@@ -25,6 +25,7 @@ from appliance.text.prepare import prepare
 
 if TYPE_CHECKING:
     from appliance.server.schemas import SamplingFields
+    from appliance.server.shortcut import Shortcut
     from appliance.server.state import ServerState
 
 MAX_COMPLETIONS = 1024  # of a request: of all its prompts
@@ -57,8 +58,10 @@ class Job:
         self.ticket = current.get() or Ticket()
         self.answering = False  # whether there is a token yet
         self.params = prepare(params, state.tokenizer) if state.tokenizer else params
-        self._news: deque[tuple[int, Event | Exception]] = deque()
+        self._news: deque[tuple[int, Event | Delta | Exception]] = deque()
         self._came = asyncio.Event()
+        self._waits = False  # for news, with nothing left to do
+        self.shortcut: Shortcut | None = None  # of a job with one completion
         self.pace = Pace()
         self.submits = [self._submit(k, prompt, clamp=clamp) for k, prompt in enumerate(prompts)]
         for submit in self.submits:
@@ -106,15 +109,20 @@ class Job:
                     await self.pace()
                 while not self._news:
                     self._came.clear()
+                    self._waits = True
                     await self._came.wait()
+                    self._waits = False
                     self.pace.begin()
                 k, event = self._news.popleft()
                 if isinstance(event, Exception):
                     raise event
-                choice = k * self.params.width + event.index
-                if self.outputs[choice].finish_reason is not None:
-                    continue  # the engine's answer to the abort after a stop string
-                delta = self._take(choice, k, event)
+                if isinstance(event, Delta):
+                    choice, delta = 0, event
+                else:
+                    choice = k * self.params.width + event.index
+                    if self.outputs[choice].finish_reason is not None:
+                        continue  # the engine's answer to the abort after a stop string
+                    delta = self._take(choice, k, event)
                 self._left -= delta.finish_reason is not None
                 yield choice, delta
         except Exception:
@@ -134,7 +142,14 @@ class Job:
                 longest = max(len(output.token_ids) for output in self.outputs[k * width : (k + 1) * width])
                 self.state.metrics.answered(self.params, longest)
 
-    def _put(self, k: int, news: Event | Exception) -> None:
+    def _put(self, k: int, news: Event | Delta | Exception) -> None:
+        if self.shortcut is not None and self._waits and not self._news and isinstance(news, Event) and self.shortcut.takes(news):
+            try:
+                news = self._take(0, k, news)
+                if news.finish_reason is None:
+                    return self.shortcut.send(news)
+            except Exception as error:  # is the request's, as if its task had met it, and not that of all others in this step
+                news = error
         self._news.append((k, news))
         self._came.set()
 

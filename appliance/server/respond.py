@@ -10,7 +10,8 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,6 +22,9 @@ from appliance.server.beside import SMALL_BODY, Share, one_at_a_time, weight
 from appliance.server.errors import as_json, describe
 from appliance.server.guard import Ticket, current
 from appliance.server.schemas import Body, parse
+
+if TYPE_CHECKING:
+    from appliance.server.shortcut import Shortcut
 
 log = logging.getLogger("appliance.server")
 
@@ -113,11 +117,14 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], alive: bytes = b"", quiet_s: float = math.inf) -> None:
-        """``alive`` is sent where nothing else was for ``quiet_s``."""
+    def __init__(
+        self, chunks: AsyncGenerator[bytes, None], alive: bytes = b"", quiet_s: float = math.inf, shortcut: Shortcut | None = None
+    ) -> None:
+        """``alive`` is sent where nothing else was for ``quiet_s``. ``shortcut``: of the job that the chunks come from."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.chunks, self._alive, self._quiet_s, self._latest = chunks, alive, quiet_s, 0.0
+        self._shortcut = shortcut
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         task, gone = asyncio.create_task(self._send(scope, send)), asyncio.create_task(_gone(receive))
@@ -139,8 +146,14 @@ class EventStream(Response):
             self._latest = time.monotonic()
             if write is None or not write(chunk):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            elif self._shortcut is not None and self._shortcut.write is None:
+                self._shortcut.write = partial(self._write_now, write)
         self._latest = math.inf
         await send({"type": "http.response.body", "body": b""})
+
+    def _write_now(self, write: Callable[[bytes], bool], data: bytes) -> bool:
+        self._latest = time.monotonic()
+        return write(data)
 
     async def _keep_alive(self, send: Send) -> None:
         while True:
@@ -149,7 +162,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": self._alive, "more_body": True})
 
 
-async def stream(chunks: AsyncGenerator[Any, None], form: Form | None = None) -> EventStream:
+async def stream(chunks: AsyncGenerator[Any, None], form: Form | None = None, shortcut: Shortcut | None = None) -> EventStream:
     """Start to stream: with the first chunk, or after ``form.quiet_s``.
 
     What fails before is raised, and so has its HTTP status; later it is an error event.
@@ -164,7 +177,7 @@ async def stream(chunks: AsyncGenerator[Any, None], form: Form | None = None) ->
         await _end(first)
         await chunks.aclose()
         raise
-    return EventStream(_events(first, chunks, form), form.alive, form.quiet_s)
+    return EventStream(_events(first, chunks, form), form.alive, form.quiet_s, shortcut)
 
 
 async def _events(first: asyncio.Future[Any], chunks: AsyncGenerator[Any, None], form: Form) -> AsyncGenerator[bytes, None]:

@@ -44,6 +44,11 @@ class AnswerParser:
             tools.single = not parallel
 
     @property
+    def may_end(self) -> bool:
+        """Whether it can be ``satisfied`` at all."""
+        return self._tools is not None and self._tools.single
+
+    @property
     def satisfied(self) -> bool:
         """Whether what comes next cannot matter."""
         return self._tools is not None and self._tools.satisfied
