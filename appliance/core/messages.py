@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any
 
@@ -76,6 +76,27 @@ class Event:
 
 
 _values = attrgetter(*(one.name for one in fields(Event)))
+
+
+def joined(events: Iterable[Event]) -> list[Event]:
+    """Fewer events that tell the same, in their order: of each completion one for all that goes on, then its end by itself.
+
+    (Of an end whoever reads it looks at the last token: that must not be one of an earlier step.)
+    """
+    found: dict[tuple[str, int, bool], Event] = {}
+    for event in events:
+        key = event.request_id, event.index, event.finish_reason is not None
+        if (before := found.get(key)) is not None:
+            event = replace(
+                event,
+                token_ids=before.token_ids + event.token_ids,
+                logprobs=(before.logprobs or ()) + (event.logprobs or ()) if before.logprobs or event.logprobs else None,
+                prompt_logprobs=before.prompt_logprobs or event.prompt_logprobs,
+                cached_tokens=max(before.cached_tokens, event.cached_tokens),
+                scheduled=before.scheduled if before.scheduled is not None else event.scheduled,
+            )
+        found[key] = event
+    return list(found.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from itertools import chain
 from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
 
 from appliance.config import EngineConfig
-from appliance.core.messages import Abort, EngineInfo, Event, ResetPrefixCache, Stats, Submit
+from appliance.core.messages import Abort, EngineInfo, Event, ResetPrefixCache, Stats, Submit, joined
 from appliance.core.params import RequestError
 from appliance.runtime.logs import take_lines
 from quant.errors import InputError
@@ -55,6 +57,7 @@ class Client:
         self._process: subprocess.Popen[bytes] | None = None
         self._conn: Connection | None = None
         self._ended = asyncio.Event()
+        self._inbox: deque[tuple[Any, ...]] = deque()  # messages that have come, and were not looked at
         self._heard = 0  # messages of the engine
         self._owed = False  # whether it has said nothing since it was told something
         self._watch: asyncio.Task[None] | None = None  # while there is work
@@ -207,20 +210,30 @@ class Client:
         assert self._conn is not None
         try:
             while True:
-                loop.call_soon_threadsafe(self._take, self._conn.recv())
+                self._inbox.append(self._conn.recv())
+                loop.call_soon_threadsafe(self._take_all)
         except (EOFError, OSError):
             with contextlib.suppress(RuntimeError):  # the loop may be closed already
                 loop.call_soon_threadsafe(self._gone)
 
+    def _take_all(self) -> None:
+        """What has come since. Events of several steps are joined: where steps come faster than they can be told one by one,
+        that costs hardly more than one step, and nobody falls behind ever further."""
+        steps: list[list[Event]] = []
+        while self._inbox:
+            message = self._inbox.popleft()
+            self._heard, self._owed = self._heard + 1, False
+            if message[0] == "events":
+                steps.append(message[1])
+                self._stats = message[2] or self._stats
+            else:
+                self._take(message)
+        for event in steps[0] if len(steps) == 1 else joined(chain.from_iterable(steps)):
+            if sink := self._sinks.get(event.request_id):
+                sink(event)
+
     def _take(self, message: tuple[Any, ...]) -> None:
-        self._heard, self._owed = self._heard + 1, False
         match message:
-            case ("events", events, stats):
-                if stats is not None:
-                    self._stats = stats
-                for event in events:
-                    if sink := self._sinks.get(event.request_id):
-                        sink(event)
             case ("refused", request_id, text, param, code, status):
                 if sink := self._sinks.get(request_id):
                     sink(RequestError(text, param=param, code=code, status=status))

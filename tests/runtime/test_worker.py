@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -30,6 +31,10 @@ async def collect(client: Client, one: Submit) -> list[Event]:
     return [event async for event in client.generate(one)]
 
 
+def tokens(news: list[Event]) -> list[int]:
+    return [token for event in news for token in event.token_ids]
+
+
 async def until(condition: Any, seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -53,6 +58,7 @@ def test_a_life(tiny: Path) -> None:
             await refusals(client)
             await leaving(client)
             await several(client)
+            await falling_behind(client)
             await idle(client)
         finally:
             begun = time.monotonic()
@@ -67,7 +73,7 @@ async def answers_together(client: Client) -> None:
     alone = await collect(client, submit("alone", [7, 8, 9]))
     many = await asyncio.gather(*(collect(client, submit(f"m{i}", [7, 8, 9], n=1)) for i in range(20)))
     for news in many:
-        assert [e.token_ids for e in news] == [e.token_ids for e in alone]
+        assert tokens(news) == tokens(alone)
     both = await collect(client, submit("two", [7, 8], n=2, temperature=1.0))
     assert sorted(e.index for e in both if e.finish_reason) == [0, 1]
     assert client.active == 0
@@ -121,6 +127,20 @@ async def several(client: Client) -> None:
     client.abort("gone", 2)
     assert (await task).finish_reason == "abort" and [e.finish_reason async for e in gone] == ["abort", "abort"]
     assert (await client.stats()).blocks_used == 0
+
+
+async def falling_behind(client: Client) -> None:
+    """What came while nobody looked is told together, and is the same."""
+    one = submit("slow", [7, 8, 9], max_tokens=60, logprobs=0)
+    usual = await collect(client, one)
+    late, stream = [], client.generate(one)
+    async with contextlib.aclosing(stream):
+        async for event in stream:
+            late.append(event)
+            time.sleep(0.05)  # the whole event loop
+    assert tokens(late) == tokens(usual) and len(late) < len(usual) and late[-1].finish_reason == "length"
+    assert [p.token_id for e in late for p in e.logprobs or ()] == tokens(usual)
+    assert [e.scheduled is not None for e in late] == [True] + [False] * (len(late) - 1)
 
 
 async def idle(client: Client) -> None:
@@ -201,7 +221,8 @@ async def test_an_engine_that_answers_is_not_stuck() -> None:
         client.submit(submit("a", [3]), lambda item: None)
         for _ in range(12):
             await asyncio.sleep(0.1)
-            client._take(("events", [], None))
+            client._inbox.append(("events", [], None))
+            client._take_all()
         client.close("a", abort=False)
         await asyncio.sleep(0.6)
         assert client._process.poll() is None and client.failure is None

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.core.messages import Event, TokenLogprob
+from appliance.core.messages import Event, TokenLogprob, joined
 from appliance.core.params import SamplingParams
 from appliance.text.output import Delta, OutputStream, _StopStrings
 from appliance.text.tokenizer import Tokenizer
@@ -168,3 +168,36 @@ def test_deltas_sum_up_to_the_whole(tokenizer, data):
     want, stop = naive(tokenizer.decode(ids), stops, keep)
     assert (stream.text, stream.stop_reason) == (want, stop)
     assert [d.finish_reason for d in deltas if d.finish_reason] == [stream.finish_reason]
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_events_that_are_told_together_tell_the_same(tokenizer, data):
+    """Several completions' events of many steps, joined at any places."""
+    params = SamplingParams(stop=["ab", "bca"], min_tokens=data.draw(st.integers(0, 4)), logprobs=0, max_tokens=20)
+    texts = data.draw(st.lists(st.text("abc", min_size=1, max_size=12), min_size=1, max_size=3))
+    events = []
+    for index, text in enumerate(texts):
+        reason = data.draw(st.sampled_from(["length", "stop", "abort"]))
+        ids = letters(tokenizer, text)
+        for k, token in enumerate(ids):
+            last = k == len(ids) - 1 and reason != "abort"
+            scored = (TokenLogprob(token, -float(k), 1, ()),)
+            events.append(
+                (k, Event("r", index, (token,), scored, finish_reason=reason if last else None, cached_tokens=3 * (k == 0)))
+            )
+        if reason == "abort":
+            events.append((len(ids), Event("r", index, finish_reason="abort")))
+    events = [event for _, event in sorted(events, key=lambda one: one[0])]
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(events)), max_size=4)))
+    parts = [events[a:b] for a, b in itertools.pairwise([0, *cuts, len(events)])]
+    single, together = ([OutputStream(tokenizer, params, ()) for _ in texts] for _ in range(2))
+    for event in events:
+        single[event.index].push(event)
+    told = [event for part in parts for event in joined(part)]
+    for event in told:
+        together[event.index].push(event)
+    for a, b in zip(single, together, strict=True):
+        assert (a.text, a.token_ids, a.logprobs) == (b.text, b.token_ids, b.logprobs)
+        assert (a.finish_reason, a.stop_reason) == (b.finish_reason, b.stop_reason)
+    assert len(told) <= sum(2 * len({event.index for event in part}) for part in parts)
