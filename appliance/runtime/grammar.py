@@ -5,6 +5,7 @@ Where a completion is in its grammar is a function of its output tokens, so ther
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -17,26 +18,46 @@ from torch import Tensor
 
 from appliance.core.messages import Unanswerable
 from appliance.core.request import Request
-from appliance.text.grammar import KEPT, deep_thread, library, limits, vocabulary
+from appliance.text.grammar import KEPT, deep_thread, library, limits, vocabulary, walked
 
 _NEVER = np.float32("-inf")
+STEP_S, OWED_S = 0.01, 0.2  # of processor time: for a token of an answer, and what may come on top of that before it is ended
 AT_ONCE = 65536  # bytes of masks that are unpacked at a time
+
+
+@dataclass
+class Compiled:
+    """A grammar for this model's tokens, of all that follow it."""
+
+    matcher: Any  # at the beginning
+    error: str  # why it cannot be followed, or not any more
+    owed: float = 0.0  # seconds of processor time beyond STEP_S a token
+
+    def took(self, seconds: float, tokens: int) -> None:
+        """What is ambiguous takes longer with each token, and everybody waits for it."""
+        self.owed = max(0.0, self.owed + seconds - STEP_S * tokens)
+        if self.owed > OWED_S:
+            self.error = self.error or f"it takes more than {STEP_S * 1e3:.0f} ms a token to follow; make it less ambiguous"
 
 
 class Guide:
     """One completion's place in its grammar."""
 
-    __slots__ = ("_matcher", "_taken")
+    __slots__ = ("_compiled", "_matcher", "_taken")
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher, self._taken = matcher, 0
+    def __init__(self, compiled: Compiled) -> None:
+        self._compiled, self._matcher, self._taken = compiled, compiled.matcher.deep_copy(), 0
 
     def allowed(self, request: Request, where: int, size: int) -> str:
         """Write a bit for each token into the ``size`` bytes at this address; what is wrong, where the grammar gave up."""
+        if self._compiled.error:
+            return self._compiled.error
+        begun = time.thread_time()
         if fresh := request.tokens[request.prompt_len + self._taken :]:
             self._matcher.consume_tokens(fresh)
             self._taken += len(fresh)
         self._matcher.unsafe_compute_mask_ptr(where, size)
+        self._compiled.took(time.thread_time() - begun, max(1, len(fresh)))
         return self._matcher.get_error()
 
 
@@ -47,7 +68,7 @@ class Grammars:
         """``directory``: of the tokenizer, read once there is a request that needs it. ``ends``: tokens that end a text."""
         self._directory, self._vocab, self._ends = directory, vocab, ends
         self._vocabulary: Any = None
-        self._compiled: OrderedDict[str, Any] = OrderedDict()  # matchers at the beginning, by grammar, those used last behind
+        self._compiled: OrderedDict[str, Compiled] = OrderedDict()  # by grammar, those used last behind
         self._pending: list[tuple[Future[Any], list[Request]]] = []
 
     def begin(self, requests: list[Request]) -> None:
@@ -67,32 +88,35 @@ class Grammars:
         failed = []
         for future, requests in [one for one in self._pending if one[0] in done]:
             try:
-                matcher, error = future.result(), ""
-                error = matcher.get_error()
+                compiled, error = future.result(), ""
+                if compiled.error:
+                    error = Unanswerable(f"its grammar: {compiled.error}")
             except Exception as problem:  # of the library or the tokenizer's files: it is the request's, not the engine's
-                error = str(problem)
+                error = f"the grammar cannot be compiled for this model: {problem}"
             for request in requests:
                 if error:
-                    failed.append((request, f"the grammar cannot be compiled for this model: {error}"))
+                    failed.append((request, error))
                 else:
-                    request.guide = Guide(matcher.deep_copy())
+                    request.guide = Guide(compiled)
                 request.held = False
         self._pending = [one for one in self._pending if one[0] not in done]
         return failed
 
-    def _compile(self, grammar: str) -> Any:
+    def _compile(self, grammar: str) -> Compiled:
         """In the thread that compiles, one after another."""
         if self._vocabulary is None:
             from appliance.text.tokenizer import Tokenizer
 
             self._vocabulary = vocabulary(Tokenizer.load(self._directory), self._vocab, self._ends)
-        matcher = self._compiled.pop(grammar, None)
-        if matcher is None:
-            matcher = library().LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits())
-        self._compiled[grammar] = matcher
+        compiled = self._compiled.pop(grammar, None)
+        if compiled is None:
+            error = walked(self._vocabulary, grammar)
+            matcher = library().LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits(answering=True))
+            compiled = Compiled(matcher, error or matcher.get_error())
+        self._compiled[grammar] = compiled
         if len(self._compiled) > KEPT:
             self._compiled.popitem(last=False)
-        return matcher
+        return compiled
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 log = logging.getLogger("appliance.text")
 
 CPU_S = 2.0  # for one grammar
-WALK = 8  # bytes of an answer that are tried
 TIGHT = {"whitespace_flexible": False, "whitespace_pattern": None}
 MEMORY_BYTES = 2 * 2**30  # of address space, of which the deep stack takes an eighth
 
@@ -116,21 +115,9 @@ def _tried(made: str) -> Outcome:
     wrong, words = lib.LLMatcher.validate_grammar_with_warnings(made, limits=grammar.limits())
     if not wrong:
         bytes_alone = re.sub(r"<\[\d+\]>", "<[0]>", made)  # special tokens of a model, by their ids
-        if error := _walked(lib.LLMatcher(lib.LLTokenizer("byte"), bytes_alone, log_level=0, limits=grammar.limits())):
+        if error := grammar.walked(lib.LLTokenizer("byte"), bytes_alone):
             return Outcome("", True, [error])
     return Outcome(made, wrong, words)
-
-
-def _walked(matcher: Any) -> str:
-    """What is wrong with a grammar on the way of the first bytes that it allows: some limits show behind the first one alone."""
-    for _ in range(WALK):
-        allowed = matcher.compute_logit_bias()  # a byte a token: 0, or 200 where it is allowed
-        if matcher.get_error() or matcher.is_stopped():
-            break
-        byte = next((i for i, bias in enumerate(allowed[:256]) if bias), None)
-        if byte is None or not matcher.consume_token(byte):
-            break
-    return str(matcher.get_error() or "")
 
 
 def _timed(task: Task, tell: Callable[[str], object]) -> Outcome:

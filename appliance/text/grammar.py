@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any
 
 from appliance.core.params import RequestError, StructuredOutputsParams
 from appliance.text.compiler import Compiler, Task
+from appliance.text.wide import wide_parts
 
 if TYPE_CHECKING:
     from appliance.text.tokenizer import Tokenizer
@@ -27,15 +30,18 @@ STACK_BYTES = (
     256 * 2**20
 )  # of address space: a chain of as many rules as fit into MAX_CHARS takes up to 80 MiB, of MAX_OWN_CHARS 240
 WHITESPACE = r" |\r?\n[ \t]{0,24}"  # between the parts of JSON; without a bound a small model goes on for ever
+WALK = 24  # tokens of an answer that are tried
+PARTS_S = 0.5  # of processor time, after which no further wide place is tried
+ROOM = {"max_items_in_row": 2, "step_max_items": 4}  # times the limits, in an answer: what was before a place may go on, too
 KEPT = 64  # grammars that are not tried again
 _BEFORE = "\x02"  # a text that no token joins with what follows it
 LIMITS = {
+    "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,  # about 20 ms
     "step_lexer_fuel": 200_000,  # about 14 ms
     "step_max_items": 50_000,  # about 3 ms
     "max_lexer_states": 50_000,  # 1 to 2 kB each
     "max_grammar_size": 200_000,
-    "verbose_errors": False,
 }
 _compiler = Compiler()
 
@@ -53,8 +59,10 @@ def library() -> Any:
 
 
 @cache
-def limits() -> Any:
-    return library().LLParserLimits(**LIMITS)
+def limits(*, answering: bool = False) -> Any:
+    """For grammars that are tried, and with ``ROOM`` for those that are followed."""
+    found = {name: value * (ROOM.get(name, 1) if answering else 1) for name, value in LIMITS.items()}
+    return library().LLParserLimits(verbose_errors=False, **found)
 
 
 @cache
@@ -148,6 +156,34 @@ def within(around: str, made: str) -> str:
     """Both as one: llguidance takes a list of grammars that name each other, and begins with the first."""
     first, *rest = json.loads(made)["grammars"] if made.startswith("{") else [{"lark_grammar": made}]
     return json.dumps({"grammars": [{"lark_grammar": around}, {**first, "name": "answer"}, *rest]})
+
+
+def walked(tokenizer: Any, grammar: str) -> str:
+    """What is wrong with a grammar for an LLTokenizer behind the first tokens that it allows, or at a wide place further on.
+
+    Some limits show there alone, and some depend on the tokens. Returns "" where nothing is.
+    """
+    begun, known = time.thread_time(), library().LLMatcher
+    parts = takewhile(lambda _: time.thread_time() - begun < PARTS_S, wide_parts(grammar))
+    valid = (one for one in parts if not known.validate_grammar(one, limits=limits()))  # else it cannot be moved
+    first, late = ([ids[0] for ids in map(tokenizer.tokenize_str, some) if len(ids) == 1] for some in ('"[{:,', " \t\r\n"))
+    walk = partial(_walked, tokenizer, first, late)
+    return next(filter(None, map(walk, chain([grammar], valid))), "")
+
+
+def _walked(tokenizer: Any, first: Sequence[int], late: Collection[int], grammar: str) -> str:
+    """``first``: tokens that are taken where they are allowed, in this order; ``late``: where nothing else is."""
+    matcher = library().LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
+    for _ in range(WALK):
+        bias = matcher.compute_logit_bias()  # a byte a token: 0, or 200 where it is allowed
+        if matcher.get_error() or matcher.is_stopped():
+            break
+        allowed = (match.start() for match in re.finditer(b"[^\0]", bias))
+        others = chain((i for i in allowed if i not in late), late)
+        token = next((i for i in chain(first, others) if bias[i]), None)
+        if token is None or not matcher.consume_token(token):
+            break
+    return str(matcher.get_error() or "")
 
 
 def vocabulary(tokenizer: Tokenizer, size: int, ends: tuple[int, ...]) -> Any:

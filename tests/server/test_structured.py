@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -107,6 +108,15 @@ def real() -> Iterator[Running]:
         yield server
 
 
+def person(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def wide(number: int, name: str = "") -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{name}_{i}": {} for i in range(number)}}
+
+
+LISTS = [{"type": "array", "items": {"type": "string", "pattern": f"^v{i}[a-z]+$"}} for i in range(500)]
 WORDS = [f"entry {i}" for i in range(3000)]
 MANY = {"anyOf": [{"type": "object", "properties": {"k": {"const": f"c{i}"}}} for i in range(1000)]}
 RULES = [f"r{i}" for i in range(2500)]
@@ -123,6 +133,18 @@ LARGE: dict[str, tuple[dict[str, Any], str | None, str]] = {
               "guided_grammar", "max is 2000"),
     "optional properties": ({"guided_json": {"type": "object", "properties": {f"p{i}": {} for i in range(1500)}}},
                             "guided_json", "max is 2000"),
+    "optional properties further on": (
+        {"guided_json": person(text={"type": "string"}, there=wide(600))}, "guided_json", "max is 2000"),
+    "optional properties in a list": ({"guided_json": {"type": "array", "items": wide(600)}}, "guided_json", "max is 2000"),
+    "alternatives further on": ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": person(
+        a={"type": "boolean"}, b={"$ref": "#/$defs/some"}) | {"$defs": {"some": {"anyOf": LISTS}}}}}},
+        "response_format.json_schema.schema", "max is 2000"),
+    "alternatives that are wide together": (
+        {"guided_json": person(a={"type": "string"}, b={"anyOf": [
+            {"type": "object", "properties": {**wide(90, str(i))["properties"], "k": {"const": i}}, "required": ["k"]}
+            for i in range(8)]})},
+        "guided_json", "max is 2000"),
+    "optional properties, not too many": ({"guided_json": person(a={"type": "string", "maxLength": 3}, b=wide(350))}, None, ".*"),
     "deep lists": ({"guided_json": '{"items":' * 1500 + "{}" + "}" * 1500}, "guided_json", "recursion limit"),
 }  # fmt: skip
 
@@ -138,6 +160,42 @@ def test_large_forms_are_served_or_refused_by_name(real: Running, name: str) -> 
     else:
         error = answer.json()["error"]
         assert answer.status_code == 400 and error["param"] == param and expected in error["message"], error
+
+
+def growing(name: str) -> str:
+    """So ambiguous that with the answer grows what a step takes: from about ten tokens on it is too much. Once for each name."""
+    return f'root ::= s\ns ::= [a-z] | "{name}" | ' + " | ".join(" ".join(["s"] * i) for i in range(2, 10))
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "a", "max_tokens": 300},
+    "/v1/chat/completions": {"messages": HELLO, "max_tokens": 300},
+    "/v1/responses": {"input": "a", "max_output_tokens": 300},
+    "/v1/messages": {"model": str(demo_model()), "messages": HELLO, "max_tokens": 300},
+}
+
+
+@pytest.mark.parametrize("path", CALLS)
+def test_a_form_that_grows_too_complex_ends_its_answer_in_order(real: Running, path: str) -> None:
+    """What cannot be known before: the stream ends with the reason and the field, and nobody else hears of it."""
+    free: dict[str, Any] = {"prompt": "a b c", "max_tokens": 200, "temperature": 1.0, "seed": 3, "ignore_eos": True}
+    asked = {**CALLS[path], "temperature": 1.0, "seed": 2, "structured_outputs": {"grammar": growing(path)}}
+    with real.http as http, ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(http.post, "/v1/completions", json=free)
+        streamed = http.post(path, json={**asked, "stream": True})
+        told = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+        assert streamed.status_code == 200 and len(told) > 5, streamed.text
+        failed = [one for one in told if "its grammar" in json.dumps(one)]
+        errors = [one["response"]["error"] if path == "/v1/responses" else one["error"] for one in failed]
+        assert len(errors) == 1 and "less ambiguous" in errors[0]["message"]
+        assert errors[0].get("param", "structured_outputs") == "structured_outputs"
+        asked["structured_outputs"] = {"grammar": growing(f"{path}, whole")}
+        for _ in range(2):  # in mid-answer; then it is known
+            refused = http.post(path, json=asked)
+            error = refused.json()["error"]
+            assert refused.status_code == 400 and "less ambiguous" in error["message"]
+            assert error.get("param", "structured_outputs") == "structured_outputs"
+        assert beside.result().json()["choices"] == http.post("/v1/completions", json=free).json()["choices"]
 
 
 def test_a_form_that_the_engine_gives_up_is_named(served: Served) -> None:
