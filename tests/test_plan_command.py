@@ -83,6 +83,16 @@ def test_a_refusal_names_who_holds_the_card(
     assert "\n  fewer programs on the card: 6.24 GiB held by the driver and others: game (pid 991, 5.86 GiB)\n" in err
 
 
+def test_memory_for_grammars_follows_the_number_of_sequences(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {
+        number: json.loads(run(capsys, model, "--memory", "48GiB", "--max-num-seqs", str(number), "--json")[1])
+        for number in (1, 64)
+    }
+    places = {number: plan["grammars_bytes"]["masks and places"] for number, plan in found.items()}
+    assert 0 < places[1] < 200 << 10 and places[64] == 64 * places[1]
+    assert found[1]["total_bytes"] < found[64]["total_bytes"]
+
+
 def test_several_cards(model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(capsys, model, "--gpu", "2x RTX 3090")
     assert first[0] == 0 and first[1].startswith("Tensor parallel over 2 cards (NVIDIA GeForce RTX 3090)")

@@ -17,9 +17,6 @@ KEPT = 64
 """Compiled grammars that are kept: appliance/text/grammar.py's number."""
 GRAMMAR = 64 << 10
 """Bytes of one that is kept: 37 KiB in the mean of 267 JSON schemas (tests/schemas.py)."""
-PLACES = 256
-"""Sequences that follow grammars at once: as many as --max-num-seqs auto gives at most. For any number of sequences the same is
-reserved, so that more of them never make a CPU's cache smaller."""
 PLACE = 128 << 10
 """Bytes of a sequence's place in its grammar: 75 KiB in the mean of them, after 60 tokens each. A grammar that is made for it may
 take more, up to what its limits allow (appliance/text/grammar.py): that is not reserved."""
@@ -30,10 +27,10 @@ def mask_bytes(vocab: int) -> int:
     return 4 * -(-vocab // 32)
 
 
-def grammar_parts(vocab: int) -> dict[str, int]:
-    """Bytes by part."""
+def grammar_parts(vocab: int, sequences: int) -> dict[str, int]:
+    """Bytes by part, where so many sequences may follow grammars at once."""
     return {
         "vocabulary": LIBRARIES + TOKEN * vocab,
         "compiled": KEPT * GRAMMAR,
-        "masks and places": PLACES * (mask_bytes(vocab) + PLACE),
+        "masks and places": sequences * (mask_bytes(vocab) + PLACE),
     }

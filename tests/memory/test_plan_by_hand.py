@@ -171,6 +171,10 @@ def test_as_many_grammars_are_planned_as_are_kept_and_none_without_a_tokenizer()
     assert none.grammar_bytes == 0 and none.to_dict()["grammars_bytes"] == {"total": 0}
     assert "grammars" in reserved.table() and "grammars" not in none.table()
     assert none.num_blocks - reserved.num_blocks in (reserved.grammar_bytes >> 21, (reserved.grammar_bytes >> 21) + 1)
+    one = fit(LLAMA_8B, replace(plain, max_seqs=1), cpu(24))
+    place = grammars.mask_bytes(LLAMA_8B.vocab) + grammars.PLACE
+    assert one.grammars["masks and places"] == place
+    assert reserved.grammar_bytes - one.grammar_bytes == (reserved.max_num_seqs - 1) * place
     beside, alone = (fit(LLAMA_8B, replace(plain, grammars=on), card) for on in (True, False))
     assert beside.num_blocks == alone.num_blocks and not alone.host["grammars"]
     assert beside.host["grammars"] == reserved.grammar_bytes
