@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import platform
 import re
+import shutil
 import subprocess
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +20,9 @@ from quant.errors import InputError
 MIB = 1024**2
 _UNSAID = re.compile(r"\[?(N/A|Not Found|Not Supported|Insufficient Permissions|Unknown Error)\b")  # of odd or cautious drivers
 _UNLIMITED = 2**60  # version 1 of control groups writes "no limit" as a huge number
+
+ANSWER_S = 5.0  # that an answer of nvidia-smi counts: as long as a start plans; what is free changes
+_answers: dict[tuple[object, ...], tuple[float, str | None]] = {}  # by program and arguments: when, and what
 
 
 @dataclass(frozen=True)
@@ -137,11 +143,19 @@ def _first_card() -> DeviceInfo:
 
 
 def _ask(*arguments: str) -> str | None:
-    """What nvidia-smi prints, or None where it fails."""
-    try:
-        return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+    """What nvidia-smi prints, or None where it fails. It takes part of a second: asked once for all that ask within ANSWER_S."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
         return None
+    asked = program, os.stat(program).st_mtime_ns, *arguments
+    at, answer = _answers.get(asked, (-math.inf, None))
+    if time.monotonic() - at > ANSWER_S:
+        try:
+            answer = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
+        except (OSError, subprocess.SubprocessError):
+            answer = None
+        _answers[asked] = time.monotonic(), answer
+    return answer
 
 
 def parse_holders(answer: str) -> tuple[Holder, ...]:

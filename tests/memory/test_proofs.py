@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 
 from appliance.config import EngineConfig
-from appliance.memory import planner, proofs
+from appliance.memory import devices, planner, proofs
 from appliance.memory.devices import DeviceInfo
 from appliance.memory.plan import PlanError
 from appliance.memory.proofs import SEPARATOR, card_key, device_kind, proved, remember, untried, usable_card
+from appliance.memory.together import Wish, seats
 from quant.errors import InputError
 from tests.memory.test_devices import fake_smi
 from tests.memory.test_planner import awq_checkpoint
@@ -44,6 +46,28 @@ def test_what_auto_is(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_kind("auto") == "cpu"  # it was not these kernels that were right
     with pytest.raises(InputError, match="--device 'tpu' is not known; auto, cpu and cuda are"):
         device_kind("tpu")
+
+
+def test_the_driver_is_asked_once_in_a_start(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the card, and for who is on it; by all that a start plans. What is free is a moment's: later it is asked again."""
+    smi, log = card.with_name("nvidia-smi"), card.with_name("log")
+    smi.write_text(smi.read_text().replace("#!/bin/sh", f"#!/bin/sh\necho $1 >> {log}"))
+    directory = awq_checkpoint(card.parent, LLAMA_8B)
+    config = EngineConfig(model=str(directory), device="cuda")
+
+    def start() -> None:
+        assert untried() is not None and device_kind("auto") == "cpu"
+        assert planner.make_plan(directory, config).device.name == "card 0"
+        seats([Wish(name, directory, replace(config, max_num_seqs=4)) for name in "ab"], config)
+        monkeypatch.setattr(proofs, "proved", lambda card: True)
+        assert untried() is None and device_kind("auto") == "cuda"
+        monkeypatch.setattr(proofs, "proved", proved)
+
+    start()
+    assert sorted(log.read_text().split()) == ["--query-gpu=name,compute_cap,memory.total,memory.free", "-q"]
+    monkeypatch.setattr(devices, "ANSWER_S", -1.0)
+    assert usable_card() is not None
+    assert len(log.read_text().split()) == 4
 
 
 def test_cards_that_are_of_no_use(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
