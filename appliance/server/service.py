@@ -169,7 +169,11 @@ class Service:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
-        leash.hold(loop, self.stopping.set)
+        leash.hold(loop, self._let_go)
+
+    def _let_go(self) -> None:
+        log.warning("the program that started this server is gone: it ends, too")
+        self.stopping.set()
 
     def _on_signal(self) -> None:
         if self.stopping.is_set():

@@ -264,3 +264,24 @@ def test_ctrl_c_twice_ends_at_once(model: Path) -> None:
             running.process.send_signal(signal.SIGINT)
             assert running.ended(5) == 130
         eventually(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, 5)
+
+
+def test_a_server_whose_starter_is_gone_says_why_it_ends(model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    script = (
+        "import os, subprocess, sys, time\nfrom appliance import leash\n"
+        "process, held = leash.start(sys.argv[2:], dict(os.environ), stdout=open(sys.argv[1], 'w'), stderr=subprocess.STDOUT)\n"
+        "print(process.pid, flush=True)\ntime.sleep(60)"
+    )
+    serve = [sys.executable, "-m", "appliance", "serve", str(model), "--port", "0", "--kv-cache-memory-bytes", "4000000"]
+    command = [sys.executable, "-c", script, str(log), *serve]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}) as starter:
+        try:
+            assert starter.stdout is not None
+            server = psutil.Process(int(starter.stdout.readline()))
+            eventually(lambda: "appliance: ready at" in log.read_text(), 90)
+        finally:
+            starter.kill()
+    eventually(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, 10)
+    said = [line for line in log.read_text().splitlines() if "the program that started this server is gone: it ends, too" in line]
+    assert len(said) == 1 and " WARNING appliance.server" in said[0]
