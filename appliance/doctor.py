@@ -17,8 +17,8 @@ from appliance.diagnosis import system
 from appliance.diagnosis.card import Installed, examine_cards
 from appliance.diagnosis.findings import Finding, note, problem, slow
 from appliance.diagnosis.measure import NETWORK, disk_speed, file_system, memory_speed
-from appliance.memory.devices import this_device
-from appliance.memory.proofs import device_kind
+from appliance.memory.devices import DeviceInfo, this_device, torch_cuda
+from appliance.memory.proofs import OLDEST, device_kind
 from appliance.memory.text import size_text
 from appliance.version import __version__
 from kernels.cpu import backend
@@ -171,7 +171,7 @@ def examine(model: str | None = None, port: int | None = None, *, measure: bool 
 
 
 def card() -> str:
-    """What --device cuda would take."""
+    """The first card, and which --device takes it."""
     if shutil.which("nvidia-smi") is None:
         return "none found"
     try:
@@ -180,7 +180,15 @@ def card() -> str:
         return str(error).removeprefix("--device cuda: ")
     kind = "" if found.capability is None else f"sm_{found.capability}, "
     wide = "" if found.bfloat16 else "; no bfloat16: activations in float16"
-    return f"{found.name}, {kind}{size_text(found.available)} of {size_text(found.total)} free; used with --device cuda{wide}"
+    return f"{found.name}, {kind}{size_text(found.available)} of {size_text(found.total)} free; {_taken_by(found)}{wide}"
+
+
+def _taken_by(found: DeviceInfo) -> str:
+    if torch_cuda() is None:
+        return "not used: the torch that is installed is none for cards"
+    if found.capability is not None and found.capability < OLDEST:
+        return f"not used: the kernels are made for sm_{OLDEST} and later"
+    return "used, unless --device is cpu" if device_kind("auto") == "cuda" else "used with --device cuda"
 
 
 def processor_name() -> str:

@@ -18,6 +18,7 @@ from appliance.diagnosis import system
 from appliance.diagnosis.card import Installed, examine_cards
 from appliance.diagnosis.findings import SEVERITIES, Finding
 from appliance.diagnosis.measure import file_system, memory_speed
+from appliance.memory import devices, proofs
 from kernels.cpu import backend
 
 
@@ -61,8 +62,19 @@ def test_a_card_is_told_with_what_it_lacks(tmp_path: Path, monkeypatch: pytest.M
     script.write_text("#!/bin/sh\necho NVIDIA T4, 7.5, 15360, 15000\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("APPLIANCE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(proofs, "torch_cuda", lambda: "12.8")
+    monkeypatch.setattr(doctor, "torch_cuda", lambda: "12.8")
     told = "NVIDIA T4, sm_75, 14.65 GiB of 15.00 GiB free; used with --device cuda; no bfloat16: activations in float16"
     assert doctor.card() == told
+    proofs.remember(proofs.SEPARATOR.join([proofs.card_key(devices.this_device("cuda")), "float16"]))
+    assert doctor.card() == told.replace("used with --device cuda", "used, unless --device is cpu")
+    assert doctor.examine().device == "cuda"
+    monkeypatch.setattr(doctor, "torch_cuda", lambda: None)
+    assert "; not used: the torch that is installed is none for cards;" in doctor.card()
+    monkeypatch.setattr(doctor, "torch_cuda", lambda: "12.8")
+    script.write_text("#!/bin/sh\necho NVIDIA V100, 7.0, 15360, 15000\n")
+    assert "; not used: the kernels are made for sm_75 and later;" in doctor.card()
     script.write_text("#!/bin/sh\necho No devices were found; exit 6\n")
     assert doctor.card().startswith("no NVIDIA card answers on this machine (nvidia-smi failed)")
     monkeypatch.setenv("PATH", "")
