@@ -100,7 +100,8 @@ def run(model: str, tokens: int) -> dict[str, float]:
     found["recompute_s"] = statistics.median(bench.away(swap=False) for _ in range(REPEAT))
     kv = bench.engine.info.plan["kv_cache"]
     spec = ModelSpec.from_config(read_json(Path(bench.engine.info.directory) / "config.json"))
-    cost = GivingWay.of(spec, this_device("cpu"), kv["block_bytes"])  # type: ignore[index]
+    weights = bench.engine.info.plan["weights_bytes"]["total"]  # type: ignore[index]
+    cost = GivingWay.of(spec, this_device("cpu"), kv["block_bytes"], weights)  # type: ignore[index]
     found["swap_model_s"] = cost.swap_s(-(-tokens // kv["block_size"]))  # type: ignore[index]
     found["recompute_model_s"] = cost.recompute_s(tokens)
     return found

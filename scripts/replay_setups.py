@@ -55,15 +55,13 @@ class Setup:
         """The engine's. ``tokens`` of room (the plan's), ``host`` bytes of host memory; ``auto``: swap where that is cheaper."""
         size = size or self.model.plan.kv.block_size
         second = BlockPool(int(host) // (size * self.cost.token_bytes), size) if host else None
-        pool, cost = (
-            BlockPool(int(tokens or self.tokens) // size, size),
-            GivingWay.of(self.model.spec, CARD, size * self.cost.token_bytes),
-        )
+        pool = BlockPool(int(tokens or self.tokens) // size, size)
+        cost = GivingWay.of(self.model.spec, CARD, size * self.cost.token_bytes, self.model.plan.weight_bytes)
 
         def swaps(request: Request) -> bool:
             return not auto or cost.swap_s(-(-request.computed // size)) < cost.recompute_s(request.computed)
 
-        return Scheduler(pool, host=second, caching=caching, swaps=swaps, **self.limits)
+        return Scheduler(pool, host=second, caching=caching, swaps=swaps, turn=cost.turn, **self.limits)
 
     def systems(self) -> dict[str, Callable[[], Any]]:
         """Ours and what it is compared with, the kindest first."""

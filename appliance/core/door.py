@@ -56,6 +56,18 @@ class ContextOverflow(RequestError):
         )
 
 
+def check_room(request: Request, num_blocks: int, block_size: int) -> None:
+    """Raise RequestError where the empty pool could not hold a request. Its last token is sampled and never stored."""
+    need, room = -(-(request.max_total - 1) // block_size), num_blocks * block_size
+    if need > num_blocks:
+        raise RequestError(
+            f"prompt plus answer may reach {request.max_total} tokens ({need} KV blocks of {block_size}), but the whole cache "
+            f"holds {room} ({num_blocks} blocks): ask for at most {room + 1} tokens in all",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+
+
 def make_requests(submit: Submit, info: EngineInfo, *, fallback_seed: int) -> list[Request]:
     """All completions of a submission. ``fallback_seed`` serves those that bring no seed of their own."""
     params, prompt = submit.params, submit.prompt_token_ids

@@ -36,7 +36,7 @@ class Request:
     keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were asked for
     ticket: tuple[int, int] = (0, 0)  # place in the order of service
     running: bool = False
-    admitted_len: int = 0  # len(tokens) when it was admitted last
+    turn: int = 0  # len(tokens) from which on it makes room for others, by when it was admitted last
     cached: int = 0  # prompt tokens that were in the cache when it was admitted first
     scheduled: float | None = None  # time.monotonic() of the first step that it had a part in
     preemptions: int = 0

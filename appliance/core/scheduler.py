@@ -12,13 +12,14 @@ from operator import attrgetter
 
 from appliance.core.audit import audit
 from appliance.core.blocks import BlockPool
+from appliance.core.door import check_room
 from appliance.core.params import RequestError
 from appliance.core.request import Request
-from appliance.core.step import Chunk, StepPlan
+from appliance.core.step import Chunk, Return, StepPlan
 from appliance.core.store import Store
 
 FAIR_TOKENS = 1024
-"""So many tokens a request generates before it makes room for one that waits: a return costs far less than they did."""
+"""So many tokens, at least, a request generates before it makes room for one that waits."""
 WATERMARK = 0.01
 """The share of the pool that admission leaves free, so that those who run have room to grow."""
 PATIENCE = 16
@@ -44,13 +45,15 @@ class Scheduler:
         priorities: bool = False,
         swaps: Callable[[Request], bool] = lambda request: True,
         fair_tokens: int = FAIR_TOKENS,
+        turn: Callable[[Return], int] = lambda back: 0,
         watermark: float = WATERMARK,
     ) -> None:
-        """``host``: blocks of host memory, for requests that give way where ``swaps`` says so, and for cached prefixes."""
+        """``host``: blocks of host memory, for requests that give way where ``swaps`` says so, and for cached prefixes. ``turn``:
+        how many tokens, if more than ``fair_tokens``, make up for a return."""
         if max_num_batched_tokens < 1 or max_num_seqs < 1:
             raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens} and max_num_seqs={max_num_seqs} must be >= 1")
         self.pool, self.store = pool, Store(pool, host, caching=caching)
-        self.swaps, self.priorities, self.fair_tokens = swaps, priorities, fair_tokens
+        self.swaps, self.priorities, self.fair_tokens, self.turn = swaps, priorities, fair_tokens, turn
         self.reserve = int(watermark * pool.num_blocks)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every running decode fits into every step
@@ -70,15 +73,7 @@ class Scheduler:
         """Queue a request. Raises RequestError for an id in use and for one whose tokens the whole pool cannot hold."""
         if request.key in self._requests:
             raise RequestError(f"request_id {request.request_id!r} is in use", param="request_id", code="request_id_in_use")
-        need, have = self.store.blocks(request.max_total - 1), self.pool.num_blocks
-        if need > have:
-            size = self.pool.block_size
-            raise RequestError(
-                f"prompt plus answer may reach {request.max_total} tokens ({need} KV blocks of {size}), but the whole cache "
-                f"holds {have * size} ({have} blocks): ask for at most {have * size + 1} tokens in all",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
+        check_room(request, self.pool.num_blocks, self.pool.block_size)
         self._requests[request.key] = request
         self._enqueue(request)
 
@@ -236,16 +231,18 @@ class Scheduler:
             self._blocked = (request, need, PATIENCE)
             return None
         self._blocked = None
+        copied = sum(place.host for place in places)
         if not request.preemptions:
             request.cached = min(computed, request.prompt_len)
         if not request.preemptions and self.store.caching:
             self.prompt_tokens_looked_up += request.prompt_len
             self.prompt_tokens_found += request.cached
-            self.prompt_tokens_found_in_host += min(request.cached, sum(p.host for p in places) * self.pool.block_size)
+            self.prompt_tokens_found_in_host += min(request.cached, copied * self.pool.block_size)
         self.waiting.remove(request)
         insort(self.running, request, key=_ticket)
-        request.running, request.admitted_len = True, len(request.tokens)
-        request.computed = request.landed = computed
+        back = Return(computed, request.known, copied, len(self.running), self.pool.used)
+        request.turn = request.known + max(self.fair_tokens, self.turn(back) if request.preemptions else 0)
+        request.running, request.computed, request.landed = True, computed, computed
         return request
 
     def _make_room(self) -> list[Request]:
@@ -260,21 +257,23 @@ class Scheduler:
         level = head.ticket[0]
         stuck = all(r.held for r in self.running)
         idle = [r for r in reversed(self.running) if r.held and (stuck or r.request_id == head.request_id)]
-        turns = [r for r in self.running if not r.held and r.known - r.admitted_len >= self.fair_tokens]
+        turns = [r for r in self.running if not r.held and r.known >= r.turn]
         peers = (r for r in [*idle, *turns] if r.ticket[0] == level)
         victims = [*takewhile(lambda r: r.ticket[0] > level, reversed(self.running)), *peers]
         if not victims:
             return []
-        most, need = self.pool.free + sum(len(r.blocks) for r in victims), self.store.need
+        most = self.pool.free + sum(len(r.blocks) for r in victims)
         if len(victims) < len(self.running):
             most -= self.reserve
             if self._blocked is not None and self._blocked[0] is head and self._blocked[1] > most:
                 return []  # by what it needed when it was looked up last
-        if need(head, *self.store.places(head)) > most:
+        if (need := self.store.need(head, *self.store.places(head))) > most:
             return []
         gone: list[Request] = []
-        while victims and (len(self.running) == self.max_num_seqs or need(head, *self.store.places(head)) > self._room):
+        while victims and (len(self.running) == self.max_num_seqs or need > self._room):
             gone.append(self._preempt(victims.pop(0), last=True))
+            if need <= self._room:  # never less than before: what it finds may have been held by those who went
+                need = self.store.need(head, *self.store.places(head))
         return gone
 
     def _drop(self, request: Request) -> None:

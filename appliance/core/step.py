@@ -18,6 +18,16 @@ class Chunk(NamedTuple):
     samples: bool  # the chunk reaches the last known token: its last row's logits give the next one
 
 
+class Return(NamedTuple):
+    """What it takes that a request goes on that had given way, and whom it shares the device with."""
+
+    start: int  # tokens start : end are computed again
+    end: int
+    copied: int  # blocks come from host memory
+    running: int  # requests, itself among them
+    used: int  # blocks that they hold
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step: first the copies, one after another, then the chunks together: single tokens, then what is left of prompts."""

@@ -5,8 +5,9 @@ A full block is known by a hash of its tokens and of all before them, so any req
     key 0 = hash(salt, tokens of block 0)     key i = hash(key i - 1, tokens of block i)
 
 A block that nobody holds is kept until its room is needed; then, where there is a second tier, it moves to host memory (again for
-as long as nobody needs the room there), from where a later request gets it back. A request that must give way moves there whole,
-and what it has there is its own until it returns.
+as long as nobody needs the room there), from where a later request gets it back. Where that is full, it takes another one's place
+only if appliance.core.ghosts expects it back. A request that must give way moves there whole, and what it has there is its own
+until it returns.
 
 Every decision appends to ``copies``. They are carried out one after another, before the step with which they were decided: so a
 block may be handed on as soon as its copy has been decided.
@@ -19,6 +20,7 @@ from hashlib import sha256
 from typing import Literal, NamedTuple
 
 from appliance.core.blocks import BlockPool, PoolError
+from appliance.core.ghosts import Ghosts
 from appliance.core.request import Request
 
 
@@ -45,6 +47,7 @@ class Store:
             raise PoolError(f"blocks of {pool.block_size} tokens cannot move to blocks of {host.block_size}")
         self.pool, self.host, self.caching = pool, host, caching
         self.copies: list[Copy] = []
+        self.ghosts = None if host is None else Ghosts(host.num_blocks)
         if host is not None:
             pool.evicting = self._save
 
@@ -190,8 +193,9 @@ class Store:
         """Copies were not carried out, or a step failed: nothing that has a key can be trusted any more."""
         self.copies.clear()
         self.pool.forget()
-        if self.host is not None:
+        if self.host is not None and self.ghosts is not None:
             self.host.forget()
+            self.ghosts.forget()
 
     def check(self) -> None:
         self.pool.check()
@@ -224,15 +228,16 @@ class Store:
             keys.append(before)
 
     def _save(self, block: int, key: bytes) -> None:
-        """A block is about to be handed on: what it contains moves to host memory, if there is room."""
-        host = self.host
-        if host is None:
+        """A block is about to be handed on: what it contains moves to host memory, if there is room or it is worth another's."""
+        host, ghosts = self.host, self.ghosts
+        if host is None or ghosts is None:
             return
+        worth = ghosts.leaves(key)
         if (slot := host.find(key)) is not None:  # it was used more recently than there
             host.share([slot])
             host.release([slot])
             return
-        slots = host.allocate(1)
+        slots = host.allocate(1) if worth or host.kept < host.free else None
         if slots is None:
             return
         self.copies.append(Copy("out", block, slots[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from appliance.core.step import Return
 from appliance.memory.cards import known_card
 from appliance.memory.devices import DeviceInfo
 from models.spec import ModelSpec
@@ -14,6 +15,9 @@ CPU_COPY, CPU_RATE = 5e9, 0.3e12
 cheaper by far with any figures that are true of a machine."""
 UNKNOWN_LINK, UNKNOWN_RATE = 12e9, 60e12  # of a card that is not in the table: PCIe 3 with 16 lanes, and an RTX 3090's products
 LINK_SHARE, RATE_SHARE = 0.8, 0.6  # what is reached of a link, and of a card's rate with prompts
+CPU_BANDWIDTH, UNKNOWN_BANDWIDTH = 20e9, 400e9  # bytes a second that a step of single tokens reads
+RETURNS = 4
+"""So many times what its return took a request may go on before it makes room: at most a fifth of the time goes into returns."""
 
 
 @dataclass(frozen=True)
@@ -21,19 +25,24 @@ class GivingWay:
     """Of one model on one device."""
 
     copy_s: float  # of a block, one way
+    read_s: float  # of a block, by a step of single tokens
+    step_s: float  # of such a step, without blocks: all weights are read
     linear_s: float  # of a token, in all products of the layers
     pair_s: float  # of a query and a key, in all layers
 
     @classmethod
-    def of(cls, spec: ModelSpec, device: DeviceInfo, block_bytes: int) -> GivingWay:
+    def of(cls, spec: ModelSpec, device: DeviceInfo, block_bytes: int, weight_bytes: int) -> GivingWay:
+        """``weight_bytes``: of all weights as they are stored."""
         card = known_card(device) if device.kind == "cuda" else None
+        bandwidth = CPU_BANDWIDTH if device.kind == "cpu" else UNKNOWN_BANDWIDTH if card is None else card.bandwidth * 1e9
         link, rate = (CPU_COPY, CPU_RATE) if device.kind == "cpu" else (UNKNOWN_LINK, UNKNOWN_RATE)
         if card is not None:
             link, rate = card.link, card.rate * 1e12
         if device.kind != "cpu":
             link, rate = LINK_SHARE * link, RATE_SHARE * rate
         weights = sum(m.N * m.K for m in spec.modules() if m.part in ("attention", "mlp"))
-        return cls(block_bytes / link, 2 * weights / rate, 4 * spec.layers * spec.heads * spec.head_dim / rate)
+        pair_s = 4 * spec.layers * spec.heads * spec.head_dim / rate
+        return cls(block_bytes / link, block_bytes / bandwidth, weight_bytes / bandwidth, 2 * weights / rate, pair_s)
 
     def swap_s(self, blocks: int) -> float:
         """There and back."""
@@ -41,3 +50,8 @@ class GivingWay:
 
     def recompute_s(self, tokens: int) -> float:
         return tokens * self.linear_s + tokens * (tokens + 1) / 2 * self.pair_s
+
+    def turn(self, back: Return) -> int:
+        """How many tokens make up for a return, at the pace at which those who run have theirs together."""
+        paid = self.recompute_s(back.end) - self.recompute_s(back.start) + 2 * back.copied * self.copy_s
+        return int(RETURNS * paid * back.running / (self.step_s + back.used * self.read_s))

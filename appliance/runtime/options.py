@@ -32,7 +32,8 @@ def make_scheduler(config: EngineConfig, plan: MemoryPlan, spec: ModelSpec) -> S
         raise InputError(f"--scheduling-policy is {config.scheduling_policy!r}: fcfs or priority is needed")
     if config.preemption_mode not in MODES:
         raise InputError(f"--preemption-mode is {config.preemption_mode!r}: one of {', '.join(MODES)} is needed")
-    cost, size, mode = GivingWay.of(spec, plan.device, plan.kv.block_bytes), plan.kv.block_size, config.preemption_mode
+    cost = GivingWay.of(spec, plan.device, plan.kv.block_bytes, plan.weight_bytes)
+    size, mode = plan.kv.block_size, config.preemption_mode
 
     def swaps(request: Request) -> bool:
         cheaper = cost.swap_s(-(-request.computed // size)) < cost.recompute_s(request.computed)
@@ -46,6 +47,7 @@ def make_scheduler(config: EngineConfig, plan: MemoryPlan, spec: ModelSpec) -> S
         caching=config.enable_prefix_caching,
         priorities=config.scheduling_policy == "priority",
         swaps=swaps,
+        turn=cost.turn,
     )
 
 

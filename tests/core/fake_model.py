@@ -26,7 +26,11 @@ SPOILT = -1
 SALTS = ("", "tenant-1", "tenant-2")
 
 
-_params = cache(lambda max_tokens: SamplingParams(max_tokens=max_tokens))
+_params = cache(
+    lambda max_tokens, scores, least, stops: SamplingParams(
+        max_tokens=max_tokens, prompt_logprobs=scores, min_tokens=least, stop_token_ids=stops
+    )
+)
 
 
 def make_request(
@@ -41,9 +45,13 @@ def make_request(
     salt: str = "",
     leader: Request | None = None,
     beam: bool = False,
+    scores: int | None = None,
+    least: int = 0,
+    stops: tuple[int, ...] = (),
 ) -> Request:
+    """``scores``: prompt_logprobs, ``least``: min_tokens, ``stops``: stop_token_ids."""
     tokens = list(prompt)
-    params, total = _params(max_tokens), len(tokens) + max_tokens
+    params, total = _params(max_tokens, scores, least, stops), len(tokens) + max_tokens
     return Request(
         name, index, tokens, len(tokens), params, total, seed, 0.0, frozenset(eos), priority, salt, leader=leader, beam=beam
     )
@@ -53,12 +61,12 @@ def next_token(tokens: Sequence[int], seed: int = 0) -> int:
     return zlib.crc32(array("q", tokens).tobytes(), seed) % VOCAB
 
 
-def alone(prompt: Iterable[int], max_tokens: int, eos: Iterable[int] = (), seed: int = 0) -> list[int]:
-    """All tokens of a request that runs by itself, without blocks or chunks."""
+def alone(prompt: Iterable[int], max_tokens: int, ends: Iterable[int] = (), seed: int = 0, least: int = 0) -> list[int]:
+    """All tokens of a request that runs by itself, without blocks or chunks. ``ends``: tokens that end it, from ``least`` on."""
     tokens = list(prompt)
-    for _ in range(max_tokens):
+    for number in range(1, max_tokens + 1):
         tokens.append(next_token(tokens, seed))
-        if tokens[-1] in eos:
+        if number >= least and tokens[-1] in ends:
             break
     return tokens
 

@@ -13,18 +13,17 @@ import time
 from collections.abc import Callable
 
 from appliance.core import store
-from appliance.core.request import Request
+from appliance.core.params import RequestError
 from appliance.core.scheduler import Scheduler
-from appliance.core.step import StepPlan
-from tests.core.fake_model import SALTS, FakeRunner, PlainKey, SpoilingPool, alone, contents, make_request, next_token
+from tests.core.fake_model import SALTS, FakeRunner, PlainKey, SpoilingPool, alone, make_request, next_token
+from tests.core.history_rules import Rules
 
 Choose = Callable[[int], int]  # choose(n): one of 0 .. n - 1
-Flight = tuple[StepPlan, list[int | None]]
 NEVER = 10**6
 
 
-class History:
-    """One scheduler, its fake device, and what every request alive must come to."""
+class History(Rules):
+    """What may happen: each thing as the source of choices says."""
 
     def __init__(self, choose: Choose) -> None:
         self.choose, self.faulty = choose, False
@@ -35,6 +34,7 @@ class History:
         pool = SpoilingPool(blocks, size, fails=self._fails)
         host = SpoilingPool(host_blocks, size, host=True, fails=self._fails) if host_blocks else None
         swaps = (lambda request: True, lambda request: False, lambda request: bool(self.choose(2)))[choose(3)]
+        self.worth = (0, 0, 1, 3)[choose(4)]
         self.scheduler = Scheduler(
             pool,
             max_num_batched_tokens=1 + choose((24, 64, 64, 8)[choose(4)]),
@@ -44,22 +44,25 @@ class History:
             priorities=bool(choose(2)),
             swaps=swaps,
             fair_tokens=(NEVER, 8, 3, NEVER, 5, 1)[choose(6)],
+            turn=lambda back: self.worth * (back.end - back.start + back.copied),
             watermark=(0.0, 0.1, 0.3)[choose(3)],
         )
         self.capacity = blocks * size
         self.runner = FakeRunner(self.scheduler)
-        self.alive: dict[Request, list[int]] = {}  # with the tokens that each must end with (of a beam: that it must have now)
-        self.groups: list[list[Request]] = []  # beams, from the best on
-        self.prompts: list[list[int]] = [[(7 * i + 3 * doc) % 50 for i in range(64)] for doc in range(3)]
-        self.waits: dict[Request, tuple[tuple[int, int], int]] = {}  # ticket, and how many steps it may wait with that
-        self.flight: Flight | None = None  # computed, but not known yet
+        self.alive = {}
+        self.groups = []
+        self.grammars = []
+        self.prompts = [[(7 * i + 3 * doc) % 50 for i in range(64)] for doc in range(3)]
+        self.waits = {}
+        self.flight = None
         self.faulty = True
 
     def act(self) -> None:
         """Something happens."""
         if not self.alive:
             self.add()
-        (*[self.add] * 8, *[self.ahead] * 6, *[self.step] * 7, self.abort, self.abort, self.mishap)[self.choose(24)]()
+        often = [self.add] * 8 + [self.ahead] * 6 + [self.step] * 7
+        (*often, self.abort, self.abort, self.mishap, self.let_go, self.refused)[self.choose(len(often) + 5)]()
 
     def add(self) -> None:
         """A request of one or several completions; its prompt begins like others, or goes on from an earlier answer."""
@@ -69,19 +72,27 @@ class History:
         prompt = self.prompts[choose(len(self.prompts))][: 1 + choose((8, 20, 40)[choose(3)])]
         prompt = (prompt + [1 + choose(3)] * choose(3))[: self.capacity + 1 - max_tokens]
         name = next(f"r{i}" for i in range(100) if not any(r.request_id == f"r{i}" for r in self.all))
-        n, ends = (1, 1, 2, 4)[choose(4)], choose(2)
+        n, ends = (1, 1, 2, 4)[choose(4)], choose(3)
+        scores = None if choose(8) else 0  # the prompt's log-probabilities: it is computed, whatever is found
+        held = not beams and not choose(8)  # until its grammar is there
+        least = 0 if choose(4) else 1 + choose(max_tokens)
         priority, salt, leader = choose(3), SALTS[max(0, choose(6) - 3)], None
         group = []
         for index in range(n):
             seed = 1000 * choose(3) + index
             answer = alone(prompt, max_tokens, seed=seed)
-            eos = {answer[len(prompt) + choose(max_tokens)]} if ends and not beams else set()
-            more = {"eos": eos, "seed": seed, "priority": priority, "salt": salt, "leader": leader, "beam": beams}
+            last = {answer[len(prompt) + choose(max_tokens)]} if ends and not beams else set()
+            eos, stops = (last, set()) if ends == 1 else (set(), last)
+            more = {"seed": seed, "priority": priority, "salt": salt, "leader": leader, "beam": beams, "scores": scores}
+            more |= {"eos": eos, "stops": tuple(stops), "least": 0 if beams else least}
             request = make_request(name, prompt, max_tokens, index=index, **more)
             leader = leader or request
             self.scheduler.add(request)
             group.append(request)
-            self.alive[request] = prompt[:] if beams else alone(prompt, max_tokens, eos, seed)
+            self.alive[request] = prompt[:] if beams else alone(prompt, max_tokens, last, seed, least)
+        for request in group if held else ():
+            request.held = True
+            self.grammars.append(request)
         if beams:
             self.groups.append(group)
         self.check()
@@ -123,6 +134,30 @@ class History:
         self.decide()
         self.check()
 
+    def let_go(self) -> None:
+        """Grammars are there: all of them, or those of one request."""
+        names = {r.request_id for r in self.grammars}
+        if names and self.choose(2):
+            names = {sorted(names)[self.choose(len(names))]}
+        for request in [r for r in self.grammars if r.request_id in names]:
+            request.held = False
+            self.grammars.remove(request)
+
+    def refused(self) -> None:
+        """A request with the name of another one, or one that the whole pool could not hold: nothing changes."""
+        taken = next((r.key for r in self.all), None)
+        before = list(self.scheduler.waiting), list(self.scheduler.running), self.scheduler.pool.map(60)
+        request = make_request("long", [1] * self.capacity, 2)
+        if taken is not None and self.choose(2):
+            request = make_request(taken[0], [1], 1, index=taken[1])
+        try:
+            self.scheduler.add(request)
+        except RequestError:
+            assert before == (self.scheduler.waiting, self.scheduler.running, self.scheduler.pool.map(60))
+            self.check()
+        else:
+            raise AssertionError("what can never run was let in")
+
     def mishap(self) -> None:
         """A step fails when it is launched, or when it lands; somebody ends a request that runs; the prefix cache is reset."""
         what = self.choose(5)
@@ -140,25 +175,19 @@ class History:
         if what == 1:  # its copies are not carried out; what was under way before it lands
             self.schedule()
             self.land()
-        elif self.choose(2):  # what is under way fails, and the next one was launched already
-            self.runner.run(self.schedule())
+        late = None
+        if what == 2 and self.choose(2):  # what is under way fails, and the next one was launched already: it lands, too
+            late = self.schedule()
+            self.runner.run(late)
         self.flight = None
         for request in self.scheduler.recover():
             assert request.finished and not request.blocks and not request.host
             self.alive.pop(request, None)
         self.runner.spoil()
+        if late is not None:
+            assert not self.scheduler.commit(late, [0 if chunk.samples else None for chunk in late.chunks])
         self.decide()
         self.check()
-
-    def take_ended(self, error: bool = False) -> None:
-        for request in [r for r in self.alive if r.finished]:
-            tokens = self.alive.pop(request)
-            if request.finish_reason == "error":
-                assert error
-            else:
-                assert request.tokens == tokens and not request.blocks and not request.host
-                assert (request.finish_reason == "stop") == (tokens[-1] in request.eos_token_ids)
-                self.prompts.append(tokens)
 
     def decide(self) -> None:
         """Groups of beams all of which wait: each goes on from one of them, chosen anyhow, or the group ends."""
@@ -178,54 +207,12 @@ class History:
                     request.finish_reason = "length"
                     del self.alive[request]
 
-    def schedule(self) -> StepPlan:
-        """One plan, with all that must hold of any."""
-        scheduler = self.scheduler
-        faults = self.faults
-        before = [r for r in scheduler.running if not r.finished]
-        queue = [r for r in scheduler.waiting if not r.finished]
-        plan = scheduler.schedule()
-        self.check()
-        assert plan.num_tokens <= scheduler.max_num_batched_tokens and len(plan.chunks) <= scheduler.max_num_seqs
-        planned = {chunk.request for chunk in plan.chunks}
-        assert len(planned) == len(plan.chunks)
-        for request, start, length, samples in plan.chunks:
-            known = request.known - samples  # before this step
-            assert not request.finished and not request.held
-            assert length >= 1 and start + length == request.computed <= known and samples == (request.computed == known)
-        resting = {r for r in scheduler.running if r not in planned}
-        assert planned <= {*scheduler.running}
-        for r in resting:
-            assert r.held or (r.ahead and (r.beam or r.known == r.max_total)), "every other running request advances"
-        if faults == self.faults:
-            came = {r for r in scheduler.running if r not in before}
-            passed = [r for r in queue if r in scheduler.waiting and not r.held]
-            assert all(a.ticket < w.ticket for a in came for w in passed), "somebody was overtaken"
-            assert not scheduler.priorities or all(a.priority <= w.priority for a in came for w in passed)
-            assert plan.chunks or plan.preempted or self.flight or not self.alive, "nothing goes on"
-            self.count_waits()
-        else:
-            self.waits.clear()
-        return plan
-
-    def count_waits(self) -> None:
-        """Nobody waits for longer than all before it may take for a turn each, and the time to compute again what they had."""
-        scheduler = self.scheduler
-        if scheduler.priorities or any(self.groups):
-            return
-        waits, self.waits = self.waits, {}
-        for request in scheduler.waiting:
-            ticket, left = waits.get(request, (None, 0))
-            if ticket != request.ticket:
-                before = [r for r in self.alive if r.ticket <= request.ticket]
-                left = sum(min(scheduler.fair_tokens, r.max_total - len(r.tokens)) + r.max_total + 4 for r in before)
-            assert left > 0, f"{request.key} waits for too long"
-            self.waits[request] = request.ticket, left - 1
-
     def finish(self) -> None:
         """Nothing more arrives or fails: all end, right, in a bounded number of steps, and nothing leaks."""
         self.faulty = False
         self.waits.clear()
+        while self.grammars:
+            self.let_go()
         limit = 10 + sum((r.max_total + 4) * (r.max_total - len(r.tokens) + 2) for r in self.alive)
         while self.alive:
             self.ahead() if self.choose(2) else self.step()
@@ -236,26 +223,6 @@ class History:
         self.check()
         host = self.scheduler.store.host
         assert not self.scheduler.has_work and self.scheduler.pool.used == 0 and (host is None or host.used == 0)
-
-    @property
-    def faults(self) -> int:
-        return sum(pool.faults for pool in (self.scheduler.pool, self.scheduler.store.host) if pool is not None)
-
-    @property
-    def all(self) -> list[Request]:
-        return self.scheduler.running + self.scheduler.waiting
-
-    def check(self) -> None:
-        self.scheduler.check()
-        assert {r for r in self.all if not r.finished} == {*self.alive}
-        for request, tokens in self.alive.items():
-            assert request.tokens == tokens[: len(request.tokens)], "not the tokens it would have alone"
-
-    def check_contents(self) -> None:
-        """Every block that has a key contains what the key says, here and there."""
-        for pool, memory in ((self.scheduler.pool, self.runner.pool), (self.scheduler.store.host, self.runner.host)):
-            for block, key in pool._keys.items() if pool is not None else ():
-                assert memory[block] == contents(key, pool.block_size), f"block {block} does not contain what its key says"
 
     def _fails(self) -> bool:
         return self.faulty and self.fault_rate > 0 and not self.choose(self.fault_rate)
