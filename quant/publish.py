@@ -155,17 +155,21 @@ def config_section(
 
 
 def _awq_section(grid: Grid, others: Mapping[str, Grid | None]) -> dict[str, Any]:
+    """Layers' modules that are left as they are stand in ``dynamic``, too: GPTQModel reads no modules_to_not_convert."""
     for name, other in others.items():
         if other is not None:
             why = "no quantized head" if name == HEAD else "one width for all"
             raise InputError(f"{name} has {other.bits} bits: the format awq has {why}; take --format compressed-tensors")
+    kept = [name for name in others if name != EMBEDDING]
+    dynamic = {f"-:{pattern}": {} for pattern in _patterns(name for name in kept if name != HEAD)}
     return {
         "quant_method": "awq",
         "version": "gemm",
         "bits": grid.bits,
         "group_size": grid.group_size,
         "zero_point": not grid.symmetric,
-        "modules_to_not_convert": [name for name in others if name != EMBEDDING],
+        "modules_to_not_convert": kept,
+        **({"dynamic": dynamic} if dynamic else {}),
     }
 
 

@@ -289,17 +289,3 @@ def test_spread_moves_no_more_than_it_must() -> None:
     assert spread([10, 50, 90], 10, 0, 100) == [10, 50, 90]
     assert spread([50, 50, 90], 10, 0, 100) == [45, 55, 90]
     assert spread([2, 1], 10, 0, 100) == [15, 5] and spread([99, 98, 97], 10, 0, 100) == [95, 85, 75]
-
-
-@pytest.mark.realdata
-@pytest.mark.parametrize("name", ["awq-gemm-g32", "gptq-4bit-g32-act-order"])
-def test_perplexity_of_real_checkpoints(shared_data: Path, name: str) -> None:
-    """Float32 through the engine's kernels, and transformers over the dequantized weights, over the same text."""
-    from appliance.text.tokenizer import Tokenizer
-
-    dense, directory = shared_data / "models/TinyStories-656K", shared_data / "quantized" / name
-    text = Tokenizer.load(dense).encode((shared_data / "text/tinystories.txt").read_text()[:9000], add_special_tokens=False)
-    forward, loaded = of_transformers(directory, dense), Model(EngineConfig(model=str(directory), **EXACT), 257)
-    for stride in (None, 128):
-        *_, found = score(loaded, windows(text, 256, None, 1, stride))
-        assert found.perplexity == pytest.approx(loop(forward, text, 256, stride or 256, 1, stride is not None), abs=1e-3)

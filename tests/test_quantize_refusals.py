@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from appliance.quantize.options import Options
+from appliance.quantize.run import unread
 from quant.errors import InputError
 from tests.quantizing import make, quantized
 
@@ -49,6 +50,24 @@ def test_refusals(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(InputError, match=r"has 1000 bytes free, and the checkpoint will take \S+ KiB more"):
         quantized(model, tmp_path / "a")
     assert not (tmp_path / "a").exists() and not (tmp_path / "a.partial").exists()
+
+
+def test_defaults_are_what_others_load() -> None:
+    """transformers loads no zero points of compressed-tensors, and GPTQModel none of a version 1 that it did not make."""
+    for given, form, sym, words in (
+        ({}, "awq", False, None),
+        ({"method": "gptq"}, "gptq", True, None),
+        ({"method": "gptq", "sym": False}, "gptq_v2", False, None),
+        ({"method": "gptq", "sym": False, "format": "gptq"}, "gptq", False, "GPTQModel refuses zero points in a version 1"),
+        ({"bits": 8}, "compressed-tensors", True, None),
+        ({"target_bits": 4.5}, "compressed-tensors", True, "reads all widths as one"),
+        ({"format": "compressed-tensors"}, "compressed-tensors", True, None),
+        ({"format": "compressed-tensors", "sym": False}, "compressed-tensors", False, "does not load zero points"),
+    ):
+        found = Options(**given).checked()  # type: ignore[arg-type]
+        assert (found.format, found.sym) == (form, sym), given
+        said = unread(found)
+        assert said is None if words is None else said is not None and words in said, given
 
 
 def test_what_the_file_cannot_hold(model: Path, tmp_path: Path) -> None:

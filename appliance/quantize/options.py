@@ -28,7 +28,8 @@ class Options:
     group_size: int = 128
     """Inputs that share a scale; -1: a scale for each output."""
     sym: bool | None = None
-    """Symmetric around zero, without zero points. Default: with gptq."""
+    """Symmetric around zero, without zero points. Default: with gptq, and in the format compressed-tensors, of which transformers
+    loads nothing else."""
     act_order: bool = False
     """With gptq: the columns that matter most are rounded first. A little better, and as fast to compute with."""
     static_groups: bool = True
@@ -41,8 +42,8 @@ class Options:
     one table (a tied model) and either is quantized, the checkpoint gets two: other programs read no table of codes as both. Here
     such a table needs none of this: serve --lm-head-dtype keeps one in codes."""
     format: str | None = None
-    """awq, gptq, gptq_v2 or compressed-tensors. Default: the method's own, where it can say what is asked for. gptq_v2 has other
-    zero points: GPTQModel wants it for --no-sym."""
+    """awq, gptq, gptq_v2 or compressed-tensors. Default: the method's own, where it can say what is asked for. With gptq and
+    --no-sym that is gptq_v2, since GPTQModel refuses zero points in a version 1 that it did not make."""
     calibration_samples: int = 128
     """Pieces of the calibration's text."""
     calibration_length: int = 512
@@ -99,8 +100,8 @@ class Options:
                 f"--damping is {self.damping:g}: a share of the Hessian's diagonal, above 0 and at most 1, is needed"
             )
         self._check_mixed()
-        sym = self.method == "gptq" if self.sym is None else self.sym
         form = self.format or self._usual()
+        sym = self.method == "gptq" or form == "compressed-tensors" if self.sym is None else self.sym
         if form not in FORMATS:
             raise InputError(f"--format is {form!r}: one of {', '.join(FORMATS)} is needed")
         self._check_order(form)
@@ -159,7 +160,8 @@ class Options:
 
     def _usual(self) -> str:
         if self.method == "gptq":
-            return "gptq" if self.embedding_bits == 16 else "compressed-tensors"
+            own = "gptq_v2" if self.sym is False else "gptq"
+            return own if self.embedding_bits == 16 else "compressed-tensors"
         simple = self.bits == 4 and not self.mixed and self.lm_head_bits == self.embedding_bits == 16
         return "awq" if simple else "compressed-tensors"
 

@@ -87,7 +87,9 @@ def usual_output(model: str, options: Options) -> str:
 
 
 def unread(options: Options) -> str | None:
-    """What transformers (5.23, with compressed-tensors 0.20) makes of such a checkpoint, where that is not what it is."""
+    """What GPTQModel (7.7) or transformers (5.23, with compressed-tensors 0.20) make of it, where that is not what it is."""
+    if options.format == "gptq" and not options.sym:
+        return "GPTQModel refuses zero points in a version 1 that it did not make (--format gptq_v2, or --sym)"
     if options.format != "compressed-tensors":
         return None
     uneven = options.mixed or options.lm_head_bits != KEPT or options.embedding_bits != KEPT
