@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from appliance.core.messages import Event, Submit, TokenLogprob
@@ -69,7 +70,7 @@ class Job:
     submit: Submit
     tokenizer: Tokenizer | None
     streams: list[OutputStream]
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    prompt_logprobs: Sequence[TokenLogprob | None] | None = None
     cached_tokens: int = 0
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any
@@ -62,7 +62,7 @@ class Event:
     index: int
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None  # one per token, where asked for
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # once, before or with the first token; [0] is None
+    prompt_logprobs: Sequence[TokenLogprob | None] | None = None  # once, before or with the first token; [0] is None
     finish_reason: str | None = None  # stop, length, abort, error
     stop_reason: int | str | None = None  # the stop token id or stop string that ended it; None for the end-of-text token
     error: str | None = None  # with finish_reason "error"; Unanswerable where the request is to blame

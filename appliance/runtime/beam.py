@@ -142,7 +142,7 @@ class BeamGroup:
         tokens = [beam.last.token_id for beam in self.search.beams if beam.last is not None]
         return list(zip(self.members, parents, tokens, strict=True))
 
-    def events(self, prompt_logprobs: tuple[TokenLogprob | None, ...] | None) -> list[Event]:
+    def events(self, prompt_logprobs: Sequence[TokenLogprob | None] | None) -> list[Event]:
         """The answers, the best first."""
         return [
             Event(

@@ -14,9 +14,10 @@ import torch
 
 from appliance.config import EngineConfig
 from appliance.core.door import check_submit, hash_u64, make_requests
-from appliance.core.messages import EngineInfo, Event, RequestStat, Stats, Submit, TokenLogprob
+from appliance.core.messages import EngineInfo, Event, RequestStat, Stats, Submit
 from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler
+from appliance.core.scores import PromptLogprobs
 from appliance.core.step import StepPlan
 from appliance.memory.devices import cpu_threads
 from appliance.memory.planner import make_plan
@@ -45,7 +46,7 @@ class Engine:
     ) -> None:
         """``tokenizer``: the directory where it is, if not with the model; it is read for grammars alone."""
         self.runner, self.scheduler, self.info, self.seed = runner, scheduler, info, seed
-        self._scores: dict[Request, list[TokenLogprob | None]] = {}  # prompt log-probabilities collected so far
+        self._scores: dict[Request, PromptLogprobs] = {}  # prompt log-probabilities collected so far
         self._beams: dict[str, BeamGroup] = {}  # by request id
         self._grammars = Grammars(tokenizer or info.directory, info.vocab_size, info.eos_token_ids)
         self._counts: Counter[str] = Counter()
@@ -186,7 +187,7 @@ class Engine:
         both = zip(plan.chunks, result.sampled, strict=True)
         taken = [(chunk, one) for chunk, one in both if one is not None and not chunk.request.finished]
         for scores in result.prompt_scores:
-            self._scores.setdefault(scores.request, [None]).extend(scores.logprobs)
+            self._scores.setdefault(scores.request, PromptLogprobs.of([None])).extend(scores.logprobs)
         events: list[Event] = []
         for chunk in plan.chunks:
             prompt_len = chunk.request.prompt_len
@@ -233,8 +234,8 @@ class Engine:
             return []
         del self._beams[request.request_id]
         self.scheduler.abort(request.request_id)
-        scores = self._scores.pop(group.leader, [None])
-        events = group.events(None if group.leader.params.prompt_logprobs is None else tuple(scores))
+        scores = self._scores.pop(group.leader, None) or PromptLogprobs.of([None])
+        events = group.events(None if group.leader.params.prompt_logprobs is None else scores)
         events = [replace(event, scheduled=group.leader.scheduled) for event in events]
         self._finished.update(event.finish_reason or "" for event in events)
         return events
@@ -243,11 +244,11 @@ class Engine:
         """How many prompt tokens need no log-probability any more: all, once they were told with the first answer token."""
         return request.prompt_len if request.output_len else len(self._scores.get(request, ()))
 
-    def _take_scores(self, request: Request) -> tuple[TokenLogprob | None, ...] | None:
+    def _take_scores(self, request: Request) -> PromptLogprobs | None:
         """The whole prompt's log-probabilities, once: with the first token."""
         if request.params.prompt_logprobs is None or request.output_len != 1:
             return None
-        return tuple(self._scores.pop(request, [None]))
+        return self._scores.pop(request, None) or PromptLogprobs.of([None])
 
     def _end(self, requests: Iterable[Request], reason: str, error: str | None = None) -> list[Event]:
         events = []

@@ -8,8 +8,8 @@ from typing import Any
 
 from starlette.responses import Response
 
-from appliance.server.errors import Chunks, JSONResponse, spliced
 from appliance.server.logprobs import Logprobs
+from appliance.server.pieces import Chunks, PiecedResponse, pieces
 from appliance.server.respond import stream
 from appliance.server.schemas import ChatRequest
 from appliance.server.shortcut import Shortcut
@@ -22,7 +22,7 @@ from appliance.text.tools.parser import CallDelta
 
 async def answer(state: ServerState, request_id: str, body: ChatRequest) -> Response:
     view = ChatView(await begin(state, request_id, body), body)
-    return await stream(view.chunks(), shortcut=view.job.shortcut) if body.stream else JSONResponse(await view.full())
+    return await stream(view.chunks(), shortcut=view.job.shortcut) if body.stream else PiecedResponse(pieces(await view.full()))
 
 
 class ChatView:
@@ -44,7 +44,8 @@ class ChatView:
             "system_fingerprint": f"appliance-{self.state.version}",
         }
 
-    async def full(self) -> bytes:
+    async def full(self) -> dict[str, Any]:
+        """As ``pieces`` takes it."""
         answers = await self.turn.finish()
         choices, place = [], {id(output): c for c, output in enumerate(self.job.outputs)}
         for index, output in enumerate(self.job.best):
@@ -58,14 +59,14 @@ class ChatView:
             }
             if self.body.return_token_ids:
                 choice["token_ids"] = list(output.token_ids)
-            choices.append(spliced(choice))
+            choices.append(choice)
             await self.job.pace()
         result = {**self._base("chat.completion"), "choices": choices, "usage": self.turn.usage()}
         if self.body.prompt_logprobs is not None:
             result["prompt_logprobs"] = await self.format.prompt(self.job.prompt_logprobs[0], self.body.prompt_logprobs)
         if self.body.return_token_ids:
             result["prompt_token_ids"] = list(self.job.prompts[0].token_ids)
-        return spliced(result)
+        return result
 
     def _message(self, found: Answer) -> dict[str, Any]:
         content = found.content or (None if found.calls else "")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 from starlette.responses import Response
 
 from appliance.core.messages import TokenLogprob
-from appliance.server.errors import Chunks, JSONResponse, spliced
 from appliance.server.job import Job
 from appliance.server.logprobs import Logprobs
+from appliance.server.pieces import Chunks, PiecedResponse, pieces
 from appliance.server.prompts import Prompt, completion_prompts, text_of
 from appliance.server.respond import stream
 from appliance.server.sampling import completion_params
@@ -31,7 +31,7 @@ async def answer(state: ServerState, request_id: str, body: CompletionRequest) -
     prompts = await completion_prompts(body, state.tokenizer, limit)
     job = Job(state, request_id, "cmpl", prompts, params, body, clamp=body.max_tokens is None)
     view = CompletionView(state, job, body)
-    return await stream(view.chunks(), shortcut=job.shortcut) if body.stream else JSONResponse(await view.full())
+    return await stream(view.chunks(), shortcut=job.shortcut) if body.stream else PiecedResponse(pieces(await view.full()))
 
 
 class CompletionView:
@@ -55,7 +55,8 @@ class CompletionView:
             "system_fingerprint": f"appliance-{self.state.version}",
         }
 
-    async def full(self) -> bytes:
+    async def full(self) -> dict[str, Any]:
+        """As ``pieces`` takes it."""
         async with aclosing(self.job.run()) as deltas:
             async for _ in deltas:
                 pass
@@ -72,9 +73,9 @@ class CompletionView:
             prompt = None
             if self.body.prompt_logprobs is not None:
                 prompt = await self.logprobs.prompt(self._prompt_scores(c), self.body.prompt_logprobs)
-            choices.append(spliced({**await self._choice(c, whole, first=True), "prompt_logprobs": prompt}))
+            choices.append({**await self._choice(c, whole, first=True), "prompt_logprobs": prompt})
             await self.job.pace()
-        return spliced({**self._base(), "choices": choices, "usage": self.job.usage(self.hidden)})
+        return {**self._base(), "choices": choices, "usage": self.job.usage(self.hidden)}
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         options, seen = self.body.stream_options, set[int]()
@@ -95,7 +96,7 @@ class CompletionView:
             return self._chunk(choice)
         return self._chunk(choice, usage=self.job.usage(self.hidden) if options.continuous_usage_stats else None)
 
-    def _prompt_scores(self, c: int) -> tuple[TokenLogprob | None, ...] | None:
+    def _prompt_scores(self, c: int) -> Sequence[TokenLogprob | None] | None:
         return self.job.prompt_logprobs[c // self.job.params.n]
 
     def _widths(self, token_ids: Sequence[int]) -> list[int]:
@@ -118,17 +119,17 @@ class CompletionView:
         """What is new of choice ``c``; its first piece brings the echoed prompt."""
         prompt = self.job.prompts[c // self.job.params.n]
         text, ids = ("", ()) if self.hidden else (delta.text, delta.token_ids)
-        scored: tuple[TokenLogprob | None, ...] = () if self.hidden else tuple(delta.logprobs or ())
+        scored: list[Sequence[TokenLogprob | None]] = [] if self.hidden else [delta.logprobs or ()]
         shown, echoed = ids, first and self.body.echo
         if echoed:
             text = text_of(prompt, self.state.tokenizer) + text
             shown = prompt.token_ids + ids
-            scored = (self._prompt_scores(c) or (None,) * len(prompt.token_ids)) + scored
+            scored.insert(0, self._prompt_scores(c) or (None,) * len(prompt.token_ids))
         logprobs = None
-        if self.body.logprobs is not None and scored:
+        if self.body.logprobs is not None and (count := sum(map(len, scored))):
             widths = (self._widths_of(prompt) if echoed else []) + self._widths(ids)
-            *offsets, self.offsets[c] = accumulate(widths[: len(scored)], initial=self.offsets[c])
-            logprobs = await self.logprobs.completion(shown[: len(scored)], scored, self.body.logprobs, offsets)
+            *offsets, self.offsets[c] = accumulate(widths[:count], initial=self.offsets[c])
+            logprobs = await self.logprobs.completion(shown[:count], chain(*scored), self.body.logprobs, offsets)
         choice = self._piece(c, text, delta, logprobs)
         if self.body.return_token_ids and first:
             choice["prompt_token_ids"] = list(prompt.token_ids)

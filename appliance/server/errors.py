@@ -59,27 +59,6 @@ class JSONResponse(Response):
         return content if isinstance(content, bytes) else as_json(content)
 
 
-def spliced(value: Any) -> bytes:
-    """JSON of dicts that may hold bytes, and lists of bytes: these are JSON already. Long answers are written in such parts."""
-    if isinstance(value, dict):
-        return b"{%b}" % b",".join([b"%b:%b" % (to_json(name), spliced(one)) for name, one in value.items()])
-    if isinstance(value, list) and value and isinstance(value[0], bytes):
-        return b"[%b]" % b",".join(value)
-    return value if isinstance(value, bytes) else as_json(value)
-
-
-class Chunks:
-    """Makes the chunks of a stream, of which all but the choice is the same: that is written once."""
-
-    def __init__(self, base: Mapping[str, Any]) -> None:
-        self._head = as_json(base)[:-1] + b',"choices":['
-
-    def __call__(self, choice: dict[str, Any] | None, **more: Any) -> bytes:
-        """JSON. ``choice`` None: there is none. ``more``: fields behind it."""
-        one = b"" if choice is None else as_json(choice) if choice["logprobs"] is None else spliced(choice)
-        return b"%b%b]%b" % (self._head, one, b"," + as_json(more)[1:] if more else b"}")
-
-
 def unavailable(message: str, code: str) -> RequestError:
     return RequestError(message, code=code, status=503)
 

@@ -70,7 +70,7 @@ class Job:
             OutputStream(state.tokenizer, self.params, p.token_ids, shown=shown) for p in prompts for _ in range(params.width)
         ]
         self.cached_tokens = [0] * len(prompts)
-        self.prompt_logprobs: list[tuple[TokenLogprob | None, ...] | None] = [None] * len(prompts)
+        self.prompt_logprobs: list[Sequence[TokenLogprob | None] | None] = [None] * len(prompts)
         self.courses = [Course(self.arrived) for _ in self.outputs]
 
     def _submit(self, k: int, prompt: Prompt, *, clamp: bool) -> Submit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from appliance.core.messages import TokenLogprob
@@ -12,6 +12,7 @@ from appliance.server.errors import as_json
 if TYPE_CHECKING:
     from appliance.server.state import ServerState
 
+TOGETHER = 64  # tokens
 FLOOR = -9999.0  # JSON has no -infinity
 
 
@@ -39,28 +40,42 @@ class Logprobs:
             await self._pace()
 
     async def completion(
-        self, token_ids: Sequence[int], scored: Sequence[TokenLogprob | None], top: int, offsets: Sequence[int]
+        self, token_ids: Sequence[int], scored: Iterable[TokenLogprob | None], top: int, offsets: Sequence[int]
     ) -> dict[str, Any]:
         """``choice.logprobs`` of a completion; ``offsets``: where each token begins in its text. Without a score it has nulls."""
+        own: list[float | None] = []
+
+        def form(one: TokenLogprob | None) -> dict[str, float] | None:
+            own.append(None if one is None else max(one.logprob, FLOOR))
+            return None if one is None else self._top(one, top)
+
+        tops = await self._each(scored, form)
         return {
             "text_offset": list(offsets),
-            "token_logprobs": [None if s is None else max(s.logprob, FLOOR) for s in scored],
+            "token_logprobs": own,
             "tokens": [self._name(t) for t in token_ids],
-            "top_logprobs": await self._each(scored, self._top, top),
+            "top_logprobs": tops,
         }
 
     async def prompt(self, scored: Sequence[TokenLogprob | None] | None, top: int) -> list[bytes] | None:
         """vLLM's prompt_logprobs: for each prompt token a dict from token id to its logprob, rank and text."""
-        return None if scored is None else await self._each(scored, self._ranked, top)
+        if scored is None:
+            return None
+        return await self._each(scored, lambda one: None if one is None else self._ranked(one, top))
 
     async def _each(
-        self, scored: Sequence[TokenLogprob | None], form: Callable[[TokenLogprob, int], dict[str, Any]], top: int
+        self, scored: Iterable[TokenLogprob | None], form: Callable[[TokenLogprob | None], dict[str, Any] | None]
     ) -> list[bytes]:
-        found = []
-        for one in scored:
-            found.append(as_json(None if one is None else form(one, top)))
+        """JSON values, some in one with commas between them."""
+        found: list[bytes] = []
+        some: list[bytes] = []
+        for k, one in enumerate(scored, 1):
+            some.append(as_json(form(one)))
+            if not k % TOGETHER:
+                found.append(b",".join(some))
+                some.clear()
             await self._pace()
-        return found
+        return [*found, b",".join(some)] if some else found
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": self._name(token), "logprob": max(logprob, FLOOR), "bytes": self._bytes(token)}

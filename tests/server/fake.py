@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from appliance.core.messages import EngineInfo, Event, Stats, Submit, TokenLogprob, Unanswerable
 from appliance.core.params import SamplingParams
+from appliance.core.scores import PromptLogprobs
 from appliance.runtime.client import EngineDied
 
 VOCAB = 99
@@ -52,6 +53,7 @@ class FakeClient:
         self.submitted: list[Submit] = []
         self.running: dict[str, set[int]] = {}
         self.pumps: dict[str, asyncio.Task[None]] = {}
+        self.prompt_scores: PromptLogprobs | None = None  # of every prompt, where they are asked for
         self.tokens = self.cached = self.resets = 0
         self.decay = 0.0  # added to a log-probability for each completion before it
         self._dead = asyncio.Event()
@@ -123,7 +125,7 @@ class FakeClient:
             logprobs=self._scored(token, index, params),
             prompt_logprobs=None
             if params.prompt_logprobs is None or step
-            else (None, *(score(t, params.prompt_logprobs) for t in prompt[1:])),
+            else self.prompt_scores or (None, *(score(t, params.prompt_logprobs) for t in prompt[1:])),
             finish_reason=reason,
             cached_tokens=self.cached if index == 0 else len(prompt) - 1,  # the others share what the first one computes
         )

@@ -9,18 +9,23 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from appliance.config import EngineConfig, ServerConfig
+from appliance.core.messages import TokenLogprob
 from appliance.core.params import RequestError, StructuredOutputsParams
+from appliance.core.scores import PromptLogprobs
 from appliance.server import beside
 from appliance.server.beside import MAX_VALUES, Share, check_values, weight
 from appliance.text.grammar import compile_grammar
 from appliance.text.tokenizer import Tokenizer
 from appliance.text.tools.choice import tool_choice
-from tests.server.conftest import Served
+from tests.server.conftest import Served, serve_in_thread
+from tests.server.fake import FakeClient
 from tests.server.test_lifecycle import eventually
 
 C, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -120,6 +125,21 @@ def test_what_is_much_and_not_too_much(served: Served, body: dict[str, Any]) -> 
     assert served.post(C, **body).status_code == 200
 
 
+@pytest.fixture(scope="module")
+def long(tokenizer: Tokenizer, model_dir: Path) -> Iterator[Served]:
+    """A server of long prompts, with scores that are there."""
+
+    def make() -> FakeClient:
+        client = FakeClient(max_model_len=40_000)
+        top = tuple((token, -0.1 * token) for token in range(20))
+        client.prompt_scores = PromptLogprobs.of([None, *[TokenLogprob(5, -0.5, 1, top)] * 29_999])
+        return client
+
+    engine = EngineConfig(model=str(model_dir))
+    with serve_in_thread(make, tokenizer, engine, ServerConfig(served_model_name=("tiny",))) as one:
+        yield one
+
+
 @pytest.mark.parametrize(
     ("path", "more"),
     [
@@ -142,6 +162,26 @@ def test_large_answers_let_others_run(served: Served, path: str, more: dict[str,
         scored = [choice["logprobs"] for choice in answer.json()["choices"]]
         assert len(scored) == (16 if "n" in more else 250)
         assert all(len(one["content"]) == 12 if path == CHAT else len(one["top_logprobs"]) >= 12 for one in scored)
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        (C, {"prompt": [5, 6] * 15_000, "prompt_logprobs": 20}),
+        (C, {"prompt": [5, 6] * 15_000, "logprobs": 20, "echo": True}),
+        (C, {"prompt": [5, 6] * 15_000, "logprobs": 20, "echo": True, "stream": True}),
+        (CHAT, {"messages": [{"role": "user", "content": "ab " * 7_000}], "prompt_logprobs": 20}),
+    ],
+)
+def test_the_scores_of_a_long_prompt_let_others_run(long: Served, path: str, more: dict[str, Any]) -> None:
+    gc.collect()
+    gc.freeze()
+    with long.longest_turn() as longest:
+        answer = long.post(path, max_tokens=1, **more)
+    gc.unfreeze()
+    assert answer.status_code == 200, answer.text[:500]
+    assert longest[0] < 0.05
+    assert len(answer.content) > 5_000_000
 
 
 def test_large_bodies_share_what_there_is(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

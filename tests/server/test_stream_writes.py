@@ -13,7 +13,8 @@ import pytest
 from appliance.bench.http import BodyReader, EventReader
 from appliance.server import http
 from appliance.server.app import create_app
-from appliance.server.errors import Chunks, as_json
+from appliance.server.errors import as_json
+from appliance.server.pieces import Chunks
 from tests.server.conftest import Served
 from tests.server.fake import FakeClient
 
