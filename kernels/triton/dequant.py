@@ -1,13 +1,17 @@
 """Packed codes to float operands of a product, exactly: by integer tricks in assembly, or in plain Triton where that cannot run.
 
 A float whose exponent is such that the last bit of its mantissa counts 1 holds a small integer in that mantissa: OR the code in,
-and subtract what the exponent stands for together with the zero point, in one addition. In float16 the base is 1024 (0x6400), in
-bfloat16 128 (0x4300)::
+and subtract what the exponent stands for together with the zero point, in one addition. In float16 the base is 1024 (0x6400)::
 
     4 bits   a word  | d | c | b | a |     four planes (a, b, c, d); b and d are shifted by 4, so their sum is scaled by 1/16
     8 bits   a word  |   b   |   a   |     two planes (a, b)
 
-``addend`` is -(base + zero). Every step is exact: codes less zero points are integers of at most 9 bits.
+A mantissa of bfloat16 is too short for that. But its smallest numbers are evenly spaced: the eight lowest bits alone, the last
+one of the exponent among them, are an integer times 2^-133. Times 2^127 (2^123 for b and d) that is a 64th of the integer; the
+same instruction adds the zero point. It keeps subnormal numbers (PTX ISA, "Half Precision Floating Point Instructions: fma").
+
+``addend`` is -(1024 + zero) in float16, -zero / 64 in bfloat16, where the planes are (code - zero) / 64, UNIT; the sums are
+multiplied by it. Every step is exact: codes less zero points are integers of at most 8 bits and a sign.
 
 A byte of FP8 (e4m3) is a float already. Its sign stays at the top; the rest, moved so that its exponent is at the low end of the
 wider exponent, is the number divided by a power of two, 2^8 in float16 and 2^120 in bfloat16. In float16 that is left to the
@@ -21,7 +25,7 @@ import triton.language as tl
 
 from kernels.triton.widen import widen
 
-BASE = {"fp16": 1024, "bf16": 128}
+BASE, UNIT = tl.constexpr(1024), tl.constexpr(64)
 
 _NIBBLES_FP16 = tl.constexpr("""{
     .reg .b32 shifted, sixteenth;
@@ -37,19 +41,18 @@ _NIBBLES_FP16 = tl.constexpr("""{
     fma.rn.f16x2 $3, $3, sixteenth, $6;
 }""")
 _NIBBLES_BF16 = tl.constexpr("""{
-    .reg .b32 b, c, d, one;
-    mov.b32 one, 0x3f803f80;
-    shr.u32 b, $4, 4;
-    shr.u32 c, $4, 8;
-    shr.u32 d, $4, 12;
-    lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 $1, b, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 $2, c, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 $3, d, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 $0, $0, one, $5;
-    fma.rn.bf16x2 $1, $1, one, $5;
-    fma.rn.bf16x2 $2, $2, one, $5;
-    fma.rn.bf16x2 $3, $3, one, $5;
+    .reg .b32 upper, low, high;
+    mov.b32 low, 0x7f007f00;
+    mov.b32 high, 0x7d007d00;
+    shr.u32 upper, $4, 8;
+    and.b32 $0, $4, 0x000f000f;
+    and.b32 $1, $4, 0x00f000f0;
+    and.b32 $2, upper, 0x000f000f;
+    and.b32 $3, upper, 0x00f000f0;
+    fma.rn.bf16x2 $0, $0, low, $5;
+    fma.rn.bf16x2 $1, $1, high, $5;
+    fma.rn.bf16x2 $2, $2, low, $5;
+    fma.rn.bf16x2 $3, $3, high, $5;
 }""")
 _BYTES_FP16 = tl.constexpr("""{
     .reg .b32 base;
@@ -59,20 +62,14 @@ _BYTES_FP16 = tl.constexpr("""{
     add.f16x2 $0, $0, $3;
     add.f16x2 $1, $1, $3;
 }""")
-# Less 128, as a bfloat16 holds only 8 bits: the low seven, and -128 or -256 by the highest.
 _BYTES_BF16 = tl.constexpr("""{
-    .reg .b32 upper, add_low, add_high, one;
-    mov.b32 one, 0x3f803f80;
-    shr.u32 upper, $2, 8;
-    lop3.b32 add_low, $2, 0x00800080, 0xc380c380, 0x6a;
-    lop3.b32 add_high, upper, 0x00800080, 0xc380c380, 0x6a;
-    lop3.b32 $0, $2, 0x007f007f, 0x43004300, 0xea;
-    lop3.b32 $1, upper, 0x007f007f, 0x43004300, 0xea;
-    fma.rn.bf16x2 $0, $0, one, add_low;
-    fma.rn.bf16x2 $1, $1, one, add_high;
+    .reg .b32 large;
+    mov.b32 large, 0x7f007f00;
+    and.b32 $0, $2, 0x00ff00ff;
+    prmt.b32 $1, $2, 0, 0x4341;
+    fma.rn.bf16x2 $0, $0, large, $3;
+    fma.rn.bf16x2 $1, $1, large, $3;
 }""")
-# The same and 128 less the zero point: codes less zero points have 8 bits and a sign, so each sum is exact.
-_SHIFTED_BF16 = tl.constexpr(_BYTES_BF16.value[:-1] + "    fma.rn.bf16x2 $0, $0, one, $3;\n    fma.rn.bf16x2 $1, $1, one, $3;\n}")
 
 # Halves of the code (lower byte) and its sign eight times; shifted, all but sign, exponent and mantissa masked out.
 _FP8_FP16 = tl.constexpr("""{
@@ -102,12 +99,12 @@ _FP8_BF16 = tl.constexpr("""{
 
 @triton.jit
 def nibbles(words, addend, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Four planes q - zero, in the dtype of ``addend``, of int16 ``words``; both of one shape."""
-    if ASM:
+    """Four planes q - zero (in bfloat16 a 64th), in the dtype of ``addend``, of int16 ``words``; both of one shape."""
+    if ASM:  # outputs are written before all inputs are read: registers of their own
         if addend.dtype == tl.float16:
             return tl.inline_asm_elementwise(
                 _NIBBLES_FP16,
-                "=r,=r,=r,=r,r,r,r",
+                "=&r,=&r,=&r,=&r,r,r,r",
                 [words, addend, addend + 960.0],  # -(64 + zero): the base is a sixteenth there
                 dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
                 is_pure=True,
@@ -116,47 +113,56 @@ def nibbles(words, addend, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
         else:
             return tl.inline_asm_elementwise(
                 _NIBBLES_BF16,
-                "=r,=r,=r,=r,r,r",
+                "=&r,=&r,=&r,=&r,r,r",
                 [words, addend],
                 dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
                 is_pure=True,
                 pack=2,
             )
     else:
-        wide, less = words.to(tl.int32), addend.to(tl.float32) + (1024.0 if addend.dtype == tl.float16 else 128.0)
-        a = ((wide & 15).to(tl.float32) + less).to(addend.dtype)
-        b = (((wide >> 4) & 15).to(tl.float32) + less).to(addend.dtype)
-        c = (((wide >> 8) & 15).to(tl.float32) + less).to(addend.dtype)
-        d = (((wide >> 12) & 15).to(tl.float32) + less).to(addend.dtype)
-        return a, b, c, d
+        wide = words.to(tl.int32)
+        a, b = _exact(wide & 15, addend), _exact((wide >> 4) & 15, addend)
+        return a, b, _exact((wide >> 8) & 15, addend), _exact((wide >> 12) & 15, addend)
 
 
 @triton.jit
-def byte_pairs(words, addend, ASM: tl.constexpr, SHIFT: tl.constexpr = False):  # type: ignore[no-untyped-def]
-    """Two planes q - zero, in the dtype of ``addend``, of int16 ``words``; both of one shape.
+def _exact(code, addend):  # type: ignore[no-untyped-def]
+    value, more = code.to(tl.float32), addend.to(tl.float32)
+    if addend.dtype == tl.bfloat16:
+        return (value * (1.0 / UNIT) + more).to(addend.dtype)
+    else:  # float32 has no base
+        return (value + (more + BASE if addend.dtype == tl.float16 else more)).to(addend.dtype)
 
-    In bfloat16 zero is 128, unless SHIFT: then ``addend`` is 128 less zero. uint16 words are pairs of FP8.
+
+@triton.jit
+def whole(sums, DTYPE: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums of products with planes in DTYPE, or scales of these, times what the planes lack. WORDS: the dtype of the words."""
+    if tl.bfloat16 == DTYPE and tl.uint16 != WORDS:
+        return sums * UNIT
+    else:
+        return sums
+
+
+@triton.jit
+def byte_pairs(words, addend, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Two planes q - zero (in bfloat16 a 64th), in the dtype of ``addend``, of int16 ``words``; both of one shape.
+
+    uint16 words are pairs of FP8.
     """
     if words.dtype == tl.uint16:
         return _fp8_pairs(words, addend.dtype, ASM)
-    elif ASM:  # outputs are written before all inputs are read: registers of their own
+    elif ASM:
         if addend.dtype == tl.float16:
             return tl.inline_asm_elementwise(
                 _BYTES_FP16, "=&r,=&r,r,r", [words, addend], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
             )
-        elif SHIFT:
-            return tl.inline_asm_elementwise(
-                _SHIFTED_BF16, "=&r,=&r,r,r", [words, addend], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
-            )
         else:
             return tl.inline_asm_elementwise(
-                _BYTES_BF16, "=&r,=&r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+                _BYTES_BF16, "=&r,=&r,r,r", [words, addend], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
             )
     else:
-        base = 1024.0 if addend.dtype == tl.float16 else (-128.0 if SHIFT else 128.0)
-        wide, less = words.to(tl.int32), addend.to(tl.float32) + base
-        low, high = (wide & 255).to(tl.float32) + less, ((wide >> 8) & 255).to(tl.float32) + less
-        return low.to(addend.dtype), high.to(addend.dtype)
+        wide = words.to(tl.int32)
+        return _exact(wide & 255, addend), _exact((wide >> 8) & 255, addend)
 
 
 @triton.jit

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.dequant import BASE
-from kernels.triton.weights import NAMES, SCALES, TritonWeight
+from kernels.triton.dequant import BASE, UNIT
+from kernels.triton.weights import SCALES, TritonWeight
 
 BLOCK, WARPS = 1024, 4
 
@@ -39,10 +39,10 @@ def _embedding(ids, table, out, vocabulary, columns, row_stride, BLOCK: tl.const
 def _packed_rows(  # type: ignore[no-untyped-def]
     ids, words, scaling, out, vocabulary, columns, padded, tiles,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr,
-    SIGNED: tl.constexpr, BASE: tl.constexpr, BLOCK: tl.constexpr,
+    SIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The weight's arguments are those of the products. SIGNED: codes are, and addends are integers; else addends are floats of
-    out's type, and have BASE beside the zero point.
+    """The weight's arguments are those of the products. SIGNED: codes are, and addends are integers; else addends are those of
+    dequant.py, in out's type.
     """
     DTYPE: tl.constexpr = out.dtype.element_ty
     token, none = tl.program_id(0).to(tl.int64), tl.zeros((BLOCK,), tl.int64)
@@ -69,7 +69,8 @@ def _packed_rows(  # type: ignore[no-untyped-def]
     if SIGNED:
         addend = bits.to(tl.int16).to(tl.float32)
     else:
-        addend = bits.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32) + BASE
+        addend = bits.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        addend = addend * UNIT if tl.bfloat16 == DTYPE else addend + BASE
     found = (code.to(tl.float32) + addend) * scale
     tl.store(out + token * columns + column, found.to(DTYPE), mask=column < columns)
 
@@ -113,7 +114,6 @@ def packed_rows(ids: Tensor, table: TritonWeight, dtype: torch.dtype) -> Tensor:
             PARTS=table.params.shape[1],
             SCALE=SCALES[table.scale_dtype],
             SIGNED=table.rounds is not None,
-            BASE=0 if table.rounds is not None else -128 if table.shifted else BASE[NAMES[dtype]],
             BLOCK=BLOCK,
             num_warps=WARPS,
         )

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kernels.ops import KVCache, PagedBatch
 from kernels.triton.caches import cache_arguments, load_scales
-from kernels.triton.dequant import nibbles
+from kernels.triton.dequant import BASE, nibbles, whole
 from kernels.triton.widen import widen
 
 LOG2_E = 1.4426950408889634
@@ -168,11 +168,14 @@ def finish(top, total, low, acc, CODE: tl.constexpr):  # type: ignore[no-untyped
 
 @triton.jit
 def numbers(words, DTYPE: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tuple of what ``words`` of the cache hold, by place in a word: one, two or four tensors of their shape in DTYPE."""
+    """A tuple of what ``words`` of the cache hold, by place in a word: one, two or four tensors of their shape in DTYPE.
+
+    In int4 a part of it: see dequant.whole.
+    """
     if CODE == "":
         return (words.to(DTYPE),)
     elif CODE == "int4":
-        base = -1024.0 if tl.float16 == DTYPE else -128.0  # so much do nibbles add
+        base = -BASE if tl.float16 == DTYPE else 0  # so much do nibbles add
         return nibbles(words, tl.full(words.shape, base, DTYPE), ASM > 0 and tl.float32 != DTYPE)
     else:
         return widen(words, DTYPE, CODE, ASM)
@@ -240,6 +243,8 @@ def fold(  # type: ignore[no-untyped-def]
         step, least = load_scales(k_scale_ptr + base + kv_head + rows, live, CODE)
         units, v_least = load_scales(v_scale_ptr + base + kv_head + rows, live, CODE)
         units = tl.where(units < LEAST_SCALE, LEAST_SCALE, units)  # NaN stays
+        if CODE == "int4":
+            step = whole(step, DTYPE, tl.int16)
         scores *= (step * scale)[None, :]
         if CODE == "int4":
             scores += (q_sum * scale)[:, None] * least[None, :]
@@ -255,7 +260,7 @@ def fold(  # type: ignore[no-untyped-def]
     else:
         new_top = tl.maximum(top, tl.max(scores + _log2(units)[None, :], 1))
         weights = tl.exp2(scores - new_top[:, None])
-        shares = weights * units[None, :]
+        shares = weights * (whole(units, DTYPE, tl.int16) if CODE == "int4" else units)[None, :]
     shrink = tl.exp2(top - new_top)
     total = total * shrink[:, None] + _columns(weights, total.shape[1])
     if CODE == "int4":

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configs import Launch
-from kernels.triton.dequant import byte_pairs, nibbles
+from kernels.triton.dequant import BASE, UNIT, byte_pairs, nibbles, whole
 from kernels.triton.half import shrink
 from kernels.triton.tiled import _dot, _params
 from kernels.triton.weights import SCALES, TILE, TritonWeight
@@ -109,7 +109,7 @@ def product(  # type: ignore[no-untyped-def]
     x, words, scaling, bias, residual, back, out,
     M, N, K, padded, tiles, x_stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
-    SHIFT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
     GATED: tl.constexpr, ADDEND: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] of x [M, K]; constants as in tiled.product. ADDEND: the type of the addends in scaling.
@@ -147,7 +147,7 @@ def product(  # type: ignore[no-untyped-def]
                     total = tl.zeros((BM, BN), SUM)
                 scale, addend = _params(scaling, group + j * SLICES // 4, column, padded, PARTS, SCALE, ADDEND)
                 if HALF and tl.bfloat16 == ADDEND:
-                    addend = (addend.to(tl.float32) - (1152.0 if SHIFT else 896.0)).to(tl.float16)  # the base is 1024, not 128
+                    addend = (addend.to(tl.float32) * UNIT - BASE).to(tl.float16)
                 addend = tl.broadcast_to(addend[None, :], (PLANE, BN))
                 if BITS == 4:
                     w0, w1, w2, w3 = nibbles(packed, addend, ASM)
@@ -159,7 +159,7 @@ def product(  # type: ignore[no-untyped-def]
                 if j % 2 == 0:
                     packed = tl.load(w_at + j // 2 * PLANE)
                 if j % 2 == 0 or SLICES == 4:
-                    w0, w1 = byte_pairs(packed, addend, ASM, SHIFT)
+                    w0, w1 = byte_pairs(packed, addend, ASM)
                 plane = w0 if j % 2 == 0 else w1
             else:
                 plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3
@@ -172,6 +172,7 @@ def product(  # type: ignore[no-untyped-def]
         w_at += 128 * LINE
     if WHOLE:
         acc *= scale[None, :]
+    acc = whole(acc, x.dtype.element_ty, words.dtype.element_ty)
     if HALF:
         acc *= tl.load(back + row, mask=row < M, other=0.0)[:, None]
     _finish(acc, row, column, bias, residual, out, M, N, column_tile * WIDTH, WIDTH, BIAS, RESIDUAL, GATED)

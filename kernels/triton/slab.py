@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import layout
-from kernels.triton.dequant import byte_pairs, nibbles
+from kernels.triton.dequant import byte_pairs, nibbles, whole
 from kernels.triton.tiled import _params
 from kernels.triton.weights import TILE, TritonWeight
 
@@ -92,7 +92,7 @@ def _finish(found: Tensor, weight: TritonWeight, residual: Tensor | None, out: T
 def _expand(  # type: ignore[no-untyped-def]
     words, scaling, slab, first, end, K, padded, tiles, stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr,
-    SHIFT: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
+    BN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """slab [.., stride]: row i is output ``first`` + i of the weight, (code - zero) * scale rounded once, as far as ``end``."""
     DTYPE: tl.constexpr = slab.dtype.element_ty
@@ -113,6 +113,7 @@ def _expand(  # type: ignore[no-untyped-def]
     for j in tl.static_range(4):
         if (j * SLICES) % 4 == 0:
             scale, addend = _params(scaling, group + j * SLICES // 4, column, padded, PARTS, SCALE, DTYPE)
+            scale = whole(scale, DTYPE, words.dtype.element_ty)
             addend = tl.broadcast_to(addend[:, None], (BN, PLANE))
             if BITS == 4:
                 w0, w1, w2, w3 = nibbles(packed, addend, ASM)
@@ -120,7 +121,7 @@ def _expand(  # type: ignore[no-untyped-def]
             if j % 2 == 0:
                 packed = tl.load(w_at + j // 2 * PLANE)
             if j % 2 == 0 or SLICES == 4:
-                w0, w1 = byte_pairs(packed, addend, ASM, SHIFT)
+                w0, w1 = byte_pairs(packed, addend, ASM)
             plane = w0 if j % 2 == 0 else w1
         else:
             plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton.dequant import byte_pairs, nibbles
+from kernels.triton.dequant import byte_pairs, nibbles, whole
 
 
 @triton.jit
@@ -46,12 +46,11 @@ def product(  # type: ignore[no-untyped-def]
     x, words, scaling, bias, residual, out,
     M, N, K, padded, tiles, x_stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
-    SHIFT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """padded: N in whole tiles. out: [M, N], or float32 [splits, M, N].
 
     SLICES: groups in a tile; WHOLE: one group has all inputs, so its scale comes last. EVEN: K is a multiple of 128.
-    SHIFT: as in dequant.byte_pairs.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     PLANE: tl.constexpr = 32  # inputs of a product
@@ -89,7 +88,7 @@ def product(  # type: ignore[no-untyped-def]
                 if j % 2 == 0:
                     packed = tl.load(w_at + j // 2 * PLANE, eviction_policy="evict_first")
                 if j % 2 == 0 or SLICES == 4:
-                    w0, w1 = byte_pairs(packed, addend, ASM, SHIFT)
+                    w0, w1 = byte_pairs(packed, addend, ASM)
                 plane = w0 if j % 2 == 0 else w1
             else:
                 plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3
@@ -99,6 +98,7 @@ def product(  # type: ignore[no-untyped-def]
         w_at += 128 * LINE
     if WHOLE:
         acc *= scale[None, :]
+    acc = whole(acc, DTYPE, words.dtype.element_ty)
     mask = inside & (column < N)[None, :]
     at = (part.to(tl.int64) * M + row)[:, None] * N + column[None, :]
     if BIAS:

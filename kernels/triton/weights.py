@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels.triton.dequant import BASE
+from kernels.triton.dequant import BASE, UNIT
 from kernels.triton.kv import capability
 from kernels.tune import AMPERE
 from quant.tensor import QuantTensor
@@ -57,7 +57,6 @@ class TritonWeight:
     K: int
     rounds: str | None = None  # activations are rounded to int8, with a scale for a "token" or for a "tile"'s inputs of one
     asymmetric: bool = False  # where activations are rounded: there are zero points
-    shifted: bool = False  # see is_shifted
     fp8_rows: bool = False  # activations of many rows may be rounded to FP8, as the weight is
 
     @property
@@ -74,7 +73,6 @@ class TritonWeight:
             "WHOLE": self.params.shape[0] == 1,
             "PARTS": self.params.shape[1],
             "SCALE": SCALES[self.scale_dtype],
-            "SHIFT": self.shifted,
         }
 
     @property
@@ -128,7 +126,6 @@ def pack(
         K=weight.K,
         rounds=rounds,
         asymmetric=weight.zeros is not None,
-        shifted=is_shifted(weight, dtype, rounds),
         fp8_rows=weight.activation == "fp8-token" and weight.kind == "fp8" and activation != "bf16" and slices == 1,
     )
 
@@ -168,14 +165,9 @@ def make_addends(weight: QuantTensor, dtype: torch.dtype, rounds: str | None) ->
     zeros = weight.explicit_zeros()
     if rounds is not None:
         return 2 ** (weight.bits - 1) - zeros.to(torch.int16)
-    if is_shifted(weight, dtype, rounds):
-        return (128 - zeros.float()).to(dtype).view(torch.int16)
-    return (-(zeros.float() + BASE[NAMES[dtype]])).to(dtype).view(torch.int16)
-
-
-def is_shifted(weight: QuantTensor, dtype: torch.dtype, rounds: str | None) -> bool:
-    """Whether addends are 128 less the zero point: -(128 + zero) would need 9 bits, of which a bfloat16 has 8."""
-    return weight.kind == "int" and weight.bits == 8 and weight.zeros is not None and dtype == torch.bfloat16 and rounds is None
+    if dtype == torch.bfloat16:
+        return (zeros.float() / -UNIT.value).to(dtype).view(torch.int16)
+    return (-(zeros.float() + BASE.value)).to(dtype).view(torch.int16)
 
 
 def fp8_params(weight: QuantTensor, dtype: torch.dtype, groups: int, down: int) -> Tensor:

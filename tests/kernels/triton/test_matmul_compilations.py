@@ -28,7 +28,6 @@ def compilation(
         "PARTS": 1,
         "SCALE": "tl.float16",
         "EVEN": True,
-        "SHIFT": False,
         "BIAS": not split,
         "RESIDUAL": not split,
         "BM": launch.block_m,
@@ -55,7 +54,7 @@ def compilation(
 
 
 def expansion(bits: int, dtype: str, launch: Launch, slices: int, targets: tuple[int, ...]) -> Compilation:
-    constants = {"BITS": bits, "SLICES": slices, "WHOLE": bits == 8, "PARTS": 1, "SCALE": "tl.float16", "SHIFT": False}
+    constants = {"BITS": bits, "SLICES": slices, "WHOLE": bits == 8, "PARTS": 1, "SCALE": "tl.float16"}
     constants |= {"BN": 128, "ASM": True}
     types = {"words": "*i16", "scaling": "*i32", "slab": f"*{dtype}"}
     types |= dict.fromkeys(("first", "end", "K", "padded", "tiles", "stride"), "i32")
