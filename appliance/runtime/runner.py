@@ -211,9 +211,13 @@ class Runner:
         """
         blocks = array("i", range(-(-len(ids) // self.block_size)))
         request = Request("", 0, list(ids), len(ids), SamplingParams(), len(ids) + 1, 0, 0.0, blocks=blocks)
+        before = last = self._mark()
         for start in range(0, len(ids), at_once):
             step = StepArrays.build([Chunk(request, start, min(at_once, len(ids) - start), False)], self.block_size)
-            hidden = self._hidden(step, None, self._send(step.arrays))
+            before()  # inputs go out from two places in turn: nobody else waits until those of the step before last have arrived
+            sent = self._send(step.arrays)
+            before, last = last, self._mark()
+            hidden = self._hidden(step, None, sent)
             for part in hidden.split(LOGIT_ROWS):
                 yield self._logits(part)
 

@@ -20,6 +20,9 @@ class Lane(Protocol):
     def pinned(self, size: int) -> Tensor:
         """``size`` bytes on the host; copies from and to them, said to be non-blocking, are."""
 
+    def send(self, host: Tensor, device: Tensor) -> None:
+        """Copy from pinned memory to the device. The host does not wait: until it is done, ``host`` must stay as it is."""
+
     def mark(self) -> Callable[[], None]:
         """What waits until all that the device has been told so far is done."""
 
@@ -29,6 +32,9 @@ class CudaLane:
 
     def pinned(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def send(self, host: Tensor, device: Tensor) -> None:
+        device.copy_(host, non_blocking=True)
 
     def mark(self) -> Callable[[], None]:
         event = torch.cuda.Event()
@@ -44,7 +50,7 @@ class Staging:
     """
 
     def __init__(self, size: int, lane: Lane, device: torch.device) -> None:
-        self._hosts = [lane.pinned(size) for _ in range(2)]
+        self._lane, self._hosts = lane, [lane.pinned(size) for _ in range(2)]
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
         self._turn = 0
 
@@ -60,7 +66,7 @@ class Staging:
             stop = start + array.nbytes
             memory[start:stop] = array.reshape(-1).view(np.uint8)
             sent.append(self._device[start:stop].view(TYPES[array.dtype]).view(array.shape))
-        self._device[: starts[-1]].copy_(host[: starts[-1]], non_blocking=True)
+        self._lane.send(host[: starts[-1]], self._device[: starts[-1]])
         return sent
 
 

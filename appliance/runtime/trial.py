@@ -106,7 +106,7 @@ def deviations(
     text = torch.randint(len(tokens), (count,), generator=torch.Generator().manual_seed(1))
     kv = replace(plan.kv, layers=1)
     small = replace(plan, kv=kv, num_blocks=kv.blocks(count), swap_blocks=0)
-    expected = _logits(Runner(oracle, small, device=torch.device("cpu")), text, count)
+    expected = _logits(Runner(oracle, small, device=torch.device("cpu")), text, min(count, plan.max_num_batched_tokens))
     first = replace(decoder, spec=replace(decoder.spec, layers=1), layers=decoder.layers[:1], kv_largest=decoder.kv_largest[:1])
     runner = Runner(first, small, device=decoder.ops.device, lane=lane)
     for at_once in STEPS:

@@ -19,7 +19,7 @@ from appliance.runtime.runner import Runner
 from appliance.runtime.staging import Staging
 from models.decoder import Decoder
 from tests.runtime.conftest import answers, finish, submit
-from tests.runtime.fake_lane import FakeLane
+from tests.runtime.fake_lane import FakeLane, SlowLane
 
 Load = Callable[..., Engine]
 
@@ -35,7 +35,7 @@ def ahead(engine: Engine, lane: FakeLane | None = None) -> Engine:
     config = EngineConfig(model=engine.info.directory, dtype="float32", reference_ops=True, **settings)  # type: ignore[arg-type]
     plan = make_plan(Path(engine.info.directory), config)
     assert plan.num_blocks == engine.scheduler.pool.num_blocks
-    engine.runner = Runner(engine.runner.decoder, plan, device=torch.device("cpu"), lane=lane or FakeLane())
+    engine.runner = Runner(engine.runner.decoder, plan, device=torch.device("cpu"), lane=lane or SlowLane())
     assert engine.runner.runs_ahead
     return engine
 
@@ -178,3 +178,13 @@ def test_inputs_fit_where_they_are_sent(load: Load) -> None:
         assert all(
             (a == b.numpy()).all() and b.data_ptr() % 64 == found[0].data_ptr() % 64 for a, b in zip(sent, found, strict=True)
         )
+
+
+def test_a_text_is_read_by_somebody_who_looks_at_its_end_only(load: Load) -> None:
+    """Many steps are sent before anybody waits for their logits: inputs must not be overwritten on their way."""
+    text = list(range(3, 131))
+    expected = [part.clone() for part in load().runner.every_logit(text, 16)]
+    engine = ahead(load())
+    for _ in range(2):
+        *_, last = engine.runner.every_logit(text, 16)
+        assert torch.equal(last, expected[-1])

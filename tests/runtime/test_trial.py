@@ -39,6 +39,12 @@ def test_right_kernels_pass(tiny: Path, options: dict[str, Any]) -> None:
     assert set(off) == set(trial.STEPS) and all(value < trial.ALLOWED / 2 for value in off.values())
 
 
+@pytest.mark.parametrize("most", [1, 16])
+def test_small_steps(tiny: Path, most: int) -> None:
+    off = found(*loaded(tiny, max_num_batched_tokens=most, max_num_seqs=1))
+    assert all(value < trial.ALLOWED / 2 for value in off.values())
+
+
 def neighbour(ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:
     return reference.embedding((ids - 1).clamp(min=0), table, dtype)
 
