@@ -55,10 +55,16 @@ def plan_of(directory: Path, engine: EngineConfig, asked: Asked) -> int:
     elsewhere = asked.gpu or asked.memory is not None  # then this machine's memory is not the card's host's
     host = None if elsewhere or weakest.kind == "cpu" else this_device("cpu")
     studies = [Study.read(directory, engine, one, host=host, ranks=len(devices), weakest=weakest) for one in distinct]
+    context = _context(asked.context)
     try:
-        answers = Answers.of(smallest(studies), devices, asked.sequences, _context(asked.context))
+        answers = Answers.of(smallest(studies), devices, asked.sequences, context)
     except PlanError as error:
-        return refused(error, engine, asked, studies[0].larger(), devices[0])
+        study = studies[0]
+        if context is not None:  # then by what makes that fit, where anything does
+            study = study.asking(asked.sequences or 1, context)
+            more = study.refusal()
+            error = more if more is not None and more.remedies else error
+        return refused(error, engine, asked, study.larger() or studies[0].larger(), devices[0])
     if asked.svg is not None:
         draw(asked.svg, answers)
     print(dumps(answers.to_dict(), indent=2) if asked.json else answers.text())

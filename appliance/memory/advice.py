@@ -1,8 +1,8 @@
 """What would make a model fit, each found by planning again with it: what is advised is known to work.
 
 Ranked by what it costs, the mildest first: memory that is free anyway; swap space; a cache in FP8 (docs/kv-cache.md has what that
-does to the answers); slower prompts; fewer requests at once; slower decoding; a head in int8; a shorter context; weights that are
-streamed from the host; another checkpoint.
+does to the answers); slower prompts; fewer requests at once; slower decoding; a head in int8; a cache in int4; a shorter context;
+weights that are streamed from the host; another checkpoint.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Option:
     cost: str  # in words
     change: Callable[[Any], dict[str, Any]]  # of Settings, by field; demand: another model
     flags: Callable[[Any], dict[str, Any]]  # the same as options of EngineConfig
+    field: str = ""  # of Settings, where it matters which
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,26 @@ def advise(
     device: DeviceInfo,
     variants: Variants | None = None,
     host: DeviceInfo | None = None,
+    sequences: int = 0,
 ) -> PlanError:
-    """The error, with the remedies that work; where no single change helps, one set of changes; else the plain truth."""
+    """The error, with the remedies that work; else the plain truth."""
+    if found := remedies(demand, settings, device, variants, host, sequences):
+        return PlanError(f"{error}. What would fit: {', or '.join(map(str, found))}", tuple(found))
+    return PlanError(f"{error}. No setting makes it fit on this device: it needs one with more memory, or a smaller model")
+
+
+def remedies(
+    demand: Demand,
+    settings: Settings,
+    device: DeviceInfo,
+    variants: Variants | None = None,
+    host: DeviceInfo | None = None,
+    sequences: int = 0,
+) -> list[Remedy]:
+    """What makes the model fit; where no single change does, one set of changes.
+
+    ``sequences``: so many of ``settings.max_len`` must fit at once, and neither number may change.
+    """
     variants = variants or Variants()
 
     def plan(changes: Mapping[str, object]) -> MemoryPlan | None:
@@ -64,23 +83,28 @@ def advise(
         chosen = changes.get("demand", demand)
         assert isinstance(chosen, Demand)
         try:
-            return fit(chosen, replace(settings, **changed), device, host)  # type: ignore[arg-type]
+            found = fit(chosen, replace(settings, **changed), device, host)  # type: ignore[arg-type]
         except InputError:  # a PlanError, or a cache that its heads do not fill
             return None
+        return found if not sequences or found.sequences(settings.max_len or 0) >= sequences else None
 
-    known = options(demand, settings, device, variants)
-    remedies = [remedy for option in known if (remedy := alone(plan, option)) is not None]
-    if not remedies:
-        together = combined(plan, options(demand, settings, device, variants, *MODEST)) or combined(plan, known)
-        remedies = [] if together is None else [together]
+    def known(*least: int) -> list[Option]:
+        found = options(demand, settings, device, variants, *least)
+        return [option for option in found if not (sequences and option.field in ("max_seqs", "max_len"))]
+
+    good = [remedy for option in known() if (remedy := alone(plan, option)) is not None]
+    if not good:
+        together = combined(plan, known(*MODEST)) or combined(plan, known())
+        good = [] if together is None else [together]
     for words, smaller in (variants.quantized or {}).items():
-        if (found := plan({"demand": smaller})) is not None:
-            effect = f"weights of {size_text(found.weight_bytes)}, at some cost in quality; {room(found)}"
-            other = Remedy(options={}, effect=effect, tokens=found.tokens, max_model_len=found.max_model_len, instead=words)
-            remedies.append(other)
-    if remedies:
-        return PlanError(f"{error}. What would fit: {', or '.join(map(str, remedies))}", tuple(remedies))
-    return PlanError(f"{error}. No setting makes it fit on this device: it needs one with more memory, or a smaller model")
+        for option in (None, *(option for option in known() if sequences and option.field == "kv_dtype")):
+            changes, flags = (option.change(option.values[0]), option.flags(option.values[0])) if option else ({}, {})
+            if (found := plan({"demand": smaller, **changes})) is not None:
+                effect = f"weights of {size_text(found.weight_bytes)}, at some cost in quality; {room(found)}"
+                tokens, length = found.tokens, found.max_model_len
+                good.append(Remedy(options=flags, effect=effect, tokens=tokens, max_model_len=length, instead=words))
+                break
+    return good
 
 
 def alone(plan: Plan, option: Option) -> Remedy | None:
@@ -130,8 +154,7 @@ def options(
         cost = "more of what is preempted is computed again"
         found.append(Option(quarters, cost, lambda n: {"swap_bytes": n * QUARTER}, lambda n: {"swap_space": n * QUARTER / GIB}))
     if settings.kv_dtype is None:
-        cost = "keys and values in 8 bits"
-        found.append(Option(["fp8"], cost, lambda name: {"kv_dtype": cache_dtype(name)}, lambda name: {"kv_cache_dtype": name}))
+        found.append(_cache("fp8", "keys and values in 8 bits"))
     steps = range(settings.max_tokens - 1, tokens - 1, -1)
     found.append(_option("max_num_batched_tokens", "max_tokens", steps, "prompts are computed in smaller pieces"))
     if settings.max_seqs is not None and device.kind == "cuda":
@@ -143,12 +166,18 @@ def options(
         names = [{"lm_head_dtype": "head", "embedding_dtype": "embedding"}[name] for name in variants.tables[-1][1]]
         cost = f"the {' or '.join(names)} in 8 bits"
         found.append(Option(variants.tables, cost, lambda table: {"demand": table[0]}, lambda table: table[1]))
+    if settings.kv_dtype != "int4":
+        found.append(_cache("int4", "keys and values in 4 bits"))
     return [*found, _context(demand, settings), *_streaming(demand, settings, device)]
 
 
 def _option(name: str, field: str, values: Sequence[Any], cost: str) -> Option:
     """One whose value is the same in EngineConfig and in Settings."""
-    return Option(values, cost, lambda value: {field: value}, lambda value: {name: value})
+    return Option(values, cost, lambda value: {field: value}, lambda value: {name: value}, field)
+
+
+def _cache(name: str, cost: str) -> Option:
+    return Option([name], cost, lambda name: {"kv_dtype": cache_dtype(name)}, lambda name: {"kv_cache_dtype": name}, "kv_dtype")
 
 
 def _memory(demand: Demand, settings: Settings) -> Option:
@@ -175,6 +204,7 @@ def _context(demand: Demand, settings: Settings) -> Option:
         cost,
         lambda length: {"max_len": length, "kv_bytes": cache(length)},
         lambda length: {"max_model_len": length, "kv_cache_memory_bytes": cache(length)},
+        "max_len",
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from appliance.memory.devices import DeviceInfo
-from appliance.memory.plan import MemoryPlan
+from appliance.memory.cards import Card
+from appliance.memory.devices import MIB, DeviceInfo
+from appliance.memory.plan import MemoryPlan, Remedy
 from appliance.memory.speed import Speed
 from appliance.memory.study import CacheRow, Study
 from appliance.memory.text import columns, size_text
@@ -23,6 +24,8 @@ class Answers:
     context: int | None
     longest: MemoryPlan | None  # for so many sequences
     long: MemoryPlan | None  # for sequences of that context
+    remedies: list[Remedy]  # that make what was asked for fit; none where it does
+    larger: list[Card]  # and cards on which it does
     caches: list[CacheRow]
     decode: list[Speed]
     prefill: Speed | None
@@ -32,15 +35,22 @@ class Answers:
         """Raises PlanError where the plan itself does not fit, and InputError for questions that have no answer."""
         if sequences is not None and sequences < 1:
             raise InputError(f"--sequences is {sequences}: at least 1 is needed")
+        long = None if context is None else study.at_length(context)
+        longest = None if sequences is None else study.longest(sequences)
+        asking = None
+        if context is not None and (long is None if sequences is None else longest is None or longest.max_model_len < context):
+            asking = study.asking(sequences or 1, context)
         return cls(
+            remedies=asking.remedies() if asking else [],
+            larger=asking.larger() if asking else [],
             devices=tuple(devices),
             study=study,
             sequences=sequences,
             context=context,
             decode=study.decode_speeds(context),
             prefill=study.prefill_speed(context),
-            long=None if context is None else study.at_length(context),
-            longest=None if sequences is None else study.longest(sequences),
+            long=long,
+            longest=longest,
             caches=study.caches(),
         )
 
@@ -72,9 +82,13 @@ class Answers:
         parallel = None
         if len(self.devices) > 1:
             parallel = {"cards": [device.name for device in self.devices], "planned_for": "one card", "served": False}
+        cards = {} if self.fits else {"cards_that_fit": [card.name for card in self.larger]}
+        remedies = {} if self.fits else {"remedies": [one.to_dict() for one in self.remedies]}
         return {
             **self.study.plan.to_dict(),
             "fits": self.fits,
+            **remedies,
+            **cards,
             "asked": asked,
             "cache_dtypes": [row.to_dict(self.length) for row in self.caches],
             "predicted_speed": speed,
@@ -103,7 +117,15 @@ class Answers:
         if self.sequences is not None and self.context is not None:
             verb = "fit" if self.fits else "do not fit"
             lines.append(f"{self.sequences:,} sequences of {self.context:,} tokens {verb} at once")
+        if not self.fits and self.context is not None:
+            lines += self._remedies(f"--max-num-seqs {self.sequences or 1} --max-model-len {self.context}")
         return ["", *lines] if lines else []
+
+    def _remedies(self, flags: str) -> list[str]:
+        head = f"What would make that fit ({flags}, and one of these)" if self.remedies else "No setting makes that fit"
+        lines = [head, *(f"  {one}: {one.effect}" for one in self.remedies)]
+        names = ", ".join(f"{card.name} ({size_text(card.memory * MIB)})" for card in self.larger)
+        return [*lines, f"  another card: the smallest that would do are {names}"] if names else lines
 
     def _caches(self) -> list[str]:
         rows = []

@@ -27,7 +27,7 @@ SHORTEST_AUTO = 256
 class Remedy:
     """A change with which the model would fit: that was tried, by planning again with it."""
 
-    options: Mapping[str, object]  # of EngineConfig; none where another checkpoint is the remedy
+    options: Mapping[str, object]  # of EngineConfig; none where another checkpoint is enough
     effect: str  # what it gives and what it costs, in words
     tokens: int  # that the KV cache then holds
     max_model_len: int
@@ -39,7 +39,7 @@ class Remedy:
         return " ".join(flag_text(name, value) for name, value in self.options.items())
 
     def __str__(self) -> str:
-        return self.flags or self.instead
+        return f"{self.instead} with {self.flags}" if self.instead and self.options else self.flags or self.instead
 
     def to_dict(self) -> dict[str, object]:
         return {

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 
 from appliance.config import EngineConfig
-from appliance.memory.advice import Variants, advise
+from appliance.memory.advice import Variants, advise, remedies
 from appliance.memory.cards import CARDS, Card, known_card
 from appliance.memory.demand import Demand
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.fit import fit, last
 from appliance.memory.modules import Machinery
-from appliance.memory.plan import MemoryPlan, PlanError
+from appliance.memory.plan import MemoryPlan, PlanError, Remedy
 from appliance.memory.planner import read_settings, variants
 from appliance.memory.roofline import Work
 from appliance.memory.settings import Settings
@@ -61,6 +62,7 @@ class Study:
     demand: Demand  # of one rank, as all below
     work: Work
     whole: tuple[ModelSpec, QuantScheme, Machinery]  # the model before it is divided
+    asked: int = 0  # sequences of the longest context that must fit at once
 
     @classmethod
     def read(
@@ -88,8 +90,32 @@ class Study:
         try:
             return fit(self.demand, self.settings, self.device, self.host)
         except PlanError as error:
-            other = variants(self.demand, *self.whole) if self.ranks == 1 else Variants()
-            raise advise(error, self.demand, self.settings, self.device, other, self.host) from None
+            raise advise(error, self.demand, self.settings, self.device, self._variants, self.host, self.asked) from None
+
+    @property
+    def _variants(self) -> Variants:
+        return variants(self.demand, *self.whole) if self.ranks == 1 else Variants()
+
+    def asking(self, sequences: int, context: int) -> Study:
+        """The same with settings for so many sequences of that context, all of which must fit at once."""
+        return replace(self, asked=sequences, settings=replace(self.settings, max_len=context, max_seqs=sequences))
+
+    def refusal(self) -> PlanError | None:
+        """Why it does not fit, with what would make it enough."""
+        try:
+            _ = self.plan
+        except PlanError as error:
+            return error
+        return None
+
+    def enough(self) -> bool:
+        """Whether the model fits, with all sequences that were asked for."""
+        plan = self.other()
+        return plan is not None and plan.sequences(plan.max_model_len) >= self.asked
+
+    def remedies(self) -> list[Remedy]:
+        """What makes it enough."""
+        return remedies(self.demand, self.settings, self.device, self._variants, self.host, self.asked)
 
     def other(self, **changes: object) -> MemoryPlan | None:
         """The plan with other Settings; None where it does not fit."""
@@ -115,12 +141,19 @@ class Study:
         return self.plan if length <= self.plan.max_model_len else self.other(max_len=length)
 
     def larger(self, most: int = 3) -> list[Card]:
-        """The smallest cards of the table on which the model fits, of different sizes; none where the plan is for a CPU."""
+        """The smallest cards of the table that are enough, of different sizes; none where the plan is for a CPU.
+
+        Of those of about one size one that most people have: a GeForce before an RTX of a workstation before others.
+        """
         found: list[Card] = []
-        for card in sorted(CARDS, key=lambda card: card.memory):
-            apart = not found or card.memory > 1.1 * found[-1].memory
-            if self.device.kind == "cuda" and len(found) < most and apart and card.memory * MIB > self.device.total:
-                found += [card] if replace(self, device=card.device()).other() is not None else []
+        cards = sorted(
+            (c for c in CARDS if self.device.kind == "cuda" and c.memory * MIB > self.device.total), key=attrgetter("memory")
+        )
+        while cards and len(found) < most:
+            size = cards[0].memory
+            good = [card for card in cards if card.memory <= 1.1 * size and replace(self, device=card.device()).enough()]
+            found += sorted(good, key=_rare)[:1]
+            cards = [card for card in cards if card.memory > (1.1 * size if good else size)]
         return found
 
     def caches(self) -> list[CacheRow]:
@@ -149,6 +182,10 @@ class Study:
         """Of one prompt; None where nothing is predicted."""
         card = known_card(self.device)
         return None if self.unpredictable or card is None else prefill_speed(self.plan, self.work, card, context)
+
+
+def _rare(card: Card) -> tuple[bool, ...]:
+    return "Laptop" in card.name, not card.name.startswith("GeForce"), not card.name.startswith("RTX")
 
 
 def smallest(studies: Sequence[Study]) -> Study:

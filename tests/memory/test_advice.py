@@ -12,12 +12,14 @@ import pytest
 
 from appliance.config import EngineConfig
 from appliance.memory.advice import QUARTER, advise
+from appliance.memory.cards import find_card
 from appliance.memory.demand import Demand
 from appliance.memory.devices import DeviceInfo
 from appliance.memory.fit import fit
 from appliance.memory.loading import Loading, Transient
 from appliance.memory.plan import PlanError, Remedy
 from appliance.memory.planner import command_line, make_plan
+from appliance.memory.study import Study
 from tests.memory.published import write_published
 from tests.memory.test_plan import DEFAULTS, GIB, LLAMA_8B, cpu
 
@@ -157,3 +159,15 @@ def test_a_model_that_cannot_be_loaded_in_the_budget() -> None:
         fit(large, tight, cpu(16))
     found = advise(error.value, large, tight, cpu(16))
     assert flags(found) == ["--gpu-memory-utilization 0.59"]
+
+
+def test_a_refusal_is_about_what_was_asked_for(dense: Path) -> None:
+    """An 8B model in 16 bits on 12 GB: what makes it fit at all is not enough for four of 32000 tokens."""
+    found = Study.read(dense, EngineConfig(model=str(dense)), find_card("RTX 3060 12GB").device())
+    plain, asked = found.refusal(), found.asking(4, 32000).refusal()
+    assert plain is not None and asked is not None and found.asking(1, 64).refusal() is not None
+    assert any(one.tokens < 4 * 32000 for one in plain.remedies)
+    assert asked.remedies and all(one.tokens >= 4 * 32000 and one.max_model_len == 32000 for one in asked.remedies)
+    four_bits = asked.remedies[-1]
+    assert four_bits.instead and four_bits.options == {"kv_cache_dtype": "int4"}
+    assert str(four_bits) == f"{four_bits.instead} with --kv-cache-dtype int4"

@@ -210,3 +210,27 @@ def test_text_is_not_too_wide(model: Path) -> None:
     for device in (CARD, CPU):
         lines = Answers.of(study(model, device), [device], 4, 1024).text().splitlines()[1:]
         assert max(map(len, lines)) <= 100
+
+
+def test_what_was_asked_for_and_does_not_fit_comes_with_what_would_make_it_fit(model: Path) -> None:
+    """40 of 8192 tokens: 40 GiB of cache. Every remedy holds when it is planned with, and keeps both numbers."""
+    found = Answers.of(study(model), [CARD], 40, 8192)
+    assert not found.fits and found.remedies
+    flags = [one.options for one in found.remedies]
+    assert {"kv_cache_dtype": "int4"} in flags and not any({"max_num_seqs", "max_model_len"} & {*one} for one in flags)
+    for one in found.remedies:
+        plan = engines(model, CARD, max_num_seqs=40, max_model_len=8192, **one.options)
+        assert plan.max_num_seqs == 40 and plan.sequences(8192) >= 40 and plan.tokens == one.tokens
+    text = found.text()
+    assert "What would make that fit (--max-num-seqs 40 --max-model-len 8192, and one of these)\n  " in text
+    assert "  --kv-cache-dtype int4: keys and values in 4 bits; room for" in text
+    assert found.to_dict()["remedies"] == [one.to_dict() for one in found.remedies]
+    for card in found.larger:
+        assert Answers.of(study(model, card.device()), [card.device()], 40, 8192).fits
+    assert not Answers.of(study(model), [CARD], 2, 1024).to_dict().keys() & {"remedies", "cards_that_fit"}
+
+
+def test_where_nothing_makes_it_fit_that_is_said(model: Path) -> None:
+    found = Answers.of(study(model), [CARD], 10**6, 8192)
+    assert not found.fits and not found.remedies and not found.larger
+    assert "1,000,000 sequences of 8,192 tokens do not fit at once\nNo setting makes that fit\n" in found.text()
