@@ -38,6 +38,7 @@ SLOWDOWNS = (3.0, 10.0)  # the most load may make a request take so many times w
 HALVINGS = 4  # of the range in which the most load is sought
 LOADS = (0.3, 0.5, 0.7, 0.85, 1.0)  # requests a second, as shares of ours when all are there at once
 SHOWN_LOAD = 0.7
+TIERS, TIER_REQUESTS = (16, 64), 4000  # GiB of host memory, and how many requests of the trace
 GIB = 2**30
 
 
@@ -139,6 +140,21 @@ def hits(every: list[Setup]) -> dict[str, Any]:
     return {"trace": setup.name, "ideal": ideal_hits(setup.jobs) / prompts, "rows": rows}
 
 
+def tiers(every: list[Setup]) -> dict[str, Any]:
+    """Host memory that takes every block that the pool evicts, against ours, which takes what it expects back."""
+    setup, rows = next(s for s in every if s.jobs[0].shared), []
+    jobs = at_once(setup.jobs[:TIER_REQUESTS])
+    for size in TIERS:
+        for name in ("everything", "ours"):
+            scheduler = setup.paged(host=size * GIB)
+            if name == "everything":
+                scheduler.store.ghosts.leaves = lambda key: True
+            run = setup.run(jobs, scheduler)
+            rows.append({"host_bytes": size * GIB, "takes": name, **run.summary()})
+            say(setup.name, f"{size} GiB of host memory, {name}:", f"hits {100 * run.hit_rate:.2f} %")
+    return {"trace": setup.name, "requests": len(jobs), "rows": rows}
+
+
 def preemption(every: list[Setup]) -> dict[str, Any]:
     """A pool that is too small: computing anew against swapping to 8 GiB of host memory."""
     setup, rows = every[0], []
@@ -198,7 +214,9 @@ def host_us(setup: Setup, size: int, count: int, busy: bool, steps: int = 1000) 
     return {"p50": float(np.percentile(taken, 50)) / 1e3, "p99": float(np.percentile(taken, 99)) / 1e3, "most": max(taken) / 1e3}
 
 
-PARTS = {"throughput": throughput, "load": load, "waste": waste, "hits": hits, "preemption": preemption, "host": host}
+PARTS = {
+    "throughput": throughput, "load": load, "waste": waste, "hits": hits, "tiers": tiers, "preemption": preemption, "host": host,
+}  # fmt: skip
 
 
 def facts(every: list[Setup]) -> dict[str, Any]:

@@ -221,6 +221,21 @@ def hits(found: Found, facts: Found) -> tuple[str, dict[str, str]]:
     return words, {"hits": drawn}
 
 
+def tiers(found: Found, facts: Found) -> tuple[str, dict[str, str]]:
+    rows = [
+        [f"{r['host_bytes'] / GIB:.0f}", r["takes"], percent(r["hit_rate"], 2), str(r["crossed_tokens"]), number(r["tok_s"], 4),
+         f"{r['host_us_p50']:.0f} / {r['host_us_p99']:.0f}"]
+        for r in found["rows"]
+    ]  # fmt: skip
+    head = ["host memory, GiB", "it takes", "found", "tokens over the bus", "tok/s", "scheduler, us"]
+    words = (
+        f"The first {found['requests']} requests of {found['trace']}, all there at once. Once host memory is full, ours takes a "
+        "block only if it left the pool before, lately, or while keeping everything would find more (scheduling.md).\n\n"
+        f"{table(head, rows)}"
+    )
+    return words, {}
+
+
 def preemption(found: Found, facts: Found) -> tuple[str, dict[str, str]]:
     rows = [
         [str(r["tokens"]), r["how"], number(r["tok_s"], 4), str(r["preemptions"]), str(r["again"]), str(r["crossed_tokens"]),
@@ -230,8 +245,8 @@ def preemption(found: Found, facts: Found) -> tuple[str, dict[str, str]]:
     head = ["tokens in the pool", "who gives way", "tok/s", "preempted", "tokens computed again", "over the bus", "refused"]
     words = (
         f"{found['trace']}, {found['requests']} requests, all there at once; swapping has 8 GiB of host memory. With the prefix "
-        "cache on, host memory also takes every block that the pool evicts, which here nobody asks for again: compare what "
-        f"crosses the bus without it.\n\n{table(head, rows)}"
+        "cache on, host memory also takes blocks that the pool evicts while it has room, which here nobody asks for again: "
+        f"compare what crosses the bus without it.\n\n{table(head, rows)}"
     )
     return words, {}
 
@@ -250,11 +265,11 @@ def host(found: Found, facts: Found) -> tuple[str, dict[str, str]]:
 
 
 SECTIONS: Mapping[str, Callable[[Found, Found], tuple[str, dict[str, str]]]] = {
-    "throughput": throughput, "load": load, "waste": waste, "hits": hits, "preemption": preemption, "host": host,
+    "throughput": throughput, "load": load, "waste": waste, "hits": hits, "tiers": tiers, "preemption": preemption, "host": host,
 }  # fmt: skip
 TITLES = {
     "throughput": "Throughput", "load": "Latency", "waste": "Waste", "hits": "Prefix cache",
-    "preemption": "A pool that is too small", "host": "The scheduler's own time",
+    "tiers": "What host memory takes", "preemption": "A pool that is too small", "host": "The scheduler's own time",
 }  # fmt: skip
 
 TEXT = """# Traces of real services on a simulated RTX 4090
