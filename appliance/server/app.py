@@ -54,7 +54,8 @@ def create_app(
 
 def app_of(site: Site, state: ServerState) -> FastAPI:
     """The application over the models of a site; ``state`` is that of the first one."""
-    app = FastAPI(title="appliance", openapi_url=None, docs_url=None, redoc_url=None)
+    # Habits takes slashes away: to send a client after one is to send it in circles.
+    app = FastAPI(title="appliance", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server, app.state.site, server_config = state, site, state.server_config
     app.include_router(catalog.router)
     app.include_router(info.router)

@@ -19,6 +19,7 @@ HARMLESS = frozenset(
         "prompt_cache_retention",
         "prompt_cache_options",
         "parallel_tool_calls",
+        "prediction",  # of the answer: it is to make the same one faster
         "stream_interval",
         "include_reasoning",
         "cache_prompt",
@@ -45,7 +46,6 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "logits_processors": (_OFF, "logits processors are not supported: use logit_bias, bad_words or allowed_token_ids"),
     "audio": (_OFF, "audio is not supported: only text is"),
     "modalities": ((*_OFF, ["text"]), "only the modality 'text' is supported"),
-    "prediction": (_OFF, "predicted outputs are not supported: leave it out"),
     "web_search_options": (_OFF, "web search is not supported: leave it out"),
     "moderation": (_OFF, "moderation is not supported: leave it out"),
     "verbosity": ((*_OFF, "medium"), "verbosity is not supported: ask for it in the prompt"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,6 +49,8 @@ UNSERVED = {
     "/generate": "use /v1/completions",
 }
 
+WHOLE = re.compile(r"https?://[^/]*", re.IGNORECASE)
+
 
 class Habits:
     """Ahead of keys and routes, which see one spelling of each path. HEAD is answered as GET; uvicorn leaves the body out."""
@@ -58,7 +61,10 @@ class Habits:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            scope = {**scope, "method": method, "path": usual(scope["path"])}
+            path = scope["path"]
+            if not path.startswith("/"):  # a whole address, as some proxies ask: its host is in a header, too
+                path = WHOLE.sub("", path)
+            scope = {**scope, "method": method, "path": usual(path)}
         await self.app(scope, receive, send)
 
 

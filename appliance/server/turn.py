@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+from appliance.core.params import RequestError
 from appliance.server.job import Job, clamp_max_tokens
 from appliance.server.prompts import chat_prompt
 from appliance.server.sampling import chat_params
@@ -34,7 +35,13 @@ async def begin(state: ServerState, request_id: str, body: ChatRequest, prefix: 
     params = await state.parsers.held(params, choice, body, prompt)
     if clamp:
         params = clamp_max_tokens(params, prompt, state.info.max_model_len)
-    job = Job(state, request_id, prefix, [prompt], params, body, shown=state.parsers.shown(choice))
+    try:
+        job = Job(state, request_id, prefix, [prompt], params, body, shown=state.parsers.shown(choice))
+    except RequestError as error:
+        name = "max_completion_tokens"  # which says the same, and counts
+        if error.param != "max_tokens" or body.max_completion_tokens is None:
+            raise
+        raise RequestError(str(error).replace("max_tokens", name), param=name, code=error.code) from None
     return Turn(state, job, [state.parsers.new(choice, body, prompt) for _ in job.outputs])
 
 

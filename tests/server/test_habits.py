@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 from typing import Any
 
 import httpx
@@ -97,6 +98,25 @@ def test_wrong_methods_are_told_the_right_ones(served: Served, path: str, allowe
             response = http.request(method, path)
             assert response.status_code == 405 and response.headers["allow"] == allowed
             assert response.json()["error"]["code"] == "method_not_allowed"
+
+
+def test_whole_addresses(served: Served) -> None:
+    """A proxy may ask for one, and each server has to understand it."""
+    address = httpx.URL(served.url)
+    for path, status in (("/v1/models", 200), ("", 200), ("/nothing", 404)):
+        with socket.create_connection((address.host, address.port or 80), timeout=10) as sock:
+            head = f"GET {served.url}{path} HTTP/1.1\r\nHost: {address.host}\r\nConnection: close\r\n\r\n"
+            sock.sendall(head.encode())
+            answer = sock.makefile("rb").read()
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode()), (path, answer[:200])
+
+
+@pytest.mark.parametrize("path", ["/v1/requests/", "/v1/requests", "/nothing/"])
+def test_nobody_is_sent_in_circles(served: Served, path: str) -> None:
+    with served.http as http:
+        for method in ("DELETE", "GET", "POST"):
+            answer = http.request(method, path, follow_redirects=False)
+            assert answer.status_code in (404, 405) and answer.json()["error"]["code"] in ("not_found", "method_not_allowed")
 
 
 @pytest.mark.parametrize("coding", ["gzip", "br", "deflate", "zstd", "GZIP"])
