@@ -95,6 +95,7 @@ def test_what_does_not_fit() -> None:
     copy.copy_blocks(copy.CacheTable.of([]), ids, ids)
 
 
+@pytest.mark.compiles
 def test_compilations() -> None:
     types = {"from_places": "*i64", "to_places": "*i64", "sources": "*i64", "targets": "*i64"}
     wanted = [

@@ -32,6 +32,7 @@ def test_odd_columns() -> None:
         elementwise.silu_mul(draw(1, 7, dtype=torch.float32))
 
 
+@pytest.mark.compiles
 def test_compilations() -> None:
     wanted = []
     for dtype, targets in (("fp16", TARGETS), ("bf16", TARGETS[1:]), ("fp32", (80, 90))):

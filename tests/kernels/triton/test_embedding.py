@@ -130,6 +130,7 @@ def compilation(dtype: str, bits: int, targets: tuple[int, ...], *, signed: bool
     )
 
 
+@pytest.mark.compiles
 def test_compilations() -> None:
     wanted = [compilation("fp16", bits, TARGETS) for bits in (4, 8, 16)]
     wanted += [compilation("fp16", bits, (75, 90), signed=True) for bits in (4, 8)]

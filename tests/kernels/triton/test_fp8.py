@@ -81,6 +81,7 @@ def many_rows(launch: Launch, whole: bool, gated: bool) -> Compilation:
     return Compilation("kernels.triton.fp8:product", types, constants, launch.warps, launch.stages, odd=odd, targets=targets)
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("whole", [True, False])
@@ -101,6 +102,7 @@ def fp8(dtype: str, launch: Launch, *, whole: bool = False, targets: tuple[int, 
     )
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_launch_fits_every_card() -> None:
@@ -112,6 +114,7 @@ def test_every_launch_fits_every_card() -> None:
         assert report.fits and report.stack <= STACK, report
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_instructions_for_a_weight() -> None:

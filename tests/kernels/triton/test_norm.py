@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import reference
-from tests.kernels.triton.aot import Compilation, compile_all
+from tests.kernels.triton.aot import OLDER, Compilation, compile_all
 from tests.kernels.triton.conftest import DEVICE
 from tests.kernels.triton.tensors import DTYPES, EXACT, close, draw, poison  # noqa: F401
 
@@ -150,6 +150,7 @@ def compilation(
     return Compilation("kernels.triton.norm:_rms_norm", types, constants, num_warps=warps, odd=("rows",), targets=targets)
 
 
+@pytest.mark.compiles
 def test_compilations() -> None:
     wanted = [compilation(size, "fp16", add=False) for size in (128, 4096, 16384)]
     wanted += [compilation(4096, "fp16", add=True, splits=8, bias=True), compilation(4096, "fp32", add=True)]
@@ -159,4 +160,4 @@ def test_compilations() -> None:
     few += [compilation(8192, "fp16", add=True, quantize=True)]
     wanted += [replace(one, targets=(75, 89, 90)) for one in few]
     for report in compile_all(wanted, loops=False):
-        assert report.fits and report.stack == 0, report
+        assert report.fits and report.stack <= (8 if OLDER and report.target == 89 else 0), report

@@ -202,6 +202,7 @@ def compilation(
     return Compilation("kernels.triton.rope:_rope_store", types, constants, num_warps=warps, targets=targets)
 
 
+@pytest.mark.compiles
 def test_compilations() -> None:
     wanted = [compilation("fp16", "fp16", size=128, rotary=128, normed=True)]
     wanted.append(compilation("fp16", "fp16", size=128, rotary=128, normed=True, splits=8, bias=True))

@@ -127,6 +127,7 @@ def test_cuts_that_nobody_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
         sampling.sample(torch.zeros(1, select.MAX_COLUMNS + 1, device=DEVICE), temperature, None, None, None, uniform)
 
 
+@pytest.mark.compiles
 def test_compilations() -> None:
     names = "logits best temperature kth min_p thresholds masses ties columns row_stride chunks"
     wanted = [compilation("sampling:_chunk_masses", names, {"CHUNK": select.CHUNK}, warps=select.WARPS)]

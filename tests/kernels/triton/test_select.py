@@ -78,6 +78,7 @@ def compilation(kernel: str, names: str, constants: dict[str, Any], *, warps: in
     return Compilation(f"kernels.triton.{kernel}", types, constants, num_warps=warps, odd=INTEGERS)
 
 
+@pytest.mark.compiles
 def test_compilations() -> None:
     wanted = [
         compilation(
