@@ -242,3 +242,31 @@ def test_one_that_takes_all_but_the_watermark_does_not_wait_for_those_who_are_go
     runner.step()
     scheduler.add(make_request("b", range(36), 2))
     assert names(scheduler, runner) == ["a", "a", "b", "b"]
+
+
+def test_what_the_head_finds_may_be_held_by_those_who_give_way() -> None:
+    """10 blocks, 4 of each of two; the head takes 7. Of these the younger one holds 3, which take room of their own once it went."""
+    scheduler, runner = make_scheduler(blocks=10, caching=True, priorities=True, watermark=0.0)
+    older, younger = make_request("older", range(50, 65), 8, priority=1), make_request("younger", range(15), 8, priority=1)
+    for request in (older, younger):
+        scheduler.add(request)
+        runner.step()
+    assert scheduler.pool.free == 2
+    scheduler.add(make_request("head", [*range(12), *range(70, 83)], 2))
+    plan, _ = runner.step()
+    assert plan.preempted == (younger, older) and ("head", 12, 13, True) in shape(plan)
+
+
+def test_many_who_give_way_for_a_long_head_look_it_up_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, runner = make_scheduler(blocks=800, budget=64, seqs=64, caching=True, priorities=True, watermark=0.0)
+    for i in range(60):
+        scheduler.add(make_request(str(i), [100 + i] * 5, 40, priority=1))
+    for _ in range(30):
+        runner.step()
+    assert len(scheduler.running) == 60
+    looked, places = [], scheduler.store.places
+    monkeypatch.setattr(scheduler.store, "places", lambda request: looked.append(request.request_id) or places(request))  # type: ignore[func-returns-value]
+    scheduler.add(make_request("head", range(1000, 4100), 2))
+    plan, _ = runner.step()
+    assert len(plan.preempted) > 40 and plan.chunks[-1].request.request_id == "head"
+    assert len(looked) < 10
