@@ -245,7 +245,7 @@ def test_one_that_takes_all_but_the_watermark_does_not_wait_for_those_who_are_go
 
 
 def test_what_the_head_finds_may_be_held_by_those_who_give_way() -> None:
-    """10 blocks, 4 of each of two; the head takes 7. Of these the younger one holds 3, which take room of their own once it went."""
+    """10 blocks, 4 of each of two; the head takes 7. Of these the younger one holds 3, which take room once it went."""
     scheduler, runner = make_scheduler(blocks=10, caching=True, priorities=True, watermark=0.0)
     older, younger = make_request("older", range(50, 65), 8, priority=1), make_request("younger", range(15), 8, priority=1)
     for request in (older, younger):
