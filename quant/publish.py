@@ -161,7 +161,7 @@ def _awq_section(grid: Grid, others: Mapping[str, Grid | None]) -> dict[str, Any
             why = "no quantized head" if name == HEAD else "one width for all"
             raise InputError(f"{name} has {other.bits} bits: the format awq has {why}; take --format compressed-tensors")
     kept = [name for name in others if name != EMBEDDING]
-    dynamic = {f"-:{pattern}": {} for pattern in _patterns(name for name in kept if name != HEAD)}
+    dynamic: dict[str, dict[str, int]] = {f"-:{pattern}": {} for pattern in _patterns(name for name in kept if name != HEAD)}
     return {
         "quant_method": "awq",
         "version": "gemm",
