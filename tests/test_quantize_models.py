@@ -44,8 +44,9 @@ def test_a_plain_layer_is_what_transformers_computes(model: Path) -> None:
 
 @pytest.fixture(scope="module")
 def made(model: Path) -> Path:
-    """By AWQ, which changes norms, values, up projections and their biases."""
-    return quantized(model, model.with_name(f"{model.name}-made"), ids(samples=12), method="awq", format="compressed-tensors")
+    """By AWQ, which changes norms, values, up projections and their biases; with zero points."""
+    given = {"method": "awq", "format": "compressed-tensors", "sym": False}
+    return quantized(model, model.with_name(f"{model.name}-made"), ids(samples=12), **given)
 
 
 def test_quantizing_leaves_the_function_as_it_was(model: Path, made: Path, tmp_path: Path) -> None:
@@ -84,6 +85,19 @@ def test_transformers_reads_the_same_weights(made: Path) -> None:
             assert torch.allclose(weights[f"{module.name}.weight"].float(), dense, rtol=2**-7, atol=0), module.name
         off = (logits(made, ids()) - theirs(ids()).logits.log_softmax(-1)).abs()  # it rounds weights to that type, too
     assert float(off.mean()) < 0.02
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"target_bits": 8.2}])
+def test_transformers_reads_the_defaults_of_compressed_tensors(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Without being told anything; in float32 it rounds nothing."""
+    pytest.importorskip("compressed_tensors", exc_type=ImportError)
+    from transformers import AutoModelForCausalLM
+
+    source = make(tmp_path / "model", num_hidden_layers=1)
+    made = quantized(source, tmp_path / "made", method="rtn", format="compressed-tensors", **options)
+    with torch.inference_mode():
+        theirs = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)(ids()).logits.log_softmax(-1)
+    assert torch.allclose(logits(made, ids()), theirs, atol=2e-4)
 
 
 @pytest.mark.parametrize(
