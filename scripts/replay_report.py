@@ -245,8 +245,8 @@ def preemption(found: Found, facts: Found) -> tuple[str, dict[str, str]]:
     head = ["tokens in the pool", "who gives way", "tok/s", "preempted", "tokens computed again", "over the bus", "refused"]
     words = (
         f"{found['trace']}, {found['requests']} requests, all there at once; swapping has 8 GiB of host memory. With the prefix "
-        "cache on, host memory also takes blocks that the pool evicts while it has room, which here nobody asks for again: "
-        f"compare what crosses the bus without it.\n\n{table(head, rows)}"
+        "cache on, host memory also takes blocks that the pool evicts, which here nobody asks for again: compare what crosses "
+        f"the bus without it.\n\n{table(head, rows)}"
     )
     return words, {}
 
