@@ -25,30 +25,31 @@ def decode(
 ) -> Iterator[Row]:
     """One new token of each of (sequences, context), with caches of each kind."""
     heads, kv_heads, size, block = sizes(bench)
-    for kind in kinds:
-        for sequences, context in cases:
-            if not bench.begins(f"decode attention {sequences} x {context} {words(dtype)}, cache {kind}"):
-                continue
-            batch = step(sequences, context, 1, block, bench.device)
-            nbytes = 2 * sequences * context * kv_heads * kv_nbytes(name(kind, dtype), size)
-            caches = [cache(batch, block, kv_heads, size, dtype, kind) for _ in range(bench.copies(nbytes))]
-            q = torch.randn(sequences, heads, size, device=bench.device).to(dtype)
-            row: Row = {"op": f"decode attention, cache {kind}", "rows": sequences, "context": context, "dtype": words(dtype)}
-            row["ours_s"] = bench.time(partial(ops.attention, q, batch=batch, scale=size**-0.5), caches)
-            if kind == "16 bits":
-                dense = [contiguous(one, sequences, context) for one in caches[:8]]
-                row |= beside(bench, partial(attend, q.unsqueeze(2)), dense)
-                del dense
-            yield row | {"bytes": nbytes, "ops": 4 * sequences * heads * size * context}
-            del caches
+
+    def one(kind: str, sequences: int, context: int) -> Row:
+        batch = step(sequences, context, 1, block, bench.device)
+        nbytes = 2 * sequences * context * kv_heads * kv_nbytes(name(kind, dtype), size)
+        caches = [cache(batch, block, kv_heads, size, dtype, kind) for _ in range(bench.copies(nbytes))]
+        q = torch.randn(sequences, heads, size, device=bench.device).to(dtype)
+        row: Row = {"op": f"decode attention, cache {kind}", "rows": sequences, "context": context, "dtype": words(dtype)}
+        row["ours_s"] = bench.time(partial(ops.attention, q, batch=batch, scale=size**-0.5), caches)
+        if kind == "16 bits":
+            dense = [contiguous(one, sequences, context) for one in caches[:8]]
+            row |= beside(bench, partial(attend, q.unsqueeze(2)), dense)
+        return row | {"bytes": nbytes, "ops": 4 * sequences * heads * size * context}
+
+    wanted = [(kind, *case) for kind in kinds for case in cases]
+    yield from bench.rows(
+        (f"decode attention {sequences} x {context} {words(dtype)}, cache {kind}", partial(one, kind, sequences, context))
+        for kind, sequences, context in wanted
+    )
 
 
 def prefill(bench: Bench, ops: Ops, dtype: torch.dtype, cases: Sequence[tuple[int, int, int]]) -> Iterator[Row]:
     """The last ``length`` tokens of each of (sequences, context, length)."""
     heads, kv_heads, size, block = sizes(bench)
-    for sequences, context, length in cases:
-        if not bench.begins(f"prefill attention {sequences} x {length} of {context} {words(dtype)}"):
-            continue
+
+    def one(sequences: int, context: int, length: int) -> Row:
         batch = step(sequences, context, length, block, bench.device)
         caches = [cache(batch, block, kv_heads, size, dtype, "16 bits") for _ in range(2)]
         q = torch.randn(sequences * length, heads, size, device=bench.device).to(dtype)
@@ -58,8 +59,12 @@ def prefill(bench: Bench, ops: Ops, dtype: torch.dtype, cases: Sequence[tuple[in
         row |= beside(bench, partial(attend, q.view(sequences, length, heads, size).transpose(1, 2)), dense)
         seen = length * context - length * (length - 1) // 2  # pairs of tokens of a sequence
         nbytes = 2 * sequences * (context * kv_heads + length * heads) * size * 2
-        yield row | {"bytes": nbytes, "ops": 4 * sequences * heads * size * seen}
-        del caches, dense
+        return row | {"bytes": nbytes, "ops": 4 * sequences * heads * size * seen}
+
+    yield from bench.rows(
+        (f"prefill attention {sequences} x {length} of {context} {words(dtype)}", partial(one, sequences, context, length))
+        for sequences, context, length in cases
+    )
 
 
 def sizes(bench: Bench) -> tuple[int, int, int, int]:

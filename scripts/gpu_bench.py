@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
+from gpu_children import Notebook
 from gpu_rivals import gemlite, tinygemm
+from torch import Tensor
 
 from kernels.ops import Ops
 from quant.tensor import QuantTensor
@@ -30,14 +32,15 @@ HEAD = (128256, 4096)
 class Bench:
     """Where and how much is measured. ``small``: sizes that Triton's interpreter can do, to try this out without a card.
 
-    After ``deadline`` (of time.monotonic) no case begins; those are noted in ``left_out``.
+    After ``deadline`` (of time.monotonic) no case begins. What is begun, left out or fails is noted in ``notebook``; cases that
+    it has as begun are not begun again.
     """
 
     device: torch.device
     small: bool = False
     rotate_bytes: int = 256 << 20
     deadline: float = math.inf
-    left_out: list[str] = field(default_factory=list)
+    notebook: Notebook = field(default_factory=Notebook)
 
     @property
     def card(self) -> bool:
@@ -67,27 +70,45 @@ class Bench:
             spans.append(begin.elapsed_time(end) * 1e-3 / len(items))
         return statistics.median(spans)
 
-    def begins(self, case: str, seconds: float = 0.0) -> bool:
-        """Whether there is time for a case that takes so long."""
-        if time.monotonic() + seconds < self.deadline:
+    def has_time(self, what: str) -> bool:
+        if time.monotonic() < self.deadline:
             return True
-        self.left_out.append(case)
+        self.notebook(left_out=what)
         return False
+
+    def rows(self, cases: Iterable[tuple[str, Callable[[], Row]]]) -> Iterator[Row]:
+        """What each of the cases, by its name, finds. One that fails is noted, and the next one goes on; not on a lost card."""
+        for case, work in cases:
+            if case in self.notebook.begun or not self.has_time(case):
+                continue
+            self.notebook(begun=case)
+            try:
+                yield work()
+            except Exception as error:  # the report must say what worked
+                self.notebook(error=f"{case}: {words_of(error)}")
+                if self.card:
+                    torch.cuda.synchronize()
 
     def copies(self, nbytes: int) -> int:
         return 1 if self.small else max(2, min(64, -(-self.rotate_bytes // nbytes)))
 
 
-def limits(bench: Bench) -> dict[str, float]:
+def limits(bench: Bench) -> Iterator[dict[str, float]]:
     """Bytes a second of a large copy (read and written both counted), and operations a second of large products by type."""
-    size = 1 << (12 if bench.small else 30)
-    a, b = (torch.empty(size, dtype=torch.uint8, device=bench.device) for _ in range(2))
-    found = {"copy": 2 * size / bench.time(b.copy_, [a])}
-    n = 64 if bench.small else 8192
-    for dtype in (torch.float16, torch.bfloat16):
+
+    def copy() -> dict[str, float]:
+        size = 1 << (12 if bench.small else 30)
+        a, b = (torch.empty(size, dtype=torch.uint8, device=bench.device).random_() for _ in range(2))
+        return {"copy": 2 * size / bench.time(b.copy_, [a])}
+
+    def product(dtype: torch.dtype) -> dict[str, float]:
+        n = 64 if bench.small else 8192
         x, y = (torch.randn(n, n, device=bench.device).to(dtype) for _ in range(2))
-        found[str(dtype).removeprefix("torch.")] = 2 * n**3 / bench.time(x.matmul, [y])
-    return found
+        return {words(dtype): 2 * n**3 / bench.time(x.matmul, [y])}
+
+    yield from bench.rows(
+        [("copy", copy), *((words(dtype), partial(product, dtype)) for dtype in (torch.float16, torch.bfloat16))]
+    )
 
 
 def random_weight(N: int, K: int, bits: int, device: torch.device) -> QuantTensor:
@@ -100,44 +121,51 @@ def random_weight(N: int, K: int, bits: int, device: torch.device) -> QuantTenso
 
 
 def products(bench: Bench, ops: Ops, dtype: torch.dtype, rows: Sequence[int]) -> Iterator[Row]:
-    """Products of an 8B model's layers (4 bits; also with activations rounded to int8) and of its int8 head, beside others."""
+    """Products of an 8B model's layers (4 bits) and of its int8 head, beside others."""
     shapes = {"o": (256, 256)} if bench.small else {**LLAMA_8B, "head": HEAD}
     for name, (N, K) in shapes.items():
-        bits = 8 if name == "head" else 4
-        title = f"products {name} {N}x{K} {words(dtype)}"
-        if not bench.begins(title):
-            continue
-        count = bench.copies(N * K * bits // 8)
-        packed = [ops.pack(random_weight(N, K, bits, bench.device), dtype=dtype) for _ in range(count)]
-        dense = [torch.randn(N, K, device=bench.device).to(dtype).t() for _ in range(bench.copies(2 * N * K))]
-        others = rivals(bench, N, K, dtype, count) if bits == 4 else {}
-        for m in rows:
-            if not bench.begins(f"{title}, {m} rows"):
-                continue
+        bits, title = (8 if name == "head" else 4), f"products {name} {N}x{K} {words(dtype)}"
+
+        @cache
+        def weights(N: int = N, K: int = K, bits: int = bits) -> tuple[list[Any], list[Tensor], dict[str, Any]]:
+            count = bench.copies(N * K * bits // 8)
+            packed = [ops.pack(random_weight(N, K, bits, bench.device), dtype=dtype) for _ in range(count)]
+            dense = [torch.randn(N, K, device=bench.device).to(dtype).t() for _ in range(bench.copies(2 * N * K))]
+            return packed, dense, rivals(bench, N, K, dtype, count) if bits == 4 else {}
+
+        def product(m: int, row: Row, weights: Callable[[], Any] = weights) -> Row:
+            packed, dense, others = weights()
+            N, K = row["N"], row["K"]
             x = torch.randn(m, K, device=bench.device).to(dtype)
-            row: Row = {"op": f"w{bits}a16", "shape": name, "N": N, "K": K, "rows": m, "dtype": words(dtype)}
             row["ours_s"] = bench.time(partial(ops.matmul, x), packed)
             row["dense_s"] = bench.time(x.matmul, dense)
             row |= {f"{other}_s": bench.time(call(x), items) for other, (call, items, most) in others.items() if m <= most}
-            row |= {"bytes": packed[0].nbytes + 2 * m * (N + K), "ops": 2 * m * N * K}
-            yield row
-        del packed, dense, others
+            return row | {"bytes": packed[0].nbytes + 2 * m * (N + K), "ops": 2 * m * N * K}
+
+        if bench.has_time(title):
+            told: Row = {"op": f"w{bits}a16", "shape": name, "N": N, "K": K, "dtype": words(dtype)}
+            yield from bench.rows((f"{title}, {m} rows", partial(product, m, {**told, "rows": m})) for m in rows)
 
 
 def rounded(bench: Bench, ops: Ops, dtype: torch.dtype, rows: Sequence[int]) -> Iterator[Row]:
     """4-bit products with activations rounded to int8, which is part of the time."""
     for name, (N, K) in ({"o": (256, 256)} if bench.small else LLAMA_8B).items():
-        if not bench.begins(f"int8 activations {name} {N}x{K} {words(dtype)}"):
-            continue
-        weights = (random_weight(N, K, 4, bench.device) for _ in range(bench.copies(N * K // 2)))
-        packed = [ops.pack(weight, dtype=dtype, activation="int8") for weight in weights]
-        for m in rows:
+        title = f"int8 activations {name} {N}x{K} {words(dtype)}"
+
+        @cache
+        def weights(N: int = N, K: int = K) -> list[Any]:
+            found = (random_weight(N, K, 4, bench.device) for _ in range(bench.copies(N * K // 2)))
+            return [ops.pack(weight, dtype=dtype, activation="int8") for weight in found]
+
+        def product(m: int, row: Row, weights: Callable[[], list[Any]] = weights) -> Row:
+            packed, N, K = weights(), row["N"], row["K"]
             x = torch.randn(m, K, device=bench.device).to(dtype)
-            row: Row = {"op": "w4a8", "shape": name, "N": N, "K": K, "rows": m, "dtype": words(dtype)}
             row["ours_s"] = bench.time(partial(ops.matmul, x), packed)
-            row |= {"bytes": packed[0].nbytes + 2 * m * (N + K), "ops": 2 * m * N * K}
-            yield row
-        del packed
+            return row | {"bytes": packed[0].nbytes + 2 * m * (N + K), "ops": 2 * m * N * K}
+
+        if bench.has_time(title):
+            told: Row = {"op": "w4a8", "shape": name, "N": N, "K": K, "dtype": words(dtype)}
+            yield from bench.rows((f"{title}, {m} rows", partial(product, m, {**told, "rows": m})) for m in rows)
 
 
 def rivals(bench: Bench, N: int, K: int, dtype: torch.dtype, count: int) -> dict[str, Any]:
@@ -151,3 +179,8 @@ def rivals(bench: Bench, N: int, K: int, dtype: torch.dtype, count: int) -> dict
 
 def words(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def words_of(error: BaseException) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:400]

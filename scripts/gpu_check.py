@@ -3,32 +3,35 @@
     scripts/gpu_check                         everything
     scripts/gpu_check --part kernels          tests of the kernels against the reference, on the card
     scripts/gpu_check --part engine           tests of the engine on the card, then a 1B and an 8B model end to end
+    scripts/gpu_check --part models           these models without the tests
     scripts/gpu_check --part bench            kernels against cuBLAS, others' 4-bit kernels, SDPA and the card's own limits
     scripts/gpu_check --small --device cpu    try the benchmarks themselves without a card, in Triton's interpreter
 
-After eight minutes a part begins nothing new, the report says what is missing. The exit code is 1 if a test fails or is cut off.
+After eight minutes a part begins nothing new, the report says what is missing. All that uses the card is in processes of its own:
+what crashes, hangs or loses the card is told, and the rest goes on. The report is written as it grows: gpu_check_PART.md, .json,
+.svg (roofline) and .log (what processes printed that failed). The exit code is 1 if a test fails or is cut off.
 Needed: torch, triton, safetensors, tokenizers, numpy, psutil and pytest. gemlite is compared with where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
-import platform
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-TESTS = {"kernels": ["tests/kernels/triton/test_*.py"], "engine": ["tests/runtime/test_cuda.py"]}
-WITHOUT_A_CARD = ("compilations", "kernel_report", "emulated")  # tests that need none, and run in every change's checks
-MINUTES, GRACE = 8.0, 40.0  # of a part, and seconds for what has begun
-AT_ONCE = max(2, min(8, (os.cpu_count() or 4) // 2))  # test files, each in a process: most of their time is compilation
+import gpu_report
+import gpu_tests
+from gpu_children import SILENT_S, Child, run
+
+MINUTES = 8.0  # of a part
+TESTS_SHARE = 0.4  # of a part's time for its tests, where something is measured after them
+START_S = 120.0  # until a model of 8B is made, loaded and warmed up, at most, where it has not been measured
+LOAD_S = 400.0  # without a word while a model is loaded and its kernels are compiled, at most
 Report = dict[str, Any]
 
 
@@ -36,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", choices=("all", "kernels", "engine", "bench"), default="all")
+    parser.add_argument("--part", choices=("all", "kernels", "engine", "models", "bench"), default="all")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu_check_out")), help="folder for the report")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes for the interpreter")
@@ -50,164 +53,123 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-    report: Report = {"machine": machine(args.device), "command": "scripts/gpu_check " + " ".join(argv or sys.argv[1:])}
-    failed = False
-    for part in ("kernels", "bench", "engine"):
-        if args.part not in ("all", part) or (part != "bench" and args.device != "cuda"):
-            continue
-        deadline = time.monotonic() + 60 * args.minutes
-        if part in TESTS:
-            report[f"{part}_tests"] = run_tests(part, args.out, deadline)
-            failed |= report[f"{part}_tests"]["exit_code"] != 0
-        if part != "kernels":
-            report.setdefault("left_out", []).extend(measure(part, args, report, deadline))
-        write(report, args.out, args.part)
-    print(markdown(report), flush=True)
-    return int(failed)
+    with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
+        check = Check(args, Path(folder), "scripts/gpu_check " + " ".join(argv or sys.argv[1:]))
+        answers = check.machine()
+        for part in ("kernels", "bench", "engine") if answers else ():
+            if args.part in ("all", part) and (part == "bench" or args.device == "cuda"):
+                check.part(part)
+        if args.part == "models" and answers:
+            check.models(time.monotonic() + 60 * args.minutes)
+    print(gpu_report.markdown(check.report), flush=True)
+    return int(check.failed or not answers)
 
 
-def machine(device: str) -> Report:
-    import torch
-    import triton
+class Check:
+    """What has been found so far; written whenever there is more."""
 
-    facts: Report = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    if device == "cuda":
-        card = torch.cuda.get_device_properties(0)
-        facts |= {
-            "card": card.name,
-            "multiprocessors": card.multi_processor_count,
-            "memory_gib": round(card.total_memory / 2**30, 1),
-        }
-        facts["capability"] = f"{card.major}.{card.minor}"
-    return facts
+    def __init__(self, args: argparse.Namespace, folder: Path, command: str) -> None:
+        """``folder``: for what need not stay."""
+        self.args, self.folder, self.failed, self.log = args, folder, False, ""
+        self.report: Report = {"machine": {}, "command": command, "errors": [], "left_out": []}
 
+    def part(self, part: str) -> None:
+        begun, seconds = time.monotonic(), 60 * self.args.minutes
+        if part in gpu_tests.TESTS:
+            deadline = begun + seconds * (1.0 if part == "kernels" else TESTS_SHARE)
+            found, log = gpu_tests.run(part, self.folder, deadline)
+            self.report[f"{part}_tests"], self.log = found, self.log + log
+            self.failed |= found["exit_code"] != 0
+            self.write()
+        if part == "bench":
+            self.bench(begun + seconds)
+        elif part == "engine":
+            self.models(begun + seconds)
 
-def found(part: str) -> list[Path]:
-    return sorted(path for pattern in TESTS[part] for path in ROOT.glob(pattern))
+    def machine(self) -> bool:
+        """Whether there is a device that says what it is."""
+        for row in self.child("machine", time.monotonic() + 60):
+            self.report["machine"] |= row
+        self.write()
+        return bool(self.report["machine"])
 
+    def limits(self, deadline: float) -> None:
+        """Asked once. What could not be measured is absent."""
+        if "limits" in self.report:
+            return
+        found: Report = {}
+        for row in self.child("limits", deadline):
+            found |= row
+        self.report |= {"bus": found.pop("bus", None), "limits": found}
+        print(found, flush=True)
+        self.write()
 
-def run_tests(part: str, out: Path, deadline: float) -> Report:
-    """pytest, a process for each file, with settings that need none of its plugins."""
-    begun = time.monotonic()
-    waiting = [path for path in found(part) if not any(name in path.name for name in WITHOUT_A_CARD)]
-    running: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
-    ended: dict[str, tuple[int, str]] = {}
-    while waiting or running:
-        late = time.monotonic() - deadline
-        if late > 0:
-            ended |= {path.name: (1, "not begun") for path in waiting}
-            waiting = []
-        while waiting and len(running) < AT_ONCE:
-            path = waiting.pop(0)
-            log = out / f"{path.stem}.log"
-            with open(log, "wb") as file:
-                process = subprocess.Popen(pytest_command(path), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-            running[path.name] = process, log
-        for name, (process, log) in list(running.items()):
-            if late > GRACE:
-                process.kill()
-            if process.poll() is not None or late > GRACE:
-                lines = log.read_text().splitlines()
-                ended[name] = (process.wait(), lines[-1] if lines and late <= GRACE else "cut off")
-                print(f"{name}: {ended[name][1]}", *(lines[-40:-1] if ended[name][0] else ()), sep="\n  ", flush=True)
-                del running[name]
-        time.sleep(0.1)
-    wrong = {name: told for name, (code, told) in ended.items() if code not in (0, 5)}
-    return {
-        "exit_code": int(bool(wrong)),
-        "summary": f"{len(ended) - len(wrong)} of {len(ended)} files pass",
-        "wrong": wrong,
-        "files": {name: told for name, (_, told) in sorted(ended.items())},
-        "seconds": round(time.monotonic() - begun),
-    }
+    def bench(self, deadline: float) -> None:
+        from gpu_case import cases
 
+        self.limits(deadline)
+        bfloat = float(self.report["machine"].get("capability", 0)) >= 8
+        self.report["kernels"] = []
+        for name in cases(self.args.small, bfloat):
+            before = list(self.report["kernels"])
+            self.child(name, deadline, lambda rows, before=before: self.report.update(kernels=before + rows))
+        self.write()
 
-def pytest_command(path: Path) -> list[str]:
-    """Without hypothesis, which no test here draws from, also without what all tests of the project share and needs it."""
-    settings = ["-c", str(ROOT / "scripts" / "gpu_pytest.ini"), "--rootdir", str(ROOT), "-q", "--maxfail=30"]
-    if importlib.util.find_spec("hypothesis") is None:
-        settings += ["--confcutdir", str(path.parent), "-m", "not realdata"]
-    return [sys.executable, "-m", "pytest", *settings, str(path)]
+    def models(self, deadline: float) -> None:
+        from gpu_engine import labels, predicted
 
+        self.limits(deadline)
+        link, found, starts = self.report["bus"], [], {}
+        for label in labels(self.args.models.split(","), self.args.device == "cuda"):
+            name = label.partition(" ")[0]
+            if time.monotonic() + starts.get(name, START_S) > deadline:
+                self.report["left_out"].append(f"engine: {label}")
+                continue
+            rows = self.child(f"engine: {label}", deadline)
+            found += [row | (predicted(row, found, link) if link else {}) for row in rows]
+            if rows:  # compiled kernels are on disk from now on
+                starts[name] = 1.5 * rows[0]["ready_s"] + 15
+            self.report["engine"] = found
+            self.write()
 
-def measure(part: str, args: argparse.Namespace, report: Report, deadline: float) -> list[str]:
-    """Adds a part's figures to the report; what there was no time for."""
-    import gpu_bench
-    import torch
+    def child(self, name: str, deadline: float, seen: Any = None) -> list[Report]:
+        """Rows that a process of its own found; ``seen`` is told them meanwhile. Errors and what is left out go to the report."""
+        if time.monotonic() >= deadline:
+            self.report["left_out"].append(name)
+            return []
+        options = ["--device", self.args.device, "--folder", str(self.folder)] + ["--small"] * self.args.small
+        seconds = str(deadline - time.monotonic())
+        program = [sys.executable, str(Path(__file__).with_name("gpu_case.py")), name, *options, "--seconds", seconds]
+        child = Child(name, program, self.folder, silent=LOAD_S if name.startswith("engine") else SILENT_S)
 
-    from kernels.triton.ops import make_ops
+        def look() -> list[Report]:
+            rows = child.of("row")
+            if seen is not None:
+                seen(rows)
+                self.write()
+            return rows
 
-    place = gpu_bench.Bench(torch.device(args.device), small=args.small, deadline=deadline)
-    if "limits" not in report:
-        report["limits"] = gpu_bench.limits(place)
-        print(report["limits"], flush=True)
-    if part == "engine":
-        import gpu_engine
+        run(child, deadline, look)
+        rows = look()
+        errors = child.of("error") + [f"{name}: {fault}" for fault in child.faults]
+        self.report["errors"] += errors
+        self.report["left_out"] += child.of("left_out")
+        if errors:
+            self.log += f"=== {name}\n{child.output}\n"
+            print(*errors, *child.output.splitlines()[-20:], sep="\n  ", flush=True)
+        print(f"{name}: {len(rows)} rows", flush=True)
+        self.write()
+        return rows
 
-        report["engine"] = gpu_engine.run(args.models.split(","), args.out, place)
-    else:
-        rows = report["kernels"] = []
-        for case in cases(place, make_ops(place.device)):
-            try:
-                for row in case:
-                    rows.append(row)
-                    print(row, flush=True)
-            except Exception as error:  # the report must say what worked
-                report.setdefault("errors", []).append(f"{case.__name__}: {type(error).__name__}: {error}")
-                print(report["errors"][-1], flush=True)
-    return place.left_out
-
-
-def cases(place: Any, ops: Any) -> list[Generator[Report]]:
-    """Everything that is measured of the kernels, what matters most first."""
-    import torch
-    from gpu_attention import KINDS, decode, prefill
-    from gpu_bench import products, rounded
-    from gpu_small import kernels
-
-    half = torch.float16
-    if place.small:
-        return [
-            products(place, ops, half, (1, 70)),
-            rounded(place, ops, half, (3,)),
-            decode(place, ops, half, ((1, 40), (2, 33)), KINDS),
-            prefill(place, ops, half, ((1, 20, 20), (1, 40, 7))),
-            kernels(place, ops, half),
-        ]
-    rows, few = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096), (1, 16, 128, 4096)
-    contexts = ((1, 4096), (1, 32768), (8, 4096), (32, 1024), (32, 4096), (128, 1024))
-    prompts = ((1, 2048, 2048), (1, 8192, 8192), (1, 8192, 512), (8, 1024, 1024))
-    main = torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else half
-    found = [
-        products(place, ops, main, rows),
-        decode(place, ops, main, contexts, KINDS),
-        prefill(place, ops, main, prompts),
-    ]
-    found += [kernels(place, ops, main), rounded(place, ops, main, few)]
-    if main != half:
-        found += [
-            products(place, ops, half, rows),
-            decode(place, ops, half, contexts[::2]),
-            prefill(place, ops, half, prompts[:1]),
-        ]
-    return found
-
-
-def write(report: Report, out: Path, part: str) -> None:
-    import gpu_report
-
-    (out / f"gpu_check_{part}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / f"gpu_check_{part}.md").write_text(markdown(report))
-    if gpu_report.points(report):
-        (out / f"gpu_check_{part}.svg").write_text(gpu_report.roofline(report))
-
-
-def markdown(report: Report) -> str:
-    import gpu_report
-
-    return gpu_report.markdown(report)
+    def write(self) -> None:
+        where = self.args.out / f"gpu_check_{self.args.part}"
+        where.with_suffix(".json").write_text(json.dumps(self.report, indent=1) + "\n")
+        where.with_suffix(".md").write_text(gpu_report.markdown(self.report))
+        if gpu_report.measured(self.report):
+            where.with_suffix(".svg").write_text(gpu_report.roofline(self.report))
+        if self.log:
+            where.with_suffix(".log").write_bytes(self.log.encode()[-12_000_000:])
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     sys.exit(main())

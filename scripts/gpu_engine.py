@@ -8,11 +8,11 @@ layers need over the bus, whose speed is measured first.
 
 from __future__ import annotations
 
-import gc
-import json
 import random
 import statistics
 import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,50 +27,40 @@ CASES = [Case(sequences=1, prompt=512, tokens=1, repeat=3), Case(sequences=1, pr
     Case(sequences=n, prompt=128, tokens=65, repeat=2) for n in (1, 8, 32, 128)
 ]
 LENGTH = 8192
-VARIANTS: dict[str, tuple[dict[str, Any], slice]] = {  # options, and which of CASES
+VARIANTS: dict[str, tuple[dict[str, Any], slice]] = {  # options, and which of CASES; what matters most first
     "graphs": ({}, slice(None)),
-    "launched one by one": ({"enforce_eager": True}, slice(3)),
     "1 GiB freed": ({"cpu_offload_gb": 1.0}, slice(2, 4)),
     "all layers in host memory": ({"cpu_offload_gb": 1000.0}, slice(2, 4)),
+    "launched one by one": ({"enforce_eager": True}, slice(3)),
 }
-START_S = 120.0  # until a model of 8B is made, loaded and warmed up, at most
 Row = dict[str, Any]
 
 
-def run(names: list[str], out: Path, bench: Bench) -> list[Row]:
-    """One row a model and case; also told as they come. A model that fails is told with its error, and the next one goes on."""
-    rows: list[Row] = []
-    free()
-    link = bus(bench)
-    for words, (options, cases) in VARIANTS.items():
-        if "cpu_offload_gb" in options and not bench.card:
-            continue  # weights are on the host anyway
-        for name in names:
-            label = f"{name} {words}"
-            if not bench.begins(f"engine, {label}", START_S):
-                continue
-            folder = out.parent / f"checkpoint-{name}"
-            config = {"model": str(folder), "device": bench.device.type, "max_model_len": LENGTH, **options}
-            try:
-                if not (folder / "config.json").is_file():
-                    make_checkpoint(folder, shape=SHAPES[name], tokenizer=False)
-                engine = Appliance({"config": config})
-                rng = random.Random(0)
-                for case in CASES[cases]:
-                    if not bench.begins(f"engine, {label}, {case.sequences} x {case.prompt}"):
-                        continue
-                    found = measure(engine.generate, case, rng, SHAPES[name].vocab)
-                    rows.append({"model": label, **found, **work(engine, SHAPES[name], found)})
-                    rows[-1] |= predicted(rows[-1], f"{name} graphs", rows, engine, link)
-                    print(json.dumps(rows[-1]), flush=True)
-                if rows and rows[-1]["model"] == label:
-                    rows[-1] |= {"planned_bytes": engine.engine.info.plan["total_bytes"], "ready_s": engine.engine.info.ready_s}
-                del engine
-            except Exception as error:  # the report must say what worked
-                rows.append({"model": label, "error": f"{type(error).__name__}: {error}"})
-                print(json.dumps(rows[-1]), flush=True)
-            free()
-    return rows
+def labels(names: Sequence[str], card: bool) -> list[str]:
+    """Of all models and variants. Without a card weights are on the host anyway."""
+    return [
+        f"{name} {words}" for words, (options, _) in VARIANTS.items() if card or "cpu_offload_gb" not in options for name in names
+    ]
+
+
+def run(label: str, folder: Path, bench: Bench) -> Iterator[Row]:
+    """One row a case of a model and variant, of a checkpoint that is made in ``folder`` where it is not yet there."""
+    name, _, words = label.partition(" ")
+    options, cases = VARIANTS[words]
+    checkpoint = folder / f"checkpoint-{name}"
+    if not (checkpoint / "config.json").is_file():
+        make_checkpoint(checkpoint, shape=SHAPES[name], tokenizer=False)
+    bench.notebook(at="loading")
+    engine = Appliance({"config": {"model": str(checkpoint), "device": bench.device.type, "max_model_len": LENGTH, **options}})
+    bench.notebook(at="ready")
+    info, rng = engine.engine.info, random.Random(0)
+
+    def one(case: Case) -> Row:
+        found = measure(engine.generate, case, rng, SHAPES[name].vocab)
+        told = {"planned_bytes": info.plan["total_bytes"], "ready_s": info.ready_s, "offload": info.plan["offload"]}
+        return {"model": label, **found, **work(engine, SHAPES[name], found), **told}
+
+    yield from bench.rows((f"{label}, {case.sequences} x {case.prompt}", partial(one, case)) for case in CASES[cases])
 
 
 def bus(bench: Bench) -> float:
@@ -85,23 +75,16 @@ def bus(bench: Bench) -> float:
     return size / statistics.median(spans)
 
 
-def predicted(row: Row, resident: str, rows: list[Row], engine: Appliance, link: float) -> Row:
+def predicted(row: Row, rows: Sequence[Row], link: float) -> Row:
     """{predicted_tok_s, bus_bytes_s} of a model with layers in host memory, from what was measured with all on the card."""
-    offload = engine.engine.info.plan["offload"]
+    offload, resident = row["offload"], f"{row['model'].partition(' ')[0]} graphs"
     keys = ("sequences", "prompt", "tokens")
-    same = [one for one in rows if one["model"] == resident and all(one.get(key) == row[key] for key in keys)]
+    same = [one for one in rows if one.get("model") == resident and all(one.get(key) == row[key] for key in keys)]
     if not offload["layers"] or not same or not same[0]["decode_tok_s"]:
         return {}
     step_s = row["sequences"] / same[0]["decode_tok_s"]
     slower = max(step_s, offload["step_bytes"] / link)
     return {"predicted_tok_s": row["sequences"] / slower, "bus_bytes_s": link}
-
-
-def free() -> None:
-    """What a model has left behind: the next one plans with what is free."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def work(engine: Appliance, shape: Shape, found: Row) -> Row:

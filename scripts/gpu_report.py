@@ -10,17 +10,19 @@ Report = dict[str, Any]
 
 
 def markdown(report: Report) -> str:
-    facts = report["machine"]
+    """Of what there is so far."""
+    facts, limits = report["machine"], report.get("limits", {})
     parts = [", ".join(f"{name} {value}" for name, value in facts.items()) + ".\n", f"    {report['command']}\n"]
     for part in ("kernels", "engine"):
         if f"{part}_tests" in report:
             found = report[f"{part}_tests"]
-            parts.append(f"Tests of the {part}: {found['summary']} ({found['seconds']} s).\n")
-            parts += [f"- {name}: {told}" for name, told in found["wrong"].items()] + [""] * bool(found["wrong"])
-    if "limits" in report:
-        limits = report["limits"]
+            parts.append(f"Tests of the {part}: {found['summary']}, {len(found['failed'])} tests fail ({found['seconds']} s).\n")
+            lines = [f"- {name}: {told}" for told_of in ("wrong", "failed") for name, told in found[told_of].items()]
+            parts += lines + [""] * bool(lines)
+    if limits:
+        copied = f"copy {number(limits['copy'] / 1e9)} GB/s; " if "copy" in limits else ""
         rates = ", ".join(f"{name} {number(rate / 1e12)} Top/s" for name, rate in limits.items() if name != "copy")
-        parts.append(f"Limits measured in the same run: copy {number(limits['copy'] / 1e9)} GB/s; products of {rates}.\n")
+        parts.append(f"Limits measured in the same run: {copied}products of {rates or 'nothing'}.\n")
     if "kernels" in report:
         parts += [product_table(report, limits), attention_table(report, limits), small_table(report, limits)]
     if "engine" in report:
@@ -31,8 +33,9 @@ def markdown(report: Report) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def share(value: float, of: float) -> str:
-    return f"{100 * value / of:.0f} %"
+def share(value: float, of: float | None) -> str:
+    """Nothing where that was not measured."""
+    return f"{100 * value / of:.0f} %" if of else ""
 
 
 def times(row: Report, other: str) -> str:
@@ -52,8 +55,8 @@ def product_table(report: Report, limits: dict[str, float]) -> str:
                 f"{row['shape']} {row['N']}x{row['K']}",
                 str(row["rows"]),
                 number(1e6 * ours),
-                share(row["bytes"] / ours, limits["copy"]),
-                share(row["ops"] / ours, limits[row["dtype"]]),
+                share(row["bytes"] / ours, limits.get("copy")),
+                share(row["ops"] / ours, limits.get(row["dtype"])),
                 *(times(row, other) for other in ("dense", "tinygemm", "gemlite")),
             ]
         )
@@ -67,8 +70,8 @@ def attention_table(report: Report, limits: dict[str, float]) -> str:
             row["op"],
             f"{row['rows']} x {row.get('length', 1)} of {row['context']} {row['dtype']}",
             number(1e6 * row["ours_s"]),
-            share(row["bytes"] / row["ours_s"], limits["copy"]),
-            share(row["ops"] / row["ours_s"], limits[row["dtype"]]),
+            share(row["bytes"] / row["ours_s"], limits.get("copy")),
+            share(row["ops"] / row["ours_s"], limits.get(row["dtype"])),
             times(row, "sdpa"),
         ]
         for row in report["kernels"]
@@ -84,14 +87,14 @@ def small_table(report: Report, limits: dict[str, float]) -> str:
         if row.get("small"):
             rate = row["bytes"] / row["ours_s"]
             rows.append(
-                [f"{row['op']} {row['dtype']}", str(row["rows"]), number(1e6 * row["ours_s"]), share(rate, limits["copy"])]
+                [f"{row['op']} {row['dtype']}", str(row["rows"]), number(1e6 * row["ours_s"]), share(rate, limits.get("copy"))]
             )
     return table(["kernel", "tokens", "us", "of the copy's bandwidth"], rows)
 
 
 def engine_table(engines: list[Report], limits: dict[str, float]) -> str:
     head = ["model", "sequences", "prompt", "first token, ms", "prefill tok/s", "of the large product's rate", "decode tok/s"]
-    rate = max(value for name, value in limits.items() if name != "copy")
+    rate = max((value for name, value in limits.items() if name != "copy"), default=None)
     rows = [
         [
             one["model"],
@@ -100,15 +103,13 @@ def engine_table(engines: list[Report], limits: dict[str, float]) -> str:
             number(1e3 * one["first_s"]),
             number(one["sequences"] * one["prompt"] / one["first_s"]),
             share(one["prefill_ops_s"], rate),
-            number(one["decode_tok_s"]),
-            share(one["decode_bytes_s"], limits["copy"]) if "decode_bytes_s" in one else "",
+            number(one["decode_tok_s"]) if one["decode_tok_s"] else "",
+            share(one["decode_bytes_s"], limits.get("copy")) if "decode_bytes_s" in one else "",
             number(one["predicted_tok_s"]) if "predicted_tok_s" in one else "",
         ]
         for one in engines
-        if "error" not in one
     ]
-    found = table([*head, "of the copy's bandwidth", "predicted, with layers on the host"], rows)
-    return found + "".join(f"\n{one['model']}: {one['error']}\n" for one in engines if "error" in one)
+    return table([*head, "of the copy's bandwidth", "predicted, with layers on the host"], rows)
 
 
 def points(report: Report) -> list[tuple[str, str, float, float]]:
@@ -119,6 +120,12 @@ def points(report: Report) -> list[tuple[str, str, float, float]]:
             name, which = f"{row['op']} {row.get('shape', '')}".strip(), f"{row['rows']} rows, {row['dtype']}"
             found.append((name, which, row["ops"] / row["bytes"], row["ops"] / row["ours_s"] / 1e12))
     return found
+
+
+def measured(report: Report) -> bool:
+    """Whether there is what a roofline needs."""
+    limits = report.get("limits", {})
+    return bool(points(report)) and "copy" in limits and len(limits) > 1
 
 
 def roofline(report: Report) -> str:

@@ -19,7 +19,7 @@ def kernels(bench: Bench, ops: Ops, dtype: torch.dtype) -> Iterator[Row]:
     """Each for few and for many tokens, with an 8B model's sizes. Memory counts once for each time that it must move."""
     hidden, inner, vocabulary = (256, 256, 1000) if bench.small else (4096, 14336, 128256)
     for tokens in (1, 3) if bench.small else (1, 32, 256, 4096):
-        if not bench.begins(f"small kernels, {tokens} tokens, {words(dtype)}"):
+        if not bench.has_time(f"small kernels, {tokens} tokens, {words(dtype)}"):
             continue
 
         def row(op: str, call: Callable[[Any], Any], make: Callable[[], Any], nbytes: int, tokens: int = tokens) -> Row:
@@ -30,14 +30,15 @@ def kernels(bench: Bench, ops: Ops, dtype: torch.dtype) -> Iterator[Row]:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, device=bench.device).to(dtype)
 
-        gain = normal(hidden)
-        norm = partial(ops.rms_norm, weight=gain, eps=1e-6)
-        yield row("norm", norm, partial(normal, tokens, hidden), 4 * tokens * hidden)
-        yield row("silu(gate) * up", ops.silu_mul, partial(normal, tokens, 2 * inner), 6 * tokens * inner)
-        for kind in KINDS:
-            yield rotation(bench, ops, dtype, tokens, row, kind)
+        norm = partial(ops.rms_norm, weight=normal(hidden), eps=1e-6)
+        works: dict[str, Callable[[], Row]] = {
+            "norm": partial(row, "norm", norm, partial(normal, tokens, hidden), 4 * tokens * hidden),
+            "silu": partial(row, "silu(gate) * up", ops.silu_mul, partial(normal, tokens, 2 * inner), 6 * tokens * inner),
+            **{f"rotation, {kind}": partial(rotation, bench, ops, dtype, tokens, row, kind) for kind in KINDS},
+        }
         if tokens <= 256:
-            yield sampling(bench, ops, vocabulary, tokens, row)
+            works["sampling"] = partial(sampling, bench, ops, vocabulary, tokens, row)
+        yield from bench.rows((f"{op}, {tokens} tokens, {words(dtype)}", work) for op, work in works.items())
 
 
 def rotation(bench: Bench, ops: Ops, dtype: torch.dtype, tokens: int, row: Callable[..., Row], kind: str) -> Row:
