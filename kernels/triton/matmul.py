@@ -11,12 +11,15 @@ from torch.nn import functional as F
 
 from kernels.ops import Norm, Weight
 from kernels.triton import many, rounded, slab, tiled
+from kernels.triton.kv import capability
 from kernels.triton.norm import rms_norm
 from kernels.triton.quantize import Rounded
 from kernels.triton.weights import NAMES, TILE, TritonWeight
 from kernels.tune import AMPERE, MULTIPROCESSORS, Launch, choose
 
 FINISH_BLOCK = 512
+FEW = 8  # rows that one matrix instruction takes
+REGISTERS = 128  # of a thread, for so few: where the compiler may choose, it puts some aside to have room for more warps
 
 
 class Card(NamedTuple):
@@ -138,7 +141,9 @@ def _multiply(
         return many.multiply(x, weight, residual, to, launch, finished=finished)
     rows = x.shape[0]
     assert weight.params is not None
-    grid = (triton.cdiv(weight.outputs, launch.block_n), triton.cdiv(rows, launch.block_m), launch.split)
+    block_m = min(launch.block_m, FEW) if rows <= FEW else launch.block_m
+    recent = capability(x.device) >= AMPERE  # older ones need more registers: there are no asynchronous copies
+    grid = (triton.cdiv(weight.outputs, launch.block_n), triton.cdiv(rows, block_m), launch.split)
     tiled.product[grid](
         x,
         weight.words,
@@ -156,11 +161,12 @@ def _multiply(
         EVEN=weight.K % TILE == 0,
         BIAS=weight.bias is not None and finished,
         RESIDUAL=residual is not None,
-        BM=launch.block_m,
+        BM=block_m,
         BN=launch.block_n,
         ASM=x.is_cuda,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        maxnreg=REGISTERS if block_m == FEW and launch.block_n == 32 * launch.warps and recent else None,
     )
 
 

@@ -2,9 +2,10 @@
 
     program (n, m, s): BM rows by BN outputs; tiles s * per .. of the inputs, 128 at a time
 
-    tile of the weight      | words: each is inputs 32 apart      |  -> four planes [32, BN], each a right-hand side by itself
-    rows of x, same inputs  | 0..31 | 32..63 | 64..95 | 96..127 |      the four left-hand sides
+    tile of the weight      | words: each is inputs 32 apart      |  -> four planes [BN, 32], each a left-hand side by itself
+    rows of x, same inputs  | 0..31 | 32..63 | 64..95 | 96..127 |      the four right-hand sides, [32, BM]
 
+The weight is on the left because the matrix instructions take 16 lines there, and 8 on the right, and rows are few.
 A group's scale multiplies the group's sum, not each weight. Without a split the epilogue adds bias and residual and rounds once;
 with one, partial sums go to float32 [splits, M, N], and ``finish`` adds them in order: no atomics, so that results repeat.
 """
@@ -15,6 +16,10 @@ import triton
 import triton.language as tl
 
 from kernels.triton.dequant import byte_pairs, nibbles, whole
+
+# From so many rows on products have two dimensions. Older compilers spread those of three badly, and need none: for 8 rows they
+# take no instruction of four warps.
+FLAT = tl.constexpr(64 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 0)
 
 
 @triton.jit
@@ -34,11 +39,28 @@ def _params(scaling, group, column, padded, parts: tl.constexpr, SCALE: tl.const
 
 
 @triton.jit
-def _dot(x, w, acc, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dot(a, b, acc, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
     if ASM:
-        return tl.dot(x, w, acc)
+        return tl.dot(a, b, acc)
     else:  # the interpreter's product knows no bfloat16
-        return tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+
+
+@triton.jit
+def _zeros(BN: tl.constexpr, BM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of three dimensions for few rows: such products are never those of four warps at once (wgmma), which fence and wait."""
+    if BM < FLAT:
+        return tl.zeros((1, BN, BM), tl.float32)
+    else:
+        return tl.zeros((BN, BM), tl.float32)
+
+
+@triton.jit
+def _beside(scale, acc):  # type: ignore[no-untyped-def]
+    if len(acc.shape) == 3:
+        return scale[None, :, None]
+    else:
+        return scale[:, None]
 
 
 @triton.jit(do_not_specialize=["M"])  # rows: one compilation for all of them
@@ -58,32 +80,32 @@ def product(  # type: ignore[no-untyped-def]
     per = tl.cdiv(tiles, splits)
     begin, end = part * per, tl.minimum(part * per + per, tiles)
     row, column = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
-    inside = (row < M)[:, None]
+    inside = (row < M)[None, :]
     k = tl.arange(0, PLANE)
-    x_at = x + row.to(tl.int64)[:, None] * x_stride + begin * 128 + k[None, :]
+    x_at = x + row.to(tl.int64)[None, :] * x_stride + begin * 128 + k[:, None]
     LINE: tl.constexpr = 8 * BITS  # words of a tile's output
     tile_at = (column // 128).to(tl.int64) * tiles + begin
-    w_at = words + tile_at[None, :] * (128 * LINE) + (column % 128)[None, :] * LINE + k[:, None]
-    acc, scale = tl.zeros((BM, BN), tl.float32), tl.zeros((BN,), tl.float32)
+    w_at = words + tile_at[:, None] * (128 * LINE) + (column % 128)[:, None] * LINE + k[None, :]
+    acc, scale = _zeros(BN, BM), tl.zeros((BN,), tl.float32)
     for tile in range(begin, end):
         left = K - tile * 128
         if BITS == 4:
             packed = tl.load(w_at, eviction_policy="evict_first")
         group = 0 if WHOLE else tile * SLICES
-        total = acc if WHOLE else tl.zeros((BM, BN), tl.float32)
+        total = acc if WHOLE else _zeros(BN, BM)
         for j in tl.static_range(4):
             if (j * SLICES) % 4 == 0:  # a group begins
                 if j > 0:
-                    acc += total * scale[None, :]
-                    total = tl.zeros((BM, BN), tl.float32)
+                    acc += total * _beside(scale, acc)
+                    total = _zeros(BN, BM)
                 scale, addend = _params(scaling, group + j * SLICES // 4, column, padded, PARTS, SCALE, DTYPE)
-                addend = tl.broadcast_to(addend[None, :], (PLANE, BN))
+                addend = tl.broadcast_to(addend[:, None], (BN, PLANE))
                 if BITS == 4:
                     w0, w1, w2, w3 = nibbles(packed, addend, ASM)
             if EVEN:
                 rows = tl.load(x_at + j * PLANE, mask=inside, other=0.0)
             else:
-                rows = tl.load(x_at + j * PLANE, mask=inside & (k + j * PLANE < left)[None, :], other=0.0)
+                rows = tl.load(x_at + j * PLANE, mask=inside & (k + j * PLANE < left)[:, None], other=0.0)
             if BITS == 8:
                 if j % 2 == 0:
                     packed = tl.load(w_at + j // 2 * PLANE, eviction_policy="evict_first")
@@ -92,17 +114,19 @@ def product(  # type: ignore[no-untyped-def]
                 plane = w0 if j % 2 == 0 else w1
             else:
                 plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3
-            total = _dot(rows, plane, total, ASM)
-        acc = total if WHOLE else acc + total * scale[None, :]
+            if BM < FLAT:
+                plane, rows = plane[None, :, :], rows[None, :, :]
+            total = _dot(plane, rows, total, ASM)
+        acc = total if WHOLE else acc + total * _beside(scale, acc)
         x_at += 128
         w_at += 128 * LINE
+    acc = whole(tl.reshape(acc, (BN, BM)), DTYPE, words.dtype.element_ty)
     if WHOLE:
-        acc *= scale[None, :]
-    acc = whole(acc, DTYPE, words.dtype.element_ty)
-    mask = inside & (column < N)[None, :]
-    at = (part.to(tl.int64) * M + row)[:, None] * N + column[None, :]
+        acc *= scale[:, None]
+    mask = inside & (column < N)[:, None]
+    at = (part.to(tl.int64) * M + row)[None, :] * N + column[:, None]
     if BIAS:
-        acc += tl.load(bias + column, mask=column < N, other=0.0)[None, :]
+        acc += tl.load(bias + column, mask=column < N, other=0.0)[:, None]
     if RESIDUAL:
         acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)

@@ -44,6 +44,7 @@ class Compilation:
     odd: tuple[str, ...] = ()  # integers and pointers that may be any number
     targets: tuple[int, ...] = TARGETS
     case: str = ""  # in words
+    maxnreg: int | None = None  # registers of a thread, at most
 
     @staticmethod
     def of(fields: dict[str, Any]) -> Compilation:
@@ -149,7 +150,7 @@ def compile_one(one: Compilation, target: int, loops: bool) -> Report:
         if name in one.types and name not in one.odd and (one.types[name].startswith("*") or one.types[name] in ("i32", "i64")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
+    options = {"num_warps": one.num_warps, "num_stages": one.num_stages, "maxnreg": one.maxnreg}
     try:
         made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except Exception as error:

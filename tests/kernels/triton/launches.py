@@ -78,7 +78,7 @@ class Recorder:
 
     def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> None:
         """As Triton's JITFunction.run, whose rules for what is a constant and what a multiple of 16 are followed here."""
-        warps, stages = given.pop("num_warps", 4), given.pop("num_stages", 3)
+        warps, stages, most = given.pop("num_warps", 4), given.pop("num_stages", 3), given.pop("maxnreg", None)
         bound = inspect.signature(kernel.fn).bind(*args, **given)
         bound.apply_defaults()
         types, constants, odd = {}, {}, []
@@ -95,7 +95,7 @@ class Recorder:
                 types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 odd += [] if special and value % 16 == 0 else [name]
         path = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
-        one = Compilation(path, types, constants, warps, stages, tuple(odd), (self.target,))
+        one = Compilation(path, types, constants, warps, stages, tuple(odd), (self.target,), maxnreg=most)
         self.made.setdefault(json.dumps(asdict(one), sort_keys=True), replace(one, case=self.case))
 
 
@@ -249,7 +249,7 @@ def record(target: int) -> list[Compilation]:
     recorder = Recorder(target)
     JITFunction.run = lambda kernel, *args, **given: recorder.run(kernel, *args, **given)
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment, misc]
-    attention.capability = lambda device: target
+    attention.capability = matmul.capability = lambda device: target
     card = matmul.Card(CARDS[target].multiprocessors, target)
     half, brain = Cases(torch.float16, card), Cases(torch.bfloat16, card)
     some = [half.products, half.fp8, half.attention, half.small, half.rest]
