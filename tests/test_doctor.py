@@ -15,7 +15,7 @@ import pytest
 
 from appliance import doctor
 from appliance.diagnosis import system
-from appliance.diagnosis.card import Installed, examine_cards
+from appliance.diagnosis.card import Installed, examine_cards, uncompiled
 from appliance.diagnosis.findings import SEVERITIES, Finding
 from appliance.diagnosis.measure import file_system, memory_speed
 from appliance.memory import devices, proofs
@@ -256,6 +256,8 @@ def test_what_is_wrong_with_a_card(monkeypatch: pytest.MonkeyPatch, other: dict[
         (Installed("2.13.0+cpu", None, None, None), "torch_cpu"),
         (Installed("2.13.0", "12.9", None, "3.9.0"), "triton"),
         (Installed("2.13.0", "12.9", "3.1.0", "3.9.0"), "triton_version"),
+        (Installed("2.13.0", "12.9", "3.9.0", "3.9.0", "a C compiler (gcc)"), "compiler"),
+        (Installed("2.13.0+cpu", None, None, None, "a C compiler (gcc)"), "torch_cpu"),
         (Installed("2.13.0", "13.0", "3.9.0", "3.9.0"), "driver_old"),
         (Installed(None, None, None, None), None),
     ],
@@ -263,6 +265,21 @@ def test_what_is_wrong_with_a_card(monkeypatch: pytest.MonkeyPatch, other: dict[
 def test_versions_that_do_not_go_with_the_card(monkeypatch: pytest.MonkeyPatch, installed: Installed, name: str | None) -> None:
     Driver(monkeypatch)
     assert [one.name for one in examine_cards(installed)[1]] == ([name] if name else [])
+
+
+def test_what_triton_compiles_its_launchers_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, headers = tmp_path / "gcc", tmp_path / "Python.h"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert uncompiled() == "a C compiler (gcc)"
+    compiler.touch(0o755)
+    assert uncompiled() == f"Python's headers ({headers})"
+    headers.touch()
+    assert uncompiled() is None
+    compiler.unlink()
+    monkeypatch.setenv("CC", "mycc")
+    assert uncompiled() is None
 
 
 def test_no_card_is_nothing_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:

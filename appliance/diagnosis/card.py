@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pynvml  # type: ignore[import-untyped]
@@ -33,13 +37,24 @@ class Installed:
     torch_cuda: str | None  # that torch was built for, as 12.8; None for a build without CUDA
     triton: str | None
     triton_wanted: str | None  # by torch
+    uncompiled: str | None = None  # what Triton lacks to compile its launchers
 
     @classmethod
     def look(cls) -> Installed:
         """From metadata and torch's version.py, without importing either."""
         torch = _version("torch")
         wanted = [re.match(r"triton\s*==\s*([\w.+]+)", line) for line in _requires("torch")]
-        return cls(torch, torch_cuda() if torch else None, _version("triton"), next((m[1] for m in wanted if m), None))
+        cuda, wanted_triton = torch_cuda() if torch else None, next((m[1] for m in wanted if m), None)
+        return cls(torch, cuda, _version("triton"), wanted_triton, uncompiled())
+
+
+def uncompiled() -> str | None:
+    """What is absent of what Triton compiles a launcher in C with, for each kernel: a compiler and Python's headers."""
+    if not os.environ.get("CC") and not shutil.which("gcc") and not shutil.which("clang"):
+        return "a C compiler (gcc)"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton asks on Debian
+    include = sysconfig.get_paths(scheme)["include"]
+    return None if Path(include, "Python.h").is_file() else f"Python's headers ({include}/Python.h)"
 
 
 def _version(package: str) -> str | None:
@@ -93,7 +108,10 @@ def _versions(installed: Installed, driver: str, newest: tuple[int, int]) -> Ite
             yield problem("driver_old", what, "cards cannot be used", remedy)
         if installed.triton is None:
             yield problem("triton", "Triton is not installed", "cards cannot be used", "pip install triton")
-        elif installed.triton_wanted not in (None, installed.triton):
+        if installed.triton is not None and installed.uncompiled is not None:
+            what = f"Triton lacks {installed.uncompiled}"
+            yield problem("compiler", what, "cards cannot be used", "apt install gcc python3-dev, or the like")
+        if installed.triton is not None and installed.triton_wanted not in (None, installed.triton):
             what = f"Triton is {installed.triton}, torch {installed.torch} was made with {installed.triton_wanted}"
             yield note("triton_version", what, "untested together", f"pip install triton=={installed.triton_wanted}")
 

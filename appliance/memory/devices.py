@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,15 @@ MIB = 1024**2
 _UNSAID = re.compile(r"\[?(N/A|Not Found|Not Supported|Insufficient Permissions|Unknown Error)\b")  # of odd or cautious drivers
 _UNLIMITED = 2**60  # version 1 of control groups writes "no limit" as a huge number
 
+DRIVER = """
+from ctypes import CDLL, byref, c_int, c_size_t, create_string_buffer
+cuda, card, total, name, version = CDLL("libcuda.so.1"), c_int(), c_size_t(), create_string_buffer(256), (c_int(), c_int())
+calls = [cuda.cuInit(0), cuda.cuDeviceGet(byref(card), 0), cuda.cuDeviceGetName(name, 256, card)]
+calls += [cuda.cuDeviceTotalMem_v2(byref(total), card)]
+calls += [cuda.cuDeviceGetAttribute(byref(part), kind, card) for part, kind in zip(version, (75, 76))]
+assert not any(calls), calls
+print(name.value.decode(), f"{version[0].value}.{version[1].value}", total.value >> 20, "[N/A]", sep=", ")
+"""  # 75, 76: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR (cuda.h)
 ANSWER_S = 5.0  # that an answer of nvidia-smi counts: as long as a start plans; what is free changes
 _answers: dict[tuple[object, ...], tuple[float, str | None]] = {}  # by program and arguments: when, and what
 
@@ -131,22 +141,39 @@ def _cpu_name() -> str:
 
 
 def _first_card() -> DeviceInfo:
-    """The first of CUDA_VISIBLE_DEVICES, where that is set: CUDA counts no others."""
+    """The first of CUDA_VISIBLE_DEVICES, where that is set: CUDA counts no others. Asked of nvidia-smi, else of the driver."""
     card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
     if card in ("", "-1"):
         raise InputError("--device cuda: CUDA_VISIBLE_DEVICES hides every card; unset it, or use --device cpu")
     answer = _ask("--query-gpu=name,compute_cap,memory.total,memory.free", "--format=csv,noheader,nounits", f"--id={card}")
     if answer is None:
-        raise InputError("--device cuda: no NVIDIA card answers on this machine (nvidia-smi failed); use --device cpu")
+        return _by_driver()
     holders = parse_holders(_ask("-q", "-d", "PIDS", f"--id={card}") or "")
     return replace(parse_card(answer), holders=tuple(one for one in holders if one.pid != os.getpid()))
 
 
+def _by_driver() -> DeviceInfo:
+    """The first card as CUDA's driver has it, in a process of its own, which leaves nothing of CUDA in this one.
+
+    For containers with CUDA's library but not the tools, for tools that are not on the PATH, and for parts of a divided card, of
+    which nvidia-smi tells nothing. What is free is not told without a context on the card: all counts, the engine measures.
+    """
+    answer = _answer(sys.executable, "-I", "-S", "-c", DRIVER, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    if answer is None:
+        raise InputError(
+            "--device cuda: no NVIDIA card answers on this machine (nvidia-smi failed), nor to CUDA's driver; use --device cpu"
+        )
+    return parse_card(answer)
+
+
 def _ask(*arguments: str) -> str | None:
-    """What nvidia-smi prints, or None where it fails. It takes part of a second: asked once for all that ask within ANSWER_S."""
+    """What nvidia-smi prints, or None where it fails."""
     program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
+    return None if program is None else _answer(program, *arguments)
+
+
+def _answer(program: str, *arguments: str) -> str | None:
+    """What a program prints, or None where it fails. It takes part of a second: asked once for all that ask within ANSWER_S."""
     asked = program, os.stat(program).st_mtime_ns, *arguments
     at, answer = _answers.get(asked, (-math.inf, None))
     if time.monotonic() - at > ANSWER_S:

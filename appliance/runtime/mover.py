@@ -10,6 +10,7 @@ import torch
 from appliance.core.step import Chunk
 from appliance.core.store import Copy
 from appliance.memory.inputs import STAGED_BLOCKS
+from appliance.memory.plan import PlanError
 from kernels.ops import KVCache
 
 AT_ONCE = 64
@@ -104,5 +105,17 @@ def rehearse(mover: Mover, blocks: int, slots: int) -> None:
 
 
 def make_mover(ops: str, caches: Sequence[KVCache], slots: int) -> Mover:
-    """For operators of that name."""
-    return CardMover(caches, slots) if ops == "triton" else PlainMover(caches, slots)
+    """For operators of that name. PlanError where the host has no memory to pin for the slots."""
+    if ops != "triton":
+        return PlainMover(caches, slots)
+    try:
+        return CardMover(caches, slots)
+    except torch.OutOfMemoryError:  # of the card
+        raise
+    except RuntimeError as error:  # also of the host, CUDA says that memory has run out
+        if not slots:
+            raise
+        raise PlanError(
+            f"--swap-space: no memory to pin on the host for {slots} blocks: a smaller one, or a higher limit on locked memory "
+            f"(ulimit -l) ({str(error).splitlines()[0]})"
+        ) from error

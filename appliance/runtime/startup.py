@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +38,7 @@ from models.decoder import Decoder
 from models.loader import load_model
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
+from quant.errors import InputError
 
 log = logging.getLogger("appliance.startup")
 
@@ -256,12 +259,19 @@ def _measure(
     return measured(plan, gauge.read(), auto_length=parse_length(config.max_model_len) is None)
 
 
+NO_COMPILER = "Failed to find C compiler"  # Triton's words
+
+
 @contextmanager
 def told(plan: MemoryPlan) -> Iterator[None]:
-    """A card that runs out of memory is told as what it is: a plan that was wrong."""
+    """What goes wrong with a card is told as what it is: a plan that was wrong, no compiler, a kernel that does not compile."""
     try:
         yield
+    except CalledProcessError as error:  # Triton's: a launcher in C for each kernel
+        raise InputError(no_compiler(plan, f"{error.cmd[0]} fails")) from error
     except RuntimeError as error:  # torch's own kind, CUDA's and Triton's
+        if NO_COMPILER in str(error):
+            raise InputError(no_compiler(plan, "there is none")) from error
         if "out of memory" not in str(error).lower():
             raise
         share = "--kv-cache-memory-bytes" if "--kv-cache-memory-bytes" in plan.budget_source else "--gpu-memory-utilization"
@@ -270,3 +280,18 @@ def told(plan: MemoryPlan) -> Iterator[None]:
             f"{plan.model}: {plan.device.name} ran out of memory before it was ready: try {', or '.join(remedies)} "
             f"({str(error).splitlines()[0]})"
         ) from error
+    except Exception as error:
+        if not type(error).__module__.startswith("triton."):
+            raise
+        first = next(iter(str(error).splitlines()), "")
+        raise InputError(
+            f"--device cuda: Triton {version('triton')} does not make a kernel for {plan.device.name} "
+            f"({type(error).__name__}: {first}); --device cpu serves this model"
+        ) from error
+
+
+def no_compiler(plan: MemoryPlan, found: str) -> str:
+    return (
+        f"--device cuda: Triton needs a C compiler and Python's headers to launch kernels on {plan.device.name}, and {found}: "
+        "apt install gcc python3-dev (or the like), or --device cpu"
+    )

@@ -29,9 +29,11 @@ def serve(conn: Connection) -> None:
 
     try:
         engine = Engine.load(config, _Progress(conn), import_s=time.perf_counter() - begun)
-    except (InputError, RuntimeError, MemoryError, OSError) as error:
+    except Exception as error:  # of any library: the client tells it in a line
         log.debug("loading failed", exc_info=True)
-        conn.send(("failed", str(error) or type(error).__name__, isinstance(error, InputError | OSError)))
+        foreseen = isinstance(error, InputError | RuntimeError | MemoryError | OSError)
+        text = str(error) if foreseen else f"{type(error).__name__}: {error}"
+        conn.send(("failed", text or type(error).__name__, isinstance(error, InputError | OSError)))
         return
     conn.send(("ready", engine.info, engine.stats()))
     last = time.monotonic()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -197,7 +199,40 @@ def test_the_first_card_that_cuda_sees(tmp_path: Path, monkeypatch: pytest.Monke
             this_device("cuda")
 
 
+STUB = r"""
+#include <stdlib.h>
+#include <string.h>
+int cuInit(unsigned flags) { return getenv("STUB_FAILS") ? 999 : 0; }
+int cuDeviceGet(int *card, int which) { *card = 7; return which; }
+int cuDeviceGetName(char *name, int most, int card) { strncpy(name, "NVIDIA H100 MIG 1g", most); return card != 7; }
+int cuDeviceTotalMem_v2(size_t *total, int card) { *total = (size_t)20 << 30; return card != 7; }
+int cuDeviceGetAttribute(int *value, int kind, int card) { *value = kind == 75 ? 9 : kind == 76 ? 0 : -1; return card != 7; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
+def test_a_card_of_which_only_cudas_driver_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No nvidia-smi, or one that does not know what was asked for; and a driver that fails."""
+    (tmp_path / "stub.c").write_text(STUB)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "stub.c"], check=True)
+    monkeypatch.setattr(devices, "_answers", {})
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-5c1d")
+    card = DeviceInfo("cuda", "NVIDIA H100 MIG 1g", 20480 * MIB, 20480 * MIB, 90)
+    monkeypatch.setenv("PATH", "")
+    assert this_device("cuda") == card
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 6\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert this_device("cuda") == card
+    monkeypatch.setenv("STUB_FAILS", "1")
+    monkeypatch.setattr(devices, "_answers", {})
+    with pytest.raises(InputError, match="nor to CUDA's driver; use --device cpu"):
+        this_device("cuda")
+
+
 def test_no_card_and_no_such_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_answers", {})
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(InputError, match="--device cuda: no NVIDIA card answers on this machine"):

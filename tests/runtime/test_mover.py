@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from appliance.core.store import Copy
-from appliance.runtime.mover import AT_ONCE, PlainMover, batches
+from appliance.memory.plan import PlanError
+from appliance.runtime.mover import AT_ONCE, PlainMover, batches, make_mover
 from kernels.kv_cache import KVCache
 
 BLOCKS, SLOTS = 12, 7
@@ -58,3 +59,22 @@ def test_batches_keep_what_depends_on_each_other_apart() -> None:
             assert kind != "copy" or not set(targets) & set(sources)
     assert [len(sources) for _, sources, _ in batches([Copy("out", i, i) for i in range(AT_ONCE + 3)])] == [AT_ONCE, 3]
     assert list(batches([])) == []
+
+
+def test_no_memory_to_pin_is_told_as_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA has the same words for the card's memory and the host's."""
+    transfer = pytest.importorskip("kernels.triton.transfer")
+
+    def failing(error: Exception, slots: int) -> None:
+        def fail(*args: object, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(transfer, "Transfers", fail)
+        make_mover("triton", [], slots)
+
+    with pytest.raises(PlanError, match=r"--swap-space: no memory to pin on the host for 9 blocks: a smaller one"):
+        failing(RuntimeError("CUDA error: out of memory\nmore"), 9)
+    with pytest.raises(torch.OutOfMemoryError):
+        failing(torch.OutOfMemoryError("CUDA out of memory"), 9)
+    with pytest.raises(RuntimeError, match=r"^illegal"):
+        failing(RuntimeError("illegal"), 0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from appliance.runtime.engine import Engine
 from appliance.runtime.startup import Kernels, Stopwatch, Timeline, Tools
 from kernels.configs import Table
 from kernels.tune import choose
+from quant.errors import InputError
 from tests.runtime.conftest import answers, submit
 from tests.runtime.fake_lane import FakeLane
 from tests.runtime.test_graphs import FakeRecorder
@@ -150,6 +153,27 @@ def test_a_card_that_runs_out_of_memory_is_a_plan_that_was_wrong(
         patch.setattr(warmup, "run", failing(RuntimeError("illegal memory access")))
         with pytest.raises(RuntimeError, match=r"^illegal memory access"):
             load()
+
+
+def test_what_triton_lacks_is_told_in_a_line(load: Load, on_card: FakeGauge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launchers are compiled in C; its own errors are no RuntimeErrors."""
+    errors = pytest.importorskip("triton.runtime.errors")
+    compiler = "needs a C compiler and Python's headers .* apt install gcc python3-dev"
+    for error, words in (
+        (
+            subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]),
+            r"Python's headers .*, and /usr/bin/gcc fails: apt install",
+        ),
+        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable."), compiler),
+        (errors.OutOfResources(300000, 232448, "shared memory"), r"\(OutOfResources: out of resource: shared memory, .*\)"),
+        (errors.PTXASError("`ptxas` failed\nmore"), r"\(PTXASError: PTXAS error: `ptxas` failed\); --device cpu serves"),
+    ):
+        monkeypatch.setattr(warmup, "run", Mock(side_effect=error))
+        with pytest.raises(InputError, match=words):
+            load()
+    monkeypatch.setattr(warmup, "run", Mock(side_effect=KeyError("our own fault")))
+    with pytest.raises(KeyError):
+        load()
 
 
 def test_a_cpu_has_the_same_timeline_without_warm_up(load: Load, tiny: Path, caplog: pytest.LogCaptureFixture) -> None:

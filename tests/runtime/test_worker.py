@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from appliance.config import EngineConfig
 from appliance.core.messages import Event, Submit
 from appliance.core.params import RequestError
+from appliance.runtime import engine, worker
 from appliance.runtime.client import Client, EngineDied
 from quant.errors import InputError
 from tests.runtime.conftest import submit
@@ -228,3 +230,18 @@ async def test_an_engine_that_answers_is_not_stuck() -> None:
         assert client._process.poll() is None and client.failure is None
     finally:
         client._process.kill()
+
+
+def test_whatever_fails_while_loading_is_told(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line, also what is of no kind that anybody foresaw."""
+    for error, told in (
+        (subprocess.CalledProcessError(1, ["gcc"]), "CalledProcessError: Command '['gcc']' returned non-zero exit status 1."),
+        (InputError("--device: no"), "--device: no"),
+        (RuntimeError("CUDA error: unknown"), "CUDA error: unknown"),
+        (KeyError("x"), "KeyError: 'x'"),
+    ):
+        conn = Mock(recv=Mock(return_value=(config(tiny), 20)))
+        monkeypatch.setattr(worker, "send_lines", lambda level: None)
+        monkeypatch.setattr(engine.Engine, "load", Mock(side_effect=error))
+        worker.serve(conn)
+        conn.send.assert_called_once_with(("failed", told, isinstance(error, InputError)))
