@@ -13,7 +13,7 @@ from gpu_children import ROOT, Child
 
 TESTS = {"kernels": ["tests/kernels/triton/test_*.py"], "engine": ["tests/runtime/test_cuda.py"]}
 WITHOUT_A_CARD = ("compilations", "kernel_report", "emulated")  # tests that need none, and run in every change's checks
-LONG = {"test_attention.py": 4, "test_cuda.py": 1}  # files in so many parts, begun before the others
+LONG = {"test_attention.py": 4, "test_cuda.py": 3}  # files in so many parts, begun before the others
 AT_ONCE = max(2, min(12, 3 * (os.cpu_count() or 4) // 4))
 QUIET = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # no test here needs one of the plugins that happen to be there
 FINE = (0, 1, 5)  # exit codes of pytest: all passed, some failed, there were none

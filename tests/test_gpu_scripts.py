@@ -108,9 +108,24 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
 
+LOST = """import sys
+from types import SimpleNamespace
+
+def gone() -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def test_9() -> None:
+    sys.modules["torch"] = SimpleNamespace(lost=True, cuda=SimpleNamespace(is_initialized=lambda: True, synchronize=gone))
+    gone()
+
+def test_10() -> None:
+    assert not hasattr(sys.modules.get("torch"), "lost")
+"""
+
+
 @pytest.mark.usefixtures("scripts")
 def test_gpu_check_runs_tests_whatever_happens_to_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that fails or kills its process costs no other; what only compiles is left out; a long file is in parts."""
+    """One that fails, loses the card or kills its process costs no other; what only compiles is left out; long files have parts."""
     import gpu_tests
 
     head = "import os, pytest\n\n\n"
@@ -119,6 +134,7 @@ def test_gpu_check_runs_tests_whatever_happens_to_some(tmp_path: Path, monkeypat
         "test_b": "def test_0() -> None:\n    assert 1 == 2\n",
         "test_d": "def test_1() -> None: os.abort()\ndef test_2() -> None: assert not 'this too'\ndef test_3() -> None: pass\n",
         "test_e": "@pytest.mark.compiles\ndef test_1() -> None: assert False\ndef test_2() -> None: pass\n",
+        "test_h": LOST,
         "test_f": "".join(f"def test_{i}() -> None: assert {i} != 3\n" for i in range(5)),
     }
     for name, body in bodies.items():
@@ -127,11 +143,13 @@ def test_gpu_check_runs_tests_whatever_happens_to_some(tmp_path: Path, monkeypat
     monkeypatch.setattr(gpu_tests, "LONG", {"test_f.py": 2})
     assert [child.name for child in gpu_tests.children("kernels", tmp_path)][:2] == ["test_f.py 1/2", "test_f.py 2/2"]
     report, log = gpu_tests.run("kernels", tmp_path, time.monotonic() + 60)
-    assert set(report["wrong"]) == {"test_b.py", "test_d.py", "test_f.py 2/2"} and report["exit_code"] == 1
-    assert {name.rpartition("::")[2] for name in report["failed"]} == {"test_0", "test_2", "test_3"}
+    assert set(report["wrong"]) == {"test_b.py", "test_d.py", "test_f.py 2/2", "test_h.py"} and report["exit_code"] == 1
+    assert {name.rpartition("::")[2] for name in report["failed"]} == {"test_0", "test_2", "test_3", "test_9"}
+    assert "ended with exit code 2 in" in report["files"]["test_h.py"] and "1 passed" in report["files"]["test_h.py"]
+    assert "the card is lost: after" in log and "illegal memory access" in " ".join(report["failed"].values())
     assert "assert 1 == 2" in " ".join(report["failed"].values()) and "1 == 2" in log and "test_a" not in log
     assert "ended with exit code -6 in" in report["files"]["test_d.py"] and "1 failed, 1 passed" in report["files"]["test_d.py"]
-    assert report["files"]["test_e.py"].startswith("1 passed, 1 deselected") and report["summary"] == "3 of 6 processes pass"
+    assert report["files"]["test_e.py"].startswith("1 passed, 1 deselected") and report["summary"] == "3 of 7 processes pass"
 
 
 @pytest.mark.usefixtures("scripts")
