@@ -11,9 +11,10 @@ from typing import Any
 
 from gpu_children import ROOT, Child
 
-TESTS = {"kernels": ["tests/kernels/triton/test_*.py"], "engine": ["tests/runtime/test_cuda.py"]}
+TESTS = {"kernels": ["tests/kernels/triton/test_*.py"], "engine": ["tests/runtime/test_cuda.py", "tests/runtime/test_startup.py"]}
 WITHOUT_A_CARD = ("compilations", "kernel_report", "emulated")  # tests that need none, and run in every change's checks
 LONG = {"test_attention.py": 4, "test_cuda.py": 3}  # files in so many parts, begun before the others
+ALONE = {"test_startup.py": "on_a_card"}  # that take all of the card's memory; these files need hypothesis
 AT_ONCE = max(2, min(12, 3 * (os.cpu_count() or 4) // 4))
 QUIET = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # no test here needs one of the plugins that happen to be there
 FINE = (0, 1, 5)  # exit codes of pytest: all passed, some failed, there were none
@@ -28,7 +29,7 @@ def found(part: str) -> list[Path]:
 def pytest_command(path: Path) -> list[str]:
     """Without hypothesis, which no test here draws from, also without what all tests of the project share and needs it."""
     settings = ["-c", str(ROOT / "scripts" / "gpu_pytest.ini"), "--rootdir", str(ROOT), "-q", "--maxfail=30"]
-    settings += ["-p", "scripts.gpu_plugin"]
+    settings += ["-p", "scripts.gpu_plugin", *(["-k", ALONE[path.name]] if path.name in ALONE else [])]
     marked = "not compiles"
     if importlib.util.find_spec("hypothesis") is None:
         settings += ["--confcutdir", str(path.parent)]
@@ -37,9 +38,10 @@ def pytest_command(path: Path) -> list[str]:
 
 
 def children(part: str, folder: Path) -> list[Child]:
-    """Those that take longest first."""
+    """Those that take longest first, those that run alone last."""
     made = []
-    for path in sorted(found(part), key=lambda path: path.name not in LONG):
+    paths = [path for path in found(part) if path.name not in ALONE or importlib.util.find_spec("hypothesis") is not None]
+    for path in sorted(paths, key=lambda path: (path.name in ALONE, path.name not in LONG)):
         parts = LONG.get(path.name, 1)
         for i in range(parts):
             name = path.name if parts == 1 else f"{path.name} {i + 1}/{parts}"
@@ -59,7 +61,7 @@ def run(part: str, folder: Path, deadline: float) -> tuple[Report, str]:
         if time.monotonic() > deadline:
             wrong |= {child.name: "not begun" for child in waiting}
             waiting = []
-        while waiting and len(running) < AT_ONCE:
+        while waiting and len(running) < (1 if waiting[0].name in ALONE else AT_ONCE):
             running.append(waiting.pop(0))
             running[-1].start()
         for child in [child for child in running if child.over(deadline)]:

@@ -125,7 +125,7 @@ def test_10() -> None:
 
 @pytest.mark.usefixtures("scripts")
 def test_gpu_check_runs_tests_whatever_happens_to_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that fails, loses the card or kills its process costs no other; what only compiles is left out; long files have parts."""
+    """One that fails, loses the card or kills its process costs no other; what only compiles is left out; long files are cut."""
     import gpu_tests
 
     head = "import os, pytest\n\n\n"
@@ -150,6 +150,30 @@ def test_gpu_check_runs_tests_whatever_happens_to_some(tmp_path: Path, monkeypat
     assert "assert 1 == 2" in " ".join(report["failed"].values()) and "1 == 2" in log and "test_a" not in log
     assert "ended with exit code -6 in" in report["files"]["test_d.py"] and "1 failed, 1 passed" in report["files"]["test_d.py"]
     assert report["files"]["test_e.py"].startswith("1 passed, 1 deselected") and report["summary"] == "3 of 7 processes pass"
+
+
+@pytest.mark.usefixtures("scripts")
+def test_gpu_check_runs_what_takes_the_whole_card_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_children
+    import gpu_tests
+
+    made = gpu_tests.children("engine", tmp_path)
+    assert made[-1].name == "test_startup.py" and "on_a_card" in made[-1].command and len(made) > 2
+    (tmp_path / "test_a.py").write_text("def test() -> None:\n    __import__('time').sleep(1)\n")
+    (tmp_path / "test_startup.py").write_text("def test_on_a_card() -> None: pass\ndef test_other() -> None: assert False\n")
+    monkeypatch.setattr(gpu_tests, "found", lambda part: sorted(tmp_path.glob("test_*.py")))
+    begun: dict[str, set[str]] = {}
+    start = gpu_children.Child.start
+
+    def watched(child: Any) -> None:
+        begun[child.name] = {name for name in begun if alive[name].poll() is None}
+        start(child)
+        alive[child.name] = child._process
+
+    alive: dict[str, Any] = {}
+    monkeypatch.setattr(gpu_children.Child, "start", watched)
+    report, _ = gpu_tests.run("engine", tmp_path, time.monotonic() + 60)
+    assert report["exit_code"] == 0 and begun == {"test_a.py": set(), "test_startup.py": set()}
 
 
 @pytest.mark.usefixtures("scripts")
