@@ -15,7 +15,6 @@ from tests.kernels.triton.tensors import DTYPES, EXACT, close, draw, poison  # n
 from tests.kernels.weights import random_weight
 
 from kernels.triton import embedding as kernels  # isort: skip  (after the conftest has chosen the interpreter)
-from kernels.triton.dequant import BASE  # isort: skip
 from kernels.triton.ops import make_ops  # isort: skip
 from kernels.triton.weights import pack  # isort: skip
 
@@ -117,7 +116,6 @@ def compilation(dtype: str, bits: int, targets: tuple[int, ...], *, signed: bool
     constants |= {
         "SCALE": "tl.float16" if bits == 4 else "tl.float32",
         "SIGNED": signed,
-        "BASE": 0 if signed else BASE[dtype],
         "BLOCK": kernels.BLOCK,
     }
     return Compilation(
