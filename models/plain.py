@@ -24,6 +24,10 @@ INPUTS = {
 Watch = Callable[[str, Tensor], None]
 
 
+def _nobody(name: str, value: Tensor) -> None:
+    """Watches nothing."""
+
+
 def compute_dtype(published: str, device: torch.device) -> torch.dtype:
     """In which to go through the layers of a model that was published in this type.
 
@@ -100,21 +104,32 @@ class PlainLayer:
 
     def look(self, hidden: Tensor, watch: Watch | None = None) -> tuple[Tensor, Tensor]:
         """All but the last product: (what that is added to, what it reads), after ``watch`` is told everything."""
-        told = watch or (lambda name, value: None)
+        told = watch or _nobody
         x = self._norm(hidden, "input_layernorm")
         told("attention", x)
-        heads = self._attention(*self._heads(x), told).transpose(1, 2).flatten(2)
-        told("heads", heads)
-        hidden = hidden + self._linear(heads, "self_attn.o_proj")
+        hidden = hidden + self.attention(x, told)
         x = self._norm(hidden, "post_attention_layernorm")
         told("mlp", x)
+        inner = self._inner(x)
+        told("inner", inner)
+        return hidden, inner
+
+    def attention(self, x: Tensor, told: Watch = _nobody) -> Tensor:
+        """What attention adds [B, T, hidden] for the norm's outputs ``x`` [B, T, hidden]."""
+        heads = self._attention(*self._heads(x), told).transpose(1, 2).flatten(2)
+        told("heads", heads)
+        return self._linear(heads, "self_attn.o_proj")
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """What the MLP adds [.., hidden] for the norm's outputs ``x`` [.., hidden]."""
+        return self._linear(self._inner(x), "mlp.down_proj")
+
+    def _inner(self, x: Tensor) -> Tensor:
         if self.spec.fused_qkv:
             gate, up = self._linear(x, "mlp.gate_up_proj").chunk(2, dim=-1)
         else:
             gate, up = self._linear(x, "mlp.gate_proj"), self._linear(x, "mlp.up_proj")
-        inner = F.silu(gate) * up
-        told("inner", inner)
-        return hidden, inner
+        return F.silu(gate) * up
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, heads, T, head size], not yet rotated."""

@@ -22,8 +22,11 @@ from appliance.quantize import autoawq
 from appliance.quantize.autoawq import AutoAWQJob
 from appliance.quantize.calibration import calibration_ids
 from appliance.quantize.job import Job
+from appliance.quantize.layer import Watcher, _outputs
 from appliance.quantize.options import Options
 from appliance.text.tokenizer import Tokenizer
+from models.plain import PlainLayer
+from models.rope import cos_sin_table
 from models.spec import ModelSpec
 from quant.algorithms.awq import search_cuts, search_scales
 from quant.algorithms.grid import Grid
@@ -170,6 +173,34 @@ def test_the_searches_find_the_same(package: Any) -> None:
     assert torch.allclose(ours.scales, found, rtol=1e-4)
     loss = (flat @ (grid.rounded(original * found) / found - original).t()).square().sum()
     assert ours.loss == pytest.approx(float(loss), rel=1e-3) and ours.loss < 0.7 * ours.before
+
+
+@pytest.mark.parametrize("inputs", ["attention", "mlp"])
+def test_the_searches_find_the_same_by_a_block(model: Path, inputs: str) -> None:
+    """By the outputs of attention or of the MLP, whose other weights stay as they are."""
+    from transformers import AutoModelForCausalLM
+
+    dense, told = AutoModelForCausalLM.from_pretrained(model, use_cache=False), {}
+    there, tokens = dense.model.layers[0], ids()[:, :24]
+    block = there.self_attn if inputs == "attention" else there.mlp
+    block.register_forward_pre_hook(lambda module, given, named: told.update(x=given, **named), with_kwargs=True)
+    with Checkpoint.open(model) as checkpoint, torch.inference_mode():
+        spec = ModelSpec.from_config(checkpoint.config)
+        layer = PlainLayer.read(checkpoint, spec, 0, cos_sin_table(spec.rope, 24), torch.float32)
+        watcher = Watcher("awq", 1, False)
+        layer.look(dense.model.embed_tokens(tokens), watcher)
+    with torch.no_grad():
+        dense(tokens)
+        given = told.pop("x")
+        x = told.pop("hidden_states", given[0] if given else None)
+        short = ("q_proj", "k_proj", "v_proj") if inputs == "attention" else ("gate_proj", "up_proj")
+        linears = [getattr(block, name) for name in short]
+        _, _, found = searcher()._search_best_scale(there, linears[0], linears, x, block, told)
+        names = [f"{'self_attn' if inputs == 'attention' else 'mlp'}.{name}" for name in short]
+        seen, weights, grid = watcher.seen[inputs], [layer.weights[name] for name in names], Grid(4, GROUP, False, torch.float32)
+        assert torch.cat(seen.some).shape[0] == tokens.numel()
+        ours = search_scales(weights, torch.cat(seen.some), seen.mean(), grid, outputs=_outputs(layer, inputs, names, seen))
+    assert torch.allclose(ours.scales, found, rtol=1e-3) and ours.loss < 0.8 * ours.before
 
 
 def test_our_cuts_are_as_good(package: Any) -> None:

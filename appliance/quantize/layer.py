@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from appliance.quantize.options import Options
 from appliance.quantize.recipe import Recipe
 from models.plain import INPUTS, PlainLayer, finite
-from quant.algorithms.awq import Tie, search_cuts, search_scales
+from quant.algorithms.awq import Outputs, Tie, search_cuts, search_scales
 from quant.algorithms.gptq import Factor, Hessian, factored, sweep
 from quant.algorithms.grid import Quantized, round_to_nearest
 from quant.errors import InputError
@@ -20,6 +20,8 @@ from quant.errors import InputError
 log = logging.getLogger("appliance.quantize")
 
 LOOKED_AT = 1024  # inputs of each linear that AWQ's searches compare outputs for
+TOGETHER = 128  # of them that attention sees together: the first ones of a sequence
+COARSE = 4  # bits: by 8 a block's outputs change less than bfloat16 rounds them by, and that would choose
 OUT_OF_RANGE = "its inputs hold numbers that are not finite: the calibration text drives the model out of range"
 UNCUT = ("q_proj", "k_proj", "qkv_proj")  # AutoAWQ leaves their extremes: queries and keys meet in a product
 
@@ -31,6 +33,7 @@ class Seen:
     size: Tensor  # float64 [K]: sum of magnitudes
     rows: int = 0
     some: list[Tensor] = field(default_factory=list)  # [.., K]
+    sequences: list[Tensor] = field(default_factory=list)  # [B, T, K], of what attention reads
     hessian: Hessian | None = None
 
     def mean(self) -> Tensor:
@@ -62,6 +65,9 @@ class Watcher:
         seen.rows += flat.shape[0]
         stride = max(1, flat.shape[0] // self.each)
         seen.some.append(flat[stride // 2 :: stride][: self.each].clone())
+        if name == "attention":
+            count = -(-self.each // min(x.shape[1], TOGETHER))
+            seen.sequences.append(x[:: max(1, x.shape[0] // count), :TOGETHER][:count].clone())
 
 
 @dataclass(frozen=True)
@@ -150,13 +156,32 @@ def _scale(layer: PlainLayer, watcher: Watcher, recipe: Recipe, published: torch
         if not finite(seen.size):
             raise InputError(f"{layer.full(names[0])}: {OUT_OF_RANGE}")
         weights = [layer.weights[name].float() for name in names]
-        found = search_scales(weights, _some(seen), seen.mean(), grid, _tie(layer) if inputs == "heads" else None)
+        tie = _tie(layer) if inputs == "heads" else None
+        outputs = _outputs(layer, inputs, names, seen) if grid.bits <= COARSE else None
+        found = search_scales(weights, _some(seen), seen.mean(), grid, tie, outputs)
         if found.loss >= found.before:
             continue
         scales = _fold(layer, inputs, found.scales, published)
         for name, weight in zip(names, weights, strict=True):
             layer.weights[name] = weight.mul_(scales)
         yield inputs, scales
+
+
+def _outputs(layer: PlainLayer, inputs: str, names: Sequence[str], seen: Seen) -> Outputs | None:
+    """What scales are compared by: what attention or the MLP adds to the hidden states. None: the linears' own outputs are that.
+
+    AutoAWQ does so, too. Errors of keys matter only as far as they move attention, those of gates where ups are large: by the
+    linears' own outputs, what is best for one calibration is worse for the next.
+    """
+    if inputs not in ("attention", "mlp"):
+        return None
+    x = torch.cat(seen.sequences) if inputs == "attention" else _some(seen)
+
+    def outputs(weights: Sequence[Tensor]) -> Tensor:
+        tried = replace(layer, weights={**layer.weights, **dict(zip(names, weights, strict=True))})
+        return tried.attention(x) if inputs == "attention" else tried.mlp(x)
+
+    return outputs
 
 
 def _fold(layer: PlainLayer, inputs: str, scales: Tensor, published: torch.dtype) -> Tensor:

@@ -17,24 +17,36 @@ RATIOS = 20  # of inputs' sizes to weights' that are tried
 CUTS, DEEPEST = 10, 0.5  # extremes that are tried: from all of them down to this share
 CHUNK, CACHED = 1 << 25, 1 << 20  # values of weights that are tried at a time; on a CPU, whose cache should hold them
 Tie = Callable[[Tensor], Tensor]  # [K] -> [K]
+Outputs = Callable[[Sequence[Tensor]], Tensor]  # of weights [N, K] in the type of the inputs
 
 
 @dataclass(frozen=True)
 class Scaling:
     scales: Tensor  # float32 [K]: what the weights' columns are multiplied with
-    loss: float  # squared error of all outputs together, over the inputs given
+    loss: float  # squared error of all outputs together, over the inputs given; of ``outputs`` where that is given
     before: float  # the same without scales
 
 
-def search_scales(weights: Sequence[Tensor], x: Tensor, sizes: Tensor, grid: Grid, tie: Tie | None = None) -> Scaling:
+def search_scales(
+    weights: Sequence[Tensor],
+    x: Tensor,
+    sizes: Tensor,
+    grid: Grid,
+    tie: Tie | None = None,
+    outputs: Outputs | None = None,
+) -> Scaling:
     """The scales that serve all ``weights`` (float32 [N, K], which read the same inputs) best.
 
     ``x`` [T, K]: some of the inputs, in the type in which outputs are compared; ``sizes`` float32 [K]: the mean magnitude of each
     over all that were seen. Tried are s = sizes^r / w^(1 - r), r = 0, 1/20, .., 19/20, where w is a column's mean magnitude in
     shares of its groups' largest, as AutoAWQ does. ``tie`` makes inputs share a scale that come from the same output.
+
+    ``outputs``: what the linears are for, such as a whole block's outputs, whose squared error then counts in place of their own:
+    what the block makes of an error decides how much that matters. It takes the weights in the type of ``x``.
     """
+    error = _own_error(weights, x, grid) if outputs is None else _error_behind(weights, outputs, grid, x.dtype)
     columns = torch.stack([_relative(weight, grid) for weight in weights]).mean(0)
-    before = _error(weights, x, None, grid)
+    before = error(None)
     best, scales = before, torch.ones_like(sizes)
     for step in range(RATIOS):
         ratio = step / RATIOS
@@ -42,7 +54,7 @@ def search_scales(weights: Sequence[Tensor], x: Tensor, sizes: Tensor, grid: Gri
         tried = tried / (tried.max() * tried.min()).sqrt()
         tried = torch.where(torch.isfinite(tried), tried, 1.0)
         tried = tried if tie is None else tie(tried)
-        loss = _error(weights, x, tried, grid)
+        loss = error(tried)
         if loss < best:
             best, scales = loss, tried
     return Scaling(scales, best, before)
@@ -57,14 +69,35 @@ def _relative(weight: Tensor, grid: Grid) -> Tensor:
     return total / weight.shape[0]
 
 
-def _error(weights: Sequence[Tensor], x: Tensor, scales: Tensor | None, grid: Grid) -> float:
-    """Sum over outputs and inputs of (x (W - Q)^T)^2."""
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for weight in weights:
-        for rows in _rows(weight):
-            off = (grid.rounded(rows) if scales is None else grid.rounded(rows * scales).div_(scales)).sub_(rows)
-            total += (x @ off.to(x.dtype).t()).float().square_().sum()
-    return float(total)
+def _own_error(weights: Sequence[Tensor], x: Tensor, grid: Grid) -> Callable[[Tensor | None], float]:
+    """By scales: the sum over outputs and inputs of (x (W - Q)^T)^2."""
+
+    def error(scales: Tensor | None) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
+        for weight in weights:
+            for rows in _rows(weight):
+                total += (x @ _tried(rows, scales, grid).sub_(rows).to(x.dtype).t()).float().square_().sum()
+        return float(total)
+
+    return error
+
+
+def _error_behind(
+    weights: Sequence[Tensor], outputs: Outputs, grid: Grid, dtype: torch.dtype
+) -> Callable[[Tensor | None], float]:
+    """By scales: the sum of the squared differences that rounding makes to ``outputs``."""
+    exact = outputs([weight.to(dtype) for weight in weights]).float()
+
+    def error(scales: Tensor | None) -> float:
+        tried = [torch.cat([_tried(rows, scales, grid).to(dtype) for rows in _rows(weight)]) for weight in weights]
+        return float((outputs(tried).float() - exact).square_().sum(dtype=torch.float64))
+
+    return error
+
+
+def _tried(rows: Tensor, scales: Tensor | None, grid: Grid) -> Tensor:
+    """Rows of a weight as they would be read back."""
+    return grid.rounded(rows) if scales is None else grid.rounded(rows * scales).div_(scales)
 
 
 def _rows(weight: Tensor) -> Sequence[Tensor]:

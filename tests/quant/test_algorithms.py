@@ -113,6 +113,25 @@ def test_scales_that_are_tied() -> None:
     assert torch.equal(found, found[:1].expand(4, 16)) and float(found.std()) > 0
 
 
+def test_scales_by_what_is_made_of_the_outputs() -> None:
+    """Of two linears only one matters: the scales are those that serve it alone, and the other's errors do not count."""
+    weight, x = problem(64, 128, 256, outliers=True)
+    other, grid, sizes = torch.randint(-4, 4, (64, 128)).float(), Grid(3, 32, False), x.abs().mean(0)
+    other[:, ::32], other[:, 1::32] = -4, 3  # on the grid as it is: any scale makes errors, and large ones
+    whole = search_scales([weight, other], x, sizes, grid, outputs=lambda made: torch.cat([x @ one.t() for one in made], 1))
+    own = search_scales([weight, other], x, sizes, grid)
+    assert torch.equal(whole.scales, own.scales) and whole.loss == pytest.approx(own.loss, rel=1e-3)
+    assert whole.before == pytest.approx(own.before, rel=1e-3)
+    gated = search_scales([weight, other], x, sizes, grid, outputs=lambda made: x @ made[0].t())
+    assert torch.equal(own.scales, torch.ones(128)) and not torch.equal(gated.scales, own.scales)
+
+    def alone(scales: Tensor) -> float:
+        return float((x @ (grid.rounded(weight * scales) / scales - weight).t()).square().sum())
+
+    assert gated.loss == pytest.approx(alone(gated.scales), rel=1e-3) and gated.loss < 0.7 * alone(own.scales)
+    assert gated.before == pytest.approx(alone(torch.ones(128)), rel=1e-3)
+
+
 def test_cuts_are_the_best_of_those_tried() -> None:
     weight, x = problem(8, 64, 128)
     grid = Grid(4, 32, False)
