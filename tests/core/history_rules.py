@@ -68,7 +68,8 @@ class Rules:
         return plan
 
     def count_waits(self) -> None:
-        """Nobody waits for longer than all before it may take for a turn each, and the time to compute again what they had."""
+        """Nobody waits for longer than all before it, and those who run already (it may have waited for its grammar till now), may
+        take for a turn each, and the time to compute again what they had."""
         scheduler = self.scheduler
         if scheduler.priorities or any(self.groups):
             return
@@ -76,7 +77,7 @@ class Rules:
         for request in (r for r in scheduler.waiting if not r.held):
             ticket, left = waits.get(request, (None, 0))
             if ticket != request.ticket:
-                before = [r for r in self.alive if r.ticket <= request.ticket]
+                before = [r for r in self.alive if r.ticket <= request.ticket or r.running]
                 turns = [max(scheduler.fair_tokens, self.worth * 2 * r.max_total) for r in before]
                 left = sum(min(turn, r.max_total - len(r.tokens)) + r.max_total + 4 for turn, r in zip(turns, before))
             assert left > 0, f"{request.key} waits for too long"
