@@ -68,7 +68,7 @@ class Rules:
         return plan
 
     def count_waits(self) -> None:
-        """Nobody waits for longer than all before it, and those who run already (it may have waited for its grammar till now), may
+        """Nobody waits for longer than all before it, and those who run already (it may have waited for a grammar), may
         take for a turn each, and the time to compute again what they had."""
         scheduler = self.scheduler
         if scheduler.priorities or any(self.groups):
