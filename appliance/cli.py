@@ -5,6 +5,7 @@ What wins: the command line, then APPLIANCE_* in the environment, then the file 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tomllib
@@ -195,9 +196,20 @@ def run(argv: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # as in `| head`: nobody reads on; Python must not complain of it again while it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # as in `| head`: nobody reads on
+        _drop_output()
         return 1
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
+            raise
+        _drop_output()
+        _complain(InputError(f"the output cannot be written: {error.strerror}"))
+        return 1
+
+
+def _drop_output() -> None:
+    """Python must not complain again while it ends, of what it has not written yet."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(error: Exception) -> None:

@@ -49,6 +49,8 @@ def read_models(file: str, engine: EngineConfig, server: ServerConfig) -> list[E
     seen: set[str] = set()
     for entry in entries:
         for name in entry.server.served_model_name:
+            if not name.strip():
+                raise InputError(f"--models {file}: a name is empty: clients need one to ask for")
             if name in seen:
                 raise InputError(f"--models {file}: two models answer to the name {name!r}")
             seen.add(name)

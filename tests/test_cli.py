@@ -212,12 +212,23 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid: "),
         (["--idle-unload", "-1"], "--idle-unload is -1: seconds, 0 or more, are needed"),
         (["--engine-step-timeout", "nan"], "--engine-step-timeout is nan: seconds, 0 or more, are needed"),
+        (["--served-model-name", ""], "--served-model-name is empty: clients need a name to ask for"),
         (["--log-level", "loud"], "--log-level is one of debug, info, warning, error, got 'loud'"),
     ],
 )
 def test_serve_refuses(model: Path, args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["serve", str(model), *args]) == 2
     assert capsys.readouterr().err.startswith(f"appliance: error: {words}")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("command", ["version", "plan"])
+def test_a_full_disk_behind_the_output_is_a_line(command: str) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        args = [sys.executable, "-m", "appliance", command]
+        found = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, text=True, env=env, timeout=60)
+    assert (found.returncode, found.stderr) == (1, "appliance: error: the output cannot be written: No space left on device\n")
 
 
 def test_the_demo_model_is_served_when_none_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

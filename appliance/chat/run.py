@@ -75,18 +75,18 @@ def _server(asked: Asked) -> Iterator[Server]:
     status = Status()
     try:
         if not asked.words:
-            server = Server(asked.url or DEFAULT_URL, asked.api_key)
+            server = Server(DEFAULT_URL if asked.url is None else asked.url, asked.api_key)
             try:
                 server.wait(status)
                 status.clear()
                 yield server
                 return
             except ChatError as error:
-                if asked.url or asked.model or error.status:
+                if asked.url is not None or asked.model or error.status:
                     raise
             if sys.stderr.isatty():
                 print(f"no server runs at {DEFAULT_URL}: one is started, with the embedded demo model", file=sys.stderr)
-        elif asked.url:
+        elif asked.url is not None:
             raise InputError(f"--url is for a server that runs, and {asked.words[0]!r} for one that is to be started")
         child = Child(asked.words)
         try:

@@ -230,7 +230,7 @@ class EngineHost:
     async def enter(self, visitor: object) -> ServerState:
         """As Host has it: a model that is not loaded is loaded for whoever asks for it, in its turn."""
         self.used = time.monotonic()
-        if self.shared.draining or (self._turn is None and self.status in ("dead", "loading")):
+        if self.shared.draining or (self._turn is None and self.status in ("dead", "loading") and not self._starts_later):
             raise self._refusal()
         if self.status == "ok" and not self.closing:
             self._present.add(visitor)
@@ -246,6 +246,11 @@ class EngineHost:
             raise
         assert self.state is not None
         return self.state
+
+    @property
+    def _starts_later(self) -> bool:
+        """Whether it is loaded at start, behind the first model: as for one that is loaded on demand, it can be waited for."""
+        return self.site is not None and self.site.starting and self is not self.site.hosts[0] and self.status == "loading"
 
     async def come(self) -> None:
         """Be loaded, in the turn that others wait for already, where there is one; whoever gives up waiting does not stop it.

@@ -119,6 +119,8 @@ def check_local(host: str, sock: socket.socket) -> None:
 def locate(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, ServerConfig]:
     """The same options with local directories for model and tokenizer, and a name under which the model is served."""
     names = server.served_model_name or (engine.model or "demo",)
+    if not all(name.strip() for name in names):
+        raise InputError("--served-model-name is empty: clients need a name to ask for")
     directory = resolve(engine.model, engine.revision) if engine.model else demo_model()
     tokenizer = resolve(engine.tokenizer, engine.revision) if engine.tokenizer else directory
     return replace(engine, model=str(directory), tokenizer=str(tokenizer)), replace(server, served_model_name=tuple(names))

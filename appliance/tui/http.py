@@ -38,12 +38,12 @@ class Source(Protocol):
 def base_url(url: str) -> str:
     """``url`` with a scheme and without a trailing slash. Raises InputError where it is none."""
     full = url if "://" in url else f"http://{url}"
-    parts = urlsplit(full)
     try:
-        port_ok = parts.port != 0
+        parts = urlsplit(full)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
-        port_ok = False
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port_ok:
+        good = False
+    if not good:
         raise InputError(f"--url {url!r} is not the address of a server: it looks like http://127.0.0.1:8000")
     return full.rstrip("/")
 

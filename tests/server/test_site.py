@@ -318,6 +318,25 @@ async def test_no_process_to_be_had(model_dir: Path, monkeypatch: pytest.MonkeyP
     await host.end()
 
 
+async def test_a_model_that_is_loaded_at_start_behind_the_first_one_is_waited_for(model_dir: Path) -> None:
+    street = Street(model_dir, {"a": 4, "b": 4}, 8)
+    street.engines[1].slow = slow = asyncio.Event()
+    street.hosts["b"].entry = replace(street.hosts["b"].entry, load="start")
+    service = Service(bind("127.0.0.1", 0), [*street.hosts.values()], street.site.shared, 8, ServerConfig(shutdown_timeout=1))
+    running = asyncio.create_task(service.run())
+    url = f"http://127.0.0.1:{service.sock.getsockname()[1]}"
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=20) as http:
+        await soon(lambda: street.hosts["b"].status == "loading")
+        waiting = asyncio.create_task(http.post("/v1/completions", json={"model": "b", "prompt": "ab", "max_tokens": 1}))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        slow.set()
+        answer = await waiting
+        assert answer.status_code == 200 and answer.json()["model"] == "b" and street.log == ["load a", "load b"]
+    service.stopping.set()
+    assert await running == 0
+
+
 @pytest.mark.parametrize(("budget", "log"), [(8, ["load a", "load b"]), (4, ["load a", "end a", "load b"])])
 @pytest.mark.parametrize("fails", [False, True])
 async def test_another_model_is_asked_for_while_the_first_one_loads_at_start(

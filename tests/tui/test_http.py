@@ -25,7 +25,7 @@ def test_base_url(given: str, url: str) -> None:
     assert base_url(given) == url
 
 
-@pytest.mark.parametrize("given", ["ftp://a", "http://", "http://a:0", "http://a:x", ""])
+@pytest.mark.parametrize("given", ["ftp://a", "http://", "http://a:0", "http://a:x", "http://[bad", ""])
 def test_base_url_refuses(given: str) -> None:
     with pytest.raises(InputError, match=r"is not the address of a server: it looks like http://127.0.0.1:8000"):
         base_url(given)
