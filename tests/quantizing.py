@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ def ids(seed: int = 1, samples: int = 24) -> Tensor:
     return torch.randint(3, VOCAB, (samples, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
-def logits(directory: Path, tokens: Tensor) -> Tensor:
-    """Log-probabilities [B, T, V] of a checkpoint's own weights, in float32."""
+def logits(directory: Path, tokens: Tensor, rounded: torch.dtype = torch.float32) -> Tensor:
+    """Log-probabilities [B, T, V] of a checkpoint's own weights, in float32; the layers' are ``rounded`` to a type before."""
     with Checkpoint.open(directory) as checkpoint, torch.inference_mode():
         spec = ModelSpec.from_config(checkpoint.config)
         table, head = (
@@ -82,7 +83,9 @@ def logits(directory: Path, tokens: Tensor) -> Tensor:
         norm = checkpoint.take("model.norm.weight", dtypes=FLOATS).float()
         hidden, table_of_angles = table[tokens], cos_sin_table(spec.rope, tokens.shape[1])
         for number in range(spec.layers):
-            hidden = PlainLayer.read(checkpoint, spec, number, table_of_angles, torch.float32).forward(hidden)
+            layer = PlainLayer.read(checkpoint, spec, number, table_of_angles, torch.float32)
+            weights = {name: weight.to(rounded).float() for name, weight in layer.weights.items()}
+            hidden = replace(layer, weights=weights).forward(hidden)
         hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + spec.eps) * norm
         return torch.log_softmax(hidden @ head.t(), -1)
 

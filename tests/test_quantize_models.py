@@ -83,8 +83,9 @@ def test_transformers_reads_the_same_weights(made: Path) -> None:
             weight = checkpoint.weight(module.name, expect=(module.N, module.K))
             dense = weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
             assert torch.allclose(weights[f"{module.name}.weight"].float(), dense, rtol=2**-7, atol=0), module.name
-        off = (logits(made, ids()) - theirs(ids()).logits.log_softmax(-1)).abs()  # it rounds weights to that type, too
-    assert float(off.mean()) < 0.02
+        rounded = torch.bfloat16 if "bfloat16" in made.name else torch.float16  # to the type of the scales, as it does
+        off = (logits(made, ids(), rounded) - theirs(ids()).logits.log_softmax(-1)).abs()
+    assert float(off.max()) < 1e-3
 
 
 @pytest.mark.parametrize("options", [{}, {"bits": 8}, {"target_bits": 8.2}])

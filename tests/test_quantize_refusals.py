@@ -57,8 +57,12 @@ def test_defaults_are_what_others_load() -> None:
     for given, form, sym, words in (
         ({}, "awq", False, None),
         ({"method": "gptq"}, "gptq", True, None),
+        ({"method": "rtn", "format": "gptq"}, "gptq", True, None),
+        ({"format": "gptq_v2"}, "gptq_v2", True, None),
         ({"method": "gptq", "sym": False}, "gptq_v2", False, None),
         ({"method": "gptq", "sym": False, "format": "gptq"}, "gptq", False, "GPTQModel refuses zero points in a version 1"),
+        ({"method": "gptq", "target_bits": 4.5, "format": "gptq"}, "gptq", True, "it knows one width"),
+        ({"method": "gptq", "lm_head_bits": 8}, "gptq", True, "no head in codes"),
         ({"bits": 8}, "compressed-tensors", True, None),
         ({"target_bits": 4.5}, "compressed-tensors", True, "reads all widths as one"),
         ({"format": "compressed-tensors"}, "compressed-tensors", True, None),

@@ -28,8 +28,8 @@ class Options:
     group_size: int = 128
     """Inputs that share a scale; -1: a scale for each output."""
     sym: bool | None = None
-    """Symmetric around zero, without zero points. Default: with gptq, and in the format compressed-tensors, of which transformers
-    loads nothing else."""
+    """Symmetric around zero, without zero points. Default: in all formats but awq, as vLLM (of gptq) and transformers (of
+    compressed-tensors) load nothing else."""
     act_order: bool = False
     """With gptq: the columns that matter most are rounded first. A little better, and as fast to compute with."""
     static_groups: bool = True
@@ -101,7 +101,7 @@ class Options:
             )
         self._check_mixed()
         form = self.format or self._usual()
-        sym = self.method == "gptq" or form == "compressed-tensors" if self.sym is None else self.sym
+        sym = form != "awq" if self.sym is None else self.sym
         if form not in FORMATS:
             raise InputError(f"--format is {form!r}: one of {', '.join(FORMATS)} is needed")
         self._check_order(form)

@@ -90,6 +90,8 @@ def unread(options: Options) -> str | None:
     """What GPTQModel (7.7) or transformers (5.23, with compressed-tensors 0.20) make of it, where that is not what it is."""
     if options.format == "gptq" and not options.sym:
         return "GPTQModel refuses zero points in a version 1 that it did not make (--format gptq_v2, or --sym)"
+    if options.format in ("gptq", "gptq_v2") and (options.mixed or options.lm_head_bits != KEPT):
+        return "transformers does not load it: of this format it knows one width, and no head in codes (GPTQModel does)"
     if options.format != "compressed-tensors":
         return None
     uneven = options.mixed or options.lm_head_bits != KEPT or options.embedding_bits != KEPT
