@@ -101,7 +101,8 @@ def test_refusals_have_the_numbers_and_the_flags() -> None:
     )
     assert re.match(numbers, str(short.value)), str(short.value)
     advised = advise(short.value, LLAMA_8B, replace(DEFAULTS, max_len=65536), cpu(24))
-    remedies = r"What would fit: --gpu-memory-utilization 0\.6\d, or --kv-cache-dtype fp8, or --max-model-len 4\d{4}$"
+    caches = "--kv-cache-dtype fp8, or --kv-cache-dtype int4"
+    remedies = rf"What would fit: --gpu-memory-utilization 0\.6\d, or {caches}, or --max-model-len 4\d{{4}}$"
     assert re.search(remedies, str(advised)), str(advised)
     assert (
         advised.remedies[1].effect
@@ -123,7 +124,7 @@ def test_one_set_of_flags_where_no_single_one_helps() -> None:
         fit(LLAMA_8B, tight, cpu(7))
     advised = advise(error.value, LLAMA_8B, tight, cpu(7))
     assert len(advised.remedies) == 1
-    flags = r"--gpu-memory-utilization 1 --kv-cache-dtype fp8 --max-num-batched-tokens \d{3,4} --max-model-len \d+"
+    flags = r"--gpu-memory-utilization 1 --max-num-batched-tokens \d{3,4} --kv-cache-dtype int4 --max-model-len \d+"
     assert re.fullmatch(flags, advised.remedies[0].flags)
     less = replace(tight, **(parse(advised.remedies[0].flags) | {"utilization": 0.99}))
     assert plan_or_none(LLAMA_8B, less, cpu(7)) is None

@@ -200,7 +200,8 @@ def test_no_spelling_of_a_path_passes_the_guard(locked: Served, method: str) -> 
     for path in TRICKS.split():
         with connect(locked) as sock:
             sock.sendall(f"{method} {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: 0\r\n\r\n".encode())
-            assert statuses(closed_after(sock)[0]) in ([401], [400]), path
+            public = path == "http://a/ping" and method in ("GET", "HEAD")  # as proxies write /ping, which asks for no key
+            assert statuses(closed_after(sock)[0]) in ([[200]] if public else ([401], [400])), path
 
 
 RIGHT, WRONG = b"authorization: Bearer sk-right\r\n", b"authorization: Bearer sk-wrong\r\n"

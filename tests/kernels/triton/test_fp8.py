@@ -62,7 +62,8 @@ def test_activations_of_many_rows(dtype: torch.dtype, group: int | None) -> None
             plain = matmul(x[:count], packed, residual=residual[:count], card=card).float().cpu()
             assert (plain - exact[:count]).abs().max() < LIMIT[dtype] * exact.abs().max()
         kept = pack(weight.on(torch.device(DEVICE)), **options, activation="bf16")  # type: ignore[arg-type]
-        assert torch.equal(matmul(x, kept, residual=residual, card=CARD).float().cpu()[:64], plain)
+        held = matmul(x, kept, residual=residual, card=CARD).float().cpu()  # of more rows than ``plain``: in tiles of its own
+        assert (held - exact).abs().max() < LIMIT[dtype] * exact.abs().max()
 
 
 def many_rows(launch: Launch, whole: bool, gated: bool) -> Compilation:
