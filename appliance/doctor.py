@@ -17,7 +17,7 @@ from appliance.diagnosis import system
 from appliance.diagnosis.card import Installed, examine_cards
 from appliance.diagnosis.findings import Finding, note, problem, slow
 from appliance.diagnosis.measure import NETWORK, disk_speed, file_system, memory_speed
-from appliance.memory.devices import DeviceInfo, this_device, torch_cuda
+from appliance.memory.devices import DeviceInfo, allowed_processors, this_device, torch_cuda
 from appliance.memory.proofs import OLDEST, device_kind
 from appliance.memory.text import size_text
 from appliance.version import __version__
@@ -136,7 +136,7 @@ def examine(model: str | None = None, port: int | None = None, *, measure: bool 
         findings.append(slow("isa_chosen", what, COSTS[kernels] or "slower", "unset APPLIANCE_CPU_ISA"))
     cores, total = psutil.cpu_count(logical=False) or 1, psutil.virtual_memory().total
     driver, of_cards = examine_cards(installed)
-    findings += system.processors(root, cores, system.allowed_processors(), available)
+    findings += system.processors(root, cores, allowed_processors(), available)
     findings += [*system.memory(root, total), *system.limits(*resource.getrlimit(resource.RLIMIT_NOFILE)), *of_cards]
     findings += [*(port_taken(port) if port is not None else ()), *disk(hub_cache())]
     speed = memory_speed(cores) / GB if measure else None

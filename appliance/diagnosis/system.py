@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,7 +169,3 @@ def limits(soft: int, hard: int) -> Iterator[Finding]:
     if hard != -1 and hard < LEAST_FILES:
         what = f"a process may have {hard} open files"
         yield note("open_files", what, "each client is one", "ulimit -Hn 65536 as root, or LimitNOFILE=65536 in the unit")
-
-
-def allowed_processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -94,6 +94,11 @@ def cpu_threads(threads: int | None) -> int:
     return threads or psutil.cpu_count(logical=False) or 1
 
 
+def allowed_processors() -> int:
+    """So many this process may run on, physical or not."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
     """(limit, what is free under it) in bytes of each control group, version 1 or 2, that this process is in.
 

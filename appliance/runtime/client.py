@@ -27,6 +27,7 @@ from appliance.config import EngineConfig
 from appliance.core.messages import Abort, EngineInfo, Event, ResetPrefixCache, Stats, Submit, joined
 from appliance.core.params import RequestError
 from appliance.runtime.logs import take_lines
+from appliance.runtime.pace import Pace, pace_beside
 from quant.errors import InputError
 
 log = logging.getLogger("appliance.client")
@@ -58,6 +59,8 @@ class Client:
         self._conn: Connection | None = None
         self._ended = asyncio.Event()
         self._inbox: deque[tuple[Any, ...]] = deque()  # messages that have come, and were not looked at
+        self._pace = Pace()
+        self._later: asyncio.TimerHandle | None = None  # what is in the inbox is looked at then
         self._heard = 0  # messages of the engine
         self._owed = False  # whether it has said nothing since it was told something
         self._watch: asyncio.Task[None] | None = None  # while there is work
@@ -211,14 +214,23 @@ class Client:
         try:
             while True:
                 self._inbox.append(self._conn.recv())
-                loop.call_soon_threadsafe(self._take_all)
+                loop.call_soon_threadsafe(self._hear)
         except (EOFError, OSError):
             with contextlib.suppress(RuntimeError):  # the loop may be closed already
                 loop.call_soon_threadsafe(self._gone)
 
+    def _hear(self) -> None:
+        """Something has come."""
+        if self._later is None and self._inbox:
+            if wait := self._pace.wait():
+                self._later = asyncio.get_running_loop().call_later(wait, self._take_all)
+            else:
+                self._take_all()
+
     def _take_all(self) -> None:
         """What has come since. Events of several steps are joined: where steps come faster than they can be told one by one,
         that costs hardly more than one step, and nobody falls behind ever further."""
+        self._later = None
         steps: list[list[Event]] = []
         while self._inbox:
             message = self._inbox.popleft()
@@ -241,6 +253,7 @@ class Client:
                 self.loading = (done, total)
             case ("ready", info, stats):
                 self.info, self._stats = info, stats
+                self._pace = pace_beside(info.device, self.config.threads)
                 if self.state == "loading":  # and not stopped since
                     self.state = "ready"
                     if not self._ready.done():
@@ -252,6 +265,9 @@ class Client:
 
     def _gone(self) -> None:
         """The pipe closed: the process has ended, or is about to."""
+        if self._later is not None:
+            self._later.cancel()
+            self._take_all()
         self._ended.set()
         if self.state != "stopped":
             self.state = "dead"

@@ -1,0 +1,36 @@
+"""When news of the engine is told, so that telling does not take from the engine what it needs itself."""
+
+from __future__ import annotations
+
+import time
+
+from appliance.memory.devices import allowed_processors, cpu_threads
+
+SHARE = 0.1  # of the time, at most, the event loop works where the engine's threads have all processors
+LATE_S = 0.03  # and so long, at most, does news wait for it
+
+
+class Pace:
+    """Holds an event loop to a share of the time for what the engine brings: news waits, and is told together with what follows.
+
+    An engine that steps every few milliseconds brings many tokens, and telling each at once takes longer than telling several;
+    that time would be the engine's own where its threads have all processors. Steps that take long are told at once.
+    """
+
+    def __init__(self, share: float = 1.0) -> None:
+        self.share = share
+        self._told = self._spent = 0.0  # when it was told the last time, by the clock and in the thread's own time
+
+    def wait(self) -> float:
+        """Seconds until the next news is due. 0: now, and the one who asks tells it."""
+        now, spent = time.monotonic(), time.thread_time()
+        due = self._told + min((spent - self._spent) / self.share, LATE_S)
+        if now < due:
+            return due - now
+        self._told, self._spent = now, spent
+        return 0.0
+
+
+def pace_beside(device: str, threads: int | None) -> Pace:
+    """For an engine on ``device`` with ``threads`` of its own (--threads): held back only where it computes on all processors."""
+    return Pace(SHARE if device == "cpu" and cpu_threads(threads) >= allowed_processors() else 1.0)
