@@ -10,21 +10,28 @@ from appliance.core.store import Store
 
 
 def audit(
-    store: Store, running: Sequence[Request], waiting: Sequence[Request], requests: Collection[Request], max_num_seqs: int
+    store: Store,
+    running: Sequence[Request],
+    waiting: Sequence[Request],
+    deferred: Sequence[Request],
+    requests: Collection[Request],
+    max_num_seqs: int,
 ) -> None:
     """Raises PoolError unless all of this holds.
 
-    Running and waiting ones are in order, and are all there are. A running request holds at least ceil(computed / block_size)
-    blocks (what is stored) and at most ceil(known / block_size); a waiting one none, but in host memory those of what it has
-    computed. Every block has as many references as requests hold it, and no other is used, here and there. The books of the pools
-    are right.
+    Running, waiting and deferred ones are in order, each where its flags say, and are all there are. A running request holds at
+    least ceil(computed / block_size) blocks (what is stored) and at most ceil(known / block_size); another one none, but in host
+    memory those of what it has computed. Every block has as many references as requests hold it, and no other is used, here and
+    there. The books of the pools are right.
     """
     store.check()
-    for queue in (running, waiting):
+    for queue in (running, waiting, deferred):
         if [r.ticket for r in queue] != sorted({r.ticket for r in queue}):
             raise PoolError("requests are not in order of arrival")
-    if {*running, *waiting} != {*requests} or any(r.running for r in waiting):
-        raise PoolError("running and waiting are not all requests")
+    if {*running, *waiting, *deferred} != {*requests} or len(running) + len(waiting) + len(deferred) != len(requests):
+        raise PoolError("running, waiting and deferred are not all requests")
+    if any(r.running or r.held for r in waiting) or not all(r.held and not r.running for r in deferred):
+        raise PoolError("a request is not where its flags say")
     if len(running) > max_num_seqs:
         raise PoolError(f"{len(running)} running, more than {max_num_seqs}")
     for r in running:
@@ -33,12 +40,15 @@ def audit(
         low, high = store.blocks(r.computed), store.blocks(r.known)
         if not low <= len(r.blocks) <= high or r.host or not r.running:
             raise PoolError(f"request {r.key} holds {len(r.blocks)} blocks, expected {low} to {high}")
-    for r in waiting:
+    resting = (*waiting, *deferred)
+    for r in resting:
         if r.blocks or len(r.host) != store.blocks(r.computed):
             raise PoolError(f"request {r.key} waits with {len(r.blocks)} blocks and {r.computed} tokens computed")
     _owners(store.pool, [r.blocks for r in running])
+    if store.swapped != sum(bool(r.host) for r in resting):
+        raise PoolError(f"{store.swapped} requests counted in host memory, {sum(bool(r.host) for r in resting)} are")
     if store.host is not None:
-        _owners(store.host, [r.host for r in waiting])
+        _owners(store.host, [r.host for r in resting])
 
 
 def _owners(pool: BlockPool, held: Sequence[Sequence[int]]) -> None:

@@ -5,15 +5,14 @@ The rules and what they guarantee are in docs/scheduling.md.
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Callable, Sequence
 from itertools import takewhile
-from operator import attrgetter
 
 from appliance.core.audit import audit
 from appliance.core.blocks import BlockPool
 from appliance.core.door import check_room
 from appliance.core.params import RequestError
+from appliance.core.queues import Queues
 from appliance.core.request import Request
 from appliance.core.step import Chunk, Return, StepPlan
 from appliance.core.store import Store
@@ -24,14 +23,12 @@ WATERMARK = 0.01
 """The share of the pool that admission leaves free, so that those who run have room to grow."""
 PATIENCE = 16
 """Steps after which the head of the queue is looked up again while nothing became free: others may have computed its prefix."""
-_ticket = attrgetter("ticket")
 
 
-class Scheduler:
+class Scheduler(Queues):
     """Continuous batching with chunked prefill over one pool, in order of priority, then of arrival.
 
-    ``running`` and ``waiting`` are in order of their tickets. Requests are admitted from the head of the queue and preempted from
-    the tail of the running ones.
+    Requests are admitted from the head of the queue and preempted from the tail of the running ones.
     """
 
     def __init__(
@@ -52,34 +49,26 @@ class Scheduler:
         how many tokens, if more than ``fair_tokens``, make up for a return."""
         if max_num_batched_tokens < 1 or max_num_seqs < 1:
             raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens} and max_num_seqs={max_num_seqs} must be >= 1")
+        super().__init__(priorities=priorities)
         self.pool, self.store = pool, Store(pool, host, caching=caching)
-        self.swaps, self.priorities, self.fair_tokens, self.turn = swaps, priorities, fair_tokens, turn
+        self.swaps, self.fair_tokens, self.turn = swaps, fair_tokens, turn
         self.reserve = int(watermark * pool.num_blocks)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every running decode fits into every step
-        self.running: list[Request] = []
-        self.waiting: list[Request] = []
         self.num_preemptions = self.num_swaps = 0
         self.prompt_tokens_looked_up = self.prompt_tokens_found = self.prompt_tokens_found_in_host = 0
-        self._requests: dict[tuple[str, int], Request] = {}  # in order of arrival
-        self._tickets = 0
         self._blocked: tuple[Request, int, int] | None = None  # the head, the free blocks it takes, looks until it is tried again
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self._requests)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError for an id in use and for one whose tokens the whole pool cannot hold."""
-        if request.key in self._requests:
+        if self.find(*request.key):
             raise RequestError(f"request_id {request.request_id!r} is in use", param="request_id", code="request_id_in_use")
         check_room(request, self.pool.num_blocks, self.pool.block_size)
-        self._requests[request.key] = request
-        self._enqueue(request)
+        self._enter(request)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Request]:
         """End a request (all its completions, or one) with "abort" and free its blocks now. Unknown ids end nothing."""
-        found = [r for r in self._requests.values() if r.request_id == request_id and index in (None, r.index)]
+        found = self.find(request_id, index)
         for request in found:
             self._drop(request)
             request.finish_reason = request.finish_reason or "abort"
@@ -127,7 +116,7 @@ class Scheduler:
         finished = []
         for chunk, token in zip(plan.chunks, sampled, strict=True):
             request, end = chunk.request, chunk.start + chunk.length
-            if self._requests.get(request.key) is not request:
+            if not self.has(request):
                 continue
             if request.running and request.computed >= end:
                 self.store.landed(request, chunk.start, end)
@@ -136,7 +125,7 @@ class Scheduler:
                     raise ValueError(f"request {request.key} reached its last token, but nothing was sampled")
                 request.ahead -= 1
                 if request.beam:
-                    request.held = True
+                    self.hold(request, True)
                 else:
                     request.append(token)
             if request.finish_reason is not None:
@@ -161,8 +150,9 @@ class Scheduler:
             self.store.drop(child)
             self.store.drop_host(child)
             child.tokens, child.blocks, child.host, child.keys = tokens, blocks, host, keys
+            self.store.swapped += bool(host)
             child.computed = child.landed = computed
-            child.held = False
+            self.hold(child, False)
 
     def recover(self) -> list[Request]:
         """A step failed, so what it should have copied and computed is not there: end all that run; the others start anew."""
@@ -170,7 +160,7 @@ class Scheduler:
         for request in ended:
             self._drop(request)
             request.finish_reason = request.finish_reason or "error"
-        for request in self.waiting:
+        for request in (*self.waiting, *self.deferred):
             self.store.drop_host(request)
             request.computed = request.landed = request.ahead = 0
         self.store.forget()
@@ -178,14 +168,8 @@ class Scheduler:
 
     def check(self) -> None:
         """Raises PoolError where the books are wrong: see appliance.core.audit."""
-        audit(self.store, self.running, self.waiting, self._requests.values(), self.max_num_seqs)
-
-    def _enqueue(self, request: Request, *, last: bool = True) -> None:
-        """Into the queue: behind all of its priority, or where its ticket says."""
-        if last:
-            self._tickets += 1
-            request.ticket = (request.priority if self.priorities else 0, self._tickets)
-        insort(self.waiting, request, key=_ticket)
+        everyone = [request for group in self._requests.values() for request in group.values()]
+        audit(self.store, self.running, self.waiting, self.deferred, everyone, self.max_num_seqs)
 
     def _chunk(self, request: Request, budget: int) -> Chunk | None:
         """As many of its next tokens as the budget takes, or None where there are no blocks for them."""
@@ -202,10 +186,11 @@ class Scheduler:
 
         Who waits for its group is passed over: the others may be behind it.
         """
-        while (request := next((r for r in self.waiting if r.finished or not r.held), None)) is not None and request.finished:
-            self._drop(request)
-        if request is None or request.ahead:
+        while self.waiting and self.waiting[0].finished:
+            self._drop(self.waiting[0])
+        if not self.waiting or self.waiting[0].ahead:
             return None
+        request = self.waiting[0]
         leader = request.leader
         led = leader is not None and leader.running and not request.output_len and leader.landed < leader.prompt_len
         return None if led else request
@@ -238,11 +223,11 @@ class Scheduler:
             self.prompt_tokens_looked_up += request.prompt_len
             self.prompt_tokens_found += request.cached
             self.prompt_tokens_found_in_host += min(request.cached, copied * self.pool.block_size)
-        self.waiting.remove(request)
-        insort(self.running, request, key=_ticket)
+        self._take(request)
+        request.running, request.computed, request.landed = True, computed, computed
+        self._put(request)
         back = Return(computed, request.known, copied, len(self.running), self.pool.used)
         request.turn = request.known + max(self.fair_tokens, self.turn(back) if request.preemptions else 0)
-        request.running, request.computed, request.landed = True, computed, computed
         return request
 
     def _make_room(self) -> list[Request]:
@@ -278,15 +263,14 @@ class Scheduler:
 
     def _drop(self, request: Request) -> None:
         """Forget a request, wherever it is, and free its blocks."""
-        del self._requests[request.key]
-        (self.running if request.running else self.waiting).remove(request)
+        self._leave(request)
         request.running = False
         self.store.drop(request)
         self.store.drop_host(request)
 
     def _preempt(self, request: Request, *, last: bool = False) -> Request:
         """Back to the queue with a running request: it is swapped out, or it will be computed anew."""
-        self.running.remove(request)
+        self._take(request)
         request.running = False
         if self.store.host is not None and self.swaps(request) and self.store.swap_out(request):
             self.num_swaps += 1

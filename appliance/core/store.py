@@ -47,6 +47,7 @@ class Store:
             raise PoolError(f"blocks of {pool.block_size} tokens cannot move to blocks of {host.block_size}")
         self.pool, self.host, self.caching = pool, host, caching
         self.copies: list[Copy] = []
+        self.swapped = 0  # requests that have blocks in host memory
         self.ghosts = None if host is None else Ghosts(host.num_blocks)
         if host is not None:
             pool.evicting = self._save
@@ -174,6 +175,7 @@ class Store:
                 if i < full:
                     host.register(slot, request.keys[i])
             request.host.append(slot)
+        self.swapped += 1
         del request.keys[full:]  # the block behind these is not full in host memory, though its tokens may be known
         self.drop(request)
         return True
@@ -188,6 +190,7 @@ class Store:
         if self.host is not None and request.host:
             self.host.release(request.host)
             del request.host[:]
+            self.swapped -= 1
 
     def forget(self) -> None:
         """Copies were not carried out, or a step failed: nothing that has a key can be trusted any more."""

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import psutil
@@ -120,6 +121,7 @@ class Engine:
         requests = make_requests(submit, self.info, fallback_seed=hash_u64(self.seed, self._counts["submitted"]))
         for request in requests:
             self._counts["requests"] += 1
+            request.held = bool(submit.params.grammar)  # until that is compiled
             self.scheduler.add(request)
         if submit.params.use_beam_search:
             self._beams[submit.request_id] = BeamGroup(requests, submit.params)
@@ -142,9 +144,12 @@ class Engine:
         Where the device works by itself, what is returned are the events of the step before, as this one is under way by then.
         """
         events = [] if self._flight is None or self._flight.open else self._land()
-        idle = self._flight is None and not self.scheduler.running and all(request.held for request in self.scheduler.waiting)
-        for request, reason in self._grammars.settle(IDLE_S if idle else 0.0):
-            events += self._end(self.scheduler.abort(*request.key), "error", reason)
+        idle = self._flight is None and not self.scheduler.running and not self.scheduler.waiting
+        for request, error in self._grammars.settle(IDLE_S if idle else 0.0):
+            if not error:
+                self.scheduler.hold(request, False)
+            elif self.scheduler.has(request):
+                events += self._end(self.scheduler.abort(*request.key), "error", error)
         plan = self.scheduler.schedule()
         for request in plan.preempted:
             log.info("preempted %s/%d: %s", *request.key, "swapped out" if request.host else "it will be computed again")
@@ -274,16 +279,15 @@ class Engine:
     def stats(self) -> Stats:
         """The engine at this moment; costs well under a millisecond."""
         pool, host, scheduler, now = self.scheduler.pool, self.scheduler.store.host, self.scheduler, time.monotonic()
-        shown = [(r, "running") for r in scheduler.running]
-        shown += [(r, "swapped" if r.host else "waiting") for r in scheduler.waiting]
-        shown.sort(key=lambda pair: pair[0].arrival)
+        shown = [*scheduler.running, *scheduler.waiting[:SHOWN_REQUESTS], *scheduler.deferred[:SHOWN_REQUESTS]]
+        shown.sort(key=attrgetter("arrival"))
         return Stats(
             time=now,
             steps=self._counts["steps"],
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            swapped=sum(bool(request.host) for request in scheduler.waiting),
-            held=sum(request.held for request in scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(scheduler.deferred),
+            swapped=scheduler.store.swapped,
+            held=len(scheduler.deferred),
             blocks_total=pool.num_blocks,
             blocks_used=pool.used,
             blocks_shared=pool.shared,
@@ -308,7 +312,7 @@ class Engine:
             step_tokens=self._counts["step_tokens"],
             step_sizes=dict(self._sizes),
             rss_bytes=self._process.memory_info().rss,
-            requests_now=tuple(_stat(r, state, now) for r, state in shown[:SHOWN_REQUESTS]),
+            requests_now=tuple(_stat(request, now) for request in shown[:SHOWN_REQUESTS]),
         )
 
     def check(self) -> None:
@@ -316,11 +320,11 @@ class Engine:
         self.scheduler.check()
 
 
-def _stat(request: Request, state: str, now: float) -> RequestStat:
+def _stat(request: Request, now: float) -> RequestStat:
     return RequestStat(
         request_id=request.request_id,
         index=request.index,
-        state=state,
+        state="running" if request.running else "swapped" if request.host else "waiting",
         prompt_tokens=request.prompt_len,
         output_tokens=request.output_len,
         computed_tokens=request.computed,

@@ -6,9 +6,9 @@ Where a completion is in its grammar is a function of its output tokens, so ther
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,31 +62,29 @@ class Guide:
 
 
 class Grammars:
-    """Compiles in a thread of its own; requests are ``held`` until then, and the others go on."""
+    """Compiles in a thread of its own, one grammar after another; requests wait until then, and the others go on."""
 
     def __init__(self, directory: str, vocab: int, ends: tuple[int, ...]) -> None:
         """``directory``: of the tokenizer, read once there is a request that needs it. ``ends``: tokens that end a text."""
         self._directory, self._vocab, self._ends = directory, vocab, ends
         self._vocabulary: Any = None
         self._compiled: OrderedDict[str, Compiled] = OrderedDict()  # by grammar, those used last behind
-        self._pending: list[tuple[Future[Any], list[Request]]] = []
+        self._pending: deque[tuple[Future[Any], list[Request]]] = deque()  # in order of their turn
 
     def begin(self, requests: list[Request]) -> None:
         """Have the grammar of these completions of one request compiled."""
-        for request in requests:
-            request.held = True
         self._pending.append((deep_thread().submit(self._compile, requests[0].params.grammar), requests))
 
     def settle(self, seconds: float) -> list[tuple[Request, str]]:
-        """Let requests go on whose grammar has been compiled since, and return those that cannot, with the reason.
+        """The requests whose grammar has been compiled since, each with the reason why it cannot go on, or "".
 
         Waits for up to ``seconds`` where all are still being compiled.
         """
-        if not self._pending:
-            return []
-        done = wait([future for future, _ in self._pending], seconds, FIRST_COMPLETED).done
-        failed = []
-        for future, requests in [one for one in self._pending if one[0] in done]:
+        if self._pending:
+            wait([self._pending[0][0]], seconds)
+        settled = []
+        while self._pending and self._pending[0][0].done():
+            future, requests = self._pending.popleft()
             try:
                 compiled, error = future.result(), ""
                 if compiled.error:
@@ -94,13 +92,10 @@ class Grammars:
             except Exception as problem:  # of the library or the tokenizer's files: it is the request's, not the engine's
                 error = f"the grammar cannot be compiled for this model: {problem}"
             for request in requests:
-                if error:
-                    failed.append((request, error))
-                else:
+                if not error:
                     request.guide = Guide(compiled)
-                request.held = False
-        self._pending = [one for one in self._pending if one[0] not in done]
-        return failed
+                settled.append((request, error))
+        return settled
 
     def _compile(self, grammar: str) -> Compiled:
         """In the thread that compiles, one after another."""

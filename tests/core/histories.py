@@ -87,12 +87,11 @@ class History(Rules):
             more |= {"eos": eos, "stops": tuple(stops), "least": 0 if beams else least}
             request = make_request(name, prompt, max_tokens, index=index, **more)
             leader = leader or request
+            request.held = held
             self.scheduler.add(request)
             group.append(request)
             self.alive[request] = prompt[:] if beams else alone(prompt, max_tokens, last, seed, least)
-        for request in group if held else ():
-            request.held = True
-            self.grammars.append(request)
+        self.grammars += group if held else []
         if beams:
             self.groups.append(group)
         self.check()
@@ -140,20 +139,20 @@ class History(Rules):
         if names and self.choose(2):
             names = {sorted(names)[self.choose(len(names))]}
         for request in [r for r in self.grammars if r.request_id in names]:
-            request.held = False
+            self.scheduler.hold(request, False)
             self.grammars.remove(request)
 
     def refused(self) -> None:
         """A request with the name of another one, or one that the whole pool could not hold: nothing changes."""
         taken = next((r.key for r in self.all), None)
-        before = list(self.scheduler.waiting), list(self.scheduler.running), self.scheduler.pool.map(60)
+        before = self.all, self.scheduler.pool.map(60)
         request = make_request("long", [1] * self.capacity, 2)
         if taken is not None and self.choose(2):
             request = make_request(taken[0], [1], 1, index=taken[1])
         try:
             self.scheduler.add(request)
         except RequestError:
-            assert before == (self.scheduler.waiting, self.scheduler.running, self.scheduler.pool.map(60))
+            assert before == (self.all, self.scheduler.pool.map(60))
             self.check()
         else:
             raise AssertionError("what can never run was let in")

@@ -89,7 +89,7 @@ class Rules:
 
     @property
     def all(self) -> list[Request]:
-        return self.scheduler.running + self.scheduler.waiting
+        return [*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.deferred]
 
     def check(self) -> None:
         self.scheduler.check()

@@ -59,6 +59,14 @@ def damage_twice(scheduler: Scheduler, r: Request) -> None:
     r.blocks[1] = r.blocks[0]
 
 
+def damage_flag(scheduler: Scheduler, r: Request) -> None:
+    scheduler.waiting[0].held = True
+
+
+def damage_counted(scheduler: Scheduler, r: Request) -> None:
+    scheduler.store.swapped = 1
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -74,6 +82,8 @@ def damage_twice(scheduler: Scheduler, r: Request) -> None:
         (damage_waiting, "waits with 0 blocks and 1 tokens"),
         (damage_order, "order of arrival"),
         (damage_limit, "more than 1"),
+        (damage_flag, "not where its flags say"),
+        (damage_counted, "1 requests counted in host memory, 0 are"),
     ],
 )
 def test_check_sees_damage(damage, message: str) -> None:  # type: ignore[no-untyped-def]
