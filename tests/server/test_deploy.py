@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +23,8 @@ import yaml
 from appliance import cli
 from appliance.config import EngineConfig, ServerConfig
 from appliance.server.notify import beat, notify, watchdog_s
+from appliance.server.respond import MAX_BODY
+from tests.server.conftest import Served
 from tests.server.test_metrics import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,20 +94,6 @@ def test_how_often_a_sign_of_life_is_due(monkeypatch: pytest.MonkeyPatch, usec: 
     assert watchdog_s() == period
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
     assert watchdog_s() == (None if usec in ("0", "x") else int(usec) / 2e6)
-
-
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not there")
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
-    unit = tmp_path / "appliance.service"
-    unit.write_text(UNIT.replace("/opt/appliance/bin/appliance", sys.executable))
-    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=60, check=False)
-    words = done.stdout + done.stderr
-    if "Failed to" in words and "appliance.service" not in words:
-        pytest.skip(words)  # no system to be verified against, as in some containers
-    assert done.returncode == 0 and "appliance.service" not in words, words
-    (tmp_path / "appliance.service").write_text(UNIT.replace("Restart=on-failure", "Restart=of-failure"))
-    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=60, check=False)
-    assert "of-failure" in done.stdout + done.stderr, "what is wrong would be seen"
 
 
 def test_the_unit_leaves_the_time_that_the_server_takes() -> None:
@@ -182,7 +169,28 @@ def test_container_files(name: str) -> None:
         if word in ("CMD", "ENTRYPOINT"):
             assert isinstance(yaml.safe_load(rest), list), "no shell between the signal and the server"
     for needed in re.findall(r"-c (\S+)", text):
-        assert (ROOT / Path(needed).name).exists() or needed == "import"
+        assert (ROOT / Path(needed).name).exists()
+    (user,) = re.findall(r"^USER (.*)$", text, re.MULTILINE)
+    assert f"--uid {user} " in text and user.isdecimal(), "a number: Kubernetes' runAsNonRoot cannot tell from a name"
+
+
+@pytest.mark.parametrize("name", ["Containerfile", "Containerfile.cuda"])
+def test_health_of_a_container(name: str, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # is not asked
+    (line,) = re.findall(r"^    CMD (.*)$", (DEPLOY / name).read_text(), re.MULTILINE)
+    (_, option, code) = yaml.safe_load(line)
+    for port, status in ((served.http.base_url.port, 0), (9, 1)):
+        command = [sys.executable, option, code.replace("8000", str(port))]
+        assert subprocess.run(command, stderr=subprocess.DEVNULL, timeout=60, check=False).returncode == status
+
+
+def test_keys_are_not_sent_to_the_builder() -> None:
+    left_out = (ROOT / ".dockerignore").read_text().split("\n")
+    assert "docs" in left_out, "compose.yaml has its keys there"
+    kept = (DEPLOY / ".gitignore").read_text().split()
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    for secret in compose["secrets"].values():
+        assert any(Path(secret["file"]).match(pattern) for pattern in kept), "nor to a repository"
 
 
 def test_compose_and_scrape() -> None:
@@ -209,13 +217,19 @@ def test_alerts_ask_for_what_there_is() -> None:
     for rule in rules:
         for metric, *_ in parse(rule["expr"]):
             name = re.sub(r"_(bucket|sum|count)$", "", metric.removeprefix("appliance:"))
-            assert metric == "up" or f"`{name}" in documented, metric
+            assert metric in ("up", "process_start_time_seconds") or f"`{name}" in documented, metric
+        assert rule["labels"]["severity"] in ("critical", "warning")
+    cases = yaml.safe_load((ROOT / "tests/server/alerts.yml").read_text())["tests"]
+    rings = {(one["alertname"], bool(one["exp_alerts"])) for case in cases for one in case["alert_rule_test"]}
+    assert rings == {(rule["alert"], rung) for rule in rules for rung in (True, False)}, "each one rings, and is silent in calm"
+
+
+NGINX = (DEPLOY / "nginx.conf").read_text()
 
 
 def test_nginx_lets_streams_through() -> None:
-    text = (DEPLOY / "nginx.conf").read_text()
-    assert "proxy_buffering off;" in text and "proxy_http_version 1.1;" in text and "proxy_next_upstream off;" in text
-    assert "client_max_body_size 32m;" in text and text.count("{") == text.count("}")
+    assert "proxy_buffering off;" in NGINX and "proxy_http_version 1.1;" in NGINX and "proxy_next_upstream off;" in NGINX
+    assert f"client_max_body_size {MAX_BODY // 2**20}m;" in NGINX and NGINX.count("{") == NGINX.count("}")
 
 
 def test_examples_of_the_documentation() -> None:
