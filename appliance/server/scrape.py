@@ -66,11 +66,11 @@ ENGINE: tuple[tuple[str, str, str, Value, bool], ...] = (
     ),
     ("gauge", "gpu_cache_usage_perc", "kv_cache_usage_perc's old name.", lambda s: _share(s.blocks_used, s.blocks_total), True),
     ("gauge", "cpu_cache_usage_perc", "Used share of the swap space, 0 to 1.", lambda s: _share(s.swap_used, s.swap_total), True),
-    ("gauge", "kv_blocks_total", "KV blocks in the pool.", lambda s: s.blocks_total, False),
+    ("gauge", "kv_blocks", "KV blocks in the pool.", lambda s: s.blocks_total, False),
     ("gauge", "kv_blocks_free", "KV blocks not in use.", lambda s: s.blocks_total - s.blocks_used, False),
     ("gauge", "kv_blocks_shared", "KV blocks that several sequences use.", lambda s: s.blocks_shared, False),
     ("gauge", "kv_blocks_kept", "Of those not in use, KV blocks whose content may be found.", lambda s: s.blocks_kept, False),
-    ("gauge", "swap_blocks_total", "KV blocks of host memory.", lambda s: s.swap_total, False),
+    ("gauge", "swap_blocks", "KV blocks of host memory.", lambda s: s.swap_total, False),
     ("gauge", "swap_blocks_used", "Of these, those of requests that are swapped out.", lambda s: s.swap_used, False),
     ("gauge", "swap_blocks_kept", "Of these, those of cached prefixes.", lambda s: s.swap_kept, False),
     ("gauge", "engine_rss_bytes", "Resident memory of the engine process.", lambda s: s.rss_bytes, False),
@@ -231,6 +231,9 @@ def vllm_only(models: Sequence[Model]) -> Iterator[Metric]:
     source = CounterMetricFamily(
         "vllm:prompt_tokens_by_source", "Prompt tokens, by where they came from.", labels=(*LABELS, "source")
     )
+    tier = CounterMetricFamily(
+        "vllm:prompt_tokens_cached_by_source", "Prompt tokens found, by the memory they were in.", labels=(*LABELS, "source")
+    )
     waiting = GaugeMetricFamily("vllm:num_requests_waiting_by_reason", "Completions that wait.", labels=(*LABELS, "reason"))
     sleep = GaugeMetricFamily("vllm:engine_sleep_state", "Whether the model is loaded.", labels=(*LABELS, "sleep_state"))
     config = GaugeMetricFamily(
@@ -243,6 +246,8 @@ def vllm_only(models: Sequence[Model]) -> Iterator[Metric]:
         source.add_metric((*labels, "local_compute"), stats.prompt_tokens)
         source.add_metric((*labels, "local_cache_hit"), stats.prefix_hits - stats.prefix_host_hits)
         source.add_metric((*labels, "external_kv_transfer"), stats.prefix_host_hits)
+        tier.add_metric((*labels, "device"), stats.prefix_hits - stats.prefix_host_hits)
+        tier.add_metric((*labels, "host"), stats.prefix_host_hits)
         waiting.add_metric((*labels, "capacity"), stats.waiting - stats.held)
         waiting.add_metric((*labels, "deferred"), stats.held)
         sleep.add_metric((*labels, "awake"), model.status != "unloaded")
@@ -250,7 +255,7 @@ def vllm_only(models: Sequence[Model]) -> Iterator[Metric]:
         sleep.add_metric((*labels, "discard_all"), model.status == "unloaded")
         if model.info:
             config.add_metric((*labels, *_cache_config(model)), 1)
-    yield from (prompts, cached, source, waiting, sleep, config)
+    yield from (prompts, cached, source, tier, waiting, sleep, config)
 
 
 def _cache_config(model: Model) -> Iterable[str]:

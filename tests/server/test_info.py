@@ -102,7 +102,7 @@ def test_metrics(tokenizer: Tokenizer, model_dir: Path) -> None:
         for old in ("", "gpu_"):
             assert samples[f"{prefix}{old}prefix_cache_queries_total", None] == 100
             assert samples[f"{prefix}{old}prefix_cache_hits_total", None] == 40
-    expected = {"prefix_cache_host_hits_total": 8, "kv_blocks_kept": 5, "swap_blocks_total": 10, "swap_blocks_used": 4}
+    expected = {"prefix_cache_host_hits_total": 8, "kv_blocks_kept": 5, "swap_blocks": 10, "swap_blocks_used": 4}
     expected |= {"swap_blocks_kept": 1, "num_swaps_total": 6}
     assert {name: samples[f"appliance:{name}", None] for name in expected} == expected
     kinds = {s.name: {} for family in families for s in family.samples if s.name in KINDS}
@@ -111,7 +111,7 @@ def test_metrics(tokenizer: Tokenizer, model_dir: Path) -> None:
     assert kinds["appliance:kv_blocks_copied_total"] == {"out": 9, "in": 0, "copy": 2}
     assert kinds["appliance:memory_plan_bytes"] == {"weights": 7, "runtime": 3}
     assert kinds["appliance:memory_found_bytes"] == {"weights": 7, "kv_cache": 9}
-    assert samples["appliance:kv_blocks_total", None] == samples["appliance:kv_blocks_free", None] == 64
+    assert samples["appliance:kv_blocks", None] == samples["appliance:kv_blocks_free", None] == 64
     assert "process_resident_memory_bytes" in text
 
 

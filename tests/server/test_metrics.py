@@ -141,6 +141,8 @@ def test_prompt_tokens_mean_what_they_do_in_vllm() -> None:
     source = {name: one(samples, "vllm:prompt_tokens_by_source_total", source=name) for name in SOURCES}
     assert source == {"local_compute": 70, "local_cache_hit": 18, "external_kv_transfer": 12}
     assert one(samples, "vllm:prompt_tokens_cached_total") == 30
+    assert one(samples, "vllm:prompt_tokens_cached_by_source_total", source="device") == 18
+    assert one(samples, "vllm:prompt_tokens_cached_by_source_total", source="host") == 12
     assert one(samples, "vllm:num_requests_waiting_by_reason", reason="capacity") == 3
     assert one(samples, "vllm:num_requests_waiting_by_reason", reason="deferred") == 2
 
@@ -393,7 +395,7 @@ TOKEN = re.compile(
     r"\s+|(?P<text>\"[^\"]*\")|(?P<number>\d+(?:\.\d+)?(?:e\d+)?)|(?P<variable>\$\w+)|(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)"
     r"|(?P<sign>=~|!~|!=|==|>=|<=|[-+*/=(){}\[\],<>])"
 )
-FUNCTIONS = {"rate", "increase", "sum", "max", "min", "avg", "count", "histogram_quantile", "label_values"}
+FUNCTIONS = {"rate", "increase", "changes", "sum", "max", "min", "avg", "count", "histogram_quantile", "label_values"}
 TARGET = {"instance", "job"}  # labels that Prometheus itself adds
 
 
