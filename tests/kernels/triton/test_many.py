@@ -23,8 +23,9 @@ KINDS = [(4, 128, True), (4, 64, False), (4, 32, True), (4, 256, True), (4, None
 LIMIT = {torch.float16: 2e-3, torch.bfloat16: 2e-2}  # as in test_matmul.py
 
 
-def on_device(weight: QuantTensor, **options: object) -> TritonWeight:
-    return pack(weight.on(torch.device(DEVICE)), **options)  # type: ignore[arg-type]
+def on_device(weight: QuantTensor, *, bias: torch.Tensor | None = None, **options: object) -> TritonWeight:
+    bias = None if bias is None else bias.to(DEVICE)
+    return pack(weight.on(torch.device(DEVICE)), bias=bias, **options)  # type: ignore[arg-type]
 
 
 def wanted(
@@ -148,7 +149,7 @@ def test_what_a_card_takes(rows: int, capability: int, taken: str, gated: bool, 
         monkeypatch.setattr(module, "multiply", lambda *a, _m=multiply, _n=name, **o: (used.append(_n), _m(*a, **o))[1])
     weight = random_weight(256, 128, group_size=128, asymmetric=True, act_order=True)
     x, bias = torch.randn(rows, 128).half(), torch.randn(256)
-    packed = on_device(weight, dtype=torch.float16, bias=bias.to(DEVICE), gated=gated)
+    packed = on_device(weight, dtype=torch.float16, bias=bias, gated=gated)
     found = matmul.matmul(x.to(DEVICE), packed, card=matmul.Card(2, capability))
     assert used == [taken] and error(found, wanted(x, weight, bias=bias, gated=gated)) < 3e-3
 
