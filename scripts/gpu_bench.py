@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
 import torch
-from gpu_children import Notebook
+from gpu_children import Notebook, card_answers
 from gpu_rivals import gemlite, tinygemm
 from torch import Tensor
 
@@ -77,7 +78,9 @@ class Bench:
         return False
 
     def rows(self, cases: Iterable[tuple[str, Callable[[], Row]]]) -> Iterator[Row]:
-        """What each of the cases, by its name, finds. One that fails is noted, and the next one goes on; not on a lost card."""
+        """What each of the cases, by its name, finds. One that fails is noted, and the next one goes on; not where the card is
+        lost, or records nothing any more.
+        """
         for case, work in cases:
             if case in self.notebook.begun or not self.has_time(case):
                 continue
@@ -86,8 +89,9 @@ class Bench:
                 yield work()
             except Exception as error:  # the report must say what worked
                 self.notebook(error=f"{case}: {words_of(error)}")
-                if self.card:
-                    torch.cuda.synchronize()
+                traceback.print_exc()
+                if not card_answers():
+                    raise
 
     def copies(self, nbytes: int) -> int:
         return 1 if self.small else max(2, min(64, -(-self.rotate_bytes // nbytes)))

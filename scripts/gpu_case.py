@@ -6,7 +6,11 @@ gpu_case.py NAME --device cuda --seconds 400 [--small] [--folder DIR]
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import os
 import platform
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +19,7 @@ from typing import Any
 import torch
 from gpu_attention import KINDS, decode, prefill
 from gpu_bench import Bench, limits, products, rounded, words_of
+from gpu_children import SILENT_S
 from gpu_small import kernels
 
 Row = dict[str, Any]
@@ -64,7 +69,24 @@ def machine(device: str) -> Row:
             "memory_gib": round(card.total_memory / 2**30, 1),
         }
         facts["capability"] = f"{card.major}.{card.minor}"
+        facts |= {"cuda": torch.version.cuda, "free_gib": round(torch.cuda.mem_get_info()[0] / 2**30, 1), "cpus": os.cpu_count()}
+        facts |= driver()
     return facts
+
+
+def driver() -> Row:
+    """What nvidia-smi tells of the first card; nothing where there is none."""
+    names = ("driver_version", "compute_mode", "ecc.mode.current", "mig.mode.current", "power.limit", "clocks.max.sm")
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return {}
+    command = [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = [value.strip() for value in answer.split(",")]
+    return {name: value for name, value in zip(names, values, strict=False) if not value.startswith("[")}
 
 
 def found(name: str, bench: Bench, folder: Path) -> Iterator[Row]:
@@ -95,6 +117,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("."), help="for checkpoints")
     args = parser.parse_args()
     bench = Bench(torch.device(args.device), small=args.small, deadline=time.monotonic() + args.seconds)
+    bench.notebook.compilations()
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(SILENT_S - 10, repeat=True)  # where it is, should it hang
     try:
         for row in found(args.name, bench, args.folder):
             bench.notebook(row=row)

@@ -7,9 +7,10 @@
     scripts/gpu_check --part bench            kernels against cuBLAS, others' 4-bit kernels, SDPA and the card's own limits
     scripts/gpu_check --small --device cpu    try the benchmarks themselves without a card, in Triton's interpreter
 
-After eight minutes a part begins nothing new, the report says what is missing. All that uses the card is in processes of its own:
-what crashes, hangs or loses the card is told, and the rest goes on. The report is written as it grows: gpu_check_PART.md, .json,
-.svg (roofline) and .log (what processes printed that failed). The exit code is 1 if a test fails or is cut off.
+After eight minutes (the start is in the first part's) a part begins nothing new, the report says what is missing. All that uses
+the card is in processes of its own: what crashes, hangs or loses the card is told, and the rest goes on. The report is written as
+it grows: gpu_check_PART.md, .json, .svg (roofline) and .log (what processes printed that failed; tests in which a process ended
+are in it once more, a launch at a time and under compute-sanitizer). The exit code is 1 if a test fails or is cut off.
 Needed: torch, triton, safetensors, tokenizers, numpy, psutil and pytest. gemlite is compared with where it is installed.
 """
 
@@ -31,7 +32,8 @@ from gpu_children import SILENT_S, Child, run
 MINUTES = 8.0  # of a part
 TESTS_SHARE = 0.4  # of a part's time for its tests, where something is measured after them
 START_S = 120.0  # until a model of 8B is made, loaded and warmed up, at most, where it has not been measured
-LOAD_S = 400.0  # without a word while a model is loaded and its kernels are compiled, at most
+LOAD_S = 300.0  # without a word while a model is made and loaded, at most: kernels that are compiled are words
+FIRST_S = 150.0  # until torch is read from a disk that nobody has read before, and a card says what it is
 Report = dict[str, Any]
 
 
@@ -49,18 +51,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    args, begun = parse(argv), time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
         check = Check(args, Path(folder), "scripts/gpu_check " + " ".join(argv or sys.argv[1:]))
-        answers = check.machine()
+        answers = check.machine(begun + FIRST_S)
         for part in ("kernels", "bench", "engine") if answers else ():
             if args.part in ("all", part) and (part == "bench" or args.device == "cuda"):
-                check.part(part)
+                check.part(part, begun)
+                begun = time.monotonic()
         if args.part == "models" and answers:
-            check.models(time.monotonic() + 60 * args.minutes)
+            check.models(begun + 60 * args.minutes)
     print(gpu_report.markdown(check.report), flush=True)
     return int(check.failed or not answers)
 
@@ -73,22 +76,25 @@ class Check:
         self.args, self.folder, self.failed, self.log = args, folder, False, ""
         self.report: Report = {"machine": {}, "command": command, "errors": [], "left_out": []}
 
-    def part(self, part: str) -> None:
-        begun, seconds = time.monotonic(), 60 * self.args.minutes
+    def part(self, part: str, begun: float) -> None:
+        seconds = 60 * self.args.minutes
         if part in gpu_tests.TESTS:
-            deadline = begun + seconds * (1.0 if part == "kernels" else TESTS_SHARE)
-            found, log = gpu_tests.run(part, self.folder, deadline)
-            self.report[f"{part}_tests"], self.log = found, self.log + log
-            self.failed |= found["exit_code"] != 0
-            self.write()
+            deadline, before = begun + seconds * (1.0 if part == "kernels" else TESTS_SHARE), self.log
+
+            def seen(found: Report, log: str) -> None:
+                self.report[f"{part}_tests"], self.log = found, before + log
+                self.failed |= found["exit_code"] != 0
+                self.write()
+
+            seen(*gpu_tests.run(part, self.folder, deadline, seen))
         if part == "bench":
             self.bench(begun + seconds)
         elif part == "engine":
             self.models(begun + seconds)
 
-    def machine(self) -> bool:
+    def machine(self, deadline: float) -> bool:
         """Whether there is a device that says what it is."""
-        for row in self.child("machine", time.monotonic() + 60):
+        for row in self.child("machine", deadline):
             self.report["machine"] |= row
         self.write()
         return bool(self.report["machine"])
@@ -154,6 +160,9 @@ class Check:
         errors = child.of("error") + [f"{name}: {fault}" for fault in child.faults]
         self.report["errors"] += errors
         self.report["left_out"] += child.of("left_out")
+        compiled = [note["seconds"] for note in child.notes if "compiled" in note]
+        if compiled:
+            self.report.setdefault("compiled", {})[name] = {"kernels": len(compiled), "seconds": round(sum(compiled))}
         if errors:
             self.log += f"=== {name}\n{child.output}\n"
             print(*errors, *child.output.splitlines()[-20:], sep="\n  ", flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ NOTES = "GPU_NOTES"
 SILENT_S = 180.0  # some compile many kernels for one test
 AGAIN = 4  # times that one is begun once more, at most
 GRACE = 40.0  # seconds after the deadline for what has begun
+DIES_S = 20.0  # until one that was killed is gone; not one that waits in the driver for a card that hangs
 LOG_BYTES = 400_000  # of a child's output that are kept, its end
 Note = dict[str, Any]
 
@@ -36,6 +38,39 @@ class Notebook:
         if self.path is not None:
             with open(self.path, "a") as file:  # in one piece: several may write
                 file.write("\n" + json.dumps(note) + "\n")
+
+    def compilations(self) -> None:
+        """From here on note every kernel that Triton compiles, with the seconds that it took: no silence while there are many."""
+        from triton import knobs
+
+        before = knobs.compilation.listener
+
+        def listen(*args: Any, metadata: dict[str, Any], times: Any, cache_hit: bool, **facts: Any) -> None:
+            if not cache_hit:
+                self(compiled=str(metadata.get("name")), seconds=round(times.total / 1e6, 2))
+            if before is not None:
+                before(*args, metadata=metadata, times=times, cache_hit=cache_hit, **facts)
+
+        knobs.compilation.listener = listen
+
+
+def card_answers(*, recording: bool = True) -> bool:
+    """Whether CUDA does what this process asks of it, where it uses it at all: a kernel that reads where it must not ends that
+    for good, and a recording (of a graph) that failed ends others (``recording``).
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+        if recording:
+            number = torch.zeros(1, device="cuda")
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                number.add_(1)
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def notes(path: Path) -> list[Note]:
@@ -65,8 +100,10 @@ class Child:
         """
         self.name, self.command, self.fine, self.silent, self.environment = name, list(command), fine, silent, environment
         plain = "".join(letter if letter.isalnum() else "_" for letter in name)
+        plain = plain if len(plain) < 200 else plain[:80] + plain[-100:]
         self.notes_at, self.log = folder / f"{plain}.notes", folder / f"{plain}.log"
         self.faults: list[str] = []  # one for each that ended badly
+        self.ended_at: list[str] = []  # what these were at
         self.code: int | None = None  # of the last one
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -108,12 +145,15 @@ class Child:
             return False
         if fault:
             self._process.kill()
-        self.code = self._process.wait()
+        try:
+            self.code = self._process.wait(DIES_S)
+        except subprocess.TimeoutExpired:
+            fault += ", and cannot be killed"
         if not fault and self.code in self.fine:
             return True
-        begun = self.of("begun")
-        at = f" in {begun[-1]}" if len(begun) > self._before else ""
-        self.faults.append((fault or f"ended with exit code {self.code}") + at)
+        at = self.of("begun")[self._before :][-1:]
+        self.faults.append(" in ".join([fault or f"ended with exit code {self.code}", *at]))
+        self.ended_at += at
         if at and len(self.faults) <= AGAIN and now < deadline:
             self.start()
             return False

@@ -58,6 +58,7 @@ def run(label: str, folder: Path, bench: Bench) -> Iterator[Row]:
     def one(case: Case) -> Row:
         found = measure(engine.generate, case, rng, SHAPES[name].vocab)
         told = {"planned_bytes": info.plan["total_bytes"], "ready_s": info.ready_s, "offload": info.plan["offload"]}
+        told |= {"startup": info.startup, "measured": info.plan["measured"]}
         return {"model": label, **found, **work(engine, SHAPES[name], found), **told}
 
     yield from bench.rows((f"{label}, {case.sequences} x {case.prompt}", partial(one, case)) for case in CASES[cases])

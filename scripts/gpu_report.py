@@ -17,8 +17,11 @@ def markdown(report: Report) -> str:
         if f"{part}_tests" in report:
             found = report[f"{part}_tests"]
             parts.append(f"Tests of the {part}: {found['summary']}, {len(found['failed'])} tests fail ({found['seconds']} s).\n")
-            lines = [f"- {name}: {told}" for told_of in ("wrong", "failed") for name, told in found[told_of].items()]
+            lines = [f"- {name}: {told}" for told_of in ("wrong", "failed", "again") for name, told in found[told_of].items()]
+            lines += [f"- {seconds} s in {name}" for name, seconds in list(found["slow"].items())[:10]]
+            parts.append(compiled({f"tests of the {part}": found["compiled"]}))
             parts += lines + [""] * bool(lines)
+    parts.append(compiled(report.get("compiled", {})))
     if limits:
         copied = f"copy {number(limits['copy'] / 1e9)} GB/s; " if "copy" in limits else ""
         rates = ", ".join(f"{name} {number(rate / 1e12)} Top/s" for name, rate in limits.items() if name != "copy")
@@ -31,6 +34,12 @@ def markdown(report: Report) -> str:
     if report.get("left_out"):
         parts.append("Left out, as there was no time for it: " + "; ".join(report["left_out"]) + ".\n")
     return "\n".join(part for part in parts if part)
+
+
+def compiled(processes: dict[str, Report]) -> str:
+    """Kernels that were not in Triton's cache; seconds of processes, of which several may have run at a time."""
+    told = "; ".join(f"{name} {one['kernels']} in {one['seconds']} s" for name, one in processes.items() if one["kernels"])
+    return f"Kernels compiled: {told}.\n" if told else ""
 
 
 def share(value: float, of: float | None) -> str:

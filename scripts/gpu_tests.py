@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,13 @@ WITHOUT_A_CARD = ("compilations", "kernel_report", "emulated")  # tests that nee
 LONG = {"test_attention.py": 4, "test_cuda.py": 3}  # files in so many parts, begun before the others
 ALONE = {"test_startup.py": "on_a_card"}  # that take all of the card's memory; these files need hypothesis
 AT_ONCE = max(2, min(12, 3 * (os.cpu_count() or 4) // 4))
-QUIET = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # no test here needs one of the plugins that happen to be there
+# No test here needs one of the plugins that happen to be there; torch's own threads would only be in each other's way.
+QUIET = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+HANGS_S = 120  # after which a test's stacks are printed
+WHY = 6  # tests in which a process ended that are run once more, each alone, to see why
 FINE = (0, 1, 5)  # exit codes of pytest: all passed, some failed, there were none
 Report = dict[str, Any]
+Seen = Callable[[Report, str], None]
 
 
 def found(part: str) -> list[Path]:
@@ -26,15 +32,21 @@ def found(part: str) -> list[Path]:
     return [path for path in paths if not any(name in path.name for name in WITHOUT_A_CARD)]
 
 
-def pytest_command(path: Path) -> list[str]:
+def pytest_command(path: Path, test: str = "") -> list[str]:
     """Without hypothesis, which no test here draws from, also without what all tests of the project share and needs it."""
     settings = ["-c", str(ROOT / "scripts" / "gpu_pytest.ini"), "--rootdir", str(ROOT), "-q", "--maxfail=30"]
-    settings += ["-p", "scripts.gpu_plugin", *(["-k", ALONE[path.name]] if path.name in ALONE else [])]
+    settings += [
+        "-p",
+        "scripts.gpu_plugin",
+        "-o",
+        f"faulthandler_timeout={HANGS_S}",
+        *(["-k", ALONE[path.name]] if path.name in ALONE else []),
+    ]
     marked = "not compiles"
     if importlib.util.find_spec("hypothesis") is None:
         settings += ["--confcutdir", str(path.parent)]
         marked += " and not realdata"
-    return [sys.executable, "-m", "pytest", *settings, "-m", marked, str(path)]
+    return [sys.executable, "-m", "pytest", *settings, "-m", marked, f"{path}::{test}" if test else str(path)]
 
 
 def children(part: str, folder: Path) -> list[Child]:
@@ -49,37 +61,104 @@ def children(part: str, folder: Path) -> list[Child]:
     return made
 
 
-def run(part: str, folder: Path, deadline: float) -> tuple[Report, str]:
-    """(what came of them, the output of those that failed); ``folder`` is for their files."""
-    begun, waiting = time.monotonic(), children(part, folder)
-    running: list[Child] = []
-    told: dict[str, str] = {}
-    wrong: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    logs = []
-    while waiting or running:
-        if time.monotonic() > deadline:
-            wrong |= {child.name: "not begun" for child in waiting}
-            waiting = []
-        while waiting and len(running) < (1 if waiting[0].name in ALONE else AT_ONCE):
+def reasons(part: str, folder: Path, child: Child) -> Iterator[Child]:
+    """The tests in which a process ended, each alone with a launch at a time (so that the kernel that is to blame is in the
+    stack), and, where that is installed, under compute-sanitizer, which names what is read or written beside its memory.
+    """
+    path = next(path for path in found(part) if child.name.startswith(path.name))
+    one_by_one = {**QUIET, "CUDA_LAUNCH_BLOCKING": "1"}
+    if part == "kernels":  # nothing is recorded there
+        one_by_one["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    checker = shutil.which("compute-sanitizer")
+    for test in dict.fromkeys(child.ended_at):
+        command = pytest_command(path, test.partition("::")[2])
+        yield Child(f"one launch at a time: {test}", command, folder, fine=range(-64, 256), **one_by_one)
+        if checker is not None:
+            checked = [checker, "--tool", "memcheck", "--print-limit", "20", *command]
+            yield Child(f"compute-sanitizer: {test}", checked, folder, fine=range(-64, 256), **one_by_one)
+
+
+class Results:
+    """What came of tests so far."""
+
+    def __init__(self, part: str, folder: Path) -> None:
+        self.part, self.folder, self.begun = part, folder, time.monotonic()
+        self.told: dict[str, str] = {}
+        self.wrong: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+        self.again: dict[str, str] = {}
+        self.slow: dict[str, float] = {}
+        self.compiled: list[tuple[float, str]] = []
+        self.log = ""
+        self._waiting: list[Child] = []  # to be run once all else is over
+
+    def add(self, child: Child) -> None:
+        """One that is over."""
+        lines, notes = child.output.splitlines(), child.notes
+        told = "; ".join([*child.faults, *lines[-1:]])
+        self.slow |= {note["slow"]: note["seconds"] for note in notes if "slow" in note}
+        self.compiled += [(note["seconds"], note["compiled"]) for note in notes if "compiled" in note]
+        self.failed |= {note["failed"]: note["why"] for note in notes if "failed" in note}
+        self.told[child.name] = told
+        bad = bool(child.faults) or child.code not in (0, 5)
+        if bad:
+            self.wrong[child.name] = told
+            self.log += f"=== {child.name}\n{child.output}\n"
+            self._waiting += reasons(self.part, self.folder, child)
+        print(f"{child.name}: {told}", *(lines[-40:-1] if bad else ()), sep="\n  ", flush=True)
+
+    def look_again(self) -> list[Child]:
+        tests = list(dict.fromkeys(child.name.partition(": ")[2] for child in self._waiting))[:WHY]
+        return [child for child in self._waiting if child.name.partition(": ")[2] in tests]
+
+    def explain(self, child: Child) -> None:
+        """One of ``look_again`` that is over."""
+        self.again[child.name] = "; ".join([*child.faults, *child.output.splitlines()[-1:]])
+        self.log += f"=== {child.name}\n{child.output}\n"
+
+    @property
+    def report(self) -> Report:
+        seconds, longest = sum(took for took, _ in self.compiled), sorted(self.compiled, reverse=True)[:5]
+        return {
+            "exit_code": int(bool(self.wrong)),
+            "summary": f"{len(self.told | self.wrong) - len(self.wrong)} of {len(self.told | self.wrong)} processes pass",
+            "wrong": self.wrong,
+            "failed": self.failed,
+            "again": self.again,
+            "files": dict(sorted((self.wrong | self.told).items())),
+            "compiled": {"kernels": len(self.compiled), "seconds": round(seconds), "longest": longest},
+            "slow": dict(sorted(self.slow.items(), key=lambda one: -one[1])),
+            "seconds": round(time.monotonic() - self.begun),
+        }
+
+
+def run(part: str, folder: Path, deadline: float, seen: Seen = lambda report, log: None) -> tuple[Report, str]:
+    """(what came of them, the output of those that failed), which ``seen`` is told whenever there is more.
+
+    ``folder`` is for their files.
+    """
+    results = Results(part, folder)
+
+    def tell(done: Callable[[Child], None], child: Child) -> None:
+        done(child)
+        seen(results.report, results.log)
+
+    for child in all_of(children(part, folder), deadline, lambda child: tell(results.add, child)):
+        results.wrong[child.name] = "not begun"
+    for child in all_of(results.look_again(), deadline, lambda child: tell(results.explain, child)):
+        results.again[child.name] = "not begun"
+    return results.report, results.log
+
+
+def all_of(waiting: list[Child], deadline: float, done: Callable[[Child], None]) -> list[Child]:
+    """Run them, several at a time, and say of each when it is over; what there was no time for comes back."""
+    waiting, running = list(waiting), list[Child]()
+    while running or (waiting and time.monotonic() <= deadline):
+        while waiting and time.monotonic() <= deadline and len(running) < (1 if waiting[0].name in ALONE else AT_ONCE):
             running.append(waiting.pop(0))
             running[-1].start()
         for child in [child for child in running if child.over(deadline)]:
             running.remove(child)
-            lines = child.output.splitlines()
-            told[child.name] = "; ".join([*child.faults, *lines[-1:]])
-            failed |= {note["failed"]: note["why"] for note in child.notes if "failed" in note}
-            if child.faults or child.code not in (0, 5):
-                wrong[child.name] = told[child.name]
-                logs.append(f"=== {child.name}\n{child.output}\n")
-            print(f"{child.name}: {told[child.name]}", *(lines[-40:-1] if child.name in wrong else ()), sep="\n  ", flush=True)
+            done(child)
         time.sleep(0.1)
-    report = {
-        "exit_code": int(bool(wrong)),
-        "summary": f"{len(told | wrong) - len(wrong)} of {len(told | wrong)} processes pass",
-        "wrong": wrong,
-        "failed": failed,
-        "files": dict(sorted((wrong | told).items())),
-        "seconds": round(time.monotonic() - begun),
-    }
-    return report, "".join(logs)
+    return waiting

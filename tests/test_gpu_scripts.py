@@ -10,7 +10,9 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,7 +144,21 @@ def test_gpu_check_runs_tests_whatever_happens_to_some(tmp_path: Path, monkeypat
     monkeypatch.setattr(gpu_tests, "found", lambda part: [tmp_path / f"{name}.py" for name in sorted(bodies)])
     monkeypatch.setattr(gpu_tests, "LONG", {"test_f.py": 2})
     assert [child.name for child in gpu_tests.children("kernels", tmp_path)][:2] == ["test_f.py 1/2", "test_f.py 2/2"]
-    report, log = gpu_tests.run("kernels", tmp_path, time.monotonic() + 60)
+    seen: list[tuple[int, int]] = []
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text(
+        '#!/bin/sh\necho checked "$@"\nexec "$5" -c "import os; print(os.environ[\'CUDA_LAUNCH_BLOCKING\'], \'launch\')"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    report, log = gpu_tests.run(
+        "kernels", tmp_path, time.monotonic() + 120, lambda found, log: seen.append((len(found["files"]), len(log)))
+    )
+    assert [files for files, _ in seen] == [1, 2, 3, 4, 5, 6, 7, 7, 7, 7, 7], "told as it grows"
+    why = [f"{how}: ::{test}" for test in ("test_1", "test_9") for how in ("one launch at a time", "compute-sanitizer")]
+    assert set(report["again"]) == set(why) and report["again"][why[1]] == report["again"][why[3]] == "1 launch"
+    assert "1 failed" in report["again"][why[2]] and log.count("checked --tool memcheck") == 2
     assert set(report["wrong"]) == {"test_b.py", "test_d.py", "test_f.py 2/2", "test_h.py"} and report["exit_code"] == 1
     assert {name.rpartition("::")[2] for name in report["failed"]} == {"test_0", "test_2", "test_3", "test_9"}
     assert "ended with exit code 2 in" in report["files"]["test_h.py"] and "1 passed" in report["files"]["test_h.py"]
@@ -234,7 +250,9 @@ sys.exit(3 * (which == "z"))
 
 
 @pytest.mark.usefixtures("scripts")
-def test_a_case_that_fails_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_that_fails_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import gpu_bench
     import gpu_children
     import torch
@@ -247,6 +265,51 @@ def test_a_case_that_fails_costs_no_other(tmp_path: Path, monkeypatch: pytest.Mo
     noted = gpu_children.notes(tmp_path / "notes")
     assert [note["begun"] for note in noted if "begun" in note] == ["before", "wrong", "right"]
     assert noted[2] == {"error": "wrong: ZeroDivisionError: integer division or modulo by zero"}
+    assert "in <lambda>" in capsys.readouterr().err, "the whole stack is in the output"
+
+
+LOST_FOR_GOOD = {"synchronize": "an illegal memory access", "graph": "already recording to mempool_id"}
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize("at", LOST_FOR_GOOD)
+def test_a_card_that_is_lost_ends_its_process(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that records no graph any more, where every measurement is one."""
+    import gpu_bench
+    import gpu_children
+
+    def lost(*args: object) -> None:
+        raise RuntimeError(LOST_FOR_GOOD[at])
+
+    def fine(*args: object, **options: object) -> Any:
+        return nullcontext()
+
+    card = dict.fromkeys(("synchronize", "graph", "CUDAGraph"), fine) | {"is_initialized": lambda: True}
+    numbers = SimpleNamespace(add_=lambda n: None)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(**card), zeros=lambda *a, **o: numbers))
+    assert gpu_children.card_answers()
+    bench = gpu_bench.Bench(SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
+    assert list(bench.rows([("wrong", lambda: 1 // 0), ("right", lambda: {"a": 1})])) == [{"a": 1}]  # type: ignore[arg-type]
+    monkeypatch.setattr(sys.modules["torch"].cuda, at, lost)
+    assert not gpu_children.card_answers()
+    with pytest.raises(ZeroDivisionError):
+        list(bench.rows([("wrong", lambda: 1 // 0), ("right", lambda: {"a": 1})]))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("scripts")
+def test_kernels_that_are_compiled_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each a sign of life; who listened before goes on."""
+    import gpu_children
+    from triton import knobs
+
+    heard: list[bool] = []
+    monkeypatch.setattr(knobs.compilation, "listener", lambda **facts: heard.append(facts["cache_hit"]))
+    monkeypatch.setenv(gpu_children.NOTES, str(tmp_path / "notes"))
+    gpu_children.Notebook().compilations()
+    times = SimpleNamespace(total=1_250_000)
+    for hit in (False, True):
+        knobs.compilation.listener(src=None, metadata={"name": "product"}, metadata_group={}, times=times, cache_hit=hit)
+    assert gpu_children.notes(tmp_path / "notes") == [{"compiled": "product", "seconds": 1.25}] and heard == [False, True]
 
 
 @pytest.mark.usefixtures("scripts")
@@ -274,6 +337,8 @@ elif "begun" not in notebook.begun:
 """
     )
     failing = {"exit_code": 1, "summary": "0 of 1", "wrong": {"a": "b"}, "failed": {"x::y": "z"}, "files": {}, "seconds": 1}
+    failing |= {"again": {"one launch at a time: x::y": "why"}, "slow": {"x::y": 11.5}}
+    failing |= {"compiled": {"kernels": 3, "seconds": 4, "longest": [[2.0, "product"]]}}
     monkeypatch.setattr(gpu_check, "__file__", str(program.with_name("gpu_check.py")))
     monkeypatch.setattr(gpu_tests, "run", lambda *args: (failing, "output of tests\n"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -286,6 +351,7 @@ elif "begun" not in notebook.begun:
     assert "engine: 8b all layers in host memory: ended with exit code -6 in begun" in report["errors"]
     text, log = (tmp_path / "out" / "gpu_check_all.md").read_text(), (tmp_path / "out" / "gpu_check_all.log").read_text()
     assert "| w4a16 float16 | o 1x1 | 1 | 1000000 |  |  | 2.00 x |" in text and "- x::y: z" in text and "- limits: ended" in text
+    assert "time: x::y: why" in text and "- 11.5 s in x::y" in text and "Kernels compiled: tests of the kernels 3 in 4 s." in text
     assert "output of tests" in log and "last words of engine: 1b graphs" in log
     assert {path.name for path in tmp_path.iterdir()} == {"scripts", "out"}
 
