@@ -81,8 +81,11 @@ def build(folder: Path) -> Path:
     return library
 
 
-def read_code(path: str) -> Code:
+def read_code() -> Code:
     """The extension's, disassembled."""
+    module = backend.native()
+    assert module is not None and module.__file__ is not None
+    path = module.__file__
     tiles: dict[str, list[int]] = {}
     asks = []
     command = ["objdump", "-d", "--no-show-raw-insn", path]
@@ -155,9 +158,11 @@ class Trap:
         return dict(zip(KINDS, kinds)) | {"threads": threads.value, "configured": configured.value}
 
 
-def save(code: Code, library: Path) -> None:
-    """For processes that are trapped: they find it beside the library."""
-    library.with_suffix(".json").write_text(json.dumps(asdict(code)))
+def prepare(folder: Path) -> Path:
+    """The trap built, and beside it what processes that it is for need to know of the extension."""
+    library = build(folder)
+    library.with_suffix(".json").write_text(json.dumps(asdict(read_code())))
+    return library
 
 
 def load(library: Path) -> Code:

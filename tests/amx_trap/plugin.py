@@ -1,19 +1,19 @@
-"""``AMX_TRAP=.../trap.so python -m pytest -p tests.amx_trap.plugin ...``: the tests meet a processor with AMX."""
+"""``python -m pytest -p tests.amx_trap.plugin ...``: the tests meet a processor with AMX."""
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from tests.amx_trap.library import Trap, load
+from tests.amx_trap.library import Trap, load, prepare
 
-LIBRARY = Path(os.environ["AMX_TRAP"])
-TRAP = Trap(LIBRARY)  # now: it keeps standard error, which pytest is about to replace
-
+LIBRARY = Path(os.environ["AMX_TRAP"]) if "AMX_TRAP" in os.environ else prepare(Path(tempfile.mkdtemp()))
 CODE = load(LIBRARY)
+TRAP = Trap(LIBRARY)  # now: it keeps standard error, which pytest is about to replace
 
 
 def pytest_sessionstart() -> None:

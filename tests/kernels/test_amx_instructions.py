@@ -15,7 +15,7 @@ import torch
 
 from kernels.cpu import backend
 from tests.amx_trap import library
-from tests.amx_trap.library import AMX_LEAF7, AMX_XCR0, KINDS, Code, run, run_script
+from tests.amx_trap.library import AMX_LEAF7, AMX_XCR0, KINDS, run, run_script
 from tests.kernels.native import native_ops
 from tests.kernels.weights import random_weight
 
@@ -25,22 +25,15 @@ trapped = pytest.mark.skipif(reason is not None, reason=reason or "")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return library.build(tmp_path_factory.mktemp("trap"))
-
-
-@pytest.fixture(scope="module")
-def code(built: Path) -> Code:
-    module = backend.native()
-    assert module is not None and module.__file__ is not None
-    found = library.read_code(module.__file__)
-    if not found.tiles:
+    found = library.prepare(tmp_path_factory.mktemp("trap"))
+    if not library.load(found).tiles:
         pytest.skip("the compiler that built the extension does not know AMX")
-    library.save(found, built)
     return found
 
 
 @trapped
-def test_the_extension_has_only_instructions_that_the_trap_knows(code: Code) -> None:
+def test_the_extension_has_only_instructions_that_the_trap_knows(built: Path) -> None:
+    code = library.load(built)
     assert set(code.tiles) == set(KINDS)
     assert code.asks and len(code.slots) == 1
 
@@ -58,7 +51,7 @@ def test_the_extension_has_only_instructions_that_the_trap_knows(code: Code) -> 
     ],
     ids=str,
 )
-def test_when_tiles_are_chosen(built: Path, code: Code, options: dict[str, object], chosen: bool, tried: bool) -> None:
+def test_when_tiles_are_chosen(built: Path, options: dict[str, object], chosen: bool, tried: bool) -> None:
     """Where processor and system have them, and their products are right."""
     script = f"trap.take_over(load(library), **{options!r})\nprint(json.dumps([backend.available(), trap.counts()]))"
     done = run_script(script, built)
@@ -88,7 +81,7 @@ def test_tiles_are_plain_loops() -> None:
 
 @trapped
 @pytest.mark.timeout(600)  # ten seconds on a core of its own
-def test_the_kernels(built: Path, code: Code) -> None:
+def test_the_kernels(built: Path) -> None:
     """Their own tests, on what the compiler made of the tile code: all of it is reached."""
     options = ("-q", "-p", "tests.amx_trap.plugin", "-p", "no:cacheprovider", "-p", "no:xdist")
     files = ("tests/kernels/test_native_products.py", "tests/models/test_bind.py", __file__)
