@@ -32,6 +32,39 @@ class Meaning(NamedTuple):
 
 def meaning(name: Sequence[str], operands: int = 2) -> Meaning:
     """KeyError for an instruction that is not known. ``operands``: of those that may have more or fewer."""
+    found, modifiers = _meaning(name, operands), set(name)
+    if name[-1] == "f32" and modifiers & {"approx", "full"}:
+        found = found._replace(compute=_nearly(found.compute))
+    return found._replace(compute=_flushed(found.compute)) if "ftz" in modifiers else found
+
+
+def _flushed(compute: Callable[..., Array]) -> Callable[..., Array]:
+    """Numbers of float32 that are smaller than the least normal one are 0, before and after."""
+
+    def flush(value: Array) -> Array:
+        return np.where(np.abs(value) < 2.0**-126, value * 0.0, value)
+
+    return lambda *values: flush(compute(*map(flush, values)))
+
+
+def _nearly(compute: Callable[..., Array]) -> Callable[..., Array]:
+    """As inexact as a card may be where it is said to be approximate: a place of float32 above or below, or neither, as the exact
+    result has it, so that equal inputs give equal results. Powers of two are exact, and so is a quotient by one.
+    """
+
+    def nearly(*values: Array) -> Array:
+        found = np.asarray(compute(*values), dtype="f8")
+        bits = found.view("u8") if found.ndim else found.reshape(1).view("u8")[0]
+        turned = ((bits >> np.uint64(24) ^ bits >> np.uint64(37)) % np.uint64(3)).astype("f8") - 1
+        exact = np.frexp(found)[0] == 0.5
+        if len(values) == 2:
+            exact = np.abs(np.frexp(values[1])[0]) == 0.5
+        return np.where(exact, found, found * (1 + turned * 2.0**-23))
+
+    return nearly
+
+
+def _meaning(name: Sequence[str], operands: int) -> Meaning:
     what, kind = name[0], name[-1]
     modifiers = set(name[1:-1])
     if what in ("setp", "cvt", "selp", "shl", "shr", "bfe", "bfi", "popc", "clz", "lop3", "prmt"):
