@@ -21,7 +21,7 @@ NOTES = "GPU_NOTES"
 SILENT_S = 180.0  # some compile many kernels for one test
 AGAIN = 4  # times that one is begun once more, at most
 GRACE = 40.0  # seconds after the deadline for what has begun
-DIES_S = 20.0  # until one that was killed is gone; not one that waits in the driver for a card that hangs
+DIES_S = 8.0  # until one that was killed is gone; not one that waits in the driver for a card that hangs
 LOG_BYTES = 400_000  # of a child's output that are kept, its end
 Note = dict[str, Any]
 

@@ -44,6 +44,7 @@ def test_streamed_layers_equal_resident_ones(tmp_path: Path, gib: float) -> None
     streamed = load(deep, cpu_offload_gb=gib)
     assert len(streamed.info.plan["offload"]["layers"]) == (3 if gib < 1 else 7)  # type: ignore[index, arg-type]
     found = answers(streamed, requests())
+    streamed.reset_prefix_cache()  # a chunk that begins later has fewer rows, of which tiles round otherwise
     assert found == answers(streamed, requests()) == answers(load(deep, enforce_eager=True), requests())
 
 
