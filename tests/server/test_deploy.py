@@ -106,6 +106,17 @@ def test_the_unit_leaves_the_time_that_the_server_takes() -> None:
     assert "keys.toml:/etc/appliance/keys.toml" in settings("LoadCredential")
 
 
+def test_the_services_user_can_read_its_options() -> None:
+    """The unit reads them under their own name, as a user of its own; the keys come from root."""
+    (command,) = settings("ExecStart")
+    assert "--config /etc/appliance/appliance.toml" in command and "${CREDENTIALS_DIRECTORY}/keys.toml" in command
+    text = (ROOT / "docs/operations.md").read_text()
+    assert re.findall(r"^install -d( -\S+ \S+)* /etc/appliance ", text, re.MULTILINE) == [""], (
+        "a directory that only root may enter"
+    )
+    assert "(umask 077; /opt/appliance/bin/appliance key alice >> /etc/appliance/keys.toml)" in text
+
+
 def commands() -> list[tuple[str, list[str]]]:
     """Every command line of ours in the files."""
     (unit,) = settings("ExecStart")
