@@ -152,7 +152,14 @@ def _loaded(plan: MemoryPlan, demand: Demand, host: DeviceInfo | None) -> Memory
     if plan.device.kind != "cpu":
         inputs, sequences = plan.scratch["inputs"], plan.max_num_seqs
         swap = plan.swap_blocks, plan.kv.block_bytes
-        parts = host_parts(swap=swap, inputs=inputs, sequences=sequences, offload=plan.offload, grammars=plan.grammar_bytes)
+        parts = host_parts(
+            swap=swap,
+            ghosts=plan.ghost_bytes,
+            inputs=inputs,
+            sequences=sequences,
+            offload=plan.offload,
+            grammars=plan.grammar_bytes,
+        )
     found = replace(plan, host=parts, host_budget=None if host is None else max(0, host.available - MARGIN["cpu"]))
     for workers in Workers.choices(demand.threads):
         weights = plan.weight_bytes - plan.offload.staging_bytes
@@ -222,7 +229,9 @@ def _holds_one(plan: MemoryPlan) -> bool:
 def _shortage(plan: MemoryPlan) -> str | None:
     """Why a plan is none: the numbers, in words."""
     graphs = f"CUDA graphs {size_text(plan.graph_bytes)} ({plan.max_num_seqs} sequences), " if plan.graphs else ""
-    swap = f"swap space {size_text(plan.swap_bytes)}, " if plan.swap_blocks and plan.device.kind == "cpu" else ""
+    swap = (
+        f"swap space {size_text(plan.swap_bytes + plan.ghost_bytes)}, " if plan.swap_blocks and plan.device.kind == "cpu" else ""
+    )
     swap += f"grammars {size_text(plan.grammar_bytes)}, " if plan.grammars and plan.device.kind == "cpu" else ""
     parts = (
         f"weights {size_text(plan.weight_bytes)}, workspace {size_text(plan.workspace)} "

@@ -14,15 +14,18 @@ RUNTIME = 2048 * MIB
 been measured on a card."""
 
 
-def host_parts(*, swap: tuple[int, int], inputs: int, sequences: int, offload: Offload, grammars: int) -> dict[str, int]:
+def host_parts(
+    *, swap: tuple[int, int], ghosts: int, inputs: int, sequences: int, offload: Offload, grammars: int
+) -> dict[str, int]:
     """Bytes by part: what lies there from "ready" on. Inputs of a step and its answers are there twice.
 
-    ``swap``: blocks, and bytes of each.
+    ``swap``: blocks, and bytes of each. ``ghosts``: bytes that are remembered of blocks that left the cache, for them.
     """
     blocks, size = swap
     return {
         "runtime": RUNTIME,
         "swap space": sum(pinned(count * size) for count in pinned_slots(blocks, size)),
+        "what left the cache": ghosts,
         "grammars": grammars,
         "streamed weights": offload.host_bytes,
         "staging": 2 * pinned(inputs) + 2 * pinned(8 * sequences),

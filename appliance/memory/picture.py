@@ -19,7 +19,7 @@ COLORS = {
     "CUDA graphs": ("#a64d79",),
     "runtime": ("#6e7781",),
     "grammars": ("#9a6700", "#bf8700", "#d4a72c"),
-    "swap space": ("#7b61c4",),
+    "swap space": ("#7b61c4", "#b3a3e0"),
     "KV cache": ("#1a8f62",),
 }
 STYLE = """

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from shlex import quote
 
+from appliance.core.ghosts import ghost_bytes
 from appliance.memory.demand import LOGIT_ROWS
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.graphs import capture_sizes
@@ -169,9 +170,14 @@ class MemoryPlan:
         return self.swap_blocks * self.kv.block_bytes
 
     @property
+    def ghost_bytes(self) -> int:
+        """Of host memory: what is remembered of blocks that left the cache, for swap space."""
+        return ghost_bytes(self.swap_blocks)
+
+    @property
     def fixed(self) -> int:
         """All that the device has beside the KV cache; on a CPU swap space and grammars are in the same memory."""
-        host = self.swap_bytes + self.grammar_bytes if self.device.kind == "cpu" else 0
+        host = self.swap_bytes + self.ghost_bytes + self.grammar_bytes if self.device.kind == "cpu" else 0
         return self.weight_bytes + self.workspace + self.graph_bytes + self.runtime + host
 
     @property
@@ -235,7 +241,7 @@ class MemoryPlan:
             "runtime_learned": self.learned,
             "loading": {**asdict(self.workers), "peak_bytes": self.load_peak},
             "host_bytes": {**self.host, "total": sum(self.host.values()), "peak": self.host_peak, "budget": self.host_budget},
-            "swap": {"num_blocks": self.swap_blocks, "bytes": self.swap_bytes},
+            "swap": {"num_blocks": self.swap_blocks, "bytes": self.swap_bytes, "ghosts_bytes": self.ghost_bytes},
             "offload": {**asdict(self.offload), "saved": self.offload.saved},
             "measured": None if self.measured is None else asdict(self.measured),
             "found_bytes": dict(self.found),

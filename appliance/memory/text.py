@@ -42,6 +42,7 @@ def parts_of(plan: MemoryPlan) -> list[Part]:
     if plan.device.kind == "cpu":
         found += [Part("grammars", name, size) for name, size in plan.grammars.items()]
         found.append(Part("swap space", f"{plan.swap_blocks:,} blocks", plan.swap_bytes))
+        found.append(Part("swap space", "what left the cache", plan.ghost_bytes))
     found.append(Part("KV cache", f"{plan.num_blocks:,} blocks", plan.kv_bytes))
     return [part for part in found if part.nbytes]
 

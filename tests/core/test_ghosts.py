@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections import OrderedDict
 from collections.abc import Iterable
+from zlib import crc32
 
 import pytest
 
 from appliance.core import ghosts
-from appliance.core.ghosts import REACH, Ghosts
+from appliance.core.ghosts import MOST, PLACE, REACH, WAYS, Ghosts, ghost_bytes
 
 
 def key(number: int) -> bytes:
@@ -86,8 +88,33 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         known.leaves(key(i))
     assert len(known) == 10 * REACH
     assert not known.leaves(key(0)), "long forgotten"
-    monkeypatch.setattr(ghosts, "MOST", 20)
+    monkeypatch.setattr(ghosts, "MOST", 32)
     known = Ghosts(10)
     for i in range(1000):
         known.leaves(key(i))
-    assert len(known) == 20
+    assert len(known) == 32
+
+
+def test_what_left_longest_ago_is_forgotten_first() -> None:
+    """Of about as many as are remembered most are known, of those before them few; what leaves again stays."""
+    known = Ghosts(100)
+    for i in range(4000):
+        known.leaves(key(i))
+        known.leaves(key(-1 % 2**64))
+    assert known.leaves(key(-1 % 2**64))
+    marks = {crc32(key(i)) for i in range(4000 - 400, 4000)}
+    assert len(marks & {*known._marks}) > 380
+    assert len({crc32(key(i)) for i in range(4000 - 1600)} & {*known._marks}) < 20
+
+
+@pytest.mark.parametrize("size", [1, 3, 100, 8192, 100_000])
+def test_what_is_remembered_takes_as_many_bytes_as_are_planned(size: int) -> None:
+    tracemalloc.start()
+    known = Ghosts(size)
+    empty, _ = tracemalloc.get_traced_memory()
+    for i in range(300):
+        known.leaves(key(i))
+    full, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0 <= empty - ghost_bytes(size) < 2000 and full - empty < 4000
+    assert min(REACH * size, MOST) <= ghost_bytes(size) // PLACE < min(REACH * size, MOST) + WAYS

@@ -98,6 +98,7 @@ def test_what_the_host_of_a_card_has_to_have() -> None:
     chosen = replace(DEFAULTS, utilization=0.92, max_len=4096, swap_bytes=3 * GIB)
     plan = fit(large, chosen, card, host)
     assert plan.swap_blocks == 3 * GIB // plan.kv.block_bytes and plan.host["swap space"] == 3 * GIB == plan.swap_bytes
+    assert plan.host["what left the cache"] == plan.ghost_bytes == 20 * 8 * plan.swap_blocks
     assert plan.host["runtime"] == RUNTIME and plan.host["grammars"] == plan.grammar_bytes > 0
     assert plan.host_budget == 8 * GIB - MARGIN["cpu"]
     assert plan.workers == Workers(3, True) and plan.host_peak == RUNTIME + 21 * GIB // 4
@@ -112,4 +113,6 @@ def test_swap_space_on_a_cpu_is_the_same_memory() -> None:
     plain = fit(LLAMA_8B, replace(DEFAULTS, max_len=8192), cpu(24))
     swapping = fit(LLAMA_8B, replace(DEFAULTS, max_len=8192, swap_bytes=GIB), cpu(24))
     assert swapping.swap_blocks == 512 and swapping.host == {} and swapping.host_budget is None
-    assert plain.num_blocks - swapping.num_blocks == 512 and swapping.total <= swapping.budget
+    assert plain.num_blocks - swapping.num_blocks in (512, 513) and swapping.total <= swapping.budget
+    assert swapping.fixed - plain.fixed == GIB + 20 * 8 * 512 and swapping.to_dict()["swap"]["ghosts_bytes"] == 20 * 8 * 512  # type: ignore[index]
+    assert plain.ghost_bytes == 0

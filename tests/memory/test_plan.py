@@ -94,7 +94,9 @@ def test_a_plan_holds_what_it_promises(case: Case) -> None:
     if chosen.kv_bytes is None:
         assert plan.budget <= chosen.utilization * (device.available if device.kind == "cpu" else device.total)
     fixed = plan.weight_bytes + plan.workspace + plan.graph_bytes + plan.runtime
-    fixed += plan.swap_bytes + plan.grammar_bytes if device.kind == "cpu" else 0
+    ghosts = 20 * 16 * -(-min(8 * plan.swap_blocks, 65536) // 16)  # a checksum and two clocks each, in rows of 16
+    assert plan.ghost_bytes == ghosts
+    fixed += plan.swap_bytes + ghosts + plan.grammar_bytes if device.kind == "cpu" else 0
     assert plan.total == fixed + plan.num_blocks * plan.kv.block_bytes
     assert 0 <= chosen.swap_bytes - plan.swap_bytes < plan.kv.block_bytes
     assert (plan.graph_bytes > 0) == chosen.graphs and (plan.scratch["inputs"] > 0) == (device.kind == "cuda")
