@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from json import dumps
@@ -13,7 +12,7 @@ from pathlib import Path
 from appliance.config import EngineConfig
 from appliance.hub import demo_model, headers_of, resolve
 from appliance.memory.answers import Answers
-from appliance.memory.cards import Card, find_cards
+from appliance.memory.cards import find_cards
 from appliance.memory.devices import MIB, DeviceInfo, this_device
 from appliance.memory.plan import PlanError
 from appliance.memory.planner import command_line
@@ -43,8 +42,8 @@ def plan_command(engine: EngineConfig, asked: Asked) -> int:
     """Print the plan and the answers. 0: fits; 1: does not fit, or not what was asked for. Raises InputError for bad input."""
     if asked.check:
         return checked(engine, asked)
-    with headers_of(engine.model, engine.revision) if engine.model else nullcontext(demo_model()) as directory:
-        return plan_of(directory, replace(engine, model=engine.model or str(directory)), asked)
+    with headers_of(engine.model, engine.revision) if engine.model is not None else nullcontext(demo_model()) as directory:
+        return plan_of(directory, replace(engine, model=engine.model if engine.model is not None else str(directory)), asked)
 
 
 def plan_of(directory: Path, engine: EngineConfig, asked: Asked) -> int:
@@ -59,16 +58,30 @@ def plan_of(directory: Path, engine: EngineConfig, asked: Asked) -> int:
     try:
         answers = Answers.of(smallest(studies), devices, asked.sequences, context)
     except PlanError as error:
-        study = studies[0]
-        if context is not None:  # then by what makes that fit, where anything does
-            study = study.asking(asked.sequences or 1, context)
-            more = study.refusal()
-            error = more if more is not None and more.remedies else error
-        return refused(error, engine, asked, study.larger() or studies[0].larger(), devices[0])
+        why, study = _why(error, studies[0], asked.sequences, context)
+        return refused(why, engine, asked, study, devices[0])
     if asked.svg is not None:
         draw(asked.svg, answers)
     print(dumps(answers.to_dict(), indent=2) if asked.json else answers.text())
     return 0 if answers.fits else 1
+
+
+def _why(error: PlanError, study: Study, sequences: int | None, context: int | None) -> tuple[PlanError, Study]:
+    """The refusal of a model that does not fit, and with which settings that was found out.
+
+    By what makes so many sequences of that context fit, where anything does; else by what makes the model fit at all.
+    """
+    if sequences is None and context is None:
+        return error, study
+    asking = study.asking(sequences, context)
+    more = asking.refusal()
+    if more is None:  # without --max-num-seqs or --max-model-len it would fit
+        return error, study
+    if more.remedies or asking.larger(1):
+        return more, asking
+    crowd = asking.crowd
+    what = "" if crowd is None else f". Nothing makes {crowd.sequences} sequences of {crowd.tokens} tokens fit at once"
+    return PlanError(f"{error}{what}", error.remedies), study
 
 
 def chosen_devices(engine: EngineConfig, asked: Asked) -> list[DeviceInfo]:
@@ -96,7 +109,7 @@ def checked(engine: EngineConfig, asked: Asked) -> int:
         raise InputError(f"--check loads the model on this machine, so {strange[0]} means nothing: leave out one of the two")
     from appliance.runtime.check import check
 
-    directory = resolve(engine.model, engine.revision) if engine.model else demo_model()
+    directory = resolve(engine.model, engine.revision) if engine.model is not None else demo_model()
     try:
         report = check(directory, engine)
     except PlanError as error:
@@ -144,16 +157,23 @@ def draw(path: Path, answers: Answers) -> None:
 
 
 def refused(
-    error: PlanError, engine: EngineConfig, asked: Asked, larger: Sequence[Card] = (), device: DeviceInfo | None = None
+    error: PlanError, engine: EngineConfig, asked: Asked, study: Study | None = None, device: DeviceInfo | None = None
 ) -> int:
-    """Say why the model does not fit and what would, each with its effect; ``larger``: cards on which it fits. Returns 1."""
+    """Say why the model does not fit and what would, each with its effect, and cards on which it does. Returns 1.
+
+    ``study``: with whose settings that was found out.
+    """
+    larger, beside = ([], {}) if study is None else (study.larger(), study.options)
     if asked.json:
+        engine = replace(engine, **beside)  # type: ignore[arg-type]
         remedies = [{**one.to_dict(), "command": command_line(engine, one)} for one in error.remedies]
         cards = [card.name for card in larger]
         found = {"fits": False, "error": str(error), "model": engine.model, "remedies": remedies, "cards_that_fit": cards}
         print(dumps(found, indent=2))
     print(f"appliance: error: {error}", file=sys.stderr)
     if not asked.json:
+        if study is not None and study.flags and error.remedies:
+            print(f"  with {study.flags}, and one of these:", file=sys.stderr)
         for one in error.remedies:
             print(f"  {one}: {one.effect}", file=sys.stderr)
         if device is not None and device.holders:

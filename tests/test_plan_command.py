@@ -68,6 +68,36 @@ def test_a_refusal_names_what_would_fit_with_its_effect(model: str, capsys: pyte
     assert lines[-1].startswith("  another card: the smallest that would do are GeForce RTX 5090 (31.84 GiB), ")
 
 
+@pytest.mark.parametrize("question", [("--sequences", "64"), ("--context", "4k"), ("--sequences", "12", "--context", "2k")])
+def test_a_refusal_is_about_what_was_asked_for(model: str, question: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """A card on which not even the model fits: each remedy, and each card, makes fit what was asked for, or none is named."""
+    asked = model, "--json", *question
+    where = *asked, "--gpu", "RTX 2060"
+    code, out, _ = run(capsys, *where)
+    found = json.loads(out)
+    assert code == 1 and "does not fit" in found["error"] and found["remedies"] and found["cards_that_fit"]
+    for one in found["remedies"]:
+        code, out, _ = run(capsys, *where, *one["flags"].split())
+        assert code == 0 and json.loads(out)["fits"], one["flags"]
+        assert ("--max-num-seqs" in one["command"]) and ("--max-model-len" in one["command"]) == ("--context" in question)
+    assert run(capsys, *asked, "--gpu", found["cards_that_fit"][0])[0] == 0
+
+
+def test_a_refusal_says_where_nothing_makes_fit_what_was_asked_for(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, model, "--memory", "4GiB", "--device", "cuda", "--sequences", "100000")
+    assert code == 1 and "What would fit: --cpu-offload-gb" in err
+    assert ". Nothing makes 100000 sequences of 256 tokens fit at once\n" in err
+
+
+def test_what_would_make_so_many_fit_of_a_model_that_fits(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    where = model, "--gpu", "4060", "--max-num-seqs", "8"
+    blocks = json.loads(run(capsys, *where, "--json")[1])["kv_cache"]["num_blocks"]
+    code, out, _ = run(capsys, *where, "--sequences", f"{blocks + 1}")
+    assert code == 1 and f"{blocks + 1} sequences at once: they do not fit, however short" in out
+    assert f"What would make that fit (--max-num-seqs {blocks + 1}, and one of these)\n  --" in out
+    assert "  another card: the smallest that would do are " in out
+
+
 def test_a_refusal_names_who_holds_the_card(
     model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,17 @@ class Variants:
     quantized: Mapping[str, Demand] | None = None  # of other checkpoints, by what they are
 
 
+@dataclass(frozen=True)
+class Crowd:
+    """So many sequences of so many tokens must fit at once, which is then no thing to change."""
+
+    sequences: int
+    tokens: int
+
+    def fits(self, plan: MemoryPlan) -> bool:
+        return plan.max_model_len >= self.tokens and plan.sequences(self.tokens) >= self.sequences
+
+
 Plan = Callable[[Mapping[str, object]], MemoryPlan | None]
 
 
@@ -56,10 +67,10 @@ def advise(
     device: DeviceInfo,
     variants: Variants | None = None,
     host: DeviceInfo | None = None,
-    sequences: int = 0,
+    crowd: Crowd | None = None,
 ) -> PlanError:
     """The error, with the remedies that work; else the plain truth."""
-    if found := remedies(demand, settings, device, variants, host, sequences):
+    if found := remedies(demand, settings, device, variants, host, crowd):
         return PlanError(f"{error}. What would fit: {', or '.join(map(str, found))}", tuple(found))
     return PlanError(f"{error}. No setting makes it fit on this device: it needs one with more memory, or a smaller model")
 
@@ -70,12 +81,9 @@ def remedies(
     device: DeviceInfo,
     variants: Variants | None = None,
     host: DeviceInfo | None = None,
-    sequences: int = 0,
+    crowd: Crowd | None = None,
 ) -> list[Remedy]:
-    """What makes the model fit; where no single change does, one set of changes.
-
-    ``sequences``: so many of ``settings.max_len`` must fit at once, and neither number may change.
-    """
+    """What makes the model fit, with the crowd; where no single change does, one set of changes."""
     variants = variants or Variants()
 
     def plan(changes: Mapping[str, object]) -> MemoryPlan | None:
@@ -86,18 +94,18 @@ def remedies(
             found = fit(chosen, replace(settings, **changed), device, host)  # type: ignore[arg-type]
         except InputError:  # a PlanError, or a cache that its heads do not fill
             return None
-        return found if not sequences or found.sequences(settings.max_len or 0) >= sequences else None
+        return found if crowd is None or crowd.fits(found) else None
 
     def known(*least: int) -> list[Option]:
-        found = options(demand, settings, device, variants, *least)
-        return [option for option in found if not (sequences and option.field in ("max_seqs", "max_len"))]
+        found = options(demand, settings, device, variants, *least, crowd=crowd)
+        return [option for option in found if not (crowd and option.field in ("max_seqs", "max_len"))]
 
     good = [remedy for option in known() if (remedy := alone(plan, option)) is not None]
     if not good:
         together = combined(plan, known(*MODEST)) or combined(plan, known())
         good = [] if together is None else [together]
     for words, smaller in (variants.quantized or {}).items():
-        for option in (None, *(option for option in known() if sequences and option.field == "kv_dtype")):
+        for option in (None, *(option for option in known() if crowd and option.field == "kv_dtype")):
             changes, flags = (option.change(option.values[0]), option.flags(option.values[0])) if option else ({}, {})
             if (found := plan({"demand": smaller, **changes})) is not None:
                 effect = f"weights of {size_text(found.weight_bytes)}, at some cost in quality; {room(found)}"
@@ -143,10 +151,17 @@ def _changes(chosen: Sequence[tuple[Option, Any]]) -> dict[str, Any]:
 
 
 def options(
-    demand: Demand, settings: Settings, device: DeviceInfo, variants: Variants, tokens: int = SMALLEST, sequences: int = 1
+    demand: Demand,
+    settings: Settings,
+    device: DeviceInfo,
+    variants: Variants,
+    tokens: int = SMALLEST,
+    sequences: int = 1,
+    *,
+    crowd: Crowd | None = None,
 ) -> list[Option]:
     """What can change, the mildest first. ``tokens``, ``sequences``: of a step, at least."""
-    found = [_memory(demand, settings)]
+    found = [_memory(demand, settings, crowd or Crowd(1, 1))]
     if settings.reserve:
         found.append(_option("gpu_memory_reserve", "reserve", [0], "no memory is kept free"))
     if settings.swap_bytes:
@@ -180,13 +195,18 @@ def _cache(name: str, cost: str) -> Option:
     return Option([name], cost, lambda name: {"kv_dtype": cache_dtype(name)}, lambda name: {"kv_cache_dtype": name}, "kv_dtype")
 
 
-def _memory(demand: Demand, settings: Settings) -> Option:
-    """More of the device; where the cache's size is given, another one: that of one sequence where too little was given."""
+def _memory(demand: Demand, settings: Settings, crowd: Crowd) -> Option:
+    """More of the device; where the cache's size is given, another one: what must fit where too little was given."""
     if settings.kv_bytes is None:
         shares = [share / 100 for share in range(math.floor(settings.utilization * 100) + 1, 101)]
         return _option("gpu_memory_utilization", "utilization", shares, "less memory is left to others")
-    block, one = _block_bytes(demand, settings), -(-wanted_length(demand, settings) // settings.block_size)
-    sizes = range(max(one, settings.kv_bytes // block) * block, (one - 1) * block, -block)
+    block, one, each = (
+        _block_bytes(demand, settings),
+        -(-wanted_length(demand, settings) // settings.block_size),
+        -(-crowd.tokens // settings.block_size),
+    )
+    least = max(one, crowd.sequences * each)
+    sizes = range(max(least, settings.kv_bytes // block) * block, (least - 1) * block, -block)
     return _option("kv_cache_memory_bytes", "kv_bytes", sizes, "a cache of another size")
 
 

@@ -24,6 +24,7 @@ class Answers:
     context: int | None
     longest: MemoryPlan | None  # for so many sequences
     long: MemoryPlan | None  # for sequences of that context
+    asking: Study | None  # of what was asked for; None where that fits
     remedies: list[Remedy]  # that make what was asked for fit; none where it does
     larger: list[Card]  # and cards on which it does
     caches: list[CacheRow]
@@ -36,11 +37,13 @@ class Answers:
         if sequences is not None and sequences < 1:
             raise InputError(f"--sequences is {sequences}: at least 1 is needed")
         long = None if context is None else study.at_length(context)
-        longest = None if sequences is None else study.longest(sequences)
-        asking = None
-        if context is not None and (long is None if sequences is None else longest is None or longest.max_model_len < context):
-            asking = study.asking(sequences or 1, context)
+        longest = None if sequences is None else study.longest(sequences, context)
+        short = long is None and context is not None
+        if sequences is not None:
+            short = longest is None or longest.max_model_len < (context or 0)
+        asking = study.asking(sequences, context) if short else None
         return cls(
+            asking=asking,
             remedies=asking.remedies() if asking else [],
             larger=asking.larger() if asking else [],
             devices=tuple(devices),
@@ -51,20 +54,13 @@ class Answers:
             prefill=study.prefill_speed(context),
             long=long,
             longest=longest,
-            caches=study.caches(),
+            caches=study.caches(context or study.plan.max_model_len),
         )
 
     @property
     def fits(self) -> bool:
         """Whether what was asked for fits: so many sequences, of that context."""
-        if self.sequences is not None:
-            return self.longest is not None and self.longest.max_model_len >= (self.context or 0)
-        return self.context is None or self.long is not None
-
-    @property
-    def length(self) -> int:
-        """That sequences are counted for."""
-        return self.context or self.study.plan.max_model_len
+        return self.asking is None
 
     def to_dict(self) -> dict[str, object]:
         """Stable keys: those of the plan, and what was asked."""
@@ -90,7 +86,7 @@ class Answers:
             **remedies,
             **cards,
             "asked": asked,
-            "cache_dtypes": [row.to_dict(self.length) for row in self.caches],
+            "cache_dtypes": [row.to_dict() for row in self.caches],
             "predicted_speed": speed,
             "tensor_parallel": parallel,
         }
@@ -106,7 +102,7 @@ class Answers:
     def _asked(self) -> list[str]:
         lines = []
         if self.longest is not None:
-            flags = f"--max-num-seqs {self.sequences} --max-model-len {self.longest.max_model_len}"
+            flags = f"--max-num-seqs {self.longest.max_num_seqs} --max-model-len {self.longest.max_model_len}"
             lines.append(f"{self.sequences:,} sequences at once: up to {self.longest.max_model_len:,} tokens each ({flags})")
         elif self.sequences is not None:
             lines.append(f"{self.sequences:,} sequences at once: they do not fit, however short")
@@ -117,8 +113,8 @@ class Answers:
         if self.sequences is not None and self.context is not None:
             verb = "fit" if self.fits else "do not fit"
             lines.append(f"{self.sequences:,} sequences of {self.context:,} tokens {verb} at once")
-        if not self.fits and self.context is not None:
-            lines += self._remedies(f"--max-num-seqs {self.sequences or 1} --max-model-len {self.context}")
+        if self.asking is not None:
+            lines += self._remedies(self.asking.flags)
         return ["", *lines] if lines else []
 
     def _remedies(self, flags: str) -> list[str]:
@@ -136,9 +132,8 @@ class Answers:
             plan = row.plan
             name = f"auto ({plan.kv.dtype})" if row.choice == "auto" else row.choice
             cells = (size_text(plan.kv.token_bytes), f"{plan.tokens:,}", f"{plan.max_model_len:,}")
-            room = f"{plan.sequences(self.length):,.1f}" if plan.max_model_len >= self.length else ""
-            rows.append((name, *cells, room))
-        head = ("", "a token", "tokens", "longest", f"sequences of {self.length:,}")
+            rows.append((name, *cells, f"{row.sequences:,.1f}" if row.long is not None else ""))
+        head = ("", "a token", "tokens", "longest", f"sequences of {self.context or self.study.plan.max_model_len:,}")
         return ["", "With other caches (--kv-cache-dtype)", *columns(head, rows)]
 
     def _speed(self) -> list[str]:

@@ -9,13 +9,14 @@ from operator import attrgetter
 from pathlib import Path
 
 from appliance.config import EngineConfig
-from appliance.memory.advice import Variants, advise, remedies
+from appliance.memory.advice import Crowd, Variants, advise, remedies
+from appliance.memory.agreement import check_headers
 from appliance.memory.cards import CARDS, Card, known_card
 from appliance.memory.demand import Demand
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.fit import fit, last
 from appliance.memory.modules import Machinery
-from appliance.memory.plan import MemoryPlan, PlanError, Remedy
+from appliance.memory.plan import SHORTEST_AUTO, MemoryPlan, PlanError, Remedy, flag_text
 from appliance.memory.planner import read_settings, variants
 from appliance.memory.roofline import Work
 from appliance.memory.settings import Settings
@@ -35,8 +36,14 @@ class CacheRow:
 
     choice: str  # --kv-cache-dtype
     plan: MemoryPlan | None  # None: does not fit
+    length: int  # that sequences are counted for
+    long: MemoryPlan | None  # for sequences of that length; None: not one fits
 
-    def to_dict(self, length: int) -> dict[str, object]:
+    @property
+    def sequences(self) -> float:
+        return 0.0 if self.long is None else self.long.sequences(self.length)
+
+    def to_dict(self) -> dict[str, object]:
         if self.plan is None:
             return {"kv_cache_dtype": self.choice, "fits": False}
         plan = self.plan
@@ -47,7 +54,7 @@ class CacheRow:
             "token_bytes": plan.kv.token_bytes,
             "tokens": plan.tokens,
             "max_model_len": plan.max_model_len,
-            "sequences": plan.sequences(length),
+            "sequences": self.sequences,
         }
 
 
@@ -62,7 +69,7 @@ class Study:
     demand: Demand  # of one rank, as all below
     work: Work
     whole: tuple[ModelSpec, QuantScheme, Machinery]  # the model before it is divided
-    asked: int = 0  # sequences of the longest context that must fit at once
+    crowd: Crowd | None = None  # what must fit at once
 
     @classmethod
     def read(
@@ -77,8 +84,10 @@ class Study:
     ) -> Study:
         """``weakest``: the card that decides the dtype for all. Raises InputError for bad input and models that do not divide."""
         settings = read_settings(config, device)
-        published, scheme = read_scheme(CheckpointIndex.open(directory), config.quantization)
+        index = CheckpointIndex.open(directory)
+        published, scheme = read_scheme(index, config.quantization)
         spec = ModelSpec.from_config(published)
+        check_headers(index, spec, scheme)
         machinery, part = Machinery.choose(config, spec.dtype, weakest or device), shard(spec, ranks)
         check_layout(spec, part, scheme, ranks)
         demand = with_exchange(Demand.of(part, scheme, machinery, model=config.model or str(directory)), spec, ranks)
@@ -90,15 +99,33 @@ class Study:
         try:
             return fit(self.demand, self.settings, self.device, self.host)
         except PlanError as error:
-            raise advise(error, self.demand, self.settings, self.device, self._variants, self.host, self.asked) from None
+            raise advise(error, self.demand, self.settings, self.device, self._variants, self.host, self.crowd) from None
 
     @property
     def _variants(self) -> Variants:
         return variants(self.demand, *self.whole) if self.ranks == 1 else Variants()
 
-    def asking(self, sequences: int, context: int) -> Study:
-        """The same with settings for so many sequences of that context, all of which must fit at once."""
-        return replace(self, asked=sequences, settings=replace(self.settings, max_len=context, max_seqs=sequences))
+    def asking(self, sequences: int | None, context: int | None) -> Study:
+        """The same with settings for so many sequences of that context, all of which must fit at once.
+
+        None: one sequence; the shortest context that is of use. InputError for a context that the model does not have.
+        """
+        given = self.settings.max_len
+        crowd = Crowd(sequences or 1, context or min(SHORTEST_AUTO, given or self.demand.max_len))
+        self._check_context(crowd.tokens)
+        most = None if context is None and given is None else max(crowd.tokens, given or 0)
+        return replace(self, crowd=crowd, settings=replace(self.settings, max_len=most, max_seqs=self._running(crowd.sequences)))
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Of EngineConfig, with which the crowd was looked at."""
+        found = {"max_num_seqs": self.settings.max_seqs, "max_model_len": self.settings.max_len}
+        return {name: value for name, value in found.items() if self.crowd is not None and value is not None}
+
+    @property
+    def flags(self) -> str:
+        """The same as they are given to ``appliance serve`` and ``plan``."""
+        return " ".join(flag_text(*option) for option in self.options.items())
 
     def refusal(self) -> PlanError | None:
         """Why it does not fit, with what would make it enough."""
@@ -111,11 +138,11 @@ class Study:
     def enough(self) -> bool:
         """Whether the model fits, with all sequences that were asked for."""
         plan = self.other()
-        return plan is not None and plan.sequences(plan.max_model_len) >= self.asked
+        return plan is not None and (self.crowd is None or self.crowd.fits(plan))
 
     def remedies(self) -> list[Remedy]:
         """What makes it enough."""
-        return remedies(self.demand, self.settings, self.device, self._variants, self.host, self.asked)
+        return remedies(self.demand, self.settings, self.device, self._variants, self.host, self.crowd)
 
     def other(self, **changes: object) -> MemoryPlan | None:
         """The plan with other Settings; None where it does not fit."""
@@ -124,21 +151,32 @@ class Study:
         except InputError:  # a PlanError, or a cache that its heads do not fill
             return None
 
-    def longest(self, sequences: int) -> MemoryPlan | None:
-        """The plan with the longest context of which so many sequences fit at once; None where there is none of two tokens."""
+    def longest(self, sequences: int, context: int | None = None) -> MemoryPlan | None:
+        """The plan with the longest context of which so many sequences fit at once; None where there is none of two tokens.
+
+        No longer than --max-model-len, where that is given, but for a ``context`` that is asked about.
+        """
 
         def room(length: int) -> MemoryPlan | None:
-            plan = self.other(max_len=length, max_seqs=max(sequences, self.plan.max_num_seqs))
+            plan = self.other(max_len=length, max_seqs=self._running(sequences))
             return plan if plan is not None and plan.sequences(length) >= sequences else None
 
-        length = last(lambda n: room(n) is not None, 2, self.settings.max_len or self.demand.max_len)
+        most = self.settings.max_len or self.demand.max_len
+        length = last(lambda n: room(n) is not None, 2, max(most, context or 0))
         return None if length is None else room(length)
+
+    def _running(self, sequences: int) -> int:
+        """--max-num-seqs where so many are asked about."""
+        return max(sequences, self.settings.max_seqs or 0)
 
     def at_length(self, length: int) -> MemoryPlan | None:
         """The plan, made for longer sequences where it must be; None where not one fits. InputError where the model has none."""
+        self._check_context(length)
+        return self.plan if length <= self.plan.max_model_len else self.other(max_len=length)
+
+    def _check_context(self, length: int) -> None:
         if length > self.demand.max_len:
             raise InputError(f"--context is {length}, but the model was made for at most {self.demand.max_len} tokens")
-        return self.plan if length <= self.plan.max_model_len else self.other(max_len=length)
 
     def larger(self, most: int = 3) -> list[Card]:
         """The smallest cards of the table that are enough, of different sizes; none where the plan is for a CPU.
@@ -156,9 +194,14 @@ class Study:
             cards = [card for card in cards if card.memory > (1.1 * size if good else size)]
         return found
 
-    def caches(self) -> list[CacheRow]:
-        """The same plan with each kind of cache."""
-        return [CacheRow(choice, self.other(kv_dtype=dtype)) for choice, dtype in CACHES.items()]
+    def caches(self, length: int) -> list[CacheRow]:
+        """The same plan with each kind of cache, and how many sequences of that length it is enough for."""
+        found = []
+        for choice, dtype in CACHES.items():
+            plan = self.other(kv_dtype=dtype)
+            enough = plan is None or length <= plan.max_model_len
+            found.append(CacheRow(choice, plan, length, plan if enough else self.other(kv_dtype=dtype, max_len=length)))
+        return found
 
     @property
     def unpredictable(self) -> str:

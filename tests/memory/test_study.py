@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,12 @@ def test_the_longest_context_of_so_many_sequences(model: Path, count: int) -> No
     longest = found.longest(count)
     assert longest is not None
     length = longest.max_model_len
-    most = max(count, found.plan.max_num_seqs)
-    assert engines(model, CARD, max_num_seqs=most, max_model_len=length).sequences(length) >= count
+    assert engines(model, CARD, max_num_seqs=count, max_model_len=length).sequences(length) >= count
     if length < 8192:
-        longer = engines(model, CARD, max_num_seqs=most, max_model_len=length + 1)
+        longer = engines(model, CARD, max_num_seqs=count, max_model_len=length + 1)
         assert longer.sequences(length + 1) < count
+    given = study(model, max_num_seqs=600).longest(count)
+    assert given is not None and given.max_num_seqs == 600 and given.max_model_len <= length
 
 
 def test_more_sequences_than_there_are_blocks(model: Path) -> None:
@@ -102,15 +104,30 @@ def test_so_many_of_such_a_context(model: Path) -> None:
 
 def test_other_caches(model: Path) -> None:
     found = study(model)
-    rows = {row.choice: row.plan for row in found.caches()}
+    rows = {row.choice: row.plan for row in found.caches(8192)}
     assert list(rows) == ["auto", "fp8", "int8", "int4"] and rows["auto"] == found.plan
     for choice in ("fp8", "int8", "int4"):
         assert rows[choice] == engines(model, CARD, kv_cache_dtype=choice)
     small = study(model, replace(CARD, total=7200 * MIB, available=7000 * MIB), max_model_len=8192, max_num_seqs=4)
-    fits = {row.choice: row.plan is not None for row in small.caches()}
+    fits = {row.choice: row.plan is not None for row in small.caches(8192)}
     assert fits["int4"] and not fits["auto"]
     with pytest.raises(PlanError):
         _ = small.plan
+
+
+def test_other_caches_are_counted_for_the_context_that_is_asked_for(model: Path) -> None:
+    """Where that is longer than --max-model-len, with a plan for it; the table and the JSON say the same."""
+    short = Answers.of(study(model, max_model_len=512, max_num_seqs=2), [CARD], None, 4096)
+    rows = short.to_dict()["cache_dtypes"]
+    assert isinstance(rows, list) and len(rows) == 4
+    for row in rows:
+        plan = engines(model, CARD, max_model_len=4096, max_num_seqs=2, kv_cache_dtype=row["kv_cache_dtype"])
+        assert row["sequences"] == plan.sequences(4096) == 2
+    assert short.to_dict()["asked"] == {"context": 4096, "sequences_of_context": 2.0}
+    assert len(re.findall(r"KiB +1,024 +512 +2\.0$", short.text(), re.M)) == 4
+    tight = replace(CARD, total=7200 * MIB, available=7000 * MIB)
+    rows = {row.choice: row for row in Answers.of(study(model, tight), [tight], None, 8192).caches}
+    assert rows["auto"].long is None and rows["auto"].sequences == 0 and rows["int4"].sequences >= 1
 
 
 def test_speeds_are_the_roofline_s_for_the_plan(model: Path) -> None:
