@@ -23,7 +23,7 @@ class EngineConfig:
     """Activations: auto, float16 (half), bfloat16, float32 (float)."""
     lm_head_dtype: str = "auto"
     """What an unquantized output head (and an embedding tied to it) is stored as: int8, int4, model (as --dtype says); auto: int8
-    with native CPU kernels, unless --dtype is float32."""
+    with native CPU kernels and on a card, unless --dtype is float32."""
     embedding_dtype: str = "auto"
     """What an unquantized embedding that is not one with the head is stored as: int8, int4, model (as --dtype says, and what auto
     is). It saves memory, not time."""
@@ -91,7 +91,8 @@ class ServerConfig:
     strict_requests: bool = False
     """Refuse requests with unknown fields (400) instead of naming them once in the log."""
     generation_config: str = "auto"
-    """auto: the model's generation_config.json gives the sampling defaults; appliance: its own defaults are used."""
+    """auto: the model's generation_config.json gives the sampling defaults; a directory: the one in it; appliance: its own defaults
+    are used."""
     max_logprobs: int = 20
     """Most logprobs a request may ask for; -1 for no limit."""
     api_key: tuple[str, ...] = field(default=(), repr=False)

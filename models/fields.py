@@ -8,6 +8,7 @@ from typing import Any
 from quant.errors import InputError
 
 _MISSING = object()
+MOST = 2**48  # larger numbers are nobody's: no size of a model comes near
 
 
 class Fields:
@@ -20,11 +21,11 @@ class Fields:
         return self.values.get(key)
 
     def integer(self, key: str, *, default: Any = _MISSING, minimum: int = 1) -> int:
-        return self._checked(key, default, lambda v: type(v) is int and v >= minimum, f"an integer of at least {minimum}")
+        return self._checked(key, default, lambda v: type(v) is int and minimum <= v <= MOST, f"an integer of at least {minimum}")
 
     def number(self, key: str, *, default: Any = _MISSING, positive: bool = True) -> float:
         what = "a positive number" if positive else "a number"
-        good = self._checked(key, default, lambda v: type(v) in (int, float) and (v > 0 or not positive), what)
+        good = self._checked(key, default, lambda v: type(v) in (int, float) and abs(v) <= MOST and (v > 0 or not positive), what)
         return float(good)
 
     def flag(self, key: str, *, default: bool) -> bool:

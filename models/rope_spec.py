@@ -66,9 +66,7 @@ class RopeSpec:
 
 def read_rope(config: Fields, head_dim: int, max_position: int) -> RopeSpec:
     """InputError, naming the key, for a kind or value that is not known."""
-    raw = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(raw, Mapping):
-        raise InputError(f"config.json: rope_scaling is {raw!r:.60}, expected an object or null")
+    raw = _settings(config)
     rope = Fields(dict(raw), "rope settings of config.json")
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
     kind = ALIASES.get(kind, kind)
@@ -84,6 +82,20 @@ def read_rope(config: Fields, head_dim: int, max_position: int) -> RopeSpec:
     if rotary < 2 or rotary % 2 or rotary > head_dim:
         raise InputError(f"config.json: partial_rotary_factor {partial} of head size {head_dim} gives {rotary} rotary features")
     return RopeSpec(kind=kind, theta=theta, rotary_dim=rotary, max_position=max_position, **_scaling(kind, rope, config, rotary))
+
+
+def _settings(config: Fields) -> Mapping[str, Any]:
+    """rope_scaling where a config has both, as transformers does, which then takes no theta from rope_parameters."""
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    for key, raw in (("rope_parameters", new), ("rope_scaling", old)):
+        if not isinstance(raw, Mapping):
+            raise InputError(f"config.json: {key} is {raw!r:.60}, expected an object or null")
+    if new and old and new.get("rope_theta") is not None and old.get("rope_theta", config.get("rope_theta")) is None:
+        raise InputError(
+            "config.json has both rope_parameters and rope_scaling, and a rope_theta in the first only, where transformers would "
+            "pass over it: write all of them into rope_parameters, and remove rope_scaling"
+        )
+    return old or new
 
 
 def _scaling(kind: str, rope: Fields, config: Fields, rotary: int) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     if not isinstance(names, list) or not names:
         raise InputError(f"config.json: architectures is {names!r}, expected one of {', '.join(ARCHITECTURES)}")
-    if names[0] not in ARCHITECTURES:
+    if not isinstance(names[0], str) or names[0] not in ARCHITECTURES:
         raise InputError(f"config.json: architecture {names[0]} is not supported; supported are {', '.join(ARCHITECTURES)}")
     return names[0]
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -84,7 +85,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the file again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -106,11 +107,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         text = file.read(length)
     try:
         header = json.loads(text.decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: the safetensors header is not valid JSON ({error}); fetch the file again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is not a JSON object")
-    return {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items() if name != "__metadata__"}
+    tensors = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items() if name != "__metadata__"}
+    for one, other in pairwise(sorted((info for info in tensors.values() if info.nbytes), key=lambda info: info.start)):
+        if other.start < one.end:
+            raise CheckpointError(f"{path}: damaged safetensors header: {one.name} and {other.name} share bytes")
+    return tensors
 
 
 def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> TensorInfo:
@@ -119,7 +124,7 @@ def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> TensorInf
         begin, end = (int(n) for n in entry["data_offsets"])
         if not isinstance(dtype, str):
             raise TypeError
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise CheckpointError(f"{path}: damaged safetensors header: the entry of {name} reads {entry!r}") from None
     if not 0 <= begin <= end or min(shape, default=0) < 0:
         raise CheckpointError(f"{path}: damaged safetensors header: {name} has shape {list(shape)} at offsets [{begin}, {end}]")

@@ -176,6 +176,7 @@ def test_variants(tmp_path: Path) -> None:
     for wrong, words in (
         ("lm_head=int4", "'lm_head' is no option that a model can have for itself"),
         ("dtype=float32,model=x", "'model' is no option"),
+        ("block_size=16,block-size=32", "block_size stands there twice"),
         ("max_num_batched_tokens=many", "max_num_batched_tokens is 'many': a number is needed"),
         ("reference_ops=1", "reference_ops is '1': true or false is needed"),
     ):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from appliance import cli
-from appliance.quantize.calibration import calibration_ids
+from appliance.quantize.calibration import calibration_ids, text_ids
 from appliance.quantize.job import Job
 from appliance.quantize.options import Options
 from appliance.quantize.run import usual_output
@@ -127,6 +127,11 @@ def test_calibration(tmp_path: Path, model: Path) -> None:
     )
     lines = tmp_path / "text.jsonl"
     lines.write_text('{"text": "one"}\n\n{"messages": [{"role": "user", "content": "two"}]}\n"three"\n')
+    assert text_ids(str(lines), tokenizer) == tokenizer.encode("one\n\ntwo\n\nthree", add_special_tokens=False)
+    parts = [{"type": "text", "text": "two"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    other = tmp_path / "text.NDJSON"
+    other.write_text(json.dumps({"messages": [{"content": parts}, {"content": None}, {"content": "three"}]}))
+    assert text_ids(str(other), tokenizer) == tokenizer.encode("two\nthree", add_special_tokens=False)
     assert (
         tokenizer.decode(calibration_ids(str(lines), tokenizer, samples=1, length=14, vocab=VOCAB, seed=0)[0].tolist()).count(
             "\n"

@@ -61,6 +61,8 @@ def _split(text: str) -> tuple[str, dict[str, Any]]:
                 f"{text}: {key.strip()!r} is no option that a model can have for itself, as in {name}@lm_head_dtype=int4; "
                 f"there are {', '.join(OPTIONS)}"
             )
+        if option in options:
+            raise InputError(f"{text}: {option} stands there twice")
         options[option] = _value(text, option, value.strip())
     return name, options
 

@@ -6,7 +6,9 @@ import inspect
 import json
 import random
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,9 +73,16 @@ def read_text(file: str) -> str:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise InputError(f"{file}: byte {error.start} ({byte:#x}) is not UTF-8: give a text file, converted to UTF-8") from None
-    if file.endswith((".jsonl", ".json")):
+    if file.lower().endswith((".jsonl", ".ndjson", ".json")):
         return "\n\n".join(_line(file, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     return text
+
+
+def _texts(content: Any) -> list[str]:
+    """Of a message: a string, or parts, of which some may be text; null where tools are called."""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _line(file: str, number: int, line: str) -> str:
@@ -84,6 +93,6 @@ def _line(file: str, number: int, line: str) -> str:
         if isinstance(value.get("text"), str):
             return value["text"]
         contents = [message.get("content") for message in value["messages"]]
-        return "\n".join(text for text in contents if isinstance(text, str))
+        return "\n".join(chain.from_iterable(map(_texts, contents)))
     except (ValueError, AttributeError, KeyError, TypeError):
         raise InputError(f'{file}, line {number}: JSON with "text" or "messages" is needed') from None

@@ -86,7 +86,8 @@ class CheckReport:
             share = f" ({off / row.planned:+.1%})" if off and row.planned else ""
             difference = f"{'-' if off < 0 else '+'}{size_text(abs(off))}{share}" if off else "none"
             limit = f"at most {size_text(row.allowed)} off" if row.allowed else "exact"
-            words = "at most as planned" if row.below else limit
+            words = f"at most as planned, and {size_text(row.allowed)}" if row.below and row.allowed else limit
+            words = "at most as planned" if row.below and not row.allowed else words
             cells.append(
                 (row.name, size_text(row.planned), size_text(row.measured), difference, words, "yes" if row.holds else "NO")
             )

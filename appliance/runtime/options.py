@@ -55,5 +55,7 @@ def eos_token_ids(directory: Path, spec: ModelSpec) -> tuple[int, ...]:
     """End-of-text ids: generation_config.json's (chat models list several there) together with config.json's."""
     path = directory / "generation_config.json"
     more = read_json(path).get("eos_token_id") if path.is_file() else None
-    ids = [] if more is None else [more] if isinstance(more, int) else list(more)
+    ids = [] if more is None else more if isinstance(more, list) else [more]
+    if not all(type(one) is int and one >= 0 for one in ids):
+        raise InputError(f"{path}: eos_token_id is {more!r:.60}, expected a token id or a list of them")
     return tuple(sorted({*spec.eos_token_ids, *ids}))

@@ -121,6 +121,6 @@ def locate(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, Se
     names = server.served_model_name or (engine.model or "demo",)
     if not all(name.strip() for name in names):
         raise InputError("--served-model-name is empty: clients need a name to ask for")
-    directory = resolve(engine.model, engine.revision) if engine.model else demo_model()
+    directory = resolve(engine.model, engine.revision) if engine.model is not None else demo_model()
     tokenizer = resolve(engine.tokenizer, engine.revision) if engine.tokenizer else directory
     return replace(engine, model=str(directory), tokenizer=str(tokenizer)), replace(server, served_model_name=tuple(names))

@@ -91,6 +91,16 @@ def test_old_and_new_rope_spelling_agree(spelling: str) -> None:
     assert (old.kind, old.factor, old.high_freq_factor, old.original_max_position) == ("llama3", 8.0, 4.0, 64)
 
 
+def test_of_old_and_new_settings_the_old_count() -> None:
+    """As in transformers, which also takes the base from beside them."""
+    new = {"rope_type": "default", "rope_theta": 1e6}
+    both = read(rope_theta=3e5, rope_parameters=new, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert (both.rope.kind, both.rope.theta, both.rope.factor, both.max_len) == ("linear", 3e5, 2.0, 1024)
+    own = {"rope_type": "linear", "factor": 2.0, "rope_theta": 2e5}
+    assert read(rope_theta=GONE, rope_parameters=new, rope_scaling=own).rope.theta == 2e5
+    assert read(rope_theta=GONE, rope_parameters=new, rope_scaling=None).rope.theta == 1e6
+
+
 def test_lengths_that_scaling_gives() -> None:
     assert read(rope_scaling={"type": "linear", "factor": 4}).max_len == 2048
     assert read(rope_scaling={"type": "dynamic", "factor": 2.0}).max_len == 1024
@@ -149,6 +159,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"type": "linear"}}, "rope type linear needs 'factor' and it is missing"),
     ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope settings of config.json: factor is '2', expected a positive"),
     ({"rope_scaling": {"type": "yarn", "factor": 2, "power": 3}}, "hold 'power', which the yarn kind does not know"),
+    ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": GONE, "rope_parameters": {"rope_theta": 1e6}},
+     "both rope_parameters and rope_scaling, and a rope_theta in the first only"),
+    ({"architectures": [[]]}, "architecture [] is not supported"),
+    ({"hidden_size": 10**400}, "hidden_size is 1000"),
+    ({"rope_theta": float("inf")}, "rope_theta is inf, expected a positive number"),
     ({"rope_scaling": [2]}, "rope_scaling is [2], expected an object or null"),
     ({"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0] * 4}}, "short_factor has 1 values, expected 4"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "settings by layer type is not supported"),

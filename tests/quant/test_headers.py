@@ -57,6 +57,24 @@ def test_shards(tmp_path: Path) -> None:
     refuses(tmp_path, "index.json: not valid JSON")
 
 
+def test_tensors_that_share_bytes(tmp_path: Path) -> None:
+    one, other = ({"dtype": "U8", "shape": [4], "data_offsets": [at, at + 4]} for at in (0, 3))
+    empty = {"dtype": "U8", "shape": [0], "data_offsets": [2, 2]}
+    raw(tmp_path / "model.safetensors", {"a": one, "none": empty, "b": other}, bytes(7))
+    refuses(tmp_path, "damaged safetensors header: a and b share bytes")
+
+
+@pytest.mark.parametrize("header", [b"[" * 100_000, b'{"a":' * 100_000])
+def test_headers_too_deep(tmp_path: Path, header: bytes) -> None:
+    raw(tmp_path / "model.safetensors", header)
+    refuses(tmp_path, "the safetensors header is not valid JSON")
+
+
+def test_numbers_beyond_all_measure(tmp_path: Path) -> None:
+    raw(tmp_path / "model.safetensors", b'{"a": {"dtype": "U8", "shape": [1e999], "data_offsets": [0, 1]}}', bytes(1))
+    refuses(tmp_path, "damaged safetensors header: the entry of a reads")
+
+
 def test_old_names(tmp_path: Path) -> None:
     write(tmp_path / "gptq_model-4bit-128g.safetensors", "a")
     assert set(CheckpointIndex.open(tmp_path).tensors) == {"a"}

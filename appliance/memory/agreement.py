@@ -1,0 +1,47 @@
+"""Whether the headers hold the model that config.json describes: else a plan of one would be a plan of neither."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from models.spec import ModelSpec, ModuleShape
+from quant.errors import CheckpointError
+from quant.headers import CheckpointIndex, TensorInfo
+from quant.scheme import QuantScheme
+
+PACKED = ("qweight", "weight_packed")
+ENDS = ("model.embed_tokens", "lm_head")  # of a tied model one may be stored for both
+
+
+def check_headers(index: CheckpointIndex, spec: ModelSpec, scheme: QuantScheme) -> None:
+    """Raises CheckpointError naming a weight or norm that is missing, or too large or small for its [N, K].
+
+    The loader is stricter: it looks at every tensor, and leaves none over.
+    """
+    tensors = index.tensors
+    for module in spec.modules():
+        stored = _weight(tensors, module.name)
+        if stored is None and spec.tie_embeddings and module.name in ENDS:
+            stored = _weight(tensors, next(name for name in ENDS if name != module.name))
+        expects = f"config.json expects a weight [out, in] of {[module.N, module.K]}"
+        if stored is None:
+            raise CheckpointError(f"{module.name}: its weight is missing from {index.directory}, {expects}")
+        if not _fits(stored, module, scheme.for_module(module.name).bits):
+            raise CheckpointError(f"{stored.name}: found {stored}, {expects}")
+    for name, numel in spec.small_tensors():
+        if name not in tensors:
+            raise CheckpointError(f"{name}: the tensor is missing from {index.directory}, expected [{numel}]")
+        if tensors[name].shape != (numel,):
+            raise CheckpointError(f"{name}: found {tensors[name]}, expected [{numel}]")
+
+
+def _weight(tensors: Mapping[str, TensorInfo], module: str) -> TensorInfo | None:
+    return next((tensors[name] for kind in ("weight", *PACKED) if (name := f"{module}.{kind}") in tensors), None)
+
+
+def _fits(stored: TensorInfo, module: ModuleShape, bits: int) -> bool:
+    """Packed ones by their size: formats pack along either dimension, and round it up to whole words, or to groups of them."""
+    if stored.name.endswith(".weight"):
+        return stored.shape == (module.N, module.K)
+    exact = module.N * module.K * bits
+    return exact <= 8 * stored.nbytes <= exact + 1024 * bits * (module.N + module.K)
