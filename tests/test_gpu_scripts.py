@@ -61,6 +61,33 @@ def test_tune_knows_the_shapes_of_a_checkpoint(tmp_path: Path, monkeypatch: pyte
     assert len(usual) == len(set(usual)) >= 2 * 20 and {s.kind for s in usual} == set(configs.KINDS)
 
 
+@pytest.mark.usefixtures("scripts")
+def test_tune_leaves_out_what_does_not_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever of Triton says so; but a card that is lost is no launch's fault alone."""
+    import gpu_children
+    import torch
+    import tune
+    import tune_search
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    shape = tune.Shape(4, 4, 4, False, "fp16")
+    work = tune_search.Work(torch.zeros(1, 4).half(), SimpleNamespace(N=4), shape, None)
+    errors = [OutOfResources(2, 1, "shared memory"), PTXASError("too many registers"), RuntimeError("PassManager::run failed")]
+
+    def result(launch: Any) -> Any:
+        raise errors[launch]
+
+    monkeypatch.setattr(work, "result", result)
+    assert not any(work.right(i, torch.ones(1)) for i in range(3))
+    told = capsys.readouterr().err
+    assert "shared memory" not in told and "too many registers" in told and "PassManager" in told
+    monkeypatch.setattr(gpu_children, "card_answers", lambda: False)
+    with pytest.raises(RuntimeError, match="PassManager"):
+        work.right(2, torch.ones(1))
+
+
 def test_tune_tries_only_what_a_plan_has_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import tune
