@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from tests.kernels.triton import aot
 from tests.kernels.triton.aot import hot_loop
 from tests.kernels.triton.cards import CARDS, occupancy
 from tests.kernels.triton.launches import kernel_names, recorded
@@ -54,6 +57,15 @@ def test_hot_loop() -> None:
     assert hot_loop(code) == ({"LDG.E": 1, "BRA": 2, "HMMA.16816.F32": 1}, True)
     straight = code.replace("BRA 0x10", "BRA 0x70")
     assert hot_loop(straight) == ({"MOV": 1, "LDG.E": 1, "BRA": 3, "HMMA.16816.F32": 1, "EXIT": 1}, False)
+
+
+def test_nobody_compiles_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler whose tests were killed is not left behind with minutes of work."""
+    asked = json.dumps([[asdict(aot.Compilation("no.module:kernel", {}, targets=(80,)))], False])
+    assert "No module named" in aot.answer(asked)
+    monkeypatch.setattr(aot.os, "getppid", lambda: 1)
+    with pytest.raises(SystemExit):
+        aot.answer(asked)
 
 
 def test_every_kernel_is_in_the_document() -> None:
