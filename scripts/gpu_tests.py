@@ -83,8 +83,9 @@ def reasons(part: str, folder: Path, child: Child) -> Iterator[Child]:
 class Results:
     """What came of tests so far."""
 
-    def __init__(self, part: str, folder: Path) -> None:
-        self.part, self.folder, self.begun = part, folder, time.monotonic()
+    def __init__(self, part: str, folder: Path, names: list[str]) -> None:
+        """``names``: of all processes that are to be."""
+        self.part, self.folder, self.names, self.begun = part, folder, names, time.monotonic()
         self.told: dict[str, str] = {}
         self.wrong: dict[str, str] = {}
         self.failed: dict[str, str] = {}
@@ -123,11 +124,11 @@ class Results:
         seconds, longest = sum(took for took, _ in self.compiled), sorted(self.compiled, reverse=True)[:5]
         return {
             "exit_code": int(bool(self.wrong)),
-            "summary": f"{len(self.told | self.wrong) - len(self.wrong)} of {len(self.told | self.wrong)} processes pass",
+            "summary": f"{len(self.told.keys() - self.wrong)} of {len(self.names)} processes pass",
             "wrong": self.wrong,
             "failed": self.failed,
             "again": self.again,
-            "files": dict(sorted((self.wrong | self.told).items())),
+            "files": dict(sorted((dict.fromkeys(self.names, "not over yet") | self.wrong | self.told).items())),
             "compiled": {"kernels": len(self.compiled), "seconds": round(seconds), "longest": longest},
             "slow": dict(sorted(self.slow.items(), key=lambda one: -one[1])),
             "seconds": round(time.monotonic() - self.begun),
@@ -139,13 +140,14 @@ def run(part: str, folder: Path, deadline: float, seen: Seen = lambda report, lo
 
     ``folder`` is for their files.
     """
-    results = Results(part, folder)
+    waiting = children(part, folder)
+    results = Results(part, folder, [child.name for child in waiting])
 
     def tell(done: Callable[[Child], None], child: Child) -> None:
         done(child)
         seen(results.report, results.log)
 
-    for child in all_of(children(part, folder), deadline, lambda child: tell(results.add, child)):
+    for child in all_of(waiting, deadline, lambda child: tell(results.add, child)):
         results.wrong[child.name] = "not begun"
     for child in all_of(results.look_again(), deadline, lambda child: tell(results.explain, child)):
         results.again[child.name] = "not begun"
