@@ -26,6 +26,7 @@ PLANNED = [
 ]  # what a plan reads, beside headers
 
 REPO = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+ADDRESS = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/([\w.-]{1,96}/[\w.-]{1,96}?)(?:/tree/main)?/?", re.ASCII)
 
 
 def demo_model() -> Path:
@@ -36,14 +37,23 @@ def demo_model() -> Path:
     return directory
 
 
+def called(model: str) -> str:
+    """What the user calls it; of the address of its page on the hub, as https://huggingface.co/organisation/model, the name."""
+    address = ADDRESS.fullmatch(model)
+    return address[1] if address and not Path(model).is_dir() else model
+
+
 def resolve(model: str, revision: str | None = None) -> Path:
     """The directory of ``model``: a path, or a repository on the hub, which is downloaded (and resumed) into the hub's cache.
 
     HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN and HF_HOME are respected. Raises InputError that says what to do.
     """
+    model = called(model)
     path = Path(model).expanduser()
     if model and path.is_dir():
         return path
+    if path.suffix.lower() == ".gguf":
+        raise InputError(f"{model}: GGUF is not supported: take the AWQ, GPTQ or original safetensors version of the model")
     if path.is_file():
         raise InputError(f"{model} is a file: name the directory of a Hugging Face checkpoint (the one with config.json)")
     if _looks_like_a_path(model, path):
@@ -64,6 +74,7 @@ def headers_of(model: str, revision: str | None = None) -> Iterator[Path]:
 
     Raises InputError as resolve() does.
     """
+    model = called(model)
     path = Path(model).expanduser()
     if path.exists() or _looks_like_a_path(model, path) or not REPO.fullmatch(model):
         yield resolve(model, revision)
@@ -149,21 +160,23 @@ def _explain(repo: str, revision: str | None, error: BaseException) -> str:
     causes = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
-    where = constants.ENDPOINT
+    where, neither = constants.ENDPOINT, f"there is no directory {repo} here, and"
     if isinstance(error, errors.GatedRepoError):
         return f"{repo} is gated: accept its terms at {where}/{repo} and set HF_TOKEN to a token of that account"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{repo} was not found on {where}: check the name; a private model needs HF_TOKEN"
+        return f"{neither} no model of that name on {where}: check the name; a private model needs HF_TOKEN"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo} has no revision {revision!r}: check --revision"
     if any(isinstance(one, OSError) and one.errno == errno.ENOSPC for one in causes):
         return f"{repo}: the disk is full; make room in {constants.HF_HUB_CACHE}, or set HF_HOME to a folder on a larger disk"
     if constants.is_offline_mode():
-        return f"{repo} is not complete in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: unset it to download the model"
+        return f"{neither} it is not complete in {constants.HF_HUB_CACHE}; HF_HUB_OFFLINE is set: unset it to download the model"
     if isinstance(error, errors.SafetensorsParsingError):
         return f"{repo} is damaged on {where}: {error}"
     response = getattr(causes[-1], "response", None) or getattr(error, "response", None)
     if response is not None:
         return f"{repo}: {where} answered with HTTP status {response.status_code}; try again later (a download is resumed)"
     detail = str(causes[-1]).strip().split("\n")[0] or type(causes[-1]).__name__
-    return f"{repo} could not be downloaded from {where}: {detail}; check the connection and try again (a download is resumed)"
+    return (
+        f"{neither} it could not be downloaded from {where}: {detail}; check the connection and try again (a download is resumed)"
+    )

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from appliance.hub import resolve
+from appliance.hub import called, resolve
 from quant.errors import InputError
 from tests.tiny_model import Shape, make_checkpoint
 
@@ -190,12 +190,21 @@ def test_token_opens_a_gated_model(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_refusals(hub: Hub, tmp_path: Path) -> None:
-    assert ask(tmp_path, hub.url, "org/other").startswith(f"refused: org/other was not found on {hub.url}: check the name")
+    other = ask(tmp_path, hub.url, "org/other")
+    assert other.startswith(
+        f"refused: there is no directory org/other here, and no model of that name on {hub.url}: check the name"
+    )
     assert ask(tmp_path, hub.url, revision="v9") == "refused: org/tiny has no revision 'v9': check --revision"
     offline = ask(tmp_path, hub.url, HF_HUB_OFFLINE="1")
-    assert offline.startswith("refused: org/tiny is not complete in ") and "HF_HUB_OFFLINE is set" in offline
+    assert (
+        offline.startswith("refused: there is no directory org/tiny here, and it is not complete in ")
+        and "HF_HUB_OFFLINE is set" in offline
+    )
     nobody = ask(tmp_path, "http://127.0.0.1:9")
-    assert nobody.startswith("refused: org/tiny could not be downloaded from http://127.0.0.1:9: ") and "refused" in nobody[9:]
+    assert nobody.startswith(
+        "refused: there is no directory org/tiny here, and it could not be downloaded from http://127.0.0.1:9: "
+    )
+    assert "refused" in nobody[9:]
     del hub.files["model.safetensors"], hub.files["consolidated.safetensors"]
     hub.files.pop("original/model.safetensors")
     assert "org/tiny has no .safetensors file" in ask(tmp_path, hub.url)
@@ -233,11 +242,28 @@ def test_a_path_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(InputError, match=r"^no such directory: "):
             resolve(name)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(InputError, match=r"model\.gguf is a file: name the directory"):
-        resolve("model.gguf")
+    for name in ("model.gguf", "./elsewhere/model.GGUF"):
+        with pytest.raises(
+            InputError, match=r"(?i)model\.gguf: GGUF is not supported: take the AWQ, GPTQ or original safetensors"
+        ):
+            resolve(name)
+    (tmp_path / "model.pt").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"model\.pt is a file: name the directory"):
+        resolve("model.pt")
     for name in ("", "a b", "org/mo?del", "ü"):
         with pytest.raises(InputError, match=r"neither a directory nor a name|no such"):
             resolve(name)
+
+
+def test_the_address_of_a_models_page_is_its_name(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for begin in ("https://huggingface.co/", "http://huggingface.co/", "huggingface.co/", "hf.co/", "https://hf.co/"):
+        assert {called(f"{begin}org/tiny-1.5B{end}") for end in ("", "/", "/tree/main")} == {"org/tiny-1.5B"}
+    for other in ("org/tiny", "https://example.org/org/tiny", "hf.co/tiny", "https://huggingface.co/org/tiny/tree/v2"):
+        assert called(other) == other
+    assert ask(tmp_path, hub.url, "https://huggingface.co/org/tiny") == ask(tmp_path, hub.url)
+    (tmp_path / "hf.co" / "org" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("hf.co/org/tiny") == Path("hf.co/org/tiny")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "gptq_model-4bit-32g.safetensors"])
@@ -272,7 +298,7 @@ def test_plans_that_the_hub_refuses(hub: Hub, tmp_path: Path) -> None:
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and not result.stdout, result.stderr
         return result.stderr
 
-    assert "was not found on" in refusal("org/other")
+    assert "there is no directory org/other here, and no model of that name on" in refusal("org/other")
     assert "has no revision 'v9'" in refusal("org/tiny --revision v9")
     assert "HF_HUB_OFFLINE is set" in refusal(HF_HUB_OFFLINE="1")
     hub.gated = True
