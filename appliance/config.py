@@ -91,8 +91,8 @@ class ServerConfig:
     strict_requests: bool = False
     """Refuse requests with unknown fields (400) instead of naming them once in the log."""
     generation_config: str = "auto"
-    """auto: the model's generation_config.json gives the sampling defaults; a directory: the one in it; appliance: its own defaults
-    are used."""
+    """auto: the model's generation_config.json gives the sampling defaults; a directory: the one there; appliance: its own
+    defaults are used."""
     max_logprobs: int = 20
     """Most logprobs a request may ask for; -1 for no limit."""
     api_key: tuple[str, ...] = field(default=(), repr=False)

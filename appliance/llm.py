@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import re
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import fields, replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -15,15 +21,17 @@ from appliance.config import EngineConfig
 from appliance.core.messages import Submit
 from appliance.core.params import BeamSearchParams, RequestError, SamplingParams
 from appliance.hub import resolve
+from appliance.inputs import Prompt, params_list, prompt_list, read_prompt
 from appliance.outputs import BeamSearchOutput, Job, RequestOutput
 from appliance.runtime.engine import Engine
+from appliance.text.defaults import model_defaults
 from appliance.text.output import OutputStream
 from appliance.text.prepare import prepare
 from appliance.text.tokenizer import Tokenizer
 from appliance.text.tools.choice import tool_choice
 from quant.errors import InputError
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
+log = logging.getLogger("appliance.llm")
 
 # vLLM arguments that change nothing here, with the values under which that is true.
 HARMLESS: dict[str, tuple[object, ...]] = {
@@ -41,19 +49,30 @@ HARMLESS: dict[str, tuple[object, ...]] = {
 class LLM:
     """A model in this process.
 
-    Arguments are those of EngineConfig (``appliance/config.py``) and ``chat_template``. Raises InputError where the model, the
-    memory or an argument does not do, and TypeError for an argument that does not exist.
+    Arguments are those of EngineConfig (``appliance/config.py``), ``chat_template``, and ``generation_config``: where defaults of
+    sampling come from, "auto" (the model's generation_config.json), "vllm" (none) or a directory. Raises InputError where the
+    model, the memory or an argument does not do, and TypeError for an argument that does not exist.
+
+    Threads may share it: their calls take turns. A fork of its process may not use it.
     """
 
-    def __init__(self, model: str, *, chat_template: str | None = None, **options: Any) -> None:
+    def __init__(self, model: str, *, chat_template: str | None = None, generation_config: str = "auto", **options: Any) -> None:
         config = _engine_config(model, options)
-        directory = resolve(model, config.revision)
-        source = resolve(config.tokenizer, config.revision) if config.tokenizer else directory
-        self._config = replace(config, model=str(directory), tokenizer=str(source))
-        self._tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(source, chat_template)
-        with _load_bar() as progress:
-            self._engine = Engine.load(self._config, progress)
+        with _in_python():
+            directory = resolve(model, config.revision)
+            source = resolve(config.tokenizer, config.revision) if config.tokenizer else directory
+            self._config = replace(config, model=str(directory), tokenizer=str(source))
+            self._tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(source, chat_template)
+            self._defaults = SamplingParams(**model_defaults(Path(directory), generation_config))
+            with _load_bar() as progress:
+                self._engine = Engine.load(self._config, progress)
         self._ids = count()
+        self._turn, self._process = threading.Lock(), os.getpid()
+        self._empty, self._clean = deepcopy(self._engine.scheduler), True  # books without a request; whether the engine has none
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What is used where none are given."""
+        return self._defaults.clone()
 
     def get_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -73,11 +92,14 @@ class LLM:
         ``priority``: one a prompt, lower goes first (scheduling_policy="priority"). A prompt with a ``cache_salt`` shares cached
         prefixes only with those that have the same.
         """
-        many = _prompt_list(prompts)
-        params = _params_list(sampling_params, len(many))
+        many = prompt_list(prompts)
+        params = params_list(sampling_params, len(many), self._defaults)
         ranks = [0] * len(many) if priority is None else list(priority)
         if len(ranks) != len(many):
             raise InputError(f"{len(ranks)} priorities for {len(many)} prompts: give one for each")
+        if any(ranks) and not self._engine.info.priorities:
+            hint = 'requests are served in order of arrival: make the LLM with scheduling_policy="priority"'
+            raise RequestError(f"priority is {next(filter(None, ranks))!r:.80}, but {hint}", param="priority")
         jobs = [self._job(*one) for one in zip(many, params, ranks, strict=True)]
         self._answer(jobs, use_tqdm)
         return [job.output() for job in jobs]
@@ -87,25 +109,49 @@ class LLM:
     ) -> list[BeamSearchOutput]:
         """The ``params.beam_width`` best answers to each prompt, as beam search finds them."""
         sampling = replace(params.sampling(), logprobs=2 * params.beam_width)
-        jobs = [self._job(prompt, sampling) for prompt in _prompt_list(prompts)]
+        jobs = [self._job(prompt, sampling) for prompt in prompt_list(prompts)]
         self._answer(jobs, use_tqdm)
         return [job.beams() for job in jobs]
 
     def reset_prefix_cache(self) -> bool:
         """Prompts that come from now on find nothing of what was computed before."""
-        self._engine.reset_prefix_cache()
+        with self._alone():
+            self._engine.reset_prefix_cache()
         return True
 
     def _answer(self, jobs: list[Job], use_tqdm: bool) -> None:
-        submitted: list[str] = []
-        try:
-            for job in jobs:
-                self._engine.submit(job.submit)
-                submitted.append(job.submit.request_id)
+        with self._alone():
+            try:
+                for job in jobs:
+                    self._engine.submit(job.submit)
+            except InputError:  # one is refused, so none is answered
+                for job in jobs:
+                    self._engine.abort(job.submit.request_id)
+                raise
             self._run({job.submit.request_id: job for job in jobs}, use_tqdm)
-        finally:  # also after ctrl-C or a refused prompt: nothing stays behind in the engine
-            for request_id in submitted:
-                self._engine.abort(request_id)
+        if errors := [error for job in jobs for error in job.errors.values()]:
+            log.warning("%d answers of %d prompts ended by an error; the first: %s", len(errors), len(jobs), errors[0])
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While this thread has the engine. After any other exception than a refusal, as of ctrl-C, it is emptied."""
+        if os.getpid() != self._process:
+            where = f"process {self._process}, and this is its fork {os.getpid()}, which lacks its threads"
+            raise RuntimeError(
+                f"this LLM was made in {where}: make one in the process that uses it, or start processes by 'spawn'"
+            )
+        with self._turn:
+            if not self._clean:  # the last one was interrupted once more, while it cleared up
+                self._engine.clear(deepcopy(self._empty))
+            self._clean = False
+            try:
+                yield
+            except BaseException as error:
+                if not isinstance(error, InputError) or self._engine.has_work:
+                    self._engine.clear(deepcopy(self._empty))
+                self._clean = True
+                raise
+            self._clean = True
 
     def chat(
         self,
@@ -124,47 +170,38 @@ class LLM:
         ``tools``: what the model is told that it may call, as OpenAI has them. What it says is in ``text`` as it said it.
         """
         tokenizer, more = self.get_tokenizer(), dict(chat_template_kwargs or {})
+        if chat_template is None and not tokenizer.has_chat_template:
+            where = self._config.tokenizer
+            raise InputError(f"{where} has no chat template: give one as chat_template (Jinja, or its file), or use generate()")
         chat = tokenizer.chat if chat_template is None else tokenizer.with_template(chat_template)
         taken = sorted({"add_generation_prompt", "continue_final_message", "tools"} & set(more))
         if taken:
             raise InputError(f"chat_template_kwargs holds {taken[0]!r}: give it as an argument of chat()")
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = messages if several else [messages]
-        texts = [
-            chat(
-                list(conversation),
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=list(tool_choice(tools, None).tools) or None,
-                **more,
-            )
-            for conversation in conversations
-        ]
+        with _in_python():
+            texts = [
+                chat(
+                    list(conversation),
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tools=list(tool_choice(tools, None).tools) or None,
+                    **more,
+                )
+                for conversation in conversations
+            ]
         prompts = [{"prompt": t, "prompt_token_ids": tokenizer.encode(t, add_special_tokens=False)} for t in texts]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def _job(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> Job:
-        text, ids = self._tokens(prompt)
-        if self._tokenizer is None and params.stop:
-            raise RequestError("stop strings need a tokenizer: use stop_token_ids", param="stop")
+        text, ids, salt = read_prompt(prompt)
+        if ids is None:
+            ids = self.get_tokenizer().encode(text or "")
         params = prepare(params, self._tokenizer)
-        salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
-        if salt is not None and (not isinstance(salt, str) or not salt):
-            raise RequestError(f"cache_salt must be text that is not empty, got {salt!r:.80}", param="cache_salt")
-        submit = Submit(str(next(self._ids)), tuple(ids), params, time.monotonic(), cache_salt=salt or "", priority=priority)
+        if params.max_tokens is not None and len(ids) < self._engine.info.max_model_len < len(ids) + params.max_tokens:
+            params = replace(params, max_tokens=None)  # to the end of the context, and no further
+        submit = Submit(str(next(self._ids)), tuple(ids), params, time.monotonic(), cache_salt=salt, priority=priority)
         return Job(text, submit, self._tokenizer, [OutputStream(self._tokenizer, params, ids) for _ in range(params.width)])
-
-    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, Mapping):
-            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-            if ids is not None:
-                return text, list(ids)
-            if text is None:
-                raise InputError(f"a prompt needs 'prompt' or 'prompt_token_ids', found {sorted(prompt)}")
-            return text, self.get_tokenizer().encode(text)
-        if isinstance(prompt, str):
-            return prompt, self.get_tokenizer().encode(prompt)
-        return None, list(prompt)
 
     def _run(self, jobs: dict[str, Job], use_tqdm: bool) -> None:
         with tqdm(total=len(jobs), desc="Processed prompts", disable=not use_tqdm, unit="prompt") as bar:
@@ -172,7 +209,9 @@ class LLM:
             while self._engine.has_work:
                 for event in self._engine.step():
                     tokens += len(event.token_ids)
-                    job = jobs[event.request_id]
+                    job = jobs.get(event.request_id)
+                    if job is None:
+                        continue
                     if job.take(event):
                         self._engine.abort(event.request_id, event.index, "stop")
                     if event.finish_reason and job.finished:
@@ -182,6 +221,8 @@ class LLM:
 
 def _engine_config(model: str, options: dict[str, Any]) -> EngineConfig:
     known = {f.name for f in fields(EngineConfig)} - {"model"}
+    if options.get("seed", 0) is None:  # vLLM's old way to give none
+        del options["seed"]
     for name in [n for n in options if n not in known]:
         value = options.pop(name)
         if name not in HARMLESS:
@@ -191,18 +232,20 @@ def _engine_config(model: str, options: dict[str, Any]) -> EngineConfig:
     return EngineConfig(model=model, **options)
 
 
-def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+@contextlib.contextmanager
+def _in_python() -> Iterator[None]:
+    """Errors name arguments as they are written in Python, not on a command line."""
+    try:
+        yield
+    except InputError as error:
+        error.args = tuple(re.sub(r"--([a-z][a-z-]*[a-z])", _argument, str(one)) for one in error.args)
+        raise
 
 
-def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, number: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * number
-    if len(params) != number:
-        raise InputError(f"{len(params)} sampling_params for {number} prompts: give one for all, or one for each")
-    return list(params)
+def _argument(flag: re.Match[str]) -> str:
+    name = flag[1].replace("-", "_")
+    ours = name in {"chat_template", "generation_config", *(f.name for f in fields(EngineConfig))}
+    return name if ours else flag[0]
 
 
 @contextlib.contextmanager

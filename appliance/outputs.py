@@ -28,6 +28,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: str | None = None  # with finish_reason "error": why it could not be answered, or not to its end
 
 
 @dataclass
@@ -53,6 +54,7 @@ class BeamSearchSequence:
     text: str | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: str | None = None  # as CompletionOutput's
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Job:
     streams: list[OutputStream]
     prompt_logprobs: Sequence[TokenLogprob | None] | None = None
     cached_tokens: int = 0
+    errors: dict[OutputStream, str] = field(default_factory=dict)  # of those that ended by one
 
     @property
     def finished(self) -> bool:
@@ -80,7 +83,7 @@ class Job:
     def take(self, event: Event) -> bool:
         """Returns True when a stop string ended a completion that the engine is still working on."""
         if event.finish_reason == "error":
-            raise RuntimeError(event.error)
+            self.errors[self.streams[event.index]] = event.error or "the engine failed to compute this request"
         self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
         if event.index == 0:  # the others share what this one computes
             self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
@@ -93,7 +96,7 @@ class Job:
             prompt=self.prompt,
             prompt_token_ids=list(self.submit.prompt_token_ids),
             prompt_logprobs=None if scores is None else [None if s is None else self._shown(s) for s in scores],
-            outputs=[self._completion(i, s) for i, s in enumerate(best_of(self.streams, self.submit.params.n))],
+            outputs=[self._completion(i, s) for i, s in enumerate(self._best())],
             finished=self.finished,
             num_cached_tokens=self.cached_tokens,
         )
@@ -111,9 +114,17 @@ class Job:
                     text=None if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=False),
                     finish_reason=stream.finish_reason,
                     stop_reason=stream.stop_reason,
+                    error=self.errors.get(stream),
                 )
             )
         return BeamSearchOutput(sequences)
+
+    def _best(self) -> list[OutputStream]:
+        """Those that count: one that ended by an error only where there are no others."""
+        n = self.submit.params.n
+        if not self.errors or len(self.streams) <= n:
+            return best_of(self.streams, n)
+        return [*best_of([one for one in self.streams if one not in self.errors], n), *self.errors][:n]
 
     def _completion(self, index: int, stream: OutputStream) -> CompletionOutput:
         asked, scored = self.submit.params.logprobs is not None, stream.logprobs
@@ -125,6 +136,7 @@ class Job:
             logprobs=[self._shown(s) for s in scored] if asked else None,
             finish_reason=stream.finish_reason,
             stop_reason=stream.stop_reason,
+            error=self.errors.get(stream),
         )
 
     def _shown(self, scored: TokenLogprob) -> dict[int, Logprob]:

@@ -36,6 +36,10 @@ def check_submit(submit: Submit, info: EngineInfo) -> None:
 
 
 def check_ids(name: str, ids: Collection[int], vocab: int) -> None:
+    """Raise RequestError unless all are Python's integers, and tokens of the vocabulary."""
+    if wrong_kinds := {kind for kind in set(map(type, ids)) if kind is bool or not issubclass(kind, int)}:
+        found = next(t for t in ids if type(t) in wrong_kinds)
+        raise RequestError(f"{name} holds {found!r:.60} ({type(found).__name__}): token ids are integers", param=name)
     if ids and not 0 <= min(ids) <= max(ids) < vocab:
         wrong = next(t for t in ids if not 0 <= t < vocab)
         raise RequestError(f"{name} holds token id {wrong}, but the vocabulary has ids 0 to {vocab - 1}", param=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +121,8 @@ class SamplingParams:
         object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if self.seed == -1:  # as vLLM
+            object.__setattr__(self, "seed", None)
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         if self.logit_bias is not None:
@@ -134,6 +137,10 @@ class SamplingParams:
             object.__setattr__(self, "temperature", FLAT)
         if 0 < self.temperature < 0.01:  # as vLLM: below this the division overflows half precision
             object.__setattr__(self, "temperature", 0.01)
+
+    def clone(self) -> SamplingParams:
+        """A copy that shares nothing that could change."""
+        return deepcopy(self)
 
     @property
     def greedy(self) -> bool:

@@ -66,5 +66,7 @@ def ask(config: EngineConfig, questions: Sequence[tuple[str, str]], max_tokens: 
     outputs = llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=max_tokens))
     taken = time.perf_counter() - begun
     found = [output.outputs[0] for output in outputs]
+    if failed := [one.error for one in found if one.error]:
+        raise RuntimeError(f"{len(failed)} of {len(found)} questions could not be answered: {failed[0]}")
     right = sum(one.text.strip() == answer.strip() for one, (_, answer) in zip(found, questions, strict=True))
     return Answers(right, len(questions), sum(len(one.token_ids) for one in found), taken)

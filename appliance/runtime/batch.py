@@ -56,7 +56,9 @@ class StepArrays:
         slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
         longer = np.flatnonzero(lengths > 1)
         singles = int(longer[0]) if len(longer) else len(chunks)
-        return cls(np.array(ids), positions, slots, starts, ends.astype(np.int32), tables, int(lengths.max()), singles)
+        return cls(
+            np.array(ids, dtype=np.int64), positions, slots, starts, ends.astype(np.int32), tables, int(lengths.max()), singles
+        )
 
     def padded(self, size: int, width: int, spare: int, block_size: int) -> StepArrays:
         """A step of single tokens with ``size`` sequences and tables of ``width`` blocks.

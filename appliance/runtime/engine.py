@@ -134,6 +134,17 @@ class Engine:
             index = None
         return self._end(self.scheduler.abort(request_id, index), reason)
 
+    def clear(self, scheduler: Scheduler) -> None:
+        """Forget all requests and all that was computed, and go on with these empty books.
+
+        For whoever was interrupted anywhere, as by ctrl-C: of the books that were being written nothing is sure.
+        """
+        flight, self._flight, self.scheduler = self._flight, None, scheduler
+        self._scores.clear()
+        self._beams.clear()
+        if flight is not None:
+            flight.wait()
+
     def reset_prefix_cache(self) -> None:
         """Nothing that was computed before will be found by later requests."""
         self.scheduler.store.forget()

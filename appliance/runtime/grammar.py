@@ -23,6 +23,19 @@ from appliance.text.grammar import KEPT, deep_thread, library, limits, vocabular
 _NEVER = np.float32("-inf")
 STEP_S, OWED_S = 0.01, 0.2  # of processor time: for a token of an answer, and what may come on top of that before it is ended
 AT_ONCE = 65536  # bytes of masks that are unpacked at a time
+# The library's names for why it gave up, and what they mean for whoever asked.
+REASONS = {
+    "NoExtension": "no token of this model can go on with the text as it must",
+    "NoExtensionBias": "no token of this model can go on with the text as it must",
+    "ParserTooComplex": "it is too complex to follow",
+    "LexerTooComplex": "it is too complex to follow",
+}
+
+
+def _unanswerable(error: str) -> Unanswerable:
+    """The first line of the library's words, in plain ones where they are a name."""
+    line = error.partition("\n")[0]
+    return Unanswerable(f"its grammar: {REASONS.get(line, line)}")
 
 
 @dataclass
@@ -88,7 +101,7 @@ class Grammars:
             try:
                 compiled, error = future.result(), ""
                 if compiled.error:
-                    error = Unanswerable(f"its grammar: {compiled.error}")
+                    error = _unanswerable(compiled.error)
             except Exception as problem:  # of the library or the tokenizer's files: it is the request's, not the engine's
                 error = f"the grammar cannot be compiled for this model: {problem}"
             for request in requests:
@@ -137,7 +150,7 @@ class Masks:
         where, size = bits.ctypes.data, bits.shape[1]
         found = [request.guide.allowed(request, where + k * size, size) for k, (_, request) in enumerate(guided)]
         errors: dict[Request, str] = {
-            request: Unanswerable(f"its grammar: {error}") for (_, request), error in zip(guided, found, strict=True) if error
+            request: _unanswerable(error) for (_, request), error in zip(guided, found, strict=True) if error
         }
         return cls(np.array([row for row, _ in guided]), bits, errors)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from appliance.core.params import RequestError, SamplingParams
 from appliance.server.schemas import ChatRequest, CompletionRequest, SamplingFields
-from quant.errors import InputError
 
 # Fields that a body and SamplingParams share by name.
 SHARED = (
@@ -38,26 +35,7 @@ SHARED = (
     "include_stop_str_in_output",
 )
 
-# What of a generation_config.json is a default for requests.
-FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat goes on to the end of the context
-
-
-def model_defaults(directory: Path | None, choice: str) -> dict[str, Any]:
-    """Sampling defaults from the model's generation_config.json; none where it has none or ``choice`` is "appliance"."""
-    if choice not in ("auto", "appliance", "vllm"):  # "vllm" is what vLLM's users write for "not the model's"
-        raise InputError(f"--generation-config is 'auto' or 'appliance', got {choice!r}")
-    path = directory / "generation_config.json" if directory else None
-    if choice != "auto" or path is None or not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_bytes())
-        defaults = {name: found[name] for name in FROM_MODEL if found.get(name) is not None}
-        SamplingParams(**defaults)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: {error} (--generation-config appliance leaves this file aside)") from None
-    return defaults
 
 
 def check_logprobs(name: str, value: int | None, limit: int) -> None:

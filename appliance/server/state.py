@@ -21,9 +21,9 @@ from appliance.server.keys import Keyring
 from appliance.server.metrics import HttpMetrics, Metrics
 from appliance.server.parsers import Parsers
 from appliance.server.responses.store import ResponseStore
-from appliance.server.sampling import model_defaults
 from appliance.server.schemas import Fields
 from appliance.server.scrape import Scrape
+from appliance.text.defaults import model_defaults
 from appliance.text.tokenizer import Tokenizer
 from appliance.version import __version__
 
