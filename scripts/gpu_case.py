@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from gpu_attention import KINDS, decode, prefill
 from gpu_bench import Bench, limits, products, rounded, words_of
-from gpu_children import SILENT_S
+from gpu_children import SILENT_S, own_folders
 from gpu_small import kernels
 
 Row = dict[str, Any]
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("."), help="for checkpoints")
     args = parser.parse_args()
     bench = Bench(torch.device(args.device), small=args.small, deadline=time.monotonic() + args.seconds)
+    own_folders()
     bench.notebook.compilations()
     faulthandler.enable()
     faulthandler.dump_traceback_later(SILENT_S - 10, repeat=True)  # where it is, should it hang

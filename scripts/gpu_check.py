@@ -27,7 +27,7 @@ from typing import Any
 
 import gpu_report
 import gpu_tests
-from gpu_children import SILENT_S, Child, run
+from gpu_children import SILENT_S, Child, own_folders, run
 
 MINUTES = 8.0  # of a part
 TESTS_SHARE = 0.4  # of a part's time for its tests, where something is measured after them
@@ -52,6 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args, begun = parse(argv), time.monotonic()
+    own_folders()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +53,16 @@ class Notebook:
                 before(*args, metadata=metadata, times=times, cache_hit=cache_hit, **facts)
 
         knobs.compilation.listener = listen
+
+
+def own_folders() -> None:
+    """Make ``tests`` and ``scripts`` those of this checkout: folders without an __init__.py are found last of all, behind
+    whatever package of a machine full of packages is called so.
+    """
+    for name in ("tests", "scripts"):
+        module = ModuleType(name)
+        module.__path__ = [str(ROOT / name)]
+        sys.modules.setdefault(name, module)
 
 
 def card_answers(*, recording: bool = True) -> bool:

@@ -10,9 +10,9 @@ import os
 import sys
 
 import pytest
+from gpu_children import Notebook, card_answers, own_folders
 
-from scripts.gpu_children import Notebook, card_answers
-
+own_folders()
 notebook = Notebook()
 failed: set[str] = set()
 SLOW_S = 10.0

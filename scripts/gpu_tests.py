@@ -39,7 +39,7 @@ def pytest_command(path: Path, test: str = "") -> list[str]:
     settings = ["-c", str(ROOT / "scripts" / "gpu_pytest.ini"), "--rootdir", str(ROOT), "-q", "--maxfail=30"]
     settings += [
         "-p",
-        "scripts.gpu_plugin",
+        "gpu_plugin",
         "-o",
         f"faulthandler_timeout={HANGS_S}",
         *(["-k", ALONE[path.name]] if path.name in ALONE else []),

@@ -387,19 +387,28 @@ elif "begun" not in notebook.begun:
 
 
 def test_gpu_check_needs_no_hypothesis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests of kernels and of the engine on a card are collected without it, and without what only a server needs."""
+    """Tests of kernels and of the engine on a card are collected without it, and without what only a server needs; also where
+    packages called ``tests`` and ``scripts`` are installed. Models are found there, too.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import gpu_tests
 
     monkeypatch.setattr(gpu_tests.importlib.util, "find_spec", lambda name: None)
     hidden = ("hypothesis", "fastapi", "pydantic", "textual", "transformers", "pytest_asyncio")
     (tmp_path / "hide.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({hidden})\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    for name in ("tests", "scripts"):  # some package ships what it should not
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "scripts", tmp_path)))
+    environment = os.environ | {"PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     for part, name in (("kernels", "test_copy.py"), ("engine", "test_cuda.py")):
         path = next(path for path in gpu_tests.found(part) if path.name == name)
         command = [*gpu_tests.pytest_command(path), "-p", "hide", "--collect-only"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=environment)
         assert "--confcutdir" in command and done.returncode == 0, done.stdout + done.stderr
+    case = [sys.executable, str(ROOT / "scripts" / "gpu_case.py"), "engine: none", "--device", "cpu", "--folder", str(tmp_path)]
+    done = subprocess.run(case, capture_output=True, text=True, check=False, env=environment)
+    assert "KeyError" in done.stderr and "tests" not in done.stderr.splitlines()[-1], done.stderr
 
 
 def test_gpu_check_measures_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
