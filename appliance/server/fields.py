@@ -34,6 +34,8 @@ HARMLESS = frozenset(
 
 _OFF: tuple[object, ...] = (False, "", [], {})  # False == 0, so 0 is among them
 _SAMPLER = "this sampler is not supported: use temperature, top_p, top_k, min_p and the penalties"
+_MAX_TOKENS = "not supported under this name: use max_tokens"
+_TEMPLATE = 'not supported under this name: use chat_template_kwargs, as in {"enable_thinking": false}'
 _TOOLS = "this older form is not supported: use tools and tool_choice"
 
 # Known, and they would change the answer: field -> (values that ask for nothing, what to do instead).
@@ -56,9 +58,18 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "repetition_detection": (_OFF, "not supported: use repetition_penalty"),
     "vllm_xargs": (_OFF, "not supported: leave it out"),
     "kv_transfer_params": (_OFF, "not supported: leave it out"),
-    "n_predict": ((), "not supported under this name: use max_tokens"),
+    "n_predict": ((), _MAX_TOKENS),
+    "max_new_tokens": ((), _MAX_TOKENS),
+    "max_output_tokens": ((), _MAX_TOKENS),
+    "stop_sequences": (_OFF, "not supported under this name: use stop"),
+    "enable_thinking": ((), _TEMPLATE),
+    "thinking": (_OFF, _TEMPLATE),
+    "options": (_OFF, "not supported: give temperature, top_p, max_tokens, ... as fields of their own"),
+    "format": (_OFF, "not supported under this name: use response_format"),
+    "n_probs": (_OFF, "not supported under this name: use logprobs"),
     "repeat_penalty": ((1, 1.0), "not supported under this name: use repetition_penalty"),
     "mirostat": (_OFF, _SAMPLER),
+    "mirostat_mode": (_OFF, _SAMPLER),
     "typical_p": ((1, 1.0), _SAMPLER),
     "tfs_z": ((1, 1.0), _SAMPLER),
     "top_a": (_OFF, _SAMPLER),

@@ -132,6 +132,9 @@ class Guard:
             "latency_s": round(took_s, 4),
             "finish_reasons": ticket.finish_reasons,
         }
+        if code := scope["state"].get("error_code"):
+            param = scope["state"].get("error_param")
+            record |= {"error_code": code, "error_param": param and line(str(param))}
         if self.state.server_config.enable_log_requests:
             tell_request(record, reads=reads, first_s=ticket.first_s)
         if self.state.audit is None or (reads and status < 400):

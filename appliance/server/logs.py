@@ -180,7 +180,9 @@ def tell_request(record: Mapping[str, Any], *, reads: bool, first_s: float | Non
     tokens = f"{record['prompt_tokens']}+{record['generated_tokens']} tokens" if record["prompt_tokens"] else ""
     reasons = "/".join(dict.fromkeys(record["finish_reasons"]))
     more = [part for part in (record["model"], tokens, reasons, record["key"] and f"key {record['key']}") if part]
-    message = ", ".join([f"{record['endpoint']} {record['status']}", took, *more])
+    wrong = f" {record['error_code']}" if "error_code" in record else ""
+    wrong += f" ({record['error_param']})" if record.get("error_param") else ""
+    message = ", ".join([f"{record['endpoint']} {record['status']}{wrong}", took, *more])
     fields = {name: value for name, value in record.items() if name not in ("time", "prompts", "answers")}
     fields["first_token_s"] = first_s and round(first_s, 4)
     requests_log.log(logging.DEBUG if reads else logging.INFO, "%s", message, extra={"fields": fields})

@@ -75,8 +75,8 @@ def explicit_template(given: str) -> str:
 class ChatTemplates:
     """The templates of one model, by name ("default", "tool_use", ...)."""
 
-    def __init__(self, templates: Mapping[str, str], named_tokens: Mapping[str, str], *, where: str) -> None:
-        self._sources, self._tokens, self._where = dict(templates), dict(named_tokens), where
+    def __init__(self, templates: Mapping[str, str], named_tokens: Mapping[str, str]) -> None:
+        self._sources, self._tokens = dict(templates), dict(named_tokens)
         self._compiled: dict[str, tuple[Template, Callable[[Any], Any]]] = {}
 
     def __bool__(self) -> bool:
@@ -128,12 +128,13 @@ class ChatTemplates:
     def _template(self, name: str) -> tuple[Template, Callable[[Any], Any]]:
         if not self._sources:
             raise RequestError(
-                f"{self._where} has no chat template: start the server with --chat-template FILE, or use /v1/completions",
+                "the model has no chat template: it needs one (--chat-template FILE of the server, chat_template of LLM.chat), "
+                "or prompts without messages (/v1/completions, LLM.generate)",
                 param="messages",
             )
         if name not in self._sources and len(self._sources) > 1:
             raise RequestError(
-                f"{self._where} has several chat templates ({', '.join(sorted(self._sources))}) and none is the default: "
+                f"the model has several chat templates ({', '.join(sorted(self._sources))}) and none is the default: "
                 "choose one with --chat-template FILE",
                 param="messages",
             )
@@ -143,7 +144,7 @@ class ChatTemplates:
                 self._compiled[name] = (_ENV.from_string(source), _content_form(source))
             except TemplateSyntaxError as error:
                 raise RequestError(
-                    f"the chat template of {self._where} is damaged (line {error.lineno}: {error.message}): "
+                    f"the model's chat template is damaged (line {error.lineno}: {error.message}): "
                     "give another one with --chat-template FILE",
                     param="messages",
                 ) from error

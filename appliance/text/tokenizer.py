@@ -19,11 +19,11 @@ from appliance.text.template import ChatTemplates, explicit_template
 class Tokenizer:
     """A model's tokenizer with its chat templates. Encodes as transformers 5 does."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, named: dict[str, str], templates: dict[str, str], *, where: str) -> None:
-        """``named`` holds bos_token, eos_token and so on; ``templates`` the chat templates by name; ``where`` is for messages."""
+    def __init__(self, backend: tokenizers.Tokenizer, named: dict[str, str], templates: dict[str, str]) -> None:
+        """``named`` holds bos_token, eos_token and so on; ``templates`` the chat templates by name."""
         self._backend = backend
         self.named_tokens = named
-        self._chat = ChatTemplates(templates, named, where=where)
+        self._chat = ChatTemplates(templates, named)
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         state = None if backend.decoder is None else backend.decoder.__getstate__()  # to_str() would write the vocabulary too
         self.spelling = Spelling.of(None if state is None else json.loads(state))
@@ -37,7 +37,7 @@ class Tokenizer:
         """
         files = read_tokenizer(Path(directory))
         templates = files.templates if chat_template is None else {"default": explicit_template(chat_template)}
-        return cls(files.backend, files.named, templates, where=str(directory))
+        return cls(files.backend, files.named, templates)
 
     @property
     def vocab_size(self) -> int:
@@ -135,7 +135,7 @@ class Tokenizer:
     def with_template(self, source: str) -> Callable[..., str]:
         """``chat`` with another template (Jinja, or a file of it) than the model's. Raises InputError where it is none."""
         other = copy(self)
-        other._chat = ChatTemplates({"default": explicit_template(source)}, self.named_tokens, where="chat_template")
+        other._chat = ChatTemplates({"default": explicit_template(source)}, self.named_tokens)
         return other.chat
 
     def _named_id(self, name: str) -> int | None:

@@ -28,6 +28,7 @@ from tests.server.test_lifecycle import LONG, eventually
 
 KEY = "sk-a-key-of-alice"
 FIELDS = {"time", "request_id", "client", "key", "endpoint", "model", "status", "prompt_tokens", "generated_tokens", "latency_s"}
+ERROR = {"error_code", "error_param"}
 FIELDS |= {"finish_reasons"}
 
 
@@ -82,7 +83,10 @@ def test_what_it_says(start: Any, tmp_path: Path) -> None:
         found = lines(log, 10)
     text = log.read_text()
     assert "xyzzy" not in text and KEY not in text and "sk-wrong" not in text
-    assert all(set(line) == FIELDS for line in found)
+    assert all(set(line) == FIELDS | (ERROR if line["status"] >= 400 else set(line) & ERROR) for line in found)
+    assert {(line["error_code"], line["error_param"]) for line in found if "error_code" in line} >= {
+        ("invalid_request_error", "temperature"), ("invalid_api_key", None), ("engine_error", None),
+    }  # fmt: skip
     assert [line["status"] for line in found] == [200, 200, 200, 401, 400, 200, 500, 200, 401, 404]
     assert [line["key"] for line in found] == ["alice"] * 3 + [None] + ["alice"] * 4 + [None, "alice"]
     assert [(line["prompt_tokens"], line["generated_tokens"]) for line in found[:3]] == [

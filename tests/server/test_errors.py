@@ -171,7 +171,8 @@ def test_too_long(served: Served) -> None:
     error = refused(served, "/v1/completions", prompt="a" * 99, max_tokens=500)
     assert error["code"] == "context_length_exceeded" and error["param"] == "max_tokens"
     assert all(number in error["message"] for number in ("512", "100", "500"))
-    assert refused(served, "/v1/chat/completions", messages=[{"role": "user", "content": "a" * 600}])["param"] == "prompt"
+    assert refused(served, "/v1/chat/completions", messages=[{"role": "user", "content": "a" * 600}])["param"] == "messages"
+    assert refused(served, "/v1/responses", input="a" * 600)["param"] == "input"
     assert not any(len(s.prompt_token_ids) > 512 for s in served.client.submitted)
 
 

@@ -126,6 +126,8 @@ def test_a_line_for_each_request(served: Served, log: Log) -> None:
     assert chat["endpoint"] == "POST /v1/chat/completions" and chat["generated_tokens"] == 2 and len(chat["request_id"]) == 32
     assert 0 < first["first_token_s"] <= first["latency_s"] and bad["first_token_s"] is None
     assert bad["status"] == 400 and bad["request_id"] == "bad" and bad["level"] == "info" and bad["generated_tokens"] == 0
+    assert bad["message"].startswith("POST /v1/completions 400 invalid_request_error (top_p), ")
+    assert (bad["error_code"], bad["error_param"]) == ("invalid_request_error", "top_p") and "error_code" not in first
     assert health["level"] == "debug", "what load balancers ask all the time is not worth a line"
     assert "abcdefgh" not in str(nowhere)
 

@@ -96,7 +96,7 @@ def test_spellings():
 def test_a_kind_without_spelling_is_decoded_whole():
     backend = Backend(models.WordLevel({"hel": 0, "##lo": 1, "world": 2, ".": 3}, unk_token="."))
     backend.decoder = decoders.WordPiece()
-    tokenizer = Tokenizer(backend, {}, {}, where="here")
+    tokenizer = Tokenizer(backend, {}, {})
     assert json.loads(backend.to_str())["decoder"]["type"] == "WordPiece"
     assert pieces(tokenizer, [0, 1, 2]) == ["hel", "lo", " world", ""]
     assert tokenizer.decode([0, 1, 2]) == "hello world" and tokenizer.token_str(2) == "world"

@@ -169,7 +169,7 @@ def test_real_templates_without_reasoning(shared_data):
         tags = tags_of([path.read_text()])
         if tags is None:
             continue
-        templates = ChatTemplates({"default": path.read_text()}, {"bos_token": "<s>", "eos_token": "</s>"}, where="model")
+        templates = ChatTemplates({"default": path.read_text()}, {"bos_token": "<s>", "eos_token": "</s>"})
         for name, extra in (("asked", {}), ("off", {"enable_thinking": False, "thinking": False, "reasoning_effort": "none"})):
             hello = [{"role": "user", "content": "Hi </think>"}]
             options = {"add_generation_prompt": True, "continue_final_message": False, "tools": None, "documents": None}

@@ -51,7 +51,7 @@ def chat(source, messages, /, **options):
     options = {"add_generation_prompt": True, "continue_final_message": False, "tools": None, "documents": None, **options}
     known = {k: options.pop(k) for k in ("add_generation_prompt", "continue_final_message", "tools", "documents")}
     sources = source if isinstance(source, dict) else {"default": source}
-    return ChatTemplates(sources, TOKENS, where="model").render(messages, extra=options, **known)
+    return ChatTemplates(sources, TOKENS).render(messages, extra=options, **known)
 
 
 @pytest.mark.realdata
@@ -151,7 +151,7 @@ def test_wrong_messages_are_named(messages, message):
         ("{{ 1 + 'a' }}", "did not accept this conversation: unsupported operand"),
         ("{{ messages.append(1) }}", "did not accept this conversation: .*unsafe"),
         ("{{ ''.__class__.__mro__ }}", "did not accept this conversation: .*unsafe"),
-        ("{% if %}", r"chat template of model is damaged \(line 1: .*give another one with --chat-template"),
+        ("{% if %}", r"the model's chat template is damaged \(line 1: .*give another one with --chat-template"),
     ],
 )
 def test_what_a_template_refuses_is_told(source, message):
@@ -208,7 +208,7 @@ def test_where_templates_come_from(byte_level_dir, tmp_path):
         (tmp_path / name).write_text((byte_level_dir / name).read_text())
     bare = Tokenizer.load(tmp_path)
     assert not bare.has_chat_template
-    with pytest.raises(RequestError, match="has no chat template: start the server with --chat-template FILE"):
+    with pytest.raises(RequestError, match=r"the model has no chat template: it needs one \(--chat-template FILE of the server"):
         bare.chat([USER])
     entries = [{"name": "default", "template": "listed"}, {"name": "tool_use", "template": "listed tools"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": entries}))

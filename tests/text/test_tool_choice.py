@@ -121,7 +121,7 @@ def test_the_format_of_real_templates(shared_data):
 
 
 def chat_of(source):
-    templates = ChatTemplates({"default": source}, {"bos_token": "<s>", "eos_token": "</s>"}, where="m")
+    templates = ChatTemplates({"default": source}, {"bos_token": "<s>", "eos_token": "</s>"})
     return lambda messages, **options: templates.render(
         messages, **{"continue_final_message": False, "documents": None, "extra": {}, **options}
     )

@@ -82,7 +82,9 @@ def _one_model(view: View) -> Content:
         return Content(view.about or (_loading(view) if view.state == "loading" else "no model is loaded"))
     info = view.info
     facts = [info.quantization, info.dtype, info.device, f"context {info.max_model_len:,}", info.architecture]
-    return Content(" · ".join([*(fact for fact in facts if fact), f"ready in {duration(info.ready_s)}"]))
+    return Content(
+        " · ".join([*(fact for fact in facts if fact), f"ready in {duration(info.startup.get('ready', info.ready_s))}"])
+    )
 
 
 def _models(view: View) -> Content:
