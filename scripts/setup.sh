@@ -45,22 +45,29 @@ Found, but of no use:$seen}"
 }
 
 install() {  # install KIND
-    local extra="" rc=0 stopped=""
+    local extra="" rc=0 stopped="" told
     [ "$1" = dev ] && extra="[dev]"
+    trap 'stopped=129' HUP
+    trap 'stopped=130' INT
+    trap 'stopped=143' TERM
     if [ -e "$VENV/.unfinished" ] || ! "$VENV/bin/python" -c 'import sys, pip; assert sys.version_info >= (3, 11)' 2>/dev/null; then
         say "making .venv with $PYTHON ($("$PYTHON" --version 2>&1))"
         mkdir -p "$VENV"
         : >"$VENV/.unfinished"  # before the first deletion and until the end
         find "$VENV/" -mindepth 1 ! -name .unfinished -delete
-        "$PYTHON" -m venv "$VENV"
+        told=$("$PYTHON" -m venv "$VENV" 2>&1) || rc=$?
+        [ -z "$stopped" ] || stop_here "$stopped"
+        if [ "$rc" -ne 0 ]; then
+            say "$PYTHON -m venv failed: $told"
+            exit 1
+        fi
     fi
     : >"$VENV/.unfinished"
     say "pip install -c constraints.txt -e .$extra   (once; the first time downloads some hundred MB and takes minutes)"
-    trap 'stopped=yes' HUP INT TERM
     (cd "$ROOT" && "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input -c constraints.txt -e ".$extra") >&2 || rc=$?
-    trap - HUP INT TERM
     if [ "$rc" -ne 0 ]; then
-        [ -n "$stopped" ] || [ "$rc" -ge 128 ] || rm "$VENV/.unfinished"  # pip refused and put all back; a stopped pip did not
+        [ -z "$stopped" ] || stop_here "$stopped"
+        [ "$rc" -ge 128 ] || rm "$VENV/.unfinished"  # pip refused and put all back; a stopped pip did not
         say "the installation failed (pip's exit status is $rc); run this again when the cause is mended"
         exit 1
     fi
@@ -70,4 +77,11 @@ install() {  # install KIND
     printf '%s\n' "$wanted" >"$VENV/.installed-run"
     [ "$1" = run ] || cp "$VENV/.installed-run" "$VENV/.installed-dev"
     rm "$VENV/.unfinished"
+    trap - HUP INT TERM
+    [ -z "$stopped" ] || stop_here "$stopped"
+}
+
+stop_here() {  # stop_here STATUS
+    say "stopped; run this again to go on"
+    exit "$1"
 }

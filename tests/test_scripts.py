@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -21,7 +23,10 @@ INPUTS = ("pyproject.toml", "constraints.txt", "CMakeLists.txt", "kernels/cpu/na
 STAND_IN = f"""#!/usr/bin/env bash
 echo "$*" >>"$LOG"
 case "$1 $2" in
-"-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+"-m venv")
+    trap 'echo Traceback; exit 1' INT  # as Python does
+    sleep "${{VENV_TAKES:-0}}"
+    mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
 "-m pip")
     sleep "${{PIP_TAKES:-0}}"
     case ${{PIP_DOES:-}} in fail) exit 1 ;; die) kill -9 $$ ;; esac
@@ -55,7 +60,9 @@ class Checkout:
     def start(self, script: str, *args: str, **env: str) -> subprocess.Popen[str]:
         environment = {"PATH": str(self.tools), "HOME": str(self.root.parent), "LOG": str(self.log), **env}
         command = [str(self.root / "scripts" / script), *args]
-        return subprocess.Popen(command, cwd="/", env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            command, cwd="/", env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
 
     def run(self, script: str, *args: str, **env: str) -> tuple[int, str, str]:
         process = self.start(script, *args, **env)
@@ -130,6 +137,24 @@ def test_a_killed_script_has_the_environment_made_anew(checkout: Checkout) -> No
         assert process.poll() is None
     process.kill()
     process.communicate()
+    status, out, _ = checkout.run("run", "x")
+    assert (status, out) == (7, "<x>") and len(checkout.calls("venv")) == 2
+
+
+@pytest.mark.parametrize("module", ["venv", "pip"])
+def test_a_stopped_set_up_says_how_to_go_on(checkout: Checkout, module: str) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that ignores ^C from the start cannot hear it
+    try:
+        process = checkout.start("run", **{f"{module.upper()}_TAKES": "30"})
+    finally:
+        signal.signal(signal.SIGINT, before)
+    while not checkout.calls(module):
+        assert process.poll() is None
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)  # what ^C does
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and err.endswith("scripts/run: stopped; run this again to go on\n")
+    assert "Traceback" not in err and "failed" not in err
     status, out, _ = checkout.run("run", "x")
     assert (status, out) == (7, "<x>") and len(checkout.calls("venv")) == 2
 
