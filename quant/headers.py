@@ -68,6 +68,8 @@ class CheckpointIndex:
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory; a model is a directory with config.json and *.safetensors")
+        if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+            raise CheckpointError(f"{directory}: an adapter (adapter_config.json), no model: merge it into its model first")
         index = directory / INDEX
         if (directory / "model.safetensors").is_file():
             tensors = _merge([directory / "model.safetensors"])
@@ -179,7 +181,10 @@ def _all_files(directory: Path) -> list[Path]:
 
 
 def _other_formats(directory: Path) -> str:
+    unfinished = "The download is not finished: run its command again"
     for pattern, hint in (
+        ("*.incomplete", unfinished),
+        (".cache/huggingface/download/*.incomplete", unfinished),  # of one into a directory of the user's choice
         ("*.gguf", "GGUF is not supported: take the AWQ, GPTQ or original safetensors version of the model"),
         ("*.bin", "PyTorch pickles are not loaded, since they can run code: convert them to safetensors"),
         ("*.pt", "PyTorch pickles are not loaded, since they can run code: convert them to safetensors"),

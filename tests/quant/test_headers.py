@@ -95,12 +95,26 @@ def test_numbered_shards_without_an_index(tmp_path: Path) -> None:
         ("model.gguf", r"no \*.safetensors file, only model.gguf. GGUF is not supported: take the AWQ, GPTQ or original"),
         ("pytorch_model.bin", "only pytorch_model.bin. PyTorch pickles are not loaded, since they can run code: convert"),
         ("awq.pt", "only awq.pt. PyTorch pickles are not loaded"),
+        (
+            "model.safetensors.incomplete",
+            "only model.safetensors.incomplete. The download is not finished: run its command again",
+        ),
+        (".cache/huggingface/download/a1.incomplete", "only a1.incomplete. The download is not finished"),
     ],
 )
 def test_no_safetensors(tmp_path: Path, name: str | None, message: str) -> None:
     if name:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     refuses(tmp_path, message)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    write(tmp_path / "adapter_model.safetensors", "base_model.model.lm_head.lora_A.weight")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refuses(tmp_path, r"an adapter \(adapter_config.json\), no model: merge it into its model first")
+    (tmp_path / "config.json").write_text("{}")  # a model that keeps what it was made with
+    assert CheckpointIndex.open(tmp_path).tensors
 
 
 def test_no_directory(tmp_path: Path) -> None:
