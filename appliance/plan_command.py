@@ -14,6 +14,7 @@ from appliance.hub import demo_model, headers_of, resolve
 from appliance.memory.answers import Answers
 from appliance.memory.cards import find_cards
 from appliance.memory.devices import MIB, DeviceInfo, this_device
+from appliance.memory.early import check_options
 from appliance.memory.plan import PlanError
 from appliance.memory.planner import command_line
 from appliance.memory.proofs import device_kind
@@ -42,6 +43,8 @@ def plan_command(engine: EngineConfig, asked: Asked) -> int:
     """Print the plan and the answers. 0: fits; 1: does not fit, or not what was asked for. Raises InputError for bad input."""
     if asked.check:
         return checked(engine, asked)
+    check_options(engine, chosen_devices(engine, asked)[0])
+    _context(asked.context)
     with headers_of(engine.model, engine.revision) if engine.model is not None else nullcontext(demo_model()) as directory:
         return plan_of(directory, replace(engine, model=engine.model if engine.model is not None else str(directory)), asked)
 
@@ -109,6 +112,7 @@ def checked(engine: EngineConfig, asked: Asked) -> int:
         raise InputError(f"--check loads the model on this machine, so {strange[0]} means nothing: leave out one of the two")
     from appliance.runtime.check import check
 
+    check_options(engine)
     directory = resolve(engine.model, engine.revision) if engine.model is not None else demo_model()
     try:
         report = check(directory, engine)

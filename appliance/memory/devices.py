@@ -88,8 +88,8 @@ def torch_cuda() -> str | None:
 
 
 def cpu_threads(threads: int | None) -> int:
-    """--threads, or the physical cores. InputError for fewer than none."""
-    if threads is not None and threads < 0:
+    """--threads, or the physical cores. InputError for none, or fewer."""
+    if threads is not None and threads < 1:
         raise InputError(f"--threads is {threads}: at least 1 is needed")
     return threads or psutil.cpu_count(logical=False) or 1
 

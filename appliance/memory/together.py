@@ -1,12 +1,13 @@
 """Several models on one device: how much memory each gets, and which of them can be loaded at the same time. No torch.
 
-Where all of them fit with a context of LEAST tokens each, what is left of the budget is shared out evenly, and all stay loaded.
+Where all of them fit with a context of LEAST tokens each, what is left of the budget is shared out evenly, and none gives way.
 Where they do not, or where options say how much a model shall have, each is planned by itself, and models give way to each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -87,7 +88,7 @@ class Seats:
             lines.append(f"{name:<{wide}}{sizes}{plan.max_model_len:>10,}{plan.sequences(plan.max_model_len):>9.1f}")
         lines.append(f"Budget {size_text(self.budget)}: {self.source}")
         if self.all_fit:
-            lines.append("All of them fit together, and stay loaded.")
+            lines.append("All of them fit together: none gives way to another.")
         else:
             sets = "; ".join(" + ".join(self.names[k] for k in group) for group in self.groups())
             lines.append(f"Together fit: {sets}. A model that does not fit beside those loaded is loaded when it is asked for,")
@@ -134,11 +135,20 @@ def settled(config: EngineConfig, plan: MemoryPlan) -> EngineConfig:
     )
 
 
-def _alone(wish: Wish, device: DeviceInfo) -> MemoryPlan:
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors say of which model they are."""
     try:
-        return make_plan(wish.directory, wish.config, device)
+        yield
     except PlanError as error:
-        raise PlanError(f"{wish.name}: {error}", error.remedies) from None
+        raise PlanError(f"{name}: {error}", error.remedies) from None
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def _alone(wish: Wish, device: DeviceInfo) -> MemoryPlan:
+    with named(wish.name):
+        return make_plan(wish.directory, wish.config, device)
 
 
 def _shared(wishes: Sequence[Wish], budget: int, device: DeviceInfo) -> list[MemoryPlan] | None:
@@ -153,7 +163,8 @@ def _shared(wishes: Sequence[Wish], budget: int, device: DeviceInfo) -> list[Mem
 
 def _least(wish: Wish, budget: int, device: DeviceInfo) -> MemoryPlan:
     """The smallest plan of any use: one sequence of LEAST tokens, or of the length that was asked for."""
-    length = parse_length(wish.config.max_model_len)
+    with named(wish.name):
+        length = parse_length(wish.config.max_model_len)
     if length is None:
         length = min(LEAST, _within(wish, budget, device).max_model_len)
     sequences = 1 if wish.config.max_num_seqs == "auto" else wish.config.max_num_seqs
@@ -163,4 +174,5 @@ def _least(wish: Wish, budget: int, device: DeviceInfo) -> MemoryPlan:
 def _within(wish: Wish, budget: int, device: DeviceInfo) -> MemoryPlan:
     """The plan for a device that has no more than this to give."""
     config = replace(wish.config, gpu_memory_utilization=1.0, gpu_memory_reserve=None)
-    return make_plan(wish.directory, config, replace(device, available=min(device.available, budget + MARGIN[device.kind])))
+    with named(wish.name):
+        return make_plan(wish.directory, config, replace(device, available=min(device.available, budget + MARGIN[device.kind])))

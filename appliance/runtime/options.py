@@ -10,7 +10,8 @@ from appliance.config import EngineConfig
 from appliance.core.blocks import BlockPool
 from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler
-from appliance.memory.giving_way import MODES, GivingWay
+from appliance.memory.early import check_order
+from appliance.memory.giving_way import GivingWay
 from appliance.memory.planner import MemoryPlan
 from appliance.memory.proofs import device_kind
 from models.spec import ModelSpec
@@ -28,10 +29,7 @@ def choose_device(name: str) -> torch.device:
 
 def make_scheduler(config: EngineConfig, plan: MemoryPlan, spec: ModelSpec) -> Scheduler:
     """For the pool of a plan, with the host memory that it has for swapping. InputError for options that do not exist."""
-    if config.scheduling_policy not in ("fcfs", "priority"):
-        raise InputError(f"--scheduling-policy is {config.scheduling_policy!r}: fcfs or priority is needed")
-    if config.preemption_mode not in MODES:
-        raise InputError(f"--preemption-mode is {config.preemption_mode!r}: one of {', '.join(MODES)} is needed")
+    check_order(config)
     cost = GivingWay.of(spec, plan.device, plan.kv.block_bytes, plan.weight_bytes)
     size, mode = plan.kv.block_size, config.preemption_mode
 

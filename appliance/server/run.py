@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from appliance.config import EngineConfig, ServerConfig
-from appliance.hub import demo_model, resolve
+from appliance.hub import called, demo_model, resolve
+from appliance.memory.early import check_options
 from appliance.memory.planner import make_plan
 from appliance.memory.proofs import untried
-from appliance.memory.together import Wish, seats, settled
+from appliance.memory.together import Wish, named, seats, settled
 from appliance.models_file import Entry, read_models
 from appliance.server import logs
 from appliance.server.audit import check_writable
@@ -23,9 +24,12 @@ from appliance.server.beside import give_memory_back
 from appliance.server.host import EngineHost
 from appliance.server.http import check_tls, raise_file_limit
 from appliance.server.keys import Keyring
+from appliance.server.parsers import Parsers
 from appliance.server.service import Service
 from appliance.server.state import Shared
+from appliance.text.defaults import model_defaults
 from appliance.text.files import check_tokenizer
+from appliance.text.template import explicit_template
 from quant.errors import InputError
 
 
@@ -63,6 +67,7 @@ async def _serve(sock: socket.socket, entries: Sequence[Entry], sizes: Sequence[
 def planned(engine: EngineConfig, server: ServerConfig) -> tuple[list[Entry], list[int], int]:
     """The models with local directories, the bytes that each takes, and those that they may take together. Says the plan."""
     if server.models is None:
+        check(engine, server)
         engine, server = locate(engine, server)
         assert engine.model is not None  # locate() has filled it in
         plan = make_plan(Path(engine.model), engine)
@@ -71,17 +76,33 @@ def planned(engine: EngineConfig, server: ServerConfig) -> tuple[list[Entry], li
     if engine.model is not None or server.served_model_name:
         strange = engine.model or "--served-model-name"
         raise InputError(f"--models {server.models} names the models: leave out {strange}")
-    entries = [located(entry) for entry in read_models(server.models, engine, server)]
+    entries = read_models(server.models, engine, server)
+    for entry in entries:
+        with named(entry.name):
+            check(entry.engine, entry.server)
+    entries = [located(entry) for entry in entries]
     found = seats([Wish(one.name, Path(str(one.engine.model)), one.engine) for one in entries], engine)
     logs.tell(found.text(), server)
     entries = [replace(one, engine=settled(one.engine, plan)) for one, plan in zip(entries, found.plans)]
     return entries, [plan.total for plan in found.plans], found.budget
 
 
+def check(engine: EngineConfig, server: ServerConfig) -> None:
+    """Raises InputError for what needs no model to be refused, before one is looked for, and perhaps fetched."""
+    if not all(name.strip() for name in server.served_model_name):
+        raise InputError("--served-model-name is empty: clients need a name to ask for")
+    check_options(engine)
+    Parsers.of(None, server)
+    model_defaults(None, server.generation_config)
+    if server.chat_template is not None:
+        explicit_template(server.chat_template)
+
+
 def located(entry: Entry) -> Entry:
-    engine, server = locate(entry.engine, entry.server)
-    if not engine.skip_tokenizer_init:
-        check_tokenizer(Path(str(engine.tokenizer)))  # now, and not when somebody asks for the model
+    with named(entry.name):
+        engine, server = locate(entry.engine, entry.server)
+        if not engine.skip_tokenizer_init:
+            check_tokenizer(Path(str(engine.tokenizer)))  # now, and not when somebody asks for the model
     return replace(entry, engine=engine, server=server)
 
 
@@ -118,9 +139,7 @@ def check_local(host: str, sock: socket.socket) -> None:
 
 def locate(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, ServerConfig]:
     """The same options with local directories for model and tokenizer, and a name under which the model is served."""
-    names = server.served_model_name or (engine.model or "demo",)
-    if not all(name.strip() for name in names):
-        raise InputError("--served-model-name is empty: clients need a name to ask for")
+    names = server.served_model_name or (called(engine.model or "demo"),)
     directory = resolve(engine.model, engine.revision) if engine.model is not None else demo_model()
     tokenizer = resolve(engine.tokenizer, engine.revision) if engine.tokenizer else directory
     return replace(engine, model=str(directory), tokenizer=str(tokenizer)), replace(server, served_model_name=tuple(names))

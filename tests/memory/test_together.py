@@ -109,6 +109,11 @@ def test_sizes_that_are_said_are_kept(folders: list[Path]) -> None:
 def test_refusals(folders: list[Path]) -> None:
     with pytest.raises(PlanError, match=r"m0: .*does not fit"):
         seats(wishes(folders, [0, 1]), EngineConfig(), replace(CARD, total=4 * GIB, available=4 * GIB))
+    for length in ("16M", "x"):  # longer than it was made for, and none
+        long = wishes(folders, [0, 1])
+        long[1] = replace(long[1], config=replace(long[1].config, max_model_len=length))
+        with pytest.raises(InputError, match=r"^m1: --max-model-len is "):
+            seats(long, EngineConfig(), CARD)
     mixed = wishes(folders, [0, 1])
     mixed[0] = replace(mixed[0], config=replace(mixed[0].config, device="cuda"))
     with pytest.raises(InputError, match="one device, but device is cpu and cuda"):

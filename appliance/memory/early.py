@@ -1,0 +1,33 @@
+"""Options that can be refused before a model is there: nobody shall wait for a download to hear of a typing error. No torch."""
+
+from __future__ import annotations
+
+from appliance.config import EngineConfig
+from appliance.memory.devices import DeviceInfo, this_device
+from appliance.memory.giving_way import MODES
+from appliance.memory.modules import Machinery
+from appliance.memory.proofs import device_kind
+from appliance.memory.settings import Settings
+from quant.errors import InputError
+from quant.scheme import ALIASES, QuantScheme
+
+POLICIES = ("fcfs", "priority")
+
+
+def check_options(config: EngineConfig, device: DeviceInfo | None = None) -> None:
+    """Raises InputError for an option that would do for no model on this device (default: this machine's, as --device says)."""
+    if device is None:
+        device = this_device(device_kind(config.device))
+    Settings.from_config(config, device)
+    Machinery.choose(config, "bfloat16", device)
+    if config.quantization is not None:  # held against a checkpoint that is what was stated
+        QuantScheme(ALIASES.get(config.quantization.lower(), "none")).check_stated(config.quantization)
+    check_order(config)
+
+
+def check_order(config: EngineConfig) -> None:
+    """Raises InputError for a scheduling policy or a preemption mode that does not exist."""
+    if config.scheduling_policy not in POLICIES:
+        raise InputError(f"--scheduling-policy is {config.scheduling_policy!r}: {' or '.join(POLICIES)} is needed")
+    if config.preemption_mode not in MODES:
+        raise InputError(f"--preemption-mode is {config.preemption_mode!r}: one of {', '.join(MODES)} is needed")
