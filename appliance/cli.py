@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict, Env
 
-from appliance.cli_flags import translate
+from appliance.cli_flags import COMMANDS, translate
 from appliance.config import EngineConfig, ServerConfig
 from appliance.version import __version__
 from quant.errors import InputError
@@ -26,6 +28,8 @@ EPILOGUE = (
     "Every option can also be set as APPLIANCE_OPTION_NAME in the environment, or in a TOML file given with --config FILE "
     "(option_name = value; tables [engine] and [server] are allowed). -q is short for --quantization."
 )
+NEAR = 0.8
+"""Likeness (of difflib) from which on another option's name is what was meant."""
 FLAT = Parameter(name="*")
 CARDS = Parameter(negative=(), env_var_split=lambda _, value, **_more: [value])  # names have spaces in them
 ENGINE, SERVER = EngineConfig(), ServerConfig()
@@ -182,6 +186,8 @@ def run(argv: list[str]) -> int:
     debug = _debug(argv)
     try:
         command = argv[0] if argv else ""
+        if command in COMMANDS:
+            raise InputError(f"there is no command {command}: {COMMANDS[command]}")
         if command in ("serve", "plan"):
             argv, notes = translate(argv)
             for note in notes:
@@ -214,6 +220,9 @@ def _drop_output() -> None:
 
 def _complain(error: Exception) -> None:
     text = " ".join(str(error).split()) if isinstance(error, CycloptsError) else str(error)
+    guess = re.fullmatch(r"(Unknown option: ([^\s=]+)\S*\.) Did you mean (\S+)\?", text)
+    if guess and SequenceMatcher(None, guess[2], guess[3]).ratio() < NEAR:
+        text = guess[1]
     print(f"appliance: error: {text}", file=sys.stderr)
 
 

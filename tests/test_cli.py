@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from appliance import cli
-from appliance.cli_flags import INSTEAD, SWITCHES, VALUED, translate
+from appliance.cli_flags import COMMANDS, INSTEAD, SWITCHES, VALUED, translate
 from appliance.config import EngineConfig, ServerConfig
 from appliance.version import __version__
 from quant.errors import InputError
@@ -115,6 +115,20 @@ def test_which_source_wins(served: list[Any], tmp_path: Path, monkeypatch: pytes
         ("plan --kv-cache-dtype fp7", "--kv-cache-dtype is 'fp7': one of auto, fp8, fp8_e4m3"),
         ("plan /no/such/model", "no such directory: /no/such/model"),
         ("frobnicate", 'Unknown command "frobnicate".'),
+        ("run llama3", "there is no command run: appliance chat MODEL talks to a model, appliance serve MODEL serves one"),
+        ("serve m --max-modellen 5", "Unknown option: --max-modellen. Did you mean --max-model-len?"),
+        ("serve m --prot 5", "Unknown option: --prot. Did you mean --port?"),
+        ("serve m --temper 0.7", "Unknown option: --temper.\n"),
+        ("serve m --nonesuch=3", "Unknown option: --nonesuch.\n"),
+        (
+            "serve m --temperature 0.7",
+            "--temperature: requests say it; for those that do not, the model's generation_config.json",
+        ),
+        ("serve m -c 4096", "-c: use --max-model-len"),
+        ("serve -hf org/model", "-hf: name the model as the first argument: organisation/model"),
+        ("serve m -ctk q8_0", "-ctk: use --kv-cache-dtype, which is for keys and values: fp8, int8 or int4"),
+        ("serve m --fully-sharded-loras", "--fully-sharded-loras: LoRA adapters are not supported: merge the adapter"),
+        ("serve m --hf-overrides {1}", "--hf-overrides {1}: not supported: edit config.json in the model's directory"),
     ],
 )
 def test_errors_are_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -144,6 +158,11 @@ def test_foreign_flags(capsys: pytest.CaptureFixture[str], served: list[Any]) ->
     for name in INSTEAD:
         with pytest.raises(InputError, match=name):
             translate(["serve", f"{name}=something-else"])
+    sizes = ["serve", "--cudagraph-capture-sizes", "1", "2", "4", "m", "-O3", "--cuda-graph-sizes=8", "16"]
+    assert translate(sizes)[0] == ["serve", "m"]
+    backend = ["--structured-outputs-config", '{"backend": "xgrammar"}', "--structured-outputs-config.backend=guidance"]
+    assert translate(["serve", *backend])[0] == ["serve"]
+    assert not any(name.startswith("-") for name in COMMANDS) and not COMMANDS.keys() & set(cli.app)
     assert translate(["serve", "-q", "gptq_marlin"])[0] == ["serve", "--quantization", "gptq"]
 
 
@@ -219,6 +238,32 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_serve_refuses(model: Path, args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["serve", str(model), *args]) == 2
     assert capsys.readouterr().err.startswith(f"appliance: error: {words}")
+
+
+REFUSED = {
+    "serve plan": "--dtype fp16 --kv-cache-dtype q8_0 --gpu-memory-utilization 1.5 --max-model-len many --lm-head-dtype int3 "
+    "--threads 0 --preemption-mode leave --scheduling-policy best",
+    "serve": "--reasoning-parser nonesuch --tool-call-parser nonesuch --chat-template /no/such/file --generation-config /no/such",
+    "plan": "--context many --memory much",
+}
+ONES = [(c, *pair) for cs, line in REFUSED.items() for c in cs.split() for pair in zip(line.split()[::2], line.split()[1::2])]
+
+
+@pytest.mark.parametrize(("command", "option", "value"), ONES)
+def test_an_option_is_refused_before_a_model_is_looked_for(
+    command: str, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or else a download of hours may come before a typing error is told."""
+    port = ["--port", "0"] if command == "serve" else []
+    assert cli.run([command, "/no/such/model", *port, option, value]) == 2
+    assert capsys.readouterr().err.startswith(f"appliance: error: {option} ")
+
+
+def test_a_method_is_refused_before_a_model_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", "/no/such/model", "-q", "gguf"]) == 2
+    assert capsys.readouterr().err.startswith("appliance: error: quantization: 'gguf' is not known; one of awq, gptq")
+    assert cli.run(["plan", "/no/such/model", "-q", "awq_marlin"]) == 2
+    assert capsys.readouterr().err.startswith("appliance: error: no such directory: /no/such/model")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
