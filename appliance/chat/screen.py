@@ -74,6 +74,12 @@ class Wrap:
         return "\n" + word if broken else word
 
 
+def _wrapped(text: str) -> str:
+    """A whole text, as it is shown."""
+    wrap = Wrap(shutil.get_terminal_size().columns)
+    return wrap.feed(harmless(text)) + wrap.end()
+
+
 class Screen:
     """A terminal, with colours or without."""
 
@@ -129,10 +135,10 @@ class Screen:
             self._write("\r\x1b[K")
 
     def note(self, text: str) -> None:
-        self._write(self.style(DIM, harmless(text)) + "\n")
+        self._write(self.style(DIM, _wrapped(text)) + "\n")
 
     def error(self, text: str) -> None:
-        self._write(self.style(RED, harmless(text)) + "\n")
+        self._write(self.style(RED, _wrapped(text)) + "\n")
 
     def _write(self, text: str) -> None:
         self._out.write(text)

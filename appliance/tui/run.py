@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class Asked:
 
 
 def main(asked: Asked) -> int:
-    """Show the dashboard until the user quits; plain text with ``once`` or where the output is no terminal; JSON with ``json``.
+    """Show the dashboard until the user quits; plain text with ``once`` or where nothing can be drawn; JSON with ``json``.
 
     Returns the exit status: 1 where one look found no server, that of the server which was started here. Raises InputError.
     """
@@ -48,10 +49,12 @@ def main(asked: Asked) -> int:
     child = Child(asked.serve, asked.flags) if asked.serve is not None else None
     urls = [*([child.url] if child else []), *(base_url(url) for url in asked.url or ([] if child else [DEFAULT]))]
     servers = [Server(url, key) for url, key in zip(urls, _keys(asked, child, len(urls)), strict=True)]
-    if child is None and (asked.once or asked.json or not sys.stdout.isatty()):
+    if child is None and (asked.once or asked.json or not _can_draw()):
         return _look(servers, asked)
-    if not sys.stdout.isatty():
-        raise InputError("--serve needs a terminal: the server ends with the dashboard; `appliance serve` runs without one")
+    if not _can_draw():
+        raise InputError(
+            "--serve needs a terminal to draw on: the server ends with the dashboard; `appliance serve` runs without one"
+        )
     recording = Recording(asked.record, urls) if asked.record else None
     feeds = [Feed(server, recorder=recording) for server in servers]
     try:
@@ -129,7 +132,7 @@ def _look(servers: Sequence[Server], asked: Asked) -> int:
 
 def _replay(replay: Replay, asked: Asked) -> int:
     """On a terminal as it went; else as it was at its end."""
-    if sys.stdout.isatty() and not (asked.once or asked.json):
+    if _can_draw() and not (asked.once or asked.json):
         Dashboard(replay=replay).run()
         return 0
     replay.show_until(replay.length)
@@ -137,6 +140,11 @@ def _replay(replay: Replay, asked: Asked) -> int:
         raise InputError("--json does not go with --replay: a recording is JSON lines already")
     print("\n\n".join(snapshot(feed, _width()) for feed in replay.feeds if feed.view))
     return 0
+
+
+def _can_draw() -> bool:
+    """Whether the output is a terminal, and one that can move its cursor."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _width() -> int:

@@ -60,6 +60,16 @@ def test_nothing_steers_the_terminal() -> None:
     assert out.getvalue() == "(reasoning) hm]0;title\n\n(answer) yes\n"
 
 
+def test_notes_and_errors_are_not_broken_inside_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    text = "no server answers at http://127.0.0.1:18399: connection refused; start one, or name it with --url"
+    for show in (Screen.note, Screen.error):
+        out = io.StringIO()
+        show(Screen(out), text)
+        lines = out.getvalue().splitlines()
+        assert len(lines) == 4 and all(cells(line) <= 40 for line in lines) and " ".join(" ".join(lines).split()) == text
+
+
 def test_a_conversation_is_kept_in_a_file(tmp_path: Path) -> None:
     talk = Talk("m", "be brief", {"temperature": 0.5, "seed": 1, "stop": ["x"]})
     answer = {"role": "assistant", "content": "é🎉", "reasoning_content": "hm"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,19 @@ def test_several_servers_and_their_keys(serve: Any, capsys: pytest.CaptureFixtur
     assert main(Asked(["a:1", "b:2"], once=True)) == 1, "one of them is away"
     streams = capsys.readouterr()
     assert "serving" in streams.out and "Connection refused" in streams.err
+
+
+def test_a_terminal_that_nothing_can_be_drawn_on_gets_one_look(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(run, "Dashboard", None)
+    monkeypatch.setenv("TERM", "dumb")
+    serve(away(), away())
+    assert main(Asked(["127.0.0.1:8000"])) == 1
+    assert capsys.readouterr().err == "appliance: no answer from http://127.0.0.1:8000: Connection refused\n"
+    with pytest.raises(InputError, match="--serve needs a terminal to draw on"):
+        main(Asked(serve="demo"))
 
 
 @pytest.mark.parametrize("as_json", [False, True])
