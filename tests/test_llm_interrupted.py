@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 import appliance
 from appliance import LLM, SamplingParams, StructuredOutputsParams
-from appliance.core.messages import Submit
+from appliance.core.messages import Event, Submit
 from tests.tiny_model import make_checkpoint
 
 ROOT = str(Path(appliance.__file__).parent)
@@ -122,3 +123,19 @@ def test_a_fork_is_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (lambda: answers(llm), llm.reset_prefix_cache):
         with pytest.raises(RuntimeError, match="make one in the process that uses it"):
             call()
+
+
+def test_the_best_are_those_without_an_error(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that failed before its first token has the largest sum of log-probabilities, 0."""
+    step = llm._engine.step
+
+    def failing() -> list[Event]:
+        dead, events = llm._engine.abort("best", 0, "error"), step()
+        return [*dead, *(one for one in events if one.index)]
+
+    job = llm._job([5, 6], SamplingParams(n=2, best_of=3, seed=1, max_tokens=3, ignore_eos=True))
+    job.submit = replace(job.submit, request_id="best")
+    monkeypatch.setattr(llm._engine, "step", failing)
+    llm._answer([job], False)
+    assert [(one.finish_reason, one.error) for one in job.output().outputs] == [("length", None)] * 2
+    assert list(job.errors) == job.streams[:1]
