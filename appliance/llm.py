@@ -22,6 +22,7 @@ from appliance.core.messages import Submit
 from appliance.core.params import BeamSearchParams, RequestError, SamplingParams
 from appliance.hub import resolve
 from appliance.inputs import Prompt, params_list, prompt_list, read_prompt
+from appliance.memory.early import check_options
 from appliance.outputs import BeamSearchOutput, Job, RequestOutput
 from appliance.runtime.engine import Engine
 from appliance.text.defaults import model_defaults
@@ -59,6 +60,7 @@ class LLM:
     def __init__(self, model: str, *, chat_template: str | None = None, generation_config: str = "auto", **options: Any) -> None:
         config = _engine_config(model, options)
         with _in_python():
+            check_options(config)
             directory = resolve(model, config.revision)
             source = resolve(config.tokenizer, config.revision) if config.tokenizer else directory
             self._config = replace(config, model=str(directory), tokenizer=str(source))

@@ -22,6 +22,7 @@ from appliance.memory.settings import parse_length
 from appliance.memory.study import Study, smallest
 from appliance.memory.text import held_by, size_text
 from quant.errors import InputError
+from quant.headers import has_tokenizer
 
 _UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 
@@ -46,7 +47,19 @@ def plan_command(engine: EngineConfig, asked: Asked) -> int:
     check_options(engine, chosen_devices(engine, asked)[0])
     _context(asked.context)
     with headers_of(engine.model, engine.revision) if engine.model is not None else nullcontext(demo_model()) as directory:
-        return plan_of(directory, replace(engine, model=engine.model if engine.model is not None else str(directory)), asked)
+        code = plan_of(directory, replace(engine, model=engine.model if engine.model is not None else str(directory)), asked)
+    if code == 0 and not asked.json:
+        _note_tokenizer(engine)
+    return code
+
+
+def _note_tokenizer(engine: EngineConfig) -> None:
+    """Say what the server will miss in a directory on this machine. (Of a model on the hub only the headers are here.)"""
+    directory = Path(engine.model or demo_model()).expanduser()
+    if engine.tokenizer or engine.skip_tokenizer_init or not directory.is_dir() or has_tokenizer(directory):
+        return
+    needs = "`appliance serve` needs --tokenizer DIRECTORY, or --skip-tokenizer-init"
+    print(f"appliance: note: {directory} has no tokenizer: {needs}", file=sys.stderr)
 
 
 def plan_of(directory: Path, engine: EngineConfig, asked: Asked) -> int:

@@ -8,8 +8,9 @@ from json import dumps
 
 from appliance.config import EngineConfig, ServerConfig
 from appliance.hub import headers_of
+from appliance.memory.early import check_options
 from appliance.memory.plan import PlanError
-from appliance.memory.together import Wish, seats
+from appliance.memory.together import Wish, named, seats
 from appliance.models_file import read_models
 from appliance.plan_command import Asked, chosen_devices
 from quant.errors import InputError
@@ -24,10 +25,14 @@ def plan_models(file: str, engine: EngineConfig, asked: Asked) -> int:
     devices = chosen_devices(engine, asked)
     if len(devices) > 1:
         raise InputError("--models plans for one card, and --gpu names several: name one")
+    entries = read_models(file, engine, ServerConfig())
+    for one in entries:
+        with named(one.name):
+            check_options(one.engine, devices[0])
     with ExitStack() as stack:
         wishes = [
             Wish(one.name, stack.enter_context(headers_of(str(one.engine.model), one.engine.revision)), one.engine)
-            for one in read_models(file, engine, ServerConfig())
+            for one in entries
         ]
         try:
             found = seats(wishes, engine, devices[0])

@@ -80,6 +80,12 @@ class CheckpointIndex:
         return cls(directory, MappingProxyType(tensors))
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether one of the files is there that a tokenizer is made from."""
+    kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+    return any(all((directory / name).is_file() for name in names) for names in kinds)
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file; CheckpointError says where it is damaged."""
     path = Path(path)

@@ -183,6 +183,17 @@ def test_plan(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert error.startswith("appliance: error: ") and "1.5" in error
 
 
+def test_a_plan_tells_of_a_missing_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = str(make_checkpoint(tmp_path / "bare", tokenizer=False))
+    assert cli.run(["plan", bare]) == 0
+    error = capsys.readouterr().err
+    assert (
+        error
+        == f"appliance: note: {bare} has no tokenizer: `appliance serve` needs --tokenizer DIRECTORY, or --skip-tokenizer-init\n"
+    )
+    assert cli.run(["plan", bare, "--skip-tokenizer-init"]) == 0 and not capsys.readouterr().err
+
+
 def test_plan_that_does_not_fit(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["plan", str(model), "--gpu-memory-utilization", "0.0001"]) == 1
     output = capsys.readouterr()

@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "appliance.runtime": ["quant", "kernels", "models", "appliance.config", "appliance.core", "appliance.memory",
                           "appliance.version", "appliance.text.files", "appliance.text.grammar", "appliance.text.tokenizer"],
     "appliance.llm": ["quant", "models", "appliance.config", "appliance.core", "appliance.memory", "appliance.runtime",
-                      "appliance.text", "appliance.hub", "appliance.outputs"],
+                      "appliance.text", "appliance.hub", "appliance.inputs", "appliance.outputs"],
+    "appliance.inputs": ["quant.errors", "appliance.core"],
     "appliance.outputs": ["appliance.core", "appliance.text"],
     "appliance.doctor": ["quant.errors", "kernels.cpu.backend", "appliance.version", "appliance.memory", "appliance.diagnosis"],
     "appliance.diagnosis": ["appliance.memory"],
@@ -55,7 +56,7 @@ MAY_IMPORT = {
     "appliance.models_file": ["quant.errors", "appliance.config"],
     "appliance.plan_models": ["quant.errors", "appliance.config", "appliance.hub", "appliance.memory", "appliance.models_file",
                               "appliance.plan_command"],
-    "appliance.plan_command": ["quant.errors", "appliance.config", "appliance.hub", "appliance.memory",
+    "appliance.plan_command": ["quant.errors", "quant.headers", "appliance.config", "appliance.hub", "appliance.memory",
                                "appliance.runtime.check"],
     "appliance.__main__": ["appliance.cli"],
 }  # fmt: skip

@@ -184,6 +184,8 @@ def test_arguments(tmp_path: Path) -> None:
         LLM(model=str(model), max_length=5)
     with pytest.raises(InputError, match="tensor_parallel_size=2"):
         LLM(model=str(model), tensor_parallel_size=2)
+    with pytest.raises(InputError, match=r"^dtype 'fp16' is not known"):
+        LLM(model="/no/such/model", dtype="fp16")  # before the model is looked for
     with pytest.raises(InputError, match="tokenizer"):
         LLM(model=str(model))
     with pytest.raises(InputError, match="quantization"):

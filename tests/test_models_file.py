@@ -85,6 +85,10 @@ def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not found["fits"] and found["fit_together"] == [["a"], ["b"]] and found["models"]["a"]["total_bytes"] > 5e9
     assert cli.run(["plan", "--models", file, "--memory", "2GiB"]) == 1
     assert "a: " in (err := capsys.readouterr().err) and "does not fit" in err
+    typo = write(tmp_path, '[a]\nmodel = "/no/such/model"\n[b]\nmodel = "/no/such/model"\ndtype = "fp16"')
+    for command in (["plan"], ["serve", "--port", "0"]):
+        assert cli.run([*command, "--models", typo]) == 2
+        assert "error: b: --dtype 'fp16' is not known" in capsys.readouterr().err
     for flags, word in ((["--context", "4k"], "--context"), (["--check"], "--check"), (["--gpu", "2x RTX 4090"], "several")):
         assert cli.run(["plan", "--models", file, *flags]) == 2
         assert word in capsys.readouterr().err

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers.processors import TemplateProcessing
 
 from quant.errors import CheckpointError, InputError
-from quant.headers import read_json
+from quant.headers import has_tokenizer, read_json
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _END = "<|endoftext|>"
@@ -72,9 +72,7 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
 
 def check_tokenizer(directory: Path) -> None:
     """Raises InputError where ``directory`` has no tokenizer. Reads nothing."""
-    if not any(
-        _is_file(directory, *names) for names in (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
-    ):
+    if not has_tokenizer(directory):
         raise _none(directory)
 
 
