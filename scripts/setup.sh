@@ -71,7 +71,7 @@ install() {  # install KIND
         say "the installation failed (pip's exit status is $rc); run this again when the cause is mended"
         exit 1
     fi
-    (cd / && "$VENV/bin/python" -c 'import kernels.cpu._native') 2>/dev/null ||
+    (cd / && "$VENV/bin/python" -c 'import kernels.cpu._native') 2>/dev/null || [ -n "$stopped" ] ||
         say "note: the native CPU kernels were not built (is there a C++ compiler? on Debian and Ubuntu: apt install g++); torch's operators" \
             "compute instead, several times slower. After mending that: rm -r $VENV/.installed-* and run this again"
     printf '%s\n' "$wanted" >"$VENV/.installed-run"

@@ -296,6 +296,8 @@ def test_the_demo_model_is_served_when_none_is_named(monkeypatch: pytest.MonkeyP
     assert (engine.model, engine.tokenizer, server.served_model_name) == (str(tmp_path), str(tmp_path), ("demo",))
     engine, server = run.locate(EngineConfig(model=str(tmp_path)), ServerConfig())
     assert server.served_model_name == (str(tmp_path),)
+    monkeypatch.setattr(run, "resolve", lambda name, revision: tmp_path)
+    assert run.locate(EngineConfig(model="https://huggingface.co/org/tiny"), ServerConfig())[1].served_model_name == ("org/tiny",)
     monkeypatch.setattr(hub, "__file__", str(tmp_path / "hub.py"))
     with pytest.raises(InputError, match=r"^no model given, and this installation has no demo model: name a directory"):
         hub.demo_model()
