@@ -24,8 +24,8 @@ def mix(matmul: MatMul, rms_norm: RMSNorm, silu_mul: SiluMul, x: Tensor, mixture
 
 def route(logits: Tensor, active: int, normalized: bool) -> tuple[Tensor, Tensor]:
     """(experts int64 [T, active], their shares float32) by a router's logits, float32 [T, experts]."""
-    shares, chosen = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    shares, chosen = shares[:, :active], chosen[:, :active]
+    chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, :active]
+    shares = logits.softmax(-1).gather(1, chosen)
     return chosen, shares / shares.sum(-1, keepdim=True) if normalized else shares
 
 

@@ -216,9 +216,9 @@ class Mix(Protocol):
     def __call__(self, x: Tensor, mixture: Mixture, *, norm: Norm) -> Tensor:
         """x [T, hidden] + the weighted sum of the experts' products of x normalized.
 
-        A token's experts are those of the largest logits of the router, of equal ones the first, and their shares the softmax over
-        all experts, in float32. Sums are made in float32, expert after expert, and rounded once. Only experts that a token has
-        chosen are read.
+        A token's experts are those of the router's largest logits, of equal ones the first; their shares are the softmax over
+        all experts, in float32. Sums are made in float32, expert after expert, and rounded once. Only experts that some token
+        has chosen are read.
         """
 
 

@@ -149,7 +149,9 @@ class ModelSpec:
         head_dim = _divide(hidden, heads) if derived else fields.integer("head_dim", default=kind.default_head_dim)
         layers = fields.integer("num_hidden_layers")
         max_position = fields.integer("max_position_embeddings", default=kind.max_position)
-        rope = read_rope(Fields({"max_position_embeddings": max_position, "rope_theta": kind.theta, **config}), head_dim, max_position)
+        rope = read_rope(
+            Fields({"max_position_embeddings": max_position, "rope_theta": kind.theta, **config}), head_dim, max_position
+        )
         return cls(
             architecture=name,
             layers=layers,

@@ -85,8 +85,9 @@ class Demand:
 def product_workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Machinery) -> int:
     """Bytes that a product, or a mixture of experts, needs beside its input and output, at most.
 
-    Native kernels prepare some rows of the input (a mixture's for all experts at once), those in Triton have partial sums of few rows, and for many expand a slab of a
-    quantized weight at a time. Torch's operators expand such a slab into bytes and into floats, the reference all of it.
+    Native kernels prepare some rows of the input (of a mixture's for all experts at once), those in Triton have partial sums of
+    few rows, and for many expand a slab of a quantized weight at a time. Torch's operators expand such a slab into bytes and into
+    floats, the reference all of it.
     """
     dtype, quantized = machinery.dtype, [one for one in weights if one.kind != "dense"]
     if machinery.ops == "triton":
@@ -97,7 +98,10 @@ def product_workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Mac
         return max((2 * 4 * one.module.K * layout.slab_rows(one.module.K, 4) for one in quantized), default=0)
     if machinery.ops != NATIVE:
         return max((one.module.N * one.module.K * ITEM_SIZE[dtype] for one in quantized), default=0)
-    by_choice, rows = machinery.activation == "int8" or (machinery.activation == "auto" and dtype != "float32"), layout.NATIVE_ROWS
+    by_choice, rows = (
+        machinery.activation == "int8" or (machinery.activation == "auto" and dtype != "float32"),
+        layout.NATIVE_ROWS,
+    )
     shapes = {(one.module.part == "experts", one.module.K, one.group_size, one.kind == "int" and by_choice) for one in weights}
     parts = [layout.native_workspace_bytes(rows, K, group, rounded=rounded) for _, K, group, rounded in shapes]
     shared, routes = max(shared for shared, _ in parts), 0

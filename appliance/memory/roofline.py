@@ -1,8 +1,9 @@
 """How fast a card should be: bytes and operations of a step, and what the card is sold with. Predictions: nothing is run.
 
-A decode step reads every weight once (of a mixture the experts that are chosen) and the cache of every sequence; a prompt is products and attention. Each kernel is meant to
-reach a share of the card's bandwidth or rate (``TARGETS``, ``PREFILL``); those are goals for an RTX 4090, and what a card really
-does is measured by scripts/gpu_check. What this leaves out: drawing tokens, steps that mix prompts with answers, other programs.
+A decode step reads every weight once (of a mixture's experts those that are chosen) and the cache of every sequence; a prompt
+is products and attention. Each kernel is meant to reach a share of the card's bandwidth or rate (``TARGETS``, ``PREFILL``);
+those are goals for an RTX 4090, and what a card really does is measured by scripts/gpu_check. What this leaves out: drawing
+tokens, steps that mix prompts with answers, other programs.
 """
 
 from __future__ import annotations

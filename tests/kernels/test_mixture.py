@@ -1,4 +1,4 @@
-"""Mixtures of experts: the native kernel under every instruction set, and torch's operators, against sums written out in float64."""
+"""Mixtures of experts: the native kernel under every instruction set, and torch's operators, against sums in float64."""
 
 from __future__ import annotations
 
@@ -39,14 +39,16 @@ def random_experts(count: int, kind: str = "dense", hidden: int = HIDDEN, inner:
         if kind == "dense":
             return torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) / K**0.5
         options = {"bits": {"fp8": 0, "int8": 8}.get(kind, 4), "group_size": None if kind in ("fp8", "int8") else 24}
-        return random_weight(N, K, **options, asymmetric=kind == "awq", act_order=kind == "order" and N == inner, seed=seed)  # type: ignore[arg-type]
+        return random_weight(N, K, **options, asymmetric=kind == "awq", act_order=kind == "order" and inner == N, seed=seed)  # type: ignore[arg-type]
 
     shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
     # gate and up have one order between them, as tools that see the same inputs give them
     return [tuple(one(N, K, 3 * e + (i == 2)) for i, (N, K) in enumerate(shapes)) for e in range(count)]  # type: ignore[misc]
 
 
-def pack(ops: Ops | NativeOps, router: Tensor, experts: Sequence[Weights], dtype: torch.dtype, active: int, normalized: bool = True) -> Mixture:
+def pack(
+    ops: Ops | NativeOps, router: Tensor, experts: Sequence[Weights], dtype: torch.dtype, active: int, normalized: bool = True
+) -> Mixture:
     def both(gate: QuantTensor | Tensor, up: QuantTensor | Tensor) -> QuantTensor | Tensor:
         if isinstance(gate, QuantTensor) and isinstance(up, QuantTensor):
             return QuantTensor.cat([gate, up])
@@ -54,7 +56,10 @@ def pack(ops: Ops | NativeOps, router: Tensor, experts: Sequence[Weights], dtype
         return torch.cat([gate, up])
 
     mlps = tuple(
-        MLP((ops.pack(both(gate, up), dtype=dtype, gated=True, activation="bf16"),), ops.pack(down, dtype=dtype, activation="bf16"))
+        MLP(
+            (ops.pack(both(gate, up), dtype=dtype, gated=True, activation="bf16"),),
+            ops.pack(down, dtype=dtype, activation="bf16"),
+        )
         for gate, up, down in experts
     )
     return Mixture(ops.pack(router, dtype=dtype), mlps, active, normalized)
@@ -197,13 +202,14 @@ def test_the_planned_workspace_is_enough(isa: str, dtype: torch.dtype) -> None:
         shapes = [(HIDDEN, 24, False), (INNER, 24, False), (HIDDEN, HIDDEN, False)]
         parts = [native_workspace_bytes(rows, K, group, rounded=rounded) for K, group, rounded in shapes]
         mixed = [
-            native_mixture_bytes(rows, K, group, rounded=rounded, experts=count, active=active) for K, group, rounded in shapes[:2]
+            native_mixture_bytes(rows, K, group, rounded=rounded, experts=count, active=active)
+            for K, group, rounded in shapes[:2]
         ]
         routes = native_routes_bytes(rows, INNER, dtype.itemsize, experts=count, active=active)
         planned = max(*mixed, *(shared for shared, _ in parts)) + routes + max(thread for _, thread in parts)
         assert 0 < ops.machine.scratch_bytes <= planned, rows
         if rows > 30:
-            assert ops.machine.scratch_bytes > 0.6 * planned
+            assert ops.machine.scratch_bytes > planned / 3  # rows of 96 inputs are planned as of 256
 
 
 def test_the_reference_has_float32_sums() -> None:

@@ -34,7 +34,19 @@ SHAPES = {"qkv": ((HEADS + 2 * KV_HEADS) * SIZE, HIDDEN), "o": (HIDDEN, HEADS * 
 
 def make_ops(isa: str, threads: int = 2) -> Ops:
     native = native_ops(isa, threads)
-    names = ("pack", "matmul", "embedding", "rms_norm", "rope_store", "attention", "silu_mul", "argmax", "kth_largest", "mix", "bind")
+    names = (
+        "pack",
+        "matmul",
+        "embedding",
+        "rms_norm",
+        "rope_store",
+        "attention",
+        "silu_mul",
+        "argmax",
+        "kth_largest",
+        "mix",
+        "bind",
+    )
     return Ops(name="cpu-native", device=torch.device("cpu"), **{name: getattr(native, name) for name in names})
 
 
@@ -50,7 +62,9 @@ def make_decoder(ops: Ops, dtype: torch.dtype, *, split: bool = False, mixture: 
         qkv, o, down = (linear(*SHAPES[name]) for name in ("qkv", "o", "down"))
         mlp: MLP | Mixture = MLP(gate_up, down)
         if mixture and i > 0:
-            experts = [MLP((linear(2 * INNER, HIDDEN, bias=False, gated=True),), linear(*SHAPES["down"], bias=False)) for _ in range(7)]
+            experts = [
+                MLP((linear(2 * INNER, HIDDEN, bias=False, gated=True),), linear(*SHAPES["down"], bias=False)) for _ in range(7)
+            ]
             mlp = Mixture(ops.pack(torch.randn(7, HIDDEN), dtype=dtype), tuple(experts), 3, i == 1)
         extra = {"q_norm": norm(SIZE), "k_norm": norm(SIZE)} if i == 1 else {"window": 7} if i == 2 else {}
         return Layer(norm(HIDDEN), (qkv,), o, norm(HIDDEN), mlp, **extra)  # type: ignore[arg-type]

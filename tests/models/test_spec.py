@@ -148,7 +148,9 @@ def test_mixtures_of_experts() -> None:
 
     shapes = {m.name: (m.N, m.K, m.part) for m in qwen.modules()}
     assert shapes["model.layers.1.mlp.gate"] == (8, 64, "router")
-    assert shapes["model.layers.2.mlp.experts.7.gate_proj"] == shapes["model.layers.2.mlp.experts.7.up_proj"] == (24, 64, "experts")
+    assert (
+        shapes["model.layers.2.mlp.experts.7.gate_proj"] == shapes["model.layers.2.mlp.experts.7.up_proj"] == (24, 64, "experts")
+    )
     assert shapes["model.layers.0.mlp.experts.0.down_proj"] == (64, 24, "experts")
     assert len(shapes) == 3 * (4 + 1 + 8 * 3) + 2
     shapes = {m.name: (m.N, m.K, m.part) for m in mixtral.layer_modules()}
@@ -231,7 +233,14 @@ def test_published_configs(shared_data: Path) -> None:
         else:
             with pytest.raises(InputError, match=f"architecture {name} is not supported"):
                 ModelSpec.from_config(config)
-    assert seen >= {"Qwen--Qwen3-30B-A3B", "mistralai--Mixtral-8x7B-v0.1", "Qwen--Qwen3-0.6B", "Qwen--Qwen3-32B-FP8", "meta-llama--Meta-Llama-3.1-8B", "meta-llama--Meta-Llama-3.1-70B"}
+    assert seen >= {
+        "Qwen--Qwen3-30B-A3B",
+        "mistralai--Mixtral-8x7B-v0.1",
+        "Qwen--Qwen3-0.6B",
+        "Qwen--Qwen3-32B-FP8",
+        "meta-llama--Meta-Llama-3.1-8B",
+        "meta-llama--Meta-Llama-3.1-70B",
+    }
 
 
 def test_parameter_counts_of_published_models(shared_data: Path) -> None:

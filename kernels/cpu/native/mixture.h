@@ -55,9 +55,9 @@ INLINE void choose(const float* logits, int64_t n, int64_t active, bool normaliz
     const float most = logits[chosen[0]];
     float sum = 0;
     if (!normalized)
-        for (int64_t i = 0; i < n; ++i) sum += std::exp(logits[i] - most);
+        for (int64_t i = 0; i < n; ++i) sum += __builtin_expf(logits[i] - most);
     for (int64_t j = 0; j < active; ++j) {
-        shares[j] = std::exp(logits[chosen[j]] - most);
+        shares[j] = __builtin_expf(logits[chosen[j]] - most);
         if (normalized) sum += shares[j];
     }
     for (int64_t j = 0; j < active; ++j) shares[j] /= sum;
@@ -129,7 +129,7 @@ struct Products {
             for (int64_t row = from > g.first ? from - g.first : 0; row < g.rows && g.first + row < to; ++row) prepare_row(block, row, desk.wide, desk.spare);
         }
     }
-    // f(block, group) with tiles as the group wants them.
+    // f(block), with tiles as the group wants them.
     template <class G> INLINE void with_block(const Group& g, G&& f) const {
         const MatmulArgs a = args(g);
         start_tiles(*a.weight, g.rows);
