@@ -150,8 +150,8 @@ class _Loader:
         )
 
     def _tell(self) -> None:
-        tensors = self.checkpoint.index.tensors
-        self.progress(sum(tensors[name].nbytes for name in self.checkpoint.consumed), self.checkpoint.index.total_bytes)
+        tensors, consumed = self.checkpoint.index.tensors, self.checkpoint.consumed.copy()  # other threads go on reading
+        self.progress(sum(tensors[name].nbytes for name in consumed), self.checkpoint.index.total_bytes)
 
     def _ends(self) -> tuple[Tensor | Weight, Weight, bool]:
         """(embedding, head, whether they are one). A tied model may store the one table under either name."""
