@@ -118,7 +118,7 @@ def write_published(directory: Path, config: dict[str, Any], variant: str) -> Pa
         prefix = f"model.layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}.{norm}.weight"] = ("BF16", (hidden,))
-        if config["architectures"][0].startswith("Qwen3"):
+        if config["architectures"][0] in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"):
             for norm in ("q_norm", "k_norm"):
                 tensors[f"{prefix}.self_attn.{norm}.weight"] = ("BF16", (config["head_dim"],))
         for name, (N, K) in linears(config).items():
