@@ -208,7 +208,7 @@ def test_the_planned_workspace_is_enough(isa: str, dtype: torch.dtype) -> None:
         routes = native_routes_bytes(rows, INNER, dtype.itemsize, experts=count, active=active)
         planned = max(*mixed, *(shared for shared, _ in parts)) + routes + max(thread for _, thread in parts)
         assert 0 < ops.machine.scratch_bytes <= planned, rows
-        if rows > 30:
+        if rows > 30 and dtype == torch.float32:  # pairs of bfloat16 take half of a row
             assert ops.machine.scratch_bytes > planned / 3  # rows of 96 inputs are planned as of 256
 
 
