@@ -253,10 +253,30 @@ def native_workspace_bytes(tokens: int, K: int, group_size: int, *, rounded: boo
     scale and sum. A thread has a row in float32, sums of two panels, and an unpacked piece of the weight. Memory is kept for the
     next product, large parts in whole huge pages.
     """
-    segments, unit = native_segments(K, group_size)
-    rows = min(padded(tokens, 16), NATIVE_ROWS)
-    row = padded(segments * unit, 2 * SEGMENT) * (1 if rounded else 4) + 12 * segments
+    rows, row = min(padded(tokens, 16), NATIVE_ROWS), _native_row(K, group_size, rounded)
     return _in_pages(rows * row + 64), _in_pages(8 * (K + 40) + 2 * rows * BLOCK_N * 4 + (32 << 10))
+
+
+def native_mixture_bytes(tokens: int, K: int, group_size: int, *, rounded: bool, experts: int, active: int) -> int:
+    """What is shared, as above, of the products of a mixture's experts: each token's row is there for each of ``active`` experts.
+
+    The rows of each expert are filled up to whole tiles of 16. A thread needs no more than for another product.
+    """
+    pairs = min(tokens, NATIVE_ROWS) * active
+    groups = min(experts, pairs)
+    return _in_pages((pairs + 15 * groups) * _native_row(K, group_size, rounded) + 128 * groups)
+
+
+def native_routes_bytes(tokens: int, inner: int, item_size: int, *, experts: int, active: int) -> int:
+    """Beside that: logits of the router, who goes where, and what comes out of gate and up (native/mixture.h)."""
+    rows = min(tokens, NATIVE_ROWS)
+    return _in_pages(rows * active * (16 + inner * item_size) + rows * experts * 4 + experts * 36 + 64)
+
+
+def _native_row(K: int, group_size: int, rounded: bool) -> int:
+    """Bytes of a prepared row."""
+    segments, unit = native_segments(K, group_size)
+    return padded(segments * unit, 2 * SEGMENT) * (1 if rounded else 4) + 12 * segments
 
 
 def _in_pages(size: int) -> int:

@@ -77,6 +77,32 @@ Linear = tuple[Weight, ...]  # several where the parts of a fused projection can
 
 
 @dataclass(frozen=True)
+class MLP:
+    """down(silu(gate(x)) * up(x))."""
+
+    gate_up: Linear  # one gated weight, or gate and up
+    down: Weight
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return (*self.gate_up, self.down)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """MLPs of which a router gives each token a few: their sum, weighted with the router's shares."""
+
+    router: Weight  # [experts, hidden]
+    experts: tuple[MLP, ...]
+    active: int  # experts that a token goes through
+    normalized: bool  # whether the shares of these are made to add up to 1
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return (self.router, *(weight for expert in self.experts for weight in expert.weights))
+
+
+@dataclass(frozen=True)
 class Layer:
     """Weights of one decoder layer, in the device's layout; norms [hidden] or [head_dim] in the activations' dtype."""
 
@@ -84,8 +110,7 @@ class Layer:
     qkv: Linear
     o: Weight
     post_norm: Tensor
-    gate_up: Linear  # one gated weight, or gate and up
-    down: Weight
+    mlp: MLP | Mixture
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     window: int | None = None
@@ -94,11 +119,20 @@ class Layer:
     streamed: int = 0  # bytes of these, which have no place of their own on the device
 
     @property
+    def only_mlp(self) -> MLP:
+        """TypeError where there is a mixture."""
+        if not isinstance(self.mlp, MLP):
+            raise TypeError("these operators have no mixture of experts")
+        return self.mlp
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return (*self.qkv, self.o, *self.mlp.weights)
+
+    @property
     def nbytes(self) -> int:
         norms = (self.input_norm, self.post_norm, self.q_norm, self.k_norm)
-        return sum(w.nbytes for w in (*self.qkv, self.o, *self.gate_up, self.down)) + sum(
-            n.nbytes for n in norms if n is not None
-        )
+        return sum(w.nbytes for w in self.weights) + sum(n.nbytes for n in norms if n is not None)
 
 
 class Pack(Protocol):
@@ -176,6 +210,16 @@ class RopeStore(Protocol):
 class SiluMul(Protocol):
     def __call__(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up for gate_up [T, 2 * I] (gate first) -> [T, I]."""
+
+
+class Mix(Protocol):
+    def __call__(self, x: Tensor, mixture: Mixture, *, norm: Norm) -> Tensor:
+        """x [T, hidden] + the weighted sum of the experts' products of x normalized.
+
+        A token's experts are those of the router's largest logits, of equal ones the first; their shares are the softmax over
+        all experts, in float32. Sums are made in float32, expert after expert, and rounded once. Only experts that some token
+        has chosen are read.
+        """
 
 
 class Attention(Protocol):
@@ -259,6 +303,7 @@ class Ops:
     silu_mul: SiluMul
     argmax: ArgMax
     kth_largest: KthLargest
+    mix: Mix | None = None  # None: these operators have no mixture of experts
     bind: Bind | None = None
     sample: Sample | None = None  # None: tokens are drawn on the host
     pack_table: Pack | None = None  # for an embedding alone; None: rows can be looked up in what ``pack`` makes of integers

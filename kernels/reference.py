@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.kv_cache import dequantize, quantize
+from kernels.mixture import mix
 from kernels.ops import KVCache, Norm, Ops, PagedBatch, Weight
 from quant.tensor import QuantTensor
 
@@ -220,5 +222,6 @@ def make_ops(device: torch.device) -> Ops:
         silu_mul=silu_mul,
         argmax=argmax,
         kth_largest=kth_largest,
+        mix=partial(mix, matmul, rms_norm, silu_mul),
         sample=sample,
     )

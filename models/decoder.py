@@ -1,4 +1,4 @@
-"""The one decoder: pre-norm attention and gated MLP, driven by a ModelSpec, calling Ops only."""
+"""The one decoder: pre-norm attention and gated MLP (or a mixture of such), driven by a ModelSpec, calling Ops only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kernels.kv_cache import LARGEST
 from kernels.layout import SCALED_CACHES
-from kernels.ops import Forward, KVCache, Layer, Linear, Norm, Ops, PagedBatch, Stack, Weight
+from kernels.mixture import gated
+from kernels.ops import Forward, KVCache, Layer, Linear, Mixture, Norm, Ops, PagedBatch, Stack, Weight
 from models.spec import ModelSpec
 
 log = logging.getLogger("appliance.loader")
@@ -64,7 +65,7 @@ class Decoder:
         for layer, cache in zip(self.layers, caches, strict=True):
             with layer.present():
                 hidden = ops.matmul(self._attention(layer, hidden, batch, cache), layer.o, residual=hidden)
-                hidden = ops.matmul(self._gated(layer, hidden), layer.down, residual=hidden)
+                hidden = self._mlp(layer, hidden)
         return ops.rms_norm(hidden, self.norm, eps=self.spec.eps)
 
     def bind(self, caches: Sequence[KVCache], *, max_tokens: int) -> Forward:
@@ -87,10 +88,13 @@ class Decoder:
         q = ops.rope_store(qkv, spec.heads, cache, batch, self.cos_sin, q_norm=q_norm, k_norm=k_norm)
         return ops.attention(q, cache, batch, scale=spec.head_dim**-0.5, window=layer.window).flatten(1)
 
-    def _gated(self, layer: Layer, hidden: Tensor) -> Tensor:
-        """silu(gate) * up, [T, intermediate]."""
-        out = self._linear(hidden, layer.gate_up, self._norm(layer.post_norm))
-        return out if len(layer.gate_up) == 1 else self.ops.silu_mul(out)
+    def _mlp(self, layer: Layer, hidden: Tensor) -> Tensor:
+        """[T, hidden] after the MLP, or the mixture of experts."""
+        ops, norm = self.ops, self._norm(layer.post_norm)
+        if isinstance(layer.mlp, Mixture) and ops.mix is not None:
+            return ops.mix(hidden, layer.mlp, norm=norm)
+        mlp = layer.only_mlp
+        return ops.matmul(gated(ops.matmul, ops.silu_mul, hidden, mlp.gate_up, norm), mlp.down, residual=hidden)
 
     def _norm(self, weight: Tensor) -> Norm:
         return Norm(weight, self.spec.eps)

@@ -22,11 +22,17 @@ class Architecture:
     mlp_bias: bool | str = False
     qk_norm: bool = False
     fused_qkv: bool = False
-    window: str = "none"  # none; "all": sliding_window in every layer; "upper": from layer max_window_layers on, if switched on
+    window: str = "none"
+    """Layers with sliding_window: none; "all"; "switched": all, if switched on; "upper": from max_window_layers on, if so."""
     default_window: int | None = None
     default_head_dim: int | None = None
     eps: float = 1e-6
+    theta: float = 1e4
     max_position: int = 2048
+    mixture: str = ""  # the name of a mixture of experts within a layer; empty: one MLP
+    expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # the linears of each
+    expert_size: str = "moe_intermediate_size"
+    normalized: bool | str = "norm_topk_prob"
 
 
 ARCHITECTURES = {
@@ -35,7 +41,12 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": Architecture(qkv_bias=True, o_bias=False, window="upper", max_position=32768),
     "Qwen3ForCausalLM": Architecture(qk_norm=True, window="upper", default_head_dim=128, max_position=32768),
     "Phi3ForCausalLM": Architecture(qkv_bias=False, o_bias=False, fused_qkv=True, window="all", eps=1e-5, max_position=4096),
-}
+    "Qwen3MoeForCausalLM": Architecture(qk_norm=True, window="switched", default_window=4096, max_position=32768, mixture="mlp"),
+    "MixtralForCausalLM": Architecture(
+        qkv_bias=False, o_bias=False, window="all", eps=1e-5, theta=1e6, max_position=131072,
+        mixture="block_sparse_moe", expert=("w1", "w3", "w2"), expert_size="intermediate_size", normalized=True,
+    ),
+}  # fmt: skip
 DTYPES = ("float16", "bfloat16", "float32")
 # Keys that would change the arithmetic, with the values under which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -45,11 +56,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_scale": (None, 1, 1.0),
     "embedding_multiplier": (None, 1, 1.0),
     "residual_multiplier": (None, 1, 1.0),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
 }
+EXPERTS = ("num_experts", "num_local_experts")  # either has the number of a mixture's experts
+DENSE: dict[str, tuple[Any, ...]] = dict.fromkeys(EXPERTS, (None, 0))
+ALL_SPARSE: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (None, 1), "mlp_only_layers": (None, [])}
+"""The same of models whose layers have one MLP each, and of those whose layers are all mixtures."""
+ENDS = ("embedding", "head")
 
 
 @dataclass(frozen=True)
@@ -59,8 +73,33 @@ class ModuleShape:
     name: str
     N: int
     K: int
-    part: str  # embedding, attention, mlp, head
+    part: str  # embedding, attention, mlp (or router and experts), head
     bias: bool
+
+    @property
+    def in_layer(self) -> bool:
+        return self.part not in ENDS
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Many MLPs in place of one, of which a router gives each token a few."""
+
+    experts: int
+    active: int  # experts that a token goes through
+    normalized: bool  # whether the shares of these are made to add up to 1
+    name: str  # within a layer
+    expert: tuple[str, str, str]  # names of gate, up and down within an expert
+
+    def modules(self, hidden: int, inner: int) -> Iterator[ModuleShape]:
+        """The router, then expert by expert."""
+        gate, up, down = self.expert
+        yield ModuleShape(f"{self.name}.gate", self.experts, hidden, "router", False)
+        for number in range(self.experts):
+            prefix = f"{self.name}.experts.{number}"
+            yield ModuleShape(f"{prefix}.{gate}", inner, hidden, "experts", False)
+            yield ModuleShape(f"{prefix}.{up}", inner, hidden, "experts", False)
+            yield ModuleShape(f"{prefix}.{down}", hidden, inner, "experts", False)
 
 
 @dataclass(frozen=True)
@@ -73,7 +112,7 @@ class ModelSpec:
     heads: int
     kv_heads: int
     head_dim: int
-    intermediate: int
+    intermediate: int  # of the MLP, or of each expert
     vocab: int
     rope: RopeSpec
     eps: float
@@ -85,6 +124,7 @@ class ModelSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     fused_qkv: bool = False  # the checkpoint stores qkv_proj and gate_up_proj
+    mixture: Mixture | None = None
     windows: tuple[int | None, ...] = ()  # sliding window by layer; None sees everything
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -94,7 +134,8 @@ class ModelSpec:
         """Read config.json. Raises InputError naming the architecture, key or value that is not supported."""
         name = _architecture(config)
         kind, fields = ARCHITECTURES[name], Fields(config)
-        for key, allowed in NEUTRAL.items():
+        neutral = NEUTRAL | (DENSE if not kind.mixture else ALL_SPARSE)
+        for key, allowed in neutral.items():
             if config.get(key) not in allowed:
                 raise InputError(f"config.json: {key} = {config[key]!r} is not supported for {name}")
         activation = config.get("hidden_act", "silu")
@@ -108,7 +149,9 @@ class ModelSpec:
         head_dim = _divide(hidden, heads) if derived else fields.integer("head_dim", default=kind.default_head_dim)
         layers = fields.integer("num_hidden_layers")
         max_position = fields.integer("max_position_embeddings", default=kind.max_position)
-        rope = read_rope(Fields({"max_position_embeddings": max_position, **config}), head_dim, max_position)
+        rope = read_rope(
+            Fields({"max_position_embeddings": max_position, "rope_theta": kind.theta, **config}), head_dim, max_position
+        )
         return cls(
             architecture=name,
             layers=layers,
@@ -116,7 +159,7 @@ class ModelSpec:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            intermediate=fields.integer("intermediate_size"),
+            intermediate=fields.integer(kind.expert_size if kind.mixture else "intermediate_size"),
             vocab=fields.integer("vocab_size"),
             rope=rope,
             eps=fields.number("rms_norm_eps", default=kind.eps),
@@ -128,6 +171,7 @@ class ModelSpec:
             mlp_bias=_flag(kind.mlp_bias, fields),
             qk_norm=kind.qk_norm,
             fused_qkv=kind.fused_qkv,
+            mixture=_mixture(kind, fields) if kind.mixture else None,
             windows=_windows(kind, fields, layers),
             eos_token_ids=_token_ids(config, "eos_token_id"),
             bos_token_id=next(iter(_token_ids(config, "bos_token_id")), None),
@@ -159,6 +203,9 @@ class ModelSpec:
             for name, size in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
                 yield ModuleShape(f"self_attn.{name}", size, hidden, "attention", self.qkv_bias)
         yield ModuleShape("self_attn.o_proj", hidden, q, "attention", self.o_bias)
+        if self.mixture is not None:
+            yield from self.mixture.modules(hidden, inner)
+            return
         if self.fused_qkv:
             yield ModuleShape("mlp.gate_up_proj", 2 * inner, hidden, "mlp", self.mlp_bias)
         else:
@@ -179,6 +226,14 @@ class ModelSpec:
     @property
     def num_parameters(self) -> int:
         return sum(m.N * m.K + (m.N if m.bias else 0) for m in self.modules()) + sum(n for _, n in self.small_tensors())
+
+    @property
+    def linear_parameters(self) -> tuple[int, int]:
+        """(all weights of the layers' linears, those of them that a token goes through)."""
+        sizes = [(m.N * m.K, m.part == "experts") for m in self.modules() if m.in_layer]
+        expert, rest = (sum(size for size, one in sizes if one == kind) for kind in (True, False))
+        active = expert if self.mixture is None else expert * self.mixture.active // self.mixture.experts
+        return rest + expert, rest + active
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -202,6 +257,14 @@ def _flag(source: bool | str, fields: Fields) -> bool:
     return source if isinstance(source, bool) else fields.flag(source, default=False)
 
 
+def _mixture(kind: Architecture, fields: Fields) -> Mixture:
+    experts = fields.integer(next((key for key in EXPERTS if fields.get(key) is not None), EXPERTS[0]))
+    active = fields.integer("num_experts_per_tok")
+    if active > experts:
+        raise InputError(f"config.json: num_experts_per_tok is {active}, but there are {experts} experts")
+    return Mixture(experts, active, _flag(kind.normalized, fields), kind.mixture, kind.expert)
+
+
 def _dtype(config: Mapping[str, Any]) -> str:
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"  # transformers' default
     if dtype not in DTYPES:
@@ -216,7 +279,7 @@ def _windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | Non
     window = None if given is None else fields.integer("sliding_window", default=given)
     if kind.window == "none":
         window = None
-    if kind.window == "upper" and not fields.flag("use_sliding_window", default=False):
+    if kind.window in ("switched", "upper") and not fields.flag("use_sliding_window", default=False):
         window = None
     if types is not None:
         if not isinstance(types, list) or len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:

@@ -59,6 +59,8 @@ class Job:
         if self.checkpoint.scheme.method != "none":
             raise InputError(f"{source} is quantized already ({self.checkpoint.scheme.method}): give the original model")
         self.spec = ModelSpec.from_config(self.checkpoint.config)
+        if self.spec.mixture is not None:
+            raise InputError(f"{source}: {self.spec.architecture} is a mixture of experts, and this version quantizes none")
         if ids is not None and ids.shape[1] > self.spec.max_len:
             raise InputError(f"--calibration-length is {ids.shape[1]}, but the model was made for {self.spec.max_len} tokens")
         self._check_tensors()

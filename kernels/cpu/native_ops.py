@@ -11,7 +11,8 @@ from torch import Tensor
 from kernels.cpu import backend, native_weights
 from kernels.cpu.native_weights import TYPES, NativeWeight, address
 from kernels.layout import NATIVE_ROWS, SCALED_CACHES
-from kernels.ops import Forward, KVCache, Layer, Norm, Ops, PagedBatch, Stack, Weight
+from kernels.mixture import mix
+from kernels.ops import Forward, KVCache, Layer, Mixture, Norm, Ops, PagedBatch, Stack, Weight
 from quant.tensor import QuantTensor
 
 
@@ -105,6 +106,15 @@ class NativeOps:
             self.machine.silu_mul(gate_up.data_ptr(), rows, columns, columns, TYPES[gate_up.dtype], out.data_ptr())
         return out
 
+    def mix(self, x: Tensor, mixture: Mixture, *, norm: Norm) -> Tensor:
+        handle = self._experts(mixture)
+        if handle is None:
+            return mix(self.matmul, self.rms_norm, self.silu_mul, x, mixture, norm=norm)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self.machine.mixture(handle, x.data_ptr(), len(x), TYPES[x.dtype], norm.weight.data_ptr(), norm.eps, out.data_ptr())
+        return out
+
     def rope_store(
         self,
         qkv: Tensor,
@@ -162,7 +172,7 @@ class NativeOps:
 
     def bind(self, stack: Stack, caches: Sequence[KVCache], *, max_tokens: int) -> Forward | None:
         layers, (norm, eps) = stack.layers, stack.norm
-        if any(len(layer.qkv) > 1 or len(layer.gate_up) > 1 for layer in layers):
+        if any(len(layer.qkv) > 1 or self._inner(layer) is None for layer in layers):
             return None
         size, dtype = norm.shape[0], norm.dtype
         handle = self.module.Stack(
@@ -208,19 +218,43 @@ class NativeOps:
 
     def _rehearse(self, layer: Layer, hidden: Tensor, workspace: Tensor, rows: int) -> None:
         """Products of as many rows as are prepared at a time: the memory that they need is there before the first request."""
-        for source, weight, target in (
-            (hidden, layer.qkv[0], workspace),
-            (workspace, layer.o, hidden),
-            (hidden, layer.gate_up[0], workspace),
-            (workspace, layer.down, hidden),
-        ):
+        products = [(hidden, layer.qkv[0], workspace), (workspace, layer.o, hidden)]
+        if isinstance(layer.mlp, Mixture):
+            self.mix(hidden[: rows * layer.o.N].view(rows, -1), layer.mlp, norm=Norm(layer.post_norm, 1.0))
+        else:
+            products += [(hidden, layer.mlp.gate_up[0], workspace), (workspace, layer.mlp.down, hidden)]
+        for source, weight, target in products:
             x, out = source[: rows * weight.K].view(rows, weight.K), target[: rows * weight.N].view(rows, weight.N)
             self.matmul(x, weight, out=out)
 
+    def _inner(self, layer: Layer) -> dict[str, Any] | None:
+        """What takes the place of its MLP in one call; None where weights come in parts."""
+        if isinstance(layer.mlp, Mixture):
+            experts = self._experts(layer.mlp)
+            return None if experts is None else {"experts": experts}
+        gate_up, down = layer.mlp.gate_up, layer.mlp.down
+        return {"gate_up": gate_up[0].handle, "down": down.handle} if len(gate_up) == 1 else None  # type: ignore[attr-defined]
+
+    def _experts(self, mixture: Mixture) -> Any:
+        """The experts as the kernels see them, kept with them; None where they need the operators one by one."""
+        if "_native" not in mixture.__dict__:
+            parts: Any = [(expert.gate_up, expert.down) for expert in mixture.experts]
+            whole = all(len(gate_up) == 1 and down.bias is None for gate_up, down in parts)
+            router: Any = mixture.router
+            mixture.__dict__["_native"] = whole and self.module.Experts(
+                router=router.handle,
+                gate_up=[gate_up[0].handle for gate_up, _ in parts],
+                down=[down.handle for _, down in parts],
+                active=mixture.active,
+                normalized=mixture.normalized,
+            )
+        return mixture.__dict__["_native"] or None
+
     def _layer(self, layer: Layer, cache: KVCache) -> Any:
-        weights: Any = {"qkv": layer.qkv[0], "o": layer.o, "gate_up": layer.gate_up[0], "down": layer.down}
+        weights: Any = {"qkv": layer.qkv[0], "o": layer.o}
         return self.module.Layer(
             **{name: weight.handle for name, weight in weights.items()},
+            **(self._inner(layer) or {}),
             input_norm=address(layer.input_norm),
             post_norm=address(layer.post_norm),
             q_norm=address(layer.q_norm),
@@ -275,5 +309,6 @@ def make_ops(device: torch.device, threads: int | None = None) -> Ops:
         silu_mul=native.silu_mul,
         argmax=native.argmax,
         kth_largest=native.kth_largest,
+        mix=native.mix,
         bind=native.bind,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 from kernels import reference
 from kernels.cpu import weights
 from kernels.cpu.paged_attention import PagedAttention
+from kernels.mixture import mix
 from kernels.ops import KVCache, Norm, Ops, PagedBatch, Weight
 
 
@@ -84,5 +87,6 @@ def make_ops(device: torch.device) -> Ops:
         silu_mul=weights.silu_mul,
         argmax=reference.argmax,
         kth_largest=reference.kth_largest,
+        mix=partial(mix, matmul, rms_norm, weights.silu_mul),
         pack_table=reference.pack,
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.ops import KVCache, Layer, Ops, Weight
+from kernels.ops import MLP, KVCache, Layer, Mixture, Ops, Weight
 from models.decoder import Decoder
 from models.spec import ModelSpec
 from tests.kernels.native import instruction_sets, native_ops
@@ -32,15 +32,27 @@ CONFIG = {
 SHAPES = {"qkv": ((HEADS + 2 * KV_HEADS) * SIZE, HIDDEN), "o": (HIDDEN, HEADS * SIZE), "down": (HIDDEN, INNER)}
 
 
-def make_ops(isa: str) -> Ops:
-    native = native_ops(isa)
-    names = ("pack", "matmul", "embedding", "rms_norm", "rope_store", "attention", "silu_mul", "argmax", "kth_largest", "bind")
+def make_ops(isa: str, threads: int = 2) -> Ops:
+    native = native_ops(isa, threads)
+    names = (
+        "pack",
+        "matmul",
+        "embedding",
+        "rms_norm",
+        "rope_store",
+        "attention",
+        "silu_mul",
+        "argmax",
+        "kth_largest",
+        "mix",
+        "bind",
+    )
     return Ops(name="cpu-native", device=torch.device("cpu"), **{name: getattr(native, name) for name in names})
 
 
-def make_decoder(ops: Ops, dtype: torch.dtype, *, split: bool = False) -> Decoder:
-    def linear(N: int, K: int, **options: object) -> Weight:
-        return ops.pack(random_weight(N, K, group_size=32), dtype=dtype, bias=torch.randn(N), **options)  # type: ignore[arg-type]
+def make_decoder(ops: Ops, dtype: torch.dtype, *, split: bool = False, mixture: bool = False) -> Decoder:
+    def linear(N: int, K: int, bias: bool = True, **options: object) -> Weight:
+        return ops.pack(random_weight(N, K, group_size=32), dtype=dtype, bias=torch.randn(N) if bias else None, **options)  # type: ignore[arg-type]
 
     def norm(n: int) -> Tensor:
         return (1 + 0.1 * torch.randn(n)).to(dtype)
@@ -48,8 +60,14 @@ def make_decoder(ops: Ops, dtype: torch.dtype, *, split: bool = False) -> Decode
     def layer(i: int) -> Layer:
         gate_up = tuple(linear(INNER, HIDDEN) for _ in range(2)) if split and i == 1 else (linear(2 * INNER, HIDDEN, gated=True),)
         qkv, o, down = (linear(*SHAPES[name]) for name in ("qkv", "o", "down"))
+        mlp: MLP | Mixture = MLP(gate_up, down)
+        if mixture and i > 0:
+            experts = [
+                MLP((linear(2 * INNER, HIDDEN, bias=False, gated=True),), linear(*SHAPES["down"], bias=False)) for _ in range(7)
+            ]
+            mlp = Mixture(ops.pack(torch.randn(7, HIDDEN), dtype=dtype), tuple(experts), 3, i == 1)
         extra = {"q_norm": norm(SIZE), "k_norm": norm(SIZE)} if i == 1 else {"window": 7} if i == 2 else {}
-        return Layer(norm(HIDDEN), (qkv,), o, norm(HIDDEN), gate_up, down, **extra)  # type: ignore[arg-type]
+        return Layer(norm(HIDDEN), (qkv,), o, norm(HIDDEN), mlp, **extra)  # type: ignore[arg-type]
 
     return Decoder(
         spec=ModelSpec.from_config(CONFIG),
@@ -65,8 +83,9 @@ def make_decoder(ops: Ops, dtype: torch.dtype, *, split: bool = False) -> Decode
 
 @pytest.mark.parametrize("isa", instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_one_call_is_the_operators_one_by_one(isa: str, dtype: torch.dtype) -> None:
-    decoder = make_decoder(make_ops(isa), dtype)
+@pytest.mark.parametrize("mixture", [False, True])
+def test_one_call_is_the_operators_one_by_one(isa: str, dtype: torch.dtype, mixture: bool) -> None:
+    decoder = make_decoder(make_ops(isa), dtype, mixture=mixture)
     for sequences in ([(0, 1)], [(20, 1), (0, 33), (15, 1), (16, 2)], [(63, 1)] * 9):
         batch, cache = make_step(sequences, kv_heads=KV_HEADS, head_dim=SIZE, dtype=dtype)
         ids = torch.randint(VOCAB, (len(batch.positions),))

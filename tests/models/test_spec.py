@@ -30,6 +30,11 @@ LLAMA: dict[str, Any] = {
     "bos_token_id": 1,
 }
 GONE = object()
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}  # fmt: skip
+MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def read(architecture: str = "LlamaForCausalLM", **changes: Any) -> ModelSpec:
@@ -129,7 +134,34 @@ def test_modules_are_named_and_shaped_as_published() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_mixtures_of_experts() -> None:
+    qwen, mixtral = read(**QWEN3_MOE, attention_bias=True, sliding_window=32), read(**MIXTRAL, rope_theta=GONE)
+    assert qwen.mixture is not None and mixtral.mixture is not None
+    assert (qwen.intermediate, qwen.qk_norm, qwen.o_bias, qwen.head_dim, qwen.windows) == (24, True, True, 8, (None,) * 3)
+    assert (qwen.mixture.experts, qwen.mixture.active, qwen.mixture.normalized) == (8, 2, True)
+    assert not read(**{**QWEN3_MOE, "norm_topk_prob": GONE}).mixture.normalized  # type: ignore[union-attr]
+    assert read(**QWEN3_MOE, sliding_window=32, use_sliding_window=True).windows == (32,) * 3
+    assert (mixtral.intermediate, mixtral.rope.theta, mixtral.qkv_bias, mixtral.windows) == (160, 1e6, False, (None,) * 3)
+    assert (mixtral.mixture.experts, mixtral.mixture.active, mixtral.mixture.normalized) == (4, 2, True)
+    renamed = {**QWEN3_MOE, "num_experts": GONE, "num_local_experts": 8}  # as newer transformers write it
+    assert read(**renamed).mixture == read(**QWEN3_MOE).mixture
+
+    shapes = {m.name: (m.N, m.K, m.part) for m in qwen.modules()}
+    assert shapes["model.layers.1.mlp.gate"] == (8, 64, "router")
+    assert (
+        shapes["model.layers.2.mlp.experts.7.gate_proj"] == shapes["model.layers.2.mlp.experts.7.up_proj"] == (24, 64, "experts")
+    )
+    assert shapes["model.layers.0.mlp.experts.0.down_proj"] == (64, 24, "experts")
+    assert len(shapes) == 3 * (4 + 1 + 8 * 3) + 2
+    shapes = {m.name: (m.N, m.K, m.part) for m in mixtral.layer_modules()}
+    assert shapes["block_sparse_moe.gate"] == (4, 64, "router")
+    assert shapes["block_sparse_moe.experts.3.w1"] == shapes["block_sparse_moe.experts.3.w3"] == (160, 64, "experts")
+    assert shapes["block_sparse_moe.experts.3.w2"] == (64, 160, "experts")
+    attention, expert = 3 * 64 * (2 * 64 + 2 * 16), 3 * 3 * 24 * 64
+    assert qwen.linear_parameters == (attention + 3 * 8 * 64 + 8 * expert, attention + 3 * 8 * 64 + 2 * expert)
+
+
+@pytest.mark.parametrize("architecture", [name for name, kind in ARCHITECTURES.items() if not kind.mixture])
 def test_parameters_are_counted_once_each(architecture: str) -> None:
     spec = read(architecture, attention_bias=True, head_dim=8)
     q, kv = 64, 16
@@ -140,7 +172,14 @@ def test_parameters_are_counted_once_each(architecture: str) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"architectures": ["MixtralForCausalLM"]}, "architecture MixtralForCausalLM is not supported; supported are Llama"),
+    ({"architectures": ["GptOssForCausalLM"]}, "architecture GptOssForCausalLM is not supported; supported are Llama"),
+    ({"num_experts": 4}, "num_experts = 4 is not supported for LlamaForCausalLM"),
+    ({**QWEN3_MOE, "num_experts": GONE}, "num_experts is missing, expected an integer of at least 1"),
+    ({**QWEN3_MOE, "num_experts_per_tok": 9}, "num_experts_per_tok is 9, but there are 8 experts"),
+    ({**QWEN3_MOE, "decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported for Qwen3MoeForCausalLM"),
+    ({**QWEN3_MOE, "mlp_only_layers": [0]}, "mlp_only_layers = [0] is not supported for Qwen3MoeForCausalLM"),
+    ({**QWEN3_MOE, "norm_topk_prob": 1}, "norm_topk_prob is 1, expected true or false"),
+    ({**QWEN3_MOE, "moe_intermediate_size": GONE}, "moe_intermediate_size is missing, expected an integer of at least 1"),
     ({"architectures": GONE}, "architectures is None, expected one of LlamaForCausalLM, "),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported is silu"),
     ({"pretraining_tp": 2}, "pretraining_tp = 2 is not supported for LlamaForCausalLM"),
@@ -194,11 +233,22 @@ def test_published_configs(shared_data: Path) -> None:
         else:
             with pytest.raises(InputError, match=f"architecture {name} is not supported"):
                 ModelSpec.from_config(config)
-    assert seen >= {"Qwen--Qwen3-0.6B", "Qwen--Qwen3-32B-FP8", "meta-llama--Meta-Llama-3.1-8B", "meta-llama--Meta-Llama-3.1-70B"}
+    assert seen >= {
+        "Qwen--Qwen3-30B-A3B",
+        "mistralai--Mixtral-8x7B-v0.1",
+        "Qwen--Qwen3-0.6B",
+        "Qwen--Qwen3-32B-FP8",
+        "meta-llama--Meta-Llama-3.1-8B",
+        "meta-llama--Meta-Llama-3.1-70B",
+    }
 
 
 def test_parameter_counts_of_published_models(shared_data: Path) -> None:
-    for name, billions in (("meta-llama--Meta-Llama-3.1-8B", 8.03), ("Qwen--Qwen3-8B", 8.19), ("Qwen--Qwen3-0.6B", 0.596)):
+    published = {
+        "meta-llama--Meta-Llama-3.1-8B": 8.03, "Qwen--Qwen3-8B": 8.19, "Qwen--Qwen3-0.6B": 0.596,
+        "Qwen--Qwen3-30B-A3B": 30.5, "mistralai--Mixtral-8x7B-v0.1": 46.7,
+    }  # fmt: skip
+    for name, billions in published.items():
         spec = ModelSpec.from_config(json.loads((shared_data / "configs" / f"{name}_config.json").read_text()))
         assert abs(spec.num_parameters / 1e9 - billions) < 0.006 * billions, name
 

@@ -21,6 +21,16 @@ namespace {
 
 template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
+// A mixture, and the lists that it points into.
+struct Experts {
+    std::vector<const Linear*> gate_up, down;
+    Mixture mixture;
+
+    Experts(const Linear& router, std::vector<const Linear*> gate_ups, std::vector<const Linear*> downs, int64_t active, bool normalized)
+        : gate_up(std::move(gate_ups)), down(std::move(downs)), mixture{&router, gate_up.data(), down.data(), int64_t(down.size()), active, normalized} {}
+    Experts(const Experts&) = delete;
+};
+
 // One set of kernels and the threads that run them. Calls from several Python threads (a loader's) take turns.
 struct Machine {
     const Kernels* kernels;
@@ -37,6 +47,11 @@ struct Machine {
                 uintptr_t out, int out_type) {
         const std::lock_guard lock(mutex);
         kernels->matmul(*pool, {&w, at<void>(x), rows, stride, Type(type), at<void>(norm), eps, at<void>(residual), at<void>(out), Type(out_type)});
+    }
+
+    void mixture(const Experts& experts, uintptr_t x, int64_t rows, int type, uintptr_t norm, float eps, uintptr_t out) {
+        const std::lock_guard lock(mutex);
+        kernels->mixture(*pool, {&experts.mixture, at<void>(x), rows, Type(type), at<void>(norm), eps, at<void>(out)});
     }
 
     void attention(uintptr_t q, int64_t q_stride, uintptr_t out, int type, int64_t q_heads, const Cache& cache, int64_t sequences,
@@ -144,11 +159,17 @@ NB_MODULE(_native, m) {
         new (self) Cache{at<void>(k), at<void>(v), at<void>(k_scale), at<void>(v_scale), Type(type), block_size, heads, dim, k_given, v_given};
     });
 
+    nb::class_<Experts>(m, "Experts")
+        .def(nb::init<const Linear&, std::vector<const Linear*>, std::vector<const Linear*>, int64_t, bool>(), nb::kw_only(), "router"_a,
+             "gate_up"_a, "down"_a, "active"_a, "normalized"_a);
+
     nb::class_<Layer>(m, "Layer")
-        .def("__init__", [](Layer* self, const Linear& qkv, const Linear& o, const Linear& gate_up, const Linear& down, uintptr_t input_norm,
-                            uintptr_t post_norm, uintptr_t q_norm, uintptr_t k_norm, const Cache& cache, int64_t window) {
-            new (self) Layer{&qkv, &o, &gate_up, &down, at<void>(input_norm), at<void>(post_norm), at<void>(q_norm), at<void>(k_norm), cache, window};
-        }, nb::kw_only(), "qkv"_a, "o"_a, "gate_up"_a, "down"_a, "input_norm"_a, "post_norm"_a, "q_norm"_a, "k_norm"_a, "cache"_a, "window"_a);
+        .def("__init__", [](Layer* self, const Linear& qkv, const Linear& o, const Linear* gate_up, const Linear* down, const Experts* experts,
+                            uintptr_t input_norm, uintptr_t post_norm, uintptr_t q_norm, uintptr_t k_norm, const Cache& cache, int64_t window) {
+            new (self) Layer{&qkv, &o, gate_up, down, experts == nullptr ? nullptr : &experts->mixture, at<void>(input_norm), at<void>(post_norm),
+                             at<void>(q_norm), at<void>(k_norm), cache, window};
+        }, nb::kw_only(), "qkv"_a, "o"_a, "gate_up"_a = nb::none(), "down"_a = nb::none(), "experts"_a = nb::none(), "input_norm"_a, "post_norm"_a,
+           "q_norm"_a, "k_norm"_a, "cache"_a, "window"_a);
 
     nb::class_<Stack>(m, "Stack")
         .def("__init__", [](Stack* self, const std::vector<Layer>& layers, int type, int64_t heads, float eps, float scale, uintptr_t cos_sin,
@@ -163,6 +184,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("threads", [](const Machine& self) { return self.pool->size(); })
         .def_prop_ro("scratch_bytes", [](const Machine& self) { return self.pool->scratch_bytes(); })
         .def("matmul", &Machine::matmul, guard())
+        .def("mixture", &Machine::mixture, guard())
         .def("attention", &Machine::attention, guard())
         .def("rope_store", &Machine::rope_store, guard())
         .def("rms_norm", &Machine::rms_norm, guard())

@@ -6,7 +6,7 @@ namespace appliance {
 
 int64_t Stack::width() const {
     int64_t most = 0;
-    for (const Layer& one : layers) most = std::max({most, one.o->K + one.qkv->outputs(), one.gate_up->outputs()});
+    for (const Layer& one : layers) most = std::max({most, one.o->K + one.qkv->outputs(), one.mixture != nullptr ? 0 : one.gate_up->outputs()});
     return most;
 }
 
@@ -26,6 +26,10 @@ void run_layers(Pool& pool, const Kernels& kernels, const Stack& stack, const Ba
         kernels.attention(pool, {qkv, size, attended, type, stack.heads, one.cache, batch.sequences, batch.starts, batch.lengths,
                                  batch.tables, batch.table_width, stack.scale, one.window});
         multiply(*one.o, attended, nullptr, hidden, hidden);
+        if (one.mixture != nullptr) {
+            kernels.mixture(pool, {one.mixture, hidden, batch.tokens, type, one.post_norm, stack.eps, hidden});
+            continue;
+        }
         multiply(*one.gate_up, hidden, one.post_norm, nullptr, workspace);
         multiply(*one.down, workspace, nullptr, hidden, hidden);
     }

@@ -8,7 +8,8 @@ namespace appliance {
 
 // One layer; norms are in the type of the activations, null where the model has none.
 struct Layer {
-    const Linear *qkv, *o, *gate_up, *down;
+    const Linear *qkv, *o, *gate_up, *down;  // gate_up and down are null where there is a mixture
+    const Mixture* mixture;
     const void *input_norm, *post_norm, *q_norm, *k_norm;
     Cache cache;
     int64_t window;  // 0: none

@@ -49,6 +49,26 @@ struct MatmulArgs {
     const void* residual;  // [rows, outputs] or null
     void* out;             // [rows, outputs]
     Type out_type;
+    const int32_t* gather = nullptr;  // [rows] or null: the row of x that is the product's
+};
+
+// The experts of a layer, all of the same shapes.
+struct Mixture {
+    const Linear* router;         // [experts, hidden]
+    const Linear* const* gate_up; // [experts], gated
+    const Linear* const* down;    // [experts], without bias
+    int64_t experts, active;      // a token goes through so many of them
+    bool normalized;              // the shares of these are made to add up to 1
+};
+
+struct MixtureArgs {
+    const Mixture* mixture;
+    const void* x;         // [rows, hidden], what the sum is added to
+    int64_t rows;
+    Type type;             // of x, norm and out
+    const void* norm;      // [hidden]
+    float eps;
+    void* out;             // [rows, hidden]; may be x
 };
 
 struct Cache {             // one layer's paged cache (kernels/kv_cache.py): [blocks, block_size, heads, dim]
@@ -124,6 +144,7 @@ struct ArgmaxArgs {
 struct Kernels {
     const char* name;
     void (*matmul)(Pool&, const MatmulArgs&);
+    void (*mixture)(Pool&, const MixtureArgs&);
     void (*attention)(Pool&, const AttentionArgs&);
     void (*rope_store)(Pool&, const RopeStoreArgs&);
     void (*rms_norm)(Pool&, const RowsArgs&);
