@@ -64,6 +64,25 @@ class RopeSpec:
         return self.max_position
 
 
+def by_layer_type(config: Fields) -> tuple[Fields, Fields]:
+    """Configs that have the settings of layers that see everything alone, and those of layers with a window (Gemma 3).
+
+    The old style has keys of their own for the base of both, and scales the former only.
+    """
+    given = config.get("rope_parameters") or {"full_attention": config.get("rope_scaling")}
+    if not isinstance(given, Mapping) or not set(given) <= {"full_attention", "sliding_attention"}:
+        raise InputError(f"config.json: rope_parameters is {given!r:.60}, expected full_attention and sliding_attention in it")
+    bases = {
+        "full_attention": config.number("rope_theta", default=1e6),
+        "sliding_attention": config.number("rope_local_base_freq", default=1e4),
+    }
+    whole, local = (
+        Fields({**config.values, "rope_scaling": None, "rope_parameters": given.get(kind), "rope_theta": base})
+        for kind, base in bases.items()
+    )
+    return whole, local
+
+
 def read_rope(config: Fields, head_dim: int, max_position: int) -> RopeSpec:
     """InputError, naming the key, for a kind or value that is not known."""
     raw = _settings(config)
