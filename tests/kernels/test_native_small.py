@@ -47,13 +47,19 @@ def test_silu_mul(ops: NativeOps, dtype: torch.dtype) -> None:
     for rows, columns in ((1, 2), (7, 90), (33, 2048), (0, 8)):
         x = (torch.randn(rows, columns) * 20).to(dtype)
         close(ops.silu_mul(x), reference.silu_mul(x.float()), dtype)
-        close(ops.gelu_mul(x), reference.gelu_mul(x.float()), dtype)
+        close(ops.gelu_mul(x), gelu_mul(x), dtype)
+
+
+def gelu_mul(x: torch.Tensor) -> torch.Tensor:
+    """From float64: torch's own float32 loses bits of 1 + tanh where that is near 0."""
+    gate, up = x.double().chunk(2, dim=1)
+    return (torch.nn.functional.gelu(gate, approximate="tanh") * up).float()
 
 
 def test_gates_of_large_values(ops: NativeOps) -> None:
     gate = torch.tensor([0.0, 1e-20, 3.0, 30.0, 1e4, 3e38, -1e-20, -3.0, -30.0, -1e4, -3e38])
     both = torch.cat([gate, torch.ones(11)]).unsqueeze(0)
-    for found, expected in ((ops.gelu_mul(both), reference.gelu_mul(both)), (ops.silu_mul(both), reference.silu_mul(both))):
+    for found, expected in ((ops.gelu_mul(both), gelu_mul(both)), (ops.silu_mul(both), reference.silu_mul(both))):
         torch.testing.assert_close(found, expected.nan_to_num(0), rtol=2e-6, atol=4.0)  # e^88 is the largest: -3e38 becomes -2
         torch.testing.assert_close(found[:, :10], expected[:, :10], rtol=2e-6, atol=1e-30)
 
