@@ -168,6 +168,8 @@ class ModelSpec:
         max_position = fields.integer("max_position_embeddings", default=kind.max_position)
         settings = Fields({"max_position_embeddings": max_position, **config})
         ropes = [read_rope(one, head_dim, max_position) for one in (by_layer_type(settings) if kind.local_rope else [settings])]
+        if len({rope.rotary_dim for rope in ropes}) > 1:
+            raise InputError("config.json: partial_rotary_factor differs between full_attention and sliding_attention")
         return cls(
             architecture=name,
             layers=layers,
