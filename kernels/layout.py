@@ -215,7 +215,8 @@ def paged_attention_nbytes(
     """Bytes that attention of torch's operators needs beside queries and result, at most.
 
     Partial results of a tile of queries, with the logarithm of a sum each, and float32 while they are merged; keys and values
-    that are widened (by way of float32), and those of scattered blocks. With a cap all in float32: results, scores twice, queries, and keys or values for each head.
+    that are widened (by way of float32), and those of scattered blocks. With a cap float32 throughout: results, scores (twice),
+    queries, and keys or values for each head.
     """
     rows = TILE_QUERIES * heads
     partial = TOGETHER * rows * (head_dim * (4 if capped else item_size) + 4) + 3 * rows * 4 * (head_dim + TOGETHER)
