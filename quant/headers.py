@@ -18,7 +18,7 @@ from typing import Any
 from quant.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-TEXT = re.compile(r"(model\.language_model\.|language_model\.model\.)|language_model\.(?=lm_head\.)")
+TEXT = re.compile(r"^(?:(model\.language_model\.|language_model\.model\.)|language_model\.(?=lm_head\.))")
 BESIDE_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 """How models that read pictures, too, name what is theirs in transformers before 4.52 and since, and the rest."""
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
@@ -146,7 +146,7 @@ def _text_part(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     if not any(map(TEXT.match, tensors)):
         return tensors
     kept = {name: info for name, info in tensors.items() if not BESIDE_TEXT.match(name)}
-    return {TEXT.sub(lambda found: "model." if found[1] else "", name, count=1): info for name, info in kept.items()}
+    return {TEXT.sub(lambda found: "model." if found[1] else "", name): info for name, info in kept.items()}
 
 
 def _merge(files: list[Path]) -> dict[str, TensorInfo]:

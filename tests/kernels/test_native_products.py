@@ -129,9 +129,9 @@ def test_norm_gate_and_residual(ops: NativeOps, rows: int, kind: str, gelu: bool
         packed = ops.pack(weight, dtype=dtype, bias=bias, gated=True, gelu=gelu, activation=kind if kind != "dense" else "auto")
         assert packed.N == N // 2
         dense = weight if isinstance(weight, torch.Tensor) else weight.dequantize()
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + norm.eps) * (norm.weight.float() + norm.offset)
-        both = wide @ dense.t() + bias
+        wide = x.double()
+        wide = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + norm.eps) * (norm.weight.double() + norm.offset)
+        both = wide @ dense.double().t() + bias
         gate = gelu_tanh(both[:, : N // 2], approximate="tanh") if gelu else silu(both[:, : N // 2])
         expected = gate * both[:, N // 2 :] + residual.float()
         found = ops.matmul(x, packed, norm=norm, residual=residual.clone())
