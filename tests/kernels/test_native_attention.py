@@ -151,6 +151,7 @@ def test_random_steps_over_codes(ops: NativeOps, kind: str, case: int) -> None:
         kv_heads=kv_heads,
         size=rng.choice([16, 48, 64, 80, 96, 128, 20]),
         dtype=rng.choice(DTYPES),
+        cap=[None, 2.0, 50.0][case % 3],
         window=rng.choice([None, None, 1, 10, 64, 100]),
         block_size=rng.choice([1, 8, 16, 32, 128]),
         order=rng.choice(["shuffled", "consecutive", "half"]),
