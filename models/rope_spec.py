@@ -69,6 +69,8 @@ def by_layer_type(config: Fields) -> tuple[Fields, Fields]:
 
     The old style has keys of their own for the base of both, and scales the former only.
     """
+    if config.get("rope_parameters") and config.get("rope_scaling"):
+        raise InputError("config.json has both rope_parameters and rope_scaling: write all of them into rope_parameters")
     given = config.get("rope_parameters") or {"full_attention": config.get("rope_scaling")}
     if not isinstance(given, Mapping) or not set(given) <= {"full_attention", "sliding_attention"}:
         raise InputError(f"config.json: rope_parameters is {given!r:.60}, expected full_attention and sliding_attention in it")

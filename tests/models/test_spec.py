@@ -238,7 +238,8 @@ def test_refused(changes: dict[str, Any], message: str) -> None:
         ({"query_pre_attn_scalar": -1}, "query_pre_attn_scalar is -1, expected a positive number"),
         ({"rope_parameters": {"rope_type": "default"}}, "expected full_attention and sliding_attention in it"),
         ({"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}}, "partial_rotary_factor differs between full_"),
-        ({"rope_parameters": {"full_attention": [2]}}, "rope_scaling is [2], expected an object or null"),
+        ({"rope_parameters": {"full_attention": [2]}}, "rope_parameters is [2], expected an object or null"),
+        ({"rope_parameters": {"full_attention": {}}, "rope_scaling": {"factor": 2}}, "has both rope_parameters and rope_scaling"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not supported for Gemma3ForCausalLM"),
     ],
 )  # fmt: skip
