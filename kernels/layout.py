@@ -209,16 +209,20 @@ def weight_nbytes(
     return planes * units * rows * pair + planes * units * unit * rows // 2 + permutation
 
 
-def paged_attention_nbytes(*, heads: int, kv_heads: int, head_dim: int, item_size: int, block_size: int) -> int:
+def paged_attention_nbytes(
+    *, heads: int, kv_heads: int, head_dim: int, item_size: int, block_size: int, capped: bool = False
+) -> int:
     """Bytes that attention of torch's operators needs beside queries and result, at most.
 
     Partial results of a tile of queries, with the logarithm of a sum each, and float32 while they are merged; keys and values
-    that are widened (by way of float32), and those of scattered blocks.
+    that are widened (by way of float32), and those of scattered blocks. With a cap float32 throughout: results, scores (twice),
+    queries, and keys or values for each head.
     """
     rows = TILE_QUERIES * heads
-    partial = TOGETHER * rows * (head_dim * item_size + 4) + 3 * rows * 4 * (head_dim + TOGETHER)
+    partial = TOGETHER * rows * (head_dim * (4 if capped else item_size) + 4) + 3 * rows * 4 * (head_dim + TOGETHER)
     widened = WIDEN * kv_heads * head_dim * (8 + 2 * item_size)
-    return partial + widened + 2 * GATHER * block_size * kv_heads * head_dim * item_size
+    scores = WIDEN * (8 * rows + 4 * heads * head_dim) + 4 * rows * head_dim if capped else 0
+    return partial + widened + scores + 2 * GATHER * block_size * kv_heads * head_dim * item_size
 
 
 def bias_nbytes(*, ops: str, dtype: str, N: int, gated: bool = False) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.ops import Linear, MatMul, Mixture, Norm, RMSNorm, SiluMul
+from kernels.ops import GateMul, Linear, MatMul, Mixture, Norm, RMSNorm
 
 
-def mix(matmul: MatMul, rms_norm: RMSNorm, silu_mul: SiluMul, x: Tensor, mixture: Mixture, *, norm: Norm) -> Tensor:
+def mix(matmul: MatMul, rms_norm: RMSNorm, silu_mul: GateMul, x: Tensor, mixture: Mixture, *, norm: Norm) -> Tensor:
     """As kernels.ops.Mix, by these operators: expert by expert, the rows that have chosen it."""
     normed = rms_norm(x, norm.weight, eps=norm.eps)
     logits = torch.empty(len(x), mixture.router.N, dtype=torch.float32, device=x.device)
@@ -29,7 +29,7 @@ def route(logits: Tensor, active: int, normalized: bool) -> tuple[Tensor, Tensor
     return chosen, shares / shares.sum(-1, keepdim=True) if normalized else shares
 
 
-def gated(matmul: MatMul, silu_mul: SiluMul, x: Tensor, gate_up: Linear, norm: Norm | None = None) -> Tensor:
-    """silu(gate) * up, [T, intermediate]."""
+def gated(matmul: MatMul, multiply: GateMul, x: Tensor, gate_up: Linear, norm: Norm | None = None) -> Tensor:
+    """What ``multiply`` makes of gate and up, [T, intermediate]; a gated weight does so by itself."""
     parts = [matmul(x, weight, norm=norm) for weight in gate_up]
-    return parts[0] if len(parts) == 1 else silu_mul(torch.cat(parts, dim=1))
+    return parts[0] if len(parts) == 1 else multiply(torch.cat(parts, dim=1))

@@ -134,9 +134,12 @@ class _Loader:
             raise CheckpointError(
                 f"{self.checkpoint.index.directory}: {len(rest)} tensors have no place in a {self.spec.architecture}: {shown}"
             )
+        if beside := self.checkpoint.index.beside_text:
+            log.info("%d tensors of the vision tower and its projector are not read: this serves text alone", beside)
         total = self.checkpoint.index.total_bytes
         self.progress(total, total)
         release_memory()
+        local = self.spec.local_rope
         return Decoder(
             spec=self.spec,
             ops=self.ops,
@@ -146,6 +149,7 @@ class _Loader:
             head=head,
             cos_sin=cos_sin_table(self.spec.rope, max_len).to(self.ops.device),
             tied=tied,
+            local_cos_sin=None if local is None else cos_sin_table(local, max_len).to(self.ops.device),
             kv_largest=kv_largest,
         )
 
@@ -216,11 +220,14 @@ class _Loader:
         norms: dict[str, Any] = {}
         if spec.qk_norm:
             norms = {n: self._norm(f"{prefix}.self_attn.{n}", spec.head_dim) for n in ("q_norm", "k_norm")}
+        if spec.post_norms:
+            norms["attention_norm"] = self._norm(f"{prefix}.post_attention_layernorm", spec.hidden)
+            norms["mlp_norm"] = self._norm(f"{prefix}.post_feedforward_layernorm", spec.hidden)
         layer = Layer(
             input_norm=self._norm(f"{prefix}.input_layernorm", spec.hidden),
             qkv=self._fuse(qkv),
             o=self._pack(self._read(prefix, "self_attn.o_proj")),
-            post_norm=self._norm(f"{prefix}.post_attention_layernorm", spec.hidden),
+            post_norm=self._norm(f"{prefix}.{spec.mlp_norm}", spec.hidden),
             mlp=mlp,
             window=spec.windows[number],
             **norms,
@@ -290,7 +297,8 @@ class _Loader:
         return tuple(self._pack(part) for part in parts)
 
     def _pack(self, part: Part, *, gated: bool = False) -> Weight:
-        return self.ops.pack(part[0], dtype=self.dtype, bias=part[1], gated=gated, activation=self.activation)
+        gelu = gated and self.spec.gelu
+        return self.ops.pack(part[0], dtype=self.dtype, bias=part[1], gated=gated, gelu=gelu, activation=self.activation)
 
 
 def has_rows(table: QuantTensor) -> bool:

@@ -11,6 +11,7 @@ from appliance.memory.offload import streamed_parts
 from appliance.memory.settings import ITEM_SIZE
 from kernels import layout
 from models.spec import Mixture, ModelSpec
+from quant.errors import InputError
 from quant.scheme import QuantScheme
 
 LOGIT_ROWS = 64
@@ -39,7 +40,7 @@ class Demand:
     token_bytes: int  # activations of one token of a step
     hidden_bytes: int  # the hidden state of one token
     logits_row_bytes: int
-    position_bytes: int  # the rotary table's row of one position
+    position_bytes: int  # the rotary tables' rows of one position
     streamed: tuple[dict[str, int], ...] = ()  # what each layer brings when it is streamed in, see streamed_parts
     loading: Loading = NOTHING  # what it takes for a while to load it
     threads: int = 1  # of the CPU, that load it
@@ -50,6 +51,8 @@ class Demand:
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, *, model: str) -> Demand:
         """The demand of a model whose every module has the shape and the scheme that the config and the headers state."""
+        if machinery.ops == "triton" and spec.gelu:
+            raise InputError(f"{model}: {spec.architecture} has no kernels for cards yet: --device cpu serves it")
         size, last, layers = ITEM_SIZE[machinery.dtype], ends(spec, scheme, machinery), list(layer_weights(spec, scheme))
         attention = attention_workspace(spec, machinery)
         weights = {"embedding": last.embedding_bytes}
@@ -73,7 +76,7 @@ class Demand:
             hidden_bytes=spec.hidden * size,
             # float32; torch's operators widen a product in the activations' type
             logits_row_bytes=spec.vocab * (4 if machinery.ops == NATIVE else 4 + size),
-            position_bytes=spec.rope.rotary_dim * 4,
+            position_bytes=4 * sum(rope.rotary_dim for rope in spec.ropes),
             head=last.words,
             embedding=last.embedding_words,
             loading=loading(spec, scheme, machinery),
@@ -127,6 +130,7 @@ def attention_workspace(spec: ModelSpec, machinery: Machinery) -> int:
             head_dim=spec.head_dim,
             item_size=ITEM_SIZE[machinery.dtype],
             block_size=machinery.block_size,
+            capped=spec.cap is not None,
         )
     if machinery.ops != "triton":
         return 0
@@ -171,14 +175,16 @@ def _rounded(layers: Sequence[Loaded], machinery: Machinery) -> int:
 def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) -> int:
     """Always live: the residual stream. With it its last norm; or q, k and v and the result of attention; or the gated product.
 
-    Parts that cannot be one weight (differently stored, or each with an order of its own) are computed, joined, and then used. A
-    mixture of experts has memory of its own (product_workspace) where its parts are whole.
+    What is normalized before it is added takes the place of q, k and v, and one beside the gated product. Parts that cannot be
+    one weight (differently stored, or each with an order of its own) are computed, joined, and then used. A mixture of experts
+    has memory of its own (product_workspace) where its parts are whole.
     """
     qkv, inner = spec.q_size + 2 * spec.kv_size, spec.intermediate
     whole = {one.module.N for one in layers if not one.stored.act_order and one.module.name.endswith(("q_proj", "qkv_proj"))}
-    attention = (1 if whole == {qkv} else 2) * qkv + spec.q_size
+    added = spec.hidden if spec.post_norms else 0
+    attention = max((1 if whole == {qkv} else 2) * qkv, added) + spec.q_size
     gated = all(one.gated and not one.stored.act_order for one in layers if one.slot == "gate_up")
-    mlp = (inner if gated else 4 * inner) * size
+    mlp = ((inner if gated else 4 * inner) + added) * size
     if spec.mixture is not None:
         mlp = 0 if gated else mlp + _mixed(spec, spec.mixture, size)
     return spec.hidden * size + max(spec.hidden * size, attention * size, mlp)

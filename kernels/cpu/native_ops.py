@@ -33,9 +33,12 @@ class NativeOps:
         dtype: torch.dtype,
         bias: Tensor | None = None,
         gated: bool = False,
+        gelu: bool = False,
         activation: str = "auto",
     ) -> NativeWeight:
-        return native_weights.pack(self.module, self.machine, weight, dtype=dtype, bias=bias, gated=gated, activation=activation)
+        return native_weights.pack(
+            self.module, self.machine, weight, dtype=dtype, bias=bias, gated=gated, gelu=gelu, activation=activation
+        )
 
     def matmul(
         self,
@@ -65,6 +68,7 @@ class NativeOps:
                 TYPES[x.dtype],
                 0 if norm is None else norm.weight.data_ptr(),
                 0.0 if norm is None else norm.eps,
+                0.0 if norm is None else norm.offset,
                 address(residual),
                 out.data_ptr(),
                 TYPES[out.dtype],
@@ -90,20 +94,31 @@ class NativeOps:
         else:
             self.machine.embed_packed(table.handle, *where)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, residual: Tensor | None = None) -> Tensor:
         x = x.contiguous()
-        out, columns = torch.empty_like(x), x.shape[-1]
-        rows = x.numel() // columns
-        if rows:
-            self.machine.rms_norm(x.data_ptr(), rows, columns, columns, TYPES[x.dtype], weight.data_ptr(), eps, out.data_ptr())
+        residual = None if residual is None else residual.contiguous()
+        out = torch.empty_like(x) if residual is None else residual
+        self._normalize(x, Norm(weight, eps, offset), residual, out)
         return out
 
+    def _normalize(self, x: Tensor, norm: Norm, residual: Tensor | None, out: Tensor) -> None:
+        columns = x.shape[-1]
+        if rows := x.numel() // columns:
+            where = x.data_ptr(), rows, columns, columns, TYPES[x.dtype]
+            self.machine.rms_norm(*where, norm.weight.data_ptr(), norm.eps, norm.offset, address(residual), out.data_ptr())
+
     def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gate_mul(gate_up, gelu=False)
+
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gate_mul(gate_up, gelu=True)
+
+    def _gate_mul(self, gate_up: Tensor, *, gelu: bool) -> Tensor:
         rows, columns = gate_up.shape
         gate_up = gate_up.contiguous()
         out = torch.empty(rows, columns // 2, dtype=gate_up.dtype)
         if rows:
-            self.machine.silu_mul(gate_up.data_ptr(), rows, columns, columns, TYPES[gate_up.dtype], out.data_ptr())
+            self.machine.gate_mul(gelu, gate_up.data_ptr(), rows, columns, columns, TYPES[gate_up.dtype], out.data_ptr())
         return out
 
     def mix(self, x: Tensor, mixture: Mixture, *, norm: Norm) -> Tensor:
@@ -144,10 +159,20 @@ class NativeOps:
                 0 if q_norm is None else q_norm.weight.data_ptr(),
                 0 if k_norm is None else k_norm.weight.data_ptr(),
                 0.0 if q_norm is None else q_norm.eps,
+                0.0 if q_norm is None else q_norm.offset,
             )
         return qkv.as_strided((tokens, heads, size), (qkv.stride(0), size, 1))
 
-    def attention(self, q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None) -> Tensor:
+    def attention(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        batch: PagedBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+        cap: float | None = None,
+    ) -> Tensor:
         tokens, heads, size = q.shape
         if q.stride(2) != 1 or q.stride(1) != size:
             q = q.contiguous()
@@ -167,21 +192,23 @@ class NativeOps:
                 batch.block_tables.shape[1],
                 scale,
                 window or 0,
+                cap or 0.0,
             )
         return out
 
     def bind(self, stack: Stack, caches: Sequence[KVCache], *, max_tokens: int) -> Forward | None:
-        layers, (norm, eps) = stack.layers, stack.norm
+        layers, norm = stack.layers, stack.norm
         if any(len(layer.qkv) > 1 or self._inner(layer) is None for layer in layers):
             return None
-        size, dtype = norm.shape[0], norm.dtype
+        size, dtype = norm.weight.shape[0], norm.weight.dtype
         handle = self.module.Stack(
-            [self._layer(layer, cache) for layer, cache in zip(layers, caches, strict=True)],
+            [self._layer(layer, cache, stack.rotation(layer)) for layer, cache in zip(layers, caches, strict=True)],
             type=TYPES[dtype],
             heads=stack.heads,
-            eps=eps,
-            scale=stack.head_dim**-0.5,
-            cos_sin=stack.cos_sin.data_ptr(),
+            eps=norm.eps,
+            offset=norm.offset,
+            scale=stack.scale,
+            cap=stack.cap or 0.0,
             rotary=stack.cos_sin.shape[1],
         )
         # Made and touched here, once: what comes and goes with every step is memory that grows in pieces.
@@ -196,6 +223,8 @@ class NativeOps:
             if tokens > max_tokens:
                 raise ValueError(f"{tokens} tokens, but at most {max_tokens} were said to come at once")
             self._embed(ids, stack.embedding, hidden)
+            if stack.embedding_scale != 1.0:
+                hidden[:tokens].mul_(stack.embedding_scale)
             self.machine.layers(
                 handle,
                 tokens,
@@ -210,8 +239,7 @@ class NativeOps:
                 workspace.data_ptr(),
             )
             out = workspace[: tokens * size].view(tokens, size)
-            if tokens:
-                self.machine.rms_norm(hidden.data_ptr(), tokens, size, size, TYPES[dtype], norm.data_ptr(), eps, out.data_ptr())
+            self._normalize(hidden[:tokens], norm, None, out)
             return out
 
         return forward
@@ -250,7 +278,7 @@ class NativeOps:
             )
         return mixture.__dict__["_native"] or None
 
-    def _layer(self, layer: Layer, cache: KVCache) -> Any:
+    def _layer(self, layer: Layer, cache: KVCache, cos_sin: Tensor) -> Any:
         weights: Any = {"qkv": layer.qkv[0], "o": layer.o}
         return self.module.Layer(
             **{name: weight.handle for name, weight in weights.items()},
@@ -259,6 +287,9 @@ class NativeOps:
             post_norm=address(layer.post_norm),
             q_norm=address(layer.q_norm),
             k_norm=address(layer.k_norm),
+            attention_norm=address(layer.attention_norm),
+            mlp_norm=address(layer.mlp_norm),
+            cos_sin=address(cos_sin),
             cache=self._cache(cache),
             window=layer.window or 0,
         )
@@ -309,6 +340,7 @@ def make_ops(device: torch.device, threads: int | None = None) -> Ops:
         silu_mul=native.silu_mul,
         argmax=native.argmax,
         kth_largest=native.kth_largest,
+        gelu_mul=native.gelu_mul,
         mix=native.mix,
         bind=native.bind,
     )

@@ -24,7 +24,7 @@ def matmul(
     out: Tensor | None = None,
 ) -> Tensor:
     if norm is not None:
-        x = rms_norm(x, norm.weight, eps=norm.eps)
+        x = rms_norm(x, **norm._asdict())
     found = weights.matmul(x, weight)
     if residual is not None:
         found = residual.add_(found)
@@ -39,8 +39,10 @@ def embedding(ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor
     return reference.embedding(ids, table, dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, residual: Tensor | None = None) -> Tensor:
+    wide = (x.float(), weight.float() + offset) if offset else (x, weight)
+    found = F.rms_norm(wide[0], (x.shape[-1],), wide[1], eps).to(x.dtype)
+    return found if residual is None else residual.add_(found)
 
 
 def rope_store(
@@ -55,8 +57,8 @@ def rope_store(
 ) -> Tensor:
     kv_heads, size = cache.k.shape[2], cache.head_dim
     q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, size)).split([heads, kv_heads, kv_heads], dim=1)
-    q = q if q_norm is None else rms_norm(q, q_norm.weight, eps=q_norm.eps)
-    k = k if k_norm is None else rms_norm(k, k_norm.weight, eps=k_norm.eps)
+    q = q if q_norm is None else rms_norm(q, **q_norm._asdict())
+    k = k if k_norm is None else rms_norm(k, **k_norm._asdict())
     cos, sin = cos_sin.index_select(0, batch.positions).unsqueeze(1).chunk(2, dim=-1)  # float32 [T, 1, rotary / 2]
     reference.store_kv(_rotate(k, cos, sin), v, cache, batch.slots)
     return _rotate(q, cos, sin)
@@ -85,6 +87,7 @@ def make_ops(device: torch.device) -> Ops:
         rope_store=rope_store,
         attention=PagedAttention(),
         silu_mul=weights.silu_mul,
+        gelu_mul=weights.gelu_mul,
         argmax=reference.argmax,
         kth_largest=reference.kth_largest,
         mix=partial(mix, matmul, rms_norm, weights.silu_mul),

@@ -124,7 +124,7 @@ class _Model:
 
     def _attention(self, x: Tensor | Rounded, layer: Layer, cache: KVCache, batch: PagedBatch) -> Tensor:
         """[T, Hq * D]; new keys and values are in the cache."""
-        stack, (scale, dtype) = self.stack, (self.stack.head_dim**-0.5, self.stack.norm.weight.dtype)
+        stack, dtype = self.stack, self.stack.norm.weight.dtype
         q_norm, k_norm = (None if gain is None else Norm(gain, stack.norm.eps) for gain in (layer.q_norm, layer.k_norm))
         weight = layer.qkv[0]
         parts = partial_sums(x, weight, card=self.card) if len(layer.qkv) == 1 else None
@@ -135,7 +135,7 @@ class _Model:
             given = (parts, bias_of(weight), stack.heads, cache, batch, stack.cos_sin)
             q = rope_store_sums(*given, dtype=dtype, q_norm=q_norm, k_norm=k_norm)
         card = self.card.multiprocessors
-        return attention(q, cache, batch, scale=scale, window=layer.window, multiprocessors=card).flatten(1)
+        return attention(q, cache, batch, scale=stack.scale, window=layer.window, multiprocessors=card).flatten(1)
 
     def _join(self, x: Tensor, weight: Weight, residual: Tensor, norm: _Norm) -> tuple[Tensor | Rounded, Tensor]:
         """(the norm of the new residual, the new residual = x @ weight.T + bias + residual), [T, hidden] both."""

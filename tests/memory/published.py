@@ -116,9 +116,12 @@ def write_published(directory: Path, config: dict[str, Any], variant: str) -> Pa
         tensors["lm_head.weight"] = ("BF16", (vocab, hidden))
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
+        names = ["input_layernorm", "post_attention_layernorm"]
+        if config["architectures"][0].startswith("Gemma"):
+            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        for norm in names:
             tensors[f"{prefix}.{norm}.weight"] = ("BF16", (hidden,))
-        if config["architectures"][0] in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"):
+        if config["architectures"][0] in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM"):
             for norm in ("q_norm", "k_norm"):
                 tensors[f"{prefix}.self_attn.{norm}.weight"] = ("BF16", (config["head_dim"],))
         for name, (N, K) in linears(config).items():

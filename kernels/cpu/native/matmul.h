@@ -1,7 +1,7 @@
 // Products with packed weights: activations prepared by all threads, then panels of 64 outputs handed out to them.
 //
 // Up to kBlock rows at a time. A thread accumulates a panel for all those rows in float32 (in its part of the L2 cache), a few
-// segments of the weight at a time (unpacked in its L1 cache when many rows use them), and then applies bias, SiLU and residual.
+// segments of the weight at a time (unpacked in its L1 cache when many rows use them), and then applies bias, gate and residual.
 #pragma once
 #include "amx.h"
 #include "pool.h"
@@ -147,8 +147,8 @@ INLINE void accumulate_floats(const Block& b, int64_t panel, int v0, int v1, uin
     }
 }
 
-// Bias, SiLU, residual, and out. `up` is null where the weight is not gated. Columns 16 v0 .. 16 v1 - 1 of the panel.
-INLINE void finish_panel(const Block& b, int64_t panel, int v0, int v1, const float* c, const float* up) {
+// Bias, gate, residual, and out. `up` is null where the weight is not gated. Columns 16 v0 .. 16 v1 - 1 of the panel.
+template <bool kGelu> INLINE void finish_panel(const Block& b, int64_t panel, int v0, int v1, const float* c, const float* up) {
     const MatmulArgs& a = *b.a;
     const Linear& w = *a.weight;
     const int64_t outputs = w.outputs(), column = (up != nullptr ? panel / 2 : panel) * kPanel;
@@ -165,7 +165,7 @@ INLINE void finish_panel(const Block& b, int64_t panel, int v0, int v1, const fl
                     if (up != nullptr) {
                         F u = load(up + row * kPanel + 16 * v);
                         if (w.bias != nullptr) u = u + load(w.bias + (panel + 1) * kPanel + 16 * v);
-                        y = silu(y) * u;
+                        y = gate<kGelu>(y) * u;
                     }
                     const int64_t index = (b.first + row) * outputs + at;
                     if (a.residual != nullptr) y = y + load_some<T>(static_cast<const typename As<T>::Item*>(a.residual) + index, left);
@@ -236,7 +236,7 @@ INLINE void panel_sums(const Block& block, int64_t panel, int v0, int v1, uint8_
 INLINE void run_panel(const Block& block, int64_t panel, int v0, int v1, const Desk& desk) {
     panel_sums(block, panel, v0, v1, desk.scratch, desk.c);
     if (desk.up != nullptr) panel_sums(block, panel + 1, v0, v1, desk.scratch, desk.up);
-    finish_panel(block, panel, v0, v1, desk.c, desk.up);
+    block.a->weight->gelu ? finish_panel<true>(block, panel, v0, v1, desk.c, desk.up) : finish_panel<false>(block, panel, v0, v1, desk.c, desk.up);
 }
 
 // Many threads, few outputs: they share panels.

@@ -184,7 +184,7 @@ INLINE void run_down(Pool& pool, Products& p, const MatmulArgs& whole) {
                     for (int v = 16 * v0; v < 16 * v1; v += 16) store(to + v, fma(weight, load(desk.c + row * kPanel + v), load(to + v)));
                 }
             }
-            finish_panel(sum, panel, v0, v1, total, nullptr);
+            finish_panel<false>(sum, panel, v0, v1, total, nullptr);
         }
     });
 }
@@ -193,15 +193,15 @@ INLINE void mix(Pool& pool, const MixtureArgs& a, const void* x, int64_t tokens,
     const Mixture& m = *a.mixture;
     const int64_t hidden = m.router->K, inner = m.down[0]->K;
     Routes r(m, tokens, pool.scratch(pool.size() + 1, size_t(Routes::bytes(m, tokens, inner * item_size(a.type)))));
-    matmul(pool, {m.router, x, tokens, hidden, a.type, a.norm, a.eps, nullptr, r.logits, Type::f32});
+    matmul(pool, {m.router, x, tokens, hidden, a.type, a.norm, a.eps, 0, nullptr, r.logits, Type::f32});
     ranges(pool, tokens, m.experts * 64, [&](int64_t first, int64_t last) {
         for (int64_t t = first; t < last; ++t) choose(r.logits + t * m.experts, m.experts, m.active, m.normalized, r.chosen + t * m.active, r.shares + t * m.active);
     });
     group(m, r);
-    Products up{m.gate_up, {nullptr, x, 0, hidden, a.type, a.norm, a.eps, nullptr, r.inner, a.type}, r.rows, r};
+    Products up{m.gate_up, {nullptr, x, 0, hidden, a.type, a.norm, a.eps, 0, nullptr, r.inner, a.type}, r.rows, r};
     run_gated(pool, up);
-    Products down{m.down, {nullptr, r.inner, 0, inner, a.type, nullptr, 0, nullptr, nullptr, a.type}, nullptr, r};
-    run_down(pool, down, {m.down[0], nullptr, tokens, inner, a.type, nullptr, 0, x, out, a.type});
+    Products down{m.down, {nullptr, r.inner, 0, inner, a.type, nullptr, 0, 0, nullptr, nullptr, a.type}, nullptr, r};
+    run_down(pool, down, {m.down[0], nullptr, tokens, inner, a.type, nullptr, 0, 0, x, out, a.type});
 }
 
 inline void mixture(Pool& pool, const MixtureArgs& a) {

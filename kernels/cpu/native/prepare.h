@@ -39,7 +39,8 @@ INLINE void widen_row(const MatmulArgs& a, int64_t row, float* out, float* spare
         if (a.norm != nullptr) {
             const F factor = splat(1.0f / std::sqrt(reduce_add(squares) / float(w.K) + a.eps));
             const Item* norm = static_cast<const Item*>(a.norm);
-            for (int64_t k = 0; k < w.K; k += 16) store(straight + k, load(straight + k) * factor * load_some<T>(norm + k, w.K - k));
+            const F offset = splat(a.offset);
+            for (int64_t k = 0; k < w.K; k += 16) store(straight + k, load(straight + k) * factor * (load_some<T>(norm + k, w.K - k) + offset));
         }
     });
     if (w.perm != nullptr)

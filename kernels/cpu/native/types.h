@@ -26,6 +26,7 @@ struct Linear {
     int64_t per_group = 0;       // segments in a group
     int64_t segments = 0, unit = 0;  // unit: inputs in a segment, padded
     bool gated = false;          // panels alternate: gate, up; the product is silu(gate) * up
+    bool gelu = false;           // ... or gelu(gate) * up, in the approximation by tanh
     bool quantize = false;       // activations are rounded to int8
     bool per_token = false;      // ... with one scale a token, as the checkpoint asks
     Type round_to = Type::f32;   // expanded weights are rounded to this
@@ -45,7 +46,7 @@ struct MatmulArgs {
     int64_t stride;        // elements from one row of x to the next
     Type type;             // of x, norm and residual
     const void* norm;      // [K] or null: x is RMS-normalized first
-    float eps;
+    float eps, offset;     // offset: added to the weights of the norm
     const void* residual;  // [rows, outputs] or null
     void* out;             // [rows, outputs]
     Type out_type;
@@ -97,6 +98,7 @@ struct AttentionArgs {
     int64_t width;
     float scale;
     int64_t window;          // 0: none
+    float cap;               // of scores: cap * tanh(score / cap); 0: none
 };
 
 struct RopeStoreArgs {
@@ -111,7 +113,7 @@ struct RopeStoreArgs {
     int64_t rotary;
     const void* q_norm;        // [dim] or null, in `type`
     const void* k_norm;
-    float eps;
+    float eps, offset;
 };
 
 struct RowsArgs {          // row-wise operations on [rows, columns]
@@ -119,7 +121,8 @@ struct RowsArgs {          // row-wise operations on [rows, columns]
     int64_t rows, columns, stride;
     Type type;
     const void* norm;
-    float eps;
+    float eps, offset;
+    const void* residual;  // as x and contiguous, or null: added to the norm
     void* out;
 };
 
@@ -149,6 +152,7 @@ struct Kernels {
     void (*rope_store)(Pool&, const RopeStoreArgs&);
     void (*rms_norm)(Pool&, const RowsArgs&);
     void (*silu_mul)(Pool&, const RowsArgs&);
+    void (*gelu_mul)(Pool&, const RowsArgs&);
     void (*embed)(Pool&, const EmbedArgs&);
     void (*argmax)(Pool&, const ArgmaxArgs&);
     float (*kth_largest)(Pool&, const float*, int64_t n, int64_t k);
