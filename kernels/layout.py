@@ -209,16 +209,20 @@ def weight_nbytes(
     return planes * units * rows * pair + planes * units * unit * rows // 2 + permutation
 
 
-def paged_attention_nbytes(*, heads: int, kv_heads: int, head_dim: int, item_size: int, block_size: int) -> int:
+def paged_attention_nbytes(
+    *, heads: int, kv_heads: int, head_dim: int, item_size: int, block_size: int, capped: bool = False
+) -> int:
     """Bytes that attention of torch's operators needs beside queries and result, at most.
 
     Partial results of a tile of queries, with the logarithm of a sum each, and float32 while they are merged; keys and values
-    that are widened (by way of float32), and those of scattered blocks.
+    that are widened (by way of float32), and those of scattered blocks. With a cap float32 throughout: results, scores (twice),
+    queries, and keys or values for each head.
     """
     rows = TILE_QUERIES * heads
-    partial = TOGETHER * rows * (head_dim * item_size + 4) + 3 * rows * 4 * (head_dim + TOGETHER)
+    partial = TOGETHER * rows * (head_dim * (4 if capped else item_size) + 4) + 3 * rows * 4 * (head_dim + TOGETHER)
     widened = WIDEN * kv_heads * head_dim * (8 + 2 * item_size)
-    return partial + widened + 2 * GATHER * block_size * kv_heads * head_dim * item_size
+    scores = WIDEN * (8 * rows + 4 * heads * head_dim) + 4 * rows * head_dim if capped else 0
+    return partial + widened + scores + 2 * GATHER * block_size * kv_heads * head_dim * item_size
 
 
 def bias_nbytes(*, ops: str, dtype: str, N: int, gated: bool = False) -> int:
@@ -253,10 +257,30 @@ def native_workspace_bytes(tokens: int, K: int, group_size: int, *, rounded: boo
     scale and sum. A thread has a row in float32, sums of two panels, and an unpacked piece of the weight. Memory is kept for the
     next product, large parts in whole huge pages.
     """
-    segments, unit = native_segments(K, group_size)
-    rows = min(padded(tokens, 16), NATIVE_ROWS)
-    row = padded(segments * unit, 2 * SEGMENT) * (1 if rounded else 4) + 12 * segments
+    rows, row = min(padded(tokens, 16), NATIVE_ROWS), _native_row(K, group_size, rounded)
     return _in_pages(rows * row + 64), _in_pages(8 * (K + 40) + 2 * rows * BLOCK_N * 4 + (32 << 10))
+
+
+def native_mixture_bytes(tokens: int, K: int, group_size: int, *, rounded: bool, experts: int, active: int) -> int:
+    """What is shared, as above, of the products of a mixture's experts: each token's row is there for each of ``active`` experts.
+
+    The rows of each expert are filled up to whole tiles of 16. A thread needs no more than for another product.
+    """
+    pairs = min(tokens, NATIVE_ROWS) * active
+    groups = min(experts, pairs)
+    return _in_pages((pairs + 15 * groups) * _native_row(K, group_size, rounded) + 128 * groups)
+
+
+def native_routes_bytes(tokens: int, inner: int, item_size: int, *, experts: int, active: int) -> int:
+    """Beside that: logits of the router, who goes where, and what comes out of gate and up (native/mixture.h)."""
+    rows = min(tokens, NATIVE_ROWS)
+    return _in_pages(rows * active * (16 + inner * item_size) + rows * experts * 4 + experts * 36 + 64)
+
+
+def _native_row(K: int, group_size: int, rounded: bool) -> int:
+    """Bytes of a prepared row."""
+    segments, unit = native_segments(K, group_size)
+    return padded(segments * unit, 2 * SEGMENT) * (1 if rounded else 4) + 12 * segments
 
 
 def _in_pages(size: int) -> int:

@@ -53,10 +53,11 @@ class PagedBatch:
 
 
 class Norm(NamedTuple):
-    """What an RMS norm needs: x * weight / sqrt(mean(x^2) + eps)."""
+    """What an RMS norm needs: x * (weight + offset) / sqrt(mean(x^2) + eps)."""
 
     weight: Tensor  # [size of the last dimension]
     eps: float
+    offset: float = 0.0
 
 
 class Weight(Protocol):
@@ -77,28 +78,64 @@ Linear = tuple[Weight, ...]  # several where the parts of a fused projection can
 
 
 @dataclass(frozen=True)
+class MLP:
+    """down(silu(gate(x)) * up(x))."""
+
+    gate_up: Linear  # one gated weight, or gate and up
+    down: Weight
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return (*self.gate_up, self.down)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """MLPs of which a router gives each token a few: their sum, weighted with the router's shares."""
+
+    router: Weight  # [experts, hidden]
+    experts: tuple[MLP, ...]
+    active: int  # experts that a token goes through
+    normalized: bool  # whether the shares of these are made to add up to 1
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return (self.router, *(weight for expert in self.experts for weight in expert.weights))
+
+
+@dataclass(frozen=True)
 class Layer:
     """Weights of one decoder layer, in the device's layout; norms [hidden] or [head_dim] in the activations' dtype."""
 
     input_norm: Tensor
     qkv: Linear
     o: Weight
-    post_norm: Tensor
-    gate_up: Linear  # one gated weight, or gate and up
-    down: Weight
+    post_norm: Tensor  # before the MLP
+    mlp: MLP | Mixture
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    attention_norm: Tensor | None = None  # of what attention adds
+    mlp_norm: Tensor | None = None  # of what the MLP adds
     window: int | None = None
     present: Callable[[], AbstractContextManager[object]] = nullcontext
     """Within it the weights can be read: those of some layers are streamed in for each step (kernels/triton/stream.py)."""
     streamed: int = 0  # bytes of these, which have no place of their own on the device
 
     @property
+    def only_mlp(self) -> MLP:
+        """TypeError where there is a mixture."""
+        if not isinstance(self.mlp, MLP):
+            raise TypeError("these operators have no mixture of experts")
+        return self.mlp
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return (*self.qkv, self.o, *self.mlp.weights)
+
+    @property
     def nbytes(self) -> int:
-        norms = (self.input_norm, self.post_norm, self.q_norm, self.k_norm)
-        return sum(w.nbytes for w in (*self.qkv, self.o, *self.gate_up, self.down)) + sum(
-            n.nbytes for n in norms if n is not None
-        )
+        norms = (self.input_norm, self.post_norm, self.q_norm, self.k_norm, self.attention_norm, self.mlp_norm)
+        return sum(w.nbytes for w in self.weights) + sum(n.nbytes for n in norms if n is not None)
 
 
 class Pack(Protocol):
@@ -109,11 +146,13 @@ class Pack(Protocol):
         dtype: torch.dtype,
         bias: Tensor | None = None,
         gated: bool = False,
+        gelu: bool = False,
         activation: str = "auto",
     ) -> Weight:
         """Lay out a canonical weight (QuantTensor, or dense [N, K]) for ``matmul`` with activations of ``dtype``.
 
-        gated: the outputs are [gate; up] (N even), and the product is silu(gate) * up with N / 2 outputs. activation: what
+        gated: the outputs are [gate; up] (N even), and the product is silu(gate) * up with N / 2 outputs; ``gelu``, in the
+        approximation by tanh, takes the place of silu. activation: what
         activations may be rounded to for the product: "int8", "bf16" (they stay as they are), or "auto" (native kernels: int8 for
         integer weights unless dtype is float32). Operators without such a product leave activations alone, whatever is said. The
         int8 that a checkpoint itself asks for (QuantTensor.activation) is done by all.
@@ -132,7 +171,7 @@ class MatMul(Protocol):
     ) -> Tensor:
         """x [T, K] @ weight.T + bias -> [T, outputs]; x is gathered first where the weight carries a permutation.
 
-        norm: x is normalized first, as ``rms_norm`` does. A gated weight gives silu(gate) * up. residual [T, outputs] in x's
+        norm: x is normalized first, as ``rms_norm`` does. A gated weight gives the gated product. residual [T, outputs] in x's
         dtype is added at last; it may be overwritten, and the result may be its storage: use the result only. out
         [T, outputs], contiguous: where the result is written, in its dtype; in x's dtype by default. Into float32 goes a product
         that was not rounded to x's dtype where the device can.
@@ -149,8 +188,12 @@ class Embedding(Protocol):
 
 
 class RMSNorm(Protocol):
-    def __call__(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-        """x * weight / sqrt(mean(x^2) + eps) over the last dimension, the mean in float32."""
+    def __call__(self, x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, residual: Tensor | None = None) -> Tensor:
+        """x * (weight + offset) / sqrt(mean(x^2) + eps) over the last dimension, the mean in float32.
+
+        With an offset, products and sum are in float32 too. residual, of x's shape and dtype, is added at last; as in ``matmul``
+        it may be overwritten.
+        """
 
 
 class RopeStore(Protocol):
@@ -173,17 +216,36 @@ class RopeStore(Protocol):
         """
 
 
-class SiluMul(Protocol):
+class GateMul(Protocol):
     def __call__(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up for gate_up [T, 2 * I] (gate first) -> [T, I]."""
+        """silu(gate) * up, or gelu(gate) * up as in ``pack``, for gate_up [T, 2 * I] (gate first) -> [T, I]."""
+
+
+class Mix(Protocol):
+    def __call__(self, x: Tensor, mixture: Mixture, *, norm: Norm) -> Tensor:
+        """x [T, hidden] + the weighted sum of the experts' products of x normalized.
+
+        A token's experts are those of the router's largest logits, of equal ones the first; their shares are the softmax over
+        all experts, in float32. Sums are made in float32, expert after expert, and rounded once. Only experts that some token
+        has chosen are read.
+        """
 
 
 class Attention(Protocol):
-    def __call__(self, q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None) -> Tensor:
+    def __call__(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        batch: PagedBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+        cap: float | None = None,
+    ) -> Tensor:
         """Causal attention of q [T, Hq, D] over the paged cache -> [T, Hq, D].
 
         A token at position p sees positions max(0, p - window + 1) .. p. Hq is a multiple of Hkv; query head h reads
-        key/value head h // (Hq // Hkv).
+        key/value head h // (Hq // Hkv). Scores are products times ``scale``; with a ``cap`` cap * tanh(score / cap).
         """
 
 
@@ -226,10 +288,17 @@ class Stack:
 
     embedding: Tensor | Weight  # [V, hidden]
     layers: tuple[Layer, ...]
-    norm: Norm  # the last one; its eps is that of all norms
+    norm: Norm  # the last one; its eps and offset are those of all norms
     cos_sin: Tensor  # as in ``rope_store``
     heads: int
-    head_dim: int
+    scale: float  # of scores, as in ``attention``
+    cap: float | None = None
+    local_cos_sin: Tensor | None = None  # of layers with a window, where they rotate otherwise
+    embedding_scale: float = 1.0  # as the activations' dtype holds it
+
+    def rotation(self, layer: Layer) -> Tensor:
+        """The table of a layer."""
+        return self.cos_sin if self.local_cos_sin is None or layer.window is None else self.local_cos_sin
 
 
 Forward = Callable[[Tensor, PagedBatch], Tensor]
@@ -256,9 +325,11 @@ class Ops:
     rms_norm: RMSNorm
     rope_store: RopeStore
     attention: Attention
-    silu_mul: SiluMul
+    silu_mul: GateMul
     argmax: ArgMax
     kth_largest: KthLargest
+    gelu_mul: GateMul | None = None
+    mix: Mix | None = None  # None: these operators have no mixture of experts
     bind: Bind | None = None
     sample: Sample | None = None  # None: tokens are drawn on the host
     pack_table: Pack | None = None  # for an embedding alone; None: rows can be looked up in what ``pack`` makes of integers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.kv_cache import dequantize, quantize
+from kernels.mixture import mix
 from kernels.ops import KVCache, Norm, Ops, PagedBatch, Weight
 from quant.tensor import QuantTensor
 
@@ -21,6 +23,7 @@ class ReferenceWeight:
     tensor: QuantTensor | Tensor
     bias: Tensor | None
     gated: bool
+    gelu: bool
     rows: int
     K: int
 
@@ -34,11 +37,17 @@ class ReferenceWeight:
 
 
 def pack(
-    weight: QuantTensor | Tensor, *, dtype: torch.dtype, bias: Tensor | None = None, gated: bool = False, activation: str = "auto"
+    weight: QuantTensor | Tensor,
+    *,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    gated: bool = False,
+    gelu: bool = False,
+    activation: str = "auto",
 ) -> ReferenceWeight:
     if isinstance(weight, QuantTensor):
-        return ReferenceWeight(weight, bias, gated, weight.N, weight.K)
-    return ReferenceWeight(weight.to(dtype), bias, gated, *weight.shape)
+        return ReferenceWeight(weight, bias, gated, gelu, weight.N, weight.K)
+    return ReferenceWeight(weight.to(dtype), bias, gated, gelu, *weight.shape)
 
 
 def matmul(
@@ -51,7 +60,7 @@ def matmul(
 ) -> Tensor:
     if not isinstance(weight, ReferenceWeight):
         raise TypeError(f"a {type(weight).__name__} was packed for other operators than the reference")
-    wide = x.float() if norm is None else rms_norm(x, norm.weight, eps=norm.eps).float()
+    wide = x.float() if norm is None else rms_norm(x, **norm._asdict()).float()
     tensor = weight.tensor
     if isinstance(tensor, QuantTensor):
         wide = quantize_activations(wide, tensor.activation)
@@ -62,7 +71,7 @@ def matmul(
         dense = tensor.float()
     found = F.linear(wide, dense, None if weight.bias is None else weight.bias.float())
     if weight.gated:
-        found = silu_mul(found)
+        found = (gelu_mul if weight.gelu else silu_mul)(found)
     if residual is not None:
         found = found + residual.float()
     return found.to(x.dtype) if out is None else out.copy_(found)
@@ -93,9 +102,11 @@ def embedding(ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor
     return table[ids].to(dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, residual: Tensor | None = None) -> Tensor:
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    found = wide * (weight.float() + offset) if offset else wide.to(x.dtype) * weight
+    return (found if residual is None else found.float() + residual.float()).to(x.dtype)
 
 
 def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +125,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+
+
 def rope_store(
     qkv: Tensor,
     heads: int,
@@ -126,8 +142,8 @@ def rope_store(
 ) -> Tensor:
     kv_heads, size = cache.k.shape[2], cache.head_dim
     q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, size)).split([heads, kv_heads, kv_heads], dim=1)
-    q = q if q_norm is None else rms_norm(q, q_norm.weight, eps=q_norm.eps)
-    k = k if k_norm is None else rms_norm(k, k_norm.weight, eps=k_norm.eps)
+    q = q if q_norm is None else rms_norm(q, **q_norm._asdict())
+    k = k if k_norm is None else rms_norm(k, **k_norm._asdict())
     q, k = rope(q, k, batch.positions, cos_sin)
     store_kv(k, v, cache, batch.slots)
     return q
@@ -143,7 +159,9 @@ def store_kv(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
             codes.flatten(0, 1)[slots], scales.flatten(0, 1)[slots] = quantize(x, cache.dtype, scale)
 
 
-def attention(q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None) -> Tensor:
+def attention(
+    q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None, cap: float | None = None
+) -> Tensor:
     out = torch.empty_like(q)
     for (row, stop), end, table in zip(
         pairwise(batch.query_starts_list), batch.seq_lens_list, batch.block_tables_list, strict=True
@@ -155,6 +173,7 @@ def attention(q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, win
         queries = mine.shape[0]
         grouped = mine.unflatten(1, (k.shape[0], -1)).permute(1, 2, 0, 3)  # [Hkv, group, T, D]
         scores = grouped @ k.unsqueeze(1).transpose(-1, -2) * scale  # [Hkv, group, T, end]
+        scores = scores if cap is None else cap * torch.tanh(scores / cap)
         key, query = torch.arange(end, device=q.device), torch.arange(end - queries, end, device=q.device).unsqueeze(1)
         seen = key <= query if window is None else (key <= query) & (key > query - window)
         found = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.unsqueeze(1)
@@ -220,5 +239,7 @@ def make_ops(device: torch.device) -> Ops:
         silu_mul=silu_mul,
         argmax=argmax,
         kth_largest=kth_largest,
+        gelu_mul=gelu_mul,
+        mix=partial(mix, matmul, rms_norm, silu_mul),
         sample=sample,
     )

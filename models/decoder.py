@@ -1,18 +1,19 @@
-"""The one decoder: pre-norm attention and gated MLP, driven by a ModelSpec, calling Ops only."""
+"""The one decoder: attention and gated MLP (or a mixture of such) behind norms, driven by a ModelSpec, calling Ops only."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from kernels.kv_cache import LARGEST
 from kernels.layout import SCALED_CACHES
-from kernels.ops import Forward, KVCache, Layer, Linear, Norm, Ops, PagedBatch, Stack, Weight
+from kernels.mixture import gated
+from kernels.ops import Forward, KVCache, Layer, Linear, Mixture, Norm, Ops, PagedBatch, Stack, Weight
 from models.spec import ModelSpec
 
 log = logging.getLogger("appliance.loader")
@@ -30,13 +31,19 @@ class Decoder:
     head: Weight
     cos_sin: Tensor  # float32 [max_len, rotary_dim]
     tied: bool
+    local_cos_sin: Tensor | None = None  # the same of layers with a window, where they rotate otherwise
     kv_largest: tuple[tuple[float, float] | None, ...] = ()  # of each layer's keys and values, where the checkpoint has scales
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights and tables, shared ones once."""
         head = 0 if self.tied else self.head.nbytes
-        return self.embedding.nbytes + sum(layer.nbytes for layer in self.layers) + self.norm.nbytes + head + self.cos_sin.nbytes
+        return self.embedding.nbytes + sum(layer.nbytes for layer in self.layers) + self.norm.nbytes + head + self.table_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        """Of cosines and sines."""
+        return self.cos_sin.nbytes + (0 if self.local_cos_sin is None else self.local_cos_sin.nbytes)
 
     @property
     def streamed(self) -> int:
@@ -61,39 +68,67 @@ class Decoder:
         """Token ids int64 [T] -> hidden states [T, hidden] after the final norm; writes keys and values into ``caches``."""
         ops = self.ops
         hidden = ops.embedding(ids, self.embedding, self.dtype)
+        if self.stack.embedding_scale != 1.0:
+            hidden *= self.stack.embedding_scale
         for layer, cache in zip(self.layers, caches, strict=True):
             with layer.present():
-                hidden = ops.matmul(self._attention(layer, hidden, batch, cache), layer.o, residual=hidden)
-                hidden = ops.matmul(self._gated(layer, hidden), layer.down, residual=hidden)
-        return ops.rms_norm(hidden, self.norm, eps=self.spec.eps)
+                hidden = self._add(self._attention(layer, hidden, batch, cache), layer.o, layer.attention_norm, hidden)
+                hidden = self._mlp(layer, hidden)
+        return ops.rms_norm(hidden, **self.stack.norm._asdict())
+
+    @cached_property
+    def stack(self) -> Stack:
+        """All that comes before the head."""
+        spec = self.spec
+        return Stack(
+            self.embedding,
+            self.layers,
+            self._norm(self.norm),
+            self.cos_sin,
+            spec.heads,
+            spec.scale,
+            spec.cap,
+            self.local_cos_sin,
+            torch.tensor(spec.embedding_scale, dtype=self.dtype).item(),
+        )
 
     def bind(self, caches: Sequence[KVCache], *, max_tokens: int) -> Forward:
         """``forward`` over these caches, for at most ``max_tokens`` tokens; in one call where the operators can do that."""
-        spec, bind = self.spec, self.ops.bind
-        stack = Stack(self.embedding, self.layers, self._norm(self.norm), self.cos_sin, spec.heads, spec.head_dim)
-        bound = None if bind is None else bind(stack, caches, max_tokens=max_tokens)
+        bind = self.ops.bind
+        bound = None if bind is None else bind(self.stack, caches, max_tokens=max_tokens)
         return partial(self.forward, caches=caches) if bound is None else bound
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Logits of hidden states [R, hidden] into ``out``, float32 [R, V]."""
-        return self.ops.matmul(hidden, self.head, out=out)
+        logits, cap = self.ops.matmul(hidden, self.head, out=out), self.spec.logit_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def _attention(self, layer: Layer, hidden: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
         """[T, Hq * D] before the output projection."""
-        spec, ops = self.spec, self.ops
+        spec, ops, cos_sin = self.spec, self.ops, self.stack.rotation(layer)
         qkv = self._linear(hidden, layer.qkv, self._norm(layer.input_norm))
         q_norm = None if layer.q_norm is None else self._norm(layer.q_norm)
         k_norm = None if layer.k_norm is None else self._norm(layer.k_norm)
-        q = ops.rope_store(qkv, spec.heads, cache, batch, self.cos_sin, q_norm=q_norm, k_norm=k_norm)
-        return ops.attention(q, cache, batch, scale=spec.head_dim**-0.5, window=layer.window).flatten(1)
+        q = ops.rope_store(qkv, spec.heads, cache, batch, cos_sin, q_norm=q_norm, k_norm=k_norm)
+        return ops.attention(q, cache, batch, scale=spec.scale, window=layer.window, cap=spec.cap).flatten(1)
 
-    def _gated(self, layer: Layer, hidden: Tensor) -> Tensor:
-        """silu(gate) * up, [T, intermediate]."""
-        out = self._linear(hidden, layer.gate_up, self._norm(layer.post_norm))
-        return out if len(layer.gate_up) == 1 else self.ops.silu_mul(out)
+    def _mlp(self, layer: Layer, hidden: Tensor) -> Tensor:
+        """[T, hidden] after the MLP, or the mixture of experts."""
+        ops, norm = self.ops, self._norm(layer.post_norm)
+        if isinstance(layer.mlp, Mixture) and ops.mix is not None:
+            return ops.mix(hidden, layer.mlp, norm=norm)
+        mlp, multiply = layer.only_mlp, ops.gelu_mul if self.spec.gelu else ops.silu_mul
+        assert multiply is not None  # the planner refuses such models where operators have none
+        return self._add(gated(ops.matmul, multiply, hidden, mlp.gate_up, norm), mlp.down, layer.mlp_norm, hidden)
+
+    def _add(self, x: Tensor, weight: Weight, norm: Tensor | None, hidden: Tensor) -> Tensor:
+        """hidden + x @ weight.T, [T, hidden]; the product is normalized first where there is a norm for it."""
+        if norm is None:
+            return self.ops.matmul(x, weight, residual=hidden)
+        return self.ops.rms_norm(self.ops.matmul(x, weight), **self._norm(norm)._asdict(), residual=hidden)
 
     def _norm(self, weight: Tensor) -> Norm:
-        return Norm(weight, self.spec.eps)
+        return Norm(weight, self.spec.eps, self.spec.norm_offset)
 
     def _linear(self, x: Tensor, weights: Linear, norm: Norm) -> Tensor:
         if len(weights) == 1:

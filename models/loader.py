@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.layout import embedding_bits, head_bits, shares_table
-from kernels.ops import Layer, Linear, Ops, Weight
+from kernels.ops import MLP, Layer, Linear, Mixture, Ops, Weight
 from models.decoder import Decoder
 from models.kv_scales import read_largest
 from models.rope import cos_sin_table
@@ -134,9 +134,12 @@ class _Loader:
             raise CheckpointError(
                 f"{self.checkpoint.index.directory}: {len(rest)} tensors have no place in a {self.spec.architecture}: {shown}"
             )
+        if beside := self.checkpoint.index.beside_text:
+            log.info("%d tensors of the vision tower and its projector are not read: this serves text alone", beside)
         total = self.checkpoint.index.total_bytes
         self.progress(total, total)
         release_memory()
+        local = self.spec.local_rope
         return Decoder(
             spec=self.spec,
             ops=self.ops,
@@ -146,12 +149,13 @@ class _Loader:
             head=head,
             cos_sin=cos_sin_table(self.spec.rope, max_len).to(self.ops.device),
             tied=tied,
+            local_cos_sin=None if local is None else cos_sin_table(local, max_len).to(self.ops.device),
             kv_largest=kv_largest,
         )
 
     def _tell(self) -> None:
-        tensors = self.checkpoint.index.tensors
-        self.progress(sum(tensors[name].nbytes for name in self.checkpoint.consumed), self.checkpoint.index.total_bytes)
+        tensors, consumed = self.checkpoint.index.tensors, self.checkpoint.consumed.copy()  # other threads go on reading
+        self.progress(sum(tensors[name].nbytes for name in consumed), self.checkpoint.index.total_bytes)
 
     def _ends(self) -> tuple[Tensor | Weight, Weight, bool]:
         """(embedding, head, whether they are one). A tied model may store the one table under either name."""
@@ -210,30 +214,50 @@ class _Loader:
 
     def _layer(self, number: int) -> Layer:
         spec, prefix = self.spec, f"model.layers.{number}"
-        if spec.fused_qkv:
-            qkv, gate_up = [self._read(prefix, "self_attn.qkv_proj")], self._halves(self._read(prefix, "mlp.gate_up_proj"))
-        else:
-            qkv = [self._read(prefix, f"self_attn.{n}_proj") for n in ("q", "k", "v")]
-            gate_up = [self._read(prefix, f"mlp.{n}_proj") for n in ("gate", "up")]
-        down, down_bias = self._read(prefix, "mlp.down_proj")
-        if isinstance(down, QuantTensor) and down.perm is not None:
-            # The inputs of down are the outputs of gate and up: put those in down's order once, and no step needs a gather.
-            gate_up = [_select(part, down.perm) for part in gate_up]
-            down = down.without_perm()
+        mlp = self._mixture(prefix) if spec.mixture is not None else self._mlp(prefix)
+        parts = ("qkv",) if spec.fused_qkv else ("q", "k", "v")
+        qkv = [self._read(prefix, f"self_attn.{part}_proj") for part in parts]
         norms: dict[str, Any] = {}
         if spec.qk_norm:
             norms = {n: self._norm(f"{prefix}.self_attn.{n}", spec.head_dim) for n in ("q_norm", "k_norm")}
+        if spec.post_norms:
+            norms["attention_norm"] = self._norm(f"{prefix}.post_attention_layernorm", spec.hidden)
+            norms["mlp_norm"] = self._norm(f"{prefix}.post_feedforward_layernorm", spec.hidden)
         layer = Layer(
             input_norm=self._norm(f"{prefix}.input_layernorm", spec.hidden),
             qkv=self._fuse(qkv),
             o=self._pack(self._read(prefix, "self_attn.o_proj")),
-            post_norm=self._norm(f"{prefix}.post_attention_layernorm", spec.hidden),
-            gate_up=self._fuse(gate_up, gated=True),
-            down=self._pack((down, down_bias)),
+            post_norm=self._norm(f"{prefix}.{spec.mlp_norm}", spec.hidden),
+            mlp=mlp,
             window=spec.windows[number],
             **norms,
         )
         return layer if self.take is None else self.take(number, layer)
+
+    def _mlp(self, prefix: str) -> MLP:
+        if self.spec.fused_qkv:
+            return self._gated(self._halves(self._read(prefix, "mlp.gate_up_proj")), self._read(prefix, "mlp.down_proj"))
+        gate, up, down = (self._read(prefix, f"mlp.{part}_proj") for part in ("gate", "up", "down"))
+        return self._gated([gate, up], down)
+
+    def _mixture(self, prefix: str) -> Mixture:
+        """Expert by expert: one is laid out before the next is read."""
+        mixture = self.spec.mixture
+        assert mixture is not None
+        router = self._pack(self._read(prefix, f"{mixture.name}.gate"))
+        experts = []
+        for number in range(mixture.experts):
+            gate, up, down = (self._read(prefix, f"{mixture.name}.experts.{number}.{part}") for part in mixture.expert)
+            experts.append(self._gated([gate, up], down))
+        return Mixture(router, tuple(experts), mixture.active, mixture.normalized)
+
+    def _gated(self, gate_up: list[Part], down: Part) -> MLP:
+        weight, bias = down
+        if isinstance(weight, QuantTensor) and weight.perm is not None:
+            # The inputs of down are the outputs of gate and up: put those in down's order once, and no step needs a gather.
+            gate_up = [_select(part, weight.perm) for part in gate_up]
+            weight = weight.without_perm()
+        return MLP(self._fuse(gate_up, gated=True), self._pack((weight, bias)))
 
     def _read(self, prefix: str, module: str) -> Part:
         shape: ModuleShape = self.shapes[module]
@@ -273,7 +297,8 @@ class _Loader:
         return tuple(self._pack(part) for part in parts)
 
     def _pack(self, part: Part, *, gated: bool = False) -> Weight:
-        return self.ops.pack(part[0], dtype=self.dtype, bias=part[1], gated=gated, activation=self.activation)
+        gelu = gated and self.spec.gelu
+        return self.ops.pack(part[0], dtype=self.dtype, bias=part[1], gated=gated, gelu=gelu, activation=self.activation)
 
 
 def has_rows(table: QuantTensor) -> bool:

@@ -20,7 +20,7 @@ INPUTS = {
     "self_attn.v_proj": "attention", "self_attn.o_proj": "heads",
     "mlp.gate_up_proj": "mlp", "mlp.gate_proj": "mlp", "mlp.up_proj": "mlp", "mlp.down_proj": "inner",
 }  # fmt: skip
-"""What each linear reads: the norms' outputs, the heads' outputs side by side, and silu(gate) * up."""
+"""What each linear reads: the norms' outputs, the heads' outputs side by side, and the gated product."""
 Watch = Callable[[str, Tensor], None]
 
 
@@ -46,7 +46,7 @@ class PlainLayer:
 
     spec: ModelSpec
     number: int
-    cos_sin: Tensor  # float32 [max_len, rotary_dim]
+    cos_sin: Tensor  # float32 [max_len, rotary_dim], of this layer
     weights: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class PlainLayer:
         and "values".
         """
         hidden, inner = self.look(hidden, watch)
-        return hidden + self._linear(inner, "mlp.down_proj")
+        return hidden + self._down(inner)
 
     def look(self, hidden: Tensor, watch: Watch | None = None) -> tuple[Tensor, Tensor]:
         """All but the last product: (what that is added to, what it reads), after ``watch`` is told everything."""
@@ -108,7 +108,7 @@ class PlainLayer:
         x = self._norm(hidden, "input_layernorm")
         told("attention", x)
         hidden = hidden + self.attention(x, told)
-        x = self._norm(hidden, "post_attention_layernorm")
+        x = self._norm(hidden, self.spec.mlp_norm)
         told("mlp", x)
         inner = self._inner(x)
         told("inner", inner)
@@ -118,18 +118,23 @@ class PlainLayer:
         """What attention adds [B, T, hidden] for the norm's outputs ``x`` [B, T, hidden]."""
         heads = self._attention(*self._heads(x), told).transpose(1, 2).flatten(2)
         told("heads", heads)
-        return self._linear(heads, "self_attn.o_proj")
+        added = self._linear(heads, "self_attn.o_proj")
+        return self._norm(added, "post_attention_layernorm") if self.spec.post_norms else added
 
     def mlp(self, x: Tensor) -> Tensor:
         """What the MLP adds [.., hidden] for the norm's outputs ``x`` [.., hidden]."""
-        return self._linear(self._inner(x), "mlp.down_proj")
+        return self._down(self._inner(x))
+
+    def _down(self, inner: Tensor) -> Tensor:
+        added = self._linear(inner, "mlp.down_proj")
+        return self._norm(added, "post_feedforward_layernorm") if self.spec.post_norms else added
 
     def _inner(self, x: Tensor) -> Tensor:
         if self.spec.fused_qkv:
             gate, up = self._linear(x, "mlp.gate_up_proj").chunk(2, dim=-1)
         else:
             gate, up = self._linear(x, "mlp.gate_proj"), self._linear(x, "mlp.up_proj")
-        return F.silu(gate) * up
+        return (F.gelu(gate, approximate="tanh") if self.spec.gelu else F.silu(gate)) * up
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, heads, T, head size], not yet rotated."""
@@ -147,13 +152,20 @@ class PlainLayer:
         q, k = self._rotated(q), self._rotated(k)
         told("keys", k)
         told("values", v)
-        window, length = self.spec.windows[self.number] if self.spec.windows else None, q.shape[2]
+        spec, length = self.spec, q.shape[2]
+        window = spec.windows[self.number] if spec.windows else None
         mask = None
-        if window is not None and window < length:
+        if spec.cap is not None or (window is not None and window < length):
             places = torch.arange(length, device=q.device)
             distance = places.unsqueeze(1) - places
-            mask = (distance >= 0) & (distance < window)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            mask = (distance >= 0) & (distance < (window or length))
+        if spec.cap is None or mask is None:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=spec.scale, enable_gqa=True
+            )
+        k, v = (x.repeat_interleave(spec.heads // spec.kv_heads, dim=1) for x in (k, v))
+        scores = spec.cap * torch.tanh(q @ k.transpose(-1, -2) * (spec.scale / spec.cap))
+        return scores.float().masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
 
     def _rotated(self, x: Tensor) -> Tensor:
         """[B, heads, T, head size]: the first rotary_dim features turned, halves against each other."""
@@ -164,11 +176,18 @@ class PlainLayer:
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.spec.eps) * self.norms[name]).to(self.compute)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.spec.eps)
+        return (wide * (self.norms[name] + self.spec.norm_offset)).to(self.compute)
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         bias = self.biases.get(name)
         return F.linear(x, self.weights[name].to(self.compute), None if bias is None else bias.to(self.compute))
+
+
+def embedded(table: Tensor, ids: Tensor, spec: ModelSpec) -> Tensor:
+    """Rows of an embedding [V, hidden] for ids [..] -> [.., hidden], scaled, in the model's own type."""
+    rows = table[ids].to(getattr(torch, spec.dtype))
+    return rows if spec.embedding_scale == 1.0 else rows * torch.tensor(spec.embedding_scale, dtype=rows.dtype)
 
 
 def finite(tensor: Tensor) -> bool:

@@ -64,8 +64,29 @@ class RopeSpec:
         return self.max_position
 
 
-def read_rope(config: Fields, head_dim: int, max_position: int) -> RopeSpec:
-    """InputError, naming the key, for a kind or value that is not known."""
+def by_layer_type(config: Fields) -> tuple[Fields, Fields]:
+    """Configs that have the settings of layers that see everything alone, and those of layers with a window (Gemma 3).
+
+    The old style has keys of their own for the base of both, and scales the former only.
+    """
+    if config.get("rope_parameters") and config.get("rope_scaling"):
+        raise InputError("config.json has both rope_parameters and rope_scaling: write all of them into rope_parameters")
+    given = config.get("rope_parameters") or {"full_attention": config.get("rope_scaling")}
+    if not isinstance(given, Mapping) or not set(given) <= {"full_attention", "sliding_attention"}:
+        raise InputError(f"config.json: rope_parameters is {given!r:.60}, expected full_attention and sliding_attention in it")
+    bases = {
+        "full_attention": config.number("rope_theta", default=1e6),
+        "sliding_attention": config.number("rope_local_base_freq", default=1e4),
+    }
+    whole, local = (
+        Fields({**config.values, "rope_scaling": None, "rope_parameters": given.get(kind), "rope_theta": base})
+        for kind, base in bases.items()
+    )
+    return whole, local
+
+
+def read_rope(config: Fields, head_dim: int, max_position: int, theta: float = 10000.0) -> RopeSpec:
+    """``theta``: where the config says none. InputError, naming the key, for a kind or value that is not known."""
     raw = _settings(config)
     rope = Fields(dict(raw), "rope settings of config.json")
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
@@ -76,7 +97,7 @@ def read_rope(config: Fields, head_dim: int, max_position: int) -> RopeSpec:
     unknown = sorted(set(raw) - COMMON - IDLE)
     if unknown:
         raise InputError(f"config.json: rope settings hold {unknown[0]!r}, which the {kind} kind does not know")
-    theta = rope.number("rope_theta", default=config.number("rope_theta", default=10000.0))
+    theta = rope.number("rope_theta", default=config.number("rope_theta", default=theta))
     partial = rope.number("partial_rotary_factor", default=config.number("partial_rotary_factor", default=1.0))
     rotary = int(head_dim * partial)
     if rotary < 2 or rotary % 2 or rotary > head_dim:

@@ -18,6 +18,9 @@ from typing import Any
 from quant.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+TEXT = re.compile(r"^(?:(model\.language_model\.|language_model\.model\.)|language_model\.(?=lm_head\.))")
+BESIDE_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+"""How models that read pictures, too, name what is theirs in transformers before 4.52 and since, and the rest."""
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 ITEM_SIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -50,10 +53,11 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Every tensor of a checkpoint directory by name."""
+    """Every tensor of a checkpoint directory by name; of a model that reads pictures, too, those of its text part alone."""
 
     directory: Path
     tensors: Mapping[str, TensorInfo]
+    beside_text: int = 0  # tensors that are not among these
 
     @property
     def total_bytes(self) -> int:
@@ -77,7 +81,8 @@ class CheckpointIndex:
             tensors = _indexed(index)
         else:
             tensors = _merge(_all_files(directory))
-        return cls(directory, MappingProxyType(tensors))
+        text = _text_part(tensors)
+        return cls(directory, MappingProxyType(text), len(tensors) - len(text))
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -141,6 +146,13 @@ def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> TensorInf
     if dtype in ITEM_SIZE and end - begin != math.prod(shape) * ITEM_SIZE[dtype]:
         raise CheckpointError(f"{path}: damaged safetensors header: {name} is {dtype}{list(shape)} but spans {end - begin} bytes")
     return TensorInfo(name, path, dtype, shape, data + begin, data + end)
+
+
+def _text_part(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    if not any(map(TEXT.match, tensors)):
+        return tensors
+    kept = {name: info for name, info in tensors.items() if not BESIDE_TEXT.match(name)}
+    return {TEXT.sub(lambda found: "model." if found[1] else "", name): info for name, info in kept.items()}
 
 
 def _merge(files: list[Path]) -> dict[str, TensorInfo]:

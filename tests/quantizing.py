@@ -27,7 +27,7 @@ BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 def make(directory: Path, kind: str = "Llama", **config: Any) -> Path:
-    """A random model as transformers writes it, whose norms make some channels large. ``kind``: Llama, Qwen3, .."""
+    """A random model as transformers writes it, whose norms make some channels large. ``kind``: Llama, Gemma3Text, .."""
     import transformers
 
     torch.manual_seed(0)
@@ -37,11 +37,11 @@ def make(directory: Path, kind: str = "Llama", **config: Any) -> Path:
     settings = getattr(transformers, f"{kind}Config")(
         **shape | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | config
     )
-    model = getattr(transformers, f"{kind}ForCausalLM")(settings).float()
+    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(settings).float()
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if "layernorm" in name:
-                parameter[::13] *= 20  # outliers, as real models have them
+                parameter[::13] += 19  # outliers, as real models have them; some store what is above 1
             elif parameter.dim() == 2:
                 parameter.copy_(torch.randn_like(parameter) * 1.5 / parameter.shape[1] ** 0.5)
             elif name.endswith("bias"):
@@ -80,14 +80,16 @@ def logits(directory: Path, tokens: Tensor, rounded: torch.dtype = torch.float32
             checkpoint.take(name if checkpoint.has(name) else other, dtypes=FLOATS).float()
             for name, other in (("model.embed_tokens.weight", "lm_head.weight"), ("lm_head.weight", "model.embed_tokens.weight"))
         )
-        norm = checkpoint.take("model.norm.weight", dtypes=FLOATS).float()
-        hidden, table_of_angles = table[tokens], cos_sin_table(spec.rope, tokens.shape[1])
+        norm = checkpoint.take("model.norm.weight", dtypes=FLOATS).float() + spec.norm_offset
+        hidden = table[tokens] * spec.embedding_scale
         for number in range(spec.layers):
-            layer = PlainLayer.read(checkpoint, spec, number, table_of_angles, torch.float32)
+            angles = cos_sin_table(spec.rope_of(number), tokens.shape[1])
+            layer = PlainLayer.read(checkpoint, spec, number, angles, torch.float32)
             weights = {name: weight.to(rounded).float() for name, weight in layer.weights.items()}
             hidden = replace(layer, weights=weights).forward(hidden)
         hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + spec.eps) * norm
-        return torch.log_softmax(hidden @ head.t(), -1)
+        found = hidden @ head.t()
+        return torch.log_softmax(found if spec.logit_cap is None else spec.logit_cap * torch.tanh(found / spec.logit_cap), -1)
 
 
 def spoken(directory: Path, samples: int, length: int, seed: int) -> Tensor:

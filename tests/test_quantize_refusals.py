@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch
 from appliance.quantize.options import Options
 from appliance.quantize.run import unread
 from quant.errors import InputError
+from tests.memory.published import fill, write_published
+from tests.memory.test_mixture import MIXTRAL, SMALL
 from tests.quantizing import make, quantized
 
 
@@ -49,6 +52,16 @@ def test_refusals(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     with pytest.raises(InputError, match=r"has 1000 bytes free, and the checkpoint will take \S+ KiB more"):
         quantized(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "a.partial").exists()
+
+
+@pytest.mark.parametrize("config", [SMALL, MIXTRAL], ids=["qwen3-moe", "mixtral"])
+def test_mixtures_of_experts(tmp_path: Path, config: dict[str, Any]) -> None:
+    folder = fill(write_published(tmp_path / "mixture", config, "none"), "none")
+    with pytest.raises(
+        InputError, match=r"(Qwen3Moe|Mixtral)ForCausalLM is a mixture of experts, and this version quantizes none"
+    ):
+        quantized(folder, tmp_path / "a", method="rtn")
     assert not (tmp_path / "a").exists() and not (tmp_path / "a.partial").exists()
 
 

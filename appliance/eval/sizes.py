@@ -11,8 +11,6 @@ from models.spec import ModelSpec
 from quant.headers import CheckpointIndex
 from quant.scheme import QuantScheme, read_scheme
 
-LINEARS = ("attention", "mlp")
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -22,7 +20,7 @@ class Sizes:
     file_bytes: int  # of all tensors
     linears: int  # weights of the decoder layers' linears that are quantized; of all, where none is
     linear_bytes: int  # of these in the files: with scales, zeros and orders, without biases
-    memory: Mapping[str, int]  # by part, as the plan has them: embedding, attention, mlp, head, norms
+    memory: Mapping[str, int]  # by part, as the plan has them: embedding, attention, mlp (or router, experts), head, norms
     head: str  # what the head is in memory, in words
 
     @property
@@ -65,7 +63,7 @@ def read_sizes(directory: Path, plan: Mapping[str, Any]) -> Sizes:
 
 def _linears(index: CheckpointIndex, spec: ModelSpec, scheme: QuantScheme) -> tuple[int, int]:
     """(weights, bytes) of the quantized ones, or of all."""
-    modules = [one for one in spec.modules() if one.part in LINEARS]
+    modules = [one for one in spec.modules() if one.in_layer]
     some = [one for one in modules if scheme.for_module(one.name).quantized] or modules
     names = {one.name for one in some}
     stored = (info.nbytes for info in index.tensors.values() if _owner(info.name) in names and not info.name.endswith(".bias"))

@@ -89,14 +89,18 @@ class Answers:
             "cache_dtypes": [row.to_dict() for row in self.caches],
             "predicted_speed": speed,
             "tensor_parallel": parallel,
+            "planned_only": self.study.planned_only or None,
         }
 
     def text(self) -> str:
         lines = [self.study.plan.table(), *self._asked(), *self._caches(), *self._speed()]
+        note = f"Planned only: {self.study.planned_only}."
         if len(self.devices) > 1:
             names = ", ".join(device.name for device in dict.fromkeys(self.devices))
-            note = "Planned only: this version serves on one card. Everything below is of each card"
-            lines = [f"Tensor parallel over {len(self.devices)} cards ({names})", f"  {note}.", *lines]
+            head = f"Tensor parallel over {len(self.devices)} cards ({names})"
+            lines = [head, f"  {note} Everything below is of each card.", *lines]
+        elif self.study.planned_only:
+            lines = [note, *lines]
         return "\n".join(lines)
 
     def _asked(self) -> list[str]:

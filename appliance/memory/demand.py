@@ -10,7 +10,8 @@ from appliance.memory.modules import NATIVE, Loaded, Machinery, ends, layer_weig
 from appliance.memory.offload import streamed_parts
 from appliance.memory.settings import ITEM_SIZE
 from kernels import layout
-from models.spec import ModelSpec
+from models.spec import Mixture, ModelSpec
+from quant.errors import InputError
 from quant.scheme import QuantScheme
 
 LOGIT_ROWS = 64
@@ -39,7 +40,7 @@ class Demand:
     token_bytes: int  # activations of one token of a step
     hidden_bytes: int  # the hidden state of one token
     logits_row_bytes: int
-    position_bytes: int  # the rotary table's row of one position
+    position_bytes: int  # the rotary tables' rows of one position
     streamed: tuple[dict[str, int], ...] = ()  # what each layer brings when it is streamed in, see streamed_parts
     loading: Loading = NOTHING  # what it takes for a while to load it
     threads: int = 1  # of the CPU, that load it
@@ -50,12 +51,14 @@ class Demand:
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, *, model: str) -> Demand:
         """The demand of a model whose every module has the shape and the scheme that the config and the headers state."""
+        if machinery.ops == "triton" and spec.gelu:
+            raise InputError(f"{model}: {spec.architecture} has no kernels for cards yet: --device cpu serves it")
         size, last, layers = ITEM_SIZE[machinery.dtype], ends(spec, scheme, machinery), list(layer_weights(spec, scheme))
         attention = attention_workspace(spec, machinery)
-        weights = {"embedding": last.embedding_bytes, "attention": 0, "mlp": 0, "head": last.head_bytes, "norms": 0}
+        weights = {"embedding": last.embedding_bytes}
         for one in layers:
-            weights[one.module.part] += one.nbytes(machinery)
-        weights["norms"] = sum(numel for _, numel in spec.small_tensors()) * size
+            weights[one.module.part] = weights.get(one.module.part, 0) + one.nbytes(machinery)
+        weights |= {"head": last.head_bytes, "norms": sum(numel for _, numel in spec.small_tensors()) * size}
         return cls(
             model=model,
             architecture=spec.architecture,
@@ -67,13 +70,13 @@ class Demand:
             max_len=spec.max_len,
             vocab=spec.vocab,
             weights=weights,
-            slab=max(product_workspace([*layers, last.head], machinery), attention),
-            layer_slab=max(product_workspace(layers, machinery), attention),
+            slab=max(product_workspace(spec, [*layers, last.head], machinery), attention),
+            layer_slab=max(product_workspace(spec, layers, machinery), attention),
             token_bytes=activation_bytes(spec, layers, machinery),
             hidden_bytes=spec.hidden * size,
             # float32; torch's operators widen a product in the activations' type
             logits_row_bytes=spec.vocab * (4 if machinery.ops == NATIVE else 4 + size),
-            position_bytes=spec.rope.rotary_dim * 4,
+            position_bytes=4 * sum(rope.rotary_dim for rope in spec.ropes),
             head=last.words,
             embedding=last.embedding_words,
             loading=loading(spec, scheme, machinery),
@@ -82,11 +85,12 @@ class Demand:
         )
 
 
-def product_workspace(weights: Sequence[Loaded], machinery: Machinery) -> int:
-    """Bytes that a product needs beside its input and output, at most.
+def product_workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Machinery) -> int:
+    """Bytes that a product, or a mixture of experts, needs beside its input and output, at most.
 
-    Native kernels prepare some rows of the input, those in Triton have partial sums of few rows, and for many expand a slab of a
-    quantized weight at a time. Torch's operators expand such a slab into bytes and into floats, the reference all of it.
+    Native kernels prepare some rows of the input (of a mixture's for all experts at once), those in Triton have partial sums of
+    few rows, and for many expand a slab of a quantized weight at a time. Torch's operators expand such a slab into bytes and into
+    floats, the reference all of it.
     """
     dtype, quantized = machinery.dtype, [one for one in weights if one.kind != "dense"]
     if machinery.ops == "triton":
@@ -97,10 +101,20 @@ def product_workspace(weights: Sequence[Loaded], machinery: Machinery) -> int:
         return max((2 * 4 * one.module.K * layout.slab_rows(one.module.K, 4) for one in quantized), default=0)
     if machinery.ops != NATIVE:
         return max((one.module.N * one.module.K * ITEM_SIZE[dtype] for one in quantized), default=0)
-    by_choice = machinery.activation == "int8" or (machinery.activation == "auto" and dtype != "float32")
-    shapes = {(one.module.K, one.group_size, one.kind == "int" and by_choice) for one in weights}
-    parts = [layout.native_workspace_bytes(layout.NATIVE_ROWS, K, group, rounded=rounded) for K, group, rounded in shapes]
-    return max(shared for shared, _ in parts) + machinery.threads * max(thread for _, thread in parts)
+    by_choice, rows = (
+        machinery.activation == "int8" or (machinery.activation == "auto" and dtype != "float32"),
+        layout.NATIVE_ROWS,
+    )
+    shapes = {(one.module.part == "experts", one.module.K, one.group_size, one.kind == "int" and by_choice) for one in weights}
+    parts = [layout.native_workspace_bytes(rows, K, group, rounded=rounded) for _, K, group, rounded in shapes]
+    shared, routes = max(shared for shared, _ in parts), 0
+    if spec.mixture is not None:
+        counts = {"experts": spec.mixture.experts, "active": spec.mixture.active}
+        routes = layout.native_routes_bytes(rows, spec.intermediate, ITEM_SIZE[dtype], **counts)
+        mixed = [shape[1:] for shape in shapes if shape[0]]
+        rows_of = (layout.native_mixture_bytes(rows, K, group, rounded=rounded, **counts) for K, group, rounded in mixed)
+        shared = max(shared, *rows_of)
+    return shared + routes + machinery.threads * max(thread for _, thread in parts)
 
 
 def attention_workspace(spec: ModelSpec, machinery: Machinery) -> int:
@@ -116,6 +130,7 @@ def attention_workspace(spec: ModelSpec, machinery: Machinery) -> int:
             head_dim=spec.head_dim,
             item_size=ITEM_SIZE[machinery.dtype],
             block_size=machinery.block_size,
+            capped=spec.cap is not None,
         )
     if machinery.ops != "triton":
         return 0
@@ -141,7 +156,7 @@ def _gated_in_tiles(layers: Sequence[Loaded], machinery: Machinery) -> bool:
     Parts of few rows are among what a product needs.
     """
     for one in layers:
-        if one.module.name.endswith(("gate_proj", "up_proj")):
+        if one.slot == "gate_up":
             dense = one.module.N * one.module.K * ITEM_SIZE[machinery.dtype]
             if not one.gated or one.kind == "dense" or one.nbytes(machinery) >= dense:
                 return False
@@ -160,13 +175,24 @@ def _rounded(layers: Sequence[Loaded], machinery: Machinery) -> int:
 def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) -> int:
     """Always live: the residual stream. With it its last norm; or q, k and v and the result of attention; or the gated product.
 
-    Parts that cannot be one weight (differently stored, or each with an order of its own) are computed, joined, and then used.
+    What is normalized before it is added takes the place of q, k and v, and one beside the gated product. Parts that cannot be
+    one weight (differently stored, or each with an order of its own) are computed, joined, and then used. A mixture of experts
+    has memory of its own (product_workspace) where its parts are whole.
     """
     qkv, inner = spec.q_size + 2 * spec.kv_size, spec.intermediate
     whole = {one.module.N for one in layers if not one.stored.act_order and one.module.name.endswith(("q_proj", "qkv_proj"))}
-    attention = (1 if whole == {qkv} else 2) * qkv + spec.q_size
-    gated = all(one.gated and not one.stored.act_order for one in layers if one.module.name.endswith(("gate_proj", "up_proj")))
-    return (spec.hidden + max(spec.hidden, attention, inner if gated else 4 * inner)) * size
+    added = spec.hidden if spec.post_norms else 0
+    attention = max((1 if whole == {qkv} else 2) * qkv, added) + spec.q_size
+    gated = all(one.gated and not one.stored.act_order for one in layers if one.slot == "gate_up")
+    mlp = ((inner if gated else 4 * inner) + added) * size
+    if spec.mixture is not None:
+        mlp = 0 if gated else mlp + _mixed(spec, spec.mixture, size)
+    return spec.hidden * size + max(spec.hidden * size, attention * size, mlp)
+
+
+def _mixed(spec: ModelSpec, mixture: Mixture, size: int) -> int:
+    """Where experts are computed one by one: what is normalized, its rows of an expert, two sums in float32; shares, sorted."""
+    return spec.hidden * (2 * size + 12) + 24 * mixture.experts
 
 
 def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machinery) -> int:
@@ -185,4 +211,5 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
     attention = (2 * qkv + spec.q_size) * size + max(8 * spec.q_size, (hidden + qkv) * product)
     slab = min(2 * inner, layout.slab_rows(hidden, size)) * size
     mlp = max(3 * inner * size, 2 * inner * (size + product) + slab + hidden * product)
+    mlp += 0 if spec.mixture is None else _mixed(spec, spec.mixture, size)
     return 2 * hidden * size + max(attention, mlp)

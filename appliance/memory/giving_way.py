@@ -26,7 +26,7 @@ class GivingWay:
 
     copy_s: float  # of a block, one way
     read_s: float  # of a block, by a step of single tokens
-    step_s: float  # of such a step, without blocks: all weights are read
+    step_s: float  # of such a step, without blocks: its weights are read
     linear_s: float  # of a token, in all products of the layers
     pair_s: float  # of a query and a key, in all layers
 
@@ -40,9 +40,10 @@ class GivingWay:
             link, rate = card.link, card.rate * 1e12
         if device.kind != "cpu":
             link, rate = LINK_SHARE * link, RATE_SHARE * rate
-        weights = sum(m.N * m.K for m in spec.modules() if m.part in ("attention", "mlp"))
+        weights, active = spec.linear_parameters
+        read_bytes = weight_bytes * active / weights  # about: of a mixture of experts a token reads those that it goes through
         pair_s = 4 * spec.layers * spec.heads * spec.head_dim / rate
-        return cls(block_bytes / link, block_bytes / bandwidth, weight_bytes / bandwidth, 2 * weights / rate, pair_s)
+        return cls(block_bytes / link, block_bytes / bandwidth, read_bytes / bandwidth, 2 * active / rate, pair_s)
 
     def swap_s(self, blocks: int) -> float:
         """There and back."""

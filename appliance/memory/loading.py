@@ -16,8 +16,8 @@ from itertools import groupby
 from appliance.memory.modules import (
     EMBEDDING,
     HEAD,
+    JOINED,
     NATIVE,
-    SLOTS,
     Ends,
     Loaded,
     Machinery,
@@ -26,6 +26,7 @@ from appliance.memory.modules import (
     layer_weights,
     loaded,
     published_table,
+    published_weights,
 )
 from appliance.memory.settings import ITEM_SIZE
 from kernels import layout
@@ -91,8 +92,8 @@ def loading(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Loadi
     """What loading this model takes."""
     last, parts, fused = (
         ends(spec, scheme, machinery),
-        _by_layer(_published(spec, scheme)),
-        _by_layer(layer_weights(spec, scheme)),
+        _by_parent(published_weights(spec, scheme)),
+        _by_parent(layer_weights(spec, scheme)),
     )
     both = list(zip(parts, fused, strict=True))
     if machinery.ops == "triton":
@@ -105,24 +106,20 @@ def loading(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Loadi
             Transient(kept + max(on_card, spec.vocab * spec.hidden * _file_item(spec, scheme)), kept, device),
             Transient(max(table, head) if not spec.tie_embeddings else table + head, 0, host),
         )
-    layer = max(_layer(published, weights, machinery) for published, weights in both)
+    layer = max(_part(published, weights, machinery) for published, weights in both)
     kept = last.embedding_bytes + last.head_bytes
     return Loading(Transient(_ends_peak(spec, scheme, machinery, last), kept, layer))
 
 
-def _published(spec: ModelSpec, scheme: QuantScheme) -> list[Loaded]:
-    """The weights of the layers as the files have them."""
-    return [loaded(module, spec, scheme) for module in spec.modules() if module.part in ("attention", "mlp")]
+def _by_parent(weights: Iterable[Loaded]) -> list[list[Loaded]]:
+    """Attention, an MLP, a router and an expert are each read and laid out before the next."""
+    return [list(run) for _, run in groupby(weights, key=lambda one: one.parent)]
 
 
-def _by_layer(weights: Iterable[Loaded]) -> list[list[Loaded]]:
-    return [list(run) for _, run in groupby(weights, key=lambda one: one.module.name.split(".")[2])]
+def _part(published: Sequence[Loaded], fused: Sequence[Loaded], machinery: Machinery) -> int:
+    """The most beside what is left, while a part of a layer is read, and then joined and laid out weight by weight.
 
-
-def _layer(published: Sequence[Loaded], fused: Sequence[Loaded], machinery: Machinery) -> int:
-    """The most beside what is left, while a layer is read, and then joined and laid out weight by weight.
-
-    What was read stays, in canonical form, until all of the layer is laid out.
+    What was read stays, in canonical form, until all of the part is laid out.
     """
     most, read, done = _reading(published), _read(published), 0
     for one in fused:
@@ -162,12 +159,12 @@ def _read_bytes(one: Loaded) -> int:
 
 
 def _read(published: Sequence[Loaded]) -> int:
-    """All that was read of a layer, in canonical form: it stays until the layer is done."""
+    """All that was read of a part, in canonical form: it stays until the part is done."""
     return sum(map(_canonical, published))
 
 
 def _reading(published: Sequence[Loaded]) -> int:
-    """The most while a layer is read: what is there of it so far, and the one that is being read."""
+    """The most while a part is read: what is there of it so far, and the one that is being read."""
     most = done = 0
     for one in published:
         most, done = max(most, done + _read_bytes(one)), done + _canonical(one)
@@ -176,7 +173,7 @@ def _reading(published: Sequence[Loaded]) -> int:
 
 def _joined(one: Loaded) -> int:
     """The copy that joins parts to one weight."""
-    return _canonical(one) if SLOTS.get(one.module.name.rpartition(".")[2]) else 0
+    return _canonical(one) if one.slot in JOINED else 0
 
 
 def _pack_extra(one: Loaded, machinery: Machinery) -> int:

@@ -16,9 +16,11 @@ from quant.scheme import QuantScheme
 
 NATIVE, EMBEDDING, HEAD = "cpu-native", "model.embed_tokens", "lm_head"
 SLOTS = {
-    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv",
-    "gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up",
+    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv", "o_proj": "o",
+    "gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up", "down_proj": "down",
+    "gate": "router", "w1": "gate_up", "w3": "gate_up", "w2": "down", "lm_head": "head", "embed_tokens": "embedding",
 }  # fmt: skip
+JOINED = ("qkv", "gate_up")  # slots whose parts become one weight where they are stored alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,16 @@ class Loaded:
     stored: WeightScheme
     scale_bytes: int
     gated: bool = False
+
+    @property
+    def parent(self) -> str:
+        """The module that it is a part of."""
+        return self.module.name.rpartition(".")[0]
+
+    @property
+    def slot(self) -> str:
+        """What it is within a layer, by whatever name it is published; or what it is at the ends."""
+        return SLOTS[self.module.name.rpartition(".")[2]]
 
     @property
     def kind(self) -> str:
@@ -107,22 +119,20 @@ def layer_weights(spec: ModelSpec, scheme: QuantScheme) -> Iterator[Loaded]:
     q, k and v, and gate and up, become one weight where they are stored alike; the order of an act-order down_proj moves into
     gate and up.
     """
-    layers = (module for module in spec.modules() if module.part in ("attention", "mlp"))
-    for (_, slot), run in groupby(layers, key=_slot):
-        parts = [loaded(module, spec, scheme) for module in run]
-        if slot in ("qkv", "gate_up") and len({(part.stored, part.scale_bytes) for part in parts}) == 1:
+    for (_, slot), run in groupby(published_weights(spec, scheme), key=lambda one: (one.parent, one.slot)):
+        parts = list(run)
+        if slot in JOINED and len({(part.stored, part.scale_bytes) for part in parts}) == 1:
             module = replace(parts[0].module, N=sum(part.module.N for part in parts))
             yield replace(parts[0], module=module, gated=slot == "gate_up")
-        elif slot == "down_proj":
+        elif slot == "down":
             yield from (replace(part, stored=replace(part.stored, act_order=False)) for part in parts)
         else:
             yield from parts
 
 
-def _slot(module: ModuleShape) -> tuple[str, str]:
-    """Modules of one parent and one slot can be joined (Phi-3 publishes them joined)."""
-    parent, _, name = module.name.rpartition(".")
-    return parent, SLOTS.get(name, name)
+def published_weights(spec: ModelSpec, scheme: QuantScheme) -> Iterator[Loaded]:
+    """The same as the files have them."""
+    return (loaded(module, spec, scheme) for module in spec.modules() if module.in_layer)
 
 
 def loaded(module: ModuleShape, spec: ModelSpec, scheme: QuantScheme) -> Loaded:

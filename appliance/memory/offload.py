@@ -90,14 +90,14 @@ def _spread(layer_bytes: Sequence[int], count: int) -> Offload:
 
 
 def streamed_parts(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> tuple[dict[str, int], ...]:
-    """For each layer the bytes that leave the card with it (attention, mlp), as kernels/triton/stream.py has them.
+    """For each layer the bytes that leave the card with it, by part, as kernels/triton/stream.py has them.
 
     Their sum, with the padding between them, is what has to be brought. Norms, biases and permutations stay.
     """
-    found: list[dict[str, int]] = [{"attention": 0, "mlp": 0, "padding": 0} for _ in range(spec.layers)]
+    found: list[dict[str, int]] = [{"padding": 0} for _ in range(spec.layers)]
     for one in layer_weights(spec, scheme):
         layer, size = found[int(one.module.name.split(".")[2])], _moving(one).nbytes(machinery)
-        layer[one.module.part] += size
+        layer[one.module.part] = layer.get(one.module.part, 0) + size
         layer["padding"] += padded(size, STREAM_ALIGN) - size
     return tuple(found)
 
@@ -111,6 +111,6 @@ def on_card(weights: Mapping[str, int], parts: Sequence[Mapping[str, int]], offl
     """Bytes of weights by part, of the whole model, less those that are out; with the buffers, where there are any."""
     left = dict(weights)
     for number in offload.layers:
-        for part in ("attention", "mlp"):
+        for part in left.keys() & parts[number].keys():
             left[part] -= parts[number][part]
     return {**left, "staging": offload.staging_bytes} if offload.layers else left

@@ -116,7 +116,7 @@ class MemoryPlan:
     embedding: str  # the same of the embedding
     budget: int
     budget_source: str  # in words
-    weights: dict[str, int]  # embedding, attention, mlp, head, norms; staging, through which those in host memory come
+    weights: dict[str, int]  # embedding, attention, mlp (or router, experts), head, norms; staging, for those in host memory
     scratch: dict[str, int]  # activations, logits, products, positions, inputs, transfers
     graphs: dict[str, int]  # see appliance.memory.graphs; empty where no steps are recorded
     runtime: int

@@ -1,8 +1,9 @@
 """How fast a card should be: bytes and operations of a step, and what the card is sold with. Predictions: nothing is run.
 
-A decode step reads every weight once and the cache of every sequence; a prompt is products and attention. Each kernel is meant to
-reach a share of the card's bandwidth or rate (``TARGETS``, ``PREFILL``); those are goals for an RTX 4090, and what a card really
-does is measured by scripts/gpu_check. What this leaves out: drawing tokens, steps that mix prompts with answers, other programs.
+A decode step reads every weight once (of a mixture's experts those that are chosen) and the cache of every sequence; a prompt
+is products and attention. Each kernel is meant to reach a share of the card's bandwidth or rate (``TARGETS``, ``PREFILL``);
+those are goals for an RTX 4090, and what a card really does is measured by scripts/gpu_check. What this leaves out: drawing
+tokens, steps that mix prompts with answers, other programs.
 """
 
 from __future__ import annotations
@@ -15,10 +16,6 @@ from appliance.memory.modules import Loaded, Machinery, ends, layer_weights
 from models.spec import ModelSpec
 from quant.scheme import QuantScheme
 
-SLOTS = {
-    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv", "o_proj": "o",
-    "gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up", "down_proj": "down", "lm_head": "head",
-}  # fmt: skip
 ATTENTION = "decode attention"
 TARGETS = {  # share of the bandwidth, for as many rows as the key says at most
     "qkv": {16: 0.80, 32: 0.75}, "o": {16: 0.75, 32: 0.75}, "gate_up": {16: 0.88, 32: 0.75}, "down": {16: 0.85, 32: 0.75},
@@ -63,16 +60,28 @@ class Work:
     head_dim: int
     windows: tuple[int | None, ...]  # sliding window by layer; empty: all see everything
     rounded: str  # what activations of most products are rounded to: int8, fp8, or "" where they are not
+    chosen: tuple[int, int] = (1, 1)  # experts that a token goes through, of how many
 
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Work:
         found = [*layer_weights(spec, scheme), ends(spec, scheme, machinery).head]
-        weights = [(SLOTS[one.module.name.rpartition(".")[2]], one.nbytes(machinery), one) for one in found]
-        return cls(tuple(weights), spec.layers, spec.heads, spec.head_dim, spec.windows, _rounded(found, machinery))
+        weights = [("o" if one.slot == "router" else one.slot, one.nbytes(machinery), one) for one in found]  # a small product
+        chosen = (spec.mixture.active, spec.mixture.experts) if spec.mixture else (1, 1)
+        return cls(tuple(weights), spec.layers, spec.heads, spec.head_dim, spec.windows, _rounded(found, machinery), chosen)
 
     @property
     def weight_bytes(self) -> int:
         return sum(nbytes for _, nbytes, _ in self.weights)
+
+    def used(self, one: Loaded, tokens: int) -> tuple[float, float]:
+        """(the share of it that is read, the tokens that are multiplied with it) in a step of so many tokens.
+
+        Of experts in the mean, where all are chosen equally often.
+        """
+        if one.module.part != "experts":
+            return 1.0, tokens
+        share = self.chosen[0] / self.chosen[1]
+        return 1 - (1 - share) ** tokens, tokens * share
 
     def seen(self, context: int) -> float:
         """Tokens of the cache that a sequence's next token reads, in the mean over the layers."""
@@ -98,14 +107,15 @@ class Work:
         total = 0.0
         for slot, nbytes, one in self.weights:
             reached = 1.0 if shares is None else share * at_rows(shares[slot], sequences)
-            total += max(nbytes / limits.bandwidth, 2 * sequences * one.module.N * one.module.K / limits.rate) / reached
+            read, tokens = self.used(one, sequences)
+            total += max(nbytes * read / limits.bandwidth, 2 * tokens * one.module.N * one.module.K / limits.rate) / reached
         reached = 1.0 if shares is None else share * at_rows(shares[ATTENTION], sequences)
         total += sequences * self.seen(context) * token_bytes / limits.bandwidth / reached
         return total if shares is None else total + (LAUNCHES * self.layers + ENDS) * pause
 
     def prefill_ops(self, prompt: int) -> tuple[float, float]:
         """(of products, of attention) for one prompt: every pair of a query and a key that it sees. The head sees one token."""
-        linear = sum(2 * one.module.N * one.module.K for slot, _, one in self.weights if slot != "head")
+        linear = sum(2 * self.used(one, 1)[1] * one.module.N * one.module.K for slot, _, one in self.weights if slot != "head")
         pairs = sum(_pairs(prompt, window) for window in self.windows or (None,) * self.layers)
         return float(linear * prompt), 4 * pairs * self.heads * self.head_dim
 

@@ -216,6 +216,13 @@ class Study:
             return "the table of cards has no rates for float32"
         return ""
 
+    @property
+    def planned_only(self) -> str:
+        """Why this version does not serve what is planned; empty where it does."""
+        if self.whole[0].mixture is not None and self.device.kind == "cuda":
+            return "this version serves mixtures of experts on a CPU only"
+        return "this version serves on one card" if self.ranks > 1 else ""
+
     def decode_speeds(self, context: int | None = None) -> list[Speed]:
         """For 1, 8, 32 and the most sequences, as far as they fit; none where nothing is predicted."""
         card = known_card(self.device)

@@ -99,7 +99,7 @@ class Ends:
 
     def _head(self, grid: Grid, norm: Tensor, hidden: Iterator[Tensor], device: torch.device) -> Make:
         """The method's own way, for the last norm's outputs: GPTQ's sweep, or AWQ's search for extremes to cut off."""
-        batches, norm = list(hidden), norm.to(device)
+        batches, norm = list(hidden), norm.to(device) + self.spec.norm_offset
         watcher = Watcher(self.options.method, len(batches), False)
         for batch in batches:
             x = batch.to(device).float()

@@ -19,7 +19,7 @@ from appliance.quantize.options import Options
 from appliance.quantize.recipe import Recipe, stored_bytes
 from appliance.quantize.sensitivity import measure
 from appliance.quantize.shards import Shards, checked_output, noted
-from models.plain import FLOATS, PlainLayer, compute_dtype, finite
+from models.plain import FLOATS, PlainLayer, compute_dtype, embedded, finite
 from models.rope import cos_sin_table
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
@@ -59,6 +59,11 @@ class Job:
         if self.checkpoint.scheme.method != "none":
             raise InputError(f"{source} is quantized already ({self.checkpoint.scheme.method}): give the original model")
         self.spec = ModelSpec.from_config(self.checkpoint.config)
+        if self.spec.mixture is not None:
+            raise InputError(f"{source}: {self.spec.architecture} is a mixture of experts, and this version quantizes none")
+        if "text_config" in self.checkpoint.config:
+            kind = self.spec.architecture
+            raise InputError(f"{source} is a {kind}: only its text part is known here; give that as a model of its own")
         if ids is not None and ids.shape[1] > self.spec.max_len:
             raise InputError(f"--calibration-length is {ids.shape[1]}, but the model was made for {self.spec.max_len} tokens")
         self._check_tensors()
@@ -73,7 +78,7 @@ class Job:
         if self.mixer is not None and not self.shards.resumed:
             self.mixer.forget()
         length = 1 if ids is None else ids.shape[1]
-        self.cos_sin = cos_sin_table(self.spec.rope, max(length, 1))
+        self.tables = {rope: cos_sin_table(rope, max(length, 1)) for rope in self.spec.ropes}
 
     def _check_tensors(self) -> None:
         """Raises InputError for tensors that are missing, and for those that would get lost."""
@@ -196,7 +201,8 @@ class Job:
     def _read(self, number: int) -> PlainLayer:
         """One layer of the model, its weights as published: they are made wider where they are worked on."""
         compute = compute_dtype(self.spec.dtype, self.device)
-        return PlainLayer.read(self.checkpoint, self.spec, number, self.cos_sin, None, compute).to(self.device)
+        cos_sin = self.tables[self.spec.rope_of(number)]
+        return PlainLayer.read(self.checkpoint, self.spec, number, cos_sin, None, compute).to(self.device)
 
     def _kv_scales(self, number: int, largest: Mapping[str, float]) -> dict[str, Tensor]:
         """What keys and values are divided by in a cache of FP8."""
@@ -230,7 +236,7 @@ class Job:
         """Hidden states [samples, length, hidden] in the model's own type: all of them stay in memory."""
         name = EMBEDDING if self.checkpoint.has(EMBEDDING) else HEAD
         table = self.checkpoint.take(name, dtypes=FLOATS, shape=(self.spec.vocab, self.spec.hidden))
-        return table[ids].to(getattr(torch, self.spec.dtype))
+        return embedded(table, ids, self.spec)
 
     def _tensors(self, layer: PlainLayer, made: Made) -> dict[str, Tensor]:
         prefix, form = f"model.layers.{layer.number}", str(self.options.format)

@@ -188,11 +188,11 @@ def _fold(layer: PlainLayer, inputs: str, scales: Tensor, published: torch.dtype
     """Divide what computes these inputs by ``scales``; returns by what they are divided exactly, as the parts are rounded."""
     spec = layer.spec
     if inputs in ("attention", "mlp"):
-        name = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}[inputs]
-        before = layer.norms[name]
+        name = {"attention": "input_layernorm", "mlp": spec.mlp_norm}[inputs]
+        before = layer.norms[name] + spec.norm_offset
         largest = torch.finfo(published).max
-        after = (before / scales).clamp(-largest, largest).to(published).float()
-        layer.norms[name] = after
+        layer.norms[name] = (before / scales - spec.norm_offset).clamp(-largest, largest).to(published).float()
+        after = layer.norms[name] + spec.norm_offset
         return torch.where(after != 0, before / torch.where(after != 0, after, 1.0), scales)
     fused, one, rows = {
         "heads": ("self_attn.qkv_proj", "self_attn.v_proj", spec.kv_size),

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from appliance.quantize.recipe import units
-from models.plain import FLOATS, PlainLayer
+from models.plain import FLOATS, PlainLayer, embedded
 from models.rope import cos_sin_table
 from models.spec import ModelSpec
 from quant.algorithms.grid import Grid
@@ -70,12 +70,12 @@ def measure(
     ids = ids[: max(LEAST, TOKENS // ids.shape[1])]
     place = torch.device(device)
     with torch.inference_mode(False), torch.no_grad(), Checkpoint.open(source) as checkpoint:
-        angles = cos_sin_table(spec.rope, ids.shape[1])
+        tables = {rope: cos_sin_table(rope, ids.shape[1]) for rope in spec.ropes}
 
         def layer(number: int) -> PlainLayer:
-            return PlainLayer.read(checkpoint, spec, number, angles, torch.float32).to(place)
+            return PlainLayer.read(checkpoint, spec, number, tables[spec.rope_of(number)], torch.float32).to(place)
 
-        states = [_table(checkpoint, spec)[ids].to(getattr(torch, spec.dtype))]
+        states = [embedded(_table(checkpoint, spec), ids, spec)]
         for number in range(spec.layers):
             progress(FORWARD * number / spec.layers)
             now = layer(number)
@@ -102,7 +102,7 @@ def _table(checkpoint: Checkpoint, spec: ModelSpec, *, head: bool = False) -> Te
 def _at_the_end(checkpoint: Checkpoint, spec: ModelSpec, hidden: Tensor, place: torch.device, seed: int) -> Tensor:
     """Gradients by the last hidden states [samples, length, hidden], float32: their second moments are Fisher's information."""
     head = _table(checkpoint, spec, head=True).to(place).float()
-    norm = checkpoint.take("model.norm.weight", dtypes=FLOATS, shape=(spec.hidden,)).to(place).float()
+    norm = checkpoint.take("model.norm.weight", dtypes=FLOATS, shape=(spec.hidden,)).to(place).float() + spec.norm_offset
     signs = torch.Generator().manual_seed(seed)
     found = torch.empty(hidden.shape, dtype=torch.float32)
     for k, sample in enumerate(hidden):
@@ -110,6 +110,7 @@ def _at_the_end(checkpoint: Checkpoint, spec: ModelSpec, hidden: Tensor, place: 
             with torch.enable_grad():
                 x = sample[first : first + ROWS].to(place).float().requires_grad_()
                 logits = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.eps) * norm) @ head.t()
+                logits = logits if spec.logit_cap is None else spec.logit_cap * torch.tanh(logits / spec.logit_cap)
             likely = logits.detach().softmax(-1)
             drawn = torch.randint(0, 2, likely.shape, generator=signs, dtype=torch.int8).to(place).float().mul_(2).sub_(1)
             drawn *= likely.sqrt()

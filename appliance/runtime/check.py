@@ -24,6 +24,7 @@ from appliance.runtime.startup import CudaGauge, Timeline, Tools, load_decoder, 
 from appliance.text.files import check_tokenizer
 from appliance.text.grammar import library, limits, vocabulary
 from appliance.text.tokenizer import Tokenizer
+from kernels.ops import Mixture
 from models.decoder import Decoder
 from quant.errors import InputError
 
@@ -153,14 +154,18 @@ def largest(plan: MemoryPlan) -> Iterator[warmup.Trial]:
 def weights_by_part(decoder: Decoder) -> dict[str, int]:
     """Bytes of the loaded weights, by the parts of a plan."""
     layers = decoder.layers
-    attention = sum(weight.nbytes for layer in layers for weight in (*layer.qkv, layer.o))
-    mlp = sum(weight.nbytes for layer in layers for weight in (*layer.gate_up, layer.down))
+    linears = {"attention": sum(weight.nbytes for layer in layers for weight in (*layer.qkv, layer.o))}
+    if decoder.spec.mixture is None:
+        linears["mlp"] = sum(weight.nbytes for layer in layers for weight in layer.mlp.weights)
+    else:
+        mixtures = [layer.mlp for layer in layers if isinstance(layer.mlp, Mixture)]
+        linears["router"] = sum(one.router.nbytes for one in mixtures)
+        linears["experts"] = sum(weight.nbytes for one in mixtures for mlp in one.experts for weight in mlp.weights)
     return {
         "embedding": decoder.embedding.nbytes,
-        "attention": attention,
-        "mlp": mlp,
+        **linears,
         "head": 0 if decoder.tied else decoder.head.nbytes,
-        "norms": decoder.norm.nbytes + sum(layer.nbytes for layer in layers) - attention - mlp,
+        "norms": decoder.norm.nbytes + sum(layer.nbytes for layer in layers) - sum(linears.values()),
     }
 
 

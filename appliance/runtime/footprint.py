@@ -27,8 +27,8 @@ def footprint(plan: MemoryPlan, runner: Runner, loaded: int) -> dict[str, int]:
     A card's own share is what it held before the cache, less what was planned for weights and workspace.
     """
     decoder = runner.decoder
-    found = {"weights": decoder.nbytes - decoder.streamed - decoder.cos_sin.nbytes + plan.offload.staging_bytes}
-    found["rotary table"] = decoder.cos_sin.nbytes
+    found = {"weights": decoder.nbytes - decoder.streamed - decoder.table_bytes + plan.offload.staging_bytes}
+    found["rotary table"] = decoder.table_bytes
     spare = plan.kv.block_bytes if plan.graphs else 0
     found["KV cache"] = sum(tensor.nbytes for cache in runner.caches for tensor in cache.tensors) - spare
     if plan.swap_blocks:

@@ -122,7 +122,7 @@ def _logits(runner: Runner, text: Tensor, at_once: int) -> Tensor:
 def key(plan: MemoryPlan, decoder: Decoder) -> str:
     """What a result holds for: the card with its compiler and kernels, and all of the model that chooses among these."""
     spec, layer = decoder.spec, decoder.layers[0]
-    weights = [*layer.qkv, layer.o, *layer.gate_up, layer.down, decoder.head, decoder.embedding]
+    weights = [*layer.weights, decoder.head, decoder.embedding]
     found = [plan.dtype, plan.kv.dtype, plan.kv.block_size, os.environ.get("APPLIANCE_FP16_SUMS", "0")]
     found += [spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab]
     found += [f"{type(weight).__name__} {weight.nbytes} {getattr(weight, 'rounds', '')}" for weight in weights]

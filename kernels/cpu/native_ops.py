@@ -11,7 +11,8 @@ from torch import Tensor
 from kernels.cpu import backend, native_weights
 from kernels.cpu.native_weights import TYPES, NativeWeight, address
 from kernels.layout import NATIVE_ROWS, SCALED_CACHES
-from kernels.ops import Forward, KVCache, Layer, Norm, Ops, PagedBatch, Stack, Weight
+from kernels.mixture import mix
+from kernels.ops import Forward, KVCache, Layer, Mixture, Norm, Ops, PagedBatch, Stack, Weight
 from quant.tensor import QuantTensor
 
 
@@ -32,9 +33,12 @@ class NativeOps:
         dtype: torch.dtype,
         bias: Tensor | None = None,
         gated: bool = False,
+        gelu: bool = False,
         activation: str = "auto",
     ) -> NativeWeight:
-        return native_weights.pack(self.module, self.machine, weight, dtype=dtype, bias=bias, gated=gated, activation=activation)
+        return native_weights.pack(
+            self.module, self.machine, weight, dtype=dtype, bias=bias, gated=gated, gelu=gelu, activation=activation
+        )
 
     def matmul(
         self,
@@ -64,6 +68,7 @@ class NativeOps:
                 TYPES[x.dtype],
                 0 if norm is None else norm.weight.data_ptr(),
                 0.0 if norm is None else norm.eps,
+                0.0 if norm is None else norm.offset,
                 address(residual),
                 out.data_ptr(),
                 TYPES[out.dtype],
@@ -89,20 +94,40 @@ class NativeOps:
         else:
             self.machine.embed_packed(table.handle, *where)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, residual: Tensor | None = None) -> Tensor:
         x = x.contiguous()
-        out, columns = torch.empty_like(x), x.shape[-1]
-        rows = x.numel() // columns
-        if rows:
-            self.machine.rms_norm(x.data_ptr(), rows, columns, columns, TYPES[x.dtype], weight.data_ptr(), eps, out.data_ptr())
+        residual = None if residual is None else residual.contiguous()
+        out = torch.empty_like(x) if residual is None else residual
+        self._normalize(x, Norm(weight, eps, offset), residual, out)
         return out
 
+    def _normalize(self, x: Tensor, norm: Norm, residual: Tensor | None, out: Tensor) -> None:
+        columns = x.shape[-1]
+        if rows := x.numel() // columns:
+            where = x.data_ptr(), rows, columns, columns, TYPES[x.dtype]
+            self.machine.rms_norm(*where, norm.weight.data_ptr(), norm.eps, norm.offset, address(residual), out.data_ptr())
+
     def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gate_mul(gate_up, gelu=False)
+
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gate_mul(gate_up, gelu=True)
+
+    def _gate_mul(self, gate_up: Tensor, *, gelu: bool) -> Tensor:
         rows, columns = gate_up.shape
         gate_up = gate_up.contiguous()
         out = torch.empty(rows, columns // 2, dtype=gate_up.dtype)
         if rows:
-            self.machine.silu_mul(gate_up.data_ptr(), rows, columns, columns, TYPES[gate_up.dtype], out.data_ptr())
+            self.machine.gate_mul(gelu, gate_up.data_ptr(), rows, columns, columns, TYPES[gate_up.dtype], out.data_ptr())
+        return out
+
+    def mix(self, x: Tensor, mixture: Mixture, *, norm: Norm) -> Tensor:
+        handle = self._experts(mixture)
+        if handle is None:
+            return mix(self.matmul, self.rms_norm, self.silu_mul, x, mixture, norm=norm)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self.machine.mixture(handle, x.data_ptr(), len(x), TYPES[x.dtype], norm.weight.data_ptr(), norm.eps, out.data_ptr())
         return out
 
     def rope_store(
@@ -134,10 +159,20 @@ class NativeOps:
                 0 if q_norm is None else q_norm.weight.data_ptr(),
                 0 if k_norm is None else k_norm.weight.data_ptr(),
                 0.0 if q_norm is None else q_norm.eps,
+                0.0 if q_norm is None else q_norm.offset,
             )
         return qkv.as_strided((tokens, heads, size), (qkv.stride(0), size, 1))
 
-    def attention(self, q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None) -> Tensor:
+    def attention(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        batch: PagedBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+        cap: float | None = None,
+    ) -> Tensor:
         tokens, heads, size = q.shape
         if q.stride(2) != 1 or q.stride(1) != size:
             q = q.contiguous()
@@ -157,21 +192,23 @@ class NativeOps:
                 batch.block_tables.shape[1],
                 scale,
                 window or 0,
+                cap or 0.0,
             )
         return out
 
     def bind(self, stack: Stack, caches: Sequence[KVCache], *, max_tokens: int) -> Forward | None:
-        layers, (norm, eps) = stack.layers, stack.norm
-        if any(len(layer.qkv) > 1 or len(layer.gate_up) > 1 for layer in layers):
+        layers, norm = stack.layers, stack.norm
+        if any(len(layer.qkv) > 1 or self._inner(layer) is None for layer in layers):
             return None
-        size, dtype = norm.shape[0], norm.dtype
+        size, dtype = norm.weight.shape[0], norm.weight.dtype
         handle = self.module.Stack(
-            [self._layer(layer, cache) for layer, cache in zip(layers, caches, strict=True)],
+            [self._layer(layer, cache, stack.rotation(layer)) for layer, cache in zip(layers, caches, strict=True)],
             type=TYPES[dtype],
             heads=stack.heads,
-            eps=eps,
-            scale=stack.head_dim**-0.5,
-            cos_sin=stack.cos_sin.data_ptr(),
+            eps=norm.eps,
+            offset=norm.offset,
+            scale=stack.scale,
+            cap=stack.cap or 0.0,
             rotary=stack.cos_sin.shape[1],
         )
         # Made and touched here, once: what comes and goes with every step is memory that grows in pieces.
@@ -186,6 +223,8 @@ class NativeOps:
             if tokens > max_tokens:
                 raise ValueError(f"{tokens} tokens, but at most {max_tokens} were said to come at once")
             self._embed(ids, stack.embedding, hidden)
+            if stack.embedding_scale != 1.0:
+                hidden[:tokens].mul_(stack.embedding_scale)
             self.machine.layers(
                 handle,
                 tokens,
@@ -200,31 +239,57 @@ class NativeOps:
                 workspace.data_ptr(),
             )
             out = workspace[: tokens * size].view(tokens, size)
-            if tokens:
-                self.machine.rms_norm(hidden.data_ptr(), tokens, size, size, TYPES[dtype], norm.data_ptr(), eps, out.data_ptr())
+            self._normalize(hidden[:tokens], norm, None, out)
             return out
 
         return forward
 
     def _rehearse(self, layer: Layer, hidden: Tensor, workspace: Tensor, rows: int) -> None:
         """Products of as many rows as are prepared at a time: the memory that they need is there before the first request."""
-        for source, weight, target in (
-            (hidden, layer.qkv[0], workspace),
-            (workspace, layer.o, hidden),
-            (hidden, layer.gate_up[0], workspace),
-            (workspace, layer.down, hidden),
-        ):
+        products = [(hidden, layer.qkv[0], workspace), (workspace, layer.o, hidden)]
+        if isinstance(layer.mlp, Mixture):
+            self.mix(hidden[: rows * layer.o.N].view(rows, -1), layer.mlp, norm=Norm(layer.post_norm, 1.0))
+        else:
+            products += [(hidden, layer.mlp.gate_up[0], workspace), (workspace, layer.mlp.down, hidden)]
+        for source, weight, target in products:
             x, out = source[: rows * weight.K].view(rows, weight.K), target[: rows * weight.N].view(rows, weight.N)
             self.matmul(x, weight, out=out)
 
-    def _layer(self, layer: Layer, cache: KVCache) -> Any:
-        weights: Any = {"qkv": layer.qkv[0], "o": layer.o, "gate_up": layer.gate_up[0], "down": layer.down}
+    def _inner(self, layer: Layer) -> dict[str, Any] | None:
+        """What takes the place of its MLP in one call; None where weights come in parts."""
+        if isinstance(layer.mlp, Mixture):
+            experts = self._experts(layer.mlp)
+            return None if experts is None else {"experts": experts}
+        gate_up, down = layer.mlp.gate_up, layer.mlp.down
+        return {"gate_up": gate_up[0].handle, "down": down.handle} if len(gate_up) == 1 else None  # type: ignore[attr-defined]
+
+    def _experts(self, mixture: Mixture) -> Any:
+        """The experts as the kernels see them, kept with them; None where they need the operators one by one."""
+        if "_native" not in mixture.__dict__:
+            parts: Any = [(expert.gate_up, expert.down) for expert in mixture.experts]
+            whole = all(len(gate_up) == 1 and down.bias is None for gate_up, down in parts)
+            router: Any = mixture.router
+            mixture.__dict__["_native"] = whole and self.module.Experts(
+                router=router.handle,
+                gate_up=[gate_up[0].handle for gate_up, _ in parts],
+                down=[down.handle for _, down in parts],
+                active=mixture.active,
+                normalized=mixture.normalized,
+            )
+        return mixture.__dict__["_native"] or None
+
+    def _layer(self, layer: Layer, cache: KVCache, cos_sin: Tensor) -> Any:
+        weights: Any = {"qkv": layer.qkv[0], "o": layer.o}
         return self.module.Layer(
             **{name: weight.handle for name, weight in weights.items()},
+            **(self._inner(layer) or {}),
             input_norm=address(layer.input_norm),
             post_norm=address(layer.post_norm),
             q_norm=address(layer.q_norm),
             k_norm=address(layer.k_norm),
+            attention_norm=address(layer.attention_norm),
+            mlp_norm=address(layer.mlp_norm),
+            cos_sin=address(cos_sin),
             cache=self._cache(cache),
             window=layer.window or 0,
         )
@@ -275,5 +340,7 @@ def make_ops(device: torch.device, threads: int | None = None) -> Ops:
         silu_mul=native.silu_mul,
         argmax=native.argmax,
         kth_largest=native.kth_largest,
+        gelu_mul=native.gelu_mul,
+        mix=native.mix,
         bind=native.bind,
     )

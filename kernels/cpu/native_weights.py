@@ -70,6 +70,7 @@ def pack(
     dtype: torch.dtype,
     bias: Tensor | None = None,
     gated: bool = False,
+    gelu: bool = False,
     activation: str = "auto",
 ) -> NativeWeight:
     """Panels for activations of ``dtype``, laid out by the threads of ``machine`` (a ``Machine`` of the extension ``module``).
@@ -77,14 +78,20 @@ def pack(
     CheckpointError for an FP8 weight that holds NaN.
     """
     if isinstance(weight, QuantTensor):
-        return _pack_quantized(module, machine, weight, dtype, bias, gated, activation)
+        return _pack_quantized(module, machine, weight, dtype, bias, {"gated": gated, "gelu": gelu}, activation)
     N, K = weight.shape
-    options = {"N": N, "K": K, "group": K, "gated": gated, "codes": CODES[dtype], "scale_type": 0, "round_to": 0}
+    options = {"N": N, "K": K, "group": K, "gated": gated, "gelu": gelu, "codes": CODES[dtype], "scale_type": 0, "round_to": 0}
     return _lay_out(module, machine, weight.to(dtype).contiguous(), bias, options | {"quantize": False, "per_token": False})
 
 
 def _pack_quantized(
-    module: Any, machine: Any, weight: QuantTensor, dtype: torch.dtype, bias: Tensor | None, gated: bool, activation: str
+    module: Any,
+    machine: Any,
+    weight: QuantTensor,
+    dtype: torch.dtype,
+    bias: Tensor | None,
+    gate: dict[str, bool],
+    activation: str,
 ) -> NativeWeight:
     scales, packed = weight.scales, weight.packed
     if weight.kind == "fp8":
@@ -95,7 +102,7 @@ def _pack_quantized(
         "N": weight.N,
         "K": weight.K,
         "group": weight.group_size,
-        "gated": gated,
+        **gate,
         "codes": FP8 if weight.kind == "fp8" else INT4 if weight.bits == 4 else INT8,
         "scale_type": TYPES[scales.dtype],
         "round_to": TYPES[expanded_rounding(weight, dtype)],

@@ -11,7 +11,8 @@ plain causal mask and everything before without a mask:
     keys    0 ........... | masked by the window | seen by all rows | tile (causal) |
     window: first row sees from i0 - w + 1; the last row of the tile from i1 - w
 
-Quantized keys and values are widened WIDEN at a time, to the queries' dtype.
+Quantized keys and values are widened WIDEN at a time, to the queries' dtype. Scores with a cap, which that kernel does not know,
+are computed in float32, for as many keys at a time.
 """
 
 from __future__ import annotations
@@ -128,7 +129,16 @@ class PagedAttention:
         self._batch: PagedBatch | None = None
         self._tiles: dict[tuple[int, int | None], list[Tile]] = {}
 
-    def __call__(self, q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None) -> Tensor:
+    def __call__(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        batch: PagedBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+        cap: float | None = None,
+    ) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype)
         group = q.shape[1] // cache.k.shape[2]
         for tile in self._plan(batch, cache.block_size, window):
@@ -137,10 +147,10 @@ class PagedAttention:
             if tile.rows == 1:
                 grouped = grouped.permute(2, 0, 1, 3)  # the group takes the queries' place: [1, Hkv, group, D]
             pieces: list[tuple[Tensor, Tensor]] = []
-            for piece in (piece for part in tile.parts for piece in _stretches(cache, part)):
+            for piece in (piece for part in tile.parts for piece in _stretches(cache, part, cap)):
                 if len(pieces) == TOGETHER:  # a long context has many, and no more than these are there at once
                     pieces = [_merge(pieces)]
-                pieces.append(_attend(grouped, cache, piece, scale))
+                pieces.append(_attend(grouped, cache, piece, scale, cap))
             found = pieces[0][0] if len(pieces) == 1 else _merge(pieces)[0]
             target = out[rows].unflatten(1, (-1, group))
             target.copy_(found if tile.rows == 1 else found.permute(2, 0, 1, 3))
@@ -155,9 +165,9 @@ class PagedAttention:
         return self._tiles[key]
 
 
-def _stretches(cache: KVCache, part: Part) -> Iterator[Part]:
+def _stretches(cache: KVCache, part: Part, cap: float | None) -> Iterator[Part]:
     """The part in pieces of at most WIDEN keys where they have to be widened. A tile's own keys are fewer anyway."""
-    if cache.k_scale is None or part.causal:
+    if (cache.k_scale is None and cap is None) or part.causal:
         yield part
         return
     for first in range(part.first, part.last, WIDEN):
@@ -166,11 +176,24 @@ def _stretches(cache: KVCache, part: Part) -> Iterator[Part]:
         yield replace(part, first=first, last=last, mask=mask)
 
 
-def _attend(q: Tensor, cache: KVCache, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, cache: KVCache, part: Part, scale: float, cap: float | None) -> tuple[Tensor, Tensor]:
     """(partial output like q, logarithms of the sums float32) of one tile over one part of its keys."""
     k, v = (_keys(*pair, part, q) for pair in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)))
+    if cap is not None:
+        return _capped(q, k, v, part, scale, cap)
     mask = None if part.mask is None else part.mask.to(q.dtype)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, part.causal, attn_mask=mask, scale=scale)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float, cap: float) -> tuple[Tensor, Tensor]:
+    """The same with cap * tanh(score / cap) as scores."""
+    scores = (q.float() @ k.float().transpose(-1, -2)).mul_(scale / cap).tanh_().mul_(cap)
+    if part.causal:
+        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool).triu_(1), -torch.inf)
+    elif part.mask is not None:
+        scores += part.mask
+    sums = scores.logsumexp(-1)
+    return scores.sub_(sums.unsqueeze(-1)).exp_() @ v.float(), sums
 
 
 def _keys(codes: Tensor, scales: Tensor | None, part: Part, q: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 from kernels import reference
 from kernels.cpu import weights
 from kernels.cpu.paged_attention import PagedAttention
+from kernels.mixture import mix
 from kernels.ops import KVCache, Norm, Ops, PagedBatch, Weight
 
 
@@ -21,7 +24,7 @@ def matmul(
     out: Tensor | None = None,
 ) -> Tensor:
     if norm is not None:
-        x = rms_norm(x, norm.weight, eps=norm.eps)
+        x = rms_norm(x, **norm._asdict())
     found = weights.matmul(x, weight)
     if residual is not None:
         found = residual.add_(found)
@@ -36,8 +39,10 @@ def embedding(ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor
     return reference.embedding(ids, table, dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, residual: Tensor | None = None) -> Tensor:
+    wide = (x.float(), weight.float() + offset) if offset else (x, weight)
+    found = F.rms_norm(wide[0], (x.shape[-1],), wide[1], eps).to(x.dtype)
+    return found if residual is None else residual.add_(found)
 
 
 def rope_store(
@@ -52,8 +57,8 @@ def rope_store(
 ) -> Tensor:
     kv_heads, size = cache.k.shape[2], cache.head_dim
     q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, size)).split([heads, kv_heads, kv_heads], dim=1)
-    q = q if q_norm is None else rms_norm(q, q_norm.weight, eps=q_norm.eps)
-    k = k if k_norm is None else rms_norm(k, k_norm.weight, eps=k_norm.eps)
+    q = q if q_norm is None else rms_norm(q, **q_norm._asdict())
+    k = k if k_norm is None else rms_norm(k, **k_norm._asdict())
     cos, sin = cos_sin.index_select(0, batch.positions).unsqueeze(1).chunk(2, dim=-1)  # float32 [T, 1, rotary / 2]
     reference.store_kv(_rotate(k, cos, sin), v, cache, batch.slots)
     return _rotate(q, cos, sin)
@@ -82,7 +87,9 @@ def make_ops(device: torch.device) -> Ops:
         rope_store=rope_store,
         attention=PagedAttention(),
         silu_mul=weights.silu_mul,
+        gelu_mul=weights.gelu_mul,
         argmax=reference.argmax,
         kth_largest=reference.kth_largest,
+        mix=partial(mix, matmul, rms_norm, weights.silu_mul),
         pack_table=reference.pack,
     )

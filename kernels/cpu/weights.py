@@ -193,9 +193,10 @@ PlainWeight = DenseWeight | NibbleWeight | Fp8Weight | Int8Weight
 
 @dataclass(frozen=True, eq=False)
 class GatedWeight:
-    """Outputs [gate; up] of which the product is silu(gate) * up."""
+    """Outputs [gate; up] of which the product is silu(gate) * up, or gelu(gate) * up."""
 
     both: PlainWeight
+    gelu: bool
 
     @property
     def N(self) -> int:
@@ -210,7 +211,7 @@ class GatedWeight:
         return self.both.nbytes
 
     def product(self, x: Tensor) -> Tensor:
-        return silu_mul(self.both.product(x))
+        return (gelu_mul if self.gelu else silu_mul)(self.both.product(x))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -218,18 +219,29 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
+
+
 CpuWeight = PlainWeight | GatedWeight
 
 
 def pack(
-    weight: QuantTensor | Tensor, *, dtype: torch.dtype, bias: Tensor | None = None, gated: bool = False, activation: str = "auto"
+    weight: QuantTensor | Tensor,
+    *,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    gated: bool = False,
+    gelu: bool = False,
+    activation: str = "auto",
 ) -> CpuWeight:
     """The layout for activations of ``dtype``, which are never rounded unless the checkpoint says so.
 
     CheckpointError for an FP8 weight that holds NaN.
     """
     packed = _pack(weight, dtype, None if bias is None else bias.to(dtype))
-    return GatedWeight(packed) if gated else packed
+    return GatedWeight(packed, gelu) if gated else packed
 
 
 def _pack(weight: QuantTensor | Tensor, dtype: torch.dtype, bias: Tensor | None) -> PlainWeight:

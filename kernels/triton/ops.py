@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.ops import Ops, Weight
+from kernels.ops import KVCache, Ops, PagedBatch, Weight
 from kernels.triton import stack, weights
 from kernels.triton.argmax import argmax
 from kernels.triton.attention import attention
@@ -32,8 +32,10 @@ def make_ops(device: torch.device) -> Ops:
         dtype: torch.dtype,
         bias: Tensor | None = None,
         gated: bool = False,
+        gelu: bool = False,
         activation: str = "auto",
     ) -> Weight:
+        known(gelu=gelu)
         here = weight.on(device) if isinstance(weight, QuantTensor) else weight.to(device)
         bias = None if bias is None else bias.to(device)
         return weights.pack(here, dtype=dtype, bias=bias, gated=gated, activation=activation)
@@ -44,15 +46,43 @@ def make_ops(device: torch.device) -> Ops:
         pack=pack,
         matmul=partial(matmul, card=card),
         embedding=look_up,
-        rms_norm=rms_norm,
+        rms_norm=plain_norm,
         rope_store=rope_store,
-        attention=partial(attention, multiprocessors=card.multiprocessors),
+        attention=partial(plain_attention, multiprocessors=card.multiprocessors),
         silu_mul=silu_mul,
         argmax=argmax,
         kth_largest=kth_largest,
         bind=partial(stack.bind, embedding=look_up, card=card),
         sample=sample,
     )
+
+
+def known(**wanted: object) -> None:
+    """NotImplementedError for what no kernel here does; the memory plan refuses models that need it."""
+    for name, value in wanted.items():
+        if value:
+            raise NotImplementedError(f"the operators in Triton know no {name}")
+
+
+def plain_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, residual: Tensor | None = None) -> Tensor:
+    """As kernels.ops.RMSNorm, see ``known``."""
+    known(offset=offset, residual=residual is not None)
+    return rms_norm(x, weight, eps=eps)
+
+
+def plain_attention(
+    q: Tensor,
+    cache: KVCache,
+    batch: PagedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+    multiprocessors: int,
+) -> Tensor:
+    """As kernels.ops.Attention, see ``known``."""
+    known(cap=cap)
+    return attention(q, cache, batch, scale=scale, window=window, multiprocessors=multiprocessors)
 
 
 def this_card(device: torch.device) -> Card:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.ops import Embedding, Forward, KVCache, Layer, Linear, Norm, PagedBatch, Stack, Weight
+from kernels.ops import MLP, Embedding, Forward, KVCache, Layer, Linear, Norm, PagedBatch, Stack, Weight
 from kernels.triton.attention import attention
 from kernels.triton.elementwise import silu_mul
 from kernels.triton.matmul import UNKNOWN, Card, matmul, partial_sums
@@ -46,7 +46,7 @@ def bind(
     Nothing in a forward waits for the device, and what it launches depends on shapes, max_query and max_seq alone, so that it can
     be recorded as a graph. ValueError for more than ``max_tokens`` tokens.
     """
-    if not all(isinstance(weight, TritonWeight) for layer in stack.layers for weight in _weights(layer)):
+    if not all(isinstance(weight, TritonWeight) for layer in stack.layers for weight in layer.weights):
         return None
     if len(caches) != len(stack.layers):
         raise ValueError(f"{len(caches)} caches for {len(stack.layers)} layers")
@@ -58,10 +58,6 @@ def bind(
         return model.forward(ids, batch)
 
     return forward
-
-
-def _weights(layer: Layer) -> tuple[Weight, ...]:
-    return (*layer.qkv, layer.o, *layer.gate_up, layer.down)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +107,8 @@ class _Model:
         layers, norms, eps = [], [], stack.norm.eps
         for layer in stack.layers:
             first, qkv = _Norm.before(layer.input_norm, eps, layer.qkv)
-            second, gate_up = _Norm.before(layer.post_norm, eps, layer.gate_up)
-            layers.append(replace(layer, qkv=qkv, gate_up=gate_up))
+            second, gate_up = _Norm.before(layer.post_norm, eps, layer.only_mlp.gate_up)
+            layers.append(replace(layer, qkv=qkv, mlp=MLP(gate_up, layer.only_mlp.down)))
             norms += [first, second]
         return _Model(stack, tuple(layers), (*norms, _Norm(stack.norm.weight, eps)), caches, embedding, card)
 
@@ -122,13 +118,13 @@ class _Model:
         for i, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
             with layer.present():
                 x, residual = self._join(self._attention(x, layer, cache, batch), layer.o, residual, self.norms[2 * i + 1])
-                x, residual = self._join(self._gated(x, layer), layer.down, residual, self.norms[2 * i + 2])
+                x, residual = self._join(self._gated(x, layer), layer.only_mlp.down, residual, self.norms[2 * i + 2])
         assert isinstance(x, Tensor)
         return x
 
     def _attention(self, x: Tensor | Rounded, layer: Layer, cache: KVCache, batch: PagedBatch) -> Tensor:
         """[T, Hq * D]; new keys and values are in the cache."""
-        stack, (scale, dtype) = self.stack, (self.stack.head_dim**-0.5, self.stack.norm.weight.dtype)
+        stack, dtype = self.stack, self.stack.norm.weight.dtype
         q_norm, k_norm = (None if gain is None else Norm(gain, stack.norm.eps) for gain in (layer.q_norm, layer.k_norm))
         weight = layer.qkv[0]
         parts = partial_sums(x, weight, card=self.card) if len(layer.qkv) == 1 else None
@@ -139,7 +135,7 @@ class _Model:
             given = (parts, bias_of(weight), stack.heads, cache, batch, stack.cos_sin)
             q = rope_store_sums(*given, dtype=dtype, q_norm=q_norm, k_norm=k_norm)
         card = self.card.multiprocessors
-        return attention(q, cache, batch, scale=scale, window=layer.window, multiprocessors=card).flatten(1)
+        return attention(q, cache, batch, scale=stack.scale, window=layer.window, multiprocessors=card).flatten(1)
 
     def _join(self, x: Tensor, weight: Weight, residual: Tensor, norm: _Norm) -> tuple[Tensor | Rounded, Tensor]:
         """(the norm of the new residual, the new residual = x @ weight.T + bias + residual), [T, hidden] both."""
@@ -151,8 +147,9 @@ class _Model:
 
     def _gated(self, x: Tensor | Rounded, layer: Layer) -> Tensor:
         """silu(gate) * up, [T, intermediate]."""
-        found = self._linear(x, layer.gate_up)
-        return found if len(layer.gate_up) == 1 else silu_mul(found)
+        gate_up = layer.only_mlp.gate_up
+        found = self._linear(x, gate_up)
+        return found if len(gate_up) == 1 else silu_mul(found)
 
     def _linear(self, x: Tensor | Rounded, weights: Linear) -> Tensor:
         found = [self._product(x, weight) for weight in weights]

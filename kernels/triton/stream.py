@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kernels.layout import STREAM_ALIGN, padded, pinned_pieces
-from kernels.ops import Layer, Weight
+from kernels.ops import MLP, Layer, Weight
 from kernels.triton.transfer import AtOnce, CudaStreams, Event, Streams
 from kernels.triton.weights import TritonWeight
 
@@ -49,7 +49,7 @@ def park(layer: Layer) -> Parked:
 
     TypeError for weights that were packed for other operators, RuntimeError where the host has no memory to pin.
     """
-    tensors = [tensor for weight in _weights(layer) for tensor in _moving(weight).values()]
+    tensors = [tensor for weight in layer.weights for tensor in _moving(weight).values()]
     places, size = _places(tensors)
     pin = tensors[0].device.type == "cuda"
     pieces = tuple(torch.empty(piece, dtype=torch.uint8, pin_memory=pin) for piece in pinned_pieces(size))
@@ -120,17 +120,13 @@ class WeightStream:
 
     def _layer(self, number: int) -> Layer:
         layer, buffer = self._parked[number].layer, self._buffers[self._place[number]]
-        shapes = [tensor for weight in _weights(layer) for tensor in _moving(weight).values()]
+        shapes = [tensor for weight in layer.weights for tensor in _moving(weight).values()]
         places, _ = _places(shapes)
         views = [
             buffer[at : at + shape.nbytes].view(shape.dtype).view(shape.shape) for at, shape in zip(places, shapes, strict=True)
         ]
         size = sum(view.nbytes for view in views)
         return replace(_with(layer, views), present=partial(self._present, number), streamed=size)
-
-
-def _weights(layer: Layer) -> tuple[Weight, ...]:
-    return (*layer.qkv, layer.o, *layer.gate_up, layer.down)
 
 
 def _moving(weight: Weight) -> dict[str, Tensor]:
@@ -150,7 +146,7 @@ def _places(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
 
 
 def _with(layer: Layer, tensors: Sequence[Tensor]) -> Layer:
-    """The layer with these tensors, in the order of ``_weights`` and MEMBERS, in place of those that move."""
+    """The layer with these tensors, in the order of its weights and MEMBERS, in place of those that move."""
     left = iter(tensors)
 
     def changed(weight: Weight) -> TritonWeight:
@@ -160,5 +156,5 @@ def _with(layer: Layer, tensors: Sequence[Tensor]) -> Layer:
 
     qkv = tuple(map(changed, layer.qkv))
     o = changed(layer.o)
-    gate_up = tuple(map(changed, layer.gate_up))
-    return replace(layer, qkv=qkv, o=o, gate_up=gate_up, down=changed(layer.down))
+    gate_up = tuple(map(changed, layer.only_mlp.gate_up))
+    return replace(layer, qkv=qkv, o=o, mlp=MLP(gate_up, changed(layer.only_mlp.down)))

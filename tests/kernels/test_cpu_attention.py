@@ -24,6 +24,7 @@ def check(
     sequences: list[tuple[int, int]],
     dtype: torch.dtype,
     kind: str | None = None,
+    cap: float | None = None,
     **step: object,
 ) -> None:
     """kind: of a quantized cache, which is to give what the values that it stands for give."""
@@ -32,8 +33,8 @@ def check(
         cache, held = quantized(cache, kind)
     size = cache.head_dim
     q = torch.randn(batch.query_starts_list[-1], q_heads, size, generator=torch.Generator().manual_seed(3)).to(dtype)
-    found = PagedAttention()(q, cache, batch, scale=size**-0.5, window=window)
-    expected = reference.attention(q, cache if kind is None else held, batch, scale=size**-0.5, window=window)
+    found = PagedAttention()(q, cache, batch, scale=size**-0.5, window=window, cap=cap)
+    expected = reference.attention(q, cache if kind is None else held, batch, scale=size**-0.5, window=window, cap=cap)
     assert found.shape == q.shape and found.dtype == dtype
     assert (found.float() - expected.float()).abs().max() < TOLERANCE[dtype]  # also false for NaN
 
@@ -54,6 +55,7 @@ def test_random_steps(case: int) -> None:
         head_dim=rng.choice([16, 48, 64, 80, 96, 128, 256]),
         order=rng.choice(["consecutive", "shuffled", "half"]),
         seed=case,
+        cap=[None, 0.5, 50.0][case % 3],
     )
 
 
@@ -75,6 +77,7 @@ def test_quantized_caches(kind: str, case: int) -> None:
         head_dim=rng.choice([16, 48, 64, 80, 96, 128]),
         order=rng.choice(["consecutive", "shuffled", "half"]),
         seed=case,
+        cap=[None, 0.5, 50.0][case % 3],
     )
 
 

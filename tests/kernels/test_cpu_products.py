@@ -105,12 +105,13 @@ def test_dense(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
-def test_normalized_gated_and_added(rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("gelu", [False, True])
+def test_normalized_gated_and_added(rows: int, gelu: bool, dtype: torch.dtype) -> None:
     """Every step is rounded here, none but the last in the reference."""
     weight = random_weight(100, 256, group_size=64, asymmetric=True, scale_dtype=torch.float32)
-    x, norm = torch.randn(rows, 256).to(dtype), Norm(torch.randn(256).to(dtype), 1e-5)
+    x, norm = torch.randn(rows, 256).to(dtype), Norm(torch.randn(256).to(dtype), 1e-5, float(gelu))
     offset, residual = torch.randn(100), torch.randn(rows, 50).to(dtype)
-    ours, theirs = (module.pack(weight, dtype=dtype, bias=offset, gated=True) for module in (weights, reference))
+    ours, theirs = (module.pack(weight, dtype=dtype, bias=offset, gated=True, gelu=gelu) for module in (weights, reference))
     assert (ours.N, ours.K, ours.nbytes) == (50, 256, weights.pack(weight, dtype=dtype, bias=offset).nbytes)
     for wanted in (dtype, torch.float32):
         expected = reference.matmul(x, theirs, norm=norm, residual=residual, out=torch.empty(rows, 50, dtype=wanted))

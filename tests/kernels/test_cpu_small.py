@@ -31,6 +31,8 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight = torch.randn(*shape).to(dtype), torch.randn(shape[-1]).to(dtype)
     assert close(torch_ops.rms_norm(x, weight, eps=1e-5), reference.rms_norm(x, weight, eps=1e-5))
+    expected = reference.rms_norm(x, weight, eps=1e-5, offset=1.0, residual=x)
+    assert close(torch_ops.rms_norm(x, weight, eps=1e-5, offset=1.0, residual=x.clone()), expected)
 
 
 def test_norm_of_values_whose_squares_overflow_float16() -> None:

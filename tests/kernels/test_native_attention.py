@@ -36,6 +36,7 @@ def check(
     size: int = 16,
     dtype: torch.dtype = torch.float32,
     window: int | None = None,
+    cap: float | None = None,
     spread: float = 1.0,
     kind: str | None = None,
     **step: object,
@@ -43,7 +44,7 @@ def check(
     """``spread`` > 1 makes the softmax sharp, so that its maximum moves from chunk to chunk; ``kind``: of a quantized cache."""
     batch, cache = make_step(sequences, kv_heads=kv_heads, head_dim=size, dtype=dtype, **step)  # type: ignore[arg-type]
     q = (torch.randn(batch.positions.numel(), heads, size) * spread).to(dtype)
-    options = {"scale": size**-0.5, "window": window}
+    options = {"scale": size**-0.5, "window": window, "cap": cap}
     wide = KVCache(cache.k.float(), cache.v.float())
     if kind is not None:
         cache, wide = quantized(wide, kind)
@@ -71,6 +72,7 @@ def test_random_steps(ops: NativeOps, case: int) -> None:
         order=rng.choice(["shuffled", "consecutive", "half"]),
         spread=rng.choice([1.0, 8.0]),
         seed=case,
+        cap=[None, 2.0, 50.0][case % 3],
     )
 
 
@@ -149,6 +151,7 @@ def test_random_steps_over_codes(ops: NativeOps, kind: str, case: int) -> None:
         kv_heads=kv_heads,
         size=rng.choice([16, 48, 64, 80, 96, 128, 20]),
         dtype=rng.choice(DTYPES),
+        cap=[None, 2.0, 50.0][case % 3],
         window=rng.choice([None, None, 1, 10, 64, 100]),
         block_size=rng.choice([1, 8, 16, 32, 128]),
         order=rng.choice(["shuffled", "consecutive", "half"]),

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from torch.nn.functional import gelu as gelu_tanh
 from torch.nn.functional import silu
 
 from kernels import reference
@@ -118,19 +119,21 @@ def test_activations_that_the_checkpoint_wants_rounded(ops: NativeOps, bits: int
 
 @pytest.mark.parametrize("kind", ["int8", "bf16", "dense"])
 @pytest.mark.parametrize("rows", [1, 6, 20])
-def test_norm_gate_and_residual(ops: NativeOps, rows: int, kind: str) -> None:
+@pytest.mark.parametrize("gelu", [False, True])
+def test_norm_gate_and_residual(ops: NativeOps, rows: int, kind: str, gelu: bool) -> None:
     for N, K in ((128, 256), (74, 96), (2, 40)):
         weight = torch.randn(N, K) if kind == "dense" else random_weight(N, K, group_size=32, asymmetric=True, seed=N)
         dtype = torch.float32 if kind == "dense" else torch.bfloat16
-        x, bias, norm = torch.randn(rows, K).to(dtype) * 3, torch.randn(N), Norm(torch.rand(K).to(dtype), 1e-5)
+        x, bias, norm = torch.randn(rows, K).to(dtype) * 3, torch.randn(N), Norm(torch.rand(K).to(dtype), 1e-5, float(gelu))
         residual = torch.randn(rows, N // 2).to(dtype)
-        packed = ops.pack(weight, dtype=dtype, bias=bias, gated=True, activation=kind if kind != "dense" else "auto")
+        packed = ops.pack(weight, dtype=dtype, bias=bias, gated=True, gelu=gelu, activation=kind if kind != "dense" else "auto")
         assert packed.N == N // 2
         dense = weight if isinstance(weight, torch.Tensor) else weight.dequantize()
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + norm.eps) * norm.weight.float()
-        both = wide @ dense.t() + bias
-        expected = silu(both[:, : N // 2]) * both[:, N // 2 :] + residual.float()
+        wide = x.double()
+        wide = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + norm.eps) * (norm.weight.double() + norm.offset)
+        both = wide @ dense.double().t() + bias
+        gate = gelu_tanh(both[:, : N // 2], approximate="tanh") if gelu else silu(both[:, : N // 2])
+        expected = gate * both[:, N // 2 :] + residual.float()
         found = ops.matmul(x, packed, norm=norm, residual=residual.clone())
         assert relative_error(found, expected) < {"int8": 0.04, "bf16": 0.012, "dense": 4e-6}[kind], (N, K)
 

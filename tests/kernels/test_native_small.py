@@ -37,6 +37,9 @@ def test_rms_norm(ops: NativeOps, dtype: torch.dtype) -> None:
     for rows, columns in ((1, 1), (3, 20), (5, 64), (40, 1000), (0, 16)):
         x, weight = (torch.randn(rows, columns) * 7).to(dtype), torch.randn(columns).to(dtype)
         close(ops.rms_norm(x, weight, eps=1e-5), reference.rms_norm(x.float(), weight.float(), eps=1e-5), dtype)
+        residual = torch.randn(rows, columns).to(dtype)
+        expected = reference.rms_norm(x.float(), weight.float(), eps=1e-5, offset=1.0, residual=residual.float())
+        close(ops.rms_norm(x, weight, eps=1e-5, offset=1.0, residual=residual.clone()), expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -44,6 +47,21 @@ def test_silu_mul(ops: NativeOps, dtype: torch.dtype) -> None:
     for rows, columns in ((1, 2), (7, 90), (33, 2048), (0, 8)):
         x = (torch.randn(rows, columns) * 20).to(dtype)
         close(ops.silu_mul(x), reference.silu_mul(x.float()), dtype)
+        close(ops.gelu_mul(x), gelu_mul(x), dtype)
+
+
+def gelu_mul(x: torch.Tensor) -> torch.Tensor:
+    """From float64: torch's own float32 loses bits of 1 + tanh where that is near 0."""
+    gate, up = x.double().chunk(2, dim=1)
+    return (torch.nn.functional.gelu(gate, approximate="tanh") * up).float()
+
+
+def test_gates_of_large_values(ops: NativeOps) -> None:
+    gate = torch.tensor([0.0, 1e-20, 3.0, 30.0, 1e4, 3e38, -1e-20, -3.0, -30.0, -1e4, -3e38])
+    both = torch.cat([gate, torch.ones(11)]).unsqueeze(0)
+    for found, expected in ((ops.gelu_mul(both), gelu_mul(both)), (ops.silu_mul(both), reference.silu_mul(both))):
+        torch.testing.assert_close(found, expected.nan_to_num(0), rtol=2e-6, atol=4.0)  # e^88 is the largest: -3e38 becomes -2
+        torch.testing.assert_close(found[:, :10], expected[:, :10], rtol=2e-6, atol=1e-30)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,9 +74,9 @@ def test_rope_store(ops: NativeOps, size: int, rotary: int, normed: bool, dtype:
     wide = torch.randn(tokens, (heads + 2 * kv_heads) * size + 8).to(dtype)
     qkv = wide[:, 3 : 3 + (heads + 2 * kv_heads) * size]  # rows of a wider tensor
     cos_sin = torch.cat([torch.randn(64, rotary // 2), torch.randn(64, rotary // 2)], dim=1)
-    norms = {n: Norm(torch.rand(size).to(dtype), 1e-6) for n in ("q_norm", "k_norm")} if normed else {}
+    norms = {n: Norm(torch.rand(size).to(dtype), 1e-6, 0.5) for n in ("q_norm", "k_norm")} if normed else {}
     expected_cache = KVCache(cache.k.float(), cache.v.float())
-    wide_norms = {n: Norm(norm.weight.float(), norm.eps) for n, norm in norms.items()}
+    wide_norms = {n: norm._replace(weight=norm.weight.float()) for n, norm in norms.items()}
     expected = reference.rope_store(qkv.float(), heads, expected_cache, batch, cos_sin, **wide_norms)
     found = ops.rope_store(qkv, heads, cache, batch, cos_sin, **norms)
     close(found, expected, dtype)

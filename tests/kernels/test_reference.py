@@ -56,6 +56,22 @@ def test_rms_norm() -> None:
     for row, out in zip(x.tolist(), found.tolist(), strict=True):
         size = math.sqrt(sum(v * v for v in row) / 7 + 0.1)
         assert out == pytest.approx([v / size * w for v, w in zip(row, weight.tolist(), strict=True)], rel=1e-5)
+    shifted = reference.rms_norm(x, weight, eps=0.1, offset=1.0, residual=x)
+    assert torch.allclose(shifted, reference.rms_norm(x, weight + 1, eps=0.1) + x, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_norms_are_added_to_before_they_are_rounded() -> None:
+    """1 + 2^-9 is no number in bfloat16; the sum of a product by it with a residual is."""
+    x, weight = torch.full((1, 4), 2.0, dtype=torch.bfloat16), torch.full((4,), 2.0**-9, dtype=torch.bfloat16)
+    found = reference.rms_norm(x, weight, eps=0.0, offset=1.0, residual=-torch.ones_like(x))
+    assert found.tolist() == [[2.0**-9] * 4]
+
+
+def test_gelu_mul() -> None:
+    x = torch.randn(5, 12) * 4
+    gate, up = x.double().chunk(2, dim=1)
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    assert torch.allclose(reference.gelu_mul(x).double(), gate / 2 * (1 + inner.tanh()) * up, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -36,11 +36,17 @@ def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     size = config.get("head_dim") or hidden // heads
     q, kv = heads * size, config["num_key_value_heads"] * size
-    return {
+    attention = {
         "self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, q),
-        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
     }  # fmt: skip
+    experts = [f"mlp.experts.{e}" for e in range(config.get("num_experts") or 0)]
+    experts += [f"block_sparse_moe.experts.{e}" for e in range(config.get("num_local_experts") or 0)]
+    names = ("w1", "w3", "w2") if "num_local_experts" in config else ("gate_proj", "up_proj", "down_proj")
+    inner = config.get("moe_intermediate_size") or inner
+    shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    mlps = {f"{mlp}.{name}": shape for mlp in experts or ["mlp"] for name, shape in zip(names, shapes, strict=True)}
+    return attention | ({f"{experts[0].split('.')[0]}.gate": (len(experts), hidden)} if experts else {}) | mlps
 
 
 def awq(name: str, N: int, K: int, group: int) -> Tensors:
@@ -110,13 +116,16 @@ def write_published(directory: Path, config: dict[str, Any], variant: str) -> Pa
         tensors["lm_head.weight"] = ("BF16", (vocab, hidden))
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
+        names = ["input_layernorm", "post_attention_layernorm"]
+        if config["architectures"][0].startswith("Gemma"):
+            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        for norm in names:
             tensors[f"{prefix}.{norm}.weight"] = ("BF16", (hidden,))
-        if config["architectures"] == ["Qwen3ForCausalLM"]:
+        if config["architectures"][0] in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM"):
             for norm in ("q_norm", "k_norm"):
                 tensors[f"{prefix}.self_attn.{norm}.weight"] = ("BF16", (config["head_dim"],))
         for name, (N, K) in linears(config).items():
-            tensors |= make(f"{prefix}.{name}", N, K, group)
+            tensors |= (dense if name.endswith(".gate") else make)(f"{prefix}.{name}", N, K, group)  # routers are left alone
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     return write_headers(directory, tensors, config if quantization is None else {**config, "quantization_config": quantization})
 

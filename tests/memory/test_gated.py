@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,4 +35,6 @@ def test_attention_of_torchs_operators(tmp_path: Path) -> None:
     torch = Machinery(ops="cpu", dtype="bfloat16", head_bits=None, block_size=32)
     partial = 8 * 256 * 4 * (64 * 2 + 4) + 3 * 256 * 4 * 4 * (64 + 8)
     assert attention_workspace(spec, torch) == partial + 512 * 2 * 64 * 12 + 2 * 64 * 32 * 2 * 64 * 2
+    capped = partial + 8 * 256 * 4 * 64 * 2 + 512 * (8 * 256 * 4 + 4 * 4 * 64) + 4 * 256 * 4 * 64
+    assert attention_workspace(replace(spec, cap=30.0), torch) == capped + 512 * 2 * 64 * 12 + 2 * 64 * 32 * 2 * 64 * 2
     assert attention_workspace(spec, Machinery(ops="cpu-native", dtype="bfloat16", head_bits=8)) == 0

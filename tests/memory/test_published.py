@@ -29,11 +29,9 @@ DENSE = (
     "Qwen--Qwen3-32B", "Qwen--Qwen3-32B-FP8",
 )  # fmt: skip
 OTHERS = {
-    "Qwen--Qwen3-30B-A3B": "Qwen3MoeForCausalLM",
     "Qwen--Qwen3.5-27B": "Qwen3_5ForConditionalGeneration",
     "deepseek-ai--DeepSeek-V3": "DeepseekV3ForCausalLM",
     "google--gemma-4-26B-A4B": "Gemma4ForConditionalGeneration",
-    "mistralai--Mixtral-8x7B-v0.1": "MixtralForCausalLM",
     "openai--gpt-oss-20b": "GptOssForCausalLM",
 }
 PUBLISHED = {  # bytes of one linear in the files

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kernels.cpu import backend
 from kernels.ops import KVCache, Ops, PagedBatch, get_ops
 from models.decoder import Decoder
 from models.loader import load_model
@@ -52,6 +53,20 @@ def longrope(rotary: int) -> dict[str, Any]:
     return {"rope_type": "longrope", "short_factor": short, "long_factor": long}
 
 
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 12, "num_hidden_layers": 4}
+LOCAL = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 9000.0, "factor": 8.0},
+}
+PICTURES = {
+    "mm_tokens_per_image": 4,
+    "vision_config": {
+        "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 7,
+    },
+}  # fmt: skip
+
+
 def case(architecture: str, **config: Any) -> dict[str, Any]:
     return {"architecture": architecture, "config": {**BASE, **config}}
 
@@ -72,6 +87,20 @@ CASES = {
     "qwen2-window": case("Qwen2ForCausalLM", use_sliding_window=True, sliding_window=9, max_window_layers=1),
     "qwen3": case("Qwen3ForCausalLM", head_dim=16),
     "qwen3-bias": case("Qwen3ForCausalLM", head_dim=16, attention_bias=True, tie_word_embeddings=True),
+    "qwen3-moe": case("Qwen3MoeForCausalLM", moe_intermediate_size=36, num_experts=7, num_experts_per_tok=3, norm_topk_prob=True),
+    "qwen3-moe-all": case(
+        "Qwen3MoeForCausalLM",
+        head_dim=16,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        moe_intermediate_size=20,
+        num_experts=4,
+        num_experts_per_tok=4,
+        use_sliding_window=True,
+        sliding_window=11,
+    ),
+    "mixtral": case("MixtralForCausalLM", num_local_experts=5),
+    "mixtral-one-window": case("MixtralForCausalLM", num_local_experts=3, num_experts_per_tok=1, sliding_window=12),
     "phi3": case("Phi3ForCausalLM", sliding_window=20),
     "phi3-partial": case(
         "Phi3ForCausalLM",
@@ -86,6 +115,27 @@ CASES = {
         max_position_embeddings=128,
         rope_parameters={"rope_theta": 1e4, **longrope(8)},
     ),
+    "gemma2": case("Gemma2ForCausalLM", **GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
+    "gemma2-uncapped": case(
+        "Gemma2ForCausalLM",
+        **GEMMA,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        tie_word_embeddings=False,
+        attention_bias=True,
+    ),
+    "gemma3": case("Gemma3ForCausalLM", **GEMMA, rope_parameters=LOCAL, sliding_window_pattern=3),
+    "gemma3-types": case(
+        "Gemma3ForCausalLM",
+        **{**GEMMA, "head_dim": 20},
+        final_logit_softcapping=4.0,
+        num_key_value_heads=1,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    ),
+    "gemma3-text-of-pictures": {
+        "architecture": "Gemma3ForConditionalGeneration",
+        "config": {"text_config": {**BASE, **GEMMA}, **PICTURES},
+    },
 }
 
 
@@ -102,12 +152,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, name: str, ops: Ops) -> tuple[Decoder, torch.Tensor, torch.Tensor]:
+def load(
+    folder: Path, name: str, ops: Ops, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[Decoder, torch.Tensor, torch.Tensor]:
     with Checkpoint.open(folder / name) as checkpoint:
         spec = ModelSpec.from_config(checkpoint.config)
         expected = load_file(folder / f"{name}.expected.safetensors")
         # Scaling that depends on the length is chosen by max_len here, by the length of the sequence there: make them one.
-        decoder = load_model(checkpoint, spec, ops, dtype=torch.float32, max_len=len(expected["ids"]))
+        decoder = load_model(checkpoint, spec, ops, dtype=dtype, max_len=len(expected["ids"]), **options)
     return decoder, expected["ids"], expected["logits"]
 
 
@@ -150,8 +202,23 @@ def test_logits(models: Path, name: str, reference: bool) -> None:
         assert (found - logits).abs().max() < 2e-4, (name, chunks)
 
 
+@pytest.mark.parametrize("kind", ["reference", "torch", "native"])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("gemma", "qwen3"))])
+def test_bfloat16_is_as_close_as_theirs(models: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To float32, in the mean over all logits: norms multiply by 1 + weight before anything is rounded."""
+    if kind == "native" and backend.native() is None:
+        pytest.skip("the native extension is not built")
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "auto" if kind == "native" else "torch")
+    ops, expected = get_ops("cpu", reference=kind == "reference"), load_file(models / f"{name}.expected.safetensors")
+    decoder, ids, logits = load(models, name, ops, torch.bfloat16, activation="bf16", lm_head_dtype="model")
+    found = feed(decoder, ids, [17, len(ids) - 17])
+    ours, theirs = ((one - logits).square().mean().sqrt() for one in (found, expected["rounded"]))
+    assert ours < 1.15 * theirs, (float(ours), float(theirs))
+
+
 def test_the_comparison_can_fail(models: Path) -> None:
     """The expected logits are no near-constant: another model's are far away."""
-    logits = {name: load_file(models / f"{name}.expected.safetensors")["logits"] for name in ("mistral-window", "mistral-full")}
+    names = ("mistral-window", "mistral-full", "gemma2", "gemma3")
+    logits = {name: load_file(models / f"{name}.expected.safetensors")["logits"] for name in names}
     assert all(one.std() > 0.5 for one in logits.values())
     assert (logits["mistral-window"] - logits["mistral-full"]).abs().max() > 0.5

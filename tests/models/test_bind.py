@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.ops import KVCache, Layer, Ops, Weight
+from kernels.ops import MLP, KVCache, Layer, Mixture, Ops, Weight
 from models.decoder import Decoder
 from models.spec import ModelSpec
 from tests.kernels.native import instruction_sets, native_ops
@@ -29,30 +31,62 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+GEMMA = {
+    **CONFIG,
+    "architectures": ["Gemma3ForCausalLM"],
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 20,
+    "final_logit_softcapping": 3.0,
+}
 SHAPES = {"qkv": ((HEADS + 2 * KV_HEADS) * SIZE, HIDDEN), "o": (HIDDEN, HEADS * SIZE), "down": (HIDDEN, INNER)}
 
 
-def make_ops(isa: str) -> Ops:
-    native = native_ops(isa)
-    names = ("pack", "matmul", "embedding", "rms_norm", "rope_store", "attention", "silu_mul", "argmax", "kth_largest", "bind")
+def make_ops(isa: str, threads: int = 2) -> Ops:
+    native = native_ops(isa, threads)
+    names = (
+        "pack",
+        "matmul",
+        "embedding",
+        "rms_norm",
+        "rope_store",
+        "attention",
+        "silu_mul",
+        "argmax",
+        "kth_largest",
+        "mix",
+        "gelu_mul",
+        "bind",
+    )
     return Ops(name="cpu-native", device=torch.device("cpu"), **{name: getattr(native, name) for name in names})
 
 
-def make_decoder(ops: Ops, dtype: torch.dtype, *, split: bool = False) -> Decoder:
-    def linear(N: int, K: int, **options: object) -> Weight:
-        return ops.pack(random_weight(N, K, group_size=32), dtype=dtype, bias=torch.randn(N), **options)  # type: ignore[arg-type]
+def make_decoder(ops: Ops, dtype: torch.dtype, *, split: bool = False, mixture: bool = False, gemma: bool = False) -> Decoder:
+    spec = replace(ModelSpec.from_config(GEMMA), cap=4.0) if gemma else ModelSpec.from_config(CONFIG)
+
+    def linear(N: int, K: int, bias: bool = True, **options: object) -> Weight:
+        return ops.pack(random_weight(N, K, group_size=32), dtype=dtype, bias=torch.randn(N) if bias else None, **options)  # type: ignore[arg-type]
 
     def norm(n: int) -> Tensor:
         return (1 + 0.1 * torch.randn(n)).to(dtype)
 
     def layer(i: int) -> Layer:
-        gate_up = tuple(linear(INNER, HIDDEN) for _ in range(2)) if split and i == 1 else (linear(2 * INNER, HIDDEN, gated=True),)
+        gated = linear(2 * INNER, HIDDEN, gated=True, gelu=gemma)
+        gate_up = tuple(linear(INNER, HIDDEN) for _ in range(2)) if split and i == 1 else (gated,)
         qkv, o, down = (linear(*SHAPES[name]) for name in ("qkv", "o", "down"))
+        mlp: MLP | Mixture = MLP(gate_up, down)
+        if mixture and i > 0:
+            experts = [
+                MLP((linear(2 * INNER, HIDDEN, bias=False, gated=True),), linear(*SHAPES["down"], bias=False)) for _ in range(7)
+            ]
+            mlp = Mixture(ops.pack(torch.randn(7, HIDDEN), dtype=dtype), tuple(experts), 3, i == 1)
         extra = {"q_norm": norm(SIZE), "k_norm": norm(SIZE)} if i == 1 else {"window": 7} if i == 2 else {}
-        return Layer(norm(HIDDEN), (qkv,), o, norm(HIDDEN), gate_up, down, **extra)  # type: ignore[arg-type]
+        if gemma:
+            extra |= {"attention_norm": norm(HIDDEN), "mlp_norm": norm(HIDDEN), "window": 7 if i else None}
+        return Layer(norm(HIDDEN), (qkv,), o, norm(HIDDEN), mlp, **extra)  # type: ignore[arg-type]
 
     return Decoder(
-        spec=ModelSpec.from_config(CONFIG),
+        spec=spec,
         ops=ops,
         embedding=torch.randn(VOCAB, HIDDEN).to(dtype),
         layers=tuple(layer(i) for i in range(3)),
@@ -60,13 +94,15 @@ def make_decoder(ops: Ops, dtype: torch.dtype, *, split: bool = False) -> Decode
         head=linear(VOCAB, HIDDEN),
         cos_sin=torch.rand(128, SIZE) * 2 - 1,
         tied=False,
+        local_cos_sin=torch.rand(128, SIZE) * 2 - 1 if gemma else None,
     )
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_one_call_is_the_operators_one_by_one(isa: str, dtype: torch.dtype) -> None:
-    decoder = make_decoder(make_ops(isa), dtype)
+@pytest.mark.parametrize("kind", ["plain", "mixture", "gemma"])
+def test_one_call_is_the_operators_one_by_one(isa: str, dtype: torch.dtype, kind: str) -> None:
+    decoder = make_decoder(make_ops(isa), dtype, mixture=kind == "mixture", gemma=kind == "gemma")
     for sequences in ([(0, 1)], [(20, 1), (0, 33), (15, 1), (16, 2)], [(63, 1)] * 9):
         batch, cache = make_step(sequences, kv_heads=KV_HEADS, head_dim=SIZE, dtype=dtype)
         ids = torch.randint(VOCAB, (len(batch.positions),))
@@ -78,11 +114,11 @@ def test_one_call_is_the_operators_one_by_one(isa: str, dtype: torch.dtype) -> N
             assert torch.equal(mine.v.nan_to_num(7), theirs.v.nan_to_num(7))
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_layers_that_need_the_operators_one_by_one(split: bool) -> None:
+@pytest.mark.parametrize(("split", "gemma"), [(False, False), (True, False), (True, True)])
+def test_layers_that_need_the_operators_one_by_one(split: bool, gemma: bool) -> None:
     """Projections in parts, and operators without such a call."""
     ops = make_ops(instruction_sets()[0]) if split else reference.make_ops(torch.device("cpu"))
-    decoder = make_decoder(ops, torch.float32, split=split)
+    decoder = make_decoder(ops, torch.float32, split=split, gemma=gemma)
     batch, cache = make_step([(5, 1), (0, 4)], kv_heads=KV_HEADS, head_dim=SIZE)
     ids = torch.randint(VOCAB, (5,))
     one, other = ([KVCache(cache.k.clone(), cache.v.clone()) for _ in range(3)] for _ in range(2))

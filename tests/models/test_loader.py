@@ -263,7 +263,7 @@ def test_act_order(tmp_path: Path, shared: bool) -> None:
         decoder = load(folder, reference=reference)
         assert (logits(decoder) - expected).abs().max() < 1e-3
         assert [len(layer.qkv) for layer in decoder.layers] == ([1, 1] if shared else [3, 3])
-    assert all(layer.down.perm is None and layer.o.perm is not None for layer in decoder.layers)  # type: ignore[attr-defined]
+    assert all(layer.only_mlp.down.perm is None and layer.o.perm is not None for layer in decoder.layers)  # type: ignore[attr-defined]
 
 
 def test_progress_runs_from_nothing_to_all(tmp_path: Path) -> None:

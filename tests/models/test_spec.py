@@ -30,6 +30,11 @@ LLAMA: dict[str, Any] = {
     "bos_token_id": 1,
 }
 GONE = object()
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}  # fmt: skip
+MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def read(architecture: str = "LlamaForCausalLM", **changes: Any) -> ModelSpec:
@@ -80,6 +85,10 @@ def test_sliding_windows() -> None:
     assert read("Qwen3ForCausalLM", **qwen, use_sliding_window=True, layer_types=types).windows == (32, None, 32)
     assert read("Phi3ForCausalLM", sliding_window=32).windows == (32,) * 3
     assert read(sliding_window=32).windows == (None, None, None)  # Llama has none, whatever the config says
+    assert read("Gemma2ForCausalLM", sliding_window=32, sliding_window_pattern=3).windows == (32, None, 32)
+    assert read("Gemma3ForCausalLM", num_hidden_layers=7).windows == (4096,) * 5 + (None, 4096)
+    assert read("Gemma3ForCausalLM", sliding_window=32, sliding_window_pattern=3).windows == (32, 32, None)
+    assert read("Gemma3ForCausalLM", sliding_window=32, sliding_window_pattern=3, layer_types=types).windows == (32, None, 32)
 
 
 @pytest.mark.parametrize("spelling", ["type", "rope_type"])
@@ -99,6 +108,49 @@ def test_of_old_and_new_settings_the_old_count() -> None:
     own = {"rope_type": "linear", "factor": 2.0, "rope_theta": 2e5}
     assert read(rope_theta=GONE, rope_parameters=new, rope_scaling=own).rope.theta == 2e5
     assert read(rope_theta=GONE, rope_parameters=new, rope_scaling=None).rope.theta == 1e6
+
+
+def test_what_gemma_has() -> None:
+    two, three = read("Gemma2ForCausalLM"), read("Gemma3ForCausalLM", query_pre_attn_scalar=64, final_logit_softcapping=20)
+    assert (two.cap, two.logit_cap, two.scale, two.embedding_scale) == (50.0, 30.0, 256**-0.5, 8.0)
+    assert (three.cap, three.logit_cap, three.scale, three.qk_norm) == (None, 20.0, 64**-0.5, True)
+    assert (two.head_dim, two.max_len, two.eos_token_ids) == (256, 512, (2, 5)) and two.local_rope is None
+    for spec in (two, three):
+        assert (spec.norm_offset, spec.post_norms, spec.gelu, spec.tie_embeddings) == (1.0, True, True, True)
+    llama = read(head_dim=16)
+    assert (llama.cap, llama.logit_cap, llama.scale, llama.embedding_scale, llama.norm_offset) == (None, None, 0.25, 1.0, 0.0)
+    assert read("Gemma2ForCausalLM", attn_logit_softcapping=None).cap is None
+
+
+def test_old_and_new_spelling_of_two_ropes_agree() -> None:
+    """The length that is stated is that which scaling leads to."""
+    scaled = {"rope_type": "linear", "factor": 8.0}
+    old = read("Gemma3ForCausalLM", rope_theta=1e6, rope_local_base_freq=2e4, rope_scaling=scaled)
+    nested = {"full_attention": {**scaled, "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 2e4, "rope_type": "default"}}
+    new = read("Gemma3ForCausalLM", rope_theta=GONE, rope_parameters=nested)
+    assert old.ropes == new.ropes and old.max_len == 512
+    assert (old.rope.kind, old.rope.theta, old.rope.factor) == ("linear", 1e6, 8.0)
+    assert old.local_rope is not None and (old.local_rope.kind, old.local_rope.theta) == ("default", 2e4)
+    assert read("Gemma3ForCausalLM", num_hidden_layers=6).rope_of(4).theta == 1e4
+    assert read("Gemma3ForCausalLM", num_hidden_layers=6, rope_theta=GONE).rope_of(5).theta == 1e6
+
+
+def test_the_text_part_of_a_model_that_reads_pictures() -> None:
+    """As google/gemma-3-4b-it publishes it, whose text_config leaves out what is as transformers has it."""
+    text = {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    }  # fmt: skip
+    config = {
+        "architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106], "model_type": "gemma3",
+        "text_config": text, "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152}, "mm_tokens_per_image": 256,
+    }  # fmt: skip
+    spec = ModelSpec.from_config(config)
+    assert (spec.heads, spec.kv_heads, spec.head_dim, spec.vocab, spec.max_len) == (8, 4, 256, 262208, 131072)
+    assert (spec.dtype, spec.eos_token_ids, spec.windows[:6]) == ("bfloat16", (1, 106), (1024,) * 5 + (None,))
+    assert abs(spec.num_parameters / 1e9 - 3.88) < 0.01  # and 0.42 in the vision tower: 4.30
+    with pytest.raises(InputError, match="text_config is None, expected an object"):
+        ModelSpec.from_config({**config, "text_config": None})
 
 
 def test_lengths_that_scaling_gives() -> None:
@@ -129,18 +181,53 @@ def test_modules_are_named_and_shaped_as_published() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_mixtures_of_experts() -> None:
+    qwen, mixtral = read(**QWEN3_MOE, attention_bias=True, sliding_window=32), read(**MIXTRAL, rope_theta=GONE)
+    assert qwen.mixture is not None and mixtral.mixture is not None
+    assert (qwen.intermediate, qwen.qk_norm, qwen.o_bias, qwen.head_dim, qwen.windows) == (24, True, True, 8, (None,) * 3)
+    assert (qwen.mixture.experts, qwen.mixture.active, qwen.mixture.normalized) == (8, 2, True)
+    assert not read(**{**QWEN3_MOE, "norm_topk_prob": GONE}).mixture.normalized  # type: ignore[union-attr]
+    assert read(**QWEN3_MOE, sliding_window=32, use_sliding_window=True).windows == (32,) * 3
+    assert (mixtral.intermediate, mixtral.rope.theta, mixtral.qkv_bias, mixtral.windows) == (160, 1e6, False, (None,) * 3)
+    assert (mixtral.mixture.experts, mixtral.mixture.active, mixtral.mixture.normalized) == (4, 2, True)
+    renamed = {**QWEN3_MOE, "num_experts": GONE, "num_local_experts": 8}  # as newer transformers write it
+    assert read(**renamed).mixture == read(**QWEN3_MOE).mixture
+
+    shapes = {m.name: (m.N, m.K, m.part) for m in qwen.modules()}
+    assert shapes["model.layers.1.mlp.gate"] == (8, 64, "router")
+    assert (
+        shapes["model.layers.2.mlp.experts.7.gate_proj"] == shapes["model.layers.2.mlp.experts.7.up_proj"] == (24, 64, "experts")
+    )
+    assert shapes["model.layers.0.mlp.experts.0.down_proj"] == (64, 24, "experts")
+    assert len(shapes) == 3 * (4 + 1 + 8 * 3) + 2
+    shapes = {m.name: (m.N, m.K, m.part) for m in mixtral.layer_modules()}
+    assert shapes["block_sparse_moe.gate"] == (4, 64, "router")
+    assert shapes["block_sparse_moe.experts.3.w1"] == shapes["block_sparse_moe.experts.3.w3"] == (160, 64, "experts")
+    assert shapes["block_sparse_moe.experts.3.w2"] == (64, 160, "experts")
+    attention, expert = 3 * 64 * (2 * 64 + 2 * 16), 3 * 3 * 24 * 64
+    assert qwen.linear_parameters == (attention + 3 * 8 * 64 + 8 * expert, attention + 3 * 8 * 64 + 2 * expert)
+
+
+@pytest.mark.parametrize("architecture", [name for name, kind in ARCHITECTURES.items() if not kind.mixture])
 def test_parameters_are_counted_once_each(architecture: str) -> None:
-    spec = read(architecture, attention_bias=True, head_dim=8)
+    part = {key: value for key, value in LLAMA.items() if key not in ("architectures", "hidden_act")}
+    spec = read(architecture, attention_bias=True, head_dim=8, tie_word_embeddings=False, text_config=part)
     q, kv = 64, 16
     linears = 64 * (q + 2 * kv) + q * 64 + 3 * 160 * 64
     biases = (q + 2 * kv) * spec.qkv_bias + 64 * spec.o_bias
-    norms = 2 * 64 + 2 * 8 * spec.qk_norm
+    norms = (4 if spec.post_norms else 2) * 64 + 2 * 8 * spec.qk_norm
     assert spec.num_parameters == 2 * 100 * 64 + 3 * (linears + biases + norms) + 64
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"architectures": ["MixtralForCausalLM"]}, "architecture MixtralForCausalLM is not supported; supported are Llama"),
+    ({"architectures": ["GptOssForCausalLM"]}, "architecture GptOssForCausalLM is not supported; supported are Llama"),
+    ({"num_experts": 4}, "num_experts = 4 is not supported for LlamaForCausalLM"),
+    ({**QWEN3_MOE, "num_experts": GONE}, "num_experts is missing, expected an integer of at least 1"),
+    ({**QWEN3_MOE, "num_experts_per_tok": 9}, "num_experts_per_tok is 9, but there are 8 experts"),
+    ({**QWEN3_MOE, "decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported for Qwen3MoeForCausalLM"),
+    ({**QWEN3_MOE, "mlp_only_layers": [0]}, "mlp_only_layers = [0] is not supported for Qwen3MoeForCausalLM"),
+    ({**QWEN3_MOE, "norm_topk_prob": 1}, "norm_topk_prob is 1, expected true or false"),
+    ({**QWEN3_MOE, "moe_intermediate_size": GONE}, "moe_intermediate_size is missing, expected an integer of at least 1"),
     ({"architectures": GONE}, "architectures is None, expected one of LlamaForCausalLM, "),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported is silu"),
     ({"pretraining_tp": 2}, "pretraining_tp = 2 is not supported for LlamaForCausalLM"),
@@ -168,6 +255,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0] * 4}}, "short_factor has 1 values, expected 4"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "settings by layer type is not supported"),
     ({"partial_rotary_factor": 0.1}, "partial_rotary_factor 0.1 of head size 8 gives 0 rotary features"),
+    ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not supported for LlamaForCausalLM"),
+    ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported for LlamaForCausalLM"),
     ({"layer_types": ["full_attention"]}, "layer_types must name full_attention or sliding_attention for each of 3 layers"),
 ]  # fmt: skip
 
@@ -176,6 +265,26 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as error:
         read(**changes)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes,message", [
+        ({"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported; supported is gelu_pytorch_tanh"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported for Gemma3ForCausalLM"),
+        ({"final_logit_softcapping": 0}, "final_logit_softcapping is 0, expected a positive number"),
+        ({"sliding_window": None}, "sliding_window is missing, expected an integer"),
+        ({"query_pre_attn_scalar": -1}, "query_pre_attn_scalar is -1, expected a positive number"),
+        ({"rope_parameters": {"rope_type": "default"}}, "expected full_attention and sliding_attention in it"),
+        ({"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}}, "partial_rotary_factor differs between full_"),
+        ({"rope_parameters": {"full_attention": [2]}}, "rope_parameters is [2], expected an object or null"),
+        ({"rope_parameters": {"full_attention": {}}, "rope_scaling": {"factor": 2}}, "has both rope_parameters and rope_scaling"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not supported for Gemma3ForCausalLM"),
+    ],
+)  # fmt: skip
+def test_refused_of_gemma(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        read("Gemma3ForCausalLM", **changes)
     assert message in str(error.value)
 
 
@@ -194,11 +303,22 @@ def test_published_configs(shared_data: Path) -> None:
         else:
             with pytest.raises(InputError, match=f"architecture {name} is not supported"):
                 ModelSpec.from_config(config)
-    assert seen >= {"Qwen--Qwen3-0.6B", "Qwen--Qwen3-32B-FP8", "meta-llama--Meta-Llama-3.1-8B", "meta-llama--Meta-Llama-3.1-70B"}
+    assert seen >= {
+        "Qwen--Qwen3-30B-A3B",
+        "mistralai--Mixtral-8x7B-v0.1",
+        "Qwen--Qwen3-0.6B",
+        "Qwen--Qwen3-32B-FP8",
+        "meta-llama--Meta-Llama-3.1-8B",
+        "meta-llama--Meta-Llama-3.1-70B",
+    }
 
 
 def test_parameter_counts_of_published_models(shared_data: Path) -> None:
-    for name, billions in (("meta-llama--Meta-Llama-3.1-8B", 8.03), ("Qwen--Qwen3-8B", 8.19), ("Qwen--Qwen3-0.6B", 0.596)):
+    published = {
+        "meta-llama--Meta-Llama-3.1-8B": 8.03, "Qwen--Qwen3-8B": 8.19, "Qwen--Qwen3-0.6B": 0.596,
+        "Qwen--Qwen3-30B-A3B": 30.5, "mistralai--Mixtral-8x7B-v0.1": 46.7,
+    }  # fmt: skip
+    for name, billions in published.items():
         spec = ModelSpec.from_config(json.loads((shared_data / "configs" / f"{name}_config.json").read_text()))
         assert abs(spec.num_parameters / 1e9 - billions) < 0.006 * billions, name
 

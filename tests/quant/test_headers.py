@@ -75,6 +75,20 @@ def test_numbers_beyond_all_measure(tmp_path: Path) -> None:
     refuses(tmp_path, "damaged safetensors header: the entry of a reads")
 
 
+@pytest.mark.parametrize("old", [True, False])
+def test_the_text_part_of_a_model_that_reads_pictures(tmp_path: Path, old: bool) -> None:
+    """Under the names that transformers wrote before 4.52, and since."""
+    layers, rest = ("language_model.model.", "") if old else ("model.language_model.", "model.")
+    head = "language_model.lm_head.weight" if old else "lm_head.weight"
+    beside = f"{rest}vision_tower.layers.0.weight", f"{rest}multi_modal_projector.weight"
+    write(tmp_path / "model.safetensors", f"{layers}layers.0.weight", f"{layers}norm.weight", head, *beside, "other")
+    index = CheckpointIndex.open(tmp_path)
+    assert set(index.tensors) == {"model.layers.0.weight", "model.norm.weight", "lm_head.weight", "other"}
+    assert index.beside_text == 2 and index.total_bytes == 4 * 64
+    write(tmp_path / "model.safetensors", "vision_tower.weight", "model.norm.weight")
+    assert set(CheckpointIndex.open(tmp_path).tensors) == {"vision_tower.weight", "model.norm.weight"}
+
+
 def test_old_names(tmp_path: Path) -> None:
     write(tmp_path / "gptq_model-4bit-128g.safetensors", "a")
     assert set(CheckpointIndex.open(tmp_path).tensors) == {"a"}

@@ -65,7 +65,7 @@ def check(directory: Path, gib: float, caplog: pytest.LogCaptureFixture, **optio
     moved = [
         tensor
         for layer in streamed.values()
-        for weight in (*layer.qkv, layer.o, *layer.gate_up, layer.down)
+        for weight in layer.weights
         for tensor in (weight.words, weight.params)  # type: ignore[attr-defined]
         if tensor is not None
     ]

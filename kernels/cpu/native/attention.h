@@ -30,6 +30,7 @@ struct Attention {
     bool pairs;                         // bfloat16 by pairs, else float32
     bool coded, shifts;                 // the cache has codes with scales; and, of four bits, with what they are shifted by
     float scale2;                       // of scores, so that shares are powers of 2
+    float bend;                         // of products, to what the cap's tanh takes; 0: no cap
 
     // Floats of an item's result: for each row its maximum and sum, then the features by panels.
     INLINE int64_t partial_size() const { return rows * (2 + panels * kPanel); }
@@ -60,6 +61,8 @@ INLINE void softmax_row(const Attention& at, const Tile& t, int64_t local, int64
         for (int v = 0; v < 4; ++v) s[v] = s[v] * load(t.key_scales + 16 * v);
     if (at.shifts)
         for (int v = 0; v < 4; ++v) s[v] = fma(load(t.key_shifts + 16 * v), splat(t.queried[row]), s[v]);
+    if (at.bend > 0)
+        for (int v = 0; v < 4; ++v) s[v] = tanh(s[v] * splat(at.bend));
     if (base < low || base + kKeys > high) {
         alignas(64) static const int32_t kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         for (int v = 0; v < 4; ++v) {
@@ -242,7 +245,8 @@ INLINE int64_t plan(Attention& at, int threads, int64_t tokens_at_once) {
 inline void attention(Pool& pool, const AttentionArgs& a) {
     Attention at{};
     at.a = &a;
-    at.scale2 = a.scale * 1.44269504f;
+    at.scale2 = (a.cap > 0 ? a.cap : a.scale) * 1.44269504f;
+    at.bend = a.cap > 0 ? a.scale / a.cap : 0.0f;
     at.group = a.q_heads / a.cache.heads;
     at.panels = (a.cache.dim + kPanel - 1) / kPanel;
 #if defined(__AVX512BF16__)

@@ -89,7 +89,7 @@ bool agrees(const Kernels& kernels, bool quantize) {
     w.scales = scales.data();
     std::vector<float> mine(kRows * kOutputs), theirs(kRows * kOutputs);
     Pool pool(1, false);
-    MatmulArgs args{&w, x.data(), kRows, kInputs, Type::bf16, nullptr, 0, nullptr, mine.data(), Type::f32};
+    MatmulArgs args{&w, x.data(), kRows, kInputs, Type::bf16, nullptr, 0, 0, nullptr, mine.data(), Type::f32};
     kernels.matmul(pool, args);
     args.out = theirs.data();
     portable::kernels.matmul(pool, args);

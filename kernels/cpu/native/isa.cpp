@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "matmul.h"
+#include "mixture.h"
 #include "small.h"
 
 #define TEXT_(x) #x
@@ -13,7 +14,7 @@ namespace appliance {
 namespace ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {TEXT(ISA), matmul, attention, rope_store, rms_norm, silu_mul, embed, argmax, kth_largest};
+const Kernels kernels = {TEXT(ISA), matmul, mixture, attention, rope_store, rms_norm, gate_mul<false>, gate_mul<true>, embed, argmax, kth_largest};
 
 }  // namespace ISA
 }  // namespace appliance

@@ -1,7 +1,7 @@
 // Products with packed weights: activations prepared by all threads, then panels of 64 outputs handed out to them.
 //
 // Up to kBlock rows at a time. A thread accumulates a panel for all those rows in float32 (in its part of the L2 cache), a few
-// segments of the weight at a time (unpacked in its L1 cache when many rows use them), and then applies bias, SiLU and residual.
+// segments of the weight at a time (unpacked in its L1 cache when many rows use them), and then applies bias, gate and residual.
 #pragma once
 #include "amx.h"
 #include "pool.h"
@@ -147,8 +147,8 @@ INLINE void accumulate_floats(const Block& b, int64_t panel, int v0, int v1, uin
     }
 }
 
-// Bias, SiLU, residual, and out. `up` is null where the weight is not gated. Columns 16 v0 .. 16 v1 - 1 of the panel.
-INLINE void finish_panel(const Block& b, int64_t panel, int v0, int v1, const float* c, const float* up) {
+// Bias, gate, residual, and out. `up` is null where the weight is not gated. Columns 16 v0 .. 16 v1 - 1 of the panel.
+template <bool kGelu> INLINE void finish_panel(const Block& b, int64_t panel, int v0, int v1, const float* c, const float* up) {
     const MatmulArgs& a = *b.a;
     const Linear& w = *a.weight;
     const int64_t outputs = w.outputs(), column = (up != nullptr ? panel / 2 : panel) * kPanel;
@@ -165,7 +165,7 @@ INLINE void finish_panel(const Block& b, int64_t panel, int v0, int v1, const fl
                     if (up != nullptr) {
                         F u = load(up + row * kPanel + 16 * v);
                         if (w.bias != nullptr) u = u + load(w.bias + (panel + 1) * kPanel + 16 * v);
-                        y = silu(y) * u;
+                        y = gate<kGelu>(y) * u;
                     }
                     const int64_t index = (b.first + row) * outputs + at;
                     if (a.residual != nullptr) y = y + load_some<T>(static_cast<const typename As<T>::Item*>(a.residual) + index, left);
@@ -195,30 +195,67 @@ struct Sizes {
     int64_t shared(const Linear& w) const { return rows * (row + (w.quantize ? w.segments * 8 : 0)) + 64; }
 };
 
+// A thread's memory.
+struct Desk {
+    float *wide, *spare;  // a row in float32, twice
+    float *c, *up;        // sums of a panel, and of that of `up` where the weight is gated
+    uint8_t* scratch;
+    INLINE Desk(uint8_t* memory, const Sizes& sizes, const Linear& w) {
+        wide = reinterpret_cast<float*>(memory);
+        spare = wide + w.K + 32;
+        c = reinterpret_cast<float*>(memory + (sizes.wide + 63) / 64 * 64);
+        up = w.gated ? c + sizes.rows * kPanel : nullptr;
+        scratch = reinterpret_cast<uint8_t*>(c) + sizes.c;
+    }
+};
+
+// Rows first .. first + rows - 1 of x, to be prepared in `memory`.
+INLINE Block block_at(const MatmulArgs& a, int64_t first, int64_t rows, const Sizes& sizes, uint8_t* memory) {
+    Block block{&a, first, rows, {}, nullptr, nullptr, {sizes.rows, chunk_inputs(a)}};
+    if (a.weight->quantize) {
+        block.rounded.codes = reinterpret_cast<int8_t*>(memory);
+        block.rounded.chunks = block.chunks;
+        block.rounded.scales = reinterpret_cast<float*>(memory + sizes.rows * sizes.row);
+        block.rounded.sums = reinterpret_cast<int32_t*>(block.rounded.scales + sizes.rows * a.weight->segments);
+    } else if (as_pairs(a)) {
+        block.pairs = reinterpret_cast<uint16_t*>(memory);
+    } else {
+        block.floats = reinterpret_cast<float*>(memory);
+    }
+    return block;
+}
+
+// c = a panel's product with all rows of a block.
+INLINE void panel_sums(const Block& block, int64_t panel, int v0, int v1, uint8_t* scratch, float* c) {
+    zero(c, block.rows * kPanel);
+    if (block.a->weight->quantize) accumulate_integers(block, panel, v0, v1, scratch, c);
+    else accumulate_floats(block, panel, v0, v1, scratch, c);
+}
+
+// A panel (with that of `up` behind it where the weight is gated) from the product to what is written.
+INLINE void run_panel(const Block& block, int64_t panel, int v0, int v1, const Desk& desk) {
+    panel_sums(block, panel, v0, v1, desk.scratch, desk.c);
+    if (desk.up != nullptr) panel_sums(block, panel + 1, v0, v1, desk.scratch, desk.up);
+    block.a->weight->gelu ? finish_panel<true>(block, panel, v0, v1, desk.c, desk.up) : finish_panel<false>(block, panel, v0, v1, desk.c, desk.up);
+}
+
+// Many threads, few outputs: they share panels.
+INLINE int parts_of(const Pool& pool, int64_t panels, int64_t rows) { return panels < 3 * pool.size() && rows <= kRows ? 2 : 1; }
+
 INLINE void run_block(Pool& pool, const Block& block, const Sizes& sizes) {
     const Linear& w = *block.a->weight;
     const int64_t step = w.gated ? 2 : 1, panels = w.panels / step;
-    const int parts = panels < 3 * pool.size() && block.rows <= kRows ? 2 : 1;  // many threads, few outputs: they share panels
+    const int parts = parts_of(pool, panels, block.rows);
     pool.reset(panels * parts);
     pool.run([&](int thread) {
-        uint8_t* memory = pool.scratch(thread, size_t(sizes.thread()));
-        float* wide = reinterpret_cast<float*>(memory);
-        float* c = reinterpret_cast<float*>(memory + (sizes.wide + 63) / 64 * 64);
-        uint8_t* scratch = reinterpret_cast<uint8_t*>(c) + sizes.c;
+        const Desk desk(pool.scratch(thread, size_t(sizes.thread())), sizes, w);
         const int64_t n = pool.size();
-        for (int64_t row = block.rows * thread / n; row < block.rows * (thread + 1) / n; ++row) prepare_row(block, row, wide, wide + w.K + 32);
+        for (int64_t row = block.rows * thread / n; row < block.rows * (thread + 1) / n; ++row) prepare_row(block, row, desk.wide, desk.spare);
         pool.barrier();
         start_tiles(w, block.rows);
         for (int64_t item; pool.next(thread, item);) {
-            const int64_t panel = item / parts * step;
-            const int v0 = int(item % parts) * 4 / parts, v1 = v0 + 4 / parts;
-            for (int64_t half = 0; half < step; ++half) {
-                float* sums = c + half * sizes.rows * kPanel;
-                zero(sums, block.rows * kPanel);
-                if (w.quantize) accumulate_integers(block, panel + half, v0, v1, scratch, sums);
-                else accumulate_floats(block, panel + half, v0, v1, scratch, sums);
-            }
-            finish_panel(block, panel, v0, v1, c, w.gated ? c + sizes.rows * kPanel : nullptr);
+            const int v0 = int(item % parts) * 4 / parts;
+            run_panel(block, item / parts * step, v0, v0 + 4 / parts, desk);
         }
         stop_tiles(w, block.rows);
     });
@@ -229,20 +266,8 @@ inline void matmul(Pool& pool, const MatmulArgs& a) {
     const Sizes sizes(a);
     for (int t = 0; t < pool.size(); ++t) pool.scratch(t, size_t(sizes.thread()));  // here, where a failure can be told
     uint8_t* memory = pool.scratch(pool.size(), size_t(sizes.shared(w)));
-    for (int64_t first = 0; first < a.rows; first += kBlock) {
-        Block block{&a, first, a.rows - first < kBlock ? a.rows - first : kBlock, {}, nullptr, nullptr, {sizes.rows, chunk_inputs(a)}};
-        if (w.quantize) {
-            block.rounded.codes = reinterpret_cast<int8_t*>(memory);
-            block.rounded.chunks = block.chunks;
-            block.rounded.scales = reinterpret_cast<float*>(memory + sizes.rows * sizes.row);
-            block.rounded.sums = reinterpret_cast<int32_t*>(block.rounded.scales + sizes.rows * w.segments);
-        } else if (as_pairs(a)) {
-            block.pairs = reinterpret_cast<uint16_t*>(memory);
-        } else {
-            block.floats = reinterpret_cast<float*>(memory);
-        }
-        run_block(pool, block, sizes);
-    }
+    for (int64_t first = 0; first < a.rows; first += kBlock)
+        run_block(pool, block_at(a, first, a.rows - first < kBlock ? a.rows - first : kBlock, sizes, memory), sizes);
 }
 
 }  // namespace ISA

@@ -21,6 +21,16 @@ namespace {
 
 template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
+// A mixture, and the lists that it points into.
+struct Experts {
+    std::vector<const Linear*> gate_up, down;
+    Mixture mixture;
+
+    Experts(const Linear& router, std::vector<const Linear*> gate_ups, std::vector<const Linear*> downs, int64_t active, bool normalized)
+        : gate_up(std::move(gate_ups)), down(std::move(downs)), mixture{&router, gate_up.data(), down.data(), int64_t(down.size()), active, normalized} {}
+    Experts(const Experts&) = delete;
+};
+
 // One set of kernels and the threads that run them. Calls from several Python threads (a loader's) take turns.
 struct Machine {
     const Kernels* kernels;
@@ -33,34 +43,40 @@ struct Machine {
         if (pin) spread_memory();
     }
 
-    void matmul(const Linear& w, uintptr_t x, int64_t rows, int64_t stride, int type, uintptr_t norm, float eps, uintptr_t residual,
-                uintptr_t out, int out_type) {
+    void matmul(const Linear& w, uintptr_t x, int64_t rows, int64_t stride, int type, uintptr_t norm, float eps, float offset,
+                uintptr_t residual, uintptr_t out, int out_type) {
         const std::lock_guard lock(mutex);
-        kernels->matmul(*pool, {&w, at<void>(x), rows, stride, Type(type), at<void>(norm), eps, at<void>(residual), at<void>(out), Type(out_type)});
+        kernels->matmul(*pool, {&w, at<void>(x), rows, stride, Type(type), at<void>(norm), eps, offset, at<void>(residual), at<void>(out), Type(out_type)});
+    }
+
+    void mixture(const Experts& experts, uintptr_t x, int64_t rows, int type, uintptr_t norm, float eps, uintptr_t out) {
+        const std::lock_guard lock(mutex);
+        kernels->mixture(*pool, {&experts.mixture, at<void>(x), rows, Type(type), at<void>(norm), eps, at<void>(out)});
     }
 
     void attention(uintptr_t q, int64_t q_stride, uintptr_t out, int type, int64_t q_heads, const Cache& cache, int64_t sequences,
-                   uintptr_t starts, uintptr_t lengths, uintptr_t tables, int64_t width, float scale, int64_t window) {
+                   uintptr_t starts, uintptr_t lengths, uintptr_t tables, int64_t width, float scale, int64_t window, float cap) {
         const std::lock_guard lock(mutex);
         kernels->attention(*pool, {at<void>(q), q_stride, at<void>(out), Type(type), q_heads, cache, sequences, at<int32_t>(starts),
-                                   at<int32_t>(lengths), at<int32_t>(tables), width, scale, window});
+                                   at<int32_t>(lengths), at<int32_t>(tables), width, scale, window, cap});
     }
 
     void rope_store(uintptr_t qkv, int64_t tokens, int64_t stride, int type, int64_t q_heads, const Cache& cache, uintptr_t positions,
-                    uintptr_t slots, uintptr_t cos_sin, int64_t rotary, uintptr_t q_norm, uintptr_t k_norm, float eps) {
+                    uintptr_t slots, uintptr_t cos_sin, int64_t rotary, uintptr_t q_norm, uintptr_t k_norm, float eps, float offset) {
         const std::lock_guard lock(mutex);
         kernels->rope_store(*pool, {at<void>(qkv), tokens, stride, Type(type), q_heads, cache, at<int64_t>(positions), at<int64_t>(slots),
-                                    at<float>(cos_sin), rotary, at<void>(q_norm), at<void>(k_norm), eps});
+                                    at<float>(cos_sin), rotary, at<void>(q_norm), at<void>(k_norm), eps, offset});
     }
 
-    void rms_norm(uintptr_t x, int64_t rows, int64_t columns, int64_t stride, int type, uintptr_t norm, float eps, uintptr_t out) {
+    void rms_norm(uintptr_t x, int64_t rows, int64_t columns, int64_t stride, int type, uintptr_t norm, float eps, float offset,
+                  uintptr_t residual, uintptr_t out) {
         const std::lock_guard lock(mutex);
-        kernels->rms_norm(*pool, {at<void>(x), rows, columns, stride, Type(type), at<void>(norm), eps, at<void>(out)});
+        kernels->rms_norm(*pool, {at<void>(x), rows, columns, stride, Type(type), at<void>(norm), eps, offset, at<void>(residual), at<void>(out)});
     }
 
-    void silu_mul(uintptr_t x, int64_t rows, int64_t columns, int64_t stride, int type, uintptr_t out) {
+    void gate_mul(bool gelu, uintptr_t x, int64_t rows, int64_t columns, int64_t stride, int type, uintptr_t out) {
         const std::lock_guard lock(mutex);
-        kernels->silu_mul(*pool, {at<void>(x), rows, columns, stride, Type(type), nullptr, 0, at<void>(out)});
+        (gelu ? kernels->gelu_mul : kernels->silu_mul)(*pool, {at<void>(x), rows, columns, stride, Type(type), nullptr, 0, 0, nullptr, at<void>(out)});
     }
 
     void embed_rows(uintptr_t rows, int64_t columns, uintptr_t ids, int64_t tokens, uintptr_t out, int type) {
@@ -96,8 +112,8 @@ struct Machine {
     }
 };
 
-Linear make_linear(int64_t N, int64_t K, int codes, int scale_type, int64_t group, bool gated, bool quantize, bool per_token, int round_to,
-                   uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t perm) {
+Linear make_linear(int64_t N, int64_t K, int codes, int scale_type, int64_t group, bool gated, bool gelu, bool quantize, bool per_token,
+                   int round_to, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t perm) {
     Linear w;
     w.N = N;
     w.K = K;
@@ -105,6 +121,7 @@ Linear make_linear(int64_t N, int64_t K, int codes, int scale_type, int64_t grou
     w.scale_type = Type(scale_type);
     w.group = group;
     w.gated = gated;
+    w.gelu = gelu;
     w.quantize = quantize;
     w.per_token = per_token;
     w.round_to = Type(round_to);
@@ -127,11 +144,11 @@ NB_MODULE(_native, m) {
     m.def("physical_cores", &physical_cores, "CPU numbers of the physical cores this process may use.");
 
     nb::class_<Linear>(m, "Linear")
-        .def("__init__", [](Linear* self, int64_t N, int64_t K, int codes, int scale_type, int64_t group, bool gated, bool quantize, bool per_token,
-                            int round_to, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t perm) {
-            new (self) Linear(make_linear(N, K, codes, scale_type, group, gated, quantize, per_token, round_to, data, scales, zeros, bias, perm));
-        }, nb::kw_only(), "N"_a, "K"_a, "codes"_a, "scale_type"_a, "group"_a, "gated"_a, "quantize"_a, "per_token"_a, "round_to"_a, "data"_a,
-           "scales"_a, "zeros"_a, "bias"_a, "perm"_a)
+        .def("__init__", [](Linear* self, int64_t N, int64_t K, int codes, int scale_type, int64_t group, bool gated, bool gelu, bool quantize,
+                            bool per_token, int round_to, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t perm) {
+            new (self) Linear(make_linear(N, K, codes, scale_type, group, gated, gelu, quantize, per_token, round_to, data, scales, zeros, bias, perm));
+        }, nb::kw_only(), "N"_a, "K"_a, "codes"_a, "scale_type"_a, "group"_a, "gated"_a, "gelu"_a, "quantize"_a, "per_token"_a, "round_to"_a,
+           "data"_a, "scales"_a, "zeros"_a, "bias"_a, "perm"_a)
         .def_ro("panels", &Linear::panels)
         .def_ro("segments", &Linear::segments)
         .def_ro("unit", &Linear::unit)
@@ -144,17 +161,24 @@ NB_MODULE(_native, m) {
         new (self) Cache{at<void>(k), at<void>(v), at<void>(k_scale), at<void>(v_scale), Type(type), block_size, heads, dim, k_given, v_given};
     });
 
+    nb::class_<Experts>(m, "Experts")
+        .def(nb::init<const Linear&, std::vector<const Linear*>, std::vector<const Linear*>, int64_t, bool>(), nb::kw_only(), "router"_a,
+             "gate_up"_a, "down"_a, "active"_a, "normalized"_a);
+
     nb::class_<Layer>(m, "Layer")
-        .def("__init__", [](Layer* self, const Linear& qkv, const Linear& o, const Linear& gate_up, const Linear& down, uintptr_t input_norm,
-                            uintptr_t post_norm, uintptr_t q_norm, uintptr_t k_norm, const Cache& cache, int64_t window) {
-            new (self) Layer{&qkv, &o, &gate_up, &down, at<void>(input_norm), at<void>(post_norm), at<void>(q_norm), at<void>(k_norm), cache, window};
-        }, nb::kw_only(), "qkv"_a, "o"_a, "gate_up"_a, "down"_a, "input_norm"_a, "post_norm"_a, "q_norm"_a, "k_norm"_a, "cache"_a, "window"_a);
+        .def("__init__", [](Layer* self, const Linear& qkv, const Linear& o, const Linear* gate_up, const Linear* down, const Experts* experts,
+                            uintptr_t input_norm, uintptr_t post_norm, uintptr_t q_norm, uintptr_t k_norm, uintptr_t attention_norm,
+                            uintptr_t mlp_norm, uintptr_t cos_sin, const Cache& cache, int64_t window) {
+            new (self) Layer{&qkv, &o, gate_up, down, experts == nullptr ? nullptr : &experts->mixture, at<void>(input_norm), at<void>(post_norm),
+                             at<void>(q_norm), at<void>(k_norm), at<void>(attention_norm), at<void>(mlp_norm), at<float>(cos_sin), cache, window};
+        }, nb::kw_only(), "qkv"_a, "o"_a, "gate_up"_a = nb::none(), "down"_a = nb::none(), "experts"_a = nb::none(), "input_norm"_a, "post_norm"_a,
+           "q_norm"_a, "k_norm"_a, "attention_norm"_a, "mlp_norm"_a, "cos_sin"_a, "cache"_a, "window"_a);
 
     nb::class_<Stack>(m, "Stack")
-        .def("__init__", [](Stack* self, const std::vector<Layer>& layers, int type, int64_t heads, float eps, float scale, uintptr_t cos_sin,
-                            int64_t rotary) {
-            new (self) Stack{layers, Type(type), heads, eps, scale, at<float>(cos_sin), rotary};
-        }, "layers"_a, nb::kw_only(), "type"_a, "heads"_a, "eps"_a, "scale"_a, "cos_sin"_a, "rotary"_a)
+        .def("__init__", [](Stack* self, const std::vector<Layer>& layers, int type, int64_t heads, float eps, float offset, float scale,
+                            float cap, int64_t rotary) {
+            new (self) Stack{layers, Type(type), heads, eps, offset, scale, cap, rotary};
+        }, "layers"_a, nb::kw_only(), "type"_a, "heads"_a, "eps"_a, "offset"_a, "scale"_a, "cap"_a, "rotary"_a)
         .def_prop_ro("width", &Stack::width);
 
     nb::class_<Machine>(m, "Machine")
@@ -163,10 +187,11 @@ NB_MODULE(_native, m) {
         .def_prop_ro("threads", [](const Machine& self) { return self.pool->size(); })
         .def_prop_ro("scratch_bytes", [](const Machine& self) { return self.pool->scratch_bytes(); })
         .def("matmul", &Machine::matmul, guard())
+        .def("mixture", &Machine::mixture, guard())
         .def("attention", &Machine::attention, guard())
         .def("rope_store", &Machine::rope_store, guard())
         .def("rms_norm", &Machine::rms_norm, guard())
-        .def("silu_mul", &Machine::silu_mul, guard())
+        .def("gate_mul", &Machine::gate_mul, guard())
         .def("embed_rows", &Machine::embed_rows, guard())
         .def("embed_packed", &Machine::embed_packed, guard())
         .def("argmax", &Machine::argmax, guard())

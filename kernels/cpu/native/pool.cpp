@@ -93,7 +93,7 @@ std::vector<int> physical_cores() {
     return cores;
 }
 
-Pool::Pool(int threads, bool pin) : size_(std::max(1, threads)), shares_(new Share[size_t(size_) + 1]) {
+Pool::Pool(int threads, bool pin) : size_(std::max(1, threads)), shares_(new Share[size_t(size_) + 2]) {
     // The caller's thread is not pinned: its affinity would pass to every thread that Python starts later.
     const std::vector<int> cores = physical_cores();
     const bool fits = pin && size_ > 1 && size_t(size_) <= cores.size();
@@ -106,7 +106,7 @@ Pool::~Pool() {
     generation_.fetch_add(1);
     generation_.notify_all();
     for (auto& thread : threads_) thread.join();
-    for (int i = 0; i <= size_; ++i) std::free(shares_[size_t(i)].memory);
+    for (int i = 0; i < size_ + 2; ++i) std::free(shares_[size_t(i)].memory);
 }
 
 void Pool::dispatch(Call call, void* context) {
@@ -188,7 +188,7 @@ uint8_t* Pool::scratch(int index, size_t bytes) {
 
 size_t Pool::scratch_bytes() const {
     size_t total = 0;
-    for (int i = 0; i <= size_; ++i) total += shares_[size_t(i)].bytes;
+    for (int i = 0; i < size_ + 2; ++i) total += shares_[size_t(i)].bytes;
     return total;
 }
 

@@ -32,8 +32,8 @@ public:
     void reset(int64_t count);
     bool next(int thread, int64_t& item);
 
-    // Scratch of at least `bytes` for the caller alone (index < size) or for all (index = size); 64-byte aligned; old contents are lost
-    // when it grows.
+    // Scratch of at least `bytes` for the caller alone (index < size) or for all (index = size, and another one: size + 1); 64-byte
+    // aligned; old contents are lost when it grows.
     uint8_t* scratch(int index, size_t bytes);
     size_t scratch_bytes() const;
 

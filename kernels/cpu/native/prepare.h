@@ -29,7 +29,7 @@ INLINE void widen_row(const MatmulArgs& a, int64_t row, float* out, float* spare
     with_type(a.type, [&](auto tag) {
         constexpr Type T = decltype(tag)::value;
         using Item = typename As<T>::Item;
-        const Item* x = static_cast<const Item*>(a.x) + row * a.stride;
+        const Item* x = static_cast<const Item*>(a.x) + (a.gather != nullptr ? a.gather[row] : row) * a.stride;
         F squares = splat(0);
         for (int64_t k = 0; k < w.K; k += 16) {
             const F v = load_some<T>(x + k, w.K - k);
@@ -39,7 +39,8 @@ INLINE void widen_row(const MatmulArgs& a, int64_t row, float* out, float* spare
         if (a.norm != nullptr) {
             const F factor = splat(1.0f / std::sqrt(reduce_add(squares) / float(w.K) + a.eps));
             const Item* norm = static_cast<const Item*>(a.norm);
-            for (int64_t k = 0; k < w.K; k += 16) store(straight + k, load(straight + k) * factor * load_some<T>(norm + k, w.K - k));
+            const F offset = splat(a.offset);
+            for (int64_t k = 0; k < w.K; k += 16) store(straight + k, load(straight + k) * factor * (load_some<T>(norm + k, w.K - k) + offset));
         }
     });
     if (w.perm != nullptr)

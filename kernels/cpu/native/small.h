@@ -26,44 +26,49 @@ template <Type T> INLINE float norm_factor(const typename As<T>::Item* x, int64_
     return 1.0f / std::sqrt(reduce_add(squares) / float(n) + eps);
 }
 
-template <Type T> INLINE void norm_row(const typename As<T>::Item* x, const typename As<T>::Item* weight, int64_t n, float eps, typename As<T>::Item* out) {
-    const F factor = splat(norm_factor<T>(x, n, eps));
-    for (int64_t k = 0; k < n; k += 16) store_some<T>(out + k, load_some<T>(x + k, n - k) * factor * load_some<T>(weight + k, n - k), n - k);
+template <Type T> INLINE void norm_row(const RowsArgs& a, int64_t row) {
+    using Item = typename As<T>::Item;
+    const int64_t n = a.columns;
+    const Item *x = static_cast<const Item*>(a.x) + row * a.stride, *weight = static_cast<const Item*>(a.norm);
+    const Item* residual = a.residual == nullptr ? nullptr : static_cast<const Item*>(a.residual) + row * n;
+    const F factor = splat(norm_factor<T>(x, n, a.eps)), offset = splat(a.offset);
+    for (int64_t k = 0; k < n; k += 16) {
+        F y = load_some<T>(x + k, n - k) * factor * (load_some<T>(weight + k, n - k) + offset);
+        if (residual != nullptr) y = y + load_some<T>(residual + k, n - k);
+        store_some<T>(static_cast<Item*>(a.out) + row * n + k, y, n - k);
+    }
 }
 
 inline void rms_norm(Pool& pool, const RowsArgs& a) {
     with_type(a.type, [&](auto tag) {
-        constexpr Type T = decltype(tag)::value;
-        using Item = typename As<T>::Item;
         ranges(pool, a.rows, a.columns * 4, [&](int64_t first, int64_t last) {
-            for (int64_t r = first; r < last; ++r)
-                norm_row<T>(static_cast<const Item*>(a.x) + r * a.stride, static_cast<const Item*>(a.norm), a.columns, a.eps, static_cast<Item*>(a.out) + r * a.columns);
+            for (int64_t r = first; r < last; ++r) norm_row<decltype(tag)::value>(a, r);
         });
     });
 }
 
-inline void silu_mul(Pool& pool, const RowsArgs& a) {
+template <bool kGelu> inline void gate_mul(Pool& pool, const RowsArgs& a) {
     const int64_t half = a.columns / 2;
     with_type(a.type, [&](auto tag) {
         constexpr Type T = decltype(tag)::value;
         using Item = typename As<T>::Item;
         ranges(pool, a.rows, a.columns * 4, [&](int64_t first, int64_t last) {
             for (int64_t r = first; r < last; ++r) {
-                const Item* gate = static_cast<const Item*>(a.x) + r * a.stride;
+                const Item* x = static_cast<const Item*>(a.x) + r * a.stride;
                 Item* out = static_cast<Item*>(a.out) + r * half;
                 for (int64_t k = 0; k < half; k += 16)
-                    store_some<T>(out + k, silu(load_some<T>(gate + k, half - k)) * load_some<T>(gate + half + k, half - k), half - k);
+                    store_some<T>(out + k, gate<kGelu>(load_some<T>(x + k, half - k)) * load_some<T>(x + half + k, half - k), half - k);
             }
         });
     });
 }
 
 // One head of q or k: normalized, its first `rotary` features rotated, in float32.
-template <Type T> INLINE void rotate_head(const typename As<T>::Item* x, const typename As<T>::Item* norm, float eps, const float* cos_sin, int64_t rotary, int64_t dim, float* out) {
-    const F factor = splat(norm != nullptr ? norm_factor<T>(x, dim, eps) : 1.0f);
+template <Type T> INLINE void rotate_head(const typename As<T>::Item* x, const typename As<T>::Item* norm, float eps, float offset, const float* cos_sin, int64_t rotary, int64_t dim, float* out) {
+    const F factor = splat(norm != nullptr ? norm_factor<T>(x, dim, eps) : 1.0f), shift = splat(offset);
     for (int64_t k = 0; k < dim; k += 16) {
         F v = load_some<T>(x + k, dim - k);
-        if (norm != nullptr) v = v * factor * load_some<T>(norm + k, dim - k);
+        if (norm != nullptr) v = v * factor * (load_some<T>(norm + k, dim - k) + shift);
         store_some<Type::f32>(out + k, v, dim - k);
     }
     const int64_t half = rotary / 2;
@@ -91,7 +96,7 @@ inline void rope_store(Pool& pool, const RopeStoreArgs& a) {
                 const bool query = head < a.q_heads, value = head >= a.q_heads + c.heads;
                 const int64_t rotary = value ? 0 : a.rotary;
                 const Item* norm = static_cast<const Item*>(value ? nullptr : query ? a.q_norm : a.k_norm);
-                rotate_head<T>(x, norm, a.eps, a.cos_sin + a.positions[token] * a.rotary, rotary, c.dim, wide);
+                rotate_head<T>(x, norm, a.eps, a.offset, a.cos_sin + a.positions[token] * a.rotary, rotary, c.dim, wide);
                 if (query) {
                     for (int64_t k = 0; k < c.dim; k += 16) store_some<T>(x + k, load_some<Type::f32>(wide + k, c.dim - k), c.dim - k);
                 } else if (value) {

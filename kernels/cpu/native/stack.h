@@ -8,8 +8,11 @@ namespace appliance {
 
 // One layer; norms are in the type of the activations, null where the model has none.
 struct Layer {
-    const Linear *qkv, *o, *gate_up, *down;
+    const Linear *qkv, *o, *gate_up, *down;  // gate_up and down are null where there is a mixture
+    const Mixture* mixture;
     const void *input_norm, *post_norm, *q_norm, *k_norm;
+    const void *attention_norm, *mlp_norm;  // of what attention and the MLP add
+    const float* cos_sin;
     Cache cache;
     int64_t window;  // 0: none
 };
@@ -18,8 +21,8 @@ struct Stack {
     std::vector<Layer> layers;
     Type type;       // of activations
     int64_t heads;   // of queries
-    float eps, scale;
-    const float* cos_sin;
+    float eps, offset;  // of norms
+    float scale, cap;   // of attention's scores; cap 0: none
     int64_t rotary;
     int64_t width() const;  // elements of workspace that a token needs
 };

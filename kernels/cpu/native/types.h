@@ -26,6 +26,7 @@ struct Linear {
     int64_t per_group = 0;       // segments in a group
     int64_t segments = 0, unit = 0;  // unit: inputs in a segment, padded
     bool gated = false;          // panels alternate: gate, up; the product is silu(gate) * up
+    bool gelu = false;           // ... or gelu(gate) * up, in the approximation by tanh
     bool quantize = false;       // activations are rounded to int8
     bool per_token = false;      // ... with one scale a token, as the checkpoint asks
     Type round_to = Type::f32;   // expanded weights are rounded to this
@@ -45,10 +46,30 @@ struct MatmulArgs {
     int64_t stride;        // elements from one row of x to the next
     Type type;             // of x, norm and residual
     const void* norm;      // [K] or null: x is RMS-normalized first
-    float eps;
+    float eps, offset;     // offset: added to the weights of the norm
     const void* residual;  // [rows, outputs] or null
     void* out;             // [rows, outputs]
     Type out_type;
+    const int32_t* gather = nullptr;  // [rows] or null: the row of x that is the product's
+};
+
+// The experts of a layer, all of the same shapes.
+struct Mixture {
+    const Linear* router;         // [experts, hidden]
+    const Linear* const* gate_up; // [experts], gated
+    const Linear* const* down;    // [experts], without bias
+    int64_t experts, active;      // a token goes through so many of them
+    bool normalized;              // the shares of these are made to add up to 1
+};
+
+struct MixtureArgs {
+    const Mixture* mixture;
+    const void* x;         // [rows, hidden], what the sum is added to
+    int64_t rows;
+    Type type;             // of x, norm and out
+    const void* norm;      // [hidden]
+    float eps;
+    void* out;             // [rows, hidden]; may be x
 };
 
 struct Cache {             // one layer's paged cache (kernels/kv_cache.py): [blocks, block_size, heads, dim]
@@ -77,6 +98,7 @@ struct AttentionArgs {
     int64_t width;
     float scale;
     int64_t window;          // 0: none
+    float cap;               // of scores: cap * tanh(score / cap); 0: none
 };
 
 struct RopeStoreArgs {
@@ -91,7 +113,7 @@ struct RopeStoreArgs {
     int64_t rotary;
     const void* q_norm;        // [dim] or null, in `type`
     const void* k_norm;
-    float eps;
+    float eps, offset;
 };
 
 struct RowsArgs {          // row-wise operations on [rows, columns]
@@ -99,7 +121,8 @@ struct RowsArgs {          // row-wise operations on [rows, columns]
     int64_t rows, columns, stride;
     Type type;
     const void* norm;
-    float eps;
+    float eps, offset;
+    const void* residual;  // as x and contiguous, or null: added to the norm
     void* out;
 };
 
@@ -124,10 +147,12 @@ struct ArgmaxArgs {
 struct Kernels {
     const char* name;
     void (*matmul)(Pool&, const MatmulArgs&);
+    void (*mixture)(Pool&, const MixtureArgs&);
     void (*attention)(Pool&, const AttentionArgs&);
     void (*rope_store)(Pool&, const RopeStoreArgs&);
     void (*rms_norm)(Pool&, const RowsArgs&);
     void (*silu_mul)(Pool&, const RowsArgs&);
+    void (*gelu_mul)(Pool&, const RowsArgs&);
     void (*embed)(Pool&, const EmbedArgs&);
     void (*argmax)(Pool&, const ArgmaxArgs&);
     float (*kth_largest)(Pool&, const float*, int64_t n, int64_t k);

@@ -277,6 +277,16 @@ INLINE F exp2(F x) {
 
 INLINE F silu(F x) { return x / (splat(1.0f) + exp(splat(0.0f) - x)); }
 
+// x * (1 + tanh(u)) / 2 for u = sqrt(2 / pi) * (x + 0.044715 x^3): the same as x / (1 + e^-2u).
+INLINE F gelu(F x) { return x / (splat(1.0f) + exp(x * fma(x * x, splat(-0.0713548163f), splat(-1.59576912f)))); }
+
+template <bool kGelu> INLINE F gate(F x) {
+    if constexpr (kGelu) return gelu(x);
+    else return silu(x);
+}
+
+INLINE F tanh(F x) { return splat(1.0f) - splat(2.0f) / (splat(1.0f) + exp(x + x)); }
+
 #undef EACH
 
 }  // namespace ISA

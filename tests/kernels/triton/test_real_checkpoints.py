@@ -65,7 +65,7 @@ def test_log_probabilities(shared_data: Path, name: str, activation: str, bits: 
         pytest.skip("nothing is rounded on this card")
     folder = shared_data / "quantized" / name
     ours = load(folder, make_ops(torch.device(DEVICE)), activation)
-    weight = ours.layers[0].down
+    weight = ours.layers[0].only_mlp.down
     assert isinstance(weight, TritonWeight) and (weight.bits, weight.rounds) == (bits, rounds)
     plain = load(folder, reference.make_ops(torch.device("cpu")), "auto") if rounds != "tile" else None
     errors = []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.ops import KVCache, Layer, Linear, Ops, PagedBatch, Weight
+from kernels.ops import MLP, KVCache, Layer, Linear, Ops, PagedBatch, Weight
 from models.decoder import Decoder
 from models.spec import ModelSpec
 from tests.kernels.paged import make_step
@@ -98,8 +98,7 @@ def make_decoder(ops: Ops, shape: Shape, dtype: torch.dtype) -> Decoder:
             joined((queries, keys, keys)),
             linear(shape.hidden, queries),
             gain(shape.hidden),
-            joined((shape.inner, shape.inner), gated=True),
-            linear(shape.hidden, shape.inner),
+            MLP(joined((shape.inner, shape.inner), gated=True), linear(shape.hidden, shape.inner)),
             *((gain(shape.size), gain(shape.size)) if shape.qk_norm else (None, None)),
             window=window,
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.layout import STREAM_ALIGN, padded, pinned_pieces
-from kernels.ops import Layer
+from kernels.ops import MLP, Layer
 from models.decoder import Decoder
 from tests.kernels.triton import test_stack
 from tests.kernels.triton.conftest import DEVICE
@@ -36,11 +36,11 @@ def marked(number: int, size: int) -> Layer:
         return TritonWeight(4, words, params, None, 1, torch.ones(3), None, False, 3, size)
 
     gain = torch.ones(2)
-    return Layer(gain, (weight(0), weight(1)), weight(2), gain, (weight(3),), weight(4))
+    return Layer(gain, (weight(0), weight(1)), weight(2), gain, MLP((weight(3),), weight(4)))
 
 
 def moved(layer: Layer) -> list[Tensor]:
-    weights = (*layer.qkv, layer.o, *layer.gate_up, layer.down)
+    weights = layer.weights
     return [t for w in weights if isinstance(w, TritonWeight) for t in (w.words, w.params) if t is not None]
 
 

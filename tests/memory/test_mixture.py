@@ -1,0 +1,111 @@
+"""Plans of mixtures of experts: every expert is counted, as loaded; a step reads those that are chosen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.config import EngineConfig
+from appliance.memory.cards import find_card
+from appliance.memory.demand import Demand
+from appliance.memory.devices import DeviceInfo
+from appliance.memory.giving_way import CPU_BANDWIDTH, CPU_RATE, GivingWay
+from appliance.memory.modules import Machinery
+from appliance.memory.planner import make_plan
+from appliance.memory.roofline import Limits, Work
+from appliance.memory.shard import shard
+from appliance.plan_command import Asked, plan_of
+from models.spec import ModelSpec
+from quant.headers import CheckpointIndex
+from quant.scheme import QuantScheme, read_scheme
+from tests.memory.published import VARIANTS, fill, write_published
+from tests.memory.test_planner import compare, kind  # noqa: F401
+
+GIB = 1 << 30
+SMALL: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 256, "intermediate_size": 640, "moe_intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 300,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "hidden_act": "silu", "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False, "num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True,
+}  # fmt: skip
+MIXTRAL = {key: value for key, value in SMALL.items() if key not in ("num_experts", "moe_intermediate_size")} | {
+    "architectures": ["MixtralForCausalLM"], "num_local_experts": 5, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("config", [SMALL, MIXTRAL], ids=["qwen3-moe", "mixtral"])
+def test_what_is_planned_is_what_the_loader_holds(tmp_path: Path, config: dict[str, Any], variant: str, kind: str) -> None:  # noqa: F811
+    plan = compare(fill(write_published(tmp_path, config, variant), variant), kind)
+    assert plan.weights["experts"] > plan.weights["router"] > 0 and "mlp" not in plan.weights
+
+
+@pytest.mark.realdata
+def test_qwen3_30b_worked_out_by_hand(shared_data: Path, tmp_path: Path) -> None:
+    """48 layers of 128 experts, each of 3 x 768 x 2048 weights; attention of 2048 x (2 x 4096 + 2 x 512).
+
+    AWQ in groups of 128, with 16-bit scales and zero points of a byte: 4 bits and 3 bytes a group. 8 of 128 experts are read.
+    """
+    config = json.loads((shared_data / "configs" / "Qwen--Qwen3-30B-A3B_config.json").read_text())
+    settings, scheme = read_scheme(CheckpointIndex.open(write_published(tmp_path, config, "awq")))
+    spec, native = ModelSpec.from_config(settings), Machinery(ops="cpu-native", dtype="bfloat16", head_bits=8)
+    expert, attention = 3 * 768 * 2048, 2048 * (2 * 4096 + 2 * 512)
+    weights = Demand.of(spec, scheme, native, model="m").weights
+    assert weights["experts"] == 48 * 128 * (expert // 2 + 3 * expert // 128) == 15_174_991_872
+    assert weights["attention"] == 48 * (attention // 2 + 3 * attention // 128)
+    assert weights["router"] == 48 * 128 * 2048 * 2
+    assert weights["embedding"] == 151936 * 2048 * 2 and weights["head"] == 151936 * (2048 + 4)
+
+    work, limits = Work.of(spec, scheme, native), Limits(1e12, 1e18, 1e18)
+    rest = weights["attention"] + weights["router"] + weights["head"]
+    assert work.decode_s(limits, 1, 0, 1, None) == pytest.approx((rest + weights["experts"] / 16) / 1e12)
+    share = 1 - (15 / 16) ** 32
+    assert work.decode_s(limits, 32, 0, 1, None) == pytest.approx((rest + weights["experts"] * share) / 1e12)
+    busy = Limits(1e18, 1e12, 1e12)
+    active = 48 * (attention + 128 * 2048 + 8 * expert)
+    assert work.decode_s(busy, 100, 0, 1, None) == pytest.approx(200 * (active + 151936 * 2048) / 1e12)
+    assert work.prefill_ops(10)[0] == 20 * active
+    assert spec.linear_parameters == (48 * (attention + 128 * 2048 + 128 * expert), active)
+
+    cost = GivingWay.of(spec, DeviceInfo("cpu", "machine", 64 * GIB, 64 * GIB), 1, 10**9)
+    assert cost.linear_s == 2 * active / CPU_RATE
+    assert cost.step_s == pytest.approx(10**9 / CPU_BANDWIDTH * active / spec.linear_parameters[0])
+
+
+@pytest.mark.realdata
+def test_mixtral_fits_where_its_files_do(shared_data: Path, tmp_path: Path) -> None:
+    config = json.loads((shared_data / "configs" / "mistralai--Mixtral-8x7B-v0.1_config.json").read_text())
+    directory = write_published(tmp_path, config, "awq")
+    plan = make_plan(directory, EngineConfig(max_model_len=4096), DeviceInfo("cpu", "machine", 64 * GIB, 60 * GIB))
+    assert plan.weights["experts"] == 32 * 8 * 3 * 4096 * 14336 * (64 + 3) // 128
+    assert plan.weight_bytes == pytest.approx(CheckpointIndex.open(directory).total_bytes, rel=0.01)
+    assert plan.load_peak < plan.runtime + plan.weight_bytes + GIB, "one expert at a time is read, not a layer"
+
+
+def test_parts_of_experts_on_several_cards() -> None:
+    spec = ModelSpec.from_config({**SMALL, "torch_dtype": "float16"})
+    card = Machinery.choose(EngineConfig(lm_head_dtype="model"), spec.dtype, find_card("RTX 3090").device())
+    whole, half = (Demand.of(one, QuantScheme.from_config(SMALL), card, model="m").weights for one in (spec, shard(spec, 2)))
+    assert half["experts"] * 2 == whole["experts"] and half["router"] == whole["router"]
+
+
+def test_a_card_is_planned_for_and_said_not_to_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = write_published(tmp_path, SMALL, "awq")
+    config = EngineConfig(model=str(directory))
+    assert plan_of(directory, config, Asked(gpu=("RTX 4090",))) == 0
+    told = capsys.readouterr().out
+    assert "Planned only: this version serves mixtures of experts on a CPU only" in told and "Predicted speed" in told
+    assert plan_of(directory, config, Asked(gpu=("RTX 4090",), json=True)) == 0
+    assert json.loads(capsys.readouterr().out)["planned_only"] == "this version serves mixtures of experts on a CPU only"
+    assert plan_of(directory, replace(config, device="cpu"), Asked(json=True)) == 0
+    assert json.loads(capsys.readouterr().out)["planned_only"] is None
+    streamed = make_plan(directory, replace(config, cpu_offload_gb=0.0001), DeviceInfo("cuda", "card", 8 * GIB, 8 * GIB, 89))
+    assert streamed.offload.layers == (1,) or len(streamed.offload.layers) == 2
+    assert (
+        streamed.weights["experts"]
+        < make_plan(directory, config, DeviceInfo("cuda", "card", 8 * GIB, 8 * GIB, 89)).weights["experts"]
+    )
