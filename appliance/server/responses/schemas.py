@@ -109,7 +109,8 @@ class InputTokensRequest(SamplingFields):
     def check(self) -> None:
         """What can be said of the fields without a model. Raises RequestError."""
         given = {**{name: getattr(self, name) for name in self.model_fields_set}, **(self.model_extra or {})}
-        refuse({name: value for name, value in given.items() if value is not None}, REFUSED | REFUSED_HERE)
+        elsewhere = {name: rule for name, rule in REFUSED.items() if name not in type(self).model_fields}
+        refuse({name: value for name, value in given.items() if value is not None}, elsewhere | REFUSED_HERE)
         for name in HARMLESS | REFUSED_HERE.keys():
             (self.model_extra or {}).pop(name, None)
         if self.text.verbosity is not None:
