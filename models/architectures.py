@@ -1,0 +1,163 @@
+"""The families that are served: how each differs from plain Llama, and which of them a config.json is of. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from models.fields import Fields
+from quant.errors import InputError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a family differs from plain Llama, and transformers' defaults for keys that configs leave out."""
+
+    qkv_bias: bool | str = "attention_bias"  # a fact, or the config key that says
+    o_bias: bool | str = "attention_bias"
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    fused_qkv: bool = False
+    window: str = "none"
+    """Layers with sliding_window: none; "all"; "switched": all, if switched on; "upper": from max_window_layers on, if so;
+    "alternate": every other one, beginning with the first; "pattern": all but each sliding_window_pattern-th."""
+    default_window: int | None = None
+    default_head_dim: int | None = None
+    eps: float = 1e-6
+    theta: float = 1e4
+    max_position: int = 2048
+    mixture: str = ""  # the name of a mixture of experts within a layer; empty: one MLP
+    expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # the linears of each
+    expert_size: str = "moe_intermediate_size"
+    normalized: bool | str = "norm_topk_prob"
+    unit_norms: bool = False  # norms multiply by 1 + their weight
+    post_norms: bool = False  # what attention and the MLP add is normalized, too
+    gelu: bool = False  # gelu(gate) * up, in the approximation by tanh, instead of silu(gate) * up
+    scaled_embedding: bool = False  # by the root of the hidden size
+    soft_caps: tuple[str, ...] = ()  # the keys of those that it has
+    local_rope: bool = False  # layers with a window rotate otherwise than the others
+    text_part: bool = False  # of a model that reads more than text: its settings stand in text_config
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys for which there is no field above
+
+
+GEMMA2 = Architecture(
+    window="alternate",
+    unit_norms=True,
+    post_norms=True,
+    gelu=True,
+    scaled_embedding=True,
+    soft_caps=("attn_logit_softcapping", "final_logit_softcapping"),
+    defaults={
+        "vocab_size": 256000,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+)
+GEMMA3 = replace(
+    GEMMA2,
+    qk_norm=True,
+    window="pattern",
+    soft_caps=("final_logit_softcapping",),
+    local_rope=True,
+    defaults={
+        **{key: value for key, value in GEMMA2.defaults.items() if "softcapping" not in key},
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+    },
+)
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture(mlp_bias="mlp_bias"),
+    "MistralForCausalLM": Architecture(qkv_bias=False, o_bias=False, window="all", default_window=4096, max_position=131072),
+    "Qwen2ForCausalLM": Architecture(qkv_bias=True, o_bias=False, window="upper", max_position=32768),
+    "Qwen3ForCausalLM": Architecture(qk_norm=True, window="upper", default_head_dim=128, max_position=32768),
+    "Phi3ForCausalLM": Architecture(qkv_bias=False, o_bias=False, fused_qkv=True, window="all", eps=1e-5, max_position=4096),
+    "Qwen3MoeForCausalLM": Architecture(qk_norm=True, window="switched", default_window=4096, max_position=32768, mixture="mlp"),
+    "MixtralForCausalLM": Architecture(
+        qkv_bias=False, o_bias=False, window="all", eps=1e-5, theta=1e6, max_position=131072,
+        mixture="block_sparse_moe", expert=("w1", "w3", "w2"), expert_size="intermediate_size", normalized=True,
+    ),
+    "Gemma2ForCausalLM": GEMMA2,
+    "Gemma3ForCausalLM": GEMMA3,
+    "Gemma3ForConditionalGeneration": replace(GEMMA3, text_part=True),
+}  # fmt: skip
+# Keys that would change the arithmetic, with the values under which they do not.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "pretraining_tp": (None, 1),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1, 1.0),
+    "embedding_multiplier": (None, 1, 1.0),
+    "residual_multiplier": (None, 1, 1.0),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+    "use_bidirectional_attention": (None, False),
+}
+EXPERTS = ("num_experts", "num_local_experts")  # either has the number of a mixture's experts
+DENSE: dict[str, tuple[Any, ...]] = dict.fromkeys(EXPERTS, (None, 0))
+ALL_SPARSE: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (None, 1), "mlp_only_layers": (None, [])}
+"""The same of models whose layers have one MLP each, and of those whose layers are all mixtures."""
+
+
+def read_architecture(config: Mapping[str, Any]) -> tuple[str, Architecture, Fields]:
+    """(its name, how it differs, the settings of its text with transformers' defaults).
+
+    InputError naming the architecture, key or value that is not supported.
+    """
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise InputError(f"config.json: architectures is {names!r}, expected one of {', '.join(ARCHITECTURES)}")
+    name = names[0]
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise InputError(f"config.json: architecture {name} is not supported; supported are {', '.join(ARCHITECTURES)}")
+    kind = ARCHITECTURES[name]
+    config = {**kind.defaults, **(_text_config(config) if kind.text_part else config)}
+    for key, allowed in {**NEUTRAL, **(ALL_SPARSE if kind.mixture else DENSE)}.items():
+        if config.get(key) not in allowed and key not in kind.soft_caps:
+            raise InputError(f"config.json: {key} = {config[key]!r} is not supported for {name}")
+    key, known = ("hidden_activation", ("gelu_pytorch_tanh",)) if kind.gelu else ("hidden_act", ("silu", "swish"))
+    if (activation := config.get(key, known[0])) not in known:
+        raise InputError(f"config.json: {key} {activation!r} is not supported; supported is {known[0]}")
+    return name, kind, Fields(config)
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of a model's text part. What it says of the whole (special tokens, type) holds for that, too."""
+    part = config.get("text_config")
+    if not isinstance(part, Mapping):
+        raise InputError(f"config.json: text_config is {part!r:.60}, expected an object")
+    return {**part, **{key: value for key, value in config.items() if value is not None}}
+
+
+def windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None, ...]:
+    """The sliding window of each layer; layer_types, where given, decides."""
+    types = fields.get("layer_types")
+    given = fields.get("sliding_window") if "sliding_window" in fields.values else kind.default_window
+    window = None if given is None else fields.integer("sliding_window", default=given)
+    every = 2 if kind.window == "alternate" else 0  # which layer sees everything
+    every = fields.integer("sliding_window_pattern", default=6) if kind.window == "pattern" else every
+    if every:
+        window = fields.integer("sliding_window")
+    if kind.window == "none":
+        window = None
+    if kind.window in ("switched", "upper") and not fields.flag("use_sliding_window", default=False):
+        window = None
+    if types is not None:
+        if not isinstance(types, list) or len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+            raise InputError(
+                f"config.json: layer_types must name full_attention or sliding_attention for each of {layers} layers"
+            )
+        return tuple(window if t == "sliding_attention" else None for t in types)
+    if every:
+        return tuple(window if (layer + 1) % every else None for layer in range(layers))
+    first = fields.integer("max_window_layers", default=28, minimum=0) if kind.window == "upper" else 0
+    return tuple(window if layer >= first else None for layer in range(layers))
