@@ -42,6 +42,8 @@ SECONDS = {
     "kernels/triton/test_eight_compilations.py": 15,
     "kernels/triton/test_matmul_compilations.py": 15,
     "kernels/triton/test_fp8.py": 15,
+    "kernels/triton/test_elsewhere.py": 35,
+    "kernels/test_amx_instructions.py": 20,
     "text/test_tokenizer.py": 27,
     "test_autoawq.py": 23,
     "test_quantize_quality.py": 19,

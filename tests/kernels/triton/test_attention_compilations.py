@@ -123,7 +123,7 @@ def test_caches_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("kind", "target"), EVERY)
 def test_all_launches(kind: str | None, target: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every choice of rows, tiles, warps and stages, and every branch of the kernels, on every card; each cache on some."""

@@ -90,7 +90,7 @@ def test_every_launch_fits_every_card(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_instructions_for_a_weight() -> None:
     """Of the smallest tile, which reads weights as fast as memory gives them. Limits are what was reached with Triton 3.9."""
     small = next(launch for launch in launches(False) if launch.block_m == 16 and launch.split > 1)

@@ -84,7 +84,7 @@ def many_rows(launch: Launch, whole: bool, gated: bool) -> Compilation:
 
 @pytest.mark.compiles
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("whole", [True, False])
 def test_products_of_fp8_for_every_card_that_has_them(whole: bool) -> None:
     launches = [rounded.choose(rows=rows, outputs=4096, inputs=4096, whole=whole) for rows in (65, 256, 2048)]
@@ -117,7 +117,7 @@ def test_every_launch_fits_every_card() -> None:
 
 @pytest.mark.compiles
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_instructions_for_a_weight() -> None:
     """Of the smallest tile, as reached with Triton 3.9. Bytes become floats by shifts and masks, without conversions."""
     small = next(launch for launch in choices(AMPERE) if launch.block_m == 16 and launch.split > 1)

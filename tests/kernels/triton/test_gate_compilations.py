@@ -39,7 +39,7 @@ def compiled() -> dict[tuple[str, int], tuple[Compilation, Report]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", LIMITS)
 def test_loops_over_weights(kind: str, compiled: dict[tuple[str, int], tuple[Compilation, Report]]) -> None:
     """Weights arrive by copies of 16 bytes under way, reach the product by LDSM as they are, and never by single bytes."""
@@ -59,7 +59,7 @@ def test_loops_over_weights(kind: str, compiled: dict[tuple[str, int], tuple[Com
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_more_rows(compiled: dict[tuple[str, int], tuple[Compilation, Report]]) -> None:
     """Weights stay in registers, except where products take them from shared memory: with wgmma, from 64 rows on.
 

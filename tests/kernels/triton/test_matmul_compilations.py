@@ -81,7 +81,7 @@ def test_every_launch_fits_every_card(bits: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_large_tiles() -> None:
     """Enough instructions besides those of the tensor cores to keep these busy; on a card with wgmma they are that."""
     wanted = [
