@@ -209,9 +209,9 @@ def test_damaged_models(
 def test_other_architectures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(folder / "model", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"architectures": ["MixtralForCausalLM"]}))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"architectures": ["StableLmForCausalLM"]}))
     said = refused(command(folder, tmp_path / "made", model=str(tmp_path / "model")), tmp_path / "made", capsys)
-    assert "architecture MixtralForCausalLM is not supported; supported are LlamaForCausalLM" in said
+    assert "architecture StableLmForCausalLM is not supported; supported are LlamaForCausalLM" in said
 
 
 @pytest.mark.parametrize("what", ["constant", "dead", "zero"])

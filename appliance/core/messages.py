@@ -196,4 +196,6 @@ def plan_bytes(plan: Mapping[str, Any]) -> dict[str, int]:
             value = value.get(name) if isinstance(value, Mapping) else None
         if isinstance(value, int):
             found[category] = value
+    if "swap" in found:
+        found["swap"] += int(plan["swap"].get("ghosts_bytes", 0))  # what is remembered of blocks that went there
     return found

@@ -64,7 +64,6 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "stop_sequences": (_OFF, "not supported under this name: use stop"),
     "enable_thinking": ((), _TEMPLATE),
     "thinking": (_OFF, _TEMPLATE),
-    "options": (_OFF, "not supported: give temperature, top_p, max_tokens, ... as fields of their own"),
     "format": (_OFF, "not supported under this name: use response_format"),
     "n_probs": (_OFF, "not supported under this name: use logprobs"),
     "repeat_penalty": ((1, 1.0), "not supported under this name: use repetition_penalty"),

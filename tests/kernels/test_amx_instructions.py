@@ -84,7 +84,7 @@ def test_tiles_are_plain_loops() -> None:
 def test_the_kernels(built: Path) -> None:
     """Their own tests, on what the compiler made of the tile code: all of it is reached."""
     options = ("-q", "-p", "tests.amx_trap.plugin", "-p", "no:cacheprovider", "-p", "no:xdist")
-    files = ("tests/kernels/test_native_products.py", "tests/models/test_bind.py", __file__)
+    files = ("tests/kernels/test_native_products.py", "tests/kernels/test_mixture.py", "tests/models/test_bind.py", __file__)
     chosen = "(amx and not emulated and not instructions) or any_number_of_threads or plain_loops"
     done = run(["-m", "pytest", *options, *files, "-k", chosen], built, seconds=580)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -212,7 +212,8 @@ def test_json_has_stable_keys(model: Path) -> None:
     answers = Answers.of(found, [CARD], 4, 1024).to_dict()
     json.dumps(answers)
     assert {**found.plan.to_dict(), **answers} == answers  # the plan's own keys are all there
-    assert set(answers) - set(found.plan.to_dict()) == {"fits", "asked", "cache_dtypes", "predicted_speed", "tensor_parallel"}
+    more = {"fits", "asked", "cache_dtypes", "predicted_speed", "tensor_parallel", "planned_only"}
+    assert set(answers) - set(found.plan.to_dict()) == more and answers["planned_only"] is None
     assert answers["fits"] is True and answers["tensor_parallel"] is None
     rows = answers["cache_dtypes"]
     assert isinstance(rows, list)
