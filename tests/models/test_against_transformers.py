@@ -203,11 +203,11 @@ def test_logits(models: Path, name: str, reference: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["reference", "torch", "native"])
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("gemma", "qwen3"))])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("gemma", "qwen3")) and name != "qwen3-moe"])
 def test_bfloat16_is_as_close_as_theirs(models: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To float32, in the mean over all logits: norms multiply by 1 + weight before anything is rounded.
 
-    Of a mixture of experts it is the median of tokens: where rounding changes a choice, one is off by much, here as there.
+    Not where experts are chosen: rounding changes a choice now and then, here or there, and with it all that follows.
     """
     if kind == "native" and backend.native() is None:
         pytest.skip("the native extension is not built")
@@ -215,8 +215,7 @@ def test_bfloat16_is_as_close_as_theirs(models: Path, name: str, kind: str, monk
     ops, expected = get_ops("cpu", reference=kind == "reference"), load_file(models / f"{name}.expected.safetensors")
     decoder, ids, logits = load(models, name, ops, torch.bfloat16, activation="bf16", lm_head_dtype="model")
     found = feed(decoder, ids, [17, len(ids) - 17])
-    errors = [(one - logits).square().mean(1) for one in (found, expected["rounded"])]
-    ours, theirs = ((one.median() if decoder.spec.mixture else one.mean()).sqrt() for one in errors)
+    ours, theirs = ((one - logits).square().mean().sqrt() for one in (found, expected["rounded"]))
     assert ours < 1.15 * theirs, (float(ours), float(theirs))
 
 
