@@ -9,7 +9,8 @@ come. CPU time is the API process's own (schedstat, nanoseconds), between 15 % a
 from the engine's moment, before its events are pickled, to the client's recv; "last" is a step's last token on the last socket.
 
 --engine: the demo model with 64 sequences instead. How long its steps take, and the time from one to the next: without an API
-(the engine alone in its process), under the API with clients that read, and with clients of which half do not read at all.
+(the engine alone in its process), under the API with clients that read, with news
+told at once, and with clients of which half do not read at all.
 """
 
 from __future__ import annotations
@@ -46,7 +47,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat, tools": ("/v1/chat/completions", {"messages": MESSAGES, "tools": TOOLS}),
     "chat, usage": ("/v1/chat/completions", {"messages": MESSAGES, "stream_options": USAGE}),
 }  # fmt: skip
-ENGINE_CASES = ("no API", "completions", "completions, API at nice 10", "completions, half of the clients do not read")
+ENGINE_CASES = (
+    "no API",
+    "completions",
+    "completions, told at once",
+    "completions, API at nice 10",
+    "completions, half of the clients do not read",
+)
 COLUMNS = {
     "case": "{case}",
     "streams": "{streams}",
@@ -177,7 +184,8 @@ def measure(case: str, streams: int, *, pace: float, tokens: int, **setup: Any) 
 def steps_of(case: str, threads: int, tokens: int = 400, streams: int = 64) -> dict[str, Any]:
     """Of the steps in which all sequences took part, in milliseconds; the first fifth is left aside."""
     alone, nice = streams if case == "no API" else 0, 10 if "nice" in case else 0
-    server = Server(threads=threads, alone=alone, streams=streams, tokens=tokens, loop="asyncio", profile=None, nice=nice)
+    setup = {"threads": threads, "alone": alone, "streams": streams, "tokens": tokens, "nice": nice, "at_once": "at once" in case}
+    server = Server(**setup, loop="asyncio", profile=None)
     if case != "no API":
         path, body = CASES["chat" if "chat" in case else "completions"]
         body = {**body, "stream": True, "max_tokens": tokens, "ignore_eos": True, "temperature": 1.0}
@@ -206,6 +214,7 @@ def serve() -> None:
     from appliance.config import EngineConfig, ServerConfig
     from appliance.hub import demo_model
     from appliance.runtime.client import Client
+    from appliance.runtime.pace import Pace
     from appliance.server.app import create_app
     from appliance.server.http import http_config
     from appliance.server.run import bind
@@ -221,6 +230,8 @@ def serve() -> None:
     async def main() -> None:
         client = Client(engine)
         await client.start()
+        if setup.get("at_once"):
+            client._pace = Pace()  # that never waits
         os.nice(setup.get("nice", 0))
         config = ServerConfig(max_num_queued_reqs=-1, tool_call_parser="hermes")
         app = create_app(client, Tokenizer.load(model), engine, config)
