@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from tests.server.fake import FakeClient
 from tests.tiny_model import write_tokenizer
 
 TLS = ssl.create_default_context()  # to make one for each client takes longer than most requests
+
+LONG_S = 0.05
 
 
 @dataclass
@@ -48,23 +51,24 @@ class Served:
         with self.http as http:
             return http.post(path, json=body)
 
-    @contextmanager
-    def longest_turn(self) -> Iterator[list[float]]:
-        """Seconds of processor time: the longest that the event loop was busy without letting everybody have their turn."""
-        longest = [0.0]
+    def answer_in_turns(self, ask: Callable[[], httpx.Response]) -> httpx.Response:
+        """The answer, made without that the event loop was ever busy for long (processor time) before all others had their turn.
 
-        async def watch() -> None:
-            begun = time.thread_time()
-            while True:
-                await asyncio.sleep(0)
-                now = time.thread_time()
-                longest[0], begun = max(longest[0], now - begun), now
-
-        watching = asyncio.run_coroutine_threadsafe(watch(), self.loop)
-        try:
-            yield longest
-        finally:
-            watching.cancel()
+        In one of three times: what a busy host takes away from this machine counts as processor time too.
+        """
+        for _ in range(3):
+            gc.collect()
+            gc.freeze()  # as the server does when it is ready
+            longest = [0.0]
+            watching = asyncio.run_coroutine_threadsafe(_watch(longest), self.loop)
+            try:
+                answer = ask()
+            finally:
+                watching.cancel()
+                gc.unfreeze()
+            if longest[0] < LONG_S:
+                return answer
+        pytest.fail(f"a turn of {longest[0]} s in {answer.status_code} {answer.text[:200]}")
 
     def run(self, function: Any, *args: Any) -> Any:
         """Call in the server's event loop."""
@@ -73,6 +77,14 @@ class Served:
             return function(*args)
 
         return asyncio.run_coroutine_threadsafe(call(), self.loop).result(10)
+
+
+async def _watch(longest: list[float]) -> None:
+    begun = time.thread_time()
+    while True:
+        await asyncio.sleep(0)
+        now = time.thread_time()
+        longest[0], begun = max(longest[0], now - begun), now
 
 
 @contextmanager

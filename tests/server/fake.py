@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -83,6 +83,9 @@ class FakeClient:
         alive = self.running[submit.request_id] = set(range(submit.params.width))
         told: set[int] = set()
         try:
+            scores: Sequence[TokenLogprob | None] | None = None
+            if submit.params.prompt_logprobs is not None:  # an engine makes them in another process
+                scores = await asyncio.to_thread(self._prompt_scores, submit, submit.params.prompt_logprobs)
             step = 0
             while len(told) < submit.params.width:
                 await self._wait()
@@ -91,7 +94,7 @@ class FakeClient:
                         continue
                     event = Event(submit.request_id, index, finish_reason="abort")
                     if index in alive:
-                        event = self._event(submit, index, step)
+                        event = self._event(submit, index, step, scores if step == 0 else None)
                     if event.finish_reason:
                         told.add(index)
                     yield event
@@ -108,7 +111,7 @@ class FakeClient:
             return
         raise EngineDied(self.failure or "dead")
 
-    def _event(self, submit: Submit, index: int, step: int) -> Event:
+    def _event(self, submit: Submit, index: int, step: int, scores: Sequence[TokenLogprob | None] | None) -> Event:
         prompt, params = submit.prompt_token_ids, submit.params
         if self.unanswerable is not None:
             return Event(submit.request_id, index, finish_reason="error", error=Unanswerable(self.unanswerable))
@@ -123,12 +126,13 @@ class FakeClient:
             index,
             token_ids=(token,),
             logprobs=self._scored(token, index, params),
-            prompt_logprobs=None
-            if params.prompt_logprobs is None or step
-            else self.prompt_scores or (None, *(score(t, params.prompt_logprobs) for t in prompt[1:])),
+            prompt_logprobs=scores,
             finish_reason=reason,
             cached_tokens=self.cached if index == 0 else len(prompt) - 1,  # the others share what the first one computes
         )
+
+    def _prompt_scores(self, submit: Submit, top: int) -> Sequence[TokenLogprob | None]:
+        return self.prompt_scores or (None, *(score(token, top) for token in submit.prompt_token_ids[1:]))
 
     def _scored(self, token: int, index: int, params: SamplingParams) -> tuple[TokenLogprob, ...] | None:
         """Later completions are better ones where ``decay`` is above 0."""
