@@ -1,16 +1,13 @@
 """What HTTP costs: CPU time and delay between the engine's tokens and the bytes on its clients' sockets.
 
     .venv/bin/python scripts/bench_http.py [--cases completions,chat+logprobs] [--streams 1,64] [--pace MS] [--json FILE]
-    .venv/bin/python scripts/bench_http.py --engine [--threads 1,2] [--json FILE]
 
 The real server application on real sockets over the real worker process, in which a scripted engine gives one token to every
 stream at a steady pace, all streams in the same step. Clients are plain sockets in one other process, which only notes when bytes
 come. CPU time is the API process's own (schedstat, nanoseconds), between 15 % and 85 % of the run. The delay of a token counts
 from the engine's moment, before its events are pickled, to the client's recv; "last" is a step's last token on the last socket.
 
---engine: the demo model with 64 sequences instead. How long its steps take, and the time from one to the next: without an API
-(the engine alone in its process), under the API with clients that read, with news
-told at once, and with clients of which half do not read at all.
+What the engine's own steps have of it: scripts/bench_steps.py, which starts this server over the demo model.
 """
 
 from __future__ import annotations
@@ -47,13 +44,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat, tools": ("/v1/chat/completions", {"messages": MESSAGES, "tools": TOOLS}),
     "chat, usage": ("/v1/chat/completions", {"messages": MESSAGES, "stream_options": USAGE}),
 }  # fmt: skip
-ENGINE_CASES = (
-    "no API",
-    "completions",
-    "completions, told at once",
-    "completions, API at nice 10",
-    "completions, half of the clients do not read",
-)
 COLUMNS = {
     "case": "{case}",
     "streams": "{streams}",
@@ -181,30 +171,6 @@ def measure(case: str, streams: int, *, pace: float, tokens: int, **setup: Any) 
     }  # fmt: skip
 
 
-def steps_of(case: str, threads: int, tokens: int = 400, streams: int = 64) -> dict[str, Any]:
-    """Of the steps in which all sequences took part, in milliseconds; the first fifth is left aside."""
-    alone, nice = streams if case == "no API" else 0, 10 if "nice" in case else 0
-    setup = {"threads": threads, "alone": alone, "streams": streams, "tokens": tokens, "nice": nice, "at_once": "at once" in case}
-    server = Server(**setup, loop="asyncio", profile=None)
-    if case != "no API":
-        path, body = CASES["chat" if "chat" in case else "completions"]
-        body = {**body, "stream": True, "max_tokens": tokens, "ignore_eos": True, "temperature": 1.0}
-        slow = streams // 2 if "half" in case else 0
-        drive([Stream(server.port, path, body, f"s{i}", reads=i >= slow) for i in range(streams)], [], 0, 0)
-    steps = server.stop()["steps"]
-    full = [k for k, (_, _, events, _, _) in enumerate(steps[:-1]) if events == streams == steps[k + 1][2]]
-    full = full[len(full) // 5 :]
-    took = [1e3 * (steps[k][1] - steps[k][0]) for k in full]
-    turn = [1e3 * (steps[k + 1][0] - steps[k][0]) for k in full]
-    return {
-        "case": case, "threads": threads, "steps": len(full),
-        "step_ms_median": statistics.median(took), "step_ms_p99": statistics.quantiles(took, n=100)[98],
-        "step_cpu_ms": statistics.median(1e3 * (steps[k][4] - steps[k][3]) for k in full),
-        "between_cpu_ms": statistics.median(1e3 * (steps[k + 1][3] - steps[k][4]) for k in full),
-        "turn_ms_median": statistics.median(turn), "turn_ms_mean": statistics.fmean(turn),
-    }  # fmt: skip
-
-
 def serve() -> None:
     """The server process."""
     import signal
@@ -307,8 +273,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--loop", choices=("asyncio", "uvloop"), default="asyncio", help="of the API process")
     parser.add_argument("--profile", metavar="FILE", help="profile the API process with cProfile, and write its figures there")
-    parser.add_argument("--engine", action="store_true", help="the demo model's steps instead")
-    parser.add_argument("--threads", default="1,2", help="of the engine, with --engine")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", metavar="FD", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -316,8 +280,6 @@ def main() -> None:
         return worker(args.worker)
     if args.serve:
         return serve()
-    if args.engine:
-        return engine(args)
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
     rows = []
     for case in (c.replace("+", ", ") for c in args.cases.split(",")):
@@ -325,22 +287,6 @@ def main() -> None:
             row = measure(case, streams, pace=args.pace / 1e3, tokens=args.tokens, loop=args.loop, profile=args.profile)
             rows.append(row)
             print("| " + " | ".join(form.format(**row) for form in COLUMNS.values()) + " |", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"python": platform.python_version(), "rows": rows}, indent=1))
-
-
-def engine(args: argparse.Namespace) -> None:
-    rows = []
-    print("| threads | | CPU in a step, ms | between two | step, ms | p99 | from step to step, ms | mean |\n" + 8 * "|---" + "|")
-    for threads in map(int, args.threads.split(",")):
-        for case in ENGINE_CASES:
-            r = steps_of(case, threads)
-            rows.append(r)
-            print(
-                f"| {threads} | {case} | {r['step_cpu_ms']:.2f} | {r['between_cpu_ms']:.2f} | {r['step_ms_median']:.2f} | "
-                f"{r['step_ms_p99']:.2f} | {r['turn_ms_median']:.2f} | {r['turn_ms_mean']:.2f} |",
-                flush=True,
-            )
     if args.json:
         args.json.write_text(json.dumps({"python": platform.python_version(), "rows": rows}, indent=1))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any, ClassVar
 
 from appliance.core.messages import EngineInfo, Event, Stats, Submit, TokenLogprob
@@ -74,7 +75,7 @@ def note_steps(streams: int) -> dict[str, Any]:
     """From now on the real engine waits until so many sequences are there, and notes when each step begins and ends."""
     from appliance.runtime.engine import Engine
 
-    notes: dict[str, Any] = {"steps": []}
+    notes: dict[str, Any] = {"steps": [], "waited": []}
     step = Engine.step
 
     def noted(self: Engine) -> list[Event]:
@@ -84,10 +85,17 @@ def note_steps(streams: int) -> dict[str, Any]:
         begun, cpu = time.monotonic(), time.process_time()
         events = step(self)
         notes["steps"].append((begun, time.monotonic(), len(events), cpu, time.process_time()))
+        if not len(notes["steps"]) % 20:  # it takes as long as a tenth of a small step
+            notes["waited"].append((len(notes["steps"]), waited_ns()))
         return events
 
     Engine.step = noted  # type: ignore[method-assign]
     return notes
+
+
+def waited_ns() -> int:
+    """So long were threads of this process ready to run while the processors ran others (the kernel's own count)."""
+    return sum(int((task / "schedstat").read_text().split()[1]) for task in Path("/proc/self/task").iterdir())
 
 
 def run_alone(threads: int, sequences: int, tokens: int) -> None:

@@ -1,0 +1,90 @@
+"""What the API process costs the engine: its steps with 64 sequences of the demo model, with an API and without.
+
+    .venv/bin/python scripts/bench_steps.py [--threads 1,2] [--rounds N] [--json FILE]
+
+Without: the engine alone in its process. With: clients that read, news told at once, the API at nice 10, clients of which half do
+not read at all. Only steps in which all sequences took part count, and of these not the first fifth. The cases of a round follow
+one another, so that a machine whose speed moves is the same for all of them; the table has the medians of the rounds.
+
+"waited" does not move with the machine's speed: so long, in a step, were threads of the engine ready to run while the processors
+ran something else (schedstat). It is all that another process can take from an engine that never waits for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+from bench_http import CASES, Server, Stream, drive
+
+HOW = (
+    "no API",
+    "completions",
+    "completions, told at once",
+    "completions, API at nice 10",
+    "completions, half of the clients do not read",
+)
+COLUMNS = {
+    "CPU in a step, ms": "step_cpu_ms",
+    "between two": "between_cpu_ms",
+    "waited": "waited_ms",
+    "step, ms": "step_ms_median",
+    "p99": "step_ms_p99",
+    "from step to step, ms": "turn_ms_median",
+    "mean": "turn_ms_mean",
+}
+
+
+def steps_of(case: str, threads: int, tokens: int = 400, streams: int = 64) -> dict[str, float]:
+    """Of the steps in which all sequences took part, in milliseconds."""
+    alone, nice = streams if case == "no API" else 0, 10 if "nice" in case else 0
+    setup = {"threads": threads, "alone": alone, "streams": streams, "tokens": tokens, "nice": nice, "at_once": "at once" in case}
+    server = Server(**setup, loop="asyncio", profile=None)
+    if not alone:
+        path, body = CASES["completions"]
+        body = {**body, "stream": True, "max_tokens": tokens, "ignore_eos": True, "temperature": 1.0}
+        slow = streams // 2 if "half" in case else 0
+        drive([Stream(server.port, path, body, f"s{i}", reads=i >= slow) for i in range(streams)], [], 0, 0)
+    found = server.stop()
+    steps = found["steps"]
+    full = [k for k, (_, _, events, _, _) in enumerate(steps[:-1]) if events == streams == steps[k + 1][2]]
+    full = full[len(full) // 5 :]
+    took = [1e3 * (steps[k][1] - steps[k][0]) for k in full]
+    turn = [1e3 * (steps[k + 1][0] - steps[k][0]) for k in full]
+    (first, begin), *_, (last, end) = [(k, ns) for k, ns in found["waited"] if full[0] <= k <= full[-1]]
+    return {
+        "step_ms_median": statistics.median(took), "step_ms_p99": statistics.quantiles(took, n=100)[98],
+        "step_cpu_ms": statistics.median(1e3 * (steps[k][4] - steps[k][3]) for k in full),
+        "between_cpu_ms": statistics.median(1e3 * (steps[k + 1][3] - steps[k][4]) for k in full),
+        "turn_ms_median": statistics.median(turn), "turn_ms_mean": statistics.fmean(turn),
+        "waited_ms": (end - begin) / (last - first) / 1e6,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    parser.add_argument("--threads", default="1,2", help="of the engine")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for threads in map(int, args.threads.split(",")):
+        for number in range(args.rounds):
+            rows += [{"threads": threads, "case": case, "round": number, **steps_of(case, threads)} for case in HOW]
+            print(f"{threads} threads: round {number + 1} of {args.rounds}", flush=True)
+    print("| threads | | " + " | ".join(COLUMNS) + " |\n" + (2 + len(COLUMNS)) * "|---" + "|")
+    for threads in map(int, args.threads.split(",")):
+        for case in HOW:
+            mine = [row for row in rows if (row["threads"], row["case"]) == (threads, case)]
+            cells = (f"{statistics.median(row[key] for row in mine):.2f}" for key in COLUMNS.values())
+            print(f"| {threads} | {case} | " + " | ".join(cells) + " |")
+    if args.json:
+        args.json.write_text(json.dumps({"python": platform.python_version(), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
