@@ -2,9 +2,11 @@
 
     .venv/bin/python scripts/bench_steps.py [--threads 1,2] [--rounds N] [--json FILE]
 
-Without: the engine alone in its process. With: clients that read, news told at once, the API at nice 10, clients of which half do
-not read at all. Only steps in which all sequences took part count, and of these not the first fifth. The cases of a round follow
-one another, so that a machine whose speed moves is the same for all of them; the table has the medians of the rounds.
+Without: the engine alone in its process. With: as it is, and then, where the engine has all processors, without what is done for
+it there (appliance/runtime/pace.py): with news told at once, with the event loop at the engine's own priority, and with both; and
+with clients of which half do not read at all. Clients run when nobody else does: they are not what is measured. Only steps in
+which all sequences took part count, and of these not the first fifth. The cases of a round follow one another, so that a machine
+whose speed moves is the same for all of them; the table has the medians of the rounds.
 
 "waited" does not move with the machine's speed: so long, in a step, were threads of the engine ready to run while the processors
 ran something else (schedstat). It is all that another process can take from an engine that never waits for it.
@@ -14,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,8 @@ HOW = (
     "no API",
     "completions",
     "completions, told at once",
-    "completions, API at nice 10",
+    "completions, same priority",
+    "completions, told at once, same priority",
     "completions, half of the clients do not read",
 )
 COLUMNS = {
@@ -41,14 +46,16 @@ COLUMNS = {
 
 def steps_of(case: str, threads: int, tokens: int = 400, streams: int = 64) -> dict[str, float]:
     """Of the steps in which all sequences took part, in milliseconds."""
-    alone, nice = streams if case == "no API" else 0, 10 if "nice" in case else 0
-    setup = {"threads": threads, "alone": alone, "streams": streams, "tokens": tokens, "nice": nice, "at_once": "at once" in case}
-    server = Server(**setup, loop="asyncio", profile=None)
+    alone, how = streams if case == "no API" else 0, {"aside": "same" not in case, "at_once": "at once" in case}
+    server = Server(threads=threads, alone=alone, streams=streams, tokens=tokens, **how, loop="asyncio", profile=None)
     if not alone:
         path, body = CASES["completions"]
         body = {**body, "stream": True, "max_tokens": tokens, "ignore_eos": True, "temperature": 1.0}
         slow = streams // 2 if "half" in case else 0
-        drive([Stream(server.port, path, body, f"s{i}", reads=i >= slow) for i in range(streams)], [], 0, 0)
+        clients = [Stream(server.port, path, body, f"s{i}", reads=i >= slow) for i in range(streams)]
+        reading = threading.Thread(target=read, args=(clients,))
+        reading.start()
+        reading.join()
     found = server.stop()
     steps = found["steps"]
     full = [k for k, (_, _, events, _, _) in enumerate(steps[:-1]) if events == streams == steps[k + 1][2]]
@@ -63,6 +70,11 @@ def steps_of(case: str, threads: int, tokens: int = 400, streams: int = 64) -> d
         "turn_ms_median": statistics.median(turn), "turn_ms_mean": statistics.fmean(turn),
         "waited_ms": (end - begin) / (last - first) / 1e6,
     }  # fmt: skip
+
+
+def read(clients: list[Stream]) -> None:
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread
+    drive(clients, [], 0, 0)
 
 
 def main() -> None:

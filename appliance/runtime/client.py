@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from multiprocessing.connection import Connection
 from typing import Any
@@ -33,6 +34,9 @@ from quant.errors import InputError
 log = logging.getLogger("appliance.client")
 
 Sink = Callable[[Event | Exception], None]
+_starter = ThreadPoolExecutor(
+    1, "engine-starter"
+)  # a process begins with the priority of the thread that starts it: see step_aside
 STILL_S = 30.0  # an engine that has work, says nothing for so long and used no processor time meanwhile: it is stopped, or waits
 
 
@@ -69,7 +73,7 @@ class Client:
         """Start the process and wait until the model is loaded. Raises InputError with the engine's words, or EngineDied."""
         self.state = "loading"
         try:
-            self._conn = self._spawn()
+            self._conn = _starter.submit(self._spawn).result()
         except OSError as error:  # no file, process or memory to be had now
             self.state = "dead"
             raise EngineDied(f"the engine process cannot be started: {error}") from None
@@ -137,6 +141,11 @@ class Client:
     def reset_prefix_cache(self) -> None:
         """Requests that are generated from now on find nothing of earlier ones."""
         self._outbox.put(ResetPrefixCache())
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the engine has all processors, so that whoever else works takes from it."""
+        return self._pace.crowded
 
     @property
     def pid(self) -> int | None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import threading
 import time
 
 from appliance.memory.devices import allowed_processors, cpu_threads
 
 SHARE = 0.1  # of the time, at most, the event loop works where the engine's threads have all processors
 LATE_S = 0.03  # and so long, at most, does news wait for it
+NICE = 10  # of the event loop's thread there: its weight beside an engine's thread is a tenth, as its share is
 
 
 class Pace:
@@ -20,6 +25,11 @@ class Pace:
     def __init__(self, share: float = 1.0) -> None:
         self.share = share
         self._told = self._spent = 0.0  # when it was told the last time, by the clock and in the thread's own time
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the engine has all processors."""
+        return self.share < 1.0
 
     def wait(self) -> float:
         """Seconds until the next news is due. 0: now, and the one who asks tells it."""
@@ -34,3 +44,14 @@ class Pace:
 def pace_beside(device: str, threads: int | None) -> Pace:
     """For an engine on ``device`` with ``threads`` of its own (--threads): held back only where it computes on all processors."""
     return Pace(SHARE if device == "cpu" and cpu_threads(threads) >= allowed_processors() else 1.0)
+
+
+def step_aside() -> None:
+    """The calling thread, and those that it starts from now on, have a tenth of the weight of an engine's thread.
+
+    One of the engine's that is kept from its processor in the midst of a step keeps all the others waiting for it.
+    """
+    if sys.platform == "linux":  # where threads have priorities of their own
+        with contextlib.suppress(OSError):
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, max(NICE, os.getpriority(os.PRIO_PROCESS, thread)))

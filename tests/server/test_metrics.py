@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from appliance.config import EngineConfig, ServerConfig
 from appliance.core.messages import Event, Stats
 from appliance.core.params import SamplingParams
+from appliance.memory.devices import allowed_processors, cpu_threads
+from appliance.runtime.pace import NICE
 from appliance.server.machine_metrics import machine
 from appliance.server.metrics import Course, HttpMetrics, Metrics
 from appliance.server.scrape import Model, Scrape
@@ -262,7 +265,7 @@ class Any(int):
     def __hash__(self): return 0
 import os
 def held(handle):
-    children = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+    children = [pid for task in os.listdir("/proc/self/task") for pid in open(f"/proc/self/task/{task}/children").read().split()]
     return [types.SimpleNamespace(pid=int(pid), usedGpuMemory=5) for pid in children]
 pynvml.nvmlDeviceGetComputeRunningProcesses = held
 import psutil
@@ -287,14 +290,20 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         assert found, output
         with httpx.Client(base_url=found[1], timeout=30, trust_env=False) as http:
             told = {"answers": ask(http), "metrics": http.get("/metrics").text, "stats": http.get("/stats").json()}
+            nices = [psutil.Process(process.pid).nice(), *(engine.nice() for engine in engines(process.pid))]
             os.kill(told["stats"]["hardware"]["processes"]["engine"]["pid"], signal.SIGKILL)
             eventually(lambda: http.get("/health").status_code == 503)
             eventually(lambda: http.get("/health").status_code == 200, 60)
-            yield {**told, "later": http.get("/metrics").text}
+            nices += [engine.nice() for engine in engines(process.pid)]
+            yield {**told, "later": http.get("/metrics").text, "nices": nices}
     finally:
         process.terminate()
         process.wait(20)
         reader.join(5)
+
+
+def engines(server: int) -> list[psutil.Process]:
+    return [one for one in psutil.Process(server).children() if "appliance.runtime.worker" in one.cmdline()]
 
 
 def ask(http: httpx.Client) -> list[dict[str, Any]]:
@@ -521,3 +530,11 @@ def test_every_metric_is_documented(real: dict[str, Any]) -> None:
     }
     missing = sorted(name for name in ours if f"`{name}" not in text and f" {name}" not in text)
     assert missing == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_the_server_steps_aside_and_its_engines_do_not(real: dict[str, Any]) -> None:
+    """Not even one that it starts later."""
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    crowded = cpu_threads(None) >= allowed_processors()
+    assert real["nices"] == [max(ours, NICE) if crowded else ours, ours, ours]
