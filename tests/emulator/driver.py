@@ -1,4 +1,4 @@
-"""A card that is not there: Triton compiles for it as ever, and its kernels' PTX runs on the CPU, block after block.
+"""A card that is not there: Triton compiles for it as ever, and its kernels' PTX runs on the CPU, some blocks at a time.
 
     install(80)          # before anything is launched, in a process whose kernels are not the interpreter's
 
@@ -19,10 +19,11 @@ from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
 from tests.emulator.instructions import build
-from tests.emulator.machine import Block, Execute, Ranges
+from tests.emulator.machine import Blocks, Execute, Ranges
 from tests.emulator.program import Program, parse
 from tests.kernels.triton.cards import CARDS
 
+TOGETHER = 4096  # threads: to begin an instruction takes as long as to execute it for so many
 launches: dict[str, int] = {}
 """How often each kernel was launched."""
 _allowed: list[Tensor] = []  # what kernels reach by addresses that they load
@@ -51,13 +52,16 @@ class Launcher:
         numbers += [0] * (len(self.program.parameters) - len(numbers))  # scratch memory that no kernel here asks for
         values = {name: number for (name, _), number in zip(self.program.parameters, numbers, strict=True)}
         launches[self.metadata.name] = launches.get(self.metadata.name, 0) + 1
-        for place in np.ndindex(z, y, x):
-            Block(
+        places = [(place[2], place[1], place[0]) for place in np.ndindex(z, y, x)]
+        threads = 32 * self.metadata.num_warps
+        together = max(1, TOGETHER // threads)
+        for begin in range(0, len(places), together):
+            Blocks(
                 self.program,
                 self.code,
                 values,
-                threads=32 * self.metadata.num_warps,
-                place=(place[2], place[1], place[0]),
+                threads=threads,
+                places=places[begin : begin + together],
                 grid=(x, y, z),
                 shared=self.metadata.shared,
                 ranges=ranges,

@@ -1,4 +1,4 @@
-"""Instructions as functions that act on a Block."""
+"""Instructions as functions that act on Blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.emulator import together
 from tests.emulator.arithmetic import meaning
-from tests.emulator.machine import Array, Block, EmulatorError, Execute
+from tests.emulator.machine import Array, Blocks, EmulatorError, Execute
 from tests.emulator.numbers import decode, encode, size, storage
 from tests.emulator.program import Instruction, Program
 
@@ -51,7 +51,7 @@ def _compute(instruction: Instruction) -> Execute:
     guard, negated = instruction.guard, instruction.negated
     kinds = [storage(kind) for kind in inputs]
 
-    def execute(block: Block) -> None:
+    def execute(block: Blocks) -> None:
         values = [_read(block, operand, kind, raw) for operand, kind, raw in zip(operands, inputs, kinds, strict=True)]
         found = encode(compute(*values), output)
         if output[0] == "s":  # a wider register takes the sign along
@@ -61,7 +61,7 @@ def _compute(instruction: Instruction) -> Execute:
     return execute
 
 
-def _read(block: Block, operand: str, kind: str, raw: np.dtype) -> Array:
+def _read(block: Blocks, operand: str, kind: str, raw: np.dtype) -> Array:
     return block.predicate(operand) if kind == "pred" else decode(block.read(operand, raw), kind)
 
 
@@ -75,7 +75,7 @@ def _repack(instruction: Instruction) -> Execute:
     to, source = instruction.operands
     guard, negated, whole = instruction.guard, instruction.negated, storage(instruction.name[-1])
 
-    def execute(block: Block) -> None:
+    def execute(block: Blocks) -> None:
         mask = block.mask(guard, negated)
         if isinstance(to, tuple):
             value = block.read(str(source), whole)
@@ -111,7 +111,7 @@ def _memory(instruction: Instruction) -> Execute:
     if len(names) != vector:
         raise KeyError(str(instruction))
 
-    def execute(block: Block) -> None:
+    def execute(block: Blocks) -> None:
         mask = block.mask(guard, negated)
         places = block.address(str(address))
         if vector > 1:  # the whole vector is one access
@@ -140,7 +140,7 @@ def _copy(instruction: Instruction) -> Execute:
     to, source, length, *given = (str(operand) for operand in instruction.operands)
     size_of, guard, negated = int(length, 0), instruction.guard, instruction.negated
 
-    def execute(block: Block) -> None:
+    def execute(block: Blocks) -> None:
         mask = block.mask(guard, negated)
         live = np.ones(block.threads, dtype=bool) if mask is None else mask
         places, sources = block.address(to), block.address(source)
@@ -149,15 +149,9 @@ def _copy(instruction: Instruction) -> Execute:
             sizes = np.broadcast_to(block.read(given[0], WORD), block.threads).astype("i8")
         if (places[live] % size_of).any() or (sources[live & (sizes > 0)] % size_of).any():
             raise EmulatorError(f"addresses are not multiples of {size_of}: {instruction}")
-        words = [
-            (places + i, block.load("global", sources + i, 4, live & (sizes > i), instruction)) for i in range(0, size_of, 4)
-        ]
-
-        def arrive() -> None:
-            for at, word in words:
-                block.store("shared", at, word, live, instruction)
-
-        block.copy_later(arrive)
+        for i in range(0, size_of, 4):
+            words = block.load("global", sources + i, 4, live & (sizes > i), instruction)
+            block.copy_later(places + i, words, live, instruction)
 
     return execute
 

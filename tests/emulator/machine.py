@@ -1,20 +1,23 @@
-"""One block of threads that executes a Program in lockstep: registers are arrays with an element for each thread.
+"""Blocks of threads that execute a Program in lockstep: registers are arrays with an element for each thread.
 
-Threads may part at branches: those that are furthest behind go on until the others are reached. Shared memory begins as garbage,
-asynchronous copies arrive when they are waited for and not before, and an access outside the kernel's tensors, or one that is not
-aligned, is an error.
+Blocks that do not take the same way at a branch are executed one after the other from there on. Threads of one block may part
+too: those that are furthest behind go on until the others are reached. Shared memory begins as garbage, asynchronous copies
+arrive when they are waited for and not before, and an access outside the kernel's tensors, or one that is not aligned, is an
+error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from typing import NamedTuple
 
 import numpy as np
 
 from tests.emulator.program import Instruction, Program
 
 Array = np.ndarray
-Execute = Callable[["Block"], None]
+Execute = Callable[["Blocks"], None]
 UNSIGNED = {0: np.dtype(bool), 1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
 SHARED_GARBAGE = 0xFF  # NaN in every float type
 WARP = 32
@@ -53,8 +56,20 @@ class Ranges:
             raise EmulatorError(f"addresses are not multiples of {size}: {instruction}")
 
 
-class Block:
-    """The threads of one block, at some point of the program."""
+class Copy(NamedTuple):
+    """Words on their way to shared memory, a thread each."""
+
+    addresses: Array
+    words: Array
+    live: Array
+    instruction: Instruction
+
+    def of(self, threads: Array) -> Copy:
+        return Copy(self.addresses[threads], self.words[threads], self.live[threads], self.instruction)
+
+
+class Blocks:
+    """The threads of some blocks of a grid, all at the same point of the program."""
 
     def __init__(
         self,
@@ -63,31 +78,74 @@ class Block:
         values: Mapping[str, int],
         *,
         threads: int,
-        place: tuple[int, int, int],
+        places: Sequence[tuple[int, int, int]],
         grid: tuple[int, int, int],
         shared: int,
         ranges: Ranges,
     ) -> None:
-        self.program, self.code, self.values, self.threads, self.ranges = program, code, values, threads, ranges
+        """``threads`` of each block; its place (x, y, z) in the grid; bytes of memory that its threads share."""
+        self.program, self.code, self.values, self.ranges = program, code, values, ranges
+        self.each, self.span = threads, -(-shared // 16) * 16 + 16
         self.registers: dict[str, Array] = {}
-        self.memory = np.full(-(-shared // 16) * 16 + 16, SHARED_GARBAGE, dtype=np.uint8)
-        self.shared = {size: self.memory.view(f"u{size}") for size in (1, 2, 4, 8)}
-        lane = np.arange(threads, dtype=np.uint32)
+        self._own(np.full(len(places) * self.span, SHARED_GARBAGE, dtype=np.uint8))
+        lane = np.tile(np.arange(threads, dtype=np.uint32), len(places))
         self.special = {"%tid.x": lane, "%laneid": lane % WARP, "%ntid.x": np.uint32(threads), "%warpid": lane // WARP}
-        for axis, at, size in zip("xyz", place, grid, strict=True):
-            self.special[f"%ctaid.{axis}"], self.special[f"%nctaid.{axis}"] = np.uint32(at), np.uint32(size)
+        for axis, at, size in zip("xyz", np.array(places, dtype=np.uint32).T, grid, strict=True):
+            self.special[f"%ctaid.{axis}"], self.special[f"%nctaid.{axis}"] = np.repeat(at, threads), np.uint32(size)
         self.active: Array | None = None  # None: all threads
         self.pc = 0
+        self.others: list[Blocks] = []  # that went another way, and are still to be run
         self._places: Array | None = None  # of threads that have parted
-        self._alive = np.ones(threads, dtype=bool)
-        self._copies: list[Callable[[], None]] = []
-        self._groups: list[list[Callable[[], None]]] = []
+        self._copies: list[Copy] = []
+        self._groups: list[list[Copy]] = []
+
+    def _own(self, memory: Array) -> None:
+        """Shared memory, block behind block, and all threads at work."""
+        self.memory, count = memory, len(memory) // self.span
+        self.threads = count * self.each
+        self.shared = {size: memory.view(f"u{size}") for size in (1, 2, 4, 8)}
+        self.base = np.repeat(np.arange(count) * self.span, self.each)  # where its block's memory begins, for each thread
+        self._alive = np.ones(self.threads, dtype=bool)
 
     def run(self) -> None:
         """To the end of all threads."""
+        left = [self]
         with np.errstate(all="ignore"):
-            while self._alive.any():
-                self._turn()
+            while left:
+                some = left.pop()
+                while some._alive.any():
+                    some._turn()
+                    left += some.others
+                    some.others.clear()
+
+    def _of(self, chosen: Array) -> Blocks:
+        """Some of the blocks, by themselves."""
+        found, threads = copy(self), np.repeat(chosen, self.each)
+        found._own(self.memory.reshape(-1, self.span)[chosen].reshape(-1))
+        found.registers = {name: value[threads] for name, value in self.registers.items()}
+        found.special = {name: value[threads] if value.ndim else value for name, value in self.special.items()}
+        found._copies = [one.of(threads) for one in self._copies]
+        found._groups = [[one.of(threads) for one in group] for group in self._groups]
+        found.others = []
+        return found
+
+    def _separate(self, mask: Array, turn: Callable[[Blocks, Array | None], None]) -> bool:
+        """Whether blocks part here from others: then ``turn`` was called with each, and its threads that turn (None: all)."""
+        by_block = mask.reshape(-1, self.each)
+        every, some = by_block.all(axis=1), by_block.any(axis=1)
+        mixed = np.flatnonzero(some & ~every)
+        ways = [every, ~some, *(np.arange(len(every)) == block for block in mixed)]
+        ways = [way for way in ways if way.any()]
+        if len(ways) == 1:
+            return False
+        for way in ways:
+            blocks = self._of(way)
+            chosen = mask[np.repeat(way, self.each)]
+            if chosen.any():
+                turn(blocks, None if chosen.all() else chosen)
+            self.others.append(blocks)
+        self._alive[:] = False  # here; they go on there
+        return True
 
     def _turn(self) -> None:
         if self._places is None:
@@ -114,14 +172,18 @@ class Block:
         return None if chosen.all() else chosen
 
     def branch(self, mask: Array | None, target: int) -> None:
-        if self._places is None and (mask is None or not mask.any()):
-            self.pc = target if mask is None else self.pc
-            return
         if self._places is None:
+            if mask is None or not mask.any():
+                self.pc = target if mask is None else self.pc
+                return
+            if self._separate(mask, lambda blocks, chosen: blocks.branch(chosen, target)):
+                return
             self._places = np.full(self.threads, self.pc)
         self._places[slice(None) if mask is None else mask] = target
 
     def end(self, mask: Array | None) -> None:
+        if self._places is None and mask is not None and self._separate(mask, Blocks.end):
+            return
         if self._places is None:
             self._places = np.full(self.threads, self.pc)
         self._alive[slice(None) if mask is None else mask] = False
@@ -185,35 +247,36 @@ class Block:
         """``size`` bytes for each thread, 0 for those that do not take part."""
         if mask is not None:
             found = np.zeros(self.threads, dtype=UNSIGNED[size])
-            found[mask] = self._load(space, addresses[mask], size, instruction)
+            found[mask] = self._load(space, addresses[mask], self.base[mask], size, instruction)
             return found
-        return self._load(space, addresses, size, instruction)
+        return self._load(space, addresses, self.base, size, instruction)
 
-    def _load(self, space: str, addresses: Array, size: int, instruction: Instruction) -> Array:
+    def _load(self, space: str, addresses: Array, base: Array, size: int, instruction: Instruction) -> Array:
         if space == "global":
             self.ranges.check(addresses, size, instruction)
             return HOST[size][(addresses - FIRST) // size]
         self._inside(addresses, size, instruction)
-        return self.shared[size][addresses // size]
+        return self.shared[size][(addresses + base) // size]
 
     def store(self, space: str, addresses: Array, value: Array, mask: Array | None, instruction: Instruction) -> None:
-        size = value.dtype.itemsize
+        size, base = value.dtype.itemsize, self.base
         value = np.broadcast_to(value.view(UNSIGNED[size]), self.threads)
         if mask is not None:
-            addresses, value = addresses[mask], value[mask]
+            addresses, value, base = addresses[mask], value[mask], base[mask]
         if space == "global":
             self.ranges.check(addresses, size, instruction)
             HOST[size][(addresses - FIRST) // size] = value
         else:
             self._inside(addresses, size, instruction)
-            self.shared[size][addresses // size] = value
+            self.shared[size][(addresses + base) // size] = value
 
     def _inside(self, addresses: Array, size: int, instruction: Instruction) -> None:
-        if addresses.size and (addresses.min() < 0 or addresses.max() + size > len(self.memory) or (addresses % size).any()):
+        if addresses.size and (addresses.min() < 0 or addresses.max() + size > self.span or (addresses % size).any()):
             raise EmulatorError(f"outside of shared memory, or not aligned: {instruction}")
 
-    def copy_later(self, copy: Callable[[], None]) -> None:
-        self._copies.append(copy)
+    def copy_later(self, addresses: Array, words: Array, live: Array, instruction: Instruction) -> None:
+        """A word [threads] to each thread's address in shared memory, of threads that are ``live``."""
+        self._copies.append(Copy(addresses, words, live, instruction))
 
     def commit(self) -> None:
         self._groups.append(self._copies)
@@ -222,5 +285,5 @@ class Block:
     def wait(self, left: int) -> None:
         """Until at most so many groups of copies are under way."""
         while len(self._groups) > left:
-            for copy in self._groups.pop(0):
-                copy()
+            for one in self._groups.pop(0):
+                self.store("shared", one.addresses, one.words, one.live, one.instruction)

@@ -12,7 +12,7 @@ import torch
 from tests.emulator import warp
 from tests.emulator.arithmetic import meaning
 from tests.emulator.instructions import build
-from tests.emulator.machine import Block, EmulatorError, Ranges
+from tests.emulator.machine import Blocks, EmulatorError, Ranges
 from tests.emulator.numbers import decode, encode
 from tests.emulator.program import parse
 
@@ -41,8 +41,8 @@ def run(body: str, x: np.ndarray, n: int = 0) -> np.ndarray:
     y = np.full(64, -1, dtype=np.int32)
     values = {"x": x.ctypes.data, "y": y.ctypes.data, "n": n}
     ranges = Ranges([(a.ctypes.data, a.ctypes.data + a.nbytes) for a in (x, y)])
-    options = {"threads": 64, "place": (0, 0, 0), "grid": (1, 1, 1), "shared": 1024, "ranges": ranges}
-    Block(program, build(program), values, **options).run()  # type: ignore[arg-type]
+    options = {"threads": 64, "places": [(0, 0, 0)], "grid": (1, 1, 1), "shared": 1024, "ranges": ranges}
+    Blocks(program, build(program), values, **options).run()  # type: ignore[arg-type]
     return y
 
 

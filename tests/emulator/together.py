@@ -1,4 +1,4 @@
-"""Instructions in which threads work together, as functions that act on a Block: matrices, shuffles, reductions, votes."""
+"""Instructions in which threads work together, as functions that act on Blocks: matrices, shuffles, reductions, votes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tests.emulator import warp
-from tests.emulator.machine import WARP, Array, Block, EmulatorError, Execute
+from tests.emulator.machine import WARP, Array, Blocks, EmulatorError, Execute
 from tests.emulator.numbers import decode, encode
 from tests.emulator.program import Instruction
 
@@ -19,7 +19,7 @@ def _ldmatrix(instruction: Instruction) -> Execute:
     names = to if isinstance(to, tuple) else (to,)
     transposed = "trans" in instruction.name
 
-    def execute(block: Block) -> None:
+    def execute(block: Blocks) -> None:
         _whole(block, instruction)
         places = block.address(str(address))
         places = np.where(np.arange(block.threads) % WARP < 8 * len(names), places, 0)
@@ -41,7 +41,7 @@ def _mma(instruction: Instruction) -> Execute:
         raise KeyError(".".join(parts))
     sums = np.dtype("i4" if result == "s32" else "f4")
 
-    def execute(block: Block) -> None:
+    def execute(block: Blocks) -> None:
         _whole(block, instruction)
         left, right = ([_warps(block, name) for name in names] for names in (a, b))
         if result == "f16":  # two numbers a register
@@ -72,16 +72,16 @@ def _wgmma(instruction: Instruction) -> Execute:
         raise KeyError(str(instruction))
     total = np.dtype("i8" if parts[-3] == "s32" else "f4")
 
-    def matrices(block: Block, descriptors: str, outer: int, flipped: int) -> Array:
+    def matrices(block: Blocks, descriptors: str, outer: int, flipped: int) -> Array:
         """[warpgroups, outer, depth]."""
-        found = []
-        for descriptor in np.broadcast_to(block.read(descriptors, np.dtype("u8")), block.threads)[:: 4 * WARP]:
-            places = warp.descriptor_places(int(descriptor), outer, depth, width, bool(flipped))
+        found, told = [], np.broadcast_to(block.read(descriptors, np.dtype("u8")), block.threads)
+        for descriptor, base in zip(told[:: 4 * WARP], block.base[:: 4 * WARP], strict=True):
+            places = base + warp.descriptor_places(int(descriptor), outer, depth, width, bool(flipped))
             raw = block.shared[width][places // width]
             found.append(decode(raw, kind) if width == 2 else warp.spread(raw.astype("u4"), kind)[..., 0])
         return np.stack(found).astype(total)
 
-    def execute(block: Block) -> None:
+    def execute(block: Blocks) -> None:
         _whole(block, instruction)
         groups = block.threads // (4 * WARP)
         if by_registers:
@@ -95,7 +95,7 @@ def _wgmma(instruction: Instruction) -> Execute:
     return execute
 
 
-def _add(block: Block, found: Array, to: Sequence[str], kept: Array, result: str) -> None:
+def _add(block: Blocks, found: Array, to: Sequence[str], kept: Array, result: str) -> None:
     """Products [warps, 16, outputs] to the sums in registers, which begin at 0 where they are not ``kept``."""
     for i, name in enumerate(to):
         if result == "f16":  # two numbers a register
@@ -115,7 +115,7 @@ def _stmatrix(instruction: Instruction) -> Execute:
     names = source if isinstance(source, tuple) else (source,)
     transposed = "trans" in instruction.name
 
-    def execute(block: Block) -> None:
+    def execute(block: Blocks) -> None:
         _whole(block, instruction)
         places = block.address(str(address)).reshape(-1, WARP)
         for i, name in enumerate(names):
@@ -133,7 +133,7 @@ def _shuffle(instruction: Instruction) -> Execute:
     to, _, inside = target.partition("|")
     mode = instruction.name[2]
 
-    def execute(block: Block) -> None:
+    def execute(block: Blocks) -> None:
         _whole(block, instruction)
         found, within = warp.shuffle(mode, _warps(block, value), _warps(block, by), _warps(block, clamp))
         block.write(to.strip(), found.reshape(-1), None)
@@ -147,7 +147,7 @@ def _reduce(instruction: Instruction) -> Execute:
     to, value, _ = (str(operand) for operand in instruction.operands)
     what, kind = instruction.name[2], instruction.name[-1]
 
-    def execute(block: Block) -> None:
+    def execute(block: Blocks) -> None:
         _whole(block, instruction)
         found = warp.reduce(what, decode(_warps(block, value), kind))
         block.write(to, encode(found, kind).reshape(-1), None)
@@ -159,7 +159,7 @@ def _vote(instruction: Instruction) -> Execute:
     to, chosen, _ = (str(operand) for operand in instruction.operands)
     mode = instruction.name[2]
 
-    def execute(block: Block) -> None:
+    def execute(block: Blocks) -> None:
         _whole(block, instruction)
         votes = np.broadcast_to(block.predicate(chosen), block.threads).reshape(-1, WARP)
         if mode == "ballot":
@@ -171,13 +171,13 @@ def _vote(instruction: Instruction) -> Execute:
     return execute
 
 
-def _warps(block: Block, operand: str) -> Array:
+def _warps(block: Blocks, operand: str) -> Array:
     return np.broadcast_to(block.read(operand, WORD), block.threads).reshape(-1, WARP)
 
 
-def _whole(block: Block, instruction: Instruction) -> None:
+def _whole(block: Blocks, instruction: Instruction) -> None:
     """Whole warps only: what threads get that a part of them has left is undefined on a card."""
-    if block.active is not None and len({bool(x) for x in block.active}) > 1:
+    if block.active is not None and not block.active.all() and block.active.any():
         by_warp = block.active.reshape(-1, WARP)
         if (by_warp.any(1) != by_warp.all(1)).any():
             raise EmulatorError(f"not by whole warps: {instruction}")
