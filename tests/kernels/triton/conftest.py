@@ -18,3 +18,7 @@ if EMULATED:
 elif DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before kernels.triton is imported
 INTERPRETED = DEVICE == "cpu" and not EMULATED
+if INTERPRETED:
+    from tests.kernels.triton import interpreter
+
+    interpreter.hasten()
