@@ -106,6 +106,7 @@ class Blocks:
         self.shared = {size: memory.view(f"u{size}") for size in (1, 2, 4, 8)}
         self.base = np.repeat(np.arange(count) * self.span, self.each)  # where its block's memory begins, for each thread
         self._alive = np.ones(self.threads, dtype=bool)
+        self._busy = True  # some thread is
 
     def run(self) -> None:
         """To the end of all threads."""
@@ -113,7 +114,7 @@ class Blocks:
         with np.errstate(all="ignore"):
             while left:
                 some = left.pop()
-                while some._alive.any():
+                while some._busy:
                     some._turn()
                     left += some.others
                     some.others.clear()
@@ -144,7 +145,7 @@ class Blocks:
             if chosen.any():
                 turn(blocks, None if chosen.all() else chosen)
             self.others.append(blocks)
-        self._alive[:] = False  # here; they go on there
+        self._busy = False  # here; they go on there
         return True
 
     def _turn(self) -> None:
@@ -187,6 +188,7 @@ class Blocks:
         if self._places is None:
             self._places = np.full(self.threads, self.pc)
         self._alive[slice(None) if mask is None else mask] = False
+        self._busy = bool(self._alive.any())
 
     def read(self, operand: str, kind: np.dtype) -> Array:
         """An operand, of which as many bytes count as ``kind`` has; one value for all threads is a scalar."""
@@ -203,12 +205,19 @@ class Blocks:
         return ~found if operand.startswith("!") else found
 
     def _constant(self, operand: str, kind: np.dtype) -> Array:
+        known = self.program.constants.get((operand, kind.char))
+        if known is not None:
+            return known
         if operand in self.special:
             return self.special[operand].astype(UNSIGNED[kind.itemsize]).view(kind)
         if operand in self.program.sizes:  # never written: garbage
             size = self.program.sizes[operand]
             self.registers[operand] = np.full(self.threads, 0 if size == 0 else (1 << 8 * size) - 1, dtype=UNSIGNED[size])
             return self.read(operand, kind)
+        found = self.program.constants[operand, kind.char] = self._number(operand, kind)
+        return found
+
+    def _number(self, operand: str, kind: np.dtype) -> Array:
         if operand in self.program.shared:
             return np.zeros((), dtype=kind)
         bits = int(operand[2:], 16) if operand[:2] in ("0f", "0d") else None

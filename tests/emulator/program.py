@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+import numpy as np
+
 SIZES = {"pred": 0, "b8": 1, "b16": 2, "b32": 4, "b64": 8, "b128": 16}
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _STATEMENT = re.compile(r"[^;{}]*(?:\{[^{}]*\}[^;{}]*)*;")
@@ -31,6 +33,7 @@ class Program:
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     shared: set[str] = field(default_factory=set)
+    constants: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)  # that were read: a word and a type, and its value
 
 
 def parse(text: str) -> Program:

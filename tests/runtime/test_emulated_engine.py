@@ -43,7 +43,7 @@ def first(found: Answers, expected: Answers) -> int:
     return sum(found[key][0] == expected[key][0] for key in expected)
 
 
-@pytest.mark.timeout(1800)  # two minutes on a core of its own
+@pytest.mark.timeout(1800)  # a minute on a core of its own
 @pytest.mark.parametrize("cache", ["auto", *SCALED_CACHES])
 def test_answers_of_a_whole_engine(cache: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of all kinds, recorded ones too, the next launched before the last has landed: the reference's greedy answers."""
@@ -51,7 +51,7 @@ def test_answers_of_a_whole_engine(cache: str, tiny: Path, monkeypatch: pytest.M
               "max_num_batched_tokens": 48, "lm_head_dtype": "model", "kv_cache_dtype": cache}  # fmt: skip
     rng = random.Random(3)
     requests = [
-        submit(f"r{i}", [rng.randrange(3, 256) for _ in range(rng.choice((1, 15, 16, 17, 40)))], max_tokens=rng.randrange(1, 20))
+        submit(f"r{i}", [rng.randrange(3, 256) for _ in range(rng.choice((1, 15, 16, 17, 40)))], max_tokens=rng.randrange(1, 9))
         for i in range(12)
     ]
     expected, half = (
@@ -74,5 +74,6 @@ def test_answers_of_a_whole_engine(cache: str, tiny: Path, monkeypatch: pytest.M
     rounded = cache != "auto"
     assert same(found, expected) >= (same(half, expected) if rounded else len(expected)) - 1
     assert first(found, expected) >= (first(half, expected) - 1 if rounded else len(expected))
-    drawn = answers(engine, workload(3, 10))  # every way to draw
+    short = [replace(one, params=replace(one.params, max_tokens=min(one.params.max_tokens or 8, 8))) for one in workload(3, 10)]
+    drawn = answers(engine, short)  # every way to draw
     assert len(drawn) == 10 and all(0 <= token < 256 for tokens in drawn.values() for token in tokens)
