@@ -102,6 +102,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (None, False),
     "use_bidirectional_attention": (None, False),
 }
+OF_THE_WHOLE = (
+    "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings",
+    "quantization_config", "use_bidirectional_attention",
+)  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts")  # either has the number of a mixture's experts
 DENSE: dict[str, tuple[Any, ...]] = dict.fromkeys(EXPERTS, (None, 0))
 ALL_SPARSE: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (None, 1), "mlp_only_layers": (None, [])}
@@ -131,15 +135,18 @@ def read_architecture(config: Mapping[str, Any]) -> tuple[str, Architecture, Fie
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of a model's text part. What it says of the whole (special tokens, type) holds for that, too."""
+    """What config.json says of a model's text part. What it says OF_THE_WHOLE holds for that, too."""
     part = config.get("text_config")
     if not isinstance(part, Mapping):
         raise InputError(f"config.json: text_config is {part!r:.60}, expected an object")
-    return {**part, **{key: value for key, value in config.items() if value is not None}}
+    return {**part, **{key: config[key] for key in OF_THE_WHOLE if config.get(key) is not None}}
 
 
 def windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None, ...]:
-    """The sliding window of each layer; layer_types, where given, decides."""
+    """The sliding window of each layer; layer_types, where given, decides in families whose layers differ.
+
+    InputError where it says something else than is so in a family whose layers are alike: implementations disagree on such files.
+    """
     types = fields.get("layer_types")
     given = fields.get("sliding_window") if "sliding_window" in fields.values else kind.default_window
     window = None if given is None else fields.integer("sliding_window", default=given)
@@ -156,7 +163,13 @@ def windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None
             raise InputError(
                 f"config.json: layer_types must name full_attention or sliding_attention for each of {layers} layers"
             )
-        return tuple(window if t == "sliding_attention" else None for t in types)
+        found = tuple(window if t == "sliding_attention" else None for t in types)
+        if kind.window in ("all", "switched") and set(found) != {window}:
+            raise InputError(
+                f"config.json: layer_types has full_attention, but all layers here have the sliding_window of {window}"
+            )
+        if kind.window != "none":
+            return found
     if every:
         return tuple(window if (layer + 1) % every else None for layer in range(layers))
     first = fields.integer("max_window_layers", default=28, minimum=0) if kind.window == "upper" else 0

@@ -132,7 +132,7 @@ class ModelSpec:
             post_norms=kind.post_norms,
             gelu=kind.gelu,
             embedding_scale=hidden**0.5 if kind.scaled_embedding else 1.0,
-            scale=fields.number("query_pre_attn_scalar", default=head_dim) ** -0.5,
+            scale=_query_scale(kind, fields, head_dim) ** -0.5,
             cap=_cap("attn_logit_softcapping", fields),
             logit_cap=_cap("final_logit_softcapping", fields),
             eos_token_ids=_token_ids(config, "eos_token_id"),
@@ -251,3 +251,9 @@ def _token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
     if not all(type(i) is int and i >= 0 for i in ids):
         raise InputError(f"config.json: {key} is {value!r:.60}, expected a token id or a list of them")
     return tuple(ids)
+
+
+def _query_scale(kind: Architecture, fields: Fields, head_dim: int) -> float:
+    """What queries are divided by the root of. Other families' configs may name it, and transformers passes over it there."""
+    own = "query_pre_attn_scalar" in kind.defaults
+    return fields.number("query_pre_attn_scalar", default=head_dim) if own else head_dim

@@ -84,11 +84,24 @@ def test_sliding_windows() -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     assert read("Qwen3ForCausalLM", **qwen, use_sliding_window=True, layer_types=types).windows == (32, None, 32)
     assert read("Phi3ForCausalLM", sliding_window=32).windows == (32,) * 3
+    assert read("MistralForCausalLM", sliding_window=32, layer_types=["sliding_attention"] * 3).windows == (32,) * 3
+    assert read("MistralForCausalLM", sliding_window=None, layer_types=types).windows == (None,) * 3
+    with pytest.raises(InputError, match="layer_types has full_attention, but all layers here have the sliding_window of 32"):
+        read("MistralForCausalLM", sliding_window=32, layer_types=types)
+    assert read(sliding_window=32, layer_types=types).windows == (None, None, None)
     assert read(sliding_window=32).windows == (None, None, None)  # Llama has none, whatever the config says
     assert read("Gemma2ForCausalLM", sliding_window=32, sliding_window_pattern=3).windows == (32, None, 32)
     assert read("Gemma3ForCausalLM", num_hidden_layers=7).windows == (4096,) * 5 + (None, 4096)
     assert read("Gemma3ForCausalLM", sliding_window=32, sliding_window_pattern=3).windows == (32, 32, None)
     assert read("Gemma3ForCausalLM", sliding_window=32, sliding_window_pattern=3, layer_types=types).windows == (32, None, 32)
+
+
+def test_only_gemma_scales_queries_by_a_number_of_its_own() -> None:
+    assert (
+        read(query_pre_attn_scalar=3).scale
+        == read().scale
+        == read("Gemma2ForCausalLM", query_pre_attn_scalar=8, head_dim=4).scale
+    )
 
 
 @pytest.mark.parametrize("spelling", ["type", "rope_type"])
@@ -149,6 +162,7 @@ def test_the_text_part_of_a_model_that_reads_pictures() -> None:
     assert (spec.heads, spec.kv_heads, spec.head_dim, spec.vocab, spec.max_len) == (8, 4, 256, 262208, 131072)
     assert (spec.dtype, spec.eos_token_ids, spec.windows[:6]) == ("bfloat16", (1, 106), (1024,) * 5 + (None,))
     assert abs(spec.num_parameters / 1e9 - 3.88) < 0.01  # and 0.42 in the vision tower: 4.30
+    assert ModelSpec.from_config({**config, "hidden_size": 77, "sliding_window": 3}) == ModelSpec.from_config(config)
     with pytest.raises(InputError, match="text_config is None, expected an object"):
         ModelSpec.from_config({**config, "text_config": None})
 
@@ -210,8 +224,9 @@ def test_mixtures_of_experts() -> None:
 
 @pytest.mark.parametrize("architecture", [name for name, kind in ARCHITECTURES.items() if not kind.mixture])
 def test_parameters_are_counted_once_each(architecture: str) -> None:
-    part = {key: value for key, value in LLAMA.items() if key not in ("architectures", "hidden_act")}
-    spec = read(architecture, attention_bias=True, head_dim=8, tie_word_embeddings=False, text_config=part)
+    more = {"attention_bias": True, "head_dim": 8, "tie_word_embeddings": False}
+    part = {key: value for key, value in (LLAMA | more).items() if key not in ("architectures", "hidden_act")}
+    spec = read(architecture, **more, text_config=part)
     q, kv = 64, 16
     linears = 64 * (q + 2 * kv) + q * 64 + 3 * 160 * 64
     biases = (q + 2 * kv) * spec.qkv_bias + 64 * spec.o_bias
