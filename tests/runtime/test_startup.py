@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -240,17 +240,23 @@ def test_a_warm_up_takes_every_launch_of_a_table(monkeypatch: pytest.MonkeyPatch
     assert {7, 8, 100, 101, 300, 301} <= {step.tokens for step in steps if len(step.chunks) == 1}
 
 
-def test_seconds_of_calls_that_overlap_count_once() -> None:
-    watch = Stopwatch(time.sleep)
-    threads = [threading.Thread(target=watch, args=(0.1,)) for _ in range(4)]
+def test_seconds_of_calls_that_overlap_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that moves while four calls are under way, and while none is."""
+    now = [10.0]
+    monkeypatch.setattr(startup, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    together = threading.Barrier(4, lambda: now.append(now.pop() + 2.5), timeout=60)
+    watch = Stopwatch(together.wait)
+    threads = [threading.Thread(target=watch) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert 0.1 <= watch.seconds < 0.35
-    with pytest.raises(ValueError, match="non-negative"):
-        watch(-1)
-    assert watch._running == 0
+    assert watch.seconds == 2.5
+    now[0] += 100.0
+    together.abort()
+    with pytest.raises(threading.BrokenBarrierError):
+        watch()
+    assert watch.seconds == 2.5 and watch._running == 0
 
 
 def test_a_timeline_takes_parts_out_of_parts() -> None:
