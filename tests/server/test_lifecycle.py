@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class Asker(threading.Thread):
         self.response = self.served.post("/v1/completions", **self.body)
 
     def answer(self) -> httpx.Response:
-        self.join(10)
+        self.join(20)
         assert self.response is not None
         return self.response
 
@@ -49,18 +50,15 @@ class Asker(threading.Thread):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompt", ["abc", ["abc", "def"]])
 def test_a_client_that_goes_away_frees_the_engine(slow: Served, stream: bool, prompt: Any) -> None:
-    with slow.http as http:
-        request = http.build_request("POST", "/v1/completions", json={**LONG, "prompt": prompt, "stream": stream})
-        if stream:
-            response = http.send(request, stream=True)
-            assert next(response.iter_lines()).startswith("data: ")
-            response.close()
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                http.request("POST", "/v1/completions", json={**LONG, "prompt": prompt}, timeout=0.2)
     number = 1 if isinstance(prompt, str) else 2
-    eventually(lambda: len(slow.client.aborted) == number and not slow.client.running and not slow.state.jobs, 1.0)
-    assert slow.client.tokens < 60 * number  # it did not go on to the end
+    body = json.dumps({**LONG, "prompt": prompt, "stream": stream}).encode()
+    with socket.create_connection(("127.0.0.1", int(slow.url.rsplit(":", 1)[1])), timeout=20) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        eventually(lambda: slow.client.tokens >= number)
+        assert not stream or b"data: " in sock.recv(65536) + sock.recv(65536)
+        slow.client.delay_s = 60.0  # no token comes any more by which it could be noticed
+    eventually(lambda: len(slow.client.aborted) == number and not slow.client.running and not slow.state.jobs)
+    slow.client.delay_s = 0.0
     assert slow.post("/v1/completions", prompt="abc", max_tokens=1).status_code == 200
 
 
@@ -93,7 +91,7 @@ def test_engine_death_reaches_everyone_at_once(slow: Served) -> None:
         assert error["code"] == "engine_dead" and "exit code -9" in error["message"] and rest[-1] == "data: [DONE]"
         for asker in waiting:
             assert asker.answer().status_code == 503 and asker.answer().json()["error"]["code"] == "engine_dead"
-        assert time.monotonic() - died < 2
+        assert time.monotonic() - died < 10  # half of what a client waits
         health = http.get("/health")
         assert health.status_code == 503 and health.json()["status"] == "dead" and "exit code -9" in health.text
         again = http.post("/v1/completions", json=LONG)
