@@ -180,7 +180,7 @@ def serve() -> None:
     from appliance.config import EngineConfig, ServerConfig
     from appliance.hub import demo_model
     from appliance.runtime.client import Client
-    from appliance.runtime.pace import Pace, step_aside
+    from appliance.runtime.pace import Pace
     from appliance.server.app import create_app
     from appliance.server.http import http_config
     from appliance.server.run import bind
@@ -196,8 +196,8 @@ def serve() -> None:
     async def main() -> None:
         client = Client(engine)
         await client.start()
-        if client.crowded and setup.get("aside"):
-            step_aside()
+        if setup.get("aside"):
+            client.give_way()
         if setup.get("at_once"):
             client._pace = Pace()  # that never waits
         config = ServerConfig(max_num_queued_reqs=-1, tool_call_parser="hermes")

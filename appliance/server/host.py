@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Protocol
 from appliance.core.params import RequestError
 from appliance.models_file import Entry
 from appliance.runtime.client import Client, EngineDied
-from appliance.runtime.pace import step_aside
 from appliance.server.errors import unavailable
 from appliance.server.state import ServerState, Shared
 from appliance.text.tokenizer import Tokenizer
@@ -171,8 +170,7 @@ class EngineHost:
             starting.cancel()
             await self._renew()
             raise
-        if self.client.crowded:
-            step_aside()
+        self.client.give_way()
         self.hopeless.clear()
         self._life = asyncio.create_task(self._keep())
         self.used = time.monotonic()

@@ -141,6 +141,9 @@ class FakeClient:
         found = score(token, params.logprobs or 0)
         return (replace(found, logprob=found.logprob + index * self.decay),)
 
+    def give_way(self) -> None:
+        """There is no engine to give way to."""
+
     def reset_prefix_cache(self) -> None:
         self.resets += 1
 

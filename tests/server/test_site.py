@@ -30,7 +30,6 @@ class Engine(FakeClient):
     """One that is started and ended as a real one is."""
 
     fail: Exception | None = None
-    crowded = False
 
     def __init__(self, log: list[str], config: EngineConfig, slow: asyncio.Event | None) -> None:
         super().__init__(state="unloaded")
