@@ -38,7 +38,7 @@ WORKERS = 4  # modules converted at a time, at most: models/loader.py
 SLAB_BYTES, SLAB_ITEM = 96 << 20, 24
 """While a head is quantized in slabs of 4 M values (quant/rows.py): five floats each, and what the allocator keeps of them."""
 READ = {
-    "awq-gemm": 3.5, "awq-gemv": 1.2, "awq-gemv-fast": 4.0, "gptq": 3.3, "pack-quantized": 3.3,
+    "awq-gemm": 1.3, "awq-gemv": 1.2, "awq-gemv-fast": 4.0, "gptq": 3.3, "pack-quantized": 3.3,
     "int-quantized": 2.1, "float-quantized": 1.1, "fp8-block": 1.1, "rows": 1.1,
 }  # fmt: skip
 """Bytes a weight while it is read into canonical form, with that: measured as the peak of a process (scales come on top)."""
