@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from quant.errors import CheckpointError
+from quant.errors import ADAPTER, MERGE, CheckpointError
 
 INDEX = "model.safetensors.index.json"
 TEXT = re.compile(r"^(?:(model\.language_model\.|language_model\.model\.)|language_model\.(?=lm_head\.))")
@@ -73,8 +73,8 @@ class CheckpointIndex:
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory; a model is a directory with config.json and *.safetensors")
-        if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
-            raise CheckpointError(f"{directory}: an adapter (adapter_config.json), no model: merge it into its model first")
+        if (directory / ADAPTER).is_file() and not (directory / "config.json").is_file():
+            raise CheckpointError(f"{directory}: {MERGE}")
         index = directory / INDEX
         if (directory / "model.safetensors").is_file():
             tensors = _merge([directory / "model.safetensors"])
