@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from quant.errors import InputError
+from quant.errors import ADAPTER, MERGE, InputError
 
 # What a checkpoint needs, from the top folder of a repository: no code, no second copy of the weights in another format.
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -61,9 +61,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     if not REPO.fullmatch(model):
         raise InputError(f"{model!r} is neither a directory nor a name on the hub (those look like organisation/model)")
     directory = _download(model, revision)
-    for pattern, what in (("config.json", "config.json"), ("*.safetensors", ".safetensors file")):
-        if not any(directory.glob(pattern)):
-            raise InputError(f"{model} has no {what}: only Hugging Face checkpoints in safetensors files can be served")
+    _check_files(model, {path.name for path in directory.iterdir()})
     return directory
 
 
@@ -115,15 +113,23 @@ def _fetch_headers(repo: str, revision: str | None, folder: Path) -> None:
     disable_progress_bars()
     api = HfApi()
     commit = api.model_info(repo, revision=revision).sha
+    there = api.list_repo_files(repo, revision=commit)
+    _check_files(repo, there)
     snapshot_download(repo, revision=commit, allow_patterns=PLANNED, ignore_patterns=UNWANTED, local_dir=folder)
-    names = [name for name in api.list_repo_files(repo, revision=commit) if _is_weights(name)]
-    if not names or not (folder / "config.json").is_file():
-        missing = "config.json" if names else ".safetensors file"
-        raise InputError(f"{repo} has no {missing}: only Hugging Face checkpoints in safetensors files can be served")
+    names = list(filter(_is_weights, there))
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(lambda name: api.parse_safetensors_file_metadata(repo, name, revision=commit), names)
         for name, file in zip(names, found, strict=True):
             _write_hollow(folder / name, {tensor: asdict(info) for tensor, info in file.tensors.items()})
+
+
+def _check_files(repo: str, names: Collection[str]) -> None:
+    """Raises InputError where these, of its top folder, are no checkpoint."""
+    if "config.json" not in names and ADAPTER in names:
+        raise InputError(f"{repo}: {MERGE}")
+    missing = "config.json" if "config.json" not in names else "" if any(map(_is_weights, names)) else ".safetensors file"
+    if missing:
+        raise InputError(f"{repo} has no {missing}: only Hugging Face checkpoints in safetensors files can be served")
 
 
 def _is_weights(name: str) -> bool:

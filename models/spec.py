@@ -164,8 +164,9 @@ class ModelSpec:
     def modules(self) -> list[ModuleShape]:
         """Embedding, every linear of every layer, and the head (absent where it is tied to the embedding)."""
         found = [ModuleShape("model.embed_tokens", self.vocab, self.hidden, "embedding", False)]
+        of_layer = list(self.layer_modules())
         for layer in range(self.layers):
-            found += [ModuleShape(f"model.layers.{layer}.{m.name}", m.N, m.K, m.part, m.bias) for m in self.layer_modules()]
+            found += [ModuleShape(f"model.layers.{layer}.{m.name}", m.N, m.K, m.part, m.bias) for m in of_layer]
         if not self.tie_embeddings:
             found.append(ModuleShape("lm_head", self.vocab, self.hidden, "head", False))
         return found

@@ -11,11 +11,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from quant.errors import CheckpointError
+from quant.errors import ADAPTER, MERGE, CheckpointError
 
 INDEX = "model.safetensors.index.json"
 TEXT = re.compile(r"^(?:(model\.language_model\.|language_model\.model\.)|language_model\.(?=lm_head\.))")
@@ -72,8 +73,8 @@ class CheckpointIndex:
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory; a model is a directory with config.json and *.safetensors")
-        if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
-            raise CheckpointError(f"{directory}: an adapter (adapter_config.json), no model: merge it into its model first")
+        if (directory / ADAPTER).is_file() and not (directory / "config.json").is_file():
+            raise CheckpointError(f"{directory}: {MERGE}")
         index = directory / INDEX
         if (directory / "model.safetensors").is_file():
             tensors = _merge([directory / "model.safetensors"])
@@ -125,7 +126,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is not a JSON object")
     tensors = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items() if name != "__metadata__"}
-    for one, other in pairwise(sorted((info for info in tensors.values() if info.nbytes), key=lambda info: info.start)):
+    for one, other in pairwise(sorted((info for info in tensors.values() if info.nbytes), key=attrgetter("start"))):
         if other.start < one.end:
             raise CheckpointError(f"{path}: damaged safetensors header: {one.name} and {other.name} share bytes")
     return tensors
@@ -133,13 +134,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> TensorInfo:
     try:
-        dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
+        dtype, shape = entry["dtype"], tuple(map(int, entry["shape"]))
+        begin, end = map(int, entry["data_offsets"])
         if not isinstance(dtype, str):
             raise TypeError
     except (TypeError, KeyError, ValueError, OverflowError):
         raise CheckpointError(f"{path}: damaged safetensors header: the entry of {name} reads {entry!r}") from None
-    if not 0 <= begin <= end or min(shape, default=0) < 0:
+    if not 0 <= begin <= end or (shape and min(shape) < 0):
         raise CheckpointError(f"{path}: damaged safetensors header: {name} has shape {list(shape)} at offsets [{begin}, {end}]")
     if data + end > size:
         raise CheckpointError(f"{path}: truncated: {name} ends at byte {data + end}, the file has {size}; fetch it again")

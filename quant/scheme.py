@@ -6,6 +6,7 @@ Where the headers are known (``index``), they decide which modules are quantized
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ ALIASES = {
 }  # fmt: skip
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 FLOATS = ("F16", "BF16", "F32", "F64")
+IN_LAYER = re.compile(r"(^|\.)\d+(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -111,15 +113,14 @@ class QuantScheme:
                     f"{name}: qweight {found} and scales {tensors.get(name + '.scales')} fit no packing of AWQ: "
                     "gemm [in, out/8] and [groups, out], gemv [out, in/8] and [out, groups], gemv_fast [out/4, in], [groups, out]"
                 )
-            return replace(stated, layout=layout)
+            return stated if stated.layout == layout else replace(stated, layout=layout)
         return stated
 
     def _stated(self, name: str) -> WeightScheme:
         for rule in self.rules:
             if rule.matches(name):
                 return rule.scheme
-        in_layer = any(part.isdigit() for part in name.split("."))
-        return self.default if in_layer else DENSE
+        return self.default if IN_LAYER.search(name) else DENSE
 
     def _fallback(self, name: str, found: TensorInfo) -> WeightScheme:
         """The settings for a module that the config calls unquantized and whose tensors say otherwise."""

@@ -270,6 +270,37 @@ def test_an_option_is_refused_before_a_model_is_looked_for(
     assert capsys.readouterr().err.startswith(f"appliance: error: {option} ")
 
 
+EARLY = {
+    "quantize": "--output /etc --output /etc/passwd/made --output / --calibration /no/such/file --device tpu --threads 0 "
+    "--method magic --bits 5 --target-bits 20 --target-bits 1.5 --fit nonesuch",
+    "quantize --fit 24GB": "--context many --sequences 0 --kv-cache-dtype fp7",
+    "eval --text TEXT": "--kv-cache-dtype fp7 --dtype fp16 --threads 0 --device tpu --questions /no/such/file --plot a.png",
+    "eval --text TEXT --length 64": "--stride 65",
+    "eval --questions TEXT": "--text /no/such/file",
+}
+EARLY_ONES = [(c, *pair) for c, line in EARLY.items() for pair in zip(line.split()[::2], line.split()[1::2])]
+
+
+@pytest.mark.parametrize(("command", "option", "value"), EARLY_ONES)
+def test_an_option_of_other_commands_is_refused_before_a_model_is_looked_for(
+    command: str, option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"question": "a", "answer": "b", "text": "c"}')
+    name, *given = command.replace("TEXT", str(text)).split()
+    assert cli.run([name, "/no/such/model", *given, option, value]) == 2
+    told = capsys.readouterr().err
+    assert option in told or value in told, told
+    assert "no such directory" not in told
+
+
+def test_an_option_of_one_of_several_models_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("text")
+    for wrong, words in (("kv_cache_dtype=fp7", "--kv-cache-dtype is 'fp7'"), ("nonesuch=1", "'nonesuch' is no option")):
+        assert cli.run(["eval", "/no/such/model", f"/no/such/other@{wrong}", "--text", str(tmp_path / "text")]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_a_method_is_refused_before_a_model_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["plan", "/no/such/model", "-q", "gguf"]) == 2
     assert capsys.readouterr().err.startswith("appliance: error: quantization: 'gguf' is not known; one of awq, gptq")

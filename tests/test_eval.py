@@ -163,11 +163,11 @@ def test_variants(tmp_path: Path) -> None:
     config = EngineConfig(dtype="float32")
     directory = tmp_path / "a@b=c"
     directory.mkdir()
-    plain = read_variant(str(directory), config)
+    plain = read_variant(str(directory), config).located()
     assert plain.config.model == str(directory) and plain.options == {} and plain.label == "a@b=c"
     own = read_variant(
         f"{directory}@lm-head-dtype=int4,kv_cache_dtype=fp8,reference_ops=true,threads=2,cpu_offload_gb=.5", config
-    )
+    ).located()
     expected = {"lm_head_dtype": "int4", "kv_cache_dtype": "fp8", "reference_ops": True, "threads": 2, "cpu_offload_gb": 0.5}
     assert own.options == expected
     assert (own.config.dtype, own.config.threads, own.config.tokenizer) == ("float32", 2, str(directory))

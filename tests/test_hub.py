@@ -160,6 +160,14 @@ def python(code: str, home: Path, endpoint: str, *arguments: str, **env: str) ->
     )
 
 
+ADAPTER = "org/tiny: an adapter (adapter_config.json), no model: merge it into its model first"
+
+
+def make_adapter(hub: Hub) -> None:
+    """What LoRA's training publishes."""
+    hub.files = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"", "tokenizer.json": b"{}"}
+
+
 def test_download_only_what_is_needed(hub: Hub, tmp_path: Path) -> None:
     directory = Path(ask(tmp_path, hub.url))
     assert sorted(p.name for p in directory.rglob("*") if p.is_file()) == ["config.json", "model.safetensors", "tokenizer.json"]
@@ -208,6 +216,9 @@ def test_refusals(hub: Hub, tmp_path: Path) -> None:
     del hub.files["model.safetensors"], hub.files["consolidated.safetensors"]
     hub.files.pop("original/model.safetensors")
     assert "org/tiny has no .safetensors file" in ask(tmp_path, hub.url)
+    make_adapter(hub)
+    (tmp_path / "new").mkdir()
+    assert ask(tmp_path / "new", hub.url) == f"refused: {ADAPTER}"
 
 
 def test_server_trouble(hub: Hub, tmp_path: Path) -> None:
@@ -308,3 +319,5 @@ def test_plans_that_the_hub_refuses(hub: Hub, tmp_path: Path) -> None:
     for name in [name for name in hub.files if name.endswith(".safetensors")]:
         del hub.files[name]
     assert "org/tiny has no .safetensors file" in refusal()
+    make_adapter(hub)
+    assert refusal() == f"appliance: error: {ADAPTER}\n"

@@ -301,7 +301,8 @@ def test_fit_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"target_bits": 1.9}, r"--target-bits is 1.9: with --format compressed-tensors and --group-size 64 at least 2.25"),
+        ({"target_bits": 1.9}, "--target-bits is 1.9: at least 2, with scales, and less than 16"),
+        ({"target_bits": 2.1}, r"--target-bits is 2.1: with --format compressed-tensors and --group-size 64 at least 2.25"),
         ({"target_bits": 16.0}, "less than 16 are needed"),
         ({"target_bits": 4.1, "format": "awq"}, r"at least 4.312 \(all at 4 bits, with scales\)"),
         ({"target_bits": float("nan")}, "--target-bits is nan"),

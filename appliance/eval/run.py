@@ -22,8 +22,9 @@ from appliance.eval.sizes import read_sizes
 from appliance.eval.speed import measure
 from appliance.eval.tables import tables
 from appliance.eval.variants import Variant, labels, read_variant
+from appliance.memory.early import check_options
 from appliance.memory.planner import make_plan
-from appliance.quantize.calibration import text_ids
+from appliance.quantize.calibration import read_text, text_ids
 from appliance.text.tokenizer import Tokenizer
 from models.spec import ModelSpec
 from quant.errors import InputError
@@ -62,6 +63,8 @@ class Asked:
             value = getattr(self, name)
             if value is not None and value < number:
                 raise InputError(f"--{name.replace('_', '-')} is {value}: at least {number} is needed")
+        if self.length is not None:
+            _check_stride(self.stride, self.length)
         if min(self.batch_size, default=1) < 1:
             raise InputError(f"--batch-size is {min(self.batch_size)}: at least 1 is needed")
         if self.plot is not None and self.plot.suffix != ".svg":
@@ -87,8 +90,12 @@ def run(models: Sequence[str], config: EngineConfig, asked: Asked) -> int:
     variants = [read_variant(model, config) for model in models]
     base = None if asked.base is None else read_variant(asked.base, _unquantized(config))
     questions = None if asked.questions is None else read_questions(asked.questions)
+    text = None if asked.text is None else read_text(asked.text)
+    for one in [*variants, *([] if base is None else [base])]:
+        check_options(one.config)
+    variants, base = [one.located() for one in variants], None if base is None else base.located()
     rows = [Row(one, label) for one, label in zip(variants, labels(variants), strict=True)]
-    setup = _setup(variants, base, asked)
+    setup = _setup(variants, base, asked, text)
     _measure(rows, base, setup, asked)
     for row in rows:
         if questions is not None:
@@ -111,24 +118,23 @@ def _unquantized(config: EngineConfig) -> EngineConfig:
     return replace(config, **{name: value for name, value in UNQUANTIZED.items() if name in known})  # type: ignore[arg-type]
 
 
-def _setup(variants: Sequence[Variant], base: Variant | None, asked: Asked) -> Setup:
-    """Everything that can be wrong is found here, before any model is loaded. Raises InputError."""
+def _setup(variants: Sequence[Variant], base: Variant | None, asked: Asked, text: str | None) -> Setup:
+    """Everything that can be wrong with models is found here, before any is loaded. Raises InputError. ``text``: of --text."""
     every = [*variants, *([] if base is None else [base])]
     specs = [ModelSpec.from_config(read_json(Path(str(one.config.model)) / "config.json")) for one in every]
     limit = min(spec.max_len for spec in specs)
     pieces, length, differ = [], 0, False
-    if asked.text is not None:
-        read = cache(partial(_text, asked.text))  # a model beside itself has one tokenizer
+    if text is not None:
+        read = cache(partial(_text, str(asked.text), text))  # a model beside itself has one tokenizer
         texts = [read(str(one.config.tokenizer), spec.vocab) for one, spec in zip(every, specs, strict=True)]
         if base is not None:
             _check_same(variants, specs, texts, base)
-        differ = any(text != texts[0] for text in texts)
+        differ = any(one != texts[0] for one in texts)
         room = limit - any(start is not None for _, start in texts)
         length = min(LENGTH, room) if asked.length is None else asked.length
         if length > room:
             raise InputError(f"--length is {length}, but the models have room for {room} tokens (and a start token, if any)")
-        if asked.stride is not None and asked.stride > length:
-            raise InputError(f"--stride is {asked.stride}: windows of --length {length} would leave tokens out")
+        _check_stride(asked.stride, length)
         pieces = [tuple(windows(ids, length, asked.windows, start, asked.stride)) for ids, start in texts[: len(variants)]]
         length = max(len(ids) for one in pieces for ids, _ in one)
     requests, output_len = _requests(asked, limit)
@@ -137,10 +143,15 @@ def _setup(variants: Sequence[Variant], base: Variant | None, asked: Asked) -> S
     return Setup(tuple(pieces), length, requests, output_len, differ)
 
 
-def _text(file: str, directory: str, vocab: int) -> tuple[list[int], int | None]:
+def _check_stride(stride: int | None, length: int) -> None:
+    if stride is not None and stride > length:
+        raise InputError(f"--stride is {stride}: windows of --length {length} would leave tokens out")
+
+
+def _text(file: str, text: str, directory: str, vocab: int) -> tuple[list[int], int | None]:
     """(a text's token ids, the token that the tokenizer puts before every text)."""
     tokenizer = Tokenizer.load(directory)
-    ids, first = text_ids(file, tokenizer), next(iter(tokenizer.encode("")), None)
+    ids, first = text_ids(file, tokenizer, text), next(iter(tokenizer.encode("")), None)
     if ids and max(ids) >= vocab:
         raise InputError(f"the tokenizer in {directory} makes token {max(ids)} of {file}, but the model has {vocab} tokens")
     return ids, first if first == tokenizer.bos_token_id else None

@@ -24,7 +24,7 @@ class Variant:
     text: str  # as it was given
     name: str  # the model without its options
     options: dict[str, Any]
-    config: EngineConfig  # with its directory as the model, and where its tokenizer is
+    config: EngineConfig  # once located, with its directory as the model, and where its tokenizer is
 
     @property
     def label(self) -> str:
@@ -32,13 +32,16 @@ class Variant:
         tail = self.text.removeprefix(self.name)
         return (Path(self.name).name or self.name) + tail
 
+    def located(self) -> Variant:
+        """The same where its files are: those of a model on the hub are fetched. Raises InputError."""
+        directory = str(resolve(self.name, self.config.revision))
+        return replace(self, config=replace(self.config, model=directory, tokenizer=self.config.tokenizer or directory))
+
 
 def read_variant(text: str, config: EngineConfig) -> Variant:
     """``config`` holds what is the same for all. Raises InputError for an option or a value that there is not."""
     name, options = _split(text)
-    own = replace(config, **options)
-    directory = str(resolve(name, own.revision))
-    return Variant(text, name, options, replace(own, model=directory, tokenizer=own.tokenizer or directory))
+    return Variant(text, name, options, replace(config, **options))
 
 
 def labels(variants: Sequence[Variant]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from appliance.memory.loading import NOTHING, Loading, loading
-from appliance.memory.modules import NATIVE, Loaded, Machinery, ends, layer_weights
+from appliance.memory.modules import NATIVE, Loaded, Machinery, ends, parents
 from appliance.memory.offload import streamed_parts
 from appliance.memory.settings import ITEM_SIZE
 from kernels import layout
@@ -53,11 +53,13 @@ class Demand:
         """The demand of a model whose every module has the shape and the scheme that the config and the headers state."""
         if machinery.ops == "triton" and spec.gelu:
             raise InputError(f"{model}: {spec.architecture} has no kernels for cards yet: --device cpu serves it")
-        size, last, layers = ITEM_SIZE[machinery.dtype], ends(spec, scheme, machinery), list(layer_weights(spec, scheme))
+        size, last, alike = ITEM_SIZE[machinery.dtype], ends(spec, scheme, machinery), parents(spec, scheme)
         attention = attention_workspace(spec, machinery)
         weights = {"embedding": last.embedding_bytes}
-        for one in layers:
-            weights[one.module.part] = weights.get(one.module.part, 0) + one.nbytes(machinery)
+        for parent in alike:
+            for one in parent.joined:
+                weights[one.module.part] = weights.get(one.module.part, 0) + parent.count * one.nbytes(machinery)
+        layers = [one for parent in alike for one in parent.joined]  # of those that are alike, one
         weights |= {"head": last.head_bytes, "norms": sum(numel for _, numel in spec.small_tensors()) * size}
         return cls(
             model=model,

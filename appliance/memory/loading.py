@@ -9,9 +9,8 @@ The loader (models/loader.py) works on some layers at a time, with embedding and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 from appliance.memory.modules import (
     EMBEDDING,
@@ -23,10 +22,9 @@ from appliance.memory.modules import (
     Machinery,
     ends,
     has_both,
-    layer_weights,
     loaded,
+    parents,
     published_table,
-    published_weights,
 )
 from appliance.memory.settings import ITEM_SIZE
 from kernels import layout
@@ -38,7 +36,7 @@ WORKERS = 4  # modules converted at a time, at most: models/loader.py
 SLAB_BYTES, SLAB_ITEM = 96 << 20, 24
 """While a head is quantized in slabs of 4 M values (quant/rows.py): five floats each, and what the allocator keeps of them."""
 READ = {
-    "awq-gemm": 3.5, "awq-gemv": 1.2, "awq-gemv-fast": 4.0, "gptq": 3.3, "pack-quantized": 3.3,
+    "awq-gemm": 1.3, "awq-gemv": 1.2, "awq-gemv-fast": 4.0, "gptq": 3.3, "pack-quantized": 3.3,
     "int-quantized": 2.1, "float-quantized": 1.1, "fp8-block": 1.1, "rows": 1.1,
 }  # fmt: skip
 """Bytes a weight while it is read into canonical form, with that: measured as the peak of a process (scales come on top)."""
@@ -90,14 +88,10 @@ NOTHING, ALL_AT_ONCE = Loading(), Workers()
 
 def loading(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Loading:
     """What loading this model takes."""
-    last, parts, fused = (
-        ends(spec, scheme, machinery),
-        _by_parent(published_weights(spec, scheme)),
-        _by_parent(layer_weights(spec, scheme)),
-    )
-    both = list(zip(parts, fused, strict=True))
+    last = ends(spec, scheme, machinery)
+    both = [(parent.published, parent.joined) for parent in parents(spec, scheme)]
     if machinery.ops == "triton":
-        device = max(_on_card(one, machinery) for weights in fused for one in weights)
+        device = max(_on_card(one, machinery) for _, weights in both for one in weights)
         host = max(max(_reading(published), _read(published) + max(map(_joined, weights))) for published, weights in both)
         kept = last.embedding_bytes + last.head_bytes
         table, head = (_host_end(*one, spec) for one in _ends(spec, scheme, last))
@@ -109,11 +103,6 @@ def loading(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Loadi
     layer = max(_part(published, weights, machinery) for published, weights in both)
     kept = last.embedding_bytes + last.head_bytes
     return Loading(Transient(_ends_peak(spec, scheme, machinery, last), kept, layer))
-
-
-def _by_parent(weights: Iterable[Loaded]) -> list[list[Loaded]]:
-    """Attention, an MLP, a router and an expert are each read and laid out before the next."""
-    return [list(run) for _, run in groupby(weights, key=lambda one: one.parent)]
 
 
 def _part(published: Sequence[Loaded], fused: Sequence[Loaded], machinery: Machinery) -> int:

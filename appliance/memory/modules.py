@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from operator import attrgetter
 
 from appliance.config import EngineConfig
 from appliance.memory.devices import DeviceInfo, cpu_threads
@@ -102,6 +103,21 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Parent:
+    """Weights that have a parent in common, and how many parents have such."""
+
+    published: Sequence[Loaded]
+    joined: Sequence[Loaded]
+    count: int
+
+
+@dataclass(frozen=True)
+class _Known:
+    published: Sequence[Loaded]
+    parents: Sequence[Parent]
+
+
+@dataclass(frozen=True)
 class Ends:
     """Embedding and head. What they share counts as embedding."""
 
@@ -119,20 +135,56 @@ def layer_weights(spec: ModelSpec, scheme: QuantScheme) -> Iterator[Loaded]:
     q, k and v, and gate and up, become one weight where they are stored alike; the order of an act-order down_proj moves into
     gate and up.
     """
-    for (_, slot), run in groupby(published_weights(spec, scheme), key=lambda one: (one.parent, one.slot)):
+    return _joined(published_weights(spec, scheme))
+
+
+def _joined(published: Iterable[Loaded]) -> Iterator[Loaded]:
+    for (_, slot), run in groupby(published, key=lambda one: (one.parent, one.slot)):
         parts = list(run)
         if slot in JOINED and len({(part.stored, part.scale_bytes) for part in parts}) == 1:
             module = replace(parts[0].module, N=sum(part.module.N for part in parts))
             yield replace(parts[0], module=module, gated=slot == "gate_up")
         elif slot == "down":
-            yield from (replace(part, stored=replace(part.stored, act_order=False)) for part in parts)
+            yield from map(_in_order, parts)
         else:
             yield from parts
 
 
-def published_weights(spec: ModelSpec, scheme: QuantScheme) -> Iterator[Loaded]:
+def _in_order(one: Loaded) -> Loaded:
+    return replace(one, stored=replace(one.stored, act_order=False)) if one.stored.act_order else one
+
+
+def published_weights(spec: ModelSpec, scheme: QuantScheme) -> Sequence[Loaded]:
     """The same as the files have them."""
-    return (loaded(module, spec, scheme) for module in spec.modules() if module.in_layer)
+    return _known(spec, scheme).published
+
+
+def parents(spec: ModelSpec, scheme: QuantScheme) -> Sequence[Parent]:
+    """What is read and laid out before the next: attention, an MLP, a router, an expert. Those that are alike are one here."""
+    return _known(spec, scheme).parents
+
+
+def _known(spec: ModelSpec, scheme: QuantScheme) -> _Known:
+    """Kept with the scheme: a mixture of experts has thousands of weights, and a plan asks for them again and again."""
+    known: dict[ModelSpec, _Known] = scheme.__dict__.setdefault("_known", {})
+    if spec not in known:
+        published = [loaded(module, spec, scheme) for module in spec.modules() if module.in_layer]
+        known[spec] = _Known(published, _alike(published))
+    return known[spec]
+
+
+def _alike(published: Sequence[Loaded]) -> list[Parent]:
+    found: dict[tuple[object, ...], list[list[Loaded]]] = {}
+    for _, run in groupby(published, key=attrgetter("parent")):
+        weights = list(run)
+        found.setdefault(tuple(map(_kind, weights)), []).append(weights)
+    return [Parent(same[0], list(_joined(same[0])), len(same)) for same in found.values()]
+
+
+def _kind(one: Loaded) -> tuple[object, ...]:
+    """All that a plan sees of it."""
+    module = one.module
+    return one.slot, module.N, module.K, module.part, module.bias, one.stored, one.scale_bytes
 
 
 def loaded(module: ModuleShape, spec: ModelSpec, scheme: QuantScheme) -> Loaded:

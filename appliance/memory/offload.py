@@ -104,6 +104,8 @@ def streamed_parts(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -
 
 def _moving(weight: Loaded) -> Loaded:
     """Without what stays on the card."""
+    if not weight.module.bias and not weight.stored.act_order:
+        return weight
     return replace(weight, module=replace(weight.module, bias=False), stored=replace(weight.stored, act_order=False))
 
 

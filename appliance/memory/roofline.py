@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from appliance.memory.cards import Card
-from appliance.memory.modules import Loaded, Machinery, ends, layer_weights
+from appliance.memory.modules import Loaded, Machinery, ends, parents
 from models.spec import ModelSpec
 from quant.scheme import QuantScheme
 
@@ -54,7 +54,7 @@ class Limits:
 class Work:
     """What a step has to do."""
 
-    weights: tuple[tuple[str, int, Loaded], ...]  # slot, bytes as packed, weight: the layers' and the head, not the embedding
+    kinds: tuple[tuple[str, int, Loaded, int], ...]  # slot, bytes as packed, weight, how many are like it; with the head
     layers: int
     heads: int
     head_dim: int
@@ -64,14 +64,20 @@ class Work:
 
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Work:
-        found = [*layer_weights(spec, scheme), ends(spec, scheme, machinery).head]
-        weights = [("o" if one.slot == "router" else one.slot, one.nbytes(machinery), one) for one in found]  # a small product
+        found = [(one, parent.count) for parent in parents(spec, scheme) for one in parent.joined]
+        found.append((ends(spec, scheme, machinery).head, 1))
+        kinds = [("o" if one.slot == "router" else one.slot, one.nbytes(machinery), one, count) for one, count in found]
         chosen = (spec.mixture.active, spec.mixture.experts) if spec.mixture else (1, 1)
-        return cls(tuple(weights), spec.layers, spec.heads, spec.head_dim, spec.windows, _rounded(found, machinery), chosen)
+        return cls(tuple(kinds), spec.layers, spec.heads, spec.head_dim, spec.windows, _rounded(found, machinery), chosen)
+
+    @property
+    def weights(self) -> tuple[tuple[str, int, Loaded], ...]:
+        """(slot, bytes as packed, weight) of the layers' and the head, not the embedding."""
+        return tuple((slot, nbytes, one) for slot, nbytes, one, count in self.kinds for _ in range(count))
 
     @property
     def weight_bytes(self) -> int:
-        return sum(nbytes for _, nbytes, _ in self.weights)
+        return sum(nbytes * count for _, nbytes, _, count in self.kinds)
 
     def used(self, one: Loaded, tokens: int) -> tuple[float, float]:
         """(the share of it that is read, the tokens that are multiplied with it) in a step of so many tokens.
@@ -105,17 +111,19 @@ class Work:
         seconds between two launches.
         """
         total = 0.0
-        for slot, nbytes, one in self.weights:
+        for slot, nbytes, one, count in self.kinds:
             reached = 1.0 if shares is None else share * at_rows(shares[slot], sequences)
             read, tokens = self.used(one, sequences)
-            total += max(nbytes * read / limits.bandwidth, 2 * tokens * one.module.N * one.module.K / limits.rate) / reached
+            seconds = max(nbytes * read / limits.bandwidth, 2 * tokens * one.module.N * one.module.K / limits.rate)
+            total += count * seconds / reached
         reached = 1.0 if shares is None else share * at_rows(shares[ATTENTION], sequences)
         total += sequences * self.seen(context) * token_bytes / limits.bandwidth / reached
         return total if shares is None else total + (LAUNCHES * self.layers + ENDS) * pause
 
     def prefill_ops(self, prompt: int) -> tuple[float, float]:
         """(of products, of attention) for one prompt: every pair of a query and a key that it sees. The head sees one token."""
-        linear = sum(2 * self.used(one, 1)[1] * one.module.N * one.module.K for slot, _, one in self.weights if slot != "head")
+        inner = [(one, count) for slot, _, one, count in self.kinds if slot != "head"]
+        linear = sum(2 * count * self.used(one, 1)[1] * one.module.N * one.module.K for one, count in inner)
         pairs = sum(_pairs(prompt, window) for window in self.windows or (None,) * self.layers)
         return float(linear * prompt), 4 * pairs * self.heads * self.head_dim
 
@@ -131,13 +139,13 @@ def _pairs(prompt: int, window: int | None) -> float:
     return inside * (inside + 1) / 2 + (prompt - inside) * inside
 
 
-def _rounded(weights: list[Loaded], machinery: Machinery) -> str:
+def _rounded(weights: list[tuple[Loaded, int]], machinery: Machinery) -> str:
     """By weight: that which most operations have."""
     found: dict[str, int] = {}
-    for one in weights:
+    for one, count in weights:
         asked = (one.stored.activation or "").removesuffix("-token")
         kind = "int8" if one.kind == "int" and machinery.activation == "int8" else asked
-        found[kind] = found.get(kind, 0) + one.module.N * one.module.K
+        found[kind] = found.get(kind, 0) + count * one.module.N * one.module.K
     return max(found, key=lambda kind: found[kind])
 
 

@@ -19,12 +19,21 @@ from quant.errors import InputError
 CHUNK = 1 << 20  # characters that are tokenized at a time
 
 
-def calibration_ids(file: str | None, tokenizer: Tokenizer, *, samples: int, length: int, vocab: int, seed: int) -> Tensor:
+def calibration_ids(
+    file: str | None,
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    length: int,
+    vocab: int,
+    seed: int,
+    text: str | None = None,
+) -> Tensor:
     """Token ids int64 [samples, length]: pieces of the text, each beginning somewhere at random.
 
-    ``file``: text, or JSON lines with "text" or "messages" (content is taken). Raises InputError where it is too short.
+    ``file`` and ``text`` as for ``text_ids``. Raises InputError where it is too short.
     """
-    ids = text_ids(file, tokenizer)
+    ids = text_ids(file, tokenizer, text)
     if len(ids) < length + samples:
         raise InputError(
             f"--calibration {file or 'by default'} has {len(ids)} tokens: {samples} samples of {length} need at least "
@@ -52,9 +61,14 @@ def default_text() -> str:
     return "\n\n".join([*(topics[key] for key in sorted(topics)), *sources])
 
 
-def text_ids(file: str | None, tokenizer: Tokenizer) -> list[int]:
-    """All of a file's text, without special tokens; None: ``default_text``. Raises InputError."""
-    return _encode(default_text() if file is None else read_text(file), tokenizer)
+def text_ids(file: str | None, tokenizer: Tokenizer, text: str | None = None) -> list[int]:
+    """All of a file's text, without special tokens; None: ``default_text``. Raises InputError.
+
+    ``file``: text, or JSON lines with "text" or "messages" (content is taken); ``text``: its text, where it has been read.
+    """
+    if text is None:
+        text = default_text() if file is None else read_text(file)
+    return _encode(text, tokenizer)
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ from appliance.config import EngineConfig
 from appliance.memory.cards import find_cards
 from appliance.memory.demand import Demand
 from appliance.memory.devices import DeviceInfo, this_device
+from appliance.memory.early import check_options
 from appliance.memory.modules import Machinery, layer_weights
 from appliance.memory.plan import MemoryPlan, PlanError
 from appliance.memory.planner import read_settings
@@ -27,6 +29,8 @@ from quant.scheme import QuantScheme
 ASKED = {"max_model_len", "max_num_seqs", "kv_cache_dtype"}  # the engine's options that can be asked for here, too
 USUAL = 8192  # tokens of context where --context is not given, or the model's longest if that is less
 
+ANY = sys.maxsize
+
 
 @dataclass(frozen=True)
 class Place:
@@ -39,8 +43,8 @@ class Place:
     sequences: int
 
     @classmethod
-    def read(cls, name: str, context: str | None, sequences: int, kv_cache_dtype: str, longest: int) -> Place:
-        """``name``: a card, a size (24GB), or cpu or cuda for what this machine has. ``longest``: the model's own.
+    def read(cls, name: str, context: str | None, sequences: int, kv_cache_dtype: str, longest: int = ANY) -> Place:
+        """``name``: a card, a size (24GB), or cpu or cuda for what this machine has. ``longest``: the model's own, once known.
 
         Raises InputError.
         """
@@ -61,6 +65,7 @@ class Place:
             raise InputError(f"--context is {wanted}, but the model was made for at most {longest} tokens")
         device = _device(name)
         engine = EngineConfig(device=device.kind, kv_cache_dtype=kv_cache_dtype)
+        check_options(engine, device)
         return cls(name, device, engine, wanted, sequences)
 
     def study(self, config: Mapping[str, Any]) -> Study:

@@ -119,6 +119,8 @@ class Options:
             raise InputError(f"--bits {self.bits} is one width for all; leave it out where --target-bits or --fit chooses")
         if self.target_bits is not None and not math.isfinite(self.target_bits):
             raise InputError(f"--target-bits is {self.target_bits}: a number of bits, as 4.5, is needed")
+        if self.target_bits is not None and not 2 <= self.target_bits < 16:
+            raise InputError(f"--target-bits is {self.target_bits:g}: at least 2, with scales, and less than 16 are needed")
         for flag, given in (
             ("--context", self.context is not None),
             ("--sequences", self.sequences != Options.sequences),
@@ -126,6 +128,10 @@ class Options:
         ):
             if given and self.fit is None:
                 raise InputError(f"{flag} says what has to fit beside the weights: it needs --fit CARD")
+        if self.fit is not None:
+            from appliance.quantize.fit import Place
+
+            Place.read(self.fit, self.context, self.sequences, self.kv_cache_dtype)
 
     def _check_order(self, form: str) -> None:
         if self.static_groups:

@@ -14,10 +14,11 @@ from tqdm import tqdm
 from appliance.hub import resolve
 from appliance.memory.devices import cpu_threads
 from appliance.memory.text import size_text
-from appliance.quantize.calibration import calibration_ids
+from appliance.quantize.calibration import calibration_ids, read_text
 from appliance.quantize.job import Job
 from appliance.quantize.options import Options
 from appliance.quantize.recipe import KEPT
+from appliance.quantize.shards import check_free
 from appliance.runtime.options import choose_device
 from appliance.text.tokenizer import Tokenizer
 from models.spec import ModelSpec
@@ -40,6 +41,9 @@ def run(
     """Returns the exit code. Raises InputError for what cannot be done."""
     torch.set_num_threads(cpu_threads(threads))
     where = choose_device("cpu" if device == "auto" else device)
+    output = output or usual_output(model, options)
+    check_free(Path(output))
+    text = read_text(calibration) if options.calibrated and calibration is not None else None
     source, begun, ids = resolve(model, revision), time.monotonic(), None
     if options.calibrated:
         spec = ModelSpec.from_config(read_json(source / "config.json"))
@@ -47,8 +51,8 @@ def run(
         samples, length = options.calibration_samples, min(options.calibration_length, spec.max_len)
         if length < options.calibration_length:
             print(f"--calibration-length: {length} tokens, for which the model was made", file=sys.stderr)
-        ids = calibration_ids(calibration, tokenizer, samples=samples, length=length, vocab=spec.vocab, seed=options.seed)
-    output = output or usual_output(model, options)
+        given = {"samples": samples, "length": length, "vocab": spec.vocab, "seed": options.seed}
+        ids = calibration_ids(calibration, tokenizer, text=text, **given)
     job = _kind(options)(source, Path(output), options, ids, where)
     if options.mixed:
         with tqdm(total=100, desc="Measuring", bar_format=SHARE, disable=None) as bar, torch.inference_mode():

@@ -5,6 +5,7 @@ Everything is written to DIR.partial, where there is no config.json until all el
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -33,13 +34,11 @@ class Shards:
     def __init__(self, output: Path, job: Mapping[str, Any], count: int, needed: int) -> None:
         """``job`` says what is being made: a DIR.partial of the same is gone on with. ``needed``: bytes of all files.
 
-        Raises InputError where DIR is taken, or there is no room for it.
+        Raises InputError where another job is at work on it, or there is no room for it.
         """
         self.count, self.resumed = count, False
         self.output, self.folder = output, _partial(output)
         try:
-            if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-                raise InputError(f"--output {output} exists already: name another directory, or remove it")
             there = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
             check_space(self.output.parent, needed - there)
             self._begin(job)
@@ -162,10 +161,24 @@ class Shards:
         self._lock.close()
 
 
-def checked_output(output: Path, source: Path) -> Path:
-    """An absolute path. Raises InputError for one that no directory can have, and for one within the model's."""
+def check_free(output: Path) -> Path:
+    """An absolute path. Raises InputError for one that no directory can have, or where something is."""
     if "\0" in str(output) or not (path := Path(os.path.abspath(output))).name:
         raise InputError(f"--output {str(output)!r} cannot be a new directory: name another")
+    try:
+        if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+            raise InputError(f"--output {path} exists already: name another directory, or remove it")
+        above = next(folder for folder in path.parents if folder.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    except OSError as error:
+        raise InputError(f"--output {path}: {error.strerror or error}") from None
+    return path
+
+
+def checked_output(output: Path, source: Path) -> Path:
+    """As ``check_free``. Raises InputError for a path within the model's own directory, too."""
+    path = check_free(output)
     if source.resolve() in path.resolve().parents:
         raise InputError(f"--output {output} lies within the model's own directory: name another")
     return path

@@ -20,6 +20,9 @@ from quant.formats.common import SCALES, Source, from_nibbles, group_columns
 from quant.rules import WeightScheme
 from quant.tensor import QuantTensor
 
+COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's nibbles, the lowest first
+SLAB = 64  # blocks of eight rows that are worked on at a time: they stay in the cache
+
 
 def load(source: Source, name: str, scheme: WeightScheme, expect: tuple[int, int] | None = None) -> QuantTensor:
     """The weight of one module in any of the three packings."""
@@ -35,28 +38,46 @@ def _gemm(source: Source, name: str, scheme: WeightScheme) -> QuantTensor:
     if _has_zeros(source, name, scheme):
         packed_zeros = source.take(f"{name}.qzeros", dtypes=("I32",), shape=(scales.shape[0], N // 8))
         zeros = _simplify(_columns(packed_zeros), scheme)
-    rows = _columns(words)
-    if K % 2:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
-    # Joining two rows of nibbles before the transpose halves what has to be moved.
-    packed = (rows[0::2] | (rows[1::2] << 4)).t()
-    return from_nibbles(packed, K, scales=scales, zeros=zeros, group_size=size)
+    return from_nibbles(_transposed(words), K, scales=scales, zeros=zeros, group_size=size)
 
 
 def _columns(words: Tensor) -> Tensor:
-    """int32 [R, C/8] -> uint8 [R, C]: nibble 4 h + p of a word (h 0 or 1) is column 2 p + h."""
-    out = torch.empty(words.shape, dtype=torch.int64)
-    for first in range(0, words.shape[0], 64):  # few rows at a time stay in the cache: three times as fast as all at once
-        part = words[first : first + 64].to(torch.int64)
-        out[first : first + 64] = _spread(part) | (_spread(part >> 16) << 8)
-    return out.view(torch.uint8).view(words.shape[0], -1)
+    """int32 [R, C/8] -> uint8 [R, C]."""
+    out = torch.empty(*words.shape, 8, dtype=torch.uint8)
+    for nibble, column in enumerate(COLUMNS):
+        out[..., column] = (words >> 4 * nibble) & 15
+    return out.view(words.shape[0], words.shape[1] * 8)
 
 
-def _spread(words: Tensor) -> Tensor:
-    """int64 words -> their lowest four nibbles, in the lowest bits of the four 16-bit parts."""
-    low = words & 0xFFFF
-    pairs = (low | (low << 24)) & 0x000000FF000000FF
-    return (pairs | (pairs << 12)) & 0x000F000F000F000F
+def _transposed(words: Tensor) -> Tensor:
+    """int32 [K, N/8] -> uint8 [N, 4 ceil(K / 8)], the canonical nibbles, and any behind those of K inputs.
+
+    In a block of eight rows nibble i of row j changes places with nibble j of row i, so that what is moved then are whole words.
+    """
+    (K, width), count = words.shape, math.ceil(words.shape[0] / 8)
+    if K % 8:
+        words = torch.nn.functional.pad(words, (0, 0, 0, -K % 8))
+    blocks = words.view(count, 8 * width)
+    out = torch.empty(width, 4, 2, count, dtype=torch.int32)
+    # Blocks are an odd number of cache lines apart: with a power of two, a column's words would share few sets of the cache.
+    room = torch.empty(min(SLAB, count), (math.ceil(8 * width / 16) | 1) * 16, dtype=torch.int32)[:, : 8 * width]
+    spare = torch.empty(len(room), 4 * width, dtype=torch.int32)
+    for first in range(0, count, SLAB):
+        part = blocks[first : first + SLAB]
+        slab = room[: len(part)].copy_(part)
+        _exchange(slab, spare[: len(part)])
+        out[..., first : first + len(part)] = slab.view(len(part), 2, 4, width).permute(3, 2, 1, 0)
+    return as_bytes(out.view(width * 8, count))
+
+
+def _exchange(slab: Tensor, spare: Tensor) -> None:
+    """Transpose the nibbles of each block int32 [8 rows, width] in place: halves of words, then bytes, then nibbles."""
+    for rows, bits, mask in ((4, 16, 0x0000FFFF), (2, 8, 0x00FF00FF), (1, 4, 0x0F0F0F0F)):
+        above, below = slab.view(len(slab), 4 // rows, 2, -1).unbind(2)
+        moved = torch.bitwise_right_shift(above, bits, out=spare.view(above.shape))
+        moved.bitwise_xor_(below).bitwise_and_(mask)
+        below.bitwise_xor_(moved)
+        above.bitwise_xor_(moved.bitwise_left_shift_(bits))
 
 
 def _gemv(source: Source, name: str, scheme: WeightScheme) -> QuantTensor:

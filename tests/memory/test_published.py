@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ import pytest
 from appliance.config import EngineConfig
 from appliance.memory.demand import Demand
 from appliance.memory.devices import DeviceInfo
-from appliance.memory.modules import Machinery
+from appliance.memory.modules import Loaded, Machinery, layer_weights, parents, published_weights
 from appliance.memory.planner import make_plan
 from models.spec import ModelSpec
 from quant.errors import InputError
-from quant.headers import CheckpointIndex
+from quant.headers import CheckpointIndex, read_json
 from quant.scheme import read_scheme
-from tests.memory.published import VARIANTS, linears, write_published
+from tests.memory.published import VARIANTS, linears, write_headers, write_published
+from tests.memory.test_mixture import SMALL as MIXTURE
 
 GIB = 1 << 30
 CARD = DeviceInfo("cuda", "a card with 192 GiB", 192 * GIB, 190 * GIB, capability=89)
@@ -150,6 +153,30 @@ def test_totals_worked_out_by_hand(shared_data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.realdata
+def test_weights_that_are_alike_are_counted(tmp_path: Path) -> None:
+    """All of the files' weights, each once, where an expert of the second layer is not quantized, and two have larger scales."""
+    folder = write_published(tmp_path, MIXTURE, "awq")
+    tensors = {name: (info.dtype, info.shape) for name, info in CheckpointIndex.open(folder).tensors.items()}
+    expert = "model.layers.1.mlp.experts.{}.{}_proj"
+    for number, part in ((2, "gate"), (3, "up"), (3, "gate")):
+        tensors[f"{expert.format(number, part)}.scales"] = ("F32", tensors[f"{expert.format(number, part)}.scales"][1])
+    for suffix in ("qweight", "qzeros", "scales"):
+        del tensors[f"{expert.format(5, 'down')}.{suffix}"]
+    tensors[f"{expert.format(5, 'down')}.weight"] = ("BF16", (256, 128))
+    config, scheme = read_scheme(CheckpointIndex.open(write_headers(folder, tensors, read_json(folder / "config.json"))))
+    spec, machinery = ModelSpec.from_config(config), Machinery(ops="cpu-native", dtype="bfloat16", head_bits=8)
+
+    def kinds(weights: Iterable[Loaded]) -> Counter[tuple[Any, ...]]:
+        return Counter((one.slot, one.stored, one.scale_bytes, one.gated, one.nbytes(machinery)) for one in weights)
+
+    found = parents(spec, scheme)
+    joined: Counter[tuple[Any, ...]] = sum((kinds([*one.joined] * one.count) for one in found), Counter())
+    published: Counter[tuple[Any, ...]] = sum((kinds([*one.published] * one.count) for one in found), Counter())
+    assert joined == kinds(layer_weights(spec, scheme)) and published == kinds(published_weights(spec, scheme))
+    assert [one.count for one in found] == [2, 2, 11, 1, 1, 1]  # attention, routers, experts
+    assert published.total() == 2 * (4 + 1 + 3 * 7) and len(joined) == 9
+
+
 def test_a_plan_takes_little_itself(shared_data: Path, tmp_path: Path) -> None:
     """32B in AWQ: the whole process that plans it stays below 200 MB (docs/benchmarks/plan-check.md has the seconds)."""
     directory = write_published(tmp_path, config_of(shared_data, "Qwen--Qwen3-32B"), "awq")

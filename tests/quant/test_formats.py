@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quant.errors import CheckpointError
+from quant.formats import awq
 from quant.headers import CheckpointIndex
 from quant.rules import WeightScheme
 from quant.tensor import QuantTensor
@@ -139,6 +140,19 @@ def test_awq_gemm(tmp_path: Path, seed: int, eighths: int, K: int, group: int, z
     weight = load(tmp_path, (eighths * 8, K))
     same(weight, written)
     assert (weight.zeros is None) == (not zero_point)
+
+
+def test_awq_gemm_in_several_slabs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More inputs than are turned at a time, a last slab and block that are not full, and memory that held something else."""
+    monkeypatch.setattr(awq, "SLAB", 3)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kind: empty(*shape, **kind).fill_(0x55))
+    for N, K in ((8, 24), (264, 71), (40, 96), (16, 101)):
+        written = make(np.random.default_rng(K), N, K, 32, 4, sym=False)
+        save(tmp_path, writers.awq_gemm(written), AWQ)
+        weight = load(tmp_path, (N, K))
+        same(weight, written)
+        assert K % 2 == 0 or not (weight.packed[:, -1] >> 4).any()
 
 
 @pytest.mark.parametrize("version", ["gemm", "GEMV"])
