@@ -13,10 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from models.spec import ModelSpec
 from quant.errors import ADAPTER, MERGE, InputError
+from quant.scheme import QuantScheme, load_configs
 
 # What a checkpoint needs, from the top folder of a repository: no code, no second copy of the weights in another format.
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+WANTED = [*SMALL, "*.safetensors"]
 UNWANTED = ["*/*", "consolidated*.safetensors"]
 PLANNED = [
     "config.json",
@@ -43,10 +46,12 @@ def called(model: str) -> str:
     return address[1] if address and not Path(model).is_dir() else model
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
+def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The directory of ``model``: a path, or a repository on the hub, which is downloaded (and resumed) into the hub's cache.
 
-    HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN and HF_HOME are respected. Raises InputError that says what to do.
+    Without ``weights`` only its small files: a tokenizer's, for one. With them, its config.json comes first, and an architecture
+    or a quantization that is not supported is refused before the rest. HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN and HF_HOME are
+    respected. Raises InputError that says what to do.
     """
     model = called(model)
     path = Path(model).expanduser()
@@ -60,7 +65,14 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise InputError(f"no such directory: {model}")
     if not REPO.fullmatch(model):
         raise InputError(f"{model!r} is neither a directory nor a name on the hub (those look like organisation/model)")
-    directory = _download(model, revision)
+    directory = _download(model, revision, SMALL)
+    if not weights:
+        return directory
+    if (directory / "config.json").is_file():
+        config, beside = load_configs(directory)
+        ModelSpec.from_config(config)
+        QuantScheme.from_config(config, beside)
+        directory = _download(model, revision, WANTED)
     _check_files(model, {path.name for path in directory.iterdir()})
     return directory
 
@@ -150,11 +162,11 @@ def _looks_like_a_path(model: str, path: Path) -> bool:
     return written_so or (path.parent != Path() and path.parent.exists())
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED))
     except Exception as error:  # the hub's library raises its own, its HTTP library's and the system's errors
         raise InputError(_explain(repo, revision, error)) from error
 

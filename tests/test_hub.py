@@ -18,7 +18,7 @@ import pytest
 
 from appliance.hub import called, resolve
 from quant.errors import InputError
-from tests.tiny_model import Shape, make_checkpoint
+from tests.tiny_model import Shape, config, make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -33,7 +33,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files = {
-            "config.json": b'{"model_type": "llama"}',
+            "config.json": json.dumps(config()).encode(),
             "tokenizer.json": b"{}",
             "model.safetensors": WEIGHTS,
             "consolidated.safetensors": b"a second copy",
@@ -177,6 +177,28 @@ def test_download_only_what_is_needed(hub: Hub, tmp_path: Path) -> None:
     assert len(files) == 1  # the second time it was there
     assert Path(ask(tmp_path, hub.url, HF_HUB_OFFLINE="1")) == directory
     assert Path(ask(tmp_path, "http://127.0.0.1:9")) == directory  # nobody there: what is cached and complete will do
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["DeepseekV3ForCausalLM"]}, "architecture DeepseekV3ForCausalLM is not supported"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
+    ],
+)
+def test_weights_of_a_model_that_is_refused_are_not_fetched(
+    hub: Hub, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    hub.files["config.json"] = json.dumps({**config(), **changes}).encode()
+    assert words in ask(tmp_path, hub.url)
+    assert not [path for _, path, _ in hub.calls if path.endswith(".safetensors")]
+
+
+def test_a_tokenizer_comes_without_weights(hub: Hub, tmp_path: Path) -> None:
+    hub.files["config.json"] = b'{"architectures": ["DeepseekV3ForCausalLM"]}'
+    code = "from appliance.hub import resolve\nprint(resolve('org/tiny', weights=False))"
+    directory = Path(python(code, tmp_path, hub.url).stdout.strip())
+    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "tokenizer.json"]
 
 
 def test_a_cut_download_is_resumed(hub: Hub, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "appliance.outputs": ["appliance.core", "appliance.text"],
     "appliance.doctor": ["quant.errors", "kernels.cpu.backend", "appliance.version", "appliance.memory", "appliance.diagnosis"],
     "appliance.diagnosis": ["appliance.memory"],
-    "appliance.hub": ["quant.errors", "appliance.config"],
+    "appliance.hub": ["quant", "models.spec", "appliance.config"],
     "appliance.demo": [],
     "appliance.leash": [],
     "appliance.svg": [],

@@ -141,5 +141,5 @@ def locate(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, Se
     """The same options with local directories for model and tokenizer, and a name under which the model is served."""
     names = server.served_model_name or (called(engine.model or "demo"),)
     directory = resolve(engine.model, engine.revision) if engine.model is not None else demo_model()
-    tokenizer = resolve(engine.tokenizer, engine.revision) if engine.tokenizer else directory
+    tokenizer = resolve(engine.tokenizer, engine.revision, weights=False) if engine.tokenizer else directory
     return replace(engine, model=str(directory), tokenizer=str(tokenizer)), replace(server, served_model_name=tuple(names))
