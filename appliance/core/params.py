@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from quant.errors import InputError
@@ -115,12 +117,11 @@ class SamplingParams:
     length_penalty: float = 1.0  # of beam search: a score is the sum of log-probabilities / tokens ** length_penalty
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
-        if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else _entries("stop", self.stop, "texts"))
+        object.__setattr__(self, "stop_token_ids", _entries("stop_token_ids", self.stop_token_ids, "token ids"))
+        object.__setattr__(self, "bad_words", _entries("bad_words", self.bad_words, "texts"))
+        if (allowed := self.allowed_token_ids) is not None:
+            object.__setattr__(self, "allowed_token_ids", _entries("allowed_token_ids", allowed, "token ids"))
         if self.seed == -1:  # as vLLM
             object.__setattr__(self, "seed", None)
         if self.top_k == -1:
@@ -128,6 +129,7 @@ class SamplingParams:
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         self._check_numbers()
+        check_flags(**{f.name: getattr(self, f.name) for f in fields(self) if f.type == "bool"})
         self._check_lists()
         self._check_several()
         self._check_structured()
@@ -168,8 +170,7 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}, more than max_tokens = {self.max_tokens}", param="min_tokens")
         for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            if value is not None:
+            if (value := getattr(self, name)) is not None:
                 _number(name, value, -1, math.inf, integer=True, hint="-1 returns the whole vocabulary")
         _number("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
 
@@ -219,8 +220,7 @@ class SamplingParams:
             size = sum(len(word) for word in words if isinstance(word, str))
             if len(words) > MAX_WORDS or size > MAX_WORDS_CHARS:
                 most = f"at most {MAX_WORDS} of {MAX_WORDS_CHARS} characters in all are taken"
-                message = f"{name} has {len(words)} entries of {size} characters: {most}"
-                raise RequestError(message, param=name)
+                raise RequestError(f"{name} has {len(words)} entries of {size} characters: {most}", param=name)
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True: use stop_token_ids instead", param="stop")
         for name in ("stop_token_ids", "allowed_token_ids"):
@@ -258,6 +258,23 @@ class BeamSearchParams:
             length_penalty=self.length_penalty,
             include_stop_str_in_output=self.include_stop_str_in_output,
         )
+
+
+def check_flags(**flags: Any) -> None:
+    """Raises RequestError naming the one that is neither True nor False: "no" would count as true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise RequestError(f"{name} must be True or False, got {value!r:.80}", param=name)
+
+
+def _entries(name: str, values: Any, what: str) -> tuple[Any, ...]:
+    """Those of a list, whatever kind of list it is; none of None. The letters of a text are not what it lists."""
+    if values is None:
+        return ()
+    with suppress(TypeError):
+        if not isinstance(values, str | bytes | bytearray | Mapping):
+            return tuple(values)
+    raise RequestError(f"{name} must be a list of {what}, got {values!r:.80}", param=name)
 
 
 def _bias(bias: dict[Any, Any]) -> dict[int, float]:
