@@ -14,6 +14,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 FORMS = "text, a list of token ids, {'prompt': text} or {'prompt_token_ids': ids}"
 KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+MESSAGES = "a list of messages such as {'role': 'user', 'content': 'Hi'}"
 
 
 def prompt_list(prompts: Any) -> list[Prompt]:
@@ -68,6 +69,52 @@ def params_list(params: Any, number: int, default: SamplingParams) -> list[Sampl
     if len(params) != number:
         raise InputError(f"{len(params)} sampling_params for {number} prompts: give one for all, or one for each")
     return list(params)
+
+
+def beam_params(params: Any) -> BeamSearchParams:
+    """Raises InputError where they are something else."""
+    if isinstance(params, SamplingParams):
+        raise InputError("params cannot be SamplingParams: give them to generate(), or BeamSearchParams here")
+    if not isinstance(params, BeamSearchParams):
+        raise InputError(f"params cannot be {_found(params)}: give BeamSearchParams(beam_width=..., max_tokens=...)")
+    return params
+
+
+def rank_list(priority: Any, number: int) -> list[Any]:
+    """One for each of ``number`` prompts: 0 for None. Raises InputError where they are too few, or no list."""
+    if priority is None:
+        return [0] * number
+    if isinstance(priority, str | bytes | Mapping) or not isinstance(priority, Iterable):
+        raise InputError(f"priority cannot be {_found(priority)}: give a list with an integer for each prompt")
+    ranks = list(priority)
+    if len(ranks) != number:
+        raise InputError(f"{len(ranks)} priorities for {number} prompts: give one for each")
+    return ranks
+
+
+def conversation_list(messages: Any) -> list[list[Any]]:
+    """One conversation or several, as a list of them. Raises RequestError for what is neither; messages are not looked at."""
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
+        raise RequestError(f"messages cannot be {_found(messages)}: give {MESSAGES}, or a list of such lists", param="messages")
+    many = list(messages)
+    if not many or isinstance(many[0], Mapping):
+        return [many]
+    for place, one in enumerate(many):
+        if isinstance(one, str | bytes) or not isinstance(one, Sequence):
+            raise RequestError(f"messages[{place}] is {_found(one)}: give {MESSAGES}, or a list of such lists", param="messages")
+    return [list(one) for one in many]
+
+
+def template_arguments(given: Any) -> dict[str, Any]:
+    """What chat_template_kwargs holds. Raises InputError for what is no dict of names, or an argument of chat()."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise InputError(f"chat_template_kwargs cannot be {_found(given)}: give a dict of the template's variables by name")
+    taken = sorted({"add_generation_prompt", "continue_final_message", "tools"} & given.keys())
+    if taken:
+        raise InputError(f"chat_template_kwargs holds {taken[0]!r}: give it as an argument of chat()")
+    return dict(given)
 
 
 def _plain(values: Any) -> list[Any]:

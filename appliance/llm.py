@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields, replace
 from itertools import count
@@ -19,18 +19,30 @@ from tqdm import tqdm
 
 from appliance.config import EngineConfig
 from appliance.core.messages import Submit
-from appliance.core.params import BeamSearchParams, RequestError, SamplingParams
+from appliance.core.params import BeamSearchParams, RequestError, SamplingParams, check_flags
 from appliance.hub import resolve
-from appliance.inputs import Prompt, params_list, prompt_list, read_prompt
+from appliance.inputs import (
+    Prompt,
+    beam_params,
+    conversation_list,
+    params_list,
+    prompt_list,
+    rank_list,
+    read_prompt,
+    template_arguments,
+)
 from appliance.memory.early import check_options
 from appliance.outputs import BeamSearchOutput, Job, RequestOutput
 from appliance.runtime.engine import Engine
 from appliance.text.defaults import model_defaults
 from appliance.text.output import OutputStream
 from appliance.text.prepare import prepare
+from appliance.text.template import explicit_template
 from appliance.text.tokenizer import Tokenizer
 from appliance.text.tools.choice import tool_choice
 from quant.errors import InputError
+
+StrPath = str | os.PathLike[str]
 
 log = logging.getLogger("appliance.llm")
 
@@ -51,21 +63,27 @@ class LLM:
     """A model in this process.
 
     Arguments are those of EngineConfig (``appliance/config.py``), ``chat_template``, and ``generation_config``: where defaults of
-    sampling come from, "auto" (the model's generation_config.json), "vllm" (none) or a directory. Raises InputError where the
-    model, the memory or an argument does not do, and TypeError for an argument that does not exist.
+    sampling come from, "auto" (the model's generation_config.json), "vllm" (none) or a directory. Paths may be Path objects.
+    Raises InputError where the model, the memory or an argument does not do, and TypeError for an argument that does not exist.
 
     Threads may share it: their calls take turns. A fork of its process may not use it.
     """
 
-    def __init__(self, model: str, *, chat_template: str | None = None, generation_config: str = "auto", **options: Any) -> None:
+    def __init__(
+        self, model: StrPath, *, chat_template: StrPath | None = None, generation_config: StrPath = "auto", **options: Any
+    ) -> None:
         config = _engine_config(model, options)
+        template, defaults = _text(chat_template), _text(generation_config)
         with _in_python():
             check_options(config)
-            directory = resolve(model, config.revision)
-            source = resolve(config.tokenizer, config.revision) if config.tokenizer else directory
+            model_defaults(None, defaults)  # like the template below: before a model is looked for, and perhaps fetched
+            if template is not None:
+                explicit_template(template)
+            directory = resolve(str(config.model), config.revision)
+            source = resolve(config.tokenizer, config.revision, weights=False) if config.tokenizer else directory
             self._config = replace(config, model=str(directory), tokenizer=str(source))
-            self._tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(source, chat_template)
-            self._defaults = SamplingParams(**model_defaults(Path(directory), generation_config))
+            self._tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(source, template)
+            self._defaults = SamplingParams(**model_defaults(Path(directory), defaults))
             with _load_bar() as progress:
                 self._engine = Engine.load(self._config, progress)
         self._ids = count()
@@ -96,9 +114,7 @@ class LLM:
         """
         many = prompt_list(prompts)
         params = params_list(sampling_params, len(many), self._defaults)
-        ranks = [0] * len(many) if priority is None else list(priority)
-        if len(ranks) != len(many):
-            raise InputError(f"{len(ranks)} priorities for {len(many)} prompts: give one for each")
+        ranks = rank_list(priority, len(many))
         if any(ranks) and not self._engine.info.priorities:
             hint = 'requests are served in order of arrival: make the LLM with scheduling_policy="priority"'
             raise RequestError(f"priority is {next(filter(None, ranks))!r:.80}, but {hint}", param="priority")
@@ -110,7 +126,7 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
     ) -> list[BeamSearchOutput]:
         """The ``params.beam_width`` best answers to each prompt, as beam search finds them."""
-        sampling = replace(params.sampling(), logprobs=2 * params.beam_width)
+        sampling = replace(beam_params(params).sampling(), logprobs=2 * params.beam_width)
         jobs = [self._job(prompt, sampling) for prompt in prompt_list(prompts)]
         self._answer(jobs, use_tqdm)
         return [job.beams() for job in jobs]
@@ -157,34 +173,31 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        messages: Iterable[Mapping[str, Any]] | Iterable[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
-        chat_template: str | None = None,
+        chat_template: StrPath | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, written with the model's own chat template, or with this one (Jinja, or its file).
 
         ``tools``: what the model is told that it may call, as OpenAI has them. What it says is in ``text`` as it said it.
         """
-        tokenizer, more = self.get_tokenizer(), dict(chat_template_kwargs or {})
-        if chat_template is None and not tokenizer.has_chat_template:
+        tokenizer, template = self.get_tokenizer(), _text(chat_template)
+        conversations, more = conversation_list(messages), template_arguments(chat_template_kwargs)
+        check_flags(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+        if template is None and not tokenizer.has_chat_template:
             where = self._config.tokenizer
             raise InputError(f"{where} has no chat template: give one as chat_template (Jinja, or its file), or use generate()")
-        chat = tokenizer.chat if chat_template is None else tokenizer.with_template(chat_template)
-        taken = sorted({"add_generation_prompt", "continue_final_message", "tools"} & set(more))
-        if taken:
-            raise InputError(f"chat_template_kwargs holds {taken[0]!r}: give it as an argument of chat()")
-        several = bool(messages) and not isinstance(messages[0], Mapping)
-        conversations: Sequence[Any] = messages if several else [messages]
         with _in_python():
+            chat = tokenizer.chat if template is None else tokenizer.with_template(template)
             texts = [
                 chat(
-                    list(conversation),
+                    conversation,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
                     tools=list(tool_choice(tools, None).tools) or None,
@@ -221,17 +234,27 @@ class LLM:
                         bar.update()
 
 
-def _engine_config(model: str, options: dict[str, Any]) -> EngineConfig:
+def _text(path: Any) -> Any:
+    """A path as text, whatever else as it is."""
+    return os.fspath(path) if isinstance(path, os.PathLike) else path
+
+
+def _engine_config(model: StrPath, options: dict[str, Any]) -> EngineConfig:
     known = {f.name for f in fields(EngineConfig)} - {"model"}
-    if options.get("seed", 0) is None:  # vLLM's old way to give none
-        del options["seed"]
+    if not isinstance(model, str | os.PathLike):
+        raise InputError(f"model is {model!r:.80}: a directory with a Hugging Face checkpoint, or a name on the hub, is needed")
+    for name in ("seed", "enable_prefix_caching"):
+        if options.get(name, 0) is None:  # vLLM's way to leave it out
+            del options[name]
     for name in [n for n in options if n not in known]:
         value = options.pop(name)
         if name not in HARMLESS:
             raise TypeError(f"LLM() has no argument {name!r}; it has {', '.join(sorted(known))}")
         if value not in HARMLESS[name]:
             raise InputError(f"{name}={value!r} is not supported: leave it out")
-    return EngineConfig(model=model, **options)
+    if "tokenizer" in options:
+        options["tokenizer"] = _text(options["tokenizer"])
+    return EngineConfig(model=_text(model), **options)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import pytest
 import torch
 
 from appliance import LLM, BeamSearchParams, SamplingParams
+from appliance.config import EngineConfig
 from appliance.core.door import check_ids
 from appliance.core.messages import Submit
 from appliance.core.params import RequestError
+from appliance.memory.early import KINDS
 from quant.errors import InputError
 from tests.tiny_model import make_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
 OPTIONS: dict[str, Any] = {"threads": 1, "kv_cache_memory_bytes": 4 << 20, "max_model_len": 64}
+HI = [{"role": "user", "content": "Hi"}]
 SETTINGS = {"temperature": 0.25, "top_k": 7, "max_new_tokens": 3}
 
 
@@ -97,6 +101,130 @@ def test_parameters_that_are_none(llm: LLM, params: Any, told: str) -> None:
         llm.generate(["a"], params)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"model": None}, "^model is None: a directory"),
+        ({"model": 5}, "^model is 5: a directory"),
+        ({"tokenizer": 5}, "^tokenizer is 5: text, or None, is needed"),
+        ({"quantization": 5}, "^quantization is 5: text"),
+        ({"kv_cache_dtype": ["int8"]}, r"^kv_cache_dtype is \['int8'\]: text"),
+        ({"device": None}, "^device None is not known; auto, cpu and cuda are"),
+        ({"seed": "a"}, "^seed is 'a': a whole number is needed"),
+        ({"seed": 1.5}, "^seed is 1.5: a whole number"),
+        ({"seed": True}, "^seed is True: a whole number"),
+        ({"threads": "2"}, "^threads is '2': a whole number, or None"),
+        ({"threads": 1.5}, "^threads is 1.5: a whole number, or None"),
+        ({"enable_prefix_caching": "no"}, "^enable_prefix_caching is 'no': True or False is needed"),
+        ({"skip_tokenizer_init": "yes"}, "^skip_tokenizer_init is 'yes': True or False"),
+        ({"enforce_eager": "false"}, "^enforce_eager is 'false': True or False"),
+        ({"reference_ops": 1}, "^reference_ops is 1: True or False"),
+        ({"generation_config": None}, "^generation_config is None: auto"),
+        ({"generation_config": Path("/nowhere")}, "^generation_config is .* got '/nowhere', which is no directory"),
+        ({"chat_template": 5}, "^chat_template is 5: Jinja, or a file"),
+        ({"chat_template": ""}, "^chat_template is '': Jinja, or a file"),
+        ({"chat_template": Path("/none.jinja")}, "^chat_template /none.jinja: cannot read"),
+    ],
+)
+def test_arguments_of_another_kind(options: dict[str, Any], told: str) -> None:
+    """Told before a model is looked for; text for a flag once counted as true."""
+    with pytest.raises(InputError, match=told):
+        LLM(**{"model": "/no/such/model", **OPTIONS, **options})
+
+
+def test_the_kind_of_every_option_is_known() -> None:
+    numbers = {"float", "float | None", "int | str", "int | str | None"}  # told with their ranges: tests/memory/test_settings.py
+    assert {str(f.type) for f in fields(EngineConfig)} == {*KINDS} | numbers
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"bad_words": "bad"}, "bad_words must be a list of texts, got 'bad'"),
+        ({"bad_words": 5}, "bad_words must be a list of texts, got 5"),
+        ({"stop": 5}, "stop must be a list of texts, got 5"),
+        ({"stop": {"a": 1}}, "stop must be a list of texts, got {'a': 1}"),
+        ({"stop": b"ab"}, "stop must be a list of texts, got b'ab'"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids, got 5"),
+        ({"stop_token_ids": False}, "stop_token_ids must be a list of token ids, got False"),
+        ({"stop_token_ids": "55"}, "stop_token_ids must be a list of token ids, got '55'"),
+        ({"stop_token_ids": np.array([3, 4])}, r"stop_token_ids must be a list of token ids \(integers >= 0\)"),
+        ({"allowed_token_ids": 5}, "allowed_token_ids must be a list of token ids, got 5"),
+        ({"allowed_token_ids": np.array(5)}, r"allowed_token_ids must be a list of token ids, got array\(5\)"),
+        ({"ignore_eos": "no"}, "ignore_eos must be True or False, got 'no'"),
+        ({"detokenize": 0}, "detokenize must be True or False, got 0"),
+        ({"use_beam_search": None}, "use_beam_search must be True or False, got None"),
+    ],
+)
+def test_sampling_of_another_kind(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(RequestError, match=told) as error:
+        SamplingParams(**options)
+    assert error.value.param == next(iter(options))
+
+
+def test_lists_of_any_kind() -> None:
+    given: dict[str, Any] = {"stop": {"a"}, "stop_token_ids": range(2), "allowed_token_ids": iter([3]), "bad_words": ("b", "c")}
+    params = SamplingParams(**given)
+    assert (params.stop, params.stop_token_ids, params.allowed_token_ids, params.bad_words) == (("a",), (0, 1), (3,), ("b", "c"))
+    empty = SamplingParams(stop=None, stop_token_ids=[], bad_words=None)
+    assert (empty.stop, empty.stop_token_ids, empty.allowed_token_ids, empty.bad_words) == ((), (), None, ())
+    assert SamplingParams(stop="ab").stop == ("ab",)
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        (None, r"params cannot be None \(NoneType\): give BeamSearchParams"),
+        ([BeamSearchParams(beam_width=2, max_tokens=2)], r"params cannot be .*\(list\): give BeamSearchParams"),
+        (SamplingParams(), r"give them to generate\(\)"),
+    ],
+)
+def test_beams_need_their_own_parameters(llm: LLM, params: Any, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        llm.beam_search("a", params)
+
+
+@pytest.mark.parametrize(
+    ("priority", "told"),
+    [(1, r"priority cannot be 1 \(int\): give a list"), ("1", "priority cannot be '1'"), ([0, 0], "2 priorities for 1 prompts")],
+)
+def test_priorities_that_are_no_list(llm: LLM, priority: Any, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        llm.generate("a", GREEDY, priority=priority)
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "told"),
+    [
+        (None, {}, r"messages cannot be None \(NoneType\): give a list of messages"),
+        ("Hi", {}, r"messages cannot be 'Hi' \(str\)"),
+        (HI[0], {}, r"messages cannot be {.*} \(dict\)"),
+        ([None], {}, r"messages\[0\] is None \(NoneType\): give a list"),
+        (["Hi"], {}, r"messages\[0\] is 'Hi' \(str\)"),
+        ([HI, HI[0]], {}, r"messages\[1\] is {.*} \(dict\)"),
+        ([HI[0], HI], {}, r"messages\[1\] must be an object with a 'role'"),
+        ([[]], {}, "messages must be a list of at least one message"),
+        (HI, {"chat_template_kwargs": ["a"]}, r"chat_template_kwargs cannot be \['a'\] \(list\)"),
+        (HI, {"chat_template_kwargs": {1: 2}}, r"chat_template_kwargs cannot be {1: 2} \(dict\)"),
+        (HI, {"chat_template": ""}, "^chat_template is '': Jinja, or a file"),
+        (HI, {"chat_template": 5}, "^chat_template is 5: Jinja, or a file"),
+        (HI, {"chat_template": Path("/none.jinja")}, "^chat_template /none.jinja: cannot read"),
+        (HI, {"add_generation_prompt": "no"}, "add_generation_prompt must be True or False, got 'no'"),
+    ],
+)
+def test_conversations_that_are_none(llm: LLM, messages: Any, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        llm.chat(messages, GREEDY, **options)
+
+
+def test_paths_and_iterators(llm: LLM, tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages[0].content }}")
+    for messages, number in ((iter(HI), 1), (tuple(HI), 1), (iter([HI, tuple(HI)]), 2)):
+        answers = llm.chat(messages, GREEDY, use_tqdm=False, chat_template=template)
+        assert [one.prompt for one in answers] == ["Hi"] * number
+
+
 @pytest.mark.parametrize("ids", [[True], [1.0], [1, np.int32(2)]])
 def test_the_door_takes_python_integers(ids: list[Any]) -> None:
     with pytest.raises(RequestError, match=r"prompt holds .*: token ids are integers"):
@@ -120,8 +248,12 @@ def test_defaults_of_the_model(llm: LLM, model: Path, tmp_path: Path, monkeypatc
         llm.generate("a", GREEDY, use_tqdm=False)
     assert seen == [defaults, defaults, defaults, GREEDY]
     (tmp_path / "generation_config.json").write_text('{"top_p": 0.5}')
-    for choice, expected in (("vllm", SamplingParams()), (str(tmp_path), SamplingParams(top_p=0.5))):
-        assert LLM(str(model), generation_config=choice, **OPTIONS).get_default_sampling_params() == expected
+    assert LLM(str(model), generation_config="vllm", **OPTIONS).get_default_sampling_params() == SamplingParams()
+    (template := tmp_path / "t.jinja").write_text("own")  # all that names a file or a directory may be a Path
+    paths: dict[str, Any] = {"tokenizer": model, "generation_config": tmp_path, "chat_template": template}
+    other = LLM(model, **paths, **OPTIONS)
+    assert other.get_default_sampling_params() == SamplingParams(top_p=0.5)
+    assert other.get_tokenizer().chat(HI) == "own"
     with pytest.raises(InputError, match=r"^generation_config is 'auto' or 'appliance', got 'mine'"):
         LLM(str(model), generation_config="mine", **OPTIONS)
 
@@ -144,8 +276,9 @@ def test_seeds() -> None:
     assert SamplingParams(seed=-1).seed is None and SamplingParams(seed=-2).seed == -2
 
 
-def test_a_model_without_a_seed(model: Path) -> None:
-    assert LLM(str(model), seed=None, **OPTIONS).generate("a", use_tqdm=False)[0].finished
+def test_what_vllm_leaves_out_by_none(model: Path) -> None:
+    llm = LLM(str(model), seed=None, enable_prefix_caching=None, **OPTIONS)
+    assert llm.generate("a", use_tqdm=False)[0].finished and llm._config.enable_prefix_caching
 
 
 def test_clone() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import fields
+
 from appliance.config import EngineConfig
 from appliance.memory.devices import DeviceInfo, this_device
 from appliance.memory.giving_way import MODES
@@ -13,9 +16,19 @@ from quant.scheme import ALIASES, QuantScheme
 
 POLICIES = ("fcfs", "priority")
 
+# What a field of EngineConfig holds, by its annotation. Numbers with a range, and sizes, are told where the range is.
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "True or False"),
+    "int": ((int,), "a whole number"),
+    "int | None": ((int, type(None)), "a whole number, or None,"),
+    "str": ((Hashable,), "text"),  # a name from a list: what is not on it is told with the list, but looked for by its hash
+    "str | None": ((str, type(None)), "text, or None,"),
+}
+
 
 def check_options(config: EngineConfig, device: DeviceInfo | None = None) -> None:
     """Raises InputError for an option that would do for no model on this device (default: this machine's, as --device says)."""
+    check_kinds(config)
     if device is None:
         device = this_device(device_kind(config.device))
     Settings.from_config(config, device)
@@ -23,6 +36,15 @@ def check_options(config: EngineConfig, device: DeviceInfo | None = None) -> Non
     if config.quantization is not None:  # held against a checkpoint that is what was stated
         QuantScheme(ALIASES.get(config.quantization.lower(), "none")).check_stated(config.quantization)
     check_order(config)
+
+
+def check_kinds(config: EngineConfig) -> None:
+    """Raises InputError for a value of another kind, which nothing but Python lets through: "no" would count as true."""
+    for field in fields(config):
+        kinds, needed = KINDS.get(str(field.type), ((object,), ""))
+        value = getattr(config, field.name)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and int in kinds):
+            raise InputError(f"--{field.name.replace('_', '-')} is {value!r:.80}: {needed} is needed")
 
 
 def check_order(config: EngineConfig) -> None:

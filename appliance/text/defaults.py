@@ -17,6 +17,9 @@ def model_defaults(directory: Path | None, choice: str) -> dict[str, Any]:
 
     ``choice`` may be another directory, whose file is read then. Raises InputError where there is none, or it is damaged.
     """
+    if not isinstance(choice, str) or not choice:
+        told = "auto, appliance, or a directory with a generation_config.json, is needed"
+        raise InputError(f"--generation-config is {choice!r:.80}: {told}")
     if choice in ("appliance", "vllm"):  # "vllm" is what vLLM's users write for "not the model's"
         return {}
     if choice != "auto":

@@ -59,6 +59,8 @@ _ENV = _environment()
 
 def explicit_template(given: str) -> str:
     """The template that ``--chat-template`` names or spells out. InputError where there is no such file, or it is no Jinja."""
+    if not isinstance(given, str) or not given:
+        raise InputError(f"--chat-template is {given!r:.80}: Jinja, or a file that holds it, is needed")
     source, where = given, "--chat-template"
     if "{" not in given:
         try:
