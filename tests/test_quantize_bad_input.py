@@ -214,6 +214,18 @@ def test_other_architectures(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert "architecture StableLmForCausalLM is not supported; supported are LlamaForCausalLM" in said
 
 
+def test_without_a_tokenizer(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, made = tmp_path / "model", tmp_path / "made"
+    shutil.copytree(folder / "model", model, ignore=shutil.ignore_patterns("tokenizer*"))
+    said = refused(command(folder, made, "--method awq", model=str(model)), made, capsys)
+    assert f"{model} has no tokenizer, and calibration needs it: put its files there, or take --method rtn" in said
+    config = json.loads((model / "config.json").read_text())
+    sparse = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+    (model / "config.json").write_text(json.dumps(config | sparse))
+    said = refused(command(folder, made, "--method awq", model=str(model)), made, capsys)
+    assert "MixtralForCausalLM is a mixture of experts, and this version quantizes none" in said
+
+
 @pytest.mark.parametrize("what", ["constant", "dead", "zero"])
 def test_inputs_that_say_little(folder: Path, tmp_path: Path, what: str) -> None:
     """A singular Hessian is made good: inputs that never change, some or all of them zero, and fewer of them than columns."""

@@ -59,11 +59,7 @@ class Job:
         if self.checkpoint.scheme.method != "none":
             raise InputError(f"{source} is quantized already ({self.checkpoint.scheme.method}): give the original model")
         self.spec = ModelSpec.from_config(self.checkpoint.config)
-        if self.spec.mixture is not None:
-            raise InputError(f"{source}: {self.spec.architecture} is a mixture of experts, and this version quantizes none")
-        if "text_config" in self.checkpoint.config:
-            kind = self.spec.architecture
-            raise InputError(f"{source} is a {kind}: only its text part is known here; give that as a model of its own")
+        check_kind(source, self.checkpoint.config, self.spec)
         if ids is not None and ids.shape[1] > self.spec.max_len:
             raise InputError(f"--calibration-length is {ids.shape[1]}, but the model was made for {self.spec.max_len} tokens")
         self._check_tensors()
@@ -296,3 +292,11 @@ def _held(name: str, tensor: Tensor) -> Tensor:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise InputError(f"{name}: some of its values are not finite numbers in {kind}; take another --format, or mend it")
     return tensor
+
+
+def check_kind(source: Path, config: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Raises InputError for models that are served and not quantized here."""
+    if spec.mixture is not None:
+        raise InputError(f"{source}: {spec.architecture} is a mixture of experts, and this version quantizes none")
+    if "text_config" in config:
+        raise InputError(f"{source} is a {spec.architecture}: only its text part is known here; give that as a model of its own")

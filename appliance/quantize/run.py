@@ -15,14 +15,15 @@ from appliance.hub import resolve
 from appliance.memory.devices import cpu_threads
 from appliance.memory.text import size_text
 from appliance.quantize.calibration import calibration_ids, read_text
-from appliance.quantize.job import Job
+from appliance.quantize.job import Job, check_kind
 from appliance.quantize.options import Options
 from appliance.quantize.recipe import KEPT
 from appliance.quantize.shards import check_free
 from appliance.runtime.options import choose_device
 from appliance.text.tokenizer import Tokenizer
 from models.spec import ModelSpec
-from quant.headers import read_json
+from quant.errors import InputError
+from quant.headers import has_tokenizer, read_json
 
 BAR = "{desc}: layer {n:.1f} of {total} |{bar}| {percentage:.0f} %, {elapsed} gone, {remaining} left"
 SHARE = "{desc} |{bar}| {percentage:.0f} %, {elapsed} gone, {remaining} left"
@@ -46,7 +47,11 @@ def run(
     text = read_text(calibration) if options.calibrated and calibration is not None else None
     source, begun, ids = resolve(model, revision), time.monotonic(), None
     if options.calibrated:
-        spec = ModelSpec.from_config(read_json(source / "config.json"))
+        config = read_json(source / "config.json")
+        spec = ModelSpec.from_config(config)
+        check_kind(source, config, spec)
+        if not has_tokenizer(source):
+            raise InputError(f"{source} has no tokenizer, and calibration needs it: put its files there, or take --method rtn")
         tokenizer = Tokenizer.load(source)
         samples, length = options.calibration_samples, min(options.calibration_length, spec.max_len)
         if length < options.calibration_length:
