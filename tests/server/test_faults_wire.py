@@ -18,7 +18,7 @@ from appliance.server import http as server_http
 from appliance.text.tokenizer import Tokenizer
 from tests.server.conftest import Served, serve_in_thread
 from tests.server.fake import FakeClient
-from tests.server.test_http import closed_after, connect
+from tests.server.test_http import connect, rest
 from tests.server.test_lifecycle import eventually
 
 Start = Callable[..., AbstractContextManager[Served]]
@@ -61,7 +61,7 @@ def others_are_answered(request: pytest.FixtureRequest) -> Iterator[None]:
         served = request.getfixturevalue("served")
         with connect(served) as sock:
             sock.sendall(post(b"connection: close\r\n"))
-            assert b'"token_ids":[5,6]' in closed_after(sock)[0]
+            assert b'"token_ids":[5,6]' in rest(sock)
         eventually(lambda: not served.state.jobs and not served.client.running)
 
 
@@ -102,7 +102,7 @@ def test_it_is_refused_and_nothing_behind_it_is_read(served: Served, name: str) 
             sock.sendall(REFUSED[name] + PING)
         except OSError:
             pass  # closed on the way
-        found, _ = closed_after(sock)
+        found = rest(sock)
     assert statuses(found) in ([400], [431]) or (not found and len(REFUSED[name]) > 50_000), found
     if found:
         assert json.loads(found.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
@@ -134,7 +134,7 @@ def test_it_is_answered_and_so_is_what_comes_behind_it(served: Served, name: str
         sock.sendall(sent)
         if expected == [413]:
             sock.shutdown(socket.SHUT_WR)
-        assert statuses(closed_after(sock)[0]) == expected
+        assert statuses(rest(sock)) == expected
 
 
 def test_a_client_that_asks_before_it_sends(served: Served) -> None:
@@ -142,7 +142,7 @@ def test_a_client_that_asks_before_it_sends(served: Served) -> None:
         sock.sendall(post(b"expect: 100-continue\r\nconnection: close\r\n")[: -len(BODY)])
         assert sock.recv(100).startswith(b"HTTP/1.1 100")
         sock.sendall(BODY)
-        assert statuses(closed_after(sock)[0]) == [200]
+        assert statuses(rest(sock)) == [200]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -151,7 +151,7 @@ def test_a_client_that_ends_its_side_and_reads_on(start: Start, stream: bool) ->
     with start(0.02) as served, connect(served) as sock:
         sock.sendall(post(body=json.dumps(body).encode()))
         sock.shutdown(socket.SHUT_WR)
-        found, _ = closed_after(sock)
+        found = rest(sock)
         assert statuses(found)[-1] == 200 and not served.client.aborted
         assert b"data: [DONE]" in found if stream else b'"completion_tokens":30' in found
 
@@ -160,14 +160,14 @@ def test_a_client_that_ends_its_side_and_reads_on(start: Start, stream: bool) ->
 @pytest.mark.parametrize("polite", [False, True])
 def test_a_client_that_is_gone_before_the_first_token(start: Start, stream: bool, polite: bool) -> None:
     body = {"prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True, "stream": stream}
-    with start(0.3) as served:
+    with start(60.0) as served:
         with connect(served) as sock:
             sock.sendall(post(body=json.dumps(body).encode()))
             eventually(lambda: served.client.running)
             if not polite:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset
-        eventually(lambda: not served.client.running and not served.state.jobs, 3)
-        assert served.client.tokens < 8 and served.client.aborted
+        eventually(lambda: not served.client.running and not served.state.jobs, 20)
+        assert not served.client.tokens and served.client.aborted
 
 
 def test_many_requests_on_a_connection(served: Served) -> None:
@@ -201,7 +201,7 @@ def test_no_spelling_of_a_path_passes_the_guard(locked: Served, method: str) -> 
         with connect(locked) as sock:
             sock.sendall(f"{method} {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: 0\r\n\r\n".encode())
             public = path == "http://a/ping" and method in ("GET", "HEAD")  # as proxies write /ping, which asks for no key
-            assert statuses(closed_after(sock)[0]) in ([[200]] if public else ([401], [400])), path
+            assert statuses(rest(sock)) in ([[200]] if public else ([401], [400])), path
 
 
 RIGHT, WRONG = b"authorization: Bearer sk-right\r\n", b"authorization: Bearer sk-wrong\r\n"
@@ -229,7 +229,7 @@ RIGHT, WRONG = b"authorization: Bearer sk-right\r\n", b"authorization: Bearer sk
 def test_keys_as_they_are_sent(locked: Served, headers: bytes, status: int) -> None:
     with connect(locked) as sock:
         sock.sendall(b"GET /stats?api_key=sk-right HTTP/1.1\r\nhost: a\r\nconnection: close\r\n" + headers + b"\r\n")
-        assert statuses(closed_after(sock)[0]) == [status]
+        assert statuses(rest(sock)) == [status]
 
 
 @pytest.mark.parametrize(("options", "client"), [({}, "127.0.0.1"), ({"forwarded_allow_ips": ("127.0.0.1",)}, "10.1.2.3")])
@@ -248,7 +248,7 @@ def test_connections_have_an_end_and_it_passes(start: Start, monkeypatch: pytest
         some[0].sendall(PING)
         assert some[0].recv(100).startswith(b"HTTP/1.1 200")
         with connect(served) as sock:
-            found, _ = closed_after(sock)
+            found = rest(sock)
             assert statuses(found) == [503] and b'"code":"server_overloaded"' in found
         for sock in some:
             sock.close()
