@@ -210,7 +210,7 @@ def test_a_disk_that_hangs_delays_nobody(start: Any, tmp_path: Path, monkeypatch
         begun = time.monotonic()
         for _ in range(8):
             assert ask(served, prompt="a", max_tokens=1).status_code == 200
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 15
         eventually(lambda: served.state.audit.lost == 4)  # one is being written, three wait
         stuck.set()
 
