@@ -54,10 +54,15 @@ def test_a_manager_hears_of_a_server_from_start_to_end(manager: socket.socket) -
         heard: list[str] = []
         while "READY=1\nSTATUS=serves demo" not in heard:
             heard.append(manager.recv(4096).decode())
-        begun, beats = time.monotonic(), 0
-        while beats < 4:
-            beats += manager.recv(4096) == b"WATCHDOG=1"
-        assert 0.3 < time.monotonic() - begun < 5
+        took = []
+        for _ in range(3):  # beats that came while nobody looked are there at once
+            begun, beats = time.monotonic(), 0
+            while beats < 4:
+                beats += manager.recv(4096) == b"WATCHDOG=1"
+            took.append(time.monotonic() - begun)
+            if took[-1] > 0.3:
+                break
+        assert min(took) < 5 and max(took) > 0.3, took
         process.send_signal(signal.SIGTERM)
         while heard[-1] != "STOPPING=1":
             heard.append(manager.recv(4096).decode())
