@@ -19,6 +19,7 @@ import pytest
 from appliance.server import hardware
 from appliance.server.hardware import Cards, Hardware
 from tests.server.conftest import Served
+from tests.server.test_lifecycle import eventually
 
 
 @pytest.fixture
@@ -30,12 +31,21 @@ def busy() -> Iterator[int]:
     process.wait()
 
 
+def _used(pid: int) -> float:
+    return sum(psutil.Process(pid).cpu_times()[:2])
+
+
 def test_a_look_agrees_with_the_system(busy: int) -> None:
+    begun, before = time.monotonic(), _used(busy)
     machine = Hardware(lambda: {"engine": busy})
-    time.sleep(0.5)
+    first, least = time.monotonic(), _used(busy)
+    eventually(lambda: _used(busy) > least + 0.3, 30)
+    least, shortest, now = _used(busy) - least, time.monotonic() - first, time.time()
     seen = machine.read({"server": os.getpid(), "engine": busy})
-    assert 0.4 < seen["period_s"] < 5 and abs(seen["time"] - time.time()) < 5
-    assert 0.1 < seen["processes"]["engine"]["cpu_cores"] < 1.2, "one thread cannot use more than a core"
+    assert shortest <= seen["period_s"] <= time.monotonic() - begun and now <= seen["time"] <= time.time()
+    used = seen["processes"]["engine"]["cpu_cores"] * seen["period_s"]
+    assert 0.8 * least < used < 1.2 * (_used(busy) - before), "as the system has it"
+    assert seen["processes"]["engine"]["cpu_cores"] < 1.2, "one thread cannot use more than a core"
     assert 0 < seen["cpu"]["utilization"] <= 1 and seen["cpu"]["threads"] == psutil.cpu_count()
     assert seen["cpu"]["load"] == pytest.approx(psutil.getloadavg(), abs=1)
     assert 0 < seen["memory"]["available_bytes"] < seen["memory"]["total_bytes"] <= psutil.virtual_memory().total
@@ -59,9 +69,7 @@ def test_the_share_is_of_the_time_that_was_not_idle(monkeypatch: pytest.MonkeyPa
 def test_an_engine_that_is_gone_or_new_is_no_error(busy: int) -> None:
     machine = Hardware(lambda: {"engine": busy})
     psutil.Process(busy).kill()
-    deadline = time.monotonic() + 5
-    while psutil.Process(busy).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
-        time.sleep(0.01)
+    eventually(lambda: psutil.Process(busy).status() == psutil.STATUS_ZOMBIE, 20)
     assert machine.read({"engine": busy})["processes"].get("engine", {}).get("cpu_cores") in (None, 0.0)
     assert machine.read({"engine": 2**22 + 1})["processes"] == {}
     assert machine.read({"engine": os.getpid()})["processes"]["engine"]["rss_bytes"] > 0
@@ -93,7 +101,7 @@ def test_a_driver_that_hangs_delays_nobody_for_long(monkeypatch: pytest.MonkeyPa
     begun = time.monotonic()
     try:
         assert asyncio.run(machine.latest()) == {}
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 15
     finally:
         release.set()
 
