@@ -7,7 +7,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +263,17 @@ def test_code_is_no_structure() -> None:
 
 
 def test_tokenizing_lets_others_run(tokenizer: Tokenizer) -> None:
-    """Else a long prompt would stop every stream of the server."""
+    """Else a long prompt would stop every stream of the server. In one of three times: what a busy host takes is a gap too."""
+    found = []
+    for _ in range(3):
+        found.append(_longest_gap(lambda: tokenizer.encode("who are you? " * 150_000)))
+        if found[-1] < 0.6:
+            return
+    pytest.fail(f"parts of the time in which nobody else ran: {found}")
+
+
+def _longest_gap(work: Callable[[], object]) -> float:
+    """In which another thread cannot run while this one works, as part of all the time that it works."""
     gaps, done = [0.0], threading.Event()
 
     def watch() -> None:
@@ -277,11 +287,11 @@ def test_tokenizing_lets_others_run(tokenizer: Tokenizer) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     begun = time.perf_counter()
-    tokenizer.encode("who are you? " * 150_000)
+    work()
     took = time.perf_counter() - begun
     done.set()
     watcher.join()
-    assert max(gaps) < 0.6 * took, (max(gaps), took)
+    return max(gaps) / took
 
 
 def test_a_grammar_that_takes_too_long_ends_alone() -> None:
