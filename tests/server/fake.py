@@ -94,7 +94,8 @@ class FakeClient:
                         continue
                     event = Event(submit.request_id, index, finish_reason="abort")
                     if index in alive:
-                        event = self._event(submit, index, step, scores if step == 0 else None)
+                        event = self._event(submit, index, step)
+                        event = event if step or scores is None else replace(event, prompt_logprobs=scores)
                     if event.finish_reason:
                         told.add(index)
                     yield event
@@ -111,7 +112,7 @@ class FakeClient:
             return
         raise EngineDied(self.failure or "dead")
 
-    def _event(self, submit: Submit, index: int, step: int, scores: Sequence[TokenLogprob | None] | None) -> Event:
+    def _event(self, submit: Submit, index: int, step: int) -> Event:
         prompt, params = submit.prompt_token_ids, submit.params
         if self.unanswerable is not None:
             return Event(submit.request_id, index, finish_reason="error", error=Unanswerable(self.unanswerable))
@@ -126,7 +127,6 @@ class FakeClient:
             index,
             token_ids=(token,),
             logprobs=self._scored(token, index, params),
-            prompt_logprobs=scores,
             finish_reason=reason,
             cached_tokens=self.cached if index == 0 else len(prompt) - 1,  # the others share what the first one computes
         )
