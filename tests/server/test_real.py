@@ -188,7 +188,7 @@ def test_a_client_that_goes_away_frees_its_blocks(running: Running, stream: bool
         else:
             with pytest.raises(httpx.ReadTimeout):
                 http.post("/v1/completions", json=body, timeout=0.5)
-    eventually(lambda: used(running) == 0, 2)
+    eventually(lambda: used(running) == 0)
 
 
 def test_refusals_come_from_the_door(running: Running) -> None:
@@ -200,11 +200,15 @@ def test_refusals_come_from_the_door(running: Running) -> None:
 def test_idle_costs_nothing(running: Running) -> None:
     eventually(lambda: used(running) == 0)
     processes = [psutil.Process(running.process.pid), running.engine]
-    time.sleep(0.3)
-    before = [sum(p.cpu_times()[:2]) for p in processes]
-    time.sleep(2.0)
-    after = [sum(p.cpu_times()[:2]) for p in processes]
-    assert all(b - a <= 0.02 for a, b in zip(before, after)), (before, after)  # at most one or two clock ticks
+    found = []
+    for _ in range(3):  # what a host takes away in the middle of a tick can count as used
+        time.sleep(0.3)
+        before = [sum(p.cpu_times()[:2]) for p in processes]
+        time.sleep(2.0)
+        found.append([sum(p.cpu_times()[:2]) - used for p, used in zip(processes, before)])
+        if max(found[-1]) <= 0.02:  # at most one or two clock ticks
+            return
+    pytest.fail(f"processor seconds of server and engine: {found}")
 
 
 def test_second_server_on_the_same_port(running: Running, model: Path) -> None:
