@@ -76,6 +76,7 @@ def test_an_engine_that_is_gone_or_new_is_no_error(busy: int) -> None:
 
 
 def test_looks_are_a_second_apart_and_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "PATIENCE_S", 30.0)
     machine, threads = Hardware(), []
     real = machine.read
 
