@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -29,11 +30,13 @@ def instructions(call: Callable[[], object]) -> int:
         count += event == "opcode"
         return trace
 
+    gc.disable()  # what other tests left behind may run some when it is collected
     sys.settrace(trace)
     try:
         call()
     finally:
         sys.settrace(None)
+        gc.enable()
     return count
 
 
