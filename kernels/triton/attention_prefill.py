@@ -32,12 +32,14 @@ def choose(width: int, rows: int, bits: int, capability: int, *, exact: bool) ->
         return Launch(16, max(16, min(32, 2048 // width)), 8 if width > 128 else 4, 2)
     if rows <= 16:
         return Launch(16, max(32, min(64, 4096 // width)), 4, 3)
+    from_memory = capability in (90, 100, 103)  # products take operands from there
+    if width > 128 and bits == 4 and not from_memory:  # more rows have too many registers, more warps widen each code more often
+        return Launch(32, 16, 4, 2)
     if width > 128:
         return Launch(64, 16 if bits == 4 else 32, 8, 2)
     # As many rows as features, or more: then each warp has rows of its own, and a row's maximum stays within a warp. Where
     # products take their operands from registers (all but sm_90, 100), 64 tokens of 128 features leave too few of those, and with
     # codes, which are widened there, a third stage of the pipeline does.
-    from_memory = capability in (90, 100, 103)
     return Launch(128, 64 if width <= 64 or from_memory else 32, 8, 3 if bits > 8 or from_memory else 2)
 
 
