@@ -198,9 +198,10 @@ def _log2(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def capped(x, cap):  # type: ignore[no-untyped-def]
-    """cap * tanh(x * ln 2 / 2): at infinities +-cap, of NaN NaN; off by 4e-7 of cap at most, as float32 near 1 may be.
+    """cap * tanh(x * ln 2 / 2): +-cap at infinities, NaN of NaN; off by 6e-7 of the cap at most, where a card's exponential and
+    quotient are off by two places each.
 
-    2 ^ x is e ^ 2y for the y whose tanh is wanted, since ``arguments`` scales for that, so it takes one exponential.
+    2^x is e^2y for the y whose tanh is wanted, since ``arguments`` scales for that: it takes one exponential.
     """
     return cap - 2.0 * cap / (1.0 + tl.exp2(x))
 

@@ -46,5 +46,5 @@ def test_right() -> None: silu_mul(torch.zeros(1, 8).to(DEVICE))
 """
     )
     told = run(str(tmp_path / "test_wrong.py")).stdout
-    assert "2 failed, 2 passed" in told and "_silu_mul is given the host's memory: torch.float32 [1, 8]" in told, told
+    assert "2 failed, 2 passed" in told and "_gate_mul is given the host's memory: torch.float32 [1, 8]" in told, told
     assert "some of its tensors are on the card, and some are not" in told
