@@ -110,15 +110,19 @@ def test_a_norm_before_the_sum(offset: float, dtype: torch.dtype) -> None:
         normed = norm.rms_norm(added, weight, **given)
         for x, more in ((parts, {"bias": bias}), (whole, {})):
             found = norm.add_rms_norm(x, residual, weight, **given, post=post, **more)
-            if dtype in EXACT and INTERPRETED:  # on a card sums are made in another order
-                assert torch.equal(found[0], normed) and torch.equal(found[1], added)
-            close(found[0], normed, dtype)
-            close(found[1], added, dtype)
             moved = norm.add_rms_norm(x, residual, weight, **given, post=post, perm=perm, **more)
-            assert torch.equal(moved[0], found[0][:, perm]) and torch.equal(moved[1], found[1])
             codes, scales, same = norm.add_rms_norm_int8(x, residual, weight, **given, post=post, **more)
-            assert torch.equal(same, found[1])
-            assert bool(((codes - found[0].float() / scales[:, None]).abs() <= 0.5001).all())
+            for ours, theirs in (
+                (found[0], normed),
+                (found[1], added),
+                (moved[0], normed[:, perm]),
+                (moved[1], added),
+                (same, added),
+            ):
+                close(ours, theirs, dtype)
+                assert not INTERPRETED or dtype not in EXACT or torch.equal(ours, theirs)  # a card adds squares in its own order
+            most = 0.5001 if INTERPRETED else 0.5001 + 127 * torch.finfo(dtype).eps
+            assert bool(((codes - found[0].float() / scales[:, None]).abs() <= most).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
