@@ -12,7 +12,8 @@ import pytest
 from tests.kernels.triton.conftest import INTERPRETED
 
 ROOT = Path(__file__).parents[3]
-FILES = "elementwise norm store rope embedding ops weights matmul many eight fp8 stack stream copy transfer select sampling trial"
+FILES = "elementwise gate norm store rope embedding ops weights matmul many eight fp8 stack stream copy transfer"
+FILES += " select sampling trial"
 
 
 def run(*tests: str) -> subprocess.CompletedProcess[str]:
