@@ -295,6 +295,7 @@ class Stack:
     cap: float | None = None
     local_cos_sin: Tensor | None = None  # of layers with a window, where they rotate otherwise
     embedding_scale: float = 1.0  # as the activations' dtype holds it
+    gelu: bool = False  # where gate and up are weights of their own
 
     def rotation(self, layer: Layer) -> Tensor:
         """The table of a layer."""

@@ -90,6 +90,7 @@ class Decoder:
             spec.cap,
             self.local_cos_sin,
             torch.tensor(spec.embedding_scale, dtype=self.dtype).item(),
+            spec.gelu,
         )
 
     def bind(self, caches: Sequence[KVCache], *, max_tokens: int) -> Forward:

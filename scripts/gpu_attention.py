@@ -18,59 +18,79 @@ from kernels.ops import KVCache, Ops, PagedBatch
 
 BLOCK = 64
 HEADS, KV_HEADS, SIZE = 32, 8, 128  # of an 8B model
+GEMMA, CAP = (16, 8, 256), 50.0  # of Gemma 2 9B, whose scores are capped
 KINDS = ("16 bits", *SCALED_CACHES)
 
 
 def decode(
-    bench: Bench, ops: Ops, dtype: torch.dtype, cases: Sequence[tuple[int, int]], kinds: Sequence[str] = KINDS[:1]
+    bench: Bench,
+    ops: Ops,
+    dtype: torch.dtype,
+    cases: Sequence[tuple[int, int]],
+    kinds: Sequence[str] = KINDS[:1],
+    *,
+    gemma: bool = False,
 ) -> Iterator[Row]:
     """One new token of each of (sequences, context), with caches of each kind."""
-    heads, kv_heads, size, block = sizes(bench)
+    (heads, kv_heads, size, block), whose = sizes(bench, gemma), " of Gemma 2" * gemma
+    cap = CAP if gemma else None
 
     def one(kind: str, sequences: int, context: int) -> Row:
         batch = step(sequences, context, 1, block, bench.device)
         nbytes = 2 * sequences * context * kv_heads * kv_nbytes(name(kind, dtype), size)
         caches = [cache(batch, block, kv_heads, size, dtype, kind) for _ in range(bench.copies(nbytes))]
         q = torch.randn(sequences, heads, size, device=bench.device).to(dtype)
-        row: Row = {"op": f"decode attention, cache {kind}", "rows": sequences, "context": context, "dtype": words(dtype)}
-        row["ours_s"] = bench.time(partial(ops.attention, q, batch=batch, scale=size**-0.5), caches)
-        if kind == "16 bits":
+        row: Row = {"op": f"decode attention{whose}, cache {kind}", "rows": sequences, "context": context, "dtype": words(dtype)}
+        row["ours_s"] = bench.time(partial(ops.attention, q, batch=batch, scale=size**-0.5, cap=cap), caches)
+        if kind == "16 bits" and not gemma:  # SDPA knows no cap
             dense = [contiguous(one, sequences, context) for one in caches[:8]]
             row |= beside(bench, partial(attend, q.unsqueeze(2)), dense)
         return row | {"bytes": nbytes, "ops": 4 * sequences * heads * size * context}
 
     wanted = [(kind, *case) for kind in kinds for case in cases]
     yield from bench.rows(
-        (f"decode attention {sequences} x {context} {words(dtype)}, cache {kind}", partial(one, kind, sequences, context))
+        (f"decode attention{whose} {sequences} x {context} {words(dtype)}, cache {kind}", partial(one, kind, sequences, context))
         for kind, sequences, context in wanted
     )
 
 
-def prefill(bench: Bench, ops: Ops, dtype: torch.dtype, cases: Sequence[tuple[int, int, int]]) -> Iterator[Row]:
+def prefill(
+    bench: Bench, ops: Ops, dtype: torch.dtype, cases: Sequence[tuple[int, int, int]], *, gemma: bool = False
+) -> Iterator[Row]:
     """The last ``length`` tokens of each of (sequences, context, length)."""
-    heads, kv_heads, size, block = sizes(bench)
+    (heads, kv_heads, size, block), whose = sizes(bench, gemma), " of Gemma 2" * gemma
+    cap = CAP if gemma else None
 
     def one(sequences: int, context: int, length: int) -> Row:
         batch = step(sequences, context, length, block, bench.device)
         caches = [cache(batch, block, kv_heads, size, dtype, "16 bits") for _ in range(2)]
         q = torch.randn(sequences * length, heads, size, device=bench.device).to(dtype)
-        row: Row = {"op": "prefill attention", "rows": sequences, "length": length, "context": context, "dtype": words(dtype)}
-        row["ours_s"] = bench.time(partial(ops.attention, q, batch=batch, scale=size**-0.5), caches, repeat=5)
-        dense = [contiguous(one, sequences, context) for one in caches]
-        row |= beside(bench, partial(attend, q.view(sequences, length, heads, size).transpose(1, 2)), dense)
+        row: Row = {
+            "op": f"prefill attention{whose}",
+            "rows": sequences,
+            "length": length,
+            "context": context,
+            "dtype": words(dtype),
+        }
+        row["ours_s"] = bench.time(partial(ops.attention, q, batch=batch, scale=size**-0.5, cap=cap), caches, repeat=5)
+        if not gemma:
+            dense = [contiguous(one, sequences, context) for one in caches]
+            row |= beside(bench, partial(attend, q.view(sequences, length, heads, size).transpose(1, 2)), dense)
         seen = length * context - length * (length - 1) // 2  # pairs of tokens of a sequence
         nbytes = 2 * sequences * (context * kv_heads + length * heads) * size * 2
         return row | {"bytes": nbytes, "ops": 4 * sequences * heads * size * seen}
 
     yield from bench.rows(
-        (f"prefill attention {sequences} x {length} of {context} {words(dtype)}", partial(one, sequences, context, length))
+        (f"prefill attention{whose} {sequences} x {length} of {context} {words(dtype)}", partial(one, sequences, context, length))
         for sequences, context, length in cases
     )
 
 
-def sizes(bench: Bench) -> tuple[int, int, int, int]:
+def sizes(bench: Bench, gemma: bool = False) -> tuple[int, int, int, int]:
     """(heads, of keys and values, their size, block of the cache)."""
-    return (4, 2, 32, 16) if bench.small else (HEADS, KV_HEADS, SIZE, BLOCK)
+    if bench.small:
+        return 4, 2, 32, 16
+    return (*GEMMA, BLOCK) if gemma else (HEADS, KV_HEADS, SIZE, BLOCK)
 
 
 def beside(bench: Bench, call: Callable[[Any], Tensor], items: Sequence[Any]) -> dict[str, float]:

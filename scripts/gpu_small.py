@@ -30,10 +30,12 @@ def kernels(bench: Bench, ops: Ops, dtype: torch.dtype) -> Iterator[Row]:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, device=bench.device).to(dtype)
 
+        assert ops.gelu_mul is not None
         norm = partial(ops.rms_norm, weight=normal(hidden), eps=1e-6)
         works: dict[str, Callable[[], Row]] = {
             "norm": partial(row, "norm", norm, partial(normal, tokens, hidden), 4 * tokens * hidden),
             "silu": partial(row, "silu(gate) * up", ops.silu_mul, partial(normal, tokens, 2 * inner), 6 * tokens * inner),
+            "gelu": partial(row, "gelu(gate) * up", ops.gelu_mul, partial(normal, tokens, 2 * inner), 6 * tokens * inner),
             **{f"rotation, {kind}": partial(rotation, bench, ops, dtype, tokens, row, kind) for kind in KINDS},
         }
         if tokens <= 256:

@@ -11,7 +11,6 @@ from appliance.memory.offload import streamed_parts
 from appliance.memory.settings import ITEM_SIZE
 from kernels import layout
 from models.spec import Mixture, ModelSpec
-from quant.errors import InputError
 from quant.scheme import QuantScheme
 
 LOGIT_ROWS = 64
@@ -51,8 +50,6 @@ class Demand:
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, *, model: str) -> Demand:
         """The demand of a model whose every module has the shape and the scheme that the config and the headers state."""
-        if machinery.ops == "triton" and spec.gelu:
-            raise InputError(f"{model}: {spec.architecture} has no kernels for cards yet: --device cpu serves it")
         size, last, alike = ITEM_SIZE[machinery.dtype], ends(spec, scheme, machinery), parents(spec, scheme)
         attention = attention_workspace(spec, machinery)
         weights = {"embedding": last.embedding_bytes}
@@ -146,10 +143,12 @@ def activation_bytes(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machi
     """
     if machinery.ops == NATIVE:
         return _native_activations(spec, layers, ITEM_SIZE[machinery.dtype]) + 24
-    more = 0
+    found = _torch_activations(spec, layers, machinery)
     if machinery.ops == "triton":
-        more = _rounded(layers, machinery) + (0 if _gated_in_tiles(layers, machinery) else 8 * spec.intermediate)
-    return _torch_activations(spec, layers, machinery) + more + 24
+        found += _rounded(layers, machinery) + (0 if _gated_in_tiles(layers, machinery) else 8 * spec.intermediate)
+        if spec.post_norms:  # a product that is normalized before it is added, beside both residuals and the next norm
+            found = max(found, (4 * spec.hidden + max(spec.q_size, spec.intermediate)) * ITEM_SIZE[machinery.dtype])
+    return found + 24
 
 
 def _gated_in_tiles(layers: Sequence[Loaded], machinery: Machinery) -> bool:

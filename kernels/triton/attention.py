@@ -20,6 +20,7 @@ def attention(
     *,
     scale: float,
     window: int | None = None,
+    cap: float | None = None,
     multiprocessors: int = MULTIPROCESSORS,
 ) -> Tensor:
     """Causal attention of q [T, Hq, D] (fp16, bf16, fp32) over the paged cache -> [T, Hq, D]; see ``kernels.ops.Attention``.
@@ -37,7 +38,7 @@ def attention(
     if singles:
         seen = batch.max_seq if window is None else min(batch.max_seq, window)
         splits = split_count(seen, singles, cache.k.shape[2], multiprocessors)
-        decode(q, cache, batch, out, singles, scale=scale, window=window, splits=splits, capability=card)
+        decode(q, cache, batch, out, singles, scale=scale, window=window, cap=cap, splits=splits, capability=card)
     if singles < len(batch.seq_lens):
-        prefill(q, cache, batch, out, singles, scale=scale, window=window, capability=card)
+        prefill(q, cache, batch, out, singles, scale=scale, window=window, cap=cap, capability=card)
     return out

@@ -51,12 +51,13 @@ def decode(
     *,
     scale: float,
     window: int | None = None,
+    cap: float | None = None,
     splits: int,
     capability: int,
 ) -> None:
     """Attention of q [T, Hq, D] into out for the first ``sequences``, which have a row at most; see ``kernels.ops.Attention``."""
     heads, size = q.shape[1:]
-    given = arguments(q, cache, batch, scale=scale, window=window, capability=capability)
+    given = arguments(q, cache, batch, scale=scale, window=window, cap=cap, capability=capability)
     launch = choose(given["WIDTH"], code_bits(cache), capability, exact=q.dtype == torch.float32)
     tiles = {"BLOCK_N": launch.BLOCK_N, "MIN_TILES": MIN_SPLIT // launch.BLOCK_N}
     parts = sums = None
@@ -94,7 +95,7 @@ def _stretch(  # type: ignore[no-untyped-def]
 def _decode(  # type: ignore[no-untyped-def]
     q_ptr, out_ptr, sums_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, starts_ptr, lengths_ptr, tables_ptr,
     q_token_stride, q_head_stride, block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride,
-    table_stride, scale, window,
+    table_stride, scale, window, cap,
     D: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr,
     ASM: tl.constexpr,
@@ -122,7 +123,7 @@ def _decode(  # type: ignore[no-untyped-def]
         top, total, low, acc = fold(
             q, q_sum, top, total, low, acc, positions,
             k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table, kv_head, tile * BLOCK_N, length,
-            block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride, scale, window,
+            block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride, scale, window, cap,
             D, BLOCK_SIZE, BLOCK_N, True, WINDOW, CODE, ASM,
         )  # fmt: skip
     found, sums = finish(top, total, low, acc, CODE)

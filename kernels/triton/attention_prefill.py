@@ -32,12 +32,14 @@ def choose(width: int, rows: int, bits: int, capability: int, *, exact: bool) ->
         return Launch(16, max(16, min(32, 2048 // width)), 8 if width > 128 else 4, 2)
     if rows <= 16:
         return Launch(16, max(32, min(64, 4096 // width)), 4, 3)
+    from_memory = capability in (90, 100, 103)  # products take operands from there
+    if width > 128 and bits == 4 and not from_memory:  # more rows have too many registers, more warps widen each code more often
+        return Launch(32, 16, 4, 2)
     if width > 128:
         return Launch(64, 16 if bits == 4 else 32, 8, 2)
     # As many rows as features, or more: then each warp has rows of its own, and a row's maximum stays within a warp. Where
     # products take their operands from registers (all but sm_90, 100), 64 tokens of 128 features leave too few of those, and with
     # codes, which are widened there, a third stage of the pipeline does.
-    from_memory = capability in (90, 100, 103)
     return Launch(128, 64 if width <= 64 or from_memory else 32, 8, 3 if bits > 8 or from_memory else 2)
 
 
@@ -50,13 +52,14 @@ def prefill(
     *,
     scale: float,
     window: int | None = None,
+    cap: float | None = None,
     capability: int,
 ) -> None:
     """Attention of q [T, Hq, D] into out, for sequences from ``first`` on, of which all before have a row each.
 
     Chunks may be of any lengths; see ``kernels.ops.Attention``.
     """
-    given = arguments(q, cache, batch, scale=scale, window=window, capability=capability)
+    given = arguments(q, cache, batch, scale=scale, window=window, cap=cap, capability=capability)
     group, sequences = given["GROUP"], len(batch.seq_lens)
     launch = choose(given["WIDTH"], batch.max_query * group, code_bits(cache), capability, exact=q.dtype == torch.float32)
     rows = max(launch.ROWS, triton.next_power_of_2(group))
@@ -90,7 +93,7 @@ def _owner(starts_ptr, first, sequences, tile, TOKENS: tl.constexpr):  # type: i
 def _prefill(  # type: ignore[no-untyped-def]
     q_ptr, out_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, starts_ptr, lengths_ptr, tables_ptr,
     q_token_stride, q_head_stride, block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride,
-    table_stride, first_sequence, sequences, scale, window,
+    table_stride, first_sequence, sequences, scale, window, cap,
     D: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -120,14 +123,14 @@ def _prefill(  # type: ignore[no-untyped-def]
         top, total, low, acc = fold(
             q, q_sum, top, total, low, acc, positions,
             k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table, kv_head, block * BLOCK_N, end,
-            block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride, scale, window,
+            block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride, scale, window, cap,
             D, BLOCK_SIZE, BLOCK_N, WINDOW, WINDOW, CODE, ASM,
         )  # fmt: skip
     for block in range(tl.maximum(first, diagonal), tl.cdiv(end, BLOCK_N)):
         top, total, low, acc = fold(
             q, q_sum, top, total, low, acc, positions,
             k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table, kv_head, block * BLOCK_N, end,
-            block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride, scale, window,
+            block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride, scale, window, cap,
             D, BLOCK_SIZE, BLOCK_N, True, WINDOW, CODE, ASM,
         )  # fmt: skip
     found, _ = finish(top, total, low, acc, CODE)

@@ -91,7 +91,7 @@ def product(  # type: ignore[no-untyped-def]
     M, N, x_rows, padded, tiles,
     BITS: tl.constexpr, TOKEN: tl.constexpr, ZEROS: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
-    ASM: tl.constexpr,
+    GELU: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """x int8 [M, tiles * 128]. padded: N in whole tiles. out: [M, N], float32 [splits, M, N], or GATED [M, N / 2].
 
@@ -155,6 +155,6 @@ def product(  # type: ignore[no-untyped-def]
     if TOKEN:
         acc *= row_scale[:, None]
     if GATED:
-        _finish(acc, row, column, bias, residual, out, M, N, column_tile * WIDTH, WIDTH, BIAS, RESIDUAL, GATED)
+        _finish(acc, row, column, bias, residual, out, M, N, column_tile * WIDTH, WIDTH, BIAS, RESIDUAL, GATED, GELU)
     else:
         _store(acc, part, row, column, bias, residual, out, M, N, BIAS, RESIDUAL)

@@ -45,6 +45,7 @@ def multiply(x: Rounded, weight: TritonWeight, residual: Tensor | None, to: Tens
         BN=launch.block_n,
         GROUP=launch.group,
         GATED=gated,
+        GELU=gated and weight.gelu,
         ASM=to.is_cuda,
         num_warps=launch.warps,
         num_stages=launch.stages,
@@ -56,7 +57,8 @@ def product(  # type: ignore[no-untyped-def]
     x, x_scales, words, scaling, bias, residual, out,
     M, N, padded, tiles,
     WHOLE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, ASM: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """x [M, tiles * 128], scales float32 [M]; padded: N in whole tiles; scaling [tiles, 1, padded], or WHOLE: [1, 1, padded]."""
     WIDTH: tl.constexpr = BN // 2 if GATED else BN  # of a program's columns of out
@@ -80,4 +82,4 @@ def product(  # type: ignore[no-untyped-def]
     if WHOLE:
         acc *= tl.load(scale_at).to(tl.float32, bitcast=True)[None, :]
     acc *= tl.load(x_scales + row, mask=inside, other=0.0)[:, None]
-    _finish(acc, row, column, bias, residual, out, M, N, column_tile * WIDTH, WIDTH, BIAS, RESIDUAL, GATED)
+    _finish(acc, row, column, bias, residual, out, M, N, column_tile * WIDTH, WIDTH, BIAS, RESIDUAL, GATED, GELU)

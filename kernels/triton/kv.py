@@ -66,7 +66,7 @@ class Launch:
 
 
 def arguments(
-    q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None, capability: int
+    q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None, cap: float | None, capability: int
 ) -> dict[str, Any]:
     """What both kernels are given, by the names of their arguments. ValueError for what they do not know."""
     heads, size = q.shape[1:]
@@ -83,8 +83,9 @@ def arguments(
         "q_token_stride": q.stride(0),
         "q_head_stride": q.stride(1),
         "table_stride": batch.block_tables.stride(0),
-        "scale": scale * LOG2_E,
+        "scale": LOG2_E * (scale if cap is None else 2 * scale / cap),  # see ``capped``
         "window": window or 0,
+        "cap": None if cap is None else LOG2_E * cap,
         "D": size,
         "WIDTH": max(triton.next_power_of_2(size), 16 * PARTS.get(given["CODE"], 2)),  # products need 16 features
         "GROUP": heads // kv_heads,
@@ -196,6 +197,16 @@ def _log2(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def capped(x, cap):  # type: ignore[no-untyped-def]
+    """cap * tanh(x * ln 2 / 2): +-cap at infinities, NaN of NaN; off by 6e-7 of the cap at most, where a card's exponential and
+    quotient are off by two places each.
+
+    2^x is e^2y for the y whose tanh is wanted, since ``arguments`` scales for that: it takes one exponential.
+    """
+    return cap - 2.0 * cap / (1.0 + tl.exp2(x))
+
+
+@triton.jit
 def _columns(x, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.sum(x, 1, keep_dims=True) if COLUMNS == 1 else x
 
@@ -204,14 +215,14 @@ def _columns(x, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
 def fold(  # type: ignore[no-untyped-def]
     q, q_sum, top, total, low, acc, positions,
     k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table, kv_head, first, end,
-    block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride, scale, window,
+    block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride, scale, window, cap,
     D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """(top, total, low, acc) after the tokens first .. min(first + BLOCK_N, end) - 1.
 
-    positions int [M]: of the rows' tokens; scale includes log2 e. MASKED: some row does not see all of the tile. WINDOW:
-    ``window`` counts.
+    positions int [M]: of the rows' tokens; scale includes log2 e. cap: of scores, or None. MASKED: some row does not see all of
+    the tile. WINDOW: ``window`` counts.
     """
     PARTS: tl.constexpr = len(q)
     DTYPE: tl.constexpr = q[0].dtype
@@ -248,6 +259,8 @@ def fold(  # type: ignore[no-untyped-def]
         scores *= (step * scale)[None, :]
         if CODE == "int4":
             scores += (q_sum * scale)[:, None] * least[None, :]
+    if cap is not None:
+        scores = capped(scores, cap)
     if MASKED:
         seen = tokens[None, :] <= positions[:, None]
         if WINDOW:

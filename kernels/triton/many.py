@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.configs import Launch
 from kernels.triton.dequant import BASE, UNIT, byte_pairs, nibbles, whole
+from kernels.triton.gate import gate_mul
 from kernels.triton.half import shrink
 from kernels.triton.tiled import _dot, _params
 from kernels.triton.weights import SCALES, TILE, TritonWeight
@@ -57,6 +58,7 @@ def multiply(x: Tensor, weight: TritonWeight, residual: Tensor | None, to: Tenso
         BN=launch.block_n,
         GROUP=launch.group,
         GATED=gated,
+        GELU=gated and weight.gelu,
         ADDEND=addend,
         HALF=back is not None,
         ASM=x.is_cuda,
@@ -86,14 +88,14 @@ def _half_dot(x, w, acc, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def _finish(  # type: ignore[no-untyped-def]
     acc, row, column, bias, residual, out, M, N, first, WIDTH: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATED: tl.constexpr,
+    GATED: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
     """A tile of sums to ``WIDTH`` columns of out from ``first`` on; column: the weight's outputs that the tile has."""
     if BIAS:
         acc += tl.load(bias + column, mask=column < N, other=0.0)[None, :]
     if GATED:
         gate, up = tl.split(tl.reshape(acc, (acc.shape[0], WIDTH, 2)))
-        found = gate / (1.0 + tl.exp(-gate)) * up
+        found = gate_mul(gate, up, GELU)
     else:
         found = acc
     to, width = first + tl.arange(0, WIDTH), N // 2 if GATED else N
@@ -110,12 +112,12 @@ def product(  # type: ignore[no-untyped-def]
     M, N, K, padded, tiles, x_stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
-    GATED: tl.constexpr, ADDEND: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
+    GATED: tl.constexpr, GELU: tl.constexpr, ADDEND: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] of x [M, K]; constants as in tiled.product. ADDEND: the type of the addends in scaling.
 
-    GATED: out [M, N / 2] is silu(gate) * up; a program has the same outputs of both, side by side, as a product leaves neighbours
-    in one thread. HALF: x is float16 in any case; the product's rows are multiplied by back [M].
+    GATED: out [M, N / 2] is what gate.py makes of both; a program has the same outputs of each, side by side, as a product leaves
+    neighbours in one thread. HALF: x is float16 in any case; the product's rows are multiplied by back [M].
     """
     WIDTH: tl.constexpr = BN // 2 if GATED else BN  # of a program's columns of out
     SUM: tl.constexpr = tl.float16 if HALF else tl.float32
@@ -175,4 +177,4 @@ def product(  # type: ignore[no-untyped-def]
     acc = whole(acc, x.dtype.element_ty, words.dtype.element_ty)
     if HALF:
         acc *= tl.load(back + row, mask=row < M, other=0.0)[:, None]
-    _finish(acc, row, column, bias, residual, out, M, N, column_tile * WIDTH, WIDTH, BIAS, RESIDUAL, GATED)
+    _finish(acc, row, column, bias, residual, out, M, N, column_tile * WIDTH, WIDTH, BIAS, RESIDUAL, GATED, GELU)

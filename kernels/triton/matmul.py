@@ -91,7 +91,7 @@ def _operand(x: Tensor | Rounded, weight: TritonWeight, norm: Norm | None, card:
     if rounded.rounds_rows(weight, x.shape[0], card.capability):
         return rounded.prepare(x, weight, norm)
     if norm is not None:
-        x = rms_norm(x, norm.weight, eps=norm.eps)
+        x = rms_norm(x, **norm._asdict())
     if weight.perm is not None:
         x = x.index_select(1, weight.perm)
     return x if x.stride(1) == 1 else x.contiguous()
@@ -125,6 +125,7 @@ def _tiled(x: Tensor | Rounded, weight: TritonWeight, residual: Tensor | None, o
         BIAS=weight.bias is not None,
         RESIDUAL=residual is not None,
         GATED=weight.gated,
+        GELU=weight.gelu,
         BLOCK=FINISH_BLOCK,
         num_warps=4,
     )
@@ -176,7 +177,7 @@ def _dense(x: Tensor, weight: TritonWeight, residual: Tensor | None, out: Tensor
         found = found + weight.bias
     if weight.gated:
         gate, up = found.chunk(2, dim=1)
-        found = F.silu(gate) * up
+        found = (F.gelu(gate, approximate="tanh") if weight.gelu else F.silu(gate)).mul_(up)
     if residual is not None:
         found = found + residual.float()
     return out.copy_(found)

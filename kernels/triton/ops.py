@@ -8,14 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.ops import KVCache, Ops, PagedBatch, Weight
+from kernels.ops import Ops, Weight
 from kernels.triton import stack, weights
 from kernels.triton.argmax import argmax
 from kernels.triton.attention import attention
-from kernels.triton.elementwise import silu_mul
+from kernels.triton.elementwise import gelu_mul, silu_mul
 from kernels.triton.embedding import embedding, packed_rows
 from kernels.triton.matmul import UNKNOWN, Card, matmul
-from kernels.triton.norm import rms_norm
+from kernels.triton.norm import rms_norm, rms_norm_add
 from kernels.triton.rope import rope_store
 from kernels.triton.sampling import sample
 from kernels.triton.select import kth_largest
@@ -35,10 +35,9 @@ def make_ops(device: torch.device) -> Ops:
         gelu: bool = False,
         activation: str = "auto",
     ) -> Weight:
-        known(gelu=gelu)
         here = weight.on(device) if isinstance(weight, QuantTensor) else weight.to(device)
         bias = None if bias is None else bias.to(device)
-        return weights.pack(here, dtype=dtype, bias=bias, gated=gated, activation=activation)
+        return weights.pack(here, dtype=dtype, bias=bias, gated=gated, gelu=gelu, activation=activation)
 
     return Ops(
         name="triton",
@@ -46,10 +45,11 @@ def make_ops(device: torch.device) -> Ops:
         pack=pack,
         matmul=partial(matmul, card=card),
         embedding=look_up,
-        rms_norm=plain_norm,
+        rms_norm=normalize,
         rope_store=rope_store,
-        attention=partial(plain_attention, multiprocessors=card.multiprocessors),
+        attention=partial(attention, multiprocessors=card.multiprocessors),
         silu_mul=silu_mul,
+        gelu_mul=gelu_mul,
         argmax=argmax,
         kth_largest=kth_largest,
         bind=partial(stack.bind, embedding=look_up, card=card),
@@ -57,32 +57,11 @@ def make_ops(device: torch.device) -> Ops:
     )
 
 
-def known(**wanted: object) -> None:
-    """NotImplementedError for what no kernel here does; the memory plan refuses models that need it."""
-    for name, value in wanted.items():
-        if value:
-            raise NotImplementedError(f"the operators in Triton know no {name}")
-
-
-def plain_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, residual: Tensor | None = None) -> Tensor:
-    """As kernels.ops.RMSNorm, see ``known``."""
-    known(offset=offset, residual=residual is not None)
-    return rms_norm(x, weight, eps=eps)
-
-
-def plain_attention(
-    q: Tensor,
-    cache: KVCache,
-    batch: PagedBatch,
-    *,
-    scale: float,
-    window: int | None = None,
-    cap: float | None = None,
-    multiprocessors: int,
-) -> Tensor:
-    """As kernels.ops.Attention, see ``known``."""
-    known(cap=cap)
-    return attention(q, cache, batch, scale=scale, window=window, multiprocessors=multiprocessors)
+def normalize(x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, residual: Tensor | None = None) -> Tensor:
+    """As kernels.ops.RMSNorm."""
+    if residual is None:
+        return rms_norm(x, weight, eps=eps, offset=offset)
+    return rms_norm_add(x, residual, weight, eps=eps, offset=offset)
 
 
 def this_card(device: torch.device) -> Card:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kernels.ops import KVCache, Norm, PagedBatch
 from kernels.triton.caches import cache_arguments
+from kernels.triton.norm import scaled
 from kernels.triton.store import store, store_in_cache
 
 TILE = 1024  # features that a program has, or one head
@@ -67,16 +68,17 @@ def _load_vector(start, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.c
 @triton.jit
 def _prepare(  # type: ignore[no-untyped-def]
     a, b, rest, weight, eps, angles,
-    DTYPE: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    OFFSET: tl.constexpr, DTYPE: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Heads of q or k, normalized where there is a weight, and rotated. Rounded where the models' own code rounds."""
     if weight is not None:
         squares = tl.sum(a * a, 1, keep_dims=True) + tl.sum(b * b, 1, keep_dims=True) + tl.sum(rest * rest, 1, keep_dims=True)
         factor = tl.rsqrt(squares / (2 * HALF + REST) + eps)
         gain_a, gain_b, gain_rest = _load_vector(weight, HALF, REST, HALF_BLOCK, REST_BLOCK)
-        a = ((a * factor).to(DTYPE).to(tl.float32) * gain_a).to(DTYPE).to(tl.float32)
-        b = ((b * factor).to(DTYPE).to(tl.float32) * gain_b).to(DTYPE).to(tl.float32)
-        rest = ((rest * factor).to(DTYPE).to(tl.float32) * gain_rest).to(DTYPE).to(tl.float32)
+        a = scaled(a, factor, gain_a, OFFSET, DTYPE).to(DTYPE).to(tl.float32)
+        b = scaled(b, factor, gain_b, OFFSET, DTYPE).to(DTYPE).to(tl.float32)
+        rest = scaled(rest, factor, gain_rest, OFFSET, DTYPE).to(DTYPE).to(tl.float32)
     cos, sin, _ = _load_vector(angles, HALF, 0, HALF_BLOCK, 1)
     return (a * cos - b * sin).to(DTYPE).to(tl.float32), (b * cos + a * sin).to(DTYPE).to(tl.float32), rest
 
@@ -108,7 +110,8 @@ def _rope_store(  # type: ignore[no-untyped-def]
     scale_block_stride,
     scale_token_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    CODE: tl.constexpr, SPLITS: tl.constexpr, TILE_HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    CODE: tl.constexpr, SPLITS: tl.constexpr, Q_OFFSET: tl.constexpr, K_OFFSET: tl.constexpr, TILE_HEADS: tl.constexpr,
+    HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = 2 * HALF + REST
     DTYPE: tl.constexpr = q_out.dtype.element_ty
@@ -121,7 +124,7 @@ def _rope_store(  # type: ignore[no-untyped-def]
         head = part * TILE_HEADS + within
         live = head < HEADS
         a, b, rest = _load(row, bias, head * D, live, split_stride, SPLITS, DTYPE, HALF, REST, HALF_BLOCK, REST_BLOCK)
-        a, b, rest = _prepare(a, b, rest, q_weight, q_eps, angles, DTYPE, HALF, REST, HALF_BLOCK, REST_BLOCK)
+        a, b, rest = _prepare(a, b, rest, q_weight, q_eps, angles, Q_OFFSET, DTYPE, HALF, REST, HALF_BLOCK, REST_BLOCK)
         tl.debug_barrier()  # whoever holds a copy of an element has read it before it is written over
         store(q_out + token * q_stride + head * D, a, b, rest, live, HALF, REST)
     else:
@@ -134,7 +137,7 @@ def _rope_store(  # type: ignore[no-untyped-def]
         first = tl.where(part < Q_TILES + KV_TILES, HEADS, HEADS + KV_HEADS)
         a, b, rest = _load(row, bias, (first + head) * D, live, split_stride, SPLITS, DTYPE, HALF, REST, HALF_BLOCK, REST_BLOCK)
         if part < Q_TILES + KV_TILES:
-            a, b, rest = _prepare(a, b, rest, k_weight, k_eps, angles, DTYPE, HALF, REST, HALF_BLOCK, REST_BLOCK)
+            a, b, rest = _prepare(a, b, rest, k_weight, k_eps, angles, K_OFFSET, DTYPE, HALF, REST, HALF_BLOCK, REST_BLOCK)
             store_in_cache(k_ptr + place, k_scale_ptr, scale_place, k_given, a, b, rest, live, CODE, HALF, REST)
         else:
             store_in_cache(v_ptr + place, v_scale_ptr, scale_place, v_given, a, b, rest, live, CODE, HALF, REST)
@@ -231,6 +234,8 @@ def _launch(
             HALF=rotary // 2,
             REST=size - rotary,
             SPLITS=splits,
+            Q_OFFSET=0.0 if q_norm is None else q_norm.offset,
+            K_OFFSET=0.0 if k_norm is None else k_norm.offset,
             **stored,
             **shape,
         )

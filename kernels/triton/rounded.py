@@ -47,8 +47,8 @@ def prepare(x: Tensor, weight: TritonWeight, norm: Norm | None = None) -> Rounde
     """x [M, K] in int8 (or FP8) as the weight wants it: normalized, in the order of its inputs, and rounded."""
     if norm is not None:
         if takes_codes(weight):
-            return Rounded(*rms_norm_int8(x, norm.weight, eps=norm.eps), None)
-        x = rms_norm(x, norm.weight, eps=norm.eps)
+            return Rounded(*rms_norm_int8(x, **norm._asdict()), None)
+        x = rms_norm(x, **norm._asdict())
     if weight.perm is not None:
         x = x.index_select(1, weight.perm)
     if weight.fp8_rows:
@@ -98,6 +98,7 @@ def multiply(x: Rounded, weight: TritonWeight, residual: Tensor | None, to: Tens
         BN=launch.block_n,
         GROUP=launch.group,
         GATED=gated,
+        GELU=gated and weight.gelu,
         ASM=to.is_cuda,
         num_warps=launch.warps,
         num_stages=launch.stages,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels import layout
 from kernels.triton.dequant import byte_pairs, nibbles, whole
+from kernels.triton.gate import gate_mul
 from kernels.triton.tiled import _params
 from kernels.triton.weights import TILE, TritonWeight
 
@@ -69,7 +70,7 @@ def expand(weight: TritonWeight, first: int, to: Tensor, *, warps: int = 8) -> N
 
 
 def _finish(found: Tensor, weight: TritonWeight, residual: Tensor | None, out: Tensor, columns: slice) -> None:
-    """Bias, silu(gate) * up and residual, into ``columns`` of out."""
+    """Bias, gate and residual, into ``columns`` of out."""
     count = columns.stop - columns.start
     finish[(found.shape[0], triton.cdiv(count, FINISH_BLOCK))](
         found,
@@ -83,6 +84,7 @@ def _finish(found: Tensor, weight: TritonWeight, residual: Tensor | None, out: T
         BIAS=weight.bias is not None,
         RESIDUAL=residual is not None,
         GATED=weight.gated,
+        GELU=weight.gelu,
         BLOCK=FINISH_BLOCK,
         num_warps=4,
     )
@@ -132,7 +134,7 @@ def _expand(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["first", "count"])
 def finish(  # type: ignore[no-untyped-def]
     found, bias, residual, out, first, count, width, N,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``count`` columns of out [M, N] from ``first`` on; found [M, width] holds them, or their gate and then their up."""
     row = tl.program_id(0).to(tl.int64)
@@ -146,7 +148,7 @@ def finish(  # type: ignore[no-untyped-def]
         up = tl.load(at + count, mask=mask, other=0.0).to(tl.float32)
         if BIAS:
             up += tl.load(bias + N + first + column, mask=mask, other=0.0)
-        value = value / (1.0 + tl.exp(-value)) * up
+        value = gate_mul(value, up, GELU)
     to = row * N + first + column
     if RESIDUAL:
         value += tl.load(residual + to, mask=mask, other=0.0).to(tl.float32)

@@ -7,7 +7,7 @@ launch of its own where operators are called one by one; here the next kernel do
             product qkv        -> parts [splits, T, (Hq + 2 Hkv) D] -> rope_store adds: q, and the cache
             attention          -> [T, Hq D]
             product o          -> parts [splits, T, hidden]         -> the norm adds: residual, x
-            product gate, up   -> parts                             -> finish adds: silu(gate) * up
+            product gate, up   -> parts                             -> finish adds: the gated product
             product down       -> parts [splits, T, hidden]         -> the next layer's norm adds: residual, x
 
 That is ten launches a layer instead of thirteen (nine where attention is not split). Weights that want their inputs in another
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kernels.ops import MLP, Embedding, Forward, KVCache, Layer, Linear, Norm, PagedBatch, Stack, Weight
 from kernels.triton.attention import attention
-from kernels.triton.elementwise import silu_mul
+from kernels.triton.elementwise import gelu_mul, silu_mul
 from kernels.triton.matmul import UNKNOWN, Card, matmul, partial_sums
 from kernels.triton.norm import add_rms_norm, add_rms_norm_int8, rms_norm, rms_norm_int8
 from kernels.triton.quantize import Rounded
@@ -64,33 +64,38 @@ def bind(
 class _Norm:
     """A norm as the weights behind it want it."""
 
-    gain: Tensor
-    eps: float
+    norm: Norm
     perm: Tensor | None = None
     codes: bool = False  # in int8
 
     @staticmethod
-    def before(gain: Tensor, eps: float, weights: Linear) -> tuple[_Norm, Linear]:
+    def before(norm: Norm, weights: Linear) -> tuple[_Norm, Linear]:
         """(the norm, the weights as they are to be called then)."""
         first = weights[0]
         perm = first.perm if isinstance(first, TritonWeight) and len(weights) == 1 else None
         if isinstance(first, TritonWeight) and perm is not None:
             weights = (replace(first, perm=None),)
         codes = all(isinstance(weight, TritonWeight) and takes_codes(weight) for weight in weights)
-        return _Norm(gain, eps, perm, codes), weights
+        return _Norm(norm, perm, codes), weights
 
     def __call__(self, x: Tensor) -> Tensor | Rounded:
         """Of x [T, hidden]."""
         if self.codes:
-            return Rounded(*rms_norm_int8(x, self.gain, eps=self.eps, perm=self.perm), None)
-        return rms_norm(x, self.gain, eps=self.eps, perm=self.perm)
+            return Rounded(*rms_norm_int8(x, **self.norm._asdict(), perm=self.perm), None)
+        return rms_norm(x, **self.norm._asdict(), perm=self.perm)
 
-    def of_sum(self, parts: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor | Rounded, Tensor]:
-        """(of the sum, the sum) of parts [splits, T, hidden], bias and residual."""
+    def of_sum(
+        self, parts: Tensor, bias: Tensor | None, residual: Tensor, post: Tensor | None
+    ) -> tuple[Tensor | Rounded, Tensor]:
+        """(of the sum, the sum) of parts [splits, T, hidden] (or whole ones, [T, hidden]), bias and residual.
+
+        post: the weight of a norm of what is added.
+        """
+        given = {**self.norm._asdict(), "bias": bias, "post": post, "perm": self.perm}
         if self.codes:
-            codes, scales, added = add_rms_norm_int8(parts, residual, self.gain, eps=self.eps, bias=bias, perm=self.perm)
+            codes, scales, added = add_rms_norm_int8(parts, residual, **given)
             return Rounded(codes, scales, None), added
-        return add_rms_norm(parts, residual, self.gain, eps=self.eps, bias=bias, perm=self.perm)
+        return add_rms_norm(parts, residual, **given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,52 +109,67 @@ class _Model:
 
     @staticmethod
     def of(stack: Stack, caches: tuple[KVCache, ...], embedding: Embedding, card: Card) -> _Model:
-        layers, norms, eps = [], [], stack.norm.eps
+        layers, norms, like = [], [], stack.norm
         for layer in stack.layers:
-            first, qkv = _Norm.before(layer.input_norm, eps, layer.qkv)
-            second, gate_up = _Norm.before(layer.post_norm, eps, layer.only_mlp.gate_up)
+            first, qkv = _Norm.before(like._replace(weight=layer.input_norm), layer.qkv)
+            second, gate_up = _Norm.before(like._replace(weight=layer.post_norm), layer.only_mlp.gate_up)
             layers.append(replace(layer, qkv=qkv, mlp=MLP(gate_up, layer.only_mlp.down)))
             norms += [first, second]
-        return _Model(stack, tuple(layers), (*norms, _Norm(stack.norm.weight, eps)), caches, embedding, card)
+        return _Model(stack, tuple(layers), (*norms, _Norm(stack.norm)), caches, embedding, card)
 
     def forward(self, ids: Tensor, batch: PagedBatch) -> Tensor:
         residual = self.embedding(ids, self.stack.embedding, self.stack.norm.weight.dtype)
+        if self.stack.embedding_scale != 1.0:
+            residual *= self.stack.embedding_scale
         x = self.norms[0](residual)
         for i, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
             with layer.present():
-                x, residual = self._join(self._attention(x, layer, cache, batch), layer.o, residual, self.norms[2 * i + 1])
-                x, residual = self._join(self._gated(x, layer), layer.only_mlp.down, residual, self.norms[2 * i + 2])
+                x = self._attention(x, layer, cache, batch)
+                x, residual = self._join(x, layer.o, residual, layer.attention_norm, self.norms[2 * i + 1])
+                x = self._gated(x, layer)
+                x, residual = self._join(x, layer.only_mlp.down, residual, layer.mlp_norm, self.norms[2 * i + 2])
         assert isinstance(x, Tensor)
         return x
 
     def _attention(self, x: Tensor | Rounded, layer: Layer, cache: KVCache, batch: PagedBatch) -> Tensor:
         """[T, Hq * D]; new keys and values are in the cache."""
-        stack, dtype = self.stack, self.stack.norm.weight.dtype
-        q_norm, k_norm = (None if gain is None else Norm(gain, stack.norm.eps) for gain in (layer.q_norm, layer.k_norm))
+        stack, dtype, cos_sin = self.stack, self.stack.norm.weight.dtype, self.stack.rotation(layer)
+        gains = (layer.q_norm, layer.k_norm)
+        q_norm, k_norm = (None if gain is None else stack.norm._replace(weight=gain) for gain in gains)
         weight = layer.qkv[0]
         parts = partial_sums(x, weight, card=self.card) if len(layer.qkv) == 1 else None
         if parts is None:
             qkv = self._linear(x, layer.qkv)
-            q = rope_store(qkv, stack.heads, cache, batch, stack.cos_sin, q_norm=q_norm, k_norm=k_norm)
+            q = rope_store(qkv, stack.heads, cache, batch, cos_sin, q_norm=q_norm, k_norm=k_norm)
         else:
-            given = (parts, bias_of(weight), stack.heads, cache, batch, stack.cos_sin)
+            given = (parts, bias_of(weight), stack.heads, cache, batch, cos_sin)
             q = rope_store_sums(*given, dtype=dtype, q_norm=q_norm, k_norm=k_norm)
-        card = self.card.multiprocessors
-        return attention(q, cache, batch, scale=stack.scale, window=layer.window, multiprocessors=card).flatten(1)
+        found = attention(
+            q, cache, batch, scale=stack.scale, window=layer.window, cap=stack.cap, multiprocessors=self.card.multiprocessors
+        )
+        return found.flatten(1)
 
-    def _join(self, x: Tensor, weight: Weight, residual: Tensor, norm: _Norm) -> tuple[Tensor | Rounded, Tensor]:
-        """(the norm of the new residual, the new residual = x @ weight.T + bias + residual), [T, hidden] both."""
+    def _join(
+        self, x: Tensor, weight: Weight, residual: Tensor, post: Tensor | None, norm: _Norm
+    ) -> tuple[Tensor | Rounded, Tensor]:
+        """(the norm of the new residual, the new residual = x @ weight.T + bias + residual), [T, hidden] both.
+
+        post: the weight of a norm of the product.
+        """
         parts = partial_sums(x, weight, card=self.card)
         if parts is not None:
-            return norm.of_sum(parts, bias_of(weight), residual)
+            return norm.of_sum(parts, bias_of(weight), residual, post)
+        if post is not None:
+            return norm.of_sum(self._product(x, weight), None, residual, post)
         added = matmul(x, weight, residual=residual, card=self.card)
         return norm(added), added
 
     def _gated(self, x: Tensor | Rounded, layer: Layer) -> Tensor:
-        """silu(gate) * up, [T, intermediate]."""
+        """silu(gate) * up, or gelu(gate) * up, [T, intermediate]."""
         gate_up = layer.only_mlp.gate_up
         found = self._linear(x, gate_up)
-        return found if len(gate_up) == 1 else silu_mul(found)
+        multiply = gelu_mul if self.stack.gelu else silu_mul
+        return found if len(gate_up) == 1 else multiply(found)
 
     def _linear(self, x: Tensor | Rounded, weights: Linear) -> Tensor:
         found = [self._product(x, weight) for weight in weights]

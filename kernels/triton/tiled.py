@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.dequant import byte_pairs, nibbles, whole
+from kernels.triton.gate import gate_mul
 
 # From so many rows on products have two dimensions. Older compilers spread those of three badly, and need none: for 8 rows they
 # take no instruction of four warps.
@@ -135,9 +136,9 @@ def product(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["M"])
 def finish(  # type: ignore[no-untyped-def]
     parts, bias, residual, out, M, N, columns, SPLITS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATED: tl.constexpr, BLOCK: tl.constexpr,
+    GATED: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [M, columns] of parts float32 [SPLITS, M, N]: summed in order, bias, silu(gate) * up, residual, rounded once."""
+    """out [M, columns] of parts float32 [SPLITS, M, N]: summed in order, bias, gate, residual, rounded once."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < columns
@@ -153,7 +154,7 @@ def finish(  # type: ignore[no-untyped-def]
             up += tl.load(start + columns + tl.cast(i, tl.int64) * M * N, mask=mask, other=0.0)
         if BIAS:
             up += tl.load(bias + columns + column, mask=mask, other=0.0)
-        found = found / (1.0 + tl.exp(-found)) * up
+        found = gate_mul(found, up, GELU)
     at = row * columns + column
     if RESIDUAL:
         found += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)

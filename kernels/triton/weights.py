@@ -58,6 +58,7 @@ class TritonWeight:
     rounds: str | None = None  # activations are rounded to int8, with a scale for a "token" or for a "tile"'s inputs of one
     asymmetric: bool = False  # where activations are rounded: there are zero points
     fp8_rows: bool = False  # activations of many rows may be rounded to FP8, as the weight is
+    gelu: bool = False  # of the gate, in place of silu
 
     @property
     def N(self) -> int:
@@ -86,6 +87,7 @@ def pack(
     dtype: torch.dtype,
     bias: Tensor | None = None,
     gated: bool = False,
+    gelu: bool = False,
     activation: str = "auto",
 ) -> TritonWeight:
     """Lay out a weight for activations of ``dtype``, where the weight lies.
@@ -96,12 +98,13 @@ def pack(
     """
     bias = None if bias is None else bias.float()
     if not isinstance(weight, QuantTensor):
-        return TritonWeight(16, weight.to(dtype).contiguous(), None, None, 1, bias, None, gated, *weight.shape)
+        N, K = weight.shape
+        return TritonWeight(16, weight.to(dtype).contiguous(), None, None, 1, bias, None, gated, N, K, gelu=gelu)
     rounds = rounding(weight, dtype, activation)
     if rounds is None and not fits_tiles(weight, dtype):
         # Rounded to the dtype of the scales first, as the tools that publish checkpoints do.
         dense = weight.dequantize(weight.scales.dtype).to(dtype)
-        return TritonWeight(16, dense, None, None, 1, bias, None, gated, weight.N, weight.K)
+        return TritonWeight(16, dense, None, None, 1, bias, None, gated, weight.N, weight.K, gelu=gelu)
     down, across = -weight.N % TILE, -weight.K % TILE
     codes = weight.packed.view(torch.uint8) if weight.kind == "fp8" else weight.unpack()
     codes = pad(codes if rounds is None else codes ^ 1 << weight.bits - 1, (0, across, 0, down))  # as signed numbers if rounded
@@ -127,6 +130,7 @@ def pack(
         rounds=rounds,
         asymmetric=weight.zeros is not None,
         fp8_rows=weight.activation == "fp8-token" and weight.kind == "fp8" and activation != "bf16" and slices == 1,
+        gelu=gelu,
     )
 
 

@@ -38,3 +38,13 @@ def test_attention_of_torchs_operators(tmp_path: Path) -> None:
     capped = partial + 8 * 256 * 4 * 64 * 2 + 512 * (8 * 256 * 4 + 4 * 4 * 64) + 4 * 256 * 4 * 64
     assert attention_workspace(replace(spec, cap=30.0), torch) == capped + 512 * 2 * 64 * 12 + 2 * 64 * 32 * 2 * 64 * 2
     assert attention_workspace(spec, Machinery(ops="cpu-native", dtype="bfloat16", head_bits=8)) == 0
+
+
+def test_norms_of_what_is_added(tmp_path: Path) -> None:
+    """Both residuals, the product that is normalized, the next norm, and what was multiplied."""
+    shape = Shape(hidden=1024, mlp=128, heads=2, kv_heads=1, head_dim=64)
+    config, scheme = read_scheme(CheckpointIndex.open(make_checkpoint(tmp_path, shape=shape, tokenizer=False)))
+    spec = ModelSpec.from_config(config)
+    layers, card = list(layer_weights(spec, scheme)), Machinery(ops="triton", dtype="float16", head_bits=None)
+    assert activation_bytes(replace(spec, post_norms=True), layers, card) == 2 * (4 * 1024 + 128) + 24
+    assert activation_bytes(spec, layers, card) < 2 * (4 * 1024 + 128)

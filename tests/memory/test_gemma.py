@@ -9,17 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tests.kernels.triton.conftest  # noqa: F401  (chooses the interpreter)
 from appliance.config import EngineConfig
+from appliance.memory.demand import attention_workspace
 from appliance.memory.devices import DeviceInfo
 from appliance.memory.planner import make_plan
+from appliance.memory.study import Study
 from kernels.cpu import backend
 from kernels.ops import Ops, get_ops
 from models.loader import load_model
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
-from quant.errors import InputError
 from tests.memory.published import VARIANTS, fill, linears, write_published
 from tests.models.test_against_transformers import feed
+
+from kernels.triton.ops import make_ops  # isort: skip  (after that conftest has chosen the interpreter)
 
 GIB = 1 << 30
 CPU = DeviceInfo("cpu", "some CPU", 192 * GIB, 190 * GIB)
@@ -79,15 +83,16 @@ def test_every_byte_of_the_published_sizes(tmp_path: Path, name: str, monkeypatc
     assert plan.kv.token_bytes == 2 * layers * spec.kv_heads * size * 2
 
 
-def test_cards_are_refused_by_name(tmp_path: Path) -> None:
-    card = DeviceInfo("cuda", "NVIDIA GeForce RTX 4090", 24564 << 20, 24100 << 20, capability=89)
-    for name in ("gemma-2-2b", "gemma-3-1b"):
-        config = PUBLISHED[name][0]
-        directory = write_published(tmp_path / name, config, "awq")
-        with pytest.raises(
-            InputError, match=f"{config['architectures'][0]} has no kernels for cards yet: --device cpu serves it"
-        ):
-            make_plan(directory, EngineConfig(), card)
+CARD = DeviceInfo("cuda", "NVIDIA GeForce RTX 4090", 24564 << 20, 24100 << 20, capability=89)
+
+
+@pytest.mark.parametrize("name", ["gemma-2-9b", "gemma-3-4b"])
+def test_cards_have_plans(tmp_path: Path, name: str) -> None:
+    config = PUBLISHED[name][0]
+    study = Study.read(write_published(tmp_path, config, "awq"), EngineConfig(max_model_len=4096), CARD)
+    assert study.planned_only == "" and study.plan.tokens > 4096
+    parts = 2 * 192 * 2 * (256 + 1) * 4  # two query heads of 256 and a sum, for each program of an attention that is split
+    assert attention_workspace(study.whole[0], study.whole[2]) == parts <= study.plan.scratch["products"]
 
 
 SMALL = {
@@ -119,6 +124,15 @@ def test_every_format_on_all_operators(
         off = (feed(decoder, IDS, [25, 15]) - expected).square().mean().sqrt() / expected.std()
         rounds = dtype == "bfloat16" or variant == "ct-w8a8"  # activations; the last bit decides where to
         assert off < (0.05 if rounds else 1e-3), (isa, float(off))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", SMALL)
+def test_every_byte_on_a_card(tmp_path: Path, name: str, variant: str) -> None:
+    directory = fill(write_published(tmp_path, SMALL[name], variant), variant)
+    plan = make_plan(directory, EngineConfig(max_model_len=64, lm_head_dtype="model"), CARD)
+    decoder = load(directory, make_ops(torch.device("cpu")), plan.dtype)
+    assert plan.weight_bytes + plan.scratch["positions"] == decoder.nbytes
 
 
 def spread(directory: Path) -> Path:

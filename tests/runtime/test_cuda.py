@@ -10,6 +10,8 @@ import torch
 
 from appliance.config import EngineConfig
 from appliance.runtime.engine import Engine
+from tests.memory.published import fill, write_published
+from tests.memory.test_gemma import SMALL, spread
 from tests.runtime.conftest import answers, submit
 from tests.tiny_model import Shape, make_checkpoint
 
@@ -21,11 +23,13 @@ def load(model: Path, **options: object) -> Engine:
     return Engine.load(EngineConfig(model=str(model), **{**settings, **options}))  # type: ignore[arg-type]
 
 
-def requests() -> list:
+def requests(vocab: int = 256) -> list:
     rng = random.Random(3)
     return [
         submit(
-            f"r{i}", [rng.randrange(3, 256) for _ in range(rng.choice((1, 15, 16, 17, 40, 100)))], max_tokens=rng.randrange(1, 30)
+            f"r{i}",
+            [rng.randrange(3, vocab) for _ in range(rng.choice((1, 15, 16, 17, 40, 100)))],
+            max_tokens=rng.randrange(1, 30),
         )
         for i in range(20)
     ]
@@ -51,6 +55,14 @@ def test_streamed_layers_equal_resident_ones(tmp_path: Path, gib: float) -> None
 def test_first_tokens_are_those_of_the_cpu(tiny: Path) -> None:
     ours = answers(load(tiny, lm_head_dtype="model"), requests())
     exact = answers(load(tiny, device="cpu", dtype="float32", reference_ops=True), requests())
+    assert sum(ours[key][0] == exact[key][0] for key in exact) >= len(exact) - 2
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_first_tokens_of_gemma(name: str, tmp_path: Path) -> None:
+    model, asked = spread(fill(write_published(tmp_path, SMALL[name], "awq"), "awq")), requests(203)
+    ours = answers(load(model, lm_head_dtype="model"), asked)
+    exact = answers(load(model, device="cpu", dtype="float32", reference_ops=True), asked)
     assert sum(ours[key][0] == exact[key][0] for key in exact) >= len(exact) - 2
 
 

@@ -38,6 +38,7 @@ POINTERS = {
     torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5",
 }  # fmt: skip
 HEADS, KV_HEADS, SIZE, HIDDEN, INNER, VOCABULARY = 32, 8, 128, 4096, 14336, 128256  # of an 8B model
+WIDE = 256  # heads of Gemma
 BLOCK_SIZE = 64
 
 
@@ -115,8 +116,8 @@ def weight(N: int, K: int, bits: int, group: int) -> QuantTensor:
     return QuantTensor(packed, empty(-(-K // group), N), None, None, bits, group, K, N)
 
 
-def cache(kind: str) -> KVCache:
-    return KVCache.zeros(1024, BLOCK_SIZE, KV_HEADS, SIZE, dtype=kind, device=META)
+def cache(kind: str, size: int = SIZE) -> KVCache:
+    return KVCache.zeros(1024, BLOCK_SIZE, KV_HEADS, size, dtype=kind, device=META)
 
 
 def step(sequences: int, rows: int, longest: int) -> PagedBatch:
@@ -139,8 +140,8 @@ class Cases:
     def name(self) -> str:
         return {torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
 
-    def cache(self, kind: str) -> KVCache:
-        return cache(str(self.dtype).removeprefix("torch.") if kind == "16 bits" else kind)
+    def cache(self, kind: str, size: int = SIZE) -> KVCache:
+        return cache(str(self.dtype).removeprefix("torch.") if kind == "16 bits" else kind, size)
 
     def products(self) -> Iterator[str]:
         from kernels.triton import matmul, weights
@@ -228,6 +229,35 @@ class Cases:
         kept = self.cache("16 bits")
         rope.rope_store_sums(sums, None, HEADS, kept, batch, angles, dtype=self.dtype, q_norm=heads, k_norm=heads)
 
+    def gemma(self) -> Iterator[str]:
+        """What only Gemma launches: wide heads, a cap, gelu, norms with an offset, norms of what is added."""
+        from kernels.triton import matmul, norm, rope, weights
+        from kernels.triton.attention import attention
+
+        for kind in ("16 bits", *SCALED_CACHES):
+            for rows in (1, 512):
+                yield f"heads of {WIDE}, capped, {self.name}, cache {kind}, {rows} row{'s' * (rows > 1)} a sequence"
+                q, given = empty(rows, 2 * KV_HEADS, WIDE, dtype=self.dtype), {"scale": 0.1, "window": 4096, "cap": 50.0}
+                batch = step(1, rows, 8192)
+                attention(q, self.cache(kind, WIDE), batch, **given, multiprocessors=self.card.multiprocessors)
+        gated = weights.pack(weight(2 * INNER, HIDDEN, 4, 128), dtype=self.dtype, gated=True, gelu=True)
+        for rows in (1, 2048):
+            yield f"GELU and multiply, {self.name}, {rows} row{'s' * (rows > 1)}"
+            matmul.matmul(empty(rows, HIDDEN, dtype=self.dtype), gated, card=self.card)
+        x, gain, parts = (
+            empty(8, HIDDEN, dtype=self.dtype),
+            empty(HIDDEN, dtype=self.dtype),
+            empty(4, 8, HIDDEN, dtype=torch.float32),
+        )
+        yield f"{self.name}, normalized before it is added"
+        norm.rms_norm_add(x, x, gain, eps=1e-6, offset=1.0)
+        yield f"{self.name}, normalized before it is added, of 4 parts"
+        norm.add_rms_norm(parts, x, gain, eps=1e-6, offset=1.0, post=gain)
+        yield f"{self.name}, norms of heads of {WIDE} with an offset, of 4 parts"
+        heads, sums = Norm(empty(WIDE, dtype=self.dtype), 1e-6, 1.0), empty(4, 8, 4 * KV_HEADS * WIDE, dtype=torch.float32)
+        angles, batch, kept = empty(8192, WIDE, dtype=torch.float32), step(8, 1, 8192), self.cache("16 bits", WIDE)
+        rope.rope_store_sums(sums, None, 2 * KV_HEADS, kept, batch, angles, dtype=self.dtype, q_norm=heads, k_norm=heads)
+
     def rest(self) -> Iterator[str]:
         from kernels.triton import copy, sampling
 
@@ -253,7 +283,8 @@ def record(target: int) -> list[Compilation]:
     card = matmul.Card(CARDS[target].multiprocessors, target)
     half, brain = Cases(torch.float16, card), Cases(torch.bfloat16, card)
     some = [half.products, half.fp8, half.attention, half.small, half.rest]
-    for cases in some if target < 80 else [*some, half.rounded, brain.products, brain.fp8, brain.attention]:
+    more = [half.rounded, brain.products, brain.fp8, brain.attention, brain.gemma]
+    for cases in [*some, *([half.gemma] if target < 80 else more)]:
         for title in cases():
             recorder.case = title
     return list(recorder.made.values())

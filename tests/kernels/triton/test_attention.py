@@ -16,9 +16,11 @@ from tests.kernels.paged import make_step
 from tests.kernels.triton.conftest import DEVICE
 from tests.kernels.triton.tensors import DTYPES, held, poison  # noqa: F401
 
-from kernels.triton.attention import attention  # isort: skip  (after the conftest has chosen the interpreter)
+import triton  # isort: skip  (after the conftest has chosen the interpreter)
+import triton.language as tl  # isort: skip
+from kernels.triton.attention import attention  # isort: skip
 from kernels.triton.attention_decode import MAX_SPLITS, decode, split_count  # isort: skip
-from kernels.triton.kv import capability  # isort: skip
+from kernels.triton.kv import capability, capped  # isort: skip
 
 # Shares are rounded to the activations' dtype, which the interpreter does to bfloat16 by cutting off.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2 if DEVICE == "cuda" else 4e-2}
@@ -29,8 +31,17 @@ def to_device(batch: PagedBatch) -> PagedBatch:
     return replace(batch, **{name: getattr(batch, name).to(DEVICE) for name in names})
 
 
-def compare(found: Tensor, q: Tensor, values: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None) -> None:
-    expected = reference.attention(q.float(), values, batch, scale=scale, window=window)
+def compare(
+    found: Tensor,
+    q: Tensor,
+    values: KVCache,
+    batch: PagedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+) -> None:
+    expected = reference.attention(q.float(), values, batch, scale=scale, window=window, cap=cap)
     assert found.shape == q.shape and found.dtype == q.dtype
     torch.testing.assert_close(found.float(), expected, rtol=TOLERANCE[q.dtype], atol=TOLERANCE[q.dtype])
 
@@ -42,6 +53,7 @@ def check(
     dtype: torch.dtype = torch.float16,
     kind: str | None = None,
     window: int | None = None,
+    cap: float | None = None,
     spread: float = 1.0,
     multiprocessors: int = 128,
     **step: object,
@@ -53,8 +65,8 @@ def check(
     size = cache.k.shape[3]
     q = (torch.randn(len(batch.positions), heads, size) * spread).to(dtype).to(DEVICE)
     scale = size**-0.5
-    found = attention(q, small, batch, scale=scale, window=window, multiprocessors=multiprocessors)
-    compare(found, q, values, batch, scale=scale, window=window)
+    found = attention(q, small, batch, scale=scale, window=window, cap=cap, multiprocessors=multiprocessors)
+    compare(found, q, values, batch, scale=scale, window=window, cap=cap)
 
 
 @pytest.mark.parametrize("case", range(24))
@@ -93,6 +105,14 @@ def test_borders_of_blocks_and_tiles(block_size: int, window: int | None) -> Non
 def test_head_sizes(size: int, kind: str | None) -> None:
     for sequences in ([(40, 1), (0, 1), (200, 1)], [(40, 1), (0, 30), (20, 20)]):
         check(sequences, heads=6, head_dim=size, kind=kind)
+
+
+@pytest.mark.parametrize("kind", [None, *SCALED_CACHES])
+@pytest.mark.parametrize(("size", "window", "dtype"), [(256, None, torch.float16), (48, 20, torch.bfloat16)])
+def test_capped_scores(size: int, window: int | None, dtype: torch.dtype, kind: str | None) -> None:
+    """Where the cap bends them; what is not seen stays unseen behind it."""
+    for sequences in ([(140, 1), (0, 1)], [(40, 1), (20, 20)]):
+        check(sequences, heads=2, kv_heads=1, head_dim=size, kind=kind, dtype=dtype, window=window, cap=2.0, spread=4.0)
 
 
 @pytest.mark.parametrize("group", [1, 3, 8, 16, 17])
@@ -243,6 +263,23 @@ def test_huge_scores() -> None:
     """The maximum is subtracted before the exponential, and rows that see nothing of a tile stay as they are."""
     check([(100, 1), (50, 1)], spread=3e4, dtype=torch.float32)
     check([(100, 70)], spread=3e4, dtype=torch.float32, window=3)
+
+
+@triton.jit
+def _capped(x, out, cap, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + place, capped(tl.load(x + place), cap))
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_the_cap_itself() -> None:
+    """A tanh of every size, as exact as a card's exponential is; of what is not finite, too."""
+    sizes = torch.cat([torch.logspace(-30, 38, 2045), torch.tensor([0.0, torch.inf, torch.nan])])
+    y = torch.cat([sizes, -sizes, torch.linspace(-40, 40, 4096)])
+    out = torch.empty_like(y).to(DEVICE)
+    _capped[(8,)]((y * 2.8853900817779268).to(DEVICE), out, 50.0, BLOCK=1024)
+    torch.testing.assert_close(out.cpu().double(), 50 * y.double().tanh(), rtol=0, atol=50 * 6e-7, equal_nan=True)
+    assert out.cpu()[y.abs() > 20].abs().eq(50.0).all()
 
 
 @pytest.mark.parametrize("kind", ["float16", "fp8_e4m3", "int4"])

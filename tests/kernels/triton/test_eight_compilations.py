@@ -31,6 +31,7 @@ def compilation(
         "BN": launch.block_n,
         "GROUP": launch.group,
         "GATED": gated,
+        "GELU": False,
         "ASM": True,
     }
     return Compilation(

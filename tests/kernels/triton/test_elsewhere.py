@@ -12,7 +12,8 @@ import pytest
 from tests.kernels.triton.conftest import INTERPRETED
 
 ROOT = Path(__file__).parents[3]
-FILES = "elementwise norm store rope embedding ops weights matmul many eight fp8 stack stream copy transfer select sampling trial"
+FILES = "elementwise gate norm store rope embedding ops weights matmul many eight fp8 stack stream copy transfer"
+FILES += " select sampling trial"
 
 
 def run(*tests: str) -> subprocess.CompletedProcess[str]:
@@ -46,5 +47,5 @@ def test_right() -> None: silu_mul(torch.zeros(1, 8).to(DEVICE))
 """
     )
     told = run(str(tmp_path / "test_wrong.py")).stdout
-    assert "2 failed, 2 passed" in told and "_silu_mul is given the host's memory: torch.float32 [1, 8]" in told, told
+    assert "2 failed, 2 passed" in told and "_gate_mul is given the host's memory: torch.float32 [1, 8]" in told, told
     assert "some of its tensors are on the card, and some are not" in told

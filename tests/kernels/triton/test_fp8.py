@@ -77,7 +77,7 @@ def many_rows(launch: Launch, whole: bool, gated: bool) -> Compilation:
         "BN": launch.block_n,
         "GROUP": launch.group,
     }
-    constants |= {"GATED": gated, "ASM": True}
+    constants |= {"GATED": gated, "GELU": False, "ASM": True}
     odd, targets = ("M", "tiles"), (89, 90, 120)
     return Compilation("kernels.triton.fp8:product", types, constants, launch.warps, launch.stages, odd=odd, targets=targets)
 

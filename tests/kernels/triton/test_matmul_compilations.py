@@ -12,7 +12,14 @@ INTEGERS = ("M", "N", "K", "padded", "tiles", "x_stride")
 
 
 def compilation(
-    bits: int, dtype: str, launch: Launch, *, slices: int = 1, gated: bool = False, targets: tuple[int, ...] = TARGETS
+    bits: int,
+    dtype: str,
+    launch: Launch,
+    *,
+    slices: int = 1,
+    gated: bool = False,
+    gelu: bool = False,
+    targets: tuple[int, ...] = TARGETS,
 ) -> Compilation:
     """Split over the inputs where the launch is: float32 out, no epilogue."""
     if launch.slab:
@@ -39,6 +46,7 @@ def compilation(
             "GROUP": launch.group,
             "HALF": launch.half,
             "GATED": gated,
+            "GELU": gelu,
             "ADDEND": "tl.float16" if dtype == "fp16" else "tl.bfloat16",
         }
         types, constants = (types | {"back": "*fp32"}, constants) if launch.half else (types, constants | {"back": None})
@@ -85,7 +93,7 @@ def test_every_launch_fits_every_card(bits: int) -> None:
 def test_large_tiles() -> None:
     """Enough instructions besides those of the tensor cores to keep these busy; on a card with wgmma they are that."""
     wanted = [
-        compilation(bits, "bf16", launch, gated=gated, targets=(target,))
+        compilation(bits, "bf16", launch, gated=gated, gelu=gated and bits == 8, targets=(target,))
         for bits in (4, 8)
         for gated in (False, True)
         for target in (89, 90)

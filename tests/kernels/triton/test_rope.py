@@ -40,8 +40,8 @@ def angles(rotary: int, positions: int = 64) -> Tensor:
     return torch.cat([turn.cos(), turn.sin()], dim=1).to(DEVICE)
 
 
-def norms(size: int, dtype: torch.dtype, names: str = "qk") -> dict[str, Norm]:
-    return {f"{n}_norm": Norm(draw(size, dtype=dtype), 1e-5 if n == "q" else 1e-3) for n in names}
+def norms(size: int, dtype: torch.dtype, names: str = "qk", offset: float = 0.0) -> dict[str, Norm]:
+    return {f"{n}_norm": Norm(draw(size, dtype=dtype), 1e-5 if n == "q" else 1e-3, offset) for n in names}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,6 +62,20 @@ def test_rope_store(size: int, rotary: int, normed: str, dtype: torch.dtype) -> 
     written = slice(3, 3 + heads * size)
     before[:, written] = wide[:, written]
     assert torch.equal(wide, before)  # nothing beside q
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("size", "rotary"), [(256, 256), (18, 4)])
+def test_norms_with_an_offset(size: int, rotary: int, dtype: torch.dtype) -> None:
+    """Of queries and keys, or of queries alone."""
+    batch, cache = step([(5, 1), (0, 1)], kv_heads=2, head_dim=size, dtype=dtype)
+    table, q = angles(rotary), draw(size, dtype=dtype)
+    for given in (norms(size, dtype, offset=1.0), {"q_norm": Norm(q, 1e-6, 1.0), "k_norm": Norm(q, 1e-6)}):
+        other, qkv = clone(cache), draw(2, 8 * size, dtype=dtype)
+        expected = reference.rope_store(qkv.clone(), 4, other, batch, table, **given)
+        close(rope.rope_store(qkv, 4, cache, batch, table, **given), expected, dtype)
+        close(cache.k, other.k, dtype)
+        close(cache.v, other.v, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -174,7 +188,7 @@ def test_what_does_not_fit() -> None:
 
 
 def compilation(
-    dtype: str, cache: str, *, size: int, rotary: int, normed: bool, splits: int = 1, bias: bool = False
+    dtype: str, cache: str, *, size: int, rotary: int, normed: bool, splits: int = 1, bias: bool = False, offset: float = 0.0
 ) -> Compilation:
     shape = rope.tile(32, rotary // 2, size - rotary, rope.TILE if splits == 1 else rope.PARTED_TILE)
     warps = shape.pop("num_warps")
@@ -191,7 +205,7 @@ def compilation(
     types |= {"cos_sin": "*fp32", "q_eps": "fp32", "k_eps": "fp32"}
     types |= {f"{n}_stride": "i32" for n in ("qkv", "split", "q", "block", "token", "head", "scale_block", "scale_token")}
     constants: dict[str, Any] = {"HEADS": 32, "KV_HEADS": 8, "BLOCK_SIZE": 16, "HALF": rotary // 2, "REST": size - rotary}
-    constants |= {"CODE": code, "SPLITS": splits, **shape}
+    constants |= {"CODE": code, "SPLITS": splits, "Q_OFFSET": offset, "K_OFFSET": offset, **shape}
     optional = {"q_weight": f"*{dtype}" if normed else None, "k_weight": f"*{dtype}" if normed else None}
     optional |= {"bias": "*fp32" if bias else None}
     optional |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*i32" if code == "int4" else "*fp32" if code else None)
@@ -213,5 +227,6 @@ def test_compilations() -> None:
     wanted.append(compilation("bf16", "e5m2", size=80, rotary=80, normed=False))
     wanted.append(compilation("bf16", "e4m3", size=96, rotary=32, normed=True, splits=4))
     wanted.append(compilation("bf16", "int4", size=96, rotary=32, normed=True, splits=4))
+    wanted.append(compilation("bf16", "e4m3", size=256, rotary=256, normed=True, splits=4, offset=1.0))
     for report in compile_all(wanted, loops=False):
         assert report.fits and report.stack == 0, report
