@@ -132,11 +132,11 @@ def test_what_is_out_of_the_ordinary_is_not_taken() -> None:
 
 def test_silence_counts_from_the_latest_token(served: Served, sent: list[Delta], monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that goes the short way is no silent one."""
-    monkeypatch.setattr(respond, "OPENAI", replace(respond.OPENAI, quiet_s=0.3))
-    served.client.delay_s = 0.1
+    monkeypatch.setattr(respond, "OPENAI", replace(respond.OPENAI, quiet_s=0.5))
+    served.client.delay_s = 0.05
     try:
         begun = time.monotonic()
-        found = stream(served, "/v1/completions", {"prompt": TEXT, "max_tokens": 12})
+        found = stream(served, "/v1/completions", {"prompt": TEXT, "max_tokens": 24, "ignore_eos": True})
     finally:
         served.client.delay_s = 0.0
     assert time.monotonic() - begun > 1.0 and len(sent) >= 8
