@@ -91,8 +91,8 @@ def choose_experts(
     block_m = 8 if rows <= 8 else 16 if pairs <= 8 * experts else 32 if pairs <= 32 * experts else 64
     block_n, warps = TILE, 8 if block_m == 64 and not tall(capability) else 4
     stages = 4 if block_m <= 16 and kind.startswith("w4") else 3
-    if capability < AMPERE and block_m > 16:  # as in _few
-        block_n, warps = 64 if block_m == 64 else TILE, 8
+    if capability < AMPERE and block_m > 16:  # as in _few: what is under way waits in registers
+        block_m, block_n, warps = 32, 64, 8
     blocks, split = triton_expert_blocks(rows, experts, active, block_m), 1
     if block_m <= 16 and blocks * -(-outputs // TILE) < 2 * multiprocessors:
         block_n, warps = 64, 2

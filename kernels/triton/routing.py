@@ -22,7 +22,9 @@ from torch import Tensor
 
 from kernels.layout import TRITON_ROUTE_PARTS, triton_expert_blocks
 from kernels.triton.argmax import LAST, LOWEST, ordered
+from kernels.triton.kv import capability
 from kernels.triton.tiled import _dot
+from kernels.tune import AMPERE
 
 FEW = 16  # tokens, for which the router's product is cut
 INPUTS = 128  # of a product at a time
@@ -42,7 +44,10 @@ def logits(x: Tensor, router: Tensor) -> Tensor:
     """float32 [parts, T, E], to be added up, of x [T, K] (rows contiguous) and a router [E, K] in its dtype."""
     rows, (experts, inputs) = x.shape[0], router.shape
     few = rows <= FEW
-    block, parts = 16 if few else 64, min(TRITON_ROUTE_PARTS, triton.cdiv(inputs, INPUTS)) if few else 1
+    parts = min(TRITON_ROUTE_PARTS, triton.cdiv(inputs, INPUTS)) if few else 1
+    block, deep, warps, stages = (16, INPUTS, 1, 4) if few else (64, INPUTS // 2, 4, 3)
+    if 0 < capability(x.device) < AMPERE:  # products in plain arithmetic, from registers
+        block, deep, warps = 16, 32, 4
     out = torch.empty((parts, rows, experts), dtype=torch.float32, device=x.device)
     _logits[(triton.cdiv(rows, block), triton.cdiv(experts, block), parts)](
         x,
@@ -54,10 +59,10 @@ def logits(x: Tensor, router: Tensor) -> Tensor:
         x.stride(0),
         EVEN=inputs % INPUTS == 0,
         BLOCK=block,
-        BK=INPUTS if few else INPUTS // 2,
+        BK=deep,
         ASM=x.is_cuda,
-        num_warps=1 if few else 4,
-        num_stages=4 if few else 3,
+        num_warps=warps,
+        num_stages=stages,
     )
     return out
 

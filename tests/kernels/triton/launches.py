@@ -264,12 +264,13 @@ class Cases:
 
 def record(target: int) -> list[Compilation]:
     """The launches of all cases, in this process, which is of no other use afterwards: a card is imitated from here on."""
-    from kernels.triton import attention, experts, matmul
+    from kernels.triton import attention, experts, matmul, routing
 
     recorder = Recorder(target)
     JITFunction.run = lambda kernel, *args, **given: recorder.run(kernel, *args, **given)
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment, misc]
-    attention.capability = matmul.capability = experts.capability = lambda device: target
+    for module in (attention, matmul, experts, routing):
+        module.capability = lambda device: target  # type: ignore[attr-defined]
     card = matmul.Card(CARDS[target].multiprocessors, target)
     half, brain = Cases(torch.float16, card), Cases(torch.bfloat16, card)
     some = [half.products, half.experts, half.fp8, half.attention, half.small, half.rest]
