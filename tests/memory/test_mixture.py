@@ -25,19 +25,10 @@ from models.spec import ModelSpec
 from quant.errors import InputError
 from quant.headers import CheckpointIndex
 from quant.scheme import QuantScheme, read_scheme
-from tests.memory.published import VARIANTS, fill, write_published
+from tests.memory.published import MIXTRAL, SMALL, VARIANTS, fill, write_published
 from tests.memory.test_planner import compare, kind  # noqa: F401
 
 GIB = 1 << 30
-SMALL: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 256, "intermediate_size": 640, "moe_intermediate_size": 128,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 300,
-    "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "hidden_act": "silu", "torch_dtype": "bfloat16",
-    "tie_word_embeddings": False, "num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True,
-}  # fmt: skip
-MIXTRAL = {key: value for key, value in SMALL.items() if key not in ("num_experts", "moe_intermediate_size")} | {
-    "architectures": ["MixtralForCausalLM"], "num_local_experts": 5, "num_experts_per_tok": 2,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

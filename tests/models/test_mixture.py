@@ -22,8 +22,7 @@ from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
 from tests.kernels.native import instruction_sets
-from tests.memory.published import VARIANTS, fill, write_published
-from tests.memory.test_mixture import MIXTRAL, SMALL
+from tests.memory.published import MIXTRAL, SMALL, VARIANTS, fill, livelier, write_published
 from tests.models.test_against_transformers import feed
 from tests.models.test_bind import make_ops
 
@@ -48,20 +47,6 @@ def load(folder: Path, ops: Ops, dtype: torch.dtype = torch.float32) -> Decoder:
 
 def logits(decoder: Decoder, chunks: list[int] | None = None) -> torch.Tensor:
     return feed(decoder, IDS, chunks or [len(IDS)])
-
-
-def livelier(folder: Path) -> Path:
-    """Norms about 1, and routers that tell experts apart: random scales alone give shares that hardly differ."""
-    tensors, rng = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(5)
-    for name, tensor in tensors.items():
-        if name.endswith("norm.weight"):
-            tensors[name] = (1 + 0.1 * torch.randn(tensor.shape, generator=rng)).to(tensor.dtype)
-        elif name.endswith((".gate.weight", "embed_tokens.weight", "lm_head.weight")):
-            tensors[name] = (0.2 * torch.randn(tensor.shape, generator=rng)).to(tensor.dtype)
-        elif name.endswith(".weight") and tensor.dtype == torch.bfloat16:
-            tensors[name] = (0.06 * torch.randn(tensor.shape, generator=rng)).to(tensor.dtype)
-    save_file(tensors, folder / "model.safetensors")
-    return folder
 
 
 def written_dense(folder: Path, to: Path) -> Path:

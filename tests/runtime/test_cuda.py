@@ -10,6 +10,7 @@ import torch
 
 from appliance.config import EngineConfig
 from appliance.runtime.engine import Engine
+from tests.memory.published import SMALL, fill, livelier, write_published
 from tests.runtime.conftest import answers, submit
 from tests.tiny_model import Shape, make_checkpoint
 
@@ -46,6 +47,20 @@ def test_streamed_layers_equal_resident_ones(tmp_path: Path, gib: float) -> None
     found = answers(streamed, requests())
     streamed.reset_prefix_cache()  # a chunk that begins later has fewer rows, of which tiles round otherwise
     assert found == answers(streamed, requests()) == answers(load(deep, enforce_eager=True), requests())
+
+
+def test_a_mixture_of_experts(tmp_path: Path) -> None:
+    """Recorded, launched, with its layers in host memory, and the reference's first tokens."""
+    mixture = livelier(fill(write_published(tmp_path, {**SMALL, "max_position_embeddings": 256}, "awq"), "awq"))
+    given = {"skip_tokenizer_init": True, "lm_head_dtype": "model"}
+    recorded, launched = (
+        answers(load(mixture, **given), requests()),
+        answers(load(mixture, enforce_eager=True, **given), requests()),
+    )
+    assert sum(recorded[key] == launched[key] for key in launched) >= len(launched) - 2
+    assert answers(load(mixture, cpu_offload_gb=1.0, **given), requests()) == launched
+    exact = answers(load(mixture, device="cpu", dtype="float32", reference_ops=True, **given), requests())
+    assert sum(recorded[key][0] == exact[key][0] for key in exact) >= len(exact) - 2
 
 
 def test_first_tokens_are_those_of_the_cpu(tiny: Path) -> None:

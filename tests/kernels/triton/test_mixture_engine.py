@@ -19,9 +19,7 @@ from models.spec import ModelSpec
 from quant.headers import CheckpointIndex
 from quant.scheme import read_scheme
 from tests.kernels.triton.conftest import DEVICE, INTERPRETED
-from tests.memory.published import fill, write_published
-from tests.memory.test_mixture import MIXTRAL, SMALL
-from tests.models.test_mixture import livelier
+from tests.memory.published import MIXTRAL, SMALL, fill, livelier, write_published
 from tests.runtime.conftest import answers, submit
 
 from kernels.triton import ops, stream  # isort: skip  (after the conftest has chosen the interpreter)
