@@ -91,12 +91,14 @@ def mix(x: Tensor, mixture: Mixture, *, norm: Norm, card: Card = UNKNOWN) -> Ten
 
 
 def mixed_parts(x: Tensor, mixture: Mixture, *, card: Card = UNKNOWN) -> Tensor:
-    """float32 [parts, T, hidden]: added in order, what the experts make of x [T, hidden], normalized, rows contiguous; T > 0.
+    """float32 [parts, T, hidden]: added in order, what the experts make of x [T, hidden], normalized, rows contiguous.
 
     TypeError as in ``mix``.
     """
     gate_up, down = _joined(mixture)
     tokens, active = x.shape[0], mixture.active
+    if not tokens:
+        return torch.empty((active, 0, down.N), dtype=torch.float32, device=x.device)
     launches = [_launch(x, one, mixture, card) for one in (gate_up, down)]
     routes = route(_logits(x, mixture.router, card), active, mixture.normalized, launches[0].block_m)
     inner = torch.empty((tokens * active, gate_up.N), dtype=x.dtype, device=x.device)

@@ -244,4 +244,4 @@ def test_nothing() -> None:
     ops = make_ops(torch.device(DEVICE))
     mixture = mixture_of(ops, torch.randn(2, HIDDEN), random_experts(2, "dense", torch.float16), torch.float16, 1, True)
     x, norm = torch.empty(0, HIDDEN, dtype=torch.float16, device=DEVICE), Norm(torch.ones(HIDDEN).half().to(DEVICE), 1e-5)
-    assert ops.mix(x, mixture, norm=norm).shape == (0, HIDDEN)
+    assert ops.mix(x, mixture, norm=norm).shape == (0, HIDDEN) and experts.mixed_parts(x, mixture).shape == (1, 0, HIDDEN)
