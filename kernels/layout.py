@@ -24,6 +24,8 @@ TRITON_SPLIT_ROWS = 8 * 32
 """Parts, times rows, of a product in Triton that is split over its inputs, at most."""
 TRITON_SPLIT_OUTPUTS = 2 * 192 * TILE
 """Weights with so many outputs are not split: their tiles fill twice the multiprocessors that any card has (kernels/tune.py)."""
+TRITON_ROUTE_PARTS = 4
+"""Parts of a router's product in Triton, at most."""
 TILE_QUERIES, WIDEN, GATHER, TOGETHER = 256, 512, 64, 8
 """Attention of torch's operators: queries at a time, quantized keys widened at a time, scattered blocks gathered at a time, and
 partial results that exist at a time (kernels/cpu/paged_attention.py)."""
@@ -138,6 +140,21 @@ def triton_slab_nbytes(inputs: int) -> int:
     """Bytes of that workspace, at most, for weights of so many inputs."""
     outputs, across = triton_slab(1 << 40, inputs)
     return 2 * outputs * across
+
+
+def triton_expert_blocks(tokens: int, experts: int, active: int, rows: int) -> int:
+    """How many blocks of at most ``rows`` pairs, each of one expert, are enough for any choice (kernels/triton/routing.py)."""
+    pairs = tokens * active
+    return min(pairs, experts) + (0 if tokens <= rows else pairs // rows)
+
+
+def triton_mixture_nbytes(hidden: int, inner: int, item_size: int, *, experts: int, active: int) -> int:
+    """Bytes of a token in a mixture of experts of the Triton kernels, beside its input: at most, all counted together.
+
+    The router's logits; for each expert it goes to its share, its places and its blocks (12 bytes for each of three numbers, and
+    one for 16 rows), what comes out of gate and up, and its part of the sum. Parts of products that are split are not among them.
+    """
+    return 4 * TRITON_ROUTE_PARTS * experts + active * (25 + inner * item_size + 4 * hidden)
 
 
 def scale_unit(K: int, group_size: int, dtype: str) -> int:

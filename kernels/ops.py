@@ -6,7 +6,7 @@ Hq query heads, Hkv key/value heads, D head size, V vocabulary, B blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -94,7 +94,7 @@ class Mixture:
     """MLPs of which a router gives each token a few: their sum, weighted with the router's shares."""
 
     router: Weight  # [experts, hidden]
-    experts: tuple[MLP, ...]
+    experts: tuple[MLP, ...]  # or one, whose weights have all of them (Ops.join_experts)
     active: int  # experts that a token goes through
     normalized: bool  # whether the shares of these are made to add up to 1
 
@@ -231,6 +231,14 @@ class Mix(Protocol):
         """
 
 
+class JoinExperts(Protocol):
+    def __call__(self, experts: Iterable[MLP], count: int) -> tuple[MLP, ...]:
+        """``count`` experts, packed with activation "bf16", as ``mix`` wants them: each is dropped before the next is asked for.
+
+        TypeError for what cannot be joined, which the memory plan refuses before.
+        """
+
+
 class Attention(Protocol):
     def __call__(
         self,
@@ -327,10 +335,11 @@ class Ops:
     rope_store: RopeStore
     attention: Attention
     silu_mul: GateMul
+    mix: Mix
     argmax: ArgMax
     kth_largest: KthLargest
     gelu_mul: GateMul | None = None
-    mix: Mix | None = None  # None: these operators have no mixture of experts
+    join_experts: JoinExperts | None = None  # None: each expert stays a weight of its own
     bind: Bind | None = None
     sample: Sample | None = None  # None: tokens are drawn on the host
     pack_table: Pack | None = None  # for an embedding alone; None: rows can be looked up in what ``pack`` makes of integers

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from kernels.configs import Launch, table, tables
-from kernels.layout import TRITON_SPLIT_OUTPUTS, TRITON_SPLIT_ROWS
+from kernels.layout import TRITON_SPLIT_OUTPUTS, TRITON_SPLIT_ROWS, triton_expert_blocks
 
-__all__ = ["AMPERE", "MULTIPROCESSORS", "Launch", "choices", "choose"]
+__all__ = ["AMPERE", "MULTIPROCESSORS", "Launch", "choices", "choose", "choose_experts"]
 
 MULTIPROCESSORS = 128  # of a card about which nothing was said
 TILE = 128
@@ -67,6 +67,39 @@ def _few(rows: int, outputs: int, inputs: int, kind: str, multiprocessors: int, 
         block_n, warps = 64 if block_m == 64 else TILE, 8
     programs, enough = -(-outputs // block_n) * -(-rows // block_m), multiprocessors if block_m == 64 else 2 * multiprocessors
     return Launch(block_m, block_n, parts(rows, outputs, inputs, programs, enough), warps, stages)
+
+
+def choose_experts(
+    *,
+    rows: int,
+    experts: int,
+    active: int,
+    outputs: int,
+    inputs: int,
+    kind: str,
+    gated: bool,
+    multiprocessors: int = MULTIPROCESSORS,
+    capability: int = AMPERE,
+) -> Launch:
+    """For ``rows`` tokens that go to ``active`` of so many weights [outputs, inputs] each (kernels/triton/experts.py).
+
+    It changes with powers of two of the rows alone. Tiles have about as many rows as come to an expert in the mean, and the same
+    for both products; they are narrower, and not gated ones split, where else the card would not be filled twice.
+    """
+    rows = 1 << (rows - 1).bit_length()
+    pairs = rows * active
+    block_m = 8 if rows <= 8 else 16 if pairs <= 8 * experts else 32 if pairs <= 32 * experts else 64
+    block_n, warps = TILE, 8 if block_m == 64 and not tall(capability) else 4
+    stages = 4 if block_m <= 16 and kind.startswith("w4") else 3
+    if capability < AMPERE and block_m > 16:  # as in _few: what is under way waits in registers
+        block_m, block_n, warps = 32, 64, 8
+    blocks, split = triton_expert_blocks(rows, experts, active, block_m), 1
+    if block_m <= 16 and blocks * -(-outputs // TILE) < 2 * multiprocessors:
+        block_n, warps = 64, 2
+    most = min(MAX_SPLIT, max(1, inputs // (2 * TILE)), TRITON_SPLIT_ROWS // pairs)
+    while not gated and 2 * split <= most and blocks * -(-outputs // block_n) * split < 2 * multiprocessors:
+        split *= 2
+    return Launch(block_m, block_n, split, warps, stages)
 
 
 def parts(rows: int, outputs: int, inputs: int, programs: int, enough: int) -> int:

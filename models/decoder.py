@@ -116,9 +116,9 @@ class Decoder:
     def _mlp(self, layer: Layer, hidden: Tensor) -> Tensor:
         """[T, hidden] after the MLP, or the mixture of experts."""
         ops, norm = self.ops, self._norm(layer.post_norm)
-        if isinstance(layer.mlp, Mixture) and ops.mix is not None:
+        if isinstance(layer.mlp, Mixture):
             return ops.mix(hidden, layer.mlp, norm=norm)
-        mlp, multiply = layer.only_mlp, ops.gelu_mul if self.spec.gelu else ops.silu_mul
+        mlp, multiply = layer.mlp, ops.gelu_mul if self.spec.gelu else ops.silu_mul
         assert multiply is not None  # the planner refuses such models where operators have none
         return self._add(gated(ops.matmul, multiply, hidden, mlp.gate_up, norm), mlp.down, layer.mlp_norm, hidden)
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -241,15 +242,22 @@ class _Loader:
         return self._gated([gate, up], down)
 
     def _mixture(self, prefix: str) -> Mixture:
-        """Expert by expert: one is laid out before the next is read."""
+        """Expert by expert: one is laid out (and in its place among the others, if they are joined) before the next is read."""
         mixture = self.spec.mixture
         assert mixture is not None
         router = self._pack(self._read(prefix, f"{mixture.name}.gate"))
-        experts = []
-        for number in range(mixture.experts):
-            gate, up, down = (self._read(prefix, f"{mixture.name}.experts.{number}.{part}") for part in mixture.expert)
-            experts.append(self._gated([gate, up], down))
-        return Mixture(router, tuple(experts), mixture.active, mixture.normalized)
+        names, join = (f"{mixture.name}.experts.{number}" for number in range(mixture.experts)), self.ops.join_experts
+        if join is None:
+            experts = tuple(self._expert(prefix, name, mixture.expert) for name in names)
+        else:
+            exact = copy(self)
+            exact.activation = "bf16"
+            experts = join((exact._expert(prefix, name, mixture.expert) for name in names), mixture.experts)
+        return Mixture(router, experts, mixture.active, mixture.normalized)
+
+    def _expert(self, prefix: str, name: str, parts: Sequence[str]) -> MLP:
+        gate, up, down = (self._read(prefix, f"{name}.{part}") for part in parts)
+        return self._gated([gate, up], down)
 
     def _gated(self, gate_up: list[Part], down: Part) -> MLP:
         weight, bias = down

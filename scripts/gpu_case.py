@@ -20,6 +20,7 @@ import torch
 from gpu_attention import KINDS, decode, prefill
 from gpu_bench import Bench, limits, products, rounded, words_of
 from gpu_children import SILENT_S, own_folders
+from gpu_experts import experts
 from gpu_small import kernels
 
 Row = dict[str, Any]
@@ -38,6 +39,7 @@ def cases(small: bool, bfloat: bool) -> dict[str, Case]:
             "rounded": lambda bench, ops: rounded(bench, ops, HALF, (3,)),
             "decode": lambda bench, ops: decodes(bench, ops, HALF, ((1, 40), (2, 33)), ((2, 33),)),
             "prefill": lambda bench, ops: prefills(bench, ops, HALF, ((1, 20, 20), (1, 40, 7)), ((1, 20, 20),)),
+            "experts": lambda bench, ops: experts(bench, ops, HALF, (1, 3)),
             "small kernels": lambda bench, ops: kernels(bench, ops, HALF),
         }
     main = BFLOAT if bfloat else HALF
@@ -45,6 +47,7 @@ def cases(small: bool, bfloat: bool) -> dict[str, Case]:
         "products": lambda bench, ops: products(bench, ops, main, ROWS),
         "decode": lambda bench, ops: decodes(bench, ops, main, CONTEXTS, CONTEXTS[::2]),
         "prefill": lambda bench, ops: prefills(bench, ops, main, PROMPTS, PROMPTS[:1]),
+        "experts": lambda bench, ops: experts(bench, ops, main, (1, 16, 128, 2048)),
         "small kernels": lambda bench, ops: kernels(bench, ops, main),
         "rounded": lambda bench, ops: rounded(bench, ops, main, FEW),
     }

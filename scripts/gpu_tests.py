@@ -14,7 +14,7 @@ from typing import Any
 from gpu_children import ROOT, Child
 
 TESTS = {"kernels": ["tests/kernels/triton/test_*.py"], "engine": ["tests/runtime/test_cuda.py", "tests/runtime/test_startup.py"]}
-WITHOUT_A_CARD = ("compilations", "kernel_report", "emulated", "elsewhere")
+WITHOUT_A_CARD = ("compilations", "kernel_report", "emulated", "elsewhere", "mixture_engine")
 """Tests that need none, and run in every change's checks."""
 LONG = {"test_attention.py": 4, "test_cuda.py": 3, "test_many.py": 2, "test_matmul.py": 2, "test_norm.py": 2, "test_stack.py": 2}
 """Files in so many parts, begun before the others: those that compile about a hundred kernels or more."""

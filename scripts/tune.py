@@ -74,7 +74,7 @@ def of_checkpoint(directory: Path) -> Iterator[Shape]:
     spec = ModelSpec.from_config(config)
     dtype = "fp16" if spec.dtype == "float16" else "bf16"
     for one in layer_weights(spec, scheme):
-        if one.kind == "int":
+        if one.kind == "int" and one.module.part != "experts":  # whose launches are no tables'
             yield Shape(one.module.N, one.module.K, one.stored.bits, one.gated, dtype)
     yield Shape(spec.vocab, spec.hidden, 8, False, dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from appliance.memory.experts import check_experts
 from appliance.memory.loading import NOTHING, Loading, loading
 from appliance.memory.modules import NATIVE, Loaded, Machinery, ends, parents
 from appliance.memory.offload import streamed_parts
@@ -51,6 +52,8 @@ class Demand:
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, *, model: str) -> Demand:
         """The demand of a model whose every module has the shape and the scheme that the config and the headers state."""
         size, last, alike = ITEM_SIZE[machinery.dtype], ends(spec, scheme, machinery), parents(spec, scheme)
+        if machinery.ops == "triton":
+            check_experts(spec, scheme, machinery, model)
         attention = attention_workspace(spec, machinery)
         weights = {"embedding": last.embedding_bytes}
         for parent in alike:
@@ -93,7 +96,9 @@ def product_workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Mac
     """
     dtype, quantized = machinery.dtype, [one for one in weights if one.kind != "dense"]
     if machinery.ops == "triton":
+        quantized = [one for one in quantized if one.module.part != "experts"]
         narrow = [one.module.N for one in quantized if one.module.N < layout.TRITON_SPLIT_OUTPUTS]
+        narrow += [spec.hidden] if spec.mixture is not None else []  # the experts' sums
         split = layout.TRITON_SPLIT_ROWS * 4 * max(narrow, default=0)
         return max(split, max((layout.triton_slab_nbytes(one.module.K) for one in quantized), default=0))
     if machinery.ops == "cpu":
@@ -145,7 +150,8 @@ def activation_bytes(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machi
         return _native_activations(spec, layers, ITEM_SIZE[machinery.dtype]) + 24
     found = _torch_activations(spec, layers, machinery)
     if machinery.ops == "triton":
-        found += _rounded(layers, machinery) + (0 if _gated_in_tiles(layers, machinery) else 8 * spec.intermediate)
+        found += _rounded(layers, machinery)
+        found += 0 if spec.mixture is not None or _gated_in_tiles(layers, machinery) else 8 * spec.intermediate
         if spec.post_norms:  # a product that is normalized before it is added, beside both residuals and the next norm
             found = max(found, (4 * spec.hidden + max(spec.q_size, spec.intermediate)) * ITEM_SIZE[machinery.dtype])
     return found + 24
@@ -212,5 +218,9 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
     attention = (2 * qkv + spec.q_size) * size + max(8 * spec.q_size, (hidden + qkv) * product)
     slab = min(2 * inner, layout.slab_rows(hidden, size)) * size
     mlp = max(3 * inner * size, 2 * inner * (size + product) + slab + hidden * product)
-    mlp += 0 if spec.mixture is None else _mixed(spec, spec.mixture, size)
+    if spec.mixture is not None and machinery.ops == "triton":
+        counts = {"experts": spec.mixture.experts, "active": spec.mixture.active}
+        mlp = layout.triton_mixture_nbytes(hidden, inner, size, **counts) + 2 * hidden * size  # the sum, and its norm
+    elif spec.mixture is not None:
+        mlp += _mixed(spec, spec.mixture, size)
     return 2 * hidden * size + max(attention, mlp)

@@ -91,7 +91,7 @@ def loading(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Loadi
     last = ends(spec, scheme, machinery)
     both = [(parent.published, parent.joined) for parent in parents(spec, scheme)]
     if machinery.ops == "triton":
-        device = max(_on_card(one, machinery) for _, weights in both for one in weights)
+        device = max(max(_on_card(one, machinery) for one in weights) + _beside(weights, machinery) for _, weights in both)
         host = max(max(_reading(published), _read(published) + max(map(_joined, weights))) for published, weights in both)
         kept = last.embedding_bytes + last.head_bytes
         table, head = (_host_end(*one, spec) for one in _ends(spec, scheme, last))
@@ -183,6 +183,11 @@ def _pack_extra(one: Loaded, machinery: Machinery) -> int:
 def _on_card(one: Loaded, machinery: Machinery) -> int:
     """On a card, beside what it becomes: its canonical form and what laying it out takes; of a dense one, one copy."""
     return _canonical(one) + (0 if one.kind == "dense" else _pack_extra(one, machinery))
+
+
+def _beside(weights: Sequence[Loaded], machinery: Machinery) -> int:
+    """What an expert becomes, until it is copied to its place among the others."""
+    return sum(one.nbytes(machinery) for one in weights if one.module.part == "experts")
 
 
 def _ends(spec: ModelSpec, scheme: QuantScheme, last: Ends) -> list[tuple[Loaded, int, Loaded]]:

@@ -95,10 +95,14 @@ def streamed_parts(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -
     Their sum, with the padding between them, is what has to be brought. Norms, biases and permutations stay.
     """
     found: list[dict[str, int]] = [{"padding": 0} for _ in range(spec.layers)]
+    tensors: dict[tuple[int, str], int] = {}
     for one in layer_weights(spec, scheme):
-        layer, size = found[int(one.module.name.split(".")[2])], _moving(one).nbytes(machinery)
-        layer[one.module.part] = layer.get(one.module.part, 0) + size
-        layer["padding"] += padded(size, STREAM_ALIGN) - size
+        number, size, part = int(one.module.name.split(".")[2]), _moving(one).nbytes(machinery), one.module.part
+        found[number][part] = found[number].get(part, 0) + size
+        name = one.slot if part == "experts" else one.module.name  # all experts' are joined
+        tensors[number, name] = tensors.get((number, name), 0) + size
+    for (number, _), size in tensors.items():
+        found[number]["padding"] += padded(size, STREAM_ALIGN) - size
     return tuple(found)
 
 

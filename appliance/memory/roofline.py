@@ -27,6 +27,7 @@ H200's bandwidth in gate and up, 60 % instead of 70 of its rate in prompts."""
 PREFILL, PREFILL_ATTENTION = 0.70, 0.50  # share of the rate
 CAUTION = 0.8  # the low end of a range: this much of every share, and launches twice as long
 LAUNCHES, ENDS, LAUNCH_S = 10, 8, 1e-6  # a layer, beside the layers, and the pause between two in a recorded step
+ROUTING = 2  # launches of a layer more than these, where there is a mixture of experts
 
 Shares = Mapping[str, Mapping[int, float]]
 
@@ -76,6 +77,11 @@ class Work:
         return tuple((slot, nbytes, one) for slot, nbytes, one, count in self.kinds for _ in range(count))
 
     @property
+    def launches(self) -> int:
+        """Of a decode step."""
+        return (LAUNCHES + (ROUTING if self.chosen != (1, 1) else 0)) * self.layers + ENDS
+
+    @property
     def weight_bytes(self) -> int:
         return sum(nbytes * count for _, nbytes, _, count in self.kinds)
 
@@ -118,7 +124,7 @@ class Work:
             total += count * seconds / reached
         reached = 1.0 if shares is None else share * at_rows(shares[ATTENTION], sequences)
         total += sequences * self.seen(context) * token_bytes / limits.bandwidth / reached
-        return total if shares is None else total + (LAUNCHES * self.layers + ENDS) * pause
+        return total if shares is None else total + self.launches * pause
 
     def prefill_ops(self, prompt: int) -> tuple[float, float]:
         """(of products, of attention) for one prompt: every pair of a query and a key that it sees. The head sees one token."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from appliance.memory.cards import Card
 from appliance.memory.offload import LINK_SHARE
 from appliance.memory.plan import MemoryPlan
-from appliance.memory.roofline import CAUTION, ENDS, LAUNCH_S, LAUNCHES, TARGETS, Limits, Work, reach
+from appliance.memory.roofline import CAUTION, LAUNCH_S, TARGETS, Limits, Work, reach
 
 HOST_S = 0.3e-3
 """What the host works on a step that is recorded, at most: it prepares the next one meanwhile, so that the longer of both counts.
@@ -70,7 +70,7 @@ def _host(plan: MemoryPlan, work: Work, share: float | None, *, recorded: bool =
     """Seconds that the host works on a step."""
     if share is None:
         return 0.0
-    return (HOST_S if recorded and plan.graphs else (LAUNCHES * work.layers + ENDS) * LAUNCH_HOST_S) / share
+    return (HOST_S if recorded and plan.graphs else work.launches * LAUNCH_HOST_S) / share
 
 
 def _link(card: Card, share: float | None) -> float:

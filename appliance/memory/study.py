@@ -219,8 +219,6 @@ class Study:
     @property
     def planned_only(self) -> str:
         """Why this version does not serve what is planned; empty where it does."""
-        if self.whole[0].mixture is not None and self.device.kind == "cuda":
-            return "this version serves mixtures of experts on a CPU only"
         return "this version serves on one card" if self.ranks > 1 else ""
 
     def decode_speeds(self, context: int | None = None) -> list[Speed]:

@@ -198,11 +198,6 @@ def load_decoder(
         try:
             ops = get_ops(device.type, reference=config.reference_ops, threads=config.threads)
             spec = ModelSpec.from_config(checkpoint.config)
-            if spec.mixture is not None and ops.mix is None:
-                raise InputError(
-                    f"--device {device.type}: {spec.architecture} is a mixture of experts, which this version serves on a CPU "
-                    "only: use --device cpu"
-                )
             packing = Stopwatch(ops.pack)
             decoder = load_model(
                 checkpoint,

@@ -81,7 +81,7 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     begin = x + (row // inner * outer_stride + row % inner * inner_stride)[:, None]
     start = begin + column[None, :]
     wide = tl.load(start, mask=mask, other=0.0).to(tl.float32)
-    if BLOCK <= 8192:
+    if BLOCK <= 8192 and SPLITS <= 8:
         for i in tl.static_range(1, SPLITS):  # loads of all parts at once
             wide += tl.load(start + tl.cast(i, tl.int64) * split_stride, mask=mask, other=0.0).to(tl.float32)
     else:  # for which there are no registers

@@ -14,6 +14,7 @@ from kernels.triton.argmax import argmax
 from kernels.triton.attention import attention
 from kernels.triton.elementwise import gelu_mul, silu_mul
 from kernels.triton.embedding import embedding, packed_rows
+from kernels.triton.experts import join_experts, mix
 from kernels.triton.matmul import UNKNOWN, Card, matmul
 from kernels.triton.norm import rms_norm, rms_norm_add
 from kernels.triton.rope import rope_store
@@ -50,6 +51,8 @@ def make_ops(device: torch.device) -> Ops:
         attention=partial(attention, multiprocessors=card.multiprocessors),
         silu_mul=silu_mul,
         gelu_mul=gelu_mul,
+        mix=partial(mix, card=card),
+        join_experts=join_experts,
         argmax=argmax,
         kth_largest=kth_largest,
         bind=partial(stack.bind, embedding=look_up, card=card),

@@ -9,6 +9,7 @@ launch of its own where operators are called one by one; here the next kernel do
             product o          -> parts [splits, T, hidden]         -> the norm adds: residual, x
             product gate, up   -> parts                             -> finish adds: the gated product
             product down       -> parts [splits, T, hidden]         -> the next layer's norm adds: residual, x
+            or a mixture       -> parts, one for each expert of a token, too (experts.py)
 
 That is ten launches a layer instead of thirteen (nine where attention is not split). Weights that want their inputs in another
 order (act-order) or in int8 find them so: the norm writes them that way, which saves a gather or a rounding. A product that is
@@ -27,9 +28,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.ops import MLP, Embedding, Forward, KVCache, Layer, Linear, Norm, PagedBatch, Stack, Weight
+from kernels.ops import MLP, Embedding, Forward, KVCache, Layer, Linear, Mixture, Norm, PagedBatch, Stack, Weight
 from kernels.triton.attention import attention
 from kernels.triton.elementwise import gelu_mul, silu_mul
+from kernels.triton.experts import mixed_parts
 from kernels.triton.matmul import UNKNOWN, Card, matmul, partial_sums
 from kernels.triton.norm import add_rms_norm, add_rms_norm_int8, rms_norm, rms_norm_int8
 from kernels.triton.quantize import Rounded
@@ -112,8 +114,11 @@ class _Model:
         layers, norms, like = [], [], stack.norm
         for layer in stack.layers:
             first, qkv = _Norm.before(like._replace(weight=layer.input_norm), layer.qkv)
-            second, gate_up = _Norm.before(like._replace(weight=layer.post_norm), layer.only_mlp.gate_up)
-            layers.append(replace(layer, qkv=qkv, mlp=MLP(gate_up, layer.only_mlp.down)))
+            second, mlp = _Norm(like._replace(weight=layer.post_norm)), layer.mlp
+            if isinstance(mlp, MLP):
+                second, gate_up = _Norm.before(like._replace(weight=layer.post_norm), mlp.gate_up)
+                mlp = MLP(gate_up, mlp.down)
+            layers.append(replace(layer, qkv=qkv, mlp=mlp))
             norms += [first, second]
         return _Model(stack, tuple(layers), (*norms, _Norm(stack.norm)), caches, embedding, card)
 
@@ -126,8 +131,7 @@ class _Model:
             with layer.present():
                 x = self._attention(x, layer, cache, batch)
                 x, residual = self._join(x, layer.o, residual, layer.attention_norm, self.norms[2 * i + 1])
-                x = self._gated(x, layer)
-                x, residual = self._join(x, layer.only_mlp.down, residual, layer.mlp_norm, self.norms[2 * i + 2])
+                x, residual = self._mlp(x, layer, residual, self.norms[2 * i + 2])
         assert isinstance(x, Tensor)
         return x
 
@@ -163,6 +167,13 @@ class _Model:
             return norm.of_sum(self._product(x, weight), None, residual, post)
         added = matmul(x, weight, residual=residual, card=self.card)
         return norm(added), added
+
+    def _mlp(self, x: Tensor | Rounded, layer: Layer, residual: Tensor, norm: _Norm) -> tuple[Tensor | Rounded, Tensor]:
+        """(the norm of the new residual, the new residual), [T, hidden] both, behind an MLP or a mixture of such."""
+        if isinstance(layer.mlp, Mixture):
+            assert isinstance(x, Tensor)  # the norm before it is a plain one
+            return norm.of_sum(mixed_parts(x, layer.mlp, card=self.card), None, residual, None)
+        return self._join(self._gated(x, layer), layer.mlp.down, residual, layer.mlp_norm, norm)
 
     def _gated(self, x: Tensor | Rounded, layer: Layer) -> Tensor:
         """silu(gate) * up, or gelu(gate) * up, [T, intermediate]."""

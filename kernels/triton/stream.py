@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kernels.layout import STREAM_ALIGN, padded, pinned_pieces
-from kernels.ops import MLP, Layer, Weight
+from kernels.ops import MLP, Layer, Mixture, Weight
 from kernels.triton.transfer import AtOnce, CudaStreams, Event, Streams
 from kernels.triton.weights import TritonWeight
 
@@ -154,7 +154,14 @@ def _with(layer: Layer, tensors: Sequence[Tensor]) -> Layer:
         assert isinstance(weight, TritonWeight)
         return replace(weight, **members)
 
+    def whole(mlp: MLP) -> MLP:
+        gate_up = tuple(map(changed, mlp.gate_up))
+        return MLP(gate_up, changed(mlp.down))
+
     qkv = tuple(map(changed, layer.qkv))
     o = changed(layer.o)
-    gate_up = tuple(map(changed, layer.only_mlp.gate_up))
-    return replace(layer, qkv=qkv, o=o, mlp=MLP(gate_up, changed(layer.only_mlp.down)))
+    mlp = layer.mlp
+    if isinstance(mlp, Mixture):
+        router = changed(mlp.router)
+        return replace(layer, qkv=qkv, o=o, mlp=replace(mlp, router=router, experts=tuple(map(whole, mlp.experts))))
+    return replace(layer, qkv=qkv, o=o, mlp=whole(mlp))

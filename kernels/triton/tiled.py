@@ -64,26 +64,20 @@ def _beside(scale, acc):  # type: ignore[no-untyped-def]
         return scale[:, None]
 
 
-@triton.jit(do_not_specialize=["M"])  # rows: one compilation for all of them
-def product(  # type: ignore[no-untyped-def]
-    x, words, scaling, bias, residual, out,
-    M, N, K, padded, tiles, x_stride,
+@triton.jit
+def sums(  # type: ignore[no-untyped-def]
+    rows, words, scaling, inside, column, begin, end, K, padded, tiles,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """padded: N in whole tiles. out: [M, N], or float32 [splits, M, N].
+    """float32 [BN, BM]: outputs ``column`` of a weight times rows of x, over its tiles ``begin`` .. ``end`` of inputs.
 
-    SLICES: groups in a tile; WHOLE: one group has all inputs, so its scale comes last. EVEN: K is a multiple of 128.
+    rows: pointers [1, BM] to where these begin; those that are not ``inside`` [1, BM] count as zeros.
     """
-    DTYPE: tl.constexpr = x.dtype.element_ty
+    DTYPE: tl.constexpr = rows.dtype.element_ty
     PLANE: tl.constexpr = 32  # inputs of a product
-    part, splits = tl.program_id(2), tl.num_programs(2)
-    per = tl.cdiv(tiles, splits)
-    begin, end = part * per, tl.minimum(part * per + per, tiles)
-    row, column = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
-    inside = (row < M)[None, :]
     k = tl.arange(0, PLANE)
-    x_at = x + row.to(tl.int64)[None, :] * x_stride + begin * 128 + k[:, None]
+    x_at = rows + begin * 128 + k[:, None]
     LINE: tl.constexpr = 8 * BITS  # words of a tile's output
     tile_at = (column // 128).to(tl.int64) * tiles + begin
     w_at = words + tile_at[:, None] * (128 * LINE) + (column % 128)[:, None] * LINE + k[None, :]
@@ -104,9 +98,9 @@ def product(  # type: ignore[no-untyped-def]
                 if BITS == 4:
                     w0, w1, w2, w3 = nibbles(packed, addend, ASM)
             if EVEN:
-                rows = tl.load(x_at + j * PLANE, mask=inside, other=0.0)
+                given = tl.load(x_at + j * PLANE, mask=inside, other=0.0)
             else:
-                rows = tl.load(x_at + j * PLANE, mask=inside & (k + j * PLANE < left)[:, None], other=0.0)
+                given = tl.load(x_at + j * PLANE, mask=inside & (k + j * PLANE < left)[:, None], other=0.0)
             if BITS == 8:
                 if j % 2 == 0:
                     packed = tl.load(w_at + j // 2 * PLANE, eviction_policy="evict_first")
@@ -116,14 +110,37 @@ def product(  # type: ignore[no-untyped-def]
             else:
                 plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3
             if BM < FLAT:
-                plane, rows = plane[None, :, :], rows[None, :, :]
-            total = _dot(plane, rows, total, ASM)
+                plane, given = plane[None, :, :], given[None, :, :]
+            total = _dot(plane, given, total, ASM)
         acc = total if WHOLE else acc + total * _beside(scale, acc)
         x_at += 128
         w_at += 128 * LINE
     acc = whole(tl.reshape(acc, (BN, BM)), DTYPE, words.dtype.element_ty)
     if WHOLE:
         acc *= scale[:, None]
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])  # rows: one compilation for all of them
+def product(  # type: ignore[no-untyped-def]
+    x, words, scaling, bias, residual, out,
+    M, N, K, padded, tiles, x_stride,
+    BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """padded: N in whole tiles. out: [M, N], or float32 [splits, M, N].
+
+    SLICES: groups in a tile; WHOLE: one group has all inputs, so its scale comes last. EVEN: K is a multiple of 128.
+    """
+    part, splits = tl.program_id(2), tl.num_programs(2)
+    per = tl.cdiv(tiles, splits)
+    begin, end = part * per, tl.minimum(part * per + per, tiles)
+    row, column = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = (row < M)[None, :]
+    acc = sums(
+        x + row.to(tl.int64)[None, :] * x_stride, words, scaling, inside, column, begin, end, K, padded, tiles,
+        BITS, SLICES, WHOLE, PARTS, SCALE, EVEN, BM, BN, ASM,
+    )  # fmt: skip
     mask = inside & (column < N)[:, None]
     at = (part.to(tl.int64) * M + row)[None, :] * N + column[:, None]
     if BIAS:

@@ -14,6 +14,15 @@ from quant.headers import CheckpointIndex
 
 SIZES = {"F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8, "I8": 1, "F8_E4M3": 1}
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
+SMALL: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 256, "intermediate_size": 640, "moe_intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 300,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "hidden_act": "silu", "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False, "num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True,
+}  # fmt: skip
+MIXTRAL = {key: value for key, value in SMALL.items() if key not in ("num_experts", "moe_intermediate_size")} | {
+    "architectures": ["MixtralForCausalLM"], "num_local_experts": 5, "num_experts_per_tok": 2,
+}  # fmt: skip
 
 
 def write_headers(directory: Path, tensors: Tensors, config: dict[str, Any]) -> Path:
@@ -160,3 +169,20 @@ def fill(directory: Path, variant: str) -> Path:
         tensors[name] = found
     save_file(tensors, directory / "model.safetensors")
     return directory
+
+
+def livelier(folder: Path) -> Path:
+    """Norms about 1, and routers that tell experts apart: random scales alone give shares that hardly differ."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors, rng = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(5)
+    for name, tensor in tensors.items():
+        if name.endswith("norm.weight"):
+            tensors[name] = (1 + 0.1 * torch.randn(tensor.shape, generator=rng)).to(tensor.dtype)
+        elif name.endswith((".gate.weight", "embed_tokens.weight", "lm_head.weight")):
+            tensors[name] = (0.2 * torch.randn(tensor.shape, generator=rng)).to(tensor.dtype)
+        elif name.endswith(".weight") and tensor.dtype == torch.bfloat16:
+            tensors[name] = (0.06 * torch.randn(tensor.shape, generator=rng)).to(tensor.dtype)
+    save_file(tensors, folder / "model.safetensors")
+    return folder

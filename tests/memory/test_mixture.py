@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,28 +14,21 @@ from appliance.config import EngineConfig
 from appliance.memory.cards import find_card
 from appliance.memory.demand import Demand
 from appliance.memory.devices import DeviceInfo
+from appliance.memory.fit import fit
 from appliance.memory.giving_way import CPU_BANDWIDTH, CPU_RATE, GivingWay
 from appliance.memory.modules import Machinery
-from appliance.memory.planner import make_plan
+from appliance.memory.planner import make_plan, read_settings
 from appliance.memory.roofline import Limits, Work
 from appliance.memory.shard import shard
 from appliance.plan_command import Asked, plan_of
 from models.spec import ModelSpec
+from quant.errors import InputError
 from quant.headers import CheckpointIndex
 from quant.scheme import QuantScheme, read_scheme
-from tests.memory.published import VARIANTS, fill, write_published
+from tests.memory.published import MIXTRAL, SMALL, VARIANTS, fill, write_published
 from tests.memory.test_planner import compare, kind  # noqa: F401
 
 GIB = 1 << 30
-SMALL: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 256, "intermediate_size": 640, "moe_intermediate_size": 128,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 300,
-    "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "hidden_act": "silu", "torch_dtype": "bfloat16",
-    "tie_word_embeddings": False, "num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True,
-}  # fmt: skip
-MIXTRAL = {key: value for key, value in SMALL.items() if key not in ("num_experts", "moe_intermediate_size")} | {
-    "architectures": ["MixtralForCausalLM"], "num_local_experts": 5, "num_experts_per_tok": 2,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -44,15 +38,20 @@ def test_what_is_planned_is_what_the_loader_holds(tmp_path: Path, config: dict[s
     assert plan.weights["experts"] > plan.weights["router"] > 0 and "mlp" not in plan.weights
 
 
+@pytest.fixture(scope="module")
+def qwen3_30b(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSpec, QuantScheme]:
+    config = json.loads((shared_data / "configs" / "Qwen--Qwen3-30B-A3B_config.json").read_text())
+    settings, scheme = read_scheme(CheckpointIndex.open(write_published(tmp_path_factory.mktemp("30b"), config, "awq")))
+    return ModelSpec.from_config(settings), scheme
+
+
 @pytest.mark.realdata
-def test_qwen3_30b_worked_out_by_hand(shared_data: Path, tmp_path: Path) -> None:
+def test_qwen3_30b_worked_out_by_hand(qwen3_30b: tuple[ModelSpec, QuantScheme]) -> None:
     """48 layers of 128 experts, each of 3 x 768 x 2048 weights; attention of 2048 x (2 x 4096 + 2 x 512).
 
     AWQ in groups of 128, with 16-bit scales and zero points of a byte: 4 bits and 3 bytes a group. 8 of 128 experts are read.
     """
-    config = json.loads((shared_data / "configs" / "Qwen--Qwen3-30B-A3B_config.json").read_text())
-    settings, scheme = read_scheme(CheckpointIndex.open(write_published(tmp_path, config, "awq")))
-    spec, native = ModelSpec.from_config(settings), Machinery(ops="cpu-native", dtype="bfloat16", head_bits=8)
+    (spec, scheme), native = qwen3_30b, Machinery(ops="cpu-native", dtype="bfloat16", head_bits=8)
     expert, attention = 3 * 768 * 2048, 2048 * (2 * 4096 + 2 * 512)
     weights = Demand.of(spec, scheme, native, model="m").weights
     assert weights["experts"] == 48 * 128 * (expert // 2 + 3 * expert // 128) == 15_174_991_872
@@ -93,15 +92,13 @@ def test_parts_of_experts_on_several_cards() -> None:
     assert half["experts"] * 2 == whole["experts"] and half["router"] == whole["router"]
 
 
-def test_a_card_is_planned_for_and_said_not_to_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cards_are_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = write_published(tmp_path, SMALL, "awq")
     config = EngineConfig(model=str(directory))
     assert plan_of(directory, config, Asked(gpu=("RTX 4090",))) == 0
     told = capsys.readouterr().out
-    assert "Planned only: this version serves mixtures of experts on a CPU only" in told and "Predicted speed" in told
+    assert "Planned only" not in told and "Predicted speed" in told and re.search(r"^    experts +\d", told, re.M)
     assert plan_of(directory, config, Asked(gpu=("RTX 4090",), json=True)) == 0
-    assert json.loads(capsys.readouterr().out)["planned_only"] == "this version serves mixtures of experts on a CPU only"
-    assert plan_of(directory, replace(config, device="cpu"), Asked(json=True)) == 0
     assert json.loads(capsys.readouterr().out)["planned_only"] is None
     streamed = make_plan(directory, replace(config, cpu_offload_gb=0.0001), DeviceInfo("cuda", "card", 8 * GIB, 8 * GIB, 89))
     assert streamed.offload.layers == (1,) or len(streamed.offload.layers) == 2
@@ -109,3 +106,47 @@ def test_a_card_is_planned_for_and_said_not_to_be_served(tmp_path: Path, capsys:
         streamed.weights["experts"]
         < make_plan(directory, config, DeviceInfo("cuda", "card", 8 * GIB, 8 * GIB, 89)).weights["experts"]
     )
+
+
+@pytest.mark.realdata
+def test_qwen3_30b_on_a_card_of_24_gib(qwen3_30b: tuple[ModelSpec, QuantScheme]) -> None:
+    """It fits, with 12 sequences of 8,192 tokens in 8 bits; bytes of experts, and of a step's tokens, are worked out by hand."""
+    (spec, scheme), card = qwen3_30b, find_card("RTX 4090").device()
+    config = EngineConfig(max_model_len=8192, max_num_batched_tokens=1024, kv_cache_dtype="fp8")
+    demand = Demand.of(spec, scheme, Machinery.choose(config, spec.dtype, card), model="m")
+    plan = fit(demand, read_settings(config, card), card)
+    tile = 128 * 128 // 2 + 128 * 4  # codes, and a scale with its zero point
+    assert plan.weights["experts"] == 48 * 128 * (3 * 6 * 16) * tile
+    assert plan.weights["router"] == 48 * 128 * 2048 * 2
+    assert plan.total <= plan.budget and plan.sequences(8192) >= 12
+    routed = 4 * 4 * 128 + 8 * (25 + 768 * 2 + 2048 * 4)  # logits in four parts; for each expert places, gate * up, and a part
+    token = 2 * 2 * 2048 + routed + 2 * 2 * 2048 + 24  # the residual and its norm, before and after
+    assert plan.scratch["activations"] == 1024 * token
+
+
+SCHEMES = {
+    "gptq-act-order": r"m: model\.layers\.0\.mlp\.experts\.0\.gate_proj has its inputs in an order of its own \(act-order\): "
+    "cards have no kernel for such experts, --device cpu serves them",
+    "ct-w8a8": r"experts\.0\.gate_proj asks for activations in int8: cards",
+    r"+:.*layers\.1\.mlp\.experts\.3\.up": r"layers\.1\.mlp\.experts\.3\.gate_proj and its other half .* different ways: cards",
+    r"-:.*layers\.0\.mlp\.experts\.6\.down": r"experts\.6\.down_proj is stored in another way than .*experts\.0\.down_proj: ca",
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_what_experts_on_a_card_cannot_be(name: str) -> None:
+    """A variant, or one of GPTQ with other bits for what fits a pattern."""
+    quantization = VARIANTS[name if name in VARIANTS else "gptq"][2]
+    assert quantization is not None
+    dynamic = {} if name in VARIANTS else {"dynamic": {name: {"bits": 8}}}
+    scheme, spec = QuantScheme.from_config({"quantization_config": {**quantization, **dynamic}}), ModelSpec.from_config(SMALL)
+    native = Machinery(ops="cpu-native", dtype="bfloat16", head_bits=8)
+    assert Demand.of(spec, scheme, native, model="m").weights["experts"]
+    with pytest.raises(InputError, match=SCHEMES[name]):
+        Demand.of(spec, scheme, replace(native, ops="triton"), model="m")
+
+
+def test_experts_in_float32_are_for_a_cpu() -> None:
+    spec, card = ModelSpec.from_config(SMALL), Machinery(ops="triton", dtype="float32", head_bits=8)
+    with pytest.raises(InputError, match="m: cards have no kernel for experts in float32: --dtype float16 or bfloat16, or --dev"):
+        Demand.of(spec, QuantScheme.from_config({}), card, model="m")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from appliance.config import EngineConfig
 from appliance.core.messages import Submit
 from appliance.core.params import SamplingParams
-from appliance.runtime import startup
 from appliance.runtime.engine import Engine
 from kernels.cpu import backend
 from kernels.ops import Mixture, Ops, get_ops
@@ -21,11 +19,10 @@ from models.decoder import Decoder
 from models.loader import load_model
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
-from quant.errors import CheckpointError, InputError
+from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
 from tests.kernels.native import instruction_sets
-from tests.memory.published import VARIANTS, fill, write_published
-from tests.memory.test_mixture import MIXTRAL, SMALL
+from tests.memory.published import MIXTRAL, SMALL, VARIANTS, fill, livelier, write_published
 from tests.models.test_against_transformers import feed
 from tests.models.test_bind import make_ops
 
@@ -50,20 +47,6 @@ def load(folder: Path, ops: Ops, dtype: torch.dtype = torch.float32) -> Decoder:
 
 def logits(decoder: Decoder, chunks: list[int] | None = None) -> torch.Tensor:
     return feed(decoder, IDS, chunks or [len(IDS)])
-
-
-def livelier(folder: Path) -> Path:
-    """Norms about 1, and routers that tell experts apart: random scales alone give shares that hardly differ."""
-    tensors, rng = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(5)
-    for name, tensor in tensors.items():
-        if name.endswith("norm.weight"):
-            tensors[name] = (1 + 0.1 * torch.randn(tensor.shape, generator=rng)).to(tensor.dtype)
-        elif name.endswith((".gate.weight", "embed_tokens.weight", "lm_head.weight")):
-            tensors[name] = (0.2 * torch.randn(tensor.shape, generator=rng)).to(tensor.dtype)
-        elif name.endswith(".weight") and tensor.dtype == torch.bfloat16:
-            tensors[name] = (0.06 * torch.randn(tensor.shape, generator=rng)).to(tensor.dtype)
-    save_file(tensors, folder / "model.safetensors")
-    return folder
 
 
 def written_dense(folder: Path, to: Path) -> Path:
@@ -174,15 +157,3 @@ def test_the_engine_answers_alike_alone_and_among_others(tmp_path: Path, variant
 def take(engine: Engine, found: dict[str, list[int]]) -> None:
     for event in engine.step():
         found.setdefault(event.request_id, []).extend(event.token_ids)
-
-
-def test_cards_are_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_published(tmp_path, SMALL, "awq")
-    without = replace(get_ops("cpu", reference=True), mix=None)
-    monkeypatch.setattr(startup, "get_ops", lambda *args, **options: without)
-    monkeypatch.setattr(startup, "load_model", lambda *args, **options: pytest.fail("loaded"))
-    message = (
-        "--device cpu: Qwen3MoeForCausalLM is a mixture of experts, which this version serves on a CPU only: use --device cpu"
-    )
-    with pytest.raises(InputError, match=message):
-        Engine.load(EngineConfig(model=str(folder), max_model_len=64, device="cpu", skip_tokenizer_init=True))

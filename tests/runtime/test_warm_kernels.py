@@ -23,6 +23,7 @@ from appliance.runtime.startup import Tools
 from kernels.layout import SCALED_CACHES
 from kernels.ops import Ops
 from tests.kernels.triton.conftest import DEVICE
+from tests.memory.published import SMALL, fill, write_published
 from tests.runtime.conftest import answers, submit
 from tests.runtime.fake_lane import FakeLane
 from tests.runtime.test_ahead import workload
@@ -100,6 +101,15 @@ def test_serving_launches_nothing_new(
     assert len(used) > 15
     new = sorted(used - warm, key=str)
     assert not new, "\n".join(f"{key}\n    nearest: {nearest(key, warm)}" for key in new)
+
+
+def test_mixtures_of_experts_launch_nothing_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fill(write_published(tmp_path, {**SMALL, "num_hidden_layers": 1, "max_position_embeddings": 512}, "awq"), "awq")
+    for file in make_checkpoint(tmp_path / "plain").glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    warm, used = launches(folder, 70, False, monkeypatch)
+    assert sum("experts:product" in key[0] for key in used) > 4
+    assert not used - warm, sorted(used - warm, key=str)
 
 
 @pytest.mark.parametrize("cache", SCALED_CACHES)

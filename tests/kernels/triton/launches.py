@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from kernels.layout import SCALED_CACHES
-from kernels.ops import KVCache, Norm, PagedBatch
+from kernels.ops import MLP, KVCache, Mixture, Norm, PagedBatch
 from quant.tensor import QuantTensor
 from tests.kernels.triton.aot import Compilation, environment
 from tests.kernels.triton.cards import CARDS
@@ -179,6 +179,26 @@ class Cases:
             yield f"8 bits, a token's activations in int8, {rows} row{'s' * (rows > 1)}"
             matmul.matmul(empty(rows, HIDDEN, dtype=self.dtype), packed, card=self.card)
 
+    def experts(self) -> Iterator[str]:
+        """A layer of Qwen3-30B-A3B; Mixtral's, whose few experts are split for one token; and unquantized ones."""
+        from kernels.triton import experts, weights
+
+        def joined(N: int, K: int, bits: int, count: int, gated: bool) -> Any:
+            one = weights.pack(weight(N, K, 4, 128) if bits == 4 else empty(N, K), dtype=self.dtype, gated=gated)
+            words, params = (None if t is None else empty(count, *t.shape, dtype=t.dtype) for t in (one.words, one.params))
+            return replace(one, words=words, params=params)
+
+        for name, hidden, inner, count, active, bits, sizes in (
+            ("128 experts, 4 bits", 2048, 768, 128, 8, 4, (1, 16, 256, 2048)),
+            ("8 experts, 4 bits", 4096, 14336, 8, 2, 4, (1,)),
+            ("128 experts, 16 bits", 2048, 768, 128, 8, 16, (1, 2048)),
+        ):
+            router = weights.pack(empty(count, hidden), dtype=self.dtype)
+            mlp = MLP((joined(2 * inner, hidden, bits, count, True),), joined(hidden, inner, bits, count, False))
+            for rows in sizes:
+                yield f"{name}, {self.name}, {rows} row{'s' * (rows > 1)}"
+                experts.mixed_parts(empty(rows, hidden, dtype=self.dtype), Mixture(router, (mlp,), active, True), card=self.card)
+
     def fp8(self) -> Iterator[str]:
         from kernels.triton import matmul, weights
 
@@ -274,16 +294,17 @@ class Cases:
 
 def record(target: int) -> list[Compilation]:
     """The launches of all cases, in this process, which is of no other use afterwards: a card is imitated from here on."""
-    from kernels.triton import attention, matmul
+    from kernels.triton import attention, experts, matmul, routing
 
     recorder = Recorder(target)
     JITFunction.run = lambda kernel, *args, **given: recorder.run(kernel, *args, **given)
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment, misc]
-    attention.capability = matmul.capability = lambda device: target
+    for module in (attention, matmul, experts, routing):
+        module.capability = lambda device: target  # type: ignore[attr-defined]
     card = matmul.Card(CARDS[target].multiprocessors, target)
     half, brain = Cases(torch.float16, card), Cases(torch.bfloat16, card)
-    some = [half.products, half.fp8, half.attention, half.small, half.rest]
-    more = [half.rounded, brain.products, brain.fp8, brain.attention, brain.gemma]
+    some = [half.products, half.experts, half.fp8, half.attention, half.small, half.rest]
+    more = [half.rounded, brain.products, brain.experts, brain.fp8, brain.attention, brain.gemma]
     for cases in [*some, *([half.gemma] if target < 80 else more)]:
         for title in cases():
             recorder.case = title

@@ -25,15 +25,28 @@ def items(one: Compilation) -> int:
     return int(one.constants["BN"]) * 128 // (32 * one.num_warps)
 
 
+EXPERTS = {  # by architecture: what differs from one to the next
+    75: ("fp16, 1 row", False), 80: ("bf16, 1 row", True), 86: ("bf16, 1 row", False),
+    89: ("bf16, 2048 rows", True), 90: ("bf16, 2048 rows", True), 120: ("bf16, 2048 rows", False),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def compiled() -> dict[tuple[str, int], tuple[Compilation, Report]]:
+def launches() -> list[Compilation]:
+    return recorded(*EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def compiled(launches: list[Compilation]) -> dict[tuple[str, int], tuple[Compilation, Report]]:
     """By title and architecture: products of one row, and on two cards of 32 and 64."""
     titles = {f"{kind}, {dtype}, 1 row" for kind in LIMITS for dtype in ("fp16", "bf16")}
     more = {f"{kind}, fp16, {rows} rows" for kind in LIMITS for rows in (32, 64)}
     wanted = [
         one
-        for one in recorded(*TARGETS)
-        if one.kernel.endswith("tiled:product") and (one.case in titles or (one.targets[0] in (89, 90) and one.case in more))
+        for one in launches
+        if one.kernel.endswith("tiled:product")
+        and one.targets[0] in TARGETS
+        and (one.case in titles or (one.targets[0] in (89, 90) and one.case in more))
     ]
     return {(one.case, one.targets[0]): (one, report) for one, report in zip(wanted, compile_all(wanted), strict=True)}
 
@@ -74,3 +87,23 @@ def test_more_rows(compiled: dict[tuple[str, int], tuple[Compilation, Report]]) 
             assert report.count("HGMMA") and not report.count("HMMA"), report
         else:
             assert report.count("HMMA") and report.count("LDSM") and report.count("STS") == 0, report
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_products_of_experts(launches: list[Compilation]) -> None:
+    """Of Qwen3-30B-A3B: their loop is that of other products. docs/gpu-kernels.md has all, and Mixtral's."""
+    wanted = [
+        one
+        for target, (title, gated) in EXPERTS.items()
+        for one in launches
+        if one.kernel.endswith("experts:product") and one.case == f"128 experts, 4 bits, {title}"
+        if one.targets[0] == target and one.constants["GATED"] == gated
+    ]
+    assert len(wanted) == len(EXPERTS)
+    for one, report in zip(wanted, compile_all(wanted), strict=True):
+        assert report.fits and report.turns and report.stack <= (8 if OLDER else 0), report
+        if report.target in TARGETS:
+            assert report.per_weight(items(one)) <= (2.2 if "1 row" in one.case else 4.7), report
+            assert report.count("HMMA", "HGMMA") and report.count("LDGSTS"), report
+            assert report.count("I2F", "LDS.U8", "LDG.E.U8", "LDL", "STL") == 0, report

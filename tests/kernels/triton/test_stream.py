@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.layout import STREAM_ALIGN, padded, pinned_pieces
-from kernels.ops import MLP, Layer
+from kernels.ops import MLP, Layer, Mixture
 from models.decoder import Decoder
 from tests.kernels.triton import test_stack
 from tests.kernels.triton.conftest import DEVICE
@@ -27,7 +27,7 @@ from kernels.triton.weights import TritonWeight  # isort: skip
 POISON = 0x7F  # of a buffer nobody has filled: NaN in both 16-bit types
 
 
-def marked(number: int, size: int) -> Layer:
+def marked(number: int, size: int, *, mixture: bool = False) -> Layer:
     """A layer whose every weight says whose it is."""
 
     def weight(place: int) -> TritonWeight:
@@ -35,8 +35,8 @@ def marked(number: int, size: int) -> Layer:
         params = torch.full((1, 1, 5), 10 * number + place, dtype=torch.int32) if place % 2 else None
         return TritonWeight(4, words, params, None, 1, torch.ones(3), None, False, 3, size)
 
-    gain = torch.ones(2)
-    return Layer(gain, (weight(0), weight(1)), weight(2), gain, MLP((weight(3),), weight(4)))
+    gain, mlp = torch.ones(2), MLP((weight(3),), weight(4))
+    return Layer(gain, (weight(0), weight(1)), weight(2), gain, Mixture(weight(5), (mlp,), 1, True) if mixture else mlp)
 
 
 def moved(layer: Layer) -> list[Tensor]:
@@ -146,9 +146,10 @@ def test_a_forgotten_wait_is_seen() -> None:
         assert not torch.equal(ours.forward(ids, batch, caches), expected)
 
 
-def test_what_moves_and_what_stays() -> None:
+@pytest.mark.parametrize("mixture", [False, True])
+def test_what_moves_and_what_stays(mixture: bool) -> None:
     """Words and params, each where the allocator could have put it; in pieces whose sizes are powers of two."""
-    layer = marked(3, 200_003)
+    layer = marked(3, 200_003, mixture=mixture)
     parked = stream.park(layer)
     assert [len(piece) for piece in parked.pieces] == pinned_pieces(parked.nbytes) and len(parked.pieces) == 3
     assert parked.nbytes == sum(padded(tensor.nbytes, STREAM_ALIGN) for tensor in moved(layer))

@@ -1,0 +1,41 @@
+"""Which mixtures of experts the kernels for cards know, told before anything is loaded. Headers only, no torch."""
+
+from __future__ import annotations
+
+from appliance.memory.modules import Loaded, Machinery, layer_weights, parents
+from models.spec import ModelSpec
+from quant.errors import InputError
+from quant.scheme import QuantScheme
+
+
+def check_experts(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, model: str) -> None:
+    """InputError naming the first weight of an expert that cannot lie among the others' (kernels/triton/experts.py)."""
+    kinds = [parent.joined for parent in parents(spec, scheme) if parent.joined[0].module.part == "experts"]
+    first: dict[tuple[str, str], Loaded] = {}
+    for one in kinds[0] if len(kinds) == 1 else layer_weights(spec, scheme) if kinds else ():
+        if one.module.part != "experts":
+            continue
+        if machinery.dtype == "float32":
+            raise InputError(
+                f"{model}: cards have no kernel for experts in float32: --dtype float16 or bfloat16, or --device cpu"
+            )
+        mixture = one.parent.rpartition(".")[0]
+        if why := _wrong(one, first.setdefault((mixture, one.slot), one)):
+            raise InputError(f"{model}: {one.module.name} {why}: cards have no kernel for such experts, --device cpu serves them")
+
+
+def _wrong(one: Loaded, first: Loaded) -> str:
+    """What keeps it from a card; ``first``: the same of the first expert."""
+    if one.slot == "gate_up" and not one.gated:
+        return "and its other half (gate, up) are stored in different ways"
+    if one.stored.act_order:
+        return "has its inputs in an order of its own (act-order)"
+    if one.stored.activation == "int8-token":
+        return "asks for activations in int8"
+    if _form(one) != _form(first):
+        return f"is stored in another way than {first.module.name}"
+    return ""
+
+
+def _form(one: Loaded) -> tuple[str, bool, int, int]:
+    return one.kind, one.stored.bits <= 4, one.group_size, one.scale_bytes

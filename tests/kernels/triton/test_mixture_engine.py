@@ -1,0 +1,53 @@
+"""Mixtures of experts through the engine with the kernels of a card: the reference's answers, and the planned bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from appliance.config import EngineConfig
+from appliance.memory.demand import Demand
+from appliance.memory.modules import Machinery
+from appliance.runtime import startup
+from appliance.runtime.check import weights_by_part
+from appliance.runtime.engine import Engine
+from kernels.ops import Mixture
+from models.spec import ModelSpec
+from quant.headers import CheckpointIndex
+from quant.scheme import read_scheme
+from tests.kernels.triton.conftest import DEVICE, INTERPRETED
+from tests.memory.published import MIXTRAL, SMALL, fill, livelier, write_published
+from tests.runtime.conftest import answers, submit
+
+from kernels.triton import ops, stream  # isort: skip  (after the conftest has chosen the interpreter)
+from kernels.triton.matmul import Card  # isort: skip
+
+ONE = {"num_hidden_layers": 1}
+MODELS = {"awq": {**SMALL, **ONE}, "gptq": {**MIXTRAL, **ONE, "intermediate_size": 128}}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tests/runtime/test_cuda.py runs the engine on a card")
+@pytest.mark.parametrize("variant", MODELS)
+def test_greedy_answers(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt in two chunks, the second beside another's; then a token of each, and one alone."""
+    folder = livelier(fill(write_published(tmp_path, MODELS[variant], variant), variant))
+    config: dict[str, Any] = {"model": str(folder), "dtype": "float16", "max_model_len": 32, "kv_cache_memory_bytes": 1 << 20}
+    config |= {"max_num_batched_tokens": 5, "threads": 1, "skip_tokenizer_init": True, "lm_head_dtype": "model"}
+    requests = [submit("a", [3, 1, 4, 1, 5, 9, 2], max_tokens=3), submit("b", [8, 97], max_tokens=2)]
+    expected = answers(Engine.load(EngineConfig(reference_ops=True, **config)), requests)
+    monkeypatch.setattr(ops, "this_card", lambda device: Card(1, 80))  # few programs for the interpreter
+    monkeypatch.setattr(startup, "get_ops", lambda *args, **options: ops.make_ops(torch.device(DEVICE)))
+    engine = Engine.load(EngineConfig(**config))
+    assert engine.info.kernels == "triton" and answers(engine, requests) == expected
+
+    settings, scheme = read_scheme(CheckpointIndex.open(folder))
+    card = Machinery(ops="triton", dtype="float16", head_bits=None)
+    demand = Demand.of(ModelSpec.from_config(settings), scheme, card, model="m")
+    decoder = engine.runner.decoder
+    assert weights_by_part(decoder) == demand.weights
+    for layer, planned in zip(decoder.layers, demand.streamed, strict=True):
+        assert isinstance(layer.mlp, Mixture) and len(layer.mlp.experts) == 1
+        assert stream.park(layer).nbytes == sum(planned.values())
