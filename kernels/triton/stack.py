@@ -114,9 +114,10 @@ class _Model:
         layers, norms, like = [], [], stack.norm
         for layer in stack.layers:
             first, qkv = _Norm.before(like._replace(weight=layer.input_norm), layer.qkv)
-            second, mlp = _Norm(like._replace(weight=layer.post_norm)), layer.mlp
+            before, mlp = like._replace(weight=layer.post_norm), layer.mlp
+            second = _Norm(before)
             if isinstance(mlp, MLP):
-                second, gate_up = _Norm.before(like._replace(weight=layer.post_norm), mlp.gate_up)
+                second, gate_up = _Norm.before(before, mlp.gate_up)
                 mlp = MLP(gate_up, mlp.down)
             layers.append(replace(layer, qkv=qkv, mlp=mlp))
             norms += [first, second]

@@ -10,9 +10,9 @@ import torch
 
 from appliance.config import EngineConfig
 from appliance.runtime.engine import Engine
-from tests.memory.published import SMALL, fill, livelier, write_published
-from tests.memory.test_gemma import SMALL as GEMMAS
-from tests.memory.test_gemma import spread
+from tests.memory.published import SMALL as MIXTURE
+from tests.memory.published import fill, livelier, write_published
+from tests.memory.test_gemma import SMALL, spread
 from tests.runtime.conftest import answers, submit
 from tests.tiny_model import Shape, make_checkpoint
 
@@ -55,7 +55,7 @@ def test_streamed_layers_equal_resident_ones(tmp_path: Path, gib: float) -> None
 
 def test_a_mixture_of_experts(tmp_path: Path) -> None:
     """Recorded, launched, with its layers in host memory, and the reference's first tokens."""
-    mixture = livelier(fill(write_published(tmp_path, {**SMALL, "max_position_embeddings": 256}, "awq"), "awq"))
+    mixture = livelier(fill(write_published(tmp_path, {**MIXTURE, "max_position_embeddings": 256}, "awq"), "awq"))
     given = {"skip_tokenizer_init": True, "lm_head_dtype": "model"}
     recorded, launched = (
         answers(load(mixture, **given), requests()),
@@ -73,9 +73,9 @@ def test_first_tokens_are_those_of_the_cpu(tiny: Path) -> None:
     assert sum(ours[key][0] == exact[key][0] for key in exact) >= len(exact) - 2
 
 
-@pytest.mark.parametrize("name", GEMMAS)
+@pytest.mark.parametrize("name", SMALL)
 def test_first_tokens_of_gemma(name: str, tmp_path: Path) -> None:
-    model, asked = spread(fill(write_published(tmp_path, GEMMAS[name], "awq"), "awq")), requests(203)
+    model, asked = spread(fill(write_published(tmp_path, SMALL[name], "awq"), "awq")), requests(203)
     ours = answers(load(model, lm_head_dtype="model"), asked)
     exact = answers(load(model, device="cpu", dtype="float32", reference_ops=True), asked)
     assert sum(ours[key][0] == exact[key][0] for key in exact) >= len(exact) - 2
