@@ -34,9 +34,8 @@ from quant.errors import InputError
 log = logging.getLogger("appliance.client")
 
 Sink = Callable[[Event | Exception], None]
-_starter = ThreadPoolExecutor(
-    1, "engine-starter"
-)  # a process begins with the priority of the thread that starts it: see step_aside
+# Of engines: a process begins with the priority of the thread that starts it, and the event loop's may have less (give_way).
+_starter = ThreadPoolExecutor(1, "engine-starter")
 STILL_S = 30.0  # an engine that has work, says nothing for so long and used no processor time meanwhile: it is stopped, or waits
 
 

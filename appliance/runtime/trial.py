@@ -124,15 +124,7 @@ def key(plan: MemoryPlan, decoder: Decoder) -> str:
     spec, layer = decoder.spec, decoder.layers[0]
     weights = [*layer.weights, decoder.head, decoder.embedding]
     found = [plan.dtype, plan.kv.dtype, plan.kv.block_size, os.environ.get("APPLIANCE_FP16_SUMS", "0")]
-    found += [
-        spec.architecture,
-        spec.hidden,
-        spec.intermediate,
-        spec.heads,
-        spec.kv_heads,
-        spec.head_dim,
-        spec.vocab,
-        spec.mixture,
-    ]
+    found += [spec.architecture, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab]
+    found += [spec.mixture]
     found += [f"{type(weight).__name__} {weight.nbytes} {getattr(weight, 'rounds', '')}" for weight in weights]
     return SEPARATOR.join([card_key(plan.device), *map(str, found)])
