@@ -114,17 +114,23 @@ class ChatTemplates:
         conversation = plain_messages(messages, convert)
         if continue_final_message:
             _mark_end(conversation)
-        text = _run(
-            template,
-            {
-                **self._tokens,
-                **extra,
-                "messages": conversation,
-                "tools": tools,
-                "documents": documents,
-                "add_generation_prompt": add_generation_prompt,
-            },
-        )
+        values = {
+            **self._tokens,
+            **extra,
+            "messages": conversation,
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            text = _run(template, values)
+        except RequestError as error:
+            if not isinstance(error.__cause__, TemplateError) or (told := _told_by_the_user(conversation)) is None:
+                raise
+            try:
+                text = _run(template, {**values, "messages": told})
+            except RequestError:
+                raise error from None
         return _cut_at_mark(text) if continue_final_message else text
 
     def _template(self, name: str) -> tuple[Template, Callable[[Any], Any]]:
@@ -164,6 +170,20 @@ def _run(template: Template, values: dict[str, Any]) -> str:
     except Exception as error:  # a template is somebody else's program: whatever it raises is its answer to this request
         raise RequestError(f"the chat template did not accept this conversation: {error}", param="messages") from error
     return "".join(pieces)
+
+
+def _told_by_the_user(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """The conversation with the system's words before the first user's, for templates that take no system; None: it has none."""
+    if [message.get("role") for message in messages[:2]] != ["system", "user"]:
+        return None
+    system, user = messages[0].get("content"), messages[1].get("content")
+    if isinstance(system, str) and isinstance(user, str):
+        content: Any = f"{system}\n\n{user}"
+    elif isinstance(system, list) and isinstance(user, list):
+        content = [*system, *user]
+    else:
+        return None
+    return [{**messages[1], "content": content}, *messages[2:]]
 
 
 def _content_form(source: str) -> Callable[[Any], Any]:

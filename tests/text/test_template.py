@@ -36,6 +36,7 @@ RESULT = {"role": "tool", "name": "weather", "tool_call_id": "abcdefghi", "conte
 CONVERSATIONS = {
     "one": ([USER], {}),
     "system": ([SYSTEM, USER, ANSWER, USER], {}),
+    "system told by the user": ([{**USER, "content": f"Be brief.\n\n{USER['content']}"}, ANSWER, USER], {}),
     "thinking": ([USER, {**ANSWER, "reasoning_content": "Hm."}, USER], {"enable_thinking": False}),
     "tools": ([USER], {"tools": [WEATHER]}),
     "call": ([USER, CALL, RESULT], {"tools": [WEATHER]}),
@@ -65,9 +66,12 @@ def test_every_template_as_transformers(shared_data, ask):
         job.append(
             {"template": sources[name], "messages": messages, "options": {"add_generation_prompt": True, **TOKENS, **options}}
         )
-    agreed = 0
-    for (name, case), want in zip(cases, ask("render", job), strict=True):
+    agreed, refused, wanted = 0, set(), dict(zip(cases, ask("render", job), strict=True))
+    for (name, case), want in wanted.items():
         messages, options = CONVERSATIONS[case]
+        if case == "system" and isinstance(want, dict) and "TemplateError" in want["error"]:
+            refused.add(name)  # there is a way to tell it nevertheless
+            want = wanted[name, "system told by the user"]
         try:
             got = chat(sources[name], messages, **options)
         except RequestError as error:
@@ -77,7 +81,25 @@ def test_every_template_as_transformers(shared_data, ask):
             continue
         assert got == want, (name, case)
         agreed += 1
-    assert agreed > 0.8 * len(cases)
+    assert agreed > 0.8 * len(cases) and refused
+
+
+def test_a_system_for_a_template_that_takes_none() -> None:
+    """Texts, parts, and what is refused for another reason: that is told as it is."""
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    texts, parts = (
+        "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}",
+        "{% for m in messages %}{% for p in m.content %}",
+    )
+    found = chat(no_system + texts, [SYSTEM, {"role": "user", "content": "Hi"}])
+    assert found == "[user: Be brief.\n\nHi]"
+    found = chat(no_system + parts + "<{{ p.text }}>{% endfor %}{% endfor %}", [SYSTEM, PARTS])
+    assert found == "<Be brief.><one><two>"
+    for messages in ([SYSTEM], [SYSTEM, ANSWER]):
+        with pytest.raises(RequestError, match="no system"):
+            chat(no_system + texts, messages)
+    with pytest.raises(RequestError, match="no system"):
+        chat(no_system + "{{ raise_exception('nobody') }}", [SYSTEM, USER])
 
 
 def test_parts_become_what_the_template_knows():
