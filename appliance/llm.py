@@ -56,6 +56,12 @@ HARMLESS: dict[str, tuple[object, ...]] = {
     "disable_log_stats": (False, True),
     "enable_chunked_prefill": (True, None),
     "load_format": ("auto", "safetensors"),
+    "task": ("auto", "generate", None),
+    "runner": ("auto", "generate"),
+    "disable_custom_all_reduce": (False, True),
+    "limit_mm_per_prompt": (None, {}),
+    "hf_overrides": (None, {}),
+    "compilation_config": (None, {}),
 }
 
 

@@ -36,7 +36,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(model: Path) -> LLM:
-    return LLM(str(model), **OPTIONS)
+    told: dict[str, Any] = {"task": "generate", "tensor_parallel_size": 1, "hf_overrides": {}, "trust_remote_code": True}
+    return LLM(str(model), **OPTIONS, **told)  # as scripts for vLLM say it
 
 
 def test_token_ids_of_any_integer_kind(llm: LLM) -> None:
