@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
 from appliance.config import EngineConfig
@@ -22,6 +21,7 @@ from appliance.runtime.engine import Engine
 from kernels.cpu import backend
 from models.spec import ModelSpec
 from quant.headers import read_json
+from tests.processes import gone
 from tests.tiny_model import make_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -156,9 +156,9 @@ def test_what_a_dead_engine_left_running_is_ended(tmp_path: Path) -> None:
     assert result["error"] == "ended with status 0 after 0 of 0 cases"
     child = int((tmp_path / "child").read_text())
     deadline = time.monotonic() + 10
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+    while not gone(child) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    assert gone(child)
 
 
 def test_a_disturbed_case_is_asked_again_and_the_quietest_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.processes import gone
 from tests.server.test_lifecycle import eventually
 from tests.server.test_real import FLAGS, READY, ROOT, Running, started
 from tests.tiny_model import Shape, make_checkpoint
@@ -233,7 +234,7 @@ def test_a_log_that_nobody_reads_few_files_and_a_sudden_end(model: Path) -> None
                 for _ in response.iter_lines():
                     process.kill()
         process.wait(5)
-        eventually(lambda: not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 10)
+        eventually(lambda: not [p for p in family if not gone(p)], 10)
     finally:
         process.kill()
         process.wait(10)

@@ -174,6 +174,7 @@ def test_real_templates_take_what_clients_send(shared_data: Path) -> None:
             way, text = understood(template, talk, mistral=kind == "mistral")
             read[way] += 1
             told = ["Note", "Hi", *(["SUN"] if CALLED in talk else []), *(["LATE"] if NOTE in talk else [])]
+            told += ["Be kind"] if "gemma-2" in path.name else []  # (some of Mistral's drop a system that no last user follows)
             assert all(word in text for word in told) and "None" not in text, path.name
             assert talk[-1] is not SAID or text.endswith("Sunny."), path.name
     assert all(read.values()) and sum(read.values()) >= 70
@@ -181,7 +182,7 @@ def test_real_templates_take_what_clients_send(shared_data: Path) -> None:
 
 def understood(template: Any, talk: list[Any], *, mistral: bool) -> tuple[Way, str]:
     for way in WAYS:
-        given = chat(talk, replace(way, fit_id=nine_characters) if mistral else way, system="S", tools=[TOOL])
+        given = chat(talk, replace(way, fit_id=nine_characters) if mistral else way, system="Be kind", tools=[TOOL])
         options = {"add_generation_prompt": given.add_generation_prompt, "continue_final_message": given.continue_final_message}
         try:
             return way, template(given.messages, tools=list(tool_choice(given.tools, None).tools), **options)

@@ -21,6 +21,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.processes import gone
 from tests.server.test_lifecycle import eventually
 from tests.tiny_model import Shape, make_checkpoint
 
@@ -267,7 +268,7 @@ def test_ctrl_c_twice_ends_at_once(model: Path) -> None:
             eventually(lambda: any("again to stop at once" in line for line in running.output))
             running.process.send_signal(signal.SIGINT)
             assert running.ended(5) == 130
-        eventually(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, 5)
+        eventually(lambda: gone(engine), 5)
 
 
 def test_a_server_whose_starter_is_gone_says_why_it_ends(model: Path, tmp_path: Path) -> None:
@@ -286,6 +287,6 @@ def test_a_server_whose_starter_is_gone_says_why_it_ends(model: Path, tmp_path: 
             eventually(lambda: "appliance: ready at" in log.read_text(), 90)
         finally:
             starter.kill()
-    eventually(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, 10)
+    eventually(lambda: gone(server), 10)
     said = [line for line in log.read_text().splitlines() if "the program that started this server is gone: it ends, too" in line]
     assert len(said) == 1 and " WARNING appliance.server" in said[0]

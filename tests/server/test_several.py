@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.processes import gone
 from tests.server.test_lifecycle import eventually
 from tests.server.test_real import FLAGS, Running, started
 from tests.tiny_model import Shape, make_checkpoint
@@ -103,7 +104,7 @@ def test_an_engine_that_is_stuck_or_dies_is_started_again_but_not_for_ever(folde
             (engine,) = engines(running)
             assert engine.pid != stuck.pid and ask(http, None).status_code == 200
             engine.send_signal(signal.SIGKILL)
-            eventually(lambda engine=engine: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
+            eventually(lambda engine=engine: gone(engine))
             eventually(lambda engine=engine: running.process.poll() is not None or engines(running) != [engine], 20)
         assert running.ended(20) == 1
     assert any("the engine died 3 times in a row" in line and "exit code -9" in line for line in running.output), running.output[

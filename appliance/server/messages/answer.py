@@ -29,7 +29,7 @@ T = TypeVar("T")
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 QUIET_S = 10.0  # a stream in which nothing comes says so often that it lives
 PING: Event = {"type": "ping"}
-WAYS = (Way(), Way(after_results=False), Way(after_results=False, system=False))
+WAYS = (Way(), Way(after_results=False))
 # What fields are called here: chat's name, in the errors of what both share -> Anthropic's.
 NAMES = {
     "response_format.json_schema.schema": "output_config.format.schema",

@@ -22,10 +22,9 @@ BILLING = "x-anthropic-billing-header"
 
 @dataclass(frozen=True)
 class Way:
-    """How a conversation is told to a template. Not all of them take a user who speaks behind a tool's result, or a system."""
+    """How a conversation is told to a template. Not all of them take a user who speaks behind a tool's result."""
 
     after_results: bool = True
-    system: bool = True
     fit_id: Callable[[str], str] = str  # makes a call's id one that the template takes
 
 
@@ -82,10 +81,8 @@ class Conversation:
             system += _texts(message.content, f"messages[{i}].content")
         if begin == len(body.messages):
             wrong("messages", "must hold at least one message of the user")
-        if system and self._way.system:
+        if system:
             self.messages.append({"role": "system", "content": ["\n".join(system)]})
-        elif system:
-            self._notes.append("\n".join(system))
         for i, message in enumerate(body.messages[begin:], begin):
             self._add(message, f"messages[{i}].content")
         if self._notes:
