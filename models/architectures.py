@@ -37,6 +37,7 @@ class Architecture:
     scaled_embedding: bool = False  # by the root of the hidden size
     soft_caps: tuple[str, ...] = ()  # the keys of those that it has
     local_rope: bool = False  # layers with a window rotate otherwise than the others
+    float16: bool = True  # whether its activations stay within what float16 holds
     text_part: bool = False  # of a model that reads more than text: its settings stand in text_config
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys for which there is no field above
 
@@ -47,6 +48,7 @@ GEMMA2 = Architecture(
     post_norms=True,
     gelu=True,
     scaled_embedding=True,
+    float16=False,
     soft_caps=("attn_logit_softcapping", "final_logit_softcapping"),
     defaults={
         "vocab_size": 256000,

@@ -85,6 +85,7 @@ class ModelSpec:
     scale: float = 1.0  # of attention's scores
     cap: float | None = None  # of attention's scores: cap * tanh(score / cap)
     logit_cap: float | None = None  # the same of logits
+    float16: bool = True  # whether activations stay within what float16 holds
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
@@ -135,6 +136,7 @@ class ModelSpec:
             scale=_query_scale(kind, fields, head_dim) ** -0.5,
             cap=_cap("attn_logit_softcapping", fields),
             logit_cap=_cap("final_logit_softcapping", fields),
+            float16=kind.float16,
             eos_token_ids=_token_ids(config, "eos_token_id"),
             bos_token_id=next(iter(_token_ids(config, "bos_token_id")), None),
         )

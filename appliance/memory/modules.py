@@ -37,9 +37,10 @@ class Machinery:
     block_size: int = 16  # tokens in a block of the cache
 
     @classmethod
-    def choose(cls, config: EngineConfig, published: str, device: DeviceInfo) -> Machinery:
+    def choose(cls, config: EngineConfig, published: str, device: DeviceInfo, *, float16: bool = True) -> Machinery:
         """For a checkpoint ``published`` in that dtype. Raises InputError for options that do not exist."""
-        ops, dtype = layout.ops_name(device.kind, reference=config.reference_ops), resolve_dtype(config.dtype, published, device)
+        ops = layout.ops_name(device.kind, reference=config.reference_ops)
+        dtype = resolve_dtype(config.dtype, published, device, float16=float16)
         return cls(
             ops=ops,
             dtype=dtype,

@@ -43,7 +43,7 @@ def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None =
     settings = read_settings(config, device)
     published, scheme = read_scheme(CheckpointIndex.open(Path(directory)), config.quantization)
     spec = ModelSpec.from_config(published)
-    machinery = Machinery.choose(config, spec.dtype, device)
+    machinery = Machinery.choose(config, spec.dtype, device, float16=spec.float16)
     demand = Demand.of(spec, scheme, machinery, model=str(directory))
     try:
         return fit(demand, settings, device, host)

@@ -149,12 +149,13 @@ def block_size(config: EngineConfig, device_kind: str) -> int:
     return config.block_size
 
 
-def resolve_dtype(dtype: str, published: str, device: DeviceInfo) -> str:
+def resolve_dtype(dtype: str, published: str, device: DeviceInfo, *, float16: bool = True) -> str:
     """The type of activations and KV cache.
 
     auto: on a CPU bfloat16 for checkpoints published in 16 bits (it has no overflow, and CPUs multiply it) and float32 for those
-    published in float32; on a card the published one, float16 where that is float32 or the card has no bfloat16. InputError for a
-    type that does not exist, or that the card does not have.
+    published in float32; on a card the published one, float16 where that is float32 or the card has no bfloat16. Not ``float16``:
+    the model's activations grow beyond that; bfloat16 takes its place, float32 where the card has none. InputError for a type
+    that does not exist, that the card does not have, or that does not hold what the model computes.
     """
     if dtype != "auto":
         if dtype not in _DTYPES:
@@ -163,10 +164,16 @@ def resolve_dtype(dtype: str, published: str, device: DeviceInfo) -> str:
             raise InputError(
                 f"--dtype bfloat16: {device.name} (sm_{device.capability}) has no bfloat16; use --dtype float16, or float32"
             )
+        if _DTYPES[dtype] == "float16" and not float16:
+            raise InputError(
+                f"--dtype {dtype}: this model's activations grow beyond what float16 holds (65504), and answers would be wrong; "
+                f"use --dtype {'bfloat16' if device.bfloat16 else 'float32'}"
+            )
         return _DTYPES[dtype]
     if device.kind == "cpu":
         return "float32" if published == "float32" else "bfloat16"
-    return "float16" if published == "float32" or not device.bfloat16 else published
+    wanted = "float16" if published == "float32" or not device.bfloat16 else published
+    return wanted if float16 or wanted != "float16" else "bfloat16" if device.bfloat16 else "float32"
 
 
 def _at_least_one(flag: str, value: object) -> None:

@@ -88,7 +88,7 @@ class Study:
         published, scheme = read_scheme(index, config.quantization)
         spec = ModelSpec.from_config(published)
         check_headers(index, spec, scheme)
-        machinery, part = Machinery.choose(config, spec.dtype, weakest or device), shard(spec, ranks)
+        machinery, part = Machinery.choose(config, spec.dtype, weakest or device, float16=spec.float16), shard(spec, ranks)
         check_layout(spec, part, scheme, ranks)
         demand = with_exchange(Demand.of(part, scheme, machinery, model=config.model or str(directory)), spec, ranks)
         return cls(device, host, ranks, settings, demand, Work.of(part, scheme, machinery), (spec, scheme, machinery))

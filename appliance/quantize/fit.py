@@ -71,7 +71,7 @@ class Place:
     def study(self, config: Mapping[str, Any]) -> Study:
         """The model that has this config.json, in the planner's terms. Raises InputError."""
         spec, scheme = ModelSpec.from_config(dict(config)), QuantScheme.from_config(config)
-        machinery = Machinery.choose(self.engine, spec.dtype, self.device)
+        machinery = Machinery.choose(self.engine, spec.dtype, self.device, float16=spec.float16)
         demand = Demand.of(spec, scheme, machinery, model="the model")
         settings = read_settings(self.engine, self.device)
         return Study(self.device, None, 1, settings, demand, Work.of(spec, scheme, machinery), (spec, scheme, machinery))

@@ -20,6 +20,7 @@ from kernels.ops import Ops, get_ops
 from models.loader import load_model
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
+from quant.errors import InputError
 from tests.memory.published import VARIANTS, fill, linears, write_published
 from tests.models.test_against_transformers import feed
 
@@ -93,6 +94,15 @@ def test_cards_have_plans(tmp_path: Path, name: str) -> None:
     assert study.planned_only == "" and study.plan.tokens > 4096
     parts = 2 * 192 * 2 * (256 + 1) * 4  # two query heads of 256 and a sum, for each program of an attention that is split
     assert attention_workspace(study.whole[0], study.whole[2]) == parts <= study.plan.scratch["products"]
+
+
+def test_float16_does_not_hold_it(tmp_path: Path) -> None:
+    folder = write_published(tmp_path, {**PUBLISHED["gemma-3-1b"][0], "torch_dtype": "float16"}, "none")
+    turing = DeviceInfo("cuda", "NVIDIA T4", 15360 << 20, 15000 << 20, capability=75)
+    for device, dtype in ((CPU, "bfloat16"), (CARD, "bfloat16"), (turing, "float32")):
+        assert Study.read(folder, EngineConfig(max_model_len=512), device).whole[2].dtype == dtype
+        with pytest.raises(InputError, match=f"--dtype float16: .*use --dtype {dtype}"):
+            make_plan(folder, EngineConfig(dtype="float16", max_model_len=512), device)
 
 
 SMALL = {

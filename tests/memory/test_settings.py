@@ -138,6 +138,17 @@ def test_a_card_without_bfloat16() -> None:
         resolve_dtype("bfloat16", "float16", turing)
 
 
+def test_a_model_too_wide_for_float16() -> None:
+    turing = replace(CARD, name="NVIDIA T4", capability=75)
+    for published in ("bfloat16", "float16", "float32"):
+        assert resolve_dtype("auto", published, CARD, float16=False) == "bfloat16"
+        assert resolve_dtype("auto", published, turing, float16=False) == "float32"
+        for device, instead in ((CPU, "bfloat16"), (CARD, "bfloat16"), (turing, "float32")):
+            with pytest.raises(InputError, match=rf"--dtype half: .* beyond what float16 holds .* use --dtype {instead}"):
+                resolve_dtype("half", published, device, float16=False)
+    assert resolve_dtype("auto", "float16", CPU, float16=False) == "bfloat16"
+
+
 def test_an_unknown_dtype() -> None:
     with pytest.raises(
         InputError, match=r"--dtype 'int8' is not known; auto, float16 \(half\), bfloat16 and float32 \(float\) are"

@@ -35,7 +35,7 @@ def test_answers_of_an_engine(tmp_path: Path, name: str, variant: str, monkeypat
     config = {**SMALL[name], **TINY, "sliding_window_pattern": 2}
     directory, rng = spread(fill(write_published(tmp_path, config, variant), variant)), random.Random(5)
     requests = [submit(f"r{n}", [rng.randrange(203) for _ in range(n)], max_tokens=4) for n in (1, 13)]
-    given: dict[str, Any] = {"model": str(directory), "dtype": "float16", "max_model_len": 32, "threads": 1, "max_num_seqs": 2}
+    given: dict[str, Any] = {"model": str(directory), "dtype": "bfloat16", "max_model_len": 32, "threads": 1, "max_num_seqs": 2}
     given |= {"kv_cache_memory_bytes": 1 << 20, "max_num_batched_tokens": 8, "lm_head_dtype": "model"}
     expected = answers(Engine.load(EngineConfig(reference_ops=True, **given)), requests)
 

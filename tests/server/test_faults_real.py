@@ -60,13 +60,13 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     one, _ = request.getfixturevalue("running"), request.getfixturevalue("known")
     process = psutil.Process(one.process.pid)
-    eventually(lambda: not left(one), 20)
+    eventually(lambda: not left(one))
     files = process.num_fds()
     yield
     if one.process.poll() is not None:
         return
-    eventually(lambda: not left(one), 20)
-    eventually(lambda: process.num_fds() <= files, 20)
+    eventually(lambda: not left(one))
+    eventually(lambda: process.num_fds() <= files)
 
 
 def left(running: Running) -> dict[str, int]:
@@ -226,7 +226,7 @@ def test_a_log_that_nobody_reads_few_files_and_a_sudden_end(model: Path) -> None
                 return httpx.post(f"{url}/v1/completions", json={**ASK, "prompt": "a"}, trust_env=False).status_code == 200
             return False
 
-        eventually(answered, 10)
+        eventually(answered)
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) == 2
         with httpx.stream("POST", f"{url}/v1/completions", content=ENDLESS, trust_env=False) as response:
@@ -234,7 +234,7 @@ def test_a_log_that_nobody_reads_few_files_and_a_sudden_end(model: Path) -> None
                 for _ in response.iter_lines():
                     process.kill()
         process.wait(5)
-        eventually(lambda: not [p for p in family if not gone(p)], 10)
+        eventually(lambda: not [p for p in family if not gone(p)])
     finally:
         process.kill()
         process.wait(10)
@@ -249,4 +249,4 @@ def test_it_stops_in_time_whoever_is_still_there(running: Running, known: dict[s
             sock.sendall(raw)
         time.sleep(0.3)
         running.process.send_signal(signal.SIGTERM)
-        assert running.ended(10) == 0
+        assert running.ended() == 0

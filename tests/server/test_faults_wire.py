@@ -166,7 +166,7 @@ def test_a_client_that_is_gone_before_the_first_token(start: Start, stream: bool
             eventually(lambda: served.client.running)
             if not polite:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset
-        eventually(lambda: not served.client.running and not served.state.jobs, 20)
+        eventually(lambda: not served.client.running and not served.state.jobs)
         assert not served.client.tokens and served.client.aborted
 
 

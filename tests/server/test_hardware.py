@@ -39,7 +39,7 @@ def test_a_look_agrees_with_the_system(busy: int) -> None:
     begun, before = time.monotonic(), _used(busy)
     machine = Hardware(lambda: {"engine": busy})
     first, least = time.monotonic(), _used(busy)
-    eventually(lambda: _used(busy) > least + 0.3, 30)
+    eventually(lambda: _used(busy) > least + 0.3)
     least, shortest, now = _used(busy) - least, time.monotonic() - first, time.time()
     seen = machine.read({"server": os.getpid(), "engine": busy})
     assert shortest <= seen["period_s"] <= time.monotonic() - begun and now <= seen["time"] <= time.time()
@@ -69,7 +69,7 @@ def test_the_share_is_of_the_time_that_was_not_idle(monkeypatch: pytest.MonkeyPa
 def test_an_engine_that_is_gone_or_new_is_no_error(busy: int) -> None:
     machine = Hardware(lambda: {"engine": busy})
     psutil.Process(busy).kill()
-    eventually(lambda: psutil.Process(busy).status() == psutil.STATUS_ZOMBIE, 20)
+    eventually(lambda: psutil.Process(busy).status() == psutil.STATUS_ZOMBIE)
     assert machine.read({"engine": busy})["processes"].get("engine", {}).get("cpu_cores") in (None, 0.0)
     assert machine.read({"engine": 2**22 + 1})["processes"] == {}
     assert machine.read({"engine": os.getpid()})["processes"]["engine"]["rss_bytes"] > 0

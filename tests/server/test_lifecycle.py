@@ -22,7 +22,7 @@ from tests.server.fake import FakeClient
 LONG = {"prompt": "abc", "max_tokens": 400, "ignore_eos": True}
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 5.0) -> None:
+def eventually(condition: Callable[[], Any], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came true"

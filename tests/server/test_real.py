@@ -45,8 +45,8 @@ class Running:
         (child,) = psutil.Process(self.process.pid).children()
         return child
 
-    def ended(self, seconds: float) -> int:
-        return self.process.wait(seconds)
+    def ended(self) -> int:
+        return self.process.wait(30)
 
 
 @contextmanager
@@ -241,7 +241,7 @@ def test_killed_engine_is_reported_and_started_again(model: Path) -> None:
         assert running.engine.pid != first.pid
         assert http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 2}).status_code == 200
         running.process.send_signal(signal.SIGTERM)
-        assert running.ended(8) == 0
+        assert running.ended() == 0
 
 
 def test_ctrl_c_drains_then_ends_the_rest(model: Path) -> None:
@@ -254,7 +254,7 @@ def test_ctrl_c_drains_then_ends_the_rest(model: Path) -> None:
             running.process.send_signal(signal.SIGINT)
             *_, error, done = [line for line in lines if line]
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == "shutting_down" and done == "data: [DONE]"
-        assert running.ended(6) == 0 and not engine.is_running()
+        assert running.ended() == 0 and not engine.is_running()
 
 
 def test_ctrl_c_twice_ends_at_once(model: Path) -> None:
@@ -267,8 +267,8 @@ def test_ctrl_c_twice_ends_at_once(model: Path) -> None:
             running.process.send_signal(signal.SIGINT)
             eventually(lambda: any("again to stop at once" in line for line in running.output))
             running.process.send_signal(signal.SIGINT)
-            assert running.ended(5) == 130
-        eventually(lambda: gone(engine), 5)
+            assert running.ended() == 130
+        eventually(lambda: gone(engine))
 
 
 def test_a_server_whose_starter_is_gone_says_why_it_ends(model: Path, tmp_path: Path) -> None:
@@ -287,6 +287,6 @@ def test_a_server_whose_starter_is_gone_says_why_it_ends(model: Path, tmp_path: 
             eventually(lambda: "appliance: ready at" in log.read_text(), 90)
         finally:
             starter.kill()
-    eventually(lambda: gone(server), 10)
+    eventually(lambda: gone(server))
     said = [line for line in log.read_text().splitlines() if "the program that started this server is gone: it ends, too" in line]
     assert len(said) == 1 and " WARNING appliance.server" in said[0]

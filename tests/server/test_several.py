@@ -67,7 +67,7 @@ def test_two_models_of_which_one_fits_at_a_time(folder: Path) -> None:
             assert [one.json()["choices"] for one in answers if one.json()["model"] == "one"] == [first.json()["choices"]] * 2
             assert ask(http, "three").status_code == 404
         running.process.send_signal(signal.SIGTERM)
-        assert running.ended(8) == 0
+        assert running.ended() == 0
 
 
 def test_two_models_that_fit_together(folder: Path) -> None:
@@ -79,13 +79,13 @@ def test_two_models_that_fit_together(folder: Path) -> None:
         assert http.post("/models/load", json={"model": "two"}).json() == {"success": True, "model": "two", "status": "ok"}
         assert len(engines(running)) == 2 and states(http) == {"one": "ok", "two": "ok"}
         assert ask(http, "one").json()["choices"] != ask(http, "two").json()["choices"]
-        eventually(lambda: states(http) == {"one": "ok", "two": "unloaded"}, 10)
+        eventually(lambda: states(http) == {"one": "ok", "two": "unloaded"})
         eventually(lambda: len(engines(running)) == 1)
         assert http.post("/models/unload", json={"model": "one"}).json()["status"] == "unloaded"
         assert not engines(running) and http.get("/health").status_code == 200
         assert http.post("/v1/models/unload", json={"model": "three"}).status_code == 404
         running.process.send_signal(signal.SIGTERM)
-        assert running.ended(8) == 0
+        assert running.ended() == 0
 
 
 def test_an_engine_that_is_stuck_or_dies_is_started_again_but_not_for_ever(folder: Path) -> None:
@@ -98,15 +98,15 @@ def test_an_engine_that_is_stuck_or_dies_is_started_again_but_not_for_ever(folde
             begun = time.monotonic()
             *_, error, done = [line for line in lines if line]
         assert "the engine is stuck: it has work, but uses no processor time since" in error and done == "data: [DONE]"
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 30
         for _ in range(2):
             eventually(lambda: http.get("/health").status_code == 200, 60)
             (engine,) = engines(running)
             assert engine.pid != stuck.pid and ask(http, None).status_code == 200
             engine.send_signal(signal.SIGKILL)
             eventually(lambda engine=engine: gone(engine))
-            eventually(lambda engine=engine: running.process.poll() is not None or engines(running) != [engine], 20)
-        assert running.ended(20) == 1
+            eventually(lambda engine=engine: running.process.poll() is not None or engines(running) != [engine])
+        assert running.ended() == 1
     assert any("the engine died 3 times in a row" in line and "exit code -9" in line for line in running.output), running.output[
         -5:
     ]
