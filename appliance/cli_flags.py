@@ -119,6 +119,9 @@ SIZES = ("--cuda-graph-sizes", "--cudagraph-capture-sizes")  # of those, several
 LISTS = ("--served-model-name", "--api-key")
 
 LORA = "LoRA adapters are not supported: merge the adapter into the model"
+SPECULATION = (
+    'there are no draft models; --speculative-config \'{"method": "ngram", "num_speculative_tokens": 5}\' guesses from the text'
+)
 CONFIG = "not supported: edit config.json in the model's directory"
 
 # What to do instead, for flags that would change something: those above with another value, and those never accepted.
@@ -154,7 +157,8 @@ INSTEAD = {
     "--root-path": "not supported: let the proxy in front strip the path",
     "--rope-scaling": CONFIG,
     "--slots": "there is no /slots: GET /stats and /metrics tell what runs",
-    "--speculative-config": "speculative decoding is not supported: leave it out",
+    "--spec-method": SPECULATION,
+    "--spec-tokens": SPECULATION,
     "--ssl-cert-reqs": "use --ssl-ca-certs, which asks clients for a certificate",
     "--structured-outputs-config": "only a backend may be named here; --reasoning-parser is an option of its own",
     "--system-prompt-file": "requests say it: a message with the role system",
@@ -180,7 +184,7 @@ SEVERAL = {
     "-ngl --n-gpu-layers --gpu-layers": "all layers are on the card with --device cuda, but for what --cpu-offload-gb leaves out",
     "-ts -mg -sm --tensor-split --main-gpu --split-mode": "only one device is supported: leave it out",
     "-n --n-predict --predict": "requests say it: max_tokens",
-    "-md --model-draft --speculative-model --num-speculative-tokens": "speculative decoding is not supported: leave it out",
+    "-md --model-draft --draft-max --draft-min --spec-model --speculative-model --num-speculative-tokens": SPECULATION,
     "--chat-template-file": "use --chat-template",
     "--reasoning-format": "use --reasoning-parser",
     "--no-webui": "use --no-web-ui",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -258,6 +259,8 @@ def _engine_config(model: StrPath, options: dict[str, Any]) -> EngineConfig:
             raise TypeError(f"LLM() has no argument {name!r}; it has {', '.join(sorted(known))}")
         if value not in HARMLESS[name]:
             raise InputError(f"{name}={value!r} is not supported: leave it out")
+    if isinstance(options.get("speculative_config"), dict):
+        options["speculative_config"] = json.dumps(options["speculative_config"])
     if "tokenizer" in options:
         options["tokenizer"] = _text(options["tokenizer"])
     return EngineConfig(model=_text(model), **options)

@@ -144,6 +144,9 @@ class Stats:
     prefix_queries: int = 0  # counter: prompt tokens looked up in the prefix cache
     prefix_hits: int = 0  # counter: of these, found
     prefix_host_hits: int = 0  # counter: of these, in host memory
+    drafts: int = 0  # counter: guesses of what comes next, of any number of tokens
+    drafted: int = 0  # counter: their tokens
+    drafts_right: int = 0  # counter: of these, the right ones
     copied_blocks: dict[str, int] = field(default_factory=dict)  # counter: out to host memory, in from there, copy in the pool
     last_step_s: float = 0.0
     last_step_tokens: int = 0

@@ -28,6 +28,7 @@ class Request:
     beam: bool = False  # what it samples is taken by its group, and not by commit
     held: bool = False  # waits for its group's decision, or for its grammar
     guide: Any = None  # where it is in its grammar; the runtime's
+    said: Any = None  # what its next tokens are guessed from; appliance.core.drafts'
     computed: int = 0  # tokens whose keys and values are in the cache, or will be after the steps under way
     landed: int = 0  # of those, how many no step under way has still to compute
     ahead: int = 0  # tokens that the steps under way will add

@@ -11,6 +11,7 @@ from itertools import takewhile
 from appliance.core.audit import audit
 from appliance.core.blocks import BlockPool
 from appliance.core.door import check_room
+from appliance.core.drafts import Drafts
 from appliance.core.params import RequestError
 from appliance.core.queues import Queues
 from appliance.core.request import Request
@@ -44,14 +45,17 @@ class Scheduler(Queues):
         fair_tokens: int = FAIR_TOKENS,
         turn: Callable[[Return], int] = lambda back: 0,
         watermark: float = WATERMARK,
+        drafts: Drafts | None = None,
     ) -> None:
         """``host``: blocks of host memory, for requests that give way where ``swaps`` says so, and for cached prefixes. ``turn``:
-        how many tokens, if more than ``fair_tokens``, make up for a return."""
+        how many tokens, if more than ``fair_tokens``, make up for a return. ``drafts``: only where each step is committed before
+        the next one is scheduled."""
         if max_num_batched_tokens < 1 or max_num_seqs < 1:
             raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens} and max_num_seqs={max_num_seqs} must be >= 1")
         super().__init__(priorities=priorities)
         self.pool, self.store = pool, Store(pool, host, caching=caching)
         self.swaps, self.fair_tokens, self.turn = swaps, fair_tokens, turn
+        self.drafts = drafts
         self.reserve = int(watermark * pool.num_blocks)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every running decode fits into every step
@@ -101,12 +105,15 @@ class Scheduler(Queues):
             else:
                 chunks.append(chunk)
                 budget -= chunk.length
+        if self.drafts is not None:
+            chunks = self.drafts.lengthen(chunks, self.store, budget=budget, reserve=self.reserve)
         chunks.sort(key=lambda chunk: chunk.length > 1)
         return StepPlan(tuple(chunks), (*yielding, *preempted), self.store.take_copies())
 
-    def commit(self, plan: StepPlan, sampled: Sequence[int | None]) -> list[Request]:
+    def commit(self, plan: StepPlan, sampled: Sequence[int | Sequence[int] | None]) -> list[Request]:
         """Take what the step computed: ``sampled[i]`` is the token of chunk i where it samples, else None.
 
+        Of a chunk with a draft it is as many tokens of that as were right, and the one after them.
         Steps are taken in the order in which they were scheduled. Returns the requests that are finished now; their blocks are
         free, as whatever is computed with them later comes after the steps under way. Requests that ended since ``schedule`` are
         skipped; one whose finish_reason was set since (an error in its row) is finished and takes no token.
@@ -118,16 +125,20 @@ class Scheduler(Queues):
             request, end = chunk.request, chunk.start + chunk.length
             if not self.has(request):
                 continue
-            if request.running and request.computed >= end:
-                self.store.landed(request, chunk.start, end)
+            if chunk.draft:
+                end = chunk.start + 1  # as long as nobody knows which guesses were right
             if request.finish_reason is None and chunk.samples:
                 if token is None:
                     raise ValueError(f"request {request.key} reached its last token, but nothing was sampled")
                 request.ahead -= 1
                 if request.beam:
                     self.hold(request, True)
-                else:
+                elif isinstance(token, int):
                     request.append(token)
+                elif self.drafts is not None:
+                    end = self.drafts.take(chunk, token, self.store)
+            if request.running and request.computed >= end:
+                self.store.landed(request, chunk.start, end)
             if request.finish_reason is not None:
                 self._drop(request)
                 finished.append(request)

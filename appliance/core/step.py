@@ -16,6 +16,7 @@ class Chunk(NamedTuple):
     start: int
     length: int
     samples: bool  # the chunk reaches the last known token: its last row's logits give the next one
+    draft: tuple[int, ...] = ()  # guesses of the tokens behind that one, the last of ``length``; each row of theirs samples, too
 
 
 class Return(NamedTuple):

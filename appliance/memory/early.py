@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from dataclasses import fields
 
 from appliance.config import EngineConfig
+from appliance.core.drafts import Drafts
 from appliance.memory.devices import DeviceInfo, this_device
 from appliance.memory.giving_way import MODES
 from appliance.memory.modules import Machinery
@@ -36,6 +37,7 @@ def check_options(config: EngineConfig, device: DeviceInfo | None = None) -> Non
     if config.quantization is not None:  # held against a checkpoint that is what was stated
         QuantScheme(ALIASES.get(config.quantization.lower(), "none")).check_stated(config.quantization)
     check_order(config)
+    Drafts.of(config.speculative_config, device.kind)
 
 
 def check_kinds(config: EngineConfig) -> None:

@@ -35,9 +35,10 @@ class StepArrays:
         A step with 256 sequences takes a third of a millisecond, so what is done for each of them in Python is kept small.
         """
         ids: list[int] = []
-        for request, start, length, _ in chunks:
+        for request, start, length, _, draft in chunks:
             if length > 1:
                 ids += request.tokens[start : start + length]
+                ids += draft
             else:
                 tokens = request.tokens
                 ids.append(tokens[start] if start < len(tokens) else -1 - sampling[request])  # type: ignore[index]
@@ -120,7 +121,7 @@ class Draws(NamedTuple):
         rows = len(chunks)
         temperature, uniforms = np.zeros(rows, dtype=np.float32), np.zeros(rows)
         top_k, top_p, min_p = np.zeros(rows, dtype=np.int64), np.ones(rows), np.zeros(rows)
-        for row, (request, start, length, _) in enumerate(chunks):
+        for row, (request, start, length, _, _) in enumerate(chunks):
             params = request.params
             if not params.greedy:
                 temperature[row], uniforms[row] = params.temperature, uniform(request.seed, start + length)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -19,7 +19,7 @@ from appliance.core.messages import EngineInfo, Event, RequestStat, Stats, Submi
 from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler
 from appliance.core.scores import PromptLogprobs
-from appliance.core.step import StepPlan
+from appliance.core.step import Chunk, StepPlan
 from appliance.memory.devices import cpu_threads
 from appliance.memory.planner import make_plan
 from appliance.runtime.beam import BeamGroup
@@ -201,33 +201,36 @@ class Engine:
     def _commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
         """Requests that ended while the step ran take nothing of it."""
         both = zip(plan.chunks, result.sampled, strict=True)
-        taken = [(chunk, one) for chunk, one in both if one is not None and not chunk.request.finished]
+        taken = [(chunk, found) for chunk, found in both if found and not chunk.request.finished]
         for scores in result.prompt_scores:
             self._scores.setdefault(scores.request, PromptLogprobs.of([None])).extend(scores.logprobs)
         events: list[Event] = []
         for chunk in plan.chunks:
             prompt_len = chunk.request.prompt_len
             self._counts["prompt_tokens"] += min(chunk.start + chunk.length, prompt_len) - min(chunk.start, prompt_len)
-        for chunk, one in taken:
+        for chunk, (one, *_) in taken:
             if one.error is not None:
                 index = None if self._beams.pop(chunk.request.request_id, None) else chunk.request.index
                 events += self._end(self.scheduler.abort(chunk.request.request_id, index), "error", one.error)
-        self.scheduler.commit(plan, [one.token if one is not None else None for one in result.sampled])
-        for chunk, one in taken:
-            if one.error is not None:
+        before = {chunk.request: len(chunk.request.tokens) for chunk, _ in taken}
+        self.scheduler.commit(plan, [_tokens(chunk, found) for chunk, found in zip(plan.chunks, result.sampled, strict=True)])
+        for chunk, found in taken:
+            if found[0].error is not None:
                 continue
             request = chunk.request
             self._counts["generation_tokens"] += 1
             if request.beam:
-                events += self._search(request, one)
+                events += self._search(request, found[0])
                 continue
+            found = found[: len(request.tokens) - before[request]]  # what comes after an end is not the answer's
+            self._counts["generation_tokens"] += len(found) - 1
             prompt = self._take_scores(request)
             events.append(
                 Event(
                     request_id=request.request_id,
                     index=request.index,
-                    token_ids=(one.token,),
-                    logprobs=None if one.logprob is None else (one.logprob,),
+                    token_ids=tuple(one.token for one in found),
+                    logprobs=None if request.params.logprobs is None else tuple(one.logprob for one in found if one.logprob),
                     prompt_logprobs=prompt,
                     finish_reason=request.finish_reason,
                     stop_reason=request.stop_reason,
@@ -317,6 +320,7 @@ class Engine:
             prefix_queries=scheduler.prompt_tokens_looked_up,
             prefix_hits=scheduler.prompt_tokens_found,
             prefix_host_hits=scheduler.prompt_tokens_found_in_host,
+            **({} if scheduler.drafts is None else scheduler.drafts.counters),
             copied_blocks=dict(self._copied),
             last_step_s=self._last_step[0],
             last_step_tokens=self._last_step[1],
@@ -329,6 +333,11 @@ class Engine:
     def check(self) -> None:
         """Raise when pool and scheduler disagree."""
         self.scheduler.check()
+
+
+def _tokens(chunk: Chunk, found: Sequence[Sampled]) -> int | tuple[int, ...] | None:
+    """What ``Scheduler.commit`` wants of a chunk."""
+    return tuple(one.token for one in found) if chunk.draft else found[0].token if found else None
 
 
 def _stat(request: Request, now: float) -> RequestStat:

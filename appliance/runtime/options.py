@@ -8,6 +8,7 @@ import torch
 
 from appliance.config import EngineConfig
 from appliance.core.blocks import BlockPool
+from appliance.core.drafts import Drafts
 from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler
 from appliance.memory.early import check_order
@@ -46,6 +47,7 @@ def make_scheduler(config: EngineConfig, plan: MemoryPlan, spec: ModelSpec) -> S
         priorities=config.scheduling_policy == "priority",
         swaps=swaps,
         turn=cost.turn,
+        drafts=Drafts.of(config.speculative_config, plan.device.kind),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class PromptScores:
 
 @dataclass(frozen=True)
 class StepResult:
-    sampled: tuple[Sampled | None, ...]  # one per chunk; None where the chunk does not sample
+    sampled: tuple[tuple[Sampled, ...], ...]  # of each chunk: none where it does not sample, several where a draft was right
     prompt_scores: tuple[PromptScores, ...]
 
 
@@ -57,6 +57,7 @@ class Flight:
     drawn: dict[Request, Sampled]  # on the host, while the step was launched
     prompt_scores: tuple[PromptScores, ...]
     guided: bool  # whether the host must see a token before it knows what may come after it
+    guesses: dict[Request, list[Request]]  # with drafts: each as it would be if one more token of its draft were known
 
     @property
     def open(self) -> bool:
@@ -67,11 +68,21 @@ class Flight:
         """Wait for the device, and take the tokens. RuntimeError where it failed."""
         self.wait()
         tokens = self.tokens.tolist()
-        found: list[Sampled | None] = []
+        found: list[tuple[Sampled, ...]] = []
         for chunk in self.plan.chunks:
             row = self.rows.get(chunk.request)
-            found.append(self.drawn.get(chunk.request) if row is None else Sampled.of(tokens[row]))
+            one = self.drawn.get(chunk.request) if row is None else Sampled.of(tokens[row])
+            found.append(() if one is None else (one, *self._after(chunk, one.token)))
         return StepResult(sampled=tuple(found), prompt_scores=self.prompt_scores)
+
+    def _after(self, chunk: Chunk, token: int) -> Iterator[Sampled]:
+        """What was drawn after this token, and so on, as far as the chunk's draft says what was drawn."""
+        for guess, request in zip(chunk.draft, self.guesses.get(chunk.request, ()), strict=True):
+            one = self.drawn[request]
+            if guess != token or one.error is not None:  # an error will come again, where it is the next token's
+                return
+            yield one
+            token = one.token
 
 
 class Runner:
@@ -135,29 +146,35 @@ class Runner:
 
         Before the step launched last has landed, only where that one is ``open`` and this runner ``runs_ahead``.
         """
-        chunks, on_device = plan.chunks, self.decoder.ops.sample is not None
+        chunks = plan.chunks
         self._mover.wait(chunks)
         step = StepArrays.build(chunks, self.block_size, self._rows)
         sampling = [chunk for chunk in chunks if chunk.samples]
         last = (step.starts[1:] - 1)[[chunk.samples for chunk in chunks]].astype(np.int64)
+        guesses = {chunk.request: _guesses(chunk) for chunk in sampling if chunk.draft}
+        requests = [chunk.request for chunk in sampling]
+        if guesses:  # a row for each of them, too
+            last = np.concatenate([np.arange(row - len(chunk.draft), row + 1) for chunk, row in zip(sampling, last, strict=True)])
+            requests = [request for own in requests for request in (own, *guesses.get(own, ()))]
+        on_device = self.decoder.ops.sample is not None and not guesses
         draws = Draws.build(sampling) if on_device else None
         recorded = None if self._graphs is None else self._graphs.prepare(step)
         sent = self._send([*(recorded or step).arrays, last, *(draws or ())])
         hidden = self._hidden(step, recorded, sent)
-        masks = Masks.of([chunk.request for chunk in sampling], self.decoder.spec.vocab)  # while the device works
+        masks = Masks.of(requests, self.decoder.spec.vocab)  # while the device works
         scores = []
         if any(c.request.params.prompt_logprobs is not None for c in chunks):
             rows = hidden.split([c.length for c in chunks])
             scores = [self._score_prompt(c, own, n) for c, own, n in zip(chunks, rows, scored, strict=True)]
-        if len(step.ids) > len(sampling):
+        if len(step.ids) > len(requests):
             hidden = hidden[sent[len(step.arrays)]]
-        drawn = self._draw(sampling, hidden, masks, draws, sent[len(step.arrays) + 1 :])
-        self._rows = {chunk.request: row for row, chunk in enumerate(sampling) if chunk.request not in drawn}
+        drawn = self._draw(requests, hidden, masks, draws, sent[len(step.arrays) + 1 :])
+        self._rows = {request: row for row, request in enumerate(requests) if request not in drawn}
         self._answers.reverse()
-        answer = self._answers[0][: len(sampling)]
+        answer = self._answers[0][: len(requests)]
         if self._rows:
-            answer.copy_(self._tokens[: len(sampling)], non_blocking=True)
-        return Flight(plan, self._rows, answer, self._mark(), drawn, tuple(s for s in scores if s), bool(masks))
+            answer.copy_(self._tokens[: len(requests)], non_blocking=True)
+        return Flight(plan, self._rows, answer, self._mark(), drawn, tuple(s for s in scores if s), bool(masks), guesses)
 
     def _send(self, arrays: Sequence[np.ndarray]) -> list[Tensor]:
         return send_at_once(arrays, self.device) if self._staging is None else self._staging.send(arrays)
@@ -175,16 +192,16 @@ class Runner:
         return torch.where(ids < 0, self._tokens[(-1 - ids).clamp_(min=0)], ids).clamp_(min=0)
 
     def _draw(
-        self, sampling: Sequence[Chunk], last: Tensor, masks: Masks, draws: Draws | None, sent: Sequence[Tensor]
+        self, sampling: Sequence[Request], last: Tensor, masks: Masks, draws: Draws | None, sent: Sequence[Tensor]
     ) -> dict[Request, Sampled]:
-        """Draw a token after each of ``last`` [R, hidden]: into ``_tokens``, or, for what is returned, on the host.
+        """Draw each request's next token after its row of ``last`` [R, hidden]: into ``_tokens``; what is returned, on the host.
 
         ``sent``: the draws on the device, or nothing where all are the host's.
         """
         drawn: dict[Request, Sampled] = {}
         ops = self.decoder.ops
         for first in range(0, len(sampling), LOGIT_ROWS):
-            requests = [chunk.request for chunk in sampling[first : first + LOGIT_ROWS]]
+            requests = sampling[first : first + LOGIT_ROWS]
             rows = slice(first, first + len(requests))
             logits = self._logits(last[rows])
             masks.rule_out(logits, first)
@@ -235,6 +252,14 @@ class Runner:
             wanted = [request.params.prompt_logprobs] * (b - a)
             found += token_logprobs(logits, request.tokens[a:b], wanted, kth=self.decoder.ops.kth_largest)
         return PromptScores(request, first, tuple(found)) if found else None
+
+
+def _guesses(chunk: Chunk) -> list[Request]:
+    """The chunk's request as it will be if the first token of its draft is right, the first two, and so on."""
+    found = []
+    for count in range(1, 1 + len(chunk.draft)):
+        found.append(replace(chunk.request, tokens=[*chunk.request.tokens, *chunk.draft[:count]]))
+    return found
 
 
 def _draw_rows(ops: Ops, logits: Tensor, draws: Draws, sent: Sequence[Tensor]) -> Tensor:

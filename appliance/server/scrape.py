@@ -83,6 +83,9 @@ ENGINE: tuple[tuple[str, str, str, Value, bool], ...] = (
     ("counter", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", lambda s: s.prefix_queries, True),
     ("counter", "prefix_cache_hits", "Of these, tokens that were found.", lambda s: s.prefix_hits, True),
     ("counter", "prefix_cache_host_hits", "Of those found, tokens in host memory.", lambda s: s.prefix_host_hits, False),
+    ("counter", "spec_decode_num_drafts", "Guesses of an answer's next tokens.", lambda s: s.drafts, True),
+    ("counter", "spec_decode_num_draft_tokens", "Tokens of these.", lambda s: s.drafted, True),
+    ("counter", "spec_decode_num_accepted_tokens", "Of these, tokens that were right.", lambda s: s.drafts_right, True),
     ("counter", "gpu_prefix_cache_queries", "prefix_cache_queries' old name.", lambda s: s.prefix_queries, True),
     ("counter", "gpu_prefix_cache_hits", "prefix_cache_hits' old name.", lambda s: s.prefix_hits, True),
 )

@@ -18,7 +18,7 @@ from appliance.core.blocks import BlockPool
 from appliance.core.params import SamplingParams
 from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler
-from appliance.core.step import StepPlan
+from appliance.core.step import Chunk, StepPlan
 from appliance.core.store import Copy
 
 VOCAB = 1000
@@ -140,19 +140,24 @@ class FakeRunner:
             if isinstance(pool, SpoilingPool):
                 pool.log = lambda copy: scheduler.store.copies.append(copy)  # the list is replaced now and then
 
-    def run(self, plan: StepPlan) -> list[int | None]:
+    def run(self, plan: StepPlan) -> list[int | tuple[int, ...] | None]:
         self.copy(plan.copies)
-        tokens = [[*c.request.tokens, self.sampled.get(c.request, SPOILT)][: c.start + c.length] for c in plan.chunks]
+        tokens = [self._known(c)[: c.start + c.length] for c in plan.chunks]
         wanted = [codes(known, chunk.request.salt) for chunk, known in zip(plan.chunks, tokens, strict=True)]
         for chunk, want in zip(plan.chunks, wanted, strict=True):
             self._store(chunk.request.blocks, want, chunk.start)
-        found: list[int | None] = []
+        found: list[int | tuple[int, ...] | None] = []
         for chunk, known, want in zip(plan.chunks, tokens, wanted, strict=True):
             have = [code for block in chunk.request.blocks for code in self.pool[block]][: len(want)]
             assert have == want, f"{chunk.request.key} reads what is not its own at {_differ(have, want)}"
-            found.append(next_token(known, chunk.request.seed) if chunk.samples else None)
-        self.sampled = {chunk.request: token for chunk, token in zip(plan.chunks, found, strict=True) if token is not None}
+            found.append(
+                _drawn(chunk, known) if chunk.draft else next_token(known, chunk.request.seed) if chunk.samples else None
+            )
+        self.sampled = {chunk.request: token for chunk, token in zip(plan.chunks, found, strict=True) if isinstance(token, int)}
         return found
+
+    def _known(self, chunk: Chunk) -> list[int]:
+        return [*chunk.request.tokens, *(chunk.draft or [self.sampled.get(chunk.request, SPOILT)])]
 
     def copy(self, copies: Iterable[Copy]) -> None:
         for kind, source, target in copies:
@@ -198,6 +203,17 @@ class FakeRunner:
             if held[slot] != want[position]:
                 assert self.scheduler.pool.holders(block) == 1, f"block {block} is written, and others hold it"
                 held[slot] = want[position]
+
+
+def _drawn(chunk: Chunk, known: Sequence[int]) -> tuple[int, ...]:
+    """What is drawn after each token of a chunk with a draft, as far as that is what was drawn."""
+    known, found = known[: chunk.start + 1], []
+    for guess in (*chunk.draft, None):
+        found.append(next_token(known, chunk.request.seed))
+        known = [*known, found[-1]]
+        if guess != found[-1]:
+            break
+    return tuple(found)
 
 
 def _differ(have: Sequence[int], want: Sequence[int]) -> int:

@@ -13,13 +13,29 @@ import time
 from collections.abc import Callable
 
 from appliance.core import store
+from appliance.core.drafts import Drafts, Said
 from appliance.core.params import RequestError
+from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler
 from tests.core.fake_model import SALTS, FakeRunner, PlainKey, SpoilingPool, alone, make_request, next_token
 from tests.core.history_rules import Rules
 
 Choose = Callable[[int], int]  # choose(n): one of 0 .. n - 1
 NEVER = 10**6
+
+
+class Guesses(Drafts):
+    """Some that are right, and perhaps a wrong one behind them."""
+
+    def __init__(self, choose: Choose) -> None:
+        super().__init__(tokens=(5, 1, 3, 9)[choose(4)], shortest=1, longest=1, sequences=(None, None, 3)[choose(3)])
+        self.choose = choose
+
+    def guess(self, request: Request, most: int) -> tuple[int, ...]:
+        request.said = request.said or Said(self.tokens)
+        right = alone(request.tokens, max(0, min(most, request.said.hope)), seed=request.seed)[len(request.tokens) :]
+        good = self.choose(len(right) + 2)
+        return tuple(token if i < good else token ^ 1 for i, token in enumerate(right))
 
 
 class History(Rules):
@@ -46,6 +62,7 @@ class History(Rules):
             fair_tokens=(NEVER, 8, 3, NEVER, 5, 1)[choose(6)],
             turn=lambda back: self.worth * (back.end - back.start + back.copied),
             watermark=(0.0, 0.1, 0.3)[choose(3)],
+            drafts=None if choose(3) else Guesses(choose),
         )
         self.capacity = blocks * size
         self.runner = FakeRunner(self.scheduler)
@@ -103,7 +120,9 @@ class History(Rules):
         self.land()
 
     def ahead(self) -> None:
-        """A step is decided and computed before the tokens of the one before are known."""
+        """A step is decided and computed before the tokens of the one before are known, unless some are guessed."""
+        if self.scheduler.drafts is not None:
+            self.land()
         plan = self.schedule()
         sampled = self.runner.run(plan)
         self.check_contents()
@@ -171,11 +190,16 @@ class History(Rules):
                 self.take_ended(error=True)
                 self.decide()
             return
+        at_once = self.scheduler.drafts is not None  # no step is decided while another one is under way
         if what == 1:  # its copies are not carried out; what was under way before it lands
+            if at_once:
+                self.land()
             self.schedule()
             self.land()
         late = None
-        if what == 2 and self.choose(2):  # what is under way fails, and the next one was launched already: it lands, too
+        if (
+            what == 2 and not at_once and self.choose(2)
+        ):  # what is under way fails, and the next one was launched already: it lands, too
             late = self.schedule()
             self.runner.run(late)
         self.flight = None

@@ -7,7 +7,7 @@ from appliance.core.scheduler import Scheduler
 from appliance.core.step import StepPlan
 from tests.core.fake_model import FakeRunner, contents
 
-Flight = tuple[StepPlan, list[int | None]]
+Flight = tuple[StepPlan, list[int | tuple[int, ...] | None]]
 
 
 class Rules:
@@ -47,8 +47,9 @@ class Rules:
         assert plan.num_tokens <= scheduler.max_num_batched_tokens and len(plan.chunks) <= scheduler.max_num_seqs
         planned = {chunk.request for chunk in plan.chunks}
         assert len(planned) == len(plan.chunks)
-        for request, start, length, samples in plan.chunks:
-            known = request.known - samples  # before this step
+        for request, start, length, samples, draft in plan.chunks:
+            known = request.known - samples  # before this step, with its draft
+            assert not draft or (samples and length == 1 + len(draft) and known <= request.max_total - 1)
             assert not request.finished and not request.held
             assert request.params.prompt_logprobs is None or not request.cached, "its prompt is computed"
             assert length >= 1 and start + length == request.computed <= known and samples == (request.computed == known)

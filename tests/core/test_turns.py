@@ -36,7 +36,7 @@ def replay(scheduler: Scheduler, requests: list[Request]) -> Told:
         copies = sum(copy.kind in ("out", "in") for copy in plan.copies) * COST.copy_s
         told.copies += copies
         told.seconds += copies
-        for request, start, length, _ in plan.chunks:
+        for request, start, length, *_ in plan.chunks:
             took = COST.recompute_s(start + length) - COST.recompute_s(start) if length > 1 else 0.0
             before = max(0, min(most[request], start + length) - start)
             told.again += took * before / length

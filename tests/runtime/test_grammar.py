@@ -126,10 +126,15 @@ def check(tokenizer: Tokenizer, submits: Iterable[Submit], found: dict[tuple[str
     assert ended
 
 
-def test_answers_follow_their_grammars_beside_others_that_are_free(load: Callable[..., Engine], tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("given", [None, '{"num_speculative_tokens": 3, "prompt_lookup_min": 1}'])
+def test_answers_follow_their_grammars_beside_others_that_are_free(
+    load: Callable[..., Engine], tokenizer: Tokenizer, given: str | None
+) -> None:
     submits = workload(tokenizer, 12)
-    found = answers(load(max_num_seqs=8), submits)
+    engine = load(max_num_seqs=8, speculative_config=given)
+    found = answers(engine, submits)
     check(tokenizer, submits, found)
+    assert bool(engine.stats().drafts) == (given is not None)  # of those that are free
     free = [one for one in submits if one.params.structured_outputs is None]
     alone = answers(load(max_num_seqs=8), free)
     assert {key: found[key] for key in alone} == alone, "the neighbours' grammars changed an answer"

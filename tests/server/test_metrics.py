@@ -376,11 +376,12 @@ def test_an_engine_that_dies_is_counted_and_counts_go_on(real: dict[str, Any]) -
     )
 
 
-# All that vLLM 0.33 documents and names that it had, but those of LoRA, speculative decoding, other nodes, and samples of blocks.
+# All that vLLM 0.33 documents and names that it had, but those of LoRA, single guesses, other nodes, and samples of blocks.
 VLLM = """
     num_requests_running num_requests_waiting num_requests_waiting_by_reason kv_cache_usage_perc engine_sleep_state
     cache_config_info prompt_tokens_total prompt_tokens_cached_total prompt_tokens_by_source_total generation_tokens_total
     request_success_total num_preemptions_total prefix_cache_queries_total prefix_cache_hits_total admission_rejections_total
+    spec_decode_num_drafts_total spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total
     gpu_cache_usage_perc cpu_cache_usage_perc num_requests_swapped gpu_prefix_cache_queries_total gpu_prefix_cache_hits_total
 """
 VLLM_HISTOGRAMS = """
