@@ -1,0 +1,435 @@
+"""The format of gpt-oss: what holds of every answer and every cutting, the cases by hand, and what grammars let through."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from appliance.core.params import RequestError, StructuredOutputsParams
+from appliance.text.answer import Answer, AnswerParser, HarmonyAnswer
+from appliance.text.grammar import compile_grammar, library, limits, vocabulary
+from appliance.text.reasoning import HARMONY, REASONING, tags_of
+from appliance.text.tokenizer import Tokenizer
+from appliance.text.tools.choice import HARMONY as FORM
+from appliance.text.tools.choice import forced, tool_choice
+from appliance.text.tools.detect import detect
+from appliance.text.tools.formats import PARSERS
+from appliance.text.tools.grammar import harmony
+from appliance.text.tools.harmony import CALL, END, MARKERS, START, Harmony
+from tests.text.harmony_texts import CALLS, FINAL, SAID, SCRAPS, TEMPLATE, THOUGHT, answer, any_answer
+from tests.text.test_strict_tools import SCHEMA, Model, choice
+from tests.text.test_tool_choice import chat_of
+from tests.text.tool_texts import cuts, seeded
+from tests.tiny_model import write_tokenizer
+
+NEXT = f"{END}{START}assistant"
+CALL_OF_F = CALLS[0] % "f"
+TOOL = {"type": "function", "function": {"name": "f", "description": "F", "parameters": SCHEMA}}
+
+
+def parser(*, before: str = "", calls: bool = True, parallel: bool = True) -> AnswerParser:
+    return AnswerParser(None, Harmony(lambda: "id", before=before, calls=calls), parallel=parallel)
+
+
+def streamed(one: AnswerParser, pieces: Sequence[str]) -> Answer:
+    total = Answer()
+    for delta in [*map(one.push, pieces), one.push("", last=True)]:
+        assert all(piece != "" for piece in delta.pieces)
+        total.reasoning += delta.reasoning
+        total.add(delta.content, delta.calls)
+    return total
+
+
+def tokens(text: str) -> list[str]:
+    """As the model's tokenizer has them: markers are one each."""
+    return [part for part in re.split(f"({'|'.join(map(re.escape, MARKERS))}|.)", text, flags=re.DOTALL) if part]
+
+
+HAND: list[tuple[str, str, str, list[tuple[str, str]]]] = [
+    (f"{THOUGHT}Hm.{NEXT}{FINAL}Yes.", "Hm.", "Yes.", []),
+    (f"{FINAL}Yes.<|return|>", "", "Yes.", []),
+    (f"{THOUGHT}Hm.{NEXT}{CALL_OF_F}{{}}<|call|>", "Hm.", "", [("f", "{}")]),
+    (f"{THOUGHT}Hm.{NEXT}{CALLS[1] % 'f'}{{}}", "Hm.", "", [("f", "{}")]),
+    (f"{SAID}Let me see.{NEXT}{CALL_OF_F}{{}}", "", "Let me see.", [("f", "{}")]),
+    (f"{THOUGHT}A{NEXT}{SAID}B{NEXT}{THOUGHT}C{NEXT}{FINAL}D", "A\n\nC", "B\n\nD", []),
+    (f"{CALL_OF_F}{{}}<|call|>{START}assistant{CALLS[4] % 'g'} 1 + 1", "", "", [("f", "{}"), ("g", "1 + 1")]),
+    (CALL_OF_F, "", "", [("f", "{}")]),
+    (f"{CALL_OF_F} \n{CALL}", "", "", [("f", "{}")]),
+    (f'{CALL_OF_F}{{"a": "<b', "", "", [("f", '{"a": "<b')]),
+    (f"{THOUGHT}Hm", "Hm", "", []),
+    (f"{THOUGHT}Hm.{END}", "Hm.", "", []),
+    (f"{THOUGHT}Hm.{NEXT}<|channel|>fin", "Hm.", "<|start|>assistant<|channel|>fin", []),
+    (f"{THOUGHT}Hm.{NEXT}<|channel|>final", "Hm.", "", []),
+    (f"{THOUGHT}Hm.{NEXT}<|channel|>commentary to=functions.", "Hm.", "", []),
+    ("<|channel|>", "", "", []),
+    ("", "", "", []),
+    ("Hello <b> there", "", "Hello <b> there", []),
+    (" to=day", "", " to=day", []),
+    ("<|chan", "", "<|chan", []),
+    ("<|channel|>final Hello", "", "<|channel|>final Hello", []),
+    ("<|channel|>final Hello there<|message|>Yes", "", "<|channel|>final Hello there\n\nYes", []),
+    ("<|channel|>dreams<|message|>Yes", "", "Yes", []),
+    (f"{THOUGHT}A{FINAL}B", "A", "B", []),
+    (f"{THOUGHT}A{END}{FINAL}B", "A", "B", []),
+    (f"{THOUGHT}A{END} B", "A", " B", []),
+    (f"{FINAL}A <| b", "", "A <| b", []),
+    ("<|start|>assistant<|channel|>final<|message|>A", "", "A", []),
+]
+
+
+@pytest.mark.parametrize(("text", "reasoning", "content", "calls"), HAND)
+def test_by_hand(text: str, reasoning: str, content: str, calls: list[tuple[str, str]]) -> None:
+    for pieces in ([text], list(text), tokens(text)):
+        found = streamed(parser(), pieces)
+        assert (found.reasoning, found.content, [(one.name, one.arguments) for one in found.calls]) == (reasoning, content, calls)
+
+
+def test_answers_come_back_as_they_were_written() -> None:
+    for rng in seeded(200, "harmony"):
+        made = answer(rng)
+        found = streamed(parser(), cuts(rng, made.text))
+        assert found.reasoning == "\n\n".join(made.thoughts) and found.content == "\n\n".join(made.texts), made.text
+        assert [(one.name, one.arguments) for one in found.calls] == made.calls, made.text
+
+
+def check_cutting(text: str, pieces: Sequence[str], **options: Any) -> None:
+    assert streamed(parser(**options), pieces) == parser(**options).parse(text), (text, pieces, options)
+
+
+def test_cutting_changes_nothing() -> None:
+    for rng in seeded(250, "cut"):
+        text = any_answer(rng)
+        options = {"calls": rng.random() < 0.8, "parallel": rng.random() < 0.7}
+        before = rng.choice(
+            ["", "", f"{START}assistant{FINAL}It is", f"{START}user<|message|>Hi{END}", f"{START}assistant{THOUGHT}"]
+        )
+        check_cutting(text, cuts(rng, text), before=before, **options)
+        check_account(text)
+        assert len(parser(parallel=False).parse(text).calls) <= 1 and not parser(calls=False).parse(text).calls
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(SCRAPS) | st.text(max_size=3), max_size=16))
+def test_cutting_changes_nothing_hypothesis(scraps: list[str]) -> None:
+    text = "".join(scraps)
+    check_cutting(text, scraps)
+    check_cutting(text, list(text))
+    check_account(text)
+
+
+class Traced(Harmony):
+    """With a record of every cut of its text."""
+
+    apart = ""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.markup: list[str] = []
+        self._giving = False
+        super().__init__()
+
+    def _give(self, n: int) -> None:
+        self._giving = True
+        super()._give(n)
+        self._giving = False
+
+    def cut(self, n: int) -> str:
+        text = super().cut(n)
+        (self.told if self._giving else self.markup).append(text)
+        return text
+
+
+HEADER = re.compile(r"(<\|start\|>[^\s<]*)?(\s|<\|channel\|>|<\|constrain\|>|[^\s<])*<\|message\|>")
+CUT_OFF = re.compile(
+    r"\s*(<\|start\|>|assistant|<\|channel\|>|analysis|commentary|final|\s|to=[^\s<]*|<\|constrain\|>|json)*(<\|?[a-z]*\|?)?"
+)
+
+
+def check_account(text: str) -> None:
+    """Nothing but headers and markers is lost."""
+    one = Traced()
+    *_, last = [*map(one.push, text), one.finish()]
+    assert last is not None and one.held == ""
+    for k, markup in enumerate(filter(None, one.markup)):
+        known = markup in (END, "<|return|>", CALL) or HEADER.fullmatch(markup)
+        assert known or (k == len([*filter(None, one.markup)]) - 1 and CUT_OFF.fullmatch(markup)), (text, markup)
+    assert len("".join(one.told)) + len("".join(one.markup)) == len(text)
+    if not any(marker in text for marker in MARKERS):
+        found = parser().parse(text)
+        assert found.content == text and not found.reasoning and not found.calls
+
+
+def test_an_answer_that_is_cut_off_is_the_beginning_of_the_whole() -> None:
+    for rng in seeded(40, "off"):
+        made = answer(rng)
+        parts = tokens(made.text)
+        whole = parser().parse(made.text)
+        for n in range(0, len(parts), 1 + len(parts) // 30):
+            found = parser().parse("".join(parts[:n]))
+            assert whole.reasoning.startswith(found.reasoning) or "<|start|>" in found.content
+            for one, (name, arguments) in zip(found.calls, made.calls, strict=False):
+                assert name.startswith(one.name) and (arguments.startswith(one.arguments) or one.arguments == "{}")
+
+
+def test_what_comes_is_passed_on_at_once() -> None:
+    one = parser()
+    text = f"{THOUGHT}Hm <b>.{NEXT}{FINAL}Yes."
+    seen = [(delta.reasoning, delta.content) for delta in map(one.push, tokens(text))]
+    assert [pair for pair in seen if pair != ("", "")][:5] == [("H", ""), ("m", ""), (" ", ""), ("<b", ""), (">", "")]
+    assert seen[-4:] == [("", c) for c in "Yes."]
+    nonsense = parser()
+    assert "".join(nonsense.push(piece).content for piece in ("He", "llo", " there")) == "Hello there"
+
+
+def test_an_answer_goes_on_with_what_the_prompt_has() -> None:
+    begun = f"{START}assistant{FINAL}It is <"
+    assert parser(before=begun).parse(f" 5.{NEXT}{FINAL}So.") == Answer(" 5.\n\nSo.")
+    assert parser(before=f"{START}assistant{THOUGHT}So").parse(f" be it.{NEXT}{FINAL}5") == Answer("5", reasoning=" be it.")
+    assert parser(before=f"{START}user<|message|>Hi{END}").parse(f"{START}assistant{FINAL}5") == Answer("5")
+    assert parser(before=f"{START}assistant").parse(f"{FINAL}5") == Answer("5")
+
+
+def test_reasoning_tokens() -> None:
+    """All that reasoning takes, its headers and ends included; however often it is asked for."""
+    for rng in seeded(60, "tokens"):
+        made = answer(rng)
+        words = tokens(made.text)
+        one, ids = HarmonyAnswer("", calls=True), range(len(words))
+        counts = [one.reasoning_tokens(ids[:n], lambda i, words=words: words[i].encode()) for n in range(len(words) + 1)]
+        expected = sum(len(tokens(message)) for message in made.thinking)
+        assert counts[-1] == expected and counts == sorted(counts), made.text
+        assert HarmonyAnswer("", calls=True).reasoning_tokens(ids, lambda i, words=words: words[i].encode()) == expected
+    assert HarmonyAnswer("", calls=True).reasoning_tokens([], lambda _: b"") == 0
+
+
+def test_the_answer_ends_with_its_first_call() -> None:
+    one = parser(parallel=False)
+    text = f"{THOUGHT}Hm.{NEXT}{CALL_OF_F}{{}}{END}"
+    ends = [(one.push(piece), one.satisfied)[1] for piece in tokens(text)]
+    assert one.may_end and ends == [False] * (len(ends) - 1) + [True]
+    assert one.finish_reason("stop") == "tool_calls" and one.push(f"{START}assistant{FINAL}5", last=True).pieces == ()
+
+
+def test_long_texts_take_time_in_proportion() -> None:
+    n = 20_000
+    for text in (
+        START * n,
+        f"{START}assistant" * n,
+        "<|channel|> " * n,
+        f"{THOUGHT}a{END}" * n,
+        "<|constrain|>" * n,
+        "<" * n * 5,
+    ):
+        begun = time.process_time()
+        parser().parse(text)
+        assert time.process_time() - begun < 3, text[:40]
+
+
+def test_names_are_vllms() -> None:
+    assert PARSERS["openai"] is Harmony and REASONING["openai_gptoss"] is HARMONY
+
+
+def test_the_template_tells() -> None:
+    assert tags_of([TEMPLATE]) is HARMONY and detect(chat_of(TEMPLATE)) == "openai"
+
+
+# What a template is told of: one call a message, and a thought or text beside it.
+def call(name: str, k: int) -> dict[str, Any]:
+    return {"id": f"call_{k}", "type": "function", "function": {"name": name, "arguments": f'{{"n": {k}}}'}}
+
+
+def conversation() -> list[dict[str, Any]]:
+    calls = {
+        "role": "assistant",
+        "content": "Let me see.",
+        "reasoning_content": "Hm.",
+        "tool_calls": [call("f", 1), call("g", 2)],
+    }
+    results = [{"role": "tool", "tool_call_id": f"call_{k}", "content": f"result {k}"} for k in (2, 1)]
+    return [{"role": "user", "content": "Hi"}, calls, *results]
+
+
+def check_conversation(chat: Any) -> None:
+    text = chat(conversation(), add_generation_prompt=True, tools=[TOOL])
+    _, *turns = text.split("<|start|>user<|message|>Hi<|end|>")[1].split(START)
+    assert [turn.partition("<|message|>")[2].removesuffix(END).removesuffix(CALL) for turn in turns] == [
+        "Hm.\n\nLet me see.",
+        '{"n": 1}',
+        '"result 1"',
+        '{"n": 2}',
+        '"result 2"',
+        "",
+    ]
+    assert turns[1].startswith("assistant to=functions.f<|channel|>commentary") and "=functions.g" in turns[3]
+    assert turns[5] == "assistant"
+    alone = [
+        conversation()[0],
+        {"role": "assistant", "content": "", "tool_calls": [call("f", 1)]},
+        {"role": "tool", "content": "!"},
+    ]
+    text = chat(alone, add_generation_prompt=True, tools=None)
+    assert text.count("analysis<|message|>") == 0 and text.endswith('"!"<|end|><|start|>assistant')
+    going_on = [conversation()[0], {"role": "assistant", "content": "It is ", "reasoning_content": "Hm."}]
+    text = chat(going_on, add_generation_prompt=False, continue_final_message=True, tools=None)
+    assert text.endswith(f"{FINAL}It is ")
+    with pytest.raises(RequestError, match="needs a last message with text"):
+        chat(conversation()[:2], add_generation_prompt=False, continue_final_message=True, tools=None)
+
+
+def test_conversations() -> None:
+    check_conversation(chat_of(TEMPLATE))
+
+
+@pytest.mark.realdata
+def test_the_real_template(shared_data: Any) -> None:
+    source = (shared_data / "tokenizers" / "chat_templates" / "openai-gpt-oss-120b.jinja").read_text()
+    chat = chat_of(source)
+    check_conversation(chat)
+    assert tags_of([source]) is HARMONY and detect(chat) == "openai"
+    text = chat(conversation()[:1], add_generation_prompt=True, tools=None, extra={"reasoning_effort": "high"})
+    assert "Reasoning: high" in text and text.endswith("<|start|>assistant")
+
+
+# Grammars
+
+
+class Held(Model):
+    def __init__(
+        self, place: str = "header", *, mode: Any = None, formed: bool = False, free: bool = False, calls: bool = True
+    ) -> None:
+        self.specials = {marker: 256 + i for i, marker in enumerate(MARKERS)}
+        tools = choice() if mode is None else tool_choice([TOOL], mode)
+        some = forced(tools, FORM, parallel=False, strict=free) if calls else None
+        grammar = harmony(some, place, formed=formed, free=free, specials=self.specials)
+        if formed:
+            grammar = compile_grammar(StructuredOutputsParams(json=SCHEMA), grammar)
+        else:
+            compile_grammar(StructuredOutputsParams(grammar=grammar), ours=True)
+        self.follow(grammar)
+
+    def writes(self, text: str) -> bool | None:
+        """Whether it may end there; None where it cannot be written."""
+        said, may_end = self.write(text)
+        return may_end if said == text else None
+
+
+def test_a_call_that_is_a_must() -> None:
+    for mode in ("required", {"type": "function", "function": {"name": "f"}}):
+        one = Held(mode=mode)
+        for thoughts in ("", f"{THOUGHT}Hm.{NEXT}", f'{THOUGHT}{{"n"{NEXT}{THOUGHT}{NEXT}'):
+            assert one.writes(thoughts) is False and one.writes(thoughts + CALL_OF_F) is False
+            assert one.writes(f'{thoughts}{CALL_OF_F}{{"n": 5, "unit": "C"}}') is True
+            for wrong in (
+                FINAL,
+                SAID,
+                "Hello",
+                START,
+                f'{CALL_OF_F}{{"n": "',
+                f'{CALL_OF_F}{{"m',
+                CALLS[0] % "g",
+                CALLS[4] % "f",
+            ):
+                assert one.writes(thoughts + wrong) is None, wrong
+            assert one.writes(f'{thoughts}{CALL_OF_F}{{"n": 5}}{END}') is None
+        assert one.writes(f"{THOUGHT}Hm.") is False
+
+
+def test_the_final_message_has_a_form() -> None:
+    for calls in (False, True):
+        one = Held(formed=True, calls=calls)
+        for thoughts in ("", f"{THOUGHT}Hm.{NEXT}"):
+            assert one.writes(f'{thoughts}{FINAL}{{"n": 5}}') is True and one.writes(f"{thoughts}{FINAL}") is False
+            assert one.writes(f"{thoughts}{FINAL}Hello") is None and one.writes(f"{thoughts}{SAID}") is None
+            assert one.writes(f'{thoughts}{CALL_OF_F}{{"n": 5}}') is (True if calls else None)
+
+
+def test_where_the_answer_begins() -> None:
+    fine = f'{CALL_OF_F}{{"n": 5}}'
+    for place, begin in (("between", f"{START}assistant"), ("content", NEXT), ("reasoning", f" so{NEXT}")):
+        one = Held(place, mode="required")
+        assert one.writes(begin + fine) is True and one.writes(f"{begin}{THOUGHT}Hm.{NEXT}{fine}") is True
+        assert one.writes(fine) is None and one.writes(begin) is False
+    for place in ("content", "reasoning"):
+        one = Held(place, free=True)
+        assert one.writes("") is True and one.writes(" so on") is True and one.writes(f" so on{NEXT}{fine}") is True
+        assert one.writes(f'{NEXT}{CALL_OF_F}{{"n": "') is None
+    one = Held("reasoning", formed=True)
+    assert one.writes(f'Hm.{NEXT}{FINAL}{{"n": 5}}') is True and one.writes(f"Hm.{NEXT}{FINAL}5") is None
+
+
+@pytest.fixture(scope="module")
+def free() -> Iterator[Held]:
+    yield Held(free=True)
+
+
+def test_strict_tools_among_free_messages(free: Held) -> None:
+    text = f"{THOUGHT}Hm <b>\n{NEXT}{SAID}Let me see.{NEXT}{FINAL}Hello, {{and}} so on"
+    for n in range(len(tokens(text))):
+        part = "".join(tokens(text)[:n])
+        header = re.search(r"(^|<\|end\|>(<\|start\|>[a-z]*)?)(<\|channel\|>[a-z]*)?$", part)
+        assert free.writes(part) is (header is None), part
+    assert free.writes(f'{text}{NEXT}{CALLS[0] % "get_weather"}{{"any": ["thing"]}}') is True
+    assert free.writes(f'{text}{NEXT}{CALL_OF_F}{{"n": 5}}') is True
+    for wrong in (f'{CALL_OF_F}{{"n": "x"', f"{CALL_OF_F}[", CALLS[0] % "other", "Hello"):
+        assert free.writes(f"{THOUGHT}Hm.{NEXT}{wrong}") is None
+
+
+def test_whatever_a_model_would_rather_write(free: Held) -> None:
+    """Every call whose text is complete has fitting arguments."""
+    ended = called = 0
+    for k, rng in enumerate(seeded(80, "rather")):
+        wrong = rng.choice(['{"n": "x"}', '{"n": 1, "m": 2}', '{"n": 17}', "[]"])
+        text = any_answer(rng) if k % 2 else f"{THOUGHT}Hm.{NEXT}{rng.choice(CALLS) % rng.choice(['f', 'get_weather'])}{wrong}"
+        said, may_end = free.write(text, rng)
+        if not may_end:
+            continue
+        ended += 1
+        for one in parser().parse(said).calls:
+            assert one.name in ("f", "get_weather"), said
+            if one.name == "f":
+                jsonschema.validate(json.loads(one.arguments), SCHEMA)
+                called += 1
+    assert ended > 30 and called > 5, (ended, called)
+
+
+def test_the_models_own_tokens(tmp_path: Path) -> None:
+    """Markers are allowed where they belong and there alone; any token that ends a text may end an answer that is complete."""
+    write_tokenizer(tmp_path)
+    backend = Tokenizer.load(tmp_path)._backend
+    backend.add_special_tokens([*MARKERS])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    reader, tokenizer = Tokenizer.load(tmp_path), Tokenizer.load(tmp_path)
+    ids = {marker: i for marker in MARKERS for i in reader.special_among([marker])}
+    ends, size = {ids["<|return|>"], ids[CALL], 2}, len(tokenizer)
+    words = vocabulary(tokenizer, size, tuple(sorted(ends)))
+    calls = forced(tool_choice([TOOL], "required"), FORM, parallel=False)
+    must = compile_grammar(
+        StructuredOutputsParams(grammar=harmony(calls, "header", formed=False, free=False, specials=ids)), ours=True
+    )
+    form = compile_grammar(StructuredOutputsParams(json=SCHEMA), harmony(None, "header", formed=True, free=False, specials=ids))
+    thoughts = f"{THOUGHT}Hm.{NEXT}"
+    for made, text in ((must, f'{thoughts}{CALL_OF_F}{{"n": 5}}'), (form, f'{thoughts}{FINAL}{{"n":5}}')):
+        matcher = library().LLMatcher(words, made, limits=limits())
+        written = [*reader.encode(text, add_special_tokens=False)]
+        for k, token in enumerate([*written, None]):
+            mask = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")[:size]
+            allowed = {int(i) for i in np.flatnonzero(mask)}
+            markers = allowed & {*ids.values()} - ends
+            if token is None:
+                assert allowed == ends, text
+            else:
+                assert token in allowed and not allowed & ends, reader.decode(written[: k + 1], skip_special_tokens=False)
+                assert markers <= {token} or (
+                    markers == {ids[END]} and k < len(reader.encode(thoughts, add_special_tokens=False))
+                )
+                assert matcher.try_consume_tokens([token]) == 1
