@@ -170,6 +170,9 @@ def test_a_truncated_prompt_still_shows_where_the_answer_begins(harmony: Served)
     say(harmony, f" 5.{NEXT}{FINAL}So.")
     on = {"messages": [*HELLO, {"role": "assistant", "content": "It is" * 20}], "add_generation_prompt": False}
     assert ask(harmony, continue_final_message=True, truncate_prompt_tokens=10, **on)["content"] == " 5.\n\nSo."
+    say(harmony, '{"city": "Rome"}')
+    ask(harmony, continue_final_message=True, truncate_prompt_tokens=10, **on, **FORM)
+    assert "city" in grammar(harmony) and "@answer" not in grammar(harmony)
 
 
 def test_options(tmp_path: Path) -> None:

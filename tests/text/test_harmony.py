@@ -221,7 +221,7 @@ def test_the_answer_ends_with_its_first_call() -> None:
 
 
 def test_long_texts_take_time_in_proportion() -> None:
-    n = 20_000
+    n = 10_000
     for text in (
         START * n,
         f"{START}assistant" * n,
