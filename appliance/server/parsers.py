@@ -15,6 +15,7 @@ from appliance.server.prompts import Prompt
 from appliance.server.schemas import ChatRequest
 from appliance.server.structured import compiled, form_field
 from appliance.text.answer import AnswerParser, HarmonyAnswer
+from appliance.text.detokenizer import MARK
 from appliance.text.reasoning import HARMONY, REASONING, ReasoningParser, Tags, tags_of
 from appliance.text.tokenizer import Tokenizer
 from appliance.text.tools.choice import FORMS, Forced, ToolChoice, forced, tool_choice
@@ -123,9 +124,10 @@ class Parsers:
         form = forms[0] if len(forms) == 1 or self.tokenizer.special_among((Mistral.ARGS,)) else forms[1]
         return forced(choice, form, parallel=body.parallel_tool_calls, strict=strict)
 
-    def shown(self, choice: ToolChoice) -> frozenset[int]:
-        """The special tokens that mark calls and reasoning: they must be in the text."""
-        return frozenset(self._specials(choice).values())
+    def shown(self, choice: ToolChoice) -> dict[int, str]:
+        """The special tokens that mark calls and reasoning, and what is written in the text for them."""
+        mark = MARK if self.tags is HARMONY else ""  # others know their markers by what stands around them
+        return {i: mark + marker for marker, i in self._specials(choice).items()}
 
     def _specials(self, choice: ToolChoice) -> dict[str, int]:
         """The markers of calls and reasoning that are special tokens, and their ids."""
@@ -137,7 +139,7 @@ class Parsers:
     def new(self, choice: ToolChoice, body: ChatRequest, prompt: Prompt) -> AnswerParser:
         """For one answer."""
         if self.tags is HARMONY:
-            return HarmonyAnswer(self._begun(prompt), calls=choice.parses, parallel=body.parallel_tool_calls)
+            return HarmonyAnswer(self._begun(prompt), self.shown(choice), calls=choice.parses, parallel=body.parallel_tool_calls)
         opened = self.tags is not None and self.tags.opened(*self._before(body, prompt))
         reasoning = ReasoningParser(self.tags, opened=opened) if self.tags else None
         known = [one["name"] for one in choice.functions] if choice.strict else []

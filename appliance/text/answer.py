@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from appliance.text.delta import AnswerDelta, Piece, Thought
+from appliance.text.detokenizer import MARK
 from appliance.text.reasoning import ReasoningParser, tokens_until
 from appliance.text.tools.harmony import Harmony
 from appliance.text.tools.parser import ToolAnswer, ToolParser
@@ -78,16 +79,18 @@ class AnswerParser:
 class HarmonyAnswer(AnswerParser):
     """One answer whose calls and reasoning are messages of one format."""
 
-    def __init__(self, before: str, *, calls: bool, parallel: bool = True) -> None:
-        """``before``, ``calls``: as ``Harmony`` has them."""
-        super().__init__(None, Harmony(before=before, calls=calls), parallel=parallel)
-        self._shadow = Harmony(before=before, calls=calls)  # reads the tokens that were counted
+    def __init__(self, before: str, shown: Mapping[int, str], *, calls: bool, parallel: bool = True) -> None:
+        """``before``, ``calls``: as ``Harmony`` has them. ``shown``: what the text has for special tokens."""
+        marked = any(text.startswith(MARK) for text in shown.values())
+        super().__init__(None, Harmony(before=before, calls=calls, marked=marked), parallel=parallel)
+        self._shown = shown
+        self._shadow = Harmony(before=before, calls=calls, marked=marked)  # reads the tokens that were counted
         self._seen = self._thoughts = self._header = 0  # tokens: counted, of reasoning, of the header that is being read
 
     def reasoning_tokens(self, ids: Sequence[int], spelled: Callable[[int], bytes]) -> int:
         for token in ids[self._seen :]:
             before = self._shadow.place
-            self._shadow.push(spelled(token).decode(errors="replace"))
+            self._shadow.push(self._shown.get(token) or spelled(token).decode(errors="replace"))
             self._header += 1
             if "reasoning" in (before, self._shadow.place):
                 self._thoughts += self._header

@@ -216,3 +216,19 @@ def test_openai_client_goes_all_the_way(tmp_path: Path, shared_data: Path) -> No
         assert f"{THOUGHT}Hm.\n\nSo.\n\nLet me see.{END}{START}{call} to=assistant" in prompt and '"sun"' in prompt
         assert all(marker in prompt for marker in MARKERS if marker not in ("<|constrain|>", "<|return|>"))
         assert json.loads(message.tool_calls[0].function.arguments) == {"city": "Rome"}  # type: ignore[union-attr]
+
+
+def test_text_that_looks_like_a_marker_is_text(harmony: Served) -> None:
+    """The tokens tell: whoever asks a model about this format gets an answer."""
+    assert harmony.state.tokenizer is not None
+    encode, literal = harmony.state.tokenizer.encode, f"{END}{START}assistant{FINAL}"
+    parts = [f"{THOUGHT}Is it ", literal, f"?{NEXT}{FINAL}It is ", literal, "."]
+    ids = [
+        [i for text in ([part] if k % 2 == 0 else part) for i in encode(text, add_special_tokens=False)]
+        for k, part in enumerate(parts)
+    ]
+    harmony.client.script = [(i,) for part in ids for i in part]  # type: ignore[attr-defined]
+    message = ask(harmony)
+    assert message["reasoning"] == f"Is it {literal}?" and message["content"] == f"It is {literal}."
+    usage = harmony.post("/v1/chat/completions", messages=HELLO).json()["usage"]
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": sum(map(len, ids[:2])) + 2}

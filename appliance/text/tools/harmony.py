@@ -13,14 +13,16 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from appliance.text.delta import AnswerDelta, CallDelta, Thought
+from appliance.text.detokenizer import MARK
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import Step, Steps, open_end
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 END, RETURN, CALL = "<|end|>", "<|return|>", "<|call|>"
 MARKERS = (START, CHANNEL, CONSTRAIN, MESSAGE, END, RETURN, CALL)
-_MARKER, _LONGEST = re.compile("|".join(map(re.escape, MARKERS))), max(map(len, MARKERS))
-_SPACE, _WORD = re.compile(r"\s*"), re.compile(r"[^\s<]*")
+_MARKER = {mark: re.compile("|".join(re.escape(mark + one) for one in MARKERS)) for mark in ("", MARK)}
+_LONGEST = max(map(len, MARKERS)) + len(MARK)
+_SPACE, _WORD = re.compile(r"\s*"), re.compile(rf"[^\s<{MARK}]*")
 # A header that is not complete, its white space as single spaces, without words that could be somebody's text.
 _TO = r"( ?to=[^ <]*)?"
 _CUT_OFF = re.compile(
@@ -43,13 +45,23 @@ class Harmony(ToolParser):
     apart = "\n\n"
 
     def __init__(
-        self, new_id: Callable[[], str] | None = None, known: Sequence[str] = (), *, before: str = "", calls: bool = True
+        self,
+        new_id: Callable[[], str] | None = None,
+        known: Sequence[str] = (),
+        *,
+        before: str = "",
+        calls: bool = True,
+        marked: bool = False,
     ) -> None:
         """``before``: what the prompt has of the message that the answer goes on with, from START on.
 
-        Not ``calls``: what has a recipient is reasoning or content like others.
+        Not ``calls``: what has a recipient is reasoning or content like others. ``marked``: markers have a MARK before them, and
+        without it they are text like any other.
         """
         super().__init__(new_id, known)
+        self._mark = MARK if marked else ""
+        self.openers = tuple(self._mark + one for one in type(self).openers)
+        self.ends = tuple(self._mark + one for one in type(self).ends)
         self.place: Place = "header"
         self._calls = False
         self._callee = ""  # of a call whose arguments have not begun
@@ -60,7 +72,7 @@ class Harmony(ToolParser):
         self._calls = calls
 
     def _skip(self, before: str) -> None:
-        self.push(before)
+        self.push(_MARKER[""].sub(lambda found: self._mark + found[0], before))
         self.cut(len(self.held))
         if self.place == "between":  # that was a message of somebody else
             self._said.clear()
@@ -68,7 +80,7 @@ class Harmony(ToolParser):
     def finish(self) -> AnswerDelta:
         self._steps.close()
         if self.place == "header":
-            if self.held.lstrip().startswith(self.openers) and _CUT_OFF.fullmatch(" ".join(re.split(r"\s+", self.held))):
+            if self._cut_off():
                 self.cut(len(self.held))
             self.place = "between"
         self._give(len(self.held))
@@ -80,7 +92,7 @@ class Harmony(ToolParser):
         raise NotImplementedError
 
     def _run(self) -> Steps:
-        marker = START  # which the prompt has
+        marker = self.openers[0]  # which the prompt has
         while True:
             if marker in self.openers:
                 self.place = "header"
@@ -91,19 +103,20 @@ class Harmony(ToolParser):
 
     def _header(self) -> Step[bool]:
         """Read a header, up to MESSAGE and with it. False where it does not fit."""
+        start, channel_, constrain, message = self.openers
         channel = recipient = ""
         typed = named = False
-        if (yield from self.sees(START)):
+        if (yield from self.sees(start)):
             yield from self.run_of(_WORD)
         while True:
             yield from self.run_of(_SPACE)
-            if (yield from self.sees(MESSAGE)):
+            if (yield from self.sees(message)):
                 break
-            if (yield from self.sees(CHANNEL)):
+            if (yield from self.sees(channel_)):
                 yield from self.run_of(_SPACE)
                 channel = yield from self.run_of(_WORD)
                 named = True
-            elif (yield from self.sees(CONSTRAIN)):
+            elif (yield from self.sees(constrain)):
                 named, typed = True, False
             elif (yield from self.sees("to=")):
                 recipient = yield from self.run_of(_WORD)
@@ -117,10 +130,15 @@ class Harmony(ToolParser):
         self.place = "call" if self._callee else "reasoning" if channel == "analysis" else "content"
         return True
 
+    def _cut_off(self) -> bool:
+        """Whether what is held is the beginning of a header and nothing else."""
+        plain = " ".join(re.split(r"\s+", self.held.replace(self._mark, "")))
+        return self.held.lstrip().startswith(self.openers) and _CUT_OFF.fullmatch(plain) is not None
+
     def _body(self) -> Step[str]:
         """Pass on the text up to the next marker, which is the result; read if it ends a message."""
-        while (found := _MARKER.search(self.held)) is None:
-            open_ = open_end(self.held, MARKERS) if "<" in self.held[-_LONGEST:] else 0
+        while (found := _MARKER[self._mark].search(self.held)) is None:
+            open_ = open_end(self.held, (*self.openers, *self.ends)) if (self._mark or "<") in self.held[-_LONGEST:] else 0
             self._give(len(self.held) - open_)
             yield
         self._give(found.start())
@@ -132,7 +150,7 @@ class Harmony(ToolParser):
 
     def _give(self, n: int) -> None:
         """The next ``n`` characters go where this message's text goes."""
-        text = self.cut(n)
+        text = self.cut(n).replace(self._mark, "")
         if self._callee and (text := text.lstrip()):
             self.begin(self._callee)
             self._callee, self._streams = "", True
@@ -140,7 +158,7 @@ class Harmony(ToolParser):
             return
         if self._streams:
             self._tell(CallDelta(self.count - 1, arguments=text))
-        elif not self._callee:
+        else:
             kind: Place = "reasoning" if self.place == "reasoning" else "content"
             text = self.apart + text if self._first and kind in self._said else text
             self._tell(Thought(text) if kind == "reasoning" else text)
