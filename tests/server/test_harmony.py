@@ -16,10 +16,9 @@ from quant.errors import InputError
 from tests.server import responses, test_messages
 from tests.server.conftest import Served
 from tests.server.test_tools import HELLO, IMPOSSIBLE, TOOL, ascii_only, ask, prompt_of, serve
-from tests.text.harmony_texts import CALLS, FINAL, SAID, TEMPLATE, THOUGHT, any_answer
+from tests.text.harmony_texts import CALLS, FINAL, NEXT, SAID, TEMPLATE, THOUGHT, any_answer
 from tests.text.tool_texts import seeded
 
-NEXT = f"{END}{START}assistant"
 CALL_OF_ROME = CALLS[0] % "weather" + '{"city": "Rome"}'
 ANSWER = f"{THOUGHT}Hm.{NEXT}{FINAL}Sunny."
 WHOLE = f"{THOUGHT}Hm.{NEXT}{SAID}Let me see.{NEXT}{THOUGHT}So.{NEXT}{CALL_OF_ROME}"

@@ -18,7 +18,7 @@ from tests.server.responses import CALL_OF_ROME, say, told
 from tests.server.responses import TOOL as FUNCTION
 from tests.server.test_completions import events
 from tests.server.test_tools import TOOL, serve
-from tests.text.harmony_texts import CALLS, SAID, TEMPLATE, THOUGHT
+from tests.text.harmony_texts import CALLS, NEXT, SAID, TEMPLATE, THOUGHT
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -185,7 +185,7 @@ KINDS = {
     "Hermes": (None, f"<think>Hm.</think>Hi {CALL_OF_ROME}"),
     "Harmony": (
         TEMPLATE,
-        f'{THOUGHT}Hm.<|end|><|start|>assistant{SAID}Hi<|end|><|start|>assistant{CALLS[0] % "weather"}{{"city": "Rome"}}',
+        f'{THOUGHT}Hm.{NEXT}{SAID}Hi{NEXT}{CALLS[0] % "weather"}{{"city": "Rome"}}',
     ),
 }
 

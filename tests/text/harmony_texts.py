@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass, field
 
 from appliance.text.tools.harmony import CALL, END, MARKERS, RETURN, START
+from tests.text.test_strict_tools import SCHEMA
 from tests.text.tool_texts import arguments, nonsense
 
 TEMPLATE = """<|start|>system<|message|>Reasoning: {{ reasoning_effort or 'medium' }}<|end|>\
@@ -29,8 +31,10 @@ CALLS = (
     "<|channel|>analysis to=%s code<|message|>",
 )
 TEXTS = (SAID, FINAL, "<|message|>", "<|channel|>final <|constrain|>JSON<|message|>")
+NEXT, CALL_OF_F = f"{END}{START}assistant", CALLS[0] % "f"
+TOOL = {"type": "function", "function": {"name": "f", "description": "F", "parameters": SCHEMA}}
 SCRAPS = [
-    *(*MARKERS, *MARKERS, THOUGHT, SAID, FINAL, f"{END}{START}assistant", CALLS[0] % "f", CALLS[1] % "g"),
+    *(*MARKERS, *MARKERS, THOUGHT, SAID, FINAL, NEXT, CALL_OF_F, CALLS[1] % "g"),
     *("assistant", "analysis", "commentary", "final", "to=functions.f", " to=f", "json", "<|chan", "nel|>", "<|", "<", "|>"),
     *(" ", "\n", "Hello", '{"a": 1}', "{", "ü", "日本"),
 ]
@@ -79,3 +83,8 @@ def any_answer(rng: random.Random) -> str:
         i = rng.randrange(len(text) + 1)
         text = text[:i] + rng.choice(["", "", rng.choice(SCRAPS)]) + text[i + rng.randrange(3) :]
     return text[: rng.randrange(len(text) + 1)] if rng.random() < 0.3 else text
+
+
+def tokens(text: str) -> list[str]:
+    """As the model's tokenizer has them: markers are one each."""
+    return [part for part in re.split(f"({'|'.join(map(re.escape, MARKERS))}|.)", text, flags=re.DOTALL) if part]
