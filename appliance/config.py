@@ -88,9 +88,9 @@ class ServerConfig:
     chat_template: str | None = None
     """A Jinja file, or the template itself, instead of the model's own."""
     tool_call_parser: str = "auto"
-    """How the model writes tool calls: auto (its chat template says), none, hermes, llama3_json, mistral, ..."""
+    """How the model writes tool calls: auto (its chat template says), none, hermes, llama3_json, mistral, openai, ..."""
     reasoning_parser: str = "auto"
-    """How the model marks its reasoning: auto (its chat template says), none, deepseek_r1, qwen3, mistral, ..."""
+    """How the model marks its reasoning: auto (its chat template says), none, deepseek_r1, qwen3, openai_gptoss, ..."""
     strict_requests: bool = False
     """Refuse requests with unknown fields (400) instead of naming them once in the log."""
     generation_config: str = "auto"

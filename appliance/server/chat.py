@@ -15,9 +15,9 @@ from appliance.server.schemas import ChatRequest
 from appliance.server.shortcut import Shortcut
 from appliance.server.state import ServerState
 from appliance.server.turn import Turn, begin
-from appliance.text.answer import Answer, AnswerDelta
+from appliance.text.answer import Answer
+from appliance.text.delta import AnswerDelta, CallDelta
 from appliance.text.output import Delta
-from appliance.text.tools.parser import CallDelta
 
 
 async def answer(state: ServerState, request_id: str, body: ChatRequest) -> Response:

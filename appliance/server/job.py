@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -44,10 +44,10 @@ class Job:
         params: SamplingParams,
         body: SamplingFields,
         *,
-        shown: frozenset[int] = frozenset(),
+        shown: Mapping[int, str] | None = None,
         clamp: bool = False,
     ) -> None:
-        """``shown``: special tokens that are text all the same. ``clamp``: each prompt gets what of max_tokens fits behind it."""
+        """``shown``: as ``OutputStream`` has it. ``clamp``: each prompt gets what of max_tokens fits behind it."""
         if (total := len(prompts) * params.width) > MAX_COMPLETIONS:
             found = f"{len(prompts)} prompts with {params.width} completions each" if len(prompts) > 1 else f"{total} completions"
             message = f"the request asks for {found}: at most {MAX_COMPLETIONS} in all are taken in one; send several"

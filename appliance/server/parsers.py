@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from appliance.config import ServerConfig
 from appliance.core.params import NOT_WITH_GRAMMAR, RequestError, SamplingParams, StructuredOutputsParams
 from appliance.server.prompts import Prompt
 from appliance.server.schemas import ChatRequest
-from appliance.server.structured import compiled
-from appliance.text.answer import AnswerParser
-from appliance.text.reasoning import REASONING, ReasoningParser, Tags, tags_of
+from appliance.server.structured import compiled, form_field
+from appliance.text.answer import AnswerParser, HarmonyAnswer
+from appliance.text.detokenizer import MARK
+from appliance.text.reasoning import HARMONY, REASONING, ReasoningParser, Tags, tags_of
 from appliance.text.tokenizer import Tokenizer
 from appliance.text.tools.choice import FORMS, Forced, ToolChoice, forced, tool_choice
+from appliance.text.tools.choice import HARMONY as HARMONY_FORM
 from appliance.text.tools.detect import detect
 from appliance.text.tools.formats import PARSERS, Mistral, nine_characters
-from appliance.text.tools.grammar import lark
+from appliance.text.tools.grammar import harmony, lark
+from appliance.text.tools.harmony import MARKERS, MESSAGE, START, Harmony
 from appliance.text.tools.parser import ToolParser
 from quant.errors import InputError
 
@@ -40,13 +44,12 @@ class Parsers:
         """Raises InputError where an option names no parser."""
         tools = _named("--tool-call-parser", config.tool_call_parser, PARSERS)
         tags = _named("--reasoning-parser", config.reasoning_parser, REASONING)
-        if tokenizer is None or not tokenizer.has_chat_template:
-            return cls(tools, tags, tokenizer)
-        if config.tool_call_parser == "auto":
-            tools = PARSERS.get(detect(tokenizer.chat) or "")
-        if config.reasoning_parser == "auto":
-            tags = tags_of(tokenizer.chat_templates)
-        return cls(tools, tags, tokenizer)
+        if tokenizer is not None and tokenizer.has_chat_template:
+            if config.tool_call_parser == "auto":
+                tools = PARSERS.get(detect(tokenizer.chat) or "")
+            if config.reasoning_parser == "auto":
+                tags = tags_of(tokenizer.chat_templates)
+        return cls(*_as_one(tools, tags, config), tokenizer)
 
     def choice(self, body: ChatRequest, params: SamplingParams | None = None) -> ToolChoice:
         """What a request says of tools. Raises RequestError, also where this model's calls cannot be read.
@@ -81,44 +84,72 @@ class Parsers:
 
         The form begins behind reasoning, and the model may call tools instead. Raises RequestError where that cannot be.
         """
-        must, form = choice.mode in ("required", "named"), params.structured_outputs
-        free = choice.strict
-        tags = None if self.tags is None or self.tags.closed(*self._before(body, prompt)) else self.tags
-        if not must and not free and (form is None or not (tags or choice.parses)):
+        must, form, free = choice.mode in ("required", "named"), params.structured_outputs, choice.strict
+        if not (must or free or form) or not (grammar := self._around(choice, body, prompt, formed=not must and not free)):
             return params
-        opened = tags is not None and tags.opened(*self._before(body, prompt))
         calls = await asyncio.to_thread(self._forced, choice, body, free) if choice.parses else None  # a hundred tools: 0.1 s
-        marker = self.tools.openers[0] if self.tools is not None and free else ""
-        kind: dict[str, Any] = {"formed": not must and not free, "marker": marker, "specials": self._specials(choice)}
-        around = await asyncio.to_thread(lark, calls, tags, opened=opened, **kind)
+        around = await asyncio.to_thread(grammar, calls)
         parts = await asyncio.to_thread(_schemas, choice, calls) if calls else None
         if form is None or must:
             form = StructuredOutputsParams(grammar=around)
             return replace(params, structured_outputs=form, grammar=await compiled(form, ours=True, parts=parts))
         return replace(params, grammar=await compiled(form, around, parts=parts))
 
+    def _around(
+        self, choice: ToolChoice, body: ChatRequest, prompt: Prompt, *, formed: bool
+    ) -> Callable[[Forced | None], str] | None:
+        """Makes the grammar of the whole answer out of its calls; None where all of it is the form."""
+        specials = self._specials(choice)
+        if self.tags is HARMONY:
+            if missing := sorted({*MARKERS} - {*specials}):
+                told = f"the answer cannot be held to a form: {missing[0]} is no special token of this model's tokenizer"
+                raise RequestError(told, param=form_field(body), code="unsupported_parameter")
+            place = Harmony(before=self._begun(prompt)).place
+            if formed and place == "content":
+                return None
+            return partial(harmony, place=place, formed=formed, free=choice.strict, specials=specials)
+        before = self._before(body, prompt)
+        tags = None if self.tags is None or self.tags.closed(*before) else self.tags
+        if formed and not (tags or choice.parses):
+            return None
+        opened = tags is not None and tags.opened(*before)
+        marker = self.tools.openers[0] if self.tools is not None and choice.strict else ""
+        return partial(lark, tags=tags, opened=opened, formed=formed, marker=marker, specials=specials)
+
     def _forced(self, choice: ToolChoice, body: ChatRequest, strict: bool) -> Forced:
         assert self.tools is not None and self.tokenizer is not None  # choice() and the prompt have seen to that
+        if self.tags is HARMONY:
+            return forced(choice, HARMONY_FORM, parallel=False, strict=strict)
         forms = FORMS[self.tools]
         form = forms[0] if len(forms) == 1 or self.tokenizer.special_among((Mistral.ARGS,)) else forms[1]
         return forced(choice, form, parallel=body.parallel_tool_calls, strict=strict)
 
-    def shown(self, choice: ToolChoice) -> frozenset[int]:
-        """The special tokens that mark calls and reasoning: they must be in the text."""
-        return frozenset(self._specials(choice).values())
+    def shown(self, choice: ToolChoice) -> dict[int, str]:
+        """The special tokens that mark calls and reasoning, and what is written in the text for them."""
+        mark = MARK if self.tags is HARMONY else ""  # others know their markers by what stands around them
+        return {i: mark + marker for marker, i in self._specials(choice).items()}
 
     def _specials(self, choice: ToolChoice) -> dict[str, int]:
         """The markers of calls and reasoning that are special tokens, and their ids."""
         markers = (*(self.tags.special if self.tags else ()), *(self.tools.special if self.tools and choice.parses else ()))
+        if self.tags is HARMONY:
+            markers = MARKERS
         return {one: i for one in markers for i in self.tokenizer.special_among([one])} if self.tokenizer else {}
 
     def new(self, choice: ToolChoice, body: ChatRequest, prompt: Prompt) -> AnswerParser:
         """For one answer."""
+        if self.tags is HARMONY:
+            return HarmonyAnswer(self._begun(prompt), self.shown(choice), calls=choice.parses, parallel=body.parallel_tool_calls)
         opened = self.tags is not None and self.tags.opened(*self._before(body, prompt))
         reasoning = ReasoningParser(self.tags, opened=opened) if self.tags else None
         known = [one["name"] for one in choice.functions] if choice.strict else []
         tools = self.tools(known=known) if self.tools is not None and choice.parses else None
         return AnswerParser(reasoning, tools, parallel=body.parallel_tool_calls)
+
+    def _begun(self, prompt: Prompt) -> str:
+        """What a prompt in the format of gpt-oss has of the message that the answer goes on with."""
+        _, start, begun = self._text(prompt).rpartition(START)
+        return start + begun if start else MESSAGE  # that began before what was left of the prompt
 
     def _before(self, body: ChatRequest, prompt: Prompt) -> tuple[str, str | None]:
         """What stands before an answer, as ``Tags`` asks for it: the prompt, and the text of a message that it goes on with."""
@@ -126,10 +157,14 @@ class Parsers:
             content = body.messages[-1].get("content")
             parts = content if isinstance(content, list) else [content]
             return "", "".join(str(part.get("text") if isinstance(part, Mapping) else part) for part in parts)
+        return self._text(prompt), None
+
+    def _text(self, prompt: Prompt) -> str:
+        """The end of it, where it was truncated."""
         if prompt.text is not None:
-            return prompt.text, None
+            return prompt.text
         assert self.tokenizer is not None  # the prompt was rendered
-        return self.tokenizer.decode(list(prompt.token_ids[-TAIL:]), skip_special_tokens=False), None
+        return self.tokenizer.decode(list(prompt.token_ids[-TAIL:]), skip_special_tokens=False)
 
 
 def _schemas(choice: ToolChoice, calls: Forced) -> dict[str, str]:
@@ -157,3 +192,19 @@ def _named(flag: str, name: str, known: Mapping[str, T]) -> T | None:
     if name not in known:
         raise InputError(f"{flag} {name}: there is no such parser: auto, none, {', '.join(known)}")
     return known[name]
+
+
+def _as_one(
+    tools: type[ToolParser] | None, tags: Tags | None, config: ServerConfig
+) -> tuple[type[ToolParser] | None, Tags | None]:
+    """Calls and reasoning of gpt-oss are one format: either option means both. InputError where the other says otherwise."""
+    if tools is not Harmony and tags is not HARMONY:
+        return tools, tags
+    for flag, name, known in (
+        ("--tool-call-parser", config.tool_call_parser or "none", ("auto", "openai", "none")),
+        ("--reasoning-parser", config.reasoning_parser or "none", ("auto", "openai_gptoss")),
+    ):
+        if name not in known:
+            told = f"calls and reasoning of gpt-oss are one format, and the model or the other option has it: {', '.join(known)}"
+            raise InputError(f"{flag} {name}: {told}")
+    return Harmony if config.tool_call_parser not in ("none", "") else None, HARMONY

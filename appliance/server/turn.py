@@ -15,9 +15,9 @@ from appliance.server.sampling import chat_params
 from appliance.server.schemas import ChatRequest
 from appliance.server.state import ServerState
 from appliance.server.structured import with_grammar
-from appliance.text.answer import Answer, AnswerDelta, AnswerParser
+from appliance.text.answer import Answer, AnswerParser
+from appliance.text.delta import AnswerDelta
 from appliance.text.output import Delta
-from appliance.text.reasoning import tokens_until
 
 PATIENCE_S = 10.0  # a stream begins at the latest then, token or not
 
@@ -50,7 +50,6 @@ class Turn:
 
     def __init__(self, state: ServerState, job: Job, parsers: Sequence[AnswerParser]) -> None:
         self.state, self.job, self.parsers = state, job, parsers
-        self._reasoned: list[int | None] = [None] * len(parsers)
 
     async def run(self) -> AsyncGenerator[tuple[int, Delta, AnswerDelta], None]:
         """(choice, what is new of it, the same taken apart) until all have ended; as ``Job.run``.
@@ -101,17 +100,11 @@ class Turn:
 
     def reasoning_tokens(self, c: int) -> int:
         """How many of the answer's tokens are reasoning, tags included."""
-        ids, tags = self.job.outputs[c].token_ids, self.state.parsers.tags
-        match self.parsers[c].reasoning:
-            case "none":
-                return 0
-            case "open":
-                return len(ids)
-        if (count := self._reasoned[c]) is None:
-            assert tags is not None and self.state.tokenizer is not None  # there was reasoning
-            spelled = self.state.tokenizer.token_bytes
-            self._reasoned[c] = count = tokens_until(tags.end, (spelled(i) or b"" for i in ids))
-        return count
+        return self.parsers[c].reasoning_tokens(self.job.outputs[c].token_ids, self._spelled)
+
+    def _spelled(self, token: int) -> bytes:
+        assert self.state.tokenizer is not None  # the prompt was rendered
+        return self.state.tokenizer.token_bytes(token) or b""
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object so far."""

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-from appliance.text.reasoning import ReasoningParser
-from appliance.text.tools.parser import CallDelta, ToolAnswer, ToolParser
+from appliance.text.delta import AnswerDelta, Piece, Thought
+from appliance.text.detokenizer import MARK
+from appliance.text.reasoning import ReasoningParser, tokens_until
+from appliance.text.tools.harmony import Harmony
+from appliance.text.tools.parser import ToolAnswer, ToolParser
 
 _PIECE = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerDelta:
-    """What a piece of text adds: reasoning, then text and news of calls in their order."""
-
-    reasoning: str = ""
-    pieces: tuple[str | CallDelta, ...] = ()
-
-    @property
-    def content(self) -> str:
-        return "".join([piece for piece in self.pieces if isinstance(piece, str)])
-
-    @property
-    def calls(self) -> tuple[CallDelta, ...]:
-        return tuple([piece for piece in self.pieces if not isinstance(piece, str)])
 
 
 @dataclass(slots=True)
@@ -40,6 +27,7 @@ class AnswerParser:
     def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None, *, parallel: bool = True) -> None:
         """Not ``parallel``: the answer ends with its first call."""
         self._reasoning, self._tools = reasoning, tools
+        self._counted: int | None = None  # tokens of reasoning that has come to its end
         if tools is not None:
             tools.single = not parallel
 
@@ -53,21 +41,17 @@ class AnswerParser:
         """Whether what comes next cannot matter."""
         return self._tools is not None and self._tools.satisfied
 
-    @property
-    def reasoning(self) -> Literal["none", "open", "closed"]:
-        """Whether there was reasoning so far, and has come to its end."""
-        return "none" if self._reasoning is None else self._reasoning.state
-
     def push(self, text: str, *, last: bool = False) -> AnswerDelta:
         """``last``: no more comes, and what was held back is given out."""
-        reasoning = ""
+        found: tuple[Piece, ...] = ()
         if self._reasoning is not None:
             parts = [self._reasoning.push(text), *([self._reasoning.finish()] if last else [])]
             reasoning, text = "".join(one.reasoning for one in parts), "".join(one.content for one in parts)
+            found = (Thought(reasoning),) if reasoning else ()
         if self._tools is None:
-            return AnswerDelta(reasoning, (text,) if text else ())
-        found = self._tools.push(text).pieces
-        return AnswerDelta(reasoning, found + self._tools.finish().pieces if last else found)
+            return AnswerDelta((*found, text) if text else found)
+        found += self._tools.push(text).pieces
+        return AnswerDelta(found + self._tools.finish().pieces if last else found)
 
     def parse(self, text: str) -> Answer:
         """A whole text at once. (In pieces, since cutting a long text in many places is slow.)"""
@@ -81,3 +65,36 @@ class AnswerParser:
     def finish_reason(self, reason: str | None) -> str | None:
         """OpenAI's word for how the answer ended."""
         return "tool_calls" if reason == "stop" and self._tools is not None and self._tools.count else reason
+
+    def reasoning_tokens(self, ids: Sequence[int], spelled: Callable[[int], bytes]) -> int:
+        """How many of its tokens so far are reasoning, tags included. ``spelled``: the bytes of a token."""
+        state = "none" if self._reasoning is None else self._reasoning.state
+        if self._reasoning is None or state != "closed":
+            return len(ids) if state == "open" else 0
+        if self._counted is None:
+            self._counted = tokens_until(self._reasoning.tags.end, map(spelled, ids))
+        return self._counted
+
+
+class HarmonyAnswer(AnswerParser):
+    """One answer whose calls and reasoning are messages of one format."""
+
+    def __init__(self, before: str, shown: Mapping[int, str], *, calls: bool, parallel: bool = True) -> None:
+        """``before``, ``calls``: as ``Harmony`` has them. ``shown``: what the text has for special tokens."""
+        marked = any(text.startswith(MARK) for text in shown.values())
+        super().__init__(None, Harmony(before=before, calls=calls, marked=marked), parallel=parallel)
+        self._shown = shown
+        self._shadow = Harmony(before=before, calls=calls, marked=marked)  # reads the tokens that were counted
+        self._seen = self._thoughts = self._header = 0  # tokens: counted, of reasoning, of the header that is being read
+
+    def reasoning_tokens(self, ids: Sequence[int], spelled: Callable[[int], bytes]) -> int:
+        for token in ids[self._seen :]:
+            before = self._shadow.place
+            self._shadow.push(self._shown.get(token) or spelled(token).decode(errors="replace"))
+            self._header += 1
+            if "reasoning" in (before, self._shadow.place):
+                self._thoughts += self._header
+            if self._shadow.place != "header" or "reasoning" in (before, self._shadow.place):
+                self._header = 0
+        self._seen = len(ids)
+        return self._thoughts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from appliance.text.tokenizer import Tokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Before the text of special tokens, where a parser has to tell them from the same text. Stands for no character of any language.
+MARK = "\ufdd0"
 
 
 def _printable_bytes() -> dict[str, int]:
@@ -78,14 +81,15 @@ class Detokenizer:
         *,
         skip_special_tokens: bool = True,
         follows_text: bool = False,
-        shown: frozenset[int] = frozenset(),
+        shown: Mapping[int, str] | None = None,
     ) -> None:
         """``follows_text``: a prompt comes before, so that a space at the start is one between words and stays.
 
-        ``shown``: special tokens that are text even where special tokens are skipped.
+        ``shown``: special tokens that are text even where special tokens are skipped, and which text.
         """
         self._tokenizer, self._spelling = tokenizer, tokenizer.spelling
-        self._skip = tokenizer.special_ids - shown if skip_special_tokens else frozenset()
+        self._shown = shown or {}
+        self._skip = tokenizer.special_ids.difference(self._shown) if skip_special_tokens else frozenset()
         self._strip = self._spelling is not None and self._spelling.strip and not follows_text
         errors = "appliance-one-mark-per-byte" if self._spelling and self._spelling.byte_tokens else "replace"
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
@@ -98,7 +102,12 @@ class Detokenizer:
             return ""
         if self._spelling is None:
             self._ids.append(token_id)
-            return self._whole(held="\ufffd")
+            text, plain = self._whole(held="\ufffd"), self._tokenizer.token(token_id)
+            if token_id in self._shown and plain and text.endswith(plain):
+                return text.removesuffix(plain) + self._shown[token_id]
+            return text
+        if token_id in self._shown:
+            return self._stripped(self._utf8.decode(b"", final=True)) + self._stripped(self._shown[token_id])
         data = self._tokenizer.token_bytes(token_id)
         if data is None:
             return ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 from appliance.core.params import RequestError
@@ -32,6 +34,35 @@ def join_parts(content: Any) -> Any:
 def split_parts(content: Any) -> Any:
     """Content as a list of parts; for templates that know nothing else."""
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def one_call_each(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation for templates that write one call a message (gpt-oss), and either text or a thought beside it.
+
+    Calls that were made at once become turns of their own, each with its result.
+    """
+    told: list[dict[str, Any]] = []
+    rest = deque(messages)
+    while rest:
+        message = rest.popleft()
+        calls = message.get("tool_calls") if message["role"] == "assistant" else None
+        if not calls:
+            told.append(message)
+            continue
+        if (thought := message.get("thinking")) and (text := message["content"]):
+            said = f"{thought}\n\n{text}"
+            message = {**message, "thinking": said, "reasoning_content": said, "content": ""}
+        results = []
+        while rest and rest[0]["role"] == "tool":
+            results.append(rest.popleft())
+        for call in calls[:-1]:
+            call_id = call.get("id") if isinstance(call, Mapping) else None
+            its = [one.get("tool_call_id") == call_id for one in results]
+            told += [{**message, "tool_calls": [call]}, *compress(results, its)]
+            results = [one for one, told_ in zip(results, its, strict=True) if not told_]
+            message = {"role": "assistant", "content": ""}
+        told += [{**message, "tool_calls": calls[-1:]}, *results]
+    return told
 
 
 def _message(index: int, message: Any, convert: Callable[[Any], Any]) -> dict[str, Any]:

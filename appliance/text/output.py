@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from appliance.core.messages import Event, TokenLogprob
 from appliance.core.params import SamplingParams
-from appliance.text.detokenizer import Detokenizer
+from appliance.text.detokenizer import MARK, Detokenizer
 from appliance.text.tokenizer import Tokenizer
 
 
@@ -32,11 +32,11 @@ class OutputStream:
         params: SamplingParams,
         prompt_token_ids: Sequence[int],
         *,
-        shown: frozenset[int] = frozenset(),
+        shown: Mapping[int, str] | None = None,
     ) -> None:
         """``tokenizer`` None: token ids alone, the text stays empty. Of the prompt only whether it shows any text counts.
 
-        ``shown``: special tokens that are text even where special tokens are skipped.
+        ``shown``: special tokens that are text even where special tokens are skipped, and which text.
         """
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
@@ -44,6 +44,7 @@ class OutputStream:
         self.stop_reason: int | str | None = None
         self._params = params
         self._parts: list[str] = []
+        self._marked = any(text.startswith(MARK) for text in (shown or {}).values())
         self._stop = _StopStrings(params.stop or (), keep=params.include_stop_str_in_output)
         self._detokenizer = None
         if tokenizer is not None and params.detokenize:
@@ -57,8 +58,9 @@ class OutputStream:
 
     @property
     def text(self) -> str:
-        """All text given out so far."""
-        return "".join(self._parts)
+        """All text given out so far, without marks."""
+        text = "".join(self._parts)
+        return text.replace(MARK, "") if self._marked else text
 
     def push(self, event: Event) -> Delta:
         """Take news from the engine. After the end there is no more: such events give an empty delta."""

@@ -46,6 +46,8 @@ class Tags:
 
 
 THINK = Tags()
+# Of gpt-oss, where calls and reasoning are messages of one format: "Harmony" (tools/harmony.py) reads both.
+HARMONY = Tags("<|channel|>analysis<|message|>", "<|end|>")
 # vLLM's names of parsers whose formats are tags around the reasoning.
 REASONING: dict[str, Tags] = {
     "deepseek_r1": Tags(assumed=True),
@@ -56,6 +58,7 @@ REASONING: dict[str, Tags] = {
     "minimax_m2": THINK,
     "mistral": Tags("[THINK]", "[/THINK]"),
     "nemotron_v3": THINK,
+    "openai_gptoss": HARMONY,
     "qwen3": THINK,
     "seed_oss": Tags("<seed:think>", "</seed:think>"),
     "step3p5": THINK,
@@ -65,6 +68,8 @@ REASONING: dict[str, Tags] = {
 def tags_of(templates: Iterable[str]) -> Tags | None:
     """The tags that chat templates speak of."""
     source = "".join(templates)
+    if HARMONY.start in source:
+        return HARMONY
     return next((tags for tags in (REASONING["mistral"], REASONING["seed_oss"], THINK) if tags.end in source), None)
 
 
@@ -81,7 +86,7 @@ class ReasoningParser:
 
     def __init__(self, tags: Tags, *, opened: bool = False) -> None:
         """``opened``: as ``Tags.opened`` says."""
-        self._tags = tags
+        self.tags = tags
         self._held = ""  # what went nowhere yet
         self._place = "start"
         self._without_tag = "reasoning" if opened else "content"  # what a text is that does not begin with the start tag
@@ -115,19 +120,19 @@ class ReasoningParser:
 
     def _begin(self) -> str:
         begun = self._held.lstrip()
-        if begun.startswith(self._tags.start):
-            self._held, self._trims = begun[len(self._tags.start) :], True
+        if begun.startswith(self.tags.start):
+            self._held, self._trims = begun[len(self.tags.start) :], True
             return "reasoning"
-        return "start" if self._tags.start.startswith(begun) else self._without_tag
+        return "start" if self.tags.start.startswith(begun) else self._without_tag
 
     def _reasoning(self) -> str:
-        end = self._held.find(self._tags.end)
+        end = self._held.find(self.tags.end)
         if end < 0:
-            n = len(self._held) - open_end(self._held, (self._tags.end,))
+            n = len(self._held) - open_end(self._held, (self.tags.end,))
             return self._give(len(self._held[:n].rstrip(_EDGE)))
         self._reasoned = True
         text = self._give(len(self._held[:end].rstrip(_EDGE)))
-        self._held = self._held[self._held.find(self._tags.end) + len(self._tags.end) :]
+        self._held = self._held[self._held.find(self.tags.end) + len(self.tags.end) :]
         self._place, self._trims = "content", True
         return text
 

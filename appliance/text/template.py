@@ -14,7 +14,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from appliance.core.params import RequestError
-from appliance.text.messages import join_parts, plain_messages, split_parts
+from appliance.text.messages import join_parts, one_call_each, plain_messages, split_parts
+from appliance.text.reasoning import HARMONY, tags_of
 from quant.errors import InputError
 
 MAX_CHARACTERS = 32 * 2**20  # of one rendered conversation: a template is a program and could write for ever
@@ -112,6 +113,8 @@ class ChatTemplates:
             )
         template, convert = self._template("tool_use" if tools and "tool_use" in self._sources else "default")
         conversation = plain_messages(messages, convert)
+        if tags_of(self.sources) is HARMONY:
+            conversation = one_call_each(conversation)
         if continue_final_message:
             _mark_end(conversation)
         values = {

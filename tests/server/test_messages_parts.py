@@ -20,7 +20,7 @@ from appliance.server.messages.schemas import MessagesRequest
 from appliance.server.messages.signature import hidden, signature
 from appliance.server.messages.tool_input import ToolInput
 from appliance.server.schemas import ChatRequest
-from appliance.text.answer import AnswerDelta
+from appliance.text.delta import AnswerDelta
 from appliance.text.tools.choice import tool_choice
 from appliance.text.tools.detect import detect
 from appliance.text.tools.formats import nine_characters
@@ -193,7 +193,7 @@ def understood(template: Any, talk: list[Any], *, mistral: bool) -> tuple[Way, s
 
 def test_blocks_without_anything() -> None:
     blocks = Blocks()
-    assert blocks.push(AnswerDelta()) == [] and blocks.push(AnswerDelta("", ("",))) == [] and blocks.finish() == []
+    assert blocks.push(AnswerDelta()) == [] and blocks.push(AnswerDelta(("",))) == [] and blocks.finish() == []
 
 
 def test_signs_of_life(slow: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from tests.server.responses import CALL_OF_ROME, say, told
 from tests.server.responses import TOOL as FUNCTION
 from tests.server.test_completions import events
 from tests.server.test_tools import TOOL, serve
+from tests.text.harmony_texts import CALLS, NEXT, SAID, TEMPLATE, THOUGHT
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -179,10 +180,22 @@ def test_answers_are_as_openai_describes_them(served: Served, schemas: Any) -> N
     schemas("ErrorResponse").validate(served.post("/v1/completions", prompt="a", n=0).json())
 
 
+# A template (None: the usual one of tests), and an answer with everything in it.
+KINDS = {
+    "Hermes": (None, f"<think>Hm.</think>Hi {CALL_OF_ROME}"),
+    "Harmony": (
+        TEMPLATE,
+        f'{THOUGHT}Hm.{NEXT}{SAID}Hi{NEXT}{CALLS[0] % "weather"}{{"city": "Rome"}}',
+    ),
+}
+
+
 @pytest.mark.realdata
-def test_calls_are_as_openai_describes_them(schemas: Any, tmp_path: Path) -> None:
-    with serve(tmp_path, "Hermes") as one:
-        one.client.say('<think>Hm.</think>Hi <tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>')
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_are_as_openai_describes_them(schemas: Any, tmp_path: Path, kind: str) -> None:
+    source, text = KINDS[kind]
+    with serve(tmp_path, kind, source) as one:
+        one.client.say(text)
         body = {"messages": HELLO, "tools": [TOOL], "n": 2}
         answer = one.post("/v1/chat/completions", **body).json()
         assert answer["choices"][1]["message"]["tool_calls"]
@@ -211,28 +224,30 @@ EVENTS = {
 
 
 @pytest.mark.realdata
-def test_responses_are_as_openai_describes_them(schemas: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_responses_are_as_openai_describes_them(schemas: Any, tmp_path: Path, kind: str) -> None:
     """Every event, every item, and what is kept."""
-    with serve(tmp_path, "Hermes") as one:
-        check_responses(one, schemas)
+    source, text = KINDS[kind]
+    with serve(tmp_path, kind, source) as one:
+        check_responses(one, schemas, text)
 
 
-def check_responses(hermes: Served, schemas: Any) -> None:
-    say(hermes, f"<think>Hm.</think>Hi {CALL_OF_ROME}")
+def check_responses(served: Served, schemas: Any, text: str) -> None:
+    say(served, text)
     validators = {kind: schemas(name) for kind, name in EVENTS.items()}
     seen = set()
     for body in ({}, {"max_output_tokens": 30}, {"top_logprobs": 2, "include": ["message.output_text.logprobs"], "user": "me"}):
         body = {"input": "hello", "tools": [FUNCTION], "instructions": "Be kind.", **body}
-        whole = hermes.post("/v1/responses", **body).json()
+        whole = served.post("/v1/responses", **body).json()
         schemas("Response").validate(whole)
-        for event in told(hermes.post("/v1/responses", **body, stream=True).text):
+        for event in told(served.post("/v1/responses", **body, stream=True).text):
             validators[event["type"]].validate(event)
             seen.add(event["type"])
     assert seen == EVENTS.keys() - {"response.failed"}
     call = next(item for item in whole["output"] if item["type"] == "function_call")
     result = {"type": "function_call_output", "call_id": call["call_id"], "output": [{"type": "input_text", "text": "sun"}]}
-    on = hermes.post("/v1/responses", input=[result], previous_response_id=whole["id"]).json()
-    with hermes.http as http:
+    on = served.post("/v1/responses", input=[result], previous_response_id=whole["id"]).json()
+    with served.http as http:
         items = http.get(f"/v1/responses/{on['id']}/input_items", params={"limit": 100}).json()
         schemas("ErrorResponse").validate(http.get("/v1/responses/none").json())
     assert [item["type"] for item in items["data"]] == [
@@ -243,4 +258,4 @@ def check_responses(hermes: Served, schemas: Any) -> None:
         "message",
     ]
     schemas("ResponseItemList").validate(items)
-    schemas("TokenCountsResource").validate(hermes.post("/v1/responses/input_tokens", input="hello").json())
+    schemas("TokenCountsResource").validate(served.post("/v1/responses/input_tokens", input="hello").json())

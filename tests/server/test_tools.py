@@ -18,6 +18,7 @@ from appliance.text.reasoning import REASONING, THINK
 from appliance.text.tokenizer import Tokenizer
 from appliance.text.tools.choice import tool_choice
 from appliance.text.tools.detect import detect
+from appliance.text.tools.harmony import Harmony
 from quant.errors import InputError
 from tests.server.conftest import Served, serve_in_thread
 from tests.server.fake import END, FakeClient, info, score
@@ -82,7 +83,7 @@ def serve(directory: Path, kind: str, source: str | None = None, **options: Any)
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     (directory / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": source or template(kind)}))
     backend = Tokenizer.load(directory)._backend
-    backend.add_special_tokens([marker for one in KINDS if one.__name__ == kind for marker in one.special])
+    backend.add_special_tokens([marker for one in (*KINDS, Harmony) if one.__name__ == kind for marker in one.special])
     backend.save(str(directory / "tokenizer.json"))
     tokenizer = Tokenizer.load(directory)
     config = ServerConfig(served_model_name=("tiny",), **options)

@@ -8,8 +8,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from appliance.text.detokenizer import Detokenizer, Spelling
+from appliance.core.messages import Event
+from appliance.core.params import SamplingParams
+from appliance.text.detokenizer import MARK, Detokenizer, Spelling
+from appliance.text.output import OutputStream
 from appliance.text.tokenizer import Tokenizer
+from tests.tiny_model import write_tokenizer
 
 NAMES = ["byte_level", "llama", "tokenizers/llama2", "tokenizers/qwen2-instruct", "tokenizers/smollm2", "models/TinyStories-656K"]
 
@@ -100,3 +104,27 @@ def test_a_kind_without_spelling_is_decoded_whole():
     assert json.loads(backend.to_str())["decoder"]["type"] == "WordPiece"
     assert pieces(tokenizer, [0, 1, 2]) == ["hel", "lo", " world", ""]
     assert tokenizer.decode([0, 1, 2]) == "hello world" and tokenizer.token_str(2) == "world"
+
+
+def test_special_tokens_that_are_text(tokenizer):
+    """What is written for them stands where they do, also behind half a character; the sum of all text has no marks."""
+    special = min(tokenizer.special_ids)
+    name, text = tokenizer.token(special), tokenizer.encode(" Hi there", add_special_tokens=False)
+    byte = next((i for i in range(min(len(tokenizer), 400)) if tokenizer.token_bytes(i) == b"\xc3"), None)
+    for shown, skip in ((MARK + name, True), (MARK + name, False), (name, True)):
+        ids = [*text, *([byte] if byte else []), special, *text]
+        found = pieces(tokenizer, ids, shown={special: shown}, skip_special_tokens=skip, follows_text=True)
+        assert "".join(found) == f" Hi there{'�' if byte else ''}{shown} Hi there"
+        stream = OutputStream(tokenizer, SamplingParams(skip_special_tokens=skip), [5000], shown={special: shown})
+        told = stream.push(Event("r", 0, tuple(ids), finish_reason="length")).text
+        assert told == "".join(found) and stream.text == told.replace(MARK, "")
+    assert "".join(pieces(tokenizer, [special, *text], follows_text=True)) == " Hi there"
+
+
+def test_special_tokens_that_are_text_where_tokens_have_no_spelling(tmp_path):
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.spelling is None
+    ids = [*tokenizer.encode("Hi", add_special_tokens=False), 2, *tokenizer.encode("you", add_special_tokens=False)]
+    assert pieces(tokenizer, ids, shown={2: f"{MARK}</s>"}) == ["H", "i", f"{MARK}</s>", "y", "o", "u", ""]
+    assert "".join(pieces(tokenizer, ids)) == "Hiyou"

@@ -46,10 +46,11 @@ class Model:
         markers = (*kind.special, *(() if opened is None else THINK.special))
         self.specials = {marker: 256 + i for i, marker in enumerate(markers)} if special else {}
         tags = None if opened is None else THINK
-        self.grammar = lark(
-            forced(choice(), form, strict=True), tags, opened=bool(opened), marker=kind.openers[0], specials=self.specials
-        )
-        lib = library()
+        calls = forced(choice(), form, strict=True)
+        self.follow(lark(calls, tags, opened=bool(opened), marker=kind.openers[0], specials=self.specials))
+
+    def follow(self, grammar: str) -> None:
+        self.grammar, lib = grammar, library()
         assert not lib.LLMatcher.validate_grammar(self.grammar, limits=limits())
         words = [bytes([i]) for i in range(256)] + [b"\xff" + marker.encode() for marker in self.specials] + [b"\xff<end>"]
         self.words = [*(bytes([i]) for i in range(256)), *(marker.encode() for marker in self.specials), b""]
@@ -79,7 +80,7 @@ class Model:
                 assert self.matcher.consume_token(said[-1])
             else:
                 break
-            if said[-1] != token:
+            if said[-1:] != [token]:
                 break
         return b"".join(self.words[i] for i in said).decode(errors="replace"), self.matcher.is_accepting()
 

@@ -103,6 +103,7 @@ WRITES = {
     ),
     "llama3_json": ("meta-llama",),
     "mistral": ("Mistral-Small", "mistralai", "unsloth-mistral"),
+    "openai": ("openai-gpt-oss",),
 }
 
 

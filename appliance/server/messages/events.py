@@ -10,8 +10,7 @@ from pydantic_core import from_json
 
 from appliance.server.messages.signature import signature
 from appliance.server.messages.tool_input import ToolInput
-from appliance.text.answer import AnswerDelta
-from appliance.text.tools.parser import CallDelta
+from appliance.text.delta import AnswerDelta, CallDelta, Thought
 
 Event = dict[str, Any]
 # The kinds of deltas: kind -> the key that holds what is new.
@@ -30,14 +29,14 @@ class Blocks:
 
     def push(self, news: AnswerDelta) -> list[Event]:
         events: list[Event] = []
-        if news.reasoning:
-            events += self._within("thinking", {"thinking": "", "signature": ""})
-            self._thoughts.append(news.reasoning)
-            if self._shown:
-                events.append(self._delta("thinking_delta", news.reasoning))
         for piece in news.pieces:
             if isinstance(piece, CallDelta):
                 events += self._call(piece)
+            elif isinstance(piece, Thought):
+                events += self._within("thinking", {"thinking": "", "signature": ""})
+                self._thoughts.append(piece.text)
+                if self._shown:
+                    events.append(self._delta("thinking_delta", piece.text))
             elif piece:
                 events += [*self._within("text", {"text": ""}), self._delta("text_delta", piece)]
         return events
@@ -49,6 +48,7 @@ class Blocks:
         events = []
         if self._open == "thinking":
             events.append(self._delta("signature_delta", signature("".join(self._thoughts), shown=self._shown)))
+            self._thoughts = []
         elif self._open == "tool_use":
             events.append(self._delta("input_json_delta", self._input.finish(cut=cut)))
         self._open = None

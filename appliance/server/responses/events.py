@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from appliance.server.responses.items import Item, new_id, text_part
-from appliance.text.answer import AnswerDelta
-from appliance.text.tools.parser import CallDelta
+from appliance.text.delta import AnswerDelta, CallDelta, Thought
 
 Event = dict[str, Any]
 
@@ -39,12 +38,12 @@ class Output:
         """``scored``: log-probabilities of the tokens. They are told with a message's text, as soon as that is."""
         events: list[Event] = []
         self._waiting += scored
-        if news.reasoning:
-            events += self._within("reasoning")
-            events.append(self._told("response.reasoning_text.delta", news.reasoning, content_index=0))
         for piece in news.pieces:
             if isinstance(piece, CallDelta):
                 events += self._call(piece)
+            elif isinstance(piece, Thought):
+                events += self._within("reasoning")
+                events.append(self._told("response.reasoning_text.delta", piece.text, content_index=0))
             elif piece:
                 events += self._within("message")
                 scored, self._waiting = self._waiting, []

@@ -147,6 +147,10 @@ _HERMES = Form('<tool_call>\n{"name": %s, "arguments": ', "}\n</tool_call>", bet
 _LLAMA = Form('{"name": %s, "parameters": ', "}", between="; ")
 _MISTRAL_LIST = Form('{"name": %s, "arguments": ', "}", between=", ", before="[TOOL_CALLS][", after="]")
 _MISTRAL = Form("[TOOL_CALLS]%s[ARGS]", "", as_json=False)
+# Of gpt-oss, of which a grammar of its own makes use. An answer ends with its call.
+HARMONY = Form(
+    "<|channel|>commentary to=functions.%s <|constrain|>json<|message|>", "", between="<|call|><|start|>assistant", as_json=False
+)
 FORMS: dict[type[ToolParser], tuple[Form, ...]] = {
     Hermes: (_HERMES,),
     Llama3Json: (_LLAMA,),

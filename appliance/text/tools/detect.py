@@ -8,6 +8,7 @@ from typing import Any
 
 from appliance.core.params import RequestError
 from appliance.text.tools.formats import Hermes, Llama3Json, Mistral
+from appliance.text.tools.harmony import Harmony
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import decoded
 
@@ -23,7 +24,7 @@ _TOOL = {
 }
 _CALL: dict[str, Any] = {"id": "abcdef123", "type": "function", "function": {"name": "get_weather", "arguments": {"city": _CITY}}}
 _NO_THOUGHTS = re.compile(r"<think>\s*(</think>)?")
-_CANDIDATES: dict[str, type[ToolParser]] = {"hermes": Hermes, "mistral": Mistral, "llama3_json": Llama3Json}
+_CANDIDATES: dict[str, type[ToolParser]] = {"hermes": Hermes, "mistral": Mistral, "llama3_json": Llama3Json, "openai": Harmony}
 
 
 def detect(chat: Callable[..., str]) -> str | None:

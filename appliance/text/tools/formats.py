@@ -7,6 +7,7 @@ import secrets
 import string
 from hashlib import sha256
 
+from appliance.text.tools.harmony import Harmony
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import Step, Steps, first
 
@@ -156,4 +157,5 @@ PARSERS: dict[str, type[ToolParser]] = {
     "llama3_json": Llama3Json,
     "llama4_json": Llama3Json,
     "mistral": Mistral,
+    "openai": Harmony,
 }

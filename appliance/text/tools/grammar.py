@@ -11,6 +11,7 @@ from typing import Any
 
 from appliance.text.reasoning import Tags
 from appliance.text.tools.choice import Alternative, Forced
+from appliance.text.tools.harmony import CHANNEL, END, MESSAGE, START
 
 _NONE: Mapping[str, int] = MappingProxyType({})
 # How the arguments are spelled, as chat templates write them; what stands in the schema under this name may not say otherwise.
@@ -46,10 +47,7 @@ def lark(
     ids: to a grammar such a token is no text.
     """
 
-    def spelled(text: str) -> str:
-        parts = re.split(f"({'|'.join(map(re.escape, specials))})", text) if specials else [text]
-        return " ".join(f"<[{specials[part]}]>" if part in specials else _text(part) for part in parts)
-
+    spelled = _speller(specials)
     if calls is not None and marker:
         text, rules = "answer", _among_text(calls, marker, spelled, special=marker in specials)
     else:
@@ -73,6 +71,39 @@ def lark(
         whole = f"{spelled(tags.start)} {thinking} | bare_answer"
         rules += [rf"BARRED: /(?s:{_SPACE}{_literal(tags.start)}.*)/", *_answer(rules, "bare_", " & ~BARRED")]
     return "\n".join([f"start: {whole}", *rules])
+
+
+def harmony(calls: Forced | None, place: str, *, formed: bool, free: bool, specials: Mapping[str, int]) -> str:
+    """The same for gpt-oss, whose answers are messages: reasoning, then a call or the final message, which is ``@answer``.
+
+    ``place``: that of a ``Harmony`` which has read what the prompt has of the answer. ``free``: messages are of all kinds and may
+    end anywhere, calls alone are held. ``specials`` has all of the markers.
+    """
+    spelled = _speller(specials)
+    further = spelled(f"{END}{START}assistant")
+    channels = ("analysis", "commentary", "final") if free else ("analysis",)
+    last = ["said"] * free + ["calls"] * (calls is not None) + [spelled(f"{CHANNEL}final{MESSAGE}") + " @answer"] * formed
+    start = {"header": "whole", "between": f"{spelled(f'{START}assistant')} whole", "reasoning": f"TEXT {further} whole"}
+    within = f"TEXT ({further} whole)?" if free else f"{further} whole"
+    return "\n".join(
+        [
+            f"start: {within if free and place == 'reasoning' else start.get(place, within)}",
+            f"whole: (said {further})* ({' | '.join(last)})",
+            f"said: {spelled(CHANNEL)} ({' | '.join(map(_text, channels))}) {spelled(MESSAGE)} TEXT",
+            f"TEXT: {_TEXT}",
+            *([] if calls is None else _calls(calls, spelled, formed=False)),
+        ]
+    )
+
+
+def _speller(specials: Mapping[str, int]) -> Callable[[str], str]:
+    """Writes a text in Lark, markers that are special tokens by their ids."""
+
+    def spelled(text: str) -> str:
+        parts = re.split(f"({'|'.join(map(re.escape, specials))})", text) if specials else [text]
+        return " ".join(f"<[{specials[part]}]>" if part in specials else _text(part) for part in parts)
+
+    return spelled
 
 
 def _calls(calls: Forced, spelled: Callable[[str], str], *, formed: bool) -> list[str]:

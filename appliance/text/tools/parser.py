@@ -22,35 +22,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from appliance.text.delta import AnswerDelta, CallDelta, Piece, Thought
 from appliance.text.tools.reader import Reader, Step, Steps, decoded, first, open_end
 
 _ARGUMENTS = ("arguments", "parameters")
 _PIECE = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class CallDelta:
-    """News of call ``index``: the first of a call has ``id`` and ``name``, the others more ``arguments``."""
-
-    index: int
-    id: str | None = None
-    name: str | None = None
-    arguments: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ToolDelta:
-    """What a piece of text adds to an answer: text and news of calls, in their order."""
-
-    pieces: tuple[str | CallDelta, ...] = ()
-
-    @property
-    def content(self) -> str:
-        return "".join(piece for piece in self.pieces if isinstance(piece, str))
-
-    @property
-    def calls(self) -> tuple[CallDelta, ...]:
-        return tuple(piece for piece in self.pieces if not isinstance(piece, str))
 
 
 @dataclass(slots=True)
@@ -92,7 +68,7 @@ class ToolParser(Reader):
         self._new_id = new_id or self.make_id
         self._streams = False  # what is read are arguments
         self._ending = False  # what is read is JSON behind a call's arguments
-        self._news: list[str | CallDelta] = []
+        self._news: list[Piece] = []
         self._steps = self._run()
 
     @staticmethod
@@ -104,7 +80,7 @@ class ToolParser(Reader):
         """Whether what comes next cannot matter: the single call is complete."""
         return self.single and (self.count > 1 or (self.count == 1 and not self._streams and not self._ending))
 
-    def push(self, text: str) -> ToolDelta:
+    def push(self, text: str) -> AnswerDelta:
         if text:
             self.held += text
             next(self._steps)
@@ -112,7 +88,7 @@ class ToolParser(Reader):
                 self._to_arguments(self.at)
         return self._delta()
 
-    def finish(self) -> ToolDelta:
+    def finish(self) -> AnswerDelta:
         """What was held back, now that no more comes."""
         self._steps.close()
         if self._streams:
@@ -171,19 +147,21 @@ class ToolParser(Reader):
         if text := self.cut(n):
             self._tell(CallDelta(self.count - 1, arguments=text))
 
-    def _tell(self, news: str | CallDelta) -> None:
-        if self.single and (self.count if isinstance(news, str) else news.index):
+    def _tell(self, news: Piece) -> None:
+        if self.single and (news.index if isinstance(news, CallDelta) else self.count):
             return
         last = self._news[-1] if self._news else None
         if isinstance(news, str) and isinstance(last, str):
             self._news[-1] = last + news
+        elif isinstance(news, Thought) and isinstance(last, Thought):
+            self._news[-1] = Thought(last.text + news.text)
         elif isinstance(news, CallDelta) and isinstance(last, CallDelta) and last.index == news.index:
             self._news[-1] = replace(last, arguments=last.arguments + news.arguments)
         else:
             self._news.append(news)
 
-    def _delta(self) -> ToolDelta:
-        delta = ToolDelta(tuple(self._news))
+    def _delta(self) -> AnswerDelta:
+        delta = AnswerDelta(tuple(self._news))
         self._news = []
         return delta
 
