@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextvars import Context
 from typing import TYPE_CHECKING, Protocol
 
 from appliance.core.params import RequestError
@@ -261,7 +262,7 @@ class EngineHost:
         if self.shared.draining:
             raise self._refusal()
         if self._turn is None:
-            self._turn = asyncio.create_task(self._take_turn())
+            self._turn = asyncio.create_task(self._take_turn(), context=Context())  # what it leaves behind is not this request's
             self._turn.add_done_callback(lambda turn: turn.cancelled() or turn.exception())  # whoever waited may have left
         turn = self._turn
         try:
@@ -306,7 +307,7 @@ class EngineHost:
             self._timer.cancel()
         if self.idle_s and self.client.state == "ready":
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self.idle_s, lambda: loop.create_task(self._unload_idle()))
+            self._timer = loop.call_later(self.idle_s, lambda: loop.create_task(self._unload_idle()), context=Context())
 
     async def _unload_idle(self) -> None:
         if self.site and not self._present and self.client.state == "ready":

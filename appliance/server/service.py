@@ -89,8 +89,8 @@ class Service:
         finally:
             beating.cancel()
             notify("STOPPING=1")
+            await self._drain()  # who asks meanwhile is told so, and not left before a closed door
             http.stop.set()
-            await self._drain()
             await asyncio.gather(*(host.end() for host in self.hosts))
             await answering
             if self.shared.audit:

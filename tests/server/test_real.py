@@ -30,6 +30,9 @@ READY = re.compile(r"appliance: ready at (http://127\.0\.0\.1:\d+)/v1 with model
 FLAGS = ["--port", "0", "--dtype", "float32", "--reference-ops", "--threads", "1", "--kv-cache-memory-bytes", "4000000"]
 
 
+LONG = {"prompt": "abc", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+
+
 @dataclass
 class Running:
     process: subprocess.Popen[str]
@@ -255,6 +258,24 @@ def test_ctrl_c_drains_then_ends_the_rest(model: Path) -> None:
             *_, error, done = [line for line in lines if line]
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == "shutting_down" and done == "data: [DONE]"
         assert running.ended() == 0 and not engine.is_running()
+
+
+def test_who_asks_while_it_drains_is_told_so(model: Path) -> None:
+    """On a connection that was there before, and on a new one; who was there is served to the end."""
+    with started(str(model), *FLAGS, "--shutdown-timeout", "60") as running, running.http as http, running.http as other:
+        assert other.get("/health").status_code == 200
+        with http.stream("POST", "/v1/completions", json=LONG) as response:
+            lines = response.iter_lines()
+            assert next(lines)
+            running.process.send_signal(signal.SIGTERM)
+            eventually(lambda: other.get("/health").status_code == 503)
+            for client in (other, httpx.Client(base_url=running.url)):
+                refused = client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 2})
+                assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+                assert int(refused.headers["retry-after"]) > 0
+            *_, last, done = [line for line in lines if line]
+        assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length" and done == "data: [DONE]"
+        assert running.ended() == 0
 
 
 def test_ctrl_c_twice_ends_at_once(model: Path) -> None:

@@ -81,6 +81,8 @@ def test_two_models_that_fit_together(folder: Path) -> None:
         assert ask(http, "one").json()["choices"] != ask(http, "two").json()["choices"]
         eventually(lambda: states(http) == {"one": "ok", "two": "unloaded"})
         eventually(lambda: len(engines(running)) == 1)
+        told = [line for line in running.output if "loaded on demand" in line or "it is unloaded" in line]
+        assert len(told) == 2 and not any(line.rstrip().endswith("]") for line in told), "these are no request's lines"
         assert http.post("/models/unload", json={"model": "one"}).json()["status"] == "unloaded"
         assert not engines(running) and http.get("/health").status_code == 200
         assert http.post("/v1/models/unload", json={"model": "three"}).status_code == 404
