@@ -106,8 +106,13 @@ class ServerConfig:
     """Listen beyond this machine without asking for keys."""
     max_num_queued_reqs: int = 1024
     """Most requests that wait for their first token; more are refused (503). -1 for no limit."""
+    max_prompt_tokens: int | None = None
+    """Most tokens in one prompt; longer ones are refused. What the context holds when left out."""
+    max_output_tokens: int | None = None
+    """Most tokens in one answer, whatever it asks for: it ends there. What the context holds when left out."""
     max_stored_responses: int = 1000
-    """Most answers of /v1/responses that are kept in memory for each key, to be asked for again or gone on with; 0 keeps none."""
+    """Most answers of /v1/responses that are kept in memory for each key, to be asked for again or gone on with; 0 keeps none,
+    -1 for no limit but that of bytes (32 MiB a key)."""
     allowed_origins: tuple[str, ...] = ()
     """Origins whose web pages may use the server from a browser, as https://chat.example; * for all."""
     forwarded_allow_ips: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ import pytest
 from appliance import cli
 from appliance.cli_flags import COMMANDS, INSTEAD, SWITCHES, VALUED, translate
 from appliance.config import EngineConfig, ServerConfig
+from appliance.server.options import check_server
 from appliance.version import __version__
 from quant.errors import InputError
 from tests.tiny_model import make_checkpoint
@@ -245,12 +246,41 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--idle-unload", "-1"], "--idle-unload is -1: seconds, 0 or more, are needed"),
         (["--engine-step-timeout", "nan"], "--engine-step-timeout is nan: seconds, 0 or more, are needed"),
         (["--served-model-name", ""], "--served-model-name is empty: clients need a name to ask for"),
+        (["--shutdown-timeout", "nan"], "--shutdown-timeout is nan: seconds, 0 or more, are needed"),
+        (["--shutdown-timeout", "inf"], "--shutdown-timeout is inf: "),
+        (["--shutdown-timeout", "-1"], "--shutdown-timeout is -1: "),
+        (["--max-stored-responses", "-2"], "--max-stored-responses is at least 0 (0 for none), or -1 for no limit, got -2"),
+        (["--max-logprobs", "-5"], "--max-logprobs is at least 0 (0 for none), or -1 for no limit, got -5"),
+        (["--max-num-queued-reqs", "0"], "--max-num-queued-reqs is at least 1, or -1 for no limit, got 0"),
+        (["--api-key-file="], "--api-key-file is empty: give it a value, or leave it out"),
+        (["--ssl-certfile="], "--ssl-certfile is empty: "),
+        (["--swap-space", "1e300"], "--swap-space is 1e+300: a number of GiB, 0 or more, is needed"),
+        (["--host", "nonsense.."], "--host nonsense.. cannot be a name: "),
+        (
+            ["--allowed-origins", "chat.example"],
+            "--allowed-origins is 'chat.example': what browsers call an origin is needed, as ",
+        ),
+        (["--forwarded-allow-ips", "nonsense"], "--forwarded-allow-ips is 'nonsense': an address (10.0.0.1), a network "),
+        (["--forwarded-allow-ips", "10.0.0.1/8"], "--forwarded-allow-ips is '10.0.0.1/8': "),
+        (["--forwarded-allow-ips", "*", "--forwarded-allow-ips", "10.0.0.1"], "--forwarded-allow-ips is * and more: "),
         (["--log-level", "loud"], "--log-level is one of debug, info, warning, error, got 'loud'"),
     ],
 )
 def test_serve_refuses(model: Path, args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["serve", str(model), *args]) == 2
     assert capsys.readouterr().err.startswith(f"appliance: error: {words}")
+
+
+def test_origins_are_what_browsers_send() -> None:
+    good = "* null https://chat.example http://localhost:3000 http://[::1]:8080 https://a.example:80 tauri://localhost moz-extension://1-a"
+    check_server(
+        ServerConfig(allowed_origins=tuple(good.split()), forwarded_allow_ips=("::1", "10.0.0.0/8"), max_stored_responses=-1)
+    )
+    bad = "chat.example https://chat.example/ https://chat.example/a https://chat.example:443 http://a:80 https://Chat.example "
+    bad += "https:// https://a@b https://a? https://a# https://a:b https://a: https://ä.example https://a,https://b //a"
+    for one in bad.split():
+        with pytest.raises(InputError, match=r"^--allowed-origins is "):
+            check_server(ServerConfig(allowed_origins=(one,)))
 
 
 REFUSED = {

@@ -96,7 +96,7 @@ def _number(value: object) -> float:
 
 
 def _gib(flag: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value * GIB < math.inf:
         raise InputError(f"{flag} is {value!r}: a number of GiB, 0 or more, is needed")
     return value
 

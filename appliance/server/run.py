@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import math
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from appliance.server.beside import give_memory_back
 from appliance.server.host import EngineHost
 from appliance.server.http import check_tls, raise_file_limit
 from appliance.server.keys import Keyring
+from appliance.server.options import check_server
 from appliance.server.parsers import Parsers
 from appliance.server.service import Service
 from appliance.server.state import Shared
@@ -36,16 +36,12 @@ from quant.errors import InputError
 def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """Serve until SIGINT or SIGTERM. Returns the exit code; raises InputError where port, model or options do not do."""
     logs.setup(server)
+    check_server(server)
     check_tls(server)
     if server.audit_log:
         check_writable(server.audit_log)
     elif server.audit_content:
         raise InputError("--audit-content needs --audit-log FILE")
-    if server.max_num_queued_reqs == 0 or server.max_num_queued_reqs < -1:
-        raise InputError(f"--max-num-queued-reqs is at least 1, or -1 for no limit, got {server.max_num_queued_reqs}")
-    for flag, seconds in (("--idle-unload", server.idle_unload), ("--engine-step-timeout", server.engine_step_timeout)):
-        if not 0 <= seconds < math.inf:
-            raise InputError(f"{flag} is {seconds:g}: seconds, 0 or more, are needed")
     keys = Keyring(server.api_key, server.api_key_file)
     raise_file_limit()
     give_memory_back()
@@ -113,6 +109,8 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(family, kind, protocol)
+    except UnicodeError:
+        raise InputError(f"--host {host} cannot be a name: an address, or a machine's name, is needed") from None
     except OSError as error:
         raise InputError(f"--host {host}: {error.strerror or error}") from None
     try:

@@ -146,6 +146,10 @@ def test_the_store_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("appliance.server.responses.store.ALL_BYTES", 1000)
     store.put("bob", record("e", size=100))
     assert store.find("alice", "z") is None and store.find("bob", "a") is not None and store.find("bob", "e") is not None
+    endless = ResponseStore(-1)
+    for name in "abcde":
+        endless.put(None, record(name))
+    assert all(endless.find(None, name) for name in "abcde")
     nothing = ResponseStore(0)
     nothing.put(None, record("a"))
     assert nothing.find(None, "a") is None

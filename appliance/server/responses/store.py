@@ -61,7 +61,7 @@ class _Shelf:
 
 
 class ResponseStore:
-    """Up to ``most`` responses of each key, and so many bytes as KEY_BYTES and ALL_BYTES allow."""
+    """Up to ``most`` responses of each key (-1: any number), and so many bytes as KEY_BYTES and ALL_BYTES allow."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -76,7 +76,7 @@ class ResponseStore:
             shelf.drop(record.id)
         shelf.records[record.id] = record
         shelf.size += len(record.raw)
-        while len(shelf.records) > self.most or shelf.size > KEY_BYTES:
+        while 0 <= self.most < len(shelf.records) or shelf.size > KEY_BYTES:
             shelf.drop(next(iter(shelf.records)))
         while sum(one.size for one in self._shelves.values()) > ALL_BYTES:
             largest = max(self._shelves.values(), key=lambda one: one.size)
