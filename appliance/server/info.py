@@ -8,7 +8,7 @@ from starlette.responses import Response
 from appliance.core.params import RequestError
 from appliance.server.errors import JSONResponse
 from appliance.server.guard import Ticket, current
-from appliance.server.route import serving, site_of, state_of
+from appliance.server.route import site_of, state_of
 from appliance.server.scrape import Model
 from appliance.server.stats import absent_body, models_of, stats_body
 
@@ -50,11 +50,12 @@ async def stats(request: Request, model: str | None = None) -> Response:
 
 @router.post("/reset_prefix_cache")
 async def reset_prefix_cache(request: Request, model: str | None = None) -> Response:
-    """Requests that come from now on find nothing of what was computed before."""
-    state = await serving(request, model)
-    if state.status != "ok":
-        raise state.refusal()
-    state.client.reset_prefix_cache()
+    """Requests that come from now on find nothing of what was computed before; of a model that is not loaded nothing is kept."""
+    host = site_of(request).find(model)
+    if host.status == "ok" and host.state:
+        host.state.client.reset_prefix_cache()
+    elif host.status != "unloaded":
+        raise (host.state or state_of(request)).refusal()
     return JSONResponse({"success": True})
 
 

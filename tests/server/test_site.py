@@ -17,6 +17,7 @@ from appliance.core.params import RequestError
 from appliance.models_file import Entry
 from appliance.runtime.client import EngineDied
 from appliance.server import host as host_module
+from appliance.server.app import app_of
 from appliance.server.host import EngineHost
 from appliance.server.run import bind
 from appliance.server.service import Service
@@ -376,3 +377,19 @@ async def test_another_model_is_asked_for_while_the_first_one_loads_at_start(
             await running
     else:
         assert await running == 0
+
+
+async def test_a_model_that_is_not_loaded_has_no_cache_to_reset(model_dir: Path) -> None:
+    street = Street(model_dir, {"a": 4, "b": 4}, 8)
+    street.site.starting = False
+    app = app_of(street.site, await street.hosts["a"].prepare())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
+        await street.ask("a")
+        for name in "ab":
+            found = await http.post("/reset_prefix_cache", params={"model": name})
+            assert found.status_code == 200 and found.json() == {"success": True}
+        assert street.log == ["load a", "ask a"] and street.hosts["a"].client.resets == 1  # type: ignore[attr-defined]
+        street.hosts["b"].client.state = "loading"
+        found = await http.post("/reset_prefix_cache", params={"model": "b"})
+        assert found.status_code == 503 and found.json()["error"]["code"] == "model_loading"
+    await street.end()
