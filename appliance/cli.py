@@ -142,6 +142,8 @@ def key(
     tokens_per_minute: int | None = None,
     tokens_per_day: int | None = None,
     concurrency: int | None = None,
+    max_prompt_tokens: int | None = None,
+    max_output_tokens: int | None = None,
     expires: str | None = None,
 ) -> int:
     """Make an API key: its line for --api-key-file goes to the output (append it with >>), the key itself to stderr, once.
@@ -158,13 +160,18 @@ def key(
         Most tokens in 24 hours.
     concurrency
         Most requests at work at a time.
+    max_prompt_tokens
+        Most tokens in one prompt.
+    max_output_tokens
+        Most tokens in one answer, which ends there.
     expires
         The last day on which it is valid, as 2027-01-31; UTC.
     """
     from appliance.server.keys import make_key
     from appliance.server.limits import Limits
 
-    secret, line = make_key(name, Limits(requests_per_minute, tokens_per_minute, tokens_per_day, concurrency), expires)
+    limits = Limits(requests_per_minute, tokens_per_minute, tokens_per_day, concurrency, max_prompt_tokens, max_output_tokens)
+    secret, line = make_key(name, limits, expires)
     print(line, flush=True)
     print(f"appliance: the key of {name}, shown this once: {secret}", file=sys.stderr)
     return 0

@@ -75,7 +75,9 @@ class Job:
 
     def _submit(self, k: int, prompt: Prompt, *, clamp: bool) -> Submit:
         name = self.id if len(self.prompts) == 1 else f"{self.id}-{k}"
-        params = clamp_max_tokens(self.params, prompt, self.state.info.max_model_len) if clamp else self.params
+        self._check_length(prompt)
+        params = self._cut(self.params, prompt)
+        params = clamp_max_tokens(params, prompt, self.state.info.max_model_len) if clamp else params
         return Submit(
             f"{name}-{next(_numbers)}",
             prompt.token_ids,
@@ -84,6 +86,27 @@ class Job:
             cache_salt=self.body.cache_salt or "",
             priority=self.body.priority,
         )
+
+    def _limits(self, name: str) -> list[tuple[int, str]]:
+        """Those of the server and of the key, the smallest first, and whose they are."""
+        key = self.ticket.account.limits if self.ticket.account else None
+        both = ((getattr(self.state.server_config, name), "this server"), (getattr(key, name, None), "this key"))
+        return sorted((most, whose) for most, whose in both if most is not None)
+
+    def _check_length(self, prompt: Prompt) -> None:
+        for most, whose in self._limits("max_prompt_tokens")[:1]:
+            if (tokens := len(prompt.token_ids)) > most:
+                message = f"the prompt has {tokens} tokens, and {whose} takes at most {most} in one"
+                raise RequestError(message, param="prompt", code="context_length_exceeded")
+
+    def _cut(self, params: SamplingParams, prompt: Prompt) -> SamplingParams:
+        """An answer is no longer than the limits say, as one under vLLM's ``max_new_tokens``: it ends with "length"."""
+        for most, whose in self._limits("max_output_tokens")[:1]:
+            if params.min_tokens > most:
+                raise RequestError(f"min_tokens is {params.min_tokens}, and {whose} gives at most {most}", param="min_tokens")
+            if params.max_tokens is None or params.max_tokens > most:
+                return clamp_max_tokens(replace(params, max_tokens=most), prompt, self.state.info.max_model_len)
+        return params
 
     @property
     def best(self) -> list[OutputStream]:

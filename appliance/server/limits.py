@@ -36,6 +36,8 @@ class Limits:
     tokens_per_minute: int | None = None
     tokens_per_day: int | None = None
     concurrency: int | None = None
+    max_prompt_tokens: int | None = None  # in one prompt
+    max_output_tokens: int | None = None  # in one answer, which ends there with "length"
 
 
 class Bucket:

@@ -36,6 +36,9 @@ def check_server(server: ServerConfig) -> None:
         if (value := getattr(server, name)) < least and value != -1:
             means = f" ({none})" if none else ""
             raise InputError(f"{_flag(name)} is at least {least}{means}, or -1 for no limit, got {value}")
+    for name in ("max_prompt_tokens", "max_output_tokens"):
+        if (value := getattr(server, name)) is not None and value < 1:
+            raise InputError(f"{_flag(name)} is {value}: at least 1 is needed; what the context holds when left out")
     for origin in server.allowed_origins:
         if not _is_origin(origin):
             raise InputError(

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -208,7 +209,14 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path, tiny: Path) -> None:
     asyncio.run(life())
 
 
-async def test_a_stuck_engine_is_found_although_nobody_waits_for_long() -> None:
+@pytest.mark.parametrize(("each_time", "what"), [(0.0, "uses no processor time"), (1.0, "finishes no step")])
+async def test_a_stuck_engine_is_found_although_nobody_waits_for_long(
+    each_time: float, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is stopped, and one that computes without an end: its processor time grows with each look."""
+    looks = count()
+    used = Mock(cpu_times=lambda: (each_time * next(looks), 0.0))
+    monkeypatch.setattr("appliance.runtime.client.psutil.Process", lambda pid: used)
     client = Client(EngineConfig(), step_timeout=0.4)
     client._process = subprocess.Popen(["sleep", "60"])
     client.state = "ready"
@@ -219,7 +227,9 @@ async def test_a_stuck_engine_is_found_although_nobody_waits_for_long() -> None:
             client.close(str(k), abort=True)
             if client._process.poll() is not None:
                 break
-        assert client._process.wait(5) == -signal.SIGKILL and "the engine is stuck" in (client.failure or "")
+        assert client._process.wait(5) == -signal.SIGKILL and f"the engine is stuck: it has work, but {what}" in (
+            client.failure or ""
+        )
     finally:
         client._process.kill()
 

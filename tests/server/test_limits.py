@@ -152,6 +152,29 @@ def test_concurrency(start: Any) -> None:
         assert served.state.keys._accounts["mine"].running == 0
 
 
+@pytest.mark.parametrize("whose", ["server", "key"])
+def test_long_prompts_and_answers(start: Any, whose: str) -> None:
+    """Of the key and of the server the smaller number holds, for chat as for completions."""
+    small, large = (4, 6), (9, 90)
+    key, server = (small, large) if whose == "key" else (large, small)
+    limits = f"max_prompt_tokens = {key[0]}, max_output_tokens = {key[1]}"
+    with start(limits, max_prompt_tokens=server[0], max_output_tokens=server[1]) as (served, _):
+        for asked, given in ((2, 2), (6, 6), (7, 6), (200, 6)):
+            choice = ask(served, prompt=[5] * 4, max_tokens=asked, ignore_eos=True).json()
+            assert choice["usage"]["completion_tokens"] == given and choice["choices"][0]["finish_reason"] == "length"
+        refused = ask(served, prompt=[5] * 5)
+        error = refused.json()["error"]
+        assert refused.status_code == 400 and (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+        assert f"the prompt has 5 tokens, and this {whose} takes at most 4 in one" in error["message"]
+        error = ask(served, min_tokens=7, max_tokens=9).json()["error"]
+        assert error["param"] == "min_tokens" and f"this {whose} gives at most 6" in error["message"]
+        assert ask(served, THEIRS, prompt=[5] * 5).status_code == (400 if whose == "server" else 200)
+        with served.http as http:
+            body = {"messages": [{"role": "user", "content": "a"}], "ignore_eos": True}
+            told = http.post("/v1/chat/completions", json=body, headers=bearer(THEIRS)).json()
+            assert whose == "key" or "takes at most 4" in told["error"]["message"]
+
+
 def test_openai_client_waits_and_asks_again(start: Any) -> None:
     with start("requests_per_minute = 60") as (served, clock):
         client = served.openai.with_options(api_key=MINE)
