@@ -231,6 +231,7 @@ class _Loader:
             post_norm=self._norm(f"{prefix}.{spec.mlp_norm}", spec.hidden),
             mlp=mlp,
             window=spec.windows[number],
+            local=spec.rope_of(number) is spec.local_rope,
             **norms,
         )
         return layer if self.take is None else self.take(number, layer)
