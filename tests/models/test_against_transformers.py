@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,13 +208,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(
-    folder: Path, name: str, ops: Ops, dtype: torch.dtype = torch.float32, **options: Any
+    folder: Path, name: str, ops: Ops, dtype: torch.dtype = torch.float32, max_len: int | None = None, **options: Any
 ) -> tuple[Decoder, torch.Tensor, torch.Tensor]:
     with Checkpoint.open(folder / name) as checkpoint:
         spec = ModelSpec.from_config(checkpoint.config)
         expected = load_file(folder / f"{name}.expected.safetensors")
         # Scaling that depends on the length is chosen by max_len here, by the length of the sequence there: make them one.
-        decoder = load_model(checkpoint, spec, ops, dtype=dtype, max_len=len(expected["ids"]), **options)
+        decoder = load_model(checkpoint, spec, ops, dtype=dtype, max_len=max_len or len(expected["ids"]), **options)
     return decoder, expected["ids"], expected["logits"]
 
 
@@ -273,6 +274,16 @@ def test_bfloat16_is_as_close_as_theirs(models: Path, name: str, kind: str, monk
     found = feed(decoder, ids, [17, len(ids) - 17])
     ours, theirs = ((one - logits).square().mean().sqrt() for one in (found, expected["rounded"]))
     assert ours < 1.15 * theirs, (float(ours), float(theirs))
+
+
+@pytest.mark.skipif(backend.native() is None, reason="the native extension is not built")
+def test_queries_that_are_not_scaled_yet_need_no_operators_one_by_one(models: Path) -> None:
+    for max_len in (16, 17):
+        decoder, ids, logits = load(models, "ministral3", get_ops("cpu"), max_len=max_len)
+        bound = decoder.bind([KVCache(torch.empty(2, 8, 2, 16), torch.empty(2, 8, 2, 16))] * 3, max_tokens=8)
+        assert isinstance(bound, partial) == (max_len > 16)
+        found = feed(decoder, ids[:max_len], [9, max_len - 9])
+        assert (found - logits[:max_len]).abs().max() < 2e-4
 
 
 @pytest.mark.parametrize("name", list(CASES))
