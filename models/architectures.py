@@ -38,7 +38,7 @@ class Architecture:
     scaled_embedding: bool = False  # by the root of the hidden size
     soft_caps: tuple[str, ...] = ()  # the keys of those that it has
     local_rope: bool = False  # layers with a window rotate otherwise than the others
-    float16: bool = True  # whether its activations stay within what float16 holds
+    float16: bool = True  # whether its activations stay within what float16 holds; Granite's are kept larger, see models/spec.py
     unrotated: bool = False  # every no_rope_layer_interval-th layer rotates nothing, or those with a 0 in no_rope_layers
     scaled_queries: bool = False  # by their position, see RopeSpec.query_beta
     multiplied: bool = False  # by what MULTIPLIERS say
@@ -107,7 +107,7 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": replace(GEMMA3, text_part=True),
-    "GraniteForCausalLM": Architecture(mlp_bias="mlp_bias", multiplied=True),
+    "GraniteForCausalLM": Architecture(mlp_bias="mlp_bias", multiplied=True, float16=False),
     "SeedOssForCausalLM": Architecture(
         o_bias="attention_out_bias", mlp_bias="mlp_bias", default_head_dim=128, max_position=524288,
         defaults={"attention_bias": True},

@@ -220,11 +220,11 @@ def load(
 
 def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int = 8) -> torch.Tensor:
     """Logits [T, V] of the sequence fed in chunks, over a cache of shuffled blocks whose unused slots are poison."""
-    spec, total = decoder.spec, len(ids)
+    spec, total, device = decoder.spec, len(ids), decoder.ops.device
     count = -(-total // block_size)
     table = torch.randperm(count + 3, generator=torch.Generator().manual_seed(total))[:count].tolist()
     shape = (count + 3, block_size, spec.kv_heads, spec.head_dim)
-    empty = torch.full(shape, float("nan"), dtype=decoder.dtype)
+    empty = torch.full(shape, float("nan"), dtype=decoder.dtype, device=device)
     caches = [KVCache(empty.clone(), empty.clone()) for _ in range(spec.layers)]
     forward, out, start = decoder.bind(caches, max_tokens=max(chunks)), [], 0
     for length in chunks:
@@ -233,15 +233,16 @@ def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int
         slots = torch.tensor([table[p // block_size] * block_size + p % block_size for p in positions.tolist()])
         used = table[: -(-end // block_size)]
         batch = PagedBatch(
-            positions=positions,
-            slots=slots,
-            query_starts=torch.tensor([0, length], dtype=torch.int32),
-            seq_lens=torch.tensor([end], dtype=torch.int32),
-            block_tables=torch.tensor([used], dtype=torch.int32),
+            positions=positions.to(device),
+            slots=slots.to(device),
+            query_starts=torch.tensor([0, length], dtype=torch.int32, device=device),
+            seq_lens=torch.tensor([end], dtype=torch.int32, device=device),
+            block_tables=torch.tensor([used], dtype=torch.int32, device=device),
             max_query=length,
             max_seq=end,
         )
-        out.append(decoder.logits(forward(ids[start:end], batch), torch.full((length, spec.vocab), float("nan"))))
+        logits = torch.full((length, spec.vocab), float("nan"), device=device)
+        out.append(decoder.logits(forward(ids[start:end].to(device), batch), logits).cpu())
         start = end
     assert start == total
     return torch.cat(out)

@@ -127,7 +127,7 @@ def test_what_is_read_of_the_published_files() -> None:
     assert (read["qwen3-vl-4b"].qk_norm, read["qwen3-vl-4b"].rope.theta, read["qwen3-vl-4b"].tie_embeddings) == (True, 5e6, True)
     assert (read["pixtral-12b"].heads, read["llava-1.5-7b"].layers, read["llava-1.5-7b"].kv_heads) == (32, 32, 32)
     granite = read["granite-3.3-8b"]
-    assert (granite.scale, granite.logit_divisor, granite.rounded_scale) == (2**-7, 16.0, False)
+    assert (granite.scale, granite.logit_divisor, granite.rounded_scale, granite.float16) == (2**-7, 16.0, False, False)
     assert granite.embedding_scale == pytest.approx(12 / 0.22) and granite.eps == pytest.approx(1e-5 / 0.22**2)
     assert (read["seed-oss-36b"].qkv_bias, read["seed-oss-36b"].o_bias) == (True, False)
     smol = read["smollm3-3b"]
