@@ -77,8 +77,9 @@ def check_tokenizer(directory: Path) -> None:
 
 
 def _none(directory: Path) -> InputError:
+    tekken = "tekken.json, which Mistral's own tools read, is none of these. " if (directory / "tekken.json").is_file() else ""
     return InputError(
-        f"{directory}: no tokenizer found (none of tokenizer.json, vocab.json with merges.txt, tokenizer.model). "
+        f"{directory}: no tokenizer found (none of tokenizer.json, vocab.json with merges.txt, tokenizer.model). {tekken}"
         "Name a directory that has one with --tokenizer, or work on token ids alone with --skip-tokenizer-init"
     )
 
