@@ -18,7 +18,8 @@ class Architecture:
     o_bias: bool | str = "attention_bias"
     mlp_bias: bool | str = False
     qk_norm: bool = False
-    fused_qkv: bool = False
+    fused_qkv: bool = False  # and gate and up
+    hybrid: bool = False  # layers may be another thing than attention, and MLPs have names of their own (quant/headers.py)
     window: str = "none"
     """Layers with sliding_window: none; "all"; "switched": all, if switched on; "upper": from max_window_layers on, if so;
     "unrotated": those that do not rotate, if so; "alternate": every other one, beginning with the first; "pattern": all but each
@@ -31,6 +32,7 @@ class Architecture:
     mixture: str = ""  # the name of a mixture of experts within a layer; empty: one MLP
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # the linears of each
     expert_size: str = "moe_intermediate_size"
+    inner: str = "intermediate_size"  # of an MLP
     normalized: bool | str = "norm_topk_prob"
     unit_norms: bool = False  # norms multiply by 1 + their weight
     post_norms: bool = False  # what attention and the MLP add is normalized, too
@@ -108,6 +110,10 @@ ARCHITECTURES = {
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": replace(GEMMA3, text_part=True),
     "GraniteForCausalLM": Architecture(mlp_bias="mlp_bias", multiplied=True, float16=False),
+    "GraniteMoeHybridForCausalLM": Architecture(
+        hybrid=True, inner="shared_intermediate_size", multiplied=True, float16=False, unrotated=True,
+        defaults={"num_local_experts": 8},
+    ),
     "SeedOssForCausalLM": Architecture(
         o_bias="attention_out_bias", mlp_bias="mlp_bias", default_head_dim=128, max_position=524288,
         defaults={"attention_bias": True},
@@ -177,6 +183,8 @@ def read_architecture(config: Mapping[str, Any]) -> tuple[str, Architecture, Fie
     for key, allowed in {**NEUTRAL, **(ALL_SPARSE if kind.mixture else DENSE)}.items():
         if config.get(key) not in allowed and key not in own:
             raise InputError(f"config.json: {key} = {config[key]!r} is not supported for {name}")
+    if kind.hybrid:
+        config = _attention_alone(name, config)
     key, known = ("hidden_activation", ("gelu_pytorch_tanh",)) if kind.gelu else ("hidden_act", ("silu", "swish"))
     if (activation := config.get(key, known[0])) not in known:
         raise InputError(f"config.json: {key} {activation!r} is not supported; supported is {known[0]}")
@@ -202,6 +210,19 @@ def _text_part(name: str, kind: Architecture, config: Mapping[str, Any]) -> tupl
         )
     family, defaults = TEXTS[text]
     return ARCHITECTURES[family], {**defaults, **part}
+
+
+def _attention_alone(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a hybrid model all of whose layers have attention; by position_embedding_type all of them rotate, or none."""
+    types = config.get("layer_types")
+    if not isinstance(types, list) or not types or not all(one in ("attention", "full_attention") for one in types):
+        found = (
+            next((one for one in types if one not in ("attention", "full_attention")), None) if isinstance(types, list) else types
+        )
+        raise InputError(f"config.json: layer_types has {found!r:.60}, and of {name} only layers of attention are supported")
+    if (rotation := config.get("position_embedding_type")) not in ("rope", None):
+        raise InputError(f"config.json: position_embedding_type is {rotation!r:.60}, expected rope or null")
+    return {**config, "layer_types": None, "no_rope_layers": [int(rotation == "rope")] * len(types)}
 
 
 def unrotated(kind: Architecture, fields: Fields, layers: int) -> tuple[bool, ...]:

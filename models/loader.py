@@ -237,7 +237,7 @@ class _Loader:
         return layer if self.take is None else self.take(number, layer)
 
     def _mlp(self, prefix: str) -> MLP:
-        if self.spec.fused_qkv:
+        if self.spec.fused_gate_up:
             return self._gated(self._halves(self._read(prefix, "mlp.gate_up_proj")), self._read(prefix, "mlp.down_proj"))
         gate, up, down = (self._read(prefix, f"mlp.{part}_proj") for part in ("gate", "up", "down"))
         return self._gated([gate, up], down)

@@ -131,7 +131,7 @@ class PlainLayer:
         return self._norm(added, "post_feedforward_layernorm") if self.spec.post_norms else added
 
     def _inner(self, x: Tensor) -> Tensor:
-        if self.spec.fused_qkv:
+        if self.spec.fused_gate_up:
             gate, up = self._linear(x, "mlp.gate_up_proj").chunk(2, dim=-1)
         else:
             gate, up = self._linear(x, "mlp.gate_proj"), self._linear(x, "mlp.up_proj")

@@ -74,7 +74,8 @@ class ModelSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    fused_qkv: bool = False  # the checkpoint stores qkv_proj and gate_up_proj
+    fused_qkv: bool = False  # the checkpoint stores qkv_proj
+    fused_gate_up: bool = False  # and gate_up_proj
     mixture: Mixture | None = None
     windows: tuple[int | None, ...] = ()  # sliding window by layer; None sees everything
     local_rope: RopeSpec | None = None  # of layers that rotate otherwise than the others, or not at all
@@ -122,7 +123,7 @@ class ModelSpec:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            intermediate=fields.integer(kind.expert_size if kind.mixture else "intermediate_size"),
+            intermediate=fields.integer(kind.expert_size if kind.mixture else kind.inner),
             vocab=fields.integer("vocab_size"),
             rope=ropes[0],
             # Granite adds a share of what a layer computes: hidden states here are larger than its by one over that share.
@@ -135,6 +136,7 @@ class ModelSpec:
             mlp_bias=_flag(kind.mlp_bias, fields),
             qk_norm=kind.qk_norm,
             fused_qkv=kind.fused_qkv,
+            fused_gate_up=kind.fused_qkv or kind.hybrid,
             mixture=_mixture(kind, fields) if kind.mixture else None,
             windows=seen,
             local_rope=ropes[1] if len(ropes) > 1 else None,
@@ -197,7 +199,7 @@ class ModelSpec:
         if self.mixture is not None:
             yield from self.mixture.modules(hidden, inner)
             return
-        if self.fused_qkv:
+        if self.fused_gate_up:
             yield ModuleShape("mlp.gate_up_proj", 2 * inner, hidden, "mlp", self.mlp_bias)
         else:
             for name in ("gate_proj", "up_proj"):

@@ -71,6 +71,10 @@ PIXTRAL = {"vision_config": {"model_type": "pixtral", "head_dim": 8, **VISION}}
 CLIP = {"vision_config": {"model_type": "clip_vision_model", "projection_dim": 8, "vocab_size": 99, **VISION}}
 QWEN = {"depth": 1, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "patch_size": 7, "out_hidden_size": 48}
 SCALED = {**ROPES["yarn-mscale"], "rope_theta": 5000.0, "llama_4_scaling_beta": 0.4}
+HYBRID = {
+    "layer_types": ["full_attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 56, "mamba_n_heads": 8,
+    "embedding_multiplier": 4.0, "residual_multiplier": 0.3, "attention_multiplier": 0.5, "logits_scaling": 2.0,
+}  # fmt: skip
 
 
 def case(architecture: str, **config: Any) -> dict[str, Any]:
@@ -155,6 +159,8 @@ CASES = {
         rms_norm_eps=1e-2,
     ),
     "granite-tied": case("GraniteForCausalLM", tie_word_embeddings=True, residual_multiplier=0.22),
+    "granite4": case("GraniteMoeHybridForCausalLM", **HYBRID, position_embedding_type="rope"),
+    "granite4-unrotated": case("GraniteMoeHybridForCausalLM", **HYBRID, tie_word_embeddings=True, attention_bias=True),
     "seed-oss": case("SeedOssForCausalLM", head_dim=20, attention_out_bias=True, mlp_bias=True),
     "smollm3": case("SmolLM3ForCausalLM", num_hidden_layers=5, no_rope_layer_interval=2),
     "smollm3-list": case(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from appliance.quantize.job import check_kind
 from models.rope import cos_sin_table, query_scales
 from models.rope_spec import RopeSpec
 from models.spec import ModelSpec
@@ -74,6 +76,12 @@ GRANITE = {
     "attention_bias": False, "mlp_bias": False, "attention_multiplier": 0.0078125, "embedding_multiplier": 12.0,
     "residual_multiplier": 0.22, "logits_scaling": 16.0,
 }  # fmt: skip
+HYBRID = {
+    **GRANITE, "architectures": ["GraniteMoeHybridForCausalLM"], "hidden_size": 2560, "shared_intermediate_size": 8192,
+    "intermediate_size": 8192, "num_attention_heads": 40, "vocab_size": 100352, "attention_multiplier": 0.015625,
+    "logits_scaling": 10, "layer_types": ["attention"] * 40, "num_local_experts": 0, "num_experts_per_tok": 0,
+    "position_embedding_type": "rope",
+}  # fmt: skip
 SEED = {
     "architectures": ["SeedOssForCausalLM"], "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
     "num_attention_heads": 80, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 155136, "rms_norm_eps": 1e-6,
@@ -98,6 +106,7 @@ PUBLISHED = {
     "pixtral-12b": (PIXTRAL, 12.25),
     "llava-1.5-7b": (LLAVA, 6.74),
     "granite-3.3-8b": (GRANITE, 8.17),
+    "granite-4.0-micro": (HYBRID, 3.40),
     "seed-oss-36b": (SEED, 36.15),
     "smollm3-3b": (SMOL, 3.08),
 }
@@ -132,6 +141,20 @@ def test_what_is_read_of_the_published_files() -> None:
     assert (read["seed-oss-36b"].qkv_bias, read["seed-oss-36b"].o_bias) == (True, False)
     smol = read["smollm3-3b"]
     assert smol.tie_embeddings and [smol.rope_of(layer).kind for layer in range(4)] == ["default"] * 3 + ["none"]
+
+
+def test_layers_of_granite_4_rotate_or_do_not() -> None:
+    for rotates in ("rope", None):
+        spec = ModelSpec.from_config({**HYBRID, "position_embedding_type": rotates})
+        assert {spec.rope_of(layer).kind for layer in range(40)} == {"default" if rotates else "none"}
+        assert (spec.head_dim, spec.intermediate, spec.fused_gate_up, spec.fused_qkv) == (64, 8192, True, False)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "pixtral-12b", "granite-4.0-micro"])
+def test_what_quantizing_does_not_know_is_refused_by_name(name: str) -> None:
+    config = PUBLISHED[name][0]
+    with pytest.raises(InputError, match=f"model is a {config['architectures'][0]}"):
+        check_kind(Path("model"), ModelSpec.from_config(config))
 
 
 def test_all_layers_of_smollm3_may_rotate() -> None:
@@ -181,6 +204,10 @@ def test_queries_are_scaled_by_whole_spans() -> None:
         ({**SMOL, "no_rope_layers": [2] * 36}, "expected 1 (it rotates) or 0 for each of 36"),
         ({**GRANITE, "residual_multiplier": 0}, "residual_multiplier is 0, expected a positive number"),
         ({**GRANITE, "pretraining_tp": 2}, "pretraining_tp = 2 is not supported for GraniteForCausalLM"),
+        ({**HYBRID, "layer_types": ["attention", "mamba"] * 20}, "layer_types has 'mamba', and of GraniteMoeHybridForCausalLM"),
+        ({**HYBRID, "layer_types": None}, "layer_types has None, and of GraniteMoeHybridForCausalLM only layers of"),
+        ({**HYBRID, "position_embedding_type": "nope"}, "position_embedding_type is 'nope', expected rope or null"),
+        ({**HYBRID, "num_local_experts": 62}, "num_local_experts = 62 is not supported for GraniteMoeHybridForCausalLM"),
         ({**SEED, "logits_scaling": 2.0}, "logits_scaling = 2.0 is not supported for SeedOssForCausalLM"),
     ],
 )  # fmt: skip
