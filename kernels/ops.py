@@ -117,6 +117,7 @@ class Layer:
     attention_norm: Tensor | None = None  # of what attention adds
     mlp_norm: Tensor | None = None  # of what the MLP adds
     window: int | None = None
+    local: bool = False  # it rotates by the second table
     present: Callable[[], AbstractContextManager[object]] = nullcontext
     """Within it the weights can be read: those of some layers are streamed in for each step (kernels/triton/stream.py)."""
     streamed: int = 0  # bytes of these, which have no place of their own on the device
@@ -301,13 +302,13 @@ class Stack:
     heads: int
     scale: float  # of scores, as in ``attention``
     cap: float | None = None
-    local_cos_sin: Tensor | None = None  # of layers with a window, where they rotate otherwise
+    local_cos_sin: Tensor | None = None  # of layers that rotate otherwise
     embedding_scale: float = 1.0  # as the activations' dtype holds it
     gelu: bool = False  # where gate and up are weights of their own
 
     def rotation(self, layer: Layer) -> Tensor:
         """The table of a layer."""
-        return self.cos_sin if self.local_cos_sin is None or layer.window is None else self.local_cos_sin
+        return self.cos_sin if self.local_cos_sin is None or not layer.local else self.local_cos_sin
 
 
 Forward = Callable[[Tensor, PagedBatch], Tensor]

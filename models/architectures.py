@@ -18,10 +18,12 @@ class Architecture:
     o_bias: bool | str = "attention_bias"
     mlp_bias: bool | str = False
     qk_norm: bool = False
-    fused_qkv: bool = False
+    fused_qkv: bool = False  # and gate and up
+    hybrid: bool = False  # layers may be another thing than attention, and MLPs have names of their own (quant/headers.py)
     window: str = "none"
     """Layers with sliding_window: none; "all"; "switched": all, if switched on; "upper": from max_window_layers on, if so;
-    "alternate": every other one, beginning with the first; "pattern": all but each sliding_window_pattern-th."""
+    "unrotated": those that do not rotate, if so; "alternate": every other one, beginning with the first; "pattern": all but each
+    sliding_window_pattern-th."""
     default_window: int | None = None
     default_head_dim: int | None = None
     eps: float = 1e-6
@@ -30,6 +32,7 @@ class Architecture:
     mixture: str = ""  # the name of a mixture of experts within a layer; empty: one MLP
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # the linears of each
     expert_size: str = "moe_intermediate_size"
+    inner: str = "intermediate_size"  # of an MLP
     normalized: bool | str = "norm_topk_prob"
     unit_norms: bool = False  # norms multiply by 1 + their weight
     post_norms: bool = False  # what attention and the MLP add is normalized, too
@@ -37,8 +40,13 @@ class Architecture:
     scaled_embedding: bool = False  # by the root of the hidden size
     soft_caps: tuple[str, ...] = ()  # the keys of those that it has
     local_rope: bool = False  # layers with a window rotate otherwise than the others
-    float16: bool = True  # whether its activations stay within what float16 holds
+    float16: bool = True  # whether its activations stay within what float16 holds; Granite's are kept larger, see models/spec.py
+    unrotated: bool = False  # every no_rope_layer_interval-th layer rotates nothing, or those with a 0 in no_rope_layers
+    scaled_queries: bool = False  # by their position, see RopeSpec.query_beta
+    multiplied: bool = False  # by what MULTIPLIERS say
+    passed_over: tuple[str, ...] = ()  # keys of NEUTRAL that mean nothing in it
     text_part: bool = False  # of a model that reads more than text: its settings stand in text_config
+    texts: tuple[str, ...] = ()  # which of TEXTS that part may be; the first where it does not say
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys for which there is no field above
 
 
@@ -77,10 +85,20 @@ GEMMA3 = replace(
         "max_position_embeddings": 131072,
     },
 )
+QWEN2 = Architecture(qkv_bias=True, o_bias=False, window="upper", max_position=32768)
+# For text alone the three positions of a token are the same, and rotation is the plain one.
+QWEN2_VL = replace(QWEN2, text_part=True, default_window=4096, eps=1e-5, theta=1e6, defaults={"max_window_layers": 80})
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(mlp_bias="mlp_bias"),
     "MistralForCausalLM": Architecture(qkv_bias=False, o_bias=False, window="all", default_window=4096, max_position=131072),
-    "Qwen2ForCausalLM": Architecture(qkv_bias=True, o_bias=False, window="upper", max_position=32768),
+    "Ministral3ForCausalLM": Architecture(
+        qkv_bias=False, o_bias=False, window="all", default_head_dim=128, eps=1e-5, theta=1e6, max_position=262144,
+        scaled_queries=True, defaults={"rope_parameters": {
+            "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        }},
+    ),
+    "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": Architecture(qk_norm=True, window="upper", default_head_dim=128, max_position=32768),
     "Phi3ForCausalLM": Architecture(qkv_bias=False, o_bias=False, fused_qkv=True, window="all", eps=1e-5, max_position=4096),
     "Qwen3MoeForCausalLM": Architecture(qk_norm=True, window="switched", default_window=4096, max_position=32768, mixture="mlp"),
@@ -91,7 +109,39 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": replace(GEMMA3, text_part=True),
+    "GraniteForCausalLM": Architecture(mlp_bias="mlp_bias", multiplied=True, float16=False),
+    "GraniteMoeHybridForCausalLM": Architecture(
+        hybrid=True, inner="shared_intermediate_size", multiplied=True, float16=False, unrotated=True,
+        defaults={"num_local_experts": 8},
+    ),
+    "SeedOssForCausalLM": Architecture(
+        o_bias="attention_out_bias", mlp_bias="mlp_bias", default_head_dim=128, max_position=524288,
+        defaults={"attention_bias": True},
+    ),
+    "SmolLM3ForCausalLM": Architecture(
+        mlp_bias="mlp_bias", window="unrotated", theta=2e6, max_position=32768, unrotated=True, passed_over=("pretraining_tp",),
+        defaults={"tie_word_embeddings": True},
+    ),
+    "Mistral3ForConditionalGeneration": Architecture(text_part=True, texts=("mistral", "ministral3")),
+    "LlavaForConditionalGeneration": Architecture(text_part=True, texts=("llama", "mistral")),
+    "Qwen2VLForConditionalGeneration": QWEN2_VL,
+    "Qwen2_5_VLForConditionalGeneration": QWEN2_VL,
+    "Qwen3VLForConditionalGeneration": Architecture(
+        qk_norm=True, text_part=True, default_head_dim=128, theta=5e5, max_position=128000,
+    ),
 }  # fmt: skip
+TEXTS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    }),
+    "mistral": ("MistralForCausalLM", {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }),
+    "ministral3": ("Ministral3ForCausalLM", {}),
+}  # fmt: skip
+"""The family of a text part by its model_type, and transformers' defaults of what files of such models leave out."""
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 # Keys that would change the arithmetic, with the values under which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (None, 1),
@@ -100,6 +150,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_scale": (None, 1, 1.0),
     "embedding_multiplier": (None, 1, 1.0),
     "residual_multiplier": (None, 1, 1.0),
+    "logits_scaling": (None, 1, 1.0),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
     "use_bidirectional_attention": (None, False),
@@ -126,22 +177,63 @@ def read_architecture(config: Mapping[str, Any]) -> tuple[str, Architecture, Fie
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise InputError(f"config.json: architecture {name} is not supported; supported are {', '.join(ARCHITECTURES)}")
     kind = ARCHITECTURES[name]
-    config = {**kind.defaults, **(_text_config(config) if kind.text_part else config)}
+    if kind.text_part:
+        kind, config = _text_part(name, kind, config)
+    config, own = {**kind.defaults, **config}, {*kind.soft_caps, *kind.passed_over, *(MULTIPLIERS if kind.multiplied else ())}
     for key, allowed in {**NEUTRAL, **(ALL_SPARSE if kind.mixture else DENSE)}.items():
-        if config.get(key) not in allowed and key not in kind.soft_caps:
+        if config.get(key) not in allowed and key not in own:
             raise InputError(f"config.json: {key} = {config[key]!r} is not supported for {name}")
+    if kind.hybrid:
+        config = _attention_alone(name, config)
     key, known = ("hidden_activation", ("gelu_pytorch_tanh",)) if kind.gelu else ("hidden_act", ("silu", "swish"))
     if (activation := config.get(key, known[0])) not in known:
         raise InputError(f"config.json: {key} {activation!r} is not supported; supported is {known[0]}")
     return name, kind, Fields(config)
 
 
-def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of a model's text part. What it says OF_THE_WHOLE holds for that, too."""
+def _text_part(name: str, kind: Architecture, config: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any]]:
+    """(its family, what config.json says of it). What it says OF_THE_WHOLE holds for the text part, too."""
     part = config.get("text_config")
+    if part is None and not kind.texts and "hidden_size" in config:
+        return kind, dict(config)  # as Qwen2-VL was published: everything in one place
     if not isinstance(part, Mapping):
         raise InputError(f"config.json: text_config is {part!r:.60}, expected an object")
-    return {**part, **{key: config[key] for key in OF_THE_WHOLE if config.get(key) is not None}}
+    tied = {"tie_word_embeddings": True} if part.get("tie_word_embeddings") is True else {}
+    part = {**part, **{key: config[key] for key in OF_THE_WHOLE if config.get(key) is not None}, **tied}
+    if not kind.texts:
+        return kind, part
+    text = part.get("model_type") or kind.texts[0]
+    if text not in kind.texts:
+        raise InputError(
+            f"config.json: text_config has the model_type {text!r:.60}, which is not supported in {name}; "
+            f"supported are {', '.join(kind.texts)}"
+        )
+    family, defaults = TEXTS[text]
+    return ARCHITECTURES[family], {**defaults, **part}
+
+
+def _attention_alone(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a hybrid model all of whose layers have attention; by position_embedding_type all of them rotate, or none."""
+    types = config.get("layer_types")
+    if not isinstance(types, list) or not types or not all(one in ("attention", "full_attention") for one in types):
+        found = (
+            next((one for one in types if one not in ("attention", "full_attention")), None) if isinstance(types, list) else types
+        )
+        raise InputError(f"config.json: layer_types has {found!r:.60}, and of {name} only layers of attention are supported")
+    if (rotation := config.get("position_embedding_type")) not in ("rope", None):
+        raise InputError(f"config.json: position_embedding_type is {rotation!r:.60}, expected rope or null")
+    return {**config, "layer_types": None, "no_rope_layers": [int(rotation == "rope")] * len(types)}
+
+
+def unrotated(kind: Architecture, fields: Fields, layers: int) -> tuple[bool, ...]:
+    """Whether each layer leaves queries and keys as they are. InputError where a list does not say so of each."""
+    given = fields.get("no_rope_layers") if kind.unrotated else [1] * layers
+    if given is None:
+        every = fields.integer("no_rope_layer_interval", default=4)
+        given = [(layer + 1) % every for layer in range(layers)]
+    elif not isinstance(given, list) or len(given) < layers or not all(one in (0, 1) for one in given):
+        raise InputError(f"config.json: no_rope_layers is {given!r:.60}, expected 1 (it rotates) or 0 for each of {layers}")
+    return tuple(not one for one in given[:layers])
 
 
 def windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None, ...]:
@@ -158,7 +250,7 @@ def windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None
         window = fields.integer("sliding_window")
     if kind.window == "none":
         window = None
-    if kind.window in ("switched", "upper") and not fields.flag("use_sliding_window", default=False):
+    if kind.window in ("switched", "upper", "unrotated") and not fields.flag("use_sliding_window", default=False):
         window = None
     if types is not None:
         if not isinstance(types, list) or len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
@@ -174,5 +266,7 @@ def windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None
             return found
     if every:
         return tuple(window if (layer + 1) % every else None for layer in range(layers))
+    if kind.window == "unrotated":
+        return tuple(window if still else None for still in unrotated(kind, fields, layers))
     first = fields.integer("max_window_layers", default=28, minimum=0) if kind.window == "upper" else 0
     return tuple(window if layer >= first else None for layer in range(layers))

@@ -14,6 +14,8 @@ from kernels.kv_cache import LARGEST
 from kernels.layout import SCALED_CACHES
 from kernels.mixture import gated
 from kernels.ops import Forward, KVCache, Layer, Linear, Mixture, Norm, Ops, PagedBatch, Stack, Weight
+from models.plain import embedding_scale
+from models.rope import query_scales
 from models.spec import ModelSpec
 
 log = logging.getLogger("appliance.loader")
@@ -31,7 +33,7 @@ class Decoder:
     head: Weight
     cos_sin: Tensor  # float32 [max_len, rotary_dim]
     tied: bool
-    local_cos_sin: Tensor | None = None  # the same of layers with a window, where they rotate otherwise
+    local_cos_sin: Tensor | None = None  # the same of layers that rotate otherwise
     kv_largest: tuple[tuple[float, float] | None, ...] = ()  # of each layer's keys and values, where the checkpoint has scales
 
     @property
@@ -66,13 +68,13 @@ class Decoder:
 
     def forward(self, ids: Tensor, batch: PagedBatch, caches: Sequence[KVCache]) -> Tensor:
         """Token ids int64 [T] -> hidden states [T, hidden] after the final norm; writes keys and values into ``caches``."""
-        ops = self.ops
+        ops, scales = self.ops, query_scales(self.spec.rope, batch.positions)
         hidden = ops.embedding(ids, self.embedding, self.dtype)
         if self.stack.embedding_scale != 1.0:
             hidden *= self.stack.embedding_scale
         for layer, cache in zip(self.layers, caches, strict=True):
             with layer.present():
-                hidden = self._add(self._attention(layer, hidden, batch, cache), layer.o, layer.attention_norm, hidden)
+                hidden = self._add(self._attention(layer, hidden, batch, cache, scales), layer.o, layer.attention_norm, hidden)
                 hidden = self._mlp(layer, hidden)
         return ops.rms_norm(hidden, **self.stack.norm._asdict())
 
@@ -89,28 +91,33 @@ class Decoder:
             spec.scale,
             spec.cap,
             self.local_cos_sin,
-            torch.tensor(spec.embedding_scale, dtype=self.dtype).item(),
+            embedding_scale(spec, self.dtype),
             spec.gelu,
         )
 
     def bind(self, caches: Sequence[KVCache], *, max_tokens: int) -> Forward:
         """``forward`` over these caches, for at most ``max_tokens`` tokens; in one call where the operators can do that."""
-        bind = self.ops.bind
+        # Queries that are scaled by their position need the operators, where a position may be beyond that where it begins.
+        scaled = self.spec.rope.query_beta != 0 and self.spec.rope.query_span < len(self.cos_sin)
+        bind = None if scaled else self.ops.bind
         bound = None if bind is None else bind(self.stack, caches, max_tokens=max_tokens)
         return partial(self.forward, caches=caches) if bound is None else bound
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Logits of hidden states [R, hidden] into ``out``, float32 [R, V]."""
-        logits, cap = self.ops.matmul(hidden, self.head, out=out), self.spec.logit_cap
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+        logits, spec = self.ops.matmul(hidden, self.head, out=out), self.spec
+        if spec.logit_divisor != 1.0:
+            logits.div_(spec.logit_divisor)
+        return logits if spec.logit_cap is None else logits.div_(spec.logit_cap).tanh_().mul_(spec.logit_cap)
 
-    def _attention(self, layer: Layer, hidden: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
-        """[T, Hq * D] before the output projection."""
+    def _attention(self, layer: Layer, hidden: Tensor, batch: PagedBatch, cache: KVCache, scales: Tensor | None) -> Tensor:
+        """[T, Hq * D] before the output projection. ``scales``: of queries, float32 [T]."""
         spec, ops, cos_sin = self.spec, self.ops, self.stack.rotation(layer)
         qkv = self._linear(hidden, layer.qkv, self._norm(layer.input_norm))
         q_norm = None if layer.q_norm is None else self._norm(layer.q_norm)
         k_norm = None if layer.k_norm is None else self._norm(layer.k_norm)
         q = ops.rope_store(qkv, spec.heads, cache, batch, cos_sin, q_norm=q_norm, k_norm=k_norm)
+        q = q if scales is None else q.mul_(scales.to(q.dtype)[:, None, None])
         return ops.attention(q, cache, batch, scale=spec.scale, window=layer.window, cap=spec.cap).flatten(1)
 
     def _mlp(self, layer: Layer, hidden: Tensor) -> Tensor:

@@ -231,12 +231,13 @@ class _Loader:
             post_norm=self._norm(f"{prefix}.{spec.mlp_norm}", spec.hidden),
             mlp=mlp,
             window=spec.windows[number],
+            local=spec.rope_of(number) is spec.local_rope,
             **norms,
         )
         return layer if self.take is None else self.take(number, layer)
 
     def _mlp(self, prefix: str) -> MLP:
-        if self.spec.fused_qkv:
+        if self.spec.fused_gate_up:
             return self._gated(self._halves(self._read(prefix, "mlp.gate_up_proj")), self._read(prefix, "mlp.down_proj"))
         gate, up, down = (self._read(prefix, f"mlp.{part}_proj") for part in ("gate", "up", "down"))
         return self._gated([gate, up], down)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.rope import query_scales
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError
@@ -130,7 +131,7 @@ class PlainLayer:
         return self._norm(added, "post_feedforward_layernorm") if self.spec.post_norms else added
 
     def _inner(self, x: Tensor) -> Tensor:
-        if self.spec.fused_qkv:
+        if self.spec.fused_gate_up:
             gate, up = self._linear(x, "mlp.gate_up_proj").chunk(2, dim=-1)
         else:
             gate, up = self._linear(x, "mlp.gate_proj"), self._linear(x, "mlp.up_proj")
@@ -153,6 +154,8 @@ class PlainLayer:
         told("keys", k)
         told("values", v)
         spec, length = self.spec, q.shape[2]
+        scales = query_scales(spec.rope, torch.arange(length, device=q.device))
+        q = q if scales is None else q * scales.to(q.dtype)[:, None]
         window = spec.windows[self.number] if spec.windows else None
         mask = None
         if spec.cap is not None or (window is not None and window < length):
@@ -187,7 +190,12 @@ class PlainLayer:
 def embedded(table: Tensor, ids: Tensor, spec: ModelSpec) -> Tensor:
     """Rows of an embedding [V, hidden] for ids [..] -> [.., hidden], scaled, in the model's own type."""
     rows = table[ids].to(getattr(torch, spec.dtype))
-    return rows if spec.embedding_scale == 1.0 else rows * torch.tensor(spec.embedding_scale, dtype=rows.dtype)
+    return rows if spec.embedding_scale == 1.0 else rows * embedding_scale(spec, rows.dtype)
+
+
+def embedding_scale(spec: ModelSpec, dtype: torch.dtype) -> float:
+    """What embeddings are multiplied by where activations have this type."""
+    return torch.tensor(spec.embedding_scale, dtype=dtype).item() if spec.rounded_scale else spec.embedding_scale
 
 
 def finite(tensor: Tensor) -> bool:

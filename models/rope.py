@@ -22,6 +22,11 @@ def cos_sin_table(rope: RopeSpec, max_len: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1) * scale
 
 
+def query_scales(rope: RopeSpec, positions: Tensor) -> Tensor | None:
+    """What queries at positions, integers of any shape, are multiplied by, float32; None where the model knows no such."""
+    return None if rope.query_beta == 0 else 1 + rope.query_beta * torch.log1p((positions // rope.query_span).float())
+
+
 def _frequencies(rope: RopeSpec, max_len: int) -> tuple[Tensor, float]:
     """(inverse frequencies float32 [rotary_dim / 2], factor on cosines and sines)."""
     match rope.kind:
@@ -39,6 +44,8 @@ def _frequencies(rope: RopeSpec, max_len: int) -> tuple[Tensor, float]:
             long = max_len > rope.original_max_position
             factors = torch.tensor(rope.long_factor if long else rope.short_factor, dtype=torch.float32)
             return 1.0 / (factors / _plain(rope, rope.theta)), _longrope_attention(rope)
+        case "none":
+            return torch.zeros(rope.rotary_dim // 2), 1.0
         case _:
             return _plain(rope, rope.theta), 1.0
 

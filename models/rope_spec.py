@@ -9,7 +9,7 @@ from typing import Any
 from models.fields import Fields
 from quant.errors import InputError
 
-ALIASES = {"su": "longrope"}  # Phi-3's first releases
+ALIASES = {"su": "longrope", "mrope": "default"}  # Phi-3's first releases; Qwen2-VL's, which for text alone is the plain one
 KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -28,16 +28,18 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "yarn": (),
     "longrope": ("short_factor", "long_factor"),
 }
-COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
-# Keys that other kinds use and that published configs carry along; transformers passes over them too.
-IDLE = {"finetuned", "short_mscale", "long_mscale"} | {key for keys in KEYS.values() for key in keys}
+COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "llama_4_scaling_beta"}
+# Keys that other kinds use and that published configs carry along; transformers passes over them too. And how positions in a
+# picture are spread over the features.
+IDLE = {"finetuned", "short_mscale", "long_mscale", "max_position_embeddings", "mrope_section", "mrope_interleaved"}
+IDLE |= {key for keys in KEYS.values() for key in keys}
 
 
 @dataclass(frozen=True)
 class RopeSpec:
     """Rotary embedding. ``rotary_dim`` features of each head rotate; the kinds and their parameters are transformers'."""
 
-    kind: str  # default, linear, dynamic, llama3, yarn, longrope
+    kind: str  # default, linear, dynamic, llama3, yarn, longrope; or none, which rotates nothing
     theta: float
     rotary_dim: int
     max_position: int  # max_position_embeddings
@@ -53,6 +55,9 @@ class RopeSpec:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    query_beta: float = 0.0
+    """Queries at position p are multiplied by 1 + query_beta * log(1 + p // query_span), as in Llama 4."""
+    query_span: int = 0
 
     @property
     def max_len(self) -> int:
@@ -102,7 +107,10 @@ def read_rope(config: Fields, head_dim: int, max_position: int, theta: float = 1
     rotary = int(head_dim * partial)
     if rotary < 2 or rotary % 2 or rotary > head_dim:
         raise InputError(f"config.json: partial_rotary_factor {partial} of head size {head_dim} gives {rotary} rotary features")
-    return RopeSpec(kind=kind, theta=theta, rotary_dim=rotary, max_position=max_position, **_scaling(kind, rope, config, rotary))
+    values = _scaling(kind, rope, config, rotary)
+    if beta := rope.number("llama_4_scaling_beta", default=0, positive=False):
+        values |= {"query_beta": beta, "query_span": rope.integer("original_max_position_embeddings")}
+    return RopeSpec(kind=kind, theta=theta, rotary_dim=rotary, max_position=max_position, **values)
 
 
 def _settings(config: Fields) -> Mapping[str, Any]:

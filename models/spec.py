@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from models.architectures import ARCHITECTURES, EXPERTS, Architecture, read_architecture, windows
+from models.architectures import ARCHITECTURES, EXPERTS, MULTIPLIERS, Architecture, read_architecture, unrotated, windows
 from models.fields import Fields
 from models.rope_spec import RopeSpec, by_layer_type, read_rope
 from quant.errors import InputError
@@ -74,18 +74,22 @@ class ModelSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    fused_qkv: bool = False  # the checkpoint stores qkv_proj and gate_up_proj
+    fused_qkv: bool = False  # the checkpoint stores qkv_proj
+    fused_gate_up: bool = False  # and gate_up_proj
     mixture: Mixture | None = None
     windows: tuple[int | None, ...] = ()  # sliding window by layer; None sees everything
-    local_rope: RopeSpec | None = None  # of layers with a window, where they rotate otherwise
+    local_rope: RopeSpec | None = None  # of layers that rotate otherwise than the others, or not at all
+    local: tuple[bool, ...] = ()  # whether a layer is one of these
     norm_offset: float = 0.0  # added to the weights of norms
     post_norms: bool = False  # what attention and the MLP add is normalized, too
     gelu: bool = False  # gelu(gate) * up, in the approximation by tanh, instead of silu(gate) * up
     embedding_scale: float = 1.0
+    rounded_scale: bool = False  # it is rounded to the type of the activations first
     scale: float = 1.0  # of attention's scores
     cap: float | None = None  # of attention's scores: cap * tanh(score / cap)
     logit_cap: float | None = None  # the same of logits
     float16: bool = True  # whether activations stay within what float16 holds
+    logit_divisor: float = 1.0
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
@@ -93,7 +97,7 @@ class ModelSpec:
     def from_config(cls, config: Mapping[str, Any]) -> ModelSpec:
         """Read config.json. Raises InputError naming the architecture, key or value that is not supported."""
         name, kind, fields = read_architecture(config)
-        config = fields.values
+        config, by = fields.values, _multipliers(kind, fields)
         hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         kv_heads = fields.integer("num_key_value_heads", default=heads)
         if heads % kv_heads:
@@ -107,6 +111,11 @@ class ModelSpec:
         ropes = [read_rope(one, head_dim, max_position, kind.theta) for one in parts]
         if len({rope.rotary_dim for rope in ropes}) > 1:
             raise InputError("config.json: partial_rotary_factor differs between full_attention and sliding_attention")
+        if ropes[0].query_beta and not kind.scaled_queries:
+            raise InputError(f"config.json: llama_4_scaling_beta = {ropes[0].query_beta} is not supported for {name}")
+        seen, still = windows(kind, fields, layers), unrotated(kind, fields, layers)
+        if any(still):
+            ropes.append(replace(ropes[0], kind="none"))
         return cls(
             architecture=name,
             layers=layers,
@@ -114,10 +123,11 @@ class ModelSpec:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            intermediate=fields.integer(kind.expert_size if kind.mixture else "intermediate_size"),
+            intermediate=fields.integer(kind.expert_size if kind.mixture else kind.inner),
             vocab=fields.integer("vocab_size"),
             rope=ropes[0],
-            eps=fields.number("rms_norm_eps", default=kind.eps),
+            # Granite adds a share of what a layer computes: hidden states here are larger than its by one over that share.
+            eps=fields.number("rms_norm_eps", default=kind.eps) / by["residual_multiplier"] ** 2,
             tie_embeddings=fields.flag("tie_word_embeddings", default=False),
             max_len=max_position if kind.local_rope else ropes[0].max_len,  # Gemma 3 states what its scaling leads to
             dtype=_dtype(config),
@@ -126,17 +136,21 @@ class ModelSpec:
             mlp_bias=_flag(kind.mlp_bias, fields),
             qk_norm=kind.qk_norm,
             fused_qkv=kind.fused_qkv,
+            fused_gate_up=kind.fused_qkv or kind.hybrid,
             mixture=_mixture(kind, fields) if kind.mixture else None,
-            windows=windows(kind, fields, layers),
-            local_rope=ropes[1] if kind.local_rope else None,
+            windows=seen,
+            local_rope=ropes[1] if len(ropes) > 1 else None,
+            local=still if any(still) else tuple(window is not None for window in seen),
             norm_offset=1.0 if kind.unit_norms else 0.0,
             post_norms=kind.post_norms,
             gelu=kind.gelu,
-            embedding_scale=hidden**0.5 if kind.scaled_embedding else 1.0,
-            scale=_query_scale(kind, fields, head_dim) ** -0.5,
+            embedding_scale=hidden**0.5 if kind.scaled_embedding else by["embedding_multiplier"] / by["residual_multiplier"],
+            rounded_scale=kind.scaled_embedding,
+            scale=by["attention_multiplier"] if kind.multiplied else _query_scale(kind, fields, head_dim) ** -0.5,
             cap=_cap("attn_logit_softcapping", fields),
             logit_cap=_cap("final_logit_softcapping", fields),
             float16=kind.float16,
+            logit_divisor=by["logits_scaling"],
             eos_token_ids=_token_ids(config, "eos_token_id"),
             bos_token_id=next(iter(_token_ids(config, "bos_token_id")), None),
         )
@@ -156,7 +170,7 @@ class ModelSpec:
 
     def rope_of(self, layer: int) -> RopeSpec:
         """That by which a layer rotates."""
-        return self.rope if self.local_rope is None or self.windows[layer] is None else self.local_rope
+        return self.rope if self.local_rope is None or not self.local[layer] else self.local_rope
 
     @property
     def mlp_norm(self) -> str:
@@ -185,7 +199,7 @@ class ModelSpec:
         if self.mixture is not None:
             yield from self.mixture.modules(hidden, inner)
             return
-        if self.fused_qkv:
+        if self.fused_gate_up:
             yield ModuleShape("mlp.gate_up_proj", 2 * inner, hidden, "mlp", self.mlp_bias)
         else:
             for name in ("gate_proj", "up_proj"):
@@ -227,6 +241,10 @@ def _divide(hidden: int, heads: int) -> int:
 
 def _flag(source: bool | str, fields: Fields) -> bool:
     return source if isinstance(source, bool) else fields.flag(source, default=False)
+
+
+def _multipliers(kind: Architecture, fields: Fields) -> dict[str, float]:
+    return {key: fields.number(key, default=1.0) if kind.multiplied else 1.0 for key in MULTIPLIERS}
 
 
 def _mixture(kind: Architecture, fields: Fields) -> Mixture:

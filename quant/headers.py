@@ -20,8 +20,11 @@ from quant.errors import ADAPTER, MERGE, CheckpointError
 
 INDEX = "model.safetensors.index.json"
 TEXT = re.compile(r"^(?:(model\.language_model\.|language_model\.model\.)|language_model\.(?=lm_head\.))")
-BESIDE_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+BESIDE_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.")
 """How models that read pictures, too, name what is theirs in transformers before 4.52 and since, and the rest."""
+VISUAL = "visual."  # beside text under plain names: Qwen2-VL and 2.5-VL as they were published
+SHARED_MLP = {".shared_mlp.input_linear.": ".mlp.gate_up_proj.", ".shared_mlp.output_linear.": ".mlp.down_proj."}
+"""How Granite 4 names what stands beside a mixture of experts, where there is one; and how it is named here."""
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 ITEM_SIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -83,7 +86,7 @@ class CheckpointIndex:
         else:
             tensors = _merge(_all_files(directory))
         text = _text_part(tensors)
-        return cls(directory, MappingProxyType(text), len(tensors) - len(text))
+        return cls(directory, MappingProxyType({_known(name): info for name, info in text.items()}), len(tensors) - len(text))
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -150,10 +153,16 @@ def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> TensorInf
 
 
 def _text_part(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    if not any(map(TEXT.match, tensors)):
+    if not any(TEXT.match(name) or name.startswith(VISUAL) for name in tensors):
         return tensors
     kept = {name: info for name, info in tensors.items() if not BESIDE_TEXT.match(name)}
     return {TEXT.sub(lambda found: "model." if found[1] else "", name): info for name, info in kept.items()}
+
+
+def _known(name: str) -> str:
+    for theirs, ours in SHARED_MLP.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 def _merge(files: list[Path]) -> dict[str, TensorInfo]:

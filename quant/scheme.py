@@ -83,7 +83,7 @@ class QuantScheme:
         A fused name (qkv_proj, gate_up_proj) that the checkpoint and the rules do not have takes the scheme its parts share.
         """
         head, _, last = name.rpartition(".")
-        if last not in FUSED or self._has(name) or any(rule.kind != "class" and rule.matches(name) for rule in self.rules):
+        if last not in FUSED or self._has(name) or any(rule.kind != "class" and self._names(rule, name) for rule in self.rules):
             return self._one(name)
         schemes = {self._one(f"{head}.{part}") for part in FUSED[last]}
         if len(schemes) > 1:
@@ -118,9 +118,16 @@ class QuantScheme:
 
     def _stated(self, name: str) -> WeightScheme:
         for rule in self.rules:
-            if rule.matches(name):
+            if self._names(rule, name):
                 return rule.scheme
         return self.default if IN_LAYER.search(name) else DENSE
+
+    def _names(self, rule: Rule, name: str) -> bool:
+        """Whether a rule is for a module; in a model that reads pictures, too, configs may call it by any of its names."""
+        if rule.matches(name) or self.index is None or not self.index.beside_text:
+            return rule.matches(name)
+        inner = name.removeprefix("model.")
+        return any(map(rule.matches, (f"language_model.{name}", *([f"model.language_model.{inner}"] if inner != name else []))))
 
     def _fallback(self, name: str, found: TensorInfo) -> WeightScheme:
         """The settings for a module that the config calls unquantized and whose tensors say otherwise."""
@@ -145,7 +152,14 @@ def read_scheme(index: CheckpointIndex, quantization: str | None = None) -> tupl
     config, quantize_config = load_configs(index.directory)
     scheme = QuantScheme.from_config(config, quantize_config, index)
     scheme.check_stated(quantization)
-    return config, scheme
+    return _as_stored(config, index), scheme
+
+
+def _as_stored(config: dict[str, Any], index: CheckpointIndex) -> dict[str, Any]:
+    """transformers 5 calls every Mistral3 that it saves tied: where the text part says otherwise and has a head, it is not."""
+    text, key = config.get("text_config"), "tie_word_embeddings"
+    apart = isinstance(text, Mapping) and text.get(key) is False and any(name.startswith("lm_head.") for name in index.tensors)
+    return {**config, key: False} if apart else config
 
 
 def _section(config: Mapping[str, Any], quantize_config: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, str]:

@@ -88,7 +88,7 @@ def logits(directory: Path, tokens: Tensor, rounded: torch.dtype = torch.float32
             weights = {name: weight.to(rounded).float() for name, weight in layer.weights.items()}
             hidden = replace(layer, weights=weights).forward(hidden)
         hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + spec.eps) * norm
-        found = hidden @ head.t()
+        found = hidden @ head.t() / spec.logit_divisor
         return torch.log_softmax(found if spec.logit_cap is None else spec.logit_cap * torch.tanh(found / spec.logit_cap), -1)
 
 

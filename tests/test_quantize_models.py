@@ -24,6 +24,25 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3": {"kind": "Phi3", "sliding_window": 13},
     "gemma2": {"kind": "Gemma2", "sliding_window": 13, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
     "gemma3": {"kind": "Gemma3Text", "sliding_window": 13, "query_pre_attn_scalar": 16},
+    "granite": {
+        "kind": "Granite",
+        "embedding_multiplier": 4.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+    },
+    "seed-oss": {"kind": "SeedOss", "attention_out_bias": True},
+    "smollm3": {"kind": "SmolLM3", "no_rope_layers": [0, 1]},
+    "ministral3": {
+        "kind": "Ministral3",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.2,
+        },
+    },
 }
 
 
@@ -33,9 +52,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_none_is_left_out() -> None:
-    """But for those of whose files only a part is served, and mixtures of experts."""
+    """But for those of whose files only a part is served, hybrids, and mixtures of experts."""
     kinds = {f"{one['kind'].removesuffix('Text')}ForCausalLM" for one in MODELS.values()}
-    assert kinds == {name for name, kind in ARCHITECTURES.items() if not kind.text_part and not kind.mixture}
+    assert kinds == {name for name, kind in ARCHITECTURES.items() if not (kind.text_part or kind.hybrid or kind.mixture)}
 
 
 def test_a_plain_layer_is_what_transformers_computes(model: Path) -> None:

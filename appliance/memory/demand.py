@@ -184,12 +184,14 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
 
     What is normalized before it is added takes the place of q, k and v, and one beside the gated product. Parts that cannot be
     one weight (differently stored, or each with an order of its own) are computed, joined, and then used. A mixture of experts
-    has memory of its own (product_workspace) where its parts are whole.
+    has memory of its own (product_workspace) where its parts are whole. Where queries are scaled by their position, the operators
+    run one by one, and what they make lies beside what they read.
     """
+    single = spec.rope.query_beta != 0
     qkv, inner = spec.q_size + 2 * spec.kv_size, spec.intermediate
     whole = {one.module.N for one in layers if not one.stored.act_order and one.module.name.endswith(("q_proj", "qkv_proj"))}
-    added = spec.hidden if spec.post_norms else 0
-    attention = max((1 if whole == {qkv} else 2) * qkv, added) + spec.q_size
+    added = spec.hidden if spec.post_norms or single else 0
+    attention = max((1 if whole == {qkv} and not single else 2) * qkv, added) + spec.q_size
     gated = all(one.gated and not one.stored.act_order for one in layers if one.slot == "gate_up")
     mlp = ((inner if gated else 4 * inner) + added) * size
     if spec.mixture is not None:

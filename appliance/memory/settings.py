@@ -154,7 +154,7 @@ def resolve_dtype(dtype: str, published: str, device: DeviceInfo, *, float16: bo
 
     auto: on a CPU bfloat16 for checkpoints published in 16 bits (it has no overflow, and CPUs multiply it) and float32 for those
     published in float32; on a card the published one, float16 where that is float32 or the card has no bfloat16. Not ``float16``:
-    the model's activations grow beyond that; bfloat16 takes its place, float32 where the card has none. InputError for a type
+    the model's activations can grow beyond that; bfloat16 takes its place, float32 where the card has none. InputError for a type
     that does not exist, that the card does not have, or that does not hold what the model computes.
     """
     if dtype != "auto":
@@ -166,7 +166,7 @@ def resolve_dtype(dtype: str, published: str, device: DeviceInfo, *, float16: bo
             )
         if _DTYPES[dtype] == "float16" and not float16:
             raise InputError(
-                f"--dtype {dtype}: this model's activations grow beyond what float16 holds (65504), and answers would be wrong; "
+                f"--dtype {dtype}: this model's activations can grow beyond what float16 holds (65504), and answers be wrong; "
                 f"use --dtype {'bfloat16' if device.bfloat16 else 'float32'}"
             )
         return _DTYPES[dtype]

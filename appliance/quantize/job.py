@@ -21,7 +21,7 @@ from appliance.quantize.sensitivity import measure
 from appliance.quantize.shards import Shards, checked_output, noted
 from models.plain import FLOATS, PlainLayer, compute_dtype, embedded, finite
 from models.rope import cos_sin_table
-from models.spec import ModelSpec
+from models.spec import ARCHITECTURES, ModelSpec
 from quant.checkpoint import Checkpoint
 from quant.errors import InputError
 from quant.headers import CheckpointIndex, read_header
@@ -59,7 +59,7 @@ class Job:
         if self.checkpoint.scheme.method != "none":
             raise InputError(f"{source} is quantized already ({self.checkpoint.scheme.method}): give the original model")
         self.spec = ModelSpec.from_config(self.checkpoint.config)
-        check_kind(source, self.checkpoint.config, self.spec)
+        check_kind(source, self.spec)
         if ids is not None and ids.shape[1] > self.spec.max_len:
             raise InputError(f"--calibration-length is {ids.shape[1]}, but the model was made for {self.spec.max_len} tokens")
         self._check_tensors()
@@ -294,9 +294,11 @@ def _held(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def check_kind(source: Path, config: Mapping[str, Any], spec: ModelSpec) -> None:
+def check_kind(source: Path, spec: ModelSpec) -> None:
     """Raises InputError for models that are served and not quantized here."""
     if spec.mixture is not None:
         raise InputError(f"{source}: {spec.architecture} is a mixture of experts, and this version quantizes none")
-    if "text_config" in config:
+    if ARCHITECTURES[spec.architecture].hybrid:
+        raise InputError(f"{source} is a {spec.architecture}, whose layers this version serves and does not quantize")
+    if ARCHITECTURES[spec.architecture].text_part:
         raise InputError(f"{source} is a {spec.architecture}: only its text part is known here; give that as a model of its own")

@@ -194,11 +194,10 @@ def _fold(layer: PlainLayer, inputs: str, scales: Tensor, published: torch.dtype
         layer.norms[name] = (before / scales - spec.norm_offset).clamp(-largest, largest).to(published).float()
         after = layer.norms[name] + spec.norm_offset
         return torch.where(after != 0, before / torch.where(after != 0, after, 1.0), scales)
-    fused, one, rows = {
-        "heads": ("self_attn.qkv_proj", "self_attn.v_proj", spec.kv_size),
-        "inner": ("mlp.gate_up_proj", "mlp.up_proj", spec.intermediate),
+    name, rows = {
+        "heads": ("self_attn.qkv_proj" if spec.fused_qkv else "self_attn.v_proj", spec.kv_size),
+        "inner": ("mlp.gate_up_proj" if spec.fused_gate_up else "mlp.up_proj", spec.intermediate),
     }[inputs]
-    name = fused if spec.fused_qkv else one
     own = scales if inputs == "inner" else _untied(layer, scales)
     layer.weights[name] = layer.weights[name].float()
     layer.weights[name][-rows:] /= own.unsqueeze(1)

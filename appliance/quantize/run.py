@@ -49,7 +49,7 @@ def run(
     if options.calibrated:
         config = read_json(source / "config.json")
         spec = ModelSpec.from_config(config)
-        check_kind(source, config, spec)
+        check_kind(source, spec)
         if not has_tokenizer(source):
             raise InputError(f"{source} has no tokenizer, and calibration needs it: put its files there, or take --method rtn")
         tokenizer = Tokenizer.load(source)

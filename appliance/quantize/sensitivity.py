@@ -109,7 +109,7 @@ def _at_the_end(checkpoint: Checkpoint, spec: ModelSpec, hidden: Tensor, place: 
         for first in range(0, len(sample), ROWS):
             with torch.enable_grad():
                 x = sample[first : first + ROWS].to(place).float().requires_grad_()
-                logits = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.eps) * norm) @ head.t()
+                logits = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.eps) * norm) @ head.t() / spec.logit_divisor
                 logits = logits if spec.logit_cap is None else spec.logit_cap * torch.tanh(logits / spec.logit_cap)
             likely = logits.detach().softmax(-1)
             drawn = torch.randint(0, 2, likely.shape, generator=signs, dtype=torch.int8).to(place).float().mul_(2).sub_(1)

@@ -77,8 +77,9 @@ def check_tokenizer(directory: Path) -> None:
 
 
 def _none(directory: Path) -> InputError:
+    tekken = "tekken.json, which Mistral's own tools read, is none of these. " if (directory / "tekken.json").is_file() else ""
     return InputError(
-        f"{directory}: no tokenizer found (none of tokenizer.json, vocab.json with merges.txt, tokenizer.model). "
+        f"{directory}: no tokenizer found (none of tokenizer.json, vocab.json with merges.txt, tokenizer.model). {tekken}"
         "Name a directory that has one with --tokenizer, or work on token ids alone with --skip-tokenizer-init"
     )
 
@@ -202,14 +203,19 @@ def _add_ends(backend: tokenizers.Tokenizer, config: dict[str, Any], named: dict
 
 
 def _templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Chat templates by name: those in files, else those in the configuration (one string, or a list of named ones)."""
+    """Chat templates by name: those in files, else those in the configuration (one string, or a list of named ones).
+
+    Models that read pictures may have theirs beside the settings of the pictures, in chat_template.json.
+    """
     files = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     if (directory / "chat_template.jinja").is_file():
         files["default"] = directory / "chat_template.jinja"
     try:
         if files:
             return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-        found = config.get("chat_template")
+        found, beside = config.get("chat_template"), directory / "chat_template.json"
+        if found is None and beside.is_file():
+            found = read_json(beside).get("chat_template")
         if isinstance(found, list):
             return {str(entry["name"]): str(entry["template"]) for entry in found}
         if isinstance(found, dict):

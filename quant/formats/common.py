@@ -13,7 +13,15 @@ from quant.headers import TensorInfo
 from quant.tensor import QuantTensor
 
 SCALES = ("F16", "BF16", "F32")
-INPUT_SCALES = ("input_scale", "input_zero_point", "input_scale_ub", "act_scale", "output_scale", "output_zero_point")
+INPUT_SCALES = (
+    "input_scale",
+    "input_zero_point",
+    "input_scale_ub",
+    "act_scale",
+    "activation_scale",
+    "output_scale",
+    "output_zero_point",
+)
 
 
 class Source(Protocol):

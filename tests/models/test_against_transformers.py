@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from appliance.config import EngineConfig
+from appliance.memory.devices import DeviceInfo
+from appliance.memory.planner import make_plan
 from kernels.cpu import backend
 from kernels.ops import KVCache, Ops, PagedBatch, get_ops
 from models.decoder import Decoder
@@ -58,17 +62,28 @@ LOCAL = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 9000.0, "factor": 8.0},
 }
-PICTURES = {
-    "mm_tokens_per_image": 4,
-    "vision_config": {
-        "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "image_size": 28, "patch_size": 7,
-    },
+VISION = {
+    "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 7,
+}  # fmt: skip
+PICTURES = {"mm_tokens_per_image": 4, "vision_config": {"model_type": "siglip_vision_model", **VISION}}
+PIXTRAL = {"vision_config": {"model_type": "pixtral", "head_dim": 8, **VISION}}
+CLIP = {"vision_config": {"model_type": "clip_vision_model", "projection_dim": 8, "vocab_size": 99, **VISION}}
+QWEN = {"depth": 1, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "patch_size": 7, "out_hidden_size": 48}
+SCALED = {**ROPES["yarn-mscale"], "rope_theta": 5000.0, "llama_4_scaling_beta": 0.4}
+HYBRID = {
+    "layer_types": ["full_attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 56, "mamba_n_heads": 8,
+    "embedding_multiplier": 4.0, "residual_multiplier": 0.3, "attention_multiplier": 0.5, "logits_scaling": 2.0,
 }  # fmt: skip
 
 
 def case(architecture: str, **config: Any) -> dict[str, Any]:
     return {"architecture": architecture, "config": {**BASE, **config}}
+
+
+def with_text(architecture: str, beside: dict[str, Any], **text: Any) -> dict[str, Any]:
+    """Of a model that reads pictures, too."""
+    return {"architecture": f"{architecture}ForConditionalGeneration", "config": {"text_config": {**BASE, **text}, **beside}}
 
 
 CASES = {
@@ -132,10 +147,56 @@ CASES = {
         num_key_value_heads=1,
         layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
     ),
-    "gemma3-text-of-pictures": {
-        "architecture": "Gemma3ForConditionalGeneration",
-        "config": {"text_config": {**BASE, **GEMMA}, **PICTURES},
-    },
+    "gemma3-text-of-pictures": with_text("Gemma3", PICTURES, **GEMMA),
+    "granite": case(
+        "GraniteForCausalLM",
+        embedding_multiplier=5.0,
+        residual_multiplier=0.3,
+        attention_multiplier=0.6,
+        logits_scaling=3.0,
+        attention_bias=True,
+        mlp_bias=True,
+        rms_norm_eps=1e-2,
+    ),
+    "granite-tied": case("GraniteForCausalLM", tie_word_embeddings=True, residual_multiplier=0.22),
+    "granite4": case("GraniteMoeHybridForCausalLM", **HYBRID, position_embedding_type="rope"),
+    "granite4-unrotated": case("GraniteMoeHybridForCausalLM", **HYBRID, tie_word_embeddings=True, attention_bias=True),
+    "seed-oss": case("SeedOssForCausalLM", head_dim=20, attention_out_bias=True, mlp_bias=True),
+    "smollm3": case("SmolLM3ForCausalLM", num_hidden_layers=5, no_rope_layer_interval=2),
+    "smollm3-list": case(
+        "SmolLM3ForCausalLM", no_rope_layers=[0, 1, 0], use_sliding_window=True, sliding_window=9, tie_word_embeddings=False
+    ),
+    "smollm3-types": case(
+        "SmolLM3ForCausalLM",
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        no_rope_layers=[1, 0, 0],
+        use_sliding_window=True,
+        sliding_window=9,
+    ),
+    "ministral3": case("Ministral3ForCausalLM", head_dim=16, rope_parameters=SCALED),
+    "mistral3": with_text("Mistral3", PIXTRAL, model_type="mistral", head_dim=20, sliding_window=None),
+    "mistral3-of-ministral3": with_text("Mistral3", PIXTRAL, model_type="ministral3", head_dim=8, rope_parameters=SCALED),
+    "llava": with_text("Llava", CLIP, model_type="llama"),
+    "llava-of-mistral": with_text("Llava", CLIP, model_type="mistral", sliding_window=12),
+    "vl-qwen2": with_text(
+        "Qwen2VL",
+        {"vision_config": {**QWEN, "embed_dim": 16, "hidden_size": 48}},
+        rope_parameters={"rope_type": "default", "rope_theta": 900.0, "mrope_section": [1, 1, 2]},
+    ),
+    "vl-qwen2.5": with_text(
+        "Qwen2_5_VL",
+        {"vision_config": QWEN, "tie_word_embeddings": True},
+        rope_parameters={**ROPES["yarn"], "rope_theta": 900.0, "mrope_section": [1, 1, 2]},
+        use_sliding_window=True,
+        sliding_window=9,
+        max_window_layers=1,
+    ),
+    "vl-qwen3": with_text(
+        "Qwen3VL",
+        {"vision_config": {**QWEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}},
+        head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 900.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+    ),
 }
 
 
@@ -153,23 +214,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(
-    folder: Path, name: str, ops: Ops, dtype: torch.dtype = torch.float32, **options: Any
+    folder: Path, name: str, ops: Ops, dtype: torch.dtype = torch.float32, max_len: int | None = None, **options: Any
 ) -> tuple[Decoder, torch.Tensor, torch.Tensor]:
     with Checkpoint.open(folder / name) as checkpoint:
         spec = ModelSpec.from_config(checkpoint.config)
         expected = load_file(folder / f"{name}.expected.safetensors")
         # Scaling that depends on the length is chosen by max_len here, by the length of the sequence there: make them one.
-        decoder = load_model(checkpoint, spec, ops, dtype=dtype, max_len=len(expected["ids"]), **options)
+        decoder = load_model(checkpoint, spec, ops, dtype=dtype, max_len=max_len or len(expected["ids"]), **options)
     return decoder, expected["ids"], expected["logits"]
 
 
 def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int = 8) -> torch.Tensor:
     """Logits [T, V] of the sequence fed in chunks, over a cache of shuffled blocks whose unused slots are poison."""
-    spec, total = decoder.spec, len(ids)
+    spec, total, device = decoder.spec, len(ids), decoder.ops.device
     count = -(-total // block_size)
     table = torch.randperm(count + 3, generator=torch.Generator().manual_seed(total))[:count].tolist()
     shape = (count + 3, block_size, spec.kv_heads, spec.head_dim)
-    empty = torch.full(shape, float("nan"), dtype=decoder.dtype)
+    empty = torch.full(shape, float("nan"), dtype=decoder.dtype, device=device)
     caches = [KVCache(empty.clone(), empty.clone()) for _ in range(spec.layers)]
     forward, out, start = decoder.bind(caches, max_tokens=max(chunks)), [], 0
     for length in chunks:
@@ -178,15 +239,16 @@ def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int
         slots = torch.tensor([table[p // block_size] * block_size + p % block_size for p in positions.tolist()])
         used = table[: -(-end // block_size)]
         batch = PagedBatch(
-            positions=positions,
-            slots=slots,
-            query_starts=torch.tensor([0, length], dtype=torch.int32),
-            seq_lens=torch.tensor([end], dtype=torch.int32),
-            block_tables=torch.tensor([used], dtype=torch.int32),
+            positions=positions.to(device),
+            slots=slots.to(device),
+            query_starts=torch.tensor([0, length], dtype=torch.int32, device=device),
+            seq_lens=torch.tensor([end], dtype=torch.int32, device=device),
+            block_tables=torch.tensor([used], dtype=torch.int32, device=device),
             max_query=length,
             max_seq=end,
         )
-        out.append(decoder.logits(forward(ids[start:end], batch), torch.full((length, spec.vocab), float("nan"))))
+        logits = torch.full((length, spec.vocab), float("nan"), device=device)
+        out.append(decoder.logits(forward(ids[start:end].to(device), batch), logits).cpu())
         start = end
     assert start == total
     return torch.cat(out)
@@ -203,7 +265,9 @@ def test_logits(models: Path, name: str, reference: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["reference", "torch", "native"])
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("gemma", "qwen3")) and name != "qwen3-moe"])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name.startswith(("gemma", "qwen3", "granite")) and name != "qwen3-moe"]
+)
 def test_bfloat16_is_as_close_as_theirs(models: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To float32, in the mean over all logits: norms multiply by 1 + weight before anything is rounded.
 
@@ -217,6 +281,25 @@ def test_bfloat16_is_as_close_as_theirs(models: Path, name: str, kind: str, monk
     found = feed(decoder, ids, [17, len(ids) - 17])
     ours, theirs = ((one - logits).square().mean().sqrt() for one in (found, expected["rounded"]))
     assert ours < 1.15 * theirs, (float(ours), float(theirs))
+
+
+@pytest.mark.skipif(backend.native() is None, reason="the native extension is not built")
+def test_queries_that_are_not_scaled_yet_need_no_operators_one_by_one(models: Path) -> None:
+    for max_len in (16, 17):
+        decoder, ids, logits = load(models, "ministral3", get_ops("cpu"), max_len=max_len)
+        bound = decoder.bind([KVCache(torch.empty(2, 8, 2, 16), torch.empty(2, 8, 2, 16))] * 3, max_tokens=8)
+        assert isinstance(bound, partial) == (max_len > 16)
+        found = feed(decoder, ids[:max_len], [9, max_len - 9])
+        assert (found - logits[:max_len]).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_byte_is_planned(models: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "torch")
+    decoder, ids, _ = load(models, name, get_ops("cpu"), lm_head_dtype="model")
+    config = EngineConfig(max_model_len=len(ids), dtype="float32", lm_head_dtype="model")
+    plan = make_plan(models / name, config, DeviceInfo("cpu", "some CPU", 8 << 30, 8 << 30))
+    assert plan.weight_bytes + plan.scratch["positions"] == decoder.nbytes
 
 
 def test_the_comparison_can_fail(models: Path) -> None:

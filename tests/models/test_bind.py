@@ -82,7 +82,7 @@ def make_decoder(ops: Ops, dtype: torch.dtype, *, split: bool = False, mixture: 
             mlp = Mixture(ops.pack(torch.randn(7, HIDDEN), dtype=dtype), tuple(experts), 3, i == 1)
         extra = {"q_norm": norm(SIZE), "k_norm": norm(SIZE)} if i == 1 else {"window": 7} if i == 2 else {}
         if gemma:
-            extra |= {"attention_norm": norm(HIDDEN), "mlp_norm": norm(HIDDEN), "window": 7 if i else None}
+            extra |= {"attention_norm": norm(HIDDEN), "mlp_norm": norm(HIDDEN), "window": 7 if i else None, "local": i > 0}
         return Layer(norm(HIDDEN), (qkv,), o, norm(HIDDEN), mlp, **extra)  # type: ignore[arg-type]
 
     return Decoder(

@@ -224,7 +224,9 @@ def test_mixtures_of_experts() -> None:
 
 @pytest.mark.parametrize("architecture", [name for name, kind in ARCHITECTURES.items() if not kind.mixture])
 def test_parameters_are_counted_once_each(architecture: str) -> None:
-    more = {"attention_bias": True, "head_dim": 8, "tie_word_embeddings": False}
+    more: dict[str, Any] = {"attention_bias": True, "head_dim": 8, "tie_word_embeddings": False}
+    if ARCHITECTURES[architecture].hybrid:
+        more |= {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 160}
     part = {key: value for key, value in (LLAMA | more).items() if key not in ("architectures", "hidden_act")}
     spec = read(architecture, **more, text_config=part)
     q, kv = 64, 16

@@ -271,6 +271,9 @@ def test_fp8_method(tmp_path: Path) -> None:
     loaded = load(tmp_path)
     assert loaded.activation == "fp8-tensor"
     assert torch.equal(loaded.dequantize(), weight.float() * 0.5)
+    given = {"weight": weight, "weight_scale_inv": torch.tensor(0.5), "activation_scale": torch.tensor(2.0)}
+    save(tmp_path, given, static | {"weight_block_size": None})  # as Ministral 3 was published
+    assert torch.equal(load(tmp_path).dequantize(), weight.float() * 0.5)
 
 
 def test_scale_dtypes(tmp_path: Path) -> None:

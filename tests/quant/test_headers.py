@@ -85,6 +85,15 @@ def test_the_text_part_of_a_model_that_reads_pictures(tmp_path: Path, old: bool)
     index = CheckpointIndex.open(tmp_path)
     assert set(index.tensors) == {"model.layers.0.weight", "model.norm.weight", "lm_head.weight", "other"}
     assert index.beside_text == 2 and index.total_bytes == 4 * 64
+    write(tmp_path / "model.safetensors", f"{layers}norm.weight", f"{rest}visual.patch_embed.weight", "lm_head.weight")
+    assert set(CheckpointIndex.open(tmp_path).tensors) == {"model.norm.weight", "lm_head.weight"}
+    write(tmp_path / "model.safetensors", "visual.merger.weight", "model.norm.weight")  # Qwen2.5-VL as it was published
+    assert set(CheckpointIndex.open(tmp_path).tensors) == {"model.norm.weight"}
+    shared = "model.layers.0.shared_mlp"
+    write(tmp_path / "model.safetensors", f"{shared}.input_linear.weight", f"{shared}.output_linear.qweight")  # Granite 4
+    assert set(CheckpointIndex.open(tmp_path).tensors) == {
+        f"model.layers.0.mlp.{n}" for n in ("gate_up_proj.weight", "down_proj.qweight")
+    }
     write(tmp_path / "model.safetensors", "vision_tower.weight", "model.norm.weight")
     assert set(CheckpointIndex.open(tmp_path).tensors) == {"vision_tower.weight", "model.norm.weight"}
 

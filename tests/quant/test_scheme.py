@@ -270,6 +270,41 @@ def test_values_that_change_the_meaning_are_refused_by_name(config: dict[str, An
         scheme(config)
 
 
+@pytest.mark.parametrize("names", ["language_model.model.", "model.language_model.", "model."])
+def test_the_text_part_is_called_by_any_of_its_names(tmp_path: Path, names: str) -> None:
+    """Configs say how modules were called when they were quantized, which need not be how they are stored."""
+    tensors = {
+        f"{names}layers.{n}.mlp.{part}.weight": torch.zeros(64, 32, dtype=torch.int8) for n in (0, 1) for part in ("a", "b")
+    }
+    tensors |= {name.replace(".weight", ".weight_scale"): torch.ones(64, 1) for name in tensors}
+    tensors |= {"visual.merger.weight": torch.zeros(4, 4), f"{names}layers.2.mlp.a.weight": torch.zeros(64, 32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    every = ct_config({"num_bits": 8, "strategy": "channel"}, "int-quantized")
+    (group,) = every["config_groups"].values()
+    for called in ("language_model.model.", "model.language_model.", "model."):
+        other = {**group, "weights": {**group["weights"], "symmetric": False}, "targets": [f"re:{called}layers.1.*a$"]}
+        config = {**every, "config_groups": {"all": group, "one": other}, "ignore": ["re:.*visual.*"]}
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+        found = read_scheme(CheckpointIndex.open(tmp_path))[1]
+        symmetric = {f"{n}{part}": found.for_module(f"model.layers.{n}.mlp.{part}").symmetric for n in (0, 1) for part in "ab"}
+        assert symmetric == {"0a": True, "0b": True, "1a": False, "1b": True}, called
+        assert found.for_module("model.layers.2.mlp.a") == DENSE
+
+
+def test_a_text_part_with_a_head_of_its_own_is_not_tied(tmp_path: Path) -> None:
+    """Whatever transformers writes of the whole, which it does for every Mistral3."""
+    for text, head, tied in (
+        (False, "lm_head", False),
+        (False, "model.norm", True),
+        (True, "lm_head", True),
+        (None, "lm_head", True),
+    ):
+        save_file({f"language_model.{head}.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+        config = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": text}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert read_scheme(CheckpointIndex.open(tmp_path))[0]["tie_word_embeddings"] is tied
+
+
 def test_settings_in_odd_places() -> None:
     nested = {"text_config": {"quantization_config": {"quant_method": "awq"}}}
     assert QuantScheme.from_config(nested).method == "awq"

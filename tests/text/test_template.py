@@ -232,6 +232,8 @@ def test_where_templates_come_from(byte_level_dir, tmp_path):
     assert not bare.has_chat_template
     with pytest.raises(RequestError, match=r"the model has no chat template: it needs one \(--chat-template FILE of the server"):
         bare.chat([USER])
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "beside pictures"}))
+    assert Tokenizer.load(tmp_path).chat([USER]) == "beside pictures"
     entries = [{"name": "default", "template": "listed"}, {"name": "tool_use", "template": "listed tools"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": entries}))
     assert Tokenizer.load(tmp_path).chat([USER], tools=[WEATHER]) == "listed tools"

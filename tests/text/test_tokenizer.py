@@ -191,6 +191,9 @@ def test_missing_and_damaged_files_are_named(byte_level_dir, llama_dir, tmp_path
         Tokenizer.load(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"none of tokenizer.json, vocab.json .*--tokenizer.*--skip-tokenizer-init"):
         Tokenizer.load(tmp_path)
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tekken.json, which Mistral's own tools read, is none of these. Name a directory"):
+        Tokenizer.load(tmp_path)
     broken = {
         "tokenizer.json": ("{", "tokenizer.json: not a readable tokenizer"),
         "tokenizer_config.json": ("[1", "tokenizer_config.json: not valid JSON"),

@@ -111,6 +111,7 @@ def make_decoder(ops: Ops, shape: Shape, dtype: torch.dtype) -> Decoder:
             *((gain(shape.size), gain(shape.size)) if shape.qk_norm else (None, None)),
             *((gain(shape.hidden), gain(shape.hidden)) if shape.gemma else (None, None)),
             window=window,
+            local=window is not None,
         )
 
     config = {
