@@ -29,23 +29,26 @@ router = APIRouter()
 STATUSES = {
     400: "It cannot be served as asked: `param` names the field, `message` what was found and what would do.",
     401: "No key, or none that is valid.",
+    403: "A web page of elsewhere asks, or the server is asked by a name that any page may have; not where keys are asked for.",
     404: "There is none of that name.",
     408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The body is compressed, which is not understood.",
     429: "A limit of the key is reached.",
     431: "Too many headers, or too large ones.",
+    499: "It was aborted by `DELETE /v1/requests/{id}`.",
     500: "This request failed; the server goes on.",
-    529: "Too many requests wait.",
     503: "Not now: the model is loading, the server is shutting down or has too much to do, or the engine has died.",
+    529: "Too many requests wait.",
 }
-BODY = (400, 408, 413, 415)  # what reading a body can come to
-COMPUTE = (*BODY, 404, 503)  # and what the engine, too, has to do with
+ALWAYS = (400, 431, 500, 503)  # no HTTP, too many headers, a fault of ours, more connections than there can be
+BODY = (408, 413, 415)  # what reading a body can come to
+COMPUTE = (*BODY, 404)  # and what the engine, too, has to do with
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """One route: what it takes and gives. 401, 429, 431 and 500 need not be said: they follow from the route.
+    """One route: what it takes and gives. ALWAYS, 401, 403 and 429 need not be said: they follow from the route.
 
     ``answer`` and ``events`` are types: of the whole answer, and of one event's data where the body says ``stream``; ``done`` is
     the data of the event after the last one.
@@ -66,9 +69,9 @@ class Operation:
     unready: Any = None  # what a 503 says, where it is no error
 
     def statuses(self, method: str, path: str) -> list[int]:
-        found = {*self.errors, 431, 500}
+        found = {*self.errors, *ALWAYS}
         if path not in PUBLIC:
-            found |= {401, 429} if method == "post" else {401}
+            found |= {401, 403, 429} if method == "post" else {401, 403}
         return sorted(found)
 
     def types(self) -> Iterator[Any]:
@@ -152,8 +155,10 @@ def _operation(method: str, path: str, operation: Operation, schemas: Mapping[An
         "responses": {"200": _success(operation, schemas)},
     }
     for status in operation.statuses(method, path):
-        shape = operation.unready if status == 503 and operation.unready is not None else operation.error
-        content = {"application/json": {"schema": schemas[shape]}}
+        shape = schemas[operation.error]
+        if status == 503 and operation.unready is not None:
+            shape = {"anyOf": [schemas[operation.unready], shape]}
+        content = {"application/json": {"schema": shape}}
         headers = {**_header("X-Request-Id"), **(_header("Retry-After") if status in (429, 503, 529) else {})}
         described["responses"][str(status)] = {"description": STATUSES[status], "headers": headers, "content": content}
     parameters = [

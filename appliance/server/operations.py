@@ -9,7 +9,8 @@ from appliance.server.responses import described as responses
 from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, ModelRequest, TokenizeRequest
 
 HELLO = [{"role": "user", "content": "Hello!"}]
-READY = Operation(tag="health", summary="Whether requests are served", answer=about.Health, unready=about.NotReady, errors=(503,))
+EITHER_ERROR = answers.ErrorAnswer | messages.AnthropicErrorAnswer
+READY = Operation(tag="health", summary="Whether requests are served", answer=about.Health, unready=about.NotReady)
 
 OPERATIONS: dict[str, Operation] = {
     "POST /v1/completions": Operation(
@@ -31,10 +32,17 @@ OPERATIONS: dict[str, Operation] = {
         errors=COMPUTE,
     ),
     "GET /v1/models": Operation(
-        tag="models", summary="The models, under all their names", answer=about.Models | messages.ModelsPage
+        tag="models",
+        summary="The models, under all their names",
+        answer=about.Models | messages.ModelsPage,
+        error=EITHER_ERROR,
     ),
     "GET /v1/models/{model:path}": Operation(
-        tag="models", summary="The model of that name", answer=about.Model | messages.ModelInfo, errors=(404,)
+        tag="models",
+        summary="The model of that name",
+        answer=about.Model | messages.ModelInfo,
+        errors=(404,),
+        error=EITHER_ERROR,
     ),
     "POST /v1/models/load": Operation(
         tag="models",
@@ -71,7 +79,7 @@ OPERATIONS: dict[str, Operation] = {
         summary="The model's tokenizer_config.json, with the special tokens and the chat template that count here",
         query={"model": (str, "the model that is meant; the first one where it is left out")},
         answer=about.TokenizerInfo,
-        errors=(400, 404, 503),
+        errors=(404,),
     ),
     "DELETE /v1/requests/{request_id:path}": Operation(
         tag="answers",
@@ -98,14 +106,13 @@ OPERATIONS: dict[str, Operation] = {
         summary="The latest lines of the log",
         query={"after": (int, "only lines whose `seq` is above this")},
         answer=about.LogLines,
-        errors=(400,),
     ),
     "POST /reset_prefix_cache": Operation(
         tag="server",
         summary="Requests that come from now on find nothing of what was computed before",
         query={"model": (str, "the model that is meant; the first one where it is left out")},
         answer=about.Success,
-        errors=(404, 503),
+        errors=(404,),
     ),
     "GET /openapi.json": Operation(tag="server", summary="This description", answer=dict[str, object]),
     **responses.OPERATIONS,

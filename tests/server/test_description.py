@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
 from fastapi.openapi.utils import get_openapi
@@ -14,6 +19,7 @@ from starlette.routing import Route
 
 from appliance.config import EngineConfig, ServerConfig
 from appliance.server.app import create_app
+from appliance.server.guard import PUBLIC
 from appliance.server.kinds import RANGES
 from appliance.server.operations import OPERATIONS
 from appliance.server.schemas import Fields
@@ -21,6 +27,7 @@ from appliance.text.tokenizer import Tokenizer
 from appliance.web import pages
 from tests.server.conftest import Served, serve_in_thread
 from tests.server.fake import FakeClient
+from tests.server.test_lifecycle import eventually
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -177,6 +184,52 @@ def test_answers_are_as_described(tokenizer: Tokenizer, described: dict[str, Any
             conformity.check(http.post(path, json={"model": "tiny"}), "post", path)
             done.add(f"POST {path}")
     assert done | {"DELETE /v1/requests/{request_id:path}"} == OPERATIONS.keys(), "a route that nobody asks"
+
+
+HEADS: dict[str, tuple[int, dict[str, str]]] = {  # what no route sees, since something before it answers
+    "no key": (401, {}),
+    "a name of elsewhere": (403, {"host": "evil.example"}),
+    "a page of elsewhere": (403, {"sec-fetch-site": "cross-site", "origin": "https://evil.example"}),
+    "two lengths": (400, {"content-length": "2", "transfer-encoding": "chunked"}),
+    "many headers": (431, {f"x-{k}": "" for k in range(100)}),
+    "a limit": (429, {"authorization": "Bearer sk-limited"}),
+    "a fault": (500, {}),
+}
+
+
+@pytest.mark.parametrize("why", HEADS)
+async def test_what_comes_before_a_route_is_described_too(
+    why: str, tokenizer: Tokenizer, described: dict[str, Any], served: Served, tmp_path: Path
+) -> None:
+    (status, headers), keys = HEADS[why], tmp_path / "keys.toml"
+    keys.write_text(f'one = {{ sha256 = "{sha256(b"sk-limited").hexdigest()}", requests_per_minute = 1 }}')
+    server = ServerConfig(api_key_file=str(keys) if status in (401, 429) else None)
+    app = create_app(FakeClient(), tokenizer, EngineConfig(model=str(served.state.engine_config.model)), server)
+    if why == "a fault":
+        app.router.middleware_stack = fail
+    conformity, exempt = Conformity(described), PUBLIC if status in (401, 403, 429) else ()
+    methods = {"a limit": ("POST",), "a page of elsewhere": ("POST", "DELETE")}.get(why, ("GET", "POST", "DELETE"))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
+        await http.post("/tokenize", headers=headers)
+        for method, path in (route.split() for route in OPERATIONS):
+            response = await http.request(method, re.sub("{.*?}", "x", path), headers=headers)
+            conformity.check(response, method.lower(), path.replace(":path}", "}"))
+            assert (response.status_code == status) is (method in methods and path not in exempt), (method, path)
+
+
+async def fail(scope: Any, receive: Any, send: Any) -> None:
+    raise RuntimeError("nobody foresaw this")
+
+
+def test_what_is_aborted_is_answered_as_described(slow: Served, described: dict[str, Any]) -> None:
+    body = {"model": "tiny", "max_tokens": 400, "messages": HELLO, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as pool, slow.http as http:
+        answer = pool.submit(slow.post, "/v1/messages", **body)
+        eventually(lambda: slow.state.jobs)
+        (job,) = slow.state.jobs
+        http.delete(f"/v1/requests/{job.request_id}")
+        assert answer.result().status_code == 499
+    Conformity(described).check(answer.result(), "post", "/v1/messages")
 
 
 def test_a_check_of_answers_can_fail(described: dict[str, Any]) -> None:

@@ -166,7 +166,7 @@ OPERATIONS = {
         answer=MessageAnswer,
         events=MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop | Ping,
         done=None,
-        errors=(*COMPUTE, 529),
+        errors=(*COMPUTE, 499, 529),
         error=AnthropicErrorAnswer,
     ),
     "POST /v1/messages/count_tokens": Operation(
@@ -175,7 +175,7 @@ OPERATIONS = {
         body=CountRequest,
         example={"model": "", "messages": [{"role": "user", "content": "Hello!"}]},
         answer=TokenCount,
-        errors=COMPUTE,
+        errors=(*COMPUTE, 529),
         error=AnthropicErrorAnswer,
     ),
 }

@@ -245,13 +245,13 @@ OPERATIONS = {
         summary="A response that is kept",
         query={"stream": (Literal[False], "refused where true: a stream cannot be had a second time")},
         answer=ResponseAnswer,
-        errors=(400, 404),
+        errors=(404,),
     ),
     "DELETE /v1/responses/{response_id}": Operation(
         tag="answers", summary="Forget a response", answer=DeletedResponse, errors=(404,)
     ),
     "POST /v1/responses/{response_id}/cancel": Operation(
-        tag="answers", summary="End a response that is under way", answer=ResponseAnswer, errors=(400, 404)
+        tag="answers", summary="End a response that is under way", answer=ResponseAnswer, errors=(404,)
     ),
     "GET /v1/responses/{response_id}/input_items": Operation(
         tag="answers",
@@ -262,6 +262,6 @@ OPERATIONS = {
             "after": (str, "only items behind the one of this id"),
         },
         answer=Items,
-        errors=(400, 404),
+        errors=(404,),
     ),
 }
