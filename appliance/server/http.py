@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import resource
 import socket
 import ssl
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import h11
@@ -29,6 +31,10 @@ MAX_FILES = 65_536
 MAX_CONNECTIONS, SPARE_FILES = 8192, 64  # files for all that is no connection; a head that does not end holds 32 KiB for READ_S
 BACKLOG, AT_ONCE = 2048, 16  # connections that wait in the kernel; those taken at once, before any of them can be refused
 GONE_S = 0.1  # how often it is asked whether a client that sends no more is gone
+CERTIFICATE, PRIVATE_KEY = (
+    re.compile(rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE-----"),
+    re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----"),
+)
 KEEP_ALIVE_S = 30  # longer than the 5 s after which many clients' pools give a connection up: it is for them to close it
 
 
@@ -246,13 +252,27 @@ def check_tls(server: ServerConfig) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     flags = f"--ssl-certfile {server.ssl_certfile}" + (f" --ssl-keyfile {server.ssl_keyfile}" if server.ssl_keyfile else "")
     try:
+        _check_papers(server.ssl_certfile, server.ssl_keyfile)
         context.load_cert_chain(server.ssl_certfile, server.ssl_keyfile, _no_password)
         if server.ssl_ca_certs:
             flags = f"--ssl-ca-certs {server.ssl_ca_certs}"
             context.load_verify_locations(server.ssl_ca_certs)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # SSLError is an OSError
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise InputError(f"{flags}: {str(reason).replace('_', ' ').lower()}") from None
+
+
+def _check_papers(certfile: str, keyfile: str | None) -> None:
+    """Raises OSError, or InputError naming the file that does not hold what it should: OpenSSL says no more than "PEM lib"."""
+    has_key = {file: PRIVATE_KEY.search(Path(file).read_bytes()) is not None for file in (certfile, keyfile) if file}
+    if not CERTIFICATE.search(Path(certfile).read_bytes()):
+        found = ", but a private key, which is for --ssl-keyfile" if has_key[certfile] else ""
+        raise InputError(f"--ssl-certfile {certfile} holds no certificate (PEM){found}")
+    if not has_key[keyfile or certfile]:
+        said = f"--ssl-keyfile {keyfile} holds no private key (PEM)"
+        raise InputError(said if keyfile else f"--ssl-certfile {certfile} holds no private key: name its file with --ssl-keyfile")
 
 
 def _no_password() -> str:

@@ -369,7 +369,13 @@ def _answers(http: httpx.Client) -> bool:
         ("--ssl-keyfile server.key", "--ssl-keyfile needs --ssl-certfile"),
         ("--ssl-ca-certs ca.pem", "--ssl-ca-certs needs --ssl-certfile"),
         ("--ssl-certfile none.pem", "--ssl-certfile none.pem: no such file or directory"),
-        ("--ssl-certfile server.pem", "--ssl-certfile server.pem: "),
+        ("--ssl-certfile server.pem", "--ssl-certfile server.pem holds no private key: name its file with --ssl-keyfile"),
+        (
+            "--ssl-certfile server.key --ssl-keyfile server.pem",
+            "--ssl-certfile server.key holds no certificate (PEM), but a private key, which is for --ssl-keyfile",
+        ),
+        ("--ssl-certfile names", "--ssl-certfile names holds no certificate (PEM)"),
+        ("--ssl-certfile server.pem --ssl-keyfile ca.pem", "--ssl-keyfile ca.pem holds no private key (PEM)"),
         (
             "--ssl-certfile server.pem --ssl-keyfile client.key",
             "--ssl-certfile server.pem --ssl-keyfile client.key: key values mismatch",
