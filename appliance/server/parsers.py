@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 from appliance.config import ServerConfig
 from appliance.core.params import NOT_WITH_GRAMMAR, RequestError, SamplingParams, StructuredOutputsParams
-from appliance.server.prompts import Prompt
+from appliance.server.prompts import RENDER_S, Prompt
 from appliance.server.schemas import ChatRequest
 from appliance.server.structured import compiled, form_field
 from appliance.text.answer import AnswerParser, HarmonyAnswer
 from appliance.text.detokenizer import MARK
 from appliance.text.reasoning import HARMONY, REASONING, ReasoningParser, Tags, tags_of
+from appliance.text.timelimit import TimeLimit
 from appliance.text.tokenizer import Tokenizer
 from appliance.text.tools.choice import FORMS, Forced, ToolChoice, forced, tool_choice
 from appliance.text.tools.choice import HARMONY as HARMONY_FORM
@@ -41,12 +42,13 @@ class Parsers:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer | None, config: ServerConfig) -> Parsers:
-        """Raises InputError where an option names no parser."""
+        """Raises InputError where an option names no parser, or the chat template has no end."""
         tools = _named("--tool-call-parser", config.tool_call_parser, PARSERS)
         tags = _named("--reasoning-parser", config.reasoning_parser, REASONING)
         if tokenizer is not None and tokenizer.has_chat_template:
+            found = _tried_out(tokenizer, config)
             if config.tool_call_parser == "auto":
-                tools = PARSERS.get(detect(tokenizer.chat) or "")
+                tools = PARSERS.get(found or "")
             if config.reasoning_parser == "auto":
                 tags = tags_of(tokenizer.chat_templates)
         return cls(*_as_one(tools, tags, config), tokenizer)
@@ -184,6 +186,16 @@ def _fitted(message: dict[str, Any]) -> dict[str, Any]:
             {**call, "id": nine_characters(call["id"])} if ok else call for call, ok in zip(calls, known, strict=True)
         ]
     return fitted
+
+
+def _tried_out(tokenizer: Tokenizer, config: ServerConfig) -> str | None:
+    """The name of the parser that reads the calls of the model's chat template; here it shows, too, where that has no end."""
+    try:
+        return TimeLimit(RENDER_S).run(partial(detect, tokenizer.chat))
+    except TimeoutError as error:
+        given = config.chat_template
+        name = "the model's chat template" if given is None else f"--chat-template{'' if '{' in given else f' {given}'}"
+        raise InputError(f"{name}: {error} to write a question and a call: give another one with --chat-template FILE") from None
 
 
 def _named(flag: str, name: str, known: Mapping[str, T]) -> T | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from appliance.core.door import ContextOverflow
@@ -13,6 +15,7 @@ from appliance.core.params import RequestError
 from appliance.server.beside import one_at_a_time
 from appliance.server.sampling import COMPLETION_TOKENS
 from appliance.server.schemas import ChatRequest, CompletionRequest, TokenizeRequest
+from appliance.text.timelimit import TimeLimit
 from appliance.text.tokenizer import Tokenizer
 
 INLINE_CHARS = 2000  # texts up to this length are tokenized on the event loop (well under a millisecond)
@@ -21,6 +24,12 @@ SLACK = 16  # tokens by which a cut text may differ from the uncut one
 MAX_PROMPTS = 1024  # of a request; each is a request of its own to the engine
 MAX_CHARS, MAX_CHARS_PER_TOKEN = 2**21, 16  # texts longer than both say (of the context) are not tokenized, truncated or not
 LARGE_CHARS = 2**17  # longer texts are tokenized one after another: a token takes some hundred bytes meanwhile
+BRIEF_S, RENDER_S = (
+    0.25,
+    5.0,
+)  # of processor time for a chat template: at first, and in the line of those for which that is too little
+
+_long = ThreadPoolExecutor(1, thread_name_prefix="template")
 
 
 @dataclass(frozen=True)
@@ -58,10 +67,14 @@ async def chat_prompt(body: ChatRequest, tokenizer: Tokenizer | None, limit: int
 
 
 async def render(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest, kwargs: Mapping[str, Any], tools: Any) -> str:
+    """The conversation as the model's chat template writes it. Raises RequestError, also where that takes too long.
+
+    What most need no time for is not kept waiting by what takes long, and what nobody waits for any more ends.
+    """
     clash = {"tools", "add_generation_prompt", "continue_final_message"} & kwargs.keys()
     if clash:
         raise RequestError(f"chat_template_kwargs may not hold {sorted(clash)[0]!r}", param="chat_template_kwargs")
-    return await asyncio.to_thread(
+    work = partial(
         tokenizer.chat,
         body.messages or [],
         add_generation_prompt=body.add_generation_prompt,
@@ -69,6 +82,22 @@ async def render(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest, kwar
         tools=tools,
         **kwargs,
     )
+    try:
+        try:
+            return await _limited(work, BRIEF_S)
+        except TimeoutError:
+            return await _limited(work, RENDER_S, _long)
+    except TimeoutError as error:
+        message = f"the chat template cannot write this conversation: {error}; send fewer or shorter messages"
+        raise RequestError(message, param="messages") from None
+
+
+async def _limited(work: Callable[[], str], seconds: float, where: Executor | None = None) -> str:
+    limit = TimeLimit(seconds)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(where, limit.run, work)
+    finally:
+        limit.stop()
 
 
 async def tokenize(tokenizer: Tokenizer, text: str, special: bool, limit: int) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from appliance.core.params import RequestError
@@ -19,6 +20,7 @@ from appliance.text.reasoning import HARMONY, tags_of
 from quant.errors import InputError
 
 MAX_CHARACTERS = 32 * 2**20  # of one rendered conversation: a template is a program and could write for ever
+MAX_BITS = 2**16  # of a number in a template
 _TAIL = "\ue000the last message ends here "  # the space shows whether the template trims
 
 
@@ -47,8 +49,25 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """In which no multiplication takes long: a time limit ends a template between two operations, and not in the midst of one."""
+
+    intercepted_binops = frozenset({"*", "**"})  # which are not computed when the template is compiled then
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > MAX_BITS:
+                raise TemplateError(f"a number of more than {MAX_BITS} bits")
+        elif operator == "*":
+            times, sized = (left, right) if isinstance(left, int) else (right, left)
+            if isinstance(times, int) and hasattr(sized, "__len__") and times * len(sized) > MAX_CHARACTERS:
+                raise TemplateError(f"a product of more than {MAX_CHARACTERS} characters or elements")
+        return super().call_binop(context, operator, left, right)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     env.filters["tojson"] = _to_json
     env.globals["raise_exception"] = _refuse
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -80,7 +99,7 @@ class ChatTemplates:
 
     def __init__(self, templates: Mapping[str, str], named_tokens: Mapping[str, str]) -> None:
         self._sources, self._tokens = dict(templates), dict(named_tokens)
-        self._compiled: dict[str, tuple[Template, Callable[[Any], Any]]] = {}
+        self._compiled: dict[str, tuple[Template, Callable[[Any], Any]]] = {}  # by source
 
     def __bool__(self) -> bool:
         return bool(self._sources)
@@ -150,16 +169,16 @@ class ChatTemplates:
                 param="messages",
             )
         source = self._sources.get(name) or next(iter(self._sources.values()))
-        if name not in self._compiled:
+        if source not in self._compiled:
             try:
-                self._compiled[name] = (_ENV.from_string(source), _content_form(source))
+                self._compiled[source] = (_ENV.from_string(source), _content_form(source))
             except TemplateSyntaxError as error:
                 raise RequestError(
                     f"the model's chat template is damaged (line {error.lineno}: {error.message}): "
                     "give another one with --chat-template FILE",
                     param="messages",
                 ) from error
-        return self._compiled[name]
+        return self._compiled[source]
 
 
 def _run(template: Template, values: dict[str, Any]) -> str:

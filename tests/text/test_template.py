@@ -188,6 +188,30 @@ def test_a_template_cannot_write_for_ever(monkeypatch):
         chat("{% for i in range(99999) %}xxxxxxxxxx{% endfor %}", [USER])
 
 
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        (
+            "{{ 3 * 4 }} {{ 2 * 'ab' }} {{ [1] * 2 }} {{ 2 ** 10 }} {{ 4 ** 0.5 }} {{ 2 ** -99999999 }}",
+            "12 abab [1, 1] 1024 2.0 0.0",
+        ),
+        ("{{ 2 ** (10 ** 9) }}", "a number of more than 65536 bits"),
+        (
+            "{% set n = namespace(x=9) %}{% for _ in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+            "a number of more than 65536 bits",
+        ),
+        ("{{ 'x' * 10 ** 10 }}", "a product of more than 33554432 characters"),
+        ("{% set x = 99999 * range(99999) | list %}", "a product of more than 33554432 characters or elements"),
+    ],
+)
+def test_no_product_takes_long(source: str, found: str) -> None:
+    """Before the template is run as well: Jinja computes what has no variables when it compiles."""
+    try:
+        assert chat(source, [USER]) == found
+    except RequestError as error:
+        assert found in str(error)
+
+
 def test_options_that_contradict():
     with pytest.raises(RequestError, match="set one to false"):
         chat("x", [USER], continue_final_message=True)
