@@ -12,6 +12,7 @@ from typing import Any
 
 from quant.errors import InputError
 
+MAX_N = 16384  # completions of a prompt
 MAX_BEAMS = 256  # what a step looks at grows with their square
 MAX_LENGTH_PENALTY = 10.0  # beyond that the powers of lengths are no numbers any more
 MAX_WORDS, MAX_WORDS_CHARS = 1024, 32768  # of ``stop``, and of ``bad_words``: all of them are looked for at each token
@@ -154,7 +155,8 @@ class SamplingParams:
         return self.best_of or self.n
 
     def _check_numbers(self) -> None:
-        _number("n", self.n, 1, 16384, integer=True)
+        beams = self.use_beam_search
+        _number("n", self.n, 1, MAX_BEAMS if beams else MAX_N, integer=True, hint="the number of beams" if beams else "")
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
@@ -177,11 +179,10 @@ class SamplingParams:
     def _check_several(self) -> None:
         """What says how many completions there are."""
         if self.best_of is not None:
-            _number("best_of", self.best_of, 1, 16384, integer=True)
+            _number("best_of", self.best_of, 1, MAX_N, integer=True)
             if self.best_of < self.n:
                 raise RequestError(f"best_of is {self.best_of}, less than n = {self.n}: it must be at least n", param="best_of")
         if self.use_beam_search:
-            _number("n", self.n, 1, MAX_BEAMS, integer=True, hint="the number of beams")
             wrong = next((name for name, unused in NOT_FOR_BEAMS.items() if getattr(self, name) not in unused), None)
             if wrong is not None:
                 raise RequestError(

@@ -17,6 +17,7 @@ from appliance.core.params import RequestError, SamplingParams
 from appliance.server.beside import Pace
 from appliance.server.errors import EngineFailed
 from appliance.server.guard import Ticket, current
+from appliance.server.kinds import MAX_COMPLETIONS
 from appliance.server.metrics import Course
 from appliance.server.prompts import Prompt
 from appliance.server.structured import form_field
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from appliance.server.shortcut import Shortcut
     from appliance.server.state import ServerState
 
-MAX_COMPLETIONS = 1024  # of a request: of all its prompts
 _numbers = count(1)  # clients may send the same X-Request-Id twice; the engine never sees a name twice
 
 
@@ -49,8 +49,8 @@ class Job:
     ) -> None:
         """``shown``: as ``OutputStream`` has it. ``clamp``: each prompt gets what of max_tokens fits behind it."""
         if (total := len(prompts) * params.width) > MAX_COMPLETIONS:
-            found = f"{len(prompts)} prompts with {params.width} completions each" if len(prompts) > 1 else f"{total} completions"
-            message = f"the request asks for {found}: at most {MAX_COMPLETIONS} in all are taken in one; send several"
+            found = f"{len(prompts)} prompts with {params.width} completions each"
+            message = f"the request asks for {found}, {total}: at most {MAX_COMPLETIONS} in all are taken in one; send several"
             raise RequestError(message, param="n" if params.best_of is None else "best_of")
         self.state, self.request_id, self.prompts, self.body = state, request_id, prompts, body
         self.id = f"{prefix}-{request_id}"

@@ -36,11 +36,12 @@ _MESSAGE = {
 }
 Messages = Annotated[list[dict[str, Any]], WithJsonSchema({"type": "array", "items": _MESSAGE})]
 
-# Numbers, by the name that they have in all bodies; what reads them is SamplingParams and the like.
+# Numbers, by the name that they have in all bodies; what reads them is SamplingParams, ``sampling.py`` and the like.
+MAX_COMPLETIONS = 1024  # of a request: of all its prompts
 _PENALTY: dict[str, float] = {"minimum": -2, "maximum": 2}
 RANGES: dict[str, dict[str, float]] = {
-    "n": {"minimum": 1, "maximum": 16384},
-    "best_of": {"minimum": 1, "maximum": 16384},
+    "n": {"minimum": 1, "maximum": MAX_COMPLETIONS},
+    "best_of": {"minimum": 1, "maximum": MAX_COMPLETIONS},
     "temperature": {"minimum": 0},
     "top_p": {"exclusiveMinimum": 0, "maximum": 1},
     "top_k": {"minimum": -1},

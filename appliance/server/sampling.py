@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from appliance.core.params import RequestError, SamplingParams
+from appliance.server.kinds import MAX_COMPLETIONS
 from appliance.server.schemas import ChatRequest, CompletionRequest, SamplingFields
 
 # Fields that a body and SamplingParams share by name.
@@ -70,6 +71,9 @@ def chat_params(body: ChatRequest, defaults: Mapping[str, Any], max_logprobs: in
 def _params(body: SamplingFields, defaults: Mapping[str, Any], limit: int, more: Mapping[str, Any]) -> SamplingParams:
     check_logprobs("prompt_logprobs", body.prompt_logprobs, limit)
     given = {name: value for name in SHARED if (value := getattr(body, name)) is not None}
+    for name in ("n", "best_of") if not body.use_beam_search else ():
+        if (value := given.get(name)) is not None and not 1 <= value <= MAX_COMPLETIONS:
+            raise RequestError(f"{name} must be an integer at least 1 and at most {MAX_COMPLETIONS}, got {value}", param=name)
     if body.use_beam_search:  # it draws nothing
         defaults = {}
     return SamplingParams(**{**defaults, **given, **more})

@@ -49,7 +49,7 @@ def refused(served: Served, path: str, status: int = 400, **body: Any) -> dict[s
         ("allowed_token_ids", [], "allowed_token_ids is empty"),
         ("prompt_logprobs", 21, "prompt_logprobs is 21, but at most 20 are allowed"),
         ("stream_options", {"include_usage": True}, "stream_options is only allowed together with stream=true"),
-        ("best_of", 0, "best_of must be an integer at least 1 and at most 16384, got 0"),
+        ("best_of", 0, "best_of must be an integer at least 1 and at most 1024, got 0"),
         ("best_of", "two", "best_of: Input should be a valid integer, got 'two'"),
         ("use_beam_search", 1, "use_beam_search: Input should be a valid boolean, got 1"),
         ("length_penalty", "x", "length_penalty: Input should be a valid number, got 'x'"),
