@@ -80,6 +80,8 @@ def check(asked: Asked) -> None:
     for name, given in (("--record", asked.record), ("--serve", asked.serve)):
         if one_look and given is not None:
             raise InputError(f"{name} does not go with {one_look}: that is one look at a server that runs")
+    if asked.record and not _can_draw():
+        raise InputError("--record needs a terminal to draw on: what is kept is what the dashboard on it sees")
     for name, value in (("--url", asked.url), ("--serve", asked.serve), ("--record", asked.record)):
         if asked.replay and value:
             raise InputError(f"{name} does not go with --replay: a recording is played, and no server is asked")

@@ -135,6 +135,7 @@ REFUSED = [
     (Asked(flags=["box:8000"]), r"'box:8000': the address of a server is given as --url box:8000"),
     (Asked(serve=""), r"--serve needs a model"),
     (Asked(serve="demo"), r"--serve needs a terminal"),
+    (Asked(record=Path("/nowhere/x")), r"--record needs a terminal to draw on"),
     (Asked(replay=Path("/nowhere")), r"--replay /nowhere: No such file or directory"),
 ]
 
