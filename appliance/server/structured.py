@@ -11,6 +11,7 @@ from typing import Any
 
 from appliance.core.params import RequestError, SamplingParams, StructuredOutputsParams
 from appliance.server.schemas import SamplingFields
+from appliance.text.compiler import Brief, Unfinished
 from appliance.text.grammar import compile_grammar
 
 # Field of a body -> what it is called in StructuredOutputsParams.
@@ -24,6 +25,7 @@ SHORT = {
     "grammar": "grammar",
 }
 _waiting = ThreadPoolExecutor(32, thread_name_prefix="grammar")
+_long = ThreadPoolExecutor(1, thread_name_prefix="long grammar")
 KNOWN = tuple(field.name for field in fields(StructuredOutputsParams))
 
 
@@ -49,9 +51,17 @@ async def with_grammar(params: SamplingParams, body: SamplingFields) -> Sampling
 async def compiled(
     structured: StructuredOutputsParams, around: str = "", *, ours: bool = False, parts: Mapping[str, str] | None = None
 ) -> str:
-    """As ``compile_grammar``, whose turn may be long in coming: not in the threads that all others need."""
-    work = partial(compile_grammar, structured, around, ours=ours, parts=parts)
-    return await asyncio.get_running_loop().run_in_executor(_waiting, work)
+    """As ``compile_grammar``, whose turn may be long in coming: not in the threads that all others need.
+
+    What takes long goes to a line of its own, and what nobody waits for any more is not begun.
+    """
+    work, brief, loop = partial(compile_grammar, structured, around, ours=ours, parts=parts), Brief(), asyncio.get_running_loop()
+    try:
+        return await loop.run_in_executor(_waiting, brief.run, work)
+    except Unfinished:
+        return await loop.run_in_executor(_long, work)
+    finally:
+        brief.gone = True
 
 
 def structured_outputs(body: SamplingFields) -> tuple[str | None, StructuredOutputsParams] | None:

@@ -1,4 +1,4 @@
-"""A process that tries grammars. They come from strangers, and what takes too long or too much memory ends it, and nothing else.
+"""Processes that try grammars. They come from strangers, and what takes too long or too much memory ends it, and nothing else.
 
 The library bounds what it does by steps of its own counting, which leave out some of the work (an integer that is a multiple of
 99999999 would take hours), and no thread of it can be stopped.
@@ -16,12 +16,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 log = logging.getLogger("appliance.text")
 
-CPU_S = 2.0  # for one grammar
+T = TypeVar("T")
+
+CPU_S, BRIEF_S = 2.0, 0.25  # for one grammar: at most, and what most of them do with
 TIGHT = {"whitespace_flexible": False, "whitespace_pattern": None}
 MEMORY_BYTES = 2 * 2**30  # of address space, of which the deep stack takes an eighth
 
@@ -41,17 +44,52 @@ class Outcome(NamedTuple):
     part: str | None = None  # which one is wrong
 
 
-class Compiler:
-    """One process, begun with the first grammar and again after one that was too much; one grammar at a time."""
+class Unfinished(Exception):
+    """A grammar takes more than BRIEF_S, or nobody waits for it any more."""
+
+
+class Brief:
+    """Somebody who waits for grammars, and shall not keep others waiting by one that takes long."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.gone = False  # whether nobody waits any more: for any thread to say
+
+    def run(self, work: Callable[[], T]) -> T:
+        """``work()``, in which grammars are tried for BRIEF_S. Raises Unfinished."""
+        before = _brief.set(self)
+        try:
+            return work()
+        finally:
+            _brief.reset(before)
+
+
+_brief: ContextVar[Brief | None] = ContextVar("brief", default=None)
+
+
+class Compiler:
+    """Two processes, so that grammars that are tried briefly do not wait for one that takes long."""
+
+    def __init__(self) -> None:
+        self._briefly, self._fully = _Process(BRIEF_S), _Process(CPU_S)
+
+    def run(self, task: Task) -> Outcome:
+        """Waits for its turn. Raises TimeoutError where the grammar ended the process; within ``Brief.run`` Unfinished, too."""
+        process = self._fully if _brief.get() is None else self._briefly
+        return process.run(task, _brief.get())
+
+
+class _Process:
+    """Begun with the first grammar and again after one that was too much; one grammar at a time."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._lock = seconds, threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._conn: Connection | None = None
 
-    def run(self, task: Task) -> Outcome:
-        """Waits for its turn. Raises TimeoutError where the grammar ended the process."""
+    def run(self, task: Task, brief: Brief | None) -> Outcome:
         with self._lock:
+            if brief is not None and brief.gone:
+                raise Unfinished
             if self._conn is None:
                 self._start()
             assert self._conn is not None
@@ -63,7 +101,12 @@ class Compiler:
                 return Outcome(*news)
             except (EOFError, OSError):
                 code = self._stop()
-                slow, much = f"it takes more than {CPU_S:g} s to compile", f"it takes too much to compile (exit code {code})"
+                if brief is not None and code == -signal.SIGPROF:
+                    raise Unfinished from None
+                slow, much = (
+                    f"it takes more than {self._seconds:g} s to compile",
+                    f"it takes too much to compile (exit code {code})",
+                )
                 words = slow if code == -signal.SIGPROF else much
                 if part:
                     return Outcome("", True, [words], part)
@@ -71,7 +114,7 @@ class Compiler:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "appliance.text.compiler", str(theirs.fileno())]
+        command = [sys.executable, "-m", "appliance.text.compiler", str(theirs.fileno()), str(self._seconds)]
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         self._conn = Connection(ours.detach())
@@ -120,8 +163,8 @@ def _tried(made: str) -> Outcome:
     return Outcome(made, wrong, words)
 
 
-def _timed(task: Task, tell: Callable[[str], object]) -> Outcome:
-    signal.setitimer(signal.ITIMER_PROF, CPU_S)  # time of this process, whatever else the machine does
+def _timed(seconds: float, task: Task, tell: Callable[[str], object]) -> Outcome:
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # time of this process, whatever else the machine does
     try:
         return attempt(task, tell)
     except Exception as error:  # the library's own, and nothing narrower
@@ -141,7 +184,7 @@ def main() -> None:
     conn = Connection(int(sys.argv[1]))
     try:
         while True:
-            conn.send(tuple(pool.submit(_timed, conn.recv(), conn.send).result()))
+            conn.send(tuple(pool.submit(_timed, float(sys.argv[2]), conn.recv(), conn.send).result()))
     except (EOFError, OSError):
         os._exit(0)
 
