@@ -56,6 +56,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
 
 async def _serve(sock: socket.socket, entries: Sequence[Entry], sizes: Sequence[int], budget: int, server: ServerConfig) -> int:
     shared = Shared(server)
+    shared.budget = budget if server.models is not None else None
     hosts = [EngineHost(entry, size, shared) for entry, size in zip(entries, sizes)]
     return await Service(sock, hosts, shared, budget, server).run()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,6 +60,7 @@ class Shared:
         self.jobs: set[Job] = set()
         self.begun, self.started = time.time(), time.monotonic()
         self.draining = False
+        self.budget: int | None = None  # bytes that all models may take together, where there may be several
         self.named: set[str] = set()  # unknown request fields that the log has named already
         self.states: list[ServerState] = []  # of all models that were loaded so far
         self.http, self.hardware = HttpMetrics(), Hardware(self._engines)
@@ -117,6 +119,15 @@ class ServerState:
         if self.status != "ok" or self.client.info is None:
             raise self.refusal()
         return self.client.info
+
+    @property
+    def shown(self) -> EngineInfo | None:
+        """What is known of the engine. Where there may be several, each knows its share, and no budget: theirs is shown."""
+        found, budget = self.client.info, self.shared.budget
+        if found is None or budget is None:
+            return found
+        shared = {"budget_bytes": budget, "budget_source": "what the models of this server may take together"}
+        return replace(found, plan={**found.plan, **shared})
 
     def refusal(self) -> RequestError:
         """Why no request is served now."""

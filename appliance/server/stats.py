@@ -64,7 +64,7 @@ async def stats_body(state: ServerState) -> dict[str, Any]:
         "model": state.names[0],
         "state": state.status,
         "uptime_s": time.monotonic() - state.shared.started,
-        "info": state.client.info,
+        "info": state.shown,
         "engine": engine,
         "latency": {"ttft": state.metrics.ttft.summary(), "itl": state.metrics.itl.summary()},
         "hardware": await state.hardware.latest(),

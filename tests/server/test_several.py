@@ -11,7 +11,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from appliance.memory.text import size_text
 from tests.processes import gone
 from tests.server.test_lifecycle import eventually
 from tests.server.test_real import FLAGS, Running, started
@@ -76,6 +78,11 @@ def test_two_models_that_fit_together(folder: Path) -> None:
     with started("--models", str(file), *SMALL) as running, running.http as http:
         assert any("All of them fit together" in line for line in running.output), running.output
         assert states(http) == {"one": "ok", "two": "unloaded"}
+        budget = http.get("/stats").json()["info"]["plan"]["budget_bytes"]
+        assert any(line.startswith(f"Budget {size_text(budget)}: ") for line in running.output), (budget, running.output)
+        families = text_string_to_metric_families(http.get("/metrics").text)
+        planned = [one for family in families for one in family.samples if one.labels.get("category") == "budget"]
+        assert [one.value for one in planned] == [budget]
         assert http.post("/models/load", json={"model": "two"}).json() == {"success": True, "model": "two", "status": "ok"}
         assert len(engines(running)) == 2 and states(http) == {"one": "ok", "two": "ok"}
         assert ask(http, "one").json()["choices"] != ask(http, "two").json()["choices"]
