@@ -24,10 +24,8 @@ SLACK = 16  # tokens by which a cut text may differ from the uncut one
 MAX_PROMPTS = 1024  # of a request; each is a request of its own to the engine
 MAX_CHARS, MAX_CHARS_PER_TOKEN = 2**21, 16  # texts longer than both say (of the context) are not tokenized, truncated or not
 LARGE_CHARS = 2**17  # longer texts are tokenized one after another: a token takes some hundred bytes meanwhile
-BRIEF_S, RENDER_S = (
-    0.25,
-    5.0,
-)  # of processor time for a chat template: at first, and in the line of those for which that is too little
+# Of processor time for a chat template: at first, and in the line of those for which that is too little.
+BRIEF_S, RENDER_S = 0.25, 5.0
 
 _long = ThreadPoolExecutor(1, thread_name_prefix="template")
 

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from appliance.core.params import RequestError
 from appliance.server.beside import SMALL_BODY, Share, one_at_a_time, weight
-from appliance.server.errors import as_json, describe
+from appliance.server.errors import as_json, describe, unavailable
 from appliance.server.guard import Ticket, current
 from appliance.server.schemas import Body, parse
 
@@ -86,6 +86,8 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Response])
             return task.result()
         log.info("a client went away; its request is aborted")
         return Response(status_code=499)  # nobody reads it
+    except asyncio.CancelledError:  # by the HTTP server, when its time to drain is over
+        raise unavailable("the server is shutting down", "shutting_down") from None
     finally:
         await _end(task, gone)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -12,9 +13,12 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from appliance.config import EngineConfig, ServerConfig
+from appliance.core.params import RequestError
 from appliance.server.errors import unavailable
+from appliance.server.respond import while_connected
 from appliance.text.tokenizer import Tokenizer
 from tests.server.conftest import Served, serve_in_thread
 from tests.server.fake import FakeClient
@@ -117,6 +121,18 @@ def test_loading(tokenizer: Tokenizer, model_dir: Path) -> None:
         assert http.get("/v1/models").status_code == 200
         assert http.get("/stats").json()["state"] == "loading"
         assert http.get("/metrics").status_code == 200
+
+
+async def test_who_is_cut_off_at_the_end_is_told_why() -> None:
+    """Before there is a job that could be failed: in its chat template, or waiting for its grammar."""
+    request = Request({"type": "http"}, receive=asyncio.Event().wait)  # type: ignore[arg-type]
+    task = asyncio.create_task(while_connected(request, asyncio.sleep(60)))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(RequestError) as caught:
+        await task
+    assert (caught.value.status, caught.value.code) == (503, "shutting_down")
 
 
 def test_draining(slow: Served) -> None:
