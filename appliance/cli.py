@@ -16,7 +16,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict, Env
 
 from appliance.cli_flags import COMMANDS, translate
@@ -31,6 +31,15 @@ EPILOGUE = (
 NEAR = 0.8
 """Likeness (of difflib) from which on another option's name is what was meant."""
 FLAT = Parameter(name="*")
+
+
+class Variables(Env):
+    """APPLIANCE_*, but for options that tell clients whom to trust: variables of these names tell servers whom to let in."""
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        super().__call__(app, commands, ArgumentCollection(one for one in arguments if one.parameter.show_env_var is not False))
+
+
 CARDS = Parameter(negative=(), env_var_split=lambda _, value, **_more: [value])  # names have spaces in them
 ENGINE, SERVER = EngineConfig(), ServerConfig()
 EngineFlags = Annotated[EngineConfig, FLAT]
@@ -200,7 +209,7 @@ def run(argv: list[str]) -> int:
             for note in notes:
                 print(f"appliance: note: {note}", file=sys.stderr)
         argv, file = _take_config(argv)
-        app.config = (Env("APPLIANCE_", command=False), *_file_options(file, command))
+        app.config = (Variables("APPLIANCE_", command=False), *_file_options(file, command))
         return app(argv, exit_on_error=False, print_error=False) or 0
     except (InputError, CycloptsError) as error:
         if debug:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from appliance.tls import trust
 from quant.errors import InputError
 
 OnBody = Callable[[bytes, float], None]  # a piece of a 200's body, and when it came
@@ -225,7 +226,7 @@ class Target:
             raise InputError(f"--base-url {url}: it looks like http://127.0.0.1:8000")
         self.url, self.host, self.port = url.rstrip("/"), parts.hostname, port
         self._path, self._idle = parts.path.rstrip("/"), list[Connection]()
-        self._ssl = _tls(ca_certs, insecure=insecure) if parts.scheme == "https" else None
+        self._ssl = trust(ca_certs, insecure=insecure) if parts.scheme == "https" else None
         for name, value in headers.items():
             if any(c in name + value for c in "\r\n\0") or not (name + value).isascii():
                 raise InputError(f"--header {name!r}: neither names nor values hold line breaks or letters beyond ASCII")
@@ -284,13 +285,3 @@ class Target:
 def _why(error: OSError) -> str:
     text = error.strerror or str(error)
     return "connection refused" if isinstance(error, ConnectionRefusedError) or "refused" in text.lower() else text.lower()
-
-
-def _tls(ca_certs: str | None, *, insecure: bool) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=ca_certs)
-    except OSError as error:
-        raise InputError(f"--ssl-ca-certs {ca_certs}: {error.strerror or error}") from None
-    if insecure:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 from urllib.parse import urlsplit
 
+from appliance.tls import no_answer, opener
 from quant.errors import InputError
 
 TIMEOUT_S = 10.0  # for everything but answers, which take as long as they take
@@ -41,12 +42,13 @@ def base_url(url: str) -> str:
 class Server:
     """One server, asked itself and never through a proxy."""
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
+    def __init__(self, url: str, api_key: str | None = None, *, ca_certs: str | None = None, insecure: bool = False) -> None:
+        """Raises InputError for an address or a key that is none, and a file of certificates that does not do."""
         self.url = base_url(url)
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise InputError("--api-key has characters that no key has")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._opener = opener(self.url, ca_certs, insecure=insecure)
 
     def _open(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = TIMEOUT_S) -> Any:
         """The response. Raises ChatError in the server's own words."""
@@ -59,9 +61,10 @@ class Server:
         except urllib.error.HTTPError as error:
             with error:
                 raise ChatError(_words(error), error.code) from None
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            raise ChatError(f"no answer from {self.url}: {getattr(reason, 'strerror', None) or reason}") from None
+        except OSError as error:
+            raise ChatError(no_answer(self.url, error)) from None
+        except http.client.HTTPException as error:
+            raise ChatError(f"no answer from {self.url}: {error}") from None
 
     def _json(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         with self._open(path, body) as response:
@@ -105,9 +108,10 @@ class Server:
         except urllib.error.HTTPError as error:
             with error:
                 raw = error.read()
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            raise ChatError(f"no answer from {self.url}: {getattr(reason, 'strerror', None) or reason}") from None
+        except OSError as error:
+            raise ChatError(no_answer(self.url, error)) from None
+        except http.client.HTTPException as error:
+            raise ChatError(f"no answer from {self.url}: {error}") from None
         try:
             found = json.loads(raw)
         except ValueError:

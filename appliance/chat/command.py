@@ -6,6 +6,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+TRUST = Parameter(negative=(), show_env_var=False)  # see appliance.cli.Variables
+
 
 def chat(
     *model_and_options: Annotated[str, Parameter(allow_leading_hyphen=True)],
@@ -17,6 +19,8 @@ def chat(
     temperature: float | None = None,
     top_p: float | None = None,
     max_tokens: int | None = None,
+    ssl_ca_certs: Annotated[str | None, TRUST] = None,
+    insecure: Annotated[bool, TRUST] = False,
 ) -> int:
     """Talk to a model in the terminal, or ask it one question: with --prompt or from a pipe, and only the answer is printed.
 
@@ -41,9 +45,13 @@ def chat(
         Tokens are drawn from the likeliest that together have this probability.
     max_tokens
         Most tokens of an answer.
+    ssl_ca_certs
+        Trust these certificates (PEM), of a server with one of its own.
+    insecure
+        Take any certificate.
     """
     from appliance.chat.run import Asked, main
 
     settings = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
     given = {name: value for name, value in settings.items() if value is not None}
-    return main(Asked(model_and_options, url, api_key, model, prompt, system or "", given))
+    return main(Asked(model_and_options, url, api_key, model, prompt, system or "", given, ssl_ca_certs, insecure))

@@ -33,6 +33,12 @@ class Asked:
     prompt: str | None
     system: str
     settings: dict[str, Any]
+    ssl_ca_certs: str | None = None
+    insecure: bool = False
+
+    @property
+    def tls(self) -> dict[str, Any]:
+        return {"ca_certs": self.ssl_ca_certs, "insecure": self.insecure}
 
 
 def main(asked: Asked) -> int:
@@ -75,7 +81,7 @@ def _server(asked: Asked) -> Iterator[Server]:
     status = Status()
     try:
         if not asked.words:
-            server = Server(DEFAULT_URL if asked.url is None else asked.url, asked.api_key)
+            server = Server(DEFAULT_URL if asked.url is None else asked.url, asked.api_key, **asked.tls)
             try:
                 server.wait(status)
                 status.clear()
@@ -90,7 +96,7 @@ def _server(asked: Asked) -> Iterator[Server]:
             raise InputError(f"--url is for a server that runs, and {asked.words[0]!r} for one that is to be started")
         child = Child(asked.words)
         try:
-            server = child.server(status)
+            server = child.server(status, **asked.tls)
             status.clear()
             yield server
         finally:

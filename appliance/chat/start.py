@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from appliance import leash
 from appliance.chat.client import ChatError, Server
@@ -47,8 +48,8 @@ class Child:
                 self._url = found[1]
         os.close(self._leash)
 
-    def server(self, told: Callable[[str], None]) -> Server:
-        """Wait until it is ready. Raises InputError with the child's own words, ChatError where it has none."""
+    def server(self, told: Callable[[str], None], **tls: Any) -> Server:
+        """Wait until it is ready; ``tls``: as Server takes it. Raises InputError with the child's own words, else ChatError."""
         begun = time.monotonic()
         while self._url is None:
             if self._process.poll() is not None:
@@ -56,7 +57,7 @@ class Child:
                 raise self._reason()
             told(f"the model is being loaded, {time.monotonic() - begun:.0f} s")
             time.sleep(0.05)
-        return Server(self._url, self.key)
+        return Server(self._url, self.key, **tls)
 
     def _reason(self) -> Exception:
         for line in self._lines:

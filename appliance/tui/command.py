@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 SWITCH = Parameter(negative=())
 LIST = Parameter(negative=())
+TRUST = Parameter(negative=(), show_env_var=False)  # see appliance.cli.Variables
 
 
 def tui(
@@ -21,6 +22,8 @@ def tui(
     serve: str | None = None,
     record: Path | None = None,
     replay: Path | None = None,
+    ssl_ca_certs: Annotated[str | None, TRUST] = None,
+    insecure: Annotated[bool, TRUST] = False,
 ) -> int:
     """Watch running servers in the terminal, or start one and watch it.
 
@@ -44,8 +47,12 @@ def tui(
         Write all that is seen to this file; compressed where its name ends in .gz.
     replay
         Show what such a file has, instead of asking a server.
+    ssl_ca_certs
+        Trust these certificates (PEM), of a server with one of its own.
+    insecure
+        Take any certificate.
     """
     from appliance.tui.run import Asked, main
 
-    asked = Asked(url, api_key, interval, once, json, serve, flags, record, replay)
+    asked = Asked(url, api_key, interval, once, json, serve, flags, record, replay, ssl_ca_certs, insecure)
     return main(asked)

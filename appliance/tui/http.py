@@ -8,7 +8,9 @@ import urllib.error
 import urllib.request
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
+from urllib.request import OpenerDirector
 
+from appliance.tls import no_answer, opener
 from appliance.tui.vllm import NotVllm, VllmMetrics
 from quant.errors import InputError
 
@@ -48,19 +50,19 @@ def base_url(url: str) -> str:
     return full.rstrip("/")
 
 
-def ask(url: str, api_key: str | None = None, *, method: str = "GET") -> bytes:
+def ask(url: str, api_key: str | None = None, *, method: str = "GET", by: OpenerDirector | None = None) -> bytes:
     """The body of an answer with a status below 300. Asks the server itself, never a proxy. Raises HTTPError, OSError."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     headers = {} if not api_key else {"Authorization": f"Bearer {api_key}"}
-    with opener.open(urllib.request.Request(url, headers=headers, method=method), timeout=TIMEOUT) as answer:
+    request = urllib.request.Request(url, headers=headers, method=method)
+    with (by or opener(url, None)).open(request, timeout=TIMEOUT) as answer:
         body: bytes = answer.read(MOST_BYTES)
         return body
 
 
-def _get(url: str, path: str, api_key: str | None) -> bytes:
+def _get(url: str, path: str, api_key: str | None, by: OpenerDirector | None) -> bytes:
     """Raises FeedError; NotOurs where there is no such route."""
     try:
-        return ask(f"{url}{path}", api_key)
+        return ask(f"{url}{path}", api_key, by=by)
     except urllib.error.HTTPError as error:
         if error.code == 401:
             raise FeedError(f"{url} asks for a key: give one of its own as --api-key, or in APPLIANCE_API_KEY") from error
@@ -69,8 +71,7 @@ def _get(url: str, path: str, api_key: str | None) -> bytes:
         kind = NotOurs if error.code in (404, 405) else FeedError
         raise kind(f"{url}{path} answers {error.code} {error.reason}: is this an appliance server?") from error
     except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise FeedError(f"no answer from {url}: {getattr(reason, 'strerror', None) or reason}") from error
+        raise FeedError(no_answer(url, error)) from error
     except Exception as error:  # http.client has many ways to say that this is no HTTP
         raise FeedError(f"{url} does not answer by HTTP: {type(error).__name__}: {error}") from error
 
@@ -83,10 +84,10 @@ def _message(body: str | bytes) -> str:
         raise ValueError("no error of ours") from error
 
 
-def fetch(url: str, api_key: str | None = None, path: str = "/stats") -> dict[str, Any]:
+def fetch(url: str, api_key: str | None = None, path: str = "/stats", *, by: OpenerDirector | None = None) -> dict[str, Any]:
     """GET ``url`` + ``path``: a JSON object. Raises FeedError."""
     try:
-        body = json.loads(_get(url, path, api_key))
+        body = json.loads(_get(url, path, api_key, by))
     except ValueError as error:
         if isinstance(error, FeedError):
             raise
@@ -99,8 +100,10 @@ def fetch(url: str, api_key: str | None = None, path: str = "/stats") -> dict[st
 class Server:
     """A server by HTTP. What has no /stats is asked for vLLM's /metrics, which come in the shape of /stats."""
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
+    def __init__(self, url: str, api_key: str | None = None, *, ca_certs: str | None = None, insecure: bool = False) -> None:
+        """Raises InputError for an address that is none, and a file of certificates that does not do."""
         self.url, self.api_key = base_url(url), api_key
+        self._opener = opener(self.url, ca_certs, insecure=insecure)
         self.model: str | None = None  # of several, the one that is asked about
         self._metrics: VllmMetrics | None = None  # once it was found out that these are all there is
 
@@ -112,7 +115,7 @@ class Server:
             except (FeedError, NotVllm):
                 self._metrics = None  # who comes back may be another one
         try:
-            return fetch(self.url, self.api_key, f"/stats?model={quote(self.model, safe='')}" if self.model else "/stats")
+            return self._json(f"/stats?model={quote(self.model, safe='')}" if self.model else "/stats")
         except NotOurs as error:
             return self._vllm(error)
 
@@ -129,27 +132,30 @@ class Server:
 
     def _version(self) -> str:
         try:
-            return str(fetch(self.url, self.api_key, "/version").get("version", ""))
+            return str(self._json("/version").get("version", ""))
         except FeedError:
             return ""
 
     def _text(self, path: str) -> str:
-        return _get(self.url, path, self.api_key).decode(errors="replace")
+        return _get(self.url, path, self.api_key, self._opener).decode(errors="replace")
+
+    def _json(self, path: str) -> dict[str, Any]:
+        return fetch(self.url, self.api_key, path, by=self._opener)
 
     def log(self, after: int) -> dict[str, Any]:
         """``{"lines": [...], "next": N}``. Raises FeedError."""
-        return fetch(self.url, self.api_key, f"/logs?after={after}")
+        return self._json(f"/logs?after={after}")
 
     def cancel(self, request_id: str) -> str:
         """Abort a request. Returns what the server says to it; never raises for an answer, FeedError for none."""
         url = f"{self.url}/v1/requests/{quote(request_id, safe='')}"
         try:
-            ask(url, self.api_key, method="DELETE")
+            ask(url, self.api_key, method="DELETE", by=self._opener)
         except urllib.error.HTTPError as error:
             try:
                 return _message(error.read(MOST_BYTES))
             except (ValueError, OSError):
                 return f"the server answers {error.code} {error.reason}"
         except OSError as error:
-            raise FeedError(f"no answer from {self.url}: {getattr(error, 'reason', error)}") from error
+            raise FeedError(no_answer(self.url, error)) from error
         return f"{request_id} is cancelled"

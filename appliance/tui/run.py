@@ -36,6 +36,8 @@ class Asked:
     flags: Sequence[str] = ()  # of the server that is started
     record: Path | None = None
     replay: Path | None = None
+    ssl_ca_certs: str | None = None
+    insecure: bool = False
 
 
 def main(asked: Asked) -> int:
@@ -48,7 +50,8 @@ def main(asked: Asked) -> int:
         return _replay(Replay(asked.replay), asked)
     child = Child(asked.serve, asked.flags) if asked.serve is not None else None
     urls = [*([child.url] if child else []), *(base_url(url) for url in asked.url or ([] if child else [DEFAULT]))]
-    servers = [Server(url, key) for url, key in zip(urls, _keys(asked, child, len(urls)), strict=True)]
+    tls: dict[str, Any] = {"ca_certs": asked.ssl_ca_certs, "insecure": asked.insecure}
+    servers = [Server(url, key, **tls) for url, key in zip(urls, _keys(asked, child, len(urls)), strict=True)]
     if child is None and (asked.once or asked.json or not _can_draw()):
         return _look(servers, asked)
     if not _can_draw():

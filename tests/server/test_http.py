@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import resource
 import socket
 import ssl
@@ -19,6 +20,9 @@ import httpx
 import pytest
 
 from appliance import cli
+from appliance.chat import run as chat
+from appliance.chat.client import ChatError
+from appliance.chat.client import Server as ChatServer
 from appliance.config import EngineConfig, ServerConfig
 from appliance.server import http as server_http
 from appliance.server import respond
@@ -267,6 +271,29 @@ def test_tls(start: Start, papers: Path) -> None:
         with connect(served) as sock:
             sock.sendall(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")
             assert b"200 OK" not in rest(sock)
+
+
+def test_our_own_clients_trust_whom_they_are_told_to(
+    start: Start, papers: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hint = "is not trusted (unable to get local issuer certificate): --ssl-ca-certs FILE says whose certificates are trusted"
+    monkeypatch.setenv("APPLIANCE_INSECURE", "1")  # which is for servers
+    monkeypatch.setenv("APPLIANCE_SSL_CA_CERTS", str(papers / "ca.pem"))
+    trusting = (["--ssl-ca-certs", str(papers / "ca.pem")], ["--insecure"])
+    with start(ssl_certfile=str(papers / "server.pem"), ssl_keyfile=str(papers / "server.key")) as served:
+        assert cli.run(["tui", "--once", "--url", served.url]) == 1 and hint in capsys.readouterr().err
+        for flags in trusting:
+            assert cli.run(["tui", "--once", "--url", served.url, *flags]) == 0
+        asked: list[chat.Asked] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(chat, "main", lambda one: asked.append(one) or 0)
+            for flags in ([], *trusting):
+                assert cli.run(["chat", "--url", served.url, *flags]) == 0
+        with pytest.raises(ChatError, match=re.escape(hint)):
+            ChatServer(served.url, **asked[0].tls).health()
+        assert [list(ChatServer(served.url, **one.tls).models()) for one in asked[1:]] == [["tiny"], ["tiny"]]
+    assert cli.run(["tui", "--once", "--url", served.url, "--ssl-ca-certs", str(papers / "names")]) == 2
+    assert f"--ssl-ca-certs {papers / 'names'}: no certificate" in capsys.readouterr().err
 
 
 def test_clients_that_must_show_a_certificate(start: Start, papers: Path) -> None:

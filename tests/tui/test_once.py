@@ -32,7 +32,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Any:
     def install(*servers: Any) -> None:
         left = list(servers)
 
-        def make(url: str, key: str | None = None) -> Any:
+        def make(url: str, key: str | None = None, **tls: object) -> Any:
             one = left.pop(0)
             one.url, one.asked_with = url, key
             return one
