@@ -28,6 +28,7 @@ from quant.errors import InputError
 log = logging.getLogger("appliance.server")
 
 LIMITS = tuple(f.name for f in fields(Limits))
+MADE = 46  # characters of a key that ``make_key`` makes
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,10 @@ class Keyring:
         self._given = tuple(_given(i, key) for i, key in enumerate(api_keys))
         self._file = Path(file) if file else None
         self._kept: tuple[Key, ...] = ()
+        self.digests = {key.digest for key in self._given}
         self._accounts: dict[str, Account] = {}
         self.required = bool(self._given or file)
+        self.lengths = frozenset([*map(len, api_keys), *([MADE] if file else [])])  # of keys, as far as known
         keyrings.add(self)
         if self._file:
             try:
@@ -57,11 +60,6 @@ class Keyring:
                 raise InputError(f"--api-key-file {file}: {error.strerror}; `appliance key NAME >> {file}` makes one") from None
             if not self._kept and not self._given:
                 log.warning("%s holds no key: every request is refused until one is added", file)
-
-    def holds(self, word: str) -> bool:
-        """Whether it is one of the keys."""
-        digest = sha256(word.encode(errors="replace")).digest()
-        return any(key.digest == digest for key in (*self._given, *self._kept))
 
     def find(self, headers: Sequence[tuple[bytes, bytes]]) -> tuple[Key, Account]:
         """The key that a request brings, and what it has used. Raises RequestError (401)."""
@@ -77,6 +75,7 @@ class Keyring:
             raise _refused("the API key is not one of this server's")
         if found.expires is not None and time.time() >= found.expires:
             raise _refused(f"the API key {found.name!r} has expired")
+        self.lengths |= {len(presented)}
         return found, self._accounts.setdefault(found.name, Account(found.limits))
 
     def _reread(self) -> None:
@@ -103,6 +102,7 @@ class Keyring:
         if twice := next((key.name for key in keys if {key.name, key.digest} & taken), None):
             raise InputError(f"--api-key-file {self._file}: the name or the key of {twice!r} is taken by --api-key")
         self._kept = keys
+        self.digests = {key.digest for key in (*self._given, *keys)}
         for key in keys:
             if account := self._accounts.get(key.name):
                 account.change(key.limits)

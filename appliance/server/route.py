@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import Request
 
 from appliance.server.guard import Ticket, current
-from appliance.server.redact import is_key
+from appliance.server.redact import has_key
 from appliance.server.site import Site
 from appliance.server.state import ServerState
 
@@ -30,7 +30,7 @@ def request_id(request: Request, asked: str | None = None) -> str:
 
 def usable(name: str) -> bool:
     """Whether a client's own id may stand in headers and logs."""
-    return 0 < len(name) <= 128 and name.isascii() and name.isprintable() and not is_key(name)
+    return 0 < len(name) <= 128 and name.isascii() and name.isprintable() and not has_key(name)
 
 
 async def serving(request: Request, model: str | None) -> ServerState:

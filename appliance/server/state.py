@@ -21,6 +21,7 @@ from appliance.server.job import Job
 from appliance.server.keys import Keyring
 from appliance.server.metrics import HttpMetrics, Metrics
 from appliance.server.parsers import Parsers
+from appliance.server.redact import line
 from appliance.server.responses.store import ResponseStore
 from appliance.server.schemas import Fields
 from appliance.server.scrape import Scrape
@@ -152,7 +153,7 @@ class ServerState:
         fresh = set(names[:100]) - self.shared.named  # a client that makes names up shall fill neither time nor memory
         if fresh and len(self.shared.named) < 1000:
             self.shared.named |= fresh
-            log.warning("requests hold fields that are unknown here and ignored: %s", ", ".join(sorted(fresh))[:500])
+            log.warning("requests hold fields that are unknown here and ignored: %s", line(", ".join(sorted(fresh)), 500))
 
     def _bytes(self, token: int) -> list[int] | None:
         raw = self.tokenizer.token_bytes(token) if self.tokenizer else None

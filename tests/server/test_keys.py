@@ -22,6 +22,7 @@ from appliance.server import keys, run
 from appliance.server.app import create_app
 from appliance.server.guard import PUBLIC
 from appliance.server.keys import Keyring, read_keys
+from appliance.server.redact import has_key, hide
 from appliance.text.tokenizer import Tokenizer
 from quant.errors import InputError
 from tests.server.conftest import Served, serve_in_thread
@@ -232,6 +233,10 @@ def test_the_key_command(start: Start, tmp_path: Path, capsys: pytest.CaptureFix
     assert told.split()[-1] != secret
     file = tmp_path / "keys.toml"
     file.write_text(line + second)
+    ring = Keyring(file=str(file))
+    assert hide(f"xx{secret}yy") == "xx***yy" and has_key(f"id-{secret}") and not has_key(f"id-{secret[:-1]}")
+    file.write_text(f'{line}{second}mine = {{ sha256 = "{digest("hunter2-hunter2")}" }}\n')
+    assert ring.find([(b"x-api-key", b"hunter2-hunter2")])[0].name == "mine" and hide("bhunter2-hunter22") == "b***2"
     with start(api_key_file=str(file)) as served:
         assert status(served, secret) == status(served, told.split()[-1]) == 200 and status(served, "sk-x") == 401
     for args, words in (

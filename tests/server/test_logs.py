@@ -219,18 +219,23 @@ def test_keys_are_hidden_wherever_they_stand() -> None:
         f"'{KEY}'",
         f"key={KEY}",
         "user:plain-key-of-mine@host",
+        f"foo_{KEY}",
+        f"{KEY}s",
+        f"the field x{KEY}-{KEY}.plain-key-of-mineplain-key-of-mine",
     ):
         assert KEY not in hide(text) and "plain-key-of-mine" not in hide(text), text
     assert hide("Authorization: Bearer abc.def") == "Authorization: Bearer ***"
     assert hide("with sk-proj-0123456789abcdefghij and hf_ABCDEFGHIJKLMNOPQRST!") == "with *** and ***!"
     assert hide("the task is done; a risk-free sk-short word") == "the task is done; a risk-free sk-short word"
+    within = Keyring(("of-mine", "secret-of-mine-1"))
+    assert hide("a secret-of-mine-1b of-mine2") == "a ***b ***2"
     odd = Keyring(('"[quo\\ted]"{key}', "a=b/c?d&e:f@g,h;key"))
     for key in ('"[quo\\ted]"{key}', "a=b/c?d&e:f@g,h;key"):
         assert key not in hide(f"GET /{key}/x?y=({key})") and json.dumps(key)[1:-1] not in logs.Json().format(
             record("%s", f"<{key}>")
         )
     assert len(hide("/".join("abcdefgh" for _ in range(5000)))) == 9 * 5000 - 1, "long lines take their time, but not for ever"
-    del ring, odd
+    del ring, odd, within
 
 
 @pytest.fixture(scope="module")
