@@ -9,7 +9,6 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,6 +21,7 @@ from appliance.server.guard import Guard
 from appliance.server.habits import Habits, methods, unserved
 from appliance.server.host import FixedHost
 from appliance.server.messages import router as messages
+from appliance.server.pages import Cors
 from appliance.server.respond import read, while_connected
 from appliance.server.responses import router as responses
 from appliance.server.route import request_id, serving, usable
@@ -69,7 +69,7 @@ def app_of(site: Site, state: ServerState) -> FastAPI:
     app.add_middleware(Guard, state=state)
     if server_config.allowed_origins:  # outside of the guard: browsers ask for leave without a key
         app.add_middleware(
-            CORSMiddleware,
+            Cors,
             allow_origins=server_config.allowed_origins,
             allow_methods=["*"],
             allow_headers=["*"],

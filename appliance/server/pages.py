@@ -7,9 +7,13 @@ import socket
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import Scope
 
 from appliance.core.params import RequestError
+from appliance.server.errors import JSONResponse, error_body
 
 READS = ("GET", "HEAD", "OPTIONS")
 LOCAL = (
@@ -68,3 +72,17 @@ class Pages:
         except ValueError:
             return False
         return True
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, but that its refusal is JSON as all others are."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        found = super().preflight_response(request_headers)
+        if found.status_code < 400:
+            return found
+        refused = bytes(found.body).decode().removeprefix("Disallowed CORS ")
+        message = f"pages of {request_headers['origin'][:200]} may not ask so ({refused}): --allowed-origins lets those of one in"
+        code = "origin_not_allowed" if "origin" in refused else None
+        headers = {name: value for name, value in found.headers.items() if not name.startswith("content-")}
+        return JSONResponse(error_body(message, status=found.status_code, code=code), found.status_code, headers)

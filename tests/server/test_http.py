@@ -233,7 +233,9 @@ def test_allowed_origins(start: Start) -> None:
             assert "x-request-id" in answer.headers["access-control-expose-headers"].lower()
             assert "access-control-allow-credentials" not in answer.headers
         other = {"Origin": "https://evil.example"}
-        assert http.options("/v1/completions", headers={**other, **wish}).status_code == 400
+        refused = http.options("/v1/completions", headers={**other, **wish})
+        assert refused.status_code == 400 and refused.json()["error"]["code"] == "origin_not_allowed"
+        assert refused.headers["vary"].startswith("Origin") and "access-control-allow-origin" not in refused.headers
         answer = http.post("/v1/completions", json=body, headers={**other, **bearer("sk-x")})
         assert "access-control-allow-origin" not in answer.headers
     with start(allowed_origins=("*",)) as served, served.http as http:
