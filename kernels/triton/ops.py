@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.ops import Ops, Weight
+from kernels.ops import Clamp, Ops, Weight
 from kernels.triton import stack, weights
 from kernels.triton.argmax import argmax
 from kernels.triton.attention import attention
@@ -34,8 +34,11 @@ def make_ops(device: torch.device) -> Ops:
         bias: Tensor | None = None,
         gated: bool = False,
         gelu: bool = False,
+        clamp: Clamp | None = None,
         activation: str = "auto",
     ) -> Weight:
+        if clamp is not None:  # the memory plan refuses such models before
+            raise ValueError("no kernel for cards knows gpt-oss's gate")
         here = weight.on(device) if isinstance(weight, QuantTensor) else weight.to(device)
         bias = None if bias is None else bias.to(device)
         return weights.pack(here, dtype=dtype, bias=bias, gated=gated, gelu=gelu, activation=activation)
