@@ -79,7 +79,8 @@ HYBRID = {
 GPT_OSS = {
     "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 3,
     "rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False,
+        "rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False,
+        "beta_fast": 2.0, "beta_slow": 0.5,
     },
 }  # fmt: skip
 

@@ -12,14 +12,14 @@ constexpr int kFloatZero = 12;
 alignas(16) constexpr uint8_t kFloats[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // by code
 
 INLINE F load_scale(const Linear& w, int64_t index) {  // 16 scales from `index` on
-    if (w.scale_type == Type::e8) return as_float(widen_u8(static_cast<const uint8_t*>(w.scales) + index) << 23) * splat(0.5f);
     if (w.scale_type == Type::f16) return As<Type::f16>::load(static_cast<const uint16_t*>(w.scales) + index);
     if (w.scale_type == Type::bf16) return As<Type::bf16>::load(static_cast<const uint16_t*>(w.scales) + index);
+    if (w.scale_type == Type::e8) return as_float(widen_u8(static_cast<const uint8_t*>(w.scales) + index) << 23) * splat(0.5f);
     return load(static_cast<const float*>(w.scales) + index);
 }
 
 INLINE I load_zero(const Linear& w, int64_t index) {
-    return w.zeros != nullptr ? widen_u8(w.zeros + index) : isplat(w.codes == Codes::int8 ? 128 : w.codes == Codes::int4 ? 8 : kFloatZero);
+    return w.zeros != nullptr ? widen_u8(w.zeros + index) : isplat(w.codes == Codes::int4 ? 8 : w.codes == Codes::int8 ? 128 : kFloatZero);
 }
 
 INLINE const uint8_t* segment_data(const Linear& w, int64_t panel, int64_t segment) {

@@ -112,8 +112,8 @@ template <int R, int V> INLINE void fma_rows(const float* w, int64_t inputs, int
 }
 
 // C += codes of one segment times float32 activations, for few rows: codes become floats in registers, zero and scale come last.
-template <int R, int V>
-INLINE void fma_segment(const uint8_t* w, Codes codes, int64_t unit, const float* x, int64_t stride, const F* scale, const F* zero, float* c) {
+template <int R, int V, Codes kCodes>
+INLINE void fma_segment(const uint8_t* w, int64_t unit, const float* x, int64_t stride, const F* scale, const F* zero, float* c) {
     F acc[R][V], sum[R];
     UNROLL for (int r = 0; r < R; ++r) {
         F all = splat(0);
@@ -121,14 +121,16 @@ INLINE void fma_segment(const uint8_t* w, Codes codes, int64_t unit, const float
         sum[r] = splat(reduce_add(all));
         UNROLL for (int v = 0; v < V; ++v) acc[r][v] = splat(0);
     }
-    const int64_t inputs = codes == Codes::int8 ? 4 : 8;
-    for (int64_t k = 0; k < unit; k += inputs, w += 256)
-        for (int64_t half = 0; half < inputs; half += 4) {
-            I bytes[V];
-            with_codes(codes, [&](auto tag) __attribute__((always_inline)) { UNROLL for (int v = 0; v < V; ++v) bytes[v] = bytes_of<tag.value>(iload(w + 64 * v), half != 0); });
-            for (int j = 0; j < 4; ++j) {
+    constexpr int64_t kInputs = kCodes == Codes::int8 ? 4 : 8;
+    for (int64_t k = 0; k < unit; k += kInputs, w += 256)
+        for (int64_t half = 0; half < kInputs; half += 4) {
+            I line[V];  // nibbles are taken one by one where nothing is to be looked up
+            UNROLL for (int v = 0; v < V; ++v) line[v] = kCodes == Codes::fp4 ? bytes_of<kCodes>(iload(w + 64 * v), half != 0) : iload(w + 64 * v);
+            const I mask = isplat(kCodes == Codes::int4 ? 15 : 255);
+            for (int64_t j = 0; j < 4; ++j) {
+                const int shift = int(8 * j + (kCodes == Codes::int4 ? half : 0));
                 F q[V];
-                UNROLL for (int v = 0; v < V; ++v) q[v] = to_float((bytes[v] >> (8 * j)) & isplat(255));
+                UNROLL for (int v = 0; v < V; ++v) q[v] = to_float((line[v] >> shift) & mask);
                 UNROLL for (int r = 0; r < R; ++r) {
                     const F a = splat(x[r * stride + k + half + j]);
                     UNROLL for (int v = 0; v < V; ++v) acc[r][v] = fma(a, q[v], acc[r][v]);
@@ -150,7 +152,9 @@ INLINE void fma_direct(const Linear& w, int64_t panel, int64_t segment, int v0, 
             scale[i] = load_scale(w, index + 16 * i);
             zero[i] = to_float(load_zero(w, index + 16 * i));
         }
-        fma_segment<R, V>(segment_data(w, panel, segment) + 64 * v, w.codes, w.unit, x, stride, scale, zero, c + 16 * v);
+        with_codes(w.codes, [&](auto tag) __attribute__((always_inline)) {
+            fma_segment<R, V, tag.value>(segment_data(w, panel, segment) + 64 * v, w.unit, x, stride, scale, zero, c + 16 * v);
+        });
     }
 }
 
