@@ -111,6 +111,7 @@ GPT_OSS = Architecture(
     normalized=True,
     clamped=True,
     sinks=True,
+    float16=False,  # trained in bfloat16: in float16 the experts' products go to infinity, as others found
     defaults={
         "attention_bias": True,
         "sliding_window": 128,

@@ -103,3 +103,9 @@ DOWN = "model.layers.1.mlp.experts.down_proj"
 def test_headers_of_something_else(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         headers(tmp_path, changes)
+
+
+def test_float16_is_refused(tmp_path: Path) -> None:
+    directory = write_gpt_oss(tmp_path, GPT_OSS)
+    with pytest.raises(InputError, match=r"--dtype float16: this model's activations grow beyond .*; use --dtype bfloat16"):
+        make_plan(directory, EngineConfig(dtype="float16"), DeviceInfo("cpu", "machine", GIB, GIB))
