@@ -98,12 +98,12 @@ def test_long_sequences_are_cut_and_merged(ops: NativeOps, window: int | None, d
     check(ops, [(3000, 1), (10, 1), (1500, 4)], dtype=dtype, window=window, spread=6.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("kind", [None, "int8", "int4", "fp8_e4m3"])
 @pytest.mark.parametrize("window", [None, 128])
 def test_sinks(ops: NativeOps, window: int | None, kind: str | None, dtype: torch.dtype) -> None:
     """Once a head and token, also where keys are cut and merged, and where a sink is most of the sum."""
-    sequences = [(3000, 1), (10, 1), (0, 3), (150, 60)]
+    sequences = [(1300, 1), (10, 1), (0, 3), (150, 60)]
     for spread, cap in ((1.0, None), (4.0, 20.0)):
         check(ops, sequences, heads=8, size=64, dtype=dtype, window=window, kind=kind, spread=spread, cap=cap, sinks=True)
 

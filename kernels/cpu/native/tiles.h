@@ -121,18 +121,18 @@ INLINE void fma_segment(const uint8_t* w, int64_t unit, const float* x, int64_t 
         sum[r] = splat(reduce_add(all));
         UNROLL for (int v = 0; v < V; ++v) acc[r][v] = splat(0);
     }
-    constexpr int64_t kInputs = kCodes == Codes::int8 ? 4 : 8;
+    constexpr int64_t kInputs = kCodes == Codes::int8 ? 4 : 8, kStep = kCodes == Codes::fp4 ? 4 : kInputs;  // looked up four at a time
+    const I mask = isplat(kCodes == Codes::int4 ? 15 : 255);
     for (int64_t k = 0; k < unit; k += kInputs, w += 256)
-        for (int64_t half = 0; half < kInputs; half += 4) {
-            I line[V];  // nibbles are taken one by one where nothing is to be looked up
-            UNROLL for (int v = 0; v < V; ++v) line[v] = kCodes == Codes::fp4 ? bytes_of<kCodes>(iload(w + 64 * v), half != 0) : iload(w + 64 * v);
-            const I mask = isplat(kCodes == Codes::int4 ? 15 : 255);
-            for (int64_t j = 0; j < 4; ++j) {
-                const int shift = int(8 * j + (kCodes == Codes::int4 ? half : 0));
+        for (int64_t first = 0; first < kInputs; first += kStep) {
+            I line[V];
+            UNROLL for (int v = 0; v < V; ++v) line[v] = kCodes == Codes::fp4 ? bytes_of<kCodes>(iload(w + 64 * v), first != 0) : iload(w + 64 * v);
+            for (int64_t j = 0; j < kStep; ++j) {
+                const int shift = int(j % 4 * 8 + j / 4 * 4);
                 F q[V];
                 UNROLL for (int v = 0; v < V; ++v) q[v] = to_float((line[v] >> shift) & mask);
                 UNROLL for (int r = 0; r < R; ++r) {
-                    const F a = splat(x[r * stride + k + half + j]);
+                    const F a = splat(x[r * stride + k + first + j]);
                     UNROLL for (int v = 0; v < V; ++v) acc[r][v] = fma(a, q[v], acc[r][v]);
                 }
             }
