@@ -37,8 +37,10 @@ def make_ops(device: torch.device) -> Ops:
         clamp: Clamp | None = None,
         activation: str = "auto",
     ) -> Weight:
-        if clamp is not None:  # the memory plan refuses such models before
-            raise ValueError("no kernel for cards knows gpt-oss's gate")
+        if clamp is not None or (
+            isinstance(weight, QuantTensor) and weight.kind == "fp4"
+        ):  # the memory plan refuses gpt-oss before
+            raise ValueError("no kernel for cards knows 4-bit floats, or a gate that is clamped")
         here = weight.on(device) if isinstance(weight, QuantTensor) else weight.to(device)
         bias = None if bias is None else bias.to(device)
         return weights.pack(here, dtype=dtype, bias=bias, gated=gated, gelu=gelu, activation=activation)
