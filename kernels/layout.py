@@ -186,7 +186,7 @@ def weight_nbytes(
 ) -> int:
     """Bytes of one packed weight [N, K] without its bias, exactly as ``Ops.pack(...).nbytes`` has them.
 
-    kind: "int" (bits 4 or 8), "fp8" or "dense"; dtype: that of the activations; group_size: K for one scale an output;
+    kind: "int" (bits 4 or 8), "fp8", "fp4" or "dense"; dtype: that of the activations; group_size: K for one scale an output;
     act_order: the weight carries a permutation of its inputs that could not be moved to the producer; scale_bytes: size of a
     published scale; activation: as in QuantTensor; gated: as for Ops.pack.
     """
@@ -212,8 +212,8 @@ def weight_nbytes(
         scales = 1 if groups == 1 else columns // min(group_size, TILE)
         pair = 8 if scale_bytes == 4 and kind == "int" else 4  # a scale and an addend; FP8: a scale
         return rows * columns * bits // 8 + scales * rows * pair + (8 * K if act_order else 0)
-    if ops != "cpu":  # the canonical form
-        codes = N * math.ceil(K / 2) if kind == "int" and bits == 4 else N * K
+    if ops != "cpu" or kind == "fp4":  # the canonical form
+        codes = N * math.ceil(K / 2) if kind != "fp8" and bits == 4 else N * K
         return codes + groups * N * (scale_bytes + (1 if asymmetric else 0)) + (8 * K if act_order else 0)
     permutation = 4 * K if act_order else 0
     if kind == "fp8":

@@ -60,6 +60,13 @@ class Norm(NamedTuple):
     offset: float = 0.0
 
 
+class Clamp(NamedTuple):
+    """gpt-oss's gated product: (u + 1) * g * sigmoid(slope * g), where g is gate up to the limit, and u is up within it."""
+
+    limit: float
+    slope: float
+
+
 class Weight(Protocol):
     """A weight in the layout a device wants; made by ``Ops.pack`` and understood only by the same Ops."""
 
@@ -79,7 +86,7 @@ Linear = tuple[Weight, ...]  # several where the parts of a fused projection can
 
 @dataclass(frozen=True)
 class MLP:
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)), or what else the gated weight was packed for."""
 
     gate_up: Linear  # one gated weight, or gate and up
     down: Weight
@@ -116,6 +123,7 @@ class Layer:
     k_norm: Tensor | None = None
     attention_norm: Tensor | None = None  # of what attention adds
     mlp_norm: Tensor | None = None  # of what the MLP adds
+    sinks: Tensor | None = None  # [heads]
     window: int | None = None
     local: bool = False  # it rotates by the second table
     present: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -135,8 +143,8 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        norms = (self.input_norm, self.post_norm, self.q_norm, self.k_norm, self.attention_norm, self.mlp_norm)
-        return sum(w.nbytes for w in self.weights) + sum(n.nbytes for n in norms if n is not None)
+        small = (self.input_norm, self.post_norm, self.q_norm, self.k_norm, self.attention_norm, self.mlp_norm, self.sinks)
+        return sum(w.nbytes for w in self.weights) + sum(one.nbytes for one in small if one is not None)
 
 
 class Pack(Protocol):
@@ -148,15 +156,16 @@ class Pack(Protocol):
         bias: Tensor | None = None,
         gated: bool = False,
         gelu: bool = False,
+        clamp: Clamp | None = None,
         activation: str = "auto",
     ) -> Weight:
         """Lay out a canonical weight (QuantTensor, or dense [N, K]) for ``matmul`` with activations of ``dtype``.
 
         gated: the outputs are [gate; up] (N even), and the product is silu(gate) * up with N / 2 outputs; ``gelu``, in the
-        approximation by tanh, takes the place of silu. activation: what
+        approximation by tanh, takes the place of silu, and ``clamp`` that of all this. A bias is added before. activation: what
         activations may be rounded to for the product: "int8", "bf16" (they stay as they are), or "auto" (native kernels: int8 for
-        integer weights unless dtype is float32). Operators without such a product leave activations alone, whatever is said. The
-        int8 that a checkpoint itself asks for (QuantTensor.activation) is done by all.
+        integers and 4-bit floats unless dtype is float32). Operators without such a product leave activations alone, whatever is
+        said. The int8 that a checkpoint itself asks for (QuantTensor.activation) is done by all.
         """
 
 
@@ -250,11 +259,13 @@ class Attention(Protocol):
         scale: float,
         window: int | None = None,
         cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of q [T, Hq, D] over the paged cache -> [T, Hq, D].
 
         A token at position p sees positions max(0, p - window + 1) .. p. Hq is a multiple of Hkv; query head h reads
         key/value head h // (Hq // Hkv). Scores are products times ``scale``; with a ``cap`` cap * tanh(score / cap).
+        sinks [Hq], in q's dtype: one more score of each head in the softmax, as it is, of which there is no value.
         """
 
 

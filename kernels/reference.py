@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kernels.kv_cache import dequantize, quantize
 from kernels.mixture import mix
-from kernels.ops import KVCache, Norm, Ops, PagedBatch, Weight
+from kernels.ops import Clamp, KVCache, Norm, Ops, PagedBatch, Weight
 from quant.tensor import QuantTensor
 
 
@@ -24,6 +24,7 @@ class ReferenceWeight:
     bias: Tensor | None
     gated: bool
     gelu: bool
+    clamp: Clamp | None
     rows: int
     K: int
 
@@ -43,11 +44,12 @@ def pack(
     bias: Tensor | None = None,
     gated: bool = False,
     gelu: bool = False,
+    clamp: Clamp | None = None,
     activation: str = "auto",
 ) -> ReferenceWeight:
     if isinstance(weight, QuantTensor):
-        return ReferenceWeight(weight, bias, gated, gelu, weight.N, weight.K)
-    return ReferenceWeight(weight.to(dtype), bias, gated, gelu, *weight.shape)
+        return ReferenceWeight(weight, bias, gated, gelu, clamp, weight.N, weight.K)
+    return ReferenceWeight(weight.to(dtype), bias, gated, gelu, clamp, *weight.shape)
 
 
 def matmul(
@@ -66,12 +68,13 @@ def matmul(
         wide = quantize_activations(wide, tensor.activation)
         # Rounded to the dtype of the scales: the tools that publish checkpoints dequantize in that, so these are the weights
         # they measured. Float32 activations with unrounded weights differ from them by up to 0.05 in a log-probability.
-        dense = tensor.dequantize(tensor.scales.dtype).float()
+        dense = tensor.dequantize(tensor.rounding).float()
     else:
         dense = tensor.float()
     found = F.linear(wide, dense, None if weight.bias is None else weight.bias.float())
     if weight.gated:
-        found = (gelu_mul if weight.gelu else silu_mul)(found)
+        multiply = gelu_mul if weight.gelu else silu_mul
+        found = multiply(found) if weight.clamp is None else clamped_mul(found, weight.clamp)
     if residual is not None:
         found = found + residual.float()
     return found.to(x.dtype) if out is None else out.copy_(found)
@@ -130,6 +133,13 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
     return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
 
 
+def clamped_mul(gate_up: Tensor, clamp: Clamp) -> Tensor:
+    """As Clamp says, for gate_up [T, 2 * I] (gate first) -> [T, I]."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+    return (gate * torch.sigmoid(clamp.slope * gate) * (up + 1)).to(gate_up.dtype)
+
+
 def rope_store(
     qkv: Tensor,
     heads: int,
@@ -160,7 +170,14 @@ def store_kv(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
 
 
 def attention(
-    q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None = None, cap: float | None = None
+    q: Tensor,
+    cache: KVCache,
+    batch: PagedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty_like(q)
     for (row, stop), end, table in zip(
@@ -176,7 +193,11 @@ def attention(
         scores = scores if cap is None else cap * torch.tanh(scores / cap)
         key, query = torch.arange(end, device=q.device), torch.arange(end - queries, end, device=q.device).unsqueeze(1)
         seen = key <= query if window is None else (key <= query) & (key > query - window)
-        found = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.unsqueeze(1)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if sinks is not None:
+            last = sinks.float().view(*scores.shape[:2], 1, 1).expand(-1, -1, queries, -1)
+            scores = torch.cat((scores, last), dim=-1)
+        found = scores.softmax(-1)[..., :end] @ v.unsqueeze(1)
         out[rows] = found.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
     return out
 

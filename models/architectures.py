@@ -30,7 +30,15 @@ class Architecture:
     theta: float = 1e4
     max_position: int = 2048
     mixture: str = ""  # the name of a mixture of experts within a layer; empty: one MLP
-    expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # the linears of each
+    router: str = "gate"  # within that
+    expert: tuple[str, ...] = (
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )  # the linears of each; of two the first has gate and up in turns
+    expert_bias: bool = False  # whether router and experts have one
+    clamped: bool = False  # gate and up, and up + 1 is multiplied (swiglu_limit, swiglu_alpha)
+    sinks: bool = False  # heads have one more logit each, of which there is no value
     expert_size: str = "moe_intermediate_size"
     inner: str = "intermediate_size"  # of an MLP
     normalized: bool | str = "norm_topk_prob"
@@ -48,6 +56,7 @@ class Architecture:
     text_part: bool = False  # of a model that reads more than text: its settings stand in text_config
     texts: tuple[str, ...] = ()  # which of TEXTS that part may be; the first where it does not say
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys for which there is no field above
+    rope: Mapping[str, Any] | None = None  # where neither rope_parameters nor rope_scaling say
 
 
 GEMMA2 = Architecture(
@@ -88,6 +97,37 @@ GEMMA3 = replace(
 QWEN2 = Architecture(qkv_bias=True, o_bias=False, window="upper", max_position=32768)
 # For text alone the three positions of a token are the same, and rotation is the plain one.
 QWEN2_VL = replace(QWEN2, text_part=True, default_window=4096, eps=1e-5, theta=1e6, defaults={"max_window_layers": 80})
+GPT_OSS = Architecture(
+    window="alternate",
+    default_head_dim=64,
+    eps=1e-5,
+    theta=150000.0,
+    max_position=131072,
+    mixture="mlp",
+    router="router",
+    expert=("gate_up_proj", "down_proj"),
+    expert_size="intermediate_size",
+    expert_bias=True,
+    normalized=True,
+    clamped=True,
+    sinks=True,
+    float16=False,  # trained in bfloat16: in float16 the experts' products go to infinity, as others found
+    defaults={
+        "attention_bias": True,
+        "sliding_window": 128,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "torch_dtype": "bfloat16",  # that of the tensors; transformers looks at these where a config says nothing
+    },
+    rope={
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+)
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(mlp_bias="mlp_bias"),
     "MistralForCausalLM": Architecture(qkv_bias=False, o_bias=False, window="all", default_window=4096, max_position=131072),
@@ -106,6 +146,7 @@ ARCHITECTURES = {
         qkv_bias=False, o_bias=False, window="all", eps=1e-5, theta=1e6, max_position=131072,
         mixture="block_sparse_moe", expert=("w1", "w3", "w2"), expert_size="intermediate_size", normalized=True,
     ),
+    "GptOssForCausalLM": GPT_OSS,
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": replace(GEMMA3, text_part=True),
@@ -180,6 +221,8 @@ def read_architecture(config: Mapping[str, Any]) -> tuple[str, Architecture, Fie
     if kind.text_part:
         kind, config = _text_part(name, kind, config)
     config, own = {**kind.defaults, **config}, {*kind.soft_caps, *kind.passed_over, *(MULTIPLIERS if kind.multiplied else ())}
+    if kind.rope and not config.get("rope_parameters") and not config.get("rope_scaling"):
+        config["rope_scaling"] = kind.rope
     for key, allowed in {**NEUTRAL, **(ALL_SPARSE if kind.mixture else DENSE)}.items():
         if config.get(key) not in allowed and key not in own:
             raise InputError(f"config.json: {key} = {config[key]!r} is not supported for {name}")

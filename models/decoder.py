@@ -118,7 +118,7 @@ class Decoder:
         k_norm = None if layer.k_norm is None else self._norm(layer.k_norm)
         q = ops.rope_store(qkv, spec.heads, cache, batch, cos_sin, q_norm=q_norm, k_norm=k_norm)
         q = q if scales is None else q.mul_(scales.to(q.dtype)[:, None, None])
-        return ops.attention(q, cache, batch, scale=spec.scale, window=layer.window, cap=spec.cap).flatten(1)
+        return ops.attention(q, cache, batch, scale=spec.scale, window=layer.window, cap=spec.cap, sinks=layer.sinks).flatten(1)
 
     def _mlp(self, layer: Layer, hidden: Tensor) -> Tensor:
         """[T, hidden] after the MLP, or the mixture of experts."""

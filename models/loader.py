@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.layout import embedding_bits, head_bits, shares_table
-from kernels.ops import MLP, Layer, Linear, Mixture, Ops, Weight
+from kernels.ops import MLP, Clamp, Layer, Linear, Mixture, Ops, Weight
 from models.decoder import Decoder
 from models.kv_scales import read_largest
 from models.rope import cos_sin_table
@@ -224,12 +224,14 @@ class _Loader:
         if spec.post_norms:
             norms["attention_norm"] = self._norm(f"{prefix}.post_attention_layernorm", spec.hidden)
             norms["mlp_norm"] = self._norm(f"{prefix}.post_feedforward_layernorm", spec.hidden)
+        sinks = self._vector(f"{prefix}.self_attn.sinks", spec.heads) if spec.sinks else None
         layer = Layer(
             input_norm=self._norm(f"{prefix}.input_layernorm", spec.hidden),
             qkv=self._fuse(qkv),
             o=self._pack(self._read(prefix, "self_attn.o_proj")),
             post_norm=self._norm(f"{prefix}.{spec.mlp_norm}", spec.hidden),
             mlp=mlp,
+            sinks=sinks,
             window=spec.windows[number],
             local=spec.rope_of(number) is spec.local_rope,
             **norms,
@@ -246,7 +248,7 @@ class _Loader:
         """Expert by expert: one is laid out (and in its place among the others, if they are joined) before the next is read."""
         mixture = self.spec.mixture
         assert mixture is not None
-        router = self._pack(self._read(prefix, f"{mixture.name}.gate"))
+        router = self._pack(self._read(prefix, f"{mixture.name}.{mixture.router}"))
         names, join = (f"{mixture.name}.experts.{number}" for number in range(mixture.experts)), self.ops.join_experts
         if join is None:
             experts = tuple(self._expert(prefix, name, mixture.expert) for name in names)
@@ -257,8 +259,10 @@ class _Loader:
         return Mixture(router, experts, mixture.active, mixture.normalized)
 
     def _expert(self, prefix: str, name: str, parts: Sequence[str]) -> MLP:
-        gate, up, down = (self._read(prefix, f"{name}.{part}") for part in parts)
-        return self._gated([gate, up], down)
+        *gate_up, down = (self._read(prefix, f"{name}.{part}") for part in parts)
+        if len(gate_up) == 1:  # of both in turns
+            gate_up = [_select(gate_up[0], torch.arange(2 * self.spec.intermediate).view(-1, 2).t().flatten())]
+        return self._gated(gate_up, down)
 
     def _gated(self, gate_up: list[Part], down: Part) -> MLP:
         weight, bias = down
@@ -306,8 +310,10 @@ class _Loader:
         return tuple(self._pack(part) for part in parts)
 
     def _pack(self, part: Part, *, gated: bool = False) -> Weight:
-        gelu = gated and self.spec.gelu
-        return self.ops.pack(part[0], dtype=self.dtype, bias=part[1], gated=gated, gelu=gelu, activation=self.activation)
+        gelu, mixture = gated and self.spec.gelu, self.spec.mixture
+        clamp = Clamp(*mixture.clamp) if gated and mixture is not None and mixture.clamp is not None else None
+        weight, bias = part
+        return self.ops.pack(weight, dtype=self.dtype, bias=bias, gated=gated, gelu=gelu, clamp=clamp, activation=self.activation)
 
 
 def has_rows(table: QuantTensor) -> bool:

@@ -40,17 +40,20 @@ class Mixture:
     active: int  # experts that a token goes through
     normalized: bool  # whether the shares of these are made to add up to 1
     name: str  # within a layer
-    expert: tuple[str, str, str]  # names of gate, up and down within an expert
+    router: str  # within that
+    expert: tuple[str, ...]  # names of gate, up and down within an expert, or of one that has gate and up in turns, and of down
+    bias: bool = False  # of router and experts
+    clamp: tuple[float, float] | None = None  # limit and slope of kernels.ops.Clamp, in place of silu(gate) * up
 
     def modules(self, hidden: int, inner: int) -> Iterator[ModuleShape]:
         """The router, then expert by expert."""
-        gate, up, down = self.expert
-        yield ModuleShape(f"{self.name}.gate", self.experts, hidden, "router", False)
+        *gates, down = self.expert
+        yield ModuleShape(f"{self.name}.{self.router}", self.experts, hidden, "router", self.bias)
         for number in range(self.experts):
             prefix = f"{self.name}.experts.{number}"
-            yield ModuleShape(f"{prefix}.{gate}", inner, hidden, "experts", False)
-            yield ModuleShape(f"{prefix}.{up}", inner, hidden, "experts", False)
-            yield ModuleShape(f"{prefix}.{down}", hidden, inner, "experts", False)
+            for gate in gates:
+                yield ModuleShape(f"{prefix}.{gate}", 2 * inner // len(gates), hidden, "experts", self.bias)
+            yield ModuleShape(f"{prefix}.{down}", hidden, inner, "experts", self.bias)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class ModelSpec:
     embedding_scale: float = 1.0
     rounded_scale: bool = False  # it is rounded to the type of the activations first
     scale: float = 1.0  # of attention's scores
+    sinks: bool = False  # heads have one more logit each in the softmax of scores, of which there is no value
     cap: float | None = None  # of attention's scores: cap * tanh(score / cap)
     logit_cap: float | None = None  # the same of logits
     float16: bool = True  # whether activations stay within what float16 holds
@@ -147,6 +151,7 @@ class ModelSpec:
             embedding_scale=hidden**0.5 if kind.scaled_embedding else by["embedding_multiplier"] / by["residual_multiplier"],
             rounded_scale=kind.scaled_embedding,
             scale=by["attention_multiplier"] if kind.multiplied else _query_scale(kind, fields, head_dim) ** -0.5,
+            sinks=kind.sinks,
             cap=_cap("attn_logit_softcapping", fields),
             logit_cap=_cap("final_logit_softcapping", fields),
             float16=kind.float16,
@@ -207,7 +212,7 @@ class ModelSpec:
         yield ModuleShape("mlp.down_proj", hidden, inner, "mlp", self.mlp_bias)
 
     def small_tensors(self) -> list[tuple[str, int]]:
-        """Norm weights: (name, number of values)."""
+        """Norm weights, and sinks: (name, number of values)."""
         found = [("model.norm.weight", self.hidden)]
         names = ["input_layernorm", "post_attention_layernorm"]
         names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] * self.post_norms
@@ -216,6 +221,8 @@ class ModelSpec:
             found += [(f"{prefix}.{n}.weight", self.hidden) for n in names]
             if self.qk_norm:
                 found += [(f"{prefix}.self_attn.{n}.weight", self.head_dim) for n in ("q_norm", "k_norm")]
+            if self.sinks:
+                found.append((f"{prefix}.self_attn.sinks", self.heads))
         return found
 
     @property
@@ -252,7 +259,9 @@ def _mixture(kind: Architecture, fields: Fields) -> Mixture:
     active = fields.integer("num_experts_per_tok")
     if active > experts:
         raise InputError(f"config.json: num_experts_per_tok is {active}, but there are {experts} experts")
-    return Mixture(experts, active, _flag(kind.normalized, fields), kind.mixture, kind.expert)
+    clamp = (fields.number("swiglu_limit", default=7.0), fields.number("swiglu_alpha", default=1.702)) if kind.clamped else None
+    normalized = _flag(kind.normalized, fields)
+    return Mixture(experts, active, normalized, kind.mixture, kind.router, kind.expert, kind.expert_bias, clamp)
 
 
 def _cap(key: str, fields: Fields) -> float | None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from quant.errors import CheckpointError
-from quant.formats import awq, compressed_tensors, dense, fp8, gptq
-from quant.headers import CheckpointIndex, TensorInfo
+from quant.formats import awq, compressed_tensors, dense, fp8, gptq, mxfp4
+from quant.headers import CheckpointIndex, TensorInfo, check_stack
 from quant.rules import WeightScheme
 from quant.scheme import QuantScheme, read_scheme
 from quant.tensor import QuantTensor
@@ -35,6 +35,7 @@ LOADERS: dict[str, Callable[..., QuantTensor | Tensor]] = {
     "int-quantized": compressed_tensors.load,
     "float-quantized": fp8.load,
     "fp8-block": fp8.load,
+    "mxfp4": mxfp4.load,
 }
 # Tensors that change nothing here: rotary tables and causal masks, which are computed; scales of a quantized KV cache, as far
 # as models/kv_scales.py does not read them.
@@ -124,6 +125,7 @@ class Checkpoint:
         if shape is not None:
             expected += "[" + ", ".join("*" if n is None else str(n) for n in shape) + "]"
         if info is None:
+            check_stack(self.index.tensors, name)
             raise CheckpointError(f"{name}: the tensor is missing from {self.index.directory}, expected {expected}")
         fits = shape is None or (
             len(shape) == len(info.shape) and all(n in (None, m) for n, m in zip(shape, info.shape, strict=True))

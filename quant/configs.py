@@ -1,4 +1,4 @@
-"""Quantization settings as AutoAWQ, AutoGPTQ/GPTQModel, compressed-tensors and the FP8 tools write them -> rules (no torch).
+"""Quantization settings as AutoAWQ, AutoGPTQ/GPTQModel, compressed-tensors, FP8 tools and gpt-oss write them -> rules (no torch).
 
 Keys that only record how a model was made are ignored; a value that changes what the tensors mean and is not known is refused.
 """
@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from quant.errors import CheckpointError
-from quant.rules import DENSE, Rule, Settings, WeightScheme
+from quant.rules import DENSE, MXFP4, Rule, Settings, WeightScheme
 
 AWQ_VERSIONS = {
     "gemm": "awq-gemm", "exllama": "awq-gemm", "exllamav2": "awq-gemm", "ipex": "awq-gemm",
@@ -36,7 +36,11 @@ def parse(config: Mapping[str, Any], source: str) -> Settings:
         return _compressed_tensors(config, source)
     if method in ("fp8", "fbgemm_fp8"):
         return _fp8(config, source, method)
-    raise CheckpointError(f"{source}: quant_method {method!r} is not supported; awq, gptq, compressed-tensors and fp8 are")
+    if method == "mxfp4":
+        names = _names(source, config, "modules_to_not_convert")
+        rules = [Rule("regex", _regex(source, "modules_to_not_convert", name), DENSE) for name in names]
+        return Settings("mxfp4", tuple(rules), MXFP4, source)
+    raise CheckpointError(f"{source}: quant_method {method!r} is not supported; awq, gptq, compressed-tensors, fp8 and mxfp4 are")
 
 
 def _choice(source: str, key: str, value: Any, known: Mapping[str, Any] | tuple[Any, ...]) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from quant.errors import CheckpointError
 from quant.headers import CheckpointIndex, TensorInfo
-from quant.rules import DENSE, Settings, WeightScheme
+from quant.rules import DENSE, MXFP4, Settings, WeightScheme
 
 
 def awq_layout(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
@@ -60,6 +60,8 @@ def _without_words(index: CheckpointIndex) -> Settings:
         if name.endswith(".weight_scale_inv"):
             scheme = WeightScheme("fp8-block", 8, 128, block=(128, 128))
             return Settings("fp8", (), scheme, f"seen from the tensors: {name} {info}")
+        if name.endswith(".blocks") and info.dtype == "U8":
+            return Settings("mxfp4", (), MXFP4, f"seen from the tensors: {name} {info}")
         if name.endswith((".weight_packed", ".weight_scale", ".qweight")):
             raise CheckpointError(
                 f"{name} {info} is quantized, but config.json has no quantization_config to say how; "

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
@@ -25,6 +25,9 @@ BESIDE_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)
 VISUAL = "visual."  # beside text under plain names: Qwen2-VL and 2.5-VL as they were published
 SHARED_MLP = {".shared_mlp.input_linear.": ".mlp.gate_up_proj.", ".shared_mlp.output_linear.": ".mlp.down_proj."}
 """How Granite 4 names what stands beside a mixture of experts, where there is one; and how it is named here."""
+STACKED = re.compile(r"(.*\.experts)\.(\w+)_(blocks|scales|bias)")
+"""gpt-oss has each kind of tensor of all experts of a layer in one, whose first dimension is the expert."""
+ONE_EXPERT = re.compile(r"(.*\.experts)\.\d+(\.\w+)")
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 ITEM_SIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -57,7 +60,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Every tensor of a checkpoint directory by name; of a model that reads pictures, too, those of its text part alone."""
+    """Every tensor of a checkpoint directory by name; of a model that reads pictures, too, those of its text part alone.
+
+    What is STACKED is here expert by expert, by names like those of other mixtures: experts.7.down_proj.blocks.
+    """
 
     directory: Path
     tensors: Mapping[str, TensorInfo]
@@ -86,7 +92,8 @@ class CheckpointIndex:
         else:
             tensors = _merge(_all_files(directory))
         text = _text_part(tensors)
-        return cls(directory, MappingProxyType({_known(name): info for name, info in text.items()}), len(tensors) - len(text))
+        named = {_known(name): info for name, info in _unstacked(text).items()}
+        return cls(directory, MappingProxyType(named), len(tensors) - len(text))
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -163,6 +170,31 @@ def _known(name: str) -> str:
     for theirs, ours in SHARED_MLP.items():
         name = name.replace(theirs, ours)
     return name
+
+
+def _unstacked(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    found: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        stacked = STACKED.fullmatch(name)
+        if stacked is None or not info.numel:
+            found[name] = info
+            continue
+        experts, module, kind = stacked.groups()
+        for number in range(info.shape[0]):
+            one, size = f"{experts}.{number}.{module}.{kind}", info.nbytes // info.shape[0]
+            start = info.start + number * size
+            found[one] = replace(info, name=one, shape=info.shape[1:], start=start, end=start + size)
+    return found
+
+
+def check_stack(tensors: Mapping[str, TensorInfo], name: str) -> None:
+    """CheckpointError where a tensor of this name of one expert is missing since there is one of all that is not known here."""
+    stack = ONE_EXPERT.match(name)
+    found = tensors.get("".join(stack.groups())) if stack else None
+    if found is not None:
+        raise CheckpointError(
+            f"{found.name}: found {found}: all experts in one tensor are known in MXFP4 alone, as gpt-oss is published"
+        )
 
 
 def _merge(files: list[Path]) -> dict[str, TensorInfo]:

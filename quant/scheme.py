@@ -24,7 +24,7 @@ ALIASES = {
     "awq": "awq", "auto_awq": "awq", "autoawq": "awq", "awq_marlin": "awq", "llm-awq": "awq",
     "gptq": "gptq", "auto_gptq": "gptq", "autogptq": "gptq", "gptq_marlin": "gptq", "gptqmodel": "gptq",
     "compressed-tensors": "compressed-tensors", "compressed_tensors": "compressed-tensors",
-    "fp8": "fp8", "fbgemm_fp8": "fp8",
+    "fp8": "fp8", "fbgemm_fp8": "fp8", "mxfp4": "mxfp4",
     "none": "none",
 }  # fmt: skip
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -36,7 +36,7 @@ IN_LAYER = re.compile(r"(^|\.)\d+(\.|$)")
 class QuantScheme:
     """The quantization of a whole checkpoint."""
 
-    method: str  # awq, gptq, compressed-tensors, fp8, none
+    method: str  # awq, gptq, compressed-tensors, fp8, mxfp4, none
     rules: tuple[Rule, ...] = ()  # the first that matches decides
     default: WeightScheme = DENSE  # for modules of decoder layers that no rule names
     source: str = "config.json has no quantization_config"
@@ -70,7 +70,8 @@ class QuantScheme:
             return
         stated = ALIASES.get(quantization.lower())
         if stated is None:
-            raise InputError(f"quantization: {quantization!r} is not known; one of awq, gptq, compressed-tensors, fp8, none is")
+            known = ", ".join(dict.fromkeys(ALIASES.values()))
+            raise InputError(f"quantization: {quantization!r} is not known; one of {known} is")
         if stated != self.method:
             raise InputError(
                 f"quantization: {quantization!r} was stated, but the checkpoint is {self.method!r} ({self.source}); "
@@ -91,7 +92,7 @@ class QuantScheme:
         return schemes.pop()
 
     def _has(self, name: str) -> bool:
-        suffixes = ("weight", "qweight", "weight_packed")
+        suffixes = ("weight", "qweight", "weight_packed", "blocks")
         return self.index is not None and any(f"{name}.{suffix}" in self.index.tensors for suffix in suffixes)
 
     def _one(self, name: str) -> WeightScheme:
@@ -99,7 +100,8 @@ class QuantScheme:
         if self.index is None:
             return stated
         tensors = self.index.tensors
-        found = tensors.get(f"{name}.qweight") or tensors.get(f"{name}.weight_packed") or tensors.get(f"{name}.weight")
+        names = (f"{name}.{suffix}" for suffix in ("qweight", "weight_packed", "blocks", "weight"))
+        found = next((tensors[full] for full in names if full in tensors), None)
         if found is None:
             return stated  # tied or fused away
         if found.name.endswith(".weight") and found.dtype in FLOATS:

@@ -12,18 +12,20 @@ from torch import Tensor
 from quant.bits import pack_nibbles, unpack_nibbles
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; the fourth bit is the sign
 
 
 @dataclass(frozen=True, eq=False)
 class QuantTensor:
     """A weight of N outputs and K inputs: w[n, perm[j]] = (q[n, j] - zero[j // group_size, n]) * scale[j // group_size, n].
 
-    2- and 3-bit weights are kept in 4 bits, 5- to 7-bit weights in 8.
+    2- and 3-bit weights are kept in 4 bits, 5- to 7-bit weights in 8. Of 4-bit floats (kind fp4) the value of a code is E2M1's,
+    without a zero point, and scales are powers of two.
     """
 
     packed: Tensor  # 4 bits: uint8 [N, ceil(K / 2)], low nibble = even j; 8 bits: uint8 [N, K]; fp8: float8_e4m3fn [N, K]
-    scales: Tensor  # [G, N], G = ceil(K / group_size), in the published dtype
-    zeros: Tensor | None  # uint8 [G, N]; None: 2 ** (bits - 1) everywhere (fp8: no offset)
+    scales: Tensor  # [G, N], G = ceil(K / group_size), in the published dtype; fp4: float8_e8m0fnu
+    zeros: Tensor | None  # uint8 [G, N]; None: 2 ** (bits - 1) everywhere (fp8, fp4: no offset)
     perm: Tensor | None  # int64 [K]: column j of packed is the original input column perm[j]; None: the identity
     bits: int  # 4 or 8
     group_size: int  # columns per group; the last group may be shorter; K: one scale per output
@@ -51,8 +53,15 @@ class QuantTensor:
 
     @property
     def kind(self) -> str:
-        """ "int" or "fp8"."""
+        """ "int", "fp8" or "fp4"."""
+        if self.scales.dtype == torch.float8_e8m0fnu:
+            return "fp4"
         return "fp8" if self.packed.dtype == torch.float8_e4m3fn else "int"
+
+    @property
+    def rounding(self) -> torch.dtype:
+        """What the tools that publish such weights dequantize them to: the dtype of the scales. Of fp4 every type holds all."""
+        return torch.float32 if self.kind == "fp4" else self.scales.dtype
 
     @property
     def groups(self) -> int:
@@ -78,11 +87,14 @@ class QuantTensor:
         group = torch.arange(self.K, device=self.packed.device) // self.group_size
         if self.kind == "fp8":
             weight = self.packed.float()
+        elif self.kind == "fp4":
+            values = torch.tensor(E2M1, device=self.packed.device)
+            weight = torch.cat((values, -values))[self.unpack().int()]
         elif self.zeros is None:
             weight = self.unpack().float() - 2 ** (self.bits - 1)
         else:
             weight = self.unpack().float() - self.zeros.t()[:, group].float()
-        weight *= self.scales.t()[:, group].float()
+        weight *= self.scales.float().t()[:, group]
         if self.perm is not None:
             original = torch.empty_like(weight)
             original[:, self.perm] = weight
@@ -98,10 +110,11 @@ class QuantTensor:
         if self.packed.dtype not in kinds or tuple(self.packed.shape) != shape:
             raise ValueError(f"packed is {self.packed.dtype} {list(self.packed.shape)}, not {list(shape)} for {self.bits} bits")
         groups = (math.ceil(self.K / self.group_size), self.N)
-        if self.scales.dtype not in SCALE_DTYPES or tuple(self.scales.shape) != groups:
+        fits = self.bits == 4 if self.kind == "fp4" else self.scales.dtype in SCALE_DTYPES
+        if not fits or tuple(self.scales.shape) != groups:
             raise ValueError(f"scales are {self.scales.dtype} {list(self.scales.shape)}, not a float dtype {list(groups)}")
         zeros = self.zeros
-        if zeros is not None and (self.kind == "fp8" or zeros.dtype != torch.uint8 or tuple(zeros.shape) != groups):
+        if zeros is not None and (self.kind != "int" or zeros.dtype != torch.uint8 or tuple(zeros.shape) != groups):
             raise ValueError(f"zeros of a {self.kind} weight are {zeros.dtype} {list(zeros.shape)}, not uint8 {list(groups)}")
         if self.perm is not None and not torch.equal(self.perm.sort().values, torch.arange(self.K, device=self.perm.device)):
             raise ValueError(f"perm is not a permutation of {self.K} columns")
@@ -117,12 +130,13 @@ class QuantTensor:
         difference = _difference(tensors)
         if difference is not None:
             raise ValueError(f"weights with different {difference} cannot be joined")
+        if len(tensors) == 1:
+            return tensors[0]
         zeros = None
         if any(t.zeros is not None for t in tensors):
             zeros = torch.cat([t.explicit_zeros() for t in tensors], dim=1)
-        # As bytes: whether torch can index and join float8 depends on its version and device.
-        packed = torch.cat([t.packed.view(torch.uint8) for t in tensors]).view(tensors[0].packed.dtype)
-        scales = torch.cat([t.scales for t in tensors], dim=1)
+        packed = torch.cat([_plain(t.packed) for t in tensors]).view(tensors[0].packed.dtype)
+        scales = torch.cat([_plain(t.scales) for t in tensors], dim=1).view(tensors[0].scales.dtype)
         return replace(tensors[0], packed=packed, scales=scales, zeros=zeros, N=sum(t.N for t in tensors))
 
     def explicit_zeros(self) -> Tensor:
@@ -143,14 +157,19 @@ class QuantTensor:
         return self._rows(index, index.numel())
 
     def _rows(self, rows: slice | Tensor, count: int) -> QuantTensor:
-        packed = self.packed.view(torch.uint8)[rows].contiguous().view(self.packed.dtype)
-        scales = self.scales[:, rows].contiguous()
+        packed = _plain(self.packed)[rows].contiguous().view(self.packed.dtype)
+        scales = _plain(self.scales)[:, rows].contiguous().view(self.scales.dtype)
         zeros = None if self.zeros is None else self.zeros[:, rows].contiguous()
         return replace(self, packed=packed, scales=scales, zeros=zeros, N=count)
 
     def without_perm(self) -> QuantTensor:
         """The same codes for a caller that feeds activations already permuted: its input j is the original input perm[j]."""
         return replace(self, perm=None)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Float8 as bytes: whether torch can index and join it depends on its version and device."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 def _difference(tensors: Sequence[QuantTensor]) -> str | None:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from models.spec import ModelSpec, ModuleShape
 from quant.errors import CheckpointError
-from quant.headers import CheckpointIndex, TensorInfo
+from quant.headers import CheckpointIndex, TensorInfo, check_stack
 from quant.scheme import QuantScheme
 
-PACKED = ("qweight", "weight_packed")
+PACKED = ("qweight", "weight_packed", "blocks")
 ENDS = ("model.embed_tokens", "lm_head")  # of a tied model one may be stored for both
 
 
@@ -25,6 +25,7 @@ def check_headers(index: CheckpointIndex, spec: ModelSpec, scheme: QuantScheme) 
             stored = _weight(tensors, next(name for name in ENDS if name != module.name))
         expects = f"config.json expects a weight [out, in] of {[module.N, module.K]}"
         if stored is None:
+            check_stack(tensors, module.name)
             raise CheckpointError(f"{module.name}: its weight is missing from {index.directory}, {expects}")
         if not _fits(stored, module, scheme.for_module(module.name).bits):
             raise CheckpointError(f"{stored.name}: found {stored}, {expects}")
@@ -43,5 +44,7 @@ def _fits(stored: TensorInfo, module: ModuleShape, bits: int) -> bool:
     """Packed ones by their size: formats pack along either dimension, and round it up to whole words, or to groups of them."""
     if stored.name.endswith(".weight"):
         return stored.shape == (module.N, module.K)
+    if stored.name.endswith(".blocks"):
+        return stored.shape == (module.N, module.K // 32, 16)
     exact = module.N * module.K * bits
     return exact <= 8 * stored.nbytes <= exact + 1024 * bits * (module.N + module.K)

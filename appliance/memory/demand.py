@@ -109,7 +109,9 @@ def product_workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Mac
         machinery.activation == "int8" or (machinery.activation == "auto" and dtype != "float32"),
         layout.NATIVE_ROWS,
     )
-    shapes = {(one.module.part == "experts", one.module.K, one.group_size, one.kind == "int" and by_choice) for one in weights}
+    shapes = {
+        (one.module.part == "experts", one.module.K, one.group_size, one.kind in ("int", "fp4") and by_choice) for one in weights
+    }
     parts = [layout.native_workspace_bytes(rows, K, group, rounded=rounded) for _, K, group, rounded in shapes]
     shared, routes = max(shared for shared, _ in parts), 0
     if spec.mixture is not None:

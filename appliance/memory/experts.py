@@ -1,4 +1,4 @@
-"""Which mixtures of experts the kernels for cards know, told before anything is loaded. Headers only, no torch."""
+"""Which models the kernels for cards know, told before anything is loaded. Headers only, no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from quant.scheme import QuantScheme
 
 
 def check_experts(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, model: str) -> None:
-    """InputError naming the first weight of an expert that cannot lie among the others' (kernels/triton/experts.py)."""
+    """InputError naming the first weight of an expert that cannot lie among the others' (kernels/triton/experts.py).
+
+    Before that for sinks: with these come biases of experts, and gates that are clamped, which are not known either (gpt-oss).
+    """
+    if spec.sinks:
+        raise InputError(f"{model}: cards have no kernel for attention with sinks ({spec.architecture}): --device cpu serves it")
     kinds = [parent.joined for parent in parents(spec, scheme) if parent.joined[0].module.part == "experts"]
     first: dict[tuple[str, str], Loaded] = {}
     for one in kinds[0] if len(kinds) == 1 else layer_weights(spec, scheme) if kinds else ():

@@ -19,7 +19,8 @@ NATIVE, EMBEDDING, HEAD = "cpu-native", "model.embed_tokens", "lm_head"
 SLOTS = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv", "o_proj": "o",
     "gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up", "down_proj": "down",
-    "gate": "router", "w1": "gate_up", "w3": "gate_up", "w2": "down", "lm_head": "head", "embed_tokens": "embedding",
+    "gate": "router", "router": "router", "w1": "gate_up", "w3": "gate_up", "w2": "down", "lm_head": "head",
+    "embed_tokens": "embedding",
 }  # fmt: skip
 JOINED = ("qkv", "gate_up")  # slots whose parts become one weight where they are stored alike
 
@@ -76,6 +77,8 @@ class Loaded:
         """As in kernels.layout.weight_nbytes."""
         if not self.stored.quantized:
             return "dense"
+        if self.stored.layout == "mxfp4":
+            return "fp4"
         return "fp8" if self.stored.layout in ("float-quantized", "fp8-block") else "int"
 
     @property
@@ -190,10 +193,11 @@ def _kind(one: Loaded) -> tuple[object, ...]:
 
 def loaded(module: ModuleShape, spec: ModelSpec, scheme: QuantScheme) -> Loaded:
     """A module by itself. Scales are of the size the header says; GPTQ's are cast to a 16-bit model's dtype when read."""
-    stored, size = scheme.for_module(module.name), 2
+    stored = scheme.for_module(module.name)
+    size = 1 if stored.layout == "mxfp4" else 2
     if scheme.index is not None and (stored.layout != "gptq" or spec.dtype == "float32"):
         found = (scheme.index.tensors.get(f"{module.name}.{n}") for n in ("scales", "weight_scale", "weight_scale_inv"))
-        size = next((4 if info.dtype == "F32" else 2 for info in found if info is not None), 2)
+        size = next((4 if info.dtype == "F32" else size for info in found if info is not None), size)
     return Loaded(module, stored, size)
 
 

@@ -12,7 +12,7 @@ from kernels.cpu import backend, native_weights
 from kernels.cpu.native_weights import TYPES, NativeWeight, address
 from kernels.layout import NATIVE_ROWS, SCALED_CACHES
 from kernels.mixture import mix
-from kernels.ops import Forward, KVCache, Layer, Mixture, Norm, Ops, PagedBatch, Stack, Weight
+from kernels.ops import Clamp, Forward, KVCache, Layer, Mixture, Norm, Ops, PagedBatch, Stack, Weight
 from quant.tensor import QuantTensor
 
 
@@ -34,10 +34,19 @@ class NativeOps:
         bias: Tensor | None = None,
         gated: bool = False,
         gelu: bool = False,
+        clamp: Clamp | None = None,
         activation: str = "auto",
     ) -> NativeWeight:
         return native_weights.pack(
-            self.module, self.machine, weight, dtype=dtype, bias=bias, gated=gated, gelu=gelu, activation=activation
+            self.module,
+            self.machine,
+            weight,
+            dtype=dtype,
+            bias=bias,
+            gated=gated,
+            gelu=gelu,
+            clamp=clamp,
+            activation=activation,
         )
 
     def matmul(
@@ -172,10 +181,12 @@ class NativeOps:
         scale: float,
         window: int | None = None,
         cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         tokens, heads, size = q.shape
         if q.stride(2) != 1 or q.stride(1) != size:
             q = q.contiguous()
+        sinks = None if sinks is None else sinks.to(q.dtype).contiguous()
         out = torch.empty(tokens, heads, size, dtype=q.dtype)
         if tokens:
             self.machine.attention(
@@ -193,6 +204,7 @@ class NativeOps:
                 scale,
                 window or 0,
                 cap or 0.0,
+                address(sinks),
             )
         return out
 
@@ -267,7 +279,7 @@ class NativeOps:
         """The experts as the kernels see them, kept with them; None where they need the operators one by one."""
         if "_native" not in mixture.__dict__:
             parts: Any = [(expert.gate_up, expert.down) for expert in mixture.experts]
-            whole = all(len(gate_up) == 1 and down.bias is None for gate_up, down in parts)
+            whole = all(len(gate_up) == 1 for gate_up, _ in parts)
             router: Any = mixture.router
             mixture.__dict__["_native"] = whole and self.module.Experts(
                 router=router.handle,
@@ -292,6 +304,7 @@ class NativeOps:
             cos_sin=address(cos_sin),
             cache=self._cache(cache),
             window=layer.window or 0,
+            sinks=address(layer.sinks),
         )
 
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:

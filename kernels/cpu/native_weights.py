@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.cpu.memory import in_huge_pages
 from kernels.layout import int8_product
+from kernels.ops import Clamp
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
 
@@ -21,9 +22,10 @@ TYPES = {
     torch.int8: 4,
     torch.float8_e5m2: 5,
     torch.uint8: 6,
+    torch.float8_e8m0fnu: 7,
 }  # Type in native/types.h
 CODES = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}  # Codes there, of dense weights
-INT4, INT8, FP8 = 0, 1, 2
+INT4, INT8, FP8, FP4 = 0, 1, 2, 6
 
 
 def address(tensor: Tensor | None) -> int:
@@ -59,7 +61,7 @@ def quantizes(weight: QuantTensor, dtype: torch.dtype, activation: str) -> bool:
 
 def expanded_rounding(weight: QuantTensor, dtype: torch.dtype) -> torch.dtype:
     """Weights that are expanded to float32 are rounded to the dtype of their scales, as by the tools that published them."""
-    return torch.float32 if dtype == torch.bfloat16 else weight.scales.dtype
+    return torch.float32 if dtype == torch.bfloat16 else weight.rounding
 
 
 def pack(
@@ -71,16 +73,19 @@ def pack(
     bias: Tensor | None = None,
     gated: bool = False,
     gelu: bool = False,
+    clamp: Clamp | None = None,
     activation: str = "auto",
 ) -> NativeWeight:
     """Panels for activations of ``dtype``, laid out by the threads of ``machine`` (a ``Machine`` of the extension ``module``).
 
     CheckpointError for an FP8 weight that holds NaN.
     """
+    limit, slope = clamp or (0.0, 0.0)
+    gate = {"gated": gated, "gelu": gelu, "limit": limit, "slope": slope}
     if isinstance(weight, QuantTensor):
-        return _pack_quantized(module, machine, weight, dtype, bias, {"gated": gated, "gelu": gelu}, activation)
+        return _pack_quantized(module, machine, weight, dtype, bias, gate, activation)
     N, K = weight.shape
-    options = {"N": N, "K": K, "group": K, "gated": gated, "gelu": gelu, "codes": CODES[dtype], "scale_type": 0, "round_to": 0}
+    options = {"N": N, "K": K, "group": K, **gate, "codes": CODES[dtype], "scale_type": 0, "round_to": 0}
     return _lay_out(module, machine, weight.to(dtype).contiguous(), bias, options | {"quantize": False, "per_token": False})
 
 
@@ -90,7 +95,7 @@ def _pack_quantized(
     weight: QuantTensor,
     dtype: torch.dtype,
     bias: Tensor | None,
-    gate: dict[str, bool],
+    gate: dict[str, Any],
     activation: str,
 ) -> NativeWeight:
     scales, packed = weight.scales, weight.packed
@@ -103,7 +108,7 @@ def _pack_quantized(
         "K": weight.K,
         "group": weight.group_size,
         **gate,
-        "codes": FP8 if weight.kind == "fp8" else INT4 if weight.bits == 4 else INT8,
+        "codes": {"fp8": FP8, "fp4": FP4}.get(weight.kind, INT4 if weight.bits == 4 else INT8),
         "scale_type": TYPES[scales.dtype],
         "round_to": TYPES[expanded_rounding(weight, dtype)],
         "quantize": quantizes(weight, dtype, activation),

@@ -12,7 +12,8 @@ plain causal mask and everything before without a mask:
     window: first row sees from i0 - w + 1; the last row of the tile from i1 - w
 
 Quantized keys and values are widened WIDEN at a time, to the queries' dtype. Scores with a cap, which that kernel does not know,
-are computed in float32, for as many keys at a time.
+are computed in float32, for as many keys at a time. Sinks, which it does not know either, only take a share of
+the whole at last: 1 - 1 / (1 + e^(sum - sink)).
 """
 
 from __future__ import annotations
@@ -138,6 +139,7 @@ class PagedAttention:
         scale: float,
         window: int | None = None,
         cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype)
         group = q.shape[1] // cache.k.shape[2]
@@ -151,7 +153,9 @@ class PagedAttention:
                 if len(pieces) == TOGETHER:  # a long context has many, and no more than these are there at once
                     pieces = [_merge(pieces)]
                 pieces.append(_attend(grouped, cache, piece, scale, cap))
-            found = pieces[0][0] if len(pieces) == 1 else _merge(pieces)[0]
+            found, sums = pieces[0] if len(pieces) == 1 else _merge(pieces)
+            if sinks is not None:
+                found = found * _shares_beside(sinks, sums, tile.rows)
             target = out[rows].unflatten(1, (-1, group))
             target.copy_(found if tile.rows == 1 else found.permute(2, 0, 1, 3))
         return out
@@ -219,6 +223,12 @@ def _slots(cache: Tensor, part: Part) -> Tensor:
     blocks = segment.gather[first // block_size : -(-last // block_size)]
     skipped = first // block_size * block_size
     return cache[blocks].flatten(0, 1)[first - skipped : last - skipped]
+
+
+def _shares_beside(sinks: Tensor, sums: Tensor, rows: int) -> Tensor:
+    """What is left of a softmax with a sum of e^``sums`` where there are sinks [Hq], too: float32, for each row of a tile."""
+    each = sinks.float().view(1, sums.shape[1], -1) if rows == 1 else sinks.float().view(*sums.shape[:2], 1)
+    return torch.sigmoid(sums - each).unsqueeze(-1)
 
 
 def _merge(pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

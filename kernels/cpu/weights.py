@@ -1,4 +1,5 @@
-"""Packed weights of the CPU and their products, one class per layout. Each keeps a single copy of its weight.
+"""Packed weights of the CPU and their products, one class per layout (those of floats: kernels.cpu.floats). Each keeps a single
+copy of its weight.
 
 Few rows go to torch's int4 kernel, which reads the packed codes; many rows are multiplied with slabs of the expanded weight, in
 a workspace of fixed size. docs/benchmarks/cpu-torch-ops.md has the measurements behind FEW_ROWS.
@@ -13,58 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.cpu.floats import DenseWeight, Fp4Weight, Fp8Weight, compute_dtype, prepare, total_bytes
 from kernels.cpu.nibbles import Expander, int4_block, int4_product, pack_affine, pack_codes
 from kernels.layout import BLOCK_N, UNITS, int8_product, padded, scale_unit, slab_rows
-from kernels.ops import Weight
-from kernels.reference import int8_scales, quantize_activations
+from kernels.ops import Clamp, Weight
+from kernels.reference import clamped_mul, int8_scales
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
 
 FEW_ROWS = 64
 
 
-def total_bytes(*tensors: Tensor | None) -> int:
-    return sum(t.nbytes for t in tensors if t is not None)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What products are computed in: few CPUs have a float16 unit, and bfloat16 would lose three of its bits."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def published_rounding(scales: Tensor, dtype: torch.dtype) -> torch.dtype | None:
     """Weights expanded in float32 are rounded to the dtype of their scales: the weights that the publisher's tool measured."""
     return scales.dtype if compute_dtype(dtype) == torch.float32 and scales.dtype != torch.float32 else None
-
-
-def prepare(x: Tensor, perm: Tensor | None, activation: str | None) -> Tensor:
-    """x in the packed order of the inputs, rounded as the checkpoint wants it."""
-    if perm is not None:
-        x = x.index_select(1, perm)
-    return x if activation is None else quantize_activations(x.float(), activation).to(x.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class DenseWeight:
-    """[N, K] in the dtype of the activations."""
-
-    weight: Tensor
-    bias: Tensor | None
-    N: int
-    K: int
-
-    @property
-    def nbytes(self) -> int:
-        return total_bytes(self.weight, self.bias)
-
-    def product(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float16 or x.shape[0] <= 4:  # torch's float16 product has a fast path for single rows only
-            return F.linear(x, self.weight, self.bias)
-        out = torch.empty(x.shape[0], self.N, dtype=x.dtype)
-        wide, step = x.float(), slab_rows(self.K, 4)
-        for first in range(0, self.N, step):
-            out[:, first : first + step] = F.linear(wide, self.weight[first : first + step].float())
-        return out if self.bias is None else out.add_(self.bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,42 +69,6 @@ class NibbleWeight:
             used = min(slab.shape[1], self.N - first)
             torch.mm(x, slab[: self.K, :used], out=out[:, first : first + used])
         return out
-
-
-@dataclass(frozen=True, eq=False)
-class Fp8Weight:
-    """float8_e4m3fn values [N, K]; expanded at every use: the bits of e4m3, shifted, are a bfloat16 times 2 ** -120."""
-
-    values: Tensor  # int8 view [N, K]
-    scales: Tensor  # float32 [N, G]
-    group_size: int
-    perm: Tensor | None
-    bias: Tensor | None
-    rounding: torch.dtype | None
-    N: int
-    K: int
-
-    @property
-    def nbytes(self) -> int:
-        return total_bytes(self.values, self.scales, self.perm, self.bias)
-
-    def product(self, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x.dtype)
-        wide = prepare(x, self.perm, None).to(dtype)
-        out = torch.empty(x.shape[0], self.N, dtype=dtype)
-        step = slab_rows(self.K, dtype.itemsize)
-        for first in range(0, self.N, step):
-            torch.mm(wide, self._expand(first, min(first + step, self.N), dtype).t(), out=out[:, first : first + step])
-        out = out.to(x.dtype)
-        return out if self.bias is None else out.add_(self.bias)
-
-    def _expand(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        bits = self.values[first:last].to(torch.int16)  # sign extended
-        bits.bitwise_left_shift_(4).bitwise_and_(-0x8000 | 0x7F0)
-        tiny, scales = bits.view(torch.bfloat16).to(dtype), self.scales[first:last] * 2.0**120
-        for group, start in enumerate(range(0, self.K, self.group_size)):
-            tiny[:, start : start + self.group_size] *= scales[:, group : group + 1]
-        return tiny if self.rounding is None else tiny.to(self.rounding).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,15 +115,16 @@ def int8_product_is_exact() -> bool:
     return all(torch.equal(torch._int_mm(x[:rows], weight.t()), exact[:rows]) for rows in (1, 5))
 
 
-PlainWeight = DenseWeight | NibbleWeight | Fp8Weight | Int8Weight
+PlainWeight = DenseWeight | NibbleWeight | Fp8Weight | Fp4Weight | Int8Weight
 
 
 @dataclass(frozen=True, eq=False)
 class GatedWeight:
-    """Outputs [gate; up] of which the product is silu(gate) * up, or gelu(gate) * up."""
+    """Outputs [gate; up] of which the product is silu(gate) * up, or gelu(gate) * up, or as Clamp says."""
 
     both: PlainWeight
     gelu: bool
+    clamp: Clamp | None = None
 
     @property
     def N(self) -> int:
@@ -211,7 +139,10 @@ class GatedWeight:
         return self.both.nbytes
 
     def product(self, x: Tensor) -> Tensor:
-        return (gelu_mul if self.gelu else silu_mul)(self.both.product(x))
+        found = self.both.product(x)
+        if self.clamp is not None:
+            return clamped_mul(found, self.clamp)
+        return (gelu_mul if self.gelu else silu_mul)(found)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -234,6 +165,7 @@ def pack(
     bias: Tensor | None = None,
     gated: bool = False,
     gelu: bool = False,
+    clamp: Clamp | None = None,
     activation: str = "auto",
 ) -> CpuWeight:
     """The layout for activations of ``dtype``, which are never rounded unless the checkpoint says so.
@@ -241,7 +173,7 @@ def pack(
     CheckpointError for an FP8 weight that holds NaN.
     """
     packed = _pack(weight, dtype, None if bias is None else bias.to(dtype))
-    return GatedWeight(packed, gelu) if gated else packed
+    return GatedWeight(packed, gelu, clamp) if gated else packed
 
 
 def _pack(weight: QuantTensor | Tensor, dtype: torch.dtype, bias: Tensor | None) -> PlainWeight:
@@ -250,6 +182,10 @@ def _pack(weight: QuantTensor | Tensor, dtype: torch.dtype, bias: Tensor | None)
     perm = None if weight.perm is None else weight.perm.to(torch.int32)
     if weight.kind == "fp8":
         return _pack_fp8(weight, perm, bias, published_rounding(weight.scales, dtype))
+    if weight.kind == "fp4":
+        return Fp4Weight(
+            weight.packed, weight.scales.view(torch.uint8).t().contiguous(), weight.group_size, perm, bias, weight.N, weight.K
+        )
     asymmetric = weight.zeros is not None
     if int8_product(bits=weight.bits, groups=weight.groups, asymmetric=asymmetric, activation=weight.activation):
         codes = (weight.packed - 128).view(torch.int8)  # wraps around

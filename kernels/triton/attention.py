@@ -21,13 +21,17 @@ def attention(
     scale: float,
     window: int | None = None,
     cap: float | None = None,
+    sinks: Tensor | None = None,
     multiprocessors: int = MULTIPROCESSORS,
 ) -> Tensor:
     """Causal attention of q [T, Hq, D] (fp16, bf16, fp32) over the paged cache -> [T, Hq, D]; see ``kernels.ops.Attention``.
 
     The cache may hold another float type, float8_e4m3fn, float8_e5m2, or int8 with scales. Nothing here waits for the device, and
-    what is launched depends on shapes, max_query and max_seq alone. ValueError for a layout that the kernels do not know.
+    what is launched depends on shapes, max_query and max_seq alone. ValueError for a layout that the kernels do not know,
+    and for sinks (the memory plan refuses them before).
     """
+    if sinks is not None:
+        raise ValueError("no kernel for cards knows sinks")
     if q.stride(2) != 1:
         q = q.contiguous()
     if not q.numel():

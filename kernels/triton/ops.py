@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.ops import Ops, Weight
+from kernels.ops import Clamp, Ops, Weight
 from kernels.triton import stack, weights
 from kernels.triton.argmax import argmax
 from kernels.triton.attention import attention
@@ -34,8 +34,13 @@ def make_ops(device: torch.device) -> Ops:
         bias: Tensor | None = None,
         gated: bool = False,
         gelu: bool = False,
+        clamp: Clamp | None = None,
         activation: str = "auto",
     ) -> Weight:
+        if clamp is not None or (
+            isinstance(weight, QuantTensor) and weight.kind == "fp4"
+        ):  # the memory plan refuses gpt-oss before
+            raise ValueError("no kernel for cards knows 4-bit floats, or a gate that is clamped")
         here = weight.on(device) if isinstance(weight, QuantTensor) else weight.to(device)
         bias = None if bias is None else bias.to(device)
         return weights.pack(here, dtype=dtype, bias=bias, gated=gated, gelu=gelu, activation=activation)

@@ -45,6 +45,8 @@ def rounded(x: Tensor, weight: QuantTensor) -> Tensor:
 
 def integer_product(x: Tensor, weight: QuantTensor) -> Tensor:
     """float64 [T, N]: rounded activations times the weight as its codes say, with nothing rounded on the way."""
+    if weight.kind == "fp4":
+        return rounded(x.float(), weight).double() @ weight.without_perm().dequantize().double().t()
     codes = weight.unpack().double()
     group = torch.arange(weight.K) // weight.group_size
     dense = (codes - weight.explicit_zeros().t()[:, group].double()) * weight.scales.t()[:, group].double()

@@ -25,6 +25,7 @@ def check(
     dtype: torch.dtype,
     kind: str | None = None,
     cap: float | None = None,
+    sinks: bool = False,
     **step: object,
 ) -> None:
     """kind: of a quantized cache, which is to give what the values that it stands for give."""
@@ -33,8 +34,10 @@ def check(
         cache, held = quantized(cache, kind)
     size = cache.head_dim
     q = torch.randn(batch.query_starts_list[-1], q_heads, size, generator=torch.Generator().manual_seed(3)).to(dtype)
-    found = PagedAttention()(q, cache, batch, scale=size**-0.5, window=window, cap=cap)
-    expected = reference.attention(q, cache if kind is None else held, batch, scale=size**-0.5, window=window, cap=cap)
+    last = torch.randn(q_heads, generator=torch.Generator().manual_seed(4)).mul(3).to(dtype) if sinks else None
+    options = {"scale": size**-0.5, "window": window, "cap": cap, "sinks": last}
+    found = PagedAttention()(q, cache, batch, **options)  # type: ignore[arg-type]
+    expected = reference.attention(q, cache if kind is None else held, batch, **options)  # type: ignore[arg-type]
     assert found.shape == q.shape and found.dtype == dtype
     assert (found.float() - expected.float()).abs().max() < TOLERANCE[dtype]  # also false for NaN
 
@@ -124,6 +127,14 @@ def test_head_sizes(size: int) -> None:
 def test_tiles_of_a_long_chunk_over_scattered_blocks() -> None:
     for window in (None, 100, 700):
         check(2, window=window, sequences=[(500, 900)], dtype=torch.float32, kv_heads=1, order="half")
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_sinks(kind: str | None, dtype: torch.dtype) -> None:
+    for window, order in ((None, "shuffled"), (128, "half"), (5, "consecutive")):
+        sequences = [(700, 1), (0, 5), (3, 1), (100, 300)]
+        check(6, window=window, sequences=sequences, dtype=dtype, kind=kind, order=order, head_dim=64, sinks=True)
 
 
 def test_nothing() -> None:

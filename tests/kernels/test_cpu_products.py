@@ -13,10 +13,10 @@ import torch
 from kernels import reference
 from kernels.cpu import torch_ops, weights
 from kernels.cpu.nibbles import int4_block, pack_blocks
-from kernels.ops import Norm
+from kernels.ops import Clamp, Norm
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
-from tests.kernels.weights import random_weight
+from tests.kernels.weights import random_fp4, random_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float16: 1.5e-3}  # of the largest result
@@ -51,6 +51,23 @@ def check(weight: QuantTensor | torch.Tensor, dtype: torch.dtype, *, bias: bool 
 def test_integers(shape: tuple[int, int, int | None], bits: int, asymmetric: bool, dtype: torch.dtype) -> None:
     N, K, group = shape
     check(random_weight(N, K, bits=bits, group_size=group, asymmetric=asymmetric, act_order=K % 3 == 1), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_4_bit_floats(dtype: torch.dtype) -> None:
+    for N, K, group in SHAPES:
+        check(random_fp4(N, K, group_size=group or K, act_order=K % 3 == 1), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gate_that_is_clamped(dtype: torch.dtype) -> None:
+    weight, x, bias = random_fp4(100, 256), torch.randn(5, 256).to(dtype), torch.randn(100)
+    packed = weights.pack(weight, dtype=dtype, bias=bias, gated=True, clamp=Clamp(1.5, 1.3))
+    gate, up = (x.double() @ weight.dequantize().double().t() + bias.to(dtype)).chunk(2, dim=1)
+    assert (gate > 1.5).any() and (up.abs() > 1.5).any()
+    gate = gate.clamp(max=1.5)
+    expected = gate * torch.sigmoid(1.3 * gate) * (up.clamp(-1.5, 1.5) + 1)
+    assert (torch_ops.matmul(x, packed) - expected).abs().max() < 4 * TOLERANCE[dtype] * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,7 +13,7 @@ from kernels.cpu.native_ops import NativeOps
 from kernels.layout import bias_nbytes, head_bits, native_workspace_bytes, ops_name, shares_table, slab_rows, weight_nbytes
 from quant.errors import InputError
 from tests.kernels.native import instruction_sets, native_ops
-from tests.kernels.weights import random_weight
+from tests.kernels.weights import random_fp4, random_weight
 
 PACKERS = {"cpu": weights, "reference": reference}
 if backend.native() is not None:
@@ -58,6 +58,18 @@ def test_nbytes(case: int) -> None:
             gated=gated,
         )
         assert module.pack(weight, dtype=getattr(torch, dtype), gated=gated).nbytes == predicted, ops
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ops", PACKERS)
+def test_4_bit_floats(ops: str, dtype: str) -> None:
+    """Half a byte an input, and a byte for 32; whole panels of outputs, of each half, where kernels are native."""
+    for N, K, gated in ((70, 96, False), (130, 64, True), (128, 2880, True)):
+        packed = PACKERS[ops].pack(random_fp4(N, K), dtype=getattr(torch, dtype), gated=gated)
+        common = {"dtype": dtype, "kind": "fp4", "bits": 4, "group_size": 32, "asymmetric": False, "act_order": False}
+        assert packed.nbytes == weight_nbytes(ops=ops, N=N, K=K, gated=gated, scale_bytes=1, **common)
+        outputs = {70: 128, 130: 256, 128: 128}[N] if ops == "cpu-native" else N
+        assert packed.nbytes == outputs * K * 17 // 32
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -13,10 +13,10 @@ from kernels.cpu import backend, torch_ops
 from kernels.cpu.native_ops import NativeOps
 from kernels.layout import native_mixture_bytes, native_routes_bytes, native_workspace_bytes
 from kernels.mixture import route
-from kernels.ops import MLP, Mixture, Norm, Ops
+from kernels.ops import MLP, Clamp, Mixture, Norm, Ops
 from quant.tensor import QuantTensor
 from tests.kernels.native import instruction_sets
-from tests.kernels.weights import random_weight
+from tests.kernels.weights import random_fp4, random_weight
 from tests.models.test_bind import make_ops
 
 if backend.native() is None:
@@ -163,6 +163,37 @@ def test_nothing(ops: Ops) -> None:
     assert ops.mix is not None
     mixture = pack(ops, torch.randn(3, HIDDEN), random_experts(3), torch.float32, 2)
     assert ops.mix(torch.empty(0, HIDDEN), mixture, norm=Norm(torch.ones(HIDDEN), 1e-5)).shape == (0, HIDDEN)
+
+
+@pytest.mark.parametrize("kind", ["dense", "fp4"])
+def test_biases_and_gates_that_are_clamped(ops: Ops, kind: str) -> None:
+    """As gpt-oss has them: a bias for the router and for each expert, shares of those chosen."""
+    assert ops.mix is not None
+    clamp, norm, count, active = Clamp(1.5, 1.702), Norm(1 + 0.1 * torch.randn(HIDDEN), 1e-5), 6, 3
+    weights = [
+        (random_fp4(2 * INNER, HIDDEN, seed=e), random_fp4(HIDDEN, INNER, group_size=24, seed=50 + e)) for e in range(count)
+    ]
+    dense = [(both.dequantize(), down.dequantize()) for both, down in weights]
+    biases = [(torch.randn(2 * INNER), torch.randn(HIDDEN)) for _ in range(count)]
+    router, router_bias = torch.randn(count, HIDDEN), 3 * torch.randn(count)
+    options = {"dtype": torch.float32, "activation": "bf16"}
+    experts = tuple(
+        MLP((ops.pack(both, bias=b, gated=True, clamp=clamp, **options),), ops.pack(down, bias=c, **options))
+        for (both, down), (b, c) in zip(dense if kind == "dense" else weights, biases, strict=True)
+    )
+    mixture = Mixture(ops.pack(router, bias=router_bias, **options), experts, active, True)
+    for rows in (1, 2, 40):
+        x = torch.randn(rows, HIDDEN)
+        normed = torch.nn.functional.rms_norm(x.double(), (HIDDEN,), norm.weight.double(), norm.eps)
+        expected = x.double()
+        for token, row in enumerate(normed):
+            best = (router.double() @ row + router_bias).topk(active)
+            for e, share in zip(best.indices.tolist(), best.values.softmax(0), strict=True):
+                gate, up = (dense[e][0].double() @ row + biases[e][0]).chunk(2)
+                gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+                inner = gate * torch.sigmoid(clamp.slope * gate) * (up + 1)
+                expected[token] += share * (dense[e][1].double() @ inner + biases[e][1])
+        assert off(ops.mix(x, mixture, norm=norm), expected, x) < 1e-5, rows
 
 
 @pytest.mark.parametrize("isa", instruction_sets())

@@ -39,12 +39,15 @@ def check(
     cap: float | None = None,
     spread: float = 1.0,
     kind: str | None = None,
+    sinks: bool = False,
     **step: object,
 ) -> None:
     """``spread`` > 1 makes the softmax sharp, so that its maximum moves from chunk to chunk; ``kind``: of a quantized cache."""
     batch, cache = make_step(sequences, kv_heads=kv_heads, head_dim=size, dtype=dtype, **step)  # type: ignore[arg-type]
     q = (torch.randn(batch.positions.numel(), heads, size) * spread).to(dtype)
     options = {"scale": size**-0.5, "window": window, "cap": cap}
+    if sinks:
+        options["sinks"] = (torch.randn(heads) * 3 * spread).to(dtype)
     wide = KVCache(cache.k.float(), cache.v.float())
     if kind is not None:
         cache, wide = quantized(wide, kind)
@@ -95,9 +98,19 @@ def test_long_sequences_are_cut_and_merged(ops: NativeOps, window: int | None, d
     check(ops, [(3000, 1), (10, 1), (1500, 4)], dtype=dtype, window=window, spread=6.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("kind", [None, "int8", "int4", "fp8_e4m3"])
+@pytest.mark.parametrize("window", [None, 128])
+def test_sinks(ops: NativeOps, window: int | None, kind: str | None, dtype: torch.dtype) -> None:
+    """Once a head and token, also where keys are cut and merged, and where a sink is most of the sum."""
+    sequences = [(1300, 1), (10, 1), (0, 3), (150, 60)]
+    for spread, cap in ((1.0, None), (4.0, 20.0)):
+        check(ops, sequences, heads=8, size=64, dtype=dtype, window=window, kind=kind, spread=spread, cap=cap, sinks=True)
+
+
 @pytest.mark.parametrize("threads", [1, 3, 16])
 def test_any_number_of_threads(threads: int) -> None:
-    check(NativeOps(backend.available()[0], threads), [(2000, 1), (0, 130), (70, 1)], heads=6, kv_heads=1, size=64)
+    check(NativeOps(backend.available()[0], threads), [(2000, 1), (0, 130), (70, 1)], heads=6, kv_heads=1, size=64, sinks=True)
 
 
 def test_more_heads_than_a_tile_holds(ops: NativeOps) -> None:

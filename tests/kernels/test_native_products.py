@@ -14,11 +14,11 @@ from kernels import reference
 from kernels.cpu import backend
 from kernels.cpu.native_ops import NativeOps
 from kernels.cpu.native_weights import NativeWeight
-from kernels.ops import Norm
+from kernels.ops import Clamp, Norm
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
 from tests.kernels.native import instruction_sets, integer_product, native_ops
-from tests.kernels.weights import random_weight
+from tests.kernels.weights import random_fp4, random_weight
 
 if backend.native() is None:
     pytest.skip("the native extension is not built", allow_module_level=True)
@@ -136,6 +136,55 @@ def test_norm_gate_and_residual(ops: NativeOps, rows: int, kind: str, gelu: bool
         expected = gate * both[:, N // 2 :] + residual.float()
         found = ops.matmul(x, packed, norm=norm, residual=residual.clone())
         assert relative_error(found, expected) < {"int8": 0.04, "bf16": 0.012, "dense": 4e-6}[kind], (N, K)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_with_4_bit_floats(ops: NativeOps, dtype: torch.dtype) -> None:
+    """With activations rounded to int8, and exactly: nothing of such a weight is rounded in any type."""
+    for (N, K, group), rows in cases(20, 7):
+        weight = random_fp4(N, K, group_size=group or K, act_order=N % 3 == 0, seed=N * K + rows)
+        x, bias = torch.randn(rows, K).to(dtype), torch.randn(N)
+        found = ops.matmul(x, ops.pack(weight, dtype=dtype, bias=bias, activation="int8"))
+        limit = tolerance(dtype) + (4e-3 if dtype == torch.float16 else 1e-4)
+        assert relative_error(found, integer_product(x, weight) + bias) < limit, (N, K, group, rows)
+        exact = ops.matmul(x, ops.pack(weight, dtype=dtype, bias=bias, activation="bf16"))
+        expected = x.double() @ weight.dequantize().double().t() + bias
+        assert relative_error(exact, expected) < 2 * tolerance(dtype), (N, K, group, rows)
+
+
+def test_every_4_bit_float(ops: NativeOps) -> None:
+    """All codes, with the smallest scales and the largest that are allowed, by themselves."""
+    codes = torch.arange(16, dtype=torch.uint8).repeat(2)
+    packed = (codes[0::2] | codes[1::2] << 4).repeat(5, 1)
+    scales = torch.tensor([[2, 64, 127, 251, 252]], dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    weight = QuantTensor(packed, scales, None, None, 4, 32, 32, 5)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    expected = torch.cat((values, -values)).repeat(2).unsqueeze(1) * torch.tensor([2.0**-125, 2.0**-63, 1, 2.0**124, 2.0**125])
+    for rows in (32, 5):
+        found = ops.matmul(torch.eye(32)[:rows], ops.pack(weight, dtype=torch.float32))
+        assert torch.equal(found, expected[:rows])
+    assert torch.equal(weight.dequantize().t(), expected)
+
+
+@pytest.mark.parametrize("kind", ["int8", "bf16", "dense"])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_gate_that_is_clamped(ops: NativeOps, rows: int, kind: str) -> None:
+    """Beyond the limit on all sides; a NaN stays one where nothing is rounded."""
+    N, K, clamp = 74, 96, Clamp(1.25, 1.7)
+    weight = torch.randn(N, K) if kind == "dense" else random_fp4(N, K)
+    dtype = torch.float32 if kind == "dense" else torch.bfloat16
+    x, bias = torch.randn(rows, K).to(dtype) * 3, torch.randn(N)
+    packed = ops.pack(weight, dtype=dtype, bias=bias, gated=True, clamp=clamp, activation=kind if kind != "dense" else "auto")
+    dense = weight if isinstance(weight, torch.Tensor) else weight.dequantize()
+    gate, up = (x.double() @ dense.double().t() + bias).chunk(2, dim=1)
+    assert (gate > 1.25).any() and (gate < -1.25).any() and (up > 1.25).any() and (up < -1.25).any()
+    gate, up = gate.clamp(max=1.25), up.clamp(-1.25, 1.25)
+    expected = gate / (1 + torch.exp(-1.7 * gate)) * (up + 1)
+    assert relative_error(ops.matmul(x, packed), expected) < {"int8": 0.08, "bf16": 0.012, "dense": 2e-5}[kind]
+    if kind == "int8":
+        return  # no code stands for NaN
+    x[0, 3] = float("nan")
+    assert bool(ops.matmul(x, packed)[0].isnan().all())
 
 
 def test_wide_results_of_half_precision(ops: NativeOps) -> None:

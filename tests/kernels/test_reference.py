@@ -144,6 +144,24 @@ def test_attention(window: int | None) -> None:
             row += 1
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_sinks_take_their_share(window: int | None) -> None:
+    batch, cache = make_step([(0, 3), (5, 1)], block_size=4, kv_heads=2, head_dim=3)
+    q, sinks = torch.randn(4, 4, 3), torch.tensor([0.0, -40.0, 3.0, 40.0])
+    found = reference.attention(q, cache, batch, scale=0.7, window=window, sinks=sinks)
+    plain = reference.attention(q, cache, batch, scale=0.7, window=window)
+    row = 0
+    for (before, now), table in zip([(0, 3), (5, 1)], batch.block_tables_list, strict=True):
+        for position in range(before, before + now):
+            first = 0 if window is None else max(0, position - window + 1)
+            for head in range(4):
+                keys = (cache.k[table[p // 4], p % 4, head // 2] for p in range(first, position + 1))
+                whole = math.fsum(math.exp(0.7 * float(q[row, head] @ key)) for key in keys)
+                share = whole / (whole + math.exp(float(sinks[head])))
+                assert torch.allclose(found[row, head], share * plain[row, head], atol=1e-5)
+            row += 1
+
+
 def test_store_kv() -> None:
     batch, cache = make_step([(5, 4), (0, 2)], block_size=4, kv_heads=2, head_dim=3)
     before = cache.k.clone()

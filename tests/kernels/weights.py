@@ -42,3 +42,12 @@ def random_weight(
         perm=perm,
         activation=activation,
     )
+
+
+def random_fp4(N: int, K: int, *, group_size: int = 32, act_order: bool = False, seed: int = 0) -> QuantTensor:
+    """4-bit floats with scales of 2^-9 to 2^-5."""
+    rng = torch.Generator().manual_seed(seed)
+    packed = torch.randint(0, 256, (N, (K + 1) // 2), generator=rng, dtype=torch.uint8)
+    scales = torch.randint(118, 123, (math.ceil(K / group_size), N), generator=rng, dtype=torch.uint8)
+    perm = torch.randperm(K, generator=rng) if act_order else None
+    return QuantTensor(packed, scales.view(torch.float8_e8m0fnu), None, perm, 4, group_size, K, N)

@@ -10,9 +10,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from quant.headers import CheckpointIndex
+from quant.headers import read_header
 
-SIZES = {"F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8, "I8": 1, "F8_E4M3": 1}
+SIZES = {"F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8, "I8": 1, "F8_E4M3": 1, "U8": 1}
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 SMALL: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 256, "intermediate_size": 640, "moe_intermediate_size": 128,
@@ -22,6 +22,18 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 MIXTRAL = {key: value for key, value in SMALL.items() if key not in ("num_experts", "moe_intermediate_size")} | {
     "architectures": ["MixtralForCausalLM"], "num_local_experts": 5, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+GPT_OSS: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"], "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300, "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False, "num_local_experts": 5, "num_experts_per_tok": 2,
+    "attention_bias": True, "sliding_window": 12, "swiglu_limit": 2.0, "rope_theta": 150000,
+    "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "truncate": False},
+    "quantization_config": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+    },
 }  # fmt: skip
 
 
@@ -139,12 +151,38 @@ def write_published(directory: Path, config: dict[str, Any], variant: str) -> Pa
     return write_headers(directory, tensors, config if quantization is None else {**config, "quantization_config": quantization})
 
 
+def write_gpt_oss(directory: Path, config: dict[str, Any]) -> Path:
+    """gpt-oss as published: experts in MXFP4, all of a layer in one tensor, and what is left in bfloat16."""
+    hidden, inner, vocab, experts = (
+        config[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "num_local_experts")
+    )
+    heads, size = config["num_attention_heads"], config["head_dim"]
+    tensors: Tensors = {"model.norm.weight": ("BF16", (hidden,))}
+    tensors |= {f"{name}.weight": ("BF16", (vocab, hidden)) for name in ("model.embed_tokens", "lm_head")}
+    q, kv = heads * size, config["num_key_value_heads"] * size
+    dense = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+    linears = {f"self_attn.{name}": shape for name, shape in dense.items()} | {"mlp.router": (experts, hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{norm}.weight"] = ("BF16", (hidden,))
+        tensors[f"{prefix}.self_attn.sinks"] = ("BF16", (heads,))
+        for name, (N, K) in linears.items():
+            tensors |= {f"{prefix}.{name}.weight": ("BF16", (N, K)), f"{prefix}.{name}.bias": ("BF16", (N,))}
+        for name, N, K in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+            stacked = f"{prefix}.mlp.experts.{name}"
+            tensors[f"{stacked}_blocks"] = ("U8", (experts, N, K // 32, 16))
+            tensors[f"{stacked}_scales"] = ("U8", (experts, N, K // 32))
+            tensors[f"{stacked}_bias"] = ("BF16", (experts, N))
+    return write_headers(directory, tensors, config)
+
+
 def fill(directory: Path, variant: str) -> Path:
     """Random values that a loader takes, in place of the hole: scales are positive, orders are orders, GPTQ is symmetric."""
     import torch
     from safetensors.torch import save_file
 
-    rng, index = torch.Generator().manual_seed(0), CheckpointIndex.open(directory).tensors
+    rng, index = torch.Generator().manual_seed(0), read_header(directory / "model.safetensors")
     group, orders, tensors = VARIANTS[variant][1], {}, {}
     for name, info in index.items():
         if name.endswith("qzeros") and variant.startswith("gptq"):
@@ -160,6 +198,9 @@ def fill(directory: Path, variant: str) -> Path:
             bits = 31 if info.dtype == "I32" else 7
             found = torch.randint(-(2**bits), 2**bits - 1, info.shape, generator=rng, dtype=torch.int64)
             found = found.to(torch.int32 if info.dtype == "I32" else torch.int8)
+        elif info.dtype == "U8":
+            low, high = (119, 125) if name.endswith("scales") else (0, 256)
+            found = torch.randint(low, high, info.shape, generator=rng, dtype=torch.uint8)
         elif info.dtype == "F8_E4M3":
             found = torch.randn(info.shape, generator=rng).to(torch.float8_e4m3fn)
         else:

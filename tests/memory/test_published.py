@@ -35,7 +35,6 @@ OTHERS = {
     "Qwen--Qwen3.5-27B": "Qwen3_5ForConditionalGeneration",
     "deepseek-ai--DeepSeek-V3": "DeepseekV3ForCausalLM",
     "google--gemma-4-26B-A4B": "Gemma4ForConditionalGeneration",
-    "openai--gpt-oss-20b": "GptOssForCausalLM",
 }
 PUBLISHED = {  # bytes of one linear in the files
     "none": lambda N, K: 2 * N * K,

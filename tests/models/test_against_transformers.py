@@ -76,6 +76,14 @@ HYBRID = {
     "embedding_multiplier": 4.0, "residual_multiplier": 0.3, "attention_multiplier": 0.5, "logits_scaling": 2.0,
 }  # fmt: skip
 
+GPT_OSS = {
+    "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 3,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False,
+        "beta_fast": 2.0, "beta_slow": 0.5,
+    },
+}  # fmt: skip
+
 
 def case(architecture: str, **config: Any) -> dict[str, Any]:
     return {"architecture": architecture, "config": {**BASE, **config}}
@@ -116,6 +124,16 @@ CASES = {
     ),
     "mixtral": case("MixtralForCausalLM", num_local_experts=5),
     "mixtral-one-window": case("MixtralForCausalLM", num_local_experts=3, num_experts_per_tok=1, sliding_window=12),
+    "gpt-oss": case("GptOssForCausalLM", **GPT_OSS, sliding_window=12),
+    "gpt-oss-one": case(
+        "GptOssForCausalLM",
+        **{**GPT_OSS, "hidden_size": 96, "intermediate_size": 32, "num_experts_per_tok": 1, "num_key_value_heads": 1},
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        sliding_window=5,
+        swiglu_limit=1.5,
+        swiglu_alpha=1.1,
+        attention_bias=False,
+    ),
     "phi3": case("Phi3ForCausalLM", sliding_window=20),
     "phi3-partial": case(
         "Phi3ForCausalLM",

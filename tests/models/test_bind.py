@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.ops import MLP, KVCache, Layer, Mixture, Ops, Weight
+from kernels.ops import MLP, Clamp, KVCache, Layer, Mixture, Ops, Weight
 from models.decoder import Decoder
 from models.spec import ModelSpec
 from tests.kernels.native import instruction_sets, native_ops
@@ -76,11 +76,14 @@ def make_decoder(ops: Ops, dtype: torch.dtype, *, split: bool = False, mixture: 
         qkv, o, down = (linear(*SHAPES[name]) for name in ("qkv", "o", "down"))
         mlp: MLP | Mixture = MLP(gate_up, down)
         if mixture and i > 0:
-            experts = [
-                MLP((linear(2 * INNER, HIDDEN, bias=False, gated=True),), linear(*SHAPES["down"], bias=False)) for _ in range(7)
-            ]
+            gpt_oss = i == 2  # biases, and gates that are clamped
+            clamp = Clamp(1.0, 1.7) if gpt_oss else None
+            gates = [linear(2 * INNER, HIDDEN, bias=gpt_oss, gated=True, clamp=clamp) for _ in range(7)]
+            experts = [MLP((gate,), linear(*SHAPES["down"], bias=gpt_oss)) for gate in gates]
             mlp = Mixture(ops.pack(torch.randn(7, HIDDEN), dtype=dtype), tuple(experts), 3, i == 1)
         extra = {"q_norm": norm(SIZE), "k_norm": norm(SIZE)} if i == 1 else {"window": 7} if i == 2 else {}
+        if mixture and i > 0:
+            extra["sinks"] = torch.randn(HEADS).to(dtype)
         if gemma:
             extra |= {"attention_norm": norm(HIDDEN), "mlp_norm": norm(HIDDEN), "window": 7 if i else None, "local": i > 0}
         return Layer(norm(HIDDEN), (qkv,), o, norm(HIDDEN), mlp, **extra)  # type: ignore[arg-type]

@@ -143,8 +143,8 @@ INLINE void tile_integers(const Linear& w, const Rounded& x, int64_t rows, int64
     for (int64_t first = 0; first < w.segments; first += chunk) {
         const int64_t last = first + chunk < w.segments ? first + chunk : w.segments;
         const uint8_t* bytes = segment_data(w, panel, first);
-        if (w.codes == Codes::int4) {
-            unpack_nibbles(bytes, (last - first) * w.unit, scratch);
+        if (w.four()) {
+            unpack_nibbles(w, bytes, (last - first) * w.unit, scratch);
             bytes = scratch;
         }
         for (int64_t row = 0; row < rows; row += 2 * kTileRows) {

@@ -12,6 +12,7 @@ namespace ISA {
 
 constexpr int64_t kTile = 48;        // rows (tokens by heads) of an item, where the heads allow it
 constexpr int64_t kLeastKeys = 256;  // an item is not made shorter than this
+constexpr float kLog2e = 1.44269504f;
 
 struct Work {  // one tile of one sequence, for every key head
     int64_t sequence, row, tokens;     // row: the tile's first in q
@@ -124,12 +125,19 @@ template <Type T> INLINE void load_queries(const Attention& at, const Work& work
     }
 }
 
-template <Type T> INLINE void write_row(const Attention& at, const Work& work, int64_t head, int64_t r, const float* features, int64_t stride, float sum) {
+template <Type T> INLINE void write_row(const Attention& at, const Work& work, int64_t head, int64_t r, const float* features, int64_t stride, float most, float sum) {
     using Item = typename As<T>::Item;
     const int64_t dim = at.a->cache.dim;
     const Place place(at, work, head, r);
     Item* out = static_cast<Item*>(at.a->out) + (place.token * at.a->q_heads + place.head) * dim;
-    const F share = splat(1.0f / sum);
+    float part = 1.0f / sum;
+    if (at.a->sinks != nullptr) {  // a share of the sum without a value; once, after all parts of the keys
+        float sink[16];
+        store(sink, load_some<T>(static_cast<const Item*>(at.a->sinks) + place.head, 1) * splat(kLog2e));
+        const float top = sink[0] > most ? sink[0] : most, shrink = std::exp2(most - top);
+        part = shrink / (sum * shrink + std::exp2(sink[0] - top));
+    }
+    const F share = splat(part);
     for (int64_t d = 0; d < dim; d += 16) store_some<T>(out + d, load(features + d / kPanel * stride + d % kPanel) * share, dim - d);
 }
 
@@ -182,7 +190,7 @@ INLINE void attend(const Attention& at, const Work& work, int64_t head, int64_t 
                 }
         }
         if (work.splits == 1) {
-            with_type(a.type, [&](auto tag) { write_row<decltype(tag)::value>(at, work, head, r, t.out + r * kPanel, rows * kPanel, sum); });
+            with_type(a.type, [&](auto tag) { write_row<decltype(tag)::value>(at, work, head, r, t.out + r * kPanel, rows * kPanel, t.most[r], sum); });
             continue;
         }
         float* to = partial + r * (2 + at.panels * kPanel);
@@ -207,7 +215,7 @@ INLINE void merge(const Attention& at, const Work& work, int64_t head, float* fe
             sum += share * part(s)[1];
             for (int64_t d = 0; d < width; d += 16) store(features + d, fma(load(part(s) + 2 + d), splat(share), load(features + d)));
         }
-        with_type(at.a->type, [&](auto tag) { write_row<decltype(tag)::value>(at, work, head, r, features, kPanel, sum); });
+        with_type(at.a->type, [&](auto tag) { write_row<decltype(tag)::value>(at, work, head, r, features, kPanel, most, sum); });
     }
 }
 
@@ -245,7 +253,7 @@ INLINE int64_t plan(Attention& at, int threads, int64_t tokens_at_once) {
 inline void attention(Pool& pool, const AttentionArgs& a) {
     Attention at{};
     at.a = &a;
-    at.scale2 = (a.cap > 0 ? a.cap : a.scale) * 1.44269504f;
+    at.scale2 = (a.cap > 0 ? a.cap : a.scale) * kLog2e;
     at.bend = a.cap > 0 ? a.scale / a.cap : 0.0f;
     at.group = a.q_heads / a.cache.heads;
     at.panels = (a.cache.dim + kPanel - 1) / kPanel;

@@ -1,34 +1,58 @@
 // Pieces of a weight on their way to a product: nibbles as bytes, or any code as float32 or as pairs of bfloat16.
+//
+// Twice a 4-bit float (e2m1) is an integer from -12 to 12: looked up as 0 to 24 it is a code like others, with a zero point of 12 and
+// half of the scale.
 #pragma once
 #include "prepare.h"
 
 namespace appliance {
 namespace ISA {
 
+constexpr int kFloatZero = 12;
+alignas(16) constexpr uint8_t kFloats[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // by code
+
 INLINE F load_scale(const Linear& w, int64_t index) {  // 16 scales from `index` on
     if (w.scale_type == Type::f16) return As<Type::f16>::load(static_cast<const uint16_t*>(w.scales) + index);
     if (w.scale_type == Type::bf16) return As<Type::bf16>::load(static_cast<const uint16_t*>(w.scales) + index);
+    if (w.scale_type == Type::e8) return as_float(widen_u8(static_cast<const uint8_t*>(w.scales) + index) << 23) * splat(0.5f);
     return load(static_cast<const float*>(w.scales) + index);
 }
 
 INLINE I load_zero(const Linear& w, int64_t index) {
-    return w.zeros != nullptr ? widen_u8(w.zeros + index) : isplat(w.codes == Codes::int4 ? 8 : 128);
+    return w.zeros != nullptr ? widen_u8(w.zeros + index) : isplat(w.codes == Codes::int4 ? 8 : w.codes == Codes::int8 ? 128 : kFloatZero);
 }
 
 INLINE const uint8_t* segment_data(const Linear& w, int64_t panel, int64_t segment) {
-    const int64_t bytes = kPanel * w.unit / (w.codes == Codes::int4 ? 2 : 1);
+    const int64_t bytes = kPanel * w.unit / (w.four() ? 2 : 1);
     return w.data + (panel * w.segments + segment) * bytes;
 }
 
-// `lines` lines of nibbles (16 outputs by 8 inputs each, 4 side by side) as bytes: [inputs / 4][4][64].
-INLINE void unpack_nibbles(const uint8_t* from, int64_t inputs, uint8_t* to) {
-    const I mask = isplat(0x0f0f0f0f);
-    for (int64_t k = 0; k < inputs; k += 8, from += 256, to += 512)
-        for (int v = 0; v < 4; ++v) {
-            const I line = iload(from + 64 * v);
-            istore(to + 64 * v, line & mask);
-            istore(to + 256 + 64 * v, (line >> 4) & mask);
-        }
+// Four inputs of 16 outputs, a byte each, from a line of codes: of nibbles the low ones, with `half` the high ones.
+template <Codes C> INLINE I bytes_of(I line, bool half) {
+    if constexpr (C == Codes::int8) return line;
+    const I nibbles = (half ? line >> 4 : line) & isplat(0x0f0f0f0f);
+    if constexpr (C == Codes::fp4) return look_up(kFloats, nibbles);
+    return nibbles;
+}
+
+// f(code), a template argument's tag.
+template <Codes C> struct CodesTag { static constexpr Codes value = C; };
+template <class G> INLINE void with_codes(Codes c, G&& g) {
+    if (c == Codes::int4) g(CodesTag<Codes::int4>{});
+    else if (c == Codes::fp4) g(CodesTag<Codes::fp4>{});
+    else g(CodesTag<Codes::int8>{});
+}
+
+// Lines of nibbles (16 outputs by 8 inputs each, 4 side by side) as bytes: [inputs / 4][4][64].
+INLINE void unpack_nibbles(const Linear& w, const uint8_t* from, int64_t inputs, uint8_t* to) {
+    with_codes(w.codes, [&](auto tag) __attribute__((always_inline)) {
+        for (int64_t k = 0; k < inputs; k += 8, from += 256, to += 512)
+            for (int v = 0; v < 4; ++v) {
+                const I line = iload(from + 64 * v);
+                istore(to + 64 * v, bytes_of<tag.value>(line, false));
+                istore(to + 256 + 64 * v, bytes_of<tag.value>(line, true));
+            }
+    });
 }
 
 INLINE F rounded(F x, Type to) {
@@ -46,23 +70,24 @@ INLINE F rounded(F x, Type to) {
 template <class Emit> INLINE void expand(const Linear& w, int64_t panel, int64_t first, int64_t count, Emit&& emit) {
     if (is_integer(w)) {
         const int64_t segment = first / w.unit, index = (panel * w.groups() + segment / w.per_group) * kPanel;
-        const bool four = w.codes == Codes::int4;
-        const int64_t inputs = four ? 8 : 4;
-        const I mask = isplat(four ? 15 : 255);
+        const int64_t inputs = w.four() ? 8 : 4;
         const uint8_t* data = segment_data(w, panel, segment) + first % w.unit / inputs * 256;
-        for (int v = 0; v < 4; ++v) {
-            const F scale = load_scale(w, index + 16 * v), zero = to_float(load_zero(w, index + 16 * v));
-            for (int64_t k = 0; k < count; k += inputs) {
-                const I line = iload(data + k / inputs * 256 + 64 * v);
-                for (int64_t j = 0; j < inputs; j += 2) {
-                    // Nibbles: bytes 0 to 3 hold the inputs 0 to 3 low and 4 to 7 high.
-                    const int shift = int(four ? j % 4 * 8 + j / 4 * 4 : j * 8);
-                    const F a = (to_float((line >> shift) & mask) - zero) * scale;
-                    const F b = (to_float((line >> (shift + 8)) & mask) - zero) * scale;
-                    emit(k + j, v, rounded(a, w.round_to), rounded(b, w.round_to));
+        with_codes(w.codes, [&](auto tag) __attribute__((always_inline)) {
+            for (int v = 0; v < 4; ++v) {
+                const F scale = load_scale(w, index + 16 * v), zero = to_float(load_zero(w, index + 16 * v));
+                for (int64_t k = 0; k < count; k += inputs) {
+                    const I line = iload(data + k / inputs * 256 + 64 * v);
+                    for (int64_t half = 0; half < inputs; half += 4) {
+                        const I bytes = bytes_of<tag.value>(line, half != 0);
+                        for (int j = 0; j < 4; j += 2) {
+                            const F a = (to_float((bytes >> (8 * j)) & isplat(255)) - zero) * scale;
+                            const F b = (to_float((bytes >> (8 * j + 8)) & isplat(255)) - zero) * scale;
+                            emit(k + half + j, v, rounded(a, w.round_to), rounded(b, w.round_to));
+                        }
+                    }
                 }
             }
-        }
+        });
         return;
     }
     for (int64_t k = 0; k < count; k += 2) {

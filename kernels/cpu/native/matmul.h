@@ -93,17 +93,17 @@ INLINE void accumulate_integers(const Block& b, int64_t panel, int v0, int v1, u
 #if defined(HAVE_TILES)
     if (use_tiles(w, b.rows) && v0 == 0 && v1 == 4) return tile_integers(w, b.rounded, b.rows, panel, scratch, c);
 #endif
-    const bool direct = b.rows <= (w.codes == Codes::int4 ? kDirect : kRows);
+    const bool direct = b.rows <= (w.four() ? kDirect : kRows);
     const int64_t chunk = direct ? w.segments : segments_at_once(w);
     for (int64_t first = 0; first < w.segments; first += chunk) {
         const int64_t last = first + chunk < w.segments ? first + chunk : w.segments;
         const uint8_t* bytes = nullptr;
-        if (!direct && w.codes == Codes::int4) {
-            unpack_nibbles(segment_data(w, panel, first), (last - first) * w.unit, scratch);
+        if (!direct && w.four()) {
+            unpack_nibbles(w, segment_data(w, panel, first), (last - first) * w.unit, scratch);
             bytes = scratch;
         }
         // The next piece of the weight comes from memory while this one is multiplied.
-        const int64_t piece = chunk * w.unit * kPanel / (w.codes == Codes::int4 ? 2 : 1);
+        const int64_t piece = chunk * w.unit * kPanel / (w.four() ? 2 : 1);
         const uint8_t* following = segment_data(w, panel, last < w.segments ? last : first);
         each_tile(b.rows, [&](int64_t row, int64_t rows) {
             if (!direct) prefetch(following + piece * row / b.rows, piece * rows / b.rows);
@@ -148,7 +148,9 @@ INLINE void accumulate_floats(const Block& b, int64_t panel, int v0, int v1, uin
 }
 
 // Bias, gate, residual, and out. `up` is null where the weight is not gated. Columns 16 v0 .. 16 v1 - 1 of the panel.
-template <bool kGelu> INLINE void finish_panel(const Block& b, int64_t panel, int v0, int v1, const float* c, const float* up) {
+enum class Gate { silu, gelu, clamp };
+
+template <Gate kGate> INLINE void finish_panel(const Block& b, int64_t panel, int v0, int v1, const float* c, const float* up) {
     const MatmulArgs& a = *b.a;
     const Linear& w = *a.weight;
     const int64_t outputs = w.outputs(), column = (up != nullptr ? panel / 2 : panel) * kPanel;
@@ -165,7 +167,8 @@ template <bool kGelu> INLINE void finish_panel(const Block& b, int64_t panel, in
                     if (up != nullptr) {
                         F u = load(up + row * kPanel + 16 * v);
                         if (w.bias != nullptr) u = u + load(w.bias + (panel + 1) * kPanel + 16 * v);
-                        y = gate<kGelu>(y) * u;
+                        if constexpr (kGate == Gate::clamp) y = clamped(y, u, w.limit, w.slope);
+                        else y = gate<kGate == Gate::gelu>(y) * u;
                     }
                     const int64_t index = (b.first + row) * outputs + at;
                     if (a.residual != nullptr) y = y + load_some<T>(static_cast<const typename As<T>::Item*>(a.residual) + index, left);
@@ -236,7 +239,9 @@ INLINE void panel_sums(const Block& block, int64_t panel, int v0, int v1, uint8_
 INLINE void run_panel(const Block& block, int64_t panel, int v0, int v1, const Desk& desk) {
     panel_sums(block, panel, v0, v1, desk.scratch, desk.c);
     if (desk.up != nullptr) panel_sums(block, panel + 1, v0, v1, desk.scratch, desk.up);
-    block.a->weight->gelu ? finish_panel<true>(block, panel, v0, v1, desk.c, desk.up) : finish_panel<false>(block, panel, v0, v1, desk.c, desk.up);
+    if (block.a->weight->limit > 0) finish_panel<Gate::clamp>(block, panel, v0, v1, desk.c, desk.up);
+    else if (block.a->weight->gelu) finish_panel<Gate::gelu>(block, panel, v0, v1, desk.c, desk.up);
+    else finish_panel<Gate::silu>(block, panel, v0, v1, desk.c, desk.up);
 }
 
 // Many threads, few outputs: they share panels.

@@ -177,14 +177,19 @@ INLINE void run_down(Pool& pool, Products& p, const MatmulArgs& whole) {
             zero(total, whole.rows * kPanel);
             for (int64_t i = 0; i < p.routes.count; ++i) {
                 const Group& g = p.routes.groups[i];
+                const float* bias = p.weights[g.expert]->bias;
                 p.with_block(g, [&](const Block& block) { panel_sums(block, panel, v0, v1, desk.scratch, desk.c); });
                 for (int64_t row = 0; row < g.rows; ++row) {
                     const F weight = splat(p.routes.weights[g.first + row]);
                     float* to = total + p.routes.rows[g.first + row] * kPanel;
-                    for (int v = 16 * v0; v < 16 * v1; v += 16) store(to + v, fma(weight, load(desk.c + row * kPanel + v), load(to + v)));
+                    for (int v = 16 * v0; v < 16 * v1; v += 16) {
+                        F y = load(desk.c + row * kPanel + v);
+                        if (bias != nullptr) y = y + load(bias + panel * kPanel + v);
+                        store(to + v, fma(weight, y, load(to + v)));
+                    }
                 }
             }
-            finish_panel<false>(sum, panel, v0, v1, total, nullptr);
+            finish_panel<Gate::silu>(sum, panel, v0, v1, total, nullptr);
         }
     });
 }
@@ -201,7 +206,9 @@ INLINE void mix(Pool& pool, const MixtureArgs& a, const void* x, int64_t tokens,
     Products up{m.gate_up, {nullptr, x, 0, hidden, a.type, a.norm, a.eps, 0, nullptr, r.inner, a.type}, r.rows, r};
     run_gated(pool, up);
     Products down{m.down, {nullptr, r.inner, 0, inner, a.type, nullptr, 0, 0, nullptr, nullptr, a.type}, nullptr, r};
-    run_down(pool, down, {m.down[0], nullptr, tokens, inner, a.type, nullptr, 0, 0, x, out, a.type});
+    Linear sum = *m.down[0];
+    sum.bias = nullptr;  // each expert's is in its part
+    run_down(pool, down, {&sum, nullptr, tokens, inner, a.type, nullptr, 0, 0, x, out, a.type});
 }
 
 inline void mixture(Pool& pool, const MixtureArgs& a) {

@@ -55,10 +55,10 @@ struct Machine {
     }
 
     void attention(uintptr_t q, int64_t q_stride, uintptr_t out, int type, int64_t q_heads, const Cache& cache, int64_t sequences,
-                   uintptr_t starts, uintptr_t lengths, uintptr_t tables, int64_t width, float scale, int64_t window, float cap) {
+                   uintptr_t starts, uintptr_t lengths, uintptr_t tables, int64_t width, float scale, int64_t window, float cap, uintptr_t sinks) {
         const std::lock_guard lock(mutex);
         kernels->attention(*pool, {at<void>(q), q_stride, at<void>(out), Type(type), q_heads, cache, sequences, at<int32_t>(starts),
-                                   at<int32_t>(lengths), at<int32_t>(tables), width, scale, window, cap});
+                                   at<int32_t>(lengths), at<int32_t>(tables), width, scale, window, cap, at<void>(sinks)});
     }
 
     void rope_store(uintptr_t qkv, int64_t tokens, int64_t stride, int type, int64_t q_heads, const Cache& cache, uintptr_t positions,
@@ -112,8 +112,8 @@ struct Machine {
     }
 };
 
-Linear make_linear(int64_t N, int64_t K, int codes, int scale_type, int64_t group, bool gated, bool gelu, bool quantize, bool per_token,
-                   int round_to, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t perm) {
+Linear make_linear(int64_t N, int64_t K, int codes, int scale_type, int64_t group, bool gated, bool gelu, float limit, float slope, bool quantize,
+                   bool per_token, int round_to, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t perm) {
     Linear w;
     w.N = N;
     w.K = K;
@@ -122,6 +122,8 @@ Linear make_linear(int64_t N, int64_t K, int codes, int scale_type, int64_t grou
     w.group = group;
     w.gated = gated;
     w.gelu = gelu;
+    w.limit = limit;
+    w.slope = slope;
     w.quantize = quantize;
     w.per_token = per_token;
     w.round_to = Type(round_to);
@@ -144,11 +146,11 @@ NB_MODULE(_native, m) {
     m.def("physical_cores", &physical_cores, "CPU numbers of the physical cores this process may use.");
 
     nb::class_<Linear>(m, "Linear")
-        .def("__init__", [](Linear* self, int64_t N, int64_t K, int codes, int scale_type, int64_t group, bool gated, bool gelu, bool quantize,
-                            bool per_token, int round_to, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t perm) {
-            new (self) Linear(make_linear(N, K, codes, scale_type, group, gated, gelu, quantize, per_token, round_to, data, scales, zeros, bias, perm));
-        }, nb::kw_only(), "N"_a, "K"_a, "codes"_a, "scale_type"_a, "group"_a, "gated"_a, "gelu"_a, "quantize"_a, "per_token"_a, "round_to"_a,
-           "data"_a, "scales"_a, "zeros"_a, "bias"_a, "perm"_a)
+        .def("__init__", [](Linear* self, int64_t N, int64_t K, int codes, int scale_type, int64_t group, bool gated, bool gelu, float limit,
+                            float slope, bool quantize, bool per_token, int round_to, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t perm) {
+            new (self) Linear(make_linear(N, K, codes, scale_type, group, gated, gelu, limit, slope, quantize, per_token, round_to, data, scales, zeros, bias, perm));
+        }, nb::kw_only(), "N"_a, "K"_a, "codes"_a, "scale_type"_a, "group"_a, "gated"_a, "gelu"_a, "limit"_a, "slope"_a, "quantize"_a,
+           "per_token"_a, "round_to"_a, "data"_a, "scales"_a, "zeros"_a, "bias"_a, "perm"_a)
         .def_ro("panels", &Linear::panels)
         .def_ro("segments", &Linear::segments)
         .def_ro("unit", &Linear::unit)
@@ -168,11 +170,11 @@ NB_MODULE(_native, m) {
     nb::class_<Layer>(m, "Layer")
         .def("__init__", [](Layer* self, const Linear& qkv, const Linear& o, const Linear* gate_up, const Linear* down, const Experts* experts,
                             uintptr_t input_norm, uintptr_t post_norm, uintptr_t q_norm, uintptr_t k_norm, uintptr_t attention_norm,
-                            uintptr_t mlp_norm, uintptr_t cos_sin, const Cache& cache, int64_t window) {
+                            uintptr_t mlp_norm, uintptr_t cos_sin, const Cache& cache, int64_t window, uintptr_t sinks) {
             new (self) Layer{&qkv, &o, gate_up, down, experts == nullptr ? nullptr : &experts->mixture, at<void>(input_norm), at<void>(post_norm),
-                             at<void>(q_norm), at<void>(k_norm), at<void>(attention_norm), at<void>(mlp_norm), at<float>(cos_sin), cache, window};
+                             at<void>(q_norm), at<void>(k_norm), at<void>(attention_norm), at<void>(mlp_norm), at<float>(cos_sin), cache, window, at<void>(sinks)};
         }, nb::kw_only(), "qkv"_a, "o"_a, "gate_up"_a = nb::none(), "down"_a = nb::none(), "experts"_a = nb::none(), "input_norm"_a, "post_norm"_a,
-           "q_norm"_a, "k_norm"_a, "attention_norm"_a, "mlp_norm"_a, "cos_sin"_a, "cache"_a, "window"_a);
+           "q_norm"_a, "k_norm"_a, "attention_norm"_a, "mlp_norm"_a, "cos_sin"_a, "cache"_a, "window"_a, "sinks"_a);
 
     nb::class_<Stack>(m, "Stack")
         .def("__init__", [](Stack* self, const std::vector<Layer>& layers, int type, int64_t heads, float eps, float offset, float scale,

@@ -8,7 +8,7 @@ namespace {
 
 int64_t padded(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-int64_t bytes_per_segment(const Linear& w) { return kPanel * w.unit / (w.codes == Codes::int4 ? 2 : 1); }
+int64_t bytes_per_segment(const Linear& w) { return kPanel * w.unit / (w.four() ? 2 : 1); }
 
 // The published output in a panel's lane; -1 for padding.
 int64_t output_of(const Linear& w, int64_t panel, int64_t lane) {
@@ -53,7 +53,7 @@ void read_codes(const Linear& w, const uint8_t* codes, int64_t n, Segment seg, u
 }
 
 void pack_integers(const Linear& w, const PackArgs& args, int64_t panel) {
-    const bool four = w.codes == Codes::int4;
+    const bool four = w.four();
     uint8_t* out = args.to_codes + panel * w.segments * bytes_per_segment(w);
     alignas(64) uint8_t codes[kPanel][kSegment + 8];
     for (int64_t s = 0; s < w.segments; ++s, out += bytes_per_segment(w)) {
@@ -117,7 +117,7 @@ void finish(Linear& w) {
 int64_t code_bytes(const Linear& w) {
     const int64_t outputs = w.panels * kPanel;
     switch (w.codes) {
-        case Codes::int4: case Codes::int8: return w.panels * w.segments * bytes_per_segment(w);
+        case Codes::int4: case Codes::int8: case Codes::fp4: return w.panels * w.segments * bytes_per_segment(w);
         case Codes::f8: return outputs * w.K;
         case Codes::bf16: return outputs * padded(w.K, 2) * 2;
         case Codes::f16: return outputs * w.K * 2;
@@ -131,7 +131,7 @@ void pack(Pool& pool, const Linear& w, const PackArgs& args) {
     pool.run([&](int thread) {
         for (int64_t panel; pool.next(thread, panel);) {
             switch (w.codes) {
-                case Codes::int4: case Codes::int8: pack_integers(w, args, panel); break;
+                case Codes::int4: case Codes::int8: case Codes::fp4: pack_integers(w, args, panel); break;
                 case Codes::f8: pack_plain<uint8_t>(w, args, panel, 1); break;
                 case Codes::bf16: pack_plain<uint16_t>(w, args, panel, 2); break;
                 case Codes::f16: pack_plain<uint16_t>(w, args, panel, 1); break;
@@ -139,6 +139,7 @@ void pack(Pool& pool, const Linear& w, const PackArgs& args) {
             }
             if (args.scales != nullptr) {
                 if (w.scale_type == Type::f32) pack_scales<uint32_t>(w, args.scales, args.to_scales, panel);
+                else if (w.scale_type == Type::e8) pack_scales<uint8_t>(w, args.scales, args.to_scales, panel);
                 else pack_scales<uint16_t>(w, args.scales, args.to_scales, panel);
             }
             if (args.zeros != nullptr) pack_scales<uint8_t>(w, args.zeros, args.to_zeros, panel);

@@ -1,7 +1,7 @@
 // From canonical weights to panels.
 //
 //   int4   [panel][segment][unit / 8][4][64 bytes]: 64 bytes are 16 outputs by 8 inputs; byte 4 i + b of them holds input b of output
-//          i in its low nibble, and input b + 4 in its high one
+//          i in its low nibble, and input b + 4 in its high one; fp4 likewise
 //   int8   [panel][segment][unit / 4][4][64 bytes]: byte 4 i + b is input b of output i
 //   f8     [panel][K][64]
 //   bf16   [panel][ceil(K / 2)][64][2]: pairs of inputs

@@ -5,7 +5,8 @@
 namespace appliance {
 namespace ISA {
 
-INLINE bool is_integer(const Linear& w) { return w.codes == Codes::int4 || w.codes == Codes::int8; }
+// Also 4-bit floats, which expand.h makes integers of.
+INLINE bool is_integer(const Linear& w) { return w.four() || w.codes == Codes::int8; }
 
 // Inputs of the packed order, padding included.
 INLINE int64_t depth(const Linear& w) { return is_integer(w) ? w.segments * w.unit : (w.K + 1) / 2 * 2; }

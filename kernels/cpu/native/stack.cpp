@@ -34,7 +34,7 @@ void run_layers(Pool& pool, const Kernels& kernels, const Stack& stack, const Ba
         kernels.rope_store(pool, {qkv, batch.tokens, size, type, stack.heads, one.cache, batch.positions, batch.slots, one.cos_sin,
                                   stack.rotary, one.q_norm, one.k_norm, stack.eps, stack.offset});
         kernels.attention(pool, {qkv, size, attended, type, stack.heads, one.cache, batch.sequences, batch.starts, batch.lengths,
-                                 batch.tables, batch.table_width, stack.scale, one.window, stack.cap});
+                                 batch.tables, batch.table_width, stack.scale, one.window, stack.cap, one.sinks});
         add(*one.o, attended, one.attention_norm, qkv);
         if (one.mixture != nullptr) {
             kernels.mixture(pool, {one.mixture, hidden, batch.tokens, type, one.post_norm, stack.eps, hidden});

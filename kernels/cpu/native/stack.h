@@ -15,6 +15,7 @@ struct Layer {
     const float* cos_sin;
     Cache cache;
     int64_t window;  // 0: none
+    const void* sinks;  // of attention; null: none
 };
 
 struct Stack {

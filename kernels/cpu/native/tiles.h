@@ -18,17 +18,19 @@ constexpr int64_t kAhead = 3072;
 
 #define UNROLL _Pragma("GCC unroll 8")
 
+template <int N> struct Count { static constexpr int value = N; };
+
 // C += codes of one segment times rounded activations. `w` points at the first vector; 256 bytes on are the next inputs.
-// kNibbles: `w` are packed nibbles, else bytes (kWide: bytes above 127 occur).
-template <int R, int V, bool kNibbles, bool kWide>
+// kCodes: what `w` is; bytes (int8) may be unpacked nibbles, too (kWide: bytes above 127 occur).
+template <int R, int V, Codes kCodes, bool kWide>
 INLINE void dot_segment(const uint8_t* w, int64_t inputs, const int8_t* x, int64_t stride, const float* scale_x, const int32_t* sum_x, int64_t segments,
                         const F* scale, const I* zero, float* c) {
+    constexpr bool kNibbles = kCodes != Codes::int8;
     I acc[R][V];
     UNROLL for (int r = 0; r < R; ++r) {
         const I sum = isplat(sum_x[r * segments]);
         UNROLL for (int v = 0; v < V; ++v) acc[r][v] = mul16(zero[v], sum);
     }
-    const I mask = isplat(0x0f0f0f0f);
     for (int64_t k = 0; k < inputs; k += kNibbles ? 8 : 4, w += 256) {
         I low[V], high[V];
         if constexpr (R <= 2) {
@@ -36,8 +38,8 @@ INLINE void dot_segment(const uint8_t* w, int64_t inputs, const int8_t* x, int64
         }
         UNROLL for (int v = 0; v < V; ++v) {
             const I line = iload(w + 64 * v);
-            low[v] = kNibbles ? line & mask : line;
-            if (kNibbles) high[v] = (line >> 4) & mask;
+            low[v] = bytes_of<kCodes>(line, false);
+            if (kNibbles) high[v] = bytes_of<kCodes>(line, true);
         }
         UNROLL for (int r = 0; r < R; ++r) {
             int32_t four;
@@ -65,7 +67,7 @@ INLINE void dot_segment(const uint8_t* w, int64_t inputs, const int8_t* x, int64
 // or null to read the weight itself.
 template <int R, int V>
 INLINE void dot_rows(const Linear& w, int64_t panel, int64_t first, int64_t last, int v0, int v1, const uint8_t* bytes, const Rounded& x, int64_t row, float* c) {
-    const bool nibbles = w.codes == Codes::int4 && bytes == nullptr;
+    const Codes kind = bytes == nullptr ? w.codes : Codes::int8;
     for (int64_t s = first; s < last; ++s) {  // a segment of all outputs, as it lies in memory
         for (int v = v0; v < v1; v += V) {
             const uint8_t* data = (bytes != nullptr ? bytes + (s - first) * w.unit * kPanel : segment_data(w, panel, s)) + 64 * v;
@@ -79,9 +81,13 @@ INLINE void dot_rows(const Linear& w, int64_t panel, int64_t first, int64_t last
             const int8_t* codes = x.codes + x.chunks.at(row, s * w.unit);
             const int64_t side = row * w.segments + s;
             float* at = c + 16 * v;
-            if (nibbles) dot_segment<R, V, true, false>(data, w.unit, codes, x.chunks.inputs, x.scales + side, x.sums + side, w.segments, scale, zero, at);
-            else if (w.codes == Codes::int4) dot_segment<R, V, false, false>(data, w.unit, codes, x.chunks.inputs, x.scales + side, x.sums + side, w.segments, scale, zero, at);
-            else dot_segment<R, V, false, true>(data, w.unit, codes, x.chunks.inputs, x.scales + side, x.sums + side, w.segments, scale, zero, at);
+            const auto dot = [&](auto tag, auto wide) __attribute__((always_inline)) {
+                dot_segment<R, V, tag.value, wide.value != 0>(data, w.unit, codes, x.chunks.inputs, x.scales + side, x.sums + side, w.segments, scale, zero, at);
+            };
+            if (kind == Codes::int4) dot(CodesTag<Codes::int4>{}, Count<false>{});
+            else if (kind == Codes::fp4) dot(CodesTag<Codes::fp4>{}, Count<false>{});
+            else if (w.four()) dot(CodesTag<Codes::int8>{}, Count<false>{});
+            else dot(CodesTag<Codes::int8>{}, Count<true>{});
         }
     }
 }
@@ -106,8 +112,8 @@ template <int R, int V> INLINE void fma_rows(const float* w, int64_t inputs, int
 }
 
 // C += codes of one segment times float32 activations, for few rows: codes become floats in registers, zero and scale come last.
-template <int R, int V>
-INLINE void fma_segment(const uint8_t* w, bool nibbles, int64_t unit, const float* x, int64_t stride, const F* scale, const F* zero, float* c) {
+template <int R, int V, Codes kCodes>
+INLINE void fma_segment(const uint8_t* w, int64_t unit, const float* x, int64_t stride, const F* scale, const F* zero, float* c) {
     F acc[R][V], sum[R];
     UNROLL for (int r = 0; r < R; ++r) {
         F all = splat(0);
@@ -115,21 +121,22 @@ INLINE void fma_segment(const uint8_t* w, bool nibbles, int64_t unit, const floa
         sum[r] = splat(reduce_add(all));
         UNROLL for (int v = 0; v < V; ++v) acc[r][v] = splat(0);
     }
-    const I mask = isplat(nibbles ? 15 : 255);
-    const int64_t inputs = nibbles ? 8 : 4;
-    for (int64_t k = 0; k < unit; k += inputs, w += 256) {
-        I line[V];
-        UNROLL for (int v = 0; v < V; ++v) line[v] = iload(w + 64 * v);
-        for (int64_t j = 0; j < inputs; ++j) {
-            const int shift = int(j % 4 * 8 + j / 4 * 4);
-            F q[V];
-            UNROLL for (int v = 0; v < V; ++v) q[v] = to_float((line[v] >> shift) & mask);
-            UNROLL for (int r = 0; r < R; ++r) {
-                const F a = splat(x[r * stride + k + j]);
-                UNROLL for (int v = 0; v < V; ++v) acc[r][v] = fma(a, q[v], acc[r][v]);
+    constexpr int64_t kInputs = kCodes == Codes::int8 ? 4 : 8, kStep = kCodes == Codes::fp4 ? 4 : kInputs;  // looked up four at a time
+    const I mask = isplat(kCodes == Codes::int4 ? 15 : 255);
+    for (int64_t k = 0; k < unit; k += kInputs, w += 256)
+        for (int64_t first = 0; first < kInputs; first += kStep) {
+            I line[V];
+            UNROLL for (int v = 0; v < V; ++v) line[v] = kCodes == Codes::fp4 ? bytes_of<kCodes>(iload(w + 64 * v), first != 0) : iload(w + 64 * v);
+            for (int64_t j = 0; j < kStep; ++j) {
+                const int shift = int(j % 4 * 8 + j / 4 * 4);
+                F q[V];
+                UNROLL for (int v = 0; v < V; ++v) q[v] = to_float((line[v] >> shift) & mask);
+                UNROLL for (int r = 0; r < R; ++r) {
+                    const F a = splat(x[r * stride + k + first + j]);
+                    UNROLL for (int v = 0; v < V; ++v) acc[r][v] = fma(a, q[v], acc[r][v]);
+                }
             }
         }
-    }
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v) {
         float* at = c + r * kPanel + 16 * v;
         store(at, fma(acc[r][v] - zero[v] * sum[r], scale[v], load(at)));
@@ -145,7 +152,9 @@ INLINE void fma_direct(const Linear& w, int64_t panel, int64_t segment, int v0, 
             scale[i] = load_scale(w, index + 16 * i);
             zero[i] = to_float(load_zero(w, index + 16 * i));
         }
-        fma_segment<R, V>(segment_data(w, panel, segment) + 64 * v, w.codes == Codes::int4, w.unit, x, stride, scale, zero, c + 16 * v);
+        with_codes(w.codes, [&](auto tag) __attribute__((always_inline)) {
+            fma_segment<R, V, tag.value>(segment_data(w, panel, segment) + 64 * v, w.unit, x, stride, scale, zero, c + 16 * v);
+        });
     }
 }
 
@@ -172,7 +181,6 @@ template <int R, int V> INLINE void pair_rows(const uint16_t* w, int64_t inputs,
 
 // g(R, V) with the number of rows (1 to 6) and of vectors at a time as template arguments; v1 - v0 is a multiple of V. Half a
 // panel (2 vectors) is what threads share of a weight with few outputs.
-template <int N> struct Count { static constexpr int value = N; };
 template <int R, class G> INLINE void with_vectors(int64_t width, G&& g) {
     if constexpr (vectors_for(R) == 4)
         if (width < 4) return g(Count<R>{}, Count<2>{});

@@ -6,7 +6,8 @@ namespace appliance {
 
 class Pool;
 
-enum class Type : int { f32 = 0, bf16 = 1, f16 = 2, f8 = 3, i8 = 4, f8e5 = 5, i4 = 6 };  // f8: e4m3fn; f8e5: e5m2; i4: two in a byte
+// f8: e4m3fn; f8e5: e5m2; i4: two in a byte; e8: e8m0fnu, powers of two
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2, f8 = 3, i8 = 4, f8e5 = 5, i4 = 6, e8 = 7 };
 
 inline int64_t item_size(Type t) { return t == Type::f32 ? 4 : t == Type::bf16 || t == Type::f16 ? 2 : 1; }
 
@@ -14,7 +15,7 @@ constexpr int64_t kPanel = 64;     // outputs side by side in memory
 constexpr int64_t kMostFeatures = 1024;  // of a head; the bindings check it
 constexpr int64_t kSegment = 128;  // inputs that share an activation scale, at most
 
-enum class Codes : int { int4 = 0, int8 = 1, f8 = 2, bf16 = 3, f16 = 4, f32 = 5 };
+enum class Codes : int { int4 = 0, int8 = 1, f8 = 2, bf16 = 3, f16 = 4, f32 = 5, fp4 = 6 };  // fp4: e2m1
 
 // A weight in panels of 64 outputs; see layout.h for the order inside. Storage belongs to the caller.
 struct Linear {
@@ -27,15 +28,17 @@ struct Linear {
     int64_t segments = 0, unit = 0;  // unit: inputs in a segment, padded
     bool gated = false;          // panels alternate: gate, up; the product is silu(gate) * up
     bool gelu = false;           // ... or gelu(gate) * up, in the approximation by tanh
+    float limit = 0, slope = 0;  // ... or, with a limit, what clamped() of vec.h makes of both
     bool quantize = false;       // activations are rounded to int8
     bool per_token = false;      // ... with one scale a token, as the checkpoint asks
     Type round_to = Type::f32;   // expanded weights are rounded to this
     const uint8_t* data = nullptr;
     const void* scales = nullptr;    // [panels][groups][64]
-    const uint8_t* zeros = nullptr;  // [panels][groups][64]; null: 2^(bits - 1)
+    const uint8_t* zeros = nullptr;  // [panels][groups][64]; null: 2^(bits - 1), or 12 of fp4
     const float* bias = nullptr;     // [panels * 64]
     const int32_t* perm = nullptr;   // [K]: input j of the packed order is the original input perm[j]
     int64_t outputs() const { return gated ? N / 2 : N; }
+    bool four() const { return codes == Codes::int4 || codes == Codes::fp4; }  // bits
     int64_t groups() const { return (K + group - 1) / group; }
 };
 
@@ -57,7 +60,7 @@ struct MatmulArgs {
 struct Mixture {
     const Linear* router;         // [experts, hidden]
     const Linear* const* gate_up; // [experts], gated
-    const Linear* const* down;    // [experts], without bias
+    const Linear* const* down;    // [experts]
     int64_t experts, active;      // a token goes through so many of them
     bool normalized;              // the shares of these are made to add up to 1
 };
@@ -99,6 +102,7 @@ struct AttentionArgs {
     float scale;
     int64_t window;          // 0: none
     float cap;               // of scores: cap * tanh(score / cap); 0: none
+    const void* sinks;       // [q_heads] in `type`: one more score each, of no value; null: none
 };
 
 struct RopeStoreArgs {

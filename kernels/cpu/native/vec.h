@@ -214,6 +214,24 @@ INLINE void narrow_8(void* p, I x) { narrow_all<uint8_t>(p, x); }
 INLINE void narrow_u16(uint16_t* p, I x) { narrow_all<uint16_t>(p, x); }
 #endif
 
+// What a table of 16 bytes (aligned) has for each byte; these are below 16.
+INLINE I look_up(const uint8_t* table, I bytes) {
+    I r;
+#if defined(__AVX512BW__)
+    const __m512i each = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    r.v[0] = (vi)_mm512_shuffle_epi8(each, (__m512i)bytes.v[0]);
+#elif defined(__AVX2__)
+    const __m256i each = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    EACH r.v[i] = (vi)_mm256_shuffle_epi8(each, (__m256i)bytes.v[i]);
+#else
+    uint8_t items[64];
+    istore(items, bytes);
+    for (uint8_t& item : items) item = table[item];
+    r = iload(items);
+#endif
+    return r;
+}
+
 INLINE I select(I mask, I a, I b) { I r; EACH r.v[i] = (mask.v[i] & a.v[i]) | (~mask.v[i] & b.v[i]); return r; }
 INLINE F select(I mask, F a, F b) { return as_float(select(mask, as_int(a), as_int(b))); }
 INLINE I less(I a, I b) { I r; EACH r.v[i] = (vi)(a.v[i] < b.v[i]); return r; }
@@ -283,6 +301,12 @@ INLINE F gelu(F x) { return x / (splat(1.0f) + exp(x * fma(x * x, splat(-0.07135
 template <bool kGelu> INLINE F gate(F x) {
     if constexpr (kGelu) return gelu(x);
     else return silu(x);
+}
+
+// gpt-oss: (u + 1) * g * sigmoid(slope * g), g at most `limit`, and u within it. NaN stays NaN.
+INLINE F clamped(F gate, F up, float limit, float slope) {
+    const F most = splat(limit), g = min(most, gate), u = max(splat(-limit), min(most, up));
+    return g / (splat(1.0f) + exp(g * splat(-slope))) * (u + splat(1.0f));
 }
 
 INLINE F tanh(F x) { return splat(1.0f) - splat(2.0f) / (splat(1.0f) + exp(x + x)); }
