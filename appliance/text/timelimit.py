@@ -6,6 +6,7 @@ single operation in C (a sort, say) is not interrupted: what runs is ended behin
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import threading
@@ -73,9 +74,15 @@ class TimeLimit:
         return self._until - now
 
     def settle(self) -> None:
-        """In its own thread: what was raised and has not come yet does not come any more."""
+        """In its own thread: what was raised and has not come yet does not come any more.
+
+        It is not taken back (by NULL): then the interpreter would look for it for ever, and under sys.settrace do nothing else.
+        """
         if self._told:
-            _raise_in(self._thread, ctypes.py_object())
+            with contextlib.suppress(_End):
+                _raise_in(self._thread, _End)  # in place of the one that may be on its way
+                while True:
+                    pass
 
 
 class _Watch:

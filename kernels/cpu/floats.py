@@ -71,16 +71,9 @@ class Fp8Weight:
         return total_bytes(self.values, self.scales, self.perm, self.bias)
 
     def product(self, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x.dtype)
-        wide = prepare(x, self.perm, None).to(dtype)
-        out = torch.empty(x.shape[0], self.N, dtype=dtype)
-        step = slab_rows(self.K, dtype.itemsize)
-        for first in range(0, self.N, step):
-            torch.mm(wide, self._expand(first, min(first + step, self.N), dtype).t(), out=out[:, first : first + step])
-        out = out.to(x.dtype)
-        return out if self.bias is None else out.add_(self.bias)
+        return _by_slabs(x, self)
 
-    def _expand(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def expand(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         bits = self.values[first:last].to(torch.int16)  # sign extended
         bits.bitwise_left_shift_(4).bitwise_and_(-0x8000 | 0x7F0)
         tiny, scales = bits.view(torch.bfloat16).to(dtype), self.scales[first:last] * 2.0**120
@@ -106,20 +99,25 @@ class Fp4Weight:
         return total_bytes(self.codes, self.scales, self.perm, self.bias)
 
     def product(self, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x.dtype)
-        wide = prepare(x, self.perm, None).to(dtype)
-        out = torch.empty(x.shape[0], self.N, dtype=dtype)
-        step = slab_rows(self.K, dtype.itemsize)
-        for first in range(0, self.N, step):
-            rows = slice(first, first + step)
-            torch.mm(wide, self._expand(self.codes[rows], self.scales[rows], dtype).t(), out=out[:, rows])
-        out = out.to(x.dtype)
-        return out if self.bias is None else out.add_(self.bias)
+        return _by_slabs(x, self)
 
-    def _expand(self, codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    def expand(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        codes = self.codes[first:last]
         pairs = both_values(dtype).index_select(0, codes.flatten().int()).view(len(codes), -1)
-        scales = exponents.view(torch.float8_e8m0fnu).float().to(dtype)
+        scales = self.scales[first:last].view(torch.float8_e8m0fnu).float().to(dtype)
         return pairs[:, : self.K].mul_(scales.repeat_interleave(self.group_size, dim=1)[:, : self.K])
+
+
+def _by_slabs(x: Tensor, weight: Fp8Weight | Fp4Weight) -> Tensor:
+    """x [T, K] times a weight of which some rows are expanded at a time -> [T, N]."""
+    dtype = compute_dtype(x.dtype)
+    wide = prepare(x, weight.perm, None).to(dtype)
+    out = torch.empty(x.shape[0], weight.N, dtype=dtype)
+    step = slab_rows(weight.K, dtype.itemsize)
+    for first in range(0, weight.N, step):
+        torch.mm(wide, weight.expand(first, min(first + step, weight.N), dtype).t(), out=out[:, first : first + step])
+    out = out.to(x.dtype)
+    return out if weight.bias is None else out.add_(weight.bias)
 
 
 @cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +39,19 @@ def test_what_takes_too_long_is_ended() -> None:
         TimeLimit(0.02).run(spin)
     assert time.thread_time() - begun >= 0.02
     assert TimeLimit(1000.0).run(spun(0.03)) == "done"
+
+
+def test_nothing_is_left_for_the_interpreter_to_look_for() -> None:
+    """Else whoever traces instructions afterwards (a debugger, a profiler) would stand still for ever."""
+    script = (
+        "import sys\nfrom appliance.text.timelimit import TimeLimit\n"
+        "def spin():\n    while True: pass\n"
+        "try: TimeLimit(0.01).run(spin)\nexcept TimeoutError: pass\n"
+        "def trace(frame, event, argument):\n    frame.f_trace_opcodes = True\n    return trace\n"
+        "sys.settrace(trace)\nsorted([2, 1], key=lambda x: x)\nsys.settrace(None)\nprint('on')\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ran.stdout == "on\n", ran.stderr
 
 
 def test_waiting_is_no_work() -> None:
