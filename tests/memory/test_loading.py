@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import gc
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.memory.devices import DeviceInfo
 from appliance.memory.fit import MARGIN, fit
 from appliance.memory.host import RUNTIME
-from appliance.memory.loading import WORKERS, Loading, Transient, Workers, loading
-from appliance.memory.modules import Machinery
+from appliance.memory.loading import WORKERS, Loading, Transient, Workers
 from appliance.memory.plan import PlanError
-from kernels.ops import get_ops
 from models import loader
-from models.spec import ModelSpec
-from quant.checkpoint import Checkpoint
+from tests.memory.peak import peak_of_loading
 from tests.memory.published import fill, write_published
 from tests.memory.test_plan import DEFAULTS, GIB, LLAMA_8B, cpu
 from tests.models.test_loader import write_dense
 from tests.tiny_model import Shape, config, make_checkpoint
 
 WIDE = Shape(hidden=1024, layers=4, heads=16, kv_heads=4, head_dim=64, mlp=4096, group=128, vocab=24000)
-
-
-def memory(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 
 @pytest.fixture(scope="module", params=["awq", "tied", "dense", "gptq-act-order", "ct-w8a8", "ct-fp8"])
@@ -45,25 +38,19 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return fill(write_published(folder, {**config(WIDE), "torch_dtype": "bfloat16"}, request.param), request.param)
 
 
+@pytest.fixture(scope="module")
+def process() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        yield pool
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("isa", "workers"), [("native", 1), ("native", 2), ("torch", 1)])
-def test_the_peak_of_loading_is_as_planned(checkpoint: Path, isa: str, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_of_loading_is_as_planned(checkpoint: Path, process: ProcessPoolExecutor, isa: str, workers: int) -> None:
     """Never more than planned (with a little for what is no weight), and not so much less that models would be refused."""
-    if isa == "torch":
-        monkeypatch.setenv("APPLIANCE_CPU_ISA", "torch")
-    ops = get_ops("cpu", threads=1)
-    with Checkpoint.open(checkpoint) as source:
-        spec = ModelSpec.from_config(source.config)
-        machinery = Machinery(ops=ops.name, dtype="bfloat16", head_bits=8 if ops.name == "cpu-native" else None)
-        gc.collect()
-        loader.release_memory()
-        before = memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        decoder = loader.load_model(source, spec, ops, dtype=torch.bfloat16, max_len=64, workers=workers, ends_first=True)
-        peak = memory("VmHWM") - before
-        planned = loading(spec, source.scheme, machinery).device.peak(decoder.nbytes, Workers(workers, ends_first=True))
-    assert peak <= planned + (24 << 20), (peak >> 20, planned >> 20)
-    assert planned <= 1.7 * peak + (96 << 20), (peak >> 20, planned >> 20)
+    peak = process.submit(peak_of_loading, checkpoint, isa, workers).result()
+    assert peak.measured <= peak.planned + (24 << 20), peak
+    assert peak.planned <= 1.7 * peak.measured + (96 << 20), peak
 
 
 @given(threads=st.integers(1, 16), weights=st.integers(0, 1 << 40), parts=st.tuples(*[st.integers(0, 1 << 34)] * 3))
