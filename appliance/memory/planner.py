@@ -8,6 +8,7 @@ from shlex import quote
 
 from appliance.config import EngineConfig
 from appliance.memory.advice import Variants, advise
+from appliance.memory.agreement import check_headers
 from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import DeviceInfo, this_device
 from appliance.memory.fit import fit
@@ -41,8 +42,10 @@ def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None =
         device = this_device(device_kind(config.device))
         host = None if device.kind == "cpu" else this_device("cpu")
     settings = read_settings(config, device)
-    published, scheme = read_scheme(CheckpointIndex.open(Path(directory)), config.quantization)
+    index = CheckpointIndex.open(Path(directory))
+    published, scheme = read_scheme(index, config.quantization)
     spec = ModelSpec.from_config(published)
+    check_headers(index, spec, scheme)
     machinery = Machinery.choose(config, spec.dtype, device, float16=spec.float16)
     demand = Demand.of(spec, scheme, machinery, model=str(directory))
     try:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from appliance.config import EngineConfig
 from appliance.hub import demo_model
 from appliance.memory.agreement import check_headers
+from appliance.memory.planner import make_plan
 from models.spec import ModelSpec
 from quant.errors import CheckpointError
 from quant.headers import CheckpointIndex
@@ -53,6 +55,8 @@ def test_settings_of_another_size(model: Path) -> None:
     change(model, intermediate_size=inner, num_hidden_layers=99)
     with pytest.raises(CheckpointError, match=r"model\.layers\.\d+\.self_attn\.q_proj: its weight is missing from "):
         check(model)
+    with pytest.raises(CheckpointError, match="its weight is missing from "):  # before anything is loaded
+        make_plan(model, EngineConfig())
 
 
 def test_what_is_missing_or_turned(model: Path) -> None:
