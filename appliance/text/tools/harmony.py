@@ -87,10 +87,6 @@ class Harmony(ToolParser):
         self._close()
         return self._delta()
 
-    def read(self, marker: str) -> Steps:
-        """Messages are read otherwise: there is no text around them."""
-        raise NotImplementedError
-
     def _run(self) -> Steps:
         marker = self.openers[0]  # which the prompt has
         while True:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import secrets
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -107,9 +106,9 @@ class ToolParser(Reader):
 
     # What the formats say
 
-    @abstractmethod
     def read(self, marker: str) -> Steps:
-        """Read what follows an opener: calls. What is read and not dropped in the end is content."""
+        """Read what follows an opener: calls; by itself nothing. What is read and not dropped in the end is content."""
+        yield from ()
 
     def opener(self) -> tuple[int, int, str] | None:
         """The first opener in what is held: where the layout before it starts, where it ends, and which one it is."""
