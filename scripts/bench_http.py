@@ -190,8 +190,9 @@ def serve() -> None:
     if setup.get("alone"):
         return alone(setup)
     Client.COMMAND = (sys.executable, __file__, "--worker")
-    model = str(demo_model())
-    engine = EngineConfig(model=model, tokenizer=model, threads=setup.get("threads"), max_num_seqs=64)
+    model = setup.get("model") or str(demo_model())
+    tokenizer = setup.get("tokenizer") or model
+    engine = EngineConfig(model=model, tokenizer=tokenizer, threads=setup.get("threads"), max_num_seqs=64)
 
     async def main() -> None:
         client = Client(engine)
@@ -201,7 +202,7 @@ def serve() -> None:
         if setup.get("at_once"):
             client._pace = Pace()  # that never waits
         config = ServerConfig(max_num_queued_reqs=-1, tool_call_parser="hermes")
-        app = create_app(client, Tokenizer.load(model), engine, config)
+        app = create_app(client, Tokenizer.load(tokenizer), engine, config)
         settings = http_config(app, config)
         http, stop = uvicorn.Server(settings), asyncio.Event()
         http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
@@ -234,7 +235,7 @@ def alone(setup: dict[str, Any]) -> None:
 
     notes = note_steps(setup["streams"])
     print(0, os.getpid(), flush=True)
-    run_alone(setup["threads"], setup["alone"], setup["tokens"])
+    run_alone(setup["threads"], setup["alone"], setup["tokens"], setup.get("model"))
     Path(setup["log"]).write_text(json.dumps(notes))
     signal.sigwait({signal.SIGTERM})
 

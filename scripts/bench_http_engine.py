@@ -98,15 +98,15 @@ def waited_ns() -> int:
     return sum(int((task / "schedstat").read_text().split()[1]) for task in Path("/proc/self/task").iterdir())
 
 
-def run_alone(threads: int, sequences: int, tokens: int) -> None:
+def run_alone(threads: int, sequences: int, tokens: int, model: str | None = None) -> None:
     """As many sequences as clients would ask for, to their end."""
     from appliance.config import EngineConfig
     from appliance.core.params import SamplingParams
     from appliance.hub import demo_model
     from appliance.runtime.engine import Engine
 
-    model = str(demo_model())
-    engine = Engine.load(EngineConfig(model=model, tokenizer=model, threads=threads, max_num_seqs=64))
+    config = EngineConfig(model=model or str(demo_model()), skip_tokenizer_init=True, threads=threads, max_num_seqs=64)
+    engine = Engine.load(config)
     for i in range(sequences):
         params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=1.0, seed=i)
         engine.submit(Submit(f"r{i}", tuple(range(300, 305)), params, time.monotonic()))

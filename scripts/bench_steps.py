@@ -1,6 +1,6 @@
-"""What the API process costs the engine: its steps with 64 sequences of the demo model, with an API and without.
+"""What the API process costs the engine: its steps with 64 sequences of a model, with an API and without.
 
-    .venv/bin/python scripts/bench_steps.py [--threads 1,2] [--rounds N] [--json FILE]
+    .venv/bin/python scripts/bench_steps.py [--threads 1,2] [--rounds N] [--json FILE] [--model DIR --tokenizer DIR --tokens N]
 
 Without: the engine alone in its process. With: as it is, and then, where the engine has all processors, without what is done for
 it there (appliance/runtime/pace.py): with news told at once, with the event loop at the engine's own priority, and with both; and
@@ -44,10 +44,10 @@ COLUMNS = {
 }
 
 
-def steps_of(case: str, threads: int, tokens: int = 400, streams: int = 64) -> dict[str, float]:
-    """Of the steps in which all sequences took part, in milliseconds."""
+def steps_of(case: str, threads: int, tokens: int = 400, streams: int = 64, **model: str | None) -> dict[str, float]:
+    """Of the steps in which all sequences took part, in milliseconds. ``model``: its folder, and ``tokenizer``."""
     alone, how = streams if case == "no API" else 0, {"aside": "same" not in case, "at_once": "at once" in case}
-    server = Server(threads=threads, alone=alone, streams=streams, tokens=tokens, **how, loop="asyncio", profile=None)
+    server = Server(threads=threads, alone=alone, streams=streams, tokens=tokens, **how, **model, loop="asyncio", profile=None)
     if not alone:
         path, body = CASES["completions"]
         body = {**body, "stream": True, "max_tokens": tokens, "ignore_eos": True, "temperature": 1.0}
@@ -82,15 +82,22 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--threads", default="1,2", help="of the engine")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", type=int, default=len(HOW), help="so many of them")
+    parser.add_argument("--model", metavar="DIR", help="default: the demo model")
+    parser.add_argument("--tokenizer", metavar="DIR", help="the model's, where DIR has none")
+    parser.add_argument("--tokens", type=int, default=400, help="that each sequence gets")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    cases = HOW[: args.cases]
     for threads in map(int, args.threads.split(",")):
         for number in range(args.rounds):
-            rows += [{"threads": threads, "case": case, "round": number, **steps_of(case, threads)} for case in HOW]
+            for case in cases:
+                found = steps_of(case, threads, args.tokens, model=args.model, tokenizer=args.tokenizer)
+                rows.append({"threads": threads, "case": case, "round": number, **found})
             print(f"{threads} threads: round {number + 1} of {args.rounds}", flush=True)
     print("| threads | | " + " | ".join(COLUMNS) + " |\n" + (2 + len(COLUMNS)) * "|---" + "|")
     for threads in map(int, args.threads.split(",")):
-        for case in HOW:
+        for case in cases:
             mine = [row for row in rows if (row["threads"], row["case"]) == (threads, case)]
             cells = (f"{statistics.median(row[key] for row in mine):.2f}" for key in COLUMNS.values())
             print(f"| {threads} | {case} | " + " | ".join(cells) + " |")
