@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Number
 from operator import index
 from typing import Any
 
-from appliance.core.params import BeamSearchParams, RequestError, SamplingParams
+from appliance.core.params import BeamSearchParams, RequestError, SamplingParams, check_logprobs
 from quant.errors import InputError
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -55,10 +56,10 @@ def token_ids(name: str, values: Any) -> list[int]:
     return [_token_id(f"{name}[{place}]", value) for place, value in enumerate(_plain(values))]
 
 
-def params_list(params: Any, number: int, default: SamplingParams) -> list[SamplingParams]:
-    """One for each of ``number`` prompts: ``default`` for None. Raises InputError where they are too few, or something else."""
+def params_list(params: Any, number: int, default: SamplingParams, max_logprobs: int) -> list[SamplingParams]:
+    """One for each of ``number`` prompts: ``default`` for None. Raises InputError where they are too few, or do not do."""
     if params is None or isinstance(params, SamplingParams):
-        return [default if params is None else params] * number
+        return [_checked(default if params is None else params, max_logprobs)] * number
     if isinstance(params, BeamSearchParams):
         raise InputError("sampling_params cannot be BeamSearchParams: give them to beam_search()")
     if not isinstance(params, list | tuple):
@@ -68,7 +69,14 @@ def params_list(params: Any, number: int, default: SamplingParams) -> list[Sampl
         raise InputError(f"sampling_params holds {_found(wrong)}: give SamplingParams(...) for each prompt")
     if len(params) != number:
         raise InputError(f"{len(params)} sampling_params for {number} prompts: give one for all, or one for each")
-    return list(params)
+    return [_checked(one, max_logprobs) for one in params]
+
+
+def _checked(given: SamplingParams, max_logprobs: int) -> SamplingParams:
+    params = given.checked()
+    for name in ("logprobs", "prompt_logprobs"):
+        check_logprobs(name, getattr(params, name), max_logprobs, "max_logprobs of the LLM")
+    return params
 
 
 def beam_params(params: Any) -> BeamSearchParams:
@@ -77,7 +85,7 @@ def beam_params(params: Any) -> BeamSearchParams:
         raise InputError("params cannot be SamplingParams: give them to generate(), or BeamSearchParams here")
     if not isinstance(params, BeamSearchParams):
         raise InputError(f"params cannot be {_found(params)}: give BeamSearchParams(beam_width=..., max_tokens=...)")
-    return params
+    return replace(params)
 
 
 def rank_list(priority: Any, number: int) -> list[Any]:

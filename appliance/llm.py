@@ -47,8 +47,10 @@ StrPath = str | os.PathLike[str]
 
 log = logging.getLogger("appliance.llm")
 
+_PROCESSES: set[int] = set()  # in which an engine was loaded: this one, or one of which it is a fork
+
 # vLLM arguments that change nothing here, with the values under which that is true.
-HARMLESS: dict[str, tuple[object, ...]] = {
+HARMLESS: dict[str, Sequence[object]] = {
     "tokenizer_mode": ("auto",),
     "trust_remote_code": (False, True),  # repository code is never run; models that need it are refused by architecture
     "tensor_parallel_size": (1,),
@@ -63,23 +65,36 @@ HARMLESS: dict[str, tuple[object, ...]] = {
     "limit_mm_per_prompt": (None, {}),
     "hf_overrides": (None, {}),
     "compilation_config": (None, {}),
+    "max_seq_len_to_capture": range(1 << 31),
 }
 
 
 class LLM:
-    """A model in this process.
+    """A model in this process. Its memory is free again when nothing refers to it any more (``del llm``).
 
-    Arguments are those of EngineConfig (``appliance/config.py``), ``chat_template``, and ``generation_config``: where defaults of
-    sampling come from, "auto" (the model's generation_config.json), "vllm" (none) or a directory. Paths may be Path objects.
-    Raises InputError where the model, the memory or an argument does not do, and TypeError for an argument that does not exist.
+    Arguments are those of EngineConfig (``appliance/config.py``), ``chat_template``, ``generation_config``: where defaults of
+    sampling come from, "auto" (the model's generation_config.json), "vllm" (none) or a directory, and ``max_logprobs``: the most
+    that a request may ask for a token, -1 for no limit (then long prompts with large vocabularies take gigabytes). Paths may be
+    Path objects. Raises InputError where the model, the memory or an argument does not do, and TypeError for an argument that
+    does not exist.
 
-    Threads may share it: their calls take turns. A fork of its process may not use it.
+    Threads may share it: their calls take turns. A fork of its process may not use it, nor make another.
     """
 
     def __init__(
-        self, model: StrPath, *, chat_template: StrPath | None = None, generation_config: StrPath = "auto", **options: Any
+        self,
+        model: StrPath,
+        *,
+        chat_template: StrPath | None = None,
+        generation_config: StrPath = "auto",
+        max_logprobs: int = 20,
+        **options: Any,
     ) -> None:
+        _refuse_fork("no LLM can be made here")
         config = _engine_config(model, options)
+        if type(max_logprobs) is not int or max_logprobs < -1:
+            raise InputError(f"max_logprobs is {max_logprobs!r:.80}: a whole number is needed, -1 for no limit")
+        self._max_logprobs = max_logprobs
         template, defaults = _text(chat_template), _text(generation_config)
         with _in_python():
             check_options(config)
@@ -92,9 +107,10 @@ class LLM:
             self._tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(source, template)
             self._defaults = SamplingParams(**model_defaults(Path(directory), defaults))
             with _load_bar() as progress:
+                _PROCESSES.add(os.getpid())
                 self._engine = Engine.load(self._config, progress)
         self._ids = count()
-        self._turn, self._process = threading.Lock(), os.getpid()
+        self._turn = threading.Lock()
         self._empty, self._clean = deepcopy(self._engine.scheduler), True  # books without a request; whether the engine has none
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -120,7 +136,7 @@ class LLM:
         prefixes only with those that have the same.
         """
         many = prompt_list(prompts)
-        params = params_list(sampling_params, len(many), self._defaults)
+        params = params_list(sampling_params, len(many), self._defaults, self._max_logprobs)
         ranks = rank_list(priority, len(many))
         if any(ranks) and not self._engine.info.priorities:
             hint = 'requests are served in order of arrival: make the LLM with scheduling_policy="priority"'
@@ -160,11 +176,7 @@ class LLM:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """While this thread has the engine. After any other exception than a refusal, as of ctrl-C, it is emptied."""
-        if os.getpid() != self._process:
-            where = f"process {self._process}, and this is its fork {os.getpid()}, which lacks its threads"
-            raise RuntimeError(
-                f"this LLM was made in {where}: make one in the process that uses it, or start processes by 'spawn'"
-            )
+        _refuse_fork("this LLM cannot be used here")
         with self._turn:
             if not self._clean:  # the last one was interrupted once more, while it cleared up
                 self._engine.clear(deepcopy(self._empty))
@@ -239,6 +251,13 @@ class LLM:
                     if event.finish_reason and job.finished:
                         bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):.1f} tok/s", refresh=False)
                         bar.update()
+
+
+def _refuse_fork(what: str) -> None:
+    """Raises RuntimeError in a fork of a process that had an engine: torch's threads and the engine's are not there."""
+    if _PROCESSES and os.getpid() not in _PROCESSES:
+        where = f"process {next(iter(_PROCESSES))}, in which a model was loaded, without its threads"
+        raise RuntimeError(f"{what}: process {os.getpid()} is a fork of {where}. Start processes by 'spawn'")
 
 
 def _text(path: Any) -> Any:

@@ -102,9 +102,37 @@ def test_parameters_that_are_none(llm: LLM, params: Any, told: str) -> None:
         llm.generate(["a"], params)
 
 
+def test_parameters_may_be_changed(llm: LLM) -> None:
+    """As vLLM's tutorials do; what they are then is looked at when they are used, and whoever uses them has a copy."""
+    params = llm.get_default_sampling_params()
+    params.max_tokens, params.temperature, params.stop = 2, 0.0, "never said"
+    params.ignore_eos = True
+    assert [len(one.outputs[0].token_ids) for one in llm.generate(["a", "b"], params, use_tqdm=False)] == [2, 2]
+    assert llm.get_default_sampling_params().temperature == SETTINGS["temperature"]
+    changes: list[tuple[str, Any, str]] = [
+        ("temperature", -1, "temperature must be a number at least 0"),
+        ("logit_bias", {1.5: 1}, "logit_bias must map token ids"),
+        ("logprobs", 21, r"logprobs is 21, but at most 20 are allowed here \(max_logprobs of the LLM\)"),
+        ("prompt_logprobs", -1, "prompt_logprobs is -1, but at most 20"),
+        ("bad_words_token_ids", 5, "bad_words_token_ids is made from bad_words"),
+        ("grammar", "start: /a/", "grammar is made from structured_outputs"),
+    ]
+    for name, value, told in changes:
+        params = SamplingParams()
+        setattr(params, name, value)
+        for given in (params, [params]):
+            with pytest.raises(RequestError, match=told):
+                llm.generate(["a"], given, use_tqdm=False)
+    beams = BeamSearchParams(beam_width=2, max_tokens=2)
+    beams.beam_width = 0
+    with pytest.raises(RequestError, match="beam_width must be an integer at least 1"):
+        llm.beam_search(["a"], beams)
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        ({"max_logprobs": -2}, "^max_logprobs is -2: a whole number is needed, -1 for no limit"),
         ({"model": None}, "^model is None: a directory"),
         ({"model": 5}, "^model is 5: a directory"),
         ({"tokenizer": 5}, "^tokenizer is 5: text, or None, is needed"),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from quant.errors import InputError
@@ -83,9 +83,12 @@ class StructuredOutputsParams:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SamplingParams:
-    """How to pick tokens. Raises RequestError naming the field that is out of range."""
+    """How to pick tokens. Raises RequestError naming the field that is out of range.
+
+    Fields may be set later, as vLLM's may: whoever takes them looks at them again (``checked``), and goes on with a copy.
+    """
 
     n: int = 1
     best_of: int | None = None  # so many completions are generated; the n of them with the largest sum of log-probabilities count
@@ -118,32 +121,39 @@ class SamplingParams:
     length_penalty: float = 1.0  # of beam search: a score is the sum of log-probabilities / tokens ** length_penalty
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else _entries("stop", self.stop, "texts"))
-        object.__setattr__(self, "stop_token_ids", _entries("stop_token_ids", self.stop_token_ids, "token ids"))
-        object.__setattr__(self, "bad_words", _entries("bad_words", self.bad_words, "texts"))
+        self.stop = (self.stop,) if isinstance(self.stop, str) else _entries("stop", self.stop, "texts")
+        self.stop_token_ids = _entries("stop_token_ids", self.stop_token_ids, "token ids")
+        self.bad_words = _entries("bad_words", self.bad_words, "texts")
         if (allowed := self.allowed_token_ids) is not None:
-            object.__setattr__(self, "allowed_token_ids", _entries("allowed_token_ids", allowed, "token ids"))
+            self.allowed_token_ids = _entries("allowed_token_ids", allowed, "token ids")
         if self.seed == -1:  # as vLLM
-            object.__setattr__(self, "seed", None)
+            self.seed = None
         if self.top_k == -1:
-            object.__setattr__(self, "top_k", 0)
+            self.top_k = 0
         if self.logit_bias is not None:
-            object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+            self.logit_bias = _bias(self.logit_bias)
         self._check_numbers()
         check_flags(**{f.name: getattr(self, f.name) for f in fields(self) if f.type == "bool"})
         self._check_lists()
         self._check_several()
         self._check_structured()
         if self.top_k > ALL_TOKENS:
-            object.__setattr__(self, "top_k", ALL_TOKENS)
+            self.top_k = ALL_TOKENS
         if self.temperature > FLAT:
-            object.__setattr__(self, "temperature", FLAT)
+            self.temperature = FLAT
         if 0 < self.temperature < 0.01:  # as vLLM: below this the division overflows half precision
-            object.__setattr__(self, "temperature", 0.01)
+            self.temperature = 0.01
 
     def clone(self) -> SamplingParams:
         """A copy that shares nothing that could change."""
         return deepcopy(self)
+
+    def checked(self) -> SamplingParams:
+        """A copy, of which every field was looked at. Raises RequestError, also for what only the text layer fills in."""
+        for name, instead in (("bad_words_token_ids", "bad_words"), ("grammar", "structured_outputs")):
+            if getattr(self, name):
+                raise RequestError(f"{name} is made from {instead}: give that instead", param=name)
+        return replace(self)
 
     @property
     def greedy(self) -> bool:
@@ -234,7 +244,7 @@ class SamplingParams:
             raise RequestError("allowed_token_ids is empty: no token could be sampled", param="allowed_token_ids")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BeamSearchParams:
     """vLLM's, for ``LLM.beam_search``. Raises RequestError naming the field that is out of range."""
 
@@ -261,6 +271,12 @@ class BeamSearchParams:
         )
 
 
+def check_logprobs(name: str, value: int | None, limit: int, option: str = "the server's --max-logprobs") -> None:
+    """Raises RequestError for more than ``limit``, which ``option`` says; -1, all of them, needs -1, no limit."""
+    if value is not None and limit != -1 and (value == -1 or value > limit):
+        raise RequestError(f"{name} is {value}, but at most {limit} are allowed here ({option})", param=name)
+
+
 def check_flags(**flags: Any) -> None:
     """Raises RequestError naming the one that is neither True nor False: "no" would count as true."""
     for name, value in flags.items():
@@ -280,6 +296,8 @@ def _entries(name: str, values: Any, what: str) -> tuple[Any, ...]:
 
 def _bias(bias: dict[Any, Any]) -> dict[int, float]:
     try:
+        if any(isinstance(token, float | bool) for token in bias):
+            raise ValueError  # int() would cut it off
         clean = {int(token): float(value) for token, value in bias.items()}
     except (TypeError, ValueError, AttributeError, OverflowError):
         raise RequestError(f"logit_bias must map token ids to numbers, got {bias!r:.80}", param="logit_bias") from None

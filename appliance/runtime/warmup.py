@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from appliance.core.params import SamplingParams
 from appliance.core.request import Request
@@ -34,7 +34,7 @@ class Trial:
     """One step: for each sequence where its chunk begins, and its length."""
 
     chunks: tuple[tuple[int, int], ...]
-    params: SamplingParams = GREEDY
+    params: SamplingParams = field(default_factory=lambda: GREEDY)
 
     @property
     def tokens(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from appliance.core.params import RequestError, SamplingParams
+from appliance.core.params import RequestError, SamplingParams, check_logprobs
 from appliance.server.kinds import MAX_COMPLETIONS
 from appliance.server.schemas import ChatRequest, CompletionRequest, SamplingFields
 
@@ -37,12 +37,6 @@ SHARED = (
 )
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat goes on to the end of the context
-
-
-def check_logprobs(name: str, value: int | None, limit: int) -> None:
-    """Refuse more logprobs than the server allows; -1 (all) needs a server without a limit."""
-    if value is not None and limit != -1 and (value == -1 or value > limit):
-        raise RequestError(f"{name} is {value}, but at most {limit} are allowed here (the server's --max-logprobs)", param=name)
 
 
 def completion_params(body: CompletionRequest, defaults: Mapping[str, Any], max_logprobs: int) -> SamplingParams:
