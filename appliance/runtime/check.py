@@ -112,7 +112,7 @@ def check(directory: Path, config: EngineConfig) -> CheckReport:
         decoder, _ = load_decoder(config, planned, device, timeline, None)
     loading = Row("loading, at most", planned.load_peak, meter.peak(), below=True)
     tools = Tools.of(device, config, planned.device.name)
-    runner, plan = make_runner(decoder, planned, config, tools, timeline, device=device)
+    runner, plan = make_runner(decoder, planned, config, tools, timeline, device=device, alone=True)
     if decoder.ops.name == "cpu-native":
         torch.set_num_threads(1)  # as the engine does
     meter.begin()
@@ -171,7 +171,7 @@ def weights_by_part(decoder: Decoder) -> dict[str, int]:
 
 def _parts(plan: MemoryPlan, runner: Runner) -> Iterator[Row]:
     """What must be as planned to the byte."""
-    measured = footprint(plan, runner, 0)
+    measured = footprint(plan, runner, None)
     if not plan.offload.layers:  # what is streamed in has no place of its own
         for part, size in weights_by_part(runner.decoder).items():
             yield Row(f"weights: {part}", plan.weights[part], size)

@@ -61,11 +61,19 @@ class Engine:
         self._process = psutil.Process()
 
     @classmethod
-    def load(cls, config: EngineConfig, progress: Callable[[int, int], None] | None = None, *, import_s: float = 0.0) -> Engine:
+    def load(
+        cls,
+        config: EngineConfig,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        import_s: float = 0.0,
+        alone: bool = False,
+    ) -> Engine:
         """Plan the memory, load the checkpoint in directory ``config.model``, allocate everything, and try it out on a card.
 
         Raises InputError (also its subclasses CheckpointError and PlanError) with one line for the user. ``progress`` is called
-        with (bytes loaded, bytes to load). ``import_s``: seconds that the caller took to get here, for the timeline.
+        with (bytes loaded, bytes to load). ``import_s``: seconds that the caller took to get here, for the timeline. ``alone``:
+        whether this process is the engine's and has nothing else, as a server's has: then later plans learn what it takes.
         """
         if config.model is None:
             raise InputError("no model given: name a directory with a Hugging Face checkpoint")
@@ -86,7 +94,7 @@ class Engine:
         if device.type == "cuda":
             with timeline.part("trial"), told(plan):
                 prove(config, plan, decoder, tools.lane)
-        runner, plan = make_runner(decoder, plan, config, tools, timeline, device=device)
+        runner, plan = make_runner(decoder, plan, config, tools, timeline, device=device, alone=alone)
         if ops.name == "cpu-native":
             torch.set_num_threads(1)  # what is left to torch is small, and the kernels' threads have the cores
         scheduler = make_scheduler(config, plan, spec)

@@ -21,10 +21,12 @@ def resident() -> int:
     return rss
 
 
-def footprint(plan: MemoryPlan, runner: Runner, loaded: int) -> dict[str, int]:
+def footprint(plan: MemoryPlan, runner: Runner, loaded: int | None) -> dict[str, int]:
     """Measured bytes, by the categories of the plan. ``loaded``: ``resident()`` with the weights in place and nothing else.
 
-    A card's own share is what it held before the cache, less what was planned for weights and workspace.
+    It is None where the process has other things than this engine, a program's data or other engines: then its own share cannot
+    be told from them, and is left out. A card's own share is what it held before the cache, less what was planned for weights and
+    workspace.
     """
     decoder = runner.decoder
     found = {"weights": decoder.nbytes - decoder.streamed - decoder.table_bytes + plan.offload.staging_bytes}
@@ -33,17 +35,20 @@ def footprint(plan: MemoryPlan, runner: Runner, loaded: int) -> dict[str, int]:
     found["KV cache"] = sum(tensor.nbytes for cache in runner.caches for tensor in cache.tensors) - spare
     if plan.swap_blocks:
         found["swap space"] = runner.swap_bytes
-    if plan.measured is None:
-        return found | {"runtime": loaded - decoder.nbytes}
-    if plan.graphs and plan.measured.graphs is not None:
+    if plan.measured is not None and plan.graphs and plan.measured.graphs is not None:
         found["CUDA graphs"] = plan.measured.graphs
-    return found | {"runtime": plan.measured.held - plan.weight_bytes - plan.workspace}
+    if loaded is None:
+        return found
+    measured = plan.measured
+    own = loaded - decoder.nbytes if measured is None else measured.held - plan.weight_bytes - plan.workspace
+    return found | {"runtime": own}
 
 
-def settle(plan: MemoryPlan, runner: Runner, loaded: int) -> MemoryPlan:
+def settle(plan: MemoryPlan, runner: Runner, loaded: int | None) -> MemoryPlan:
     """To be called when the engine is ready: tells the differences, keeps what the next plan on this device can use."""
     found = footprint(plan, runner, loaded)
     for line in comparison(categories(plan), found):
         log.info("memory: %s", line)
-    record(plan.device, runner.decoder.ops.name, found["runtime"])
+    if "runtime" in found:
+        record(plan.device, runner.decoder.ops.name, found["runtime"])
     return replace(plan, found=found)

@@ -222,10 +222,20 @@ def load_decoder(
 
 
 def make_runner(
-    decoder: Decoder, plan: MemoryPlan, config: EngineConfig, tools: Tools, timeline: Timeline, *, device: torch.device
+    decoder: Decoder,
+    plan: MemoryPlan,
+    config: EngineConfig,
+    tools: Tools,
+    timeline: Timeline,
+    *,
+    device: torch.device,
+    alone: bool,
 ) -> tuple[Runner, MemoryPlan]:
-    """A runner that has done what it will do, and the plan as it is now known. PlanError where the card's memory is too small."""
-    recorder, loaded = None, resident()
+    """A runner that has done what it will do, and the plan as it is now known. PlanError where the card's memory is too small.
+
+    ``alone``: whether this process has nothing but the engine, so that what it takes is a lesson for the next plan.
+    """
+    recorder, loaded = None, resident() if alone else None
     with Kernels(decoder.ops.name) as kernels, told(plan):
         if tools.gauge is not None:
             with timeline.part("warm-up"):

@@ -28,7 +28,7 @@ def serve(conn: Connection) -> None:
     from appliance.runtime.engine import Engine  # imports torch: seconds, and the client shall be told why it waits
 
     try:
-        engine = Engine.load(config, _Progress(conn), import_s=time.perf_counter() - begun)
+        engine = Engine.load(config, _Progress(conn), import_s=time.perf_counter() - begun, alone=True)
     except Exception as error:  # of any library: the client tells it in a line
         log.debug("loading failed", exc_info=True)
         foreseen = isinstance(error, InputError | RuntimeError | MemoryError | OSError)

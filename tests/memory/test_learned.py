@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from appliance import LLM
 from appliance.config import EngineConfig
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.learned import BOUNDS, FILE, KEPT, MOST_KEYS, STARTS, key, recall, record
@@ -112,7 +113,9 @@ def test_the_next_plan_has_what_was_learned(file: Path, tmp_path: Path) -> None:
 def test_a_start_compares_and_remembers(file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, swap: float) -> None:
     directory = make_checkpoint(tmp_path / "model", tokenizer=False)
     with caplog.at_level(logging.INFO, "appliance.startup"):
-        engine = Engine.load(EngineConfig(model=str(directory), kv_cache_memory_bytes="1M", threads=1, swap_space=swap))
+        engine = Engine.load(
+            EngineConfig(model=str(directory), kv_cache_memory_bytes="1M", threads=1, swap_space=swap), alone=True
+        )
     found = engine.info.plan["found_bytes"]
     lines = [line for line in caplog.messages if line.startswith("memory: ")]
     assert len(lines) == 1 + len(found) and all(line.endswith(" none") for line in lines[1:-1])
@@ -120,6 +123,16 @@ def test_a_start_compares_and_remembers(file: Path, tmp_path: Path, caplog: pyte
     assert found["KV cache"] == engine.info.plan["kv_cache"]["bytes"] and ("swap space" in found) == bool(swap)
     kept = json.loads(file.read_text())["runtime_bytes"]
     assert list(kept.values()) == [[found["runtime"]]] and found["runtime"] > 100 * MIB
+
+
+def test_a_process_with_other_things_teaches_nothing(file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A program that has an engine in it: its own data, and that of engines before, are none of the engine's."""
+    directory = make_checkpoint(tmp_path / "model", tokenizer=False)
+    with caplog.at_level(logging.INFO, "appliance.startup"):
+        llm = LLM(str(directory), kv_cache_memory_bytes="1M", threads=1, skip_tokenizer_init=True)
+    found = llm._engine.info.plan["found_bytes"]
+    assert set(found) == {"weights", "rotary table", "KV cache"} and not file.exists()
+    assert not any(line.startswith("memory: runtime") for line in caplog.messages)
 
 
 def test_differences_are_told_by_category(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_a_life(tiny: Path) -> None:
         await client.start()
         assert client.state == "ready" and client.info is not None and client.info.max_model_len == 256
         assert client.loading[0] == client.loading[1] > 0
+        assert client.info.plan["found_bytes"]["runtime"] > 1 << 20  # type: ignore[index]  # a process of its own can tell
         try:
             await answers_together(client)
             await refusals(client)
