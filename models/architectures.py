@@ -94,9 +94,9 @@ GEMMA3 = replace(
         "max_position_embeddings": 131072,
     },
 )
-QWEN2 = Architecture(qkv_bias=True, o_bias=False, window="upper", max_position=32768)
+QWEN2 = Architecture(qkv_bias=True, o_bias=False, window="upper", default_window=4096, max_position=32768)
 # For text alone the three positions of a token are the same, and rotation is the plain one.
-QWEN2_VL = replace(QWEN2, text_part=True, default_window=4096, eps=1e-5, theta=1e6, defaults={"max_window_layers": 80})
+QWEN2_VL = replace(QWEN2, text_part=True, eps=1e-5, theta=1e6, defaults={"max_window_layers": 80})
 GPT_OSS = Architecture(
     window="alternate",
     default_head_dim=64,
@@ -139,7 +139,9 @@ ARCHITECTURES = {
         }},
     ),
     "Qwen2ForCausalLM": QWEN2,
-    "Qwen3ForCausalLM": Architecture(qk_norm=True, window="upper", default_head_dim=128, max_position=32768),
+    "Qwen3ForCausalLM": Architecture(
+        qk_norm=True, window="upper", default_window=4096, default_head_dim=128, max_position=32768,
+    ),
     "Phi3ForCausalLM": Architecture(qkv_bias=False, o_bias=False, fused_qkv=True, window="all", eps=1e-5, max_position=4096),
     "Qwen3MoeForCausalLM": Architecture(qk_norm=True, window="switched", default_window=4096, max_position=32768, mixture="mlp"),
     "MixtralForCausalLM": Architecture(
