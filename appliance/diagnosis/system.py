@@ -156,7 +156,7 @@ def memory(root: Path, total: int) -> Iterator[Finding]:
             "memory_limit",
             f"a control group leaves {size_text(limit)} of {size_text(total)}",
             costs,
-            "raise the limit (--memory, MemoryMax=)",
+            "raise the limit (--memory, MemoryMax=, MemoryHigh=)",
         )
     available = min([known.get("MemAvailable", total), *(free for _, free in limits)])
     if available < 2 * GIB:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,6 +103,7 @@ def allowed_processors() -> int:
 def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
     """(limit, what is free under it) in bytes of each control group, version 1 or 2, that this process is in.
 
+    Beyond version 2's memory.high (systemd's MemoryHigh=) a process is slowed until it is hardly one: a limit as memory.max is.
     Page cache that the kernel would give back (inactive_file) counts as free, as it does in MemAvailable. A container often
     sees its own group as the root of the tree, so every parent of the stated path is tried, and those that are absent skipped.
     """
@@ -112,24 +114,27 @@ def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("
     found = []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers == "":
-            mounts, names = [root, root / "unified"], ("memory.max", "memory.current", "inactive_file")
+            mounts, limits = [root, root / "unified"], ["memory.max", "memory.high"]
+            names = "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
-            mounts, names = [root / "memory"], ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            mounts, limits = [root / "memory"], ["memory.limit_in_bytes"]  # its soft limit is none while there is room
+            names = "memory.usage_in_bytes", "total_inactive_file"
         else:
             continue
         for mount in mounts:
             below = mount / path.lstrip("/")
             groups = [below, *(p for p in below.parents if p.is_relative_to(mount))]
-            found += [pair for group in groups if (pair := _limit(group, *names)) is not None]
+            found += [pair for group in groups if (pair := _limit(group, limits, *names)) is not None]
     return found
 
 
-def _limit(group: Path, limit_name: str, usage_name: str, reclaimable: str) -> tuple[int, int] | None:
+def _limit(group: Path, limit_names: Sequence[str], usage_name: str, reclaimable: str) -> tuple[int, int] | None:
     try:
-        text = (group / limit_name).read_text().strip()
-        if text == "max" or int(text) >= _UNLIMITED:
+        stated = [(group / name).read_text().strip() for name in limit_names if (group / name).exists()]
+        limit = min((int(text) for text in stated if text != "max"), default=_UNLIMITED)
+        if limit >= _UNLIMITED:
             return None
-        limit, usage = int(text), int((group / usage_name).read_text())
+        usage = int((group / usage_name).read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except FileNotFoundError:  # no such group under this mount
         return None

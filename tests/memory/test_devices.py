@@ -42,6 +42,19 @@ def test_version_2_with_a_limit_on_a_parent(tmp_path: Path) -> None:
     assert found == [(1000, 500)]
 
 
+def test_the_smaller_of_both_limits_of_version_2(tmp_path: Path) -> None:
+    """memory.high is not there on old kernels; the soft limit of version 1 is none."""
+    root = tmp_path / "fs"
+    for name, limit, high in (("a", 3000, 2000), ("b", 2000, 3000), ("c", "max", 4000), ("d", 5000, "max"), ("e", "max", "max")):
+        group_v2(root / name, limit, 500)
+        write(root / name, memory__high=high)
+    found = {name: cgroup_limits(root, member(tmp_path, f"0::/{name}\n")) for name in "abcde"}
+    assert found == {"a": [(2000, 1500)], "b": [(2000, 1500)], "c": [(4000, 3500)], "d": [(5000, 4500)], "e": []}
+    group_v1(root / "memory" / "x", 2000, 1500)
+    write(root / "memory" / "x", memory__soft_limit_in_bytes=1000)
+    assert cgroup_limits(root, member(tmp_path, "4:memory:/x\n")) == [(2000, 500)]
+
+
 def test_a_container_that_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
     root = tmp_path / "fs"
     group_v2(root, 4096, 96)
