@@ -14,7 +14,9 @@ from appliance.memory.plan import PlanError
 from kernels.ops import KVCache
 
 AT_ONCE = 64
-"""Blocks that are copied in one go, at most: so little memory is taken meanwhile that it is no part of any plan."""
+"""Blocks that are copied in one go, at most."""
+IN_PASSING = 1 << 20
+"""Bytes that are in passing meanwhile, at most, or a layer's keys of one block where these are more: no part of any plan."""
 
 
 class Mover(Protocol):
@@ -62,9 +64,12 @@ class PlainMover:
     def move(self, copies: Sequence[Copy]) -> None:
         for kind, sources, targets in batches(copies):
             into = self._host if kind == "out" else self._pool
+            chosen, places = torch.tensor(sources), torch.tensor(targets)
             for source, target in zip(self._host if kind == "in" else self._pool, into, strict=True):
-                rows = source.index_select(0, torch.tensor(sources, device=source.device))
-                target.index_copy_(0, torch.tensor(targets, device=target.device), rows.to(target.device))
+                some = max(1, IN_PASSING // source[0].nbytes)
+                for ours, theirs in zip(chosen.split(some), places.split(some), strict=True):
+                    rows = source.index_select(0, ours.to(source.device))
+                    target.index_copy_(0, theirs.to(target.device), rows.to(target.device))
 
     def wait(self, chunks: Sequence[Chunk]) -> None:
         pass

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from appliance.core.store import Copy
 from appliance.memory.plan import PlanError
@@ -46,6 +48,37 @@ def test_as_if_one_after_another(dtype: str) -> None:
             (host if copy.kind == "out" else pool)[copy.target] = source
         for block, expected in pool.items():
             assert all(torch.equal(t[block], one) for t, one in zip(tensors, expected, strict=True))
+
+
+class Passing(TorchDispatchMode):
+    """Keeps how many bytes each selection of rows had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.index_select:
+            self.found.append(result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("rows", [0.5, 1, 3.5, 100])
+def test_little_is_in_passing(rows: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than is allowed, but a whole row; and what arrives is the same."""
+    made = [KVCache.zeros(BLOCKS, 8, 3, 16, dtype="float32", device=torch.device("cpu"))]
+    made[0].k.normal_()
+    expected, row = made[0].k.clone(), made[0].k[0].nbytes
+    monkeypatch.setattr("appliance.runtime.mover.IN_PASSING", int(rows * row))
+    mover = PlainMover(made, SLOTS)
+    with Passing() as passing:
+        mover.move([Copy("out", i, i) for i in range(SLOTS)])
+        made[0].k.fill_(float("nan"))
+        mover.move([Copy("in", i, BLOCKS - 1 - i) for i in range(SLOTS)])
+    assert max(passing.found) == min(max(1, int(rows)), SLOTS) * row
+    assert sum(passing.found) == 2 * 2 * SLOTS * row  # out and in, of keys and values
+    assert torch.equal(made[0].k.flip(0)[:SLOTS], expected[:SLOTS])
 
 
 def test_batches_keep_what_depends_on_each_other_apart() -> None:
