@@ -54,7 +54,8 @@ class Crowd:
     tokens: int
 
     def fits(self, plan: MemoryPlan) -> bool:
-        return plan.max_model_len >= self.tokens and plan.sequences(self.tokens) >= self.sequences
+        running = min(plan.max_num_seqs, plan.sequences(self.tokens))
+        return plan.max_model_len >= self.tokens and running >= self.sequences
 
 
 Plan = Callable[[Mapping[str, object]], MemoryPlan | None]
@@ -161,7 +162,8 @@ def options(
     crowd: Crowd | None = None,
 ) -> list[Option]:
     """What can change, the mildest first. ``tokens``, ``sequences``: of a step, at least."""
-    found = [_memory(demand, settings, crowd or Crowd(1, 1))]
+    crowd = crowd or Crowd(1, 1)
+    found = [_memory(demand, settings, crowd)]
     if settings.reserve:
         found.append(_option("gpu_memory_reserve", "reserve", [0], "no memory is kept free"))
     if settings.swap_bytes:
@@ -170,8 +172,7 @@ def options(
         found.append(Option(quarters, cost, lambda n: {"swap_bytes": n * QUARTER}, lambda n: {"swap_space": n * QUARTER / GIB}))
     if settings.kv_dtype is None:
         found.append(_cache("fp8", "keys and values in 8 bits"))
-    steps = range(settings.max_tokens - 1, tokens - 1, -1)
-    found.append(_option("max_num_batched_tokens", "max_tokens", steps, "prompts are computed in smaller pieces"))
+    found.append(_steps(settings, max(tokens, crowd.sequences), crowd))
     if settings.max_seqs is not None and device.kind == "cuda":
         fewer = range(settings.max_seqs - 1, sequences - 1, -1)
         found.append(_option("max_num_seqs", "max_seqs", fewer, "fewer requests run at once"))
@@ -208,6 +209,14 @@ def _memory(demand: Demand, settings: Settings, crowd: Crowd) -> Option:
     least = max(one, crowd.sequences * each)
     sizes = range(max(least, settings.kv_bytes // block) * block, (least - 1) * block, -block)
     return _option("kv_cache_memory_bytes", "kv_bytes", sizes, "a cache of another size")
+
+
+def _steps(settings: Settings, least: int, crowd: Crowd) -> Option:
+    """Smaller steps; or one that has a token for each of a crowd, where it has not."""
+    short = crowd.sequences > settings.max_tokens
+    steps = [crowd.sequences] if short else range(settings.max_tokens - 1, least - 1, -1)
+    cost = f"prompts are computed in {'larger' if short else 'smaller'} pieces"
+    return _option("max_num_batched_tokens", "max_tokens", steps, cost)
 
 
 def _context(demand: Demand, settings: Settings) -> Option:

@@ -9,12 +9,12 @@ from functools import lru_cache
 from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.grammars import grammar_parts
-from appliance.memory.graphs import graph_bytes
+from appliance.memory.graphs import capture_sizes, graph_bytes
 from appliance.memory.host import host_parts, loading_peak
 from appliance.memory.inputs import STAGED_BLOCKS, input_bytes
 from appliance.memory.loading import Workers
 from appliance.memory.offload import Offload, offloaded, on_card
-from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, KVSpec, MemoryPlan, PlanError, decode_sizes
+from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, KVSpec, Limit, MemoryPlan, PlanError
 from appliance.memory.settings import Settings
 from appliance.memory.text import size_text
 from quant.errors import InputError
@@ -24,6 +24,9 @@ MARGIN = {"cpu": 64 * MIB, "cuda": 150 * MIB}
 window that opens. vLLM keeps 150 MiB back too when it suggests the size of a cache (v1/worker/gpu_worker.py)."""
 MOST_SEQUENCES = 256
 """--max-num-seqs auto gives no more: vLLM's default for such cards."""
+KEPT_CONTEXTS = 64
+"""Where prefixes are kept, the cache may hold at least so many contexts, however few sequences run: a conversation that goes on
+finds its beginning there."""
 FAIR_TOKENS = 1366
 """Tokens of a request, prompt and answer: the mean of the public trace AzureLLMInferenceTrace_conv."""
 
@@ -40,13 +43,15 @@ def fit(demand: Demand, settings: Settings, device: DeviceInfo, host: DeviceInfo
             f"give at most {demand.max_len}, or auto"
         )
     _check_heads(demand, settings.kv_dtype, device)
-    most = None
+    contexts, most = settings.max_seqs or MOST_SEQUENCES, None
     if settings.max_seqs is None:
-        sequences, most = auto_sequences(demand, settings, device)
-        settings = replace(settings, max_seqs=sequences)
+        running, most = auto_sequences(demand, settings, device)
+    else:
+        running = min(settings.max_seqs, settings.max_tokens)  # each takes a token of every step
+    settings = replace(settings, max_seqs=running)
 
     def plan(length: int) -> MemoryPlan:
-        return _plan(demand, settings, device, length, most)
+        return _limited(_plan(demand, settings, device, length), settings, contexts, most)
 
     def checked(found: MemoryPlan) -> MemoryPlan:
         return _checked(_loaded(found, demand, host))
@@ -82,17 +87,15 @@ def auto_sequences(demand: Demand, settings: Settings, device: DeviceInfo) -> tu
         plan = _plan(demand, replace(settings, max_seqs=sequences), device, context)
         return plan.total <= plan.budget and plan.num_blocks >= max(sequences * fair, needed)
 
-    found = last(good, 1, MOST_SEQUENCES) or 1
-    if found == MOST_SEQUENCES or settings.kv_bytes is not None:
+    highest = min(MOST_SEQUENCES, settings.max_tokens)
+    found = last(good, 1, highest) or 1
+    if found == highest or settings.kv_bytes is not None:
         return found, None
     return found, max((found + 1) * fair, needed)
 
 
-def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int, most: int | None = None) -> MemoryPlan:
-    """What is left after weights, workspace and runtime becomes blocks, but no more than max_seqs sequences can ever fill.
-
-    ``most``: blocks at most.
-    """
+def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) -> MemoryPlan:
+    """What is left after weights, workspace and runtime becomes blocks, or what was given for them."""
     assert settings.max_seqs is not None
     kv = KVSpec(demand.layers, demand.kv_heads, demand.head_dim, settings.block_size, settings.kv_dtype or demand.dtype)
     scratch = {
@@ -105,7 +108,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int, 
         **({"exchange": demand.exchange} if demand.exchange else {}),
     }
     graphs = graph_bytes(
-        decode_sizes(settings.max_seqs, settings.max_tokens) if settings.graphs else (),
+        capture_sizes(settings.max_seqs) if settings.graphs else (),
         layers=demand.layers,
         token_bytes=demand.token_bytes,
         slab=demand.layer_slab,
@@ -140,8 +143,24 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int, 
         offload=offload,
     )
     left = settings.kv_bytes if settings.kv_bytes is not None else max(0, budget - empty.fixed)
-    blocks = min(left // kv.block_bytes, settings.max_seqs * kv.blocks(max_len))
-    return replace(empty, num_blocks=blocks if most is None else min(blocks, most))
+    return replace(empty, num_blocks=left // kv.block_bytes)
+
+
+def _limited(plan: MemoryPlan, settings: Settings, contexts: int, most: int | None) -> MemoryPlan:
+    """No more blocks than so many contexts fill, with as many kept beside those that run; but what was given is given.
+
+    ``contexts``: --max-num-seqs, or the most that auto gives: not how many run, so that a smaller step gives no smaller cache.
+    ``most``: blocks at most for another reason, see auto_sequences.
+    """
+    if settings.kv_bytes is not None:
+        return plan
+    held = max(2 * contexts, KEPT_CONTEXTS) if settings.prefixes else contexts
+    reason = ", running or kept; --kv-cache-memory-bytes gives more" if settings.prefixes else ": more would never be filled"
+    why = f"{held:,} contexts of {plan.max_model_len:,} tokens{reason}"
+    blocks = held * plan.kv.blocks(plan.max_model_len)
+    if most is not None and most < blocks:
+        blocks, why = most, f"{most:,} blocks: more is kept until it is enough for one more sequence"
+    return plan if plan.num_blocks <= blocks else replace(plan, num_blocks=blocks, limit=Limit(blocks, why))
 
 
 def _loaded(plan: MemoryPlan, demand: Demand, host: DeviceInfo | None) -> MemoryPlan:

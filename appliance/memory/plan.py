@@ -92,6 +92,14 @@ class KVSpec:
         return -(-tokens // self.block_size)
 
 
+@dataclass(frozen=True)
+class Limit:
+    """Why the cache is smaller than what is left for it."""
+
+    blocks: int
+    why: str  # in words
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """What a card said before the cache was made (appliance/memory/measure.py), beside what had been planned."""
@@ -124,10 +132,11 @@ class MemoryPlan:
     kv: KVSpec
     num_blocks: int
     max_model_len: int
-    max_num_seqs: int
+    max_num_seqs: int  # that run together: no more than a step has tokens
     max_num_batched_tokens: int
     free: int = 0  # what the budget can be at most: what is free less the margin and --gpu-memory-reserve
     swap_blocks: int = 0  # of host memory, each as large as one of the cache; on a CPU they are in the same memory
+    limit: Limit | None = None  # of the cache; None: it has all that is left for it, or what was given
     learned: bool = False  # whether ``runtime`` is what earlier starts on this device had
     workers: Workers = ALL_AT_ONCE  # that load the weights
     load_peak: int = 0  # of the device, at most, while they do
@@ -158,7 +167,7 @@ class MemoryPlan:
     @property
     def decode_sizes(self) -> tuple[int, ...]:
         """Sequences of the decode steps that are recorded, where any are."""
-        return decode_sizes(self.max_num_seqs, self.max_num_batched_tokens)
+        return capture_sizes(self.max_num_seqs)
 
     @property
     def kv_bytes(self) -> int:
@@ -194,6 +203,11 @@ class MemoryPlan:
     def tokens(self) -> int:
         """Tokens that the KV cache holds."""
         return self.num_blocks * self.kv.block_size
+
+    @property
+    def limited(self) -> str:
+        """Why the cache has no more blocks, in words; empty where it has all that is left for it, or what was given."""
+        return self.limit.why if self.limit is not None and self.limit.blocks == self.num_blocks else ""
 
     def sequences(self, length: int) -> float:
         """How many sequences of ``length`` tokens the KV cache holds at once."""
@@ -237,6 +251,7 @@ class MemoryPlan:
                 "num_blocks": self.num_blocks,
                 "tokens": self.tokens,
                 "bytes": self.kv_bytes,
+                "limit": self.limited or None,
             },
             "runtime_learned": self.learned,
             "loading": {**asdict(self.workers), "peak_bytes": self.load_peak},
@@ -251,8 +266,3 @@ class MemoryPlan:
             "max_concurrency": self.sequences(self.max_model_len),
             "sequences": {str(length): self.sequences(length) for length in self.lengths()},
         }
-
-
-def decode_sizes(max_seqs: int, max_tokens: int) -> tuple[int, ...]:
-    """Each sequence of a decode step takes one of the step's tokens."""
-    return capture_sizes(min(max_seqs, max_tokens))

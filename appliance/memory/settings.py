@@ -35,6 +35,7 @@ class Settings:
     runtime: int | None = None  # bytes of the process itself, as earlier starts on this device had them; None: an estimate
     offload_gb: float = 0.0  # GiB of the device to be freed by weights that stay in host memory
     grammars: bool = True  # whether answers may be asked to follow one
+    prefixes: bool = True  # whether those of earlier requests are kept while there is room
 
     @classmethod
     def from_config(cls, config: EngineConfig, device: DeviceInfo) -> Settings:
@@ -61,6 +62,7 @@ class Settings:
             swap_bytes=int(_gib("--swap-space", config.swap_space) * GIB),
             offload_gb=_offload(config, device.kind),
             grammars=not config.skip_tokenizer_init,
+            prefixes=config.enable_prefix_caching,
         )
 
 

@@ -159,7 +159,7 @@ class Study:
 
         def room(length: int) -> MemoryPlan | None:
             plan = self.other(max_len=length, max_seqs=self._running(sequences))
-            return plan if plan is not None and plan.sequences(length) >= sequences else None
+            return plan if plan is not None and Crowd(sequences, length).fits(plan) else None
 
         most = self.settings.max_len or self.demand.max_len
         length = last(lambda n: room(n) is not None, 2, max(most, context or 0))

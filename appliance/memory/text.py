@@ -75,6 +75,7 @@ def plan_table(plan: MemoryPlan) -> str:
         "",
         f"KV cache: {plan.tokens:,} tokens in blocks of {plan.kv.block_size} "
         f"({size_text(plan.kv.block_bytes)} a block, {size_text(plan.kv.token_bytes)} a token)",
+        *([f"  limited to {plan.limited}"] if plan.limited else []),
         f"Sequences that fit at once (at most {plan.max_num_seqs:,} run together):",
         *columns(("tokens each", "sequences"), [(f"{length:,}", f"{plan.sequences(length):,.1f}") for length in plan.lengths()]),
         f"Maximum concurrency for {plan.max_model_len:,} tokens per request: {plan.sequences(plan.max_model_len):.2f}x",

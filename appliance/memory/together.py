@@ -162,13 +162,14 @@ def _shared(wishes: Sequence[Wish], budget: int, device: DeviceInfo) -> list[Mem
 
 
 def _least(wish: Wish, budget: int, device: DeviceInfo) -> MemoryPlan:
-    """The smallest plan of any use: one sequence of LEAST tokens, or of the length that was asked for."""
+    """The smallest plan of any use: one sequence of LEAST tokens, or of the length that was asked for, and no prefix kept."""
     with named(wish.name):
         length = parse_length(wish.config.max_model_len)
     if length is None:
         length = min(LEAST, _within(wish, budget, device).max_model_len)
     sequences = 1 if wish.config.max_num_seqs == "auto" else wish.config.max_num_seqs
-    return _within(replace(wish, config=replace(wish.config, max_model_len=length, max_num_seqs=sequences)), budget, device)
+    config = replace(wish.config, max_model_len=length, max_num_seqs=sequences, enable_prefix_caching=False)
+    return _within(replace(wish, config=config), budget, device)
 
 
 def _within(wish: Wish, budget: int, device: DeviceInfo) -> MemoryPlan:

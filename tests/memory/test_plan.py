@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from appliance.memory.advice import advise
 from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import DeviceInfo
-from appliance.memory.fit import FAIR_TOKENS, MARGIN, MOST_SEQUENCES, fit
+from appliance.memory.fit import FAIR_TOKENS, KEPT_CONTEXTS, MARGIN, MOST_SEQUENCES, fit
 from appliance.memory.loading import Loading, Transient
 from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, MemoryPlan, PlanError
 from appliance.memory.settings import Settings, cache_dtype
@@ -64,6 +64,7 @@ def cases(draw: st.DrawFn, *, fits: bool, explicit: bool = False) -> Case:
         kv_dtype=draw(st.sampled_from([None, "int8", "int4"])),
         reserve=draw(st.just(0) | st.integers(0, GIB)),
         swap_bytes=draw(st.just(0) | st.integers(0, GIB)),
+        prefixes=draw(st.booleans()),
     )
     kind = draw(st.sampled_from(["cpu", "cuda"]))
     if kind == "cuda":
@@ -101,11 +102,17 @@ def test_a_plan_holds_what_it_promises(case: Case) -> None:
     assert 0 <= chosen.swap_bytes - plan.swap_bytes < plan.kv.block_bytes
     assert (plan.graph_bytes > 0) == chosen.graphs and (plan.scratch["inputs"] > 0) == (device.kind == "cuda")
     assert plan.sequences(plan.max_model_len) >= 1
-    assert plan.num_blocks <= plan.max_num_seqs * plan.kv.blocks(plan.max_model_len)
-    assert plan.max_num_seqs == chosen.max_seqs or (chosen.max_seqs is None and 1 <= plan.max_num_seqs <= MOST_SEQUENCES)
+    most = chosen.max_seqs or MOST_SEQUENCES
+    assert 1 <= plan.max_num_seqs <= min(most, chosen.max_tokens)
+    assert chosen.max_seqs is None or plan.max_num_seqs == min(most, chosen.max_tokens)
+    if chosen.kv_bytes is None:
+        contexts = max(2 * most, KEPT_CONTEXTS) if chosen.prefixes else most
+        left = (plan.budget - fixed) // plan.kv.block_bytes
+        assert plan.num_blocks <= min(left, contexts * plan.kv.blocks(plan.max_model_len))
+        assert bool(plan.limited) == (plan.num_blocks < left)
+    else:
+        assert not plan.limited and 0 <= chosen.kv_bytes - plan.kv_bytes < plan.kv.block_bytes, "given, but not all of it"
     assert plan.tokens == plan.num_blocks * chosen.block_size
-    if chosen.kv_bytes is not None:
-        assert plan.kv_bytes <= chosen.kv_bytes
     if chosen.max_len is not None:
         assert plan.max_model_len == chosen.max_len
     else:
@@ -119,7 +126,10 @@ def test_a_plan_holds_what_it_promises(case: Case) -> None:
 @given(case=cases(fits=True), data=st.data())
 @settings(max_examples=500, deadline=None)
 def test_the_plan_is_monotone(case: Case, data: st.DataObject) -> None:
-    """More of what helps never gives fewer blocks or a shorter context, and never turns a fit into a refusal."""
+    """More of what helps never gives fewer blocks or a shorter context, and never turns a fit into a refusal.
+
+    Nor fewer sequences, but for a step that has fewer tokens than that: each that runs takes one of every step.
+    """
     demand, chosen, device = case
     before = plan_or_none(demand, chosen, device)
     assume(before is not None)
@@ -166,7 +176,7 @@ def test_the_plan_is_monotone(case: Case, data: st.DataObject) -> None:
     assert after is not None
     assert after.num_blocks >= before.num_blocks
     assert after.max_model_len >= before.max_model_len
-    assert after.max_num_seqs >= before.max_num_seqs
+    assert after.max_num_seqs >= min(before.max_num_seqs, chosen.max_tokens)
 
 
 @given(case=cases(fits=True))
@@ -180,10 +190,10 @@ def test_auto_sequences_have_room_and_no_more_would(case: Case) -> None:
     fair = -(-max(1, min(FAIR_TOKENS, longest // 8)) // chosen.block_size)
     count = plan.max_num_seqs
     assert count == 1 or plan.num_blocks >= count * fair
-    assert plan == fit(demand, replace(chosen, max_seqs=count), device) or plan.num_blocks <= max(
-        (count + 1) * fair, plan.kv.blocks(chosen.max_len or 1)
-    )
-    if count < MOST_SEQUENCES:
+    if plan.num_blocks > max((count + 1) * fair, plan.kv.blocks(chosen.max_len or 1)):
+        same = fit(demand, replace(chosen, max_seqs=count), device)  # but that auto's contexts are those of the most sequences
+        assert replace(plan, num_blocks=same.num_blocks, limit=same.limit) == same and plan.num_blocks >= same.num_blocks
+    if count < min(MOST_SEQUENCES, chosen.max_tokens):
         context = chosen.max_len or min(longest, (count + 2) * fair * chosen.block_size)
         more = plan_or_none(demand, replace(chosen, max_seqs=count + 1, max_len=context), device)
         assert more is None or more.num_blocks < (count + 1) * fair

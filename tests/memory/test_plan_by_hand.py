@@ -41,8 +41,64 @@ def test_auto_takes_the_whole_context_where_it_fits_and_the_longest_elsewhere() 
 
 
 def test_no_more_blocks_than_the_sequences_can_fill() -> None:
-    plan = fit(LLAMA_8B, replace(DEFAULTS, max_len=100, max_seqs=3), cpu(64))
+    few = replace(DEFAULTS, max_len=100, max_seqs=3, prefixes=False)
+    plan = fit(LLAMA_8B, few, cpu(64))
     assert plan.num_blocks == 3 * 7 and plan.total < plan.budget // 2
+    assert "  limited to 3 contexts of 100 tokens: more would never be filled\n" in plan.table()
+    assert fit(LLAMA_8B, replace(few, max_seqs=300), cpu(64)).num_blocks == 300 * 7
+
+
+def test_where_prefixes_are_kept_there_is_room_for_those_of_earlier_requests() -> None:
+    few = replace(DEFAULTS, max_len=100, max_seqs=3)
+    plan = fit(LLAMA_8B, few, cpu(64))
+    assert plan.num_blocks == 64 * 7 and fit(LLAMA_8B, replace(few, max_seqs=300), cpu(64)).num_blocks == 600 * 7
+    limit = "64 contexts of 100 tokens, running or kept; --kv-cache-memory-bytes gives more"
+    assert f"  limited to {limit}\n" in plan.table()
+    assert plan.to_dict()["kv_cache"]["limit"] == limit  # type: ignore[index]
+    assert replace(plan, num_blocks=63 * 7).limited == "", "a card has measured that there is less"
+    tight = fit(LLAMA_8B, replace(DEFAULTS, max_len=8192), cpu(24))
+    assert not tight.limited and tight.to_dict()["kv_cache"]["limit"] is None and "limited" not in tight.table()  # type: ignore[index]
+
+
+def test_the_cache_of_auto_waits_for_the_next_sequence() -> None:
+    """Where each costs 64 MiB in recorded steps: what would be missing then is not given away before."""
+    demand = replace(LLAMA_8B, token_bytes=64 << 20)
+    chosen = replace(DEFAULTS, max_seqs=None, max_len=8192, max_tokens=64, graphs=True, utilization=1.0)
+    cards = [DeviceInfo("cuda", "card", gib * GIB, gib * GIB) for gib in range(14, 22)]
+    waiting = [(card, plan) for card in cards if (plan := fit(demand, chosen, card)).limited]
+    assert 0 < len(waiting) < len(cards)
+    for card, plan in waiting:
+        after = plan.max_num_seqs + 1
+        assert plan.num_blocks == after * 64 and plan.limited.startswith(
+            f"{after * 64:,} blocks: more is kept until it is enough"
+        )
+        assert fit(demand, replace(chosen, max_seqs=after), card).num_blocks < plan.num_blocks
+
+
+def test_a_cache_that_was_given_is_given() -> None:
+    """Whatever can run: two sequences of 100 tokens would fill 28 MiB. What the device does not have is refused."""
+    given = replace(DEFAULTS, max_len=100, max_seqs=2, kv_bytes=GIB)
+    plan = fit(LLAMA_8B, given, cpu(64))
+    assert plan.kv_bytes == GIB and not plan.limited
+    with pytest.raises(PlanError, match=r"and a KV cache of 100\.00 GiB make 106\.") as error:
+        fit(LLAMA_8B, replace(given, kv_bytes=100 * GIB), cpu(24))
+    found = advise(error.value, LLAMA_8B, replace(given, kv_bytes=100 * GIB), cpu(24)).remedies
+    most = int(found[0].flags.removeprefix("--kv-cache-memory-bytes "))
+    assert fit(LLAMA_8B, replace(given, kv_bytes=most), cpu(24)).kv_bytes == most
+    assert plan_or_none(LLAMA_8B, replace(given, kv_bytes=most + plan.kv.block_bytes), cpu(24)) is None
+
+
+def test_no_more_sequences_run_than_a_step_has_tokens() -> None:
+    """Each takes a token of every step, so nothing is set aside for the others, and no speed is told of them."""
+    card = DeviceInfo("cuda", "card", 24 * GIB, 23 * GIB)
+    for asked in (256, None):
+        wide = replace(DEFAULTS, max_seqs=asked, max_len=8192, graphs=True, utilization=0.92)
+        few = fit(LLAMA_8B, replace(wide, max_tokens=16), card)
+        exact = fit(LLAMA_8B, replace(wide, max_tokens=16, max_seqs=16), card)
+        assert few.max_num_seqs == 16 and (few.fixed, few.host) == (exact.fixed, exact.host)
+        assert few.num_blocks == exact.num_blocks and few.decode_sizes == (1, 2, 4, 8, 16)
+        assert "(at most 16 run together)" in few.table()
+        assert fit(LLAMA_8B, replace(wide, max_tokens=16, prefixes=False), cpu(24)).max_num_seqs == 16
 
 
 def test_a_card_shared_with_others_gives_what_is_free() -> None:

@@ -207,7 +207,7 @@ def test_a_dense_model_takes_what_its_files_take(small: Path, torch_ops: None) -
     plan = plan_of(small)
     assert plan.weight_bytes == CheckpointIndex.open(small).total_bytes
     assert plan.weights["mlp"] == 3 * 3 * 256 * 512 * 2 and plan.weights["norms"] == 7 * 256 * 2
-    assert plan.max_model_len == 1024 and plan.num_blocks == 256 * 64
+    assert plan.max_model_len == 1024 and plan.num_blocks == 2 * 256 * 64  # as many contexts are kept as can run
     assert plan.scratch["products"] == paged_attention_nbytes(heads=4, kv_heads=2, head_dim=64, item_size=2, block_size=16)
     assert plan.quantization == "none"
     wide = plan_of(small, dtype="float")
@@ -225,7 +225,7 @@ def test_the_plan_is_plain_data(small: Path) -> None:
         == found["total_bytes"]
     )
     assert list(found["sequences"]) == ["512", "600"]
-    assert found["max_concurrency"] == found["sequences"]["600"] == 256.0
+    assert found["max_concurrency"] == found["sequences"]["600"] == 512.0
 
 
 def test_bad_input_is_named(small: Path) -> None:

@@ -80,6 +80,20 @@ def test_more_sequences_than_there_are_blocks(model: Path) -> None:
     assert answers.to_dict()["asked"] == {"sequences": 100_000, "longest_context": 0}
 
 
+def test_more_sequences_than_a_step_has_tokens(model: Path) -> None:
+    """They do not run at once, whatever the cache holds; a larger step is what helps, and no smaller one is named."""
+    few = study(model, max_num_batched_tokens=16)
+    answers = Answers.of(few, [CARD], 24, 512)
+    assert not answers.fits and few.plan.sequences(512) > 24 and few.plan.max_num_seqs == 16
+    assert [one.flags for one in answers.remedies] == ["--max-num-batched-tokens 24"]
+    assert "prompts are computed in larger pieces; " in answers.text()
+    mended = Answers.of(study(model, max_num_batched_tokens=24), [CARD], 24, 512)
+    assert mended.fits and mended.longest is not None and mended.longest.max_num_seqs >= 24
+    crowded = Answers.of(study(model, max_num_batched_tokens=30), [CARD], 24, 8192)
+    steps = [one.options.get("max_num_batched_tokens", 24) for one in crowded.remedies]
+    assert not crowded.fits and all(24 <= int(str(size)) < 30 for size in steps)
+
+
 def test_sequences_of_a_context(model: Path) -> None:
     found = study(model)
     answers = Answers.of(found, [CARD], None, 4096)
@@ -117,11 +131,12 @@ def test_other_caches(model: Path) -> None:
 
 def test_other_caches_are_counted_for_the_context_that_is_asked_for(model: Path) -> None:
     """Where that is longer than --max-model-len, with a plan for it; the table and the JSON say the same."""
-    short = Answers.of(study(model, max_model_len=512, max_num_seqs=2), [CARD], None, 4096)
+    two = {"max_num_seqs": 2, "enable_prefix_caching": False}
+    short = Answers.of(study(model, max_model_len=512, **two), [CARD], None, 4096)
     rows = short.to_dict()["cache_dtypes"]
     assert isinstance(rows, list) and len(rows) == 4
     for row in rows:
-        plan = engines(model, CARD, max_model_len=4096, max_num_seqs=2, kv_cache_dtype=row["kv_cache_dtype"])
+        plan = engines(model, CARD, max_model_len=4096, kv_cache_dtype=row["kv_cache_dtype"], **two)
         assert row["sequences"] == plan.sequences(4096) == 2
     assert short.to_dict()["asked"] == {"context": 4096, "sequences_of_context": 2.0}
     assert len(re.findall(r"KiB +1,024 +512 +2\.0$", short.text(), re.M)) == 4
