@@ -114,6 +114,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) 
         slab=demand.layer_slab,
         hidden_bytes=demand.hidden_bytes,
         block_bytes=kv.block_bytes,
+        layer_bytes=settings.layer_bytes,
     )
     offload = _offload(tuple(sum(parts.values()) for parts in demand.streamed), settings.offload_gb)
     budget, source = budget_of(settings, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 LAYER_BYTES = 400 << 10
 """What the driver keeps of one decoder layer in one recorded step. An estimate until it has been measured: others report 6 MiB a
@@ -20,20 +20,35 @@ def capture_sizes(most: int) -> tuple[int, ...]:
 
 
 def graph_bytes(
-    sizes: Sequence[int], *, layers: int, token_bytes: int, slab: int, hidden_bytes: int, block_bytes: int
+    sizes: Sequence[int],
+    *,
+    layers: int,
+    token_bytes: int,
+    slab: int,
+    hidden_bytes: int,
+    block_bytes: int,
+    layer_bytes: int | None = None,
 ) -> dict[str, int]:
     """By part, for steps of so many sequences; empty for none.
 
     All share one pool of memory, as no two run at a time: it holds the activations (``token_bytes`` a sequence) and the partial
     sums (``slab``) of the largest, and each step's result (``hidden_bytes`` a sequence), which the next one must not overwrite
-    while it is recorded. What fills a step up lies in a block of its own.
+    while it is recorded. What fills a step up lies in a block of its own. ``layer_bytes``: what the driver has kept of a layer in
+    a step before; the estimate counts where that is more.
     """
     if not sizes:
         return {}
     return {
         "activations": max(sizes) * token_bytes + slab,
         "results": sum(-(-size * hidden_bytes // _ROUNDING) * _ROUNDING for size in sizes),
-        "steps": len(sizes) * layers * LAYER_BYTES,
+        "steps": len(sizes) * layers * max(LAYER_BYTES, layer_bytes or 0),
         "pool": POOL_BYTES,
         "spare_block": block_bytes,
     }
+
+
+def measured_layer(parts: Mapping[str, int], taken: int, *, sizes: int, layers: int) -> int:
+    """What the driver kept of a layer in a step, where recording so many sizes took ``taken`` bytes of a card, and ``parts`` were
+    planned: what is neither of the other parts. (The spare block was there before.)"""
+    others = sum(parts.get(name, 0) for name in ("activations", "results", "pool"))
+    return max(0, -(-(taken - others) // (sizes * layers)))

@@ -1,4 +1,4 @@
-"""What a process takes beside its tensors, as earlier starts on a device had it: kept in a small file in the user's cache.
+"""What a process takes beside its tensors, and recorded steps of a card, as earlier starts had it: in a file in the user's cache.
 
 Where: APPLIANCE_CACHE_DIR, or the folder ``appliance`` in XDG_CACHE_HOME, or ~/.cache/appliance. An empty APPLIANCE_CACHE_DIR
 turns it off. The file is a help and never a need: one that cannot be read or written is ignored.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.memory.devices import MIB, DeviceInfo
+from appliance.memory.graphs import LAYER_BYTES
 
 log = logging.getLogger("appliance.memory")
 
@@ -25,6 +26,9 @@ the engine is a part of a larger program, that program's memory is none of the e
 KEPT = {"cpu": 6 * MIB, "cuda": 0}
 """What comes later, and cannot be seen at the start: modules that the first steps load, and what the allocator keeps of them (4
 to 9 MiB were measured, docs/benchmarks/plan-check.md). A card has done its steps by then."""
+MOST_LAYER_BYTES = 4 * LAYER_BYTES
+"""Most that is believed of a recorded step's layer: what other programs took meanwhile looks the same."""
+RUNTIME, LAYERS = "runtime_bytes", "recorded_layer_bytes"  # the file's tables
 STARTS = 5  # of which the one that took the most counts
 MOST_KEYS = 64
 
@@ -43,7 +47,7 @@ def _version(distribution: str) -> str:
 
 def recall(device: DeviceInfo, ops: str) -> int | None:
     """Bytes of the process itself, from the starts before this one; None where there was none."""
-    seen = _read().get(key(device, ops))
+    seen = _read()[RUNTIME].get(key(device, ops))
     if not seen:
         return None
     least, most = BOUNDS[device.kind]
@@ -52,15 +56,39 @@ def recall(device: DeviceInfo, ops: str) -> int | None:
 
 def record(device: DeviceInfo, ops: str, measured: int) -> None:
     """Keep what a start has measured: bytes of the process itself when it is ready. Says so where it cannot, and goes on."""
-    path, known, name = cache_file(FILE), _read(), key(device, ops)
+    _keep(RUNTIME, key(device, ops), measured)
+
+
+def model_words(architecture: str, quantization: str, dtype: str, layers: int) -> str:
+    """What models have in common that launch the same kernels."""
+    return f"{architecture} | {quantization} | {dtype} | {layers} layers"
+
+
+def recall_layer(device: DeviceInfo, ops: str, model: str) -> int | None:
+    """Bytes that one layer in one recorded step took of a card (appliance/memory/graphs.py) in the starts before this one.
+
+    ``model``: of ``model_words``. None where there was no such start.
+    """
+    seen = _read()[LAYERS].get(f"{key(device, ops)} | {model}")
+    return min(max(seen), MOST_LAYER_BYTES) if seen else None
+
+
+def record_layer(device: DeviceInfo, ops: str, model: str, measured: int) -> None:
+    """Keep what a start has measured of that."""
+    _keep(LAYERS, f"{key(device, ops)} | {model}", measured)
+
+
+def _keep(table: str, name: str, measured: int) -> None:
+    path, tables = cache_file(FILE), _read()
     if path is None or measured <= 0:
         return
+    known = tables[table]
     starts = [*known.pop(name, []), int(measured)][-STARTS:]
-    known = dict([*known.items(), (name, starts)][-MOST_KEYS:])
+    tables[table] = dict([*known.items(), (name, starts)][-MOST_KEYS:])
     scratch = path.with_name(f"{FILE}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps({"format": FORMAT, "runtime_bytes": known}, indent=1))
+        scratch.write_text(json.dumps({"format": FORMAT, **tables}, indent=1))
         os.replace(scratch, path)
     except OSError as error:
         log.info("what this start measured is not kept: %s", error)
@@ -78,23 +106,25 @@ def cache_file(name: str) -> Path | None:
     return Path(home) / "appliance" / name
 
 
-def _read() -> dict[str, list[int]]:
-    """By key, the last starts' bytes, oldest first."""
+def _read() -> dict[str, dict[str, list[int]]]:
+    """Of each table, by key, the last starts' bytes, oldest first."""
     path = cache_file(FILE)
+    nothing: dict[str, dict[str, list[int]]] = {RUNTIME: {}, LAYERS: {}}
     try:
         if path is None or not path.is_file():
-            return {}
+            return nothing
         found: Any = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
-            return {}
-        table = {str(name): [_bytes(one) for one in starts] for name, starts in found["runtime_bytes"].items()}
+            return nothing
+        tables = {RUNTIME: found[RUNTIME], LAYERS: found.get(LAYERS, {})}
+        return {
+            name: {str(key): [_bytes(one) for one in starts] for key, starts in table.items()} for name, table in tables.items()
+        }
     except OSError as error:
         log.info("what earlier starts measured cannot be read: %s", error)
-        return {}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("%s is damaged and is not used (%s: %s); the next start writes it anew", path, type(error).__name__, error)
-        return {}
-    return table
+    return nothing
 
 
 def _bytes(value: object) -> int:

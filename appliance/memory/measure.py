@@ -5,6 +5,8 @@ a cache of almost nothing, and what is then held takes the place of what was pla
 
     budget | weights, workspace, runtime: as planned | CUDA graphs | KV cache: as planned                  |
            | held, as measured                            | CUDA graphs | KV cache: no more than was planned |
+
+What recorded steps take is known when they are: where that is too much, they and a smaller cache are made once more.
 """
 
 from __future__ import annotations
@@ -51,6 +53,20 @@ def measured(plan: MemoryPlan, reading: Reading, *, auto_length: bool) -> Memory
     planned = plan.weight_bytes + plan.workspace + plan.runtime
     found = Measured(held=held, planned=planned, planned_blocks=plan.num_blocks, planned_len=plan.max_model_len)
     return replace(plan, num_blocks=blocks, max_model_len=length, measured=found)
+
+
+def recorded(plan: MemoryPlan, found: MemoryPlan) -> MemoryPlan | None:
+    """``plan`` with what recorded steps took, where that is more than it had for them and all is more than the budget.
+
+    ``found``: the same plan, measured, with its cache in place and its steps recorded. None where it is within the budget.
+    """
+    measured, spare = found.measured, plan.graphs.get("spare_block", 0)
+    if measured is None or measured.graphs is None:
+        return None
+    taken = measured.graphs + spare
+    if measured.held + found.kv_bytes + taken <= plan.budget:
+        return None
+    return replace(plan, graphs={**plan.graphs, "steps": plan.graphs.get("steps", 0) + taken - plan.graph_bytes})
 
 
 def _too_little(plan: MemoryPlan, held: int, length: int, blocks: int) -> PlanError:

@@ -12,7 +12,7 @@ from appliance.memory.agreement import check_headers
 from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import DeviceInfo, this_device
 from appliance.memory.fit import fit
-from appliance.memory.learned import recall
+from appliance.memory.learned import model_words, recall, recall_layer
 from appliance.memory.modules import Machinery
 from appliance.memory.plan import KVSpec, MemoryPlan, PlanError, Remedy, flag_text
 from appliance.memory.proofs import device_kind
@@ -48,6 +48,7 @@ def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None =
     check_headers(index, spec, scheme)
     machinery = Machinery.choose(config, spec.dtype, device, float16=spec.float16)
     demand = Demand.of(spec, scheme, machinery, model=str(directory))
+    settings = with_graphs(settings, demand, device)
     try:
         return fit(demand, settings, device, host)
     except PlanError as error:
@@ -61,6 +62,14 @@ def read_settings(config: EngineConfig, device: DeviceInfo) -> Settings:
     """The options in plain numbers, with what earlier starts on this device have taught."""
     ops = layout.ops_name(device.kind, reference=config.reference_ops)
     return replace(Settings.from_config(config, device), runtime=recall(device, ops))
+
+
+def with_graphs(settings: Settings, demand: Demand, device: DeviceInfo) -> Settings:
+    """With what recorded steps of such a model have taken of this device."""
+    if not settings.graphs:
+        return settings
+    words = model_words(demand.architecture, demand.quantization, demand.dtype, demand.layers)
+    return replace(settings, layer_bytes=recall_layer(device, layout.ops_name(device.kind, reference=False), words))
 
 
 def variants(demand: Demand, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Variants:

@@ -33,6 +33,7 @@ class Settings:
     reserve: int = 0  # bytes of the device that stay free beside all else
     swap_bytes: int = 0  # of host memory, for preempted sequences and evicted prefixes
     runtime: int | None = None  # bytes of the process itself, as earlier starts on this device had them; None: an estimate
+    layer_bytes: int | None = None  # of a card, for a layer of a recorded step, as earlier starts had it; None: an estimate
     offload_gb: float = 0.0  # GiB of the device to be freed by weights that stay in host memory
     grammars: bool = True  # whether answers may be asked to follow one
     prefixes: bool = True  # whether those of earlier requests are kept while there is room

@@ -17,10 +17,11 @@ from appliance.memory.plan import MemoryPlan
 from appliance.memory.planner import make_plan
 from appliance.memory.text import columns, size_text
 from appliance.runtime import warmup
+from appliance.runtime.failures import told
 from appliance.runtime.footprint import footprint, resident
 from appliance.runtime.options import choose_device
 from appliance.runtime.runner import Runner
-from appliance.runtime.startup import CudaGauge, Timeline, Tools, load_decoder, make_runner, told
+from appliance.runtime.startup import CudaGauge, Timeline, Tools, load_decoder, make_runner
 from appliance.text.files import check_tokenizer
 from appliance.text.grammar import library, limits, vocabulary
 from appliance.text.tokenizer import Tokenizer

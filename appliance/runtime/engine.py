@@ -23,11 +23,12 @@ from appliance.core.step import Chunk, StepPlan
 from appliance.memory.devices import cpu_threads
 from appliance.memory.planner import make_plan
 from appliance.runtime.beam import BeamGroup
+from appliance.runtime.failures import told
 from appliance.runtime.grammar import Grammars
 from appliance.runtime.options import choose_device, eos_token_ids, make_scheduler
 from appliance.runtime.runner import Flight, Runner, StepResult
 from appliance.runtime.sampler import Sampled
-from appliance.runtime.startup import Timeline, Tools, load_decoder, make_runner, told
+from appliance.runtime.startup import Timeline, Tools, load_decoder, make_runner
 from appliance.runtime.trial import prove
 from kernels.cpu import backend
 from quant.errors import InputError

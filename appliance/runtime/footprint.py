@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import psutil
 
-from appliance.memory.learned import record
+from appliance.memory.graphs import measured_layer
+from appliance.memory.learned import model_words, record, record_layer
 from appliance.memory.measure import categories, comparison
 from appliance.memory.plan import MemoryPlan
 from appliance.runtime.runner import Runner
@@ -42,6 +43,15 @@ def footprint(plan: MemoryPlan, runner: Runner, loaded: int | None) -> dict[str,
     measured = plan.measured
     own = loaded - decoder.nbytes if measured is None else measured.held - plan.weight_bytes - plan.workspace
     return found | {"runtime": own}
+
+
+def teach_graphs(plan: MemoryPlan, runner: Runner) -> None:
+    """To be called when steps have been recorded: keeps what they took for the next plan of such a model on this card."""
+    if plan.measured is not None and plan.measured.graphs is not None:
+        layers = plan.kv.layers
+        one = measured_layer(plan.graphs, plan.measured.graphs, sizes=len(plan.decode_sizes), layers=layers)
+        words = model_words(plan.architecture, plan.quantization, plan.dtype, layers)
+        record_layer(plan.device, runner.decoder.ops.name, words, one)
 
 
 def settle(plan: MemoryPlan, runner: Runner, loaded: int | None) -> MemoryPlan:

@@ -21,6 +21,9 @@ from kernels.ops import Forward
 class Recorder(Protocol):
     """What a device does to run the same work again. Tests have one for the CPU."""
 
+    def begin(self) -> None:
+        """What is recorded from now on shares nothing with what was before, which is gone."""
+
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """(what repeats ``work``, the tensor that each repetition overwrites with its result)."""
 
@@ -29,6 +32,9 @@ class CudaRecorder:
     """CUDA graphs that share one pool of memory: no two of them run at the same time."""
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

@@ -8,27 +8,27 @@ A CPU has nothing to compile and nothing to measure: its cache is the planned on
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from appliance.config import EngineConfig
-from appliance.memory.measure import Reading, measured
-from appliance.memory.planner import MemoryPlan, PlanError
+from appliance.memory.measure import Reading, measured, recorded
+from appliance.memory.planner import MemoryPlan
 from appliance.memory.settings import parse_length, records_steps
-from appliance.memory.text import measured_lines
+from appliance.memory.text import measured_lines, size_text
 from appliance.runtime import warmup
-from appliance.runtime.footprint import resident, settle
+from appliance.runtime.failures import told
+from appliance.runtime.footprint import resident, settle, teach_graphs
 from appliance.runtime.graphs import CudaRecorder, Recorder
 from appliance.runtime.offload import Offloading
 from appliance.runtime.runner import Runner
@@ -38,7 +38,6 @@ from models.decoder import Decoder
 from models.loader import load_model
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
-from quant.errors import InputError
 
 log = logging.getLogger("appliance.startup")
 
@@ -137,9 +136,13 @@ class Watched:
         self.recorder, self.gauge, self.steps, self._before = recorder, gauge, 0, 0
         self.record = Stopwatch(self._record)
 
+    def begin(self) -> None:
+        self.recorder.begin()
+        self.gauge.begin()
+
     def _record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         if not self.steps:
-            self.gauge.begin()
+            self.begin()
             self._before = self.gauge.read().free
         self.steps += 1
         return self.recorder.record(work)
@@ -235,74 +238,62 @@ def make_runner(
 
     ``alone``: whether this process has nothing but the engine, so that what it takes is a lesson for the next plan.
     """
-    recorder, loaded = None, resident() if alone else None
+    loaded = resident() if alone else None
     with Kernels(decoder.ops.name) as kernels, told(plan):
-        if tools.gauge is not None:
-            with timeline.part("warm-up"):
-                plan = _measure(decoder, plan, config, tools, tools.gauge, device)
-            if tools.recorder is not None:
-                recorder = Watched(tools.recorder, tools.gauge)
-        with timeline.part("cache"):
-            runner = Runner(decoder, plan, device=device, lane=tools.lane, recorder=recorder)
         if tools.gauge is None:
+            with timeline.part("cache"):
+                runner = Runner(decoder, plan, device=device, lane=tools.lane)
             return runner, settle(plan, runner, loaded)
-        if recorder is not None and plan.measured is not None:
-            timeline.move("graphs", recorder.record.seconds, "cache")
-            plan = replace(plan, measured=replace(plan.measured, graphs=recorder.taken()))
+        with timeline.part("warm-up"):
+            reading = _measure(decoder, plan, tools, tools.gauge, device)
+        runner, plan = _filled(decoder, plan, reading, config, tools, timeline, device)
         with timeline.part("warm-up"):
             runner.rehearse_copies(plan)
             warmup.run(runner, warmup.rehearsal(plan), plan.max_model_len)
-    log.info("warmed up: %s; %d sizes of decode steps recorded", kernels, recorder.steps if recorder else 0)
+    recorded = 0 if tools.recorder is None else len(plan.decode_sizes)
+    log.info("warmed up: %s; %d sizes of decode steps recorded", kernels, recorded)
     for line in measured_lines(plan):
         log.info("%s", line.strip())
     return runner, settle(plan, runner, loaded)
 
 
-def _measure(
-    decoder: Decoder, plan: MemoryPlan, config: EngineConfig, tools: Tools, gauge: Gauge, device: torch.device
-) -> MemoryPlan:
-    """Run steps of every kind over a cache of one block; the plan with the cache that what is held then leaves."""
+def _measure(decoder: Decoder, plan: MemoryPlan, tools: Tools, gauge: Gauge, device: torch.device) -> Reading:
+    """Run steps of every kind over a cache of one block: what is held then."""
     gauge.begin()
     one_block = replace(plan, num_blocks=1, swap_blocks=0)
     runner = Runner(decoder, one_block, device=device, lane=tools.lane)
     steps = warmup.run(runner, warmup.trials(plan, recorded=tools.recorder is not None), plan.max_model_len)
     log.debug("%d steps of warm-up", steps)
-    return measured(plan, gauge.read(), auto_length=parse_length(config.max_model_len) is None)
+    return gauge.read()
 
 
-NO_COMPILER = "Failed to find C compiler"  # Triton's words
-
-
-@contextmanager
-def told(plan: MemoryPlan) -> Iterator[None]:
-    """What goes wrong with a card is told as what it is: a plan that was wrong, no compiler, a kernel that does not compile."""
-    try:
-        yield
-    except CalledProcessError as error:  # Triton's: a launcher in C for each kernel
-        raise InputError(no_compiler(plan, f"{error.cmd[0]} fails")) from error
-    except RuntimeError as error:  # torch's own kind, CUDA's and Triton's
-        if NO_COMPILER in str(error):
-            raise InputError(no_compiler(plan, "there is none")) from error
-        if "out of memory" not in str(error).lower():
-            raise
-        share = "--kv-cache-memory-bytes" if "--kv-cache-memory-bytes" in plan.budget_source else "--gpu-memory-utilization"
-        remedies = [f"a smaller {share}", "a smaller --max-num-batched-tokens"] + ["--enforce-eager"] * bool(plan.graphs)
-        raise PlanError(
-            f"{plan.model}: {plan.device.name} ran out of memory before it was ready: try {', or '.join(remedies)} "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    except Exception as error:
-        if not type(error).__module__.startswith("triton."):
-            raise
-        first = next(iter(str(error).splitlines()), "")
-        raise InputError(
-            f"--device cuda: Triton {version('triton')} does not make a kernel for {plan.device.name} "
-            f"({type(error).__name__}: {first}); --device cpu serves this model"
-        ) from error
-
-
-def no_compiler(plan: MemoryPlan, found: str) -> str:
-    return (
-        f"--device cuda: Triton needs a C compiler and Python's headers to launch kernels on {plan.device.name}, and {found}: "
-        "apt install gcc python3-dev (or the like), or --device cpu"
-    )
+def _filled(
+    decoder: Decoder,
+    plan: MemoryPlan,
+    reading: Reading,
+    config: EngineConfig,
+    tools: Tools,
+    timeline: Timeline,
+    device: torch.device,
+) -> tuple[Runner, MemoryPlan]:
+    """A runner with the cache that the reading leaves and, where steps are recorded, these, all within the budget."""
+    while True:
+        found = measured(plan, reading, auto_length=parse_length(config.max_model_len) is None)
+        recorder = None if tools.recorder is None or tools.gauge is None else Watched(tools.recorder, tools.gauge)
+        with timeline.part("cache"):
+            runner = Runner(decoder, found, device=device, lane=tools.lane, recorder=recorder)
+        if recorder is None or found.measured is None:
+            return runner, found
+        timeline.move("graphs", recorder.record.seconds, "cache")
+        found = replace(found, measured=replace(found.measured, graphs=recorder.taken()))
+        teach_graphs(found, runner)
+        if (more := recorded(plan, found)) is None:
+            return runner, found
+        log.warning(
+            "recorded decode steps took %s, not %s as planned, and with them all would be more than the budget of %s: "
+            "they and a smaller cache are made once more",
+            *map(size_text, (more.graph_bytes, plan.graph_bytes, plan.budget)),
+        )
+        plan = more
+        del runner, recorder
+        gc.collect()  # a runner and its recorded steps refer to each other

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,27 @@ import pytest
 from appliance import LLM
 from appliance.config import EngineConfig
 from appliance.memory.devices import MIB, DeviceInfo
-from appliance.memory.learned import BOUNDS, FILE, KEPT, MOST_KEYS, STARTS, key, recall, record
+from appliance.memory.graphs import LAYER_BYTES, measured_layer
+from appliance.memory.learned import (
+    BOUNDS,
+    FILE,
+    KEPT,
+    MOST_KEYS,
+    MOST_LAYER_BYTES,
+    STARTS,
+    key,
+    model_words,
+    recall,
+    recall_layer,
+    record,
+    record_layer,
+)
 from appliance.memory.measure import categories, comparison
 from appliance.memory.plan import RUNTIME
 from appliance.memory.planner import make_plan
+from appliance.memory.study import Study
 from appliance.runtime.engine import Engine
-from tests.tiny_model import make_checkpoint
+from tests.tiny_model import Shape, make_checkpoint
 
 CPU = DeviceInfo("cpu", "some CPU", 24 << 30, 22 << 30)
 CARD = DeviceInfo("cuda", "some card", 24 << 30, 23 << 30, 89)
@@ -107,6 +123,30 @@ def test_the_next_plan_has_what_was_learned(file: Path, tmp_path: Path) -> None:
     assert not before.learned and after.learned and before.runtime - after.runtime == 300 * MIB
     assert after.to_dict()["runtime_learned"] is True and after.to_dict()["runtime_bytes"] == 500 * MIB
     assert make_plan(directory, config, CPU).runtime == RUNTIME["cpu"]
+
+
+def test_the_next_plan_has_what_recorded_steps_took(file: Path, tmp_path: Path) -> None:
+    """Where that was more than the estimate, and for models of the same kind on the same card."""
+    shape = Shape(layers=3)
+    directory, config = make_checkpoint(tmp_path / "model", shape=shape, tokenizer=False), EngineConfig(max_num_seqs=16)
+    before = make_plan(directory, config, CARD)
+    words = model_words(before.architecture, before.quantization, before.dtype, before.kv.layers)
+    steps = len(before.decode_sizes) * 3
+    assert before.graphs["steps"] == steps * LAYER_BYTES and "3 layers" in words
+    record_layer(CARD, "triton", words, LAYER_BYTES // 2)
+    assert make_plan(directory, config, CARD).graphs == before.graphs
+    taken = before.graph_bytes - before.graphs["spare_block"] + steps * 1000
+    record_layer(CARD, "triton", words, measured_layer(before.graphs, taken, sizes=len(before.decode_sizes), layers=3))
+    after = make_plan(directory, config, CARD)
+    assert after.graphs == {**before.graphs, "steps": steps * (LAYER_BYTES + 1000)}
+    assert Study.read(directory, config, CARD).plan.graphs == after.graphs
+    assert make_plan(directory, config, replace(CARD, name="another card")).graphs == before.graphs
+    assert make_plan(directory, replace(config, dtype="float32"), CARD).graphs["steps"] == before.graphs["steps"]
+    assert make_plan(directory, replace(config, enforce_eager=True), CARD).graphs == {}
+    record_layer(CARD, "triton", words, 1 << 40)
+    assert recall_layer(CARD, "triton", words) == MOST_LAYER_BYTES and recall(CARD, "triton") is None
+    record(CARD, "triton", 500 * MIB)
+    assert recall_layer(CARD, "triton", words) == MOST_LAYER_BYTES and recall(CARD, "triton") == 500 * MIB
 
 
 @pytest.mark.parametrize("swap", [0.0, 0.001])

@@ -32,6 +32,9 @@ class FakeRecorder:
     def __init__(self) -> None:
         self.recorded = self.replays = 0
 
+    def begin(self) -> None:
+        pass
+
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         result = work().clone()
         self.recorded += 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 
 from appliance.config import EngineConfig
 from appliance.memory.devices import DeviceInfo
+from appliance.memory.learned import FILE, LAYERS
 from appliance.memory.measure import Reading
 from appliance.memory.planner import MemoryPlan, PlanError, make_plan
 from appliance.runtime import engine as engine_module
@@ -52,6 +55,28 @@ class FakeGauge:
         held = self.held + self.step * len(self.readings)
         self.readings.append(Reading(free=self.available - held, reserved=held, peak=held))
         return self.readings[-1]
+
+
+class CostlyRecorder(FakeRecorder):
+    """What it has recorded takes ``cost`` bytes of a card each, as long as somebody has it."""
+
+    def __init__(self, gauge: FakeGauge, cost: int) -> None:
+        super().__init__()
+        self.gauge, self.cost, self.pools, self.live = gauge, cost, 0, 0
+
+    def begin(self) -> None:
+        assert not self.live, "what was recorded before is still there"
+        self.pools += 1
+
+    def record(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        run, result = super().record(work)
+        self._count(1)
+        weakref.finalize(run, self._count, -1)
+        return run, result
+
+    def _count(self, more: int) -> None:
+        self.live += more
+        self.gauge.held += more * self.cost
 
 
 @pytest.fixture
@@ -117,6 +142,42 @@ def test_what_the_card_holds_beyond_the_plan_comes_from_the_cache(load: Load, on
     assert engine.runner.caches[0].k.shape[0] == 41  # and the one for padding
     assert engine.stats().blocks_total == 40 and engine.info.max_model_len == 256
     answers(engine, requests())
+
+
+def test_recorded_steps_that_take_more_than_planned_stay_within_the_budget(
+    load: Load, on_card: FakeGauge, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """They and a smaller cache are made again, with the first ones gone; and what they took is kept for the next plan."""
+    monkeypatch.setenv("APPLIANCE_CACHE_DIR", str(tmp_path))
+    whole = load(max_num_seqs=6, max_num_batched_tokens=64)
+    plan = whole.info.plan
+    block, budget = plan["kv_cache"]["block_bytes"], plan["budget_bytes"]
+    expected = answers(whole, requests())
+    base = budget - 40 * block - block // 2
+
+    def fresh(cost: int) -> tuple[Engine, CostlyRecorder]:
+        on_card.held = base
+        recorder = CostlyRecorder(on_card, cost)
+        tools = Tools(FakeLane(), on_card, recorder)
+        monkeypatch.setattr(Tools, "of", classmethod(lambda cls, *args: tools))
+        return load(max_num_seqs=6, max_num_batched_tokens=64), recorder
+
+    engine, recorder = fresh(2 * block)  # 4 sizes
+    assert (recorder.recorded, recorder.pools, recorder.live) == (8, 2, 4)
+    found = engine.info.plan
+    assert found["kv_cache"]["num_blocks"] == engine.scheduler.pool.num_blocks == 32
+    assert found["measured"]["graphs"] == found["graphs_bytes"]["total"] == 8 * block
+    assert found["measured"]["held"] + found["measured"]["graphs"] + found["kv_cache"]["bytes"] <= budget
+    assert "took" in caplog.text and "a smaller cache are made once more" in caplog.text
+    kept = json.loads((tmp_path / FILE).read_text())[LAYERS]
+    layers = found["kv_cache"]["layers"]
+    assert [max(starts) for starts in kept.values()] == [-(-8 * block // (4 * layers))]
+    assert answers(engine, requests()) == expected
+    caplog.clear()
+    engine, recorder = fresh(block // 8)  # within what is left
+    assert (recorder.recorded, recorder.pools, engine.scheduler.pool.num_blocks) == (4, 1, 40) and "took" not in caplog.text
+    with pytest.raises(PlanError, match=r"CUDA graphs will need .* room for 0 KV blocks is left"):
+        fresh(11 * block)
 
 
 def test_a_longest_context_that_was_not_asked_for_becomes_shorter(load: Load, on_card: FakeGauge) -> None:
