@@ -47,6 +47,7 @@ class Architecture:
     gelu: bool = False  # gelu(gate) * up, in the approximation by tanh, instead of silu(gate) * up
     scaled_embedding: bool = False  # by the root of the hidden size
     soft_caps: tuple[str, ...] = ()  # the keys of those that it has
+    partial_rotation: bool = False  # partial_rotary_factor says how much of a head rotates
     local_rope: bool = False  # layers with a window rotate otherwise than the others
     float16: bool = True  # whether its activations stay within what float16 holds; Granite's are kept larger, see models/spec.py
     unrotated: bool = False  # every no_rope_layer_interval-th layer rotates nothing, or those with a 0 in no_rope_layers
@@ -142,7 +143,10 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": Architecture(
         qk_norm=True, window="upper", default_window=4096, default_head_dim=128, max_position=32768,
     ),
-    "Phi3ForCausalLM": Architecture(qkv_bias=False, o_bias=False, fused_qkv=True, window="all", eps=1e-5, max_position=4096),
+    "Phi3ForCausalLM": Architecture(
+        qkv_bias=False, o_bias=False, fused_qkv=True, window="all", eps=1e-5, max_position=4096, partial_rotation=True,
+        defaults={"original_max_position_embeddings": 4096},
+    ),
     "Qwen3MoeForCausalLM": Architecture(qk_norm=True, window="switched", default_window=4096, max_position=32768, mixture="mlp"),
     "MixtralForCausalLM": Architecture(
         qkv_bias=False, o_bias=False, window="all", eps=1e-5, theta=1e6, max_position=131072,

@@ -8,7 +8,7 @@ from typing import Any
 from quant.errors import InputError
 
 _MISSING = object()
-MOST = 2**48  # larger numbers are nobody's: no size of a model comes near
+MOST = 2**48  # larger numbers are nobody's: no size of a model comes near, and no share is less than one of so many
 
 
 class Fields:
@@ -23,10 +23,9 @@ class Fields:
     def integer(self, key: str, *, default: Any = _MISSING, minimum: int = 1) -> int:
         return self._checked(key, default, lambda v: type(v) is int and minimum <= v <= MOST, f"an integer of at least {minimum}")
 
-    def number(self, key: str, *, default: Any = _MISSING, positive: bool = True) -> float:
-        what = "a positive number" if positive else "a number"
-        good = self._checked(key, default, lambda v: type(v) in (int, float) and abs(v) <= MOST and (v > 0 or not positive), what)
-        return float(good)
+    def number(self, key: str, *, default: Any = _MISSING, above: float = 0.0) -> float:
+        what = f"a number above {above:g}" if above else "a positive number"
+        return float(self._checked(key, default, lambda v: type(v) in (int, float) and above + 1 / MOST <= v <= MOST, what))
 
     def flag(self, key: str, *, default: bool) -> bool:
         return self._checked(key, default, lambda v: type(v) is bool, "true or false")

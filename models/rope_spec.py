@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +81,8 @@ def by_layer_type(config: Fields) -> tuple[Fields, Fields]:
     if not isinstance(given, Mapping) or not set(given) <= {"full_attention", "sliding_attention"}:
         raise InputError(f"config.json: rope_parameters is {given!r:.60}, expected full_attention and sliding_attention in it")
     bases = {
-        "full_attention": config.number("rope_theta", default=1e6),
-        "sliding_attention": config.number("rope_local_base_freq", default=1e4),
+        "full_attention": config.number("rope_theta", default=1e6, above=1),
+        "sliding_attention": config.number("rope_local_base_freq", default=1e4, above=1),
     }
     whole, local = (
         Fields({**config.values, "rope_scaling": None, "rope_parameters": given.get(kind), "rope_theta": base})
@@ -90,8 +91,11 @@ def by_layer_type(config: Fields) -> tuple[Fields, Fields]:
     return whole, local
 
 
-def read_rope(config: Fields, head_dim: int, max_position: int, theta: float = 10000.0) -> RopeSpec:
-    """``theta``: where the config says none. InputError, naming the key, for a kind or value that is not known."""
+def read_rope(config: Fields, head_dim: int, max_position: int, theta: float = 10000.0, whole: str = "") -> RopeSpec:
+    """``theta``: where the config says none; ``whole``: the name of a family of which all features of a head rotate.
+
+    InputError, naming the key, for a kind or value that is not known, or of which no frequencies can be made.
+    """
     raw = _settings(config)
     rope = Fields(dict(raw), "rope settings of config.json")
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
@@ -102,15 +106,29 @@ def read_rope(config: Fields, head_dim: int, max_position: int, theta: float = 1
     unknown = sorted(set(raw) - COMMON - IDLE)
     if unknown:
         raise InputError(f"config.json: rope settings hold {unknown[0]!r}, which the {kind} kind does not know")
-    theta = rope.number("rope_theta", default=config.number("rope_theta", default=theta))
-    partial = rope.number("partial_rotary_factor", default=config.number("partial_rotary_factor", default=1.0))
-    rotary = int(head_dim * partial)
-    if rotary < 2 or rotary % 2 or rotary > head_dim:
-        raise InputError(f"config.json: partial_rotary_factor {partial} of head size {head_dim} gives {rotary} rotary features")
+    theta = rope.number("rope_theta", default=config.number("rope_theta", default=theta, above=1), above=1)
+    rotary = _rotary(config, rope, head_dim, whole)
     values = _scaling(kind, rope, config, rotary)
-    if beta := rope.number("llama_4_scaling_beta", default=0, positive=False):
+    if beta := _or_zero("llama_4_scaling_beta", rope):
         values |= {"query_beta": beta, "query_span": rope.integer("original_max_position_embeddings")}
-    return RopeSpec(kind=kind, theta=theta, rotary_dim=rotary, max_position=max_position, **values)
+    found = RopeSpec(kind=kind, theta=theta, rotary_dim=rotary, max_position=max_position, **values)
+    _check(found)
+    return found
+
+
+def _rotary(config: Fields, rope: Fields, head_dim: int, whole: str) -> int:
+    """How many features of a head rotate. Of a share where all do, transformers makes nothing or an error, and vLLM a share."""
+    partial = rope.number("partial_rotary_factor", default=config.number("partial_rotary_factor", default=1.0))
+    if partial > 1 or (whole and partial != 1):
+        expected = f"1: all features of a head rotate in a {whole}" if whole else "a positive number of at most 1"
+        raise InputError(f"config.json: partial_rotary_factor is {partial}, expected {expected}")
+    rotary = int(head_dim * partial)
+    if rotary < 2 or rotary % 2:
+        raise InputError(
+            f"config.json: partial_rotary_factor {partial} of head size {head_dim} gives {rotary} rotary features, "
+            "expected an even number of at least 2"
+        )
+    return rotary
 
 
 def _settings(config: Fields) -> Mapping[str, Any]:
@@ -139,11 +157,11 @@ def _scaling(kind: str, rope: Fields, config: Fields, rotary: int) -> dict[str, 
         elif key.endswith("_factor") and key.split("_")[0] in ("short", "long"):
             values[key] = _factors(key, given, rotary)
         elif key == "truncate":
-            values[key] = bool(given)
+            values[key] = rope.flag(key, default=True)
         elif key == "original_max_position_embeddings":
             values["original_max_position"] = rope.integer(key)
         else:
-            values[key] = rope.number(key, positive=key in ("factor", "low_freq_factor", "high_freq_factor"))
+            values[key] = _or_zero(key, rope) if key.startswith("mscale") else rope.number(key)
     if "original_max_position_embeddings" in KEYS[kind]:
         # The model's own key wins over the one among the rope settings, as in transformers.
         own = config.integer("original_max_position_embeddings", default=0)
@@ -152,8 +170,47 @@ def _scaling(kind: str, rope: Fields, config: Fields, rotary: int) -> dict[str, 
     return values
 
 
+def _or_zero(key: str, rope: Fields) -> float:
+    """A number of which 0 says that there is none."""
+    return 0.0 if rope.get(key) in (None, 0) else rope.number(key)
+
+
 def _factors(key: str, given: Any, rotary: int) -> tuple[float, ...]:
-    if not isinstance(given, list) or len(given) != rotary // 2 or not all(isinstance(f, int | float) and f > 0 for f in given):
+    if not isinstance(given, list) or len(given) != rotary // 2:
         found = f"{len(given)} values" if isinstance(given, list) else repr(given)[:40]
         raise InputError(f"config.json: rope {key} has {found}, expected {rotary // 2} positive numbers")
-    return tuple(float(f) for f in given)
+    values = Fields({f"{key}[{place}]": one for place, one in enumerate(given)}, "rope settings of config.json")
+    return tuple(values.number(name) for name in values.values)
+
+
+def _check(rope: RopeSpec) -> None:
+    """InputError for values that are fine each, and of which together implementations make nothing, or different things."""
+    original = rope.original_max_position
+    if rope.kind == "dynamic" and rope.rotary_dim < 4:
+        raise InputError(f"config.json: rope type dynamic needs 4 rotary features or more, and heads have {rope.rotary_dim}")
+    if rope.kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor:
+        raise InputError(
+            f"config.json: rope type llama3 has a low_freq_factor of {rope.low_freq_factor} and a high_freq_factor of "
+            f"{rope.high_freq_factor}, expected the first to be less than the second"
+        )
+    if rope.kind == "longrope" and original < 2:
+        raise InputError(f"config.json: rope type longrope has {original} original_max_position_embeddings, expected at least 2")
+    if rope.kind == "yarn":
+        if rope.beta_fast < rope.beta_slow:
+            raise InputError(
+                f"config.json: rope type yarn has a beta_fast of {rope.beta_fast} and a beta_slow of {rope.beta_slow}, "
+                "expected the first to be no less than the second"
+            )
+        # Beyond these the ramp between features that turn fast and those that turn slowly would run backwards.
+        least = 2 * math.pi * rope.beta_slow
+        most = 2 * math.pi * rope.beta_fast * rope.theta ** (2 - 2 / rope.rotary_dim)
+        if not least <= original <= most:
+            raise InputError(
+                f"config.json: rope type yarn has {original} original_max_position_embeddings, expected {math.ceil(least)} to "
+                f"{math.floor(most)} for a beta_slow of {rope.beta_slow}, a beta_fast of {rope.beta_fast} and a rope_theta of "
+                f"{rope.theta}"
+            )
+    if rope.max_len < 1:
+        raise InputError(
+            f"config.json: a rope factor of {rope.factor} leaves no position of {rope.max_position} max_position_embeddings"
+        )

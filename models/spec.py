@@ -112,9 +112,7 @@ class ModelSpec:
         max_position = fields.integer("max_position_embeddings", default=kind.max_position)
         settings = Fields({"max_position_embeddings": max_position, **config})
         parts = by_layer_type(settings) if kind.local_rope else [settings]
-        ropes = [read_rope(one, head_dim, max_position, kind.theta) for one in parts]
-        if len({rope.rotary_dim for rope in ropes}) > 1:
-            raise InputError("config.json: partial_rotary_factor differs between full_attention and sliding_attention")
+        ropes = [read_rope(one, head_dim, max_position, kind.theta, "" if kind.partial_rotation else name) for one in parts]
         if ropes[0].query_beta and not kind.scaled_queries:
             raise InputError(f"config.json: llama_4_scaling_beta = {ropes[0].query_beta} is not supported for {name}")
         seen, still = windows(kind, fields, layers), unrotated(kind, fields, layers)

@@ -11,7 +11,7 @@ import torch
 from appliance.quantize.job import check_kind
 from models.rope import cos_sin_table, query_scales
 from models.rope_spec import RopeSpec
-from models.spec import ARCHITECTURES, ModelSpec
+from models.spec import ModelSpec
 from quant.errors import InputError
 
 YARN = {
@@ -155,46 +155,6 @@ def test_what_quantizing_does_not_know_is_refused_by_name(name: str) -> None:
     config = PUBLISHED[name][0]
     with pytest.raises(InputError, match=f"model is a {config['architectures'][0]}"):
         check_kind(Path("model"), ModelSpec.from_config(config))
-
-
-MODEL_TYPES = {
-    "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Ministral3ForCausalLM": "ministral3",
-    "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "Phi3ForCausalLM": "phi3", "Qwen3MoeForCausalLM": "qwen3_moe",
-    "MixtralForCausalLM": "mixtral", "GptOssForCausalLM": "gpt_oss", "Gemma2ForCausalLM": "gemma2",
-    "Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3", "GraniteForCausalLM": "granite",
-    "GraniteMoeHybridForCausalLM": "granitemoehybrid", "SeedOssForCausalLM": "seed_oss", "SmolLM3ForCausalLM": "smollm3",
-    "Mistral3ForConditionalGeneration": "mistral3", "LlavaForConditionalGeneration": "llava",
-    "Qwen2VLForConditionalGeneration": "qwen2_vl", "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
-    "Qwen3VLForConditionalGeneration": "qwen3_vl",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_windows_that_no_key_states_are_those_of_transformers(name: str) -> None:
-    """All layers' windows, where the config switches them on and does not say how many positions they have."""
-    from transformers import AutoConfig
-
-    kind, layers = ARCHITECTURES[name], 7
-    sizes = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "max_position_embeddings")
-    text: dict[str, Any] = {
-        **dict.fromkeys(sizes, 8),
-        "hidden_size": 64,
-        "num_hidden_layers": layers,
-        "vocab_size": 40,
-        "use_sliding_window": True,
-    }
-    text |= {"max_window_layers": 2, "shared_intermediate_size": 8, "moe_intermediate_size": 8, "pad_token_id": 0}
-    text |= {"layer_types": ["full_attention"] * layers} if kind.hybrid else {}
-    text |= {} if kind.mixture else {"num_local_experts": 0}
-    config = {"text_config": text} if kind.text_part else text
-    theirs = AutoConfig.for_model(MODEL_TYPES[name], **config).get_text_config()
-    window, types = (
-        getattr(theirs, "sliding_window", None),
-        getattr(theirs, "layer_types", None) or ["sliding_attention"] * layers,
-    )
-    expected = tuple(window if one == "sliding_attention" else None for one in types)
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind.mixture else {}
-    assert ModelSpec.from_config({**config, **experts, "architectures": [name]}).windows == expected
 
 
 def test_all_layers_of_smollm3_may_rotate() -> None:

@@ -1,0 +1,120 @@
+"""What config.json leaves unsaid or overdoes: read as transformers reads it, or refused."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, LlamaConfig, Phi3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from models.fields import Fields
+from models.rope import _frequencies
+from models.rope_spec import read_rope
+from models.spec import ARCHITECTURES, ModelSpec
+from quant.errors import InputError
+
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Ministral3ForCausalLM": "ministral3",
+    "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "Phi3ForCausalLM": "phi3", "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral", "GptOssForCausalLM": "gpt_oss", "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3", "GraniteForCausalLM": "granite",
+    "GraniteMoeHybridForCausalLM": "granitemoehybrid", "SeedOssForCausalLM": "seed_oss", "SmolLM3ForCausalLM": "smollm3",
+    "Mistral3ForConditionalGeneration": "mistral3", "LlavaForConditionalGeneration": "llava",
+    "Qwen2VLForConditionalGeneration": "qwen2_vl", "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_windows_that_no_key_states_are_those_of_transformers(name: str) -> None:
+    """All layers' windows, where the config switches them on and does not say how many positions they have."""
+    kind, layers = ARCHITECTURES[name], 7
+    sizes = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "max_position_embeddings")
+    text: dict[str, Any] = {
+        **dict.fromkeys(sizes, 8),
+        "hidden_size": 64,
+        "num_hidden_layers": layers,
+        "vocab_size": 40,
+        "use_sliding_window": True,
+    }
+    text |= {"max_window_layers": 2, "shared_intermediate_size": 8, "moe_intermediate_size": 8, "pad_token_id": 0}
+    text |= {"layer_types": ["full_attention"] * layers} if kind.hybrid else {}
+    text |= {} if kind.mixture else {"num_local_experts": 0}
+    config = {"text_config": text} if kind.text_part else text
+    theirs = AutoConfig.for_model(MODEL_TYPES[name], **config).get_text_config()
+    window, types = (
+        getattr(theirs, "sliding_window", None),
+        getattr(theirs, "layer_types", None) or ["sliding_attention"] * layers,
+    )
+    expected = tuple(window if one == "sliding_attention" else None for one in types)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind.mixture else {}
+    assert ModelSpec.from_config({**config, **experts, "architectures": [name]}).windows == expected
+
+
+ODD = (0, -1, math.nan, math.inf, 1e-40, 1e300, "2", True, [1])
+
+
+def draw(rng: random.Random, kind: str, rotary: int) -> dict[str, Any]:
+    """Settings most of which are sound, and some of which go together badly."""
+
+    def one(*sound: float | str) -> Any:
+        return rng.choice(sound) if rng.random() < 0.95 else rng.choice(ODD)
+
+    keys: dict[str, tuple[float | str, ...]] = {
+        "factor": (1, 2.0, 8.5, 0.5),
+        "original_max_position_embeddings": (1, 7, 64, 32768),
+    }
+    if kind == "llama3":
+        keys |= {"low_freq_factor": (1.0, 2, 4), "high_freq_factor": (4.0, 1, 8)}
+    if kind == "yarn":
+        keys |= {"beta_fast": (32, 2.5, 0.5), "beta_slow": (1, 0.25, 2.5), "attention_factor": (0.7, 2), "mscale": (1.0, 0.7, 0)}
+        keys |= {"mscale_all_dim": (0.8, 0), "truncate": (True, False)}
+    always = ("factor", "low_freq_factor", "high_freq_factor")
+    found: dict[str, Any] = {key: one(*sound) for key, sound in keys.items() if key in always or rng.random() < 0.6}
+    if kind == "longrope":
+        found |= {f"{name}_factor": [one(1.0, 1.5, 3, 40.0) for _ in range(rotary // 2)] for name in ("short", "long")}
+    return {"rope_type": kind, "rope_theta": one(1e4, 5e5, 10, 1.5, 1.01), **found}
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn", "longrope"])
+def test_frequencies_are_those_of_transformers_or_refused(kind: str) -> None:
+    rng, refused, same = random.Random(kind), 0, 0
+    for _ in range(120):
+        size, positions = rng.choice([2, 4, 16, 128]), rng.choice([4, 64, 131072])
+        settings = draw(rng, kind, size)
+        length = rng.choice([positions, 2 * positions])
+        try:
+            rope = read_rope(Fields({"max_position_embeddings": positions, "rope_scaling": settings}), size, positions)
+        except InputError:
+            refused += 1
+            continue
+        inverse, scale = _frequencies(rope, length)
+        assert inverse.isfinite().all() and math.isfinite(scale) and scale > 0, settings
+        config = LlamaConfig(
+            hidden_size=size, num_attention_heads=1, max_position_embeddings=positions, rope_parameters=dict(settings)
+        )
+        expected, factor = ROPE_INIT_FUNCTIONS[kind](config, None, seq_len=length)
+        assert torch.allclose(inverse, expected, rtol=2e-5, atol=1e-30) and scale == pytest.approx(factor), (settings, size)
+        same += 1
+    assert refused > 5 and same > 20, (refused, same)
+
+
+def test_the_original_context_of_phi3() -> None:
+    """Where config.json has it among the rope settings alone, that of the family counts."""
+    settings = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "original_max_position_embeddings": 16}
+    sizes = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
+    for beside in ({}, {"original_max_position_embeddings": 32}):
+        theirs = Phi3Config(**sizes, max_position_embeddings=8192, rope_scaling=dict(settings), pad_token_id=0, **beside)
+        config = {
+            **sizes,
+            "max_position_embeddings": 8192,
+            "rope_scaling": settings,
+            "architectures": ["Phi3ForCausalLM"],
+            **beside,
+        }
+        ours = ModelSpec.from_config(config).rope
+        assert ours.original_max_position == theirs.rope_parameters["original_max_position_embeddings"]
