@@ -26,7 +26,10 @@ def check_headers(index: CheckpointIndex, spec: ModelSpec, scheme: QuantScheme) 
         expects = f"config.json expects a weight [out, in] of {[module.N, module.K]}"
         if stored is None:
             check_stack(tensors, module.name)
-            raise CheckpointError(f"{module.name}: its weight is missing from {index.directory}, {expects}")
+            tied = " (if the model's head is its embedding, config.json needs tie_word_embeddings: true)" * (
+                module.part == "head"
+            )
+            raise CheckpointError(f"{module.name}: its weight is missing from {index.directory}, {expects}{tied}")
         if not _fits(stored, module, scheme.for_module(module.name).bits):
             raise CheckpointError(f"{stored.name}: found {stored}, {expects}")
     for name, numel in spec.small_tensors():
