@@ -11,6 +11,7 @@ from quant.scheme import QuantScheme
 
 PACKED = ("qweight", "weight_packed", "blocks")
 ENDS = ("model.embed_tokens", "lm_head")  # of a tied model one may be stored for both
+TIED = " (if the model's head is its embedding, config.json needs tie_word_embeddings: true)"
 
 
 def check_headers(index: CheckpointIndex, spec: ModelSpec, scheme: QuantScheme) -> None:
@@ -26,9 +27,7 @@ def check_headers(index: CheckpointIndex, spec: ModelSpec, scheme: QuantScheme) 
         expects = f"config.json expects a weight [out, in] of {[module.N, module.K]}"
         if stored is None:
             check_stack(tensors, module.name)
-            tied = " (if the model's head is its embedding, config.json needs tie_word_embeddings: true)" * (
-                module.part == "head"
-            )
+            tied = TIED if module.part == "head" else ""
             raise CheckpointError(f"{module.name}: its weight is missing from {index.directory}, {expects}{tied}")
         if not _fits(stored, module, scheme.for_module(module.name).bits):
             raise CheckpointError(f"{stored.name}: found {stored}, {expects}")

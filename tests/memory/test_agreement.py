@@ -80,7 +80,7 @@ def test_what_is_missing_or_turned(model: Path) -> None:
 
 
 def test_a_head_that_may_be_the_embedding(model: Path) -> None:
-    """Saved by transformers, a file of one that reads pictures may say nothing of it: its defaults differ from family to family."""
+    """A file of one that reads pictures may say nothing of it: transformers leaves out what is its default, by family."""
     change(model, tie_word_embeddings=False)
     with pytest.raises(CheckpointError, match=r"^lm_head: its weight .* config\.json needs tie_word_embeddings: true\)$"):
         check(model)
