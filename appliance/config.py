@@ -38,13 +38,13 @@ class EngineConfig:
     """The most memory to take, all in all: a share of a card's total (default 0.92), or of what is available at start on the CPU
     (default 0.5)."""
     gpu_memory_reserve: int | str | None = None
-    """Memory that stays free, in bytes (2G is 2 GiB). Where it is given, gpu-memory-utilization is 1 unless that is given too."""
+    """Memory that stays free: bytes, or as 2GiB or 2G. Where given, gpu-memory-utilization is 1 unless that is given too."""
     kv_cache_memory_bytes: int | str | None = None
-    """Size of the KV cache in bytes (2G is 2 GiB), instead of what gpu-memory-utilization leaves."""
+    """Size of the KV cache: bytes, or as 2GiB or 2G. It decides alone: gpu-memory-utilization then counts for nothing."""
     kv_cache_dtype: str = "auto"
     """What keys and values are stored as: auto (as --dtype says), fp8 (fp8_e4m3), fp8_e5m2, int8 or int4."""
-    swap_space: float = 0.0
-    """Host memory for preempted sequences and for cached prefixes that the pool has no room for, in GiB."""
+    swap_space: float | str = 0.0
+    """Host memory for preempted sequences and for cached prefixes that the pool has no room for: in GiB, or as 512MiB."""
     enable_prefix_caching: bool = True
     """Keep the blocks of finished requests while nobody needs their room, for later prompts that begin alike."""
     cpu_offload_gb: float = 0.0

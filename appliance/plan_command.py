@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,12 +18,11 @@ from appliance.memory.plan import PlanError
 from appliance.memory.planner import command_line
 from appliance.memory.proofs import device_kind
 from appliance.memory.settings import parse_length
+from appliance.memory.sizes import parse_size
 from appliance.memory.study import Study, smallest
 from appliance.memory.text import held_by, size_text
 from quant.errors import InputError
 from quant.headers import has_tokenizer
-
-_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,16 +136,6 @@ def checked(engine: EngineConfig, asked: Asked) -> int:
         head = f"Planned against measured, after {report.steps} steps of the largest sizes"
         print(f"{report.plan.table()}\n\n{head}\n{report.table()}\n{verdict}")
     return 0 if report.holds else 1
-
-
-def parse_size(flag: str, text: str) -> int:
-    """24GiB, 24G and 24576MiB are 24 * 2^30 bytes; 24GB is 24 * 10^9. Raises InputError."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(i?B)?", text.strip(), re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
-        raise InputError(f"{flag} is {text!r}: a size is needed, as in 24GiB, 512MiB or 24GB")
-    exponent = _UNITS[match[2].upper()]
-    unit = 10 ** (exponent // 10 * 3) if (match[3] or "").lower() == "b" else 1 << exponent
-    return int(float(match[1]) * unit)
 
 
 def _context(text: str | None) -> int | None:

@@ -253,7 +253,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--max-num-queued-reqs", "0"], "--max-num-queued-reqs is at least 1, or -1 for no limit, got 0"),
         (["--api-key-file="], "--api-key-file is empty: give it a value, or leave it out"),
         (["--ssl-certfile="], "--ssl-certfile is empty: "),
-        (["--swap-space", "1e300"], "--swap-space is 1e+300: a number of GiB, 0 or more, is needed"),
+        (["--swap-space", "1e300"], "--swap-space is 1e+300: a number of GiB, 0 or more, or as 512MiB, is needed"),
         (["--host", "nonsense.."], "--host nonsense.. cannot be a name: "),
         (
             ["--allowed-origins", "chat.example"],

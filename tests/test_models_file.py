@@ -53,7 +53,7 @@ def test_what_it_says(tmp_path: Path) -> None:
         ("[a]\nmodel = 3", r"\[a\]: model is missing"),
         ('[a]\nmodel = "m"\nport = 80', r"\[a\]: there is no option 'port' for a model; there are activation_dtype"),
         ('[a]\nmodel = "m"\ndevice = "cpu"', "no option 'device'"),
-        ('[a]\nmodel = "m"\nswap_space = "much"', r"\[a\]: swap_space is 'much': input should be a valid number"),
+        ('[a]\nmodel = "m"\ncpu_offload_gb = "much"', r"\[a\]: cpu_offload_gb is 'much': input should be a valid number"),
         ('[a]\nmodel = "m"\nenforce_eager = "perhaps"', r"\[a\]: enforce_eager is 'perhaps': input should be a valid boolean"),
         ('[a]\nmodel = "m"\nidle_unload = -5', r"\[a\]: idle_unload is -5: seconds, 0 or more, are needed"),
         ('[a]\nmodel = "m"\nidle_unload = nan', r"\[a\]: idle_unload is nan"),

@@ -14,7 +14,7 @@ from appliance import cli
 from appliance.config import EngineConfig
 from appliance.memory.cards import find_card
 from appliance.memory.plan import PlanError
-from appliance.plan_command import parse_size
+from appliance.memory.sizes import parse_size
 from quant.errors import InputError
 from tests.memory.test_planner import awq_checkpoint
 from tests.memory.test_shard import LLAMA_8B

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 from appliance.config import GIB, EngineConfig
 from appliance.memory.devices import DeviceInfo
+from appliance.memory.sizes import LENGTHS, number, parse_bytes, parse_gib
 from kernels.layout import ACTIVATIONS, SCALED_CACHES
 from quant.errors import InputError
 
@@ -15,7 +15,6 @@ DEFAULT_UTILIZATION = {"cpu": 0.5, "cuda": 0.92}  # of the memory available at s
 ITEM_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 _DTYPES = {"half": "float16", "float": "float32", **{name: name for name in ITEM_SIZE}}
-_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ class Settings:
             graphs=records_steps(config, device.kind),
             kv_dtype=cache_dtype(config.kv_cache_dtype),
             reserve=0 if reserve is None else parse_bytes("--gpu-memory-reserve", reserve),
-            swap_bytes=int(_gib("--swap-space", config.swap_space) * GIB),
+            swap_bytes=parse_gib("--swap-space", config.swap_space),
             offload_gb=_offload(config, device.kind),
             grammars=not config.skip_tokenizer_init,
             prefixes=config.enable_prefix_caching,
@@ -72,30 +71,13 @@ def parse_length(value: int | str | None) -> int | None:
     text = str(value).strip()
     if value is None or text.lower() == "auto" or text == "-1":
         return None
-    length = _number(value)
+    length = number(value, LENGTHS)
     if not length >= 2 or length != int(length):
         raise InputError(
             f"--max-model-len is {value!r}: a whole number of at least 2 tokens (a prompt's and an answer's) is needed, "
             "with a suffix if you like (32k = 32,000, 32K = 32,768), or auto"
         )
     return int(length)
-
-
-def parse_bytes(flag: str, value: int | str, *, least: int = 0) -> int:
-    """A number of bytes, with a suffix if you like: 2G is 2 GiB, 2g is 2,000,000,000. InputError for what is none."""
-    size = _number(value) if isinstance(value, (int, str)) else math.nan
-    if not size >= least or size != int(size):
-        raise InputError(
-            f"{flag} is {value!r}: a whole number of at least {least} bytes, with a suffix if you like "
-            "(2G = 2 GiB, 512M = 512 MiB, 2g = 2,000,000,000), is needed"
-        )
-    return int(size)
-
-
-def _number(value: object) -> float:
-    """32k, 1.5G, 4096 or 4096 as a number; NaN for what is none."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kmgKMG]?)", str(value).strip())
-    return float(match[1]) * _SUFFIXES.get(match[2], 1) if match and not isinstance(value, bool) else math.nan
 
 
 def _gib(flag: str, value: object) -> float:

@@ -18,9 +18,9 @@ from appliance.memory.plan import MemoryPlan, PlanError
 from appliance.memory.planner import read_settings
 from appliance.memory.roofline import Work
 from appliance.memory.settings import parse_length
+from appliance.memory.sizes import parse_size
 from appliance.memory.study import Study
 from appliance.memory.text import size_text
-from appliance.plan_command import parse_size
 from models.plain import INPUTS
 from models.spec import ModelSpec
 from quant.errors import InputError

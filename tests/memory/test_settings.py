@@ -36,9 +36,9 @@ def test_block_sizes() -> None:
         ("block_size", "--block-size", (0, -16, 1, 4, 24, 512, 16.0, "16", "Auto", None, True)),
         ("max_num_batched_tokens", "--max-num-batched-tokens", (0, -1, 2.5, True, "64")),
         ("max_num_seqs", "--max-num-seqs", (0, -1, 2.5, None, True, "8", "many")),
-        ("kv_cache_memory_bytes", "--kv-cache-memory-bytes", (0, -1, 1e9, "4GiB", "0.5", "1.5", "", True, "-1G")),
-        ("gpu_memory_reserve", "--gpu-memory-reserve", (-1, 1e9, "4GiB", "0.3", "", False, "all")),
-        ("swap_space", "--swap-space", (-1, math.nan, math.inf, "4", True, None)),
+        ("kv_cache_memory_bytes", "--kv-cache-memory-bytes", (0, -1, 1e9, "4PiB", "0.5", "1.5", "", True, "-1G")),
+        ("gpu_memory_reserve", "--gpu-memory-reserve", (-1, 1e9, "4 GiB free", "0.3", "", False, "all")),
+        ("swap_space", "--swap-space", (-1, math.nan, math.inf, "-4G", "much", "1e3", "", True, None)),
         ("cpu_offload_gb", "--cpu-offload-gb", (-0.5, math.nan, "4", False)),
         ("max_model_len", "--max-model-len", (0, 1, -2, "", "long", "32kb", "1.5", 1.5, "nan", True, "1_0", "٣٣")),
     ],
@@ -51,7 +51,7 @@ def test_values_that_could_not_work_are_refused_by_flag(field: str, flag: str, b
 
 
 def test_sizes_in_bytes() -> None:
-    """K, M and G are binary, k, m and g decimal, as for --max-model-len."""
+    """K, M and G are binary, k, m and g decimal, as for --max-model-len; with B they are what they are called."""
     for given, expected in (
         (4096, 4096),
         ("4096", 4096),
@@ -60,10 +60,21 @@ def test_sizes_in_bytes() -> None:
         ("1.5G", 3 << 29),
         ("3g", 3 * 10**9),
         ("5M", 5 << 20),
+        ("64MiB", 64 << 20),
+        ("64 mib", 64 << 20),
+        ("1.5GiB", 3 << 29),
+        ("2KB", 2000),
+        ("3gb", 3 * 10**9),
+        ("1T", 1 << 40),
+        ("2TB", 2 * 10**12),
     ):
         config = EngineConfig(kv_cache_memory_bytes=given, gpu_memory_reserve=given)
         settings = Settings.from_config(config, CARD)
         assert (settings.kv_bytes, settings.reserve) == (expected, expected)
+        if str(given)[-1] not in "0123456789":  # without a unit it is GiB, as it always was
+            assert Settings.from_config(EngineConfig(swap_space=given), CARD).swap_bytes == expected
+    for gib in (4, 4.0, "4", "4.0"):
+        assert Settings.from_config(EngineConfig(swap_space=gib), CARD).swap_bytes == 4 << 30
     assert Settings.from_config(EngineConfig(swap_space=0.5, cpu_offload_gb=1.5), CARD).swap_bytes == 1 << 29
     assert Settings.from_config(EngineConfig(swap_space=4), CARD).swap_bytes == 4 << 30
 
