@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from shlex import quote
 
 from appliance.config import EngineConfig
-from appliance.memory.advice import Variants, advise
+from appliance.memory.advice import advise
 from appliance.memory.agreement import check_headers
 from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import DeviceInfo, this_device
 from appliance.memory.fit import fit
 from appliance.memory.learned import model_words, recall, recall_layer
 from appliance.memory.modules import Machinery
+from appliance.memory.options import Variants
 from appliance.memory.plan import KVSpec, MemoryPlan, PlanError, Remedy, flag_text
 from appliance.memory.proofs import device_kind
 from appliance.memory.settings import Settings
@@ -73,18 +75,23 @@ def with_graphs(settings: Settings, demand: Demand, device: DeviceInfo) -> Setti
 
 
 def variants(demand: Demand, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Variants:
-    """What else the model could be: its head and embedding in int8, and its weights in 4 bits, where that is smaller."""
+    """What else it could be: head and embedding in int8, fewer threads, and weights in 4 bits, where that is smaller."""
     small = Demand.of(spec, AWQ, machinery, model=demand.model)
     weights, less = (sum(one.weights.values()) for one in (demand, small))
     words, quantized = "another checkpoint: this model in 4 bits (AWQ, groups of 128)", less < 0.9 * weights
-    tables: list[tuple[Demand, dict[str, str]]] = []
-    for option in ("lm_head_dtype", "embedding_dtype"):
-        tried = replace(machinery, head_bits=8) if option == "lm_head_dtype" else replace(machinery, embedding_bits=8)
-        other = Demand.of(spec, scheme, tried, model=demand.model)
-        if (size := sum(other.weights.values())) < weights:
-            machinery, weights = tried, size
-            tables.append((other, {**(tables[-1][1] if tables else {}), option: "int8"}))
-    return Variants(tables=tables, quantized={words: small} if quantized else {})
+
+    @cache
+    def made(**other: int) -> Demand:
+        return Demand.of(spec, scheme, replace(machinery, **other), model=demand.model)  # type: ignore[arg-type]
+
+    tables: list[tuple[dict[str, int], dict[str, str]]] = []
+    for field, option in (("head_bits", "lm_head_dtype"), ("embedding_bits", "embedding_dtype")):
+        bits, options = tables[-1] if tables else ({}, {})
+        if (size := sum(made(**bits, **{field: 8}).weights.values())) < weights:
+            weights = size
+            tables.append(({**bits, field: 8}, {**options, option: "int8"}))
+    threads = range(machinery.threads - 1, 0, -1) if made(threads=1).slab < demand.slab else range(0)
+    return Variants(tables=tables, threads=threads, made=made, quantized={words: small} if quantized else {})
 
 
 def command_line(config: EngineConfig, remedy: Remedy | None = None, command: str = "serve") -> str:

@@ -9,13 +9,14 @@ from operator import attrgetter
 from pathlib import Path
 
 from appliance.config import EngineConfig
-from appliance.memory.advice import Crowd, Variants, advise, remedies
+from appliance.memory.advice import advise, remedies
 from appliance.memory.agreement import check_headers
 from appliance.memory.cards import CARDS, Card, known_card
 from appliance.memory.demand import Demand
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.fit import fit, last
 from appliance.memory.modules import Machinery
+from appliance.memory.options import Crowd, Variants
 from appliance.memory.plan import SHORTEST_AUTO, MemoryPlan, PlanError, Remedy, flag_text
 from appliance.memory.planner import read_settings, variants, with_graphs
 from appliance.memory.roofline import Work

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from appliance.config import EngineConfig
-from appliance.memory.advice import QUARTER, advise
+from appliance.memory.advice import advise
 from appliance.memory.cards import find_card
 from appliance.memory.demand import Demand
 from appliance.memory.devices import DeviceInfo
 from appliance.memory.fit import fit
 from appliance.memory.loading import Loading, Transient
+from appliance.memory.options import QUARTER
 from appliance.memory.plan import PlanError, Remedy
 from appliance.memory.planner import command_line, make_plan
 from appliance.memory.study import Study
@@ -171,3 +172,57 @@ def test_a_refusal_is_about_what_was_asked_for(dense: Path) -> None:
     four_bits = asked.remedies[-1]
     assert four_bits.instead and four_bits.options == {"kv_cache_dtype": "int4"}
     assert str(four_bits) == f"{four_bits.instead} with --kv-cache-dtype int4"
+
+
+SMALL: dict[str, object] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 128}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {**LLAMA, **SMALL, "num_hidden_layers": 2, "vocab_size": 2048, "max_position_embeddings": 512, "head_dim": 16}
+    return write_published(tmp_path_factory.mktemp("small"), sizes, "none")
+
+
+def machine(gib: float) -> DeviceInfo:
+    return DeviceInfo("cpu", "a machine", int(gib * GIB), int(gib * GIB))
+
+
+def mildest(directory: Path, config: EngineConfig, device: DeviceInfo, name: str, step: int) -> int:
+    """The value of the one remedy that changes just this, with which the model fits; with a step more it does not."""
+    (found,) = (one for one in refusal(directory, config, device).remedies if list(one.options) == [name])
+    value = int(str(found.options[name]))
+    with pytest.raises(PlanError):
+        make_plan(directory, replace(config, **{name: value + step}), device)
+    return value
+
+
+def test_fewer_sequences_on_a_cpu(small: Path) -> None:
+    """Each has a place in a grammar set aside, and its mask."""
+    config = EngineConfig(max_num_seqs=40_000, max_num_batched_tokens=40_000, gpu_memory_utilization=1.0)
+    assert 1 < mildest(small, config, machine(3), "max_num_seqs", 1) < 40_000
+
+
+def test_fewer_threads(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of native kernels, of which each has memory of its own."""
+    monkeypatch.setattr("kernels.layout.ops_name", lambda kind, *, reference=False: "cpu-native")
+    config = EngineConfig(threads=4000, gpu_memory_utilization=1.0)
+    assert 1 < mildest(small, config, machine(0.6), "threads", 1) < 4000
+    assert not any("threads" in one.options for one in refusal(small, replace(config, threads=1), machine(0.3)).remedies)
+
+
+def test_a_reserve_gives_no_more_than_it_must(small: Path) -> None:
+    config = EngineConfig(gpu_memory_reserve="7900M", max_num_batched_tokens=16, max_num_seqs=1, threads=1)
+    assert 0 < mildest(small, config, machine(8), "gpu_memory_reserve", QUARTER) < 7900 << 20
+
+
+def test_a_cache_that_is_too_small_for_the_context(small: Path) -> None:
+    """A larger one, or a shorter context in that one; and not both at once, which would give no more."""
+    block = make_plan(small, EngineConfig(threads=1), machine(8)).kv.block_bytes
+    config = EngineConfig(kv_cache_memory_bytes=7 * block, max_model_len=300, threads=1, kv_cache_dtype="int4")
+    block = make_plan(small, replace(config, max_model_len=16), machine(8)).kv.block_bytes
+    found = refusal(small, replace(config, kv_cache_memory_bytes=7 * block), machine(8))
+    assert flags(found) == [f"--kv-cache-memory-bytes {19 * block}", "--max-model-len 112"]
+    nothing = refusal(small, replace(config, kv_cache_memory_bytes=1), machine(8))
+    assert flags(nothing) == [f"--kv-cache-memory-bytes {19 * block}"]
+    huge = refusal(small, replace(config, kv_cache_memory_bytes="100G"), machine(8))
+    assert [list(one.options) for one in huge.remedies] == [["kv_cache_memory_bytes"]]
