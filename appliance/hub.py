@@ -53,18 +53,9 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
     or a quantization that is not supported is refused before the rest. HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN and HF_HOME are
     respected. Raises InputError that says what to do.
     """
+    if (here := on_this_machine(model)) is not None:
+        return here
     model = called(model)
-    path = Path(model).expanduser()
-    if model and path.is_dir():
-        return path
-    if path.suffix.lower() == ".gguf":
-        raise InputError(f"{model}: GGUF is not supported: take the AWQ, GPTQ or original safetensors version of the model")
-    if path.is_file():
-        raise InputError(f"{model} is a file: name the directory of a Hugging Face checkpoint (the one with config.json)")
-    if _looks_like_a_path(model, path):
-        raise InputError(f"no such directory: {model}")
-    if not REPO.fullmatch(model):
-        raise InputError(f"{model!r} is neither a directory nor a name on the hub (those look like organisation/model)")
     directory = _download(model, revision, SMALL)
     if not weights:
         return directory
@@ -84,11 +75,10 @@ def headers_of(model: str, revision: str | None = None) -> Iterator[Path]:
 
     Raises InputError as resolve() does.
     """
-    model = called(model)
-    path = Path(model).expanduser()
-    if path.exists() or _looks_like_a_path(model, path) or not REPO.fullmatch(model):
-        yield resolve(model, revision)
+    if (here := on_this_machine(model)) is not None:
+        yield here
         return
+    model = called(model)
     if (cached := _cached(model, revision)) is not None:
         yield cached
         return
@@ -154,6 +144,23 @@ def _write_hollow(path: Path, header: dict[str, dict[str, Any]]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + max((one["data_offsets"][1] for one in header.values()), default=0))
+
+
+def on_this_machine(model: str) -> Path | None:
+    """The directory that ``model`` is; None for a name on the hub. Raises InputError for what is neither."""
+    model = called(model)
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return path
+    if path.suffix.lower() == ".gguf":
+        raise InputError(f"{model}: GGUF is not supported: take the AWQ, GPTQ or original safetensors version of the model")
+    if path.is_file():
+        raise InputError(f"{model} is a file: name the directory of a Hugging Face checkpoint (the one with config.json)")
+    if _looks_like_a_path(model, path):
+        raise InputError(f"no such directory: {model}")
+    if not REPO.fullmatch(model):
+        raise InputError(f"{model!r} is neither a directory nor a name on the hub (those look like organisation/model)")
+    return None
 
 
 def _looks_like_a_path(model: str, path: Path) -> bool:

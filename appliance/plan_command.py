@@ -9,7 +9,7 @@ from json import dumps
 from pathlib import Path
 
 from appliance.config import EngineConfig
-from appliance.hub import demo_model, headers_of, resolve
+from appliance.hub import demo_model, headers_of, on_this_machine, resolve
 from appliance.memory.answers import Answers
 from appliance.memory.cards import find_cards
 from appliance.memory.devices import MIB, DeviceInfo, this_device
@@ -52,12 +52,17 @@ def plan_command(engine: EngineConfig, asked: Asked) -> int:
 
 
 def _note_tokenizer(engine: EngineConfig) -> None:
-    """Say what the server will miss in a directory on this machine. (Of a model on the hub only the headers are here.)"""
-    directory = Path(engine.model or demo_model()).expanduser()
-    if engine.tokenizer or engine.skip_tokenizer_init or not directory.is_dir() or has_tokenizer(directory):
+    """Say what the server will miss in a directory on this machine. (What is on the hub is not looked at.)"""
+    if engine.skip_tokenizer_init:
         return
-    needs = "`appliance serve` needs --tokenizer DIRECTORY, or --skip-tokenizer-init"
-    print(f"appliance: note: {directory} has no tokenizer: {needs}", file=sys.stderr)
+    try:
+        directory = on_this_machine(engine.tokenizer or engine.model or str(demo_model()))
+    except InputError as error:
+        print(f"appliance: note: --tokenizer: {error}", file=sys.stderr)
+        return
+    if directory is not None and not has_tokenizer(directory):
+        needs = "`appliance serve` needs --tokenizer DIRECTORY, or --skip-tokenizer-init"
+        print(f"appliance: note: {directory} has no tokenizer: {needs}", file=sys.stderr)
 
 
 def plan_of(directory: Path, engine: EngineConfig, asked: Asked) -> int:
@@ -176,6 +181,9 @@ def refused(
         found = {"fits": False, "error": str(error), "model": engine.model, "remedies": remedies, "cards_that_fit": cards}
         print(dumps(found, indent=2))
     print(f"appliance: error: {error}", file=sys.stderr)
+    if asked.svg is not None:
+        older = "; the file there is older" if asked.svg.exists() else ""
+        print(f"appliance: note: no memory map is written to {asked.svg}: there is no plan to draw{older}", file=sys.stderr)
     if not asked.json:
         if study is not None and study.flags and error.remedies:
             print(f"  with {study.flags}, and one of these:", file=sys.stderr)

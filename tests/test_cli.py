@@ -193,6 +193,14 @@ def test_a_plan_tells_of_a_missing_tokenizer(tmp_path: Path, capsys: pytest.Capt
         == f"appliance: note: {bare} has no tokenizer: `appliance serve` needs --tokenizer DIRECTORY, or --skip-tokenizer-init\n"
     )
     assert cli.run(["plan", bare, "--skip-tokenizer-init"]) == 0 and not capsys.readouterr().err
+    assert cli.run(["plan", bare, "--tokenizer", "some/where"]) == 0 and not capsys.readouterr().err, "on the hub it may be"
+    nowhere = str(tmp_path / "nowhere")
+    for given, told in (
+        (nowhere, f"--tokenizer: no such directory: {nowhere}\n"),
+        (bare, error.removeprefix("appliance: note: ")),
+    ):
+        assert cli.run(["plan", bare, "--tokenizer", given]) == 0
+        assert capsys.readouterr().err == f"appliance: note: {told}"
 
 
 def test_plan_that_does_not_fit(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,6 +177,11 @@ def test_the_picture(model: str, capsys: pytest.CaptureFixture[str], tmp_path: P
     assert code == 0 and json.loads(out)["fits"] and str(path) in err
     words = "".join(ElementTree.parse(path).getroot().itertext())
     assert "on NVIDIA GeForce RTX 4090" in words and "Predicted decode speed, not measured" in words
+    for drawn, older in ((tmp_path / "new.svg", ""), (path, "; the file there is older")):
+        before = path.read_bytes()
+        code, out, err = run(capsys, model, "--memory", "16M", "--device", "cpu", "--svg", str(drawn))
+        assert code == 1 and not out and f"note: no memory map is written to {drawn}: there is no plan to draw{older}\n" in err
+        assert path.read_bytes() == before and not (tmp_path / "new.svg").exists()
 
 
 class Report:
