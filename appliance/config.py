@@ -35,8 +35,9 @@ class EngineConfig:
     max_model_len: int | str = "auto"
     """Longest prompt plus answer, in tokens (32k is understood); auto: the longest that the model and the memory allow."""
     gpu_memory_utilization: float | None = None
-    """The most memory to take, all in all: a share of a card's total (default 0.92), or of what is available at start on the CPU
-    (default 0.5)."""
+    """The most memory that the engine takes, all in all: a share of a card's total (default 0.92), or of what is available at
+    start on the CPU (default 0.5), where the server itself comes on top (docs/operations.md). Unused where
+    kv-cache-memory-bytes is given."""
     gpu_memory_reserve: int | str | None = None
     """Memory that stays free: bytes, or as 2GiB or 2G. Where given, gpu-memory-utilization is 1 unless that is given too."""
     kv_cache_memory_bytes: int | str | None = None

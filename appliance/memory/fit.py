@@ -221,7 +221,8 @@ def budget_of(settings: Settings, device: DeviceInfo) -> tuple[int, str]:
     if settings.reserve:
         less += f" and --gpu-memory-reserve {size_text(settings.reserve)}"
     if settings.kv_bytes is not None:
-        return free, f"all that is available, since --kv-cache-memory-bytes {settings.kv_bytes} is given, {less}"
+        why = f"as --kv-cache-memory-bytes {settings.kv_bytes} decides, not --gpu-memory-utilization"
+        return free, f"all that is available, {why}, {less}"
     cap = int(share * (available if cpu else total))
     held = "" if cpu or available >= total else f", of which the driver and others hold {size_text(total - available)}"
     if cap > free:

@@ -7,6 +7,7 @@ import pytest
 
 from appliance.config import EngineConfig
 from appliance.memory.devices import DeviceInfo
+from appliance.memory.fit import budget_of
 from appliance.memory.settings import Settings, parse_length, resolve_dtype
 from quant.errors import InputError
 
@@ -87,6 +88,15 @@ def test_a_reserve_says_what_is_left() -> None:
             assert Settings.from_config(EngineConfig(gpu_memory_reserve=reserve), device).utilization == 1
         both = Settings.from_config(EngineConfig(gpu_memory_reserve="1G", gpu_memory_utilization=0.8), device)
         assert (both.utilization, both.reserve) == (0.8, 1 << 30)
+
+
+def test_a_size_of_the_cache_decides_alone() -> None:
+    """As in vLLM: a share that is given, too, counts for nothing, and the plan says so."""
+    for device in (CPU, CARD):
+        given = Settings.from_config(EngineConfig(kv_cache_memory_bytes="1MiB"), device)
+        both = Settings.from_config(EngineConfig(kv_cache_memory_bytes="1MiB", gpu_memory_utilization=0.01), device)
+        assert budget_of(both, device) == budget_of(given, device)
+        assert "as --kv-cache-memory-bytes 1048576 decides, not --gpu-memory-utilization, less" in budget_of(both, device)[1]
 
 
 def test_sequences() -> None:
