@@ -60,7 +60,8 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
     """fcfs: requests are served in order of arrival; priority: those with a lower priority field first."""
     preemption_mode: str = "auto"
-    """What happens to a sequence that must give way: swap (to --swap-space), recompute, or auto: whichever costs less."""
+    """What happens to a sequence that must give way: swap (to --swap-space, which must be given), recompute, or auto: whichever
+    costs less."""
     speculative_config: str | None = None
     """On a CPU: guess what comes next from what the text has said already, and compute it together with the next token. JSON:
     {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 5}."""

@@ -292,7 +292,7 @@ def test_origins_are_what_browsers_send() -> None:
 
 REFUSED = {
     "serve plan": "--dtype fp16 --kv-cache-dtype q8_0 --gpu-memory-utilization 1.5 --max-model-len many --lm-head-dtype int3 "
-    "--threads 0 --preemption-mode leave --scheduling-policy best",
+    "--threads 0 --preemption-mode leave --preemption-mode swap --scheduling-policy best",
     "serve": "--reasoning-parser nonesuch --tool-call-parser nonesuch --chat-template /no/such/file --generation-config /no/such",
     "plan": "--context many --memory much",
 }

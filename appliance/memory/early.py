@@ -12,6 +12,7 @@ from appliance.memory.giving_way import MODES
 from appliance.memory.modules import Machinery
 from appliance.memory.proofs import device_kind
 from appliance.memory.settings import Settings
+from appliance.memory.sizes import parse_gib
 from quant.errors import InputError
 from quant.scheme import ALIASES, QuantScheme
 
@@ -50,8 +51,12 @@ def check_kinds(config: EngineConfig) -> None:
 
 
 def check_order(config: EngineConfig) -> None:
-    """Raises InputError for a scheduling policy or a preemption mode that does not exist."""
+    """Raises InputError for a scheduling policy or a preemption mode that does not exist, or has nowhere to swap to."""
     if config.scheduling_policy not in POLICIES:
         raise InputError(f"--scheduling-policy is {config.scheduling_policy!r}: {' or '.join(POLICIES)} is needed")
     if config.preemption_mode not in MODES:
         raise InputError(f"--preemption-mode is {config.preemption_mode!r}: one of {', '.join(MODES)} is needed")
+    if config.preemption_mode == "swap" and not parse_gib("--swap-space", config.swap_space):
+        raise InputError(
+            "--preemption-mode is swap, but --swap-space is 0: give that some GiB, as in --swap-space 4, or leave the mode out"
+        )

@@ -54,6 +54,11 @@ def fit(demand: Demand, settings: Settings, device: DeviceInfo, host: DeviceInfo
         return _limited(_plan(demand, settings, device, length), settings, contexts, most)
 
     def checked(found: MemoryPlan) -> MemoryPlan:
+        if settings.swaps and not found.swap_blocks:
+            raise InputError(
+                f"--preemption-mode is swap, but --swap-space is {size_text(settings.swap_bytes)}, and one block has "
+                f"{size_text(found.kv.block_bytes)}: give as much at least, or leave the mode out"
+            )
         return _checked(_loaded(found, demand, host))
 
     if settings.max_len is not None:

@@ -68,6 +68,7 @@ def options(
         found.append(_option("gpu_memory_reserve", "reserve", sizes, "less memory is kept free"))
     if settings.swap_bytes:
         cost, less = "more of what is preempted is computed again", _quarters(settings.swap_bytes)
+        less = less[:-1] if settings.swaps else less  # there must be some
         found.append(Option(less, cost, lambda n: {"swap_bytes": n * QUARTER}, lambda n: {"swap_space": n * QUARTER / GIB}))
     if settings.kv_dtype is None:
         found.append(_cache("fp8", "keys and values in 8 bits"))

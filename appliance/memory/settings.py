@@ -31,6 +31,7 @@ class Settings:
     kv_dtype: str | None = None  # of a quantized cache; None: that of the activations
     reserve: int = 0  # bytes of the device that stay free beside all else
     swap_bytes: int = 0  # of host memory, for preempted sequences and evicted prefixes
+    swaps: bool = False  # whether sequences that give way have to go there
     runtime: int | None = None  # bytes of the process itself, as earlier starts on this device had them; None: an estimate
     layer_bytes: int | None = None  # of a card, for a layer of a recorded step, as earlier starts had it; None: an estimate
     offload_gb: float = 0.0  # GiB of the device to be freed by weights that stay in host memory
@@ -60,6 +61,7 @@ class Settings:
             kv_dtype=cache_dtype(config.kv_cache_dtype),
             reserve=0 if reserve is None else parse_bytes("--gpu-memory-reserve", reserve),
             swap_bytes=parse_gib("--swap-space", config.swap_space),
+            swaps=config.preemption_mode == "swap",
             offload_gb=_offload(config, device.kind),
             grammars=not config.skip_tokenizer_init,
             prefixes=config.enable_prefix_caching,

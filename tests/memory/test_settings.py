@@ -7,9 +7,11 @@ import pytest
 
 from appliance.config import EngineConfig
 from appliance.memory.devices import DeviceInfo
-from appliance.memory.fit import budget_of
+from appliance.memory.fit import budget_of, fit
+from appliance.memory.options import Variants, options
 from appliance.memory.settings import Settings, parse_length, resolve_dtype
 from quant.errors import InputError
+from tests.memory.test_plan import DEFAULTS, LLAMA_8B
 
 CPU, CARD = DeviceInfo("cpu", "c", 8 << 30, 4 << 30), DeviceInfo("cuda", "g", 8 << 30, 8 << 30)
 
@@ -97,6 +99,25 @@ def test_a_size_of_the_cache_decides_alone() -> None:
         both = Settings.from_config(EngineConfig(kv_cache_memory_bytes="1MiB", gpu_memory_utilization=0.01), device)
         assert budget_of(both, device) == budget_of(given, device)
         assert "as --kv-cache-memory-bytes 1048576 decides, not --gpu-memory-utilization, less" in budget_of(both, device)[1]
+
+
+def test_swapping_needs_room_for_a_block() -> None:
+    """Or --preemption-mode swap would be taken and never done; nor does a refusal name such a remedy."""
+    device = DeviceInfo("cpu", "c", 64 << 30, 64 << 30)
+    block = 16 * 2 * LLAMA_8B.layers * LLAMA_8B.kv_heads * LLAMA_8B.head_dim * 2
+    for size, plain in ((block, True), (block - 1, False), (0, False)):
+        chosen = replace(DEFAULTS, swap_bytes=size)
+        assert fit(LLAMA_8B, chosen, device).swap_blocks == (1 if plain else 0)
+        if plain:
+            assert fit(LLAMA_8B, replace(chosen, swaps=True), device).swap_blocks == 1
+            continue
+        with pytest.raises(InputError, match=r"^--preemption-mode is swap, but --swap-space is .*, and one block has 2.00 MiB"):
+            fit(LLAMA_8B, replace(chosen, swaps=True), device)
+    assert Settings.from_config(EngineConfig(preemption_mode="swap", swap_space=1), CPU).swaps
+    for swaps in (False, True):
+        found = options(LLAMA_8B, replace(DEFAULTS, swap_bytes=1 << 30, swaps=swaps), device, Variants())
+        sizes = next(list(one.values) for one in found if "swap_bytes" in one.change(1))
+        assert sizes == ([3, 2, 1] if swaps else [3, 2, 1, 0])
 
 
 def test_sequences() -> None:
