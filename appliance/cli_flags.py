@@ -33,6 +33,8 @@ QUANTIZATION = {
     "gptq_marlin": "gptq",
     "auto_gptq": "gptq",
     "compressed_tensors": "compressed-tensors",
+    "auto_round": "auto-round",
+    "inc": "auto-round",
 }
 
 # Switches without a value that change nothing here.

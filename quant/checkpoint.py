@@ -92,7 +92,7 @@ class Checkpoint:
         """
         scheme = self.scheme.for_module(name)
         weight = self._load(name, scheme, expect)
-        if scheme.layout == "gptq" and isinstance(weight, QuantTensor):
+        if self.scheme.method == "gptq" and isinstance(weight, QuantTensor):
             weight = self._in_model_dtype(weight)
         shape = (weight.N, weight.K) if isinstance(weight, QuantTensor) else tuple(weight.shape)
         if expect is not None and shape != tuple(expect):
@@ -100,7 +100,10 @@ class Checkpoint:
         return weight
 
     def _in_model_dtype(self, weight: QuantTensor) -> QuantTensor:
-        """GPTQ files hold float16 scales, but GPTQModel and transformers cast them to the model's dtype before use."""
+        """GPTQ files hold float16 scales, but GPTQModel and transformers cast them to the model's dtype before use.
+
+        Not so AutoRound with its own: it multiplies in float16.
+        """
         dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(
             self.config.get("dtype") or self.config.get("torch_dtype") or ""
         )

@@ -24,7 +24,8 @@ class WeightScheme:
     """int8-token or fp8-token: one scale per token, made at run time. int8-tensor or fp8-tensor: one published scale, which this
     project does not apply, since unrounded activations are closer to the original model. None: activations stay as they are."""
     zero_borrow: bool = False
-    """GPTQ v1 as GPTQModel writes it: the 1 was subtracted from whole words, so a zero point of 0 borrows from its neighbour."""
+    """GPTQ v1 as GPTQModel and AutoRound write it: the 1 was subtracted from whole words, so a zero point of 0 borrows from its
+    neighbour."""
     planar: bool = False
     """GPTQModel's gptq_p, and its 5-, 6- and 7-bit weights: bit planes instead of a dense stream of fields."""
     block: tuple[int, int] | None = None
@@ -63,7 +64,7 @@ class Rule:
 class Settings:
     """A parsed config: the first rule that matches decides; modules of decoder layers that none matches have ``default``."""
 
-    method: str  # awq, gptq, compressed-tensors, fp8, mxfp4 or none
+    method: str  # awq, gptq, auto-round, compressed-tensors, fp8, mxfp4 or none
     rules: tuple[Rule, ...]
     default: WeightScheme
     source: str  # where this was read

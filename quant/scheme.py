@@ -23,6 +23,8 @@ __all__ = ["DENSE", "QuantScheme", "Rule", "WeightScheme", "load_configs", "read
 ALIASES = {
     "awq": "awq", "auto_awq": "awq", "autoawq": "awq", "awq_marlin": "awq", "llm-awq": "awq",
     "gptq": "gptq", "auto_gptq": "gptq", "autogptq": "gptq", "gptq_marlin": "gptq", "gptqmodel": "gptq",
+    "auto-round": "auto-round", "auto_round": "auto-round", "autoround": "auto-round", "intel/auto-round": "auto-round",
+    "inc": "auto-round",  # vLLM's name for it
     "compressed-tensors": "compressed-tensors", "compressed_tensors": "compressed-tensors",
     "fp8": "fp8", "fbgemm_fp8": "fp8", "mxfp4": "mxfp4",
     "none": "none",
@@ -36,7 +38,7 @@ IN_LAYER = re.compile(r"(^|\.)\d+(\.|$)")
 class QuantScheme:
     """The quantization of a whole checkpoint."""
 
-    method: str  # awq, gptq, compressed-tensors, fp8, mxfp4, none
+    method: str  # awq, gptq, auto-round, compressed-tensors, fp8, mxfp4, none
     rules: tuple[Rule, ...] = ()  # the first that matches decides
     default: WeightScheme = DENSE  # for modules of decoder layers that no rule names
     source: str = "config.json has no quantization_config"
@@ -58,7 +60,7 @@ class QuantScheme:
         else:
             settings = Settings("none", (), DENSE, cls.source)
         found = family(index) if index is not None else None
-        if found is not None and found[0] != settings.method:
+        if found is not None and found[0] != settings.default.layout.partition("-")[0]:
             raise CheckpointError(
                 f"{settings.source} says {settings.method!r}, but the tensors are laid out as {found[0]!r}: {found[1]}"
             )

@@ -195,7 +195,7 @@ def loaded(module: ModuleShape, spec: ModelSpec, scheme: QuantScheme) -> Loaded:
     """A module by itself. Scales are of the size the header says; GPTQ's are cast to a 16-bit model's dtype when read."""
     stored = scheme.for_module(module.name)
     size = 1 if stored.layout == "mxfp4" else 2
-    if scheme.index is not None and (stored.layout != "gptq" or spec.dtype == "float32"):
+    if scheme.index is not None and (scheme.method != "gptq" or spec.dtype == "float32"):
         found = (scheme.index.tensors.get(f"{module.name}.{n}") for n in ("scales", "weight_scale", "weight_scale_inv"))
         size = next((4 if info.dtype == "F32" else size for info in found if info is not None), size)
     return Loaded(module, stored, size)

@@ -176,6 +176,43 @@ def test_weights_that_are_alike_are_counted(tmp_path: Path) -> None:
     assert published.total() == 2 * (4 + 1 + 3 * 7) and len(joined) == 9
 
 
+def test_autoround_from_headers_alone(tmp_path: Path) -> None:
+    """4 bits, but for what its config names: 8 in one group, zero points, and a projection left alone; and the head in 4."""
+    hidden, vocab, group = 128, 320, 32
+    model = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": vocab, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "max_position_embeddings": 256, "tie_word_embeddings": False,
+    }  # fmt: skip
+    extra = {
+        "model.layers.0.mlp.down_proj": {"bits": 8, "group_size": -1}, r".*self_attn\.v_proj.*": {"bits": 16},
+        r".*layers\.1\.self_attn\.o_proj.*": {"sym": False}, "lm_head": {"bits": 4, "group_size": group, "sym": True},
+    }  # fmt: skip
+    quantization = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "data_type": "int", "sym": True}
+    quantization |= {"bits": 4, "group_size": group, "extra_config": extra}
+    norms = ("norm", *(f"layers.{n}.{name}_layernorm" for n in (0, 1) for name in ("input", "post_attention")))
+    tensors = {"model.embed_tokens.weight": ("BF16", (vocab, hidden))} | {f"model.{n}.weight": ("BF16", (hidden,)) for n in norms}
+    named = {f"model.layers.{n}.{name}": shape for n in (0, 1) for name, shape in linears(model).items()}
+    sums = {"attention": 0, "mlp": 0, "head": 0, "embedding": 2 * vocab * hidden, "norms": 2 * 5 * hidden}
+    for name, (N, K) in (named | {"lm_head": (vocab, hidden)}).items():
+        part = "attention" if "attn" in name else "mlp" if "mlp" in name else "head"
+        if name.endswith("v_proj"):
+            tensors |= {f"{name}.weight": ("BF16", (N, K))}
+            sums[part] += 2 * N * K
+            continue
+        bits, groups = (8, 1) if "0.mlp.down" in name else (4, K // group)
+        tensors[f"{name}.qweight"] = ("I32", (K * bits // 32, N))
+        tensors[f"{name}.qzeros"] = ("I32", (groups, N * bits // 32))
+        tensors[f"{name}.scales"] = ("F16", (groups, N))
+        sums[part] += N * K * bits // 8 + groups * N * (3 if "1.self_attn.o" in name else 2)
+    written = write_headers(tmp_path, tensors, {**model, "quantization_config": quantization})
+    settings, scheme = read_scheme(CheckpointIndex.open(written), "auto-round")
+    for dtype in ("bfloat16", "float32"):  # scales stay what they are
+        spec = ModelSpec.from_config({**settings, "torch_dtype": dtype})
+        demand = Demand.of(spec, scheme, Machinery(ops="cpu-native", dtype="bfloat16", head_bits=8), model="m")
+        assert demand.quantization == "auto-round" and demand.weights == sums
+
+
 def test_a_plan_takes_little_itself(shared_data: Path, tmp_path: Path) -> None:
     """32B in AWQ: the whole process that plans it stays below 200 MB (docs/benchmarks/plan-check.md has the seconds)."""
     directory = write_published(tmp_path, config_of(shared_data, "Qwen--Qwen3-32B"), "awq")

@@ -205,7 +205,9 @@ def test_stated_quantization() -> None:
         scheme(None).check_stated("awq")
     with pytest.raises(InputError, match="'none' was stated, but the checkpoint is 'awq'"):
         awq.check_stated("none")
-    with pytest.raises(InputError, match="'gguf' is not known; one of awq, gptq, compressed-tensors, fp8, mxfp4, none is"):
+    with pytest.raises(
+        InputError, match="'gguf' is not known; one of awq, gptq, auto-round, compressed-tensors, fp8, mxfp4, none is"
+    ):
         awq.check_stated("gguf")
 
 
@@ -218,7 +220,7 @@ INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
     [
         (
             {"quant_method": "bitsandbytes"},
-            "quant_method 'bitsandbytes' is not supported; awq, gptq, compressed-tensors, fp8 and mxfp4 are",
+            "quant_method 'bitsandbytes' is not supported; awq, gptq, auto-round, compressed-tensors, fp8 and mxfp4 are",
         ),
         ({"quant_method": "awq", "bits": 8}, "bits 8 is not supported; one of 4 is"),
         ({"quant_method": "awq", "version": "marlin"}, "version 'marlin' is not supported; one of gemm, exllama"),
