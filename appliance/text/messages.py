@@ -65,6 +65,18 @@ def one_call_each(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return told
 
 
+def calls_as_text(messages: Sequence[dict[str, Any]], marker: str) -> list[dict[str, Any]]:
+    """The conversation for templates that know no calls: in the text, as the model wrote them, a list behind ``marker``."""
+    told = []
+    for message in messages:
+        functions = [call.get("function") for call in message.get("tool_calls", ()) if isinstance(call, Mapping)]
+        wrote = [{"name": f.get("name"), "arguments": f.get("arguments")} for f in functions if isinstance(f, Mapping)]
+        if wrote and isinstance(message["content"], str):
+            message = {**message, "content": message["content"] + marker + json.dumps(wrote, ensure_ascii=False)}
+        told.append(message)
+    return told
+
+
 def _message(index: int, message: Any, convert: Callable[[Any], Any]) -> dict[str, Any]:
     where = f"messages[{index}]"
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):

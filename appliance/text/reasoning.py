@@ -53,6 +53,7 @@ REASONING: dict[str, Tags] = {
     "deepseek_r1": Tags(assumed=True),
     "deepseek_v3": THINK,
     "glm45": THINK,
+    "granite": Tags("Here is my thought process:", "Here is my response:"),
     "kimi_k2": THINK,
     "mimo": THINK,
     "minimax_m2": THINK,
@@ -70,7 +71,8 @@ def tags_of(templates: Iterable[str]) -> Tags | None:
     source = "".join(templates)
     if HARMONY.start in source:
         return HARMONY
-    return next((tags for tags in (REASONING["mistral"], REASONING["seed_oss"], THINK) if tags.end in source), None)
+    others = (REASONING[name] for name in ("mistral", "seed_oss", "granite"))
+    return next((tags for tags in (*others, THINK) if tags.end in source), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from appliance.core.params import RequestError
-from appliance.text.messages import join_parts, one_call_each, plain_messages, split_parts
+from appliance.text.messages import calls_as_text, join_parts, one_call_each, plain_messages, split_parts
 from appliance.text.reasoning import HARMONY, tags_of
+from appliance.text.tools.formats import Granite
 from quant.errors import InputError
 
 MAX_CHARACTERS = 32 * 2**20  # of one rendered conversation: a template is a program and could write for ever
@@ -134,6 +135,8 @@ class ChatTemplates:
         conversation = plain_messages(messages, convert)
         if tags_of(self.sources) is HARMONY:
             conversation = one_call_each(conversation)
+        if _tells_of_calls_only(self.sources):
+            conversation = calls_as_text(conversation, Granite.MARKER)
         if continue_final_message:
             _mark_end(conversation)
         values = {
@@ -179,6 +182,11 @@ class ChatTemplates:
                     param="messages",
                 ) from error
         return self._compiled[source]
+
+
+def _tells_of_calls_only(sources: Sequence[str]) -> bool:
+    """Granite 3's say how calls are written, and leave out those of earlier messages."""
+    return any(Granite.MARKER in source for source in sources) and not any("tool_calls" in source for source in sources)
 
 
 def _run(template: Template, values: dict[str, Any]) -> str:

@@ -44,7 +44,8 @@ def check(tags, text, pieces, opened):
     order = "".join("r" * bool(d.reasoning) + "c" * bool(d.content) for d in deltas)
     assert "cr" not in order
     reasoning, content = "".join(whole.reasoning.split()), "".join(whole.content.split())
-    tagged = [start + reasoning + end + content for start in ("", tags.start) for end in ("", tags.end)]
+    first, last = ("".join(tag.split()) for tag in (tags.start, tags.end))
+    tagged = [start + reasoning + end + content for start in ("", first) for end in ("", last)]
     assert "".join(text.split()) in tagged  # all but the tags and white space beside them is there
     if tags.start not in text and tags.end not in text and not opened:
         assert whole == ReasoningDelta(content=text)
@@ -159,6 +160,14 @@ def test_real_templates(shared_data):
     assert not opened["Qwen-Qwen3-0.6B.jinja"] and not opened["HuggingFaceTB-SmolLM3-3B.jinja"]
     seed = (shared_data / "tokenizers" / "chat_templates" / "ByteDance-Seed-OSS.jinja").read_text()
     assert tags_of([seed]) == Tags("<seed:think>", "</seed:think>") and tags_of(["plain"]) is None
+
+
+def test_phrases_of_granite():
+    granite = tags_of(["Write your thoughts after 'Here is my thought process:' and your response after 'Here is my response:'"])
+    text = "Here is my thought process:\n\nHm.\n\nHere is my response:\n\nYes."
+    assert granite is REASONING["granite"] and ReasoningParser(granite).parse(text) == ReasoningDelta("Hm.", "Yes.")
+    for rng in seeded(20, "granite"):
+        check(granite, text, cuts(rng, text), False)
 
 
 @pytest.mark.realdata

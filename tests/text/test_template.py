@@ -40,6 +40,10 @@ CONVERSATIONS = {
     "thinking": ([USER, {**ANSWER, "reasoning_content": "Hm."}, USER], {"enable_thinking": False}),
     "tools": ([USER], {"tools": [WEATHER]}),
     "call": ([USER, CALL, RESULT], {"tools": [WEATHER]}),
+    "call as text": (
+        [USER, {**ANSWER, "content": '<|tool_call|>[{"name": "weather", "arguments": {"city": "Zürich"}}]'}, RESULT],
+        {"tools": [WEATHER]},
+    ),
     "no_prompt": ([USER, ANSWER], {"add_generation_prompt": False}),
     "continue": (
         [USER, {"role": "assistant", "content": "It is  "}],
@@ -72,6 +76,8 @@ def test_every_template_as_transformers(shared_data, ask):
         if case == "system" and isinstance(want, dict) and "TemplateError" in want["error"]:
             refused.add(name)  # there is a way to tell it nevertheless
             want = wanted[name, "system told by the user"]
+        if case == "call" and name.startswith("ibm-granite-granite-3"):  # which would leave it out
+            want = wanted[name, "call as text"]
         try:
             got = chat(sources[name], messages, **options)
         except RequestError as error:
@@ -127,6 +133,24 @@ def test_tool_arguments_arrive_as_an_object():
         chat(source, [{"role": "assistant", "tool_calls": [call]}])
     with pytest.raises(RequestError, match=r"messages\[0\].tool_calls must be a list, got str"):
         chat(source, [{"role": "assistant", "tool_calls": "f"}])
+
+
+def test_calls_for_a_template_that_only_tells_how_they_are_written():
+    """Granite 3's leaves those of earlier messages out: they are text there, as the model wrote them."""
+    says = "{% if tools %}Answer with <|tool_call|> and a JSON list. {% endif %}"
+    source = says + "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    functions = [{"name": "f", "arguments": '{"a": "ü"}'}, {"name": "g", "arguments": ""}]
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": f} for f in functions]},
+        {"role": "tool", "content": "sunny"},
+    ]
+    wrote = '<|tool_call|>[{"name": "f", "arguments": {"a": "ü"}}, {"name": "g", "arguments": {}}]'
+    assert chat(source, messages, add_generation_prompt=False, tools=[{}]).endswith(
+        f"list. user: Hi\nassistant: {wrote}\ntool: sunny\n"
+    )
+    knows = source + "{# tool_calls #}"
+    assert chat(knows, messages, add_generation_prompt=False, tools=[{}]).endswith("assistant: \ntool: sunny\n")
 
 
 def test_the_callers_messages_stay_as_they_are():

@@ -104,6 +104,7 @@ WRITES = {
     "llama3_json": ("meta-llama",),
     "mistral": ("Mistral-Small", "mistralai", "unsloth-mistral"),
     "openai": ("openai-gpt-oss",),
+    "granite": ("ibm-granite-granite-3",),
 }
 
 

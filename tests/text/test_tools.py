@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.text.tools.formats import PARSERS, Hermes, Llama3Json, Mistral
+from appliance.text.tools.formats import PARSERS, Granite, Hermes, Llama3Json, Mistral
 from appliance.text.tools.parser import ToolAnswer
-from tests.text.tool_texts import KINDS, SCRAPS, any_text, calls, cuts, seeded, written
+from tests.text.tool_texts import ALL_KINDS as KINDS
+from tests.text.tool_texts import SCRAPS, any_text, calls, cuts, seeded, written
 
 
 def traced(kind):
@@ -166,6 +167,17 @@ HAND = [
     (Mistral, '[TOOL_CALLS] {"name": "f", "arguments": {}}', "", [("f", "{}")]),
     (Mistral, '[TOOL_CALLS]f[ARGS]{"a": 1[TOOL_CALLS]g[ARGS]{}', "", [("f", '{"a": 1'), ("g", "{}")]),
     (Mistral, "[TOOL_CALLS]Sure, what?", None, []),
+    (Granite, '<|tool_call|>[{"name": "f", "arguments": {"a": 1}}, {"arguments": {}, "name": "g"}]', "",
+     [("f", '{"a": 1}'), ("g", "{}")]),
+    (Granite, 'Yes. <|tool_call|> [\n{"name":"f","arguments":{"s":"<|tool_call|>]"}}\n]\n', "Yes.",
+     [("f", '{"s":"<|tool_call|>]"}')]),
+    (Granite, '<|tool_call|>[{"name": "f", "arguments": {"a": 1<|tool_call|>[{"name": "g"}]', "",
+     [("f", '{"a": 1'), ("g", "{}")]),
+    (Granite, '<|tool_call|>[{"name": "f", "arguments": {"a"', "", [("f", '{"a"')]),
+    (Granite, '<|tool_call|>{"name": "f", "arguments": {}}', None, []),
+    (Granite, '<|tool_call|>[]', None, []),
+    (Granite, '[{"name": "f", "arguments": {}}]', None, []),
+    (Granite, '<tool_call>[{"name": "f", "arguments": {}}]', None, []),
     (Mistral, "[TOOL_CALLS]f[ARGS]", None, []),
     (Mistral, '[TOOL_CALLS][{"name": "f", "arguments": {}}, {"foo": 1}]', ', {"foo": 1}]', [("f", "{}")]),
 ]  # fmt: skip
@@ -218,7 +230,7 @@ def test_long_texts_take_time_in_proportion(kind):
 
 
 def test_names_are_vllms():
-    assert {"hermes", "llama3_json", "mistral"} <= set(PARSERS)
+    assert {"hermes", "llama3_json", "mistral", "granite"} <= set(PARSERS)
     assert all(kind.special and set(kind.openers) <= {*kind.special, "{"} for kind in PARSERS.values())
 
 

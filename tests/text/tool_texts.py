@@ -4,11 +4,22 @@ import json
 import random
 
 from appliance.text.tools.choice import FORMS
-from appliance.text.tools.formats import Hermes, Llama3Json, Mistral
+from appliance.text.tools.formats import Granite, Hermes, Llama3Json, Mistral
 
 KINDS = (Hermes, Llama3Json, Mistral)
+ALL_KINDS = (*KINDS, Granite)
 SCRAPS = [
-    *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<think>", "</think>"),
+    *(
+        "<tool_call>",
+        "</tool_call>",
+        "<|python_tag|>",
+        "<|tool_call|>",
+        "[TOOL_CALLS]",
+        "[CALL_ID]",
+        "[ARGS]",
+        "<think>",
+        "</think>",
+    ),
     *("<tool_", "call>", "</", "[TOOL", "_CALLS]", "<|py", "<", "["),
     *("{", "}", "]", '"', "\\", '\\"', ":", ",", ";", "; ", " ", "\n", "\n\n", "\t", "\r\n"),
     *('{"name": "f", ', '"name": "f"', '"arguments": {', '"parameters": {"a": 1}', '"id": "abcdefghi"', '"type": "function"'),
@@ -93,7 +104,10 @@ def any_text(rng):
         return nonsense(rng)
     parts = [rng.choice(["", "Sure: ", "\n", nonsense(rng, 4)])]
     for _ in range(rng.randint(1, 3)):
-        parts += [spoiled(rng, written(rng, rng.choice(KINDS), calls(rng))), rng.choice(["", " ", "\n", "and", nonsense(rng, 3)])]
+        parts += [
+            spoiled(rng, written(rng, rng.choice(ALL_KINDS), calls(rng))),
+            rng.choice(["", " ", "\n", "and", nonsense(rng, 3)]),
+        ]
     text = "".join(parts)
     return text[: rng.randrange(len(text) + 1)] if rng.random() < 0.3 else text
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from appliance.core.params import RequestError
-from appliance.text.tools.formats import Hermes, Llama3Json, Mistral
+from appliance.text.tools.formats import Granite, Hermes, Llama3Json, Mistral
 from appliance.text.tools.parser import ToolParser
 
 MAX_TOOLS = 1024  # of a request; about ten microseconds each
@@ -147,6 +147,7 @@ _HERMES = Form('<tool_call>\n{"name": %s, "arguments": ', "}\n</tool_call>", bet
 _LLAMA = Form('{"name": %s, "parameters": ', "}", between="; ")
 _MISTRAL_LIST = Form('{"name": %s, "arguments": ', "}", between=", ", before="[TOOL_CALLS][", after="]")
 _MISTRAL = Form("[TOOL_CALLS]%s[ARGS]", "", as_json=False)
+_GRANITE = replace(_MISTRAL_LIST, before="<|tool_call|>[")
 # Of gpt-oss, of which a grammar of its own makes use. An answer ends with its call.
 HARMONY = Form(
     "<|channel|>commentary to=functions.%s <|constrain|>json<|message|>", "", between="<|call|><|start|>assistant", as_json=False
@@ -155,6 +156,7 @@ FORMS: dict[type[ToolParser], tuple[Form, ...]] = {
     Hermes: (_HERMES,),
     Llama3Json: (_LLAMA,),
     Mistral: (_MISTRAL, _MISTRAL_LIST),
+    Granite: (_GRANITE,),
 }
 
 

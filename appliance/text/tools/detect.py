@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from appliance.core.params import RequestError
-from appliance.text.tools.formats import Hermes, Llama3Json, Mistral
+from appliance.text.tools.formats import Granite, Hermes, Llama3Json, Mistral
 from appliance.text.tools.harmony import Harmony
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import decoded
@@ -24,7 +24,9 @@ _TOOL = {
 }
 _CALL: dict[str, Any] = {"id": "abcdef123", "type": "function", "function": {"name": "get_weather", "arguments": {"city": _CITY}}}
 _NO_THOUGHTS = re.compile(r"<think>\s*(</think>)?")
-_CANDIDATES: dict[str, type[ToolParser]] = {"hermes": Hermes, "mistral": Mistral, "llama3_json": Llama3Json, "openai": Harmony}
+_CANDIDATES: dict[str, type[ToolParser]] = {
+    "hermes": Hermes, "mistral": Mistral, "llama3_json": Llama3Json, "openai": Harmony, "granite": Granite,
+}  # fmt: skip
 
 
 def detect(chat: Callable[..., str]) -> str | None:

@@ -115,21 +115,11 @@ class Mistral(ToolParser):
         mark = yield from self.peek()
         if mark == "[":
             self.at += 1
-            yield from self._list()
+            yield from self.listed()
         elif mark == "{":
             yield from self.object()
         else:
             yield from self._named()
-
-    def _list(self) -> Steps:
-        while (yield from self.peek()) == "{" and (yield from self.object()):
-            mark = yield from self.peek()
-            if mark in ",]":
-                self.at += 1
-            if mark == "]":
-                self.drop()
-            if mark != ",":
-                return
 
     def _named(self) -> Steps:
         name = yield from self.run_of(_NAME)
@@ -145,6 +135,18 @@ class Mistral(ToolParser):
             yield from self.arguments()
 
 
+class Granite(ToolParser):
+    """``<|tool_call|>[{"name": ..., "arguments": {...}}, ...]``: Granite 3."""
+
+    MARKER = "<|tool_call|>"
+    openers = ends = special = (MARKER,)
+
+    def read(self, marker: str) -> Steps:
+        if (yield from self.peek()) == "[":
+            self.at += 1
+            yield from self.listed()
+
+
 def nine_characters(call_id: str) -> str:
     """An id as Mistral's templates want it; the same for the same id."""
     fits = len(call_id) == 9 and call_id.isascii() and call_id.isalnum()
@@ -153,6 +155,7 @@ def nine_characters(call_id: str) -> str:
 
 PARSERS: dict[str, type[ToolParser]] = {
     "hermes": Hermes,
+    "granite": Granite,
     "granite4": Hermes,
     "llama3_json": Llama3Json,
     "llama4_json": Llama3Json,

@@ -220,6 +220,17 @@ class ToolParser(Reader):
         self._ending = False
         return call.begun and not self.at
 
+    def listed(self) -> Steps:
+        """Read ``[{"name": ..., "arguments": {...}}, ...]`` behind its first bracket, as far as there are calls in it."""
+        while (yield from self.peek()) == "{" and (yield from self.object()):
+            mark = yield from self.peek()
+            if mark in ",]":
+                self.at += 1
+            if mark == "]":
+                self.drop()
+            if mark != ",":
+                return
+
     def _member(self, call: _Call, keys: frozenset[str] | None) -> Step[bool]:
         """Read a key and its value. False where it does not fit."""
         key = decoded((yield from self.string()))
