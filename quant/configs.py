@@ -142,7 +142,7 @@ def _auto_round_scheme(config: Mapping[str, Any], source: str) -> WeightScheme:
     if kind not in ("int", "fp") or (kind == "int" and not weights_alone):
         raise CheckpointError(
             f"{source}: data_type {kind!r} with act_bits {config.get('act_bits', 16)} is not supported; 'int' with act_bits 16 "
-            "is, and 'fp' of 8 bits: AutoRound's schemes W2A16 to W8A16, FPW8A16 and FP8_BLOCK"
+            "is, and 'fp' of 8 bits: AutoRound's schemes W2A16 to W8A16, FPW8A16, FP8_STATIC and FP8_BLOCK"
         )
     for key in ("rotation_config", "spinquant_config"):
         if config.get(key):

@@ -108,7 +108,7 @@ def fp8(*shape: int) -> Tensor:
 
 
 def test_fp8(tmp_path: Path) -> None:
-    """In blocks of 128 by 128; and one scale for all, where activations are left alone unless they were quantized, too."""
+    """In blocks of 128 by 128; with one scale, where activations are left alone unless they were quantized, too; one per output."""
     weight, scales = fp8(160, 200), torch.rand(2, 2).bfloat16()
     found = load(save(tmp_path / "blocks", {"weight": weight, "weight_scale_inv": scales}, BLOCKS), (160, 200))
     every = scales.float().repeat_interleave(128, 0)[:160].repeat_interleave(128, 1)[:, :200]
@@ -118,6 +118,11 @@ def test_fp8(tmp_path: Path) -> None:
         config = {name: value for name, value in FP8.items() if name != "packing_format"} | {"group_size": 0, "act_bits": act}
         found = load(save(tmp_path / str(act), one, config), (160, 200))
         assert torch.equal(found.dequantize(), weight.float() * one["weight_scale"].float()) and found.activation == activation
+    rows = torch.rand(160).bfloat16()
+    static = {**FP8, "packing_format": "auto_round:fp8_static", "group_size": -1, "act_bits": 8, "activation_scheme": "static"}
+    tensors = {"weight": weight, "weight_scale": rows, "input_scale": torch.ones(1).bfloat16()}
+    found = load(save(tmp_path / "static", tensors, static), (160, 200))
+    assert torch.equal(found.dequantize(), weight.float() * rows.float()[:, None]) and found.activation == "fp8-tensor"
 
 
 EXTRA = {
@@ -205,7 +210,9 @@ def test_the_method_by_its_names(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-WHAT_WOULD = "'int' with act_bits 16 is, and 'fp' of 8 bits: AutoRound's schemes W2A16 to W8A16, FPW8A16 and FP8_BLOCK"
+WHAT_WOULD = (
+    "'int' with act_bits 16 is, and 'fp' of 8 bits: AutoRound's schemes W2A16 to W8A16, FPW8A16, FP8_STATIC and FP8_BLOCK"
+)
 
 
 @pytest.mark.parametrize(
