@@ -108,7 +108,7 @@ def fp8(*shape: int) -> Tensor:
 
 
 def test_fp8(tmp_path: Path) -> None:
-    """In blocks of 128 by 128; with one scale, where activations are left alone unless they were quantized, too; one per output."""
+    """In blocks of 128 by 128; with one scale, activations left alone unless they were quantized, too; with one per output."""
     weight, scales = fp8(160, 200), torch.rand(2, 2).bfloat16()
     found = load(save(tmp_path / "blocks", {"weight": weight, "weight_scale_inv": scales}, BLOCKS), (160, 200))
     every = scales.float().repeat_interleave(128, 0)[:160].repeat_interleave(128, 1)[:, :200]
