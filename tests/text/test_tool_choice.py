@@ -105,6 +105,7 @@ WRITES = {
     "mistral": ("Mistral-Small", "mistralai", "unsloth-mistral"),
     "openai": ("openai-gpt-oss",),
     "granite": ("ibm-granite-granite-3",),
+    "seed_oss": ("ByteDance-Seed-OSS",),
 }
 
 

@@ -11,6 +11,7 @@ from appliance.text.tools.formats import Granite, Hermes, Llama3Json, Mistral
 from appliance.text.tools.harmony import Harmony
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import decoded
+from appliance.text.tools.seed import SeedOss
 
 _USER = "The question of the user"
 _CITY = "Zürich {1}"
@@ -26,6 +27,7 @@ _CALL: dict[str, Any] = {"id": "abcdef123", "type": "function", "function": {"na
 _NO_THOUGHTS = re.compile(r"<think>\s*(</think>)?")
 _CANDIDATES: dict[str, type[ToolParser]] = {
     "hermes": Hermes, "mistral": Mistral, "llama3_json": Llama3Json, "openai": Harmony, "granite": Granite,
+    "seed_oss": SeedOss,
 }  # fmt: skip
 
 

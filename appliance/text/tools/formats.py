@@ -10,6 +10,7 @@ from hashlib import sha256
 from appliance.text.tools.harmony import Harmony
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import Step, Steps, first
+from appliance.text.tools.seed import SeedOss
 
 _KEYS = frozenset({"name", "parameters", "arguments", "type", "id"})
 _NAME, _ID = re.compile(r"[-\w.:/]*"), re.compile(r"[a-zA-Z0-9]*")
@@ -161,4 +162,5 @@ PARSERS: dict[str, type[ToolParser]] = {
     "llama4_json": Llama3Json,
     "mistral": Mistral,
     "openai": Harmony,
+    "seed_oss": SeedOss,
 }

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from appliance.text.delta import AnswerDelta, CallDelta, Piece, Thought
 from appliance.text.tools.reader import Reader, Step, Steps, decoded, first, open_end
@@ -57,9 +58,18 @@ class ToolParser(Reader):
     ends: tuple[str, ...]  # the markers that end arguments whose structure is broken
     special: tuple[str, ...] = ()  # the markers that are special tokens, and yet must be in the text
 
-    def __init__(self, new_id: Callable[[], str] | None = None, known: Sequence[str] = ()) -> None:
-        """``new_id`` makes the ids of calls. ``known``: the tools' names, where a grammar holds their arguments (``lark``)."""
+    def __init__(
+        self,
+        new_id: Callable[[], str] | None = None,
+        known: Sequence[str] = (),
+        functions: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """``new_id`` makes the ids of calls. ``known``: the tools' names, where a grammar holds their arguments (``lark``).
+
+        ``functions``: the tools, for formats in which arguments have no types of their own.
+        """
         super().__init__()
+        self.functions = functions
         self.known = tuple(json.dumps(name, ensure_ascii=False) for name in known)
         self.count = 0  # calls so far
         self.fresh = True  # nothing but markup since the beginning or since the latest call
