@@ -21,8 +21,8 @@ log = logging.getLogger("appliance.memory")
 FILE = "memory.json"
 FORMAT = 1
 BOUNDS = {"cpu": (200 * MIB, 600 * MIB), "cuda": (300 * MIB, 1600 * MIB)}
-"""Least and most that is believed: libraries may be smaller than those that were measured, but torch is never nothing; and where
-the engine is a part of a larger program, that program's memory is none of the engine's."""
+"""Least and most that is believed: libraries may be smaller than those that were measured, but torch is never nothing; and twice
+what was measured is no lesson but an accident. Processes with more in them than the engine teach nothing (startup.make_runner)."""
 KEPT = {"cpu": 6 * MIB, "cuda": 0}
 """What comes later, and cannot be seen at the start: modules that the first steps load, and what the allocator keeps of them (4
 to 9 MiB were measured, docs/benchmarks/plan-check.md). A card has done its steps by then."""
