@@ -22,7 +22,7 @@ FILE = "memory.json"
 FORMAT = 1
 BOUNDS = {"cpu": (200 * MIB, 600 * MIB), "cuda": (300 * MIB, 1600 * MIB)}
 """Least and most that is believed: libraries may be smaller than those that were measured, but torch is never nothing; and twice
-what was measured is no lesson but an accident. Processes with more in them than the engine teach nothing (startup.make_runner)."""
+what was measured is no lesson but an accident. A process with more in it than an engine teaches nothing (startup.py)."""
 KEPT = {"cpu": 6 * MIB, "cuda": 0}
 """What comes later, and cannot be seen at the start: modules that the first steps load, and what the allocator keeps of them (4
 to 9 MiB were measured, docs/benchmarks/plan-check.md). A card has done its steps by then."""
