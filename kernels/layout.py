@@ -183,12 +183,13 @@ def weight_nbytes(
     scale_bytes: int = 2,
     activation: str | None = None,
     gated: bool = False,
+    factors: bool = False,
 ) -> int:
     """Bytes of one packed weight [N, K] without its bias, exactly as ``Ops.pack(...).nbytes`` has them.
 
     kind: "int" (bits 4 or 8), "fp8", "fp4" or "dense"; dtype: that of the activations; group_size: K for one scale an output;
     act_order: the weight carries a permutation of its inputs that could not be moved to the producer; scale_bytes: size of a
-    published scale; activation: as in QuantTensor; gated: as for Ops.pack.
+    published scale; activation and factors: as in QuantTensor; gated: as for Ops.pack.
     """
     if ops == "cpu-native":
         outputs = native_outputs(N, gated=gated)
@@ -198,7 +199,8 @@ def weight_nbytes(
         if kind == "fp8":
             return outputs * (K + 4 * groups) + permutation
         segments, unit = native_segments(K, group_size)
-        return outputs * (segments * unit * bits // 8 + groups * (scale_bytes + (1 if asymmetric else 0))) + permutation
+        each = segments * unit * bits // 8 + groups * (scale_bytes + (1 if asymmetric else 0)) + (4 if factors else 0)
+        return outputs * each + permutation
     if kind == "dense":
         return N * K * ITEM_SIZE[dtype]
     groups = math.ceil(K / group_size)
@@ -214,7 +216,8 @@ def weight_nbytes(
         return rows * columns * bits // 8 + scales * rows * pair + (8 * K if act_order else 0)
     if ops != "cpu" or kind == "fp4":  # the canonical form
         codes = N * math.ceil(K / 2) if kind != "fp8" and bits == 4 else N * K
-        return codes + groups * N * (scale_bytes + (1 if asymmetric else 0)) + (8 * K if act_order else 0)
+        each = groups * (scale_bytes + (1 if asymmetric else 0)) + (4 if factors else 0)
+        return codes + N * each + (8 * K if act_order else 0)
     permutation = 4 * K if act_order else 0
     if kind == "fp8":
         return N * K + 4 * groups * N + permutation

@@ -20,11 +20,11 @@ class QuantTensor:
     """A weight of N outputs and K inputs: w[n, perm[j]] = (q[n, j] - zero[j // group_size, n]) * scale[j // group_size, n].
 
     2- and 3-bit weights are kept in 4 bits, 5- to 7-bit weights in 8. Of 4-bit floats (kind fp4) the value of a code is E2M1's,
-    without a zero point, and scales are powers of two.
+    without a zero point, and scales are powers of two (MXFP4), or E4M3's, multiplied by a factor for each output (NVFP4).
     """
 
     packed: Tensor  # 4 bits: uint8 [N, ceil(K / 2)], low nibble = even j; 8 bits: uint8 [N, K]; fp8: float8_e4m3fn [N, K]
-    scales: Tensor  # [G, N], G = ceil(K / group_size), in the published dtype; fp4: float8_e8m0fnu
+    scales: Tensor  # [G, N], G = ceil(K / group_size), in the published dtype; fp4: float8_e8m0fnu, with factors float8_e4m3fn
     zeros: Tensor | None  # uint8 [G, N]; None: 2 ** (bits - 1) everywhere (fp8, fp4: no offset)
     perm: Tensor | None  # int64 [K]: column j of packed is the original input column perm[j]; None: the identity
     bits: int  # 4 or 8
@@ -32,6 +32,9 @@ class QuantTensor:
     K: int
     N: int
     activation: str | None = None  # how the checkpoint wants the activations quantized; see quant.scheme.WeightScheme
+    factors: Tensor | None = (
+        None  # float32 [N], beside scales in float8_e4m3fn alone: of parts that are one weight each has its own
+    )
 
     @staticmethod
     def from_values(
@@ -54,13 +57,13 @@ class QuantTensor:
     @property
     def kind(self) -> str:
         """ "int", "fp8" or "fp4"."""
-        if self.scales.dtype == torch.float8_e8m0fnu:
+        if self.scales.dtype in (torch.float8_e8m0fnu, torch.float8_e4m3fn):
             return "fp4"
         return "fp8" if self.packed.dtype == torch.float8_e4m3fn else "int"
 
     @property
     def rounding(self) -> torch.dtype:
-        """What the tools that publish such weights dequantize them to: the dtype of the scales. Of fp4 every type holds all."""
+        """What the tools that publish such weights dequantize them to: the dtype of the scales. Cards multiply fp4 as it is."""
         return torch.float32 if self.kind == "fp4" else self.scales.dtype
 
     @property
@@ -69,12 +72,13 @@ class QuantTensor:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.packed, self.scales, self.zeros, self.perm) if t is not None)
+        return sum(t.nbytes for t in (self.packed, self.scales, self.zeros, self.perm, self.factors) if t is not None)
 
     def on(self, device: torch.device) -> QuantTensor:
         """The same weight in the device's memory."""
-        zeros, perm = (None if t is None else t.to(device) for t in (self.zeros, self.perm))
-        return replace(self, packed=self.packed.to(device), scales=self.scales.to(device), zeros=zeros, perm=perm)
+        zeros, perm, factors = (None if t is None else t.to(device) for t in (self.zeros, self.perm, self.factors))
+        scales = self.scales.to(device)
+        return replace(self, packed=self.packed.to(device), scales=scales, zeros=zeros, perm=perm, factors=factors)
 
     def unpack(self) -> Tensor:
         """The codes, uint8 [N, K], columns in packed order. ValueError for fp8, whose values are not codes."""
@@ -94,7 +98,8 @@ class QuantTensor:
             weight = self.unpack().float() - 2 ** (self.bits - 1)
         else:
             weight = self.unpack().float() - self.zeros.t()[:, group].float()
-        weight *= self.scales.float().t()[:, group]
+        scales = self.scales.float() if self.factors is None else self.scales.float() * self.factors
+        weight *= scales.t()[:, group]
         if self.perm is not None:
             original = torch.empty_like(weight)
             original[:, self.perm] = weight
@@ -113,6 +118,9 @@ class QuantTensor:
         fits = self.bits == 4 if self.kind == "fp4" else self.scales.dtype in SCALE_DTYPES
         if not fits or tuple(self.scales.shape) != groups:
             raise ValueError(f"scales are {self.scales.dtype} {list(self.scales.shape)}, not a float dtype {list(groups)}")
+        factors = None if self.factors is None else (self.factors.dtype, tuple(self.factors.shape))
+        if factors != ((torch.float32, (self.N,)) if self.scales.dtype == torch.float8_e4m3fn else None):
+            raise ValueError(f"factors are {factors}: float32 [{self.N}] beside scales in float8_e4m3fn, and else none")
         zeros = self.zeros
         if zeros is not None and (self.kind != "int" or zeros.dtype != torch.uint8 or tuple(zeros.shape) != groups):
             raise ValueError(f"zeros of a {self.kind} weight are {zeros.dtype} {list(zeros.shape)}, not uint8 {list(groups)}")
@@ -137,7 +145,10 @@ class QuantTensor:
             zeros = torch.cat([t.explicit_zeros() for t in tensors], dim=1)
         packed = torch.cat([_plain(t.packed) for t in tensors]).view(tensors[0].packed.dtype)
         scales = torch.cat([_plain(t.scales) for t in tensors], dim=1).view(tensors[0].scales.dtype)
-        return replace(tensors[0], packed=packed, scales=scales, zeros=zeros, N=sum(t.N for t in tensors))
+        whole = replace(tensors[0], packed=packed, scales=scales, zeros=zeros, N=sum(t.N for t in tensors))
+        if whole.factors is None:
+            return whole
+        return replace(whole, factors=torch.cat([t.factors for t in tensors if t.factors is not None]))
 
     def explicit_zeros(self) -> Tensor:
         """The zero points uint8 [G, N], written out where the weight is symmetric."""
@@ -160,7 +171,8 @@ class QuantTensor:
         packed = _plain(self.packed)[rows].contiguous().view(self.packed.dtype)
         scales = _plain(self.scales)[:, rows].contiguous().view(self.scales.dtype)
         zeros = None if self.zeros is None else self.zeros[:, rows].contiguous()
-        return replace(self, packed=packed, scales=scales, zeros=zeros, N=count)
+        factors = None if self.factors is None else self.factors[rows].contiguous()
+        return replace(self, packed=packed, scales=scales, zeros=zeros, factors=factors, N=count)
 
     def without_perm(self) -> QuantTensor:
         """The same codes for a caller that feeds activations already permuted: its input j is the original input perm[j]."""

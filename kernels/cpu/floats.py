@@ -84,10 +84,11 @@ class Fp8Weight:
 
 @dataclass(frozen=True, eq=False)
 class Fp4Weight:
-    """4-bit floats with powers of two as scales, expanded at every use, which rounds nothing."""
+    """4-bit floats, expanded at every use. Scales that are powers of two round nothing; factors are applied in float32."""
 
     codes: Tensor  # uint8 [N, ceil(K / 2)], low nibble = even input
-    scales: Tensor  # uint8 [N, G]: exponents, plus 127
+    scales: Tensor  # float8_e8m0fnu or float8_e4m3fn [N, G]
+    factors: Tensor | None  # float32 [N]
     group_size: int
     perm: Tensor | None
     bias: Tensor | None
@@ -96,24 +97,26 @@ class Fp4Weight:
 
     @property
     def nbytes(self) -> int:
-        return total_bytes(self.codes, self.scales, self.perm, self.bias)
+        return total_bytes(self.codes, self.scales, self.factors, self.perm, self.bias)
 
     def product(self, x: Tensor) -> Tensor:
-        return _by_slabs(x, self)
+        return _by_slabs(x, self, None if self.factors is None else 4)
 
     def expand(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        codes = self.codes[first:last]
-        pairs = both_values(dtype).index_select(0, codes.flatten().int()).view(len(codes), -1)
-        scales = self.scales[first:last].view(torch.float8_e8m0fnu).float().to(dtype)
-        return pairs[:, : self.K].mul_(scales.repeat_interleave(self.group_size, dim=1)[:, : self.K])
+        codes, scales, wide = self.codes[first:last], self.scales[first:last].float(), dtype
+        if self.factors is not None:
+            scales, wide = scales.mul_(self.factors[first:last, None]), torch.float32
+        pairs = both_values(wide).index_select(0, codes.flatten().int()).view(len(codes), -1)
+        pairs[:, : self.K] *= scales.to(wide).repeat_interleave(self.group_size, dim=1)[:, : self.K]
+        return pairs[:, : self.K].to(dtype)
 
 
-def _by_slabs(x: Tensor, weight: Fp8Weight | Fp4Weight) -> Tensor:
-    """x [T, K] times a weight of which some rows are expanded at a time -> [T, N]."""
+def _by_slabs(x: Tensor, weight: Fp8Weight | Fp4Weight, item_size: int | None = None) -> Tensor:
+    """x [T, K] times a weight of which some rows are expanded at a time -> [T, N]. ``item_size``: of what they are at first."""
     dtype = compute_dtype(x.dtype)
     wide = prepare(x, weight.perm, None).to(dtype)
     out = torch.empty(x.shape[0], weight.N, dtype=dtype)
-    step = slab_rows(weight.K, dtype.itemsize)
+    step = slab_rows(weight.K, item_size or dtype.itemsize)
     for first in range(0, weight.N, step):
         torch.mm(wide, weight.expand(first, min(first + step, weight.N), dtype).t(), out=out[:, first : first + step])
     out = out.to(x.dtype)

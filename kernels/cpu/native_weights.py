@@ -41,13 +41,14 @@ class NativeWeight:
     scales: Tensor | None
     zeros: Tensor | None
     bias: Tensor | None  # float32, in panel order
+    factors: Tensor | None  # likewise
     perm: Tensor | None  # int32 [K]
     N: int  # outputs of the product
     K: int
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.codes, self.scales, self.zeros, self.bias, self.perm) if t is not None)
+        return sum(t.nbytes for t in (self.codes, self.scales, self.zeros, self.bias, self.factors, self.perm) if t is not None)
 
 
 def quantizes(weight: QuantTensor, dtype: torch.dtype, activation: str) -> bool:
@@ -116,7 +117,8 @@ def _pack_quantized(
     }
     perm = None if weight.perm is None else weight.perm.to(torch.int32)
     zeros = None if weight.zeros is None else weight.zeros.contiguous()
-    return _lay_out(module, machine, packed.contiguous(), bias, options, scales=scales.contiguous(), zeros=zeros, perm=perm)
+    rest = {"scales": scales.contiguous(), "zeros": zeros, "factors": weight.factors, "perm": perm}
+    return _lay_out(module, machine, packed.contiguous(), bias, options, **rest)
 
 
 def _lay_out(
@@ -128,32 +130,34 @@ def _lay_out(
     *,
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
+    factors: Tensor | None = None,
     perm: Tensor | None = None,
 ) -> NativeWeight:
     """Copy into panels, in one pass by all threads: each touches first what it will read (that decides where it lies)."""
-    shape = module.Linear(**options, data=0, scales=0, zeros=0, bias=0, perm=0)
+    shape = module.Linear(**options, data=0, scales=0, zeros=0, bias=0, factors=0, perm=0)
     outputs, gated = shape.panels * 64, options["gated"]
     to_codes = in_huge_pages(shape.code_bytes)
     to_scales = None if scales is None else torch.empty(scales.shape[0] * outputs, dtype=scales.dtype)
     to_zeros = None if zeros is None else torch.empty(zeros.shape[0] * outputs, dtype=torch.uint8)
     machine.pack(shape, address(codes), address(scales), address(zeros), address(to_codes), address(to_scales), address(to_zeros))
-    to_bias = None if bias is None else panel_order(bias.float(), outputs, gated)
+    to_bias, to_factors = (None if one is None else panel_order(one.float(), outputs, gated) for one in (bias, factors))
     handle = module.Linear(
         **options,
         data=address(to_codes),
         scales=address(to_scales),
         zeros=address(to_zeros),
         bias=address(to_bias),
+        factors=address(to_factors),
         perm=address(perm),
     )
     N = options["N"] // 2 if gated else options["N"]
-    return NativeWeight(handle, to_codes, to_scales, to_zeros, to_bias, perm, N, options["K"])
+    return NativeWeight(handle, to_codes, to_scales, to_zeros, to_bias, to_factors, perm, N, options["K"])
 
 
-def panel_order(bias: Tensor, outputs: int, gated: bool) -> Tensor:
+def panel_order(each: Tensor, outputs: int, gated: bool) -> Tensor:
     """float32 [N] -> [outputs], padded with zeros; gated: 64 of the first half, 64 of the second, and so on."""
     if not gated:
-        return torch.nn.functional.pad(bias, (0, outputs - bias.numel()))
-    halves = bias.view(2, -1)
+        return torch.nn.functional.pad(each, (0, outputs - each.numel()))
+    halves = each.view(2, -1)
     padded = torch.nn.functional.pad(halves, (0, outputs // 2 - halves.shape[1]))
     return padded.view(2, -1, 64).transpose(0, 1).reshape(-1).contiguous()

@@ -183,9 +183,8 @@ def _pack(weight: QuantTensor | Tensor, dtype: torch.dtype, bias: Tensor | None)
     if weight.kind == "fp8":
         return _pack_fp8(weight, perm, bias, published_rounding(weight.scales, dtype))
     if weight.kind == "fp4":
-        return Fp4Weight(
-            weight.packed, weight.scales.view(torch.uint8).t().contiguous(), weight.group_size, perm, bias, weight.N, weight.K
-        )
+        scales = weight.scales.view(torch.uint8).t().contiguous().view(weight.scales.dtype)
+        return Fp4Weight(weight.packed, scales, weight.factors, weight.group_size, perm, bias, weight.N, weight.K)
     asymmetric = weight.zeros is not None
     if int8_product(bits=weight.bits, groups=weight.groups, asymmetric=asymmetric, activation=weight.activation):
         codes = (weight.packed - 128).view(torch.int8)  # wraps around

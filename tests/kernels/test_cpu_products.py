@@ -16,7 +16,7 @@ from kernels.cpu.nibbles import int4_block, pack_blocks
 from kernels.ops import Clamp, Norm
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
-from tests.kernels.weights import random_fp4, random_weight
+from tests.kernels.weights import random_fp4, random_nvfp4, random_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float16: 1.5e-3}  # of the largest result
@@ -57,6 +57,7 @@ def test_integers(shape: tuple[int, int, int | None], bits: int, asymmetric: boo
 def test_4_bit_floats(dtype: torch.dtype) -> None:
     for N, K, group in SHAPES:
         check(random_fp4(N, K, group_size=group or K, act_order=K % 3 == 1), dtype)
+        check(random_nvfp4(N, K, group_size=min(group or K, 16), act_order=K % 3 == 1), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,7 +13,7 @@ from kernels.cpu.native_ops import NativeOps
 from kernels.layout import bias_nbytes, head_bits, native_workspace_bytes, ops_name, shares_table, slab_rows, weight_nbytes
 from quant.errors import InputError
 from tests.kernels.native import instruction_sets, native_ops
-from tests.kernels.weights import random_fp4, random_weight
+from tests.kernels.weights import random_fp4, random_nvfp4, random_weight
 
 PACKERS = {"cpu": weights, "reference": reference}
 if backend.native() is not None:
@@ -70,6 +70,10 @@ def test_4_bit_floats(ops: str, dtype: str) -> None:
         assert packed.nbytes == weight_nbytes(ops=ops, N=N, K=K, gated=gated, scale_bytes=1, **common)
         outputs = {70: 128, 130: 256, 128: 128}[N] if ops == "cpu-native" else N
         assert packed.nbytes == outputs * K * 17 // 32
+        packed = PACKERS[ops].pack(random_nvfp4(N, K), dtype=getattr(torch, dtype), gated=gated)
+        common |= {"group_size": 16, "factors": True}
+        assert packed.nbytes == weight_nbytes(ops=ops, N=N, K=K, gated=gated, scale_bytes=1, **common)
+        assert packed.nbytes == outputs * (K * 9 // 16 + 4), "a byte for 16, and a factor an output"
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -16,7 +16,7 @@ from kernels.mixture import route
 from kernels.ops import MLP, Clamp, Mixture, Norm, Ops
 from quant.tensor import QuantTensor
 from tests.kernels.native import instruction_sets
-from tests.kernels.weights import random_fp4, random_weight
+from tests.kernels.weights import random_fp4, random_nvfp4, random_weight
 from tests.models.test_bind import make_ops
 
 if backend.native() is None:
@@ -165,14 +165,13 @@ def test_nothing(ops: Ops) -> None:
     assert ops.mix(torch.empty(0, HIDDEN), mixture, norm=Norm(torch.ones(HIDDEN), 1e-5)).shape == (0, HIDDEN)
 
 
-@pytest.mark.parametrize("kind", ["dense", "fp4"])
+@pytest.mark.parametrize("kind", ["dense", "fp4", "nvfp4"])
 def test_biases_and_gates_that_are_clamped(ops: Ops, kind: str) -> None:
     """As gpt-oss has them: a bias for the router and for each expert, shares of those chosen."""
     assert ops.mix is not None
     clamp, norm, count, active = Clamp(1.5, 1.702), Norm(1 + 0.1 * torch.randn(HIDDEN), 1e-5), 6, 3
-    weights = [
-        (random_fp4(2 * INNER, HIDDEN, seed=e), random_fp4(HIDDEN, INNER, group_size=24, seed=50 + e)) for e in range(count)
-    ]
+    make, group = (random_nvfp4, 16) if kind == "nvfp4" else (random_fp4, 24)
+    weights = [(make(2 * INNER, HIDDEN, seed=e), make(HIDDEN, INNER, group_size=group, seed=50 + e)) for e in range(count)]
     dense = [(both.dequantize(), down.dequantize()) for both, down in weights]
     biases = [(torch.randn(2 * INNER), torch.randn(HIDDEN)) for _ in range(count)]
     router, router_bias = torch.randn(count, HIDDEN), 3 * torch.randn(count)

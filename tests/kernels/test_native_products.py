@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from kernels.ops import Clamp, Norm
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
 from tests.kernels.native import instruction_sets, integer_product, native_ops
-from tests.kernels.weights import random_fp4, random_weight
+from tests.kernels.weights import random_fp4, random_nvfp4, random_weight
 
 if backend.native() is None:
     pytest.skip("the native extension is not built", allow_module_level=True)
@@ -138,14 +139,20 @@ def test_norm_gate_and_residual(ops: NativeOps, rows: int, kind: str, gelu: bool
         assert relative_error(found, expected) < {"int8": 0.04, "bf16": 0.012, "dense": 4e-6}[kind], (N, K)
 
 
+@pytest.mark.parametrize("make", [random_fp4, random_nvfp4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_products_with_4_bit_floats(ops: NativeOps, dtype: torch.dtype) -> None:
-    """With activations rounded to int8, and exactly: nothing of such a weight is rounded in any type."""
-    for (N, K, group), rows in cases(20, 7):
-        weight = random_fp4(N, K, group_size=group or K, act_order=N % 3 == 0, seed=N * K + rows)
+def test_products_with_4_bit_floats(ops: NativeOps, dtype: torch.dtype, make: Callable[..., QuantTensor]) -> None:
+    """With activations rounded to int8, and exactly: nothing of such a weight is rounded in any type.
+
+    Of 16 inputs one is the largest, and a code on the other side of a tie weighs more: among so many scales there may be one.
+    """
+    tie = 1e-4 if make is random_fp4 else 1e-3
+    for (N, K, group), rows in cases(20 if make is random_fp4 else 10, 7):
+        group = group or K if make is random_fp4 else min(K, 16)
+        weight = make(N, K, group_size=group, act_order=N % 3 == 0, seed=N * K + rows)
         x, bias = torch.randn(rows, K).to(dtype), torch.randn(N)
         found = ops.matmul(x, ops.pack(weight, dtype=dtype, bias=bias, activation="int8"))
-        limit = tolerance(dtype) + (4e-3 if dtype == torch.float16 else 1e-4)
+        limit = tolerance(dtype) + (4e-3 if dtype == torch.float16 else tie)
         assert relative_error(found, integer_product(x, weight) + bias) < limit, (N, K, group, rows)
         exact = ops.matmul(x, ops.pack(weight, dtype=dtype, bias=bias, activation="bf16"))
         expected = x.double() @ weight.dequantize().double().t() + bias
@@ -164,6 +171,22 @@ def test_every_4_bit_float(ops: NativeOps) -> None:
         found = ops.matmul(torch.eye(32)[:rows], ops.pack(weight, dtype=torch.float32))
         assert torch.equal(found, expected[:rows])
     assert torch.equal(weight.dequantize().t(), expected)
+
+
+def test_every_4_bit_float_with_every_scale_in_e4m3(ops: NativeOps) -> None:
+    """A single input at a time: the code times the scale is exact in every type, and the factor rounds once."""
+    codes = torch.arange(16, dtype=torch.uint8)
+    packed, scales = (
+        (codes[0::2] | codes[1::2] << 4).repeat(127, 1),
+        torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn),
+    )
+    factors = torch.rand(127)
+    weight = QuantTensor(packed, scales.unsqueeze(0), None, None, 4, 16, 16, 127, factors=factors)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    expected = torch.cat((values, -values)).unsqueeze(1) * scales.float() * factors
+    for dtype, rows in ((torch.float32, 16), (torch.bfloat16, 16), (torch.float16, 3)):
+        packed_weight, out = ops.pack(weight, dtype=dtype, activation="bf16"), torch.full((rows, 127), float("nan"))
+        assert torch.equal(ops.matmul(torch.eye(16, dtype=dtype)[:rows], packed_weight, out=out), expected[:rows]), dtype
 
 
 @pytest.mark.parametrize("kind", ["int8", "bf16", "dense"])

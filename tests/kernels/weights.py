@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -51,3 +52,11 @@ def random_fp4(N: int, K: int, *, group_size: int = 32, act_order: bool = False,
     scales = torch.randint(118, 123, (math.ceil(K / group_size), N), generator=rng, dtype=torch.uint8)
     perm = torch.randperm(K, generator=rng) if act_order else None
     return QuantTensor(packed, scales.view(torch.float8_e8m0fnu), None, perm, 4, group_size, K, N)
+
+
+def random_nvfp4(N: int, K: int, *, group_size: int = 16, act_order: bool = False, seed: int = 0) -> QuantTensor:
+    """The same with scales of 1 to 448, and for each output a factor of its own."""
+    rng, weight = torch.Generator().manual_seed(seed + 1), random_fp4(N, K, group_size=group_size, act_order=act_order, seed=seed)
+    scales = torch.randint(0x38, 0x7F, weight.scales.shape, generator=rng, dtype=torch.uint8)
+    factors = 1e-4 * (1 + torch.rand(N, generator=rng))
+    return replace(weight, scales=scales.view(torch.float8_e4m3fn), factors=factors)

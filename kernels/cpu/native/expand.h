@@ -14,6 +14,7 @@ alignas(16) constexpr uint8_t kFloats[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12,
 INLINE F load_scale(const Linear& w, int64_t index) {  // 16 scales from `index` on
     if (w.scale_type == Type::f16) return As<Type::f16>::load(static_cast<const uint16_t*>(w.scales) + index);
     if (w.scale_type == Type::bf16) return As<Type::bf16>::load(static_cast<const uint16_t*>(w.scales) + index);
+    if (w.scale_type == Type::f8) return As<Type::f8>::load(static_cast<const uint8_t*>(w.scales) + index) * splat(0.5f);
     if (w.scale_type == Type::e8) return as_float(widen_u8(static_cast<const uint8_t*>(w.scales) + index) << 23) * splat(0.5f);
     return load(static_cast<const float*>(w.scales) + index);
 }

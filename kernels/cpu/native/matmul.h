@@ -228,11 +228,17 @@ INLINE Block block_at(const MatmulArgs& a, int64_t first, int64_t rows, const Si
     return block;
 }
 
-// c = a panel's product with all rows of a block.
+// c = a panel's product with all rows of a block. What outputs are multiplied with comes last: until then 4-bit floats with scales in
+// e4m3 have 6 bits, and are exact in any type.
 INLINE void panel_sums(const Block& block, int64_t panel, int v0, int v1, uint8_t* scratch, float* c) {
     zero(c, block.rows * kPanel);
     if (block.a->weight->quantize) accumulate_integers(block, panel, v0, v1, scratch, c);
     else accumulate_floats(block, panel, v0, v1, scratch, c);
+    if (const float* factors = block.a->weight->factors)
+        for (int v = 16 * v0; v < 16 * v1; v += 16) {
+            const F factor = load(factors + panel * kPanel + v);
+            for (int64_t row = 0; row < block.rows; ++row) store(c + row * kPanel + v, load(c + row * kPanel + v) * factor);
+        }
 }
 
 // A panel (with that of `up` behind it where the weight is gated) from the product to what is written.

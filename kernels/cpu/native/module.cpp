@@ -113,7 +113,7 @@ struct Machine {
 };
 
 Linear make_linear(int64_t N, int64_t K, int codes, int scale_type, int64_t group, bool gated, bool gelu, float limit, float slope, bool quantize,
-                   bool per_token, int round_to, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t perm) {
+                   bool per_token, int round_to, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t factors, uintptr_t perm) {
     Linear w;
     w.N = N;
     w.K = K;
@@ -131,6 +131,7 @@ Linear make_linear(int64_t N, int64_t K, int codes, int scale_type, int64_t grou
     w.scales = at<void>(scales);
     w.zeros = at<uint8_t>(zeros);
     w.bias = at<float>(bias);
+    w.factors = at<float>(factors);
     w.perm = at<int32_t>(perm);
     finish(w);
     return w;
@@ -147,10 +148,11 @@ NB_MODULE(_native, m) {
 
     nb::class_<Linear>(m, "Linear")
         .def("__init__", [](Linear* self, int64_t N, int64_t K, int codes, int scale_type, int64_t group, bool gated, bool gelu, float limit,
-                            float slope, bool quantize, bool per_token, int round_to, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t perm) {
-            new (self) Linear(make_linear(N, K, codes, scale_type, group, gated, gelu, limit, slope, quantize, per_token, round_to, data, scales, zeros, bias, perm));
+                            float slope, bool quantize, bool per_token, int round_to, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t factors,
+                            uintptr_t perm) {
+            new (self) Linear(make_linear(N, K, codes, scale_type, group, gated, gelu, limit, slope, quantize, per_token, round_to, data, scales, zeros, bias, factors, perm));
         }, nb::kw_only(), "N"_a, "K"_a, "codes"_a, "scale_type"_a, "group"_a, "gated"_a, "gelu"_a, "limit"_a, "slope"_a, "quantize"_a,
-           "per_token"_a, "round_to"_a, "data"_a, "scales"_a, "zeros"_a, "bias"_a, "perm"_a)
+           "per_token"_a, "round_to"_a, "data"_a, "scales"_a, "zeros"_a, "bias"_a, "factors"_a, "perm"_a)
         .def_ro("panels", &Linear::panels)
         .def_ro("segments", &Linear::segments)
         .def_ro("unit", &Linear::unit)

@@ -139,7 +139,7 @@ void pack(Pool& pool, const Linear& w, const PackArgs& args) {
             }
             if (args.scales != nullptr) {
                 if (w.scale_type == Type::f32) pack_scales<uint32_t>(w, args.scales, args.to_scales, panel);
-                else if (w.scale_type == Type::e8) pack_scales<uint8_t>(w, args.scales, args.to_scales, panel);
+                else if (item_size(w.scale_type) == 1) pack_scales<uint8_t>(w, args.scales, args.to_scales, panel);
                 else pack_scales<uint16_t>(w, args.scales, args.to_scales, panel);
             }
             if (args.zeros != nullptr) pack_scales<uint8_t>(w, args.zeros, args.to_zeros, panel);

@@ -36,6 +36,7 @@ struct Linear {
     const void* scales = nullptr;    // [panels][groups][64]
     const uint8_t* zeros = nullptr;  // [panels][groups][64]; null: 2^(bits - 1), or 12 of fp4
     const float* bias = nullptr;     // [panels * 64]
+    const float* factors = nullptr;  // [panels * 64]: of the sums, before the bias; null: 1
     const int32_t* perm = nullptr;   // [K]: input j of the packed order is the original input perm[j]
     int64_t outputs() const { return gated ? N / 2 : N; }
     bool four() const { return codes == Codes::int4 || codes == Codes::fp4; }  // bits
