@@ -18,8 +18,8 @@ class EngineConfig:
     revision: str | None = None
     """Branch, tag or commit of a model that comes from the hub."""
     quantization: str | None = None
-    """awq, gptq, auto-round, compressed-tensors, fp8, mxfp4 or none. Read from the checkpoint when not given; another one is an
-    error."""
+    """awq, gptq, auto-round, compressed-tensors, fp8, mxfp4, modelopt or none. Read from the checkpoint when not given; another
+    one is an error."""
     dtype: str = "auto"
     """Activations: auto, float16 (half), bfloat16, float32 (float)."""
     lm_head_dtype: str = "auto"

@@ -25,6 +25,7 @@ PLANNED = [
     "config.json",
     "quantize_config.json",
     "quant_config.json",
+    "hf_quant_config.json",
     "*.safetensors.index.json",
 ]  # what a plan reads, beside headers
 

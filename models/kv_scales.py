@@ -20,9 +20,9 @@ NAMES = ("{0}_scale", "attn.{0}_scale", "{0}_proj.{0}_scale", "qkv_proj.{0}_scal
 def read_largest(checkpoint: Checkpoint, attention: str, kv_heads: int) -> tuple[float, float] | None:
     """The largest magnitudes of keys and of values that the scales of one layer (``model.layers.0.self_attn``) are made for.
 
-    A scale is worth 448 (the largest of e4m3), or 127 where ``kv_cache_scheme`` says integers. None where there are no scales, or
-    such as a cache here cannot have: one for each head, or with zero points. CheckpointError names one that is not a positive
-    number or has another shape, and one whose counterpart is missing.
+    A scale is worth 448 (the largest of e4m3), 127 where ``kv_cache_scheme`` says integers, or 6 * 448 where ModelOpt says NVFP4.
+    None where there are no scales, or such as a cache here cannot have: one for each head, or with zero points. CheckpointError
+    names one that is not a positive number or has another shape, and one whose counterpart is missing.
     """
     key, value = (_find(checkpoint, attention, part) for part in "kv")
     if key is None and value is None:
@@ -63,7 +63,9 @@ def _read(checkpoint: Checkpoint, name: str, kv_heads: int) -> float | None:
 
 def _largest_code(config: Mapping[str, Any]) -> float:
     section = config.get("quantization_config") or config.get("compression_config")
-    scheme = section.get("kv_cache_scheme") if isinstance(section, Mapping) else None
+    scheme = section.get("kv_cache_scheme") or section.get("kv_cache_quant_algo") if isinstance(section, Mapping) else None
+    if scheme == "NVFP4":  # ModelOpt's scale for those of groups
+        return 6 * LARGEST["fp8_e4m3"]
     if not isinstance(scheme, Mapping) or scheme.get("type", "float") == "float":
         return LARGEST["fp8_e4m3"]
     if (scheme.get("type"), scheme.get("num_bits")) != ("int", 8):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import CheckpointError
-from quant.formats import awq, compressed_tensors, dense, fp8, gptq, mxfp4
+from quant.formats import awq, compressed_tensors, dense, fp8, gptq, mxfp4, nvfp4
 from quant.headers import CheckpointIndex, TensorInfo, check_stack
 from quant.rules import WeightScheme
 from quant.scheme import QuantScheme, read_scheme
@@ -36,6 +36,7 @@ LOADERS: dict[str, Callable[..., QuantTensor | Tensor]] = {
     "float-quantized": fp8.load,
     "fp8-block": fp8.load,
     "mxfp4": mxfp4.load,
+    "nvfp4": nvfp4.load,
 }
 # Tensors that change nothing here: rotary tables and causal masks, which are computed; scales of a quantized KV cache, as far
 # as models/kv_scales.py does not read them.

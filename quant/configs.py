@@ -1,4 +1,4 @@
-"""Quantization settings as AutoAWQ, AutoGPTQ/GPTQModel, AutoRound, compressed-tensors, FP8 tools and gpt-oss write them -> rules.
+"""Quantization settings of AutoAWQ, AutoGPTQ/GPTQModel, AutoRound, compressed-tensors, FP8 tools, gpt-oss and ModelOpt -> rules.
 
 Keys that only record how a model was made are ignored; a value that changes what the tensors mean and is not known is refused.
 No torch.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import translate
 from typing import Any
 
 from quant import values
 from quant.errors import CheckpointError
-from quant.rules import DENSE, MXFP4, Rule, Settings, WeightScheme
+from quant.rules import DENSE, MXFP4, NVFP4, Rule, Settings, WeightScheme
 
 AWQ_VERSIONS = {
     "gemm": "awq-gemm", "exllama": "awq-gemm", "exllamav2": "awq-gemm", "ipex": "awq-gemm",
@@ -25,7 +26,9 @@ AUTO_ROUND = {
 }  # fmt: skip
 """AutoRound's packings: the layout, and what is missing from its zero points. Until 0.4 some had the names of kernels."""
 WHOLE_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.\d+(\.[\w-]+)+")  # of a module of a layer: no pattern
-CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
+CT_FLOATS = {"nvfp4-pack-quantized": (4,), "mixed-precision": (4, 8)}
+"""Bits of floats in formats that hold others than 8."""
+CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense", *CT_FLOATS)
 
 
 def parse(config: Mapping[str, Any], source: str) -> Settings:
@@ -50,8 +53,11 @@ def parse(config: Mapping[str, Any], source: str) -> Settings:
         names = values.names(source, config, "modules_to_not_convert")
         rules = [Rule("regex", values.regex(source, "modules_to_not_convert", name), DENSE) for name in names]
         return Settings("mxfp4", tuple(rules), MXFP4, source)
+    if method in ("modelopt", "modelopt_fp4"):
+        return _modelopt(config, source)
     raise CheckpointError(
-        f"{source}: quant_method {method!r} is not supported; awq, gptq, auto-round, compressed-tensors, fp8 and mxfp4 are"
+        f"{source}: quant_method {method!r} is not supported; "
+        "awq, gptq, auto-round, compressed-tensors, fp8, mxfp4 and modelopt are"
     )
 
 
@@ -208,9 +214,8 @@ def _ct_scheme(group: Mapping[str, Any], stored: str, source: str) -> WeightSche
     if weights is None or stored == "dense":
         return DENSE
     kind = values.choice(source, "weights.type", str(weights.get("type", "int")).lower(), ("int", "float"))
-    bits = values.choice(
-        source, "weights.num_bits", weights.get("num_bits", 8), (8,) if kind == "float" else (2, 3, 4, 5, 6, 7, 8)
-    )
+    widths = CT_FLOATS.get(stored, (8,)) if kind == "float" else (2, 3, 4, 5, 6, 7, 8)
+    bits = values.choice(source, "weights.num_bits", weights.get("num_bits", 8), widths)
     if weights.get("dynamic"):
         raise CheckpointError(
             f"{source}: weights.dynamic {weights['dynamic']!r} is not supported; weights are quantized beforehand"
@@ -218,15 +223,19 @@ def _ct_scheme(group: Mapping[str, Any], stored: str, source: str) -> WeightSche
     size = weights.get("group_size")
     implied = "tensor" if size is None else "channel" if size == -1 else "group"
     strategy = str(weights.get("strategy") or implied).lower()
-    values.choice(source, "weights.strategy", strategy, ("tensor", "channel", "group", "block"))
+    four = kind == "float" and bits == 4
+    values.choice(source, "weights.strategy", strategy, ("tensor_group",) if four else ("tensor", "channel", "group", "block"))
     order = values.choice(
         source, "weights.actorder", weights.get("actorder"), (None, False, True, "weight", "static", "group", "dynamic")
     )
     activation = _ct_activation(group.get("input_activations"), source)
+    if four:
+        values.choice(source, "weights.group_size", size, (NVFP4.group_size,))
+        return NVFP4  # activations in 4 bits are left as they are
     layout = {"naive-quantized": f"{kind}-quantized", "mixed-precision": ""}.get(stored, stored)
     if not layout:  # as compressed-tensors infers it
         layout = "float-quantized" if kind == "float" else "int-quantized" if activation == "int8-token" else "pack-quantized"
-    if (layout == "float-quantized") != (kind == "float"):
+    if (layout == "float-quantized") != (kind == "float") or layout in CT_FLOATS:
         raise CheckpointError(f"{source}: format {stored!r} does not hold weights of type {kind!r}")
     block = None
     if strategy == "block":
@@ -270,3 +279,14 @@ def _fp8(config: Mapping[str, Any], source: str, method: str) -> Settings:
         for n in names
     ]
     return Settings("fp8", tuple(rules), default, f"{source}, {method}")
+
+
+def _modelopt(config: Mapping[str, Any], source: str) -> Settings:
+    """NVIDIA's ModelOpt, in config.json or in hf_quant_config.json, which name the same differently. Its lists are of globs.
+
+    Activations that are rounded to 4 bits there are left as they are, which only adds precision.
+    """
+    values.choice(source, "quant_algo", str(config.get("quant_algo") or "none").upper(), ("NVFP4", "W4A16_NVFP4"))
+    values.choice(source, "group_size", config.get("group_size") or NVFP4.group_size, (NVFP4.group_size,))
+    names = [name for key in ("ignore", "exclude_modules") for name in values.names(source, config, key)]
+    return Settings("modelopt", tuple(Rule("regex", translate(name), DENSE) for name in names), NVFP4, source)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from quant.errors import CheckpointError
 from quant.headers import CheckpointIndex, TensorInfo
-from quant.rules import DENSE, MXFP4, Settings, WeightScheme
+from quant.rules import DENSE, MXFP4, NVFP4, Settings, WeightScheme
 
 
 def awq_layout(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
@@ -62,6 +62,8 @@ def _without_words(index: CheckpointIndex) -> Settings:
             return Settings("fp8", (), scheme, f"seen from the tensors: {name} {info}")
         if name.endswith(".blocks") and info.dtype == "U8":
             return Settings("mxfp4", (), MXFP4, f"seen from the tensors: {name} {info}")
+        if name.endswith(".weight_scale") and f"{name}_2" in index.tensors:
+            return Settings("modelopt", (), NVFP4, f"seen from the tensors: {name} {info} beside {name}_2")
         if name.endswith((".weight_packed", ".weight_scale", ".qweight")):
             raise CheckpointError(
                 f"{name} {info} is quantized, but config.json has no quantization_config to say how; "

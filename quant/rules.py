@@ -12,7 +12,7 @@ class WeightScheme:
 
     layout: str
     """dense, awq-gemm, awq-gemv, awq-gemv-fast, gptq, pack-quantized, int-quantized, float-quantized, fp8-block,
-    mxfp4 or rows."""
+    mxfp4, nvfp4 or rows."""
     bits: int = 16
     group_size: int = -1
     """Inputs that share a scale; -1: one scale per output, or one for the whole weight."""
@@ -37,7 +37,7 @@ class WeightScheme:
 
 
 DENSE = WeightScheme("dense")
-MXFP4 = WeightScheme("mxfp4", 4, 32)
+MXFP4, NVFP4 = WeightScheme("mxfp4", 4, 32), WeightScheme("nvfp4", 4, 16)
 ROWS = {8: WeightScheme("rows", bits=8), 4: WeightScheme("rows", bits=4, group_size=32, symmetric=False)}
 """What quant.rows makes of an unquantized weight while it is loaded, by bits."""
 
@@ -64,7 +64,7 @@ class Rule:
 class Settings:
     """A parsed config: the first rule that matches decides; modules of decoder layers that none matches have ``default``."""
 
-    method: str  # awq, gptq, auto-round, compressed-tensors, fp8, mxfp4 or none
+    method: str  # awq, gptq, auto-round, compressed-tensors, fp8, mxfp4, modelopt or none
     rules: tuple[Rule, ...]
     default: WeightScheme
     source: str  # where this was read

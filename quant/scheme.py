@@ -1,6 +1,6 @@
 """What a checkpoint's quantization settings mean, module by module (no torch, no weight read).
 
-The settings come from config.json, from the quantize_config.json beside it, or, without either, from the tensors themselves.
+The settings come from config.json, from a file beside it (see BESIDE), or, without either, from the tensors themselves.
 Where the headers are known (``index``), they decide which modules are quantized: the lists in configs are imprecise.
 """
 
@@ -26,9 +26,11 @@ ALIASES = {
     "auto-round": "auto-round", "auto_round": "auto-round", "autoround": "auto-round", "intel/auto-round": "auto-round",
     "inc": "auto-round",  # vLLM's name for it
     "compressed-tensors": "compressed-tensors", "compressed_tensors": "compressed-tensors",
-    "fp8": "fp8", "fbgemm_fp8": "fp8", "mxfp4": "mxfp4",
+    "fp8": "fp8", "fbgemm_fp8": "fp8", "mxfp4": "mxfp4", "modelopt": "modelopt", "modelopt_fp4": "modelopt",
     "none": "none",
 }  # fmt: skip
+BESIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Of AutoGPTQ and GPTQModel, of early versions of AutoAWQ, and of ModelOpt."""
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 FLOATS = ("F16", "BF16", "F32", "F64")
 IN_LAYER = re.compile(r"(^|\.)\d+(\.|$)")
@@ -38,7 +40,7 @@ IN_LAYER = re.compile(r"(^|\.)\d+(\.|$)")
 class QuantScheme:
     """The quantization of a whole checkpoint."""
 
-    method: str  # awq, gptq, auto-round, compressed-tensors, fp8, mxfp4, none
+    method: str  # awq, gptq, auto-round, compressed-tensors, fp8, mxfp4, modelopt, none
     rules: tuple[Rule, ...] = ()  # the first that matches decides
     default: WeightScheme = DENSE  # for modules of decoder layers that no rule names
     source: str = "config.json has no quantization_config"
@@ -142,13 +144,15 @@ class QuantScheme:
 
 
 def load_configs(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """config.json, and quantize_config.json (AutoGPTQ, GPTQModel) or quant_config.json (early AutoAWQ) where there is one."""
+    """config.json, and the first of BESIDE where there is one; ModelOpt's as if it stood in config.json."""
     directory = Path(directory)
     config = read_json(directory / "config.json")
-    for name in ("quantize_config.json", "quant_config.json"):
-        if (directory / name).is_file():
-            return config, read_json(directory / name)
-    return config, None
+    name = next((name for name in BESIDE if (directory / name).is_file()), None)
+    if name is None:
+        return config, None
+    beside = read_json(directory / name)
+    settings = beside.get("quantization") if name == BESIDE[-1] else None
+    return config, {"quant_method": "modelopt", **settings} if isinstance(settings, dict) else beside
 
 
 def read_scheme(index: CheckpointIndex, quantization: str | None = None) -> tuple[dict[str, Any], QuantScheme]:
@@ -156,6 +160,8 @@ def read_scheme(index: CheckpointIndex, quantization: str | None = None) -> tupl
     config, quantize_config = load_configs(index.directory)
     scheme = QuantScheme.from_config(config, quantize_config, index)
     scheme.check_stated(quantization)
+    if _section(config, None)[0] is None and scheme.method == "modelopt":  # what it says of the cache is asked for later
+        config = {**config, "quantization_config": quantize_config}
     return _as_stored(config, index), scheme
 
 
@@ -178,5 +184,5 @@ def _section(config: Mapping[str, Any], quantize_config: Mapping[str, Any] | Non
                 raise CheckpointError(f"config.json: {key} is {type(section).__name__}, expected an object")
             return {**(quantize_config or {}), **section}, f"config.json's {key}"
     if quantize_config is not None:
-        return dict(quantize_config), "quantize_config.json"
+        return dict(quantize_config), BESIDE[-1] if "quant_algo" in quantize_config else BESIDE[0]
     return None, ""

@@ -45,7 +45,7 @@ def _weight(tensors: Mapping[str, TensorInfo], module: str) -> TensorInfo | None
 def _fits(stored: TensorInfo, module: ModuleShape, bits: int) -> bool:
     """Packed ones by their size: formats pack along either dimension, and round it up to whole words, or to groups of them."""
     if stored.name.endswith(".weight"):
-        return stored.shape == (module.N, module.K)
+        return stored.shape == (module.N, module.K // 2 if stored.dtype == "U8" else module.K)
     if stored.name.endswith(".blocks"):
         return stored.shape == (module.N, module.K // 32, 16)
     exact = module.N * module.K * bits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from appliance.memory.modules import Loaded, Machinery, layer_weights, parents
+from appliance.memory.modules import Loaded, Machinery, ends, layer_weights, parents
 from models.spec import ModelSpec
 from quant.errors import InputError
 from quant.scheme import QuantScheme
@@ -12,9 +12,16 @@ def check_experts(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, mo
     """InputError naming the first weight of an expert that cannot lie among the others' (kernels/triton/experts.py).
 
     Before that for sinks: with these come biases of experts, and gates that are clamped, which are not known either (gpt-oss).
+    And for weights of 4-bit floats, wherever they are.
     """
     if spec.sinks:
         raise InputError(f"{model}: cards have no kernel for attention with sinks ({spec.architecture}): --device cpu serves it")
+    weights = [*(one for parent in parents(spec, scheme) for one in parent.joined), ends(spec, scheme, machinery).head]
+    if floats := next((one for one in weights if one.kind == "fp4"), None):
+        raise InputError(
+            f"{model}: {floats.module.name}: cards have no kernel for 4-bit floats ({floats.stored.layout.upper()}): "
+            "--device cpu serves them; of its other versions, AWQ, GPTQ and FP8 run on cards"
+        )
     kinds = [parent.joined for parent in parents(spec, scheme) if parent.joined[0].module.part == "experts"]
     first: dict[tuple[str, str], Loaded] = {}
     for one in kinds[0] if len(kinds) == 1 else layer_weights(spec, scheme) if kinds else ():

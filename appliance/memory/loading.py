@@ -37,7 +37,7 @@ SLAB_BYTES, SLAB_ITEM = 96 << 20, 24
 """While a head is quantized in slabs of 4 M values (quant/rows.py): five floats each, and what the allocator keeps of them."""
 READ = {
     "awq-gemm": 1.3, "awq-gemv": 1.2, "awq-gemv-fast": 4.0, "gptq": 3.3, "pack-quantized": 3.3,
-    "int-quantized": 2.1, "float-quantized": 1.1, "fp8-block": 1.1, "mxfp4": 0.5, "rows": 1.1,
+    "int-quantized": 2.1, "float-quantized": 1.1, "fp8-block": 1.1, "mxfp4": 0.5, "nvfp4": 0.5, "rows": 1.1,
 }  # fmt: skip
 """Bytes a weight while it is read into canonical form, with that: measured as the peak of a process (scales come on top)."""
 STRAIGHT = {("gptq", 4): 1.1, ("gptq", 8): 2.1, ("pack-quantized", 4): 0.6}
@@ -133,6 +133,7 @@ def _canonical(one: Loaded) -> int:
         asymmetric=not stored.symmetric,
         act_order=stored.act_order,
         scale_bytes=one.scale_bytes,
+        factors=stored.layout == "nvfp4",
     )
 
 

@@ -22,6 +22,7 @@ SLOTS = {
     "gate": "router", "router": "router", "w1": "gate_up", "w3": "gate_up", "w2": "down", "lm_head": "head",
     "embed_tokens": "embedding",
 }  # fmt: skip
+FLOATS4 = ("mxfp4", "nvfp4")  # layouts of 4-bit floats
 JOINED = ("qkv", "gate_up")  # slots whose parts become one weight where they are stored alike
 
 
@@ -77,7 +78,7 @@ class Loaded:
         """As in kernels.layout.weight_nbytes."""
         if not self.stored.quantized:
             return "dense"
-        if self.stored.layout == "mxfp4":
+        if self.stored.layout in FLOATS4:
             return "fp4"
         return "fp8" if self.stored.layout in ("float-quantized", "fp8-block") else "int"
 
@@ -102,6 +103,7 @@ class Loaded:
             scale_bytes=self.scale_bytes,
             activation=stored.activation,
             gated=self.gated,
+            factors=stored.layout == "nvfp4",
         )
         return packed + (layout.bias_nbytes(ops=ops, dtype=dtype, N=module.N, gated=self.gated) if module.bias else 0)
 
@@ -194,7 +196,7 @@ def _kind(one: Loaded) -> tuple[object, ...]:
 def loaded(module: ModuleShape, spec: ModelSpec, scheme: QuantScheme) -> Loaded:
     """A module by itself. Scales are of the size the header says; GPTQ's are cast to a 16-bit model's dtype when read."""
     stored = scheme.for_module(module.name)
-    size = 1 if stored.layout == "mxfp4" else 2
+    size = 1 if stored.layout in FLOATS4 else 2
     if scheme.index is not None and (scheme.method != "gptq" or spec.dtype == "float32"):
         found = (scheme.index.tensors.get(f"{module.name}.{n}") for n in ("scales", "weight_scale", "weight_scale_inv"))
         size = next((4 if info.dtype == "F32" else size for info in found if info is not None), size)

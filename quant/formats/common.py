@@ -15,6 +15,7 @@ from quant.tensor import QuantTensor
 SCALES = ("F16", "BF16", "F32")
 INPUT_SCALES = (
     "input_scale",
+    "input_global_scale",
     "input_zero_point",
     "input_scale_ub",
     "act_scale",

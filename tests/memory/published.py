@@ -103,6 +103,28 @@ def fp8(name: str, N: int, K: int, group: int) -> Tensors:
     return {f"{name}.weight": ("F8_E4M3", (N, K)), f"{name}.weight_scale": ("BF16", (N, 1))}
 
 
+def nvfp4(name: str, N: int, K: int, group: int) -> Tensors:
+    """As llm-compressor writes it, with activations in 4 bits."""
+    return {
+        f"{name}.weight_packed": ("U8", (N, K // 2)),
+        f"{name}.weight_scale": ("F8_E4M3", (N, K // group)),
+        f"{name}.weight_global_scale": ("F32", (1,)),
+        f"{name}.input_global_scale": ("F32", (1,)),
+    }
+
+
+def modelopt(name: str, N: int, K: int, group: int) -> Tensors:
+    """The same as NVIDIA's ModelOpt writes it, with scales of an FP8 cache."""
+    found: Tensors = {
+        f"{name}.weight": ("U8", (N, K // 2)),
+        f"{name}.weight_scale": ("F8_E4M3", (N, K // group)),
+        f"{name}.weight_scale_2": ("F32", ()),
+        f"{name}.input_scale": ("F32", ()),
+    }
+    part = name.rpartition(".")[2][0]
+    return found | ({f"{name}.{part}_scale": ("F32", ())} if name.endswith(("k_proj", "v_proj")) else {})
+
+
 def dense(name: str, N: int, K: int, group: int) -> Tensors:
     return {f"{name}.weight": ("BF16", (N, K))}
 
@@ -126,11 +148,30 @@ VARIANTS: dict[str, tuple[Any, int, dict[str, Any] | None]] = {  # tensors of a 
     "ct-w8a8": (int8, 0, _compressed("int-quantized", 8, "int", "channel", None, "int")),
     "ct-fp8": (fp8, 0, _compressed("float-quantized", 8, "float", "channel", None, "float")),
 }
+FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+NVFP4: dict[str, tuple[Any, int, dict[str, Any] | None]] = {  # the same on a CPU alone
+    "ct-nvfp4": (nvfp4, 16, {
+        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "config_groups": {"group_0": {
+            "targets": ["Linear"], "weights": {**FLOAT4, "dynamic": False, "scale_dtype": "torch.float8_e4m3fn"},
+            "input_activations": {**FLOAT4, "dynamic": "local"}, "format": "nvfp4-pack-quantized",
+        }},
+    }),
+    "modelopt-nvfp4": (modelopt, 16, {
+        "quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "model.layers.*.mlp.gate"],
+        "producer": {"name": "modelopt", "version": "0.37.0"},
+        "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+        "config_groups": {"group_0": {
+            "targets": ["Linear"], "weights": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16},
+            "input_activations": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16},
+        }},
+    }),
+}  # fmt: skip
 
 
 def write_published(directory: Path, config: dict[str, Any], variant: str) -> Path:
-    """The model of a config.json in one of VARIANTS; embedding, head and norms stay in bfloat16."""
-    make, group, quantization = VARIANTS[variant]
+    """The model of a config.json in one of VARIANTS or of NVFP4; embedding, head and norms stay in bfloat16."""
+    make, group, quantization = (VARIANTS | NVFP4)[variant]
     hidden, vocab, layers = config["hidden_size"], config["vocab_size"], config["num_hidden_layers"]
     tensors: Tensors = {"model.embed_tokens.weight": ("BF16", (vocab, hidden)), "model.norm.weight": ("BF16", (hidden,))}
     if not config["tie_word_embeddings"]:
@@ -183,7 +224,7 @@ def fill(directory: Path, variant: str) -> Path:
     from safetensors.torch import save_file
 
     rng, index = torch.Generator().manual_seed(0), read_header(directory / "model.safetensors")
-    group, orders, tensors = VARIANTS[variant][1], {}, {}
+    group, orders, tensors = (VARIANTS | NVFP4)[variant][1], {}, {}
     for name, info in index.items():
         if name.endswith("qzeros") and variant.startswith("gptq"):
             found = torch.full(info.shape, 0x77777777, dtype=torch.int32)
@@ -201,6 +242,11 @@ def fill(directory: Path, variant: str) -> Path:
         elif info.dtype == "U8":
             low, high = (119, 125) if name.endswith("scales") else (0, 256)
             found = torch.randint(low, high, info.shape, generator=rng, dtype=torch.uint8)
+        elif info.dtype == "F8_E4M3" and name.endswith("scale"):
+            found = (448 * torch.rand(info.shape, generator=rng) + 1).to(torch.float8_e4m3fn)
+        elif info.dtype == "F32":  # of parts of what becomes one weight, each its own
+            found = 1e4 * (1 + torch.rand(info.shape, generator=rng))
+            found = found if name.endswith("global_scale") else 1 / found
         elif info.dtype == "F8_E4M3":
             found = torch.randn(info.shape, generator=rng).to(torch.float8_e4m3fn)
         else:

@@ -28,7 +28,7 @@ from tests.tiny_model import Shape, config, make_checkpoint
 WIDE = Shape(hidden=1024, layers=4, heads=16, kv_heads=4, head_dim=64, mlp=4096, group=128, vocab=24000)
 
 
-@pytest.fixture(scope="module", params=["awq", "tied", "dense", "gptq-act-order", "ct-w8a8", "ct-fp8"])
+@pytest.fixture(scope="module", params=["awq", "tied", "dense", "gptq-act-order", "ct-w8a8", "ct-fp8", "ct-nvfp4"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "dense":

@@ -206,7 +206,7 @@ def test_stated_quantization() -> None:
     with pytest.raises(InputError, match="'none' was stated, but the checkpoint is 'awq'"):
         awq.check_stated("none")
     with pytest.raises(
-        InputError, match="'gguf' is not known; one of awq, gptq, auto-round, compressed-tensors, fp8, mxfp4, none is"
+        InputError, match="'gguf' is not known; one of awq, gptq, auto-round, compressed-tensors, fp8, mxfp4, modelopt, none is"
     ):
         awq.check_stated("gguf")
 
@@ -220,7 +220,7 @@ INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
     [
         (
             {"quant_method": "bitsandbytes"},
-            "quant_method 'bitsandbytes' is not supported; awq, gptq, auto-round, compressed-tensors, fp8 and mxfp4 are",
+            "'bitsandbytes' is not supported; awq, gptq, auto-round, compressed-tensors, fp8, mxfp4 and modelopt are",
         ),
         ({"quant_method": "awq", "bits": 8}, "bits 8 is not supported; one of 4 is"),
         ({"quant_method": "awq", "version": "marlin"}, "version 'marlin' is not supported; one of gemm, exllama"),
@@ -239,7 +239,7 @@ INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
         ({**GPTQ, "dynamic": [1]}, r"dynamic is \[1\], expected an object"),
         ({**GPTQ, "dynamic": {"x": {"bits": 16}}}, "dynamic 'x': bits 16 is not supported"),
         (ct_config(INT4, "marlin-24"), "format 'marlin-24' is not supported; one of pack-quantized"),
-        (ct_config(INT4, "nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized' is not supported"),
+        (ct_config(INT4, "nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized' does not hold weights of type 'int'"),
         ({**ct_config(INT4), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config format 'sparse-24-bitmask'"),
         ({**ct_config(INT4), "transform_config": {"config_groups": {"R1": {}}}}, "transform_config is not supported"),
         ({**ct_config(INT4), "config_groups": None}, "config_groups is None, expected an object"),
