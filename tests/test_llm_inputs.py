@@ -162,7 +162,8 @@ def test_arguments_of_another_kind(options: dict[str, Any], told: str) -> None:
 
 
 def test_the_kind_of_every_option_is_known() -> None:
-    numbers = {"float", "float | None", "int | str", "int | str | None"}  # told with their ranges: tests/memory/test_settings.py
+    # Told with their ranges: tests/memory/test_settings.py
+    numbers = {"float", "float | None", "float | str", "int | str", "int | str | None"}
     assert {str(f.type) for f in fields(EngineConfig)} == {*KINDS} | numbers
 
 

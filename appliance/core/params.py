@@ -149,10 +149,10 @@ class SamplingParams:
         return deepcopy(self)
 
     def checked(self) -> SamplingParams:
-        """A copy, of which every field was looked at. Raises RequestError, also for what only the text layer fills in."""
-        for name, instead in (("bad_words_token_ids", "bad_words"), ("grammar", "structured_outputs")):
-            if getattr(self, name):
-                raise RequestError(f"{name} is made from {instead}: give that instead", param=name)
+        """A copy, of which every field was looked at. Raises RequestError, also for what the text layer alone fills in."""
+        for name, source in (("bad_words_token_ids", "bad_words"), ("grammar", "structured_outputs")):
+            if getattr(self, name) and not getattr(self, source):
+                raise RequestError(f"{name} is made from {source}: give that instead", param=name)
         return replace(self)
 
     @property

@@ -98,6 +98,9 @@ class ChatView:
                 logprobs = None
                 if self.body.logprobs and delta.logprobs:
                     logprobs = await self.format.chat(delta.logprobs, self.body.top_logprobs or 0)
+                if found.calls and delta.finish_reason:  # the openai client has no event for a call that ends where it began
+                    yield self._chunk(_piece(c, self._delta(found), logprobs), **self._usage())
+                    found, logprobs = AnswerDelta(), None
                 if (told := self._told(c, delta, found, logprobs)) is not None:
                     yield told
         if self.body.stream_options and self.body.stream_options.include_usage:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from appliance.text.tools.formats import nine_characters
+from appliance.text.tools.formats import Hermes, nine_characters
 from tests.server.conftest import Served
 from tests.server.test_completions import events
 from tests.server.test_lifecycle import eventually
@@ -49,6 +49,16 @@ def test_an_answer_of_one_call_ends_with_it(any_kind: tuple[Served, Any]) -> Non
             usage = events(answer.text)[-1]["usage"] if stream else answer.json()["usage"]
             assert usage["completion_tokens"] < 2 * (whole - 100)
         eventually(lambda: not served.client.running)
+
+
+def test_a_call_is_told_before_its_end(hermes: Served) -> None:
+    """Even where all of it comes at once: the openai client makes no event of a call that ends in the chunk it began in."""
+    client: Any = hermes.client
+    client.script = [tuple(client.tokenizer.encode(FORMS[Hermes][0].write([("weather", '{"city": "Rome"}')])))]
+    body: Any = {"messages": HELLO, "tools": [TOOL], "stream": True, "parallel_tool_calls": False, "return_token_ids": True}
+    *_, call, end = [one["choices"][0] for one in events(hermes.post("/v1/chat/completions", **body).text)]
+    assert call["delta"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Rome"}' and call["finish_reason"] is None
+    assert end["delta"] == {} and end["finish_reason"] == "tool_calls" and tuple(end["token_ids"]) == client.script[0]
 
 
 def test_usage_counts_the_tokens_of_reasoning(hermes: Served) -> None:
