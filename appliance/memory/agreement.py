@@ -29,7 +29,7 @@ def check_headers(index: CheckpointIndex, spec: ModelSpec, scheme: QuantScheme) 
             check_stack(tensors, module.name)
             tied = TIED if module.part == "head" else ""
             raise CheckpointError(f"{module.name}: its weight is missing from {index.directory}, {expects}{tied}")
-        if not _fits(stored, module, scheme.for_module(module.name).bits):
+        if not _fits(stored, module, scheme.for_module(stored.name.rpartition(".")[0]).bits):
             raise CheckpointError(f"{stored.name}: found {stored}, {expects}")
     for name, numel in spec.small_tensors():
         if name not in tensors:

@@ -18,6 +18,8 @@ from models.spec import ModelSpec
 from quant.errors import CheckpointError
 from quant.headers import CheckpointIndex
 from quant.scheme import read_scheme
+from tests.memory.published import Tensors, write_headers
+from tests.models.test_loader import DENSE
 
 LAYER = "model.layers.0"
 
@@ -86,3 +88,22 @@ def test_a_head_that_may_be_the_embedding(model: Path) -> None:
         check(model)
     change(model, tie_word_embeddings=True)
     check(model)
+
+
+def test_a_tied_table_that_is_stored_in_codes_as_the_head(tmp_path: Path) -> None:
+    """It has the head's bits, not the embedding's, which the settings do not name."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16, "symmetric": True}
+    group = {"targets": ["re:.*lm_head"], "weights": weights}
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    config = {**DENSE, "tie_word_embeddings": True, "quantization_config": settings}
+    spec = ModelSpec.from_config(config)
+    tensors: Tensors = {}
+    for module in spec.modules():
+        tensors[f"{module.name}.weight"] = ("BF16", (module.N, module.K))
+    N, K = tensors.pop("model.embed_tokens.weight")[1]
+    tensors |= {name: ("BF16", (size,)) for name, size in spec.small_tensors()}
+    head: Tensors = {"lm_head.weight_packed": ("I32", (N, K // 8)), "lm_head.weight_scale": ("BF16", (N, K // 16))}
+    check(write_headers(tmp_path / "whole", tensors | head, config))
+    head["lm_head.weight_packed"] = ("I32", (N // 2, K // 8))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight_packed: found"):
+        check(write_headers(tmp_path / "half", tensors | head, config))
