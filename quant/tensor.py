@@ -32,9 +32,7 @@ class QuantTensor:
     K: int
     N: int
     activation: str | None = None  # how the checkpoint wants the activations quantized; see quant.scheme.WeightScheme
-    factors: Tensor | None = (
-        None  # float32 [N], beside scales in float8_e4m3fn alone: of parts that are one weight each has its own
-    )
+    factors: Tensor | None = None  # float32 [N], beside scales in float8_e4m3fn alone
 
     @staticmethod
     def from_values(
