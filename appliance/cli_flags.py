@@ -35,6 +35,7 @@ QUANTIZATION = {
     "compressed_tensors": "compressed-tensors",
     "auto_round": "auto-round",
     "inc": "auto-round",
+    "int8_per_channel_weight_only": "int8",
 }
 
 # Switches without a value that change nothing here.

@@ -19,7 +19,7 @@ class EngineConfig:
     """Branch, tag or commit of a model that comes from the hub."""
     quantization: str | None = None
     """awq, gptq, auto-round, compressed-tensors, fp8, mxfp4, modelopt or none. Read from the checkpoint when not given; another
-    one is an error."""
+    one is an error. int8 or int4: the layers of an unquantized checkpoint are rounded to so many bits while it is loaded."""
     dtype: str = "auto"
     """Activations: auto, float16 (half), bfloat16, float32 (float)."""
     lm_head_dtype: str = "auto"

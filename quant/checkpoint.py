@@ -16,6 +16,7 @@ from torch import Tensor
 from quant.errors import CheckpointError
 from quant.formats import awq, compressed_tensors, dense, fp8, gptq, mxfp4, nvfp4
 from quant.headers import CheckpointIndex, TensorInfo, check_stack
+from quant.rows import quantize_rows
 from quant.rules import WeightScheme
 from quant.scheme import QuantScheme, read_scheme
 from quant.tensor import QuantTensor
@@ -25,8 +26,16 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+
+def _rounded(source: Checkpoint, name: str, scheme: WeightScheme, expect: tuple[int, int] | None) -> QuantTensor:
+    """A weight that was published in a float dtype, in fewer bits (QuantScheme.as_stated)."""
+    return quantize_rows(dense.load(source, name, scheme, expect), scheme.bits)
+
+
 LOADERS: dict[str, Callable[..., QuantTensor | Tensor]] = {
     "dense": dense.load,
+    "rows": _rounded,
     "awq-gemm": awq.load,
     "awq-gemv": awq.load,
     "awq-gemv-fast": awq.load,
@@ -61,7 +70,7 @@ class Checkpoint:
     def open(cls, directory: str | Path, quantization: str | None = None) -> Checkpoint:
         """Read the headers and the configs. CheckpointError or InputError where they do not make sense together.
 
-        ``quantization`` states the method (see QuantScheme.check_stated); without it the checkpoint tells.
+        ``quantization`` states the method (see QuantScheme.as_stated); without it the checkpoint tells.
         """
         index = CheckpointIndex.open(directory)
         config, scheme = read_scheme(index, quantization)

@@ -40,6 +40,8 @@ DENSE = WeightScheme("dense")
 MXFP4, NVFP4 = WeightScheme("mxfp4", 4, 32), WeightScheme("nvfp4", 4, 16)
 ROWS = {8: WeightScheme("rows", bits=8), 4: WeightScheme("rows", bits=4, group_size=32, symmetric=False)}
 """What quant.rows makes of an unquantized weight while it is loaded, by bits."""
+ONLINE = {"int8": ROWS[8], "int8_per_channel_weight_only": ROWS[8], "int4": ROWS[4]}
+"""``--quantization`` of unquantized checkpoints: what the weights of their layers are rounded to. The long name is vLLM's."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from quant import configs
 from quant.detect import awq_layout, detect, family
 from quant.errors import CheckpointError, InputError
 from quant.headers import CheckpointIndex, TensorInfo, read_json
-from quant.rules import DENSE, Rule, Settings, WeightScheme
+from quant.rules import DENSE, ONLINE, Rule, Settings, WeightScheme
 
 __all__ = ["DENSE", "QuantScheme", "Rule", "WeightScheme", "load_configs", "read_scheme"]
 
@@ -34,17 +34,19 @@ BESIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 FLOATS = ("F16", "BF16", "F32", "F64")
 IN_LAYER = re.compile(r"(^|\.)\d+(\.|$)")
+ROUTERS = ("gate", "router")  # of mixtures: small, and what they choose should be what the model chose
 
 
 @dataclass(frozen=True)
 class QuantScheme:
     """The quantization of a whole checkpoint."""
 
-    method: str  # awq, gptq, auto-round, compressed-tensors, fp8, mxfp4, modelopt, none
+    method: str  # awq, gptq, auto-round, compressed-tensors, fp8, mxfp4, modelopt, none; int8, int4: rounded while it is loaded
     rules: tuple[Rule, ...] = ()  # the first that matches decides
     default: WeightScheme = DENSE  # for modules of decoder layers that no rule names
     source: str = "config.json has no quantization_config"
     index: CheckpointIndex | None = field(default=None, repr=False, compare=False)
+    dense: WeightScheme = DENSE  # what weights of layers that are published in a float dtype become
 
     @classmethod
     def from_config(
@@ -68,19 +70,30 @@ class QuantScheme:
             )
         return cls(settings.method, settings.rules, settings.default, settings.source, index)
 
-    def check_stated(self, quantization: str | None) -> None:
-        """Raise InputError where ``--quantization`` names another method than the checkpoint has."""
+    def as_stated(self, quantization: str | None) -> QuantScheme:
+        """The scheme under ``--quantization``: this one, or, of an unquantized checkpoint, what it is rounded to.
+
+        Raises InputError where another method is named than the checkpoint has.
+        """
         if quantization is None:
-            return
-        stated = ALIASES.get(quantization.lower())
+            return self
+        name = quantization.lower()
+        if name in ONLINE and self.method == "none":
+            return replace(self, method=f"int{ONLINE[name].bits}", dense=ONLINE[name])
+        stated = name if name in ONLINE else ALIASES.get(name)
         if stated is None:
             known = ", ".join(dict.fromkeys(ALIASES.values()))
-            raise InputError(f"quantization: {quantization!r} is not known; one of {known} is")
-        if stated != self.method:
             raise InputError(
-                f"quantization: {quantization!r} was stated, but the checkpoint is {self.method!r} ({self.source}); "
-                f"leave the option out or give {self.method!r}"
+                f"quantization: {quantization!r} is not known; one of {known} is, and int8 or int4 for unquantized checkpoints"
             )
+        if stated != self.method:
+            instead = f"leave the option out or give {self.method!r}"
+            if self.method == "none":
+                instead += "; 'int8' or 'int4' rounds it while it is loaded"
+            raise InputError(
+                f"quantization: {quantization!r} was stated, but the checkpoint is {self.method!r} ({self.source}); {instead}"
+            )
+        return self
 
     def for_module(self, name: str) -> WeightScheme:
         """The scheme of a module, such as model.layers.0.self_attn.q_proj or lm_head.
@@ -109,7 +122,8 @@ class QuantScheme:
         if found is None:
             return stated  # tied or fused away
         if found.name.endswith(".weight") and found.dtype in FLOATS:
-            return DENSE
+            rounded = IN_LAYER.search(name) and name.rpartition(".")[2] not in ROUTERS
+            return self.dense if rounded else DENSE
         if not stated.quantized:
             stated = self._fallback(name, found)
         if stated.layout.startswith("awq"):
@@ -156,10 +170,9 @@ def load_configs(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any] 
 
 
 def read_scheme(index: CheckpointIndex, quantization: str | None = None) -> tuple[dict[str, Any], QuantScheme]:
-    """(config.json, the scheme) of an opened checkpoint, with ``--quantization`` checked against it."""
+    """(config.json, the scheme) of an opened checkpoint, as ``--quantization`` says."""
     config, quantize_config = load_configs(index.directory)
-    scheme = QuantScheme.from_config(config, quantize_config, index)
-    scheme.check_stated(quantization)
+    scheme = QuantScheme.from_config(config, quantize_config, index).as_stated(quantization)
     if _section(config, None)[0] is None and scheme.method == "modelopt":  # what it says of the cache is asked for later
         config = {**config, "quantization_config": quantize_config}
     return _as_stored(config, index), scheme

@@ -57,6 +57,7 @@ def test_flags(served: list[Any]) -> None:
     engine = EngineConfig(model="my/model", gpu_memory_utilization=0.5, max_model_len="32k", quantization="awq", swap_space=2.0)
     server = ServerConfig(port=9, served_model_name=("one", "two"), strict_requests=True, max_logprobs=-1, host="::1")
     assert served == [(engine, server)]
+    assert cli.run(["serve", "-q", "int8_per_channel_weight_only"]) == 0 and served.pop()[0] == EngineConfig(quantization="int8")
     given = '{"method": "ngram", "num_speculative_tokens": 4}'
     assert cli.run(["serve", "-sc", given]) == 0 and served.pop() == (EngineConfig(speculative_config=given), ServerConfig())
     cli.run(["serve", "--model", "m", "--max-model-len", "4096"])

@@ -1,8 +1,8 @@
 """What would make a model fit, each found by planning again with it: what is advised is known to work.
 
 Ranked by what it costs, the mildest first: memory that is free anyway; swap space; a cache in FP8 (docs/kv-cache.md has what that
-does to the answers); slower prompts; fewer requests at once; slower decoding; a head in int8; a cache in int4; a shorter context;
-weights that are streamed from the host; fewer threads; another checkpoint.
+does to the answers); slower prompts; fewer requests at once; slower decoding; a head in int8; layers of an unquantized model in
+int8 or int4; a cache in int4; a shorter context; weights that are streamed from the host; fewer threads; another checkpoint.
 """
 
 from __future__ import annotations

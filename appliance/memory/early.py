@@ -36,7 +36,7 @@ def check_options(config: EngineConfig, device: DeviceInfo | None = None) -> Non
     Settings.from_config(config, device)
     Machinery.choose(config, "bfloat16", device)
     if config.quantization is not None:  # held against a checkpoint that is what was stated
-        QuantScheme(ALIASES.get(config.quantization.lower(), "none")).check_stated(config.quantization)
+        QuantScheme(ALIASES.get(config.quantization.lower(), "none")).as_stated(config.quantization)
     check_order(config)
     Drafts.of(config.speculative_config, device.kind)
 

@@ -34,10 +34,10 @@ from quant.scheme import QuantScheme
 
 WORKERS = 4  # modules converted at a time, at most: models/loader.py
 SLAB_BYTES, SLAB_ITEM = 96 << 20, 24
-"""While a head is quantized in slabs of 4 M values (quant/rows.py): five floats each, and what the allocator keeps of them."""
+"""While a weight is rounded in slabs of 4 M values (quant/rows.py): five floats each, and what the allocator keeps of them."""
 READ = {
     "awq-gemm": 1.3, "awq-gemv": 1.2, "awq-gemv-fast": 4.0, "gptq": 3.3, "pack-quantized": 3.3,
-    "int-quantized": 2.1, "float-quantized": 1.1, "fp8-block": 1.1, "mxfp4": 0.5, "nvfp4": 0.5, "rows": 1.1,
+    "int-quantized": 2.1, "float-quantized": 1.1, "fp8-block": 1.1, "mxfp4": 0.5, "nvfp4": 0.5,
 }  # fmt: skip
 """Bytes a weight while it is read into canonical form, with that: measured as the peak of a process (scales come on top)."""
 STRAIGHT = {("gptq", 4): 1.1, ("gptq", 8): 2.1, ("pack-quantized", 4): 0.6}
@@ -121,7 +121,7 @@ def _canonical(one: Loaded) -> int:
     """Bytes of the canonical form, as published."""
     module, stored = one.module, one.stored
     if one.kind == "dense":
-        return module.N * module.K * one.scale_bytes
+        return module.N * module.K * one.file_bytes
     return layout.weight_nbytes(
         ops="reference",
         dtype="bfloat16",
@@ -142,6 +142,8 @@ def _read_bytes(one: Loaded) -> int:
     module, stored = one.module, one.stored
     if one.kind == "dense":
         return _canonical(one)
+    if stored.layout == "rows":  # as published, until it is rounded
+        return module.N * module.K * one.file_bytes + _canonical(one) + _slab(module.N * module.K)
     straight = not stored.act_order and not stored.planar
     factor = STRAIGHT.get((stored.layout, stored.bits)) if straight else None
     scales = _canonical(one) - module.N * module.K * (4 if stored.bits <= 4 else 8) // 8
@@ -209,13 +211,13 @@ def _file_item(spec: ModelSpec, scheme: QuantScheme) -> int:
     return max((FILE_ITEM[one.dtype] for one in found), default=ITEM_SIZE[spec.dtype])
 
 
-def _slab(spec: ModelSpec) -> int:
-    return min(SLAB_BYTES, SLAB_ITEM * spec.vocab * spec.hidden)
+def _slab(numbers: int) -> int:
+    return min(SLAB_BYTES, SLAB_ITEM * numbers)
 
 
 def _until_canonical(published: Loaded, read: int, made: Loaded, spec: ModelSpec) -> int:
     """The most until the canonical form is there: of one that was published quantized, or is to be."""
-    return _read_bytes(published) if published.stored.quantized else read + _canonical(made) + _slab(spec)
+    return _read_bytes(published) if published.stored.quantized else read + _canonical(made) + _slab(spec.vocab * spec.hidden)
 
 
 def _host_end(published: Loaded, read: int, made: Loaded, spec: ModelSpec) -> int:
@@ -223,7 +225,7 @@ def _host_end(published: Loaded, read: int, made: Loaded, spec: ModelSpec) -> in
     return (
         _until_canonical(published, read, made, spec)
         if made.stored.quantized
-        else read + max(_slab(spec), 4 * spec.vocab * spec.hidden)
+        else read + max(_slab(spec.vocab * spec.hidden), 4 * spec.vocab * spec.hidden)
     )
 
 
@@ -231,7 +233,11 @@ def _end(published: Loaded, read: int, made: Loaded, packed: int, machinery: Mac
     """The most while embedding or head is read, quantized where that is wanted, and laid out, with what it becomes."""
     if not made.stored.quantized:
         extra = (
-            _slab(spec) if published.stored.quantized else 0 if made.module.part == "embedding" else _pack_extra(made, machinery)
+            _slab(spec.vocab * spec.hidden)
+            if published.stored.quantized
+            else 0
+            if made.module.part == "embedding"
+            else _pack_extra(made, machinery)
         )
         return max(_read_bytes(published), read + packed + extra)
     laid = _canonical(made)  # which the reference keeps

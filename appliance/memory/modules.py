@@ -12,6 +12,7 @@ from appliance.memory.devices import DeviceInfo, cpu_threads
 from appliance.memory.settings import ITEM_SIZE, block_size, resolve_dtype
 from kernels import layout
 from models.spec import ModelSpec, ModuleShape
+from quant.headers import ITEM_SIZE as FILE_ITEM
 from quant.rules import DENSE, ROWS, WeightScheme
 from quant.scheme import QuantScheme
 
@@ -62,6 +63,7 @@ class Loaded:
     stored: WeightScheme
     scale_bytes: int
     gated: bool = False
+    file_bytes: int = 2  # of a number, as published: of those in a float dtype
 
     @property
     def parent(self) -> str:
@@ -190,17 +192,26 @@ def _alike(published: Sequence[Loaded]) -> list[Parent]:
 def _kind(one: Loaded) -> tuple[object, ...]:
     """All that a plan sees of it."""
     module = one.module
-    return one.slot, module.N, module.K, module.part, module.bias, one.stored, one.scale_bytes
+    return one.slot, module.N, module.K, module.part, module.bias, one.stored, one.scale_bytes, one.file_bytes
 
 
 def loaded(module: ModuleShape, spec: ModelSpec, scheme: QuantScheme) -> Loaded:
     """A module by itself. Scales are of the size the header says; GPTQ's are cast to a 16-bit model's dtype when read."""
     stored = scheme.for_module(module.name)
+    weight = None if scheme.index is None else scheme.index.tensors.get(f"{module.name}.weight")
+    file = 2 if weight is None else FILE_ITEM.get(weight.dtype, 2)
+    if stored.layout == "rows":
+        return replace(in_rows(module, stored.bits), file_bytes=file)
     size = 1 if stored.layout in FLOATS4 else 2
     if scheme.index is not None and (scheme.method != "gptq" or spec.dtype == "float32"):
         found = (scheme.index.tensors.get(f"{module.name}.{n}") for n in ("scales", "weight_scale", "weight_scale_inv"))
         size = next((4 if info.dtype == "F32" else size for info in found if info is not None), size)
-    return Loaded(module, stored, size)
+    return Loaded(module, stored, size, file_bytes=file)
+
+
+def in_rows(module: ModuleShape, bits: int) -> Loaded:
+    """What quant.rows makes of it."""
+    return Loaded(module, ROWS[bits], 4 if bits == 8 else 2)
 
 
 def ends(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Ends:
@@ -214,14 +225,14 @@ def ends(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Ends:
     head = loaded(module, spec, scheme) if both else replace(table, module=module)
     words = _words(head, bits, dtype)
     if not head.stored.quantized and bits is not None:
-        head = Loaded(module, ROWS[bits], 4 if bits == 8 else 2)
+        head = in_rows(module, bits)
     packed = head.nbytes(machinery)
     shares = layout.shares_table(machinery.ops, head.stored.bits if head.stored.quantized else None)
     if not both and shares and (not table.stored.quantized or has_rows(table)):
         return Ends(head, head, packed, 0, f"{words}, shared with the embedding", words)
     embedding = table
     if not table.stored.quantized and machinery.embedding_bits is not None:
-        embedding = Loaded(table.module, ROWS[machinery.embedding_bits], 4 if machinery.embedding_bits == 8 else 2)
+        embedding = in_rows(table.module, machinery.embedding_bits)
     elif not has_rows(table):
         embedding = Loaded(table.module, DENSE, 2)
     where = replace(machinery, ops=layout.table_ops(machinery.ops))

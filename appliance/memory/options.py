@@ -33,8 +33,9 @@ class Variants:
     """The same model otherwise: demands that planning made in vain may be tried with."""
 
     tables: Sequence[tuple[dict[str, int], dict[str, str]]] = ()  # in int8: fields of Machinery, options; the mildest first
+    online: Sequence[str] = ()  # --quantization of an unquantized checkpoint, the mildest first
     threads: Sequence[int] = ()  # fewer, where each costs something
-    made: Callable[..., Demand] | None = None  # by fields of Machinery
+    made: Callable[..., Demand] | None = None  # by fields of Machinery, and quantization
     quantized: Mapping[str, Demand] | None = None  # of other checkpoints, by what they are
 
 
@@ -82,6 +83,9 @@ def options(
         names = [{"lm_head_dtype": "head", "embedding_dtype": "embedding"}[name] for name in variants.tables[-1][1]]
         cost = f"the {' or '.join(names)} in 8 bits"
         found.append(Option(variants.tables, cost, lambda table: table[0], lambda table: table[1]))
+    if variants.online:
+        cost = "layers rounded while they are loaded, at some cost in quality"
+        found.append(Option(variants.online, cost, lambda name: {"quantization": name}, lambda name: {"quantization": name}))
     if settings.kv_dtype != "int4":
         found.append(_cache("int4", "keys and values in 4 bits"))
     found += [*_contexts(demand, settings), *_streaming(demand, settings, device)]

@@ -81,8 +81,9 @@ def variants(demand: Demand, spec: ModelSpec, scheme: QuantScheme, machinery: Ma
     words, quantized = "another checkpoint: this model in 4 bits (AWQ, groups of 128)", less < 0.9 * weights
 
     @cache
-    def made(**other: int) -> Demand:
-        return Demand.of(spec, scheme, replace(machinery, **other), model=demand.model)  # type: ignore[arg-type]
+    def made(quantization: str | None = None, **other: int) -> Demand:
+        changed = replace(machinery, **other)  # type: ignore[arg-type]
+        return Demand.of(spec, scheme.as_stated(quantization), changed, model=demand.model)
 
     tables: list[tuple[dict[str, int], dict[str, str]]] = []
     for field, option in (("head_bits", "lm_head_dtype"), ("embedding_bits", "embedding_dtype")):
@@ -91,7 +92,8 @@ def variants(demand: Demand, spec: ModelSpec, scheme: QuantScheme, machinery: Ma
             weights = size
             tables.append(({**bits, field: 8}, {**options, option: "int8"}))
     threads = range(machinery.threads - 1, 0, -1) if made(threads=1).slab < demand.slab else range(0)
-    return Variants(tables=tables, threads=threads, made=made, quantized={words: small} if quantized else {})
+    online = [name for name in ("int8", "int4") if scheme.method == "none" and sum(made(name).weights.values()) < 0.9 * weights]
+    return Variants(tables=tables, online=online, threads=threads, made=made, quantized={words: small} if quantized else {})
 
 
 def command_line(config: EngineConfig, remedy: Remedy | None = None, command: str = "serve") -> str:

@@ -36,11 +36,11 @@ def status(key: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 
-def peak_of_loading(checkpoint: Path, isa: str, workers: int) -> Peak:
+def peak_of_loading(checkpoint: Path, quantization: str | None, isa: str, workers: int) -> Peak:
     """``isa`` is native or torch. Linux only."""
     os.environ["APPLIANCE_CPU_ISA"] = "torch" if isa == "torch" else "auto"
     ops = get_ops("cpu", threads=1)
-    with Checkpoint.open(checkpoint) as source:
+    with Checkpoint.open(checkpoint, quantization) as source:
         spec = ModelSpec.from_config(source.config)
         machinery = Machinery(ops=ops.name, dtype="bfloat16", head_bits=8 if ops.name == "cpu-native" else None)
         gc.collect()

@@ -63,9 +63,12 @@ def flags(error: PlanError) -> list[str]:
 
 
 def test_a_model_larger_than_the_card(dense: Path) -> None:
-    """8B in 16 bits on 12 GiB: layers go to the host, or another checkpoint is taken, whose size is named."""
+    """8B in 16 bits on 12 GiB: layers are rounded or go to the host, or another checkpoint is taken, whose size is named."""
     error = refusal(dense, EngineConfig(max_model_len=4096), card(12))
-    offload, small = error.remedies
+    online, offload, small = error.remedies
+    assert online.options == {"quantization": "int8"} and online.effect.startswith(
+        "layers rounded while they are loaded, at some"
+    )
     assert list(offload.options) == ["cpu_offload_gb"] and offload.effect.startswith("these weights come over the bus in every")
     fewer = replace(EngineConfig(max_model_len=4096), cpu_offload_gb=float(str(offload.options["cpu_offload_gb"])) - 0.5)
     with pytest.raises(PlanError):
@@ -73,6 +76,17 @@ def test_a_model_larger_than_the_card(dense: Path) -> None:
     assert small.options == {} and small.instead == "another checkpoint: this model in 4 bits (AWQ, groups of 128)"
     assert small.effect.startswith("weights of 4.92 GiB, at some cost in quality; room for ")
     assert small.to_dict()["instead"] == str(small) and json.dumps(small.to_dict())
+
+
+def test_rounding_only_as_much_as_it_must_be(dense: Path) -> None:
+    """In 8 bits, in 4 where those are too many, and in 4 beside a head in 8 where that alone is not enough."""
+    config = EngineConfig(max_model_len=4096, lm_head_dtype="model", kv_cache_dtype="fp8", gpu_memory_utilization=1.0)
+    for gib, wanted in (
+        (10, "--quantization int8"),
+        (7, "--quantization int4"),
+        (6.5, "--lm-head-dtype int8 --quantization int4"),
+    ):
+        assert flags(refusal(dense, config, machine(gib)))[0] == wanted
 
 
 def test_no_smaller_version_is_named_where_it_is_one_already(awq: Path) -> None:

@@ -201,9 +201,9 @@ def test_older_spellings(given: dict[str, Any], layout: str, offset: int) -> Non
 def test_the_method_by_its_names(tmp_path: Path) -> None:
     found = scheme(CONFIG)
     for same in (None, "auto-round", "auto_round", "AutoRound", "intel/auto-round", "inc"):
-        found.check_stated(same)
+        found.as_stated(same)
     with pytest.raises(InputError, match="'gptq' was stated, but the checkpoint is 'auto-round'"):
-        found.check_stated("gptq")
+        found.as_stated("gptq")
     weight = make(np.random.default_rng(0), 64, 64, 32, 4, sym=True)
     save(tmp_path, awq_gemm(weight), CONFIG)
     with pytest.raises(CheckpointError, match=rf"says 'auto-round', but the tensors are laid out as 'awq': {re.escape(MODULE)}"):

@@ -49,7 +49,7 @@ def test_every_real_checkpoint_is_read_whole(shared_data: Path) -> None:
             assert checkpoint.leftover() == []
             assert quantized == 14
             assert checkpoint.scheme.method == {"a": "awq", "g": "gptq", "c": "compressed-tensors"}[name[0]]
-        checkpoint.scheme.check_stated(checkpoint.scheme.method)
+        checkpoint.scheme.as_stated(checkpoint.scheme.method)
         with pytest.raises(InputError, match="was stated, but the checkpoint is"):
             Checkpoint.open(shared_data / "quantized" / name, quantization="none")
 

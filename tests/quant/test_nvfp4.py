@@ -151,7 +151,7 @@ def test_settings_beside_config_json(tmp_path: Path) -> None:
     config, scheme = read_scheme(CheckpointIndex.open(tmp_path))
     assert (scheme.method, scheme.source, scheme.for_module(MODULE)) == ("modelopt", "hf_quant_config.json", NVFP4)
     assert config["quantization_config"]["kv_cache_quant_algo"] == "NVFP4" and scheme.for_module(GATE) == DENSE
-    scheme.check_stated("modelopt_fp4")
+    scheme.as_stated("modelopt_fp4")
     save(tmp_path, compressed(8, 32), CT)
     assert QuantScheme.from_config(*load_configs(tmp_path)).method == "compressed-tensors"
     quantization["quant_algo"] = "NVFP4_AWQ"

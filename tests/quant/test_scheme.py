@@ -194,21 +194,21 @@ def test_config_and_tensors_contradict(tmp_path: Path) -> None:
 def test_stated_quantization() -> None:
     awq = scheme({"quant_method": "awq"})
     for same in (None, "awq", "AutoAWQ", "auto_awq", "awq_marlin"):
-        awq.check_stated(same)
-    scheme(None).check_stated("none")
-    scheme({"quant_method": "gptq", "bits": 4}).check_stated("gptq_marlin")
+        awq.as_stated(same)
+    scheme(None).as_stated("none")
+    scheme({"quant_method": "gptq", "bits": 4}).as_stated("gptq_marlin")
     with pytest.raises(
         InputError, match=r"'gptq' was stated, but the checkpoint is 'awq' \(config.json's quantization_config\); leave"
     ):
-        awq.check_stated("gptq")
+        awq.as_stated("gptq")
     with pytest.raises(InputError, match="'awq' was stated, but the checkpoint is 'none'"):
-        scheme(None).check_stated("awq")
+        scheme(None).as_stated("awq")
     with pytest.raises(InputError, match="'none' was stated, but the checkpoint is 'awq'"):
-        awq.check_stated("none")
+        awq.as_stated("none")
     with pytest.raises(
         InputError, match="'gguf' is not known; one of awq, gptq, auto-round, compressed-tensors, fp8, mxfp4, modelopt, none is"
     ):
-        awq.check_stated("gguf")
+        awq.as_stated("gguf")
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4}
