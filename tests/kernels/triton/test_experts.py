@@ -32,6 +32,7 @@ FORMATS = {  # bits (0: FP8), group, zero points, intermediate size
     "gptq, groups of 32": (4, 32, True, 96),
     "one group": (4, None, True, 72),
     "bytes": (8, None, False, 96),
+    "bytes, scales in float32": (8, None, False, 96),  # as quant.rows makes them
     "bytes, groups of 32": (8, 32, True, 64),
     "fp8": (0, 128, False, 256),
     "groups that fit no tile": (4, 48, True, 96),
@@ -48,7 +49,8 @@ def random_experts(count: int, name: str, dtype: torch.dtype) -> list[Weights]:
             return (torch.randn(N, K) / K**0.5).to(dtype)
         size = min(group or K, K)
         found = random_weight(N, K, bits=bits, group_size=size, asymmetric=asymmetric, seed=int(torch.randint(1 << 30, ())))
-        return replace(found, scales=found.scales * (20 * K**-0.5 * {4: 1, 8: 1 / 16, 0: 0.1}[bits]))
+        scales = found.scales.float() if name.endswith("float32") else found.scales
+        return replace(found, scales=scales * (20 * K**-0.5 * {4: 1, 8: 1 / 16, 0: 0.1}[bits]))
 
     return [(one(2 * inner, HIDDEN), one(HIDDEN, inner)) for _ in range(count)]
 
