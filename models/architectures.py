@@ -19,6 +19,7 @@ class Architecture:
     mlp_bias: bool | str = False
     qk_norm: bool = False
     fused_qkv: bool = False  # and gate and up
+    fused_gate_up: bool = False
     hybrid: bool = False  # layers may be another thing than attention, and MLPs have names of their own (quant/headers.py)
     window: str = "none"
     """Layers with sliding_window: none; "all"; "switched": all, if switched on; "upper": from max_window_layers on, if so;
@@ -43,11 +44,12 @@ class Architecture:
     inner: str = "intermediate_size"  # of an MLP
     normalized: bool | str = "norm_topk_prob"
     unit_norms: bool = False  # norms multiply by 1 + their weight
-    post_norms: bool = False  # what attention and the MLP add is normalized, too
+    norms: tuple[str, str, str] = ("", "post_attention_layernorm", "")  # see ModelSpec.norms
     gelu: bool = False  # gelu(gate) * up, in the approximation by tanh, instead of silu(gate) * up
     scaled_embedding: bool = False  # by the root of the hidden size
     soft_caps: tuple[str, ...] = ()  # the keys of those that it has
     partial_rotation: bool = False  # partial_rotary_factor says how much of a head rotates
+    interleaved: bool = False  # neighbours in a head are rotated against each other, not its halves
     local_rope: bool = False  # layers with a window rotate otherwise than the others
     float16: bool = True  # whether its activations stay within what float16 holds; Granite's are kept larger, see models/spec.py
     unrotated: bool = False  # every no_rope_layer_interval-th layer rotates nothing, or those with a 0 in no_rope_layers
@@ -63,7 +65,7 @@ class Architecture:
 GEMMA2 = Architecture(
     window="alternate",
     unit_norms=True,
-    post_norms=True,
+    norms=("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     gelu=True,
     scaled_embedding=True,
     float16=False,
@@ -98,6 +100,21 @@ GEMMA3 = replace(
 QWEN2 = Architecture(qkv_bias=True, o_bias=False, window="upper", default_window=4096, max_position=32768)
 # For text alone the three positions of a token are the same, and rotation is the plain one.
 QWEN2_VL = replace(QWEN2, text_part=True, eps=1e-5, theta=1e6, defaults={"max_window_layers": 80})
+GLM = Architecture(
+    o_bias=False,
+    fused_gate_up=True,
+    default_head_dim=128,
+    eps=1.5625e-7,
+    max_position=131072,
+    partial_rotation=True,
+    interleaved=True,
+    defaults={
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+        "partial_rotary_factor": 0.5,
+        "eos_token_id": [151329, 151336, 151338],
+    },
+)
 GPT_OSS = Architecture(
     window="alternate",
     default_head_dim=64,
@@ -153,6 +170,15 @@ ARCHITECTURES = {
         mixture="block_sparse_moe", expert=("w1", "w3", "w2"), expert_size="intermediate_size", normalized=True,
     ),
     "GptOssForCausalLM": GPT_OSS,
+    "GlmForCausalLM": GLM,
+    "Glm4ForCausalLM": replace(
+        GLM, norms=("post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+        float16=False,  # what its MLPs add goes beyond it, as others found
+    ),
+    "Ernie4_5ForCausalLM": Architecture(
+        qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias", eps=1e-5, theta=5e5, max_position=131072, interleaved=True,
+        defaults={"num_key_value_heads": 2, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2},
+    ),
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": replace(GEMMA3, text_part=True),

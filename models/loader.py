@@ -218,18 +218,22 @@ class _Loader:
         mlp = self._mixture(prefix) if spec.mixture is not None else self._mlp(prefix)
         parts = ("qkv",) if spec.fused_qkv else ("q", "k", "v")
         qkv = [self._read(prefix, f"self_attn.{part}_proj") for part in parts]
+        if spec.interleaved:  # scores stay the same where queries and keys change their order together
+            qkv = [
+                _select(part, halves(spec, heads)) for part, heads in zip(qkv, (spec.heads, spec.kv_heads), strict=False)
+            ] + qkv[2:]
         norms: dict[str, Any] = {}
         if spec.qk_norm:
             norms = {n: self._norm(f"{prefix}.self_attn.{n}", spec.head_dim) for n in ("q_norm", "k_norm")}
         if spec.post_norms:
-            norms["attention_norm"] = self._norm(f"{prefix}.post_attention_layernorm", spec.hidden)
-            norms["mlp_norm"] = self._norm(f"{prefix}.post_feedforward_layernorm", spec.hidden)
+            norms["attention_norm"] = self._norm(f"{prefix}.{spec.norms[0]}", spec.hidden)
+            norms["mlp_norm"] = self._norm(f"{prefix}.{spec.norms[2]}", spec.hidden)
         sinks = self._vector(f"{prefix}.self_attn.sinks", spec.heads) if spec.sinks else None
         layer = Layer(
             input_norm=self._norm(f"{prefix}.input_layernorm", spec.hidden),
             qkv=self._fuse(qkv),
             o=self._pack(self._read(prefix, "self_attn.o_proj")),
-            post_norm=self._norm(f"{prefix}.{spec.mlp_norm}", spec.hidden),
+            post_norm=self._norm(f"{prefix}.{spec.norms[1]}", spec.hidden),
             mlp=mlp,
             sinks=sinks,
             window=spec.windows[number],
@@ -320,6 +324,12 @@ class _Loader:
 def has_rows(table: QuantTensor) -> bool:
     """Whether operators can look up rows of it. Of others (FP8, inputs in another order) a dense embedding is made."""
     return table.kind == "int" and table.perm is None
+
+
+def halves(spec: ModelSpec, heads: int) -> Tensor:
+    """Of outputs [heads * head_dim] whose neighbours rotate against each other those that then stand where halves do, int64."""
+    order, rotary = torch.arange(heads * spec.head_dim).view(heads, spec.head_dim), spec.rope.rotary_dim
+    return torch.cat([order[:, 0:rotary:2], order[:, 1:rotary:2], order[:, rotary:]], dim=1).flatten()
 
 
 def _select(part: Part, index: Tensor) -> Part:

@@ -109,7 +109,7 @@ class PlainLayer:
         x = self._norm(hidden, "input_layernorm")
         told("attention", x)
         hidden = hidden + self.attention(x, told)
-        x = self._norm(hidden, self.spec.mlp_norm)
+        x = self._norm(hidden, self.spec.norms[1])
         told("mlp", x)
         inner = self._inner(x)
         told("inner", inner)
@@ -120,7 +120,7 @@ class PlainLayer:
         heads = self._attention(*self._heads(x), told).transpose(1, 2).flatten(2)
         told("heads", heads)
         added = self._linear(heads, "self_attn.o_proj")
-        return self._norm(added, "post_attention_layernorm") if self.spec.post_norms else added
+        return self._norm(added, self.spec.norms[0]) if self.spec.norms[0] else added
 
     def mlp(self, x: Tensor) -> Tensor:
         """What the MLP adds [.., hidden] for the norm's outputs ``x`` [.., hidden]."""
@@ -128,7 +128,7 @@ class PlainLayer:
 
     def _down(self, inner: Tensor) -> Tensor:
         added = self._linear(inner, "mlp.down_proj")
-        return self._norm(added, "post_feedforward_layernorm") if self.spec.post_norms else added
+        return self._norm(added, self.spec.norms[2]) if self.spec.norms[2] else added
 
     def _inner(self, x: Tensor) -> Tensor:
         if self.spec.fused_gate_up:
@@ -171,10 +171,11 @@ class PlainLayer:
         return scores.float().masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
 
     def _rotated(self, x: Tensor) -> Tensor:
-        """[B, heads, T, head size]: the first rotary_dim features turned, halves against each other."""
+        """[B, heads, T, head size]: the first rotary_dim features turned, halves against each other, and then in that order."""
         cos, sin = self.cos_sin[: x.shape[2]].to(x.device).chunk(2, dim=-1)
         half = cos.shape[-1]
-        a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+        turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
+        a, b = (turned[..., 0::2], turned[..., 1::2]) if self.spec.interleaved else turned.chunk(2, dim=-1)
         return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:

@@ -84,7 +84,9 @@ class ModelSpec:
     local_rope: RopeSpec | None = None  # of layers that rotate otherwise than the others, or not at all
     local: tuple[bool, ...] = ()  # whether a layer is one of these
     norm_offset: float = 0.0  # added to the weights of norms
-    post_norms: bool = False  # what attention and the MLP add is normalized, too
+    norms: tuple[str, str, str] = ("", "post_attention_layernorm", "")
+    """Names: of what attention adds, before the MLP, of what the MLP adds; empty where there is none."""
+    interleaved: bool = False  # queries and keys are published such that neighbours rotate against each other, not halves
     gelu: bool = False  # gelu(gate) * up, in the approximation by tanh, instead of silu(gate) * up
     embedding_scale: float = 1.0
     rounded_scale: bool = False  # it is rounded to the type of the activations first
@@ -138,13 +140,14 @@ class ModelSpec:
             mlp_bias=_flag(kind.mlp_bias, fields),
             qk_norm=kind.qk_norm,
             fused_qkv=kind.fused_qkv,
-            fused_gate_up=kind.fused_qkv or kind.hybrid,
+            fused_gate_up=kind.fused_qkv or kind.fused_gate_up or kind.hybrid,
             mixture=_mixture(kind, fields) if kind.mixture else None,
             windows=seen,
             local_rope=ropes[1] if len(ropes) > 1 else None,
             local=still if any(still) else tuple(window is not None for window in seen),
             norm_offset=1.0 if kind.unit_norms else 0.0,
-            post_norms=kind.post_norms,
+            norms=kind.norms,
+            interleaved=kind.interleaved,
             gelu=kind.gelu,
             embedding_scale=hidden**0.5 if kind.scaled_embedding else by["embedding_multiplier"] / by["residual_multiplier"],
             rounded_scale=kind.scaled_embedding,
@@ -176,9 +179,9 @@ class ModelSpec:
         return self.rope if self.local_rope is None or not self.local[layer] else self.local_rope
 
     @property
-    def mlp_norm(self) -> str:
-        """The name of the norm before the MLP."""
-        return "pre_feedforward_layernorm" if self.post_norms else "post_attention_layernorm"
+    def post_norms(self) -> bool:
+        """Whether what attention and the MLP add is normalized, too."""
+        return bool(self.norms[0])
 
     def modules(self) -> list[ModuleShape]:
         """Embedding, every linear of every layer, and the head (absent where it is tied to the embedding)."""
@@ -212,8 +215,7 @@ class ModelSpec:
     def small_tensors(self) -> list[tuple[str, int]]:
         """Norm weights, and sinks: (name, number of values)."""
         found = [("model.norm.weight", self.hidden)]
-        names = ["input_layernorm", "post_attention_layernorm"]
-        names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] * self.post_norms
+        names = ["input_layernorm", *filter(None, self.norms)]
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}"
             found += [(f"{prefix}.{n}.weight", self.hidden) for n in names]

@@ -33,6 +33,9 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "seed-oss": {"kind": "SeedOss", "attention_out_bias": True},
     "smollm3": {"kind": "SmolLM3", "no_rope_layers": [0, 1]},
+    "glm": {"kind": "Glm", "head_dim": 12},
+    "glm4": {"kind": "Glm4", "head_dim": 12, "attention_bias": False},
+    "ernie4.5": {"kind": "Ernie4_5", "head_dim": 8, "use_bias": True},
     "ministral3": {
         "kind": "Ministral3",
         "rope_parameters": {

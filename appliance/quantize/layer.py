@@ -188,7 +188,7 @@ def _fold(layer: PlainLayer, inputs: str, scales: Tensor, published: torch.dtype
     """Divide what computes these inputs by ``scales``; returns by what they are divided exactly, as the parts are rounded."""
     spec = layer.spec
     if inputs in ("attention", "mlp"):
-        name = {"attention": "input_layernorm", "mlp": spec.mlp_norm}[inputs]
+        name = {"attention": "input_layernorm", "mlp": spec.norms[1]}[inputs]
         before = layer.norms[name] + spec.norm_offset
         largest = torch.finfo(published).max
         layer.norms[name] = (before / scales - spec.norm_offset).clamp(-largest, largest).to(published).float()

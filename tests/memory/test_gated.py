@@ -46,5 +46,5 @@ def test_norms_of_what_is_added(tmp_path: Path) -> None:
     config, scheme = read_scheme(CheckpointIndex.open(make_checkpoint(tmp_path, shape=shape, tokenizer=False)))
     spec = ModelSpec.from_config(config)
     layers, card = list(layer_weights(spec, scheme)), Machinery(ops="triton", dtype="float16", head_bits=None)
-    assert activation_bytes(replace(spec, post_norms=True), layers, card) == 2 * (4 * 1024 + 128) + 24
+    assert activation_bytes(replace(spec, norms=("a", "b", "c")), layers, card) == 2 * (4 * 1024 + 128) + 24
     assert activation_bytes(spec, layers, card) < 2 * (4 * 1024 + 128)

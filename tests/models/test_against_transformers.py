@@ -124,6 +124,14 @@ CASES = {
     ),
     "mixtral": case("MixtralForCausalLM", num_local_experts=5),
     "mixtral-one-window": case("MixtralForCausalLM", num_local_experts=3, num_experts_per_tok=1, sliding_window=12),
+    "glm": case("GlmForCausalLM", head_dim=16),
+    "glm-whole": case("GlmForCausalLM", head_dim=8, partial_rotary_factor=1.0, attention_bias=False, num_key_value_heads=3),
+    "glm4": case("Glm4ForCausalLM", head_dim=20, rope_parameters={"rope_theta": 900.0, "partial_rotary_factor": 0.4}),
+    "glm4-yarn": case(
+        "Glm4ForCausalLM", head_dim=16, rope_parameters={**ROPES["yarn"], "rope_theta": 900.0, "partial_rotary_factor": 0.5}
+    ),
+    "ernie4.5": case("Ernie4_5ForCausalLM"),
+    "ernie4.5-bias": case("Ernie4_5ForCausalLM", head_dim=20, use_bias=True, tie_word_embeddings=False),
     "gpt-oss": case("GptOssForCausalLM", **GPT_OSS, sliding_window=12),
     "gpt-oss-one": case(
         "GptOssForCausalLM",
