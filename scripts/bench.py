@@ -52,6 +52,7 @@ def main() -> int:
             model=str(resolve(args.model) if args.model else demo_model()),
             device=args.device,
             dtype=args.dtype,
+            quantization=args.quantization,
             threads=args.threads,
             max_model_len=args.max_model_len,
             kv_cache_memory_bytes=args.kv_cache_memory_bytes,
@@ -79,6 +80,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="a directory or a name on the hub; the embedded demo model when left out")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", help="int8 or int4 rounds an unquantized checkpoint while it is loaded")
     parser.add_argument("--threads", type=int, help="for every engine; default: the physical cores")
     parser.add_argument("--max-model-len", type=int, help="default: what the cases need")
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=2 * 1024**3)
