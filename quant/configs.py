@@ -26,8 +26,10 @@ AUTO_ROUND = {
 }  # fmt: skip
 """AutoRound's packings: the layout, and what is missing from its zero points. Until 0.4 some had the names of kernels."""
 WHOLE_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.\d+(\.[\w-]+)+")  # of a module of a layer: no pattern
-CT_FLOATS = {"nvfp4-pack-quantized": (4,), "mixed-precision": (4, 8)}
+CT_FLOATS = {"nvfp4-pack-quantized": (4,), "mxfp4-pack-quantized": (4,), "mixed-precision": (4, 8)}
 """Bits of floats in formats that hold others than 8."""
+FLOAT4 = {"tensor_group": NVFP4, "group": MXFP4}
+"""4-bit floats by their strategy; groups have one size in each."""
 CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense", *CT_FLOATS)
 
 
@@ -224,14 +226,15 @@ def _ct_scheme(group: Mapping[str, Any], stored: str, source: str) -> WeightSche
     implied = "tensor" if size is None else "channel" if size == -1 else "group"
     strategy = str(weights.get("strategy") or implied).lower()
     four = kind == "float" and bits == 4
-    values.choice(source, "weights.strategy", strategy, ("tensor_group",) if four else ("tensor", "channel", "group", "block"))
+    held = [name for name, scheme in FLOAT4.items() if stored.partition("-")[0] in (scheme.layout, "mixed")]
+    values.choice(source, "weights.strategy", strategy, tuple(held) if four else ("tensor", "channel", "group", "block"))
     order = values.choice(
         source, "weights.actorder", weights.get("actorder"), (None, False, True, "weight", "static", "group", "dynamic")
     )
     activation = _ct_activation(group.get("input_activations"), source)
     if four:
-        values.choice(source, "weights.group_size", size, (NVFP4.group_size,))
-        return NVFP4  # activations in 4 bits are left as they are
+        values.choice(source, "weights.group_size", size, (FLOAT4[strategy].group_size,))
+        return FLOAT4[strategy]  # activations, most in 4 bits, are left as they are
     layout = {"naive-quantized": f"{kind}-quantized", "mixed-precision": ""}.get(stored, stored)
     if not layout:  # as compressed-tensors infers it
         layout = "float-quantized" if kind == "float" else "int-quantized" if activation == "int8-token" else "pack-quantized"

@@ -113,8 +113,13 @@ def nvfp4(name: str, N: int, K: int, group: int) -> Tensors:
     }
 
 
+def mxfp4(name: str, N: int, K: int, group: int) -> Tensors:
+    """As llm-compressor writes it."""
+    return {f"{name}.weight_packed": ("U8", (N, K // 2)), f"{name}.weight_scale": ("U8", (N, K // group))}
+
+
 def modelopt(name: str, N: int, K: int, group: int) -> Tensors:
-    """The same as NVIDIA's ModelOpt writes it, with scales of an FP8 cache."""
+    """NVFP4 as NVIDIA's ModelOpt writes it, with scales of an FP8 cache."""
     found: Tensors = {
         f"{name}.weight": ("U8", (N, K // 2)),
         f"{name}.weight_scale": ("F8_E4M3", (N, K // group)),
@@ -149,12 +154,20 @@ VARIANTS: dict[str, tuple[Any, int, dict[str, Any] | None]] = {  # tensors of a 
     "ct-fp8": (fp8, 0, _compressed("float-quantized", 8, "float", "channel", None, "float")),
 }
 FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
-NVFP4: dict[str, tuple[Any, int, dict[str, Any] | None]] = {  # the same on a CPU alone
+MX4 = {**FLOAT4, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+FLOATS4: dict[str, tuple[Any, int, dict[str, Any] | None]] = {  # the same on a CPU alone
     "ct-nvfp4": (nvfp4, 16, {
         "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["lm_head", "re:.*mlp.gate$"],
         "config_groups": {"group_0": {
             "targets": ["Linear"], "weights": {**FLOAT4, "dynamic": False, "scale_dtype": "torch.float8_e4m3fn"},
             "input_activations": {**FLOAT4, "dynamic": "local"}, "format": "nvfp4-pack-quantized",
+        }},
+    }),
+    "ct-mxfp4": (mxfp4, 32, {
+        "quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "config_groups": {"group_0": {
+            "targets": ["Linear"], "weights": {**MX4, "dynamic": False}, "input_activations": {**MX4, "dynamic": True},
+            "format": "mxfp4-pack-quantized",
         }},
     }),
     "modelopt-nvfp4": (modelopt, 16, {
@@ -170,8 +183,8 @@ NVFP4: dict[str, tuple[Any, int, dict[str, Any] | None]] = {  # the same on a CP
 
 
 def write_published(directory: Path, config: dict[str, Any], variant: str) -> Path:
-    """The model of a config.json in one of VARIANTS or of NVFP4; embedding, head and norms stay in bfloat16."""
-    make, group, quantization = (VARIANTS | NVFP4)[variant]
+    """The model of a config.json in one of VARIANTS or of FLOATS4; embedding, head and norms stay in bfloat16."""
+    make, group, quantization = (VARIANTS | FLOATS4)[variant]
     hidden, vocab, layers = config["hidden_size"], config["vocab_size"], config["num_hidden_layers"]
     tensors: Tensors = {"model.embed_tokens.weight": ("BF16", (vocab, hidden)), "model.norm.weight": ("BF16", (hidden,))}
     if not config["tie_word_embeddings"]:
@@ -224,7 +237,7 @@ def fill(directory: Path, variant: str) -> Path:
     from safetensors.torch import save_file
 
     rng, index = torch.Generator().manual_seed(0), read_header(directory / "model.safetensors")
-    group, orders, tensors = (VARIANTS | NVFP4)[variant][1], {}, {}
+    group, orders, tensors = (VARIANTS | FLOATS4)[variant][1], {}, {}
     for name, info in index.items():
         if name.endswith("qzeros") and variant.startswith("gptq"):
             found = torch.full(info.shape, 0x77777777, dtype=torch.int32)
@@ -240,7 +253,7 @@ def fill(directory: Path, variant: str) -> Path:
             found = torch.randint(-(2**bits), 2**bits - 1, info.shape, generator=rng, dtype=torch.int64)
             found = found.to(torch.int32 if info.dtype == "I32" else torch.int8)
         elif info.dtype == "U8":
-            low, high = (119, 125) if name.endswith("scales") else (0, 256)
+            low, high = (119, 125) if name.endswith(("scales", "scale")) else (0, 256)
             found = torch.randint(low, high, info.shape, generator=rng, dtype=torch.uint8)
         elif info.dtype == "F8_E4M3" and name.endswith("scale"):
             found = (448 * torch.rand(info.shape, generator=rng) + 1).to(torch.float8_e4m3fn)

@@ -1,4 +1,4 @@
-"""Plans of NVFP4: what is planned is what is loaded, real models worked out by hand, and what is refused by name."""
+"""Plans of NVFP4 and of MXFP4: what is planned is what is loaded, real models worked out by hand, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models.spec import ModelSpec
 from quant.errors import CheckpointError, InputError
 from quant.headers import CheckpointIndex, read_header
 from quant.scheme import read_scheme
-from tests.memory.published import NVFP4, SMALL, fill, linears, write_headers, write_published
+from tests.memory.published import FLOATS4, SMALL, fill, linears, write_headers, write_published
 from tests.memory.test_planner import compare, kind  # noqa: F401
 
 GIB = 1 << 30
@@ -26,7 +26,7 @@ DENSE = {key: value for key, value in SMALL.items() if "expert" not in key and n
 DENSE |= {"architectures": ["Qwen3ForCausalLM"]}
 
 
-@pytest.mark.parametrize("variant", NVFP4)
+@pytest.mark.parametrize("variant", FLOATS4)
 @pytest.mark.parametrize("config", [DENSE, SMALL], ids=["qwen3", "qwen3-moe"])
 def test_what_is_planned_is_what_the_loader_holds(tmp_path: Path, config: dict[str, Any], variant: str, kind: str) -> None:  # noqa: F811
     folder = fill(write_published(tmp_path, config, variant), variant)
@@ -36,10 +36,10 @@ def test_what_is_planned_is_what_the_loader_holds(tmp_path: Path, config: dict[s
 
 
 @pytest.mark.realdata
-@pytest.mark.parametrize("variant", NVFP4)
+@pytest.mark.parametrize("variant", FLOATS4)
 @pytest.mark.parametrize("model", ["meta-llama--Meta-Llama-3.1-8B", "Qwen--Qwen3-30B-A3B"])
 def test_worked_out_by_hand(shared_data: Path, tmp_path: Path, model: str, variant: str) -> None:
-    """4.5 bits a weight and 4 bytes an output, in the files' way and in whole panels (no output of these is none of 64)."""
+    """4.5 bits a weight and 4 bytes an output, of MXFP4 4.25 and none, in the files' way and in whole panels (all are of 64)."""
     config = json.loads((shared_data / "configs" / f"{model}_config.json").read_text())
     config["num_hidden_layers"] = min(config["num_hidden_layers"], 32 if "Llama" in model else 3)  # of as many tensors, not more
     directory = write_published(tmp_path, config, variant)
@@ -49,20 +49,19 @@ def test_worked_out_by_hand(shared_data: Path, tmp_path: Path, model: str, varia
     sums = {"attention": 0, "mlp": 0, "experts": 0}
     for name, (N, K) in linears(config).items():
         part = "attention" if "attn" in name else "experts" if "experts." in name else "mlp"
-        sums[part] += 0 if name.endswith(".gate") else N * K * 9 // 16 + 4 * N
+        size = N * K * 17 // 32 if variant == "ct-mxfp4" else N * K * 9 // 16 + 4 * N
+        sums[part] += 0 if name.endswith(".gate") else size
     assert {part: weights.get(part, 0) for part in sums} == {part: layers * size for part, size in sums.items()}
     plan = make_plan(directory, EngineConfig(max_model_len=4096), DeviceInfo("cpu", "machine", 64 * GIB, 60 * GIB))
     assert plan.load_peak < plan.runtime + plan.weight_bytes + 2.5 * GIB
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_cards_refuse_it_by_name(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "variant"), [("auto", "ct-nvfp4"), ("float32", "ct-nvfp4"), ("auto", "ct-mxfp4")])
+def test_cards_refuse_it_by_name(tmp_path: Path, dtype: str, variant: str) -> None:
     card = DeviceInfo("cuda", "card", 80 * GIB, 80 * GIB, 90)
-    words = (
-        r"q_proj: cards have no kernel for 4-bit floats \(NVFP4\): --device cpu serves them; of its other versions, AWQ, GPTQ and"
-    )
+    words = rf"q_proj: cards have no kernel for 4-bit floats \({variant[3:].upper()}\): --device cpu serves them; of its other v"
     with pytest.raises(InputError, match=words):
-        make_plan(write_published(tmp_path, DENSE, "ct-nvfp4"), EngineConfig(dtype=dtype), card)
+        make_plan(write_published(tmp_path, DENSE, variant), EngineConfig(dtype=dtype), card)
 
 
 @pytest.mark.parametrize(

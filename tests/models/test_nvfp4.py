@@ -1,4 +1,7 @@
-"""NVFP4 of both tools on every kind of operators: against the same weights, dequantized by the formula and stored in float32."""
+"""NVFP4 of both tools and MXFP4 of llm-compressor on every kind of operators.
+
+Against the same weights, dequantized by the formula and stored in float32.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ def dequantized(folder: Path, to: Path) -> Path:
     tensors, made = load_file(folder / "model.safetensors"), {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
-        if tensor.dtype == torch.uint8:
+        if kind == "weight_packed" and f"{module}.weight_global_scale" not in tensors:
+            scale = 2.0 ** (tensors[f"{module}.weight_scale"].double() - 127)
+            made[f"{module}.weight"] = (codes(tensor) * scale.repeat_interleave(32, dim=1)).float()
+        elif tensor.dtype == torch.uint8 and kind != "weight_scale":
             scale = tensors[f"{module}.weight_scale"].double()
             whole = 1 / tensors[f"{module}.weight_global_scale"].double() if kind == "weight_packed" else 0
             scale = scale * (tensors[f"{module}.weight_scale_2"].double() if kind == "weight" else whole)
@@ -42,10 +48,13 @@ def dequantized(folder: Path, to: Path) -> Path:
     return to
 
 
-@pytest.fixture(scope="module", params=[("qwen3", "modelopt-nvfp4"), ("qwen3-moe", "ct-nvfp4")], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[("qwen3", "modelopt-nvfp4"), ("qwen3-moe", "ct-nvfp4"), ("qwen3-moe", "ct-mxfp4")], ids="-".join
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     """A checkpoint, and the logits of its weights in float32."""
-    folder, (name, variant) = tmp_path_factory.mktemp("nvfp4"), request.param
+    name, variant = request.param
+    folder = tmp_path_factory.mktemp(variant)
     livelier(fill(write_published(folder / "as-published", DENSE if name == "qwen3" else SMALL, variant), variant))
     dense = load(dequantized(folder / "as-published", folder / "dense"), get_ops("cpu", reference=True), torch.float32)
     return folder / "as-published", feed(dense, IDS, [len(IDS)])
@@ -70,7 +79,7 @@ def test_in_bfloat16(pair: tuple[Path, torch.Tensor], ops: Ops, activation: str)
     """A token whose experts differ by a rounding is off by more: in the mean it is little."""
     folder, expected = pair
     off = (feed(load(folder, ops, torch.bfloat16, activation), IDS, [31, 8, 1]) - expected).abs() / expected.std()
-    assert off.mean() < (0.02 if activation == "bf16" else 0.025)
+    assert off.mean() < (0.02 if activation == "bf16" else 0.025 if "nvfp4" in str(folder) else 0.035)
 
 
 @pytest.mark.parametrize(("algorithm", "largest"), [("FP8", 448.0), ("NVFP4", 6 * 448.0)])

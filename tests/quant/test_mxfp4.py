@@ -1,4 +1,7 @@
-"""MXFP4 as gpt-oss publishes it: what is stacked comes apart expert by expert, values are exact, the rest is refused."""
+"""MXFP4 as gpt-oss publishes it: what is stacked comes apart expert by expert, values are exact, the rest is refused.
+
+That of llm-compressor is held to its own dequantizer in tests/quant/test_oracles.py.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from quant.headers import CheckpointIndex, read_header
 from quant.rules import MXFP4
 from quant.scheme import QuantScheme
 from quant.tensor import QuantTensor
-from tests.memory.published import GPT_OSS, fill, write_gpt_oss
+from tests.memory.published import FLOATS4, GPT_OSS, fill, write_gpt_oss
+from tests.quant.writers import MODULE, load, save
 
 EXPERTS = "model.layers.1.mlp.experts"
 VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -114,3 +118,29 @@ def test_shapes_that_do_not_agree(folder: Path) -> None:
         pytest.raises(CheckpointError, match=r"found a weight .* of \[96, 160\], .* \[96, 192\]"),
     ):
         checkpoint.weight(f"{EXPERTS}.0.down_proj", expect=(96, 192))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"weight_packed": torch.zeros(8, 24, dtype=torch.uint8)}, r"found U8\[8, 24\], 48 inputs, which are not whole"),
+        ({"weight_scale": torch.full((8, 3), 120, dtype=torch.uint8)}, r"scale: found U8\[8, 3\], expected U8/F8_E8M0\[8, 2\]"),
+        ({"weight_scale": torch.full((8, 2), 254, dtype=torch.uint8)}, r"weight_scale: found 254, expected at most 252: .* dam"),
+        ({"weight_scale": torch.zeros(8, 2, dtype=torch.uint8)}, r"scale: found 0 \(2\^-127\) beside weights that are not 0"),
+        ({"weight_scale": None}, r"weight_scale: the tensor is missing"),
+        ({}, ""),
+    ],
+)  # fmt: skip
+def test_what_is_damaged_of_llm_compressor(tmp_path: Path, tensors: dict[str, torch.Tensor | None], words: str) -> None:
+    whole = {"weight_packed": torch.full((8, 32), 0x91, dtype=torch.uint8), "input_global_scale": torch.ones(1)}
+    whole |= {"weight_scale": torch.full((8, 2), 128, dtype=torch.uint8)}
+    found = {name: tensor for name, tensor in (whole | tensors).items() if tensor is not None}
+    save(tmp_path, found, FLOATS4["ct-mxfp4"][2])
+    if words:
+        with pytest.raises(CheckpointError, match=words):
+            load(tmp_path)
+        return
+    assert load(tmp_path).dequantize().tolist() == [[1.0, -1.0] * 32] * 8
+    with Checkpoint.open(tmp_path) as checkpoint:
+        checkpoint.weight(MODULE, (8, 64))
+        assert checkpoint.leftover() == [] and checkpoint.scheme.for_module(MODULE) == MXFP4

@@ -12,14 +12,15 @@ import torch
 from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError
 from quant.headers import CheckpointIndex
-from quant.rules import DENSE, NVFP4
+from quant.rules import DENSE, MXFP4, NVFP4
 from quant.scheme import QuantScheme, load_configs, read_scheme
 from quant.tensor import QuantTensor
 from tests.memory import published
 from tests.quant.writers import MODULE, ct_config, load, save
 
-CT, MODELOPT = (published.NVFP4[name][2] for name in ("ct-nvfp4", "modelopt-nvfp4"))
-FLOAT4, LAYOUT = published.FLOAT4, "nvfp4-pack-quantized"
+CT, MODELOPT = (published.FLOATS4[name][2] for name in ("ct-nvfp4", "modelopt-nvfp4"))
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+FLOAT4, MX4, LAYOUT = published.FLOAT4, published.MX4, "nvfp4-pack-quantized"
 VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 Q, GATE = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.gate"
 
@@ -125,6 +126,7 @@ def test_settings() -> None:
         scheme = QuantScheme.from_config({"quantization_config": quantization})
         assert scheme.for_module(Q) == NVFP4 and (NVFP4.bits, NVFP4.group_size, NVFP4.activation) == (4, 16, None)
         assert scheme.for_module(GATE) == scheme.for_module("lm_head") == scheme.for_module("model.embed_tokens") == DENSE
+    assert QuantScheme.from_config({"quantization_config": published.FLOATS4["ct-mxfp4"][2]}).for_module(Q) == MXFP4
     mixed = json.loads(json.dumps(CT))
     mixed["format"] = "mixed-precision"
     eight = {
@@ -133,8 +135,10 @@ def test_settings() -> None:
         "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
     }
     mixed["config_groups"]["group_1"] = eight
+    mixed["config_groups"]["group_2"] = {"targets": ["re:.*down_proj"], "weights": MX4, "format": "mxfp4-pack-quantized"}
     scheme = QuantScheme.from_config({"quantization_config": mixed})
     assert (scheme.for_module(Q).layout, scheme.for_module(GATE.replace("gate", "up_proj"))) == ("float-quantized", NVFP4)
+    assert scheme.for_module(GATE.replace("gate", "down_proj")) == MXFP4
 
 
 def test_settings_beside_config_json(tmp_path: Path) -> None:
@@ -173,9 +177,13 @@ def test_tensors_without_settings(tmp_path: Path) -> None:
     ("config", "words"),
     [
         (ct_config({**FLOAT4, "group_size": 32}, LAYOUT), "weights.group_size 32 is not supported; one of 16"),
-        (ct_config({**FLOAT4, "strategy": "group"}, LAYOUT), "'group' is not supported; one of tensor_group"),
+        (ct_config({**FLOAT4, "strategy": "group"}, LAYOUT), "'group' is not supported; one of tensor_group is"),
         (ct_config({**FLOAT4, "num_bits": 8}, LAYOUT), "num_bits 8 is not supported; one of 4 is"),
-        (ct_config(FLOAT4, "mxfp4-pack-quantized"), "format 'mxfp4-pack-quantized' is not supported"),
+        (ct_config(FLOAT4, "mxfp4-pack-quantized"), "weights.strategy 'tensor_group' is not supported; one of group is"),
+        (ct_config({**MX4, "group_size": 16}, "mxfp4-pack-quantized"), "weights.group_size 16 is not supported; one of 32"),
+        (ct_config({**MX4, "group_size": 16}, "mixed-precision"), "weights.group_size 16 is not supported; one of 32"),
+        (ct_config({**FLOAT4, "strategy": "channel"}, "mixed-precision"), "'channel' is not supported; one of tensor_group, gr"),
+        (ct_config(INT4, "mxfp4-pack-quantized"), "format 'mxfp4-pack-quantized' does not hold weights of type 'int'"),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo 'FP8' is not supported; one of NVFP4, W4A16_NVFP4 is"),
         ({"quant_method": "modelopt"}, "quant_algo 'NONE' is not supported"),
         ({**MODELOPT, "group_size": 32}, "group_size 32 is not supported; one of 16 is"),

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.memory.published import NVFP4
+from tests.memory.published import FLOATS4
 from tests.quant.writers import ct_config, load, save
 
 AWQ = {"quant_method": "awq", "bits": 4}
@@ -113,7 +113,26 @@ def test_compressed_tensors_nvfp4(tmp_path: Path) -> None:
     scale = (torch.rand(96, 10) * 448).to(torch.float8_e4m3fn).float() + 0.01
     state = {"weight": torch.randn(96, 160) / 4, "weight_scale": scale, "weight_global_scale": torch.tensor([3127.3])}
     packed = packer.compress(state, scheme)
-    save(tmp_path, {name: tensor.contiguous() for name, tensor in packed.items()}, NVFP4["ct-nvfp4"][2])
+    save(tmp_path, {name: tensor.contiguous() for name, tensor in packed.items()}, FLOATS4["ct-nvfp4"][2])
     expected, found = packer.decompress(packed, scheme)["weight"], load(tmp_path, (96, 160)).dequantize(torch.bfloat16)
     assert expected.dtype == torch.bfloat16 and expected.count_nonzero() > 10000
     assert (found != expected).float().mean() < 1e-3 and bool(((found - expected).abs() <= expected.abs() / 128).all())
+
+
+def test_compressed_tensors_mxfp4(tmp_path: Path) -> None:
+    """To the bit: bfloat16 holds a code times a power of two. Weights of very different sizes, and a group that is all zeros."""
+    compressors = pytest.importorskip("compressed_tensors.compressors", exc_type=ImportError)
+    schemes = pytest.importorskip("compressed_tensors.quantization.quant_scheme", exc_type=ImportError)
+    qparams = pytest.importorskip("compressed_tensors.quantization.utils", exc_type=ImportError)
+    if not hasattr(compressors.BaseCompressor, "decompress") or not hasattr(schemes, "MXFP4"):
+        pytest.skip("this version of compressed-tensors has another interface")
+    torch.manual_seed(5)
+    scheme = schemes.preset_name_to_scheme("MXFP4", ["Linear"])
+    packer = compressors.BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")
+    groups = torch.randn(96, 5, 32) * 2.0 ** torch.randint(-100, 100, (96, 5, 1))
+    groups[7, 3] = 0
+    scale, _ = qparams.calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+    packed = packer.compress({"weight": groups.flatten(1), "weight_scale": scale}, scheme)
+    save(tmp_path, {name: tensor.contiguous() for name, tensor in packed.items()}, FLOATS4["ct-mxfp4"][2])
+    expected, found = packer.decompress(packed, scheme)["weight"], load(tmp_path, (96, 160)).dequantize(torch.bfloat16)
+    assert expected.dtype == torch.bfloat16 and expected.count_nonzero() > 10000 and torch.equal(found, expected)
