@@ -12,7 +12,7 @@ from dataclasses import replace
 from fnmatch import translate
 from typing import Any
 
-from quant import values
+from quant import compressed, values
 from quant.errors import CheckpointError
 from quant.rules import DENSE, MXFP4, NVFP4, Rule, Settings, WeightScheme
 
@@ -25,12 +25,12 @@ AUTO_ROUND = {
     "auto_gptq": ("gptq", 1), "gptq": ("gptq", 1), "auto": ("gptq", 1), "auto_awq": ("awq-gemm", 0), "awq": ("awq-gemm", 0),
 }  # fmt: skip
 """AutoRound's packings: the layout, and what is missing from its zero points. Until 0.4 some had the names of kernels."""
+MODELOPT = {
+    "NVFP4": NVFP4, "W4A16_NVFP4": NVFP4, "FP8": WeightScheme("float-quantized", 8, activation="fp8-tensor"),
+    "FP8_PER_CHANNEL_PER_TOKEN": WeightScheme("float-quantized", 8, activation="fp8-token"),
+    "FP8_PB_WO": WeightScheme("fp8-block", 8, 128, block=(128, 128)),
+}  # fmt: skip
 WHOLE_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.\d+(\.[\w-]+)+")  # of a module of a layer: no pattern
-CT_FLOATS = {"nvfp4-pack-quantized": (4,), "mxfp4-pack-quantized": (4,), "mixed-precision": (4, 8)}
-"""Bits of floats in formats that hold others than 8."""
-FLOAT4 = {"tensor_group": NVFP4, "group": MXFP4}
-"""4-bit floats by their strategy; groups have one size in each."""
-CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense", *CT_FLOATS)
 
 
 def parse(config: Mapping[str, Any], source: str) -> Settings:
@@ -48,7 +48,7 @@ def parse(config: Mapping[str, Any], source: str) -> Settings:
     if method.removeprefix("intel/").replace("_", "-").partition(":")[0] == "auto-round":
         return _auto_round(config, source)
     if method in ("compressed-tensors", "compressed_tensors"):
-        return _compressed_tensors(config, source)
+        return compressed.parse(config, source)
     if method in ("fp8", "fbgemm_fp8"):
         return _fp8(config, source, method)
     if method == "mxfp4":
@@ -178,94 +178,6 @@ def _auto_round_scheme(config: Mapping[str, Any], source: str) -> WeightScheme:
     )
 
 
-def _compressed_tensors(config: Mapping[str, Any], source: str) -> Settings:
-    """compressed-tensors: ``ignore`` first, then targets from the most exact kind to the least: name, regex, class."""
-    stored = str(config.get("format") or "dense")
-    if stored == "fakequant":
-        stored = "dense"
-    values.choice(source, "format", stored, CT_FORMATS)
-    transform = config.get("transform_config") or {}
-    if isinstance(transform, Mapping) and transform.get("config_groups"):
-        raise CheckpointError(f"{source}: transform_config is not supported: it needs activations rotated at run time")
-    sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
-    values.choice(source, "sparsity_config format", sparsity, ("dense",))
-    rules = [_target(source, "ignore", name, DENSE) for name in values.names(source, config, "ignore")]
-    groups = config.get("config_groups")
-    if not isinstance(groups, Mapping):
-        raise CheckpointError(f"{source}: config_groups is {groups!r}, expected an object of groups")
-    targets: list[Rule] = []
-    for name, group in groups.items():
-        if not isinstance(group, Mapping):
-            raise CheckpointError(f"{source}: group {name!r} is {group!r}; presets must be written out as weights and targets")
-        scheme = _ct_scheme(group, stored, f"{source}, {name}")
-        targets += [_target(source, "targets", target, scheme) for target in values.names(source, group, "targets")]
-    order = ("name", "regex", "class")
-    return Settings("compressed-tensors", (*rules, *sorted(targets, key=lambda rule: order.index(rule.kind))), DENSE, source)
-
-
-def _target(source: str, key: str, target: str, scheme: WeightScheme) -> Rule:
-    if target.startswith("re:"):
-        return Rule("regex", values.regex(source, key, target[3:]), scheme)
-    return Rule("class" if target[:1].isupper() and "." not in target else "name", target, scheme)
-
-
-def _ct_scheme(group: Mapping[str, Any], stored: str, source: str) -> WeightScheme:
-    weights = group.get("weights")
-    stored = str(group.get("format") or stored)
-    values.choice(source, "format", stored, CT_FORMATS)
-    if weights is None or stored == "dense":
-        return DENSE
-    kind = values.choice(source, "weights.type", str(weights.get("type", "int")).lower(), ("int", "float"))
-    widths = CT_FLOATS.get(stored, (8,)) if kind == "float" else (2, 3, 4, 5, 6, 7, 8)
-    bits = values.choice(source, "weights.num_bits", weights.get("num_bits", 8), widths)
-    if weights.get("dynamic"):
-        raise CheckpointError(
-            f"{source}: weights.dynamic {weights['dynamic']!r} is not supported; weights are quantized beforehand"
-        )
-    size = weights.get("group_size")
-    implied = "tensor" if size is None else "channel" if size == -1 else "group"
-    strategy = str(weights.get("strategy") or implied).lower()
-    four = kind == "float" and bits == 4
-    held = [name for name, scheme in FLOAT4.items() if stored.partition("-")[0] in (scheme.layout, "mixed")]
-    values.choice(source, "weights.strategy", strategy, tuple(held) if four else ("tensor", "channel", "group", "block"))
-    order = values.choice(
-        source, "weights.actorder", weights.get("actorder"), (None, False, True, "weight", "static", "group", "dynamic")
-    )
-    activation = _ct_activation(group.get("input_activations"), source)
-    if four:
-        values.choice(source, "weights.group_size", size, (FLOAT4[strategy].group_size,))
-        return FLOAT4[strategy]  # activations, most in 4 bits, are left as they are
-    layout = {"naive-quantized": f"{kind}-quantized", "mixed-precision": ""}.get(stored, stored)
-    if not layout:  # as compressed-tensors infers it
-        layout = "float-quantized" if kind == "float" else "int-quantized" if activation == "int8-token" else "pack-quantized"
-    if (layout == "float-quantized") != (kind == "float") or layout in CT_FLOATS:
-        raise CheckpointError(f"{source}: format {stored!r} does not hold weights of type {kind!r}")
-    block = None
-    if strategy == "block":
-        block = values.block(source, "weights.block_structure", weights.get("block_structure"))
-    return WeightScheme(
-        layout,
-        bits,
-        block[1] if block else values.group_size(source, weights, ("group_size",), -1) if strategy == "group" else -1,
-        symmetric=bool(weights.get("symmetric", True)),
-        act_order=order in (True, "group", "dynamic"),
-        activation=None if block else activation,
-        block=block,
-    )
-
-
-def _ct_activation(args: Mapping[str, Any] | None, source: str) -> str | None:
-    """The 8-bit kinds by name; other run-time roundings (4 bits, groups) are left out, which only adds precision."""
-    if args is None:
-        return None
-    kind = values.choice(source, "input_activations.type", str(args.get("type", "int")).lower(), ("int", "float"))
-    strategy = str(args.get("strategy") or "tensor").lower()
-    values.choice(source, "input_activations.strategy", strategy, ("token", "tensor", "group", "tensor_group", "channel"))
-    if args.get("num_bits", 8) != 8 or strategy not in ("token", "tensor"):
-        return None
-    return f"{'fp8' if kind == 'float' else 'int8'}-{'token' if args.get('dynamic') else 'tensor'}"
-
-
 def _fp8(config: Mapping[str, Any], source: str, method: str) -> Settings:
     """FP8 as DeepSeek and Qwen publish it (scales per block), AutoFP8 (one per weight) and fbgemm (one per output)."""
     values.choice(source, "fmt", str(config.get("fmt") or "e4m3").lower(), ("e4m3", "float8_e4m3fn"))
@@ -289,7 +201,8 @@ def _modelopt(config: Mapping[str, Any], source: str) -> Settings:
 
     Activations that are rounded to 4 bits there are left as they are, which only adds precision.
     """
-    values.choice(source, "quant_algo", str(config.get("quant_algo") or "none").upper(), ("NVFP4", "W4A16_NVFP4"))
-    values.choice(source, "group_size", config.get("group_size") or NVFP4.group_size, (NVFP4.group_size,))
+    scheme = MODELOPT[values.choice(source, "quant_algo", str(config.get("quant_algo") or "none").upper(), MODELOPT)]
+    if scheme == NVFP4:
+        values.choice(source, "group_size", config.get("group_size") or NVFP4.group_size, (NVFP4.group_size,))
     names = [name for key in ("ignore", "exclude_modules") for name in values.names(source, config, key)]
-    return Settings("modelopt", tuple(Rule("regex", translate(name), DENSE) for name in names), NVFP4, source)
+    return Settings("modelopt", tuple(Rule("regex", translate(name), DENSE) for name in names), scheme, source)

@@ -26,6 +26,8 @@ def load(source: Source, name: str, scheme: WeightScheme, expect: tuple[int, int
     scale = source.take(full, dtypes=SCALES)
     if scale.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         scale = scale.float()  # e8m0: a power of two
+    if scheme.block and scale.dim() == 4:  # as ModelOpt reduced the weight: [blocks, 1, blocks, 1]
+        scale = scale.flatten(2).flatten(0, 1)
     scales, size = expand_scales(full, scale, scheme, N, K)
     tensor = QuantTensor(weight, scales, None, None, 8, size, K, N, scheme.activation)
     tensor.check()

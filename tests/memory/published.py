@@ -126,8 +126,26 @@ def modelopt(name: str, N: int, K: int, group: int) -> Tensors:
         f"{name}.weight_scale_2": ("F32", ()),
         f"{name}.input_scale": ("F32", ()),
     }
+    return found | cache_scale(name)
+
+
+def modelopt_fp8(name: str, N: int, K: int, group: int) -> Tensors:
+    """One scale a weight, as ModelOpt 0.47 wrote it."""
+    scales = {f"{name}.{kind}_scale": ("F32", ()) for kind in ("weight", "input")}
+    return {f"{name}.weight": ("F8_E4M3", (N, K))} | scales | cache_scale(name)
+
+
+def modelopt_channels(name: str, N: int, K: int, group: int) -> Tensors:
+    return {f"{name}.weight": ("F8_E4M3", (N, K)), f"{name}.weight_scale": ("F32", (N,))} | cache_scale(name)
+
+
+def modelopt_blocks(name: str, N: int, K: int, group: int) -> Tensors:
+    return {f"{name}.weight": ("F8_E4M3", (N, K)), f"{name}.weight_scale": ("F32", (-(-N // 128), 1, -(-K // 128), 1))}
+
+
+def cache_scale(name: str) -> Tensors:
     part = name.rpartition(".")[2][0]
-    return found | ({f"{name}.{part}_scale": ("F32", ())} if name.endswith(("k_proj", "v_proj")) else {})
+    return {f"{name}.{part}_scale": ("F32", ())} if name.endswith(("k_proj", "v_proj")) else {}
 
 
 def dense(name: str, N: int, K: int, group: int) -> Tensors:
@@ -180,11 +198,22 @@ FLOATS4: dict[str, tuple[Any, int, dict[str, Any] | None]] = {  # the same on a 
         }},
     }),
 }  # fmt: skip
+MODELOPT: dict[str, tuple[Any, int, dict[str, Any] | None]] = {
+    name: (make, 0, {
+        "quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head", "model.layers.*.mlp.gate"],
+        "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+        "producer": {"name": "modelopt", "version": "0.47.0"},
+    })
+    for name, make, algorithm in (
+        ("modelopt-fp8", modelopt_fp8, "FP8"), ("modelopt-fp8-channels", modelopt_channels, "FP8_PER_CHANNEL_PER_TOKEN"),
+        ("modelopt-fp8-blocks", modelopt_blocks, "fp8_pb_wo"),
+    )
+}  # fmt: skip
 
 
 def write_published(directory: Path, config: dict[str, Any], variant: str) -> Path:
-    """The model of a config.json in one of VARIANTS or of FLOATS4; embedding, head and norms stay in bfloat16."""
-    make, group, quantization = (VARIANTS | FLOATS4)[variant]
+    """The model of a config.json in one of VARIANTS, FLOATS4 or MODELOPT; embedding, head and norms stay in bfloat16."""
+    make, group, quantization = (VARIANTS | FLOATS4 | MODELOPT)[variant]
     hidden, vocab, layers = config["hidden_size"], config["vocab_size"], config["num_hidden_layers"]
     tensors: Tensors = {"model.embed_tokens.weight": ("BF16", (vocab, hidden)), "model.norm.weight": ("BF16", (hidden,))}
     if not config["tie_word_embeddings"]:
@@ -237,7 +266,7 @@ def fill(directory: Path, variant: str) -> Path:
     from safetensors.torch import save_file
 
     rng, index = torch.Generator().manual_seed(0), read_header(directory / "model.safetensors")
-    group, orders, tensors = (VARIANTS | FLOATS4)[variant][1], {}, {}
+    group, orders, tensors = (VARIANTS | FLOATS4 | MODELOPT)[variant][1], {}, {}
     for name, info in index.items():
         if name.endswith("qzeros") and variant.startswith("gptq"):
             found = torch.full(info.shape, 0x77777777, dtype=torch.int32)

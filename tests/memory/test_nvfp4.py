@@ -1,4 +1,4 @@
-"""Plans of NVFP4 and of MXFP4: what is planned is what is loaded, real models worked out by hand, and what is refused by name."""
+"""Plans of NVFP4, MXFP4 and what else ModelOpt writes: planned is what is loaded, by hand for real models, refused by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models.spec import ModelSpec
 from quant.errors import CheckpointError, InputError
 from quant.headers import CheckpointIndex, read_header
 from quant.scheme import read_scheme
-from tests.memory.published import FLOATS4, SMALL, fill, linears, write_headers, write_published
+from tests.memory.published import FLOATS4, MODELOPT, SMALL, fill, linears, write_headers, write_published
 from tests.memory.test_planner import compare, kind  # noqa: F401
 
 GIB = 1 << 30
@@ -26,7 +26,7 @@ DENSE = {key: value for key, value in SMALL.items() if "expert" not in key and n
 DENSE |= {"architectures": ["Qwen3ForCausalLM"]}
 
 
-@pytest.mark.parametrize("variant", FLOATS4)
+@pytest.mark.parametrize("variant", [*FLOATS4, *MODELOPT])
 @pytest.mark.parametrize("config", [DENSE, SMALL], ids=["qwen3", "qwen3-moe"])
 def test_what_is_planned_is_what_the_loader_holds(tmp_path: Path, config: dict[str, Any], variant: str, kind: str) -> None:  # noqa: F811
     folder = fill(write_published(tmp_path, config, variant), variant)

@@ -184,7 +184,7 @@ def test_tensors_without_settings(tmp_path: Path) -> None:
         (ct_config({**MX4, "group_size": 16}, "mixed-precision"), "weights.group_size 16 is not supported; one of 32"),
         (ct_config({**FLOAT4, "strategy": "channel"}, "mixed-precision"), "'channel' is not supported; one of tensor_group, gr"),
         (ct_config(INT4, "mxfp4-pack-quantized"), "format 'mxfp4-pack-quantized' does not hold weights of type 'int'"),
-        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo 'FP8' is not supported; one of NVFP4, W4A16_NVFP4 is"),
+        ({"quant_method": "modelopt", "quant_algo": "W8A16"}, "'W8A16' is not supported; one of NVFP4, W4A16_NVFP4, FP8, FP8"),
         ({"quant_method": "modelopt"}, "quant_algo 'NONE' is not supported"),
         ({**MODELOPT, "group_size": 32}, "group_size 32 is not supported; one of 16 is"),
         ({**MODELOPT, "ignore": "lm_head"}, "ignore is 'lm_head', expected a list of module names"),
