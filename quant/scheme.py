@@ -33,6 +33,7 @@ BESIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Of AutoGPTQ and GPTQModel, of early versions of AutoAWQ, and of ModelOpt."""
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 FLOATS = ("F16", "BF16", "F32", "F64")
+TIED = [["Mistral3ForConditionalGeneration"], ["Gemma3ForConditionalGeneration"]]
 IN_LAYER = re.compile(r"(^|\.)\d+(\.|$)")
 ROUTERS = ("gate", "router")  # of mixtures: small, and what they choose should be what the model chose
 
@@ -179,10 +180,15 @@ def read_scheme(index: CheckpointIndex, quantization: str | None = None) -> tupl
 
 
 def _as_stored(config: dict[str, Any], index: CheckpointIndex) -> dict[str, Any]:
-    """transformers 5 calls every Mistral3 that it saves tied: where the text part says otherwise and has a head, it is not."""
-    text, key = config.get("text_config"), "tie_word_embeddings"
-    apart = isinstance(text, Mapping) and text.get(key) is False and any(name.startswith("lm_head.") for name in index.tensors)
-    return {**config, key: False} if apart else config
+    """With what transformers takes for said of heads: the classes TIED are, unless text part and tensors both say otherwise.
+
+    So they are in all that it saves, whatever the checkpoint was.
+    """
+    text, key, head = config.get("text_config"), "tie_word_embeddings", any(name.startswith("lm_head.") for name in index.tensors)
+    if isinstance(text, Mapping) and text.get(key) is False and head:
+        return {**config, key: False}
+    unsaid = config.get(key) is None and config.get("architectures") in TIED
+    return {**config, key: True} if unsaid and not head else config
 
 
 def _section(config: Mapping[str, Any], quantize_config: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -16,6 +20,8 @@ from models.rope import _frequencies
 from models.rope_spec import read_rope
 from models.spec import ARCHITECTURES, ModelSpec
 from quant.errors import InputError
+from quant.headers import CheckpointIndex
+from quant.scheme import read_scheme
 
 MODEL_TYPES = {
     "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Ministral3ForCausalLM": "ministral3",
@@ -54,6 +60,29 @@ def test_windows_that_no_key_states_are_those_of_transformers(name: str) -> None
     expected = tuple(window if one == "sliding_attention" else None for one in types)
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind.mixture else {}
     assert ModelSpec.from_config({**config, **experts, "architectures": [name]}).windows == expected
+
+
+@pytest.mark.parametrize("text", [None, False, True])
+@pytest.mark.parametrize(
+    "name", ["Mistral3", "Llava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Gemma3", "Llama", "SmolLM3", "Gemma2"]
+)
+def test_models_without_a_head_are_tied_where_transformers_ties_them(tmp_path: Path, name: str, text: bool | None) -> None:
+    """Nothing is said of the whole: every class has a rule of its own for what its text part says, or does not.
+
+    Qwen3-VL's passes over a text part that says so, and has no head then: here it is tied.
+    """
+    whole = name in ("Mistral3", "Llava", "Gemma3") or name.endswith("VL")
+    architecture = f"{name}For{'ConditionalGeneration' if whole else 'CausalLM'}"
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    said = {} if text is None else {"tie_word_embeddings": text}
+    part = {**dict.fromkeys(sizes, 8), "max_position_embeddings": 8, "vocab_size": 8, "pad_token_id": 0, **said}
+    part |= {"model_type": "mistral"} if name in ("Mistral3", "Llava") else {}
+    config = {"text_config": part} if whole else part
+    save_file({"language_model.model.norm.weight": torch.zeros(4)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
+    theirs = AutoConfig.for_model(MODEL_TYPES[architecture], **copy.deepcopy(config))
+    ours = ModelSpec.from_config(read_scheme(CheckpointIndex.open(tmp_path))[0])
+    assert ours.tie_embeddings is (theirs.tie_word_embeddings or (name, text) == ("Qwen3VL", True))
 
 
 ODD = (0, -1, math.nan, math.inf, 1e-40, 1e300, "2", True, [1])
