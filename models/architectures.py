@@ -50,6 +50,7 @@ class Architecture:
     soft_caps: tuple[str, ...] = ()  # the keys of those that it has
     partial_rotation: bool = False  # partial_rotary_factor says how much of a head rotates
     interleaved: bool = False  # neighbours in a head are rotated against each other, not its halves
+    yarn: str = "yarn"  # the rope type that it calls so
     local_rope: bool = False  # layers with a window rotate otherwise than the others
     float16: bool = True  # whether its activations stay within what float16 holds; Granite's are kept larger, see models/spec.py
     unrotated: bool = False  # every no_rope_layer_interval-th layer rotates nothing, or those with a 0 in no_rope_layers
@@ -162,7 +163,7 @@ ARCHITECTURES = {
     ),
     "Phi3ForCausalLM": Architecture(
         qkv_bias=False, o_bias=False, fused_qkv=True, window="all", eps=1e-5, max_position=4096, partial_rotation=True,
-        defaults={"original_max_position_embeddings": 4096},
+        yarn="longrope", defaults={"original_max_position_embeddings": 4096},
     ),
     "Qwen3MoeForCausalLM": Architecture(qk_norm=True, window="switched", default_window=4096, max_position=32768, mixture="mlp"),
     "MixtralForCausalLM": Architecture(

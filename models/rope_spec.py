@@ -91,15 +91,18 @@ def by_layer_type(config: Fields) -> tuple[Fields, Fields]:
     return whole, local
 
 
-def read_rope(config: Fields, head_dim: int, max_position: int, theta: float = 10000.0, whole: str = "") -> RopeSpec:
-    """``theta``: where the config says none; ``whole``: the name of a family of which all features of a head rotate.
+def read_rope(
+    config: Fields, head_dim: int, max_position: int, theta: float = 10000.0, whole: str = "", yarn: str = "yarn"
+) -> RopeSpec:
+    """``theta``: where the config says none; ``whole``: the name of a family of which all features of a head rotate; ``yarn``:
+    the kind that the family calls so, as Phi-3 did its own.
 
     InputError, naming the key, for a kind or value that is not known, or of which no frequencies can be made.
     """
     raw = _settings(config)
     rope = Fields(dict(raw), "rope settings of config.json")
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
-    kind = ALIASES.get(kind, kind)
+    kind = yarn if kind == "yarn" else ALIASES.get(kind, kind)
     if kind not in KEYS or any(isinstance(value, Mapping) for value in raw.values()):
         nested = "settings by layer type" if kind in KEYS else repr(kind)
         raise InputError(f"config.json: rope type {nested} is not supported; supported are {', '.join(KEYS)}")

@@ -114,7 +114,8 @@ class ModelSpec:
         max_position = fields.integer("max_position_embeddings", default=kind.max_position)
         settings = Fields({"max_position_embeddings": max_position, **config})
         parts = by_layer_type(settings) if kind.local_rope else [settings]
-        ropes = [read_rope(one, head_dim, max_position, kind.theta, "" if kind.partial_rotation else name) for one in parts]
+        whole = "" if kind.partial_rotation else name
+        ropes = [read_rope(one, head_dim, max_position, kind.theta, whole, kind.yarn) for one in parts]
         if ropes[0].query_beta and not kind.scaled_queries:
             raise InputError(f"config.json: llama_4_scaling_beta = {ropes[0].query_beta} is not supported for {name}")
         seen, still = windows(kind, fields, layers), unrotated(kind, fields, layers)

@@ -133,6 +133,24 @@ def test_frequencies_are_those_of_transformers_or_refused(kind: str) -> None:
     assert refused > 5 and same > 20, (refused, same)
 
 
+@pytest.mark.parametrize("name", ["yarn", "longrope"])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_what_phi3_calls_its_scaling(name: str, key: str) -> None:
+    """Lists of factors, whatever stands above them: frequencies and the scale of both, below and beyond the original context."""
+    settings = {key: name, "short_factor": [1.0, 1.25, 1.5, 2.0], "long_factor": [1.5, 3, 7.0, 40]}
+    sizes = {"hidden_size": 16, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+    config: dict[str, Any] = {**sizes, "max_position_embeddings": 8192, "original_max_position_embeddings": 1024}
+    theirs = Phi3Config(**config, rope_scaling=dict(settings), pad_token_id=0)
+    rope = ModelSpec.from_config({**config, "rope_scaling": settings, "architectures": ["Phi3ForCausalLM"]}).rope
+    assert rope.kind == theirs.rope_parameters["rope_type"] == "longrope"
+    for length in (1024, 1025):
+        expected, factor = ROPE_INIT_FUNCTIONS["longrope"](theirs, None, seq_len=length)
+        inverse, scale = _frequencies(rope, length)
+        assert torch.allclose(inverse, expected, rtol=2e-6) and scale == pytest.approx(factor)
+    with pytest.raises(InputError, match="rope type longrope needs 'short_factor' and it is missing"):
+        ModelSpec.from_config({**config, "rope_scaling": {key: name, "factor": 8.0}, "architectures": ["Phi3ForCausalLM"]})
+
+
 def test_the_original_context_of_phi3() -> None:
     """Where config.json has it among the rope settings alone, that of the family counts."""
     settings = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "original_max_position_embeddings": 16}
