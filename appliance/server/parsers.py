@@ -127,8 +127,8 @@ class Parsers:
         if formed and not (tags or choice.parses):
             return None
         opened = tags is not None and tags.opened(*before)
-        marker = self.tools.openers[0] if self.tools is not None and choice.strict else ""
-        return partial(lark, tags=tags, opened=opened, formed=formed, marker=marker, specials=specials)
+        markers = self.tools.openers if self.tools is not None and choice.strict else ()
+        return partial(lark, tags=tags, opened=opened, formed=formed, markers=markers, specials=specials)
 
     def _forced(self, choice: ToolChoice, body: ChatRequest, strict: bool) -> Forced:
         assert self.tools is not None and self.tokenizer is not None  # choice() and the prompt have seen to that

@@ -1,7 +1,8 @@
 """What a model thinks, taken apart from what it answers, as the text comes.
 
 Line breaks beside the tags belong to the tags, as in the models' own templates: ``<think>\\nHm.\\n</think>\\n\\nYes.`` is the
-reasoning "Hm." and the answer "Yes.". Where a piece of text goes never depends on how the text was cut into deltas.
+reasoning "Hm." and the answer "Yes.", which may have tags of its own (``Tags.around``). Where a piece goes never depends on
+how the text was cut into deltas.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ class Tags:
     start: str = "<think>"
     end: str = "</think>"
     assumed: bool = False  # it always begins with reasoning, start tag or not
+    around: tuple[str, ...] = ()  # behind it a start and an end tag may stand around the answer: they are no part of that
 
     @property
     def special(self) -> tuple[str, ...]:
         """The tags that must be in the text even where they are special tokens."""
-        return self.start, self.end
+        return (self.start, self.end, *self.around)
 
     def opened(self, prompt: str, continued: str | None = None) -> bool:
         """Whether an answer begins within reasoning. (Where it does not, its own first characters may still begin one.)
@@ -46,6 +48,7 @@ class Tags:
 
 
 THINK = Tags()
+GRANITE = Tags(around=("<response>", "</response>"))  # 3.3; its templates alone speak of these two in a row
 # Of gpt-oss, where calls and reasoning are messages of one format: "Harmony" (tools/harmony.py) reads both.
 HARMONY = Tags("<|channel|>analysis<|message|>", "<|end|>")
 # vLLM's names of parsers whose formats are tags around the reasoning.
@@ -71,6 +74,8 @@ def tags_of(templates: Iterable[str]) -> Tags | None:
     source = "".join(templates)
     if HARMONY.start in source:
         return HARMONY
+    if "".join(GRANITE.around) in source:
+        return GRANITE
     others = (REASONING[name] for name in ("mistral", "seed_oss", "granite"))
     return next((tags for tags in (*others, THINK) if tags.end in source), None)
 
@@ -93,12 +98,12 @@ class ReasoningParser:
         self._place = "start"
         self._without_tag = "reasoning" if opened else "content"  # what a text is that does not begin with the start tag
         self._trims = opened  # line breaks come before the first text of this place
-        self._reasoned = False
+        self._reasoned = self._framed = False
 
     @property
     def state(self) -> Literal["none", "open", "closed"]:
         """Whether there was reasoning so far, and has come to its end."""
-        if self._place == "content":
+        if self._place in ("behind", "content"):
             return "closed" if self._reasoned else "none"
         return "open" if self._place == "reasoning" or self._without_tag == "reasoning" else "none"
 
@@ -107,11 +112,15 @@ class ReasoningParser:
         if self._place == "start":
             self._place = self._begin()
         reasoning = self._reasoning() if self._place == "reasoning" else ""
-        return ReasoningDelta(reasoning, self._give(len(self._held)) if self._place == "content" else "")
+        if self._place == "behind":
+            self._place = self._behind()
+        return ReasoningDelta(reasoning, self._content() if self._place == "content" else "")
 
     def finish(self) -> ReasoningDelta:
         """What was held back, now that no more comes: the beginning of a tag is text."""
         place = self._without_tag if self._place == "start" else self._place
+        if self._framed and (frame := self._held.rstrip()).endswith(self.tags.around[1]):
+            self._held = frame.removesuffix(self.tags.around[1]).rstrip(_EDGE)
         rest = self._give(len(self._held))
         return ReasoningDelta(reasoning=rest) if place == "reasoning" else ReasoningDelta(content=rest)
 
@@ -135,8 +144,23 @@ class ReasoningParser:
         self._reasoned = True
         text = self._give(len(self._held[:end].rstrip(_EDGE)))
         self._held = self._held[self._held.find(self.tags.end) + len(self.tags.end) :]
-        self._place, self._trims = "content", True
+        self._place, self._trims = "behind" if self.tags.around else "content", True
         return text
+
+    def _behind(self) -> str:
+        begun, tag = self._held.lstrip(), self.tags.around[0]
+        if not begun.startswith(tag):
+            return "behind" if tag.startswith(begun) else "content"
+        self._held, self._framed = begun[len(tag) :], True
+        return "content"
+
+    def _content(self) -> str:
+        """What cannot belong to the end tag around it."""
+        if not self._framed:
+            return self._give(len(self._held))
+        tag, text = self.tags.around[1], self._held.rstrip()
+        n = len(text) - len(tag) if text.endswith(tag) else len(self._held) - open_end(self._held, (tag,))
+        return self._give(len(self._held[:n].rstrip(_EDGE)))
 
     def _give(self, n: int) -> str:
         text, self._held = self._held[:n], self._held[n:]

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.text.answer import Answer, AnswerParser
-from appliance.text.reasoning import REASONING, THINK, ReasoningDelta, ReasoningParser, Tags, tags_of
+from appliance.text.reasoning import GRANITE, REASONING, THINK, ReasoningDelta, ReasoningParser, Tags, tags_of
 from appliance.text.template import ChatTemplates
 from appliance.text.tools.formats import Hermes, Mistral
 from tests.text.test_tool_choice import chat_of
@@ -160,6 +160,8 @@ def test_real_templates(shared_data):
     assert not opened["Qwen-Qwen3-0.6B.jinja"] and not opened["HuggingFaceTB-SmolLM3-3B.jinja"]
     seed = (shared_data / "tokenizers" / "chat_templates" / "ByteDance-Seed-OSS.jinja").read_text()
     assert tags_of([seed]) == Tags("<seed:think>", "</seed:think>") and tags_of(["plain"]) is None
+    granite = (shared_data / "tokenizers" / "chat_templates" / "ibm-granite-granite-3.3-2B-Instruct.jinja").read_text()
+    assert tags_of([granite]) is GRANITE
 
 
 def test_phrases_of_granite():
@@ -168,6 +170,51 @@ def test_phrases_of_granite():
     assert granite is REASONING["granite"] and ReasoningParser(granite).parse(text) == ReasoningDelta("Hm.", "Yes.")
     for rng in seeded(20, "granite"):
         check(granite, text, cuts(rng, text), False)
+
+
+THOUGHT = "<think>\nHm. <response>\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("<response>\nYes.\n\n So.\n</response>\n", "Yes.\n\n So."),
+        (" <response> Yes. </response>", " Yes. "),
+        ("<response></response>", ""),
+        ("<response>Yes. </response> No.</response>", "Yes. </response> No."),
+        ("<response>Yes.\n\n</resp", "Yes.\n\n</resp"),
+        ("<response>Yes.\n", "Yes.\n"),
+        ("<respon", "<respon"),
+        ("Yes. <response>No.</response>", "Yes. <response>No.</response>"),
+        ("\n Yes.</response>", " Yes.</response>"),
+        ("", ""),
+    ],
+)
+def test_tags_around_the_answer_of_granite(text, content):
+    """However they are cut; without reasoning before them they are text."""
+    granite = tags_of(["Write your thoughts between <think></think> and your response between <response></response>"])
+    expected = ReasoningDelta("Hm. <response>", content)
+    for rng in seeded(30, text):
+        parser, whole = ReasoningParser(granite), THOUGHT + text
+        deltas = [*map(parser.push, rng.choice([cuts(rng, whole), list(whole), [whole]])), parser.finish()]
+        assert ReasoningDelta("".join(d.reasoning for d in deltas), "".join(d.content for d in deltas)) == expected
+    assert granite is not THINK and ReasoningParser(granite).parse(text) == ReasoningDelta("", text)
+    assert tags_of(["<think></think> <tool_response></tool_response> <response>x</response>"]) is THINK
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([*SCRAPS, "<response>", "</response>", "</resp", "<respon"]), max_size=12))
+def test_cutting_changes_nothing_around_the_answer(scraps):
+    text = "<think>Hm.</think>" + "".join(scraps)
+    for pieces in (["<think>Hm.</think>", *scraps], list(text)):
+        parser = ReasoningParser(GRANITE)
+        deltas = [*map(parser.push, pieces), parser.finish()]
+        found = ReasoningDelta("".join(d.reasoning for d in deltas), "".join(d.content for d in deltas))
+        assert found == ReasoningParser(GRANITE).parse(text), pieces
+    bare = "".join(found.content.split())
+    assert any(
+        "".join("".join(scraps).split()) == first + bare + last for first in ("", "<response>") for last in ("", "</response>")
+    )
 
 
 @pytest.mark.realdata

@@ -16,7 +16,7 @@ from appliance.text.grammar import compile_grammar, library, limits
 from appliance.text.reasoning import THINK, ReasoningParser
 from appliance.text.tools.choice import FORMS as ALL_FORMS
 from appliance.text.tools.choice import Form, ToolChoice, forced, tool_choice
-from appliance.text.tools.formats import Hermes, Llama3Json
+from appliance.text.tools.formats import Granite, Hermes, Llama3Json
 from appliance.text.tools.grammar import lark
 from appliance.text.tools.parser import ToolAnswer, ToolParser
 from tests.text.tool_texts import any_text, cuts, seeded
@@ -47,7 +47,7 @@ class Model:
         self.specials = {marker: 256 + i for i, marker in enumerate(markers)} if special else {}
         tags = None if opened is None else THINK
         calls = forced(choice(), form, strict=True)
-        self.follow(lark(calls, tags, opened=bool(opened), marker=kind.openers[0], specials=self.specials))
+        self.follow(lark(calls, tags, opened=bool(opened), markers=kind.openers, specials=self.specials))
 
     def follow(self, grammar: str) -> None:
         self.grammar, lib = grammar, library()
@@ -182,6 +182,32 @@ def test_an_answer_may_end_within_reasoning(kind: type[ToolParser], form: Form, 
         assert not one.write(text)[1], "behind reasoning, calls are held"
 
 
+@pytest.mark.parametrize("special", [False, True])
+def test_another_spelling_of_the_marker_is_held_alike(special: bool) -> None:
+    """Granite 3.1's, which is no token where the other is one."""
+    form, fine = ALL_FORMS[Granite][0], '<tool_call>[{"name": "f", "arguments": {"n": 5}}]'
+    one = Model(Granite, form, special=special)
+    one.specials.pop("<tool_call>", None)
+    calls = forced(choice(), form, strict=True)
+    one.follow(lark(calls, markers=Granite.openers, specials=one.specials))
+    for text in (
+        fine,
+        f"So:\n{fine} and <tool_ {form.write([('f', '{}')])[:13]}",
+        f"{fine}\n{form.write([('f', json.dumps({'n': 1}))])}",
+    ):
+        said, may_end = one.write(text)
+        assert said == text and may_end == (not text.endswith("<|tool_call|>"))
+    for text in (fine.replace("5", '"x"'), f"{fine} {fine.replace('5', 'null')}", f"<|tool_call|>{fine[11:].replace('5', '[]')}"):
+        assert not one.write(text)[1]
+    found = 0
+    for rng in seeded(60, "spelling"):
+        some = form.write([("f", rng.choice(['{"n": "x"}', '{"n": 7}', '{"n": 7, "m": 8}']))])
+        spelled = some.replace("<|tool_call|>", rng.choice(["<|tool_call|>", "<tool_call>"]))
+        said, may_end = one.write(rng.choice(["", "So. ", any_text(rng)]) + spelled, rng)
+        found += check(Granite, said) if may_end else 0
+    assert found > 10
+
+
 JSONS = [
     *('{"id": 1, "x": 2}', '{"name": "Ann", "age": 5}', '{"type": "object", "properties": {}}', '{"parameters": {}, "name": 1}'),
     *(
@@ -282,7 +308,7 @@ def test_many_described_tools() -> None:
         tools = tool_choice([{"type": "function", "function": one} for one in some], None)
         calls = forced(tools, ALL_FORMS[Hermes][0], strict=True)
         parts = {f["name"]: json.dumps(one.schema) for f, one in zip(tools.functions, calls.alternatives, strict=True)}
-        grammar = StructuredOutputsParams(grammar=lark(calls, marker="<tool_call>"))
+        grammar = StructuredOutputsParams(grammar=lark(calls, markers=["<tool_call>"]))
         return compile_grammar(grammar, ours=True, parts=parts)
 
     assert len(made(60)) < 65536 < len(grammar := made(180))

@@ -177,7 +177,12 @@ HAND = [
     (Granite, '<|tool_call|>{"name": "f", "arguments": {}}', None, []),
     (Granite, '<|tool_call|>[]', None, []),
     (Granite, '[{"name": "f", "arguments": {}}]', None, []),
-    (Granite, '<tool_call>[{"name": "f", "arguments": {}}]', None, []),
+    (Granite, '<tool_call>[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {"s": "<tool_call>["}}]', "",
+     [("f", "{}"), ("g", '{"s": "<tool_call>["}')]),
+    (Granite, 'So\n<tool_call> \n[{"name": "f", "arguments": {"a": 1<tool_call>[{"name": "g"}]', "So",
+     [("f", '{"a": 1'), ("g", "{}")]),
+    (Granite, '<tool_call>{"name": "f", "arguments": {}}</tool_call>', None, []),
+    (Granite, '<|tool_call|><tool_call>[{"name": "f"}]', "<|tool_call|>", [("f", "{}")]),
     (Mistral, "[TOOL_CALLS]f[ARGS]", None, []),
     (Mistral, '[TOOL_CALLS][{"name": "f", "arguments": {}}, {"foo": 1}]', ', {"foo": 1}]', [("f", "{}")]),
 ]  # fmt: skip

@@ -137,10 +137,10 @@ class Mistral(ToolParser):
 
 
 class Granite(ToolParser):
-    """``<|tool_call|>[{"name": ..., "arguments": {...}}, ...]``: Granite 3."""
+    """``<|tool_call|>[{"name": ..., "arguments": {...}}, ...]``: Granite 3. 3.1 writes ``<tool_call>``, no token there."""
 
     MARKER = "<|tool_call|>"
-    openers = ends = special = (MARKER,)
+    openers = ends = special = (MARKER, "<tool_call>")
 
     def read(self, marker: str) -> Steps:
         if (yield from self.peek()) == "[":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -37,19 +37,19 @@ def lark(
     *,
     opened: bool = False,
     formed: bool = False,
-    marker: str = "",
+    markers: Sequence[str] = (),
     specials: Mapping[str, int] = _NONE,
 ) -> str:
     """The grammar of an answer that is calls, with reasoning before them where the model has tags for it.
 
     ``opened``: as ``Tags.opened`` says; the answer begins within reasoning then. ``formed``: it may be ``@answer`` instead.
-    ``marker``: it may be any text instead, in which this begins calls. ``specials``: markers that are special tokens, and their
+    ``markers``: it may be any text instead, in which these begin calls. ``specials``: markers that are special tokens, and their
     ids: to a grammar such a token is no text.
     """
 
     spelled = _speller(specials)
-    if calls is not None and marker:
-        text, rules = "answer", _among_text(calls, marker, spelled, special=marker in specials)
+    if calls is not None and markers:
+        text, rules = "answer", _among_text(calls, markers, spelled, specials)
     else:
         start, rules = ["calls"] if calls else [], [] if calls is None else _calls(calls, spelled, formed=formed)
         text = " | ".join(start + ["@answer"] * formed)
@@ -120,20 +120,22 @@ def _calls(calls: Forced, spelled: Callable[[str], str], *, formed: bool) -> lis
     return rules
 
 
-def _among_text(calls: Forced, marker: str, spelled: Callable[[str], str], *, special: bool) -> list[str]:
-    """Rules of ``answer``: text in which the marker, or what the parser takes for a call's beginning, begins one of ``calls``.
+def _among_text(calls: Forced, markers: Sequence[str], spelled: Callable[[str], str], specials: Mapping[str, int]) -> list[str]:
+    """Rules of ``answer``: text in which a marker, or what the parser takes for a call's beginning, begins one of ``calls``.
 
-    Each call is written to its end, behind which the parser looks for no other. Lazily: a text ends with its first marker.
+    Each call is written to its end, behind which the parser looks for no other. Lazily: a text ends with its first marker. Calls
+    are written with the first of the markers; behind the others they go on alike.
     """
-    bare = not (calls.before or calls.alternatives[0].begin).startswith(marker)  # a call may begin with its own JSON alone
-    cut = len(_HEAD) if bare else len(marker)
+    bare = not (calls.before or calls.alternatives[0].begin).startswith(markers[0])  # a call may begin with its own JSON alone
+    cut = len(_HEAD) if bare else len(markers[0])
     if calls.before:
         tail = replace(calls, before=calls.before[cut:])
     else:
         each = tuple(replace(one, begin=one.begin[cut:]) for one in calls.alternatives)
         tail = replace(calls, alternatives=each, most=1)
     rules = [*_calls(tail, spelled, formed=False), f"TEXT: {_TEXT}"]
-    rules.append(f"marker: {spelled(marker)}" if special else f"MARKED: TEXT {_text(marker)}")
+    special, plain = ([spelled(one) for one in markers if (one in specials) == token] for token in (True, False))
+    rules += [f"marker: {' | '.join(special)}"] * bool(special) + [f"MARKED: TEXT ({' | '.join(plain)})"] * bool(plain)
     if bare:
         written = [json.loads(f"{one.begin}null{one.end}")["name"] for one in calls.alternatives]
         names = "|".join(_literal(_text(name)[1:-1]) for name in written)
@@ -153,12 +155,14 @@ def _among_text(calls: Forced, marker: str, spelled: Callable[[str], str], *, sp
 def _answer(rules: list[str], name: str = "", but: str = "") -> list[str]:
     """Rules of an answer that is free, beside the shared ``rules``: ``called`` is all of it up to a call's end, ``begun`` up
     to a call's head. ``but``: what its first text may not be."""
-    special = not any(rule.startswith("MARKED") for rule in rules)
+    special, plain = (any(rule.startswith(one) for rule in rules) for one in ("marker:", "MARKED:"))
     free = [f"{name.upper()}FREE: TEXT{but}"]
-    free.append(f"{name}marked: {name.upper()}FREE marker" if special else f"{name}marked[lazy]: MARKED{but}")
-    after = "TEXT marker" if special else "plain_marked"
-    if not special and not name:
-        free.append("plain_marked[lazy]: MARKED")
+    free += [f"{name}written[lazy]: MARKED{but}"] * plain
+    free.append(f"{name}marked: " + " | ".join([f"{name.upper()}FREE marker"] * special + [f"{name}written"] * plain))
+    after = "marked_after"
+    if not name:
+        free += ["plain_marked[lazy]: MARKED"] * plain
+        free.append("marked_after: " + " | ".join(["TEXT marker"] * special + ["plain_marked"] * plain))
     if not any(rule.startswith("FIRST") for rule in rules):
         return [
             *free,
