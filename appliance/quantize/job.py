@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from appliance.memory.agreement import check_headers
 from appliance.quantize.ends import Ends
 from appliance.quantize.layer import Made, Watcher, quantize_layer
 from appliance.quantize.mixed import Choice, Mixer
@@ -77,15 +78,14 @@ class Job:
         self.tables = {rope: cos_sin_table(rope, max(length, 1)) for rope in self.spec.ropes}
 
     def _check_tensors(self) -> None:
-        """Raises InputError for tensors that are missing, and for those that would get lost."""
+        """Raises InputError for tensors that are missing or have another shape, and for those that would get lost."""
         modules, checkpoint = self.spec.modules(), self.checkpoint
+        check_headers(checkpoint.index, self.spec, checkpoint.scheme)
         known = {f"{module.name}.weight" for module in modules} | {name for name, _ in self.spec.small_tensors()}
-        known |= {f"{module.name}.bias" for module in modules if module.bias}
-        missing = sorted(name for name in known if not checkpoint.has(name))
-        if self.spec.tie_embeddings and checkpoint.has(HEAD):  # the table may have either name
-            missing = [name for name in missing if name != EMBEDDING]
-        if missing:
+        biases = {f"{module.name}.bias" for module in modules if module.bias}
+        if missing := sorted(name for name in biases if not checkpoint.has(name)):
             raise InputError(f"{self.source}: {len(missing)} tensors are missing: {', '.join(missing[:5])}")
+        known |= biases
         checkpoint.consumed |= known | {HEAD}
         if rest := checkpoint.leftover():
             kind = self.spec.architecture
