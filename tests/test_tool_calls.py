@@ -53,7 +53,7 @@ def test_a_model_that_must_call_does(llm: LLM, kind: type, form: Form) -> None:
     for asked, parallel in (("required", True), ("required", False), (NAMED, True)):
         choice: ToolChoice = tool_choice(TOOLS, asked)
         for text, ended in answers(llm, lark(forced(choice, form, parallel=parallel))):
-            answer = AnswerParser(None, kind()).parse(text)
+            answer = AnswerParser(None, kind(functions=choice.functions, held=choice.held)).parse(text)
             ends += ended
             assert not ended or (answer.content == "" and answer.calls), text
             assert (asked == "required" and parallel) or len(answer.calls) <= 1
@@ -128,6 +128,7 @@ def test_markers_that_are_special_tokens(tmp_path, kind: type, form: Form, tags:
     assert len(specials) == (len(markers) if special else 0)
     words, size = vocabulary(tokenizer, len(tokenizer), (2,)), len(tokenizer)
     call = form.write([("get_weather", '{"city": "Rome", "days": 3}'), ("get_time", "{}")])
+    call = call.replace(">Rome<", '>"Rome"<')  # in tags what has a longest length is JSON, too
     thoughts = f"{tags.start}Hm.{tags.end}\n\n" if tags else ""
     required = lark(forced(tool_choice(TOOLS, "required"), form), tags, specials=specials)
     auto = lark(forced(tool_choice(TOOLS, None), form), tags, formed=True, specials=specials)

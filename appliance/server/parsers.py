@@ -67,25 +67,13 @@ class Parsers:
             )
             raise RequestError(message, param="tools", code="unsupported_parameter")
         choice = tool_choice(body.tools, body.tool_choice)
-        if self.tools is not Harmony and self.tools not in FORMS and choice.parses:
-            return self._unheld(choice, body, params)
         if params is None or not (
             params.structured_outputs is not None
             or params.use_beam_search
             or any(getattr(params, name) != value for name, value in NOT_WITH_GRAMMAR.items())
         ):
             return choice
-        return replace(choice, loose=True)
-
-    def _unheld(self, choice: ToolChoice, body: ChatRequest, params: SamplingParams | None) -> ToolChoice:
-        """A choice where there is no grammar of this model's calls: the model decides, and strict tools are free like others."""
-        if choice.mode != "auto":
-            told = "tool_choice must be 'auto' or 'none': this model writes calls in tags, to which it is not held"
-            raise RequestError(told, param="tool_choice", code="unsupported_parameter")
-        if params is not None and params.structured_outputs is not None:
-            told = f"{form_field(body)} goes with no tools here: this model writes calls in tags, to which it is not held"
-            raise RequestError(told, param=form_field(body), code="unsupported_parameter")
-        return replace(choice, loose=True)
+        return replace(choice, loose=True, formed=params.structured_outputs is not None)
 
     def fitted(self, body: ChatRequest) -> ChatRequest:
         """With ids of calls that the model's template takes: a conversation may have been begun elsewhere."""
@@ -157,7 +145,9 @@ class Parsers:
         opened = self.tags is not None and self.tags.opened(*self._before(body, prompt))
         reasoning = ReasoningParser(self.tags, opened=opened) if self.tags else None
         known = [one["name"] for one in choice.functions] if choice.strict else []
-        tools = self.tools(known=known, functions=choice.functions) if self.tools is not None and choice.parses else None
+        tools = None
+        if self.tools is not None and choice.parses:
+            tools = self.tools(known=known, functions=choice.functions, held=choice.held)
         return AnswerParser(reasoning, tools, parallel=body.parallel_tool_calls)
 
     def _begun(self, prompt: Prompt) -> str:

@@ -2,6 +2,7 @@
 
 import json
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,11 @@ from appliance.core.params import RequestError, SamplingParams, StructuredOutput
 from appliance.server.parsers import Parsers
 from appliance.server.prompts import Prompt
 from appliance.server.schemas import ChatRequest
-from appliance.text.tools.seed import SeedOss, typed
+from appliance.text.grammar import library, limits
+from appliance.text.tools.choice import FORMS, forced, tool_choice
+from appliance.text.tools.grammar import lark
+from appliance.text.tools.seed import VALUE_END, SeedOss, typed
+from tests.text.test_strict_tools import Words
 from tests.text.test_tools import check_account, check_cutting, streamed
 from tests.text.tool_texts import cuts, nonsense, seeded
 
@@ -134,30 +139,138 @@ def test_typed(text, schema, value):
     assert json.loads(typed(text, schema)) == value
 
 
-def request(**body):
-    tools = [{"type": "function", "function": {**FUNCTION, **body.pop("function", {})}}]
-    return ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "Hi"}], "tools": tools, **body})
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "text": {"type": "string", "description": "any"},
+        "unit": {"type": "string", "enum": ["C", "C F", ""]},
+        "code": {"type": "string", "pattern": "^[a-z]{2}$"},
+        "bare": {"enum": ["x", 5, None, "[1]"]},
+        "whole": {"type": "integer"},
+        "maybe": {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "null"}]},
+        "list": {"type": "array", "items": {"$ref": "#/$defs/item"}, "maxItems": 2},
+    },
+    "required": ["text", "whole", "more"],
+    "$defs": {"item": {"type": "object", "properties": {"s": {"type": "string"}}, "additionalProperties": False}},
+}
+HELD = {"name": "f", "parameters": SCHEMA}
 
 
-def test_answers_of_a_server():
-    """Arguments have the types of the request's tools; strict ones are free, since nothing holds the model to these tags."""
-    parsers, body = Parsers(tools=SeedOss), request(function={"strict": True})
-    choice = parsers.choice(body, SamplingParams())
-    assert choice.mode == "auto" and not choice.strict
-    parser = parsers.new(choice, body, Prompt(token_ids=[1]))
-    assert parser.parse(write([("f", {"whole": "7", "text": "7"})])).calls[0].arguments == '{"whole": 7, "text": "7"}'
-    assert parsers.choice(request(tool_choice="none"), SamplingParams()).mode == "none"
+@pytest.fixture(scope="module")
+def matcher():
+    """Of a grammar of calls of "f" and of "g", byte by byte."""
+
+    tools = [{"type": "function", "function": one} for one in (HELD, {"name": "g"}, {"name": "h", "parameters": {}})]
+    grammar = lark(forced(tool_choice(tools, "required"), FORMS[SeedOss][0]))
+    words = Words([*(bytes([i]) for i in range(256)), b"\xff<end>"], range(256, 257))
+    lib = library()
+    return lib.LLMatcher(lib.LLTokenizer(lib.TokenizerWrapper(words)), grammar, log_level=0, limits=limits())
+
+
+def drawn(matcher, rng, most):
+    """What the grammar lets through, at random; of a text's characters rather those that could be misread."""
+    matcher.reset()
+    made = bytearray()
+    while len(made) < most:
+        allowed = {i for i, bias in enumerate(matcher.compute_logit_bias()) if bias}
+        if allowed & {256} and rng.random() < 0.7:
+            return made.decode()
+        handy = [i for i in b'<>/parmetelcbuwfgh"\\{}[]: ,1\nC' if i in allowed]
+        token = rng.choice(handy or [i for i in allowed if i < 128] or list(allowed))
+        assert matcher.consume_token(token)
+        made.append(token)
+        if token == 60 and rng.random() < 0.5:  # else a text would not end
+            made += VALUE_END[1 : 1 + matcher.try_consume_tokens(list(VALUE_END[1:].encode()))].encode()
+    return None
+
+
+def test_whatever_the_grammar_lets_through_is_read_as_it_was_held(matcher):
+    """Random texts of it: calls whose arguments fit, however the text is cut."""
+    validator, whole, keys = jsonschema.Draft202012Validator(SCHEMA), 0, set()
+    for rng in seeded(150, "held"):
+        text = drawn(matcher, rng, 2000)
+        if text is None:
+            continue
+        whole += 1
+        answer = streamed(SeedOss(functions=[HELD], held=["f", "g", "h"]), cuts(rng, text))
+        assert answer.content == "" and answer.calls
+        for call in answer.calls:
+            found = json.loads(call.arguments)
+            assert call.name != "g" or found == {}
+            if call.name == "f":
+                validator.validate(found)
+                keys |= set(found)
+    assert whole > 40 and keys == {*SCHEMA["properties"], "more"}
 
 
 @pytest.mark.parametrize(
-    ("body", "params", "param"),
+    ("values", "fits"),
     [
-        ({"tool_choice": "required"}, None, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, None, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, StructuredOutputsParams(json_object=True), "response_format"),
+        ({"text": "a\n</b>", "whole": 1, "more": "5"}, True),
+        ({"text": "", "unit": "C F", "code": '"ab"', "bare": "null", "whole": 1, "list": '[{"s": "</parameter>"}]',
+          "more": ""}, True),
+        ({"text": "", "bare": '"x"', "whole": 1, "maybe": '"abc"', "more": ""}, True),
+        ({"text": "", "whole": 1, "maybe": "null", "more": ""}, True),
+        ({"text": "", "unit": "K", "whole": 1, "more": ""}, False),
+        ({"text": "", "code": "ab", "whole": 1, "more": ""}, False),
+        ({"text": "", "code": '"abc"', "whole": 1, "more": ""}, False),
+        ({"text": "", "whole": "one", "more": ""}, False),
+        ({"text": "", "whole": 1}, False),
+        ({"whole": 1, "more": ""}, False),
+        ({"text": "", "whole": 1, "other": "", "more": ""}, False),
+    ],
+)  # fmt: skip
+def test_what_is_held(matcher, values, fits):
+    matcher.reset()
+    text = write([("f", values)]).removeprefix("\n")
+    assert (matcher.try_consume_tokens(list(text.encode())) == len(text.encode()) and matcher.is_accepting()) == fits
+    if fits:
+        (call,) = SeedOss(functions=[HELD], held=["f"]).parse(text).calls
+        jsonschema.validate(json.loads(call.arguments), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ({"name": "f", "parameters": {"anyOf": [{"required": ["a"]}]}}, "parameters of 'f' have 'anyOf': this model writes arg"),
+        ({"name": "f", "parameters": {"properties": {"a>b": {}}}}, "one called 'a>b', which does not go into a tag"),
+        ({"name": "f", "parameters": {"required": [""]}}, "one called '', which does not go into a tag"),
+        ({"name": "f", "parameters": {"properties": ["a"]}}, "the parameters of 'f' must have an object of properties"),
+        ({"name": "f", "parameters": {"required": "a"}}, "the parameters of 'f' must have an object of properties and a list"),
+        ({"name": "f", "parameters": {"required": [["a"]]}}, "which does not go into a tag"),
+        ({"name": "f g"}, "'f g' does not go into the tags in which this model writes calls: letters"),
     ],
 )
-def test_what_nothing_holds_it_to_is_refused(body, params, param):
-    with pytest.raises(RequestError, match="this model writes calls in tags, to which it is not held") as told:
-        Parsers(tools=SeedOss).choice(request(**body), SamplingParams(structured_outputs=params))
-    assert told.value.param == param
+def test_what_tags_cannot_hold_is_refused(function, words):
+    for choice in (
+        tool_choice([{"type": "function", "function": function}], "required"),
+        tool_choice([{"type": "function", "function": {**function, "strict": True}}], None),
+    ):
+        with pytest.raises(RequestError, match=words) as told:
+            forced(choice, FORMS[SeedOss][0], strict=choice.strict)
+        assert told.value.param == "tools"
+
+
+def request(**body):
+    tools = [{"type": "function", "function": {**HELD, **body.pop("function", {})}}]
+    return ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "Hi"}], "tools": tools, **body})
+
+
+@pytest.mark.parametrize(
+    ("body", "form", "held"),
+    [
+        ({}, None, False),
+        ({"function": {"strict": True}}, None, True),
+        ({"tool_choice": "required"}, None, True),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, None, True),
+        ({}, StructuredOutputsParams(json_object=True), True),
+    ],
+)
+def test_answers_of_a_server(body, form, held):
+    """Arguments have the types of the request's tools, and are read as they were held where a grammar holds them."""
+    parsers, asked = Parsers(tools=SeedOss), request(**body)
+    choice = parsers.choice(asked, SamplingParams(structured_outputs=form))
+    parser = parsers.new(choice, asked, Prompt(token_ids=[1]))
+    text = write([("f", {"text": "7", "whole": "7", "bare": "5"})])
+    assert json.loads(parser.parse(text).calls[0].arguments) == {"text": "7", "whole": 7, "bare": 5 if held else "5"}
+    assert parsers.choice(request(tool_choice="none"), SamplingParams()).mode == "none"

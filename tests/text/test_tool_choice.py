@@ -11,6 +11,7 @@ from appliance.text.template import ChatTemplates
 from appliance.text.tools.choice import FORMS, forced, schema, tool_choice
 from appliance.text.tools.detect import detect
 from appliance.text.tools.formats import PARSERS
+from appliance.text.tools.seed import in_tags
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
@@ -71,7 +72,8 @@ def test_what_is_forced_is_what_the_parser_reads(kind, form):
             for one in picked:
                 name = next(name for name in values if name in one.begin)
                 jsonschema.validate(values[name], one.schema)
-                written.append(one.begin + json.dumps(values[name]) + one.end)
+                given = json.dumps(values[name])
+                written.append(one.begin + (in_tags(given) if form.tagged else given) + one.end)
                 names.append(name)
             answer = kind().parse(rule.before + rule.between.join(written) + rule.after)
             assert [(c.name, json.loads(c.arguments)) for c in answer.calls] == [(name, values[name]) for name in names]

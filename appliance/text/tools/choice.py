@@ -11,11 +11,11 @@ from typing import Any, Literal
 from appliance.core.params import RequestError
 from appliance.text.tools.formats import Granite, Hermes, Llama3Json, Mistral
 from appliance.text.tools.parser import ToolParser
+from appliance.text.tools.seed import NOTES, SeedOss, check_tags, in_tags
 
 MAX_TOOLS = 1024  # of a request; about ten microseconds each
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
-# Of a JSON schema: what constrains nothing, what holds schemas by names, and what is a schema or a list of them.
-_WORDS = frozenset({"description", "title", "default", "examples", "$comment"})
+# Of a JSON schema: what holds schemas by names, and what is a schema or a list of them.
 _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _WITHIN = frozenset({"items", "prefixItems", "additionalProperties", "additionalItems", "anyOf", "allOf", "oneOf"})
 
@@ -28,6 +28,7 @@ class ToolChoice:
     tools: tuple[dict[str, Any], ...] = ()  # for the chat template: as sent, with what the template may ask for
     name: str | None = None  # of the function, where mode is "named"
     loose: bool = False  # strict tools are free like others
+    formed: bool = False  # the answer has a form, and is calls instead where the model likes
 
     @property
     def parses(self) -> bool:
@@ -44,6 +45,12 @@ class ToolChoice:
     def strict(self) -> bool:
         """Whether the model decides, and a function's arguments have to fit its parameters if it calls that one."""
         return self.mode == "auto" and not self.loose and any(one.get("strict") for one in self.functions)
+
+    @property
+    def held(self) -> list[str]:
+        """The functions whose arguments a grammar holds to their parameters."""
+        every = self.formed or self.mode in ("required", "named")
+        return [one["name"] for one in self.functions if every or (self.strict and one.get("strict"))]
 
 
 def tool_choice(tools: Any, choice: Any) -> ToolChoice:
@@ -134,10 +141,12 @@ class Form:
     before: str = ""
     after: str = ""
     as_json: bool = True  # the name stands in a JSON string
+    tagged: bool = False  # arguments stand in tags (seed.py), else they are JSON
 
     def write(self, calls: Sequence[tuple[str, str]]) -> str:
         """The text of calls, each a name and its arguments (JSON text)."""
-        return self.before + self.between.join(self.begin(name) + one + self.closing for name, one in calls) + self.after
+        some = (self.begin(name) + (in_tags(one) if self.tagged else one) + self.closing for name, one in calls)
+        return self.before + self.between.join(some) + self.after
 
     def begin(self, name: str) -> str:
         return self.opening % (json.dumps(name, ensure_ascii=False) if self.as_json else name)
@@ -148,6 +157,7 @@ _LLAMA = Form('{"name": %s, "parameters": ', "}", between="; ")
 _MISTRAL_LIST = Form('{"name": %s, "arguments": ', "}", between=", ", before="[TOOL_CALLS][", after="]")
 _MISTRAL = Form("[TOOL_CALLS]%s[ARGS]", "", as_json=False)
 _GRANITE = replace(_MISTRAL_LIST, before="<|tool_call|>[")
+_SEED = Form("<seed:tool_call>\n<function=%s>\n", "</function>\n</seed:tool_call>", between="\n", as_json=False, tagged=True)
 # Of gpt-oss, of which a grammar of its own makes use. An answer ends with its call.
 HARMONY = Form(
     "<|channel|>commentary to=functions.%s <|constrain|>json<|message|>", "", between="<|call|><|start|>assistant", as_json=False
@@ -157,6 +167,7 @@ FORMS: dict[type[ToolParser], tuple[Form, ...]] = {
     Llama3Json: (_LLAMA,),
     Mistral: (_MISTRAL, _MISTRAL_LIST),
     Granite: (_GRANITE,),
+    SeedOss: (_SEED,),
 }
 
 
@@ -164,8 +175,8 @@ FORMS: dict[type[ToolParser], tuple[Form, ...]] = {
 class Forced:
     """What constrained decoding lets a model write where it must call: ``before``, calls with ``between`` two, ``after``.
 
-    A call is the ``begin`` of one alternative, JSON that fits its ``schema``, and ``end``. There are at least one and at most
-    ``most`` calls (None: any number).
+    A call is the ``begin`` of one alternative, JSON that fits its ``schema`` (``tagged``: in tags), and ``end``. There are at
+    least one and at most ``most`` calls (None: any number).
     """
 
     alternatives: tuple[Alternative, ...]
@@ -173,6 +184,7 @@ class Forced:
     before: str
     after: str
     most: int | None
+    tagged: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,15 +197,17 @@ class Alternative:
 def forced(choice: ToolChoice, form: Form, *, parallel: bool = True, strict: bool = False) -> Forced:
     """Any of the tools, several if ``parallel``; in the mode "named" one call of that one.
 
-    ``strict``: of those that are not, the arguments are any object.
+    ``strict``: of those that are not, the arguments are any object. Raises RequestError for tools that the format cannot hold.
     """
 
     def schema(f: Mapping[str, Any]) -> dict[str, Any]:
         return {"type": "object"} if strict and not f.get("strict") else parameters(f)
 
-    alternatives = (Alternative(form.begin(f["name"]), schema(f), form.closing) for f in choice.functions)
+    alternatives = tuple(Alternative(form.begin(f["name"]), schema(f), form.closing) for f in choice.functions)
+    for f, one in zip(choice.functions, alternatives, strict=True) if form.tagged else ():
+        check_tags(f["name"], one.schema)
     most = None if parallel and choice.mode != "named" else 1
-    return Forced(tuple(alternatives), form.between, form.before, form.after, most)
+    return Forced(alternatives, form.between, form.before, form.after, most, form.tagged)
 
 
 def parameters(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,7 +231,7 @@ def _constraining(schema: Any) -> Any:
     for key, value in schema.items():
         if key in _NAMED and isinstance(value, Mapping):
             kept[key] = {name: _constraining(one) for name, one in value.items()}
-        elif key not in _WORDS:
+        elif key not in NOTES:
             kept[key] = _constraining(value) if key in _WITHIN else value
     return kept
 

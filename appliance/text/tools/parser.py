@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,13 +63,15 @@ class ToolParser(Reader):
         new_id: Callable[[], str] | None = None,
         known: Sequence[str] = (),
         functions: Sequence[Mapping[str, Any]] = (),
+        held: Collection[str] = (),
     ) -> None:
         """``new_id`` makes the ids of calls. ``known``: the tools' names, where a grammar holds their arguments (``lark``).
 
-        ``functions``: the tools, for formats in which arguments have no types of their own.
+        ``functions``: the tools, for formats in which arguments have no types of their own, and the names of those of them whose
+        arguments a grammar holds (``held``).
         """
         super().__init__()
-        self.functions = functions
+        self.functions, self.held_names = functions, held
         self.known = tuple(json.dumps(name, ensure_ascii=False) for name in known)
         self.count = 0  # calls so far
         self.fresh = True  # nothing but markup since the beginning or since the latest call

@@ -1,4 +1,7 @@
-"""Calls of Seed-OSS, which are written in tags: arguments are text, and the tool's parameters say what that stands for."""
+"""Calls of Seed-OSS, which are written in tags: arguments are text, and the tool's parameters say what that stands for.
+
+Where a grammar holds the model to the parameters, a string without constraints is text, and all else is JSON (``as_text``).
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,21 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from appliance.core.params import RequestError
 from appliance.text.delta import CallDelta
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import Step, Steps
 
 _NAME, _KEY = re.compile(r"[-\w.:/]*"), re.compile(r"[^<>\n]*")
+PARAMETER, VALUE_END = "<parameter=%s>", "</parameter>"
+NOTES = frozenset({"description", "title", "default", "examples", "$comment"})
+"""Keywords of a JSON schema that constrain nothing."""
+_OF_ALL = frozenset({
+    "anyOf", "oneOf", "allOf", "not", "if", "then", "else", "$ref", "$dynamicRef", "$recursiveRef", "enum", "const",
+    "minProperties", "maxProperties", "propertyNames", "patternProperties", "dependencies", "dependentRequired",
+    "dependentSchemas", "unevaluatedProperties",
+})  # fmt: skip
+"""Those that constrain all arguments together, or such as have no names."""
 
 
 class SeedOss(ToolParser):
@@ -57,10 +70,18 @@ class SeedOss(ToolParser):
             key = yield from self.run_of(_KEY)
             if not (yield from self.sees(">")):
                 return False
-            text = yield from self._until("</parameter>")
-            value = typed(text, types.get(key) if isinstance(types, Mapping) else None)
+            value = yield from self._value(types.get(key) if isinstance(types, Mapping) else None, name in self.held_names)
             self._give(f"{between}{json.dumps(key, ensure_ascii=False)}: {value}")
             between = ", "
+
+    def _value(self, schema: Any, held: bool) -> Step[str]:
+        start = self.at
+        if held and schema is not None and not as_text(schema) and (yield from self.value()):
+            text = self.held[start : self.at]
+            if _is_json(text) and (yield from self.sees(VALUE_END)):
+                return text
+        self.at = start
+        return typed((yield from self._until(VALUE_END)), schema)
 
     def _until(self, mark: str) -> Step[str]:
         start = self.at
@@ -73,6 +94,56 @@ class SeedOss(ToolParser):
     def _give(self, arguments: str) -> None:
         self.drop()
         self._tell(CallDelta(self.count - 1, arguments=arguments))
+
+
+def as_text(schema: Any) -> bool:
+    """Whether a value that a grammar holds is written as text, and not as JSON: a string, any or one of a list."""
+    if not isinstance(schema, Mapping) or not set(schema) <= NOTES | {"type", "enum"}:
+        return False
+    if "enum" not in schema:
+        return schema.get("type") == "string"
+    some = schema["enum"]
+    if not isinstance(some, list) or not all(isinstance(one, str) and VALUE_END not in one for one in some):
+        return False
+    return bool(some) and all(typed(one, schema) == json.dumps(one, ensure_ascii=False) for one in some)
+
+
+def in_tags(arguments: str) -> str:
+    """Arguments (a JSON object) as the model writes them."""
+    return "".join(
+        f"{PARAMETER % key}{value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}{VALUE_END}\n"
+        for key, value in json.loads(arguments).items()
+    )
+
+
+def check_tags(name: str, schema: Mapping[str, Any]) -> None:
+    """RequestError where arguments in tags cannot be held to a schema, or a name does not go into one."""
+    wrong = next((key for key in schema if key in _OF_ALL), None)
+    if wrong is not None:
+        told = (
+            f"the parameters of {name!r:.80} have {wrong!r:.80}: this model writes arguments in tags, which nothing holds to that"
+        )
+    elif not name or not _NAME.fullmatch(name):
+        told = f"{name!r:.80} does not go into the tags in which this model writes calls: letters, digits and -_.:/ do"
+    else:
+        properties, required = schema.get("properties") or {}, schema.get("required") or []
+        if not isinstance(properties, Mapping) or not isinstance(required, list):
+            told = f"the parameters of {name!r:.80} must have an object of properties and a list of those that are required"
+            raise RequestError(f"tools: {told}", param="tools")
+        keys = [*properties, *required]
+        bad = next((key for key in keys if not isinstance(key, str) or not key or not _KEY.fullmatch(key)), None)
+        if bad is None:
+            return
+        told = f"the parameters of {name!r:.80} have one called {bad!r:.80}, which does not go into a tag"
+    raise RequestError(f"tools: {told}", param="tools")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def typed(text: str, schema: Any) -> str:
