@@ -64,7 +64,8 @@ def test_windows_that_no_key_states_are_those_of_transformers(name: str) -> None
 
 @pytest.mark.parametrize("text", [None, False, True])
 @pytest.mark.parametrize(
-    "name", ["Mistral3", "Llava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Gemma3", "Llama", "SmolLM3", "Gemma2"]
+    "name",
+    ["Mistral3", "Llava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Gemma3", "Llama", "SmolLM3", "Gemma2", "Glm4", "Ernie4_5"],
 )
 def test_models_without_a_head_are_tied_where_transformers_ties_them(tmp_path: Path, name: str, text: bool | None) -> None:
     """Nothing is said of the whole: every class has a rule of its own for what its text part says, or does not.
