@@ -13,7 +13,7 @@ FLOATS = {"nvfp4-pack-quantized": (4,), "mxfp4-pack-quantized": (4,), "mixed-pre
 """Bits of floats in formats that hold others than 8."""
 FLOAT4 = {"tensor_group": NVFP4, "group": MXFP4}
 """4-bit floats by their strategy; groups have one size in each."""
-FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense", *FLOATS)
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "mxfp8-quantized", "naive-quantized", "dense", *FLOATS)
 
 
 def parse(config: Mapping[str, Any], source: str) -> Settings:
@@ -73,7 +73,8 @@ def _scheme(group: Mapping[str, Any], stored: str, source: str) -> WeightScheme:
     if four:
         values.choice(source, "weights.group_size", size, (FLOAT4[strategy].group_size,))
         return FLOAT4[strategy]  # activations, most in 4 bits, are left as they are
-    layout = {"naive-quantized": f"{kind}-quantized", "mixed-precision": ""}.get(stored, stored)
+    written = {"naive-quantized": f"{kind}-quantized", "mxfp8-quantized": "float-quantized", "mixed-precision": ""}
+    layout = written.get(stored, stored)
     if not layout:  # as compressed-tensors infers it
         layout = "float-quantized" if kind == "float" else "int-quantized" if activation == "int8-token" else "pack-quantized"
     if (layout == "float-quantized") != (kind == "float") or layout in FLOATS:

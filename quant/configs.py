@@ -28,7 +28,7 @@ AUTO_ROUND = {
 MODELOPT = {
     "NVFP4": NVFP4, "W4A16_NVFP4": NVFP4, "FP8": WeightScheme("float-quantized", 8, activation="fp8-tensor"),
     "FP8_PER_CHANNEL_PER_TOKEN": WeightScheme("float-quantized", 8, activation="fp8-token"),
-    "FP8_PB_WO": WeightScheme("fp8-block", 8, 128, block=(128, 128)),
+    "FP8_PB_WO": WeightScheme("fp8-block", 8, 128, block=(128, 128)), "MXFP8": WeightScheme("float-quantized", 8, 32),
 }  # fmt: skip
 WHOLE_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.\d+(\.[\w-]+)+")  # of a module of a layer: no pattern
 
@@ -202,7 +202,7 @@ def _modelopt(config: Mapping[str, Any], source: str) -> Settings:
     Activations that are rounded to 4 bits there are left as they are, which only adds precision.
     """
     scheme = MODELOPT[values.choice(source, "quant_algo", str(config.get("quant_algo") or "none").upper(), MODELOPT)]
-    if scheme == NVFP4:
-        values.choice(source, "group_size", config.get("group_size") or NVFP4.group_size, (NVFP4.group_size,))
+    if scheme.block is None and scheme.group_size > 0:
+        values.choice(source, "group_size", config.get("group_size") or scheme.group_size, (scheme.group_size,))
     names = [name for key in ("ignore", "exclude_modules") for name in values.names(source, config, key)]
     return Settings("modelopt", tuple(Rule("regex", translate(name), DENSE) for name in names), scheme, source)

@@ -1,4 +1,4 @@
-"""FP8 (e4m3) weights [N, K] with scales per weight, per output, per group or per block, and quant_method fp8's blocks."""
+"""FP8 (e4m3) weights [N, K] with scales per weight, per output, per group (MXFP8: of 32) or per block, and quant_method fp8's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quant.formats.common import Source, group_columns, skip_input_scales
 from quant.rules import WeightScheme
 from quant.tensor import QuantTensor
 
-SCALES = ("F16", "BF16", "F32", "F8_E8M0")
+SCALES = ("F16", "BF16", "F32", "F8_E8M0", "U8")  # the last one as E8M0, too
 
 
 def load(source: Source, name: str, scheme: WeightScheme, expect: tuple[int, int] | None = None) -> QuantTensor:
@@ -25,7 +25,7 @@ def load(source: Source, name: str, scheme: WeightScheme, expect: tuple[int, int
     full = f"{name}.weight_scale_inv" if source.info(f"{name}.weight_scale_inv") else f"{name}.weight_scale"
     scale = source.take(full, dtypes=SCALES)
     if scale.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        scale = scale.float()  # e8m0: a power of two
+        scale = scale.view(torch.float8_e8m0fnu).float().bfloat16()  # a power of two
     if scheme.block and scale.dim() == 4:  # as ModelOpt reduced the weight: [blocks, 1, blocks, 1]
         scale = scale.flatten(2).flatten(0, 1)
     scales, size = expand_scales(full, scale, scheme, N, K)

@@ -143,6 +143,10 @@ def modelopt_blocks(name: str, N: int, K: int, group: int) -> Tensors:
     return {f"{name}.weight": ("F8_E4M3", (N, K)), f"{name}.weight_scale": ("F32", (-(-N // 128), 1, -(-K // 128), 1))}
 
 
+def modelopt_mx(name: str, N: int, K: int, group: int) -> Tensors:
+    return {f"{name}.weight": ("F8_E4M3", (N, K)), f"{name}.weight_scale": ("U8", (N, K // 32))}
+
+
 def cache_scale(name: str) -> Tensors:
     part = name.rpartition(".")[2][0]
     return {f"{name}.{part}_scale": ("F32", ())} if name.endswith(("k_proj", "v_proj")) else {}
@@ -206,7 +210,7 @@ MODELOPT: dict[str, tuple[Any, int, dict[str, Any] | None]] = {
     })
     for name, make, algorithm in (
         ("modelopt-fp8", modelopt_fp8, "FP8"), ("modelopt-fp8-channels", modelopt_channels, "FP8_PER_CHANNEL_PER_TOKEN"),
-        ("modelopt-fp8-blocks", modelopt_blocks, "fp8_pb_wo"),
+        ("modelopt-fp8-blocks", modelopt_blocks, "fp8_pb_wo"), ("modelopt-mxfp8", modelopt_mx, "MXFP8"),
     )
 }  # fmt: skip
 

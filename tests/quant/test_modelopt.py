@@ -6,6 +6,7 @@ NVFP4, which it writes too, is in tests/quant/test_nvfp4.py. Names, types, shape
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -28,22 +29,26 @@ from tests.memory.published import MODELOPT
 from tests.models.test_against_transformers import feed
 from tests.quant.writers import MODULE, load, save
 
-KINDS = {"modelopt-fp8": (), "modelopt-fp8-channels": (200,), "modelopt-fp8-blocks": (2, 1, 3, 1)}  # shapes of scales
+KINDS = {"modelopt-fp8": (), "modelopt-fp8-channels": (200,), "modelopt-fp8-blocks": (2, 1, 3, 1), "modelopt-mxfp8": (200, 10)}
 
 
 def tensors(kind: str) -> dict[str, torch.Tensor]:
+    """``KINDS`` has the shapes of scales."""
     weight, scale = torch.randn(200, 300).to(torch.float8_e4m3fn), 0.01 + torch.rand(KINDS[kind])
+    scale = torch.randint(0, 255, scale.shape, dtype=torch.uint8) if kind == "modelopt-mxfp8" else scale
     return {"weight": weight, "weight_scale": scale, "input_scale": torch.tensor(0.02)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_values(tmp_path: Path, kind: str) -> None:
-    """To the bit: the number of the weight, of its output or of its block of 128 x 128 times the float."""
+    """To the bit: the number of the weight, of its output, of its block of 128 x 128 or of 32 inputs times the float."""
     found = tensors(kind)
     save(tmp_path, found, MODELOPT[kind][2])
     scale = found["weight_scale"]
     if scale.dim() == 4:
         scale = scale[:, 0, :, 0].repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
+    elif scale.dim() == 2:
+        scale = 2.0 ** (scale.float() - 127).repeat_interleave(32, 1)[:, :300]
     elif scale.dim() == 1:
         scale = scale[:, None]
     weight = load(tmp_path, (200, 300))
@@ -131,18 +136,20 @@ def test_fp8_by_modelopt_itself(tool: ModuleType, tmp_path: Path, algorithm: str
     assert (feed(decoder, ids, [32]) - expected).abs().max() < 1e-4 * expected.std()
 
 
-def test_nvfp4_by_modelopt_itself(tool: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["NVFP4", "MXFP8"])
+def test_4_and_8_bits_in_groups_by_modelopt_itself(tool: ModuleType, tmp_path: Path, algorithm: str) -> None:
     """To the bit what its own dequantizer makes of what it wrote. (It rounds no weights on a CPU before it packs them.)"""
-    from modelopt.torch.quantization.qtensor import NVFP4QTensor
-
-    export(tool, calibrated(tool, "NVFP4_DEFAULT_CFG")[0], tmp_path)
+    qtensor = importlib.import_module("modelopt.torch.quantization.qtensor")
+    export(tool, calibrated(tool, f"{algorithm}_DEFAULT_CFG")[0], tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    names = [name.removesuffix(".weight_scale_2") for name in tensors if name.endswith("weight_scale_2")]
+    names = [name.removesuffix(".weight_scale") for name in tensors if name.endswith("weight_scale")]
     with Checkpoint.open(tmp_path) as checkpoint:
         for name in names:
-            packed, whole = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale_2"]
-            own = NVFP4QTensor((packed.shape[0], 2 * packed.shape[1]), torch.float32, packed)
-            scales = {"scale": tensors[f"{name}.weight_scale"], "double_scale": whole, "block_sizes": {-1: 16}}
+            packed, more = tensors[f"{name}.weight"], {"scale": tensors[f"{name}.weight_scale"]}
+            if algorithm == "NVFP4":
+                more |= {"double_scale": tensors[f"{name}.weight_scale_2"], "block_sizes": {-1: 16}}
+            shape = (packed.shape[0], packed.shape[1] * (2 if algorithm == "NVFP4" else 1))
+            own = getattr(qtensor, f"{algorithm}QTensor")(shape, torch.float32, packed).dequantize(torch.float32, **more)
             found = checkpoint.weight(name)
-            assert isinstance(found, QuantTensor) and torch.equal(found.dequantize(), own.dequantize(torch.float32, **scales))
+            assert isinstance(found, QuantTensor) and torch.equal(found.dequantize(), own)
     assert len(names) == 14

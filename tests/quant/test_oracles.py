@@ -7,6 +7,7 @@ to the formats' definitions.
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -136,3 +137,23 @@ def test_compressed_tensors_mxfp4(tmp_path: Path) -> None:
     save(tmp_path, {name: tensor.contiguous() for name, tensor in packed.items()}, FLOATS4["ct-mxfp4"][2])
     expected, found = packer.decompress(packed, scheme)["weight"], load(tmp_path, (96, 160)).dequantize(torch.bfloat16)
     assert expected.dtype == torch.bfloat16 and expected.count_nonzero() > 10000 and torch.equal(found, expected)
+
+
+def test_compressed_tensors_mxfp8(tmp_path: Path) -> None:
+    """To the bit, as above."""
+    compressors = pytest.importorskip("compressed_tensors.compressors", exc_type=ImportError)
+    schemes = pytest.importorskip("compressed_tensors.quantization.quant_scheme", exc_type=ImportError)
+    qparams = pytest.importorskip("compressed_tensors.quantization.utils", exc_type=ImportError)
+    if not hasattr(compressors.BaseCompressor, "decompress") or not hasattr(schemes, "MXFP8"):
+        pytest.skip("this version of compressed-tensors has another interface")
+    torch.manual_seed(6)
+    scheme = schemes.preset_name_to_scheme("MXFP8", ["Linear"])
+    packer = compressors.BaseCompressor.get_value_from_registry("mxfp8-quantized")
+    groups = torch.randn(96, 5, 32) * 2.0 ** torch.randint(-100, 100, (96, 5, 1))
+    scale, _ = qparams.calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+    packed = packer.compress({"weight": groups.flatten(1), "weight_scale": scale}, scheme)
+    config = {"quant_method": "compressed-tensors", "format": "mxfp8-quantized", "ignore": ["lm_head"]}
+    config["config_groups"] = {"group_0": json.loads(scheme.model_dump_json())}
+    save(tmp_path, {name: tensor.contiguous() for name, tensor in packed.items()}, config)
+    expected, found = packer.decompress(packed, scheme)["weight"], load(tmp_path, (96, 160)).dequantize()
+    assert expected.count_nonzero() > 10000 and torch.equal(found, expected.float())
