@@ -19,7 +19,8 @@ from typing import Annotated, Any
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict, Env
 
-from appliance.cli_flags import COMMANDS, translate
+from appliance.cli_flags import translate
+from appliance.cli_foreign import COMMANDS
 from appliance.config import EngineConfig, ServerConfig
 from appliance.version import __version__
 from quant.errors import InputError
@@ -209,7 +210,7 @@ def run(argv: list[str]) -> int:
             for note in notes:
                 print(f"appliance: note: {note}", file=sys.stderr)
         argv, file = _take_config(argv)
-        app.config = (Variables("APPLIANCE_", command=False), *_file_options(file, command))
+        app.config = (Variables("APPLIANCE_", command=False), *_foreign_key(command), *_file_options(file, command))
         return app(argv, exit_on_error=False, print_error=False) or 0
     except (InputError, CycloptsError) as error:
         if debug:
@@ -267,6 +268,12 @@ def _take_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
     return rest, file
 
 
+def _foreign_key(command: str) -> list[Dict]:
+    """The key that a server of vLLM would ask for: whoever has it in the environment does not expect to let everybody in."""
+    key = os.environ.get("VLLM_API_KEY", "")
+    return [Dict({"api_key": [key]}, use_commands_as_keys=False, source="VLLM_API_KEY")] if command == "serve" and key else []
+
+
 def _file_options(file: str | None, command: str) -> list[Dict]:
     if not file:
         return []
@@ -275,7 +282,8 @@ def _file_options(file: str | None, command: str) -> list[Dict]:
     except OSError as error:
         raise InputError(f"--config {file}: {error.strerror}") from None
     except ValueError as error:
-        raise InputError(f"--config {file} is not valid TOML: {error}") from None
+        yaml = " (YAML, as vLLM has it, is not read here: TOML says key = value)" if file.endswith((".yaml", ".yml")) else ""
+        raise InputError(f"--config {file} is not valid TOML: {error}{yaml}") from None
     flat: dict[str, Any] = {}
     for key, value in found.items():
         flat.update(value if key in ("engine", "server") and isinstance(value, dict) else {key: value})

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from appliance import cli
-from appliance.cli_flags import COMMANDS, INSTEAD, SWITCHES, VALUED, translate
+from appliance.cli_flags import translate
+from appliance.cli_foreign import COMMANDS, INSTEAD, SWITCHES, VALUED
 from appliance.config import EngineConfig, ServerConfig
 from appliance.server.options import check_server
 from appliance.version import __version__
@@ -33,7 +34,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineConfig, ServerCo
         return 0
 
     monkeypatch.setattr("appliance.server.run.serve", serve)
-    for name in [name for name in os.environ if name.startswith("APPLIANCE_")]:
+    for name in [name for name in os.environ if name.startswith(("APPLIANCE_", "VLLM_"))]:
         monkeypatch.delenv(name)
     return calls
 
@@ -130,6 +131,12 @@ def test_which_source_wins(served: list[Any], tmp_path: Path, monkeypatch: pytes
         ("serve -hf org/model", "-hf: name the model as the first argument: organisation/model"),
         ("serve m -ctk q8_0", "-ctk: use --kv-cache-dtype, which is for keys and values: fp8, int8 or int4"),
         ("serve m --fully-sharded-loras", "--fully-sharded-loras: LoRA adapters are not supported: merge the adapter"),
+        ("serve m --enable-chunked-prefill False", "--enable-chunked-prefill False: prompts are always computed in chunks"),
+        ("serve m --speculative-disable-by-batch-size 4", "--speculative-disable-by-batch-size: there are no draft models"),
+        ("serve m --default-chat-template-kwargs {}", '--default-chat-template-kwargs: requests say it: "chat_template_kwargs"'),
+        ("serve m --structured-outputs-config.reasoning_parser x", "--structured-outputs-config x: only a backend may be named"),
+        ("serve m --nnodes 2", "--nnodes 2: only one device is supported"),
+        ("serve m --mem-fraction-static 0.8", "--mem-fraction-static: use --gpu-memory-utilization"),
         ("serve m --hf-overrides {1}", "--hf-overrides {1}: not supported: edit config.json in the model's directory"),
     ],
 )
@@ -164,8 +171,37 @@ def test_foreign_flags(capsys: pytest.CaptureFixture[str], served: list[Any]) ->
     assert translate(sizes)[0] == ["serve", "m"]
     backend = ["--structured-outputs-config", '{"backend": "xgrammar"}', "--structured-outputs-config.backend=guidance"]
     assert translate(["serve", *backend])[0] == ["serve"]
+    parts = [
+        "--compilation-config.mode",
+        "3",
+        "-cc.level=2",
+        "--limit-mm-per-prompt.image",
+        "0",
+        "--attention-config.backend",
+        "x",
+    ]
+    assert translate(["serve", *parts, "m"])[0] == ["serve", "m"]
+    assert translate(["serve", "--enable-chunked-prefill", "True", "--no-enable-reasoning", "--enable-chunked-prefill=true"])[
+        0
+    ] == ["serve"]
     assert not any(name.startswith("-") for name in COMMANDS) and not COMMANDS.keys() & set(cli.app)
     assert translate(["serve", "-q", "gptq_marlin"])[0] == ["serve", "--quantization", "gptq"]
+
+
+def test_a_key_of_vllm_in_the_environment_is_asked_for(
+    served: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "sk two words, and a comma")
+    (tmp_path / "a.toml").write_text('api_key = ["of the file"]')
+    assert cli.run(["serve"]) == cli.run(["serve", "--config", str(tmp_path / "a.toml")]) == 0
+    assert cli.run(["serve", "--api-key", "of the flag"]) == 0
+    monkeypatch.setenv("APPLIANCE_API_KEY", "ours")
+    assert cli.run(["serve"]) == 0
+    keys = [server.api_key for _engine, server in served]
+    assert keys == [("sk two words, and a comma",)] * 2 + [("of the flag",), ("ours",)]
+    monkeypatch.setenv("VLLM_API_KEY", "")
+    monkeypatch.delenv("APPLIANCE_API_KEY")
+    assert cli.run(["serve"]) == 0 and served[-1][1].api_key == ()
 
 
 def test_debug_shows_where_an_error_comes_from() -> None:
