@@ -35,7 +35,8 @@ FLAT = Parameter(name="*")
 
 
 class Variables(Env):
-    """APPLIANCE_*, but for options that tell clients whom to trust: variables of these names tell servers whom to let in."""
+    """APPLIANCE_*, but for options of clients that mean another thing there: variables of these names say what servers serve, and
+    whom they let in."""
 
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         super().__call__(app, commands, ArgumentCollection(one for one in arguments if one.parameter.show_env_var is not False))
@@ -209,6 +210,8 @@ def run(argv: list[str]) -> int:
             argv, notes = translate(argv)
             for note in notes:
                 print(f"appliance: note: {note}", file=sys.stderr)
+        if command == "bench":  # called so by the other clients here
+            argv = [re.sub(r"^--url(?==|$)", "--base-url", one) for one in argv]
         argv, file = _take_config(argv)
         app.config = (Variables("APPLIANCE_", command=False), *_foreign_key(command), *_file_options(file, command))
         return app(argv, exit_on_error=False, print_error=False) or 0

@@ -204,6 +204,26 @@ def test_a_key_of_vllm_in_the_environment_is_asked_for(
     assert cli.run(["serve"]) == 0 and served[-1][1].api_key == ()
 
 
+def test_variables_of_a_server_are_no_options_of_its_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, where both run with the same environment."""
+    asked: list[Any] = []
+    for command in ("bench.serve.serve", "chat.run.main"):
+        monkeypatch.setattr(f"appliance.{command}", lambda *args: asked.append(args[0]) or 0)
+    for name, value in {
+        "MODEL": "/srv/m",
+        "SERVED_MODEL_NAME": "a b",
+        "INSECURE": "1",
+        "SSL_CA_CERTS": "/ca",
+        "API_KEY": "k",
+    }.items():
+        monkeypatch.setenv(f"APPLIANCE_{name}", value)
+    assert cli.run(["bench", "serve", "--url", "http://x"]) == cli.run(["chat", "--url=http://x"]) == 0
+    bench, chat = asked
+    assert bench.base_url == chat.url == "http://x" and bench.api_key == chat.api_key == "k"
+    assert bench.model is bench.served_model_name is chat.model is None
+    assert not bench.insecure and bench.ssl_ca_certs is None and chat.tls == {"ca_certs": None, "insecure": False}
+
+
 def test_debug_shows_where_an_error_comes_from() -> None:
     with pytest.raises(InputError):
         cli.run(["plan", "/no/such/model", "--config", "nowhere", "--log-level", "debug"])

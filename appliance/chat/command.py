@@ -6,21 +6,21 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-TRUST = Parameter(negative=(), show_env_var=False)  # see appliance.cli.Variables
+OWN = Parameter(negative=(), show_env_var=False)  # see appliance.cli.Variables
 
 
 def chat(
     *model_and_options: Annotated[str, Parameter(allow_leading_hyphen=True)],
     url: str | None = None,
     api_key: str | None = None,
-    model: str | None = None,
+    model: Annotated[str | None, OWN] = None,
     prompt: Annotated[str | None, Parameter(name=["--prompt", "-p"])] = None,
     system: Annotated[str | None, Parameter(name=["--system", "-s"])] = None,
     temperature: float | None = None,
     top_p: float | None = None,
     max_tokens: int | None = None,
-    ssl_ca_certs: Annotated[str | None, TRUST] = None,
-    insecure: Annotated[bool, TRUST] = False,
+    ssl_ca_certs: Annotated[str | None, OWN] = None,
+    insecure: Annotated[bool, OWN] = False,
 ) -> int:
     """Talk to a model in the terminal, or ask it one question: with --prompt or from a pipe, and only the answer is printed.
 

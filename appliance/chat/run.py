@@ -110,7 +110,7 @@ def _model(server: Server, name: str | None) -> str:
     names = list(server.models())
     if not names:
         raise ChatError(f"{server.url} serves no model")
-    if name is None or (name not in names and name == os.environ.get("APPLIANCE_MODEL")):  # that one is for servers
+    if name is None:
         return names[0]
     if name not in names:
         raise InputError(f"--model {name}: {server.url} has {', '.join(names)}; `appliance chat {name}` starts a server for it")
