@@ -177,9 +177,9 @@ INSTEAD = {
 SEVERAL = {
     "--data-parallel-address --data-parallel-backend --data-parallel-external-lb --data-parallel-hybrid-lb --data-parallel-rank "
     "--data-parallel-rpc-port --data-parallel-size-local --data-parallel-start-rank --master-addr --master-port": ONE_ENGINE,
-    "--decode-context-parallel-size --prefill-context-parallel-size --nnodes --node-rank --enable-dbo --dbo-decode-token-threshold "
-    "--cp-kv-cache-interleave-size --enable-eplb "
-    "--eplb-config --expert-placement-strategy --num-redundant-experts": "only one device is supported: leave it out",
+    "--decode-context-parallel-size --prefill-context-parallel-size --nnodes --node-rank --cp-kv-cache-interleave-size "
+    "--enable-dbo --dbo-decode-token-threshold --enable-eplb --eplb-config --expert-placement-strategy "
+    "--num-redundant-experts": "only one device is supported: leave it out",
     "--io-processor-plugin --logits-processors --logits-processor-pattern --scheduler-cls --worker-cls --worker-extension-cls": (
         "no code from elsewhere is loaded: leave it out"
     ),
