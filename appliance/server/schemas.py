@@ -1,4 +1,6 @@
-"""The bodies of requests. Every optional field may be null, which means absent; types are strict; extra fields are kept apart."""
+"""The bodies of requests. Every optional field may be null, which means absent; extra fields are kept apart.
+
+Types are strict, but JSON knows one kind of number: 5.0 is as good as 5 where an integer is asked for."""
 
 from __future__ import annotations
 
@@ -14,14 +16,18 @@ from appliance.server.kinds import Messages, Prompts, Stop, ToolChoice, Tools
 Body = TypeVar("Body", bound=BaseModel)
 
 
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
 class Fields(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
     not_described: ClassVar[Collection[str]] = ()  # fields that are read in order to be refused
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+    def _as_meant(cls, data: Any) -> Any:
+        return {k: _whole(v) for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
 
 class StreamOptions(Fields):

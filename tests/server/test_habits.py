@@ -219,6 +219,7 @@ def test_messages_as_clients_send_them(served: Served, messages: list[dict[str, 
         {"max_tokens": 3, "max_completion_tokens": 3, "reasoning_effort": "low", "store": False, "user": "x", "metadata": {}},
         {"max_tokens": 3, "options": {"num_ctx": 8192}, "keep_alive": "5m", "cache_prompt": True, "session_id": "s"},
         {"max_tokens": 3, "model": ""},
+        {"max_tokens": 3.0, "n": 1.0, "top_k": 4.0, "seed": 7e0, "temperature": 1.0, "top_p": 1},
     ],
 )
 def test_bodies_as_clients_send_them(served: Served, body: dict[str, Any]) -> None:
