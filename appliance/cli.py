@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict, Env
 
-from appliance.cli_flags import translate
+from appliance.cli_flags import translate, translate_bench
 from appliance.cli_foreign import COMMANDS
 from appliance.config import EngineConfig, ServerConfig
 from appliance.version import __version__
@@ -31,6 +31,8 @@ EPILOGUE = (
 )
 NEAR = 0.8
 """Likeness (of difflib) from which on another option's name is what was meant."""
+READERS = {"serve": translate, "plan": translate, "bench": translate_bench}
+"""Who reads a command line before it is parsed."""
 FLAT = Parameter(name="*")
 
 
@@ -206,12 +208,10 @@ def run(argv: list[str]) -> int:
         command = argv[0] if argv else ""
         if command in COMMANDS:
             raise InputError(f"there is no command {command}: {COMMANDS[command]}")
-        if command in ("serve", "plan"):
-            argv, notes = translate(argv)
+        if reader := READERS.get(command):
+            argv, notes = reader(argv)
             for note in notes:
                 print(f"appliance: note: {note}", file=sys.stderr)
-        if command == "bench":  # called so by the other clients here
-            argv = [re.sub(r"^--url(?==|$)", "--base-url", one) for one in argv]
         argv, file = _take_config(argv)
         app.config = (Variables("APPLIANCE_", command=False), *_foreign_key(command), *_file_options(file, command))
         return app(argv, exit_on_error=False, print_error=False) or 0

@@ -10,7 +10,20 @@ import json
 import re
 from collections.abc import Sequence
 
-from appliance.cli_foreign import INSTEAD, LISTS, LORA, QUANTIZATION, RENAMED, SIZES, SPECULATION, SWITCHES, VALUED
+from appliance.cli_foreign import (
+    BENCH_INSTEAD,
+    BENCH_NOTHING,
+    BENCH_RENAMED,
+    INSTEAD,
+    LISTS,
+    LORA,
+    QUANTIZATION,
+    RENAMED,
+    SIZES,
+    SPECULATION,
+    SWITCHES,
+    VALUED,
+)
 from quant.errors import InputError
 
 
@@ -42,6 +55,26 @@ def translate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             raise InputError(f"{name}: {why}")
         else:
             out += _own(name, equals, value, rest)
+    return out, notes
+
+
+def translate_bench(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The same for ``bench serve``: flags of vLLM's, and names that the other clients here have."""
+    out: list[str] = []
+    notes: list[str] = []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        name, equals, value = token.partition("=")
+        name = name.replace("_", "-") if name.startswith("--") else name
+        if name in BENCH_NOTHING:
+            if BENCH_NOTHING[name] and not equals:
+                _next(name, rest)
+            notes.append(f"{name} changes nothing here")
+        elif name in BENCH_INSTEAD:
+            raise InputError(f"{name}: {BENCH_INSTEAD[name]}")
+        else:
+            out.append(f"{BENCH_RENAMED[name]}{equals}{value}" if name in BENCH_RENAMED else token)
     return out, notes
 
 

@@ -241,6 +241,16 @@ SEVERAL = {
 }
 INSTEAD |= {name: told for names, told in SEVERAL.items() for name in names.split()}
 
+# Of bench serve: names that the other clients here have, and vLLM's flags that change nothing here (with a value or not).
+BENCH_RENAMED = {"--url": "--base-url", "--plot": "--svg"}
+BENCH_NOTHING = {"--tokenizer": True, "--tokenizer-mode": True, "--trust-remote-code": False, "--skip-tokenizer-init": False}
+BENCH_INSTEAD = {
+    "--profile": "not supported: leave it out",
+    "--lora-modules": LORA,
+    "--use-beam-search": "use --extra-body '{\"use_beam_search\": true}'",
+    "--hf-name": "use --dataset-name text, custom or sharegpt with --dataset-path FILE",
+}
+
 # Commands of others.
 COMMANDS = {
     "collect-env": "appliance doctor tells what this machine has",

@@ -224,6 +224,15 @@ def test_variables_of_a_server_are_no_options_of_its_clients(monkeypatch: pytest
     assert not bench.insecure and bench.ssl_ca_certs is None and chat.tls == {"ca_certs": None, "insecure": False}
 
 
+def test_flags_of_vllms_bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("appliance.bench.serve.serve", lambda config: asked.append(config) or 0)
+    line = "bench serve --model m --tokenizer t --tokenizer-mode=auto --trust-remote-code --plot a.svg --random_input_len 7"
+    assert cli.run(line.split()) == 0 and capsys.readouterr().err.count("changes nothing here") == 3
+    assert (asked[0].model, asked[0].svg, asked[0].random_input_len) == ("m", "a.svg", 7)
+    assert cli.run(["bench", "serve", "--use-beam-search"]) == 2 and "--extra-body" in capsys.readouterr().err
+
+
 def test_debug_shows_where_an_error_comes_from() -> None:
     with pytest.raises(InputError):
         cli.run(["plan", "/no/such/model", "--config", "nowhere", "--log-level", "debug"])
