@@ -83,6 +83,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "colour"}}}}, "text.format.schema"),
     ({"tools": "weather"}, "tools"),
     ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+    ({"tools": [TOOL, {"type": "namespace", "name": "agents", "tools": [TOOL]}]}, "tools[1]"),
     ({"tools": [{"type": "function"}]}, "tools[0].name"),
     ({"tools": [{"type": "function", "name": "f", "parameters": 3}]}, "tools[0].parameters"),
     ({"tools": [TOOL], "tool_choice": {"type": "web_search_preview"}}, "tool_choice"),
@@ -108,7 +109,7 @@ def test_fields_that_nobody_knows(hermes: Served) -> None:
     config = hermes.state.server_config
     hermes.state.server_config = replace(config, strict_requests=True)
     try:
-        ask(hermes, max_tool_calls=3, background=False, service_tier="auto")
+        ask(hermes, max_tool_calls=3, background=False, service_tier="auto", client_metadata={"a": "b"})
         for path in ("/v1/responses", "/v1/responses/input_tokens"):
             error = hermes.post(path, input="hello", favourite_colour="red").json()["error"]
             assert (error["param"], error["code"]) == ("favourite_colour", "unknown_parameter")

@@ -60,7 +60,7 @@ def _tool(tool: Any, where: str) -> Any:
     if not isinstance(tool, Mapping):
         raise RequestError(f"{where} must be {{'type': 'function', 'name': ...}}, got {tool!r:.80}", param=where)
     if (kind := tool.get("type", "function")) != "function":
-        message = f"{where} is of type {kind!r:.80}, which OpenAI runs itself: here are functions only, which the client runs"
+        message = f"{where} is of type {kind!r:.80}: only functions are taken here ('type': 'function'), which the client runs"
         raise RequestError(message, param=where, code="unsupported_parameter")
     return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 

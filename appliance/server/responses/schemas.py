@@ -41,7 +41,7 @@ NOTHING_MORE = frozenset(
     }
 )
 # OpenAI's fields that cannot change the answer here.
-HARMLESS = frozenset({"service_tier", "prompt_cache_retention", "prompt_cache_options", "mm_processor_kwargs"})
+HARMLESS = frozenset({"service_tier", "prompt_cache_retention", "prompt_cache_options", "mm_processor_kwargs", "client_metadata"})
 _NONE: tuple[object, ...] = ([], {}, "", False)
 _ONE = "a response is one answer: leave it out, or use /v1/chat/completions"
 REFUSED_HERE: dict[str, tuple[tuple[object, ...], str]] = {
