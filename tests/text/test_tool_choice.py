@@ -6,9 +6,10 @@ import random
 import jsonschema
 import pytest
 
-from appliance.core.params import RequestError
+from appliance.core.params import RequestError, StructuredOutputsParams
+from appliance.text.grammar import compile_grammar
 from appliance.text.template import ChatTemplates
-from appliance.text.tools.choice import FORMS, forced, schema, tool_choice
+from appliance.text.tools.choice import FORMS, forced, parameters, schema, tool_choice
 from appliance.text.tools.detect import detect
 from appliance.text.tools.formats import PARSERS
 from appliance.text.tools.seed import in_tags
@@ -112,6 +113,18 @@ WRITES = {
 
 
 @pytest.mark.realdata
+def test_what_generators_write_into_schemas_and_rules_nothing_out():
+    """As of zod, and of OpenAPI: left out, where a property is not only called so."""
+    idle = {"propertyNames": {"type": "string"}, "uniqueItems": False, "unevaluatedProperties": True, "format": "binary"}
+    given = {"properties": {"format": {"type": "string", "format": "email"}, "file": {"type": "string", **idle}}, **idle}
+    kept = {"type": "object", "properties": {"format": {"type": "string", "format": "email"}, "file": {"type": "string"}}}
+    assert parameters({"parameters": given}) == kept
+    compile_grammar(StructuredOutputsParams(json=parameters({"parameters": given})))
+    said = {"propertyNames": {"maxLength": 3}, "uniqueItems": True}
+    assert parameters({"parameters": said}) == {"type": "object", **said}
+    assert parameters({"parameters": {"format": ["odd"]}}) == {"type": "object"}
+
+
 def test_the_format_of_real_templates(shared_data):
     """Those with another format (Qwen3-Coder's and GLM's have the marker of Hermes) are not taken for one of these."""
     seen = set()

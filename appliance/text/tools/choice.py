@@ -15,6 +15,13 @@ from appliance.text.tools.seed import NOTES, SeedOss, check_tags, in_tags
 
 MAX_TOOLS = 1024  # of a request; about ten microseconds each
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
+# Keywords with values that rule nothing out, as zod writes them, and formats that llguidance follows: others are notes.
+_IDLE: dict[str, tuple[object, ...]] = {
+    "propertyNames": ({}, True, {"type": "string"}),
+    "uniqueItems": (False,),
+    "unevaluatedProperties": (True, {}),
+}
+_FORMATS = ("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid")
 # Of a JSON schema: what holds schemas by names, and what is a schema or a list of them.
 _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _WITHIN = frozenset({"items", "prefixItems", "additionalProperties", "additionalItems", "anyOf", "allOf", "oneOf"})
@@ -231,7 +238,7 @@ def _constraining(schema: Any) -> Any:
     for key, value in schema.items():
         if key in _NAMED and isinstance(value, Mapping):
             kept[key] = {name: _constraining(one) for name, one in value.items()}
-        elif key not in NOTES:
+        elif key not in NOTES and value not in _IDLE.get(key, ()) and (key != "format" or value in _FORMATS):
             kept[key] = _constraining(value) if key in _WITHIN else value
     return kept
 
