@@ -17,7 +17,7 @@ UNPREFIXED = (
     "/messages",
     "/embeddings",
 )  # where a base_url lacks its /v1
-# Routes of OpenAI, vLLM, llama.cpp and Ollama that are known, and not served.
+# Routes of OpenAI, vLLM, llama.cpp, Ollama and others that are known, and not served.
 UNSERVED = {
     "/v1/embeddings": "embeddings are not computed here",
     "/v1/moderations": "moderation is not done here",
@@ -47,6 +47,18 @@ UNSERVED = {
     "/infill": "filling in the middle is not done here: use /v1/completions",
     "/api": "Ollama's own form is not spoken here: use /v1/chat/completions",
     "/generate": "use /v1/completions",
+    "/docs": "GET /openapi.json has the description",
+    "/redoc": "GET /openapi.json has the description",
+    "/slots": "GET /stats tells what runs",
+    "/props": "GET /stats tells of the model, GET /tokenizer_info of its template",
+    "/sleep": "POST /v1/models/unload frees a model's memory, and --idle-unload does it by itself",
+    "/wake_up": "a model that was unloaded is loaded with the next request for it",
+    "/is_sleeping": "GET /v1/models has the models' states",
+    "/openai": "Azure's form is not spoken here: use /v1/chat/completions",
+    "/v1beta": "Gemini's form is not spoken here: use /v1/chat/completions",
+    "/v1/load_lora_adapter": "LoRA adapters are not supported: merge the adapter into the model",
+    "/v1/unload_lora_adapter": "LoRA adapters are not supported: merge the adapter into the model",
+    "/v1/alpha": "nothing is searched for here",
 }
 
 WHOLE = re.compile(r"https?://[^/]*", re.IGNORECASE)

@@ -96,6 +96,7 @@ class EngineHost:
         self.hopeless = asyncio.Event()  # it died too often, and is not started again
         self._make = make
         self._fresh = self._client()
+        self._length: int | None = None  # its max_model_len, when it was loaded last
         self._reading = asyncio.Lock()
         self._present: set[object] = set()  # requests that are being served
         self._waiting: set[object] = set()  # for it to be loaded
@@ -131,7 +132,7 @@ class EngineHost:
         if self.client.info:
             return self.client.info.max_model_len
         known = self.entry.engine.max_model_len
-        return known if isinstance(known, int) else None
+        return known if isinstance(known, int) else self._length
 
     @property
     def loaded(self) -> bool:
@@ -180,6 +181,7 @@ class EngineHost:
     async def _renew(self) -> None:
         """A client for another engine process, in place of the one that is there."""
         await self.client.stop(0)
+        self._length = self.max_model_len
         self._fresh = self._client()
         if self.state:
             self.state.client = self._fresh

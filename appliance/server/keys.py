@@ -140,7 +140,8 @@ def read_keys(file: Path) -> tuple[Key, ...]:
     try:
         table = json.loads(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)
     except ValueError as error:
-        raise InputError(f"--api-key-file {file} is neither TOML nor JSON: {' '.join(str(error).split())}") from None
+        message = f"--api-key-file {file} is neither TOML nor JSON: {' '.join(str(error).split())}"
+        raise InputError(f"{message}; `appliance key NAME` makes its lines") from None
     keys: list[Key] = []
     for name, row in table.items():
         try:

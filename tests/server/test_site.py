@@ -161,12 +161,14 @@ async def test_a_client_that_does_not_wait_keeps_nothing(model_dir: Path) -> Non
 
 async def test_idle_models_are_unloaded_and_come_back(model_dir: Path) -> None:
     street = Street(model_dir, {"a": 4}, 8, idle_unload=0.05)
+    assert street.hosts["a"].max_model_len is None
     await street.ask("a", asyncio.sleep(0.15))  # longer than that, but not idle
     assert "end a" not in street.log
     await soon(lambda: street.hosts["a"].status == "unloaded")
     assert street.site.status == "loading"
     street.site.starting = False
     assert street.site.status == "ok"  # it can be had
+    assert street.hosts["a"].client.info is None and street.hosts["a"].max_model_len == 512  # which clients may go by
     await street.ask("a")
     assert street.log == ["load a", "ask a", "end a", "load a", "ask a"]
     await street.end()
