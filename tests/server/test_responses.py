@@ -148,6 +148,26 @@ def test_choices_of_tools(hermes: Served) -> None:
         assert bool(hermes.client.submitted[-1].params.grammar) == (mode == "required")
 
 
+def test_tools_in_namespaces(hermes: Served) -> None:
+    """As Codex sends those of MCP servers: for the model they are functions with longer names."""
+    find = {**TOOL, "name": "find", "description": "By city."}
+    group = {"type": "namespace", "name": "crm", "description": "Customers.", "tools": [find, {**TOOL, "name": "add"}]}
+    say(hermes, '<tool_call>{"name": "crm__find", "arguments": {"city": "Rome"}}</tool_call>')
+    response = ask(hermes, tools=[TOOL, group])
+    (call,) = response["output"]
+    assert (call["namespace"], call["name"], call["arguments"]) == ("crm", "find", '{"city": "Rome"}')
+    assert response["tools"][1] == group and "Customers." in prompt_of(hermes) and "crm__add" in prompt_of(hermes)
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "two"}
+    ask(hermes, input=[{"role": "user", "content": "hello"}, call, result], tools=[group])
+    assert '{"name": "crm__find", "arguments": {"city": "Rome"}}' in prompt_of(hermes)
+    ask(hermes, input=[result], previous_response_id=response["id"], tools=[group], tool_choice="required")
+    assert "crm__find" in prompt_of(hermes) and "crm__add" in hermes.client.submitted[-1].params.grammar
+    answer = hermes.openai.responses.create(model="tiny", input="hello", tools=[group])  # type: ignore[list-item]
+    assert answer.output[0].type == "function_call" and answer.output[0].namespace == "crm"
+    say(hermes, CALL_OF_ROME)
+    assert "namespace" not in ask(hermes, tools=[TOOL, group])["output"][0]
+
+
 def test_logprobs(hermes: Served) -> None:
     """Of the text alone: not of reasoning, calls and the end."""
     say(hermes, f"<think>Hm.</think>Yes, sir. {CALL_OF_ROME}")

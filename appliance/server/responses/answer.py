@@ -55,7 +55,7 @@ async def count(state: ServerState, body: InputTokensRequest) -> dict[str, Any]:
         choice = state.parsers.choice(chat)
         prompt = await chat_prompt(chat, state.tokenizer, sys.maxsize, list(choice.tools) or None)
     except RequestError as error:
-        raise renamed(error) from None
+        raise renamed(error, body) from None
     return {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}
 
 
@@ -82,8 +82,8 @@ async def _begin(state: ServerState, request_id: str, body: ResponsesRequest, it
             return await begin(state, request_id, chat, "resp", clamp=clamp)
         except RequestError as error:
             if error.code != "context_length_exceeded":
-                raise renamed(error) from None
-            return renamed(error)
+                raise renamed(error, body) from None
+            return renamed(error, body)
 
     auto = body.truncation == "auto"
     found = await attempt(0, clamp=not auto)

@@ -7,6 +7,7 @@ from typing import Any
 
 from appliance.core.params import RequestError
 from appliance.server.responses.schemas import InputTokensRequest, ResponsesRequest
+from appliance.server.responses.tools import functions, placed
 from appliance.server.schemas import ChatRequest, SamplingFields, build
 
 # What fields are called here: chat's name -> OpenAI's in responses. The longest that fits counts.
@@ -28,7 +29,7 @@ def chat_request(body: InputTokensRequest, messages: list[dict[str, Any]]) -> Ch
     fields: dict[str, Any] = {
         **{name: getattr(body, name) for name in (*same, "chat_template_kwargs", "documents", "parallel_tool_calls")},
         "messages": messages,
-        "tools": None if body.tools is None else _tools(body.tools),
+        "tools": None if body.tools is None else functions(body.tools),
         "tool_choice": _choice(body.tool_choice),
         "response_format": _format(body.text.format),
         "reasoning_effort": body.reasoning.effort,
@@ -39,30 +40,15 @@ def chat_request(body: InputTokensRequest, messages: list[dict[str, Any]]) -> Ch
     return build(ChatRequest, fields)
 
 
-def renamed(error: RequestError) -> RequestError:
+def renamed(error: RequestError, body: InputTokensRequest) -> RequestError:
     """An error of what chat shares, with the names that fields have here."""
+    error = placed(error, body.tools)
     param = error.param or ""
     name = next((there + param[len(here) :] for here, there in NAMES.items() if param.startswith(here)), param)
     name = name.replace(".function.", ".") if name.startswith("tool") else name
     if name == param:
         return error
     return RequestError(str(error).replace(param, name, 1), param=name, code=error.code, status=error.status)
-
-
-def _tools(tools: Any) -> Any:
-    """OpenAI has the fields of a function beside its type here, and in an object of their own in chat."""
-    if not isinstance(tools, list):
-        raise RequestError(f"tools must be a list, got {type(tools).__name__}", param="tools")
-    return [_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
-
-
-def _tool(tool: Any, where: str) -> Any:
-    if not isinstance(tool, Mapping):
-        raise RequestError(f"{where} must be {{'type': 'function', 'name': ...}}, got {tool!r:.80}", param=where)
-    if (kind := tool.get("type", "function")) != "function":
-        message = f"{where} is of type {kind!r:.80}: only functions are taken here ('type': 'function'), which the client runs"
-        raise RequestError(message, param=where, code="unsupported_parameter")
-    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
 def _choice(choice: Any) -> Any:
@@ -73,7 +59,7 @@ def _choice(choice: Any) -> Any:
             return {"type": "function", "function": {name: value for name, value in choice.items() if name != "type"}}
         case "allowed_tools":
             tools = choice.get("tools")
-            return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": _tools(tools)}}
+            return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": functions(tools)}}
         case kind:
             message = f"tool_choice is of type {kind!r:.80}, which OpenAI runs itself: here are functions only"
             raise RequestError(message, param="tool_choice", code="unsupported_parameter")

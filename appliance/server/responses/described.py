@@ -58,6 +58,7 @@ class FunctionCallItem(TypedDict):
     type: Literal["function_call"]
     status: ItemStatus
     call_id: str
+    namespace: NotRequired[str]
     name: str
     arguments: str
 

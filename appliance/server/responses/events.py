@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from appliance.server.responses.items import Item, new_id, text_part
+from appliance.server.responses.tools import Shown
 from appliance.text.delta import AnswerDelta, CallDelta, Thought
 
 Event = dict[str, Any]
@@ -26,7 +27,9 @@ class Numbered:
 class Output:
     """The items of an answer in the order in which the model wrote them, one open at a time."""
 
-    def __init__(self, event: Numbered) -> None:
+    def __init__(self, event: Numbered, names: Shown) -> None:
+        """``names``: of calls, where they are others than the model's."""
+        self._names = names
         self.items: list[Item] = []
         self._event = event
         self._kind: str | None = None  # of the item that is open, the last one
@@ -83,7 +86,7 @@ class Output:
     def _call(self, news: CallDelta) -> list[Event]:
         events: list[Event] = []
         if news.name is not None:
-            call = {"call_id": news.id, "name": news.name, "arguments": ""}
+            call = {"call_id": news.id, **self._names.get(news.name, {"name": news.name}), "arguments": ""}
             events += [*self.close(), *self._open("function_call", call)]
         if news.arguments:
             events.append(self._told("response.function_call_arguments.delta", news.arguments))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from appliance.core.params import RequestError
+from appliance.server.responses.tools import shown
 
 Item = dict[str, Any]
 ROLES = ("user", "assistant", "system", "developer")
@@ -69,7 +70,8 @@ def _item(given: Any, where: str, known: Callable[[str], Item | None]) -> Item:
         case "message":
             return head | _message(given, where)
         case "function_call":
-            named = {name: _needed(given, name, where) for name in ("call_id", "name", "arguments")}
+            namespace = ("namespace",) if "namespace" in given else ()
+            named = {name: _needed(given, name, where) for name in ("call_id", *namespace, "name", "arguments")}
             return {**head, **named, "status": "completed"}
         case "function_call_output":
             output = given.get("output")
@@ -157,7 +159,7 @@ def messages_of(instructions: str | None, items: Sequence[Item]) -> list[dict[st
             case "function_call":
                 if last["role"] != "assistant":
                     messages.append(last := {"role": "assistant", "content": ""})
-                function = {"name": item["name"], "arguments": item["arguments"]}
+                function = {"name": shown(item.get("namespace"), item["name"]), "arguments": item["arguments"]}
                 last.setdefault("tool_calls", []).append({"id": item["call_id"], "type": "function", "function": function})
             case "function_call_output":
                 output = item["output"]

@@ -22,7 +22,18 @@ _FUNCTION = {
     },
     "required": ["type", "name"],
 }
-Tools = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "array", "items": _FUNCTION}, {"type": "null"}]})]
+_NAMESPACE = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "namespace"},
+        "name": {"type": "string", "minLength": 1},
+        "description": {"type": ["string", "null"]},
+        "tools": {"type": "array", "items": _FUNCTION},
+    },
+    "required": ["type", "name", "tools"],
+}
+_TOOLS = {"type": "array", "items": {"anyOf": [_FUNCTION, _NAMESPACE]}}
+Tools = Annotated[Any, WithJsonSchema({"anyOf": [_TOOLS, {"type": "null"}]})]
 _MODES = {"enum": ["auto", "none", "required", None]}
 _NAMED = {"type": "object", "properties": {"type": {"const": "function"}, "name": {"type": "string"}}, "required": ["name"]}
 Choice = Annotated[Any, WithJsonSchema({"anyOf": [_MODES, _NAMED]})]

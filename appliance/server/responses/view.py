@@ -13,9 +13,11 @@ from appliance.server.responses.events import Event, Numbered, Output
 from appliance.server.responses.items import Item
 from appliance.server.responses.schemas import ResponsesRequest
 from appliance.server.responses.store import Record
+from appliance.server.responses.tools import namespaced
 from appliance.server.turn import Turn
 from appliance.text.output import Delta
 
+_UNSAID = {"description": None, "parameters": None, "strict": None}  # of a function
 ENDS = {"length": "incomplete", "abort": "cancelled"}  # how an answer ended -> the response's status, else "completed"
 
 
@@ -25,7 +27,7 @@ class ResponseView:
         self.turn, self.job, self.state, self.body = turn, turn.job, turn.state, body
         self.job.id, self.given, self.key = response_id, given, key
         self.event = Numbered()
-        self.output = Output(self.event)
+        self.output = Output(self.event, namespaced(body.tools))
         self.format = Logprobs(self.state, self.job.pace, as_ids=False)
 
     async def batches(self) -> AsyncGenerator[list[Event], None]:
@@ -109,7 +111,7 @@ class ResponseView:
             "top_logprobs": body.top_logprobs or 0,
             "text": {"format": body.text.format or {"type": "text"}, "verbosity": "medium"},
             "tool_choice": body.tool_choice or "auto",
-            "tools": [{"description": None, "parameters": None, "strict": None, **tool} for tool in body.tools or ()],
+            "tools": [{**({} if tool.get("type") == "namespace" else _UNSAID), **tool} for tool in body.tools or ()],
             "truncation": body.truncation,
             "metadata": body.metadata,
             "safety_identifier": body.safety_identifier,
