@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -150,12 +150,9 @@ class ChatTemplates:
         try:
             text = _run(template, values)
         except RequestError as error:
-            if not isinstance(error.__cause__, TemplateError) or (told := _told_by_the_user(conversation)) is None:
+            if not isinstance(error.__cause__, TemplateError):
                 raise
-            try:
-                text = _run(template, {**values, "messages": told})
-            except RequestError:
-                raise error from None
+            text = _first_taken(template, values, _told_otherwise(conversation), error)
         return _cut_at_mark(text) if continue_final_message else text
 
     def _template(self, name: str) -> tuple[Template, Callable[[Any], Any]]:
@@ -202,18 +199,48 @@ def _run(template: Template, values: dict[str, Any]) -> str:
     return "".join(pieces)
 
 
-def _told_by_the_user(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """The conversation with the system's words before the first user's, for templates that take no system; None: it has none."""
+def _first_taken(template: Template, values: dict[str, Any], ways: Iterator[list[dict[str, Any]]], error: RequestError) -> str:
+    """The text of the first of these conversations that the template takes. Raises ``error`` where it takes none."""
+    for told in ways:
+        try:
+            return _run(template, {**values, "messages": told})
+        except RequestError:
+            continue
+    raise error from None
+
+
+def _told_otherwise(messages: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The same, for templates that take no system, or one of each role in turn, and a system's words at the beginning alone."""
+    yield from _told_by_the_user(messages)
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        role, last = message.get("role"), turns[-1] if turns else {}
+        if role == "system" and any(one.get("role") != "system" for one in turns):
+            message, role = {**message, "role": "user"}, "user"
+        alike = role in ("system", "user") and role == last.get("role")
+        both = _both(last.get("content"), message.get("content")) if alike else None
+        if both is None:
+            turns.append(message)
+        else:
+            turns[-1] = {**last, "content": both}
+    if len(turns) != len(messages) or any(one is not turn for one, turn in zip(messages, turns)):
+        yield turns
+        yield from _told_by_the_user(turns)
+
+
+def _told_by_the_user(messages: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The conversation with the system's words before the first user's; none where these two do not stand at its beginning."""
     if [message.get("role") for message in messages[:2]] != ["system", "user"]:
-        return None
-    system, user = messages[0].get("content"), messages[1].get("content")
-    if isinstance(system, str) and isinstance(user, str):
-        content: Any = f"{system}\n\n{user}"
-    elif isinstance(system, list) and isinstance(user, list):
-        content = [*system, *user]
-    else:
-        return None
-    return [{**messages[1], "content": content}, *messages[2:]]
+        return
+    if (content := _both(messages[0].get("content"), messages[1].get("content"))) is not None:
+        yield [{**messages[1], "content": content}, *messages[2:]]
+
+
+def _both(first: Any, second: Any) -> Any:
+    """One content of two; None where they are of different kinds."""
+    if isinstance(first, str) and isinstance(second, str):
+        return f"{first}\n\n{second}"
+    return [*first, *second] if isinstance(first, list) and isinstance(second, list) else None
 
 
 def _content_form(source: str) -> Callable[[Any], Any]:

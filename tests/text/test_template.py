@@ -108,6 +108,37 @@ def test_a_system_for_a_template_that_takes_none() -> None:
         chat(no_system + "{{ raise_exception('nobody') }}", [SYSTEM, USER])
 
 
+def test_turns_for_templates_that_want_one_of_each():
+    """Neighbours of one role, and what the system says later: told otherwise where the template refuses them, and only there."""
+    strict = (
+        "{% for m in messages %}{% if not loop.first and m.role in ('system', loop.previtem.role) %}"
+        "{{ raise_exception('one of each') }}{% endif %}[{{ m.role }}: {{ m.content }}]{% endfor %}"
+    )
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    roles = ("system", "system", "user", "user", "assistant", "system", "user")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, "ABCDEFG")]
+    rest = "[assistant: E][user: F\n\nG]"
+    assert chat(strict, turns) == f"[system: A\n\nB][user: C\n\nD]{rest}"
+    assert chat(no_system + strict, turns) == f"[user: A\n\nB\n\nC\n\nD]{rest}"
+    free = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert chat(free, turns) == "ABCDEFG"
+    parts = [{"role": "user", "content": [{"type": "text", "text": text}]} for text in "AB"]
+    each = strict.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
+    assert chat(each, parts) == "[user: AB]"
+    with pytest.raises(RequestError, match="one of each"):
+        chat(strict, [USER, ANSWER, ANSWER])
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("name", ["Mistral-Small-3.2-24B-Instruct-2506", "Qwen3.5-4B", "google-gemma-2-2b-it"])
+def test_a_system_that_speaks_later_for_real_templates(shared_data, name):
+    source = (shared_data / "tokenizers" / "chat_templates" / f"{name}.jinja").read_text()
+    turns = [SYSTEM, {"role": "user", "content": "where I am"}, {"role": "system", "content": "Be kind."}, USER]
+    found = chat(source, turns)
+    places = [found.index(turn["content"]) for turn in turns]
+    assert places == sorted(places)
+
+
 def test_parts_become_what_the_template_knows():
     text = "{% for m in messages %}{{ m.content }};{% endfor %}"
     parts = "{% for m in messages %}{% for p in m['content'] %}[{{ p.text }}]{% endfor %};{% endfor %}"
