@@ -38,8 +38,8 @@ NOTHING = """
     --enable-prompt-tokens-details --enable-reasoning --enable-request-id-headers --enable-server-load-tracking
     --enable-tokenizer-info-endpoint --exclude-tools-when-tool-choice-none --guided-decoding-disable-fallback
     --interleave-mm-strings --jinja --kv-sharing-fast-prefill --kv-unified --language-model-only --log-error-stack --metrics
-    --multi-step-stream-outputs --no-context-shift --no-enable-lora --no-mmap --no-warmup --scheduler-reserve-full-isl --skip-mm-profiling
-    --swa-full --trust-remote-code --use-tqdm-on-load --use-v2-block-manager -cb -kvu
+    --multi-step-stream-outputs --no-context-shift --no-enable-lora --no-mmap --no-warmup --scheduler-reserve-full-isl
+    --skip-mm-profiling --swa-full --trust-remote-code --use-tqdm-on-load --use-v2-block-manager -cb -kvu
 """
 SWITCHES = set(NOTHING.split())
 

@@ -181,9 +181,16 @@ def test_foreign_flags(capsys: pytest.CaptureFixture[str], served: list[Any]) ->
         "x",
     ]
     assert translate(["serve", *parts, "m"])[0] == ["serve", "m"]
-    assert translate(["serve", "--enable-chunked-prefill", "True", "--no-enable-reasoning", "--enable-chunked-prefill=true"])[
-        0
-    ] == ["serve"]
+    assert translate(
+        [
+            "serve",
+            "--enable-chunked-prefill",
+            "True",
+            "--no-enable-reasoning",
+            "--no-enable-lora",
+            "--enable-chunked-prefill=true",
+        ]
+    )[0] == ["serve"]
     assert not any(name.startswith("-") for name in COMMANDS) and not COMMANDS.keys() & set(cli.app)
     assert translate(["serve", "-q", "gptq_marlin"])[0] == ["serve", "--quantization", "gptq"]
 
