@@ -92,6 +92,12 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [TOOL], "tool_choice": {"type": "web_search_preview"}}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "clock"}}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "clock"}]}}, "tool_choice"),
+    (
+        {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [TOOL, {"type": "custom"}]}},
+        "tool_choice.tools[1]",
+    ),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": {}}}, "tool_choice.tools"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{}, {}, {}]}}, "tool_choice"),
     ({"metadata": {"a": 1}}, "metadata.a"),
     ({"suffix": "x"}, "suffix"),
 ]

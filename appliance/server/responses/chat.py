@@ -59,7 +59,10 @@ def _choice(choice: Any) -> Any:
             return {"type": "function", "function": {name: value for name, value in choice.items() if name != "type"}}
         case "allowed_tools":
             tools = choice.get("tools")
-            return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": functions(tools)}}
+            return {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": choice.get("mode"), "tools": functions(tools, "tool_choice.tools")},
+            }
         case kind:
             message = f"tool_choice is of type {kind!r:.80}, which OpenAI runs itself: here are functions only"
             raise RequestError(message, param="tool_choice", code="unsupported_parameter")

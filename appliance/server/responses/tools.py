@@ -19,9 +19,9 @@ def shown(namespace: str | None, name: str) -> str:
     return f"{namespace}{name}" if namespace.endswith("_") or name.startswith("_") else f"{namespace}__{name}"
 
 
-def functions(tools: Any) -> list[dict[str, Any]]:
+def functions(tools: Any, field: str = "tools") -> list[dict[str, Any]]:
     """As chat has them. Raises RequestError with the place."""
-    return [tool for _, tool, _ in _each(tools)]
+    return [tool for _, tool, _ in _each(tools, field)]
 
 
 def namespaced(tools: Any) -> Shown:
@@ -38,12 +38,12 @@ def placed(error: RequestError, tools: Any) -> RequestError:
     return RequestError(text, param=param, code=error.code, status=error.status)
 
 
-def _each(tools: Any) -> Iterator[tuple[str, dict[str, Any], tuple[str, str]]]:
+def _each(tools: Any, field: str = "tools") -> Iterator[tuple[str, dict[str, Any], tuple[str, str]]]:
     """(place, as chat has it, (namespace or "", own name)) of each function."""
     if not isinstance(tools, list):
-        raise RequestError(f"tools must be a list, got {type(tools).__name__}", param="tools")
+        raise RequestError(f"{field} must be a list, got {type(tools).__name__}", param=field)
     for i, tool in enumerate(tools):
-        where = f"tools[{i}]"
+        where = f"{field}[{i}]"
         if not isinstance(tool, Mapping) or tool.get("type") != "namespace":
             yield where, as_chat(tool, where), ("", "")
             continue
