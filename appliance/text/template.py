@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -18,6 +19,7 @@ from appliance.core.params import RequestError
 from appliance.text.messages import calls_as_text, join_parts, one_call_each, plain_messages, split_parts
 from appliance.text.reasoning import HARMONY, tags_of
 from appliance.text.tools.formats import Granite
+from appliance.text.turns import one_of_each, told_otherwise, unsaid
 from quant.errors import InputError
 
 MAX_CHARACTERS = 32 * 2**20  # of one rendered conversation: a template is a program and could write for ever
@@ -152,7 +154,11 @@ class ChatTemplates:
         except RequestError as error:
             if not isinstance(error.__cause__, TemplateError):
                 raise
-            text = _first_taken(template, values, _told_otherwise(conversation), error)
+            text = _first_taken(template, values, told_otherwise(conversation), error)
+        else:
+            if unsaid(conversation, text) and (turns := one_of_each(conversation)) is not None:
+                with contextlib.suppress(RequestError):
+                    text = text if unsaid(conversation, said := _run(template, {**values, "messages": turns})) else said
         return _cut_at_mark(text) if continue_final_message else text
 
     def _template(self, name: str) -> tuple[Template, Callable[[Any], Any]]:
@@ -207,40 +213,6 @@ def _first_taken(template: Template, values: dict[str, Any], ways: Iterator[list
         except RequestError:
             continue
     raise error from None
-
-
-def _told_otherwise(messages: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The same, for templates that take no system, or one of each role in turn, and a system's words at the beginning alone."""
-    yield from _told_by_the_user(messages)
-    turns: list[dict[str, Any]] = []
-    for message in messages:
-        role, last = message.get("role"), turns[-1] if turns else {}
-        if role == "system" and any(one.get("role") != "system" for one in turns):
-            message, role = {**message, "role": "user"}, "user"
-        alike = role in ("system", "user") and role == last.get("role")
-        both = _both(last.get("content"), message.get("content")) if alike else None
-        if both is None:
-            turns.append(message)
-        else:
-            turns[-1] = {**last, "content": both}
-    if len(turns) != len(messages) or any(one is not turn for one, turn in zip(messages, turns)):
-        yield turns
-        yield from _told_by_the_user(turns)
-
-
-def _told_by_the_user(messages: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The conversation with the system's words before the first user's; none where these two do not stand at its beginning."""
-    if [message.get("role") for message in messages[:2]] != ["system", "user"]:
-        return
-    if (content := _both(messages[0].get("content"), messages[1].get("content"))) is not None:
-        yield [{**messages[1], "content": content}, *messages[2:]]
-
-
-def _both(first: Any, second: Any) -> Any:
-    """One content of two; None where they are of different kinds."""
-    if isinstance(first, str) and isinstance(second, str):
-        return f"{first}\n\n{second}"
-    return [*first, *second] if isinstance(first, list) and isinstance(second, list) else None
 
 
 def _content_form(source: str) -> Callable[[Any], Any]:

@@ -122,6 +122,11 @@ def test_turns_for_templates_that_want_one_of_each():
     assert chat(no_system + strict, turns) == f"[user: A\n\nB\n\nC\n\nD]{rest}"
     free = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert chat(free, turns) == "ABCDEFG"
+    first = "{% for m in messages %}{% if loop.first or m.role != 'system' %}{{ m.content }}|{% endif %}{% endfor %}"
+    assert chat(first, turns) == "A\n\nB|C\n\nD|E|F\n\nG|"  # what it would leave out
+    assert chat(first, turns[1:5]) == "B|C|D|E|"
+    changed = "{% for m in messages %}{{ m.content | lower }}{% endfor %}"
+    assert chat(changed, turns) == "abcdefg"
     parts = [{"role": "user", "content": [{"type": "text", "text": text}]} for text in "AB"]
     each = strict.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
     assert chat(each, parts) == "[user: AB]"
@@ -130,7 +135,16 @@ def test_turns_for_templates_that_want_one_of_each():
 
 
 @pytest.mark.realdata
-@pytest.mark.parametrize("name", ["Mistral-Small-3.2-24B-Instruct-2506", "Qwen3.5-4B", "google-gemma-2-2b-it"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Mistral-Small-3.2-24B-Instruct-2506",
+        "Qwen3.5-4B",
+        "google-gemma-2-2b-it",
+        "openai-gpt-oss-120b",
+        "HuggingFaceTB-SmolLM3-3B",
+    ],
+)
 def test_a_system_that_speaks_later_for_real_templates(shared_data, name):
     source = (shared_data / "tokenizers" / "chat_templates" / f"{name}.jinja").read_text()
     turns = [SYSTEM, {"role": "user", "content": "where I am"}, {"role": "system", "content": "Be kind."}, USER]
