@@ -285,7 +285,11 @@ def _input_bytes(plan: MemoryPlan) -> int:
 def allocate_caches(
     plan: MemoryPlan, blocks: int, *, device: torch.device, given: Sequence[tuple[float, float] | None]
 ) -> list[KVCache]:
-    """The whole pool, layer by layer; ``given``: the checkpoint's scales of each, as ``Decoder.given_scales`` has them."""
+    """The whole pool; ``given``: the checkpoint's scales of each layer, as ``Decoder.given_scales`` has them.
+
+    All layers' keys are one piece of memory, and so are all values: a card's allocator rounds each request up to whole 2 MiB.
+    """
     kv = plan.kv
-    shape = blocks, kv.block_size, kv.kv_heads, kv.head_dim
-    return [KVCache.zeros(*shape, dtype=kv.dtype, device=device, given=scales) for scales in given]
+    whole = KVCache.zeros(len(given) * blocks, kv.block_size, kv.kv_heads, kv.head_dim, dtype=kv.dtype, device=device)
+    layers = zip(*(tensor.split(blocks) for tensor in whole.tensors), strict=True)
+    return [replace(KVCache(*tensors), given=scales) for tensors, scales in zip(layers, given, strict=True)]

@@ -246,7 +246,7 @@ def make_runner(
             return runner, settle(plan, runner, loaded)
         with timeline.part("warm-up"):
             reading = _measure(decoder, plan, tools, tools.gauge, device)
-        runner, plan = _filled(decoder, plan, reading, config, tools, timeline, device)
+        runner, plan = _filled(decoder, plan, reading, config, tools, tools.gauge, timeline, device)
         with timeline.part("warm-up"):
             runner.rehearse_copies(plan)
             warmup.run(runner, warmup.rehearsal(plan), plan.max_model_len)
@@ -262,8 +262,7 @@ def _measure(decoder: Decoder, plan: MemoryPlan, tools: Tools, gauge: Gauge, dev
     gauge.begin()
     one_block = replace(plan, num_blocks=1, swap_blocks=0)
     runner = Runner(decoder, one_block, device=device, lane=tools.lane)
-    steps = warmup.run(runner, warmup.trials(plan, recorded=tools.recorder is not None), plan.max_model_len)
-    log.debug("%d steps of warm-up", steps)
+    log.debug("%d steps of warm-up", warmup.run(runner, warmup.trials(plan), plan.max_model_len))
     return gauge.read()
 
 
@@ -273,13 +272,15 @@ def _filled(
     reading: Reading,
     config: EngineConfig,
     tools: Tools,
+    gauge: Gauge,
     timeline: Timeline,
     device: torch.device,
 ) -> tuple[Runner, MemoryPlan]:
     """A runner with the cache that the reading leaves and, where steps are recorded, these, all within the budget."""
     while True:
         found = measured(plan, reading, auto_length=parse_length(config.max_model_len) is None)
-        recorder = None if tools.recorder is None or tools.gauge is None else Watched(tools.recorder, tools.gauge)
+        recorder = None if tools.recorder is None else Watched(tools.recorder, gauge)
+        gauge.begin()  # else the cache would lie in what steps, or the cache before it, have left, and keep all of that
         with timeline.part("cache"):
             runner = Runner(decoder, found, device=device, lane=tools.lane, recorder=recorder)
         if recorder is None or found.measured is None:

@@ -69,10 +69,11 @@ def table_rows(card: str) -> set[int]:
     return ends | {end + 1 for end in ends}
 
 
-def trials(plan: MemoryPlan, *, recorded: bool) -> Iterator[Trial]:
+def trials(plan: MemoryPlan) -> Iterator[Trial]:
     """All steps of a warm-up, the one that takes the most memory first.
 
-    Where decode steps are ``recorded`` they are launched for the longest context only, and that by recording them.
+    One sequence of each length stands for all numbers of them: it is cut into the most parts. That counts where decode steps are
+    recorded, too: single tokens beside a prompt are launched, over contexts of any length.
     """
     tokens, longest = plan.max_num_batched_tokens, plan.max_model_len
     sequences = min(plan.max_num_seqs, tokens)
@@ -89,9 +90,8 @@ def trials(plan: MemoryPlan, *, recorded: bool) -> Iterator[Trial]:
     if sequences > 1 and tokens > 4 and longest > 3:
         yield Trial(((1, 1), (0, 3)))
         yield Trial(((1, 1),) * (sequences // 2) + ((0, min(tokens - sequences // 2, longest)),), DRAWS[-1])
-    if not recorded:
-        lengths = {SPLIT * 2**k + 1 for k in range(longest.bit_length())}
-        yield from (Trial(((length - 1, 1),)) for length in sorted({n for n in lengths if n <= longest} | {longest}))
+    lengths = {SPLIT * 2**k + 1 for k in range(longest.bit_length())}
+    yield from (Trial(((length - 1, 1),)) for length in sorted({n for n in lengths if n <= longest} | {longest}))
 
 
 def rehearsal(plan: MemoryPlan) -> Iterator[Trial]:

@@ -28,10 +28,11 @@ from tests.runtime.conftest import answers, submit
 from tests.runtime.fake_lane import FakeLane
 from tests.runtime.test_ahead import workload
 from tests.runtime.test_graphs import FakeRecorder
-from tests.runtime.test_startup import FakeGauge
+from tests.runtime.test_startup import FakeGauge, Lengths
 from tests.tiny_model import Shape, make_checkpoint
 
-from kernels.triton.ops import make_ops  # isort: skip  (after that conftest has chosen the interpreter)
+from kernels.triton.attention_decode import split_count  # isort: skip  (after that conftest has chosen the interpreter)
+from kernels.triton.ops import make_ops  # isort: skip
 
 if DEVICE != "cpu":
     pytest.skip("launches are recorded in Triton's interpreter", allow_module_level=True)
@@ -121,8 +122,25 @@ def test_quantized_caches_launch_nothing_new(cache: str, tmp_path: Path, monkeyp
     assert not used - warm, sorted(used - warm, key=str)
 
 
+@pytest.mark.parametrize(("processors", "kv_heads"), [(82, 8), (132, 8), (132, 1)])
+@pytest.mark.parametrize(("longest", "window"), [(500, None), (40_000, None), (40_000, 4096)])
+def test_attention_is_cut_in_every_way_before(processors: int, kv_heads: int, longest: int, window: int | None) -> None:
+    """Parts are merged by a kernel for each power of two of them. Beside prompts single tokens are launched, however many
+    sequences and however long; recorded steps are cut for the longest context alone.
+    """
+
+    def cut(sequences: int, longest: int) -> int:
+        parts = split_count(longest if window is None else min(longest, window), sequences, kv_heads, processors)
+        return (parts - 1).bit_length()
+
+    steps = warmup.trials(Lengths(2048, 256, longest))  # type: ignore[arg-type]
+    singles = [[start + length for start, length in step.chunks if length == 1] for step in steps]
+    tried = {cut(len(ends), max(ends)) for ends in singles if ends}
+    assert tried == {cut(sequences, seen) for sequences in range(1, 65) for seen in range(1, longest + 1, 128)}
+
+
 def test_too_short_a_warm_up_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warmup, "trials", lambda plan, recorded: [warmup.full(plan)])
+    monkeypatch.setattr(warmup, "trials", lambda plan: [warmup.full(plan)])
     warm, used = launches(make_checkpoint(tmp_path), 9, True, monkeypatch)
     assert {key[0].partition(":")[2] for key in used - warm} > {"product", "_select_digit"}
 
