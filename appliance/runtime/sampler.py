@@ -128,9 +128,11 @@ def _draw(row: Tensor, best: float, request: Request, kth: KthLargest) -> int:
 
 
 def _draw_left(row: Tensor, best: float, request: Request, kth: KthLargest) -> int:
-    """The same among the tokens that a grammar has left: mostly few, often one alone, and exp takes long for -inf."""
+    """The same among the tokens that a grammar has left: mostly few, often one alone, and exp takes a CPU long for -inf."""
     params = request.params
-    if row.device.type != "cpu" or params.top_k > 0 or params.min_p > 0 or params.top_p < 1:
+    if row.device.type != "cpu":  # a row of another length would take kernels of its own, which nobody has compiled
+        return _draw(row, best, request, kth)
+    if params.top_k > 0 or params.min_p > 0 or params.top_p < 1:
         left = (row > -math.inf).nonzero().view(-1)
         return int(left[_draw(row[left], best, request, kth)])
     values = row.numpy()  # for a few numbers calling torch takes several times as long
@@ -160,7 +162,7 @@ def _nucleus(weights: Tensor, ids: Tensor | None, top_p: float, kth: KthLargest 
     """
     total = weights.sum(dtype=torch.float64).item()
     spare = (1 - top_p) * total
-    if weights.numel() > 2 * _LIKELY:
+    if weights.numel() > 2 * _LIKELY and (ids is None or weights.device.type == "cpu"):  # as in ``_draw_left``
         index = (weights >= kth(weights, _LIKELY)).nonzero().view(-1)
         rest = total - weights[index].sum(dtype=torch.float64).item()
         if rest <= spare:

@@ -326,3 +326,32 @@ def test_inverse_cdf_never_picks_a_weight_of_zero(weights, bits):
     assert weights[pick] > 0
     assert (sums[pick - 1] if pick else 0.0) <= u * sums[-1] * (1 + 1e-12)
     assert sums[pick] >= u * sums[-1] * (1 - 1e-12)
+
+
+class OnCard(torch.Tensor):
+    """Says that it is on a card."""
+
+    device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(
+    "more",
+    [{"top_k": 5}, {"top_k": 3000, "top_p": 0.9}, {"min_p": 1e-4, "top_p": 0.95}, {"top_p": 0.7}, {"logprobs": 4, "top_k": 1200}],
+)
+def test_a_card_looks_for_thresholds_in_whole_rows_alone(more, guided):
+    """Its kernels are compiled for a length; what a grammar, top_k or min_p leave has any, and a start cannot know which."""
+    logits, lengths = random_logits(1, 20_000), set()
+    if guided:
+        logits[0, torch.arange(20_000) % 7 == 3] = -INF
+
+    def kth(row, k):
+        lengths.add(row.numel())
+        return reference.kth_largest(row.as_subclass(torch.Tensor), k)
+
+    for seed in range(20):
+        request = make(temperature=1.3, seed=seed, **more)
+        request.guide = object() if guided else None
+        expected = sample(logits.clone(), [request])
+        assert sample(logits.clone().as_subclass(OnCard), [request], kth=kth) == expected
+    assert lengths == (set() if "min_p" in more else {20_000})
