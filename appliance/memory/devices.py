@@ -24,7 +24,9 @@ _UNSAID = re.compile(r"\[?(N/A|Not Found|Not Supported|Insufficient Permissions|
 _UNLIMITED = 2**60  # version 1 of control groups writes "no limit" as a huge number
 
 DRIVER = """
+import os
 from ctypes import CDLL, byref, c_int, c_size_t, create_string_buffer
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 cuda, card, total, name, version = CDLL("libcuda.so.1"), c_int(), c_size_t(), create_string_buffer(256), (c_int(), c_int())
 calls = [cuda.cuInit(0), cuda.cuDeviceGet(byref(card), 0), cuda.cuDeviceGetName(name, 256, card)]
 calls += [cuda.cuDeviceTotalMem_v2(byref(total), card)]

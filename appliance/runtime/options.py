@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -21,10 +22,18 @@ from quant.headers import read_json
 
 
 def choose_device(name: str) -> torch.device:
-    """Of --device (appliance.memory.proofs.device_kind). InputError where it is unknown, or no card can be used."""
+    """Of --device (appliance.memory.proofs.device_kind). InputError where it is unknown, or no card can be used.
+
+    From here on CUDA counts cards as nvidia-smi does, whose first one is planned for: by itself it begins with the fastest.
+    """
     kind = device_kind(name)
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device cuda: this torch ({torch.__version__}) finds no NVIDIA card; use --device cpu")
+    if kind == "cuda":
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        if not torch.cuda.is_available():
+            raise InputError(
+                f"--device cuda: this torch ({torch.__version__}) finds no NVIDIA card that it can use, mostly since the driver "
+                "is older than its CUDA (`appliance doctor` says); use --device cpu"
+            )
     return torch.device(kind)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import threading
 import weakref
@@ -26,6 +27,7 @@ from appliance.memory.planner import MemoryPlan, PlanError, make_plan
 from appliance.runtime import engine as engine_module
 from appliance.runtime import runner, startup, warmup
 from appliance.runtime.engine import Engine
+from appliance.runtime.options import choose_device
 from appliance.runtime.startup import Kernels, Stopwatch, Timeline, Tools
 from kernels.configs import Table
 from kernels.tune import choose
@@ -95,6 +97,23 @@ def on_card(monkeypatch: pytest.MonkeyPatch) -> FakeGauge:
 
     monkeypatch.setattr(engine_module, "make_plan", planned)
     return gauge
+
+
+def test_cards_are_counted_as_the_plan_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA reads how when it is asked for the first time; by itself its first card is the fastest, not nvidia-smi's first."""
+    orders: list[str | None] = []
+
+    def is_available() -> bool:
+        orders.append(os.environ.get("CUDA_DEVICE_ORDER"))
+        return len(orders) < 3
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")  # whoever says so
+    assert choose_device("cuda") == torch.device("cuda")
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    assert choose_device("cuda") == torch.device("cuda") and orders == ["FASTEST_FIRST", "PCI_BUS_ID"]
+    with pytest.raises(InputError, match=r"no NVIDIA card that it can use, .*doctor` says\); use --device cpu"):
+        choose_device("cuda")
 
 
 UNMEASURED = DeviceInfo("cuda", "a card without a table", 1 << 34, 1 << 34)
