@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -160,6 +161,9 @@ def _first_card() -> DeviceInfo:
     answer = _ask("--query-gpu=name,compute_cap,memory.total,memory.free", "--format=csv,noheader,nounits", f"--id={card}")
     if answer is None:
         return _by_driver()
+    if _UNSAID.match(answer.rpartition(",")[2].strip()):  # mostly of a card that is divided: CUDA has a part of it, not this
+        with suppress(InputError):
+            return _by_driver()
     holders = parse_holders(_ask("-q", "-d", "PIDS", f"--id={card}") or "")
     return replace(parse_card(answer), holders=tuple(one for one in holders if one.pid != os.getpid()))
 
@@ -168,7 +172,8 @@ def _by_driver() -> DeviceInfo:
     """The first card as CUDA's driver has it, in a process of its own, which leaves nothing of CUDA in this one.
 
     For containers with CUDA's library but not the tools, for tools that are not on the PATH, and for parts of a divided card, of
-    which nvidia-smi tells nothing. What is free is not told without a context on the card: all counts, the engine measures.
+    which nvidia-smi tells nothing, or all but what is free of the whole. What is free is not told without a context on the card:
+    all counts, the engine measures.
     """
     answer = _answer(sys.executable, "-I", "-S", "-c", DRIVER, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     if answer is None:

@@ -238,7 +238,15 @@ def test_a_card_of_which_only_cudas_driver_tells(tmp_path: Path, monkeypatch: py
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert this_device("cuda") == card
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # in a container with a part of a card
+    whole = "NVIDIA H100 80GB HBM3, 9.0, 81559, [Insufficient Permissions]"
+    (tmp_path / "nvidia-smi").write_text(f'#!/bin/sh\ncase $1 in --query*) echo "{whole}";; esac\n')
+    monkeypatch.setattr(devices, "_answers", {})
+    assert this_device("cuda") == card
     monkeypatch.setenv("STUB_FAILS", "1")
+    monkeypatch.setattr(devices, "_answers", {})
+    assert this_device("cuda") == DeviceInfo("cuda", "NVIDIA H100 80GB HBM3", 81559 * MIB, 81559 * MIB, 90)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 6\n")
     monkeypatch.setattr(devices, "_answers", {})
     with pytest.raises(InputError, match="nor to CUDA's driver; use --device cpu"):
         this_device("cuda")
