@@ -239,10 +239,11 @@ def test_a_card_of_which_only_cudas_driver_tells(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PATH", str(tmp_path))
     assert this_device("cuda") == card
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # in a container with a part of a card
-    whole = "NVIDIA H100 80GB HBM3, 9.0, 81559, [Insufficient Permissions]"
-    (tmp_path / "nvidia-smi").write_text(f'#!/bin/sh\ncase $1 in --query*) echo "{whole}";; esac\n')
-    monkeypatch.setattr(devices, "_answers", {})
-    assert this_device("cuda") == card
+    for total in ("[Insufficient Permissions]", "81559"):  # the first as people report it
+        told = f"NVIDIA H100 80GB HBM3, 9.0, {total}, [Insufficient Permissions]"
+        (tmp_path / "nvidia-smi").write_text(f'#!/bin/sh\ncase $1 in --query*) echo "{told}";; esac\n')
+        monkeypatch.setattr(devices, "_answers", {})
+        assert this_device("cuda") == card
     monkeypatch.setenv("STUB_FAILS", "1")
     monkeypatch.setattr(devices, "_answers", {})
     assert this_device("cuda") == DeviceInfo("cuda", "NVIDIA H100 80GB HBM3", 81559 * MIB, 81559 * MIB, 90)
