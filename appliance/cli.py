@@ -16,11 +16,12 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
+from cyclopts import App, ArgumentCollection, CycloptsError, Group, Parameter
 from cyclopts.config import Dict, Env
 
 from appliance.cli_flags import translate, translate_bench
 from appliance.cli_foreign import COMMANDS
+from appliance.cli_help import FORMATTER
 from appliance.config import EngineConfig, ServerConfig
 from appliance.version import __version__
 from quant.errors import InputError
@@ -53,6 +54,7 @@ app = App(
     name="appliance",
     help="Serve quantized language models from your own machine.",
     help_epilogue=EPILOGUE,
+    group_parameters=Group("Parameters", help_formatter=FORMATTER),
     version=f"appliance {__version__}",
     version_flags=["--version"],
     result_action="return_value",

@@ -116,7 +116,6 @@ INSTEAD = {
     "--calculate-kv-scales": "not supported: `appliance quantize --kv-scales` makes some; --kv-cache-dtype int8 needs none",
     "--cpu-offload-params": "--cpu-offload-gb chooses the layers: leave it out",
     "--data-parallel-size": ONE_ENGINE,
-    "--default-chat-template-kwargs": 'requests say it: "chat_template_kwargs": {"enable_thinking": false}',
     "--disable-access-log-for-endpoints": "health checks, /metrics, /stats and /logs are logged at debug alone: leave it out",
     "--disable-sliding-window": "not supported: a --max-model-len of no more than the window has that effect",
     "--download-dir": "set HF_HOME in the environment",

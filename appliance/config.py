@@ -90,6 +90,9 @@ class ServerConfig:
     """Names under which the model answers; the first one is the one returned."""
     chat_template: str | None = None
     """A Jinja file, or the template itself, instead of the model's own."""
+    default_chat_template_kwargs: str | None = None
+    """What the chat template is told where requests do not say otherwise in chat_template_kwargs, in JSON:
+    '{"enable_thinking": false}'."""
     tool_call_parser: str = "auto"
     """How the model writes tool calls: auto (its chat template says), none, hermes, llama3_json, mistral, openai, ..."""
     reasoning_parser: str = "auto"

@@ -14,7 +14,14 @@ from pydantic import TypeAdapter, ValidationError
 from appliance.config import EngineConfig, ServerConfig
 from quant.errors import InputError
 
-OF_SERVER = ("chat_template", "tool_call_parser", "reasoning_parser", "generation_config", "idle_unload")
+OF_SERVER = (
+    "chat_template",
+    "default_chat_template_kwargs",
+    "tool_call_parser",
+    "reasoning_parser",
+    "generation_config",
+    "idle_unload",
+)
 """Options of the server that each model may have for itself."""
 OF_ENGINE = tuple(f.name for f in fields(EngineConfig) if f.name not in ("device", "threads", "seed"))
 LOADS = ("start", "demand")

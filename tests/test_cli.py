@@ -133,7 +133,15 @@ def test_which_source_wins(served: list[Any], tmp_path: Path, monkeypatch: pytes
         ("serve m --fully-sharded-loras", "--fully-sharded-loras: LoRA adapters are not supported: merge the adapter"),
         ("serve m --enable-chunked-prefill False", "--enable-chunked-prefill False: prompts are always computed in chunks"),
         ("serve m --speculative-disable-by-batch-size 4", "--speculative-disable-by-batch-size: there are no draft models"),
-        ("serve m --default-chat-template-kwargs {}", '--default-chat-template-kwargs: requests say it: "chat_template_kwargs"'),
+        (
+            "serve m --default-chat-template-kwargs [1]",
+            "--default-chat-template-kwargs is '[1]': an object of the template's variables",
+        ),
+        ("serve m --default-chat-template-kwargs {", "--default-chat-template-kwargs is '{': JSON is needed, as"),
+        (
+            'serve m --default-chat-template-kwargs {"tools":[]}',
+            "--default-chat-template-kwargs may not hold 'tools': that is said by",
+        ),
         ("serve m --structured-outputs-config.reasoning_parser x", "--structured-outputs-config x: only a backend may be named"),
         ("serve m --nnodes 2", "--nnodes 2: only one device is supported"),
         ("serve m --mem-fraction-static 0.8", "--mem-fraction-static: use --gpu-memory-utilization"),

@@ -156,7 +156,9 @@ class EngineHost:
                 tokenizer = None
                 if not engine.skip_tokenizer_init:
                     assert engine.tokenizer is not None
-                    tokenizer = await asyncio.to_thread(Tokenizer.load, engine.tokenizer, server.chat_template)
+                    tokenizer = await asyncio.to_thread(
+                        Tokenizer.load, engine.tokenizer, server.chat_template, server.default_chat_template_kwargs
+                    )
                 self.state = ServerState(self._fresh, tokenizer, engine, server, self.shared)
             return self.state
 

@@ -29,7 +29,7 @@ from appliance.server.service import Service
 from appliance.server.state import Shared
 from appliance.text.defaults import model_defaults
 from appliance.text.files import check_tokenizer
-from appliance.text.template import explicit_template
+from appliance.text.template import explicit_defaults, explicit_template
 from quant.errors import InputError
 
 
@@ -93,6 +93,7 @@ def check(engine: EngineConfig, server: ServerConfig) -> None:
     model_defaults(None, server.generation_config)
     if server.chat_template is not None:
         explicit_template(server.chat_template)
+    explicit_defaults(server.default_chat_template_kwargs)
 
 
 def located(entry: Entry) -> Entry:

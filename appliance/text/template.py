@@ -23,6 +23,7 @@ from appliance.text.turns import one_of_each, told_otherwise, unsaid
 from quant.errors import InputError
 
 MAX_CHARACTERS = 32 * 2**20  # of one rendered conversation: a template is a program and could write for ever
+FIELDS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})  # of requests
 MAX_BITS = 2**16  # of a number in a template
 _TAIL = "\ue000the last message ends here "  # the space shows whether the template trims
 
@@ -97,11 +98,28 @@ def explicit_template(given: str) -> str:
     return source
 
 
+def explicit_defaults(given: str | None) -> dict[str, Any]:
+    """The variables of ``--default-chat-template-kwargs``. InputError where these are no JSON object of such."""
+    flag, example = "--default-chat-template-kwargs", """'{"enable_thinking": false}'"""
+    try:
+        found = {} if given is None else json.loads(given)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{flag} is {given!r:.80}: JSON is needed, as {example}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{flag} is {given!r:.80}: an object of the template's variables is needed, as {example}")
+    if taken := sorted(FIELDS & found.keys()):
+        raise InputError(f"{flag} may not hold {taken[0]!r}: that is said by each request")
+    return found
+
+
 class ChatTemplates:
     """The templates of one model, by name ("default", "tool_use", ...)."""
 
-    def __init__(self, templates: Mapping[str, str], named_tokens: Mapping[str, str]) -> None:
-        self._sources, self._tokens = dict(templates), dict(named_tokens)
+    def __init__(
+        self, templates: Mapping[str, str], named_tokens: Mapping[str, str], defaults: Mapping[str, Any] | None = None
+    ) -> None:
+        """``defaults``: what a template is told besides, unless ``extra`` says otherwise."""
+        self._sources, self._tokens = dict(templates), {**named_tokens, **(defaults or {})}
         self._compiled: dict[str, tuple[Template, Callable[[Any], Any]]] = {}  # by source
 
     def __bool__(self) -> bool:
@@ -128,8 +146,7 @@ class ChatTemplates:
                 "continue_final_message goes on with the last message, add_generation_prompt begins a new one: set one to false",
                 param="continue_final_message",
             )
-        taken = sorted({"messages", "tools", "documents", "add_generation_prompt"} & extra.keys())
-        if taken:
+        if taken := sorted(FIELDS & extra.keys()):
             raise RequestError(
                 f"chat_template_kwargs may not hold {taken[0]!r}: it is a field of its own", param="chat_template_kwargs"
             )

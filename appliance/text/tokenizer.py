@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -13,31 +13,40 @@ import tokenizers
 from appliance.core.params import RequestError
 from appliance.text.detokenizer import Detokenizer, Spelling
 from appliance.text.files import read_tokenizer
-from appliance.text.template import ChatTemplates, explicit_template
+from appliance.text.template import ChatTemplates, explicit_defaults, explicit_template
 
 
 class Tokenizer:
     """A model's tokenizer with its chat templates. Encodes as transformers 5 does."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, named: dict[str, str], templates: dict[str, str]) -> None:
-        """``named`` holds bos_token, eos_token and so on; ``templates`` the chat templates by name."""
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        named: dict[str, str],
+        templates: dict[str, str],
+        chat_defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``named`` holds bos_token, eos_token and so on; ``templates`` the chat templates by name, ``chat_defaults`` what they
+        are told unless ``chat`` says otherwise."""
         self._backend = backend
         self.named_tokens = named
-        self._chat = ChatTemplates(templates, named)
+        self._chat = ChatTemplates(templates, named, chat_defaults)
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         state = None if backend.decoder is None else backend.decoder.__getstate__()  # to_str() would write the vocabulary too
         self.spelling = Spelling.of(None if state is None else json.loads(state))
         self._bytes: dict[int, bytes | None] = {}
 
     @classmethod
-    def load(cls, directory: str | Path, chat_template: str | None = None) -> Tokenizer:
+    def load(cls, directory: str | Path, chat_template: str | None = None, chat_defaults: str | None = None) -> Tokenizer:
         """Read a directory; ``chat_template`` (a Jinja file, or the template itself) replaces the model's own.
+
+        ``chat_defaults``: a JSON object of what templates are told unless ``chat`` says otherwise.
 
         Raises InputError when there is no tokenizer, or a file cannot be read; it is named.
         """
         files = read_tokenizer(Path(directory))
         templates = files.templates if chat_template is None else {"default": explicit_template(chat_template)}
-        return cls(files.backend, files.named, templates)
+        return cls(files.backend, files.named, templates, explicit_defaults(chat_defaults))
 
     @property
     def vocab_size(self) -> int:

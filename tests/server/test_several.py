@@ -39,6 +39,13 @@ def ask(http: httpx.Client, model: str | None) -> httpx.Response:
     return http.post("/v1/completions", json={"model": model, "prompt": "hello", "max_tokens": 4, "temperature": 0})
 
 
+def written(http: httpx.Client, model: str, **kwargs: str) -> str:
+    """What the chat template makes of a mood."""
+    body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "chat_template_kwargs": kwargs}
+    ids = http.post("/tokenize", json=body).json()["tokens"]
+    return str(http.post("/detokenize", json={"model": model, "tokens": ids}).json()["prompt"]).removesuffix("hello")
+
+
 def engines(running: Running) -> list[psutil.Process]:
     return psutil.Process(running.process.pid).children()
 
@@ -74,8 +81,12 @@ def test_two_models_of_which_one_fits_at_a_time(folder: Path) -> None:
 
 def test_two_models_that_fit_together(folder: Path) -> None:
     file = folder / "both.toml"
-    file.write_text('[one]\nmodel = "one"\n[two]\nmodel = "two"\nload = "demand"\nidle_unload = 1.5\n')
-    with started("--models", str(file), *SMALL) as running, running.http as http:
+    file.write_text(
+        '[one]\nmodel = "one"\n[two]\nmodel = "two"\nload = "demand"\nidle_unload = 1.5\n'
+        """default_chat_template_kwargs = '{"mood": "high"}'\n"""
+    )
+    template = "{% if mood %}<{{ mood }}>{% endif %}{{ messages[0].content }}"
+    with started("--models", str(file), "--chat-template", template, *SMALL) as running, running.http as http:
         assert any("All of them fit together" in line for line in running.output), running.output
         assert states(http) == {"one": "ok", "two": "unloaded"}
         budget = http.get("/stats").json()["info"]["plan"]["budget_bytes"]
@@ -86,6 +97,8 @@ def test_two_models_that_fit_together(folder: Path) -> None:
         assert http.post("/models/load", json={"model": "two"}).json() == {"success": True, "model": "two", "status": "ok"}
         assert len(engines(running)) == 2 and states(http) == {"one": "ok", "two": "ok"}
         assert ask(http, "one").json()["choices"] != ask(http, "two").json()["choices"]
+        said = [written(http, "one"), written(http, "two"), written(http, "two", mood="low")]
+        assert said == ["", "<high>", "<low>"], "what one model's template is told by default, and what a request says"
         eventually(lambda: states(http) == {"one": "ok", "two": "unloaded"})
         eventually(lambda: len(engines(running)) == 1)
         told = [line for line in running.output if "loaded on demand" in line or "it is unloaded" in line]

@@ -338,6 +338,19 @@ def test_where_templates_come_from(byte_level_dir, tmp_path):
     assert Tokenizer.load(tmp_path).chat([USER]) == "from the file"
 
 
+def test_what_templates_are_told_by_default(byte_level_dir):
+    tokenizer = Tokenizer.load(byte_level_dir, "{{ mood }} {{ bos_token }}{{ messages[0].content }}", '{"mood": "high"}')
+    usual, asked = tokenizer.chat([USER]), tokenizer.chat([USER], mood="low")
+    assert usual.startswith("high ") and usual.endswith(USER["content"]) and asked == usual.replace("high", "low", 1)
+    for given, message in (
+        ("[1]", r"is '\[1\]': an object of the template's variables is needed"),
+        ("{mood", "is '{mood': JSON is needed, as"),
+        ('{"messages": []}', "may not hold 'messages': that is said by each request"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Tokenizer.load(byte_level_dir, None, given)
+
+
 def test_a_template_of_ones_own(byte_level_dir, tmp_path):
     path = tmp_path / "mine.jinja"
     path.write_text("mine: {{ messages[0].content }}")
