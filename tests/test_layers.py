@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "appliance.cli": ["appliance", "quant", "models.spec"],
     "appliance.cli_flags": ["quant.errors", "appliance.cli_foreign"],
     "appliance.cli_foreign": [],
+    "appliance.cli_help": [],
     "appliance.eval": ["quant", "models.spec", "appliance.config", "appliance.core", "appliance.runtime", "appliance.llm",
                        "appliance.hub", "appliance.memory", "appliance.text", "appliance.quantize.calibration", "appliance.svg"],
     "appliance.quantize": ["quant", "models", "appliance.config", "appliance.hub", "appliance.memory", "appliance.text",
