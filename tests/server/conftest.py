@@ -65,7 +65,6 @@ class Served:
                 answer = ask()
             finally:
                 watching.cancel()
-                gc.unfreeze()
             if longest[0] < LONG_S:
                 return answer
         pytest.fail(f"a turn of {longest[0]} s in {answer.status_code} {answer.text[:200]}")
