@@ -69,12 +69,20 @@ def llama_dir(tmp_path_factory) -> Path:
 def ask(tmp_path_factory):
     """ask("tokenize" | "render", job) -> transformers' answer."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
+    command = [sys.executable, str(Path(__file__).with_name("oracle.py"))]
+    with (elsewhere / "stderr").open("w+") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, cwd=elsewhere, text=True, encoding="utf-8"
+        )
+        assert process.stdin is not None and process.stdout is not None
 
-    def question(what, job):
-        command = [sys.executable, str(Path(__file__).with_name("oracle.py"))]
-        request = json.dumps({"what": what, "job": job})
-        done = subprocess.run(command, input=request, cwd=elsewhere, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        def question(what, job):
+            process.stdin.write(json.dumps({"what": what, "job": job}) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            assert answer, (elsewhere / "stderr").read_text()
+            return json.loads(answer)
 
-    return question
+        yield question
+        process.stdin.close()
+        assert process.wait(60) == 0, (elsewhere / "stderr").read_text()

@@ -1,6 +1,6 @@
 """Asks transformers. Run as a script, in another folder than the repository's (there it would find our ``kernels`` package).
 
-Reads a job from stdin, writes the answer to stdout, both JSON.
+Reads jobs from stdin, and writes the answer to each to stdout, all in JSON, a line each: to import transformers takes seconds.
 """
 
 import json
@@ -42,5 +42,6 @@ def render(job):
 
 
 if __name__ == "__main__":
-    request = json.load(sys.stdin)
-    json.dump({"tokenize": tokenize, "render": render}[request["what"]](request["job"]), sys.stdout)
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps({"tokenize": tokenize, "render": render}[request["what"]](request["job"])), flush=True)
