@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import cache, reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -139,9 +139,9 @@ def _cvt(name: Sequence[str]) -> Meaning:
     if modifiers - MODIFIERS:
         raise KeyError(".".join(name))
     if to in ("f16x2", "bf16x2") and kind == "f32":
-        return Meaning(["f32", "f32"], to, lambda high, low: np.stack(np.broadcast_arrays(low, high)))
+        return Meaning(["f32", "f32"], to, lambda high, low: np.stack(np.broadcast_arrays(low, high), axis=-1))
     if kind[:4] in FP8 and to == "f16x2":
-        return Meaning(["b16"], to, lambda a: from_fp8(np.stack([a & 255, a >> 8]).astype("u1"), kind[:4]))
+        return Meaning(["b16"], to, lambda a: from_fp8(np.stack([a & 255, a >> 8], axis=-1).astype("u1"), kind[:4]))
     if to[:4] in FP8 and kind == "f32":
         return Meaning(["f32", "f32"], "b16", lambda high, low: to_fp8(low, to[:4]) | to_fp8(high, to[:4]).astype("u2") << 8)
     if to in INTEGERS and kind in FLOATS:
@@ -169,6 +169,9 @@ def _shift(name: Sequence[str]) -> Meaning:
     bits = 8 * size(kind)
 
     def shift(a: Array, by: Array) -> Array:
+        if by.ndim == 0 and by < bits:
+            by = by.astype(a.dtype)
+            return a << by if name[0] == "shl" else a >> by
         far, by = by >= bits, np.minimum(by, bits - 1).astype(a.dtype)
         if name[0] == "shl":
             return np.where(far, np.zeros((), a.dtype), a << by)
@@ -203,17 +206,26 @@ def _insert(name: Sequence[str]) -> Meaning:
 
 def _lop3(name: Sequence[str]) -> Meaning:
     def lop3(a: Array, b: Array, c: Array, table: Array) -> Array:
-        found, bits = np.zeros((), "u4"), int(table)
-        for i in range(8):
-            if bits >> i & 1:
-                found = found | ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c))
+        found = np.zeros((), "u4")
+        for chosen in _terms(int(table)):
+            factors = [value for value, bit in ((a, 4), (b, 2), (c, 1)) if chosen & bit]
+            found = found ^ (reduce(np.bitwise_and, factors) if factors else np.uint32(0xFFFFFFFF))
         return found
 
     return Meaning(["b32", "b32", "b32", "b32"], "b32", lop3)
 
 
+@cache
+def _terms(table: int) -> list[int]:
+    """A function of three bits, whose value for them (as a number) is that bit of ``table``, as the XOR of products of them."""
+    return [term for term in range(8) if sum(table >> i & 1 for i in range(8) if i & term == i) % 2]
+
+
 def _prmt(name: Sequence[str]) -> Meaning:
     def prmt(a: Array, b: Array, selector: Array) -> Array:
+        if selector.ndim == 0 and not int(selector) & 0x8888:
+            eight = np.stack(np.broadcast_arrays(a, b), axis=-1).view("u1")
+            return np.ascontiguousarray(eight[..., [int(selector) >> 4 * i & 7 for i in range(4)]]).view("u4")[..., 0]
         both, found = a.astype("u8") | b.astype("u8") << np.uint64(32), np.zeros((), "u8")
         for i in range(4):
             code = (selector >> np.uint32(4 * i)).astype("u8")

@@ -8,8 +8,8 @@ import numpy as np
 
 from tests.emulator import together
 from tests.emulator.arithmetic import meaning
-from tests.emulator.machine import Array, Blocks, EmulatorError, Execute
-from tests.emulator.numbers import decode, encode, size, storage
+from tests.emulator.machine import ACCESSES, Array, Blocks, EmulatorError, Execute, number
+from tests.emulator.numbers import INTEGERS, decode, encode, size, storage
 from tests.emulator.program import Instruction, Program
 
 WORD = np.dtype("u4")
@@ -18,6 +18,19 @@ WORD = np.dtype("u4")
 def build(program: Program) -> list[Execute]:
     """KeyError for an instruction that is not known."""
     return [_one(instruction, program) for instruction in program.code]
+
+
+def _reader(operand: str, kind: str, program: Program) -> Callable[[Blocks], Array]:
+    """What an operand is, decoded; of a number in the program, once for all."""
+    raw = storage(kind)
+    if kind == "pred":
+        return lambda block: block.predicate(operand)
+    if operand not in program.sizes and operand not in program.shared and operand[0] != "%":
+        value = decode(number(operand, raw), kind)
+        return lambda block: value
+    if INTEGERS.get(kind) is raw:
+        return lambda block: block.read(operand, raw)
+    return lambda block: decode(block.read(operand, raw), kind)
 
 
 def _one(instruction: Instruction, program: Program) -> Execute:
@@ -34,7 +47,7 @@ def _one(instruction: Instruction, program: Program) -> Execute:
         return _memory(instruction)
     if name[0] in SPECIAL:
         return SPECIAL[name[0]](instruction)
-    return _compute(instruction)
+    return _compute(instruction, program)
 
 
 def _control(instruction: Instruction, program: Program) -> Execute:
@@ -45,24 +58,22 @@ def _control(instruction: Instruction, program: Program) -> Execute:
     return lambda block: block.branch(block.mask(guard, negated), target)
 
 
-def _compute(instruction: Instruction) -> Execute:
+def _compute(instruction: Instruction, program: Program) -> Execute:
     inputs, output, compute = meaning(instruction.name, len(instruction.operands) - 1)
     to, *operands = (str(operand) for operand in instruction.operands)
     guard, negated = instruction.guard, instruction.negated
-    kinds = [storage(kind) for kind in inputs]
+    readers = [_reader(operand, kind, program) for operand, kind in zip(operands, inputs, strict=True)]
+    integer = INTEGERS.get(output)
 
     def execute(block: Blocks) -> None:
-        values = [_read(block, operand, kind, raw) for operand, kind, raw in zip(operands, inputs, kinds, strict=True)]
-        found = encode(compute(*values), output)
-        if output[0] == "s":  # a wider register takes the sign along
-            found = found.view(f"i{found.itemsize}")
+        found = compute(*[read(block) for read in readers])
+        if found.dtype is not integer:
+            found = encode(found, output)
+            if output[0] == "s":  # a wider register takes the sign along
+                found = found.view(integer)
         block.write(to, found, block.mask(guard, negated))
 
     return execute
-
-
-def _read(block: Blocks, operand: str, kind: str, raw: np.dtype) -> Array:
-    return block.predicate(operand) if kind == "pred" else decode(block.read(operand, raw), kind)
 
 
 def _move(instruction: Instruction) -> Execute:
@@ -108,6 +119,7 @@ def _memory(instruction: Instruction) -> Execute:
     width, signed = size(kind), np.dtype(f"i{size(kind)}") if kind[0] == "s" else storage(kind)
     address, data = instruction.operands[:2] if name[0] == "st" else instruction.operands[1::-1]
     names = data if isinstance(data, tuple) else (data,)
+    each = min(vector, 16 // width)  # of what moves at once
     if len(names) != vector:
         raise KeyError(str(instruction))
 
@@ -119,12 +131,15 @@ def _memory(instruction: Instruction) -> Execute:
             if (live % (width * vector)).any():
                 raise EmulatorError(f"addresses are not multiples of {width * vector}: {instruction}")
         if name[0] == "st":
-            for i, one in enumerate(names):
-                block.store(space, places + i * width, block.read(one, storage(kind)), mask, instruction)
+            values = [block.read(one, storage(kind)) for one in names]
+            for first in range(0, vector, each):
+                value = np.stack(np.broadcast_arrays(*values[first : first + each]), axis=-1).view(ACCESSES[each * width])[..., 0]
+                block.store(space, places + first * width, value, mask, instruction)
             return
-        for i, one in enumerate(names):
-            found = block.load(space, places + i * width, width, mask, instruction)
-            block.write(one, found.view(signed), mask)
+        for first in range(0, vector, each):
+            found = block.load(space, places + first * width, each * width, mask, instruction)
+            for one, value in zip(names[first:], found.view(signed).reshape(-1, each).T.copy()):
+                block.write(one, value, mask)
 
     return execute
 
@@ -147,10 +162,11 @@ def _copy(instruction: Instruction) -> Execute:
         sizes = np.full(block.threads, size_of)
         if given and not given[0].startswith("%rd"):
             sizes = np.broadcast_to(block.read(given[0], WORD), block.threads).astype("i8")
-        if (places[live] % size_of).any() or (sources[live & (sizes > 0)] % size_of).any():
+        if (places[live] & size_of - 1).any() or (sources[live & (sizes > 0)] & size_of - 1).any():
             raise EmulatorError(f"addresses are not multiples of {size_of}: {instruction}")
-        for i in range(0, size_of, 4):
-            words = block.load("global", sources + i, 4, live & (sizes > i), instruction)
+        each = size_of if (live <= ((sizes >= size_of) | (sizes == 0))).all() else 4  # of what is copied at once
+        for i in range(0, size_of, each):
+            words = block.load("global", sources + i, each, live & (sizes > i), instruction)
             block.copy_later(places + i, words, live, instruction)
 
     return execute

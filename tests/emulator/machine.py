@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from tests.emulator.program import Instruction, Program
 Array = np.ndarray
 Execute = Callable[["Blocks"], None]
 UNSIGNED = {0: np.dtype(bool), 1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
+ACCESSES = UNSIGNED | {16: np.dtype("c16")}  # what moves at once between registers and memory
 SHARED_GARBAGE = 0xFF  # NaN in every float type
 WARP = 32
 FIRST = 4096  # no address below it is anybody's
@@ -29,10 +31,10 @@ class _Everything:
 
     def __init__(self, size: int) -> None:
         shape = ((1 << 47) // size - FIRST,)
-        self.__array_interface__ = {"data": (FIRST, False), "shape": shape, "typestr": f"<u{size}", "version": 3}
+        self.__array_interface__ = {"data": (FIRST, False), "shape": shape, "typestr": ACCESSES[size].str, "version": 3}
 
 
-HOST = {size: np.asarray(_Everything(size)) for size in (1, 2, 4, 8)}
+HOST = {size: np.asarray(_Everything(size)) for size in (1, 2, 4, 8, 16)}
 
 
 class EmulatorError(RuntimeError):
@@ -52,7 +54,7 @@ class Ranges:
         inside = (place >= 0) & (addresses + size <= self.stops[place])
         if not inside.all():
             raise EmulatorError(f"{int((~inside).sum())} threads leave the kernel's tensors: {instruction}")
-        if (addresses % size).any():
+        if (addresses & size - 1).any():
             raise EmulatorError(f"addresses are not multiples of {size}: {instruction}")
 
 
@@ -103,7 +105,7 @@ class Blocks:
         """Shared memory, block behind block, and all threads at work."""
         self.memory, count = memory, len(memory) // self.span
         self.threads = count * self.each
-        self.shared = {size: memory.view(f"u{size}") for size in (1, 2, 4, 8)}
+        self.shared = {size: memory.view(ACCESSES[size]) for size in (1, 2, 4, 8, 16)}
         self.base = np.repeat(np.arange(count) * self.span, self.each)  # where its block's memory begins, for each thread
         self._alive = np.ones(self.threads, dtype=bool)
         self._busy = True  # some thread is
@@ -195,6 +197,8 @@ class Blocks:
         register = self.registers.get(operand)
         if register is None:
             return self._constant(operand, kind)
+        if register.dtype is kind:
+            return register
         if register.dtype.itemsize == kind.itemsize:
             return register.view(kind)
         return register.astype(UNSIGNED[kind.itemsize]).view(kind)
@@ -214,48 +218,39 @@ class Blocks:
             size = self.program.sizes[operand]
             self.registers[operand] = np.full(self.threads, 0 if size == 0 else (1 << 8 * size) - 1, dtype=UNSIGNED[size])
             return self.read(operand, kind)
-        found = self.program.constants[operand, kind.char] = self._number(operand, kind)
+        shared = operand in self.program.shared
+        found = self.program.constants[operand, kind.char] = np.zeros((), dtype=kind) if shared else number(operand, kind)
         return found
-
-    def _number(self, operand: str, kind: np.dtype) -> Array:
-        if operand in self.program.shared:
-            return np.zeros((), dtype=kind)
-        bits = int(operand[2:], 16) if operand[:2] in ("0f", "0d") else None
-        if bits is not None:
-            return np.array(bits, dtype=UNSIGNED[4 if operand[1] == "f" else 8]).view(kind)
-        if kind.kind == "f":
-            return np.array(float(operand), dtype=kind)
-        if kind == UNSIGNED[0]:
-            return np.array(int(operand) != 0)
-        return np.array(int(operand.rstrip("U"), 0) & ((1 << 8 * kind.itemsize) - 1), dtype=UNSIGNED[kind.itemsize]).view(kind)
 
     def write(self, name: str, value: Array, mask: Array | None) -> None:
         """Into a register: narrower numbers are widened as their kind says."""
         if name == "_":
             return
         storage = UNSIGNED[self.program.sizes[name]]
-        if value.dtype.itemsize == storage.itemsize:
+        if value.dtype is storage:
+            pass
+        elif value.dtype.itemsize == storage.itemsize:
             value = value.view(storage)
         elif value.dtype.kind == "i":
             value = value.astype(f"i{storage.itemsize}").view(storage)
         else:
             value = value.view(UNSIGNED[value.dtype.itemsize]).astype(storage)
         if mask is None:
-            self.registers[name] = np.broadcast_to(value, self.threads).copy() if value.ndim == 0 else value
+            self.registers[name] = value if value.ndim else np.full(self.threads, value, storage)
         else:
             before = self.registers.get(name)
             before = np.full(self.threads, np.iinfo(storage).max if storage.kind == "u" else False) if before is None else before
             self.registers[name] = np.where(mask, value, before).astype(storage)
 
     def address(self, operand: str) -> Array:
-        base, _, offset = operand[1:-1].partition("+")
-        wide = self.program.sizes.get(base, 4) == 8
-        return np.broadcast_to(self.read(base, np.dtype("u8" if wide else "u4")).astype(np.int64) + int(offset, 0), self.threads)
+        base, offset = _address(operand)
+        found = self.read(base, UNSIGNED[8 if self.program.sizes.get(base, 4) == 8 else 4]).astype(np.int64) + offset
+        return found if found.ndim else np.broadcast_to(found, self.threads)
 
     def load(self, space: str, addresses: Array, size: int, mask: Array | None, instruction: Instruction) -> Array:
         """``size`` bytes for each thread, 0 for those that do not take part."""
         if mask is not None:
-            found = np.zeros(self.threads, dtype=UNSIGNED[size])
+            found = np.zeros(self.threads, dtype=ACCESSES[size])
             found[mask] = self._load(space, addresses[mask], self.base[mask], size, instruction)
             return found
         return self._load(space, addresses, self.base, size, instruction)
@@ -269,7 +264,8 @@ class Blocks:
 
     def store(self, space: str, addresses: Array, value: Array, mask: Array | None, instruction: Instruction) -> None:
         size, base = value.dtype.itemsize, self.base
-        value = np.broadcast_to(value.view(UNSIGNED[size]), self.threads)
+        value = value.view(ACCESSES[size])
+        value = value if value.ndim else np.broadcast_to(value, self.threads)
         if mask is not None:
             addresses, value, base = addresses[mask], value[mask], base[mask]
         if space == "global":
@@ -280,7 +276,7 @@ class Blocks:
             self.shared[size][(addresses + base) // size] = value
 
     def _inside(self, addresses: Array, size: int, instruction: Instruction) -> None:
-        if addresses.size and (addresses.min() < 0 or addresses.max() + size > self.span or (addresses % size).any()):
+        if addresses.size and (addresses.min() < 0 or addresses.max() + size > self.span or (addresses & size - 1).any()):
             raise EmulatorError(f"outside of shared memory, or not aligned: {instruction}")
 
     def copy_later(self, addresses: Array, words: Array, live: Array, instruction: Instruction) -> None:
@@ -295,4 +291,22 @@ class Blocks:
         """Until at most so many groups of copies are under way."""
         while len(self._groups) > left:
             for one in self._groups.pop(0):
-                self.store("shared", one.addresses, one.words, one.live, one.instruction)
+                self.store("shared", one.addresses, one.words, None if one.live.all() else one.live, one.instruction)
+
+
+@cache
+def _address(operand: str) -> tuple[str, int]:
+    base, _, offset = operand[1:-1].partition("+")
+    return base, int(offset, 0)
+
+
+def number(operand: str, kind: np.dtype) -> Array:
+    """One that stands in the program."""
+    bits = int(operand[2:], 16) if operand[:2] in ("0f", "0d") else None
+    if bits is not None:
+        return np.array(bits, dtype=UNSIGNED[4 if operand[1] == "f" else 8]).view(kind)
+    if kind.kind == "f":
+        return np.array(float(operand), dtype=kind)
+    if kind == UNSIGNED[0]:
+        return np.array(int(operand) != 0)
+    return np.array(int(operand.rstrip("U"), 0) & ((1 << 8 * kind.itemsize) - 1), dtype=UNSIGNED[kind.itemsize]).view(kind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 
@@ -11,6 +13,7 @@ FLOATS = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "f32
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
+@cache
 def size(kind: str) -> int:
     """Bytes of a type; 0 for a predicate."""
     if kind == "pred":
@@ -18,19 +21,19 @@ def size(kind: str) -> int:
     return FLOATS[kind] if kind in FLOATS else INTEGERS[kind].itemsize
 
 
+@cache
 def storage(kind: str) -> np.dtype:
     return np.dtype(bool) if kind == "pred" else np.dtype(f"u{size(kind)}")
 
 
 def decode(raw: Array, kind: str) -> Array:
-    """Of a pair, [2, ..] with the lower half first."""
+    """Of a pair, [.., 2] with the lower half first."""
     if kind == "pred":
         return raw.view(bool)
     if kind in INTEGERS:
         return raw.view(INTEGERS[kind])
     if kind.endswith("x2"):
-        half = storage(kind[:-2])
-        return decode(np.stack([raw.astype(half), (raw >> np.array(8 * half.itemsize, raw.dtype)).astype(half)]), kind[:-2])
+        return decode(np.ascontiguousarray(raw).view(storage(kind[:-2])).reshape(*raw.shape, 2), kind[:-2])
     if kind == "bf16":
         return (raw.astype("u4") << np.uint32(16)).view("f4").astype("f8")
     return raw.view(f"f{FLOATS[kind]}").astype("f8")
@@ -41,11 +44,9 @@ def encode(value: Array, kind: str) -> Array:
     if kind == "pred":
         return np.asarray(value, dtype=bool)
     if kind in INTEGERS:
-        return np.asarray(value).astype(INTEGERS[kind]).view(storage(kind))
+        return np.asarray(value).astype(INTEGERS[kind], copy=False).view(storage(kind))
     if kind.endswith("x2"):
-        whole = storage(kind)
-        low, high = (encode(half, kind[:-2]).astype(whole) for half in value)
-        return low | high << np.array(4 * whole.itemsize, whole)
+        return np.ascontiguousarray(encode(value, kind[:-2])).view(storage(kind))[..., 0]
     if kind == "bf16":
         bits = np.asarray(value).astype("f4").view("u4")
         rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)

@@ -23,7 +23,7 @@ def _ldmatrix(instruction: Instruction) -> Execute:
         _whole(block, instruction)
         places = block.address(str(address))
         places = np.where(np.arange(block.threads) % WARP < 8 * len(names), places, 0)
-        lines = np.stack([block.load("shared", places + 2 * i, 2, None, instruction) for i in range(8)], axis=-1)
+        lines = block.load("shared", places, 16, None, instruction).view("u2")
         for name, value in zip(names, warp.ldmatrix(lines.reshape(-1, WARP, 8), len(names), transposed), strict=True):
             block.write(name, value.reshape(-1), None)
 
@@ -50,7 +50,7 @@ def _mma(instruction: Instruction) -> Execute:
             start = [_warps(block, name).view(sums) for name in c]
         found = warp.mma(shape, kind, left, right, start)
         if result == "f16":
-            found = [encode(np.stack(pair), "f16x2") for pair in zip(found[::2], found[1::2], strict=True)]
+            found = [encode(np.stack(pair, axis=-1), "f16x2") for pair in zip(found[::2], found[1::2], strict=True)]
         for name, value in zip(to, found, strict=True):
             block.write(name, value.reshape(-1), None)
 
@@ -100,9 +100,9 @@ def _add(block: Blocks, found: Array, to: Sequence[str], kept: Array, result: st
     for i, name in enumerate(to):
         if result == "f16":  # two numbers a register
             row, column = warp.GROUP + 8 * (i % 2), 8 * (i // 2) + 2 * warp.WITHIN
-            before = np.moveaxis(warp.spread(_warps(block, name), "f16"), -1, 0)
-            pair = np.stack([found[:, row, column], found[:, row, column + 1]])
-            block.write(name, encode(pair + np.where(kept, before, 0), "f16x2").reshape(-1), None)
+            before = warp.spread(_warps(block, name), "f16")
+            pair = np.stack([found[:, row, column], found[:, row, column + 1]], axis=-1)
+            block.write(name, encode(pair + np.where(kept[..., None], before, 0), "f16x2").reshape(-1), None)
             continue
         sums = np.dtype("f4" if result == "f32" else "i4")
         row, column = warp.GROUP + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * warp.WITHIN + i % 2
@@ -172,7 +172,8 @@ def _vote(instruction: Instruction) -> Execute:
 
 
 def _warps(block: Blocks, operand: str) -> Array:
-    return np.broadcast_to(block.read(operand, WORD), block.threads).reshape(-1, WARP)
+    value = block.read(operand, WORD)
+    return (value if value.ndim else np.broadcast_to(value, block.threads)).reshape(-1, WARP)
 
 
 def _whole(block: Blocks, instruction: Instruction) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -11,22 +12,23 @@ from tests.emulator.numbers import Array, from_fp8
 WARP = 32
 _lane = np.arange(WARP)
 GROUP, WITHIN = _lane // 4, _lane % 4  # a thread's row, and its place in it, in most matrices
+_RESULTS = np.stack([(GROUP + 8 * (i // 2)) * 8 + 2 * WITHIN + i % 2 for i in range(4)])  # of [16, 8]: [register, lane]
 
 
 def spread(raw: Array, kind: str) -> Array:
-    """Numbers in registers: uint32 [warps, 32] -> [warps, 32, 2 or 4], the lowest bits first."""
+    """Numbers in registers: uint32 [..] -> [.., 2 or 4], the lowest bits first."""
     if kind in ("f16", "bf16"):
         halves = spread_bits(raw)
         return halves.view("f2").astype("f4") if kind == "f16" else (halves.astype("u4") << np.uint32(16)).view("f4")
-    four = np.stack([(raw >> np.uint32(8 * i)).astype("u1") for i in range(4)], axis=-1)
+    four = np.ascontiguousarray(raw).view("u1").reshape(*raw.shape, 4)
     return (
         four.view("i1").astype("i8") if kind == "s8" else four.astype("i8") if kind == "u8" else from_fp8(four, kind).astype("f4")
     )
 
 
 def spread_bits(raw: Array) -> Array:
-    """uint16 [warps, 32, 2], the lower half first."""
-    return np.stack([raw.astype("u2"), (raw >> np.uint32(16)).astype("u2")], axis=-1)
+    """uint16 [.., 2], the lower half first."""
+    return np.ascontiguousarray(raw).view("u2").reshape(*raw.shape, 2)
 
 
 def mma(shape: str, kind: str, a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:
@@ -37,29 +39,33 @@ def mma(shape: str, kind: str, a: Sequence[Array], b: Sequence[Array], c: Sequen
     warps, each = a[0].shape[0], 4 if kind in ("s8", "u8", "e4m3", "e5m2") else 2
     depth = int(shape.partition("k")[2])
     total = np.dtype("f4" if kind not in ("s8", "u8") else "i8")
-    left, right, offset = fragment(a, kind, depth, total), np.zeros((warps, depth, 8), total), each * WITHIN
-    for i, register in enumerate(b):
-        values = spread(register, kind)
-        for j in range(each):
-            right[:, offset + 4 * each * i + j, GROUP] = values[..., j]
-    found = left @ right
-    result = []
-    for i, register in enumerate(c):
-        row, column = GROUP + 8 * (i // 2), 2 * WITHIN + i % 2
-        result.append((found[:, row, column] + register).astype(register.dtype))
-    return result
+    left, right = fragment(a, kind, depth, total), np.zeros((warps, depth * 8), total)
+    right[:, _places(len(b), each, 1)] = _numbers(b, kind)
+    found = (left @ right.reshape(warps, depth, 8)).reshape(warps, -1)[:, _RESULTS]
+    return [(found[:, i] + register).astype(register.dtype) for i, register in enumerate(c)]
 
 
 def fragment(registers: Sequence[Array], kind: str, depth: int, total: np.dtype) -> Array:
     """A [warps, 16, depth] of its registers."""
     each = 4 if kind in ("s8", "u8", "e4m3", "e5m2") else 2
-    matrix = np.zeros((registers[0].shape[0], 16, depth), total)
-    for i, register in enumerate(registers):
-        values = spread(register, kind)
-        row, column = GROUP + 8 * (i % 2), each * WITHIN + 4 * each * (i // 2)
-        for j in range(each):
-            matrix[:, row, column + j] = values[..., j]
-    return matrix
+    matrix = np.zeros((registers[0].shape[0], 16 * depth), total)
+    matrix[:, _places(len(registers), each, 2)] = _numbers(registers, kind)
+    return matrix.reshape(-1, 16, depth)
+
+
+def _numbers(registers: Sequence[Array], kind: str) -> Array:
+    """[warps, numbers]: of a thread's registers one after another, thread by thread."""
+    return spread(np.stack(registers, axis=-1), kind).reshape(len(registers[0]), -1)
+
+
+@cache
+def _places(registers: int, each: int, high: int) -> Array:
+    """Where in a matrix of rows [16, depth] (``high``: 2) or of columns [depth, 8] (1) each of those numbers is."""
+    i, j = np.arange(registers)[:, None], np.arange(each)
+    group, within = GROUP[:, None, None], each * WITHIN[:, None, None] + 4 * each * (i // high) + j
+    if high == 1:
+        return (within * 8 + group).reshape(-1)
+    return ((group + 8 * (i % 2)) * (4 * each * registers // 2) + within).reshape(-1)
 
 
 def descriptor_places(descriptor: int, outer: int, depth: int, width: int, transposed: bool) -> Array:
