@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import triton.language as tl
@@ -41,3 +42,31 @@ def hasten() -> None:
         return types[scalar.name]
 
     interpreter._patch_lang, interpreter._get_np_dtype = prepare_once, numpy_type_of
+    builder = interpreter.interpreter_builder
+    # Whether integers overflow is computed for every sum and product, and looked at in debugging alone.
+    builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
+    _remember_shapes()
+
+
+def _remember_shapes() -> None:
+    """Every result is a new tensor of a new type: what both say of a shape is made once for each shape."""
+    make_block, block, tensor = tl.core.block_type.__init__, tl.core.block_type, tl.core.tensor
+    shapes: dict[tuple[int, ...], tuple[Any, int, str]] = {}
+    of_tensors: dict[int, tuple[Any, Any]] = {}  # by the identity of what stands in ``shapes``
+    scalar = tl.core.tuple([]), tl.constexpr(1)
+
+    def init_block(self: Any, element_ty: Any, shape: Any) -> None:
+        key = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
+        if key in shapes:
+            self.element_ty, (self.shape, self.numel, text) = element_ty, shapes[key]
+            self.name = f"<{text}, {element_ty}>"
+            return
+        make_block(self, element_ty, shape)
+        shapes[key] = self.shape, self.numel, str(self.shape)
+        of_tensors[id(self.shape)] = tl.core.tuple([tl.constexpr(size) for size in key]), tl.constexpr(self.numel)
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = of_tensors[id(type.shape)] if type.is_block() else scalar
+
+    block.__init__, tensor.__init__ = init_block, init_tensor  # type: ignore[method-assign]
