@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 
 import pytest
 
@@ -55,8 +56,14 @@ CONVERSATIONS = {
 def chat(source, messages, /, **options):
     options = {"add_generation_prompt": True, "continue_final_message": False, "tools": None, "documents": None, **options}
     known = {k: options.pop(k) for k in ("add_generation_prompt", "continue_final_message", "tools", "documents")}
-    sources = source if isinstance(source, dict) else {"default": source}
-    return ChatTemplates(sources, TOKENS).render(messages, extra=options, **known)
+    templates = ChatTemplates(source, TOKENS) if isinstance(source, dict) else compiled(source)
+    return templates.render(messages, extra=options, **known)
+
+
+@cache
+def compiled(source):
+    """As a server has it: compiled once, for all its conversations."""
+    return ChatTemplates({"default": source}, TOKENS)
 
 
 @pytest.mark.realdata
