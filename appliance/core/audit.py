@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
+from itertools import chain
 
 from appliance.core.blocks import BlockPool, PoolError
 from appliance.core.request import Request
@@ -26,7 +28,8 @@ def audit(
     """
     store.check()
     for queue in (running, waiting, deferred):
-        if [r.ticket for r in queue] != sorted({r.ticket for r in queue}):
+        tickets = [r.ticket for r in queue]
+        if tickets != sorted(tickets) or len({*tickets}) != len(tickets):
             raise PoolError("requests are not in order of arrival")
     if {*running, *waiting, *deferred} != {*requests} or len(running) + len(waiting) + len(deferred) != len(requests):
         raise PoolError("running, waiting and deferred are not all requests")
@@ -34,10 +37,12 @@ def audit(
         raise PoolError("a request is not where its flags say")
     if len(running) > max_num_seqs:
         raise PoolError(f"{len(running)} running, more than {max_num_seqs}")
+    size = store.pool.block_size
     for r in running:
-        if not r.landed <= r.computed <= r.known or r.ahead < 0:
-            raise PoolError(f"request {r.key}: {r.landed} tokens landed, {r.computed} computed, {r.known} known")
-        low, high = store.blocks(r.computed), store.blocks(r.known)
+        computed, known = r.computed, r.known
+        if not r.landed <= computed <= known or r.ahead < 0:
+            raise PoolError(f"request {r.key}: {r.landed} tokens landed, {computed} computed, {known} known")
+        low, high = -(-computed // size), -(-known // size)
         if not low <= len(r.blocks) <= high or r.host or not r.running:
             raise PoolError(f"request {r.key} holds {len(r.blocks)} blocks, expected {low} to {high}")
     resting = (*waiting, *deferred)
@@ -52,14 +57,12 @@ def audit(
 
 
 def _owners(pool: BlockPool, held: Sequence[Sequence[int]]) -> None:
-    owners: dict[int, int] = {}
     for blocks in held:
-        if len(set(blocks)) != len(blocks):
+        if len({*blocks}) != len(blocks):
             raise PoolError(f"a request owns a block twice: {list(blocks)}")
-        for block in blocks:
-            owners[block] = owners.get(block, 0) + 1
+    owners = Counter(chain.from_iterable(held))
     if len(owners) != pool.used:
-        raise PoolError(f"{pool.used} blocks in use, {sum(owners.values())} owned, {len(owners)} of them different")
+        raise PoolError(f"{pool.used} blocks in use, {owners.total()} owned, {len(owners)} of them different")
     for block, count in owners.items():
         if pool.holders(block) != count:
             raise PoolError(f"block {block} is owned by {count} requests, but has {pool.holders(block)} references")

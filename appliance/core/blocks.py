@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 _BLANK, _USED, _KEPT = b"\1", b"\0", b"\2"
 _SIGNS = bytes.maketrans(bytes(range(4)), b"#.+&")
+_IS_USED = bytes(state == 0 for state in range(256))
 
 
 class PoolError(RuntimeError):
@@ -143,18 +144,20 @@ class BlockPool:
             raise PoolError(f"{self.num_blocks} blocks, but a map of {len(self._map)} and {len(self._counts)} counts")
         if blank + kept != self.free or blank + kept + used != self.num_blocks:
             raise PoolError(f"{self.free} blocks counted free, {blank + kept} of {self.num_blocks} marked free")
-        if self.shared != (shared := sum(count > 1 for count in self._counts)):
-            raise PoolError(f"{self.shared} blocks counted shared, {shared} are")
-        if [count > 0 for count in self._counts] != [state == 0 for state in self._map] or min(self._counts) < 0:
-            for block, count in enumerate(self._counts):
-                if count < 0 or (count == 0) != (self._map[block] != 0):
-                    state = "free" if self._map[block] else "used"
+        counts, marks, keys = self._counts, self._map, self._keys
+        if min(counts) < 0 or bytes(map(bool, counts)) != marks.translate(_IS_USED):
+            for block, count in enumerate(counts):
+                if count < 0 or (count == 0) != (marks[block] != 0):
+                    state = "free" if marks[block] else "used"
                     raise PoolError(f"block {block} has {count} references and is marked {state}")
-        if dict(zip(self._keys.values(), self._keys)) != self._places or len(self._keys) != len(self._places):
+        if self.shared != (shared := len(counts) - counts.count(0) - counts.count(1)):
+            raise PoolError(f"{self.shared} blocks counted shared, {shared} are")
+        if dict(zip(keys.values(), keys)) != self._places or len(keys) != len(self._places):
             raise PoolError("the keys of blocks and the blocks of keys disagree")
-        if len(self._kept) != kept or any(self._map[block] != 2 or block not in self._keys for block in self._kept):
-            raise PoolError(f"{kept} blocks are marked kept, {len(self._kept)} listed, {len(self._keys)} have keys")
-        if any(self._map[block] == 1 for block in self._keys):
+        listed = bytes(map(marks.__getitem__, self._kept))
+        if not len(listed) == listed.count(_KEPT) == kept or not self._kept.keys() <= keys.keys():
+            raise PoolError(f"{kept} blocks are marked kept, {len(listed)} listed, {len(keys)} have keys")
+        if _BLANK in bytes(map(marks.__getitem__, keys)):
             raise PoolError("a blank block has a key")
 
     def _evict(self) -> None:
