@@ -92,6 +92,7 @@ def tree(module: str) -> ast.Module:
     return ast.parse(modules()[module].read_text(encoding="utf-8"))
 
 
+@cache
 def imports(module: str, *, lazy: bool) -> set[str]:
     """Dotted names that a module imports; with ``lazy`` also inside functions. What is for type checkers only does not count."""
     package = module if modules()[module].name == "__init__.py" else module.rpartition(".")[0]
