@@ -17,6 +17,7 @@ import pytest
 
 from appliance import cli
 from appliance.quantize import shards
+from appliance.quantize.calibration import default_text
 from quant.algorithms.grid import Grid
 from quant.checkpoint import Checkpoint
 from quant.errors import InputError
@@ -33,11 +34,28 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("dense") / "model", num_hidden_layers=LAYERS)
+    model = make(tmp_path_factory.mktemp("dense") / "model", num_hidden_layers=LAYERS)
+    text_beside(model).write_text(default_text()[:50_000])  # all of it takes longer than the rest of a command
+    return model
+
+
+def text_beside(model: Path) -> Path:
+    return model.with_name("text.txt")
 
 
 def command(model: Path, output: Path, more: Sequence[str]) -> list[str]:
-    text = ["--calibration-samples", "6", "--calibration-length", "48", "--group-size", "16", "--threads", "1"]
+    text = [
+        "--calibration",
+        str(text_beside(model)),
+        "--calibration-samples",
+        "6",
+        "--calibration-length",
+        "48",
+        "--group-size",
+        "16",
+        "--threads",
+        "1",
+    ]
     return ["quantize", str(model), "--output", str(output), *text, *more]
 
 
