@@ -130,10 +130,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("."), help="for checkpoints")
     args = parser.parse_args()
     bench = Bench(torch.device(args.device), small=args.small, deadline=time.monotonic() + args.seconds)
-    if not bench.card:
-        from tests.kernels.triton import interpreter
-
-        interpreter.hasten()
     own_folders()
     bench.notebook.compilations()
     faulthandler.enable()

@@ -110,9 +110,6 @@ def main(argv: list[str] | None = None) -> int:
     args, begun = parse(argv), time.monotonic()
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-        from tests.kernels.triton import interpreter
-
-        interpreter.hasten()
     import torch
     import triton
 
