@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any, cast
 
 import pytest
 import torch
@@ -102,15 +103,27 @@ def test_compressed_tensors_plain(tmp_path: Path, kind: str, strategy: str) -> N
     assert torch.equal(load(tmp_path, (64, 128)).dequantize(), expected.float())
 
 
-def test_compressed_tensors_nvfp4(tmp_path: Path) -> None:
-    """In bfloat16, as it dequantizes: a last bit differs now and then, since it divides by the global scale."""
+def preset(name: str, stored: str) -> tuple[Any, Any]:
+    """(the packer, the scheme) that compressed-tensors has by this name and format."""
     compressors = pytest.importorskip("compressed_tensors.compressors", exc_type=ImportError)
     schemes = pytest.importorskip("compressed_tensors.quantization.quant_scheme", exc_type=ImportError)
-    if not hasattr(compressors.BaseCompressor, "decompress") or not hasattr(schemes, "NVFP4"):
+    if not hasattr(compressors.BaseCompressor, "decompress") or not hasattr(schemes, name):
         pytest.skip("this version of compressed-tensors has another interface")
+    packer = compressors.BaseCompressor.get_value_from_registry(stored)
+    return packer, schemes.preset_name_to_scheme(name, ["Linear"])
+
+
+def scales_of(groups: torch.Tensor, scheme: Any) -> torch.Tensor:
+    """By compressed-tensors, of weights [N, groups, inputs]."""
+    qparams = pytest.importorskip("compressed_tensors.quantization.utils", exc_type=ImportError)
+    scale, _ = qparams.calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+    return cast(torch.Tensor, scale)
+
+
+def test_compressed_tensors_nvfp4(tmp_path: Path) -> None:
+    """In bfloat16, as it dequantizes: a last bit differs now and then, since it divides by the global scale."""
+    packer, scheme = preset("NVFP4", "nvfp4-pack-quantized")
     torch.manual_seed(4)
-    scheme = schemes.preset_name_to_scheme("NVFP4", ["Linear"])
-    packer = compressors.BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
     scale = (torch.rand(96, 10) * 448).to(torch.float8_e4m3fn).float() + 0.01
     state = {"weight": torch.randn(96, 160) / 4, "weight_scale": scale, "weight_global_scale": torch.tensor([3127.3])}
     packed = packer.compress(state, scheme)
@@ -122,17 +135,11 @@ def test_compressed_tensors_nvfp4(tmp_path: Path) -> None:
 
 def test_compressed_tensors_mxfp4(tmp_path: Path) -> None:
     """To the bit: bfloat16 holds a code times a power of two. Weights of very different sizes, and a group that is all zeros."""
-    compressors = pytest.importorskip("compressed_tensors.compressors", exc_type=ImportError)
-    schemes = pytest.importorskip("compressed_tensors.quantization.quant_scheme", exc_type=ImportError)
-    qparams = pytest.importorskip("compressed_tensors.quantization.utils", exc_type=ImportError)
-    if not hasattr(compressors.BaseCompressor, "decompress") or not hasattr(schemes, "MXFP4"):
-        pytest.skip("this version of compressed-tensors has another interface")
+    packer, scheme = preset("MXFP4", "mxfp4-pack-quantized")
     torch.manual_seed(5)
-    scheme = schemes.preset_name_to_scheme("MXFP4", ["Linear"])
-    packer = compressors.BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")
     groups = torch.randn(96, 5, 32) * 2.0 ** torch.randint(-100, 100, (96, 5, 1))
     groups[7, 3] = 0
-    scale, _ = qparams.calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+    scale = scales_of(groups, scheme)
     packed = packer.compress({"weight": groups.flatten(1), "weight_scale": scale}, scheme)
     save(tmp_path, {name: tensor.contiguous() for name, tensor in packed.items()}, FLOATS4["ct-mxfp4"][2])
     expected, found = packer.decompress(packed, scheme)["weight"], load(tmp_path, (96, 160)).dequantize(torch.bfloat16)
@@ -141,16 +148,10 @@ def test_compressed_tensors_mxfp4(tmp_path: Path) -> None:
 
 def test_compressed_tensors_mxfp8(tmp_path: Path) -> None:
     """To the bit, as above."""
-    compressors = pytest.importorskip("compressed_tensors.compressors", exc_type=ImportError)
-    schemes = pytest.importorskip("compressed_tensors.quantization.quant_scheme", exc_type=ImportError)
-    qparams = pytest.importorskip("compressed_tensors.quantization.utils", exc_type=ImportError)
-    if not hasattr(compressors.BaseCompressor, "decompress") or not hasattr(schemes, "MXFP8"):
-        pytest.skip("this version of compressed-tensors has another interface")
+    packer, scheme = preset("MXFP8", "mxfp8-quantized")
     torch.manual_seed(6)
-    scheme = schemes.preset_name_to_scheme("MXFP8", ["Linear"])
-    packer = compressors.BaseCompressor.get_value_from_registry("mxfp8-quantized")
     groups = torch.randn(96, 5, 32) * 2.0 ** torch.randint(-100, 100, (96, 5, 1))
-    scale, _ = qparams.calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+    scale = scales_of(groups, scheme)
     packed = packer.compress({"weight": groups.flatten(1), "weight_scale": scale}, scheme)
     config = {"quant_method": "compressed-tensors", "format": "mxfp8-quantized", "ignore": ["lm_head"]}
     config["config_groups"] = {"group_0": json.loads(scheme.model_dump_json())}
