@@ -87,6 +87,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [TOOL, {"type": "namespace", "name": "agents", "tools": [TOOL, TOOL]}, TOOL]}, "tools[1].tools[1].name"),
     ({"tools": [{"type": "namespace", "name": "", "tools": [TOOL]}]}, "tools[0].name"),
     ({"tools": [{"type": "namespace", "name": "agents", "tools": {}}]}, "tools[0].tools"),
+    ({"tools": [{"type": "namespace", "name": "agents", "description": 1, "tools": [TOOL]}]}, "tools[0].description"),
     ({"tools": [{"type": "function"}]}, "tools[0].name"),
     ({"tools": [{"type": "function", "name": "f", "parameters": 3}]}, "tools[0].parameters"),
     ({"tools": [TOOL], "tool_choice": {"type": "web_search_preview"}}, "tool_choice"),

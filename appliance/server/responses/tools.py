@@ -52,11 +52,13 @@ def _each(tools: Any, field: str = "tools") -> Iterator[tuple[str, dict[str, Any
             raise RequestError(f"{where}.name must be text, got {name!r:.80}", param=f"{where}.name")
         if not isinstance(inner, list):
             raise RequestError(f"{where}.tools must be a list of functions, got {inner!r:.80}", param=f"{where}.tools")
+        if not isinstance(about, str | None):
+            raise RequestError(f"{where}.description must be text, got {about!r:.80}", param=f"{where}.description")
         for k, one in enumerate(inner):
             function = (found := as_chat(one, f"{where}.tools[{k}]"))["function"]
             if isinstance(own := function.get("name"), str) and own:  # or it is refused with all others
                 function["name"] = shown(name, own)
-            if k == 0 and isinstance(about, str) and about:  # which is for the model, too
+            if k == 0 and about:  # which is for the model, too
                 function["description"] = f"{about}\n\n{function.get('description') or ''}".rstrip()
             yield f"{where}.tools[{k}]", found, (name, str(own))
 
