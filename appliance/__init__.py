@@ -12,10 +12,10 @@ from appliance.version import __version__
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
-    from appliance.core.params import BeamSearchParams, SamplingParams, StructuredOutputsParams
+    from appliance.core.params import BeamSearchParams, RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
     from appliance.llm import LLM
 
-__all__ = ["LLM", "BeamSearchParams", "SamplingParams", "StructuredOutputsParams", "__version__"]
+__all__ = ["LLM", "BeamSearchParams", "RepetitionDetectionParams", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
         from appliance.llm import LLM
 
         return LLM
-    if name in ("SamplingParams", "BeamSearchParams", "StructuredOutputsParams"):
+    if name in __all__ and name.endswith("Params"):
         from appliance.core import params
 
         return getattr(params, name)

@@ -37,7 +37,8 @@ from appliance.outputs import BeamSearchOutput, Job, RequestOutput
 from appliance.runtime.engine import Engine
 from appliance.text.defaults import model_defaults
 from appliance.text.output import OutputStream
-from appliance.text.prepare import prepare
+from appliance.text.prepare import prepare, with_thinking
+from appliance.text.reasoning import tags_of
 from appliance.text.template import explicit_template
 from appliance.text.tokenizer import Tokenizer
 from appliance.text.tools.choice import tool_choice
@@ -232,6 +233,8 @@ class LLM:
         if ids is None:
             ids = self.get_tokenizer().encode(text or "")
         params = prepare(params, self._tokenizer)
+        tags = None if self._tokenizer is None else tags_of(self._tokenizer.chat_templates)
+        params = with_thinking(params, self._tokenizer, tags, ids)
         if params.max_tokens is not None and len(ids) < self._engine.info.max_model_len < len(ids) + params.max_tokens:
             params = replace(params, max_tokens=None)  # to the end of the context, and no further
         submit = Submit(str(next(self._ids)), tuple(ids), params, time.monotonic(), cache_salt=salt, priority=priority)

@@ -127,7 +127,7 @@ class Job:
         return [*best_of([one for one in self.streams if one not in self.errors], n), *self.errors][:n]
 
     def _completion(self, index: int, stream: OutputStream) -> CompletionOutput:
-        asked, scored = self.submit.params.logprobs is not None, stream.logprobs
+        asked, scored = self.submit.params.scored is not None, stream.logprobs
         return CompletionOutput(
             index=index,
             text=stream.text,
@@ -140,10 +140,11 @@ class Job:
         )
 
     def _shown(self, scored: TokenLogprob) -> dict[int, Logprob]:
-        """The token itself first, then the most likely ones: up to k + 1 entries."""
+        """The token itself first, then the most likely ones, or those that were asked for: up to k + 1 entries."""
         entries = {scored.token_id: Logprob(scored.logprob, scored.rank, self._text(scored.token_id))}
+        ranked = self.submit.params.logprob_token_ids is None
         for rank, (token, logprob) in enumerate(scored.top, 1):
-            entries.setdefault(token, Logprob(logprob, rank, self._text(token)))
+            entries.setdefault(token, Logprob(logprob, rank if ranked else None, self._text(token)))
         return entries
 
     def _text(self, token: int) -> str | None:

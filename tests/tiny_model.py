@@ -123,3 +123,16 @@ def write_tokenizer(directory: Path) -> None:
         "{% if add_generation_prompt %}assistant:{% endif %}",
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_thoughts(directory: Path, template: str) -> Path:
+    """Give the tokenizer there this chat template and the tokens <think> and </think>, 99 and 100."""
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tags = ("<think>", "</think>")
+    tokenizer["added_tokens"] += [{"id": 99 + i, "content": tag, **plain} for i, tag in enumerate(tags)]
+    tokenizer["model"]["vocab"] |= {tag: 99 + i for i, tag in enumerate(tags)}
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    return directory

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from appliance.core.messages import EngineInfo, Submit
 from appliance.core.params import RequestError, SamplingParams
+from appliance.core.repetition import Repetition
 from appliance.core.request import Request
+from appliance.core.thinking import Thinking
 
 _MASK = 2**64 - 1
 
@@ -22,6 +24,9 @@ def check_submit(submit: Submit, info: EngineInfo) -> None:
     check_ids("prompt", prompt, vocab)
     check_ids("logit_bias", params.logit_bias or (), vocab)
     check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab)
+    check_ids("logprob_token_ids", params.logprob_token_ids or (), vocab)
+    if params.thinking_token_budget is not None and params.thinking_marks is None:
+        raise RequestError("thinking_token_budget needs a tokenizer", param="thinking_token_budget")
     if params.use_beam_search and params.n + len(info.eos_token_ids) > vocab:
         raise RequestError(f"n is {params.n}: so many beams cannot differ in a vocabulary of {vocab} tokens", param="n")
     if params.structured_outputs is not None:
@@ -92,12 +97,20 @@ def make_requests(submit: Submit, info: EngineInfo, *, fallback_seed: int) -> li
             priority=submit.priority,
             salt=submit.cache_salt,
             beam=params.use_beam_search,
+            thinking=_thinking(params, len(prompt)),
+            repetition=None if params.repetition_detection is None else Repetition(params.repetition_detection),
         )
         for index in range(params.width)
     ]
     for sibling in requests[1:]:
         sibling.leader = requests[0]
     return requests
+
+
+def _thinking(params: SamplingParams, prompt_len: int) -> Thinking | None:
+    if params.thinking_token_budget is None or params.thinking_marks is None:
+        return None
+    return Thinking(params.thinking_token_budget, params.thinking_marks, prompt_len)
 
 
 def beam_candidates(width: int, eos: int) -> int:
@@ -116,7 +129,7 @@ def _own(params: SamplingParams, index: int, eos: int) -> SamplingParams:
             max_tokens=params.max_tokens,
             ignore_eos=params.ignore_eos,
         )
-    if params.width > params.n and params.logprobs is None:
+    if params.width > params.n and params.scored is None:
         return replace(params, logprobs=0)  # the best are known by their log-probabilities
     return params
 

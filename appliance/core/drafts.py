@@ -149,5 +149,7 @@ class Drafts:
 
 
 def _can_guess(chunk: Chunk) -> bool:
-    """Beams are chosen by their group, and a grammar must have seen a token before it rules out what may come next."""
-    return chunk.samples and chunk.length == 1 and not chunk.request.beam and not chunk.request.params.grammar
+    """Beams are chosen by their group; a grammar, and who counts thoughts, must have seen a token before the next is drawn."""
+    request = chunk.request
+    thinks = request.thinking is not None and not request.thinking.over
+    return chunk.samples and chunk.length == 1 and not (request.beam or request.params.grammar or thinks)

@@ -43,7 +43,7 @@ class TokenLogprob:
     token_id: int
     logprob: float
     rank: int
-    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first, or those that were asked for
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As an Event's: there is one for every token."""

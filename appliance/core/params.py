@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Mapping
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from quant.errors import InputError
+from appliance.core.checks import RequestError as RequestError
+from appliance.core.checks import check_flags as check_flags
+from appliance.core.checks import check_logprobs as check_logprobs
+from appliance.core.checks import check_number, entries
+from appliance.core.repetition import RepetitionDetectionParams as RepetitionDetectionParams
+from appliance.core.thinking import ThinkingMarks
 
 MAX_N = 16384  # completions of a prompt
 MAX_BEAMS = 256  # what a step looks at grows with their square
@@ -19,6 +21,7 @@ MAX_WORDS, MAX_WORDS_CHARS = 1024, 32768  # of ``stop``, and of ``bad_words``: a
 FLAT = 1e6  # temperature at which all tokens are equally likely; far beyond it float32 has nothing but zeros and infinities
 ALL_TOKENS = 2**31 - 1  # of top_k: more than any vocabulary has, and the most that kernels take
 MAX_IDS = 2**19  # of a list of token ids: more than any vocabulary has
+MAX_SCORED_IDS = 128  # of logprob_token_ids, as vLLM
 # What would change the order of tokens or the end of a text: field -> values that do not.
 NOT_FOR_BEAMS: dict[str, tuple[object, ...]] = {
     "presence_penalty": (0,),
@@ -31,19 +34,20 @@ NOT_FOR_BEAMS: dict[str, tuple[object, ...]] = {
     "allowed_token_ids": (None,),
     "bad_words": ((),),
     "structured_outputs": (None,),
+    "logprob_token_ids": (None,),
+    "thinking_token_budget": (None,),
+    "repetition_detection": (None,),
+}
+# Filled in by the text layer: from what.
+MADE_FROM = {
+    "bad_words_token_ids": "bad_words",
+    "grammar": "structured_outputs",
+    "thinking_marks": "thinking_token_budget",
 }
 # The grammar says when the text ends: field -> the value that does not say otherwise.
 NOT_WITH_GRAMMAR = {"ignore_eos": False, "min_tokens": 0}
 # Of StructuredOutputsParams: of these exactly one says what the text must be.
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
-
-
-class RequestError(InputError):
-    """A request that cannot be served as asked. ``param`` names the field, ``code`` is OpenAI's slug, ``status`` is HTTP's."""
-
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
-        super().__init__(message)
-        self.param, self.code, self.status = param, code, status
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] | list[int] | None = None  # whose log-probabilities are told in place of the likeliest
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -119,15 +124,22 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
     grammar: str = ""  # filled in by the text layer from structured_outputs: as llguidance reads it
     length_penalty: float = 1.0  # of beam search: a score is the sum of log-probabilities / tokens ** length_penalty
+    thinking_token_budget: int | None = None  # so many tokens of thoughts, then their end is written; None or -1: no limit
+    thinking_marks: ThinkingMarks | None = None  # filled in by the text layer, where there is a budget
+    repetition_detection: RepetitionDetectionParams | None = None
 
     def __post_init__(self) -> None:
-        self.stop = (self.stop,) if isinstance(self.stop, str) else _entries("stop", self.stop, "texts")
-        self.stop_token_ids = _entries("stop_token_ids", self.stop_token_ids, "token ids")
-        self.bad_words = _entries("bad_words", self.bad_words, "texts")
+        self.stop = (self.stop,) if isinstance(self.stop, str) else entries("stop", self.stop, "texts")
+        self.stop_token_ids = entries("stop_token_ids", self.stop_token_ids, "token ids")
+        self.bad_words = entries("bad_words", self.bad_words, "texts")
         if (allowed := self.allowed_token_ids) is not None:
-            self.allowed_token_ids = _entries("allowed_token_ids", allowed, "token ids")
+            self.allowed_token_ids = entries("allowed_token_ids", allowed, "token ids")
+        self.logprob_token_ids = entries("logprob_token_ids", self.logprob_token_ids, "token ids") or None
+        self.repetition_detection = RepetitionDetectionParams.of(self.repetition_detection)
         if self.seed == -1:  # as vLLM
             self.seed = None
+        if self.thinking_token_budget == -1:
+            self.thinking_token_budget = None
         if self.top_k == -1:
             self.top_k = 0
         if self.logit_bias is not None:
@@ -150,8 +162,8 @@ class SamplingParams:
 
     def checked(self) -> SamplingParams:
         """A copy, of which every field was looked at. Raises RequestError, also for what the text layer alone fills in."""
-        for name, source in (("bad_words_token_ids", "bad_words"), ("grammar", "structured_outputs")):
-            if getattr(self, name) and not getattr(self, source):
+        for name, source in MADE_FROM.items():
+            if getattr(self, name) and getattr(self, source) in (None, ()):
                 raise RequestError(f"{name} is made from {source}: give that instead", param=name)
         return replace(self)
 
@@ -160,36 +172,43 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
+    def scored(self) -> int | tuple[int, ...] | None:
+        """Beside which tokens an answer's log-probabilities are told: so many of the likeliest (-1: all), or these; None: not."""
+        return self.logprobs if self.logprob_token_ids is None else tuple(self.logprob_token_ids)
+
+    @property
     def width(self) -> int:
         """Completions that are generated."""
         return self.best_of or self.n
 
     def _check_numbers(self) -> None:
         beams = self.use_beam_search
-        _number("n", self.n, 1, MAX_BEAMS if beams else MAX_N, integer=True, hint="the number of beams" if beams else "")
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
-        _number("temperature", self.temperature, 0.0, math.inf)
-        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _number("top_k", self.top_k, 0, math.inf, integer=True, hint="0 or -1 keeps all tokens")
-        _number("min_p", self.min_p, 0.0, 1.0)
+        check_number("n", self.n, 1, MAX_BEAMS if beams else MAX_N, integer=True, hint="the number of beams" if beams else "")
+        check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        check_number("temperature", self.temperature, 0.0, math.inf)
+        check_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        check_number("top_k", self.top_k, 0, math.inf, integer=True, hint="0 or -1 keeps all tokens")
+        check_number("min_p", self.min_p, 0.0, 1.0)
         if self.seed is not None:
-            _number("seed", self.seed, -(2**63), 2**64 - 1, integer=True)
+            check_number("seed", self.seed, -(2**63), 2**64 - 1, integer=True)
         if self.max_tokens is not None:
-            _number("max_tokens", self.max_tokens, 1, math.inf, integer=True)
-        _number("min_tokens", self.min_tokens, 0, math.inf, integer=True)
+            check_number("max_tokens", self.max_tokens, 1, math.inf, integer=True)
+        check_number("min_tokens", self.min_tokens, 0, math.inf, integer=True)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}, more than max_tokens = {self.max_tokens}", param="min_tokens")
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
-                _number(name, value, -1, math.inf, integer=True, hint="-1 returns the whole vocabulary")
-        _number("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
+                check_number(name, value, -1, math.inf, integer=True, hint="-1 returns the whole vocabulary")
+        if self.thinking_token_budget is not None:
+            check_number("thinking_token_budget", self.thinking_token_budget, 0, math.inf, integer=True, hint="-1 is no limit")
+        check_number("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
 
     def _check_several(self) -> None:
         """What says how many completions there are."""
         if self.best_of is not None:
-            _number("best_of", self.best_of, 1, MAX_N, integer=True)
+            check_number("best_of", self.best_of, 1, MAX_N, integer=True)
             if self.best_of < self.n:
                 raise RequestError(f"best_of is {self.best_of}, less than n = {self.n}: it must be at least n", param="best_of")
         if self.use_beam_search:
@@ -234,7 +253,13 @@ class SamplingParams:
                 raise RequestError(f"{name} has {len(words)} entries of {size} characters: {most}", param=name)
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True: use stop_token_ids instead", param="stop")
-        for name in ("stop_token_ids", "allowed_token_ids"):
+        if (count := len(self.logprob_token_ids or ())) > MAX_SCORED_IDS:
+            message = f"logprob_token_ids has {count} entries: at most {MAX_SCORED_IDS} are taken"
+            raise RequestError(message, param="logprob_token_ids")
+        if count and self.logprobs not in (None, 0, count):
+            message = f"logprobs is {self.logprobs} and logprob_token_ids has {count} entries: leave one out"
+            raise RequestError(message, param="logprobs")
+        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
             ids = getattr(self, name) or ()
             if len(ids) > MAX_IDS:
                 raise RequestError(f"{name} has {len(ids)} entries, more than any vocabulary has tokens", param=name)
@@ -256,7 +281,7 @@ class BeamSearchParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        _number("beam_width", self.beam_width, 1, MAX_BEAMS, integer=True)
+        check_number("beam_width", self.beam_width, 1, MAX_BEAMS, integer=True)
 
     def sampling(self) -> SamplingParams:
         """The same for the engine."""
@@ -271,29 +296,6 @@ class BeamSearchParams:
         )
 
 
-def check_logprobs(name: str, value: int | None, limit: int, option: str = "the server's --max-logprobs") -> None:
-    """Raises RequestError for more than ``limit``, which ``option`` says; -1, all of them, needs -1, no limit."""
-    if value is not None and limit != -1 and (value == -1 or value > limit):
-        raise RequestError(f"{name} is {value}, but at most {limit} are allowed here ({option})", param=name)
-
-
-def check_flags(**flags: Any) -> None:
-    """Raises RequestError naming the one that is neither True nor False: "no" would count as true."""
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise RequestError(f"{name} must be True or False, got {value!r:.80}", param=name)
-
-
-def _entries(name: str, values: Any, what: str) -> tuple[Any, ...]:
-    """Those of a list, whatever kind of list it is; none of None. The letters of a text are not what it lists."""
-    if values is None:
-        return ()
-    with suppress(TypeError):
-        if not isinstance(values, str | bytes | bytearray | Mapping):
-            return tuple(values)
-    raise RequestError(f"{name} must be a list of {what}, got {values!r:.80}", param=name)
-
-
 def _bias(bias: dict[Any, Any]) -> dict[int, float]:
     try:
         if any(isinstance(token, float | bool) for token in bias):
@@ -305,16 +307,3 @@ def _bias(bias: dict[Any, Any]) -> dict[int, float]:
         if token < 0 or not -100.0 <= value <= 100.0:
             raise RequestError(f"logit_bias[{token}] is {value}: ids are >= 0 and values in [-100, 100]", param="logit_bias")
     return clean
-
-
-def _number(
-    name: str, value: Any, low: float, high: float, *, integer: bool = False, open_low: bool = False, hint: str = ""
-) -> None:
-    kinds = int if integer else (int, float)
-    good = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= sys.float_info.max  # neither inf nor nan
-    if good and (low < value if open_low else low <= value) and value <= high:
-        return
-    what = "an integer" if integer else "a number"
-    below = f"above {low}" if open_low else f"at least {low}"
-    above = "" if high == math.inf else f" and at most {high}"
-    raise RequestError(f"{name} must be {what} {below}{above}{f' ({hint})' if hint else ''}, got {value!r:.80}", param=name)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from appliance.core.params import SamplingParams
+from appliance.core.repetition import Repetition
+from appliance.core.thinking import Thinking
 
 
 @dataclass(eq=False, slots=True)
@@ -28,6 +30,8 @@ class Request:
     beam: bool = False  # what it samples is taken by its group, and not by commit
     held: bool = False  # waits for its group's decision, or for its grammar
     guide: Any = None  # where it is in its grammar; the runtime's
+    thinking: Thinking | None = None  # what it has left to think
+    repetition: Repetition | None = None  # whether it says the same again and again
     said: Any = None  # what its next tokens are guessed from; appliance.core.drafts'
     computed: int = 0  # tokens whose keys and values are in the cache, or will be after the steps under way
     landed: int = 0  # of those, how many no step under way has still to compute
@@ -76,3 +80,6 @@ class Request:
                 self.finish_reason, self.stop_reason = "stop", token
         if self.finish_reason is None and len(self.tokens) >= self.max_total:
             self.finish_reason = "length"
+        repeats = self.repetition is not None and self.repetition.found(self.tokens, self.prompt_len)
+        if repeats and self.finish_reason is None and self.output_len >= self.params.min_tokens:
+            self.finish_reason, self.stop_reason = "repetition", "repetition_detected"  # vLLM's words

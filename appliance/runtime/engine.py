@@ -239,7 +239,7 @@ class Engine:
                     request_id=request.request_id,
                     index=request.index,
                     token_ids=tuple(one.token for one in found),
-                    logprobs=None if request.params.logprobs is None else tuple(one.logprob for one in found if one.logprob),
+                    logprobs=None if request.params.scored is None else tuple(one.logprob for one in found if one.logprob),
                     prompt_logprobs=prompt,
                     finish_reason=request.finish_reason,
                     stop_reason=request.stop_reason,

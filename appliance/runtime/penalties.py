@@ -23,12 +23,17 @@ def touches_logits(request: Request) -> bool:
         or p.repetition_penalty != 1.0
         or p.presence_penalty
         or p.frequency_penalty
+        or (request.thinking is not None and not request.thinking.over)  # the next token may depend on the one before
     )
 
 
 def adjust(row: Tensor, request: Request) -> None:
     """Apply the request's masks, biases and penalties to its logits, float32 [V], in place."""
     params = request.params
+    forced = None if request.thinking is None else request.thinking.forced(request.tokens)
+    if forced is not None and row[forced] > _NEVER:  # else a grammar does not want it
+        row.fill_(_NEVER)[forced] = 0.0
+        return
     if params.allowed_token_ids is not None:
         allowed = _index(params.allowed_token_ids, row)
         values = row[allowed]

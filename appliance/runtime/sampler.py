@@ -78,7 +78,7 @@ def token_logprobs(
 
 def draws_on_device(request: Request) -> bool:
     """Whether the request's row of logits, as it is, and a few numbers (kernels.ops.Sample) are all that its next token needs."""
-    return request.params.logprobs is None and not touches_logits(request)
+    return request.params.scored is None and not touches_logits(request)
 
 
 def _is_plain_greedy(request: Request) -> bool:
@@ -86,7 +86,7 @@ def _is_plain_greedy(request: Request) -> bool:
 
 
 def _sample_row(row: Tensor, request: Request, kth: KthLargest) -> Sampled:
-    wanted = request.params.logprobs
+    wanted = request.params.scored
     raw = row
     if touches_logits(request):
         raw = row.clone() if wanted is not None else row
@@ -201,11 +201,16 @@ def _first_above(sums: Tensor, target: float) -> int:
     return min(first, int(torch.searchsorted(sums, sums[-1].item())))
 
 
-def _row_logprob(row: Tensor, token: int, k: int, kth: KthLargest) -> TokenLogprob:
+def _row_logprob(row: Tensor, token: int, others: int | tuple[int, ...], kth: KthLargest) -> TokenLogprob:
+    """``others``: as SamplingParams.scored says."""
     norm = row.logsumexp(0)
     logprob = (row[token] - norm).item()
     rank = 1 + int((row > row[token]).count_nonzero())
-    return TokenLogprob(token, logprob, rank, _most_likely(row, norm, row.numel() if k == -1 else min(k, row.numel()), kth))
+    if isinstance(others, tuple):
+        values = (row[torch.tensor(others, device=row.device)] - norm).tolist()
+        return TokenLogprob(token, logprob, rank, tuple(zip(others, values, strict=True)))
+    count = row.numel() if others == -1 else min(others, row.numel())
+    return TokenLogprob(token, logprob, rank, _most_likely(row, norm, count, kth))
 
 
 def _most_likely(row: Tensor, norm: Tensor, k: int, kth: KthLargest) -> tuple[tuple[int, float], ...]:

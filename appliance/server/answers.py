@@ -63,7 +63,7 @@ class CompletionPiece(TypedDict):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length", "abort"] | None
+    finish_reason: Literal["stop", "length", "abort", "repetition"] | None
     stop_reason: str | int | None
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int] | None]
@@ -129,7 +129,7 @@ class ChatMessage(TypedDict):
     tool_calls: NotRequired[list[ToolCall]]
 
 
-ChatReason = Literal["stop", "length", "tool_calls", "abort"]
+ChatReason = Literal["stop", "length", "tool_calls", "abort", "repetition"]
 
 
 class ChatChoice(TypedDict):

@@ -31,8 +31,9 @@ class ChatView:
     def __init__(self, turn: Turn, body: ChatRequest) -> None:
         self.turn, self.job, self.state, self.body = turn, turn.job, turn.state, body
         self.format = Logprobs(self.state, self.job.pace, as_ids=body.return_tokens_as_token_ids)
+        self.top = -1 if body.logprob_token_ids else (body.top_logprobs or 0) if body.logprobs else None  # beside each token
         self._chunk = Chunks(self._base("chat.completion.chunk"))
-        if not body.logprobs and len(turn.parsers) == 1 and not turn.parsers[0].may_end:
+        if self.top is None and len(turn.parsers) == 1 and not turn.parsers[0].may_end:
             self.job.shortcut = Shortcut(lambda delta: self._told(0, delta, turn.parsers[0].push(delta.text)))
 
     def _base(self, kind: str) -> dict[str, Any]:
@@ -53,7 +54,7 @@ class ChatView:
             choice: dict[str, Any] = {
                 "index": index,
                 "message": self._message(answers[c]),
-                "logprobs": await self.format.chat(output.logprobs, self.body.top_logprobs or 0) if self.body.logprobs else None,
+                "logprobs": None if self.top is None else await self.format.chat(output.logprobs, self.top),
                 "finish_reason": self.turn.finish_reason(c),
                 "stop_reason": output.stop_reason,
             }
@@ -96,8 +97,8 @@ class ChatView:
                     begun.add(c)
                     yield self._chunk(_piece(c, {"role": "assistant", "content": ""}), **self._usage())
                 logprobs = None
-                if self.body.logprobs and delta.logprobs:
-                    logprobs = await self.format.chat(delta.logprobs, self.body.top_logprobs or 0)
+                if self.top is not None and delta.logprobs:
+                    logprobs = await self.format.chat(delta.logprobs, self.top)
                 if found.calls and delta.finish_reason:  # the openai client has no event for a call that ends where it began
                     yield self._chunk(_piece(c, self._delta(found), logprobs), **self._usage())
                     found, logprobs = AnswerDelta(), None

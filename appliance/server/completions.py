@@ -39,11 +39,12 @@ class CompletionView:
 
     def __init__(self, state: ServerState, job: Job, body: CompletionRequest) -> None:
         self.state, self.job, self.body = state, job, body
+        self.top = -1 if body.logprob_token_ids else body.logprobs  # how many of those that come are told; None: none
         self.logprobs = Logprobs(state, job.pace, as_ids=body.return_tokens_as_token_ids)
         self.hidden = 1 if body.max_tokens == 0 else 0  # the one token that the engine computed for echo alone
         self.offsets = [0] * len(job.outputs)  # text offset of each choice's next token
         self._chunk = Chunks(self._base())
-        if body.logprobs is None and len(job.outputs) == 1:
+        if self.top is None and len(job.outputs) == 1:
             job.shortcut = Shortcut(lambda delta: self._told(self._piece(0, delta.text, delta)))
 
     def _base(self) -> dict[str, Any]:
@@ -126,10 +127,10 @@ class CompletionView:
             shown = prompt.token_ids + ids
             scored.insert(0, self._prompt_scores(c) or (None,) * len(prompt.token_ids))
         logprobs = None
-        if self.body.logprobs is not None and (count := sum(map(len, scored))):
+        if self.top is not None and (count := sum(map(len, scored))):
             widths = (self._widths_of(prompt) if echoed else []) + self._widths(ids)
             *offsets, self.offsets[c] = accumulate(widths[:count], initial=self.offsets[c])
-            logprobs = await self.logprobs.completion(shown[:count], chain(*scored), self.body.logprobs, offsets)
+            logprobs = await self.logprobs.completion(shown[:count], chain(*scored), self.top, offsets)
         choice = self._piece(c, text, delta, logprobs)
         if self.body.return_token_ids and first:
             choice["prompt_token_ids"] = list(prompt.token_ids)

@@ -29,6 +29,7 @@ HARMLESS = frozenset(
         "guided_decoding_backend",
         "timings_per_token",
         "return_progress",
+        "vllm_xargs",  # for extensions of the server, of which there are none
     }
 )
 
@@ -53,10 +54,6 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "verbosity": ((*_OFF, "medium"), "verbosity is not supported: ask for it in the prompt"),
     "chat_template": (_OFF, "templates are not taken from requests: start the server with --chat-template"),
     "prompt_embeds": (_OFF, "embeddings as a prompt are not supported: send text or token ids"),
-    "logprob_token_ids": ((), "not supported: use logprobs with a number of most likely tokens"),
-    "thinking_token_budget": ((), "not supported: use max_tokens"),
-    "repetition_detection": (_OFF, "not supported: use repetition_penalty"),
-    "vllm_xargs": (_OFF, "not supported: leave it out"),
     "kv_transfer_params": (_OFF, "not supported: leave it out"),
     "n_predict": ((), _MAX_TOKENS),
     "max_new_tokens": ((), _MAX_TOKENS),

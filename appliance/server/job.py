@@ -22,7 +22,7 @@ from appliance.server.metrics import Course
 from appliance.server.prompts import Prompt
 from appliance.server.structured import form_field
 from appliance.text.output import Delta, OutputStream, best_of
-from appliance.text.prepare import prepare
+from appliance.text.prepare import prepare, with_thinking
 
 if TYPE_CHECKING:
     from appliance.server.schemas import SamplingFields
@@ -76,7 +76,7 @@ class Job:
     def _submit(self, k: int, prompt: Prompt, *, clamp: bool) -> Submit:
         name = self.id if len(self.prompts) == 1 else f"{self.id}-{k}"
         self._check_length(prompt)
-        params = self._cut(self.params, prompt)
+        params = with_thinking(self._cut(self.params, prompt), self.state.tokenizer, self.state.parsers.tags, prompt.token_ids)
         params = clamp_max_tokens(params, prompt, self.state.info.max_model_len) if clamp else params
         return Submit(
             f"{name}-{next(_numbers)}",

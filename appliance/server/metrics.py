@@ -21,7 +21,7 @@ REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 24
 TOKENS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
 DURATION = (0.1, 0.5, 1, 10, math.inf)
 LABELS = ("model_name", "engine")
-REASONS = ("stop", "length", "abort", "error")
+REASONS = ("stop", "length", "abort", "error", "repetition")
 
 # Histograms of what has ended, by vLLM's names: (name, help, buckets)
 ENDED: tuple[tuple[str, str, tuple[float, ...]], ...] = (

@@ -53,6 +53,11 @@ class Parsers:
                 tags = tags_of(tokenizer.chat_templates)
         return cls(*_as_one(tools, tags, config), tokenizer)
 
+    @property
+    def ends_thoughts(self) -> bool:
+        """Whether a token of its own ends what this model thinks, so that thoughts can be given a budget."""
+        return self.tags is not None and self.tokenizer is not None and self.tokenizer.added(self.tags.end) is not None
+
     def choice(self, body: ChatRequest, params: SamplingParams | None = None) -> ToolChoice:
         """What a request says of tools. Raises RequestError, also where this model's calls cannot be read.
 

@@ -31,6 +31,9 @@ SHARED = (
     "allowed_token_ids",
     "bad_words",
     "prompt_logprobs",
+    "logprob_token_ids",
+    "thinking_token_budget",
+    "repetition_detection",
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "include_stop_str_in_output",
@@ -58,7 +61,7 @@ def chat_params(body: ChatRequest, defaults: Mapping[str, Any], max_logprobs: in
     for name in ("max_tokens", "max_completion_tokens"):  # also of the one that does not count
         if (value := getattr(body, name)) is not None and value < 1:
             raise RequestError(f"{name} must be an integer at least 1, got {value}", param=name)
-    more = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "max_tokens": tokens}
+    more = {"logprobs": (body.top_logprobs or 0) if body.logprobs and not body.logprob_token_ids else None, "max_tokens": tokens}
     return _params(body, defaults, max_logprobs, more)
 
 

@@ -60,6 +60,9 @@ class SamplingFields(Fields):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
+    thinking_token_budget: int | None = None
+    repetition_detection: dict[str, int] | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
     response_format: dict[str, Any] | None = None  # this and the next nine: server/structured.py

@@ -78,6 +78,11 @@ class Tokenizer:
         ids = (self._backend.token_to_id(text) for text in texts)
         return frozenset(i for i in ids if i is not None and i in self.special_ids)
 
+    def added(self, text: str) -> int | None:
+        """The id of a text that is one token whatever stands around it; None of others."""
+        token = self._backend.token_to_id(text)
+        return token if token in self._backend.get_added_tokens_decoder() else None
+
     def spell_specials(self) -> None:
         """From now on, what reads like a special token in a text is text."""
         self._backend.encode_special_tokens = True

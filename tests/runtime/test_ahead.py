@@ -11,6 +11,7 @@ import torch
 
 from appliance.config import EngineConfig
 from appliance.core.messages import Submit
+from appliance.core.thinking import ThinkingMarks
 from appliance.memory.inputs import input_bytes, offsets
 from appliance.memory.planner import make_plan
 from appliance.runtime.batch import Draws, StepArrays
@@ -54,6 +55,8 @@ def workload(seed: int, count: int) -> list[Submit]:
         {"stop_token_ids": list(range(3, 40)), "temperature": 1.0},
         {"prompt_logprobs": 1, "max_tokens": 2},
         {"max_tokens": 1},
+        {"temperature": 0.9, "thinking_token_budget": 3, "thinking_marks": ThinkingMarks((7,), 9, (9,), 0), "max_tokens": 12},
+        {"temperature": 1.0, "repetition_detection": {"max_pattern_size": 3, "min_count": 2}, "allowed_token_ids": [5, 6]},
     )
     return [
         submit(

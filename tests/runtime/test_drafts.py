@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from appliance.core.messages import Event, Submit
+from appliance.core.thinking import ThinkingMarks
 from appliance.runtime.engine import Engine
 from tests.runtime.conftest import finish, submit
 
@@ -25,6 +26,9 @@ ASKED: tuple[dict[str, Any], ...] = (
     {"prompt_logprobs": 1},
     {"logit_bias": {9: 4.0, 10: 4.0}},
     {"min_tokens": 20},
+    {"thinking_token_budget": 20, "thinking_marks": ThinkingMarks((7,), 9, (9,), 0)},
+    {"logprob_token_ids": [4, 9]},
+    {"repetition_detection": {"max_pattern_size": 4, "min_count": 4}},
     {"use_beam_search": True, "n": 2, "max_tokens": 6},
 )
 

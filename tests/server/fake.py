@@ -136,9 +136,11 @@ class FakeClient:
 
     def _scored(self, token: int, index: int, params: SamplingParams) -> tuple[TokenLogprob, ...] | None:
         """Later completions are better ones where ``decay`` is above 0."""
-        if params.logprobs is None and params.width == params.n:
+        if params.scored is None and params.width == params.n:
             return None
-        found = score(token, params.logprobs or 0)
+        if isinstance(params.scored, tuple):
+            return (TokenLogprob(token, -0.5, 1, tuple((other, -1.0 * other) for other in params.scored)),)
+        found = score(token, params.scored or 0)
         return (replace(found, logprob=found.logprob + index * self.decay),)
 
     def give_way(self) -> None:

@@ -168,6 +168,17 @@ def test_tools_in_namespaces(hermes: Served) -> None:
     assert "namespace" not in ask(hermes, tools=[TOOL, group])["output"][0]
 
 
+def test_web_search_is_left_out(hermes: Served) -> None:
+    """Codex offers it; the others are there as they would be without it."""
+    say(hermes, CALL_OF_ROME)
+    search = {"type": "web_search", "external_web_access": False}
+    alone, beside = ask(hermes, tools=[TOOL]), ask(hermes, tools=[search, TOOL, {"type": "web_search_preview_2025_03_11"}])
+    assert beside["tools"] == alone["tools"] and len(alone["tools"]) == 1 and "web_search" not in prompt_of(hermes)
+    assert beside["output"][0]["name"] == alone["output"][0]["name"]
+    say(hermes, "Yes.")
+    assert ask(hermes, tools=[search], tool_choice="auto")["tools"] == []
+
+
 def test_logprobs(hermes: Served) -> None:
     """Of the text alone: not of reasoning, calls and the end."""
     say(hermes, f"<think>Hm.</think>Yes, sir. {CALL_OF_ROME}")

@@ -66,6 +66,8 @@ async def _understood(state: ServerState, body: CountRequest, then: Callable[[Ch
     for way in WAYS:
         way = replace(way, fit_id=nine_characters) if state.parsers.tools is Mistral else way
         chat = await asyncio.to_thread(chat_request, body, way)  # there may be very many blocks
+        if body.thinking is not None and body.thinking.type == "enabled" and state.parsers.ends_thoughts:
+            chat.thinking_token_budget = body.thinking.budget_tokens
         try:
             return await then(chat)
         except RequestError as error:

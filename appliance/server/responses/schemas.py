@@ -32,7 +32,12 @@ _NAMESPACE = {
     },
     "required": ["type", "name", "tools"],
 }
-_TOOLS = {"type": "array", "items": {"anyOf": [_FUNCTION, _NAMESPACE]}}
+_SEARCH = {  # left out: server/responses/tools.py
+    "type": "object",
+    "properties": {"type": {"type": "string", "pattern": "^web_search"}},
+    "required": ["type"],
+}
+_TOOLS = {"type": "array", "items": {"anyOf": [_FUNCTION, _NAMESPACE, _SEARCH]}}
 Tools = Annotated[Any, WithJsonSchema({"anyOf": [_TOOLS, {"type": "null"}]})]
 _MODES = {"enum": ["auto", "none", "required", None]}
 _NAMED = {"type": "object", "properties": {"type": {"const": "function"}, "name": {"type": "string"}}, "required": ["name"]}
@@ -74,6 +79,7 @@ REFUSED_HERE: dict[str, tuple[tuple[object, ...], str]] = {
     "continue_final_message": ((False,), "not supported here: use /v1/chat/completions"),
     "add_generation_prompt": ((True,), "not supported here: use /v1/chat/completions"),
     "prompt_logprobs": ((), "not supported here: use /v1/completions or /v1/chat/completions"),
+    "logprob_token_ids": (([],), "not supported here: use /v1/completions or /v1/chat/completions"),
     "return_token_ids": ((False,), "not supported here: use /v1/completions or /v1/chat/completions"),
     "return_tokens_as_token_ids": ((False,), "not supported here: use /v1/completions or /v1/chat/completions"),
     "echo": ((False,), "not supported here: use /v1/completions"),
