@@ -1,4 +1,8 @@
-"""Tools, of which some stand in namespaces: for the model these are functions, too, whose names begin with the namespace's."""
+"""Tools, of which some stand in namespaces: for the model these are functions, too, whose names begin with the namespace's.
+
+OpenAI's web search is left out: no answer has to use it, and Codex offers it of its own accord. Its other tools are refused:
+an answer may be meant to come from these (from files, say).
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,11 @@ def shown(namespace: str | None, name: str) -> str:
     if not namespace:
         return name
     return f"{namespace}{name}" if namespace.endswith("_") or name.startswith("_") else f"{namespace}__{name}"
+
+
+def left_out(tool: Any) -> bool:
+    """Whether it is OpenAI's web search, under any of its names."""
+    return isinstance(tool, Mapping) and str(tool.get("type")).startswith("web_search")
 
 
 def functions(tools: Any, field: str = "tools") -> list[dict[str, Any]]:
@@ -44,6 +53,8 @@ def _each(tools: Any, field: str = "tools") -> Iterator[tuple[str, dict[str, Any
         raise RequestError(f"{field} must be a list, got {type(tools).__name__}", param=field)
     for i, tool in enumerate(tools):
         where = f"{field}[{i}]"
+        if left_out(tool):
+            continue
         if not isinstance(tool, Mapping) or tool.get("type") != "namespace":
             yield where, as_chat(tool, where), ("", "")
             continue

@@ -13,7 +13,7 @@ from appliance.server.responses.events import Event, Numbered, Output
 from appliance.server.responses.items import Item
 from appliance.server.responses.schemas import ResponsesRequest
 from appliance.server.responses.store import Record
-from appliance.server.responses.tools import namespaced
+from appliance.server.responses.tools import left_out, namespaced
 from appliance.server.turn import Turn
 from appliance.text.output import Delta
 
@@ -111,7 +111,11 @@ class ResponseView:
             "top_logprobs": body.top_logprobs or 0,
             "text": {"format": body.text.format or {"type": "text"}, "verbosity": "medium"},
             "tool_choice": body.tool_choice or "auto",
-            "tools": [{**({} if tool.get("type") == "namespace" else _UNSAID), **tool} for tool in body.tools or ()],
+            "tools": [
+                {**({} if tool.get("type") == "namespace" else _UNSAID), **tool}
+                for tool in body.tools or ()
+                if not left_out(tool)
+            ],
             "truncation": body.truncation,
             "metadata": body.metadata,
             "safety_identifier": body.safety_identifier,
