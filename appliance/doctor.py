@@ -172,12 +172,10 @@ def examine(model: str | None = None, port: int | None = None, *, measure: bool 
 
 def card() -> str:
     """The first card, and which --device takes it."""
-    if shutil.which("nvidia-smi") is None:
-        return "none found"
     try:
         found = this_device("cuda")
     except InputError as error:
-        return str(error).removeprefix("--device cuda: ")
+        return "none found" if shutil.which("nvidia-smi") is None else str(error).removeprefix("--device cuda: ")
     kind = "" if found.capability is None else f"sm_{found.capability}, "
     wide = "" if found.bfloat16 else "; no bfloat16: activations in float16"
     return f"{found.name}, {kind}{size_text(found.available)} of {size_text(found.total)} free; {_taken_by(found)}{wide}"

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from appliance import doctor
 from appliance.memory import devices
 from appliance.memory.devices import DeviceInfo, Holder, cgroup_limits, parse_card, parse_holders, this_device
 from quant.errors import InputError
@@ -233,7 +234,7 @@ def test_a_card_of_which_only_cudas_driver_tells(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-5c1d")
     card = DeviceInfo("cuda", "NVIDIA H100 MIG 1g", 20480 * MIB, 20480 * MIB, 90)
     monkeypatch.setenv("PATH", "")
-    assert this_device("cuda") == card
+    assert this_device("cuda") == card and doctor.card().startswith("NVIDIA H100 MIG 1g, sm_90, 20.00 GiB of 20.00 GiB free")
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 6\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
