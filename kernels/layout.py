@@ -148,13 +148,15 @@ def triton_expert_blocks(tokens: int, experts: int, active: int, rows: int) -> i
     return min(pairs, experts) + (0 if tokens <= rows else pairs // rows)
 
 
-def triton_mixture_nbytes(hidden: int, inner: int, item_size: int, *, experts: int, active: int) -> int:
+def triton_mixture_nbytes(hidden: int, inner: int, item_size: int, *, experts: int, active: int, shared: int = 0) -> int:
     """Bytes of a token in a mixture of experts of the Triton kernels, beside its input: at most, all counted together.
 
     The router's logits; for each expert it goes to its share, its places and its blocks (12 bytes for each of three numbers, and
     one for 16 rows), what comes out of gate and up, and its part of the sum. Parts of products that are split are not among them.
+    ``shared``: features of an MLP that every token goes through, too: gate and up in float32, their product, its share, its part.
     """
-    return 4 * TRITON_ROUTE_PARTS * experts + active * (25 + inner * item_size + 4 * hidden)
+    beside = 4 * hidden + 16 + shared * (8 + 3 * item_size) if shared else 0
+    return 4 * TRITON_ROUTE_PARTS * experts + active * (25 + inner * item_size + 4 * hidden) + beside
 
 
 def scale_unit(K: int, group_size: int, dtype: str) -> int:
@@ -291,10 +293,13 @@ def native_mixture_bytes(tokens: int, K: int, group_size: int, *, rounded: bool,
     return _in_pages((pairs + 15 * groups) * _native_row(K, group_size, rounded) + 128 * groups)
 
 
-def native_routes_bytes(tokens: int, inner: int, item_size: int, *, experts: int, active: int) -> int:
-    """Beside that: logits of the router, who goes where, and what comes out of gate and up (native/mixture.h)."""
-    rows = min(tokens, NATIVE_ROWS)
-    return _in_pages(rows * active * (16 + inner * item_size) + rows * experts * 4 + experts * 36 + 64)
+def native_routes_bytes(tokens: int, inner: int, item_size: int, *, experts: int, active: int, shared: int = 0) -> int:
+    """Beside that: logits of the router, who goes where, and what comes out of gate and up (native/mixture.h).
+
+    ``shared``: features of an MLP that every token goes through, too.
+    """
+    rows, own = min(tokens, NATIVE_ROWS), 4 + shared * item_size if shared else 0
+    return _in_pages(rows * (active * (16 + inner * item_size) + own) + rows * experts * 4 + experts * 36 + 128)
 
 
 def _native_row(K: int, group_size: int, rounded: bool) -> int:

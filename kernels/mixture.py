@@ -6,27 +6,53 @@ import torch
 from torch import Tensor
 
 from kernels.ops import GateMul, Linear, MatMul, Mixture, Norm, RMSNorm
+from kernels.scores import SOFTMAX, Scores
 
 
 def mix(matmul: MatMul, rms_norm: RMSNorm, silu_mul: GateMul, x: Tensor, mixture: Mixture, *, norm: Norm) -> Tensor:
     """As kernels.ops.Mix, by these operators: expert by expert, the rows that have chosen it."""
-    normed = rms_norm(x, norm.weight, eps=norm.eps)
-    logits = torch.empty(len(x), mixture.router.N, dtype=torch.float32, device=x.device)
-    chosen, shares = route(matmul(normed, mixture.router, out=logits), mixture.active, mixture.normalized)
+    normed = rms_norm(x, norm.weight, eps=norm.eps, offset=norm.offset)
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    logits = matmul(normed, mixture.router, out=total.new_empty(len(x), mixture.router.N))
+    chosen, shares = route(logits, mixture.active, mixture.normalized, mixture.scores, mixture.correction)
     for number in chosen.unique().tolist():  # rising
         expert, (rows, places) = mixture.experts[number], torch.where(chosen == number)
         inner = gated(matmul, silu_mul, normed[rows], expert.gate_up)
         out = matmul(inner, expert.down, out=total.new_empty(len(rows), expert.down.N))
         total.index_add_(0, rows, out.mul_(shares[rows, places, None]))
+    if mixture.shared is not None:
+        inner = gated(matmul, silu_mul, normed, mixture.shared.gate_up)
+        if mixture.shared_gate is not None:
+            inner *= matmul(normed, mixture.shared_gate, out=total.new_empty(len(x), 1)).sigmoid_()
+        total += matmul(inner, mixture.shared.down, out=torch.empty_like(total))
     return total.add_(x).to(x.dtype)
 
 
-def route(logits: Tensor, active: int, normalized: bool) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, active: int, normalized: bool, scores: Scores = SOFTMAX, correction: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(experts int64 [T, active], their shares float32) by a router's logits, float32 [T, experts]."""
-    chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, :active]
-    shares = logits.softmax(-1).gather(1, chosen)
-    return chosen, shares / shares.sum(-1, keepdim=True) if normalized else shares
+    found = logits.sigmoid() if scores.sigmoid else logits.softmax(-1)
+    keys = found if correction is None else found + correction
+    if keys is found and not scores.sigmoid and scores.groups == 1:
+        keys = logits  # in the order of a softmax's scores, and apart where those are both 0
+    chosen = _sorted(keys if scores.groups == 1 else _of_groups(keys, scores))[:, :active]
+    shares = found.gather(1, chosen)
+    shares = shares / shares.sum(-1, keepdim=True).clamp(min=scores.least) if normalized else shares
+    return chosen, shares * scores.scale
+
+
+def _of_groups(keys: Tensor, scores: Scores) -> Tensor:
+    """-inf in place of the keys of all experts that stand in other groups than a token's."""
+    groups = keys.view(len(keys), scores.groups, -1)
+    chosen = _sorted(groups.topk(2).values.sum(-1))[:, : scores.chosen_groups]
+    others = torch.ones(groups.shape[:2], dtype=torch.bool, device=keys.device).scatter_(1, chosen, False)
+    return groups.masked_fill(others[:, :, None], float("-inf")).flatten(1)
+
+
+def _sorted(keys: Tensor) -> Tensor:
+    """Places of the largest first, of equal ones in their order."""
+    return keys.sort(dim=-1, descending=True, stable=True).indices
 
 
 def gated(matmul: MatMul, multiply: GateMul, x: Tensor, gate_up: Linear, norm: Norm | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.kv_cache import KVCache
 from kernels.layout import ops_name
+from kernels.scores import SOFTMAX, Scores
 from quant.tensor import QuantTensor
 
 __all__ = ["KVCache", "Ops", "get_ops"]
@@ -95,6 +96,10 @@ class MLP:
     def weights(self) -> tuple[Weight, ...]:
         return (*self.gate_up, self.down)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights)
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -104,10 +109,20 @@ class Mixture:
     experts: tuple[MLP, ...]  # or one, whose weights have all of them (Ops.join_experts)
     active: int  # experts that a token goes through
     normalized: bool  # whether the shares of these are made to add up to 1
+    scores: Scores = SOFTMAX
+    correction: Tensor | None = None  # float32 [experts]: added to scores for the choice, not for the shares
+    shared: MLP | None = None  # that every token goes through, too
+    shared_gate: Weight | None = None  # [1, hidden]: the sigmoid of its product is the share of that; None: 1
 
     @property
     def weights(self) -> tuple[Weight, ...]:
-        return (self.router, *(weight for expert in self.experts for weight in expert.weights))
+        gate = () if self.shared_gate is None else (self.shared_gate,)
+        shared = () if self.shared is None else self.shared.weights
+        return (self.router, *gate, *shared, *(weight for expert in self.experts for weight in expert.weights))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights) + (0 if self.correction is None else self.correction.nbytes)
 
 
 @dataclass(frozen=True)
@@ -144,7 +159,8 @@ class Layer:
     @property
     def nbytes(self) -> int:
         small = (self.input_norm, self.post_norm, self.q_norm, self.k_norm, self.attention_norm, self.mlp_norm, self.sinks)
-        return sum(w.nbytes for w in self.weights) + sum(one.nbytes for one in small if one is not None)
+        weights = (*self.qkv, self.o, self.mlp)
+        return sum(one.nbytes for one in weights) + sum(one.nbytes for one in small if one is not None)
 
 
 class Pack(Protocol):
@@ -235,9 +251,10 @@ class Mix(Protocol):
     def __call__(self, x: Tensor, mixture: Mixture, *, norm: Norm) -> Tensor:
         """x [T, hidden] + the weighted sum of the experts' products of x normalized.
 
-        A token's experts are those of the router's largest logits, of equal ones the first; their shares are the softmax over
-        all experts, in float32. Sums are made in float32, expert after expert, and rounded once. Only experts that some token
-        has chosen are read.
+        A token's experts are those of the router's largest scores, of equal ones the first; scores are the softmax over all
+        experts, or what the mixture says, in float32, and a score is an expert's share. Sums are made in float32, expert after
+        expert, and rounded once; what a shared MLP gives comes last, to the sum or (native kernels) to what that was rounded to.
+        Only experts that some token has chosen are read.
         """
 
 

@@ -136,7 +136,8 @@ class NativeOps:
             return mix(self.matmul, self.rms_norm, self.silu_mul, x, mixture, norm=norm)
         x = x.contiguous()
         out = torch.empty_like(x)
-        self.machine.mixture(handle, x.data_ptr(), len(x), TYPES[x.dtype], norm.weight.data_ptr(), norm.eps, out.data_ptr())
+        gain = norm.weight.data_ptr(), norm.eps, norm.offset
+        self.machine.mixture(handle, x.data_ptr(), len(x), TYPES[x.dtype], *gain, out.data_ptr())
         return out
 
     def rope_store(
@@ -278,15 +279,22 @@ class NativeOps:
     def _experts(self, mixture: Mixture) -> Any:
         """The experts as the kernels see them, kept with them; None where they need the operators one by one."""
         if "_native" not in mixture.__dict__:
-            parts: Any = [(expert.gate_up, expert.down) for expert in mixture.experts]
-            whole = all(len(gate_up) == 1 for gate_up, _ in parts)
+            parts: Any = [(one.gate_up, one.down) for one in (*mixture.experts, mixture.shared) if one is not None]
+            gate_ups, downs = [gate_up[0].handle for gate_up, _ in parts], [down.handle for _, down in parts]
+            shared = (None, None) if mixture.shared is None else (gate_ups.pop(), downs.pop())
             router: Any = mixture.router
-            mixture.__dict__["_native"] = whole and self.module.Experts(
+            gate: Any = mixture.shared_gate
+            mixture.__dict__["_native"] = all(len(gate_up) == 1 for gate_up, _ in parts) and self.module.Experts(
                 router=router.handle,
-                gate_up=[gate_up[0].handle for gate_up, _ in parts],
-                down=[down.handle for _, down in parts],
+                gate_up=gate_ups,
+                down=downs,
                 active=mixture.active,
                 normalized=mixture.normalized,
+                correction=address(mixture.correction),
+                **mixture.scores._asdict(),
+                shared_gate_up=shared[0],
+                shared_down=shared[1],
+                shared_gate=None if gate is None else gate.handle,
             )
         return mixture.__dict__["_native"] or None
 

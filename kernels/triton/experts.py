@@ -7,6 +7,7 @@
     gate, up  program (n, block): its expert's   -> inner [T * A, intermediate], silu(gate) * up, by pair
               outputs n, for the pairs of a block
     down      program (n, block, split)          -> parts float32 [splits * A, T, hidden], times the pair's share
+    shared    an MLP of all rows, where there is one -> one part more, times its share (plain products)
 
 The parts are those of any product that was cut along its inputs: whoever reads them next (the norm behind, with the residual)
 adds them in order, expert after expert. No atomics, so results repeat; how much is launched depends on shapes alone.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.mixture import gated
 from kernels.ops import MLP, Mixture, Norm, Weight
+from kernels.triton.elementwise import silu_mul
 from kernels.triton.kv import capability
 from kernels.triton.matmul import FEW, FINISH_BLOCK, REGISTERS, UNKNOWN, Card, matmul
 from kernels.triton.norm import rms_norm
@@ -81,7 +85,7 @@ def mix(x: Tensor, mixture: Mixture, *, norm: Norm, card: Card = UNKNOWN) -> Ten
     if not x.shape[0]:
         return torch.empty_like(x)
     x = x.contiguous()
-    parts, out = mixed_parts(rms_norm(x, norm.weight, eps=norm.eps), mixture, card=card), torch.empty_like(x)
+    parts, out = mixed_parts(rms_norm(x, **norm._asdict()), mixture, card=card), torch.empty_like(x)
     tokens, hidden = x.shape
     finish[(tokens, triton.cdiv(hidden, FINISH_BLOCK))](
         parts, None, x, out, tokens, hidden, hidden,
@@ -91,21 +95,32 @@ def mix(x: Tensor, mixture: Mixture, *, norm: Norm, card: Card = UNKNOWN) -> Ten
 
 
 def mixed_parts(x: Tensor, mixture: Mixture, *, card: Card = UNKNOWN) -> Tensor:
-    """float32 [parts, T, hidden]: added in order, what the experts make of x [T, hidden], normalized, rows contiguous.
+    """float32 [parts, T, hidden]: added in order, what the MLPs make of x [T, hidden], normalized, rows contiguous.
 
     TypeError as in ``mix``.
     """
     gate_up, down = _joined(mixture)
-    tokens, active = x.shape[0], mixture.active
+    tokens, active, shared = x.shape[0], mixture.active, mixture.shared is not None
     if not tokens:
-        return torch.empty((active, 0, down.N), dtype=torch.float32, device=x.device)
+        return torch.empty((active + shared, 0, down.N), dtype=torch.float32, device=x.device)
     launches = [_launch(x, one, mixture, card) for one in (gate_up, down)]
     routes = route(_logits(x, mixture.router, card), active, mixture.normalized, launches[0].block_m)
     inner = torch.empty((tokens * active, gate_up.N), dtype=x.dtype, device=x.device)
     _multiply(x, gate_up, routes, inner, launches[0])
-    parts = torch.empty((launches[1].split * active, tokens, down.N), dtype=torch.float32, device=x.device)
+    parts = torch.empty((launches[1].split * active + shared, tokens, down.N), dtype=torch.float32, device=x.device)
     _multiply(inner, down, routes, parts, launches[1])
+    if mixture.shared is not None:
+        _share(x, mixture.shared, mixture.shared_gate, parts[-1], card)
     return parts
+
+
+def _share(x: Tensor, mlp: MLP, gate: Weight | None, to: Tensor, card: Card) -> None:
+    """What ``mlp`` makes of x into ``to``, float32 [T, hidden]."""
+    multiply = partial(matmul, card=card)
+    inner = gated(multiply, silu_mul, x, mlp.gate_up)
+    if gate is not None:
+        inner *= multiply(x, gate, out=to.new_empty(len(x), 1)).sigmoid_()
+    multiply(inner, mlp.down, out=to)
 
 
 def _joined(mixture: Mixture) -> tuple[TritonWeight, TritonWeight]:

@@ -163,5 +163,8 @@ def _with(layer: Layer, tensors: Sequence[Tensor]) -> Layer:
     mlp = layer.mlp
     if isinstance(mlp, Mixture):
         router = changed(mlp.router)
-        return replace(layer, qkv=qkv, o=o, mlp=replace(mlp, router=router, experts=tuple(map(whole, mlp.experts))))
+        gate = None if mlp.shared_gate is None else changed(mlp.shared_gate)
+        shared = None if mlp.shared is None else whole(mlp.shared)
+        mixture = replace(mlp, router=router, shared_gate=gate, shared=shared, experts=tuple(map(whole, mlp.experts)))
+        return replace(layer, qkv=qkv, o=o, mlp=mixture)
     return replace(layer, qkv=qkv, o=o, mlp=whole(mlp))

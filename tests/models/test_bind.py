@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.ops import MLP, Clamp, KVCache, Layer, Mixture, Ops, Weight
+from kernels.scores import Scores
 from models.decoder import Decoder
 from models.spec import ModelSpec
 from tests.kernels.native import instruction_sets, native_ops
@@ -81,6 +82,10 @@ def make_decoder(ops: Ops, dtype: torch.dtype, *, split: bool = False, mixture: 
             gates = [linear(2 * INNER, HIDDEN, bias=gpt_oss, gated=True, clamp=clamp) for _ in range(7)]
             experts = [MLP((gate,), linear(*SHAPES["down"], bias=gpt_oss)) for gate in gates]
             mlp = Mixture(ops.pack(torch.randn(7, HIDDEN), dtype=dtype), tuple(experts), 3, i == 1)
+            if i == 1:
+                own = MLP((linear(2 * 40, HIDDEN, gated=True),), ops.pack(torch.randn(HIDDEN, 40), dtype=dtype))
+                mlp = replace(mlp, shared=own, shared_gate=ops.pack(torch.randn(1, HIDDEN), dtype=dtype))
+                mlp = replace(mlp, scores=Scores(sigmoid=True), correction=torch.randn(7) / 4)
         extra = {"q_norm": norm(SIZE), "k_norm": norm(SIZE)} if i == 1 else {"window": 7} if i == 2 else {}
         if mixture and i > 0:
             extra["sinks"] = torch.randn(HEADS).to(dtype)

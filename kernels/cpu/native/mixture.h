@@ -4,7 +4,8 @@
 //   gate and up        all threads prepare these rows, each as its expert wants it; an item of work is a panel of one expert
 //   down               the same of what came out of that; an item is a panel of the sum, for which a thread takes the experts in turn
 //
-// So threads meet as often as in two products, however many experts there are, and the order of additions is the experts'.
+// So threads meet as often as in two products, however many experts there are, and the order of additions is the experts'. An MLP
+// that all tokens go through is two products more, added at last.
 #pragma once
 #include "matmul.h"
 #include "small.h"
@@ -27,12 +28,15 @@ struct Routes {
     int32_t* rows;     // [pairs], by expert: the token
     float* weights;    // [pairs]: its share
     Group* groups;     // [experts]
+    float* gates;      // [tokens]: of the MLP that all go through
     uint8_t* inner;    // [pairs][features of an expert]
+    uint8_t* shared;   // [tokens][features of that MLP]
 
-    static INLINE int64_t bytes(const Mixture& m, int64_t tokens, int64_t row) {
-        return tokens * m.active * (16 + row) + tokens * m.experts * 4 + m.experts * int64_t(sizeof(Group) + 4) + 64;
+    static INLINE int64_t bytes(const Mixture& m, int64_t tokens, Type type) {
+        const int64_t row = m.down[0]->K * item_size(type), own = m.shared_down == nullptr ? 0 : 4 + m.shared_down->K * item_size(type);
+        return tokens * (m.active * (16 + row) + own) + tokens * m.experts * 4 + m.experts * int64_t(sizeof(Group) + 4) + 128;
     }
-    INLINE Routes(const Mixture& m, int64_t n, uint8_t* memory) : tokens(n), pairs(n * m.active) {
+    INLINE Routes(const Mixture& m, int64_t n, Type type, uint8_t* memory) : tokens(n), pairs(n * m.active) {
         groups = reinterpret_cast<Group*>(memory);
         logits = reinterpret_cast<float*>(groups + m.experts);
         shares = logits + tokens * m.experts;
@@ -40,27 +44,73 @@ struct Routes {
         chosen = reinterpret_cast<int32_t*>(weights + pairs);
         rows = chosen + pairs;
         places = rows + pairs;
-        inner = memory + (reinterpret_cast<uint8_t*>(places + m.experts) - memory + 63) / 64 * 64;
+        gates = reinterpret_cast<float*>(places + m.experts);
+        const auto behind = [&](const void* end) { return memory + (static_cast<const uint8_t*>(end) - memory + 63) / 64 * 64; };
+        inner = behind(gates + (m.shared_down == nullptr ? 0 : tokens));
+        shared = behind(inner + pairs * m.down[0]->K * item_size(type));
     }
 };
 
-// The `active` largest of n logits, of equal ones the first, and their shares of a softmax.
-INLINE void choose(const float* logits, int64_t n, int64_t active, bool normalized, int32_t* chosen, float* shares) {
+// The `count` largest of key(0) .. key(n - 1), of equal ones the first.
+template <class G> INLINE void largest(int64_t n, int64_t count, G&& key, int32_t* chosen) {
     for (int64_t i = 0; i < n; ++i) {
-        int64_t at = i < active ? i : active - 1;
-        if (i >= active && !(logits[i] > logits[chosen[at]])) continue;
-        for (; at > 0 && logits[i] > logits[chosen[at - 1]]; --at) chosen[at] = chosen[at - 1];
+        int64_t at = i < count ? i : count - 1;
+        if (i >= count && !(key(i) > key(chosen[at]))) continue;
+        for (; at > 0 && key(i) > key(chosen[at - 1]); --at) chosen[at] = chosen[at - 1];
         chosen[at] = int32_t(i);
     }
+}
+
+// Of a softmax over logits: it is not needed for the choice, nor for the shares where these are made to add up to 1.
+INLINE void choose_of_softmax(const Mixture& m, const float* logits, int32_t* chosen, float* shares) {
+    largest(m.experts, m.active, [&](int64_t i) { return logits[i]; }, chosen);
     const float most = logits[chosen[0]];
     float sum = 0;
-    if (!normalized)
-        for (int64_t i = 0; i < n; ++i) sum += __builtin_expf(logits[i] - most);
-    for (int64_t j = 0; j < active; ++j) {
+    if (!m.normalized)
+        for (int64_t i = 0; i < m.experts; ++i) sum += __builtin_expf(logits[i] - most);
+    for (int64_t j = 0; j < m.active; ++j) {
         shares[j] = __builtin_expf(logits[chosen[j]] - most);
-        if (normalized) sum += shares[j];
+        if (m.normalized) sum += shares[j];
     }
-    for (int64_t j = 0; j < active; ++j) shares[j] /= sum;
+    for (int64_t j = 0; j < m.active; ++j) shares[j] = shares[j] / sum * m.scale;
+}
+
+// A bit for each group of experts that a token may go to: those whose two largest keys have the largest sums.
+template <class G> INLINE uint64_t choose_groups(const Mixture& m, G&& key) {
+    if (m.groups == 1) return 1;
+    const int64_t size = m.experts / m.groups;
+    float sums[kMostGroups];
+    int32_t best[2], chosen[kMostGroups];
+    for (int64_t g = 0; g < m.groups; ++g) {
+        const auto inside = [&](int64_t i) { return key(g * size + i); };
+        largest(size, 2, inside, best);
+        sums[g] = inside(best[0]) + inside(best[1]);
+    }
+    largest(m.groups, m.chosen_groups, [&](int64_t g) { return sums[g]; }, chosen);
+    uint64_t found = 0;
+    for (int64_t j = 0; j < m.chosen_groups; ++j) found |= uint64_t(1) << chosen[j];
+    return found;
+}
+
+// The experts of a token by its logits (which are overwritten), and their shares.
+INLINE void choose(const Mixture& m, float* logits, int32_t* chosen, float* shares) {
+    if (!m.sigmoid && m.correction == nullptr && m.groups == 1) return choose_of_softmax(m, logits, chosen, shares);
+    float most = logits[0], total = 0;
+    for (int64_t i = 1; i < m.experts; ++i) most = logits[i] > most ? logits[i] : most;
+    for (int64_t i = 0; i < m.experts; ++i) {
+        logits[i] = m.sigmoid ? 1.0f / (1.0f + __builtin_expf(-logits[i])) : __builtin_expf(logits[i] - most);
+        total += logits[i];
+    }
+    if (!m.sigmoid)
+        for (int64_t i = 0; i < m.experts; ++i) logits[i] /= total;
+    const auto key = [&](int64_t i) { return m.correction == nullptr ? logits[i] : logits[i] + m.correction[i]; };
+    const uint64_t groups = choose_groups(m, key);
+    const int64_t size = m.experts / m.groups;
+    largest(m.experts, m.active, [&](int64_t i) { return groups >> (i / size) & 1 ? key(i) : -__builtin_inff(); }, chosen);
+    float sum = 0;
+    for (int64_t j = 0; j < m.active; ++j) sum += shares[j] = logits[chosen[j]];
+    const float by = m.normalized ? sum > m.least ? sum : m.least : 1.0f;
+    for (int64_t j = 0; j < m.active; ++j) shares[j] = shares[j] / by * m.scale;
 }
 
 // Groups of the experts that were chosen, in their order; within a group tokens are in theirs.
@@ -194,21 +244,45 @@ INLINE void run_down(Pool& pool, Products& p, const MatmulArgs& whole) {
     });
 }
 
+// The gated product of the MLP that all tokens go through, times its share: what is behind it is linear.
+INLINE void run_shared(Pool& pool, const MixtureArgs& a, const void* x, const Routes& r) {
+    const Mixture& m = *a.mixture;
+    const int64_t columns = m.shared_down->K;
+    const auto multiply = [&](const Linear* w, void* out, Type type) {
+        matmul(pool, {w, x, r.tokens, w->K, a.type, a.norm, a.eps, a.offset, nullptr, out, type});
+    };
+    multiply(m.shared_gate_up, r.shared, a.type);
+    if (m.shared_gate == nullptr) return;
+    multiply(m.shared_gate, r.gates, Type::f32);
+    with_type(a.type, [&](auto tag) {
+        constexpr Type T = decltype(tag)::value;
+        ranges(pool, r.tokens, columns * 4, [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t) {
+                typename As<T>::Item* row = reinterpret_cast<typename As<T>::Item*>(r.shared) + t * columns;
+                const F share = splat(1.0f / (1.0f + __builtin_expf(-r.gates[t])));
+                for (int64_t k = 0; k < columns; k += 16) store_some<T>(row + k, load_some<T>(row + k, columns - k) * share, columns - k);
+            }
+        });
+    });
+}
+
 INLINE void mix(Pool& pool, const MixtureArgs& a, const void* x, int64_t tokens, void* out) {
     const Mixture& m = *a.mixture;
     const int64_t hidden = m.router->K, inner = m.down[0]->K;
-    Routes r(m, tokens, pool.scratch(pool.size() + 1, size_t(Routes::bytes(m, tokens, inner * item_size(a.type)))));
-    matmul(pool, {m.router, x, tokens, hidden, a.type, a.norm, a.eps, 0, nullptr, r.logits, Type::f32});
+    Routes r(m, tokens, a.type, pool.scratch(pool.size() + 1, size_t(Routes::bytes(m, tokens, a.type))));
+    matmul(pool, {m.router, x, tokens, hidden, a.type, a.norm, a.eps, a.offset, nullptr, r.logits, Type::f32});
     ranges(pool, tokens, m.experts * 64, [&](int64_t first, int64_t last) {
-        for (int64_t t = first; t < last; ++t) choose(r.logits + t * m.experts, m.experts, m.active, m.normalized, r.chosen + t * m.active, r.shares + t * m.active);
+        for (int64_t t = first; t < last; ++t) choose(m, r.logits + t * m.experts, r.chosen + t * m.active, r.shares + t * m.active);
     });
     group(m, r);
-    Products up{m.gate_up, {nullptr, x, 0, hidden, a.type, a.norm, a.eps, 0, nullptr, r.inner, a.type}, r.rows, r};
+    if (m.shared_down != nullptr) run_shared(pool, a, x, r);  // before x is overwritten
+    Products up{m.gate_up, {nullptr, x, 0, hidden, a.type, a.norm, a.eps, a.offset, nullptr, r.inner, a.type}, r.rows, r};
     run_gated(pool, up);
     Products down{m.down, {nullptr, r.inner, 0, inner, a.type, nullptr, 0, 0, nullptr, nullptr, a.type}, nullptr, r};
     Linear sum = *m.down[0];
     sum.bias = nullptr;  // each expert's is in its part
     run_down(pool, down, {&sum, nullptr, tokens, inner, a.type, nullptr, 0, 0, x, out, a.type});
+    if (m.shared_down != nullptr) matmul(pool, {m.shared_down, r.shared, tokens, m.shared_down->K, a.type, nullptr, 0, 0, out, out, a.type});
 }
 
 inline void mixture(Pool& pool, const MixtureArgs& a) {

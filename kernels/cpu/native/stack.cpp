@@ -37,7 +37,7 @@ void run_layers(Pool& pool, const Kernels& kernels, const Stack& stack, const Ba
                                  batch.tables, batch.table_width, stack.scale, one.window, stack.cap, one.sinks});
         add(*one.o, attended, one.attention_norm, qkv);
         if (one.mixture != nullptr) {
-            kernels.mixture(pool, {one.mixture, hidden, batch.tokens, type, one.post_norm, stack.eps, hidden});
+            kernels.mixture(pool, {one.mixture, hidden, batch.tokens, type, one.post_norm, stack.eps, stack.offset, hidden});
             continue;
         }
         multiply(*one.gate_up, hidden, one.post_norm, nullptr, workspace);

@@ -57,13 +57,21 @@ struct MatmulArgs {
     const int32_t* gather = nullptr;  // [rows] or null: the row of x that is the product's
 };
 
-// The experts of a layer, all of the same shapes.
+constexpr int64_t kMostGroups = 64;  // of experts; the bindings check it
+
+// The experts of a layer, all of the same shapes; and an MLP of its own shape that every token goes through.
 struct Mixture {
     const Linear* router;         // [experts, hidden]
     const Linear* const* gate_up; // [experts], gated
     const Linear* const* down;    // [experts]
     int64_t experts, active;      // a token goes through so many of them
     bool normalized;              // the shares of these are made to add up to 1
+    bool sigmoid = false;         // scores are sigmoids of the router's products, not a softmax over all
+    const float* correction = nullptr;     // [experts]: added to scores for the choice alone; null: 0
+    int64_t groups = 1, chosen_groups = 1; // experts stand in so many groups, and a token's are from those of the largest sums of two
+    float least = 0, scale = 1;   // shares are of no less than this sum, and are multiplied with that
+    const Linear *shared_gate_up = nullptr, *shared_down = nullptr;  // that MLP; null: there is none
+    const Linear* shared_gate = nullptr;   // [1, hidden]: the sigmoid of its product is the share of it; null: 1
 };
 
 struct MixtureArgs {
@@ -72,7 +80,7 @@ struct MixtureArgs {
     int64_t rows;
     Type type;             // of x, norm and out
     const void* norm;      // [hidden]
-    float eps;
+    float eps, offset;
     void* out;             // [rows, hidden]; may be x
 };
 

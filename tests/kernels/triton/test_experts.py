@@ -184,11 +184,32 @@ def test_a_quantized_router() -> None:
     close(found.float().cpu(), expected.float(), x, torch.float16)
 
 
-def test_the_planned_workspace_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def with_shared(ops: Ops, mixture: Mixture, own: Weights, gate: Tensor | None, dtype: torch.dtype) -> Mixture:
+    gate_up, down = own
+    mlp = MLP((ops.pack(gate_up, dtype=dtype, gated=True),), ops.pack(down, dtype=dtype))
+    return replace(mixture, shared=mlp, shared_gate=None if gate is None else ops.pack(gate, dtype=dtype))
+
+
+@pytest.mark.parametrize(("name", "share"), [("dense", True), ("awq, groups of 128", True), ("bytes", False)])
+def test_what_all_tokens_go_through(name: str, share: bool) -> None:
+    """Of other features than the experts, and with a norm that adds 1 to its weight."""
+    dtype, (router, x) = torch.float16, telling(3, 5, torch.float16)
+    given, own = random_experts(3, "dense", dtype), random_experts(1, name, dtype)[0]
+    gate, gain, found = (0.1 * torch.randn(1, HIDDEN)).to(dtype) if share else None, 0.1 * torch.randn(HIDDEN), []
+    for ops, device in ((make_ops(torch.device(DEVICE)), DEVICE), (reference.make_ops(torch.device("cpu")), "cpu")):
+        mixture = with_shared(ops, mixture_of(ops, router, given, dtype, 2, True), own, gate, dtype)
+        found.append(ops.mix(x.to(device), mixture, norm=Norm(gain.to(dtype).to(device), 1e-5, 1.0)).float().cpu())
+    close(found[0], found[1], x, dtype)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_planned_workspace_is_enough(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that a mixture takes, if none of it were given back before the end."""
     ops, dtype, count, active = make_ops(torch.device(DEVICE)), torch.float16, 5, 3
     given, taken, empty = random_experts(count, "dense", dtype), [0], torch.empty
-    mixture = mixture_of(ops, torch.randn(count, HIDDEN), given, dtype, active, True)
+    mixture, own = mixture_of(ops, torch.randn(count, HIDDEN), given, dtype, active, True), 0
+    if shared:
+        mixture, own = with_shared(ops, mixture, random_experts(1, "bytes", dtype)[0], torch.randn(1, HIDDEN), dtype), 96
 
     def counted(*args: object, **options: object) -> Tensor:
         made: Tensor = empty(*args, **options)  # type: ignore[call-overload]
@@ -200,10 +221,11 @@ def test_the_planned_workspace_is_enough(monkeypatch: pytest.MonkeyPatch) -> Non
         taken[0] = 0
         parts = experts.mixed_parts(torch.randn(tokens, HIDDEN).to(dtype).to(DEVICE), mixture, card=Card(200, 80))
         inner = FORMATS["dense"][3]
-        token = layout.triton_mixture_nbytes(HIDDEN, inner, 2, experts=count, active=active)
-        more = max(0, parts.shape[0] - active) * tokens * HIDDEN * 4
+        token = layout.triton_mixture_nbytes(HIDDEN, inner, 2, experts=count, active=active, shared=own)
+        more = max(0, parts.shape[0] - active - shared) * tokens * HIDDEN * 4
+        split = 4 * layout.TRITON_SPLIT_ROWS * HIDDEN if shared else 0  # parts of its products
         assert more <= 4 * layout.TRITON_SPLIT_ROWS * HIDDEN
-        assert 0.5 * token * tokens < taken[0] - more <= token * tokens, tokens
+        assert 0.5 * token * tokens < taken[0] - more <= token * tokens + split, tokens
 
 
 def test_launches_depend_on_powers_of_two_alone() -> None:

@@ -36,7 +36,8 @@ def marked(number: int, size: int, *, mixture: bool = False) -> Layer:
         return TritonWeight(4, words, params, None, 1, torch.ones(3), None, False, 3, size)
 
     gain, mlp = torch.ones(2), MLP((weight(3),), weight(4))
-    return Layer(gain, (weight(0), weight(1)), weight(2), gain, Mixture(weight(5), (mlp,), 1, True) if mixture else mlp)
+    own = {"shared": MLP((weight(6),), weight(7)), "shared_gate": weight(8)}
+    return Layer(gain, (weight(0), weight(1)), weight(2), gain, Mixture(weight(5), (mlp,), 1, True, **own) if mixture else mlp)
 
 
 def moved(layer: Layer) -> list[Tensor]:
