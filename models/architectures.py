@@ -23,8 +23,8 @@ class Architecture:
     hybrid: bool = False  # layers may be another thing than attention, and MLPs have names of their own (quant/headers.py)
     window: str = "none"
     """Layers with sliding_window: none; "all"; "switched": all, if switched on; "upper": from max_window_layers on, if so;
-    "unrotated": those that do not rotate, if so; "alternate": every other one, beginning with the first; "pattern": all but each
-    sliding_window_pattern-th."""
+    "lower": every other one before that, beginning with the first, if so; "unrotated": those that do not rotate, if so;
+    "alternate": every other one, beginning with the first; "pattern": all but each sliding_window_pattern-th."""
     default_window: int | None = None
     default_head_dim: int | None = None
     eps: float = 1e-6
@@ -41,6 +41,9 @@ class Architecture:
     clamped: bool = False  # gate and up, and up + 1 is multiplied (swiglu_limit, swiglu_alpha)
     sinks: bool = False  # heads have one more logit each, of which there is no value
     expert_size: str = "moe_intermediate_size"
+    shared: str = ""  # the name of an MLP within the mixture that every token goes through
+    shared_size: str = "shared_expert_intermediate_size"
+    shared_gate: str = ""  # the linear beside it whose sigmoid is the share of what it gives; empty: 1
     inner: str = "intermediate_size"  # of an MLP
     normalized: bool | str = "norm_topk_prob"
     unit_norms: bool = False  # norms multiply by 1 + their weight
@@ -116,6 +119,20 @@ GLM = Architecture(
         "eos_token_id": [151329, 151336, 151338],
     },
 )
+QWEN2_MOE = replace(
+    QWEN2,
+    qkv_bias="qkv_bias",
+    window="lower",
+    mixture="mlp",
+    shared="shared_expert",
+    shared_gate="shared_expert_gate",
+    defaults={
+        "qkv_bias": True,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+    },
+)
 GPT_OSS = Architecture(
     window="alternate",
     default_head_dim=64,
@@ -165,6 +182,7 @@ ARCHITECTURES = {
         qkv_bias=False, o_bias=False, fused_qkv=True, window="all", eps=1e-5, max_position=4096, partial_rotation=True,
         yarn="longrope", defaults={"original_max_position_embeddings": 4096},
     ),
+    "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3MoeForCausalLM": Architecture(qk_norm=True, window="switched", default_window=4096, max_position=32768, mixture="mlp"),
     "MixtralForCausalLM": Architecture(
         qkv_bias=False, o_bias=False, window="all", eps=1e-5, theta=1e6, max_position=131072,
@@ -319,14 +337,15 @@ def windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None
     """
     types = fields.get("layer_types")
     given = fields.get("sliding_window") if "sliding_window" in fields.values else kind.default_window
-    window = None if given is None else fields.integer("sliding_window", default=given)
+    least = 0 if kind.window == "lower" else 1  # transformers writes 0 where it is not switched on
+    window = None if given is None else fields.integer("sliding_window", default=given, minimum=least) or None
     every = 2 if kind.window == "alternate" else 0  # which layer sees everything
     every = fields.integer("sliding_window_pattern", default=6) if kind.window == "pattern" else every
     if every:
         window = fields.integer("sliding_window")
     if kind.window == "none":
         window = None
-    if kind.window in ("switched", "upper", "unrotated") and not fields.flag("use_sliding_window", default=False):
+    if kind.window in ("switched", "upper", "lower", "unrotated") and not fields.flag("use_sliding_window", default=False):
         window = None
     if types is not None:
         if not isinstance(types, list) or len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
@@ -344,5 +363,7 @@ def windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None
         return tuple(window if (layer + 1) % every else None for layer in range(layers))
     if kind.window == "unrotated":
         return tuple(window if still else None for still in unrotated(kind, fields, layers))
-    first = fields.integer("max_window_layers", default=28, minimum=0) if kind.window == "upper" else 0
-    return tuple(window if layer >= first else None for layer in range(layers))
+    border = fields.integer("max_window_layers", default=28, minimum=0) if kind.window in ("lower", "upper") else 0
+    if kind.window == "lower":
+        return tuple(window if layer < border and layer % 2 == 0 else None for layer in range(layers))
+    return tuple(window if layer >= border else None for layer in range(layers))

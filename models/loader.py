@@ -260,7 +260,15 @@ class _Loader:
             exact = copy(self)
             exact.activation = "bf16"
             experts = join((exact._expert(prefix, name, mixture.expert) for name in names), mixture.experts)
-        return Mixture(router, experts, mixture.active, mixture.normalized)
+        name = f"{mixture.name}.{mixture.shared_name}"
+        return Mixture(
+            router,
+            experts,
+            mixture.active,
+            mixture.normalized,
+            shared=self._expert(prefix, name, mixture.expert) if mixture.shared else None,
+            shared_gate=self._pack(self._read(prefix, f"{mixture.name}.{mixture.shared_gate}")) if mixture.shared_gate else None,
+        )
 
     def _expert(self, prefix: str, name: str, parts: Sequence[str]) -> MLP:
         *gate_up, down = (self._read(prefix, f"{name}.{part}") for part in parts)

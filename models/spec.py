@@ -43,12 +43,21 @@ class Mixture:
     router: str  # within that
     expert: tuple[str, ...]  # names of gate, up and down within an expert, or of one that has gate and up in turns, and of down
     bias: bool = False  # of router and experts
+    shared: int = 0  # features of an MLP of all tokens beside them; 0: there is none
+    shared_name: str = ""  # within the mixture
+    shared_gate: str = ""  # the same of what is [1, hidden] and says how much of it; empty: it counts whole
     clamp: tuple[float, float] | None = None  # limit and slope of kernels.ops.Clamp, in place of silu(gate) * up
 
     def modules(self, hidden: int, inner: int) -> Iterator[ModuleShape]:
-        """The router, then expert by expert."""
+        """The router, what all tokens go through, then expert by expert."""
         *gates, down = self.expert
         yield ModuleShape(f"{self.name}.{self.router}", self.experts, hidden, "router", self.bias)
+        if self.shared_gate:
+            yield ModuleShape(f"{self.name}.{self.shared_gate}", 1, hidden, "router", False)
+        if self.shared:
+            for gate in gates:
+                yield ModuleShape(f"{self.name}.{self.shared_name}.{gate}", self.shared, hidden, "mlp", False)
+            yield ModuleShape(f"{self.name}.{self.shared_name}.{down}", hidden, self.shared, "mlp", False)
         for number in range(self.experts):
             prefix = f"{self.name}.experts.{number}"
             for gate in gates:
@@ -262,7 +271,9 @@ def _mixture(kind: Architecture, fields: Fields) -> Mixture:
         raise InputError(f"config.json: num_experts_per_tok is {active}, but there are {experts} experts")
     clamp = (fields.number("swiglu_limit", default=7.0), fields.number("swiglu_alpha", default=1.702)) if kind.clamped else None
     normalized = _flag(kind.normalized, fields)
-    return Mixture(experts, active, normalized, kind.mixture, kind.router, kind.expert, kind.expert_bias, clamp)
+    shared = fields.integer(kind.shared_size) if kind.shared else 0
+    names = kind.mixture, kind.router, kind.expert
+    return Mixture(experts, active, normalized, *names, kind.expert_bias, shared, kind.shared, kind.shared_gate, clamp)
 
 
 def _cap(key: str, fields: Fields) -> float | None:

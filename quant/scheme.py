@@ -35,7 +35,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 FLOATS = ("F16", "BF16", "F32", "F64")
 TIED = [["Mistral3ForConditionalGeneration"], ["Gemma3ForConditionalGeneration"]]
 IN_LAYER = re.compile(r"(^|\.)\d+(\.|$)")
-ROUTERS = ("gate", "router")  # of mixtures: small, and what they choose should be what the model chose
+ROUTERS = ("gate", "router", "shared_expert_gate")  # of mixtures: small, and what they choose should be what the model chose
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,8 @@ def product_workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Mac
     parts = [layout.native_workspace_bytes(rows, K, group, rounded=rounded) for _, K, group, rounded in shapes]
     shared, routes = max(shared for shared, _ in parts), 0
     if spec.mixture is not None:
-        counts = {"experts": spec.mixture.experts, "active": spec.mixture.active}
-        routes = layout.native_routes_bytes(rows, spec.intermediate, ITEM_SIZE[dtype], **counts)
+        counts, shared_mlp = {"experts": spec.mixture.experts, "active": spec.mixture.active}, spec.mixture.shared
+        routes = layout.native_routes_bytes(rows, spec.intermediate, ITEM_SIZE[dtype], **counts, shared=shared_mlp)
         mixed = [shape[1:] for shape in shapes if shape[0]]
         rows_of = (layout.native_mixture_bytes(rows, K, group, rounded=rounded, **counts) for K, group, rounded in mixed)
         shared = max(shared, *rows_of)
@@ -190,7 +190,7 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     run one by one, and what they make lies beside what they read.
     """
     single = spec.rope.query_beta != 0
-    qkv, inner = spec.q_size + 2 * spec.kv_size, spec.intermediate
+    qkv, inner = spec.q_size + 2 * spec.kv_size, _features(spec)
     whole = {one.module.N for one in layers if not one.stored.act_order and one.module.name.endswith(("q_proj", "qkv_proj"))}
     added = spec.hidden if spec.post_norms or single else 0
     attention = max((1 if whole == {qkv} and not single else 2) * qkv, added) + spec.q_size
@@ -199,6 +199,11 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     if spec.mixture is not None:
         mlp = 0 if gated else mlp + _mixed(spec, spec.mixture, size)
     return spec.hidden * size + max(spec.hidden * size, attention * size, mlp)
+
+
+def _features(spec: ModelSpec) -> int:
+    """Of the widest MLP."""
+    return max(spec.intermediate, 0 if spec.mixture is None else spec.mixture.shared)
 
 
 def _mixed(spec: ModelSpec, mixture: Mixture, size: int) -> int:
@@ -215,7 +220,7 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
     multiplied in float32 there. The peak measured on a CPU, with 4096 tokens, hidden size 512 and MLPs of 256 and 4096 in each
     dtype, is 4 MiB below to 42 MiB above this: what the allocator keeps is in RUNTIME.
     """
-    size, hidden, inner = ITEM_SIZE[machinery.dtype], spec.hidden, spec.intermediate
+    size, hidden, inner = ITEM_SIZE[machinery.dtype], spec.hidden, _features(spec)
     rounds = machinery.ops != "triton" and any(one.stored.activation == "int8-token" for one in layers)
     product = 12 if rounds else 4 if (machinery.ops, machinery.dtype) == ("cpu", "float16") else 0
     qkv = spec.q_size + 2 * spec.kv_size
@@ -223,8 +228,8 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
     slab = min(2 * inner, layout.slab_rows(hidden, size)) * size
     mlp = max(3 * inner * size, 2 * inner * (size + product) + slab + hidden * product)
     if spec.mixture is not None and machinery.ops == "triton":
-        counts = {"experts": spec.mixture.experts, "active": spec.mixture.active}
-        mlp = layout.triton_mixture_nbytes(hidden, inner, size, **counts) + 2 * hidden * size  # the sum, and its norm
+        counts = {"experts": spec.mixture.experts, "active": spec.mixture.active, "shared": spec.mixture.shared}
+        mlp = layout.triton_mixture_nbytes(hidden, spec.intermediate, size, **counts) + 2 * hidden * size  # the sum, and its norm
     elif spec.mixture is not None:
         mlp += _mixed(spec, spec.mixture, size)
     return 2 * hidden * size + max(attention, mlp)

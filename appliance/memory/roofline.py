@@ -27,7 +27,7 @@ H200's bandwidth in gate and up, 60 % instead of 70 of its rate in prompts."""
 PREFILL, PREFILL_ATTENTION = 0.70, 0.50  # share of the rate
 CAUTION = 0.8  # the low end of a range: this much of every share, and launches twice as long
 LAUNCHES, ENDS, LAUNCH_S = 10, 8, 1e-6  # a layer, beside the layers, and the pause between two in a recorded step
-ROUTING = 2  # launches of a layer more than these, where there is a mixture of experts
+ROUTING, SHARED = 2, 6  # launches of a layer more than these: of a mixture of experts, of an MLP beside them
 
 Shares = Mapping[str, Mapping[int, float]]
 
@@ -62,6 +62,7 @@ class Work:
     windows: tuple[int | None, ...]  # sliding window by layer; empty: all see everything
     rounded: str  # what activations of most products are rounded to: int8, fp8, or "" where they are not
     chosen: tuple[int, int] = (1, 1)  # experts that a token goes through, of how many
+    shared: bool = False  # an MLP is beside these
 
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Work:
@@ -69,7 +70,9 @@ class Work:
         found.append((ends(spec, scheme, machinery).head, 1))
         kinds = [("o" if one.slot == "router" else one.slot, one.nbytes(machinery), one, count) for one, count in found]
         chosen = (spec.mixture.active, spec.mixture.experts) if spec.mixture else (1, 1)
-        return cls(tuple(kinds), spec.layers, spec.heads, spec.head_dim, spec.windows, _rounded(found, machinery), chosen)
+        shared = spec.mixture is not None and spec.mixture.shared > 0
+        rounded = _rounded(found, machinery)
+        return cls(tuple(kinds), spec.layers, spec.heads, spec.head_dim, spec.windows, rounded, chosen, shared)
 
     @property
     def weights(self) -> tuple[tuple[str, int, Loaded], ...]:
@@ -79,7 +82,8 @@ class Work:
     @property
     def launches(self) -> int:
         """Of a decode step."""
-        return (LAUNCHES + (ROUTING if self.chosen != (1, 1) else 0)) * self.layers + ENDS
+        more = (ROUTING if self.chosen != (1, 1) else 0) + (SHARED if self.shared else 0)
+        return (LAUNCHES + more) * self.layers + ENDS
 
     @property
     def weight_bytes(self) -> int:

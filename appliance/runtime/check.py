@@ -160,8 +160,12 @@ def weights_by_part(decoder: Decoder) -> dict[str, int]:
         linears["mlp"] = sum(weight.nbytes for layer in layers for weight in layer.mlp.weights)
     else:
         mixtures = [layer.mlp for layer in layers if isinstance(layer.mlp, Mixture)]
-        linears["router"] = sum(one.router.nbytes for one in mixtures)
-        linears["experts"] = sum(weight.nbytes for one in mixtures for mlp in one.experts for weight in mlp.weights)
+        linears["router"] = sum(
+            weight.nbytes for one in mixtures for weight in (one.router, one.shared_gate) if weight is not None
+        )
+        if shared := sum(one.shared.nbytes for one in mixtures if one.shared is not None):
+            linears["mlp"] = shared
+        linears["experts"] = sum(mlp.nbytes for one in mixtures for mlp in one.experts)
     return {
         "embedding": decoder.embedding.nbytes,
         **linears,

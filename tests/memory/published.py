@@ -23,6 +23,7 @@ SMALL: dict[str, Any] = {
 MIXTRAL = {key: value for key, value in SMALL.items() if key not in ("num_experts", "moe_intermediate_size")} | {
     "architectures": ["MixtralForCausalLM"], "num_local_experts": 5, "num_experts_per_tok": 2,
 }  # fmt: skip
+QWEN2_MOE = {**SMALL, "architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 384, "qkv_bias": False}
 
 GPT_OSS: dict[str, Any] = {
     "architectures": ["GptOssForCausalLM"], "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2,
@@ -67,6 +68,10 @@ def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     inner = config.get("moe_intermediate_size") or inner
     shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
     mlps = {f"{mlp}.{name}": shape for mlp in experts or ["mlp"] for name, shape in zip(names, shapes, strict=True)}
+    if own := config.get("shared_expert_intermediate_size"):
+        shapes = ((own, hidden), (own, hidden), (hidden, own))
+        mlps |= {f"mlp.shared_expert.{name}": shape for name, shape in zip(names, shapes, strict=True)}
+        mlps["mlp.shared_expert_gate"] = (1, hidden)
     return attention | ({f"{experts[0].split('.')[0]}.gate": (len(experts), hidden)} if experts else {}) | mlps
 
 
@@ -233,7 +238,9 @@ def write_published(directory: Path, config: dict[str, Any], variant: str) -> Pa
             for norm in ("q_norm", "k_norm"):
                 tensors[f"{prefix}.self_attn.{norm}.weight"] = ("BF16", (config["head_dim"],))
         for name, (N, K) in linears(config).items():
-            tensors |= (dense if name.endswith(".gate") else make)(f"{prefix}.{name}", N, K, group)  # routers are left alone
+            tensors |= (dense if name.endswith((".gate", "_gate")) else make)(
+                f"{prefix}.{name}", N, K, group
+            )  # routers are left alone
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     return write_headers(directory, tensors, config if quantization is None else {**config, "quantization_config": quantization})
 
@@ -313,7 +320,7 @@ def livelier(folder: Path) -> Path:
     for name, tensor in tensors.items():
         if name.endswith("norm.weight"):
             tensors[name] = (1 + 0.1 * torch.randn(tensor.shape, generator=rng)).to(tensor.dtype)
-        elif name.endswith((".gate.weight", "embed_tokens.weight", "lm_head.weight")):
+        elif name.endswith(("gate.weight", "embed_tokens.weight", "lm_head.weight")):
             tensors[name] = (0.2 * torch.randn(tensor.shape, generator=rng)).to(tensor.dtype)
         elif name.endswith(".weight") and tensor.dtype == torch.bfloat16:
             tensors[name] = (0.06 * torch.randn(tensor.shape, generator=rng)).to(tensor.dtype)

@@ -25,17 +25,18 @@ from models.spec import ModelSpec
 from quant.errors import InputError
 from quant.headers import CheckpointIndex
 from quant.scheme import QuantScheme, read_scheme
-from tests.memory.published import MIXTRAL, SMALL, VARIANTS, fill, write_published
+from tests.memory.published import MIXTRAL, QWEN2_MOE, SMALL, VARIANTS, fill, write_published
 from tests.memory.test_planner import compare, kind  # noqa: F401
 
 GIB = 1 << 30
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("config", [SMALL, MIXTRAL], ids=["qwen3-moe", "mixtral"])
+@pytest.mark.parametrize("config", [SMALL, MIXTRAL, QWEN2_MOE], ids=["qwen3-moe", "mixtral", "qwen2-moe"])
 def test_what_is_planned_is_what_the_loader_holds(tmp_path: Path, config: dict[str, Any], variant: str, kind: str) -> None:  # noqa: F811
     plan = compare(fill(write_published(tmp_path, config, variant), variant), kind)
-    assert plan.weights["experts"] > plan.weights["router"] > 0 and "mlp" not in plan.weights
+    assert plan.weights["experts"] > plan.weights["router"] > 0
+    assert ("mlp" in plan.weights) == ("shared_expert_intermediate_size" in config)
 
 
 @pytest.fixture(scope="module")

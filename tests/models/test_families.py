@@ -95,6 +95,13 @@ SMOL = {
     "sliding_window": None, "rope_scaling": None, "no_rope_layer_interval": 4, "torch_dtype": "bfloat16",
     "no_rope_layers": [1, 1, 1, 0] * 9, "layer_types": ["full_attention"] * 36,
 }  # fmt: skip
+QWEN2_MOE = {
+    "architectures": ["Qwen2MoeForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944, "moe_intermediate_size": 2560,
+    "shared_expert_intermediate_size": 20480, "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 151936, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 65536, "max_window_layers": 28, "use_sliding_window": False,
+    "norm_topk_prob": False, "decoder_sparse_step": 1, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
 # Not copied from the hub: sizes as they are known. And parameters in billions, without what reads pictures.
 PUBLISHED = {
     "mistral-small-3.1": (mistral("mistral", 5120, 32768, 40, rope_theta=1e9, max_position_embeddings=131072), 23.57),
@@ -109,6 +116,7 @@ PUBLISHED = {
     "granite-4.0-micro": (HYBRID, 3.40),
     "seed-oss-36b": (SEED, 36.15),
     "smollm3-3b": (SMOL, 3.08),
+    "qwen2-57b-a14b": (QWEN2_MOE, 57.41),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +23,16 @@ from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
 from tests.kernels.native import instruction_sets
-from tests.memory.published import MIXTRAL, SMALL, VARIANTS, fill, livelier, write_published
+from tests.memory.published import MIXTRAL, QWEN2_MOE, SMALL, VARIANTS, fill, livelier, write_published
 from tests.models.test_against_transformers import feed
 from tests.models.test_bind import make_ops
 
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9])
+MADE = [
+    *((SMALL, variant) for variant in VARIANTS),
+    (MIXTRAL, "awq"),
+    *((QWEN2_MOE, variant) for variant in ("gptq-act-order", "ct-fp8")),
+]
 KINDS = ["reference", "torch", *(instruction_sets() if backend.native() is not None else [])]
 
 
@@ -66,7 +72,7 @@ def written_dense(folder: Path, to: Path) -> Path:
 
 
 @pytest.fixture(
-    scope="module", params=[*((SMALL, variant) for variant in VARIANTS), (MIXTRAL, "awq")], ids=lambda param: param[1]
+    scope="module", params=MADE, ids=lambda param: f"{param[0]['architectures'][0].removesuffix('ForCausalLM')}-{param[1]}"
 )
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     """A checkpoint, and its logits when the same weights are written dense; with rounded activations the reference's own."""
@@ -133,10 +139,10 @@ def test_experts_beyond_the_config_are_left_over(tmp_path: Path) -> None:
         load(folder, get_ops("cpu", reference=True))
 
 
-@pytest.mark.parametrize("variant", ["awq", "none"])
-def test_the_engine_answers_alike_alone_and_among_others(tmp_path: Path, variant: str) -> None:
+@pytest.mark.parametrize(("config", "variant"), [(SMALL, "awq"), (SMALL, "none"), (QWEN2_MOE, "gptq")])
+def test_the_engine_answers_alike_alone_and_among_others(tmp_path: Path, config: dict[str, Any], variant: str) -> None:
     """With the reference's operators, whose products do not depend on how many rows there are together."""
-    folder = livelier(fill(write_published(tmp_path, SMALL, variant), variant))
+    folder = livelier(fill(write_published(tmp_path, config, variant), variant))
     options = {"max_model_len": 64, "kv_cache_memory_bytes": 1 << 22, "reference_ops": True, "skip_tokenizer_init": True}
     engine, answers = Engine.load(EngineConfig(model=str(folder), threads=1, **options)), []  # type: ignore[arg-type]
     for together in (False, True):

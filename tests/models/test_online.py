@@ -18,7 +18,7 @@ from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
-from tests.memory.published import SMALL, fill, write_published
+from tests.memory.published import QWEN2_MOE, fill, write_published
 from tests.models.test_loader import logits, write_dense
 
 GROUP = 32
@@ -30,7 +30,7 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "llama":
         return write_dense(folder, hidden_size=72, intermediate_size=108, num_attention_heads=6, head_dim=14)
-    return fill(write_published(folder, SMALL, "none"), "none")
+    return fill(write_published(folder, QWEN2_MOE, "none"), "none")
 
 
 def load(folder: Path, quantization: str | None, *, reference: bool = False) -> Decoder:
@@ -91,9 +91,10 @@ def test_the_layers_are_rounded_and_nothing_else(published: Path, tmp_path: Path
 
 
 def test_routers_stay(tmp_path: Path) -> None:
-    with Checkpoint.open(fill(write_published(tmp_path, SMALL, "none"), "none"), "int4") as checkpoint:
-        router, expert = (checkpoint.weight(f"model.layers.0.mlp.{name}") for name in ("gate", "experts.0.up_proj"))
-        assert isinstance(router, torch.Tensor) and isinstance(expert, QuantTensor)
+    names = ("gate", "shared_expert_gate", "experts.0.up_proj", "shared_expert.down_proj")
+    with Checkpoint.open(fill(write_published(tmp_path, QWEN2_MOE, "none"), "none"), "int4") as checkpoint:
+        found = [checkpoint.weight(f"model.layers.0.mlp.{name}") for name in names]
+    assert [isinstance(one, QuantTensor) for one in found] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4", "int8_per_channel_weight_only"])

@@ -222,6 +222,25 @@ def test_mixtures_of_experts() -> None:
     assert qwen.linear_parameters == (attention + 3 * 8 * 64 + 8 * expert, attention + 3 * 8 * 64 + 2 * expert)
 
 
+def test_an_mlp_beside_the_experts() -> None:
+    spec = read(
+        "Qwen2MoeForCausalLM", sliding_window=32, moe_intermediate_size=24, shared_expert_intermediate_size=56, num_experts=5
+    )
+    shapes = {m.name: (m.N, m.K, m.part) for m in spec.layer_modules()}
+    assert shapes["mlp.shared_expert_gate"] == (1, 64, "router")
+    assert shapes["mlp.shared_expert.gate_proj"] == shapes["mlp.shared_expert.up_proj"] == (56, 64, "mlp")
+    assert shapes["mlp.shared_expert.down_proj"] == (64, 56, "mlp") and len(shapes) == 4 + 2 + 3 + 5 * 3
+    assert spec.qkv_bias and not spec.o_bias and spec.windows == (None,) * 3 and spec.mixture is not None
+    assert (spec.mixture.active, spec.mixture.normalized, spec.mixture.shared) == (4, False, 56)
+    on = {"use_sliding_window": True, "max_window_layers": 1}
+    assert read("Qwen2MoeForCausalLM", num_experts=5, **on).windows == (4096, None, None)
+    assert read("Qwen2MoeForCausalLM", num_experts=5, **{**on, "max_window_layers": 3, "sliding_window": 7}).windows == (
+        7,
+        None,
+        7,
+    )
+
+
 @pytest.mark.parametrize("architecture", [name for name, kind in ARCHITECTURES.items() if not kind.mixture])
 def test_parameters_are_counted_once_each(architecture: str) -> None:
     more: dict[str, Any] = {"attention_bias": True, "head_dim": 8, "tie_word_embeddings": False}

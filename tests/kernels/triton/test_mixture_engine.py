@@ -19,14 +19,14 @@ from models.spec import ModelSpec
 from quant.headers import CheckpointIndex
 from quant.scheme import read_scheme
 from tests.kernels.triton.conftest import DEVICE, INTERPRETED
-from tests.memory.published import MIXTRAL, SMALL, fill, livelier, write_published
+from tests.memory.published import MIXTRAL, QWEN2_MOE, fill, livelier, write_published
 from tests.runtime.conftest import answers, submit
 
 from kernels.triton import ops, stream  # isort: skip  (after the conftest has chosen the interpreter)
 from kernels.triton.matmul import Card  # isort: skip
 
 ONE = {"num_hidden_layers": 1}
-MODELS = {"awq": {**SMALL, **ONE}, "gptq": {**MIXTRAL, **ONE, "intermediate_size": 128}}
+MODELS = {"awq": {**QWEN2_MOE, **ONE}, "gptq": {**MIXTRAL, **ONE, "intermediate_size": 128}}
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="tests/runtime/test_cuda.py runs the engine on a card")
