@@ -17,7 +17,7 @@ class Architecture:
     qkv_bias: bool | str = "attention_bias"  # a fact, or the config key that says
     o_bias: bool | str = "attention_bias"
     mlp_bias: bool | str = False
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     fused_qkv: bool = False  # and gate and up
     fused_gate_up: bool = False
     hybrid: bool = False  # layers may be another thing than attention, and MLPs have names of their own (quant/headers.py)
@@ -41,8 +41,15 @@ class Architecture:
     clamped: bool = False  # gate and up, and up + 1 is multiplied (swiglu_limit, swiglu_alpha)
     sinks: bool = False  # heads have one more logit each, of which there is no value
     expert_size: str = "moe_intermediate_size"
+    expert_count: str = "num_experts"
+    expert_choice: str = "num_experts_per_tok"
+    sparse: str = ""
+    """Layers that have a mixture: all; "step": each decoder_sparse_step-th, but for mlp_only_layers; "from": from
+    first_k_dense_replace on; "range": each moe_layer_interval-th from moe_layer_start_index to moe_layer_end_index."""
+    sigmoid: bool = False  # scores are sigmoids of the router's products, with n_group, topk_group and routed_scaling_factor
+    correction: str = ""  # the name within the mixture of what is added to scores for the choice (moe_norm_min)
     shared: str = ""  # the name of an MLP within the mixture that every token goes through
-    shared_size: str = "shared_expert_intermediate_size"
+    shared_count: str = ""  # as how many experts that is large; empty: shared_expert_intermediate_size says how large
     shared_gate: str = ""  # the linear beside it whose sigmoid is the share of what it gives; empty: 1
     inner: str = "intermediate_size"  # of an MLP
     normalized: bool | str = "norm_topk_prob"
@@ -59,6 +66,9 @@ class Architecture:
     unrotated: bool = False  # every no_rope_layer_interval-th layer rotates nothing, or those with a 0 in no_rope_layers
     scaled_queries: bool = False  # by their position, see RopeSpec.query_beta
     multiplied: bool = False  # by what MULTIPLIERS say
+    ahead: tuple[str, ...] = ()  # how tensors begin that guess tokens ahead
+    ahead_count: str = ""  # or how many layers behind the others do so
+    refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # more keys as in NEUTRAL
     passed_over: tuple[str, ...] = ()  # keys of NEUTRAL that mean nothing in it
     text_part: bool = False  # of a model that reads more than text: its settings stand in text_config
     texts: tuple[str, ...] = ()  # which of TEXTS that part may be; the first where it does not say
@@ -124,6 +134,7 @@ QWEN2_MOE = replace(
     qkv_bias="qkv_bias",
     window="lower",
     mixture="mlp",
+    sparse="step",
     shared="shared_expert",
     shared_gate="shared_expert_gate",
     defaults={
@@ -164,6 +175,62 @@ GPT_OSS = Architecture(
         "original_max_position_embeddings": 4096,
     },
 )
+GLM4_MOE = Architecture(
+    o_bias=False,
+    qk_norm="use_qk_norm",
+    eps=1e-5,
+    max_position=131072,
+    partial_rotation=True,
+    mixture="mlp",
+    sparse="from",
+    sigmoid=True,
+    correction="gate.e_score_correction_bias",
+    expert_count="n_routed_experts",
+    shared="shared_experts",
+    shared_count="n_shared_experts",
+    ahead_count="num_nextn_predict_layers",
+    defaults={
+        "num_key_value_heads": 8,
+        "partial_rotary_factor": 0.5,
+        "moe_intermediate_size": 1408,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+    },
+)
+ERNIE = Architecture(
+    qkv_bias="use_bias",
+    o_bias="use_bias",
+    mlp_bias="use_bias",
+    eps=1e-5,
+    theta=5e5,
+    max_position=131072,
+    interleaved=True,
+    defaults={"num_key_value_heads": 2, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2},
+)
+ERNIE_MOE = replace(
+    ERNIE,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    refused={"use_bias": (None, False)},  # the head has one then, too
+    mixture="mlp",
+    sparse="range",
+    normalized=True,
+    correction="moe_statics.e_score_correction_bias",
+    expert_count="moe_num_experts",
+    expert_choice="moe_k",
+    shared="shared_experts",
+    shared_count="moe_num_shared_experts",
+    ahead=("model.mtp_",),
+    defaults={
+        **ERNIE.defaults,
+        "num_key_value_heads": 4,
+        "moe_k": 6,
+        "moe_num_shared_experts": 2,
+        "moe_intermediate_size": 1536,
+    },
+)
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(mlp_bias="mlp_bias"),
     "MistralForCausalLM": Architecture(qkv_bias=False, o_bias=False, window="all", default_window=4096, max_position=131072),
@@ -183,7 +250,9 @@ ARCHITECTURES = {
         yarn="longrope", defaults={"original_max_position_embeddings": 4096},
     ),
     "Qwen2MoeForCausalLM": QWEN2_MOE,
-    "Qwen3MoeForCausalLM": Architecture(qk_norm=True, window="switched", default_window=4096, max_position=32768, mixture="mlp"),
+    "Qwen3MoeForCausalLM": Architecture(
+        qk_norm=True, window="switched", default_window=4096, max_position=32768, mixture="mlp", sparse="step",
+    ),
     "MixtralForCausalLM": Architecture(
         qkv_bias=False, o_bias=False, window="all", eps=1e-5, theta=1e6, max_position=131072,
         mixture="block_sparse_moe", expert=("w1", "w3", "w2"), expert_size="intermediate_size", normalized=True,
@@ -194,10 +263,9 @@ ARCHITECTURES = {
         GLM, norms=("post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
         float16=False,  # what its MLPs add goes beyond it, as others found
     ),
-    "Ernie4_5ForCausalLM": Architecture(
-        qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias", eps=1e-5, theta=5e5, max_position=131072, interleaved=True,
-        defaults={"num_key_value_heads": 2, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2},
-    ),
+    "Glm4MoeForCausalLM": GLM4_MOE,
+    "Ernie4_5ForCausalLM": ERNIE,
+    "Ernie4_5_MoeForCausalLM": ERNIE_MOE,
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": replace(GEMMA3, text_part=True),
@@ -274,7 +342,8 @@ def read_architecture(config: Mapping[str, Any]) -> tuple[str, Architecture, Fie
     config, own = {**kind.defaults, **config}, {*kind.soft_caps, *kind.passed_over, *(MULTIPLIERS if kind.multiplied else ())}
     if kind.rope and not config.get("rope_parameters") and not config.get("rope_scaling"):
         config["rope_scaling"] = kind.rope
-    for key, allowed in {**NEUTRAL, **(ALL_SPARSE if kind.mixture else DENSE)}.items():
+    experts = {} if kind.sparse == "step" else ALL_SPARSE if kind.mixture else DENSE
+    for key, allowed in {**NEUTRAL, **experts, **kind.refused}.items():
         if config.get(key) not in allowed and key not in own:
             raise InputError(f"config.json: {key} = {config[key]!r} is not supported for {name}")
     if kind.hybrid:

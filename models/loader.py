@@ -19,6 +19,7 @@ from kernels.ops import MLP, Clamp, Layer, Linear, Mixture, Ops, Weight
 from models.decoder import Decoder
 from models.kv_scales import read_largest
 from models.rope import cos_sin_table
+from models.spec import Mixture as MixtureSpec
 from models.spec import ModelSpec, ModuleShape
 from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError
@@ -106,7 +107,7 @@ class _Loader:
         self.checkpoint, self.spec, self.ops, self.dtype, self.progress = checkpoint, spec, ops, dtype, progress
         self.activation, self.take = activation, take
         self.head_bits, self.embedding_bits = bits
-        self.shapes = {m.name: m for m in spec.layer_modules()}
+        self.shapes = {m.name: m for number in spec.unlike for m in spec.layer_modules(number)}
 
     def load(self, max_len: int, count: int, ends_first: bool) -> Decoder:
         self._tell()
@@ -129,12 +130,14 @@ class _Loader:
         norm = self._norm("model.norm", self.spec.hidden)
         attentions = (f"model.layers.{number}.self_attn" for number in range(self.spec.layers))
         kv_largest = tuple(read_largest(self.checkpoint, name, self.spec.kv_heads) for name in attentions)
-        rest = self.checkpoint.leftover()
+        ahead, rest = _apart(self.checkpoint.leftover(), self.spec.ahead)
         if rest:
             shown = ", ".join(rest[:5]) + (", ..." if len(rest) > 5 else "")
             raise CheckpointError(
                 f"{self.checkpoint.index.directory}: {len(rest)} tensors have no place in a {self.spec.architecture}: {shown}"
             )
+        if ahead:
+            log.info("%d tensors that guess tokens ahead (%s, ...) are not read", len(ahead), ahead[0])
         if beside := self.checkpoint.index.beside_text:
             log.info("%d tensors of the vision tower and its projector are not read: this serves text alone", beside)
         total = self.checkpoint.index.total_bytes
@@ -215,7 +218,8 @@ class _Loader:
 
     def _layer(self, number: int) -> Layer:
         spec, prefix = self.spec, f"model.layers.{number}"
-        mlp = self._mixture(prefix) if spec.mixture is not None else self._mlp(prefix)
+        mixture = spec.mixture_of(number)
+        mlp = self._mlp(prefix) if mixture is None else self._mixture(prefix, mixture)
         parts = ("qkv",) if spec.fused_qkv else ("q", "k", "v")
         qkv = [self._read(prefix, f"self_attn.{part}_proj") for part in parts]
         if spec.interleaved:  # scores stay the same where queries and keys change their order together
@@ -248,10 +252,8 @@ class _Loader:
         gate, up, down = (self._read(prefix, f"mlp.{part}_proj") for part in ("gate", "up", "down"))
         return self._gated([gate, up], down)
 
-    def _mixture(self, prefix: str) -> Mixture:
+    def _mixture(self, prefix: str, mixture: MixtureSpec) -> Mixture:
         """Expert by expert: one is laid out (and in its place among the others, if they are joined) before the next is read."""
-        mixture = self.spec.mixture
-        assert mixture is not None
         router = self._pack(self._read(prefix, f"{mixture.name}.{mixture.router}"))
         names, join = (f"{mixture.name}.experts.{number}" for number in range(mixture.experts)), self.ops.join_experts
         if join is None:
@@ -266,6 +268,8 @@ class _Loader:
             experts,
             mixture.active,
             mixture.normalized,
+            mixture.scores,
+            self._correction(f"{prefix}.{mixture.correction}", mixture.experts) if mixture.correction else None,
             shared=self._expert(prefix, name, mixture.expert) if mixture.shared else None,
             shared_gate=self._pack(self._read(prefix, f"{mixture.name}.{mixture.shared_gate}")) if mixture.shared_gate else None,
         )
@@ -303,6 +307,14 @@ class _Loader:
         vector = self.checkpoint.take(name, dtypes=("F16", "BF16", "F32"), shape=(size,))
         return vector.to(self.ops.device, self.dtype)
 
+    def _correction(self, name: str, size: int) -> Tensor:
+        """Float32 [size]; some have it in one row, [1, size]."""
+        info = self.checkpoint.info(name)
+        shape = (1, size) if info is not None and len(info.shape) == 2 else (size,)
+        return (
+            self.checkpoint.take(name, dtypes=("F16", "BF16", "F32"), shape=shape).view(size).to(self.ops.device, torch.float32)
+        )
+
     def _halves(self, part: Part) -> list[Part]:
         weight, bias = part
         size = self.spec.intermediate
@@ -327,6 +339,11 @@ class _Loader:
         clamp = Clamp(*mixture.clamp) if gated and mixture is not None and mixture.clamp is not None else None
         weight, bias = part
         return self.ops.pack(weight, dtype=self.dtype, bias=bias, gated=gated, gelu=gelu, clamp=clamp, activation=self.activation)
+
+
+def _apart(names: list[str], beginnings: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """(those that begin so, the others)."""
+    return [name for name in names if name.startswith(beginnings)], [name for name in names if not name.startswith(beginnings)]
 
 
 def has_rows(table: QuantTensor) -> bool:

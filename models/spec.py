@@ -6,63 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from models.architectures import ARCHITECTURES, EXPERTS, MULTIPLIERS, Architecture, read_architecture, unrotated, windows
+from models.architectures import ARCHITECTURES, MULTIPLIERS, Architecture, read_architecture, unrotated, windows
 from models.fields import Fields
+from models.mixture import Mixture, read_mixture
+from models.module import ModuleShape
 from models.rope_spec import RopeSpec, by_layer_type, read_rope
 from quant.errors import InputError
 
-__all__ = ["ARCHITECTURES", "ModelSpec", "ModuleShape", "RopeSpec"]
+__all__ = ["ARCHITECTURES", "Mixture", "ModelSpec", "ModuleShape", "RopeSpec"]
 
 DTYPES = ("float16", "bfloat16", "float32")
-ENDS = ("embedding", "head")
-
-
-@dataclass(frozen=True)
-class ModuleShape:
-    """One linear (or embedding) of the checkpoint: weight [N, K], by its published name."""
-
-    name: str
-    N: int
-    K: int
-    part: str  # embedding, attention, mlp (or router and experts), head
-    bias: bool
-
-    @property
-    def in_layer(self) -> bool:
-        return self.part not in ENDS
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Many MLPs in place of one, of which a router gives each token a few."""
-
-    experts: int
-    active: int  # experts that a token goes through
-    normalized: bool  # whether the shares of these are made to add up to 1
-    name: str  # within a layer
-    router: str  # within that
-    expert: tuple[str, ...]  # names of gate, up and down within an expert, or of one that has gate and up in turns, and of down
-    bias: bool = False  # of router and experts
-    shared: int = 0  # features of an MLP of all tokens beside them; 0: there is none
-    shared_name: str = ""  # within the mixture
-    shared_gate: str = ""  # the same of what is [1, hidden] and says how much of it; empty: it counts whole
-    clamp: tuple[float, float] | None = None  # limit and slope of kernels.ops.Clamp, in place of silu(gate) * up
-
-    def modules(self, hidden: int, inner: int) -> Iterator[ModuleShape]:
-        """The router, what all tokens go through, then expert by expert."""
-        *gates, down = self.expert
-        yield ModuleShape(f"{self.name}.{self.router}", self.experts, hidden, "router", self.bias)
-        if self.shared_gate:
-            yield ModuleShape(f"{self.name}.{self.shared_gate}", 1, hidden, "router", False)
-        if self.shared:
-            for gate in gates:
-                yield ModuleShape(f"{self.name}.{self.shared_name}.{gate}", self.shared, hidden, "mlp", False)
-            yield ModuleShape(f"{self.name}.{self.shared_name}.{down}", hidden, self.shared, "mlp", False)
-        for number in range(self.experts):
-            prefix = f"{self.name}.experts.{number}"
-            for gate in gates:
-                yield ModuleShape(f"{prefix}.{gate}", 2 * inner // len(gates), hidden, "experts", self.bias)
-            yield ModuleShape(f"{prefix}.{down}", hidden, inner, "experts", self.bias)
 
 
 @dataclass(frozen=True)
@@ -105,6 +58,7 @@ class ModelSpec:
     logit_cap: float | None = None  # the same of logits
     float16: bool = True  # whether activations stay within what float16 holds
     logit_divisor: float = 1.0
+    ahead: tuple[str, ...] = ()  # how tensors begin that guess tokens ahead, and are left out
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
@@ -128,6 +82,7 @@ class ModelSpec:
         if ropes[0].query_beta and not kind.scaled_queries:
             raise InputError(f"config.json: llama_4_scaling_beta = {ropes[0].query_beta} is not supported for {name}")
         seen, still = windows(kind, fields, layers), unrotated(kind, fields, layers)
+        mixture = read_mixture(kind, fields, layers)
         if any(still):
             ropes.append(replace(ropes[0], kind="none"))
         return cls(
@@ -137,7 +92,7 @@ class ModelSpec:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            intermediate=fields.integer(kind.expert_size if kind.mixture else kind.inner),
+            intermediate=fields.integer(kind.inner if mixture is None else kind.expert_size),
             vocab=fields.integer("vocab_size"),
             rope=ropes[0],
             # Granite adds a share of what a layer computes: hidden states here are larger than its by one over that share.
@@ -148,10 +103,10 @@ class ModelSpec:
             qkv_bias=_flag(kind.qkv_bias, fields),
             o_bias=_flag(kind.o_bias, fields),
             mlp_bias=_flag(kind.mlp_bias, fields),
-            qk_norm=kind.qk_norm,
+            qk_norm=_flag(kind.qk_norm, fields),
             fused_qkv=kind.fused_qkv,
             fused_gate_up=kind.fused_qkv or kind.fused_gate_up or kind.hybrid,
-            mixture=_mixture(kind, fields) if kind.mixture else None,
+            mixture=mixture,
             windows=seen,
             local_rope=ropes[1] if len(ropes) > 1 else None,
             local=still if any(still) else tuple(window is not None for window in seen),
@@ -167,6 +122,7 @@ class ModelSpec:
             logit_cap=_cap("final_logit_softcapping", fields),
             float16=kind.float16,
             logit_divisor=by["logits_scaling"],
+            ahead=_ahead(kind, fields, layers),
             eos_token_ids=_token_ids(config, "eos_token_id"),
             bos_token_id=next(iter(_token_ids(config, "bos_token_id")), None),
         )
@@ -188,6 +144,41 @@ class ModelSpec:
         """That by which a layer rotates."""
         return self.rope if self.local_rope is None or not self.local[layer] else self.local_rope
 
+    def mixture_of(self, layer: int) -> Mixture | None:
+        """That of a layer; None where it has one MLP."""
+        return None if self.mixture is None or layer in self.mixture.dense_layers else self.mixture
+
+    @property
+    def mlp_size(self) -> int:
+        """Features of the MLP of a layer without a mixture; 0: all have one."""
+        return self.intermediate if self.mixture is None else self.mixture.dense
+
+    @property
+    def widest_mlp(self) -> int:
+        """Features of the largest MLP or expert."""
+        return max(self.intermediate, self.mlp_size, 0 if self.mixture is None else self.mixture.shared)
+
+    def kind(self, layer: int) -> object:
+        """Layers of one kind have modules of the same names and shapes."""
+        return self.mixture_of(layer) is None
+
+    @property
+    def unlike(self) -> list[int]:
+        """The first layer of each kind."""
+        return list({self.kind(layer): layer for layer in reversed(range(self.layers))}.values())
+
+    def alone(self, layer: int) -> ModelSpec:
+        """A model of this one layer."""
+        mixture, here = self.mixture_of(layer), slice(layer, layer + 1)
+        return replace(
+            self,
+            layers=1,
+            intermediate=self.mlp_size if mixture is None else self.intermediate,
+            mixture=None if mixture is None else replace(mixture, dense_layers=(), dense=0),
+            windows=self.windows[here],
+            local=self.local[here],
+        )
+
     @property
     def post_norms(self) -> bool:
         """Whether what attention and the MLP add is normalized, too."""
@@ -196,24 +187,25 @@ class ModelSpec:
     def modules(self) -> list[ModuleShape]:
         """Embedding, every linear of every layer, and the head (absent where it is tied to the embedding)."""
         found = [ModuleShape("model.embed_tokens", self.vocab, self.hidden, "embedding", False)]
-        of_layer = list(self.layer_modules())
+        kinds = {self.kind(layer): list(self.layer_modules(layer)) for layer in self.unlike}
         for layer in range(self.layers):
+            of_layer = kinds[self.kind(layer)]
             found += [ModuleShape(f"model.layers.{layer}.{m.name}", m.N, m.K, m.part, m.bias) for m in of_layer]
         if not self.tie_embeddings:
             found.append(ModuleShape("lm_head", self.vocab, self.hidden, "head", False))
         return found
 
-    def layer_modules(self) -> Iterator[ModuleShape]:
-        """The linears of one layer, by their name within it."""
-        q, kv, hidden, inner = self.q_size, self.kv_size, self.hidden, self.intermediate
+    def layer_modules(self, layer: int = 0) -> Iterator[ModuleShape]:
+        """The linears of a layer, by their name within it."""
+        q, kv, hidden, inner = self.q_size, self.kv_size, self.hidden, self.mlp_size
         if self.fused_qkv:
             yield ModuleShape("self_attn.qkv_proj", q + 2 * kv, hidden, "attention", self.qkv_bias)
         else:
             for name, size in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
                 yield ModuleShape(f"self_attn.{name}", size, hidden, "attention", self.qkv_bias)
         yield ModuleShape("self_attn.o_proj", hidden, q, "attention", self.o_bias)
-        if self.mixture is not None:
-            yield from self.mixture.modules(hidden, inner)
+        if (mixture := self.mixture_of(layer)) is not None:
+            yield from mixture.modules(hidden, self.intermediate)
             return
         if self.fused_gate_up:
             yield ModuleShape("mlp.gate_up_proj", 2 * inner, hidden, "mlp", self.mlp_bias)
@@ -223,7 +215,7 @@ class ModelSpec:
         yield ModuleShape("mlp.down_proj", hidden, inner, "mlp", self.mlp_bias)
 
     def small_tensors(self) -> list[tuple[str, int]]:
-        """Norm weights, and sinks: (name, number of values)."""
+        """Norm weights, sinks, and corrections of routers: (name, number of values)."""
         found = [("model.norm.weight", self.hidden)]
         names = ["input_layernorm", *filter(None, self.norms)]
         for layer in range(self.layers):
@@ -233,7 +225,15 @@ class ModelSpec:
                 found += [(f"{prefix}.self_attn.{n}.weight", self.head_dim) for n in ("q_norm", "k_norm")]
             if self.sinks:
                 found.append((f"{prefix}.self_attn.sinks", self.heads))
+            if (mixture := self.mixture_of(layer)) is not None and mixture.correction:
+                found.append((f"{prefix}.{mixture.correction}", mixture.experts))
         return found
+
+    def small_nbytes(self, item: int) -> int:
+        """Bytes of ``small_tensors`` as they are loaded where activations have ``item`` bytes: corrections stay in float32."""
+        mixture = self.mixture
+        wide = 0 if mixture is None or not mixture.correction else mixture.experts * (self.layers - len(mixture.dense_layers))
+        return item * (sum(numel for _, numel in self.small_tensors()) - wide) + 4 * wide
 
     @property
     def num_parameters(self) -> int:
@@ -264,16 +264,10 @@ def _multipliers(kind: Architecture, fields: Fields) -> dict[str, float]:
     return {key: fields.number(key, default=1.0) if kind.multiplied else 1.0 for key in MULTIPLIERS}
 
 
-def _mixture(kind: Architecture, fields: Fields) -> Mixture:
-    experts = fields.integer(next((key for key in EXPERTS if fields.get(key) is not None), EXPERTS[0]))
-    active = fields.integer("num_experts_per_tok")
-    if active > experts:
-        raise InputError(f"config.json: num_experts_per_tok is {active}, but there are {experts} experts")
-    clamp = (fields.number("swiglu_limit", default=7.0), fields.number("swiglu_alpha", default=1.702)) if kind.clamped else None
-    normalized = _flag(kind.normalized, fields)
-    shared = fields.integer(kind.shared_size) if kind.shared else 0
-    names = kind.mixture, kind.router, kind.expert
-    return Mixture(experts, active, normalized, *names, kind.expert_bias, shared, kind.shared, kind.shared_gate, clamp)
+def _ahead(kind: Architecture, fields: Fields, layers: int) -> tuple[str, ...]:
+    """Of some families such layers follow the others, of some they have names of their own."""
+    more = fields.integer(kind.ahead_count, default=1, minimum=0) if kind.ahead_count else 0
+    return (*kind.ahead, *(f"model.layers.{layers + number}." for number in range(more)))
 
 
 def _cap(key: str, fields: Fields) -> float | None:

@@ -11,6 +11,7 @@ from quant.scheme import QuantScheme
 
 PACKED = ("qweight", "weight_packed", "blocks")
 ENDS = ("model.embed_tokens", "lm_head")  # of a tied model one may be stored for both
+CORRECTION = ".e_score_correction_bias"  # ERNIE has it in one row, GLM without
 TIED = " (if the model's head is its embedding, config.json needs tie_word_embeddings: true)"
 
 
@@ -34,7 +35,8 @@ def check_headers(index: CheckpointIndex, spec: ModelSpec, scheme: QuantScheme) 
     for name, numel in spec.small_tensors():
         if name not in tensors:
             raise CheckpointError(f"{name}: the tensor is missing from {index.directory}, expected [{numel}]")
-        if tensors[name].shape != (numel,):
+        shapes = [(numel,), (1, numel)] if name.endswith(CORRECTION) else [(numel,)]
+        if tensors[name].shape not in shapes:
             raise CheckpointError(f"{name}: found {tensors[name]}, expected [{numel}]")
 
 

@@ -60,7 +60,7 @@ class Demand:
             for one in parent.joined:
                 weights[one.module.part] = weights.get(one.module.part, 0) + parent.count * one.nbytes(machinery)
         layers = [one for parent in alike for one in parent.joined]  # of those that are alike, one
-        weights |= {"head": last.head_bytes, "norms": sum(numel for _, numel in spec.small_tensors()) * size}
+        weights |= {"head": last.head_bytes, "norms": spec.small_nbytes(size)}
         return cls(
             model=model,
             architecture=spec.architecture,
@@ -153,7 +153,7 @@ def activation_bytes(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machi
     found = _torch_activations(spec, layers, machinery)
     if machinery.ops == "triton":
         found += _rounded(layers, machinery)
-        found += 0 if spec.mixture is not None or _gated_in_tiles(layers, machinery) else 8 * spec.intermediate
+        found += 0 if _gated_in_tiles(layers, machinery) else 8 * spec.mlp_size
         if spec.post_norms:  # a product that is normalized before it is added, beside both residuals and the next norm
             found = max(found, (4 * spec.hidden + max(spec.q_size, spec.intermediate)) * ITEM_SIZE[machinery.dtype])
     return found + 24
@@ -190,20 +190,15 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     run one by one, and what they make lies beside what they read.
     """
     single = spec.rope.query_beta != 0
-    qkv, inner = spec.q_size + 2 * spec.kv_size, _features(spec)
+    qkv, inner = spec.q_size + 2 * spec.kv_size, spec.mlp_size
     whole = {one.module.N for one in layers if not one.stored.act_order and one.module.name.endswith(("q_proj", "qkv_proj"))}
     added = spec.hidden if spec.post_norms or single else 0
     attention = max((1 if whole == {qkv} and not single else 2) * qkv, added) + spec.q_size
     gated = all(one.gated and not one.stored.act_order for one in layers if one.slot == "gate_up")
-    mlp = ((inner if gated else 4 * inner) + added) * size
-    if spec.mixture is not None:
-        mlp = 0 if gated else mlp + _mixed(spec, spec.mixture, size)
+    mlp = ((inner if gated else 4 * inner) + added) * size if inner else 0
+    if spec.mixture is not None and not gated:
+        mlp = (4 * spec.widest_mlp + added) * size + _mixed(spec, spec.mixture, size)
     return spec.hidden * size + max(spec.hidden * size, attention * size, mlp)
-
-
-def _features(spec: ModelSpec) -> int:
-    """Of the widest MLP."""
-    return max(spec.intermediate, 0 if spec.mixture is None else spec.mixture.shared)
 
 
 def _mixed(spec: ModelSpec, mixture: Mixture, size: int) -> int:
@@ -220,16 +215,18 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
     multiplied in float32 there. The peak measured on a CPU, with 4096 tokens, hidden size 512 and MLPs of 256 and 4096 in each
     dtype, is 4 MiB below to 42 MiB above this: what the allocator keeps is in RUNTIME.
     """
-    size, hidden, inner = ITEM_SIZE[machinery.dtype], spec.hidden, _features(spec)
+    size, hidden, mixture = ITEM_SIZE[machinery.dtype], spec.hidden, spec.mixture
     rounds = machinery.ops != "triton" and any(one.stored.activation == "int8-token" for one in layers)
     product = 12 if rounds else 4 if (machinery.ops, machinery.dtype) == ("cpu", "float16") else 0
     qkv = spec.q_size + 2 * spec.kv_size
     attention = (2 * qkv + spec.q_size) * size + max(8 * spec.q_size, (hidden + qkv) * product)
+    inner = spec.mlp_size if machinery.ops == "triton" else spec.widest_mlp
     slab = min(2 * inner, layout.slab_rows(hidden, size)) * size
-    mlp = max(3 * inner * size, 2 * inner * (size + product) + slab + hidden * product)
-    if spec.mixture is not None and machinery.ops == "triton":
-        counts = {"experts": spec.mixture.experts, "active": spec.mixture.active, "shared": spec.mixture.shared}
-        mlp = layout.triton_mixture_nbytes(hidden, spec.intermediate, size, **counts) + 2 * hidden * size  # the sum, and its norm
-    elif spec.mixture is not None:
-        mlp += _mixed(spec, spec.mixture, size)
+    mlp = max(3 * inner * size, 2 * inner * (size + product) + slab + hidden * product) if inner else 0
+    if mixture is not None and machinery.ops == "triton":
+        counts = {"experts": mixture.experts, "active": mixture.active, "shared": mixture.shared}
+        mixed = layout.triton_mixture_nbytes(hidden, spec.intermediate, size, **counts)
+        mlp = max(mlp, mixed + 2 * hidden * size)  # the sum, and its norm
+    elif mixture is not None:
+        mlp += _mixed(spec, mixture, size)
     return 2 * hidden * size + max(attention, mlp)

@@ -12,10 +12,12 @@ def check_experts(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, mo
     """InputError naming the first weight of an expert that cannot lie among the others' (kernels/triton/experts.py).
 
     Before that for sinks: with these come biases of experts, and gates that are clamped, which are not known either (gpt-oss).
-    And for weights of 4-bit floats, wherever they are.
+    And for experts that are chosen by groups, and weights of 4-bit floats, wherever they are.
     """
     if spec.sinks:
         raise InputError(f"{model}: cards have no kernel for attention with sinks ({spec.architecture}): --device cpu serves it")
+    if spec.mixture is not None and spec.mixture.scores.groups > 1:
+        raise InputError(f"{model}: cards have no kernel for experts in groups (n_group): --device cpu serves it")
     weights = [*(one for parent in parents(spec, scheme) for one in parent.joined), ends(spec, scheme, machinery).head]
     if floats := next((one for one in weights if one.kind == "fp4"), None):
         raise InputError(

@@ -62,7 +62,7 @@ class Work:
     windows: tuple[int | None, ...]  # sliding window by layer; empty: all see everything
     rounded: str  # what activations of most products are rounded to: int8, fp8, or "" where they are not
     chosen: tuple[int, int] = (1, 1)  # experts that a token goes through, of how many
-    shared: bool = False  # an MLP is beside these
+    more: int = 0  # launches of layers with experts
 
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Work:
@@ -70,9 +70,10 @@ class Work:
         found.append((ends(spec, scheme, machinery).head, 1))
         kinds = [("o" if one.slot == "router" else one.slot, one.nbytes(machinery), one, count) for one, count in found]
         chosen = (spec.mixture.active, spec.mixture.experts) if spec.mixture else (1, 1)
-        shared = spec.mixture is not None and spec.mixture.shared > 0
-        rounded = _rounded(found, machinery)
-        return cls(tuple(kinds), spec.layers, spec.heads, spec.head_dim, spec.windows, rounded, chosen, shared)
+        more, rounded = 0, _rounded(found, machinery)
+        if spec.mixture is not None:
+            more = (ROUTING + (SHARED if spec.mixture.shared else 0)) * (spec.layers - len(spec.mixture.dense_layers))
+        return cls(tuple(kinds), spec.layers, spec.heads, spec.head_dim, spec.windows, rounded, chosen, more)
 
     @property
     def weights(self) -> tuple[tuple[str, int, Loaded], ...]:
@@ -82,8 +83,7 @@ class Work:
     @property
     def launches(self) -> int:
         """Of a decode step."""
-        more = (ROUTING if self.chosen != (1, 1) else 0) + (SHARED if self.shared else 0)
-        return (LAUNCHES + more) * self.layers + ENDS
+        return LAUNCHES * self.layers + self.more + ENDS
 
     @property
     def weight_bytes(self) -> int:

@@ -23,41 +23,51 @@ estimate: nothing here was measured on several cards."""
 def shard(spec: ModelSpec, ranks: int) -> ModelSpec:
     """The part of the model on one of ``ranks`` cards. Raises InputError where its heads or its MLP do not divide."""
     shared = spec.kv_heads < ranks and ranks % spec.kv_heads == 0
-    counts = {
-        "attention heads": spec.heads,
-        "key-value heads": ranks if shared else spec.kv_heads,
-        "features of the MLP": spec.intermediate,
-    }
-    for what, count in counts.items():
+    counts = [
+        ("attention heads", spec.heads),
+        ("key-value heads", ranks if shared else spec.kv_heads),
+        *(("features of the MLP", count) for count in _features(spec)),
+    ]
+    for what, count in counts:
         if count % ranks:
             able = [n for n in range(2, 65) if _divides(spec, n)]
             hint = f"; {', '.join(map(str, able))} would do" if able else "; no number of cards would do"
             raise InputError(f"tensor parallel over {ranks} cards: {count} {what} are no multiple of {ranks}{hint}")
     vocab = -(-spec.vocab // ranks) if ranks > 1 else spec.vocab
+    mixture = spec.mixture
+    if mixture is not None:
+        mixture = replace(mixture, shared=mixture.shared // ranks, dense=mixture.dense // ranks)
     return replace(
         spec,
         heads=spec.heads // ranks,
         kv_heads=1 if shared else spec.kv_heads // ranks,
         intermediate=spec.intermediate // ranks,
+        mixture=mixture,
         vocab=-(-vocab // VOCAB_STEP) * VOCAB_STEP if ranks > 1 else vocab,
     )
 
 
 def _divides(spec: ModelSpec, ranks: int) -> bool:
     kv = spec.kv_heads % ranks == 0 or ranks % spec.kv_heads == 0
-    return spec.heads % ranks == 0 and kv and spec.intermediate % ranks == 0
+    return spec.heads % ranks == 0 and kv and not any(count % ranks for count in _features(spec))
+
+
+def _features(spec: ModelSpec) -> tuple[int, ...]:
+    """Of an expert or the MLP, of what stands beside experts, and of layers without such."""
+    return spec.intermediate, 0 if spec.mixture is None else spec.mixture.shared, spec.mlp_size
 
 
 def check_layout(spec: ModelSpec, part: ModelSpec, scheme: QuantScheme, ranks: int) -> None:
     """Raises InputError where a weight's groups, blocks or order do not let it be split; ``part`` is shard(spec, ranks)."""
     if ranks == 1:
         return
-    whole = {module.name: module for module in spec.layer_modules()}
-    for module in part.layer_modules():
-        name, stored = f"model.layers.0.{module.name}", scheme.for_module(f"model.layers.0.{module.name}")
+    pairs = ((n, *both) for n in spec.unlike for both in zip(part.layer_modules(n), spec.layer_modules(n), strict=True))
+    for number, module, whole in pairs:
+        name = f"model.layers.{number}.{module.name}"
+        stored = scheme.for_module(name)
         if not stored.quantized:
             continue
-        by_inputs = module.K != whole[module.name].K
+        by_inputs = module.K != whole.K
         reason = None
         if by_inputs and stored.act_order:
             reason = "its inputs have an order of their own (desc_act)"

@@ -25,7 +25,7 @@ from appliance.runtime.startup import CudaGauge, Timeline, Tools, load_decoder, 
 from appliance.text.files import check_tokenizer
 from appliance.text.grammar import library, limits, vocabulary
 from appliance.text.tokenizer import Tokenizer
-from kernels.ops import Mixture
+from kernels.ops import MLP, Mixture
 from models.decoder import Decoder
 from quant.errors import InputError
 
@@ -156,16 +156,15 @@ def weights_by_part(decoder: Decoder) -> dict[str, int]:
     """Bytes of the loaded weights, by the parts of a plan."""
     layers = decoder.layers
     linears = {"attention": sum(weight.nbytes for layer in layers for weight in (*layer.qkv, layer.o))}
-    if decoder.spec.mixture is None:
-        linears["mlp"] = sum(weight.nbytes for layer in layers for weight in layer.mlp.weights)
-    else:
-        mixtures = [layer.mlp for layer in layers if isinstance(layer.mlp, Mixture)]
+    mixtures = [layer.mlp for layer in layers if isinstance(layer.mlp, Mixture)]
+    if mixtures:
         linears["router"] = sum(
             weight.nbytes for one in mixtures for weight in (one.router, one.shared_gate) if weight is not None
         )
-        if shared := sum(one.shared.nbytes for one in mixtures if one.shared is not None):
-            linears["mlp"] = shared
         linears["experts"] = sum(mlp.nbytes for one in mixtures for mlp in one.experts)
+    alone = [layer.mlp for layer in layers if isinstance(layer.mlp, MLP)]
+    if of_all := [*alone, *(one.shared for one in mixtures if one.shared is not None)]:
+        linears["mlp"] = sum(one.nbytes for one in of_all)
     return {
         "embedding": decoder.embedding.nbytes,
         **linears,

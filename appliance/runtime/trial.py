@@ -1,8 +1,9 @@
 """A card is believed once it has computed something right: before its cache is made, what it says is held against the reference.
 
-A small part of the model goes through the card's kernels and through the reference's operators on the CPU: the first layer, with
-the embedding and the head of a few hundred tokens, in steps of many tokens and of one. That finds kernels that compute nonsense
-on a card, driver or compiler that nobody has tried; it says nothing of speed. A combination that was right is remembered.
+A small part of the model goes through the card's kernels and through the reference's operators on the CPU: one layer (the first,
+or the first with experts), with the embedding and the head of a few hundred tokens, in steps of many tokens and of one. That finds
+kernels that compute nonsense on a card, driver or compiler that nobody has tried; it says nothing of speed. A combination that
+was right is remembered.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from models.loader import EMBEDDING, HEAD, load_model
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
 from quant.errors import InputError
+from quant.headers import TensorInfo
 from quant.tensor import QuantTensor
 
 log = logging.getLogger("appliance.startup")
 
+FIRST = "model.layers.0."
 TOKENS, KNOWN = 192, 512  # of the text, and those that it is made of
 STEPS = (128, 17, 1)  # tokens at once: tiles for many rows and for few, attention of chunks and of single tokens
 ALLOWED = 0.1  # root of the mean squared difference of logits, in shares of their spread; 0.035 with FP8 products
@@ -64,14 +67,14 @@ def prove(config: EngineConfig, plan: MemoryPlan, decoder: Decoder, lane: Lane |
 
 
 def load_oracle(config: EngineConfig, plan: MemoryPlan, decoder: Decoder) -> tuple[Decoder, Tensor]:
-    """The first layer for the reference on the CPU, and the tokens [KNOWN] int64, rising, that its embedding and head have."""
+    """That layer for the reference on the CPU, and the tokens [KNOWN] int64, rising, that its embedding and head have."""
     bits = head_bits(config.lm_head_dtype, ops=decoder.ops.name, dtype=plan.dtype)
-    vocab = decoder.spec.vocab
+    vocab, number = decoder.spec.vocab, tried(decoder.spec)
     tokens = torch.randperm(vocab, generator=torch.Generator().manual_seed(0))[:KNOWN].sort().values
     with Checkpoint.open(Path(str(config.model)), config.quantization) as whole:
         oracle = load_model(
-            _Part(whole, tokens, vocab),
-            replace(ModelSpec.from_config(whole.config), layers=1, vocab=len(tokens)),
+            _Part(whole, number, tokens, vocab),
+            replace(ModelSpec.from_config(whole.config).alone(number), vocab=len(tokens)),
             get_ops("cpu", reference=True),
             dtype=decoder.dtype,
             max_len=min(plan.max_model_len, TOKENS),
@@ -81,14 +84,32 @@ def load_oracle(config: EngineConfig, plan: MemoryPlan, decoder: Decoder) -> tup
     return oracle, tokens
 
 
-class _Part(Checkpoint):
-    """A checkpoint as if it had only these tokens; what else is in it is not missed."""
+def tried(spec: ModelSpec) -> int:
+    """The layer that is compared."""
+    return next((layer for layer in range(spec.layers) if spec.mixture_of(layer) is not None), 0)
 
-    def __init__(self, whole: Checkpoint, tokens: Tensor, vocab: int) -> None:
+
+class _Part(Checkpoint):
+    """A checkpoint as if it had only this layer, as its first, and these tokens; what else is in it is not missed."""
+
+    def __init__(self, whole: Checkpoint, layer: int, tokens: Tensor, vocab: int) -> None:
         super().__init__(whole.index, whole.config, whole.scheme)
-        self.tokens, self.vocab = tokens, vocab
+        self.layer, self.tokens, self.vocab = f"model.layers.{layer}.", tokens, vocab
+
+    def _name(self, name: str) -> str:
+        return self.layer + name.removeprefix(FIRST) if name.startswith(FIRST) else name
+
+    def has(self, name: str) -> bool:
+        return super().has(self._name(name))
+
+    def info(self, name: str) -> TensorInfo | None:
+        return super().info(self._name(name))
+
+    def take(self, name: str, *, dtypes: tuple[str, ...], shape: tuple[int | None, ...] | None = None) -> Tensor:
+        return super().take(self._name(name), dtypes=dtypes, shape=shape)
 
     def weight(self, name: str, expect: tuple[int, int] | None = None) -> QuantTensor | Tensor:
+        name = self._name(name)
         if name not in (EMBEDDING, HEAD) or expect is None:
             return super().weight(name, expect)
         table = super().weight(name, expect=(self.vocab, expect[1]))
@@ -107,7 +128,9 @@ def deviations(
     kv = replace(plan.kv, layers=1)
     small = replace(plan, kv=kv, num_blocks=kv.blocks(count), swap_blocks=0)
     expected = _logits(Runner(oracle, small, device=torch.device("cpu")), text, min(count, plan.max_num_batched_tokens))
-    first = replace(decoder, spec=replace(decoder.spec, layers=1), layers=decoder.layers[:1], kv_largest=decoder.kv_largest[:1])
+    number = tried(decoder.spec)
+    here = slice(number, number + 1)
+    first = replace(decoder, spec=decoder.spec.alone(number), layers=decoder.layers[here], kv_largest=decoder.kv_largest[here])
     runner = Runner(first, small, device=decoder.ops.device, lane=lane)
     for at_once in STEPS:
         found = _logits(runner, tokens[text], min(at_once, plan.max_num_batched_tokens))[:, tokens]
@@ -121,7 +144,7 @@ def _logits(runner: Runner, text: Tensor, at_once: int) -> Tensor:
 
 def key(plan: MemoryPlan, decoder: Decoder) -> str:
     """What a result holds for: the card with its compiler and kernels, and all of the model that chooses among these."""
-    spec, layer = decoder.spec, decoder.layers[0]
+    spec, layer = decoder.spec, decoder.layers[tried(decoder.spec)]
     weights = [*layer.weights, decoder.head, decoder.embedding]
     found = [plan.dtype, plan.kv.dtype, plan.kv.block_size, os.environ.get("APPLIANCE_FP16_SUMS", "0")]
     found += [spec.architecture, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab]

@@ -228,7 +228,7 @@ class NativeOps:
         hidden = torch.zeros(max_tokens, size, dtype=dtype)
         workspace = torch.zeros(max_tokens * max(handle.width, size), dtype=dtype)
 
-        for layer in layers[:1]:
+        for layer in {type(layer.mlp): layer for layer in reversed(layers)}.values():
             self._rehearse(layer, hidden.view(-1), workspace, min(max_tokens, NATIVE_ROWS))
 
         def forward(ids: Tensor, batch: PagedBatch, alive: Any = (stack, caches)) -> Tensor:  # the handle has their addresses

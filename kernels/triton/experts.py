@@ -104,7 +104,8 @@ def mixed_parts(x: Tensor, mixture: Mixture, *, card: Card = UNKNOWN) -> Tensor:
     if not tokens:
         return torch.empty((active + shared, 0, down.N), dtype=torch.float32, device=x.device)
     launches = [_launch(x, one, mixture, card) for one in (gate_up, down)]
-    routes = route(_logits(x, mixture.router, card), active, mixture.normalized, launches[0].block_m)
+    given = _logits(x, mixture.router, card), active, mixture.normalized, launches[0].block_m
+    routes = route(*given, mixture.scores, mixture.correction)
     inner = torch.empty((tokens * active, gate_up.N), dtype=x.dtype, device=x.device)
     _multiply(x, gate_up, routes, inner, launches[0])
     parts = torch.empty((launches[1].split * active + shared, tokens, down.N), dtype=torch.float32, device=x.device)

@@ -3,7 +3,7 @@
 ::
 
     logits   [parts, T, E]   float32, never rounded: products of few rows are cut along the inputs, and added up by who reads them
-    chosen   [T, A]          the experts of the largest logits, of equal ones the first; then in their own order
+    chosen   [T, A]          the experts of the largest scores, of equal ones the first; then in their own order
     order    [T * A]         pairs (t * A + j: the j-th expert of token t), expert by expert: 5 1 9 | 0 3 | 2 7 ..
     blocks   [B, 3]          (expert, its first place in order, how many from there): at most so many as a program has rows
 
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.layout import TRITON_ROUTE_PARTS, triton_expert_blocks
+from kernels.scores import SOFTMAX, Scores
 from kernels.triton.argmax import LAST, LOWEST, ordered
 from kernels.triton.kv import capability
 from kernels.triton.tiled import _dot
@@ -67,8 +68,20 @@ def logits(x: Tensor, router: Tensor) -> Tensor:
     return out
 
 
-def route(logits: Tensor, active: int, normalized: bool, rows: int) -> Routes:
-    """By float32 [parts, T, E]: the experts of T > 0 tokens, in blocks of at most ``rows`` pairs."""
+def route(
+    logits: Tensor,
+    active: int,
+    normalized: bool,
+    rows: int,
+    scores: Scores = SOFTMAX,
+    correction: Tensor | None = None,
+) -> Routes:
+    """By float32 [parts, T, E]: the experts of T > 0 tokens, in blocks of at most ``rows`` pairs.
+
+    ValueError for experts in groups, which the memory plan refuses before.
+    """
+    if scores.groups > 1:
+        raise ValueError("no kernel for cards knows experts in groups")
     parts, tokens, experts = logits.shape
     pairs, count, device = tokens * active, triton_expert_blocks(tokens, experts, active, rows), logits.device
     shares = torch.empty((tokens, active), dtype=torch.float32, device=device)
@@ -77,15 +90,20 @@ def route(logits: Tensor, active: int, normalized: bool, rows: int) -> Routes:
     block = max(32, triton.next_power_of_2(experts))
     _choose[(tokens,)](
         logits,
+        correction,
         shares,
         chosen,
         order,
         blocks,
         tokens,
         experts,
+        scores.least,
+        scores.scale,
         PARTS=parts,
         ACTIVE=active,
         NORMALIZED=normalized,
+        SIGMOID=scores.sigmoid,
+        CORRECTED=correction is not None,
         ALONE=tokens == 1,
         BLOCK=block,
         num_warps=max(1, min(8, block // 128)),
@@ -136,8 +154,9 @@ def _logits(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["tokens"])
 def _choose(  # type: ignore[no-untyped-def]
-    logits, shares, chosen, order, blocks, tokens, experts,
-    PARTS: tl.constexpr, ACTIVE: tl.constexpr, NORMALIZED: tl.constexpr, ALONE: tl.constexpr, BLOCK: tl.constexpr,
+    logits, correction, shares, chosen, order, blocks, tokens, experts, least, scale,
+    PARTS: tl.constexpr, ACTIVE: tl.constexpr, NORMALIZED: tl.constexpr, SIGMOID: tl.constexpr, CORRECTED: tl.constexpr,
+    ALONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A token's experts and shares. ALONE: it is the only one, so that its pairs are in order already, a block each."""
     token, expert = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -145,16 +164,26 @@ def _choose(  # type: ignore[no-untyped-def]
     logit = tl.zeros((BLOCK,), tl.float32)
     for i in tl.static_range(PARTS):
         logit += tl.load(logits + (i * tokens + token) * experts + expert, mask=real, other=0.0)
-    code = tl.where(real, (ordered(logit).to(tl.int64) << 32) | (LAST - expert), LOWEST)
+    if SIGMOID:
+        weight = 1.0 / (1.0 + tl.exp(-logit))
+        whole = 1.0
+    else:
+        weight = tl.exp(logit - tl.max(tl.where(real, logit, float("-inf")), axis=0))
+        whole = tl.sum(tl.where(real, weight, 0.0), axis=0)
+    key = weight if SIGMOID else logit  # a softmax is in the order of logits
+    if CORRECTED:
+        key = weight / whole + tl.load(correction + expert, mask=real, other=0.0)
+    code = tl.where(real, (ordered(key).to(tl.int64) << 32) | (LAST - expert), LOWEST)
     left = code
     for _ in range(ACTIVE):
         left = tl.where(left == tl.max(left, axis=0), LOWEST, left)
     taken = left != code
-    weight = tl.exp(logit - tl.max(tl.where(real, logit, float("-inf")), axis=0))
-    total = tl.sum(tl.where(taken if NORMALIZED else real, weight, 0.0), axis=0)
+    total = whole
+    if NORMALIZED:
+        total = tl.maximum(tl.sum(tl.where(taken, weight, 0.0), axis=0), least * whole)
     place = tl.cumsum(taken.to(tl.int32), axis=0) - 1
     at = token * ACTIVE + place
-    tl.store(shares + at, weight / total, mask=taken)
+    tl.store(shares + at, weight / total * scale, mask=taken)
     if ALONE:
         tl.store(order + place, place, mask=taken)
         tl.store(blocks + 3 * place, expert, mask=taken)

@@ -24,6 +24,14 @@ MIXTRAL = {key: value for key, value in SMALL.items() if key not in ("num_expert
     "architectures": ["MixtralForCausalLM"], "num_local_experts": 5, "num_experts_per_tok": 2,
 }  # fmt: skip
 QWEN2_MOE = {**SMALL, "architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 384, "qkv_bias": False}
+GLM4_MOE = {key: value for key, value in SMALL.items() if key != "num_experts"} | {
+    "architectures": ["Glm4MoeForCausalLM"], "n_routed_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1, "routed_scaling_factor": 1.5, "rope_theta": 1e6,
+}  # fmt: skip
+ERNIE_MOE = {key: value for key, value in SMALL.items() if "num_experts" not in key} | {
+    "architectures": ["Ernie4_5_MoeForCausalLM"], "moe_num_experts": 5, "moe_k": 2, "moe_num_shared_experts": 2,
+    "moe_layer_start_index": 1, "tie_word_embeddings": True,
+}  # fmt: skip
 
 GPT_OSS: dict[str, Any] = {
     "architectures": ["GptOssForCausalLM"], "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2,
@@ -53,8 +61,8 @@ def write_headers(directory: Path, tensors: Tensors, config: dict[str, Any]) -> 
     return directory
 
 
-def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """[out, in] of the linears of one layer, from config.json."""
+def linears(config: dict[str, Any], layer: int = 99) -> dict[str, tuple[int, int]]:
+    """[out, in] of the linears of one layer, from config.json; where the first ones are others, of one of the last."""
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     size = config.get("head_dim") or hidden // heads
     q, kv = heads * size, config["num_key_value_heads"] * size
@@ -62,16 +70,22 @@ def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
         "self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, q),
     }  # fmt: skip
-    experts = [f"mlp.experts.{e}" for e in range(config.get("num_experts") or 0)]
+    first = config.get("first_k_dense_replace", config.get("moe_layer_start_index", 0))
+    counts = (config.get(key) or 0 for key in ("num_experts", "n_routed_experts", "moe_num_experts") if layer >= first)
+    experts = [f"mlp.experts.{e}" for e in range(max(counts, default=0))]
     experts += [f"block_sparse_moe.experts.{e}" for e in range(config.get("num_local_experts") or 0)]
     names = ("w1", "w3", "w2") if "num_local_experts" in config else ("gate_proj", "up_proj", "down_proj")
-    inner = config.get("moe_intermediate_size") or inner
+    inner = config.get("moe_intermediate_size") or inner if experts else inner
     shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
     mlps = {f"{mlp}.{name}": shape for mlp in experts or ["mlp"] for name, shape in zip(names, shapes, strict=True)}
-    if own := config.get("shared_expert_intermediate_size"):
-        shapes = ((own, hidden), (own, hidden), (hidden, own))
-        mlps |= {f"mlp.shared_expert.{name}": shape for name, shape in zip(names, shapes, strict=True)}
+    own, shared = config.get("shared_expert_intermediate_size"), "mlp.shared_expert"
+    if own:
         mlps["mlp.shared_expert_gate"] = (1, hidden)
+    elif several := config.get("n_shared_experts", config.get("moe_num_shared_experts")):
+        own, shared = several * inner if experts else None, "mlp.shared_experts"
+    if own:
+        shapes = ((own, hidden), (own, hidden), (hidden, own))
+        mlps |= {f"{shared}.{name}": shape for name, shape in zip(names, shapes, strict=True)}
     return attention | ({f"{experts[0].split('.')[0]}.gate": (len(experts), hidden)} if experts else {}) | mlps
 
 
@@ -227,7 +241,12 @@ def write_published(directory: Path, config: dict[str, Any], variant: str) -> Pa
     tensors: Tensors = {"model.embed_tokens.weight": ("BF16", (vocab, hidden)), "model.norm.weight": ("BF16", (hidden,))}
     if not config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = ("BF16", (vocab, hidden))
-    for layer in range(layers):
+    ahead = config.get("num_nextn_predict_layers", 0)  # layers behind the others, that guess further tokens
+    for layer in range(layers, layers + ahead):
+        prefix = f"model.layers.{layer}"
+        tensors |= {f"{prefix}.{name}.weight": ("BF16", (hidden,)) for name in ("enorm", "hnorm", "shared_head.norm")}
+        tensors |= {f"{prefix}.eh_proj.weight": ("BF16", (hidden, 2 * hidden))}
+    for layer in range(layers + ahead):
         prefix = f"model.layers.{layer}"
         names = ["input_layernorm", "post_attention_layernorm"]
         if config["architectures"][0].startswith("Gemma"):
@@ -237,7 +256,12 @@ def write_published(directory: Path, config: dict[str, Any], variant: str) -> Pa
         if config["architectures"][0] in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM"):
             for norm in ("q_norm", "k_norm"):
                 tensors[f"{prefix}.self_attn.{norm}.weight"] = ("BF16", (config["head_dim"],))
-        for name, (N, K) in linears(config).items():
+        correction = {"Glm4MoeForCausalLM": "gate", "Ernie4_5_MoeForCausalLM": "moe_statics"}.get(config["architectures"][0])
+        if correction and "mlp.gate" in linears(config, layer):
+            experts = linears(config, layer)["mlp.gate"][0]
+            shape = (experts,) if correction == "gate" else (1, experts)
+            tensors[f"{prefix}.mlp.{correction}.e_score_correction_bias"] = ("F32", shape)
+        for name, (N, K) in linears(config, layer).items():
             tensors |= (dense if name.endswith((".gate", "_gate")) else make)(
                 f"{prefix}.{name}", N, K, group
             )  # routers are left alone
@@ -297,6 +321,8 @@ def fill(directory: Path, variant: str) -> Path:
             found = torch.randint(low, high, info.shape, generator=rng, dtype=torch.uint8)
         elif info.dtype == "F8_E4M3" and name.endswith("scale"):
             found = (448 * torch.rand(info.shape, generator=rng) + 1).to(torch.float8_e4m3fn)
+        elif name.endswith("correction_bias"):
+            found = 0.1 * torch.randn(info.shape, generator=rng)
         elif info.dtype == "F32":  # of parts of what becomes one weight, each its own
             found = 1e4 * (1 + torch.rand(info.shape, generator=rng))
             found = found if name.endswith("global_scale") else 1 / found

@@ -25,18 +25,19 @@ from models.spec import ModelSpec
 from quant.errors import InputError
 from quant.headers import CheckpointIndex
 from quant.scheme import QuantScheme, read_scheme
-from tests.memory.published import MIXTRAL, QWEN2_MOE, SMALL, VARIANTS, fill, write_published
+from tests.memory.published import ERNIE_MOE, GLM4_MOE, MIXTRAL, QWEN2_MOE, SMALL, VARIANTS, fill, write_published
 from tests.memory.test_planner import compare, kind  # noqa: F401
 
 GIB = 1 << 30
+KINDS = [SMALL, MIXTRAL, QWEN2_MOE, GLM4_MOE, ERNIE_MOE]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("config", [SMALL, MIXTRAL, QWEN2_MOE], ids=["qwen3-moe", "mixtral", "qwen2-moe"])
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: config["architectures"][0])
 def test_what_is_planned_is_what_the_loader_holds(tmp_path: Path, config: dict[str, Any], variant: str, kind: str) -> None:  # noqa: F811
     plan = compare(fill(write_published(tmp_path, config, variant), variant), kind)
     assert plan.weights["experts"] > plan.weights["router"] > 0
-    assert ("mlp" in plan.weights) == ("shared_expert_intermediate_size" in config)
+    assert ("mlp" in plan.weights) == (config not in (SMALL, MIXTRAL))
 
 
 @pytest.fixture(scope="module")

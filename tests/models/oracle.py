@@ -31,6 +31,9 @@ def main() -> None:
         with torch.no_grad():
             for parameter in model.parameters():  # initial values are so small that attention would be uniform
                 parameter.copy_(torch.randn_like(parameter) * 0.15 + (1.0 if parameter.dim() == 1 else 0.0))
+            for what, buffer in model.named_buffers():
+                if what.endswith("correction_bias"):
+                    buffer.copy_(torch.randn_like(buffer) * 0.3)
             model.tie_weights()
             packed = random_mxfp4(model) if name.startswith("gpt-oss") else {}
             ids = torch.randint(0, vocab, (LENGTH,))

@@ -85,6 +85,9 @@ GPT_OSS = {
 }  # fmt: skip
 
 
+SPARSE = {"moe_intermediate_size": 28}
+
+
 def case(architecture: str, **config: Any) -> dict[str, Any]:
     return {"architecture": architecture, "config": {**BASE, **config}}
 
@@ -130,6 +133,17 @@ CASES = {
         qkv_bias=False,
         tie_word_embeddings=True,
     ),
+    "qwen2-moe-steps": case(
+        "Qwen2MoeForCausalLM",
+        **SPARSE,
+        num_hidden_layers=5,
+        decoder_sparse_step=2,
+        num_experts=6,
+        shared_expert_intermediate_size=20,
+    ),
+    "qwen3-moe-some": case(
+        "Qwen3MoeForCausalLM", **SPARSE, mlp_only_layers=[1], num_experts=6, num_experts_per_tok=2, norm_topk_prob=True
+    ),
     "qwen3-moe": case("Qwen3MoeForCausalLM", moe_intermediate_size=36, num_experts=7, num_experts_per_tok=3, norm_topk_prob=True),
     "qwen3-moe-all": case(
         "Qwen3MoeForCausalLM",
@@ -144,6 +158,46 @@ CASES = {
     ),
     "mixtral": case("MixtralForCausalLM", num_local_experts=5),
     "mixtral-one-window": case("MixtralForCausalLM", num_local_experts=3, num_experts_per_tok=1, sliding_window=12),
+    "glm4-moe": case(
+        "Glm4MoeForCausalLM",
+        **SPARSE,
+        head_dim=16,
+        n_routed_experts=6,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        routed_scaling_factor=1.8,
+        num_hidden_layers=4,
+        first_k_dense_replace=2,
+        use_qk_norm=True,
+    ),
+    "glm4-moe-groups": case(
+        "Glm4MoeForCausalLM",
+        **SPARSE,
+        head_dim=16,
+        n_routed_experts=12,
+        n_shared_experts=2,
+        num_experts_per_tok=4,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=False,
+        first_k_dense_replace=0,
+        attention_bias=True,
+        rope_parameters={"rope_theta": 900.0, "partial_rotary_factor": 0.25},
+    ),
+    "ernie4.5-moe": case("Ernie4_5_MoeForCausalLM", **SPARSE, moe_num_experts=7, moe_k=3),
+    "ernie4.5-moe-range": case(
+        "Ernie4_5_MoeForCausalLM",
+        **SPARSE,
+        num_hidden_layers=7,
+        moe_num_experts=5,
+        moe_k=2,
+        moe_num_shared_experts=0,
+        moe_layer_start_index=1,
+        moe_layer_end_index=5,
+        moe_layer_interval=2,
+        moe_norm_min=0.7,
+        tie_word_embeddings=False,
+    ),
     "glm": case("GlmForCausalLM", head_dim=16),
     "glm-whole": case("GlmForCausalLM", head_dim=8, partial_rotary_factor=1.0, attention_bias=False, num_key_value_heads=3),
     "glm4": case("Glm4ForCausalLM", head_dim=20, rope_parameters={"rope_theta": 900.0, "partial_rotary_factor": 0.4}),

@@ -102,6 +102,20 @@ QWEN2_MOE = {
     "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 65536, "max_window_layers": 28, "use_sliding_window": False,
     "norm_topk_prob": False, "decoder_sparse_step": 1, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
 }  # fmt: skip
+GLM4_MOE = {
+    "architectures": ["Glm4MoeForCausalLM"], "hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+    "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "n_group": 1,
+    "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "num_hidden_layers": 46, "num_attention_heads": 96,
+    "num_key_value_heads": 8, "head_dim": 128, "partial_rotary_factor": 0.5, "use_qk_norm": False, "attention_bias": True,
+    "num_nextn_predict_layers": 1, "vocab_size": 151552, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+ERNIE_MOE = {
+    "architectures": ["Ernie4_5_MoeForCausalLM"], "hidden_size": 2560, "intermediate_size": 12288, "moe_intermediate_size": 1536,
+    "moe_num_experts": 64, "moe_k": 6, "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "num_hidden_layers": 28,
+    "num_attention_heads": 20, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 103424, "use_bias": False,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+}  # fmt: skip
 # Not copied from the hub: sizes as they are known. And parameters in billions, without what reads pictures.
 PUBLISHED = {
     "mistral-small-3.1": (mistral("mistral", 5120, 32768, 40, rope_theta=1e9, max_position_embeddings=131072), 23.57),
@@ -117,6 +131,8 @@ PUBLISHED = {
     "seed-oss-36b": (SEED, 36.15),
     "smollm3-3b": (SMOL, 3.08),
     "qwen2-57b-a14b": (QWEN2_MOE, 57.41),
+    "glm-4.5-air": (GLM4_MOE, 106.85),
+    "ernie-4.5-21b-a3b": (ERNIE_MOE, 21.83),
 }
 
 

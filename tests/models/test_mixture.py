@@ -23,7 +23,7 @@ from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
 from tests.kernels.native import instruction_sets
-from tests.memory.published import MIXTRAL, QWEN2_MOE, SMALL, VARIANTS, fill, livelier, write_published
+from tests.memory.published import ERNIE_MOE, GLM4_MOE, MIXTRAL, QWEN2_MOE, SMALL, VARIANTS, fill, livelier, write_published
 from tests.models.test_against_transformers import feed
 from tests.models.test_bind import make_ops
 
@@ -32,6 +32,8 @@ MADE = [
     *((SMALL, variant) for variant in VARIANTS),
     (MIXTRAL, "awq"),
     *((QWEN2_MOE, variant) for variant in ("gptq-act-order", "ct-fp8")),
+    *((GLM4_MOE, variant) for variant in ("awq", "ct-w8a8")),
+    (ERNIE_MOE, "ct-w4a16"),
 ]
 KINDS = ["reference", "torch", *(instruction_sets() if backend.native() is not None else [])]
 
@@ -87,7 +89,10 @@ def test_every_format(made: tuple[Path, torch.Tensor], ops: Ops) -> None:
     folder, expected = made
     decoder, config = load(folder, ops), (folder / "config.json").read_text()
     rounded = "int-quantized" in config
-    assert all(isinstance(layer.mlp, Mixture) for layer in decoder.layers) and expected.std() > 0.1
+    settings = json.loads(config)
+    dense = settings.get("first_k_dense_replace", settings.get("moe_layer_start_index", 0))
+    assert [isinstance(layer.mlp, Mixture) for layer in decoder.layers] == [number >= dense for number in (0, 1)]
+    assert expected.std() > 0.1
     for chunks in ([15], [4, 10, 1], [12, 1, 1, 1]):
         off = (logits(decoder, chunks) - expected).abs() / expected.std()
         assert off.mean() < (0.1 if rounded else 0.01) and (rounded or off.max() < 0.02), (

@@ -26,7 +26,7 @@ from quant.scheme import read_scheme
 MODEL_TYPES = {
     "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Ministral3ForCausalLM": "ministral3",
     "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "Phi3ForCausalLM": "phi3", "Qwen3MoeForCausalLM": "qwen3_moe",
-    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen2MoeForCausalLM": "qwen2_moe", "Glm4MoeForCausalLM": "glm4_moe", "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
     "MixtralForCausalLM": "mixtral", "GptOssForCausalLM": "gpt_oss", "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3", "GraniteForCausalLM": "granite",
     "GlmForCausalLM": "glm", "Glm4ForCausalLM": "glm4", "Ernie4_5ForCausalLM": "ernie4_5",
@@ -59,7 +59,7 @@ def test_windows_that_no_key_states_are_those_of_transformers(name: str) -> None
         getattr(theirs, "layer_types", None) or ["sliding_attention"] * layers,
     )
     expected = tuple(window if one == "sliding_attention" else None for one in types)
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind.mixture else {}
+    experts = {"num_local_experts": 4, kind.expert_choice: 2} if kind.mixture else {}
     assert ModelSpec.from_config({**config, **experts, "architectures": [name]}).windows == expected
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kernels.scores import Scores
 from models.spec import ARCHITECTURES, ModelSpec
 from quant.errors import InputError
 
@@ -34,6 +35,10 @@ QWEN3_MOE = {
     "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
     "norm_topk_prob": True,
 }  # fmt: skip
+GLM4_MOE = {
+    "architectures": ["Glm4MoeForCausalLM"], "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+}  # fmt: skip
+ERNIE_MOE = {"architectures": ["Ernie4_5_MoeForCausalLM"], "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24}
 MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -241,6 +246,45 @@ def test_an_mlp_beside_the_experts() -> None:
     )
 
 
+def test_layers_with_and_without_experts() -> None:
+    glm, ernie = read(**GLM4_MOE, use_qk_norm=True), read(**ERNIE_MOE)
+    assert glm.mixture is not None and ernie.mixture is not None
+    assert (glm.qk_norm, glm.rope.rotary_dim, glm.interleaved) == (True, 4, False)
+    assert (ernie.qk_norm, ernie.tie_embeddings, ernie.interleaved) == (False, True, True)
+    assert glm.mixture.scores == Scores(sigmoid=True, least=1e-20) and ernie.mixture.scores == Scores(least=1e-12)
+    assert glm.mixture.normalized and ernie.mixture.normalized and not read(**GLM4_MOE, norm_topk_prob=False).mixture.normalized  # type: ignore[union-attr]
+    assert (glm.mixture.shared, ernie.mixture.shared, glm.mlp_size, glm.widest_mlp) == (24, 48, 160, 160)
+    assert glm.ahead == ("model.layers.3.",) and ernie.ahead == ("model.mtp_",)
+    assert read(**GLM4_MOE, num_nextn_predict_layers=0).ahead == ()
+    for spec, correction in ((glm, "gate"), (ernie, "moe_statics")):
+        shapes = {m.name: (m.N, m.K, m.part) for m in spec.modules()}
+        assert shapes["model.layers.0.mlp.gate_proj"] == (160, 64, "mlp") and "model.layers.0.mlp.gate" not in shapes
+        assert (
+            shapes["model.layers.2.mlp.experts.3.down_proj"] == (64, 24, "experts") and "model.layers.2.mlp.up_proj" not in shapes
+        )
+        assert shapes["model.layers.1.mlp.shared_experts.up_proj"] == (spec.mixture.shared, 64, "mlp")  # type: ignore[union-attr]
+        names = [name for name, _ in spec.small_tensors() if "correction" in name]
+        assert names == [f"model.layers.{layer}.mlp.{correction}.e_score_correction_bias" for layer in (1, 2)]
+        wide = spec.small_nbytes(4) - spec.small_nbytes(2)
+        assert wide == 2 * sum(numel for name, numel in spec.small_tensors() if "correction" not in name)
+
+
+def test_which_layers_have_experts() -> None:
+    def without(**config: Any) -> tuple[int, ...]:
+        found = read(**{**config, "num_hidden_layers": 7})
+        return tuple(range(7)) if found.mixture is None else found.mixture.dense_layers
+
+    assert without(**QWEN3_MOE) == () and without(**GLM4_MOE) == without(**ERNIE_MOE) == (0,)
+    assert without(**QWEN3_MOE, decoder_sparse_step=3, mlp_only_layers=[5]) == (0, 1, 3, 4, 5, 6)
+    assert without(**GLM4_MOE, first_k_dense_replace=0) == () and without(**GLM4_MOE, first_k_dense_replace=9) == tuple(range(7))
+    assert read(**GLM4_MOE, first_k_dense_replace=9).intermediate == 160
+    assert without(**ERNIE_MOE, moe_layer_start_index=2, moe_layer_end_index=4) == (0, 1, 5, 6)
+    assert without(**ERNIE_MOE, moe_layer_interval=2) == (0, 2, 4, 6)
+    spec = read(**GLM4_MOE, sliding_window=3)
+    assert spec.unlike == [1, 0] and spec.alone(0).mixture is None and spec.alone(0).intermediate == 160
+    assert spec.alone(2).mixture_of(0) is not None and spec.alone(2).layers == len(spec.alone(2).windows) == 1
+
+
 @pytest.mark.parametrize("architecture", [name for name, kind in ARCHITECTURES.items() if not kind.mixture])
 def test_parameters_are_counted_once_each(architecture: str) -> None:
     more: dict[str, Any] = {"attention_bias": True, "head_dim": 8, "tie_word_embeddings": False}
@@ -260,8 +304,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_experts": 4}, "num_experts = 4 is not supported for LlamaForCausalLM"),
     ({**QWEN3_MOE, "num_experts": GONE}, "num_experts is missing, expected an integer of at least 1"),
     ({**QWEN3_MOE, "num_experts_per_tok": 9}, "num_experts_per_tok is 9, but there are 8 experts"),
-    ({**QWEN3_MOE, "decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported for Qwen3MoeForCausalLM"),
-    ({**QWEN3_MOE, "mlp_only_layers": [0]}, "mlp_only_layers = [0] is not supported for Qwen3MoeForCausalLM"),
+    ({**QWEN3_MOE, "decoder_sparse_step": 0}, "decoder_sparse_step is 0, expected an integer of at least 1"),
+    ({**QWEN3_MOE, "mlp_only_layers": 0.5}, "mlp_only_layers is 0.5, expected a list of numbers of layers"),
+    ({**MIXTRAL, "decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported for MixtralForCausalLM"),
+    ({**MIXTRAL, "mlp_only_layers": [0]}, "mlp_only_layers = [0] is not supported for MixtralForCausalLM"),
+    ({**GLM4_MOE, "n_routed_experts": GONE}, "n_routed_experts is missing, expected an integer of at least 1"),
+    ({**GLM4_MOE, "n_group": 3}, "n_group is 3, expected at most 64 groups of equally many of the 8 experts, two or more"),
+    ({**GLM4_MOE, "n_group": 8}, "n_group is 8, expected at most 64 groups of equally many of the 8 experts, two or more"),
+    ({**GLM4_MOE, "n_group": 4, "topk_group": 1, "num_experts_per_tok": 3}, "topk_group is 1 of 4 groups of 2 experts"),
+    ({**GLM4_MOE, "topk_group": 2}, "topk_group is 2 of 1 groups of 8 experts, expected as many as have the 2"),
+    ({**GLM4_MOE, "routed_scaling_factor": 0}, "routed_scaling_factor is 0, expected a positive number"),
+    ({**GLM4_MOE, "first_k_dense_replace": -1}, "first_k_dense_replace is -1, expected an integer of at least 0"),
+    ({**ERNIE_MOE, "use_bias": True}, "use_bias = True is not supported for Ernie4_5_MoeForCausalLM"),
+    ({**ERNIE_MOE, "moe_k": 5}, "moe_k is 5, but there are 4 experts"),
     ({**QWEN3_MOE, "norm_topk_prob": 1}, "norm_topk_prob is 1, expected true or false"),
     ({**QWEN3_MOE, "moe_intermediate_size": GONE}, "moe_intermediate_size is missing, expected an integer of at least 1"),
     ({"architectures": GONE}, "architectures is None, expected one of LlamaForCausalLM, "),

@@ -19,6 +19,7 @@ from appliance.runtime.startup import Timeline, load_decoder
 from kernels import reference
 from kernels.ops import KVCache, PagedBatch, Weight
 from models.decoder import Decoder
+from tests.memory.published import GLM4_MOE, fill, livelier, write_published
 
 
 def loaded(directory: Path, **options: Any) -> tuple[EngineConfig, MemoryPlan, Decoder]:
@@ -43,6 +44,15 @@ def test_right_kernels_pass(tiny: Path, options: dict[str, Any]) -> None:
 def test_small_steps(tiny: Path, most: int) -> None:
     off = found(*loaded(tiny, max_num_batched_tokens=most, max_num_seqs=1))
     assert all(value < trial.ALLOWED / 2 for value in off.values())
+
+
+def test_of_layers_with_experts_one_is_compared(tmp_path: Path) -> None:
+    """Though the first layer has none."""
+    folder = livelier(fill(write_published(tmp_path, {**GLM4_MOE, "max_position_embeddings": 256}, "none"), "none"))
+    config, plan, decoder = loaded(folder, dtype="float32", reference_ops=True)
+    assert trial.tried(decoder.spec) == 1 and all(value < 1e-4 for value in found(config, plan, decoder).values())
+    wrong = replace(decoder, ops=replace(decoder.ops, mix=lambda x, mixture, *, norm: x))
+    assert all(value > trial.ALLOWED for value in found(config, plan, wrong).values())
 
 
 def neighbour(ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels import layout, reference
 from kernels.mixture import route as plain_route
 from kernels.ops import MLP, Mixture, Norm, Ops
+from kernels.scores import Scores
 from quant.tensor import QuantTensor
 from tests.kernels.triton.conftest import DEVICE
 from tests.kernels.triton.tensors import poison  # noqa: F401
@@ -161,6 +162,33 @@ def test_routes(tokens: int, count: int, active: int, rows: int, monkeypatch: py
         assert bool((chosen.view(-1)[pairs] == expert).all()) and bool((pairs.diff() > 0).all())
     firsts = used[:, 1].sort().values
     assert torch.equal(firsts, torch.cumsum(used[used[:, 1].argsort(), 2], 0).int() - used[used[:, 1].argsort(), 2])
+
+
+@pytest.mark.parametrize(
+    ("scores", "corrected", "normalized"),
+    [
+        (Scores(sigmoid=True), False, False),
+        (Scores(sigmoid=True, least=1e-20, scale=2.5), True, True),
+        (Scores(least=1e-12), True, True),
+        (Scores(least=0.5, scale=0.3), True, True),
+        (Scores(scale=3.0), True, False),
+    ],
+)
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_other_ways_to_choose(scores: Scores, corrected: bool, normalized: bool, tokens: int) -> None:
+    logits, correction = torch.randn(1, tokens, 20), torch.randn(20) if corrected else None
+    chosen, shares = plain_route(logits[0], 4, normalized, scores, correction)
+    there = None if correction is None else correction.to(DEVICE)
+    found = routing.route(logits.to(DEVICE), 4, normalized, 8, scores, there)
+    chosen, at = chosen.sort(dim=1)
+    torch.testing.assert_close(found.shares.cpu(), shares.gather(1, at), rtol=1e-5, atol=1e-7)
+    blocks = found.blocks.cpu()[found.blocks.cpu()[:, 2] > 0]
+    assert sorted(e for e, _, size in blocks.tolist() for _ in range(size)) == sorted(chosen.flatten().tolist())
+
+
+def test_experts_in_groups() -> None:
+    with pytest.raises(ValueError, match="groups"):
+        routing.route(torch.zeros(1, 2, 8), 2, True, 8, Scores(sigmoid=True, groups=2))
 
 
 @pytest.mark.parametrize(("tokens", "inputs"), [(1, 256), (5, 200), (70, 72)])

@@ -14,19 +14,19 @@ from appliance.memory.modules import Machinery
 from appliance.runtime import startup
 from appliance.runtime.check import weights_by_part
 from appliance.runtime.engine import Engine
-from kernels.ops import Mixture
+from kernels.ops import MLP, Mixture
 from models.spec import ModelSpec
 from quant.headers import CheckpointIndex
 from quant.scheme import read_scheme
 from tests.kernels.triton.conftest import DEVICE, INTERPRETED
-from tests.memory.published import MIXTRAL, QWEN2_MOE, fill, livelier, write_published
+from tests.memory.published import GLM4_MOE, MIXTRAL, fill, livelier, write_published
 from tests.runtime.conftest import answers, submit
 
 from kernels.triton import ops, stream  # isort: skip  (after the conftest has chosen the interpreter)
 from kernels.triton.matmul import Card  # isort: skip
 
 ONE = {"num_hidden_layers": 1}
-MODELS = {"awq": {**QWEN2_MOE, **ONE}, "gptq": {**MIXTRAL, **ONE, "intermediate_size": 128}}
+MODELS = {"awq": GLM4_MOE, "gptq": {**MIXTRAL, **ONE, "intermediate_size": 128}}
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="tests/runtime/test_cuda.py runs the engine on a card")
@@ -47,7 +47,8 @@ def test_greedy_answers(variant: str, tmp_path: Path, monkeypatch: pytest.Monkey
     card = Machinery(ops="triton", dtype="float16", head_bits=None)
     demand = Demand.of(ModelSpec.from_config(settings), scheme, card, model="m")
     decoder = engine.runner.decoder
+    assert isinstance(decoder.layers[-1].mlp, Mixture)
     assert weights_by_part(decoder) == demand.weights
     for layer, planned in zip(decoder.layers, demand.streamed, strict=True):
-        assert isinstance(layer.mlp, Mixture) and len(layer.mlp.experts) == 1
+        assert isinstance(layer.mlp, MLP) or len(layer.mlp.experts) == 1
         assert stream.park(layer).nbytes == sum(planned.values())
