@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kernels.scores import MOST_GROUPS, SOFTMAX, Scores
-from models.architectures import EXPERTS, Architecture
+from models.architectures import EXPERTS
+from models.family import Architecture
 from models.fields import Fields
 from models.module import ModuleShape
 from quant.errors import InputError

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from models.architectures import ARCHITECTURES, MULTIPLIERS, Architecture, read_architecture, unrotated, windows
+from models.architectures import ARCHITECTURES, MULTIPLIERS, read_architecture, unrotated, windows
+from models.family import Architecture
 from models.fields import Fields
 from models.mixture import Mixture, read_mixture
 from models.module import ModuleShape

@@ -1,9 +1,9 @@
 """A card is believed once it has computed something right: before its cache is made, what it says is held against the reference.
 
 A small part of the model goes through the card's kernels and through the reference's operators on the CPU: one layer (the first,
-or the first with experts), with the embedding and the head of a few hundred tokens, in steps of many tokens and of one. That finds
-kernels that compute nonsense on a card, driver or compiler that nobody has tried; it says nothing of speed. A combination that
-was right is remembered.
+or the first with experts), with the embedding and the head of a few hundred tokens, in steps of many tokens and of one. That
+finds kernels that compute nonsense on a card, driver or compiler that nobody has tried; it says nothing of speed. A combination
+that was right is remembered.
 """
 
 from __future__ import annotations

@@ -1,0 +1,73 @@
+"""In what a family of models may differ from plain Llama. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a family differs from plain Llama, and transformers' defaults for keys that configs leave out."""
+
+    qkv_bias: bool | str = "attention_bias"  # a fact, or the config key that says
+    o_bias: bool | str = "attention_bias"
+    mlp_bias: bool | str = False
+    qk_norm: bool | str = False
+    fused_qkv: bool = False  # and gate and up
+    fused_gate_up: bool = False
+    hybrid: bool = False  # layers may be another thing than attention, and MLPs have names of their own (quant/headers.py)
+    window: str = "none"
+    """Layers with sliding_window: none; "all"; "switched": all, if switched on; "upper": from max_window_layers on, if so;
+    "lower": every other one before that, beginning with the first, if so; "unrotated": those that do not rotate, if so;
+    "alternate": every other one, beginning with the first; "pattern": all but each sliding_window_pattern-th."""
+    default_window: int | None = None
+    default_head_dim: int | None = None
+    eps: float = 1e-6
+    theta: float = 1e4
+    max_position: int = 2048
+    mixture: str = ""  # the name of a mixture of experts within a layer; empty: one MLP
+    router: str = "gate"  # within that
+    expert: tuple[str, ...] = (
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )  # the linears of each; of two the first has gate and up in turns
+    expert_bias: bool = False  # whether router and experts have one
+    clamped: bool = False  # gate and up, and up + 1 is multiplied (swiglu_limit, swiglu_alpha)
+    sinks: bool = False  # heads have one more logit each, of which there is no value
+    expert_size: str = "moe_intermediate_size"
+    expert_count: str = "num_experts"
+    expert_choice: str = "num_experts_per_tok"
+    sparse: str = ""
+    """Layers that have a mixture: all; "step": each decoder_sparse_step-th, but for mlp_only_layers; "from": from
+    first_k_dense_replace on; "range": each moe_layer_interval-th from moe_layer_start_index to moe_layer_end_index."""
+    sigmoid: bool = False  # scores are sigmoids of the router's products, with n_group, topk_group and routed_scaling_factor
+    correction: str = ""  # the name within the mixture of what is added to scores for the choice (moe_norm_min)
+    shared: str = ""  # the name of an MLP within the mixture that every token goes through
+    shared_count: str = ""  # as how many experts that is large; empty: shared_expert_intermediate_size says how large
+    shared_gate: str = ""  # the linear beside it whose sigmoid is the share of what it gives; empty: 1
+    inner: str = "intermediate_size"  # of an MLP
+    normalized: bool | str = "norm_topk_prob"
+    unit_norms: bool = False  # norms multiply by 1 + their weight
+    norms: tuple[str, str, str] = ("", "post_attention_layernorm", "")  # see ModelSpec.norms
+    gelu: bool = False  # gelu(gate) * up, in the approximation by tanh, instead of silu(gate) * up
+    scaled_embedding: bool = False  # by the root of the hidden size
+    soft_caps: tuple[str, ...] = ()  # the keys of those that it has
+    partial_rotation: bool = False  # partial_rotary_factor says how much of a head rotates
+    interleaved: bool = False  # neighbours in a head are rotated against each other, not its halves
+    yarn: str = "yarn"  # the rope type that it calls so
+    local_rope: bool = False  # layers with a window rotate otherwise than the others
+    float16: bool = True  # whether its activations stay within what float16 holds; Granite's are kept larger, see models/spec.py
+    unrotated: bool = False  # every no_rope_layer_interval-th layer rotates nothing, or those with a 0 in no_rope_layers
+    scaled_queries: bool = False  # by their position, see RopeSpec.query_beta
+    multiplied: bool = False  # by what MULTIPLIERS say
+    ahead: tuple[str, ...] = ()  # how tensors begin that guess tokens ahead
+    ahead_count: str = ""  # or how many layers behind the others do so
+    refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # more keys as in NEUTRAL
+    passed_over: tuple[str, ...] = ()  # keys of NEUTRAL that mean nothing in it
+    text_part: bool = False  # of a model that reads more than text: its settings stand in text_config
+    texts: tuple[str, ...] = ()  # which of TEXTS that part may be; the first where it does not say
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys for which there is no field above
+    rope: Mapping[str, Any] | None = None  # where neither rope_parameters nor rope_scaling say
