@@ -19,7 +19,7 @@ from appliance.memory.giving_way import CPU_BANDWIDTH, CPU_RATE, GivingWay
 from appliance.memory.modules import Machinery
 from appliance.memory.planner import make_plan, read_settings
 from appliance.memory.roofline import Limits, Work
-from appliance.memory.shard import shard
+from appliance.memory.shard import check_layout, shard
 from appliance.plan_command import Asked, plan_of
 from models.spec import ModelSpec
 from quant.errors import InputError
@@ -152,3 +152,23 @@ def test_experts_in_float32_are_for_a_cpu() -> None:
     spec, card = ModelSpec.from_config(SMALL), Machinery(ops="triton", dtype="float32", head_bits=8)
     with pytest.raises(InputError, match="m: cards have no kernel for experts in float32: --dtype float16 or bfloat16, or --dev"):
         Demand.of(spec, QuantScheme.from_config({}), card, model="m")
+
+
+def test_experts_in_groups_are_for_a_cpu() -> None:
+    spec = ModelSpec.from_config({**GLM4_MOE, "n_group": 2})
+    card = Machinery(ops="triton", dtype="bfloat16", head_bits=8)
+    with pytest.raises(InputError, match=r"m: cards have no kernel for experts in groups \(n_group\): --device cpu serves it"):
+        Demand.of(spec, QuantScheme.from_config({}), card, model="m")
+    assert Demand.of(ModelSpec.from_config(GLM4_MOE), QuantScheme.from_config({}), card, model="m").weights["mlp"]
+
+
+def test_first_layers_without_experts_on_several_cards() -> None:
+    spec = ModelSpec.from_config({**GLM4_MOE, "torch_dtype": "float16"})
+    card = Machinery.choose(EngineConfig(lm_head_dtype="model"), spec.dtype, find_card("RTX 3090").device())
+    whole, half = (Demand.of(one, QuantScheme.from_config(GLM4_MOE), card, model="m").weights for one in (spec, shard(spec, 2)))
+    assert all(half[part] * 2 == whole[part] for part in ("mlp", "experts")) and half["router"] == whole["router"]
+    with pytest.raises(InputError, match=r"640 features of the MLP are no multiple of 3; 2 would do|attention heads"):
+        shard(spec, 3)
+    scheme = QuantScheme.from_config({"quantization_config": VARIANTS["gptq"][2]})
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.shared_experts\.down_proj cannot be split: 64 inputs a card"):
+        check_layout(spec, shard(spec, 2), scheme, 2)
