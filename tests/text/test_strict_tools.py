@@ -164,7 +164,7 @@ def test_reasoning_is_free(kind: type[ToolParser], form: Form, special: bool, op
     answer = AnswerParser(ReasoningParser(THINK, opened=opened), reader(kind)).parse(text)
     assert answer.reasoning == thought and answer.content == "" and answer.calls[0].arguments == '{"n": 5}'
     said, may_end = one.write(f"{begin}Hm.</think>{bad}")
-    assert said.endswith("<parameter=n>" if form.tagged else '{"n": ') and not may_end
+    assert said.endswith(form.tagged.begin("n") if form.tagged else '{"n": ') and not may_end
     if not opened:
         assert one.write(f"No thoughts.\n{fine}") == (f"No thoughts.\n{fine}", True)
         assert not one.write(f"No thoughts.\n{bad}")[1] and not one.write(bad)[1]

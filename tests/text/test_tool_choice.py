@@ -12,7 +12,7 @@ from appliance.text.template import ChatTemplates
 from appliance.text.tools.choice import FORMS, forced, parameters, schema, tool_choice
 from appliance.text.tools.detect import detect
 from appliance.text.tools.formats import PARSERS
-from appliance.text.tools.seed import in_tags
+from appliance.text.tools.tags import in_tags
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
@@ -74,7 +74,7 @@ def test_what_is_forced_is_what_the_parser_reads(kind, form):
                 name = next(name for name in values if name in one.begin)
                 jsonschema.validate(values[name], one.schema)
                 given = json.dumps(values[name])
-                written.append(one.begin + (in_tags(given) if form.tagged else given) + one.end)
+                written.append(one.begin + (in_tags(given, form.tagged) if form.tagged else given) + one.end)
                 names.append(name)
             answer = kind().parse(rule.before + rule.between.join(written) + rule.after)
             assert [(c.name, json.loads(c.arguments)) for c in answer.calls] == [(name, values[name]) for name in names]
@@ -109,6 +109,7 @@ WRITES = {
     "openai": ("openai-gpt-oss",),
     "granite": ("ibm-granite-granite-3",),
     "seed_oss": ("ByteDance-Seed-OSS",),
+    "glm45": ("GLM-4",),
 }
 
 
@@ -126,7 +127,7 @@ def test_what_generators_write_into_schemas_and_rules_nothing_out():
 
 
 def test_the_format_of_real_templates(shared_data):
-    """Those with another format (Qwen3-Coder's and GLM's have the marker of Hermes) are not taken for one of these."""
+    """Those with another format (Qwen3-Coder's has the marker of Hermes) are not taken for one of these."""
     seen = set()
     for path in sorted((shared_data / "tokenizers" / "chat_templates").glob("*.jinja")):
         expected = next((name for name, starts in WRITES.items() if path.name.startswith(starts)), None)

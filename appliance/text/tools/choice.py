@@ -11,7 +11,7 @@ from typing import Any, Literal
 from appliance.core.params import RequestError
 from appliance.text.tools.formats import Granite, Hermes, Llama3Json, Mistral
 from appliance.text.tools.parser import ToolParser
-from appliance.text.tools.seed import NOTES, SeedOss, check_tags, in_tags
+from appliance.text.tools.tags import NOTES, Glm, SeedOss, Tagging, check_tags, in_tags
 
 MAX_TOOLS = 1024  # of a request; about ten microseconds each
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
@@ -148,11 +148,11 @@ class Form:
     before: str = ""
     after: str = ""
     as_json: bool = True  # the name stands in a JSON string
-    tagged: bool = False  # arguments stand in tags (seed.py), else they are JSON
+    tagged: Tagging | None = None  # the tags in which arguments stand; None: they are JSON
 
     def write(self, calls: Sequence[tuple[str, str]]) -> str:
         """The text of calls, each a name and its arguments (JSON text)."""
-        some = (self.begin(name) + (in_tags(one) if self.tagged else one) + self.closing for name, one in calls)
+        some = (self.begin(name) + (in_tags(one, self.tagged) if self.tagged else one) + self.closing for name, one in calls)
         return self.before + self.between.join(some) + self.after
 
     def begin(self, name: str) -> str:
@@ -164,7 +164,10 @@ _LLAMA = Form('{"name": %s, "parameters": ', "}", between="; ")
 _MISTRAL_LIST = Form('{"name": %s, "arguments": ', "}", between=", ", before="[TOOL_CALLS][", after="]")
 _MISTRAL = Form("[TOOL_CALLS]%s[ARGS]", "", as_json=False)
 _GRANITE = replace(_MISTRAL_LIST, before="<|tool_call|>[")
-_SEED = Form("<seed:tool_call>\n<function=%s>\n", "</function>\n</seed:tool_call>", between="\n", as_json=False, tagged=True)
+_SEED = Form(
+    "<seed:tool_call>\n<function=%s>\n", "</function>\n</seed:tool_call>", between="\n", as_json=False, tagged=SeedOss.tags
+)
+_GLM = Form("<tool_call>%s\n", "</tool_call>", between="\n", as_json=False, tagged=Glm.tags)
 # Of gpt-oss, of which a grammar of its own makes use. An answer ends with its call.
 HARMONY = Form(
     "<|channel|>commentary to=functions.%s <|constrain|>json<|message|>", "", between="<|call|><|start|>assistant", as_json=False
@@ -175,6 +178,7 @@ FORMS: dict[type[ToolParser], tuple[Form, ...]] = {
     Mistral: (_MISTRAL, _MISTRAL_LIST),
     Granite: (_GRANITE,),
     SeedOss: (_SEED,),
+    Glm: (_GLM,),
 }
 
 
@@ -191,7 +195,7 @@ class Forced:
     before: str
     after: str
     most: int | None
-    tagged: bool = False
+    tagged: Tagging | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from appliance.text.tools.formats import Granite, Hermes, Llama3Json, Mistral
 from appliance.text.tools.harmony import Harmony
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import decoded
-from appliance.text.tools.seed import SeedOss
+from appliance.text.tools.tags import Glm, SeedOss
 
 _USER = "The question of the user"
 _CITY = "Zürich {1}"
@@ -24,10 +24,10 @@ _TOOL = {
     },
 }
 _CALL: dict[str, Any] = {"id": "abcdef123", "type": "function", "function": {"name": "get_weather", "arguments": {"city": _CITY}}}
-_NO_THOUGHTS = re.compile(r"<think>\s*(</think>)?")
+_NO_THOUGHTS = re.compile(r"<think>\s*(</think>)?|</think>")
 _CANDIDATES: dict[str, type[ToolParser]] = {
     "hermes": Hermes, "mistral": Mistral, "llama3_json": Llama3Json, "openai": Harmony, "granite": Granite,
-    "seed_oss": SeedOss,
+    "seed_oss": SeedOss, "glm45": Glm,
 }  # fmt: skip
 
 

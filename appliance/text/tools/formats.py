@@ -10,7 +10,7 @@ from hashlib import sha256
 from appliance.text.tools.harmony import Harmony
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import Step, Steps, first
-from appliance.text.tools.seed import SeedOss
+from appliance.text.tools.tags import Glm, SeedOss
 
 _KEYS = frozenset({"name", "parameters", "arguments", "type", "id"})
 _NAME, _ID = re.compile(r"[-\w.:/]*"), re.compile(r"[a-zA-Z0-9]*")
@@ -163,4 +163,6 @@ PARSERS: dict[str, type[ToolParser]] = {
     "mistral": Mistral,
     "openai": Harmony,
     "seed_oss": SeedOss,
+    "glm45": Glm,
+    "glm47": Glm,
 }

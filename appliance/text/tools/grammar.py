@@ -12,7 +12,7 @@ from typing import Any
 from appliance.text.reasoning import Tags
 from appliance.text.tools.choice import Alternative, Forced
 from appliance.text.tools.harmony import CHANNEL, END, MESSAGE, START
-from appliance.text.tools.seed import PARAMETER, VALUE_END, as_text
+from appliance.text.tools.tags import Tagging, as_text
 
 _NONE: Mapping[str, int] = MappingProxyType({})
 # How the arguments are spelled, as chat templates write them; what stands in the schema under this name may not say otherwise.
@@ -114,16 +114,19 @@ def _calls(calls: Forced, spelled: Callable[[str], str], *, formed: bool) -> lis
             rules.append(f"call{i}: %json {_json(_whole(one))}")
         else:
             rules.append(f"call{i}: {spelled(one.begin)} arguments{i} {spelled(one.end)}")
-            rules += _tagged(f"arguments{i}", one.schema) if calls.tagged else [f"arguments{i}: %json {_json(one.schema)}"]
-    rules += [f"value[suffix={_text(VALUE_END)}]: {_TEXT}"] * calls.tagged
+            name, tags = f"arguments{i}", calls.tagged
+            rules += _tagged(name, one.schema, tags, spelled) if tags else [f"{name}: %json {_json(one.schema)}"]
+    if calls.tagged:
+        end, plain = spelled(calls.tagged.end), _text(calls.tagged.end)
+        rules.append(f"value[suffix={plain}]: {_TEXT}" if end == plain else f"value: {_TEXT} {end}")
     more = "" if calls.most == 1 else f" ({spelled(calls.between)} call)*"
     rules.append("call: " + " | ".join(f"call{i}" for i in range(len(calls.alternatives))))
     rules.append(f"calls: {spelled(calls.before)} call{more} {spelled(calls.after)}")
     return rules
 
 
-def _tagged(name: str, schema: Mapping[str, Any]) -> list[str]:
-    """Rules of arguments in tags (seed.py): the properties in their order, of which those that are not required may be missing.
+def _tagged(name: str, schema: Mapping[str, Any], tags: Tagging, spelled: Callable[[str], str]) -> list[str]:
+    """Rules of arguments in tags: the properties in their order, of which those that are not required may be missing.
 
     Where none are named there may be any.
     """
@@ -133,18 +136,18 @@ def _tagged(name: str, schema: Mapping[str, Any]) -> list[str]:
     unnamed = {key: {"type": "string"} for key in required if key not in properties}
     for i, (key, one) in enumerate({**properties, **unnamed}.items()):
         value = "value"
-        if as_text(one):
-            value = f"({' | '.join(_text(some + VALUE_END) for some in one['enum'])})" if "enum" in one else value
+        if as_text(one, tags):
+            value = f"({' | '.join(spelled(some + tags.end) for some in one['enum'])})" if "enum" in one else value
         else:
             given = one if isinstance(one, Mapping) else {}
             refers = '"$ref"' in json.dumps(given)
             rules.append(f"{name}_json{i}: %json {_json({**(shared if refers else {}), **given})}")
-            value = f"{name}_json{i} {_text(VALUE_END)}"
+            value = f"{name}_json{i} {spelled(tags.end)}"
         if one is not False:
-            rules.append(f'{name}_{i}: {_text(PARAMETER % key)} {value} "\\n"')
+            rules.append(f'{name}_{i}: {spelled(tags.begin(key))} {value} "\\n"')
             parts.append(f"{name}_{i}" if key in required else f"{name}_{i}?")
     if not parts and schema.get("additionalProperties", True) is True:
-        rules.append(f'{name}_any: "<parameter=" /[^<>\\n]+/ ">" value "\\n"')
+        rules.append(f'{name}_any: {spelled(tags.before)} /[^<>\\n]+/ {spelled(tags.between)} value "\\n"')
         parts = [f"{name}_any*"]
     return [f"{name}: {' '.join(parts) or _text('')}", *rules]
 

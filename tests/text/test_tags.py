@@ -1,4 +1,4 @@
-"""Calls of Seed-OSS: tags, with arguments that are text until the tool's parameters say what they stand for."""
+"""Calls of Seed-OSS and GLM: tags, with arguments that are text until the tool's parameters say what they stand for."""
 
 import json
 
@@ -14,74 +14,90 @@ from appliance.server.schemas import ChatRequest
 from appliance.text.grammar import library, limits
 from appliance.text.tools.choice import FORMS, forced, tool_choice
 from appliance.text.tools.grammar import lark
-from appliance.text.tools.seed import VALUE_END, SeedOss, typed
+from appliance.text.tools.tags import Glm, SeedOss, typed
 from tests.text.test_strict_tools import Words
 from tests.text.test_tools import check_account, check_cutting, streamed
 from tests.text.tool_texts import cuts, nonsense, seeded
 
-SCRAPS = [
-    "<seed:tool_call>", "</seed:tool_call>", "<function=f>", "<function=", "</function>", "<parameter=a>", "<parameter=", ">",
-    "</parameter>", "\n", " ", "1", "f", "é😀", "<", "</", "<seed:", "Hello", '"', "\\", "{", "<seed:tool_call>\n<function=f>\n",
-    "<parameter=a>1</parameter>\n", "</function>\n</seed:tool_call>",
-]  # fmt: skip
+KINDS = (SeedOss, Glm)
+OPEN = {SeedOss: "<seed:tool_call>\n<function=%s>\n", Glm: "<tool_call>%s\n"}
+ARGUMENT = {SeedOss: "<parameter=%s>%s</parameter>\n", Glm: "<arg_key>%s</arg_key>\n<arg_value>%s</arg_value>\n"}
+CLOSE = {SeedOss: "</function>\n</seed:tool_call>", Glm: "</tool_call>"}
+ANY = ["\n", " ", "1", "f", "é😀", "<", "</", "Hello", '"', "\\", "{", ">"]
+SCRAPS = {
+    SeedOss: [
+        "<seed:tool_call>", "</seed:tool_call>", "<function=f>", "<function=", "</function>", "<parameter=a>", "<parameter=",
+        "</parameter>", "<seed:", "<seed:tool_call>\n<function=f>\n", "<parameter=a>1</parameter>\n",
+        "</function>\n</seed:tool_call>", *ANY,
+    ],
+    Glm: [
+        "<tool_call>", "</tool_call>", "<tool_call>f", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
+        "<arg_key>a</arg_key>", "<tool_", "<arg_", "<tool_call>f\n", "<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n", *ANY,
+    ],
+}  # fmt: skip
 TYPES = {"text": "string", "whole": "integer", "part": "number", "flag": "boolean", "list": "array", "map": "object"}
 FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {name: {"type": kind} for name, kind in TYPES.items()}}}
 
 
-def write(calls):
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def write(calls, kind=SeedOss):
     """As the published chat template writes calls whose values are text already."""
     return "".join(
-        f"\n<seed:tool_call>\n<function={name}>\n"
-        + "".join(f"<parameter={key}>{value}</parameter>\n" for key, value in values.items())
-        + "</function>\n</seed:tool_call>"
+        f"\n{OPEN[kind] % name}" + "".join(ARGUMENT[kind] % pair for pair in values.items()) + CLOSE[kind]
         for name, values in calls
     )
 
 
-def found(text, functions=(FUNCTION,)):
-    answer = SeedOss(functions=functions).parse(text)
+def found(text, functions=(FUNCTION,), kind=SeedOss):
+    answer = kind(functions=functions).parse(text)
     return answer.content, [(one.name, one.arguments) for one in answer.calls]
 
 
-def test_cutting_changes_nothing():
-    for rng in seeded(500, "seed"):
-        text = "".join(rng.choice(SCRAPS) for _ in range(rng.randrange(25)))
+def test_cutting_changes_nothing(kind):
+    for rng in seeded(250, kind.__name__):
+        text = "".join(rng.choice(SCRAPS[kind]) for _ in range(rng.randrange(25)))
         if rng.random() < 0.5:
-            text = nonsense(rng, 3) + write([("f", {"text": nonsense(rng), "whole": "1"})] * rng.randint(1, 2)) + text
-        check_cutting(SeedOss, text, cuts(rng, text))
-        check_account(SeedOss, text)
+            calls = [("f", {"text": nonsense(rng), "whole": "1"})] * rng.randint(1, 2)
+            text = nonsense(rng, 3) + write(calls, kind) + text
+        check_cutting(kind, text, cuts(rng, text))
+        check_account(kind, text)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from(SCRAPS) | st.text(max_size=3), max_size=20))
-def test_cutting_changes_nothing_hypothesis(scraps):
+@given(st.sampled_from(KINDS), st.data())
+def test_cutting_changes_nothing_hypothesis(kind, data):
+    scraps = data.draw(st.lists(st.sampled_from(SCRAPS[kind]) | st.text(max_size=3), max_size=20))
     text = "".join(scraps)
-    check_cutting(SeedOss, text, scraps)
-    check_cutting(SeedOss, text, list(text))
-    check_account(SeedOss, text)
+    check_cutting(kind, text, scraps)
+    check_cutting(kind, text, list(text))
+    check_account(kind, text)
 
 
-def test_values_come_back_as_they_were():
+def test_values_come_back_as_they_were(kind):
     """In JSON, and as the template writes what is no text: like Python."""
-    for rng in seeded(100, "values"):
+    for rng in seeded(50, "values"):
         values = {
-            "text": nonsense(rng).replace("</parameter>", "").strip("\n"), "whole": rng.randrange(-999, 999),
+            "text": nonsense(rng).replace(kind.tags.end, "").strip("\n"), "whole": rng.randrange(-999, 999),
             "part": rng.random() * 1e9, "flag": rng.random() < 0.5, "list": [1, "a'b", None, True], "map": {"k": [{}, "ü"]},
         }  # fmt: skip
         for spell in (str, json.dumps):
             wrote = {key: value if isinstance(value, str) else spell(value) for key, value in values.items()}
-            text = "So:\n" + write([("f", wrote), ("g.h", {})]) + rng.choice(["", "\n"])
-            answer = streamed(SeedOss(functions=[FUNCTION]), cuts(rng, text))
+            text = "So:\n" + write([("f", wrote), ("g.h", {})], kind) + rng.choice(["", "\n"])
+            answer = streamed(kind(functions=[FUNCTION]), cuts(rng, text))
             assert [one.name for one in answer.calls] == ["f", "g.h"] and answer.content == "So:"
             assert json.loads(answer.calls[0].arguments) == values and answer.calls[1].arguments == "{}"
 
 
-def test_a_cut_off_call_is_the_beginning_of_the_whole():
-    text = write([("f", {"text": "a b", "whole": "12"}), ("f", {"flag": "true"})])
-    _, every = found(text)
+def test_a_cut_off_call_is_the_beginning_of_the_whole(kind):
+    text = write([("f", {"text": "a b", "whole": "12"}), ("f", {"flag": "true"})], kind)
+    _, every = found(text, kind=kind)
     assert every == [("f", '{"text": "a b", "whole": 12}'), ("f", '{"flag": true}')]
     for n in range(len(text)):
-        _, some = found(text[:n])
+        _, some = found(text[:n], kind=kind)
         assert all(one[0] == "f" and whole[1].startswith(one[1]) for one, whole in zip(some, every, strict=False))
         assert some[:-1] == every[: max(0, len(some) - 1)]
 
@@ -109,6 +125,26 @@ def test_a_cut_off_call_is_the_beginning_of_the_whole():
 )  # fmt: skip
 def test_by_hand(text, content, calls):
     assert found(text) == (text if content is None else content, calls)
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("<tool_call>f</tool_call>", "", [("f", "{}")]),
+        ("<tool_call>f<arg_key>text</arg_key><arg_value>a</arg_value><arg_key>whole</arg_key><arg_value>1</arg_value></tool_call>",
+         "", [("f", '{"text": "a", "whole": 1}')]),
+        ("Hi. <tool_call>f\n</tool_call>\n<tool_call>\ng</tool_call> Bye.", "Hi. Bye.", [("f", "{}"), ("g", "{}")]),
+        ("<tool_call>f\n<arg_key>text</arg_key>\n<arg_value>\na\n\nb\n</arg_value>", "", [("f", '{"text": "a\\n\\nb"')]),
+        ("<tool_call>f<arg_key>text</arg_key> no</tool_call>", "<arg_key>text</arg_key> no</tool_call>", [("f", "{")]),
+        ('<tool_call>{"name": "f", "arguments": {}}</tool_call>', None, []),
+        ("<tool_call>f(a)</tool_call>", None, []),
+        ("<tool_call>f", None, []),
+        ("<tool_call></tool_call>", None, []),
+        ("f<arg_key>a</arg_key>", None, []),
+    ],
+)  # fmt: skip
+def test_by_hand_of_glm(text, content, calls):
+    assert found(text, kind=Glm) == (text if content is None else content, calls)
 
 
 @pytest.mark.parametrize(
@@ -156,18 +192,18 @@ SCHEMA = {
 HELD = {"name": "f", "parameters": SCHEMA}
 
 
-@pytest.fixture(scope="module")
-def matcher():
-    """Of a grammar of calls of "f" and of "g", byte by byte."""
+@pytest.fixture(scope="module", params=KINDS)
+def matcher(request):
+    """(a kind, of a grammar of calls of "f" and of "g", byte by byte)."""
 
     tools = [{"type": "function", "function": one} for one in (HELD, {"name": "g"}, {"name": "h", "parameters": {}})]
-    grammar = lark(forced(tool_choice(tools, "required"), FORMS[SeedOss][0]))
+    grammar = lark(forced(tool_choice(tools, "required"), FORMS[request.param][0]))
     words = Words([*(bytes([i]) for i in range(256)), b"\xff<end>"], range(256, 257))
     lib = library()
-    return lib.LLMatcher(lib.LLTokenizer(lib.TokenizerWrapper(words)), grammar, log_level=0, limits=limits())
+    return request.param, lib.LLMatcher(lib.LLTokenizer(lib.TokenizerWrapper(words)), grammar, log_level=0, limits=limits())
 
 
-def drawn(matcher, rng, most):
+def drawn(matcher, rng, most, end):
     """What the grammar lets through, at random; of a text's characters rather those that could be misread."""
     matcher.reset()
     made = bytearray()
@@ -180,19 +216,20 @@ def drawn(matcher, rng, most):
         assert matcher.consume_token(token)
         made.append(token)
         if token == 60 and rng.random() < 0.5:  # else a text would not end
-            made += VALUE_END[1 : 1 + matcher.try_consume_tokens(list(VALUE_END[1:].encode()))].encode()
+            made += end[1 : 1 + matcher.try_consume_tokens(list(end[1:].encode()))].encode()
     return None
 
 
 def test_whatever_the_grammar_lets_through_is_read_as_it_was_held(matcher):
     """Random texts of it: calls whose arguments fit, however the text is cut."""
+    kind, grammar = matcher
     validator, whole, keys = jsonschema.Draft202012Validator(SCHEMA), 0, set()
-    for rng in seeded(150, "held"):
-        text = drawn(matcher, rng, 2000)
+    for rng in seeded(100, "held"):
+        text = drawn(grammar, rng, 2000, kind.tags.end)
         if text is None:
             continue
         whole += 1
-        answer = streamed(SeedOss(functions=[HELD], held=["f", "g", "h"]), cuts(rng, text))
+        answer = streamed(kind(functions=[HELD], held=["f", "g", "h"]), cuts(rng, text))
         assert answer.content == "" and answer.calls
         for call in answer.calls:
             found = json.loads(call.arguments)
@@ -200,7 +237,7 @@ def test_whatever_the_grammar_lets_through_is_read_as_it_was_held(matcher):
             if call.name == "f":
                 validator.validate(found)
                 keys |= set(found)
-    assert whole > 40 and keys == {*SCHEMA["properties"], "more"}
+    assert whole > 25 and keys == {*SCHEMA["properties"], "more"}
 
 
 @pytest.mark.parametrize(
@@ -221,11 +258,13 @@ def test_whatever_the_grammar_lets_through_is_read_as_it_was_held(matcher):
     ],
 )  # fmt: skip
 def test_what_is_held(matcher, values, fits):
-    matcher.reset()
-    text = write([("f", values)]).removeprefix("\n")
-    assert (matcher.try_consume_tokens(list(text.encode())) == len(text.encode()) and matcher.is_accepting()) == fits
+    kind, grammar = matcher
+    grammar.reset()
+    values = {key: str(value).replace(SeedOss.tags.end, kind.tags.end) for key, value in values.items()}
+    text = write([("f", values)], kind).removeprefix("\n")
+    assert (grammar.try_consume_tokens(list(text.encode())) == len(text.encode()) and grammar.is_accepting()) == fits
     if fits:
-        (call,) = SeedOss(functions=[HELD], held=["f"]).parse(text).calls
+        (call,) = kind(functions=[HELD], held=["f"]).parse(text).calls
         jsonschema.validate(json.loads(call.arguments), SCHEMA)
 
 

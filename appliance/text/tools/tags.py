@@ -1,4 +1,4 @@
-"""Calls of Seed-OSS, which are written in tags: arguments are text, and the tool's parameters say what that stands for.
+"""Calls of Seed-OSS and GLM, which are written in tags: arguments are text, and the tool's parameters say what that stands for.
 
 Where a grammar holds the model to the parameters, a string without constraints is text, and all else is JSON (``as_text``).
 """
@@ -9,7 +9,7 @@ import ast
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from appliance.core.params import RequestError
 from appliance.text.delta import CallDelta
@@ -17,7 +17,6 @@ from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import Step, Steps
 
 _NAME, _KEY = re.compile(r"[-\w.:/]*"), re.compile(r"[^<>\n]*")
-PARAMETER, VALUE_END = "<parameter=%s>", "</parameter>"
 NOTES = frozenset({"description", "title", "default", "examples", "$comment"})
 """Keywords of a JSON schema that constrain nothing."""
 _OF_ALL = frozenset({
@@ -28,60 +27,62 @@ _OF_ALL = frozenset({
 """Those that constrain all arguments together, or such as have no names."""
 
 
-class SeedOss(ToolParser):
-    """``<seed:tool_call><function=f><parameter=a>1</parameter></function></seed:tool_call>``, white space between the tags.
+class Tagging(NamedTuple):
+    """The tags of an argument: before its name, between that and its value (line by line), and behind it."""
 
-    Each argument is given out as JSON when it is complete. Where a call's tags are broken its arguments end; the rest is content.
+    before: str
+    between: str
+    end: str
+
+    def begin(self, key: str) -> str:
+        return self.before + key + self.between
+
+
+class Tagged(ToolParser):
+    """What such formats share. Each argument is given out as JSON when it is complete, white space between tags is none.
+
+    Where a call's tags are broken its arguments end; the rest is content.
     """
 
-    START, END = "<seed:tool_call>", "</seed:tool_call>"
-    openers = (START,)
-    ends = special = (START, END)
+    tags: Tagging
 
-    def read(self, marker: str) -> Steps:
-        yield from self.peek()
-        while (yield from self.sees("<function=")):
-            name = yield from self.run_of(_NAME)
-            if not name or not (yield from self.sees(">")):
-                return
-            self.begin(name, "{")
-            self._ending = True
-            whole = yield from self._arguments(name)
-            self._ending = False
-            if not whole:
-                return
-            yield from self.peek()
-            if (yield from self.sees(self.END)):
-                self.drop()
-                return
+    def call(self, name: str, close: str) -> Step[bool]:
+        """Read a call's arguments and the tag ``close`` behind them. False where something else stands there."""
+        self.begin(name, "{")
+        self._ending = True
+        whole = yield from self._arguments(name, close)
+        self._ending = False
+        return whole
 
-    def _arguments(self, name: str) -> Step[bool]:
-        """Read arguments and the end of the function. False where something else stands there."""
+    def _arguments(self, name: str, close: str) -> Step[bool]:
         given = next((one.get("parameters") for one in self.functions if one.get("name") == name), None)
         types = given.get("properties") if isinstance(given, Mapping) else None
         between = ""
         while True:
             yield from self.peek()
-            if (yield from self.sees("</function>")):
+            if (yield from self.sees(close)):
                 self._give("}")
                 return True
-            if not (yield from self.sees("<parameter=")):
+            if not (yield from self.sees(self.tags.before)):
                 return False
             key = yield from self.run_of(_KEY)
-            if not (yield from self.sees(">")):
-                return False
+            for number, part in enumerate(self.tags.between.split("\n")):
+                if number:
+                    yield from self.peek()
+                if not (yield from self.sees(part)):
+                    return False
             value = yield from self._value(types.get(key) if isinstance(types, Mapping) else None, name in self.held_names)
             self._give(f"{between}{json.dumps(key, ensure_ascii=False)}: {value}")
             between = ", "
 
     def _value(self, schema: Any, held: bool) -> Step[str]:
         start = self.at
-        if held and schema is not None and not as_text(schema) and (yield from self.value()):
+        if held and schema is not None and not as_text(schema, self.tags) and (yield from self.value()):
             text = self.held[start : self.at]
-            if _is_json(text) and (yield from self.sees(VALUE_END)):
+            if _is_json(text) and (yield from self.sees(self.tags.end)):
                 return text
         self.at = start
-        return typed((yield from self._until(VALUE_END)), schema)
+        return typed((yield from self._until(self.tags.end)), schema)
 
     def _until(self, mark: str) -> Step[str]:
         start = self.at
@@ -96,22 +97,63 @@ class SeedOss(ToolParser):
         self._tell(CallDelta(self.count - 1, arguments=arguments))
 
 
-def as_text(schema: Any) -> bool:
+class SeedOss(Tagged):
+    """``<seed:tool_call><function=f><parameter=a>1</parameter></function></seed:tool_call>``."""
+
+    START, END = "<seed:tool_call>", "</seed:tool_call>"
+    openers = (START,)
+    ends = special = (START, END)
+    tags = Tagging("<parameter=", ">", "</parameter>")
+
+    def read(self, marker: str) -> Steps:
+        yield from self.peek()
+        while (yield from self.sees("<function=")):
+            name = yield from self.run_of(_NAME)
+            if not name or not (yield from self.sees(">")):
+                return
+            if not (yield from self.call(name, "</function>")):
+                return
+            yield from self.peek()
+            if (yield from self.sees(self.END)):
+                self.drop()
+                return
+
+
+class Glm(Tagged):
+    """``<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>``: GLM-4.5 and later ones."""
+
+    START, END = "<tool_call>", "</tool_call>"
+    openers = (START,)
+    tags = Tagging("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>")
+    ends = (START, END)
+    special = (*ends, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+
+    def read(self, marker: str) -> Steps:
+        yield from self.peek()
+        name = yield from self.run_of(_NAME)
+        yield from self.peek()
+        start = self.at
+        if name and ((yield from self.sees(self.tags.before)) or (yield from self.sees(self.END))):
+            self.at = start
+            yield from self.call(name, self.END)
+
+
+def as_text(schema: Any, tags: Tagging) -> bool:
     """Whether a value that a grammar holds is written as text, and not as JSON: a string, any or one of a list."""
     if not isinstance(schema, Mapping) or not set(schema) <= NOTES | {"type", "enum"}:
         return False
     if "enum" not in schema:
         return schema.get("type") == "string"
     some = schema["enum"]
-    if not isinstance(some, list) or not all(isinstance(one, str) and VALUE_END not in one for one in some):
+    if not isinstance(some, list) or not all(isinstance(one, str) and tags.end not in one for one in some):
         return False
     return bool(some) and all(typed(one, schema) == json.dumps(one, ensure_ascii=False) for one in some)
 
 
-def in_tags(arguments: str) -> str:
+def in_tags(arguments: str, tags: Tagging) -> str:
     """Arguments (a JSON object) as the model writes them."""
     return "".join(
-        f"{PARAMETER % key}{value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}{VALUE_END}\n"
+        f"{tags.begin(key)}{value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}{tags.end}\n"
         for key, value in json.loads(arguments).items()
     )
 
