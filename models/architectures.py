@@ -155,6 +155,19 @@ ARCHITECTURES = {
         float16=False,  # what its MLPs add goes beyond it, as others found
     ),
     "Glm4MoeForCausalLM": GLM4_MOE,
+    "Glm4vMoeForConditionalGeneration": replace(
+        GLM4_MOE, qk_norm=False, max_position=65536, text_part=True, defaults={**GLM4_MOE.defaults, "attention_bias": True},
+    ),
+    "SolarOpenForCausalLM": replace(
+        GLM4_MOE, qk_norm=False, sparse="", theta=1e6, default_head_dim=128, partial_rotation=False, ahead_count="",
+        defaults={**GLM4_MOE.defaults, "partial_rotary_factor": None, "moe_intermediate_size": 1280},
+    ),
+    "Dots1ForCausalLM": replace(
+        GLM4_MOE, o_bias="attention_bias", qk_norm=True, eps=1e-6, max_position=2048, partial_rotation=False, ahead_count="",
+        window="beyond", default_window=4096, defaults={
+            "moe_intermediate_size": 1408, "first_k_dense_replace": 0, "n_shared_experts": 0, "max_window_layers": 62,
+        },
+    ),
     "Ernie4_5ForCausalLM": ERNIE,
     "Ernie4_5_MoeForCausalLM": ERNIE_MOE,
     "Gemma2ForCausalLM": GEMMA2,
@@ -323,7 +336,8 @@ def windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None
         return tuple(window if (layer + 1) % every else None for layer in range(layers))
     if kind.window == "unrotated":
         return tuple(window if still else None for still in unrotated(kind, fields, layers))
-    border = fields.integer("max_window_layers", default=28, minimum=0) if kind.window in ("lower", "upper") else 0
+    bordered = kind.window in ("lower", "upper", "beyond")
+    border = fields.integer("max_window_layers", default=28, minimum=0) if bordered else 0
     if kind.window == "lower":
         return tuple(window if layer < border and layer % 2 == 0 else None for layer in range(layers))
     return tuple(window if layer >= border else None for layer in range(layers))

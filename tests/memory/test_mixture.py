@@ -29,11 +29,16 @@ from tests.memory.published import ERNIE_MOE, GLM4_MOE, MIXTRAL, QWEN2_MOE, SMAL
 from tests.memory.test_planner import compare, kind  # noqa: F401
 
 GIB = 1 << 30
-KINDS = [SMALL, MIXTRAL, QWEN2_MOE, GLM4_MOE, ERNIE_MOE]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("config", KINDS, ids=lambda config: config["architectures"][0])
+@pytest.mark.parametrize(
+    ("config", "variant"),
+    [
+        *((config, variant) for config in (SMALL, MIXTRAL) for variant in VARIANTS),
+        *((config, variant) for config in (QWEN2_MOE, GLM4_MOE, ERNIE_MOE) for variant in ("none", "awq", "ct-w8a8")),
+    ],
+    ids=lambda one: one if isinstance(one, str) else one["architectures"][0],
+)
 def test_what_is_planned_is_what_the_loader_holds(tmp_path: Path, config: dict[str, Any], variant: str, kind: str) -> None:  # noqa: F811
     plan = compare(fill(write_published(tmp_path, config, variant), variant), kind)
     assert plan.weights["experts"] > plan.weights["router"] > 0

@@ -184,6 +184,30 @@ CASES = {
         attention_bias=True,
         rope_parameters={"rope_theta": 900.0, "partial_rotary_factor": 0.25},
     ),
+    "glm4v-moe-text-of-pictures": with_text(
+        "Glm4vMoe",
+        {"vision_config": {**QWEN, "num_position_embeddings": 16}},
+        **SPARSE,
+        head_dim=16,
+        n_routed_experts=5,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 900.0, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5},
+    ),
+    "solar-open": case(
+        "SolarOpenForCausalLM", **SPARSE, head_dim=12, n_routed_experts=6, num_experts_per_tok=2, attention_bias=True
+    ),
+    "dots1": case(
+        "Dots1ForCausalLM",
+        **SPARSE,
+        n_routed_experts=6,
+        n_shared_experts=2,
+        num_experts_per_tok=3,
+        first_k_dense_replace=1,
+        routed_scaling_factor=0.7,
+        sliding_window=9,
+        max_window_layers=1,
+        attention_bias=True,
+    ),
     "ernie4.5-moe": case("Ernie4_5_MoeForCausalLM", **SPARSE, moe_num_experts=7, moe_k=3),
     "ernie4.5-moe-range": case(
         "Ernie4_5_MoeForCausalLM",

@@ -116,6 +116,13 @@ ERNIE_MOE = {
     "num_attention_heads": 20, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 103424, "use_bias": False,
     "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
 }  # fmt: skip
+DOTS = {
+    "architectures": ["Dots1ForCausalLM"], "hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+    "n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5, "num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
+    "vocab_size": 152064, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1e7, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
 # Not copied from the hub: sizes as they are known. And parameters in billions, without what reads pictures.
 PUBLISHED = {
     "mistral-small-3.1": (mistral("mistral", 5120, 32768, 40, rope_theta=1e9, max_position_embeddings=131072), 23.57),
@@ -133,6 +140,7 @@ PUBLISHED = {
     "qwen2-57b-a14b": (QWEN2_MOE, 57.41),
     "glm-4.5-air": (GLM4_MOE, 106.85),
     "ernie-4.5-21b-a3b": (ERNIE_MOE, 21.83),
+    "dots.llm1": (DOTS, 142.77),
 }
 
 

@@ -27,6 +27,7 @@ MODEL_TYPES = {
     "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Ministral3ForCausalLM": "ministral3",
     "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "Phi3ForCausalLM": "phi3", "Qwen3MoeForCausalLM": "qwen3_moe",
     "Qwen2MoeForCausalLM": "qwen2_moe", "Glm4MoeForCausalLM": "glm4_moe", "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
+    "Glm4vMoeForConditionalGeneration": "glm4v_moe", "SolarOpenForCausalLM": "solar_open", "Dots1ForCausalLM": "dots1",
     "MixtralForCausalLM": "mixtral", "GptOssForCausalLM": "gpt_oss", "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3", "GraniteForCausalLM": "granite",
     "GlmForCausalLM": "glm", "Glm4ForCausalLM": "glm4", "Ernie4_5ForCausalLM": "ernie4_5",
@@ -60,7 +61,8 @@ def test_windows_that_no_key_states_are_those_of_transformers(name: str) -> None
     )
     expected = tuple(window if one == "sliding_attention" else None for one in types)
     experts = {"num_local_experts": 4, kind.expert_choice: 2} if kind.mixture else {}
-    assert ModelSpec.from_config({**config, **experts, "architectures": [name]}).windows == expected
+    ours = {"text_config": {**text, **experts}} if kind.text_part else {**text, **experts}
+    assert ModelSpec.from_config({**ours, "architectures": [name]}).windows == expected
 
 
 @pytest.mark.parametrize("text", [None, False, True])
