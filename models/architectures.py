@@ -164,8 +164,9 @@ ARCHITECTURES = {
     ),
     "Dots1ForCausalLM": replace(
         GLM4_MOE, o_bias="attention_bias", qk_norm=True, eps=1e-6, max_position=2048, partial_rotation=False, ahead_count="",
-        window="beyond", default_window=4096, defaults={
+        window="upper", default_window=4096, defaults={
             "moe_intermediate_size": 1408, "first_k_dense_replace": 0, "n_shared_experts": 0, "max_window_layers": 62,
+            "use_sliding_window": True,
         },
     ),
     "Ernie4_5ForCausalLM": ERNIE,
@@ -336,8 +337,7 @@ def windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None
         return tuple(window if (layer + 1) % every else None for layer in range(layers))
     if kind.window == "unrotated":
         return tuple(window if still else None for still in unrotated(kind, fields, layers))
-    bordered = kind.window in ("lower", "upper", "beyond")
-    border = fields.integer("max_window_layers", default=28, minimum=0) if bordered else 0
+    border = fields.integer("max_window_layers", default=28, minimum=0) if kind.window in ("lower", "upper") else 0
     if kind.window == "lower":
         return tuple(window if layer < border and layer % 2 == 0 else None for layer in range(layers))
     return tuple(window if layer >= border else None for layer in range(layers))

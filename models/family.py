@@ -19,9 +19,9 @@ class Architecture:
     fused_gate_up: bool = False
     hybrid: bool = False  # layers may be another thing than attention, and MLPs have names of their own (quant/headers.py)
     window: str = "none"
-    """Layers with sliding_window: none; "all"; "switched": all, if switched on; "beyond": from max_window_layers on; "upper":
-    these, if so; "lower": every other one before them, beginning with the first, if so; "unrotated": those that do not rotate, if
-    so; "alternate": every other one, beginning with the first; "pattern": all but each sliding_window_pattern-th."""
+    """Layers with sliding_window: none; "all"; "switched": all, if switched on; "upper": from max_window_layers on, if so;
+    "lower": every other one before that, beginning with the first, if so; "unrotated": those that do not rotate, if so;
+    "alternate": every other one, beginning with the first; "pattern": all but each sliding_window_pattern-th."""
     default_window: int | None = None
     default_head_dim: int | None = None
     eps: float = 1e-6
