@@ -168,3 +168,17 @@ def test_the_engine_answers_alike_alone_and_among_others(tmp_path: Path, config:
 def take(engine: Engine, found: dict[str, list[int]]) -> None:
     for event in engine.step():
         found.setdefault(event.request_id, []).extend(event.token_ids)
+
+
+def test_layers_that_guess_tokens_ahead_are_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As GLM publishes them: behind the others. Where config.json knows of none, they are left over."""
+    folder = fill(write_published(tmp_path, GLM4_MOE, "none"), "none")
+    with caplog.at_level("INFO", "appliance.loader"):
+        assert len(load(folder, get_ops("cpu", reference=True)).layers) == 2
+    assert "tensors that guess tokens ahead (model.layers.2.eh_proj.weight, ...) are not read" in caplog.text
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    with pytest.raises(
+        CheckpointError, match=r"tensors have no place in a Glm4MoeForCausalLM: model\.layers\.2\.eh_proj\.weight, "
+    ):
+        load(folder, get_ops("cpu", reference=True))
