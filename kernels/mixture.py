@@ -38,7 +38,8 @@ def route(
         keys = logits  # in the order of a softmax's scores, and apart where those are both 0
     chosen = _sorted(keys if scores.groups == 1 else _of_groups(keys, scores))[:, :active]
     shares = found.gather(1, chosen)
-    shares = shares / shares.sum(-1, keepdim=True).clamp(min=scores.least) if normalized else shares
+    least = 0.0 if keys is logits else scores.least
+    shares = shares / shares.sum(-1, keepdim=True).clamp(min=least) if normalized else shares
     return chosen, shares * scores.scale
 
 

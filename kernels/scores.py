@@ -13,7 +13,7 @@ class Scores(NamedTuple):
     sigmoid: bool = False  # of each product by itself
     groups: int = 1  # experts stand in so many groups, one behind another
     chosen_groups: int = 1  # of which a token goes to so many: those whose two largest scores have the largest sums
-    least: float = 0.0  # shares that are made to add up to 1 are divided by no less than this
+    least: float = 0.0  # sigmoids, and corrected scores, that are made to add up to 1 are divided by no less than this
     scale: float = 1.0  # shares are multiplied with this at last
 
 

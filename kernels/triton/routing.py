@@ -164,12 +164,13 @@ def _choose(  # type: ignore[no-untyped-def]
     logit = tl.zeros((BLOCK,), tl.float32)
     for i in tl.static_range(PARTS):
         logit += tl.load(logits + (i * tokens + token) * experts + expert, mask=real, other=0.0)
+    whole = 1.0  # what weights are divided by to be scores, where that is needed
     if SIGMOID:
         weight = 1.0 / (1.0 + tl.exp(-logit))
-        whole = 1.0
     else:
         weight = tl.exp(logit - tl.max(tl.where(real, logit, float("-inf")), axis=0))
-        whole = tl.sum(tl.where(real, weight, 0.0), axis=0)
+        if CORRECTED or not NORMALIZED:
+            whole = tl.sum(tl.where(real, weight, 0.0), axis=0)
     key = weight if SIGMOID else logit  # a softmax is in the order of logits
     if CORRECTED:
         key = weight / whole + tl.load(correction + expert, mask=real, other=0.0)
@@ -180,7 +181,9 @@ def _choose(  # type: ignore[no-untyped-def]
     taken = left != code
     total = whole
     if NORMALIZED:
-        total = tl.maximum(tl.sum(tl.where(taken, weight, 0.0), axis=0), least * whole)
+        total = tl.sum(tl.where(taken, weight, 0.0), axis=0)
+        if SIGMOID or CORRECTED:
+            total = tl.maximum(total, least * whole)
     place = tl.cumsum(taken.to(tl.int32), axis=0) - 1
     at = token * ACTIVE + place
     tl.store(shares + at, weight / total * scale, mask=taken)
