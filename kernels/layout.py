@@ -29,6 +29,8 @@ TRITON_ROUTE_PARTS = 4
 TILE_QUERIES, WIDEN, GATHER, TOGETHER = 256, 512, 64, 8
 """Attention of torch's operators: queries at a time, quantized keys widened at a time, scattered blocks gathered at a time, and
 partial results that exist at a time (kernels/cpu/paged_attention.py)."""
+DELTA_OPS = ("reference", "cpu", "cpu-native")  # that have the gated delta rule (Ops.delta)
+DELTA_ROWS = 256  # tokens at a time, of torch's operators (kernels/delta.py)
 HEADS = {"int8": 8, "int4": 4, "model": None}  # what the head may be stored as, and its bits
 ACTIVATIONS = ("auto", "int8", "bf16")
 SCALED_CACHES = {"fp8_e4m3": 8, "fp8_e5m2": 8, "int8": 8, "int4": 4}
@@ -245,6 +247,17 @@ def paged_attention_nbytes(
     widened = WIDEN * kv_heads * head_dim * (8 + 2 * item_size)
     scores = WIDEN * (8 * rows + 4 * heads * head_dim) + 4 * rows * head_dim if capped else 0
     return partial + widened + scores + 2 * GATHER * block_size * kv_heads * head_dim * item_size
+
+
+def delta_nbytes(*, ops: str, channels: int, value_heads: int, key_dim: int, value_dim: int) -> int:
+    """Bytes that the gated delta rule needs beside what it reads, its states and its result, at most; names as in models.delta.
+
+    Of torch's operators, in float32: its input, what the convolution sees and makes of it, queries and keys for each value head,
+    and the result on its way through norm and gate. Native kernels need no memory of their own.
+    """
+    if ops == "cpu-native":
+        return 0
+    return 4 * DELTA_ROWS * (6 * channels + value_heads * (4 * key_dim + 6 * value_dim + 8))
 
 
 def bias_nbytes(*, ops: str, dtype: str, N: int, gated: bool = False) -> int:

@@ -14,43 +14,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kernels.batch import PagedBatch
 from kernels.kv_cache import KVCache
 from kernels.layout import ops_name
 from kernels.scores import SOFTMAX, Scores
+from kernels.states import Delta, DeltaRule, StateCache
 from quant.tensor import QuantTensor
 
-__all__ = ["KVCache", "Ops", "get_ops"]
-
-
-@dataclass(frozen=True)
-class PagedBatch:
-    """Where the T tokens of one step stand: computed once a step, read by every layer.
-
-    Sequence s owns the rows ``query_starts[s] : query_starts[s + 1]``; after ``rope_store`` its cache holds ``seq_lens[s]``
-    tokens, of which its rows are the last. The ``*_list`` twins are the same integers for code that loops in Python.
-    """
-
-    positions: Tensor  # int64 [T]
-    slots: Tensor  # int64 [T]
-    query_starts: Tensor  # int32 [S + 1]
-    seq_lens: Tensor  # int32 [S]
-    block_tables: Tensor  # int32 [S, max blocks], rows padded with 0
-    max_query: int
-    max_seq: int
-    singles: int = 0  # so many sequences at the beginning are known to have one row each
-
-    @property
-    def query_starts_list(self) -> list[int]:
-        return self.query_starts.tolist()
-
-    @property
-    def seq_lens_list(self) -> list[int]:
-        return self.seq_lens.tolist()
-
-    @property
-    def block_tables_list(self) -> list[list[int]]:
-        """With the rows' padding."""
-        return self.block_tables.tolist()
+__all__ = ["KVCache", "Ops", "PagedBatch", "StateCache", "get_ops"]
 
 
 class Norm(NamedTuple):
@@ -144,6 +115,7 @@ class Layer:
     present: Callable[[], AbstractContextManager[object]] = nullcontext
     """Within it the weights can be read: those of some layers are streamed in for each step (kernels/triton/stream.py)."""
     streamed: int = 0  # bytes of these, which have no place of their own on the device
+    delta: DeltaRule | None = None  # in place of attention: qkv is of what ``Ops.delta`` reads, o reads what it gives
 
     @property
     def only_mlp(self) -> MLP:
@@ -160,7 +132,7 @@ class Layer:
     def nbytes(self) -> int:
         small = (self.input_norm, self.post_norm, self.q_norm, self.k_norm, self.attention_norm, self.mlp_norm, self.sinks)
         weights = (*self.qkv, self.o, self.mlp)
-        return sum(one.nbytes for one in weights) + sum(one.nbytes for one in small if one is not None)
+        return sum(one.nbytes for one in weights) + sum(one.nbytes for one in (*small, self.delta) if one is not None)
 
 
 class Pack(Protocol):
@@ -371,6 +343,7 @@ class Ops:
     join_experts: JoinExperts | None = None  # None: each expert stays a weight of its own
     bind: Bind | None = None
     sample: Sample | None = None  # None: tokens are drawn on the host
+    delta: Delta | None = None  # None: no layers of the gated delta rule
     pack_table: Pack | None = None  # for an embedding alone; None: rows can be looked up in what ``pack`` makes of integers
 
 

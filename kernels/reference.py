@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.delta import delta
 from kernels.kv_cache import dequantize, quantize
 from kernels.mixture import mix
 from kernels.ops import Clamp, KVCache, Norm, Ops, PagedBatch, Weight
@@ -263,4 +264,5 @@ def make_ops(device: torch.device) -> Ops:
         gelu_mul=gelu_mul,
         mix=partial(mix, matmul, rms_norm, silu_mul),
         sample=sample,
+        delta=delta,
     )

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cpu import backend, native_weights
+from kernels.cpu import backend, native_delta, native_weights
 from kernels.cpu.native_weights import TYPES, NativeWeight, address
 from kernels.layout import NATIVE_ROWS, SCALED_CACHES
 from kernels.mixture import mix
 from kernels.ops import Clamp, Forward, KVCache, Layer, Mixture, Norm, Ops, PagedBatch, Stack, Weight
+from kernels.states import DeltaRule, StateCache
 from quant.tensor import QuantTensor
 
 
@@ -209,6 +210,9 @@ class NativeOps:
             )
         return out
 
+    def delta(self, x: Tensor, rule: DeltaRule, cache: StateCache, batch: PagedBatch) -> Tensor:
+        return native_delta.delta(self.module, self.machine, x, rule, cache, batch)
+
     def bind(self, stack: Stack, caches: Sequence[KVCache], *, max_tokens: int) -> Forward | None:
         layers, norm = stack.layers, stack.norm
         if any(len(layer.qkv) > 1 or self._inner(layer) is None for layer in layers):
@@ -364,4 +368,5 @@ def make_ops(device: torch.device, threads: int | None = None) -> Ops:
         gelu_mul=native.gelu_mul,
         mix=native.mix,
         bind=native.bind,
+        delta=native.delta,
     )

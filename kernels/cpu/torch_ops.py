@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from kernels import reference
 from kernels.cpu import weights
 from kernels.cpu.paged_attention import PagedAttention
+from kernels.delta import delta
 from kernels.mixture import mix
 from kernels.ops import KVCache, Norm, Ops, PagedBatch, Weight
 
@@ -92,4 +93,5 @@ def make_ops(device: torch.device) -> Ops:
         kth_largest=reference.kth_largest,
         mix=partial(mix, matmul, rms_norm, weights.silu_mul),
         pack_table=reference.pack,
+        delta=delta,
     )

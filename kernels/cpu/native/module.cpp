@@ -67,6 +67,13 @@ struct Machine {
                                    at<int32_t>(lengths), at<int32_t>(tables), width, scale, window, cap, at<void>(sinks)});
     }
 
+    void delta(const DeltaRule& rule, uintptr_t x, int64_t stride, int type, uintptr_t out, uintptr_t conv, int64_t conv_stride, uintptr_t state,
+               int64_t state_stride, int64_t sequences, uintptr_t starts, uintptr_t lengths, uintptr_t places) {
+        const std::lock_guard lock(mutex);
+        kernels->delta(*pool, {&rule, at<void>(x), stride, Type(type), at<void>(out), at<float>(conv), conv_stride, at<float>(state), state_stride, sequences,
+                               at<int32_t>(starts), at<int32_t>(lengths), at<int32_t>(places)});
+    }
+
     void rope_store(uintptr_t qkv, int64_t tokens, int64_t stride, int type, int64_t q_heads, const Cache& cache, uintptr_t positions,
                     uintptr_t slots, uintptr_t cos_sin, int64_t rotary, uintptr_t q_norm, uintptr_t k_norm, float eps, float offset) {
         const std::lock_guard lock(mutex);
@@ -171,6 +178,12 @@ NB_MODULE(_native, m) {
         new (self) Cache{at<void>(k), at<void>(v), at<void>(k_scale), at<void>(v_scale), Type(type), block_size, heads, dim, k_given, v_given};
     });
 
+    nb::class_<DeltaRule>(m, "DeltaRule")
+        .def("__init__", [](DeltaRule* self, int64_t key_heads, int64_t value_heads, int64_t key_dim, int64_t value_dim, int64_t kernel, uintptr_t conv,
+                            uintptr_t rate, uintptr_t dt_bias, uintptr_t norm, float eps) {
+            new (self) DeltaRule{key_heads, value_heads, key_dim, value_dim, kernel, at<float>(conv), at<float>(rate), at<float>(dt_bias), at<float>(norm), eps};
+        }, nb::kw_only(), "key_heads"_a, "value_heads"_a, "key_dim"_a, "value_dim"_a, "kernel"_a, "conv"_a, "rate"_a, "dt_bias"_a, "norm"_a, "eps"_a);
+
     nb::class_<Experts>(m, "Experts")
         .def(nb::init<const Linear&, std::vector<const Linear*>, std::vector<const Linear*>, int64_t, bool, bool, uintptr_t, int64_t, int64_t,
                       float, float, const Linear*, const Linear*, const Linear*>(),
@@ -201,6 +214,7 @@ NB_MODULE(_native, m) {
         .def("matmul", &Machine::matmul, guard())
         .def("mixture", &Machine::mixture, guard())
         .def("attention", &Machine::attention, guard())
+        .def("delta", &Machine::delta, guard())
         .def("rope_store", &Machine::rope_store, guard())
         .def("rms_norm", &Machine::rms_norm, guard())
         .def("gate_mul", &Machine::gate_mul, guard())

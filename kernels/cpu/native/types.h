@@ -129,6 +129,33 @@ struct RopeStoreArgs {
     float eps, offset;
 };
 
+struct DeltaRule {         // parameters of a layer of the gated delta rule (kernels/states.py)
+    int64_t key_heads, value_heads, key_dim, value_dim, kernel;
+    const float* conv;     // [kernel, channels]
+    const float* rate;     // [value_heads]
+    const float* dt_bias;  // [value_heads]
+    const float* norm;     // [value_dim]
+    float eps;
+    int64_t values() const { return value_heads * value_dim; }
+    int64_t channels() const { return 2 * key_heads * key_dim + values(); }
+};
+
+struct DeltaArgs {
+    const DeltaRule* rule;
+    const void* x;           // [tokens, channels + values + 2 * value_heads], rows `stride` elements apart
+    int64_t stride;
+    Type type;               // of x and out
+    void* out;               // [tokens, values], contiguous
+    float* conv;             // [places][kernel - 1, channels], places `conv_stride` elements apart
+    int64_t conv_stride;
+    float* state;            // [places][value_heads, key_dim, value_dim]
+    int64_t state_stride;
+    int64_t sequences;
+    const int32_t* starts;   // [sequences + 1]: first row of each sequence
+    const int32_t* lengths;  // [sequences]: tokens that went through, this step's included
+    const int32_t* places;   // [sequences]
+};
+
 struct RowsArgs {          // row-wise operations on [rows, columns]
     const void* x;
     int64_t rows, columns, stride;
@@ -162,6 +189,7 @@ struct Kernels {
     void (*matmul)(Pool&, const MatmulArgs&);
     void (*mixture)(Pool&, const MixtureArgs&);
     void (*attention)(Pool&, const AttentionArgs&);
+    void (*delta)(Pool&, const DeltaArgs&);
     void (*rope_store)(Pool&, const RopeStoreArgs&);
     void (*rms_norm)(Pool&, const RowsArgs&);
     void (*silu_mul)(Pool&, const RowsArgs&);
