@@ -48,6 +48,52 @@ GEMMA3 = replace(
 QWEN2 = Architecture(qkv_bias=True, o_bias=False, window="upper", default_window=4096, max_position=32768)
 # For text alone the three positions of a token are the same, and rotation is the plain one.
 QWEN2_VL = replace(QWEN2, text_part=True, eps=1e-5, theta=1e6, defaults={"max_window_layers": 80})
+# For text alone its rotation, too, is the plain one.
+QWEN3_5 = Architecture(
+    qk_norm=True,
+    unit_norms=True,
+    default_head_dim=256,
+    max_position=32768,
+    partial_rotation=True,
+    delta="split",
+    ahead=("mtp.",),
+    refused={"attn_output_gate": (None, True)},
+    defaults={
+        "vocab_size": 248320,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "partial_rotary_factor": 0.25,
+    },
+)
+QWEN3_NEXT = replace(
+    QWEN3_5,
+    delta="fused",
+    mixture="mlp",
+    shared="shared_expert",
+    shared_gate="shared_expert_gate",
+    defaults={
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "partial_rotary_factor": 0.25,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_experts_per_tok": 10,
+        "num_experts": 512,
+        "norm_topk_prob": True,
+    },
+)
+QWEN3_5_MOE = replace(
+    QWEN3_NEXT,
+    delta="split",
+    normalized=True,
+    defaults={**QWEN3_NEXT.defaults, "vocab_size": 248320, "num_hidden_layers": 40, "num_experts_per_tok": 8, "num_experts": 256},
+)
 GLM = Architecture(
     o_bias=False,
     fused_gate_up=True,
@@ -194,6 +240,11 @@ ARCHITECTURES = {
     "Qwen3VLForConditionalGeneration": Architecture(
         qk_norm=True, text_part=True, default_head_dim=128, theta=5e5, max_position=128000,
     ),
+    "Qwen3_5ForCausalLM": QWEN3_5,
+    "Qwen3_5ForConditionalGeneration": replace(QWEN3_5, text_part=True),
+    "Qwen3_5MoeForCausalLM": QWEN3_5_MOE,
+    "Qwen3_5MoeForConditionalGeneration": replace(QWEN3_5_MOE, text_part=True),
+    "Qwen3NextForCausalLM": QWEN3_NEXT,
 }  # fmt: skip
 TEXTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {
@@ -291,53 +342,3 @@ def _attention_alone(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if (rotation := config.get("position_embedding_type")) not in ("rope", None):
         raise InputError(f"config.json: position_embedding_type is {rotation!r:.60}, expected rope or null")
     return {**config, "layer_types": None, "no_rope_layers": [int(rotation == "rope")] * len(types)}
-
-
-def unrotated(kind: Architecture, fields: Fields, layers: int) -> tuple[bool, ...]:
-    """Whether each layer leaves queries and keys as they are. InputError where a list does not say so of each."""
-    given = fields.get("no_rope_layers") if kind.unrotated else [1] * layers
-    if given is None:
-        every = fields.integer("no_rope_layer_interval", default=4)
-        given = [(layer + 1) % every for layer in range(layers)]
-    elif not isinstance(given, list) or len(given) < layers or not all(one in (0, 1) for one in given):
-        raise InputError(f"config.json: no_rope_layers is {given!r:.60}, expected 1 (it rotates) or 0 for each of {layers}")
-    return tuple(not one for one in given[:layers])
-
-
-def windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None, ...]:
-    """The sliding window of each layer; layer_types, where given, decides in families whose layers differ.
-
-    InputError where it says something else than is so in a family whose layers are alike: implementations disagree on such files.
-    """
-    types = fields.get("layer_types")
-    given = fields.get("sliding_window") if "sliding_window" in fields.values else kind.default_window
-    least = 0 if kind.window == "lower" else 1  # transformers writes 0 where it is not switched on
-    window = None if given is None else fields.integer("sliding_window", default=given, minimum=least) or None
-    every = 2 if kind.window == "alternate" else 0  # which layer sees everything
-    every = fields.integer("sliding_window_pattern", default=6) if kind.window == "pattern" else every
-    if every:
-        window = fields.integer("sliding_window")
-    if kind.window == "none":
-        window = None
-    if kind.window in ("switched", "upper", "lower", "unrotated") and not fields.flag("use_sliding_window", default=False):
-        window = None
-    if types is not None:
-        if not isinstance(types, list) or len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
-            raise InputError(
-                f"config.json: layer_types must name full_attention or sliding_attention for each of {layers} layers"
-            )
-        found = tuple(window if t == "sliding_attention" else None for t in types)
-        if kind.window in ("all", "switched") and set(found) != {window}:
-            raise InputError(
-                f"config.json: layer_types has full_attention, but all layers here have the sliding_window of {window}"
-            )
-        if kind.window != "none":
-            return found
-    if every:
-        return tuple(window if (layer + 1) % every else None for layer in range(layers))
-    if kind.window == "unrotated":
-        return tuple(window if still else None for still in unrotated(kind, fields, layers))
-    border = fields.integer("max_window_layers", default=28, minimum=0) if kind.window in ("lower", "upper") else 0
-    if kind.window == "lower":
-        return tuple(window if layer < border and layer % 2 == 0 else None for layer in range(layers))
-    return tuple(window if layer >= border else None for layer in range(layers))

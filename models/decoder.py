@@ -14,6 +14,7 @@ from kernels.kv_cache import LARGEST
 from kernels.layout import SCALED_CACHES
 from kernels.mixture import gated
 from kernels.ops import Forward, KVCache, Layer, Linear, Mixture, Norm, Ops, PagedBatch, Stack, Weight
+from kernels.states import DeltaRule, StateCache
 from models.plain import embedding_scale
 from models.rope import query_scales
 from models.spec import ModelSpec
@@ -34,7 +35,7 @@ class Decoder:
     cos_sin: Tensor  # float32 [max_len, rotary_dim]
     tied: bool
     local_cos_sin: Tensor | None = None  # the same of layers that rotate otherwise
-    kv_largest: tuple[tuple[float, float] | None, ...] = ()  # of each layer's keys and values, where the checkpoint has scales
+    kv_largest: tuple[tuple[float, float] | None, ...] = ()  # of keys and values, where the checkpoint has scales
 
     @property
     def nbytes(self) -> int:
@@ -58,23 +59,34 @@ class Decoder:
         return self.norm.dtype
 
     def given_scales(self, dtype: str) -> list[tuple[float, float] | None]:
-        """What a cache of ``dtype`` takes as scales of each layer's keys and values instead of its own (KVCache.given)."""
-        largest = self.kv_largest or (None,) * self.spec.layers
+        """What caches of ``dtype`` take as scales of keys and values instead of their own (KVCache.given)."""
+        largest = self.kv_largest or (None,) * self.spec.attention_layers
         if dtype not in SCALED_CACHES or dtype == "int4":
             if any(largest):
                 log.info("the checkpoint's scales of keys and values are not used: a cache in %s has none such", dtype)
             return [None] * len(largest)
         return [None if pair is None else (pair[0] / LARGEST[dtype], pair[1] / LARGEST[dtype]) for pair in largest]
 
-    def forward(self, ids: Tensor, batch: PagedBatch, caches: Sequence[KVCache]) -> Tensor:
-        """Token ids int64 [T] -> hidden states [T, hidden] after the final norm; writes keys and values into ``caches``."""
+    def forward(self, ids: Tensor, batch: PagedBatch, caches: Sequence[KVCache], states: Sequence[StateCache] = ()) -> Tensor:
+        """Token ids int64 [T] -> hidden states [T, hidden] after the final norm.
+
+        Writes keys and values into ``caches``, one for each layer of attention, and what other layers remember into ``states``,
+        one for each of these.
+        """
         ops, scales = self.ops, query_scales(self.spec.rope, batch.positions)
         hidden = ops.embedding(ids, self.embedding, self.dtype)
         if self.stack.embedding_scale != 1.0:
             hidden *= self.stack.embedding_scale
-        for layer, cache in zip(self.layers, caches, strict=True):
+        if (len(caches), len(states)) != (found := (self.spec.attention_layers, sum(self.spec.linear))):
+            raise ValueError(f"{len(caches)} caches and {len(states)} states, but there are layers for {found[0]} and {found[1]}")
+        kept, kept_states = iter(caches), iter(states)
+        for layer in self.layers:
             with layer.present():
-                hidden = self._add(self._attention(layer, hidden, batch, cache, scales), layer.o, layer.attention_norm, hidden)
+                if layer.delta is None:
+                    x = self._attention(layer, hidden, batch, next(kept), scales)
+                else:
+                    x = self._delta(layer, layer.delta, hidden, batch, next(kept_states))
+                hidden = self._add(x, layer.o, layer.attention_norm, hidden)
                 hidden = self._mlp(layer, hidden)
         return ops.rms_norm(hidden, **self.stack.norm._asdict())
 
@@ -95,13 +107,13 @@ class Decoder:
             spec.gelu,
         )
 
-    def bind(self, caches: Sequence[KVCache], *, max_tokens: int) -> Forward:
-        """``forward`` over these caches, for at most ``max_tokens`` tokens; in one call where the operators can do that."""
+    def bind(self, caches: Sequence[KVCache], *, states: Sequence[StateCache] = (), max_tokens: int) -> Forward:
+        """``forward`` over these, for at most ``max_tokens`` tokens; in one call where the operators can do that."""
         # Queries that are scaled by their position need the operators, where a position may be beyond that where it begins.
         scaled = self.spec.rope.query_beta != 0 and self.spec.rope.query_span < len(self.cos_sin)
-        bind = None if scaled else self.ops.bind
+        bind = None if scaled or self.spec.delta is not None else self.ops.bind
         bound = None if bind is None else bind(self.stack, caches, max_tokens=max_tokens)
-        return partial(self.forward, caches=caches) if bound is None else bound
+        return partial(self.forward, caches=caches, states=states) if bound is None else bound
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Logits of hidden states [R, hidden] into ``out``, float32 [R, V]."""
@@ -114,11 +126,19 @@ class Decoder:
         """[T, Hq * D] before the output projection. ``scales``: of queries, float32 [T]."""
         spec, ops, cos_sin = self.spec, self.ops, self.stack.rotation(layer)
         qkv = self._linear(hidden, layer.qkv, self._norm(layer.input_norm))
+        gate = qkv[:, spec.q_size + 2 * spec.kv_size :]  # nothing where there is none
+        qkv = qkv[:, : spec.q_size + 2 * spec.kv_size]
         q_norm = None if layer.q_norm is None else self._norm(layer.q_norm)
         k_norm = None if layer.k_norm is None else self._norm(layer.k_norm)
         q = ops.rope_store(qkv, spec.heads, cache, batch, cos_sin, q_norm=q_norm, k_norm=k_norm)
         q = q if scales is None else q.mul_(scales.to(q.dtype)[:, None, None])
-        return ops.attention(q, cache, batch, scale=spec.scale, window=layer.window, cap=spec.cap, sinks=layer.sinks).flatten(1)
+        found = ops.attention(q, cache, batch, scale=spec.scale, window=layer.window, cap=spec.cap, sinks=layer.sinks).flatten(1)
+        return found * torch.sigmoid(gate) if spec.output_gate else found
+
+    def _delta(self, layer: Layer, rule: DeltaRule, hidden: Tensor, batch: PagedBatch, states: StateCache) -> Tensor:
+        """[T, value heads * value_dim] before the output projection."""
+        assert self.ops.delta is not None  # the planner refuses such models where operators have none
+        return self.ops.delta(self._linear(hidden, layer.qkv, self._norm(layer.input_norm)), rule, states, batch)
 
     def _mlp(self, layer: Layer, hidden: Tensor) -> Tensor:
         """[T, hidden] after the MLP, or the mixture of experts."""

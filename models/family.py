@@ -66,6 +66,7 @@ class Architecture:
     ahead: tuple[str, ...] = ()  # how tensors begin that guess tokens ahead
     ahead_count: str = ""  # or how many layers behind the others do so
     refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # more keys as in NEUTRAL
+    delta: str = ""  # some layers are a DeltaNet: whose inputs are "split" or "fused"; and attention has an output gate
     passed_over: tuple[str, ...] = ()  # keys of NEUTRAL that mean nothing in it
     text_part: bool = False  # of a model that reads more than text: its settings stand in text_config
     texts: tuple[str, ...] = ()  # which of TEXTS that part may be; the first where it does not say

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from kernels.layout import embedding_bits, head_bits, shares_table
 from kernels.ops import MLP, Clamp, Layer, Linear, Mixture, Ops, Weight
+from kernels.states import DeltaRule
 from models.decoder import Decoder
+from models.delta import DeltaNet
 from models.kv_scales import read_largest
+from models.order import apart, gated_queries, halves
 from models.rope import cos_sin_table
 from models.spec import Mixture as MixtureSpec
 from models.spec import ModelSpec, ModuleShape
@@ -29,6 +32,7 @@ from quant.tensor import QuantTensor
 log = logging.getLogger("appliance.loader")
 
 Part = tuple[QuantTensor | Tensor, Tensor | None]  # a published weight [N, K] and its bias [N]
+FLOATS = ("F16", "BF16", "F32")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 WORKERS = 4  # modules converted at a time: each needs a few times its own size
@@ -128,7 +132,8 @@ class _Loader:
             workers.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
         norm = self._norm("model.norm", self.spec.hidden)
-        attentions = (f"model.layers.{number}.self_attn" for number in range(self.spec.layers))
+        spec = self.spec
+        attentions = (f"model.layers.{number}.self_attn" for number in range(spec.layers) if not spec.is_linear(number))
         kv_largest = tuple(read_largest(self.checkpoint, name, self.spec.kv_heads) for name in attentions)
         ahead, rest = _apart(self.checkpoint.leftover(), self.spec.ahead)
         if rest:
@@ -220,31 +225,50 @@ class _Loader:
         spec, prefix = self.spec, f"model.layers.{number}"
         mixture = spec.mixture_of(number)
         mlp = self._mlp(prefix) if mixture is None else self._mixture(prefix, mixture)
+        norms = self._attention(prefix) if spec.delta is None or not spec.is_linear(number) else self._delta(prefix, spec.delta)
+        if spec.post_norms:
+            norms["attention_norm"] = self._norm(f"{prefix}.{spec.norms[0]}", spec.hidden)
+            norms["mlp_norm"] = self._norm(f"{prefix}.{spec.norms[2]}", spec.hidden)
+        layer = Layer(
+            input_norm=self._norm(f"{prefix}.input_layernorm", spec.hidden),
+            post_norm=self._norm(f"{prefix}.{spec.norms[1]}", spec.hidden),
+            mlp=mlp,
+            window=spec.windows[number],
+            local=spec.rope_of(number) is spec.local_rope,
+            **norms,
+        )
+        return layer if self.take is None else self.take(number, layer)
+
+    def _attention(self, prefix: str) -> dict[str, Any]:
+        """What a Layer has of it."""
+        spec = self.spec
         parts = ("qkv",) if spec.fused_qkv else ("q", "k", "v")
         qkv = [self._read(prefix, f"self_attn.{part}_proj") for part in parts]
         if spec.interleaved:  # scores stay the same where queries and keys change their order together
             qkv = [
                 _select(part, halves(spec, heads)) for part, heads in zip(qkv, (spec.heads, spec.kv_heads), strict=False)
             ] + qkv[2:]
-        norms: dict[str, Any] = {}
+        if spec.output_gate:
+            queries, gates = gated_queries(spec.heads, spec.head_dim)
+            qkv = [_select(qkv[0], queries), *qkv[1:], _select(qkv[0], gates)]
+        found: dict[str, Any] = {"qkv": self._fuse(qkv), "o": self._pack(self._read(prefix, "self_attn.o_proj"))}
         if spec.qk_norm:
-            norms = {n: self._norm(f"{prefix}.self_attn.{n}", spec.head_dim) for n in ("q_norm", "k_norm")}
-        if spec.post_norms:
-            norms["attention_norm"] = self._norm(f"{prefix}.{spec.norms[0]}", spec.hidden)
-            norms["mlp_norm"] = self._norm(f"{prefix}.{spec.norms[2]}", spec.hidden)
-        sinks = self._vector(f"{prefix}.self_attn.sinks", spec.heads) if spec.sinks else None
-        layer = Layer(
-            input_norm=self._norm(f"{prefix}.input_layernorm", spec.hidden),
-            qkv=self._fuse(qkv),
-            o=self._pack(self._read(prefix, "self_attn.o_proj")),
-            post_norm=self._norm(f"{prefix}.{spec.norms[1]}", spec.hidden),
-            mlp=mlp,
-            sinks=sinks,
-            window=spec.windows[number],
-            local=spec.rope_of(number) is spec.local_rope,
-            **norms,
-        )
-        return layer if self.take is None else self.take(number, layer)
+            found |= {n: self._norm(f"{prefix}.self_attn.{n}", spec.head_dim) for n in ("q_norm", "k_norm")}
+        if spec.sinks:
+            found["sinks"] = self._vector(f"{prefix}.self_attn.sinks", spec.heads)
+        return found
+
+    def _delta(self, prefix: str, net: DeltaNet) -> dict[str, Any]:
+        """The same of a delta layer: one weight of queries, keys, values and z, and one of b and a, where that is possible."""
+        parts = [self._read(prefix, name) for name, _ in net.inputs]
+        if net.fused:
+            parts = [_select(part, order) for part, order in zip(parts, apart(net), strict=True)]
+        half = len(parts) // 2
+        small = {name: self._small(f"{prefix}.{name}", shape) for name, shape in net.small_tensors}
+        conv, A_log, dt_bias, norm = small.values()
+        rule = DeltaRule(net.key_heads, conv.squeeze(1).t().contiguous(), A_log.exp(), dt_bias, norm, self.spec.eps)
+        output = self._pack(self._read(prefix, net.output))
+        return {"qkv": self._fuse(parts[:half]) + self._fuse(parts[half:]), "o": output, "delta": rule}
 
     def _mlp(self, prefix: str) -> MLP:
         if self.spec.fused_gate_up:
@@ -304,16 +328,18 @@ class _Loader:
         return self._vector(f"{name}.weight", size)
 
     def _vector(self, name: str, size: int) -> Tensor:
-        vector = self.checkpoint.take(name, dtypes=("F16", "BF16", "F32"), shape=(size,))
+        vector = self.checkpoint.take(name, dtypes=FLOATS, shape=(size,))
         return vector.to(self.ops.device, self.dtype)
 
     def _correction(self, name: str, size: int) -> Tensor:
         """Float32 [size]; some have it in one row, [1, size]."""
         info = self.checkpoint.info(name)
         shape = (1, size) if info is not None and len(info.shape) == 2 else (size,)
-        return (
-            self.checkpoint.take(name, dtypes=("F16", "BF16", "F32"), shape=shape).view(size).to(self.ops.device, torch.float32)
-        )
+        return self._small(name, shape).view(size)
+
+    def _small(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Kept in float32, whatever it was published in."""
+        return self.checkpoint.take(name, dtypes=FLOATS, shape=shape).to(self.ops.device, torch.float32)
 
     def _halves(self, part: Part) -> list[Part]:
         weight, bias = part
@@ -349,12 +375,6 @@ def _apart(names: list[str], beginnings: tuple[str, ...]) -> tuple[list[str], li
 def has_rows(table: QuantTensor) -> bool:
     """Whether operators can look up rows of it. Of others (FP8, inputs in another order) a dense embedding is made."""
     return table.kind == "int" and table.perm is None
-
-
-def halves(spec: ModelSpec, heads: int) -> Tensor:
-    """Of outputs [heads * head_dim] whose neighbours rotate against each other those that then stand where halves do, int64."""
-    order, rotary = torch.arange(heads * spec.head_dim).view(heads, spec.head_dim), spec.rope.rotary_dim
-    return torch.cat([order[:, 0:rotary:2], order[:, 1:rotary:2], order[:, rotary:]], dim=1).flatten()
 
 
 def _select(part: Part, index: Tensor) -> Part:

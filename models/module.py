@@ -14,7 +14,7 @@ class ModuleShape:
     name: str
     N: int
     K: int
-    part: str  # embedding, attention, mlp (or router and experts), head
+    part: str  # embedding, attention, delta, mlp (or router and experts), head
     bias: bool
 
     @property

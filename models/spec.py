@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from models.architectures import ARCHITECTURES, MULTIPLIERS, read_architecture, unrotated, windows
+from models.architectures import ARCHITECTURES, MULTIPLIERS, read_architecture
+from models.delta import DeltaNet, delta_layers
 from models.family import Architecture
 from models.fields import Fields
 from models.mixture import Mixture, read_mixture
 from models.module import ModuleShape
 from models.rope_spec import RopeSpec, by_layer_type, read_rope
+from models.windows import unrotated, windows
 from quant.errors import InputError
 
-__all__ = ["ARCHITECTURES", "Mixture", "ModelSpec", "ModuleShape", "RopeSpec"]
+__all__ = ["ARCHITECTURES", "DeltaNet", "Mixture", "ModelSpec", "ModuleShape", "RopeSpec"]
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -43,6 +46,9 @@ class ModelSpec:
     fused_qkv: bool = False  # the checkpoint stores qkv_proj
     fused_gate_up: bool = False  # and gate_up_proj
     mixture: Mixture | None = None
+    delta: DeltaNet | None = None
+    linear: tuple[bool, ...] = ()  # whether a layer is one of these, in place of attention; empty: none is
+    output_gate: bool = False  # q_proj has gates after each head's queries: attention's output * sigmoid(gate)
     windows: tuple[int | None, ...] = ()  # sliding window by layer; None sees everything
     local_rope: RopeSpec | None = None  # of layers that rotate otherwise than the others, or not at all
     local: tuple[bool, ...] = ()  # whether a layer is one of these
@@ -84,6 +90,7 @@ class ModelSpec:
             raise InputError(f"config.json: llama_4_scaling_beta = {ropes[0].query_beta} is not supported for {name}")
         seen, still = windows(kind, fields, layers), unrotated(kind, fields, layers)
         mixture = read_mixture(kind, fields, layers)
+        delta, linear = delta_layers(kind.delta, fields, layers)
         if any(still):
             ropes.append(replace(ropes[0], kind="none"))
         return cls(
@@ -108,6 +115,9 @@ class ModelSpec:
             fused_qkv=kind.fused_qkv,
             fused_gate_up=kind.fused_qkv or kind.fused_gate_up or kind.hybrid,
             mixture=mixture,
+            delta=delta if any(linear) else None,
+            linear=linear if any(linear) else (),
+            output_gate=bool(kind.delta),
             windows=seen,
             local_rope=ropes[1] if len(ropes) > 1 else None,
             local=still if any(still) else tuple(window is not None for window in seen),
@@ -141,6 +151,15 @@ class ModelSpec:
         """Each of which a table is kept."""
         return (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
 
+    @property
+    def attention_layers(self) -> int:
+        """Layers that have keys and values."""
+        return self.layers - sum(self.linear)
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether it is a delta layer."""
+        return bool(self.linear) and self.linear[layer]
+
     def rope_of(self, layer: int) -> RopeSpec:
         """That by which a layer rotates."""
         return self.rope if self.local_rope is None or not self.local[layer] else self.local_rope
@@ -161,7 +180,7 @@ class ModelSpec:
 
     def kind(self, layer: int) -> object:
         """Layers of one kind have modules of the same names and shapes."""
-        return self.mixture_of(layer) is None
+        return self.mixture_of(layer) is None, self.is_linear(layer)
 
     @property
     def unlike(self) -> list[int]:
@@ -176,6 +195,8 @@ class ModelSpec:
             layers=1,
             intermediate=self.mlp_size if mixture is None else self.intermediate,
             mixture=None if mixture is None else replace(mixture, dense_layers=(), dense=0),
+            delta=self.delta if self.is_linear(layer) else None,
+            linear=(True,) if self.is_linear(layer) else (),
             windows=self.windows[here],
             local=self.local[here],
         )
@@ -198,13 +219,13 @@ class ModelSpec:
 
     def layer_modules(self, layer: int = 0) -> Iterator[ModuleShape]:
         """The linears of a layer, by their name within it."""
-        q, kv, hidden, inner = self.q_size, self.kv_size, self.hidden, self.mlp_size
-        if self.fused_qkv:
-            yield ModuleShape("self_attn.qkv_proj", q + 2 * kv, hidden, "attention", self.qkv_bias)
+        hidden, inner = self.hidden, self.mlp_size
+        if self.delta is not None and self.is_linear(layer):
+            for name, size in self.delta.inputs:
+                yield ModuleShape(name, size, hidden, "delta", False)
+            yield ModuleShape(self.delta.output, hidden, self.delta.value_size, "delta", False)
         else:
-            for name, size in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
-                yield ModuleShape(f"self_attn.{name}", size, hidden, "attention", self.qkv_bias)
-        yield ModuleShape("self_attn.o_proj", hidden, q, "attention", self.o_bias)
+            yield from self._attention_modules()
         if (mixture := self.mixture_of(layer)) is not None:
             yield from mixture.modules(hidden, self.intermediate)
             return
@@ -215,14 +236,25 @@ class ModelSpec:
                 yield ModuleShape(f"mlp.{name}", inner, hidden, "mlp", self.mlp_bias)
         yield ModuleShape("mlp.down_proj", hidden, inner, "mlp", self.mlp_bias)
 
+    def _attention_modules(self) -> Iterator[ModuleShape]:
+        q, kv, hidden = self.q_size, self.kv_size, self.hidden
+        if self.fused_qkv:
+            yield ModuleShape("self_attn.qkv_proj", q + 2 * kv, hidden, "attention", self.qkv_bias)
+        else:
+            for name, size in (("q_proj", 2 * q if self.output_gate else q), ("k_proj", kv), ("v_proj", kv)):
+                yield ModuleShape(f"self_attn.{name}", size, hidden, "attention", self.qkv_bias)
+        yield ModuleShape("self_attn.o_proj", hidden, q, "attention", self.o_bias)
+
     def small_tensors(self) -> list[tuple[str, int]]:
-        """Norm weights, sinks, and corrections of routers: (name, number of values)."""
+        """Norm weights, sinks, what delta layers have, and corrections of routers: (name, number of values)."""
         found = [("model.norm.weight", self.hidden)]
         names = ["input_layernorm", *filter(None, self.norms)]
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}"
             found += [(f"{prefix}.{n}.weight", self.hidden) for n in names]
-            if self.qk_norm:
+            if self.delta is not None and self.is_linear(layer):
+                found += [(f"{prefix}.{name}", math.prod(shape)) for name, shape in self.delta.small_tensors]
+            elif self.qk_norm:
                 found += [(f"{prefix}.self_attn.{n}.weight", self.head_dim) for n in ("q_norm", "k_norm")]
             if self.sinks:
                 found.append((f"{prefix}.self_attn.sinks", self.heads))
@@ -231,9 +263,13 @@ class ModelSpec:
         return found
 
     def small_nbytes(self, item: int) -> int:
-        """Bytes of ``small_tensors`` as they are loaded where activations have ``item`` bytes: corrections stay in float32."""
-        mixture = self.mixture
+        """Bytes of ``small_tensors`` as they are loaded where activations have ``item`` bytes.
+
+        Corrections, and what delta layers have, stay in float32.
+        """
+        mixture, delta = self.mixture, self.delta
         wide = 0 if mixture is None or not mixture.correction else mixture.experts * (self.layers - len(mixture.dense_layers))
+        wide += 0 if delta is None else sum(math.prod(shape) for _, shape in delta.small_tensors) * sum(self.linear)
         return item * (sum(numel for _, numel in self.small_tensors()) - wide) + 4 * wide
 
     @property

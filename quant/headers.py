@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +27,8 @@ SHARED_MLP = {".shared_mlp.input_linear.": ".mlp.gate_up_proj.", ".shared_mlp.ou
 """How Granite 4 names what stands beside a mixture of experts, where there is one; and how it is named here."""
 STACKED = re.compile(r"(.*\.experts)\.(\w+)_(blocks|scales|bias)")
 """gpt-oss has each kind of tensor of all experts of a layer in one, whose first dimension is the expert."""
+DENSE_STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
+"""So has Qwen3.5 in a float dtype, without biases: outputs by inputs of each expert, and gate before up."""
 ONE_EXPERT = re.compile(r"(.*\.experts)\.\d+(\.\w+)")
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 ITEM_SIZE = {
@@ -62,7 +64,8 @@ class TensorInfo:
 class CheckpointIndex:
     """Every tensor of a checkpoint directory by name; of a model that reads pictures, too, those of its text part alone.
 
-    What is STACKED is here expert by expert, by names like those of other mixtures: experts.7.down_proj.blocks.
+    What is STACKED, or in a DENSE_STACK, is here expert by expert, by names like those of other mixtures:
+    experts.7.down_proj.blocks, experts.7.gate_proj.weight.
     """
 
     directory: Path
@@ -175,16 +178,31 @@ def _known(name: str) -> str:
 def _unstacked(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     found: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
-        stacked = STACKED.fullmatch(name)
-        if stacked is None or not info.numel:
+        experts, parts = _stack(name, info, tensors)
+        if not parts:
             found[name] = info
             continue
-        experts, module, kind = stacked.groups()
-        for number in range(info.shape[0]):
-            one, size = f"{experts}.{number}.{module}.{kind}", info.nbytes // info.shape[0]
-            start = info.start + number * size
-            found[one] = replace(info, name=one, shape=info.shape[1:], start=start, end=start + size)
+        count, *shape = info.shape
+        if len(parts) > 1:
+            shape[0] //= len(parts)
+        size = info.nbytes // (count * len(parts))
+        for place, (number, part) in enumerate(product(range(count), parts)):
+            one, start = f"{experts}.{number}.{part}", info.start + place * size
+            found[one] = replace(info, name=one, shape=tuple(shape), start=start, end=start + size)
     return found
+
+
+def _stack(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> tuple[str, list[str]]:
+    """(the name of experts, the parts of each that a tensor has one after another); no parts where it is no stack of experts."""
+    if not info.numel:
+        return name, []
+    if stacked := STACKED.fullmatch(name):
+        return stacked[1], [f"{stacked[2]}.{stacked[3]}"]
+    dense = DENSE_STACK.fullmatch(name)
+    if dense is None or len(info.shape) != 3 or f"{name}_bias" in tensors:
+        return name, []
+    parts = ["gate_proj.weight", "up_proj.weight"] if dense[2] == "gate_up_proj" else ["down_proj.weight"]
+    return dense[1], parts if info.shape[1] % len(parts) == 0 else []
 
 
 def check_stack(tensors: Mapping[str, TensorInfo], name: str) -> None:
@@ -193,7 +211,7 @@ def check_stack(tensors: Mapping[str, TensorInfo], name: str) -> None:
     found = tensors.get("".join(stack.groups())) if stack else None
     if found is not None:
         raise CheckpointError(
-            f"{found.name}: found {found}: all experts in one tensor are known in MXFP4 alone, as gpt-oss is published"
+            f"{found.name}: found {found}: such experts in one tensor are known in MXFP4 alone, as gpt-oss is published"
         )
 
 

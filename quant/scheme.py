@@ -35,7 +35,9 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 FLOATS = ("F16", "BF16", "F32", "F64")
 TIED = [["Mistral3ForConditionalGeneration"], ["Gemma3ForConditionalGeneration"]]
 IN_LAYER = re.compile(r"(^|\.)\d+(\.|$)")
-ROUTERS = ("gate", "router", "shared_expert_gate")  # of mixtures: small, and what they choose should be what the model chose
+EXACT = ("gate", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba")
+"""Small ones that are not rounded while they are loaded: what routers of mixtures choose should be what the model chose, and what
+states remember should last as long."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class QuantScheme:
         if found is None:
             return stated  # tied or fused away
         if found.name.endswith(".weight") and found.dtype in FLOATS:
-            rounded = IN_LAYER.search(name) and name.rpartition(".")[2] not in ROUTERS
+            rounded = IN_LAYER.search(name) and name.rpartition(".")[2] not in EXACT
             return self.dense if rounded else DENSE
         if not stated.quantized:
             stated = self._fallback(name, found)

@@ -92,7 +92,7 @@ DOWN = "model.layers.1.mlp.experts.down_proj"
     [
         (
             {f"{DOWN}_blocks": None, f"{DOWN}_scales": None, DOWN: ("BF16", (5, 160, 96))},
-            r"layers\.1\.mlp\.experts\.down_proj: found BF16\[5, 160, 96\]: all experts in one tensor are known in MXFP4 alone",
+            r"layers\.1\.mlp\.experts\.down_proj: found BF16\[5, 160, 96\]: such experts in one tensor are known in MXFP4 alone",
         ),
         ({f"{DOWN}_blocks": None}, r"layers\.1\.mlp\.experts\.0\.down_proj: its weight is missing"),
         ({f"{DOWN}_blocks": ("U8", (4, 96, 5, 16))}, r"layers\.1\.mlp\.experts\.4\.down_proj: its weight is missing"),

@@ -29,8 +29,12 @@ def main() -> None:
         model = kind(config).float().eval()
         vocab = config.get_text_config().vocab_size
         with torch.no_grad():
-            for parameter in model.parameters():  # initial values are so small that attention would be uniform
-                parameter.copy_(torch.randn_like(parameter) * 0.15 + (1.0 if parameter.dim() == 1 else 0.0))
+            for kind, parameter in model.named_parameters():  # initial values are so small that attention would be uniform
+                random = torch.randn_like(parameter)
+                if kind.endswith(".A_log"):  # states that are forgotten at once, and some that last
+                    parameter.copy_(random * 2 - 2)
+                else:
+                    parameter.copy_(random * 0.15 + (1.0 if parameter.dim() == 1 else 0.0))
             for what, buffer in model.named_buffers():
                 if what.endswith("correction_bias"):
                     buffer.copy_(torch.randn_like(buffer) * 0.3)

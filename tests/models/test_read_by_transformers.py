@@ -34,7 +34,9 @@ MODEL_TYPES = {
     "GraniteMoeHybridForCausalLM": "granitemoehybrid", "SeedOssForCausalLM": "seed_oss", "SmolLM3ForCausalLM": "smollm3",
     "Mistral3ForConditionalGeneration": "mistral3", "LlavaForConditionalGeneration": "llava",
     "Qwen2VLForConditionalGeneration": "qwen2_vl", "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
-    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl", "Qwen3_5ForCausalLM": "qwen3_5_text",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5", "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe", "Qwen3NextForCausalLM": "qwen3_next",
 }  # fmt: skip
 
 
@@ -68,14 +70,15 @@ def test_windows_that_no_key_states_are_those_of_transformers(name: str) -> None
 @pytest.mark.parametrize("text", [None, False, True])
 @pytest.mark.parametrize(
     "name",
-    ["Mistral3", "Llava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Gemma3", "Llama", "SmolLM3", "Gemma2", "Glm4", "Ernie4_5"],
+    ["Mistral3", "Llava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Gemma3", "Llama", "SmolLM3", "Gemma2", "Glm4", "Ernie4_5"]
+    + ["Qwen3_5"],
 )
 def test_models_without_a_head_are_tied_where_transformers_ties_them(tmp_path: Path, name: str, text: bool | None) -> None:
     """Nothing is said of the whole: every class has a rule of its own for what its text part says, or does not.
 
-    Qwen3-VL's passes over a text part that says so, and has no head then: here it is tied.
+    Those of Qwen3-VL and Qwen3.5 pass over a text part that says so, and have no head then: here they are tied.
     """
-    whole = name in ("Mistral3", "Llava", "Gemma3") or name.endswith("VL")
+    whole = name in ("Mistral3", "Llava", "Gemma3", "Qwen3_5") or name.endswith("VL")
     architecture = f"{name}For{'ConditionalGeneration' if whole else 'CausalLM'}"
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     said = {} if text is None else {"tie_word_embeddings": text}
@@ -86,7 +89,7 @@ def test_models_without_a_head_are_tied_where_transformers_ties_them(tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
     theirs = AutoConfig.for_model(MODEL_TYPES[architecture], **copy.deepcopy(config))
     ours = ModelSpec.from_config(read_scheme(CheckpointIndex.open(tmp_path))[0])
-    assert ours.tie_embeddings is (theirs.tie_word_embeddings or (name, text) == ("Qwen3VL", True))
+    assert ours.tie_embeddings is (theirs.tie_word_embeddings or (text is True and name in ("Qwen3VL", "Qwen3_5")))
 
 
 ODD = (0, -1, math.nan, math.inf, 1e-40, 1e300, "2", True, [1])

@@ -290,11 +290,14 @@ def test_parameters_are_counted_once_each(architecture: str) -> None:
     more: dict[str, Any] = {"attention_bias": True, "head_dim": 8, "tie_word_embeddings": False}
     if ARCHITECTURES[architecture].hybrid:
         more |= {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 160}
+    if ARCHITECTURES[architecture].delta:
+        more |= {"layer_types": ["full_attention"] * 3}
     part = {key: value for key, value in (LLAMA | more).items() if key not in ("architectures", "hidden_act")}
     spec = read(architecture, **more, text_config=part)
     q, kv = 64, 16
-    linears = 64 * (q + 2 * kv) + q * 64 + 3 * 160 * 64
-    biases = (q + 2 * kv) * spec.qkv_bias + 64 * spec.o_bias
+    rows = (2 if spec.output_gate else 1) * q + 2 * kv
+    linears = 64 * rows + q * 64 + 3 * 160 * 64
+    biases = rows * spec.qkv_bias + 64 * spec.o_bias
     norms = (4 if spec.post_norms else 2) * 64 + 2 * 8 * spec.qk_norm
     assert spec.num_parameters == 2 * 100 * 64 + 3 * (linears + biases + norms) + 64
 
@@ -386,9 +389,8 @@ def test_published_configs(shared_data: Path) -> None:
         name = config["architectures"][0]
         if name in ARCHITECTURES:
             spec = ModelSpec.from_config(config)
-            assert (spec.hidden, spec.layers, spec.vocab) == (
-                config["hidden_size"], config["num_hidden_layers"], config["vocab_size"],
-            )  # fmt: skip
+            text = config.get("text_config", config)
+            assert (spec.hidden, spec.layers, spec.vocab) == (text["hidden_size"], text["num_hidden_layers"], text["vocab_size"])
             seen.add(path.name.split("_")[0])
         else:
             with pytest.raises(InputError, match=f"architecture {name} is not supported"):
@@ -398,6 +400,7 @@ def test_published_configs(shared_data: Path) -> None:
         "mistralai--Mixtral-8x7B-v0.1",
         "Qwen--Qwen3-0.6B",
         "Qwen--Qwen3-32B-FP8",
+        "Qwen--Qwen3.5-27B",
         "meta-llama--Meta-Llama-3.1-8B",
         "meta-llama--Meta-Llama-3.1-70B",
     }

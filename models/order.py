@@ -1,0 +1,33 @@
+"""Outputs that checkpoints have in another order than operators: which published one stands where, int64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.delta import DeltaNet
+from models.spec import ModelSpec
+
+
+def halves(spec: ModelSpec, heads: int) -> Tensor:
+    """Of outputs [heads * head_dim] whose neighbours rotate against each other those that then stand where halves do."""
+    order, rotary = torch.arange(heads * spec.head_dim).view(heads, spec.head_dim), spec.rope.rotary_dim
+    return torch.cat([order[:, 0:rotary:2], order[:, 1:rotary:2], order[:, rotary:]], dim=1).flatten()
+
+
+def gated_queries(heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """(queries, gates) of outputs that have both of each head, one after the other."""
+    queries, gates = torch.arange(2 * heads * head_dim).view(heads, 2, head_dim).unbind(1)
+    return queries.flatten(), gates.flatten()
+
+
+def apart(net: DeltaNet) -> tuple[Tensor, Tensor]:
+    """(queries, keys, values and z; b and a) of in_proj_qkvz and in_proj_ba, which have the parts of each key head together."""
+    group = net.value_heads // net.key_heads
+    return _apart(net.key_heads, [net.key_dim] * 2 + [group * net.value_dim] * 2), _apart(net.key_heads, [group] * 2)
+
+
+def _apart(heads: int, sizes: list[int]) -> Tensor:
+    """The first part of all heads, then the second of all, and so on."""
+    order = torch.arange(heads * sum(sizes)).view(heads, -1)
+    return torch.cat([part.flatten() for part in order.split(sizes, dim=1)])
