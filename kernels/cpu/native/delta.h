@@ -92,8 +92,8 @@ template <Type T> INLINE void bring(DeltaHead& h, int64_t from, int64_t count) {
         store_some<Type::f32>(&b, load_some<T>(gates + h.head, 1), 1);
         store_some<Type::f32>(&a, load_some<T>(gates + r.value_heads + h.head, 1), 1);
         a += r.dt_bias[h.head];
-        h.beta[i] = 1.0f / (1.0f + std::exp(-b));
-        h.decay[i] = std::exp(-r.rate[h.head] * (a > 20.0f ? a : std::log1p(std::exp(a))));
+        h.beta[i] = 1.0f / (1.0f + __builtin_expf(-b));
+        h.decay[i] = __builtin_expf(-r.rate[h.head] * (a > 20.0f ? a : __builtin_log1pf(__builtin_expf(a))));
     }
 }
 

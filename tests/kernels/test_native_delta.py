@@ -1,0 +1,93 @@
+"""The native kernel of the gated delta rule against the reference, under every instruction set that runs here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import delta as plain
+from kernels.cpu import backend
+from kernels.cpu.native_ops import NativeOps
+from kernels.ops import PagedBatch
+from tests.kernels.native import instruction_sets, native_ops
+from tests.kernels.states import SHAPES, copied, make
+
+if backend.native() is None:
+    pytest.skip("the native extension is not built", allow_module_level=True)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+STEPS = [  # (tokens before, tokens of this step) of each sequence
+    [(0, 1)], [(7, 1)], [(0, 3), (2, 1), (0, 1)], [(9, 1), (1, 1), (4, 2), (0, 40), (33, 70)], [(3, 0), (5, 2)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_native_kernels_compute_the_same(isa: str, shape: tuple[int, ...]) -> None:
+    ops: NativeOps = native_ops(isa)
+    for sequences in STEPS:
+        for dtype in DTYPES:
+            x, rule, cache, batch = make(shape, sequences, dtype)
+            theirs = copied(cache)
+            expected = plain.delta(x.float(), rule, theirs, batch)
+            found = ops.delta(x, rule, cache, batch)
+            assert found.dtype == dtype and found.shape == expected.shape
+            torch.testing.assert_close(found.float(), expected, rtol=EPS[dtype], atol=EPS[dtype])
+            assert torch.equal(cache.conv.nan_to_num(7.0), theirs.conv.nan_to_num(7.0))
+            torch.testing.assert_close(cache.state, theirs.state, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_pieces_and_company_change_no_bit(isa: str) -> None:
+    """A prompt at once, in odd pieces beside others, and by another number of threads."""
+    ops, length = native_ops(isa), 75
+    x, rule, cache, batch = make((2, 4, 48, 36, 4), [(0, length)], torch.bfloat16)
+    whole = copied(cache)
+    expected = ops.delta(x, rule, whole, batch)
+    assert torch.equal(native_ops(isa, 1).delta(x, rule, copied(cache), batch), expected)
+    for pieces in ([1] * 5 + [33, 37], [32, 32, 11], [length - 1, 1]):
+        mine, found, start = copied(cache), [], 0
+        for count in pieces:
+            others, _, _, _ = make((2, 4, 48, 36, 4), [(0, 3), (0, 1)], torch.bfloat16)
+            step = PagedBatch(
+                batch.positions,
+                batch.slots,
+                torch.tensor([0, 3, 3 + count, 4 + count]).int(),
+                torch.tensor([3, start + count, 1]).int(),
+                batch.block_tables,
+                count,
+                start + count,
+                states=torch.tensor([(int(batch.states[0]) + i) % 3 for i in (1, 0, 2)]).int(),  # type: ignore[index]
+            )
+            rows = torch.cat((others[:3], x[start : start + count], others[3:]))
+            found.append(ops.delta(rows, rule, mine, step)[3:-1])
+            start += count
+        place = int(batch.states[0])  # type: ignore[index]
+        assert torch.equal(torch.cat(found), expected)
+        assert torch.equal(mine.state[place], whole.state[place]) and torch.equal(mine.conv[place], whole.conv[place])
+
+
+def test_extremes_are_those_of_the_reference() -> None:
+    """Gates that are wide open or shut, states forgotten at once, rows of zeros; a NaN stays in its head and sequence."""
+    ops = native_ops(instruction_sets()[0])
+    x, rule, cache, batch = make((1, 2, 16, 32, 4), [(0, 6), (0, 6)], torch.float32)
+    x = x.contiguous()
+    x[1] = 0
+    x[2, -4:] = torch.tensor([80.0, -80, 200, -200])
+    x[3, -4:] = torch.tensor([-1e4, 1e4, -1e4, 1e4])
+    expected = plain.delta(x, rule, copied(cache), batch)
+    torch.testing.assert_close(ops.delta(x, rule, copied(cache), batch), expected, rtol=2e-5, atol=2e-5)
+    x[0, 64] = float("nan")  # a value of the second head of the first sequence
+    found = ops.delta(x, rule, cache, batch)
+    assert found[0, 32:].isnan().all() and torch.equal(found[6:], ops.delta(x[6:], rule, copied(cache), only(batch, 1)))
+    torch.testing.assert_close(found[:, :32], expected[:, :32], rtol=2e-5, atol=2e-5)
+
+
+def only(batch: PagedBatch, number: int) -> PagedBatch:
+    """One sequence of a batch, whose rows are there alone."""
+    assert batch.states is not None
+    starts, one = batch.query_starts[number : number + 2], slice(number, number + 1)
+    return PagedBatch(
+        batch.positions, batch.slots, starts - starts[0], batch.seq_lens[one], batch.block_tables, 0, 0, states=batch.states[one]
+    )
