@@ -15,7 +15,7 @@ from kernels.states import DeltaRule, StateCache
 EPS = 1e-6  # of the lengths of queries and keys
 
 
-def delta(x: Tensor, rule: DeltaRule, cache: StateCache, batch: PagedBatch) -> Tensor:
+def delta(x: Tensor, gates: Tensor, rule: DeltaRule, cache: StateCache, batch: PagedBatch) -> Tensor:
     """As kernels.states.Delta."""
     if batch.states is None:
         raise ValueError("the batch does not say where the states of its sequences are")
@@ -29,14 +29,14 @@ def delta(x: Tensor, rule: DeltaRule, cache: StateCache, batch: PagedBatch) -> T
             state.zero_()
         for first in range(row, stop, DELTA_ROWS):
             rows = slice(first, min(first + DELTA_ROWS, stop))
-            out[rows] = _rows(x[rows].float(), rule, conv, state)
+            out[rows] = _rows(x[rows].float(), gates[rows].float(), rule, conv, state)
     return out
 
 
-def _rows(x: Tensor, rule: DeltaRule, conv: Tensor, state: Tensor) -> Tensor:
+def _rows(x: Tensor, gates: Tensor, rule: DeltaRule, conv: Tensor, state: Tensor) -> Tensor:
     """Tokens of one sequence, float32 [T, ..] -> [T, value heads * value_dim]; ``conv`` and ``state`` go on behind them."""
     heads, tokens = rule.value_heads, x.shape[0]
-    mixed, z, b, a = x.split([rule.conv.shape[1], heads * rule.value_dim, heads, heads], dim=1)
+    (mixed, z), (b, a) = x.split([rule.conv.shape[1], heads * rule.value_dim], dim=1), gates.chunk(2, dim=1)
     seen = torch.cat((conv, mixed))
     conv.copy_(seen[tokens:])
     mixed = F.silu(sum(seen[i : i + tokens] * tap for i, tap in enumerate(rule.conv)))

@@ -219,6 +219,16 @@ class GateMul(Protocol):
         """silu(gate) * up, or gelu(gate) * up as in ``pack``, for gate_up [T, 2 * I] (gate first) -> [T, I]."""
 
 
+class SigmoidMul(Protocol):
+    def __call__(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x * sigmoid(gate), [T, N] each, of one dtype; x may be overwritten, and rows of the gate be anywhere."""
+
+
+def sigmoid_mul(x: Tensor, gate: Tensor) -> Tensor:
+    """As SigmoidMul, on any device."""
+    return x * torch.sigmoid(gate)
+
+
 class Mix(Protocol):
     def __call__(self, x: Tensor, mixture: Mixture, *, norm: Norm) -> Tensor:
         """x [T, hidden] + the weighted sum of the experts' products of x normalized.
@@ -343,6 +353,7 @@ class Ops:
     join_experts: JoinExperts | None = None  # None: each expert stays a weight of its own
     bind: Bind | None = None
     sample: Sample | None = None  # None: tokens are drawn on the host
+    sigmoid_mul: SigmoidMul = sigmoid_mul
     delta: Delta | None = None  # None: no layers of the gated delta rule
     pack_table: Pack | None = None  # for an embedding alone; None: rows can be looked up in what ``pack`` makes of integers
 

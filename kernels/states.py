@@ -41,15 +41,20 @@ class DeltaRule:
         return (self.conv.shape[1] - self.value_heads * self.value_dim) // (2 * self.key_heads)
 
     @property
+    def width(self) -> int:
+        """Of what goes in: channels, and z."""
+        return self.conv.shape[1] + self.value_heads * self.value_dim
+
+    @property
     def nbytes(self) -> int:
         return sum(one.nbytes for one in (self.conv, self.rate, self.dt_bias, self.norm))
 
 
 class Delta(Protocol):
-    def __call__(self, x: Tensor, rule: DeltaRule, cache: StateCache, batch: PagedBatch) -> Tensor:
+    def __call__(self, x: Tensor, gates: Tensor, rule: DeltaRule, cache: StateCache, batch: PagedBatch) -> Tensor:
         """The gated delta rule over the rows of each sequence -> [T, value heads * value_dim] in x's dtype.
 
-        x [T, channels + value heads * (value_dim + 2)]: queries, keys and values before the convolution, z, b, a; head by head.
+        x [T, rule.width]: queries, keys and values before the convolution, and z; gates [T, 2 * value heads]: b and a.
         Queries, keys and values go through the causal convolution and silu; q and k are divided by their lengths (the root of
         the sum of squares + 1e-6), q by the root of key_dim, too. Then for each value head, token by token, in float32:
         state *= exp(-rate * softplus(a + dt_bias)); state += outer(k, sigmoid(b) * (v - k @ state)); out = q @ state; and what

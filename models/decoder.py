@@ -133,12 +133,14 @@ class Decoder:
         q = ops.rope_store(qkv, spec.heads, cache, batch, cos_sin, q_norm=q_norm, k_norm=k_norm)
         q = q if scales is None else q.mul_(scales.to(q.dtype)[:, None, None])
         found = ops.attention(q, cache, batch, scale=spec.scale, window=layer.window, cap=spec.cap, sinks=layer.sinks).flatten(1)
-        return found * torch.sigmoid(gate) if spec.output_gate else found
+        return ops.sigmoid_mul(found, gate) if spec.output_gate else found
 
     def _delta(self, layer: Layer, rule: DeltaRule, hidden: Tensor, batch: PagedBatch, states: StateCache) -> Tensor:
         """[T, value heads * value_dim] before the output projection."""
         assert self.ops.delta is not None  # the planner refuses such models where operators have none
-        return self.ops.delta(self._linear(hidden, layer.qkv, self._norm(layer.input_norm)), rule, states, batch)
+        norm, parts = self._norm(layer.input_norm), 1 if rule.width == layer.qkv[0].N else 2
+        x, gates = (self._linear(hidden, some, norm) for some in (layer.qkv[:parts], layer.qkv[parts:]))
+        return self.ops.delta(x, gates, rule, states, batch)
 
     def _mlp(self, layer: Layer, hidden: Tensor) -> Tensor:
         """[T, hidden] after the MLP, or the mixture of experts."""

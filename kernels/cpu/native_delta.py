@@ -12,18 +12,19 @@ from kernels.cpu.native_weights import TYPES, address
 from kernels.states import DeltaRule, StateCache
 
 
-def delta(module: Any, machine: Any, x: Tensor, rule: DeltaRule, cache: StateCache, batch: PagedBatch) -> Tensor:
+def delta(module: Any, machine: Any, x: Tensor, gates: Tensor, rule: DeltaRule, cache: StateCache, batch: PagedBatch) -> Tensor:
     """As kernels.states.Delta."""
     if batch.states is None:
         raise ValueError("the batch does not say where the states of its sequences are")
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    x, gates = (one if one.stride(1) == 1 else one.contiguous() for one in (x, gates))
     out = torch.empty(x.shape[0], rule.value_heads * rule.value_dim, dtype=x.dtype)
     if x.shape[0]:
         machine.delta(
             _native(module, rule),
             x.data_ptr(),
             x.stride(0),
+            gates.data_ptr(),
+            gates.stride(0),
             TYPES[x.dtype],
             out.data_ptr(),
             cache.conv.data_ptr(),

@@ -210,8 +210,15 @@ class NativeOps:
             )
         return out
 
-    def delta(self, x: Tensor, rule: DeltaRule, cache: StateCache, batch: PagedBatch) -> Tensor:
-        return native_delta.delta(self.module, self.machine, x, rule, cache, batch)
+    def delta(self, x: Tensor, gates: Tensor, rule: DeltaRule, cache: StateCache, batch: PagedBatch) -> Tensor:
+        return native_delta.delta(self.module, self.machine, x, gates, rule, cache, batch)
+
+    def sigmoid_mul(self, x: Tensor, gate: Tensor) -> Tensor:
+        x, gate = x.contiguous(), gate if gate.stride(1) == 1 else gate.contiguous()
+        if len(x):
+            where = x.data_ptr(), gate.data_ptr(), *x.shape, gate.stride(0), TYPES[x.dtype], x.data_ptr()
+            self.machine.sigmoid_mul(*where)
+        return x
 
     def bind(self, stack: Stack, caches: Sequence[KVCache], *, max_tokens: int) -> Forward | None:
         layers, norm = stack.layers, stack.norm
@@ -369,4 +376,5 @@ def make_ops(device: torch.device, threads: int | None = None) -> Ops:
         mix=native.mix,
         bind=native.bind,
         delta=native.delta,
+        sigmoid_mul=native.sigmoid_mul,
     )

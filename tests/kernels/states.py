@@ -17,8 +17,8 @@ SHAPES = [  # key heads, value heads, key_dim, value_dim, kernel
 
 def make(
     shape: Sequence[int], sequences: Sequence[tuple[int, int]], dtype: torch.dtype
-) -> tuple[Tensor, DeltaRule, StateCache, PagedBatch]:
-    """Random inputs: rows of a wider tensor. Places that hold nothing of a sequence's past are NaN."""
+) -> tuple[Tensor, Tensor, DeltaRule, StateCache, PagedBatch]:
+    """Random inputs: rows of wider tensors. Places that hold nothing of a sequence's past are NaN."""
     key_heads, value_heads, key_dim, value_dim, kernel = shape
     values = value_heads * value_dim
     channels = 2 * key_heads * key_dim + values
@@ -40,10 +40,11 @@ def make(
             cache.conv[place], cache.state[place] = torch.randn_like(cache.conv[0]), torch.randn_like(cache.state[0])
     rows, ends = [now for _, now in sequences], [before + now for before, now in sequences]
     starts = torch.tensor([0, *rows]).cumsum(0).int()
-    x = torch.randn(sum(rows), channels + values + 2 * value_heads + 9).to(dtype)[:, 4:-5]
+    x = torch.randn(sum(rows), channels + values + 9).to(dtype)[:, 4:-5]
+    gates = torch.randn(sum(rows), 2 * value_heads + 3).to(dtype)[:, 1:-2]
     nothing = torch.zeros(0, dtype=torch.int64)
     batch = PagedBatch(nothing, nothing, starts, torch.tensor(ends).int(), nothing, max(rows), max(ends), states=places)
-    return x, rule, cache, batch
+    return x, gates, rule, cache, batch
 
 
 def copied(cache: StateCache) -> StateCache:

@@ -22,11 +22,11 @@ def their_rule() -> object:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_reference_is_what_transformers_computes(shape: tuple[int, ...]) -> None:
     """In chunks there, token by token here; by way of a convolution over the whole there."""
-    (x, rule, cache, batch), heads = make(shape, [(6, 150)], torch.float32), shape[1]
+    (x, gates, rule, cache, batch), heads = make(shape, [(6, 150)], torch.float32), shape[1]
     place = int(batch.states[0])  # type: ignore[index]
     state, kept = cache.state[place].clone(), cache.conv[place].clone()
     keys, values = rule.key_heads * rule.key_dim, heads * rule.value_dim
-    mixed, z, b, a = x.split([2 * keys + values, values, heads, heads], dim=1)
+    (mixed, z), (b, a) = x.split([2 * keys + values, values], dim=1), gates.chunk(2, dim=1)
     whole = torch.cat((kept, mixed)).t().unsqueeze(0)
     mixed = torch.nn.functional.silu(
         torch.nn.functional.conv1d(whole, rule.conv.t().unsqueeze(1).contiguous(), groups=whole.shape[1])
@@ -50,7 +50,7 @@ def test_the_reference_is_what_transformers_computes(shape: tuple[int, ...]) -> 
     )
     normed = torch.nn.functional.rms_norm(out[0], (rule.value_dim,), rule.norm, rule.eps)
     expected = normed.flatten(1) * torch.nn.functional.silu(z)
-    found = plain.delta(x, rule, cache, batch)
+    found = plain.delta(x, gates, rule, cache, batch)
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(cache.state[place], last[0], rtol=2e-4, atol=2e-4)
     assert torch.equal(cache.conv[place], torch.cat((kept, x[:, : kept.shape[1]]))[-len(kept) :])
@@ -65,20 +65,20 @@ def test_who_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_batch_that_does_not_say_where_states_are() -> None:
-    x, rule, cache, batch = make(SHAPES[0], [(0, 2)], torch.float32)
+    x, gates, rule, cache, batch = make(SHAPES[0], [(0, 2)], torch.float32)
     lost = PagedBatch(*(getattr(batch, name) for name in list(batch.__dataclass_fields__)[:7]))
     for name in ("auto", "torch"):
         ops = native_ops(instruction_sets()[0]) if name == "auto" and backend.native() is not None else None
         with pytest.raises(ValueError, match="does not say where the states"):
-            (ops.delta if ops else plain.delta)(x, rule, cache, lost)
+            (ops.delta if ops else plain.delta)(x, gates, rule, cache, lost)
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 48, 20, 4), (4, 4, 16, 64, 4)], ids=str)
 def test_memory_of_torchs_operators(shape: tuple[int, ...]) -> None:
     """At most what the plan counts, and not much less: tensors that are alive at once, in pieces of a long prompt."""
-    x, rule, cache, batch = make(shape, [(0, 3 * DELTA_ROWS)], torch.bfloat16)
+    x, gates, rule, cache, batch = make(shape, [(0, 3 * DELTA_ROWS)], torch.bfloat16)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
-        plain.delta(x, rule, cache, batch)
+        plain.delta(x, gates, rule, cache, batch)
     alive = most = 0
     for event in trace.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":

@@ -28,10 +28,10 @@ def test_native_kernels_compute_the_same(isa: str, shape: tuple[int, ...]) -> No
     ops: NativeOps = native_ops(isa)
     for sequences in STEPS:
         for dtype in DTYPES:
-            x, rule, cache, batch = make(shape, sequences, dtype)
+            x, gates, rule, cache, batch = make(shape, sequences, dtype)
             theirs = copied(cache)
-            expected = plain.delta(x.float(), rule, theirs, batch)
-            found = ops.delta(x, rule, cache, batch)
+            expected = plain.delta(x.float(), gates.float(), rule, theirs, batch)
+            found = ops.delta(x, gates, rule, cache, batch)
             assert found.dtype == dtype and found.shape == expected.shape
             torch.testing.assert_close(found.float(), expected, rtol=EPS[dtype], atol=EPS[dtype])
             assert torch.equal(cache.conv.nan_to_num(7.0), theirs.conv.nan_to_num(7.0))
@@ -42,14 +42,14 @@ def test_native_kernels_compute_the_same(isa: str, shape: tuple[int, ...]) -> No
 def test_pieces_and_company_change_no_bit(isa: str) -> None:
     """A prompt at once, in odd pieces beside others, and by another number of threads."""
     ops, length = native_ops(isa), 75
-    x, rule, cache, batch = make((2, 4, 48, 36, 4), [(0, length)], torch.bfloat16)
+    x, gates, rule, cache, batch = make((2, 4, 48, 36, 4), [(0, length)], torch.bfloat16)
     whole = copied(cache)
-    expected = ops.delta(x, rule, whole, batch)
-    assert torch.equal(native_ops(isa, 1).delta(x, rule, copied(cache), batch), expected)
+    expected = ops.delta(x, gates, rule, whole, batch)
+    assert torch.equal(native_ops(isa, 1).delta(x, gates, rule, copied(cache), batch), expected)
     for pieces in ([1] * 5 + [33, 37], [32, 32, 11], [length - 1, 1]):
         mine, found, start = copied(cache), [], 0
         for count in pieces:
-            others, _, _, _ = make((2, 4, 48, 36, 4), [(0, 3), (0, 1)], torch.bfloat16)
+            others, other_gates, _, _, _ = make((2, 4, 48, 36, 4), [(0, 3), (0, 1)], torch.bfloat16)
             step = PagedBatch(
                 batch.positions,
                 batch.slots,
@@ -61,7 +61,8 @@ def test_pieces_and_company_change_no_bit(isa: str) -> None:
                 states=torch.tensor([(int(batch.states[0]) + i) % 3 for i in (1, 0, 2)]).int(),  # type: ignore[index]
             )
             rows = torch.cat((others[:3], x[start : start + count], others[3:]))
-            found.append(ops.delta(rows, rule, mine, step)[3:-1])
+            opened = torch.cat((other_gates[:3], gates[start : start + count], other_gates[3:]))
+            found.append(ops.delta(rows, opened, rule, mine, step)[3:-1])
             start += count
         place = int(batch.states[0])  # type: ignore[index]
         assert torch.equal(torch.cat(found), expected)
@@ -71,16 +72,17 @@ def test_pieces_and_company_change_no_bit(isa: str) -> None:
 def test_extremes_are_those_of_the_reference() -> None:
     """Gates that are wide open or shut, states forgotten at once, rows of zeros; a NaN stays in its head and sequence."""
     ops = native_ops(instruction_sets()[0])
-    x, rule, cache, batch = make((1, 2, 16, 32, 4), [(0, 6), (0, 6)], torch.float32)
-    x = x.contiguous()
-    x[1] = 0
-    x[2, -4:] = torch.tensor([80.0, -80, 200, -200])
-    x[3, -4:] = torch.tensor([-1e4, 1e4, -1e4, 1e4])
-    expected = plain.delta(x, rule, copied(cache), batch)
-    torch.testing.assert_close(ops.delta(x, rule, copied(cache), batch), expected, rtol=2e-5, atol=2e-5)
+    x, gates, rule, cache, batch = make((1, 2, 16, 32, 4), [(0, 6), (0, 6)], torch.float32)
+    x, gates = x.contiguous(), gates.contiguous()
+    x[1] = gates[1] = 0
+    gates[2] = torch.tensor([80.0, -80, 200, -200])
+    gates[3] = torch.tensor([-1e4, 1e4, -1e4, 1e4])
+    expected = plain.delta(x, gates, rule, copied(cache), batch)
+    torch.testing.assert_close(ops.delta(x, gates, rule, copied(cache), batch), expected, rtol=2e-5, atol=2e-5)
     x[0, 64] = float("nan")  # a value of the second head of the first sequence
-    found = ops.delta(x, rule, cache, batch)
-    assert found[0, 32:].isnan().all() and torch.equal(found[6:], ops.delta(x[6:], rule, copied(cache), only(batch, 1)))
+    found = ops.delta(x, gates, rule, cache, batch)
+    alone = ops.delta(x[6:], gates[6:], rule, copied(cache), only(batch, 1))
+    assert found[0, 32:].isnan().all() and torch.equal(found[6:], alone)
     torch.testing.assert_close(found[:, :32], expected[:, :32], rtol=2e-5, atol=2e-5)
 
 

@@ -50,6 +50,15 @@ def test_silu_mul(ops: NativeOps, dtype: torch.dtype) -> None:
         close(ops.gelu_mul(x), gelu_mul(x), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sigmoid_mul(ops: NativeOps, dtype: torch.dtype) -> None:
+    for rows, columns in ((1, 1), (7, 45), (33, 1024), (0, 8)):
+        x, wide = (torch.randn(rows, n) * 20 for n in (columns, columns + 7))
+        x, gate = x.to(dtype), wide.to(dtype)[:, 3:-4]  # rows of a wider tensor
+        expected = x.float() * torch.sigmoid(gate.float())
+        close(ops.sigmoid_mul(x.clone(), gate), expected, dtype)
+
+
 def gelu_mul(x: torch.Tensor) -> torch.Tensor:
     """From float64: torch's own float32 loses bits of 1 + tanh where that is near 0."""
     gate, up = x.double().chunk(2, dim=1)

@@ -87,7 +87,7 @@ template <Type T> INLINE void bring(DeltaHead& h, int64_t from, int64_t count) {
         scale(q, h.key_width, shorter / std::sqrt(convolve<T>(h, from + i, key, r.key_dim, q) + 1e-6f));
         scale(k, h.key_width, 1.0f / std::sqrt(convolve<T>(h, from + i, keys + key, r.key_dim, k) + 1e-6f));
         convolve<T>(h, from + i, 2 * keys + h.head * r.value_dim, r.value_dim, h.v + i * h.value_width);
-        const auto* gates = static_cast<const typename As<T>::Item*>(h.a->x) + (h.first + from + i) * h.a->stride + r.channels() + r.values();
+        const auto* gates = static_cast<const typename As<T>::Item*>(h.a->gates) + (h.first + from + i) * h.a->gates_stride;
         float b, a;
         store_some<Type::f32>(&b, load_some<T>(gates + h.head, 1), 1);
         store_some<Type::f32>(&a, load_some<T>(gates + r.value_heads + h.head, 1), 1);

@@ -67,10 +67,15 @@ struct Machine {
                                    at<int32_t>(lengths), at<int32_t>(tables), width, scale, window, cap, at<void>(sinks)});
     }
 
-    void delta(const DeltaRule& rule, uintptr_t x, int64_t stride, int type, uintptr_t out, uintptr_t conv, int64_t conv_stride, uintptr_t state,
+    void sigmoid_mul(uintptr_t x, uintptr_t gate, int64_t rows, int64_t columns, int64_t stride, int type, uintptr_t out) {
+        const std::lock_guard lock(mutex);
+        kernels->sigmoid_mul(*pool, {at<void>(gate), rows, columns, stride, Type(type), nullptr, 0, 0, at<void>(x), at<void>(out)});
+    }
+
+    void delta(const DeltaRule& rule, uintptr_t x, int64_t stride, uintptr_t gates, int64_t gates_stride, int type, uintptr_t out, uintptr_t conv, int64_t conv_stride, uintptr_t state,
                int64_t state_stride, int64_t sequences, uintptr_t starts, uintptr_t lengths, uintptr_t places) {
         const std::lock_guard lock(mutex);
-        kernels->delta(*pool, {&rule, at<void>(x), stride, Type(type), at<void>(out), at<float>(conv), conv_stride, at<float>(state), state_stride, sequences,
+        kernels->delta(*pool, {&rule, at<void>(x), stride, at<void>(gates), gates_stride, Type(type), at<void>(out), at<float>(conv), conv_stride, at<float>(state), state_stride, sequences,
                                at<int32_t>(starts), at<int32_t>(lengths), at<int32_t>(places)});
     }
 
@@ -218,6 +223,7 @@ NB_MODULE(_native, m) {
         .def("rope_store", &Machine::rope_store, guard())
         .def("rms_norm", &Machine::rms_norm, guard())
         .def("gate_mul", &Machine::gate_mul, guard())
+        .def("sigmoid_mul", &Machine::sigmoid_mul, guard())
         .def("embed_rows", &Machine::embed_rows, guard())
         .def("embed_packed", &Machine::embed_packed, guard())
         .def("argmax", &Machine::argmax, guard())

@@ -63,6 +63,23 @@ template <bool kGelu> inline void gate_mul(Pool& pool, const RowsArgs& a) {
     });
 }
 
+// residual * sigmoid(x)
+inline void sigmoid_mul(Pool& pool, const RowsArgs& a) {
+    with_type(a.type, [&](auto tag) {
+        constexpr Type T = decltype(tag)::value;
+        using Item = typename As<T>::Item;
+        ranges(pool, a.rows, a.columns * 4, [&](int64_t first, int64_t last) {
+            for (int64_t r = first; r < last; ++r) {
+                const Item *gate = static_cast<const Item*>(a.x) + r * a.stride, *x = static_cast<const Item*>(a.residual) + r * a.columns;
+                for (int64_t k = 0; k < a.columns; k += 16) {
+                    const F share = splat(1.0f) / (splat(1.0f) + exp(splat(0.0f) - load_some<T>(gate + k, a.columns - k)));
+                    store_some<T>(static_cast<Item*>(a.out) + r * a.columns + k, load_some<T>(x + k, a.columns - k) * share, a.columns - k);
+                }
+            }
+        });
+    });
+}
+
 // One head of q or k: normalized, its first `rotary` features rotated, in float32.
 template <Type T> INLINE void rotate_head(const typename As<T>::Item* x, const typename As<T>::Item* norm, float eps, float offset, const float* cos_sin, int64_t rotary, int64_t dim, float* out) {
     const F factor = splat(norm != nullptr ? norm_factor<T>(x, dim, eps) : 1.0f), shift = splat(offset);

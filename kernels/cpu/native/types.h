@@ -142,9 +142,11 @@ struct DeltaRule {         // parameters of a layer of the gated delta rule (ker
 
 struct DeltaArgs {
     const DeltaRule* rule;
-    const void* x;           // [tokens, channels + values + 2 * value_heads], rows `stride` elements apart
+    const void* x;           // [tokens, channels + values]: queries, keys, values and z; rows `stride` elements apart
     int64_t stride;
-    Type type;               // of x and out
+    const void* gates;       // [tokens, 2 * value_heads]: b and a; rows `gates_stride` elements apart
+    int64_t gates_stride;
+    Type type;               // of these and of out
     void* out;               // [tokens, values], contiguous
     float* conv;             // [places][kernel - 1, channels], places `conv_stride` elements apart
     int64_t conv_stride;
@@ -194,6 +196,7 @@ struct Kernels {
     void (*rms_norm)(Pool&, const RowsArgs&);
     void (*silu_mul)(Pool&, const RowsArgs&);
     void (*gelu_mul)(Pool&, const RowsArgs&);
+    void (*sigmoid_mul)(Pool&, const RowsArgs&);
     void (*embed)(Pool&, const EmbedArgs&);
     void (*argmax)(Pool&, const ArgmaxArgs&);
     float (*kth_largest)(Pool&, const float*, int64_t n, int64_t k);
