@@ -17,14 +17,16 @@ def audit(
     waiting: Sequence[Request],
     deferred: Sequence[Request],
     requests: Collection[Request],
+    seats: Sequence[int],
     max_num_seqs: int,
 ) -> None:
     """Raises PoolError unless all of this holds.
 
     Running, waiting and deferred ones are in order, each where its flags say, and are all there are. A running request holds at
     least ceil(computed / block_size) blocks (what is stored) and at most ceil(known / block_size); another one none, but in host
-    memory those of what it has computed. Every block has as many references as requests hold it, and no other is used, here and
-    there. The books of the pools are right.
+    memory those of what it has computed. Every running request has a seat of its own, nobody else has one, and the others are
+    free: ``seats``. Every block has as many references as requests hold it, and no other is used, here and there. The books of
+    the pools are right.
     """
     store.check()
     for queue in (running, waiting, deferred):
@@ -37,6 +39,9 @@ def audit(
         raise PoolError("a request is not where its flags say")
     if len(running) > max_num_seqs:
         raise PoolError(f"{len(running)} running, more than {max_num_seqs}")
+    taken = [r.seat for r in running]
+    if sorted([*seats, *taken]) != [*range(max_num_seqs)]:
+        raise PoolError(f"seats {sorted(taken)} are taken and {sorted(seats)} free, of {max_num_seqs}")
     size = store.pool.block_size
     for r in running:
         computed, known = r.computed, r.known
@@ -47,6 +52,8 @@ def audit(
             raise PoolError(f"request {r.key} holds {len(r.blocks)} blocks, expected {low} to {high}")
     resting = (*waiting, *deferred)
     for r in resting:
+        if r.seat != -1:
+            raise PoolError(f"request {r.key} waits with seat {r.seat}")
         if r.blocks or len(r.host) != store.blocks(r.computed):
             raise PoolError(f"request {r.key} waits with {len(r.blocks)} blocks and {r.computed} tokens computed")
     _owners(store.pool, [r.blocks for r in running])

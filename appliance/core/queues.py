@@ -14,11 +14,13 @@ class Queues:
     """A request is in one of three lists, each in order of tickets, as its flags ``running`` and ``held`` say.
 
     ``running``; ``waiting``: for a place; ``deferred``: for its group's decision or for its grammar, and only then for a place.
+    Who runs has a seat of its own, which is a number: where the device keeps what it has no blocks for.
     """
 
-    def __init__(self, *, priorities: bool) -> None:
-        """``priorities``: whether a request's priority counts, or only its order of arrival."""
+    def __init__(self, *, priorities: bool, seats: int) -> None:
+        """``priorities``: whether a request's priority counts, or only its order of arrival. ``seats``: so many run at most."""
         self.priorities = priorities
+        self.seats = list(reversed(range(seats)))  # that are free, the next one last
         self.running: list[Request] = []
         self.waiting: list[Request] = []
         self.deferred: list[Request] = []
@@ -64,11 +66,16 @@ class Queues:
         self._put(request)
 
     def _put(self, request: Request) -> None:
+        if request.running:
+            request.seat = self.seats.pop()
         insort(self._list(request), request, key=_ticket)
 
     def _take(self, request: Request) -> None:
         requests = self._list(request)
         del requests[bisect_left(requests, request.ticket, key=_ticket)]
+        if request.running:
+            self.seats.append(request.seat)
+            request.seat = -1
 
     def _list(self, request: Request) -> list[Request]:
         return self.running if request.running else self.deferred if request.held else self.waiting

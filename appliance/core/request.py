@@ -41,6 +41,7 @@ class Request:
     keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were asked for
     ticket: tuple[int, int] = (0, 0)  # place in the order of service
     running: bool = False
+    seat: int = -1  # its place among those that run, which nobody else has; -1: it does not run
     turn: int = 0  # len(tokens) from which on it makes room for others, by when it was admitted last
     cached: int = 0  # prompt tokens that were in the cache when it was admitted first
     scheduled: float | None = None  # time.monotonic() of the first step that it had a part in

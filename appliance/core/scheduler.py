@@ -52,13 +52,13 @@ class Scheduler(Queues):
         the next one is scheduled."""
         if max_num_batched_tokens < 1 or max_num_seqs < 1:
             raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens} and max_num_seqs={max_num_seqs} must be >= 1")
-        super().__init__(priorities=priorities)
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every running decode fits into every step
+        super().__init__(priorities=priorities, seats=self.max_num_seqs)
         self.pool, self.store = pool, Store(pool, host, caching=caching)
         self.swaps, self.fair_tokens, self.turn = swaps, fair_tokens, turn
         self.drafts = drafts
         self.reserve = int(watermark * pool.num_blocks)
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every running decode fits into every step
         self.num_preemptions = self.num_swaps = 0
         self.prompt_tokens_looked_up = self.prompt_tokens_found = self.prompt_tokens_found_in_host = 0
         self._blocked: tuple[Request, int, int] | None = None  # the head, the free blocks it takes, looks until it is tried again
@@ -180,7 +180,7 @@ class Scheduler(Queues):
     def check(self) -> None:
         """Raises PoolError where the books are wrong: see appliance.core.audit."""
         everyone = [request for group in self._requests.values() for request in group.values()]
-        audit(self.store, self.running, self.waiting, self.deferred, everyone, self.max_num_seqs)
+        audit(self.store, self.running, self.waiting, self.deferred, everyone, self.seats, self.max_num_seqs)
 
     def _chunk(self, request: Request, budget: int) -> Chunk | None:
         """As many of its next tokens as the budget takes, or None where there are no blocks for them."""

@@ -131,8 +131,10 @@ class SpoilingPool(BlockPool):
 
 
 class FakeRunner:
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, *, stateful: bool = False) -> None:
+        """``stateful``: what a sequence has at its seat must be what its own tokens have left there, all of them in turn."""
+        self.scheduler, self.stateful = scheduler, stateful
+        self.states: dict[int, list[int]] = {}
         self.pool: dict[int, list[int]] = {}
         self.host: dict[int, list[int]] = {}
         self.sampled: dict[Request, int] = {}  # by the last step: what the host may not know yet
@@ -153,6 +155,9 @@ class FakeRunner:
             found.append(
                 _drawn(chunk, known) if chunk.draft else next_token(known, chunk.request.seed) if chunk.samples else None
             )
+        if self.stateful:
+            for chunk, known in zip(plan.chunks, tokens, strict=True):
+                self._go_on(chunk, known)
         self.sampled = {chunk.request: token for chunk, token in zip(plan.chunks, found, strict=True) if isinstance(token, int)}
         return found
 
@@ -174,6 +179,7 @@ class FakeRunner:
         """A step failed: nothing is what it was."""
         for memory in (self.pool, self.host):
             memory.update((block, self._blank()) for block in memory)
+        self.states.update((seat, [SPOILT]) for seat in self.states)
         self.sampled = {}
 
     def step(self) -> tuple[StepPlan, list[Request]]:
@@ -190,6 +196,13 @@ class FakeRunner:
             self.scheduler.check()
         assert not self.scheduler.has_work, f"unfinished after {limit} steps"
         return ended
+
+    def _go_on(self, chunk: Chunk, known: Sequence[int]) -> None:
+        """From nothing where it begins, from what is there where it goes on."""
+        request, start = chunk.request, chunk.start
+        state = self.states.get(request.seat) if start else []
+        assert state == [*known[:start]], f"{request.key} goes on at seat {request.seat} from what is not its own"
+        self.states[request.seat] = [*known]
 
     def _blank(self) -> list[int]:
         return [SPOILT] * self.scheduler.pool.block_size

@@ -49,6 +49,8 @@ class History(Rules):
         self.fault_rate = (0, 0, 0, 12)[choose(4)]
         pool = SpoilingPool(blocks, size, fails=self._fails)
         host = SpoilingPool(host_blocks, size, host=True, fails=self._fails) if host_blocks else None
+        self.stateful = not choose(4)  # nothing can be shared, swapped or taken back: each computes all its tokens in turn
+        host = None if self.stateful else host
         swaps = (lambda request: True, lambda request: False, lambda request: bool(self.choose(2)))[choose(3)]
         self.worth = (0, 0, 1, 3)[choose(4)]
         self.scheduler = Scheduler(
@@ -56,16 +58,16 @@ class History(Rules):
             max_num_batched_tokens=1 + choose((24, 64, 64, 8)[choose(4)]),
             max_num_seqs=(8, 6, 4, 3, 2, 1)[choose(6)],
             host=host,
-            caching=bool(choose(2)),
+            caching=not self.stateful and bool(choose(2)),
             priorities=bool(choose(2)),
             swaps=swaps,
             fair_tokens=(NEVER, 8, 3, NEVER, 5, 1)[choose(6)],
             turn=lambda back: self.worth * (back.end - back.start + back.copied),
             watermark=(0.0, 0.1, 0.3)[choose(3)],
-            drafts=None if choose(3) else Guesses(choose),
+            drafts=None if self.stateful or choose(3) else Guesses(choose),
         )
         self.capacity = blocks * size
-        self.runner = FakeRunner(self.scheduler)
+        self.runner = FakeRunner(self.scheduler, stateful=self.stateful)
         self.alive = {}
         self.groups = []
         self.grammars = []
@@ -84,7 +86,7 @@ class History(Rules):
     def add(self) -> None:
         """A request of one or several completions; its prompt begins like others, or goes on from an earlier answer."""
         choose = self.choose
-        beams = not choose(8)
+        beams = not self.stateful and not choose(8)
         max_tokens = 1 + choose(min(5 if beams else 16, self.capacity))
         prompt = self.prompts[choose(len(self.prompts))][: 1 + choose((8, 20, 40)[choose(3)])]
         prompt = (prompt + [1 + choose(3)] * choose(3))[: self.capacity + 1 - max_tokens]
@@ -103,7 +105,7 @@ class History(Rules):
             more = {"seed": seed, "priority": priority, "salt": salt, "leader": leader, "beam": beams, "scores": scores}
             more |= {"eos": eos, "stops": tuple(stops), "least": 0 if beams else least}
             request = make_request(name, prompt, max_tokens, index=index, **more)
-            leader = leader or request
+            leader = None if self.stateful else leader or request
             request.held = held
             self.scheduler.add(request)
             group.append(request)

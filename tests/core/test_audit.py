@@ -67,6 +67,19 @@ def damage_counted(scheduler: Scheduler, r: Request) -> None:
     scheduler.store.swapped = 1
 
 
+def damage_seat(scheduler: Scheduler, r: Request) -> None:
+    r.seat = scheduler.running[1].seat
+
+
+def damage_seat_lost(scheduler: Scheduler, r: Request) -> None:
+    scheduler.abort("b")
+    scheduler.seats.clear()
+
+
+def damage_seat_waiting(scheduler: Scheduler, r: Request) -> None:
+    scheduler.waiting[0].seat = 0
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -83,6 +96,9 @@ def damage_counted(scheduler: Scheduler, r: Request) -> None:
         (damage_order, "order of arrival"),
         (damage_limit, "more than 1"),
         (damage_flag, "not where its flags say"),
+        (damage_seat, r"seats \[1, 1\] are taken and \[\] free, of 2"),
+        (damage_seat_lost, r"seats \[0\] are taken and \[\] free, of 2"),
+        (damage_seat_waiting, "waits with seat 0"),
         (damage_counted, "1 requests counted in host memory, 0 are"),
     ],
 )
