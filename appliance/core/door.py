@@ -27,6 +27,11 @@ def check_submit(submit: Submit, info: EngineInfo) -> None:
     check_ids("logprob_token_ids", params.logprob_token_ids or (), vocab)
     if params.thinking_token_budget is not None and params.thinking_marks is None:
         raise RequestError("thinking_token_budget needs a tokenizer", param="thinking_token_budget")
+    if params.use_beam_search and not info.forks:
+        raise RequestError(
+            "use_beam_search: this model's layers keep a state of each sequence, which beams cannot share: leave it out",
+            param="use_beam_search",
+        )
     if params.use_beam_search and params.n + len(info.eos_token_ids) > vocab:
         raise RequestError(f"n is {params.n}: so many beams cannot differ in a vocabulary of {vocab} tokens", param="n")
     if params.structured_outputs is not None:
@@ -102,7 +107,7 @@ def make_requests(submit: Submit, info: EngineInfo, *, fallback_seed: int) -> li
         )
         for index in range(params.width)
     ]
-    for sibling in requests[1:]:
+    for sibling in requests[1:] if info.forks else ():
         sibling.leader = requests[0]
     return requests
 

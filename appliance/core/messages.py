@@ -172,6 +172,7 @@ class EngineInfo:
     ready_s: float  # from the start of loading
     plan: dict[str, object]  # MemoryPlan.to_dict()
     priorities: bool = False  # whether requests may bring one
+    forks: bool = True  # whether a sequence can go on from what another one has: completions from one prompt, beams from a beam
     kernels: str = ""  # what computes: reference, torch, or the instruction set of native kernels
     startup: dict[str, float] = field(default_factory=dict)  # seconds of its parts; "ready": of all of them
 
@@ -182,6 +183,7 @@ PLAN_PARTS = {
     "kv_cache": ("kv_cache", "bytes"),
     "workspace": ("workspace_bytes", "total"),
     "graphs": ("graphs_bytes", "total"),
+    "states": ("states", "bytes"),
     "runtime": ("runtime_bytes",),
     "budget": ("budget_bytes",),
     "swap": ("swap", "bytes"),

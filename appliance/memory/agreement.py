@@ -32,12 +32,14 @@ def check_headers(index: CheckpointIndex, spec: ModelSpec, scheme: QuantScheme) 
             raise CheckpointError(f"{module.name}: its weight is missing from {index.directory}, {expects}{tied}")
         if not _fits(stored, module, scheme.for_module(stored.name.rpartition(".")[0]).bits):
             raise CheckpointError(f"{stored.name}: found {stored}, {expects}")
+    wide = {} if spec.delta is None else dict(spec.delta.small_tensors)
     for name, numel in spec.small_tensors():
+        shape = wide.get(name.split(".", 3)[-1], (numel,))  # by its name within a layer
         if name not in tensors:
-            raise CheckpointError(f"{name}: the tensor is missing from {index.directory}, expected [{numel}]")
-        shapes = [(numel,), (1, numel)] if name.endswith(CORRECTION) else [(numel,)]
+            raise CheckpointError(f"{name}: the tensor is missing from {index.directory}, expected {list(shape)}")
+        shapes = [shape, (1, numel)] if name.endswith(CORRECTION) else [shape]
         if tensors[name].shape not in shapes:
-            raise CheckpointError(f"{name}: found {tensors[name]}, expected [{numel}]")
+            raise CheckpointError(f"{name}: found {tensors[name]}, expected {list(shape)}")
 
 
 def _weight(tensors: Mapping[str, TensorInfo], module: str) -> TensorInfo | None:

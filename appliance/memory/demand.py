@@ -41,12 +41,19 @@ class Demand:
     hidden_bytes: int  # the hidden state of one token
     logits_row_bytes: int
     position_bytes: int  # the rotary tables' rows of one position
+    state_layers: int = 0  # of all layers, those that have states in place of keys and values
+    sequence_bytes: int = 0  # their states of one sequence
     streamed: tuple[dict[str, int], ...] = ()  # what each layer brings when it is streamed in, see streamed_parts
     loading: Loading = NOTHING  # what it takes for a while to load it
     threads: int = 1  # of the CPU, that load it
     exchange: int = 0  # buffers in which several cards exchange their sums
     head: str = "as published"  # what the output head is stored as, in words
     embedding: str = "as published"  # the same of the embedding
+
+    @property
+    def kv_layers(self) -> int:
+        """Those that have keys and values."""
+        return self.layers - self.state_layers
 
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, *, model: str) -> Demand:
@@ -79,6 +86,8 @@ class Demand:
             # float32; torch's operators widen a product in the activations' type
             logits_row_bytes=spec.vocab * (4 if machinery.ops == NATIVE else 4 + size),
             position_bytes=4 * sum(rope.rotary_dim for rope in spec.ropes),
+            state_layers=sum(spec.linear),
+            sequence_bytes=0 if spec.delta is None else sum(spec.linear) * spec.delta.state_bytes,
             head=last.words,
             embedding=last.embedding_words,
             loading=loading(spec, scheme, machinery),
@@ -124,13 +133,18 @@ def product_workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Mac
 
 
 def attention_workspace(spec: ModelSpec, machinery: Machinery) -> int:
-    """Bytes that attention needs beside queries and result.
+    """Bytes that attention, or the gated delta rule, needs beside queries and result.
 
     Triton's leaves the parts of sequences that it has split there, when tokens are decoded: float32, with a sum a head. Native
     kernels use the memory of products, of which they need less.
     """
+    delta = 0
+    if spec.delta is not None:
+        heads, key_dim, value_dim = spec.delta.value_heads, spec.delta.key_dim, spec.delta.value_dim
+        sizes = {"channels": spec.delta.channels, "value_heads": heads, "key_dim": key_dim, "value_dim": value_dim}
+        delta = layout.delta_nbytes(ops=machinery.ops, **sizes)
     if machinery.ops == "cpu":
-        return layout.paged_attention_nbytes(
+        attention = layout.paged_attention_nbytes(
             heads=spec.heads,
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
@@ -138,8 +152,9 @@ def attention_workspace(spec: ModelSpec, machinery: Machinery) -> int:
             block_size=machinery.block_size,
             capped=spec.cap is not None,
         )
+        return max(attention, delta)
     if machinery.ops != "triton":
-        return 0
+        return delta
     return SPLIT_PROGRAMS * -(-spec.heads // spec.kv_heads) * (spec.head_dim + 1) * 4
 
 
@@ -187,18 +202,35 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     What is normalized before it is added takes the place of q, k and v, and one beside the gated product. Parts that cannot be
     one weight (differently stored, or each with an order of its own) are computed, joined, and then used. A mixture of experts
     has memory of its own (product_workspace) where its parts are whole. Where queries are scaled by their position, the operators
-    run one by one, and what they make lies beside what they read.
+    run one by one, and what they make lies beside what they read. So they do where some layers have states.
     """
-    single = spec.rope.query_beta != 0
-    qkv, inner = spec.q_size + 2 * spec.kv_size, spec.mlp_size
+    single = spec.rope.query_beta != 0 or spec.delta is not None
+    qkv, inner = _qkv_size(spec), spec.mlp_size
     whole = {one.module.N for one in layers if not one.stored.act_order and one.module.name.endswith(("q_proj", "qkv_proj"))}
     added = spec.hidden if spec.post_norms or single else 0
-    attention = max((1 if whole == {qkv} and not single else 2) * qkv, added) + spec.q_size
+    attention = max((1 if whole == {qkv} and not single else 2) * qkv, added) + _gate_size(spec) + spec.q_size
+    attention = max(attention, _delta_size(spec))
     gated = all(one.gated and not one.stored.act_order for one in layers if one.slot == "gate_up")
     mlp = ((inner if gated else 4 * inner) + added) * size if inner else 0
     if spec.mixture is not None and not gated:
         mlp = (4 * spec.widest_mlp + added) * size + _mixed(spec, spec.mixture, size)
     return spec.hidden * size + max(spec.hidden * size, attention * size, mlp)
+
+
+def _qkv_size(spec: ModelSpec) -> int:
+    """Numbers of a token's queries, keys and values, and of the gates of what attention gives."""
+    return (2 if spec.output_gate else 1) * spec.q_size + 2 * spec.kv_size
+
+
+def _gate_size(spec: ModelSpec) -> int:
+    """What gates become, and what they let through."""
+    return 2 * spec.q_size if spec.output_gate else 0
+
+
+def _delta_size(spec: ModelSpec) -> int:
+    """Numbers of a token in a delta layer: what is projected, while parts are joined twice, and the result."""
+    delta = spec.delta
+    return 0 if delta is None else 2 * (delta.channels + delta.value_size + 2 * delta.value_heads) + delta.value_size
 
 
 def _mixed(spec: ModelSpec, mixture: Mixture, size: int) -> int:
@@ -218,8 +250,9 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
     size, hidden, mixture = ITEM_SIZE[machinery.dtype], spec.hidden, spec.mixture
     rounds = machinery.ops != "triton" and any(one.stored.activation == "int8-token" for one in layers)
     product = 12 if rounds else 4 if (machinery.ops, machinery.dtype) == ("cpu", "float16") else 0
-    qkv = spec.q_size + 2 * spec.kv_size
-    attention = (2 * qkv + spec.q_size) * size + max(8 * spec.q_size, (hidden + qkv) * product)
+    qkv = _qkv_size(spec)
+    attention = (2 * qkv + _gate_size(spec) + spec.q_size) * size + max(8 * spec.q_size, (hidden + qkv) * product)
+    attention = max(attention, _delta_size(spec) * size + (hidden + _delta_size(spec) // 2) * product)
     inner = spec.mlp_size if machinery.ops == "triton" else spec.widest_mlp
     slab = min(2 * inner, layout.slab_rows(hidden, size)) * size
     mlp = max(3 * inner * size, 2 * inner * (size + product) + slab + hidden * product) if inner else 0

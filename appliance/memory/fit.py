@@ -102,7 +102,7 @@ def auto_sequences(demand: Demand, settings: Settings, device: DeviceInfo) -> tu
 def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) -> MemoryPlan:
     """What is left after weights, workspace and runtime becomes blocks, or what was given for them."""
     assert settings.max_seqs is not None
-    kv = KVSpec(demand.layers, demand.kv_heads, demand.head_dim, settings.block_size, settings.kv_dtype or demand.dtype)
+    kv = KVSpec(demand.kv_layers, demand.kv_heads, demand.head_dim, settings.block_size, settings.kv_dtype or demand.dtype)
     scratch = {
         "activations": demand.token_bytes * settings.max_tokens,
         "logits": demand.logits_row_bytes * min(LOGIT_ROWS, settings.max_tokens),
@@ -145,6 +145,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) 
         max_num_seqs=settings.max_seqs,
         max_num_batched_tokens=settings.max_tokens,
         free=free_of(settings, device),
+        sequence_bytes=demand.sequence_bytes,
         swap_blocks=settings.swap_bytes // kv.block_bytes,
         offload=offload,
     )
@@ -259,9 +260,10 @@ def _shortage(plan: MemoryPlan) -> str | None:
         f"swap space {size_text(plan.swap_bytes + plan.ghost_bytes)}, " if plan.swap_blocks and plan.device.kind == "cpu" else ""
     )
     swap += f"grammars {size_text(plan.grammar_bytes)}, " if plan.grammars and plan.device.kind == "cpu" else ""
+    states = f"states {size_text(plan.state_bytes)} ({plan.max_num_seqs} sequences), " if plan.sequence_bytes else ""
     parts = (
         f"weights {size_text(plan.weight_bytes)}, workspace {size_text(plan.workspace)} "
-        f"({plan.max_num_batched_tokens} tokens a step), {graphs}{swap}runtime {size_text(plan.runtime)}"
+        f"({plan.max_num_batched_tokens} tokens a step), {graphs}{states}{swap}runtime {size_text(plan.runtime)}"
     )
     budget = f"the budget is {size_text(plan.budget)} ({plan.budget_source})"
     if plan.fixed > plan.budget:

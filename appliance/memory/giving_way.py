@@ -29,6 +29,7 @@ class GivingWay:
     step_s: float  # of such a step, without blocks: its weights are read
     linear_s: float  # of a token, in all products of the layers
     pair_s: float  # of a query and a key, in all layers
+    state_s: float = 0.0  # of a sequence's states, in a step of single tokens: they are read and written
 
     @classmethod
     def of(cls, spec: ModelSpec, device: DeviceInfo, block_bytes: int, weight_bytes: int) -> GivingWay:
@@ -42,8 +43,9 @@ class GivingWay:
             link, rate = LINK_SHARE * link, RATE_SHARE * rate
         weights, active = spec.linear_parameters
         read_bytes = weight_bytes * active / weights  # about: of a mixture of experts a token reads those that it goes through
-        pair_s = 4 * spec.layers * spec.heads * spec.head_dim / rate
-        return cls(block_bytes / link, block_bytes / bandwidth, read_bytes / bandwidth, 2 * active / rate, pair_s)
+        pair_s = 4 * spec.attention_layers * spec.heads * spec.head_dim / rate
+        state_s = 0.0 if spec.delta is None else 2 * sum(spec.linear) * spec.delta.state_bytes / bandwidth
+        return cls(block_bytes / link, block_bytes / bandwidth, read_bytes / bandwidth, 2 * active / rate, pair_s, state_s)
 
     def swap_s(self, blocks: int) -> float:
         """There and back."""
@@ -55,4 +57,4 @@ class GivingWay:
     def turn(self, back: Return) -> int:
         """How many tokens make up for a return, at the pace at which those who run have theirs together."""
         paid = self.recompute_s(back.end) - self.recompute_s(back.start) + 2 * back.copied * self.copy_s
-        return int(RETURNS * paid * back.running / (self.step_s + back.used * self.read_s))
+        return int(RETURNS * paid * back.running / (self.step_s + back.running * self.state_s + back.used * self.read_s))

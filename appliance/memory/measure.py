@@ -99,6 +99,7 @@ def _remedy(option: str, value: object, cost: str, tokens: int, length: int) -> 
 def categories(plan: MemoryPlan) -> dict[str, int]:
     """Planned bytes of what can be held against a measurement when the engine is ready."""
     found = {"weights": plan.weight_bytes, "rotary table": plan.scratch["positions"], "KV cache": plan.kv_bytes}
+    found |= {"states": plan.state_bytes} if plan.sequence_bytes else {}
     found |= {"swap space": plan.swap_bytes} if plan.swap_blocks else {}
     found |= {"CUDA graphs": plan.graph_bytes} if plan.graphs else {}
     return found | {"runtime": plan.runtime}

@@ -171,7 +171,7 @@ def _streaming(demand: Demand, settings: Settings, device: DeviceInfo) -> list[O
 
 def _block_bytes(demand: Demand, settings: Settings) -> int:
     dtype = settings.kv_dtype or demand.dtype
-    return KVSpec(demand.layers, demand.kv_heads, demand.head_dim, settings.block_size, dtype).block_bytes
+    return KVSpec(demand.kv_layers, demand.kv_heads, demand.head_dim, settings.block_size, dtype).block_bytes
 
 
 def wanted_length(demand: Demand, settings: Settings) -> int:

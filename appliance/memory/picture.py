@@ -17,6 +17,7 @@ COLORS = {
     "weights": ("#1f4e8c", "#2f6db5", "#4a8bd1", "#76abe0", "#a6c9ee", "#cfe1f5"),
     "workspace": ("#c77700", "#e08e0b", "#f0a832", "#f6c064", "#fad694", "#fce6bd"),
     "CUDA graphs": ("#a64d79",),
+    "states": ("#0e7490",),
     "runtime": ("#6e7781",),
     "grammars": ("#9a6700", "#bf8700", "#d4a72c"),
     "swap space": ("#7b61c4", "#b3a3e0"),

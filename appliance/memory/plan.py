@@ -134,6 +134,7 @@ class MemoryPlan:
     max_model_len: int
     max_num_seqs: int  # that run together: no more than a step has tokens
     max_num_batched_tokens: int
+    sequence_bytes: int = 0  # states of one sequence, whatever its length: of layers that have no keys and values
     free: int = 0  # what the budget can be at most: what is free less the margin and --gpu-memory-reserve
     swap_blocks: int = 0  # of host memory, each as large as one of the cache; on a CPU they are in the same memory
     limit: Limit | None = None  # of the cache; None: it has all that is left for it, or what was given
@@ -174,6 +175,11 @@ class MemoryPlan:
         return self.num_blocks * self.kv.block_bytes
 
     @property
+    def state_bytes(self) -> int:
+        """There is a place for each sequence that may run."""
+        return self.max_num_seqs * self.sequence_bytes
+
+    @property
     def swap_bytes(self) -> int:
         """Of host memory."""
         return self.swap_blocks * self.kv.block_bytes
@@ -187,7 +193,7 @@ class MemoryPlan:
     def fixed(self) -> int:
         """All that the device has beside the KV cache; on a CPU swap space and grammars are in the same memory."""
         host = self.swap_bytes + self.ghost_bytes + self.grammar_bytes if self.device.kind == "cpu" else 0
-        return self.weight_bytes + self.workspace + self.graph_bytes + self.runtime + host
+        return self.weight_bytes + self.workspace + self.graph_bytes + self.state_bytes + self.runtime + host
 
     @property
     def total(self) -> int:
@@ -210,8 +216,9 @@ class MemoryPlan:
         return self.limit.why if self.limit is not None and self.limit.blocks == self.num_blocks else ""
 
     def sequences(self, length: int) -> float:
-        """How many sequences of ``length`` tokens the KV cache holds at once."""
-        return self.num_blocks / self.kv.blocks(length)
+        """How many sequences of ``length`` tokens the KV cache holds at once; no more than have a place for their states."""
+        held = self.num_blocks / self.kv.blocks(length)
+        return min(held, self.max_num_seqs) if self.sequence_bytes else held
 
     def longest(self, sequences: int) -> int:
         """Tokens that each of so many sequences can have at once; 0 where there are not even blocks for all."""
@@ -253,6 +260,7 @@ class MemoryPlan:
                 "bytes": self.kv_bytes,
                 "limit": self.limited or None,
             },
+            "states": {"sequence_bytes": self.sequence_bytes, "places": self.max_num_seqs, "bytes": self.state_bytes},
             "runtime_learned": self.learned,
             "loading": {**asdict(self.workers), "peak_bytes": self.load_peak},
             "host_bytes": {**self.host, "total": sum(self.host.values()), "peak": self.host_peak, "budget": self.host_budget},

@@ -57,9 +57,10 @@ class Work:
 
     kinds: tuple[tuple[str, int, Loaded, int], ...]  # slot, bytes as packed, weight, how many are like it; with the head
     layers: int
+    attention_layers: int  # of these, those that read a cache
     heads: int
     head_dim: int
-    windows: tuple[int | None, ...]  # sliding window by layer; empty: all see everything
+    windows: tuple[int | None, ...]  # sliding window of each of these; empty: all see everything
     rounded: str  # what activations of most products are rounded to: int8, fp8, or "" where they are not
     chosen: tuple[int, int] = (1, 1)  # experts that a token goes through, of how many
     more: int = 0  # launches of layers with experts
@@ -68,12 +69,14 @@ class Work:
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Work:
         found = [(one, parent.count) for parent in parents(spec, scheme) for one in parent.joined]
         found.append((ends(spec, scheme, machinery).head, 1))
-        kinds = [("o" if one.slot == "router" else one.slot, one.nbytes(machinery), one, count) for one, count in found]
+        kinds = [("o" if one.slot in ("router", "ba") else one.slot, one.nbytes(machinery), one, count) for one, count in found]
         chosen = (spec.mixture.active, spec.mixture.experts) if spec.mixture else (1, 1)
         more, rounded = 0, _rounded(found, machinery)
         if spec.mixture is not None:
             more = (ROUTING + (SHARED if spec.mixture.shared else 0)) * (spec.layers - len(spec.mixture.dense_layers))
-        return cls(tuple(kinds), spec.layers, spec.heads, spec.head_dim, spec.windows, rounded, chosen, more)
+        windows = tuple(window for layer, window in enumerate(spec.windows) if not spec.is_linear(layer))
+        sizes = spec.layers, spec.attention_layers, spec.heads, spec.head_dim
+        return cls(tuple(kinds), *sizes, windows, rounded, chosen, more)
 
     @property
     def weights(self) -> tuple[tuple[str, int, Loaded], ...]:
@@ -134,7 +137,7 @@ class Work:
         """(of products, of attention) for one prompt: every pair of a query and a key that it sees. The head sees one token."""
         inner = [(one, count) for slot, _, one, count in self.kinds if slot != "head"]
         linear = sum(2 * count * self.used(one, 1)[1] * one.module.N * one.module.K for one, count in inner)
-        pairs = sum(_pairs(prompt, window) for window in self.windows or (None,) * self.layers)
+        pairs = sum(_pairs(prompt, window) for window in self.windows or (None,) * self.attention_layers)
         return float(linear * prompt), 4 * pairs * self.heads * self.head_dim
 
     def prefill_s(self, limits: Limits, prompt: int, share: float | None) -> float:

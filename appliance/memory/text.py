@@ -28,7 +28,7 @@ def size_text(nbytes: int) -> str:
 class Part:
     """Some bytes of the device, and what they are for."""
 
-    category: str  # weights, workspace, CUDA graphs, runtime, grammars, swap space, KV cache
+    category: str  # weights, workspace, CUDA graphs, states, runtime, grammars, swap space, KV cache
     name: str
     nbytes: int
 
@@ -38,6 +38,7 @@ def parts_of(plan: MemoryPlan) -> list[Part]:
     found = [Part("weights", name, size) for name, size in plan.weights.items()]
     found += [Part("workspace", name, size) for name, size in plan.scratch.items()]
     found.append(Part("CUDA graphs", f"{len(plan.decode_sizes)} sizes", plan.graph_bytes))
+    found.append(Part("states", f"{plan.max_num_seqs:,} sequences", plan.state_bytes))
     found.append(Part("runtime", "the process and its libraries", plan.runtime))
     if plan.device.kind == "cpu":
         found += [Part("grammars", name, size) for name, size in plan.grammars.items()]
@@ -76,6 +77,7 @@ def plan_table(plan: MemoryPlan) -> str:
         f"KV cache: {plan.tokens:,} tokens in blocks of {plan.kv.block_size} "
         f"({size_text(plan.kv.block_bytes)} a block, {size_text(plan.kv.token_bytes)} a token)",
         *([f"  limited to {plan.limited}"] if plan.limited else []),
+        *states_lines(plan),
         f"Sequences that fit at once (at most {plan.max_num_seqs:,} run together):",
         *columns(("tokens each", "sequences"), [(f"{length:,}", f"{plan.sequences(length):,.1f}") for length in plan.lengths()]),
         f"Maximum concurrency for {plan.max_model_len:,} tokens per request: {plan.sequences(plan.max_model_len):.2f}x",
@@ -103,7 +105,9 @@ def _parts(plan: MemoryPlan) -> list[str]:
     for category, group in groupby(parts_of(plan), key=lambda part: part.category):
         parts = list(group)
         size = sum(part.nbytes for part in parts)
-        detail = f", {parts[0].name}" if len(parts) == 1 and category in ("KV cache", "CUDA graphs", "swap space") else ""
+        detail = (
+            f", {parts[0].name}" if len(parts) == 1 and category in ("KV cache", "CUDA graphs", "states", "swap space") else ""
+        )
         lines.append(_row(category + detail, size, plan.budget))
         if len(parts) > 1:
             lines += [_row(f"  {part.name}", part.nbytes, plan.budget, bar=False) for part in parts]
@@ -133,6 +137,14 @@ def offload_lines(plan: MemoryPlan) -> list[str]:
         f"  {len(offload.layers)} of {plan.kv.layers} layers are there ({numbers}): {freed} of the card are freed,",
         f"  every step brings {size_text(offload.step_bytes)} over the bus, and kernels are launched one by one (no CUDA graphs)",
     ]
+
+
+def states_lines(plan: MemoryPlan) -> list[str]:
+    """What a sequence costs beside its tokens, and what its states rule out."""
+    if not plan.sequence_bytes:
+        return []
+    size = size_text(plan.sequence_bytes)
+    return [f"States: {size} of each sequence that runs, whatever its length; so prefixes of earlier requests are not kept"]
 
 
 def measured_lines(plan: MemoryPlan) -> list[str]:

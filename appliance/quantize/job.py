@@ -296,6 +296,10 @@ def _held(name: str, tensor: Tensor) -> Tensor:
 
 def check_kind(source: Path, spec: ModelSpec) -> None:
     """Raises InputError for models that are served and not quantized here."""
+    if spec.delta is not None:
+        raise InputError(
+            f"{source} is a {spec.architecture}: its layers of the gated delta rule are served and not quantized here"
+        )
     if spec.mixture is not None:
         raise InputError(f"{source}: {spec.architecture} is a mixture of experts, and this version quantizes none")
     if ARCHITECTURES[spec.architecture].hybrid:

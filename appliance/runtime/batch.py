@@ -27,10 +27,14 @@ class StepArrays:
     tables: np.ndarray  # int32 [S, most blocks], rows padded with 0
     max_query: int
     singles: int = 0  # chunks of one token at the beginning
+    seats: np.ndarray | None = None  # int32 [S]; None where sequences have no states
 
     @classmethod
-    def build(cls, chunks: Sequence[Chunk], block_size: int, sampling: Mapping[Request, int] | None = None) -> StepArrays:
-        """``sampling``: the rows of the step before, for requests that have a token which is not known yet.
+    def build(
+        cls, chunks: Sequence[Chunk], block_size: int, sampling: Mapping[Request, int] | None = None, *, states: bool = False
+    ) -> StepArrays:
+        """``sampling``: the rows of the step before, for requests that have a token which is not known yet. ``states``: whether
+        sequences have some, at their seats.
 
         A step with 256 sequences takes a third of a millisecond, so what is done for each of them in Python is kept small.
         """
@@ -57,9 +61,9 @@ class StepArrays:
         slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
         longer = np.flatnonzero(lengths > 1)
         singles = int(longer[0]) if len(longer) else len(chunks)
-        return cls(
-            np.array(ids, dtype=np.int64), positions, slots, starts, ends.astype(np.int32), tables, int(lengths.max()), singles
-        )
+        seats = np.array([chunk.request.seat for chunk in chunks], dtype=np.int32) if states else None
+        known, last = np.array(ids, dtype=np.int64), ends.astype(np.int32)
+        return cls(known, positions, slots, starts, last, tables, int(lengths.max()), singles, seats)
 
     def padded(self, size: int, width: int, spare: int, block_size: int) -> StepArrays:
         """A step of single tokens with ``size`` sequences and tables of ``width`` blocks.
@@ -92,7 +96,8 @@ class StepArrays:
     @property
     def arrays(self) -> list[np.ndarray]:
         """What ``batch`` wants on the device, in that order."""
-        return [self.ids, self.positions, self.slots, self.starts, self.ends, self.tables]
+        found = [self.ids, self.positions, self.slots, self.starts, self.ends, self.tables]
+        return found if self.seats is None else [*found, self.seats]
 
     @property
     def unknown(self) -> bool:
@@ -102,8 +107,8 @@ class StepArrays:
     def batch(self, tensors: Sequence[Tensor], max_seq: int | None = None) -> PagedBatch:
         """Of the arrays, wherever they are now; ``max_seq`` bounds the lengths of sequences."""
         longest = int(self.ends.max()) if max_seq is None else max_seq
-        _, positions, slots, starts, ends, tables = tensors
-        return PagedBatch(positions, slots, starts, ends, tables, self.max_query, longest, self.singles)
+        _, positions, slots, starts, ends, tables, *states = tensors
+        return PagedBatch(positions, slots, starts, ends, tables, self.max_query, longest, self.singles, *states)
 
 
 class Draws(NamedTuple):

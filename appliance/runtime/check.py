@@ -155,7 +155,10 @@ def largest(plan: MemoryPlan) -> Iterator[warmup.Trial]:
 def weights_by_part(decoder: Decoder) -> dict[str, int]:
     """Bytes of the loaded weights, by the parts of a plan."""
     layers = decoder.layers
-    linears = {"attention": sum(weight.nbytes for layer in layers for weight in (*layer.qkv, layer.o))}
+    linears: dict[str, int] = {}
+    for layer in layers:
+        kind = "attention" if layer.delta is None else "delta"
+        linears[kind] = linears.get(kind, 0) + sum(weight.nbytes for weight in (*layer.qkv, layer.o))
     mixtures = [layer.mlp for layer in layers if isinstance(layer.mlp, Mixture)]
     if mixtures:
         linears["router"] = sum(
@@ -179,7 +182,7 @@ def _parts(plan: MemoryPlan, runner: Runner) -> Iterator[Row]:
     if not plan.offload.layers:  # what is streamed in has no place of its own
         for part, size in weights_by_part(runner.decoder).items():
             yield Row(f"weights: {part}", plan.weights[part], size)
-    for name in ("weights", "rotary table", "KV cache", "swap space"):
+    for name in ("weights", "rotary table", "KV cache", "states", "swap space"):
         if name in measured:
             yield Row(name, categories(plan)[name], measured[name])
 

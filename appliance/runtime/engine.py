@@ -84,6 +84,8 @@ class Engine:
         with timeline.part("plan"):
             plan = make_plan(directory, config)
         log.debug("memory plan\n%s", plan.table())
+        if plan.sequence_bytes and config.enable_prefix_caching:
+            log.info("this model's layers keep a state of each sequence: no prefixes are cached (--enable-prefix-caching)")
         with told(plan):
             decoder, quantization = load_decoder(config, plan, device, timeline, progress)
         spec, ops = decoder.spec, decoder.ops
@@ -114,6 +116,7 @@ class Engine:
             ready_s=ready_s,
             plan=plan.to_dict(),
             priorities=scheduler.priorities,
+            forks=not plan.sequence_bytes,
             kernels=kernels,
             startup={**timeline.seconds, "ready": import_s + ready_s},
         )

@@ -52,7 +52,7 @@ def make_scheduler(config: EngineConfig, plan: MemoryPlan, spec: ModelSpec) -> S
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_num_seqs=plan.max_num_seqs,
         host=BlockPool(plan.swap_blocks, size) if plan.swap_blocks else None,
-        caching=config.enable_prefix_caching,
+        caching=config.enable_prefix_caching and not plan.sequence_bytes,
         priorities=config.scheduling_policy == "priority",
         swaps=swaps,
         turn=cost.turn,

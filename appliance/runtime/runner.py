@@ -22,12 +22,13 @@ from appliance.core.store import Copy
 from appliance.memory.inputs import input_bytes
 from appliance.memory.planner import LOGIT_ROWS, MemoryPlan
 from appliance.runtime.batch import Draws, StepArrays
+from appliance.runtime.caches import allocate_caches, allocate_states
 from appliance.runtime.grammar import Masks
 from appliance.runtime.graphs import DecodeGraphs, Recorder
 from appliance.runtime.mover import make_mover, rehearse
 from appliance.runtime.sampler import Sampled, draws_on_device, sample, token_logprobs
 from appliance.runtime.staging import Lane, Staging, send_at_once
-from kernels.ops import KVCache, Ops
+from kernels.ops import Ops
 from models.decoder import Decoder
 
 
@@ -102,8 +103,9 @@ class Runner:
         self.runs_ahead = lane is not None and decoder.ops.sample is not None
         spare = 0 if recorder is None else 1  # a block for what fills up recorded steps
         self.caches = allocate_caches(plan, plan.num_blocks + spare, device=device, given=decoder.given_scales(plan.kv.dtype))
+        self.states = allocate_states(plan, decoder.spec, device=device)
         self._mover = make_mover(decoder.ops.name, self.caches, plan.swap_blocks)
-        self._forward = decoder.bind(self.caches, max_tokens=plan.max_num_batched_tokens)
+        self._forward = decoder.bind(self.caches, states=self.states, max_tokens=plan.max_num_batched_tokens)
         self._staging = None if lane is None else Staging(_input_bytes(plan), lane, device)
         # Not made anew for each step: the system would clear its pages each time, which takes longer than to write logits there.
         self._out = torch.zeros(plan.logit_rows, decoder.spec.vocab, dtype=torch.float32, device=device)
@@ -148,7 +150,7 @@ class Runner:
         """
         chunks = plan.chunks
         self._mover.wait(chunks)
-        step = StepArrays.build(chunks, self.block_size, self._rows)
+        step = StepArrays.build(chunks, self.block_size, self._rows, states=bool(self.states))
         sampling = [chunk for chunk in chunks if chunk.samples]
         last = (step.starts[1:] - 1)[[chunk.samples for chunk in chunks]].astype(np.int64)
         guesses = {chunk.request: _guesses(chunk) for chunk in sampling if chunk.draft}
@@ -224,13 +226,15 @@ class Runner:
     def every_logit(self, ids: Sequence[int], at_once: int) -> Iterator[Tensor]:
         """Logits float32 [r, V] after each of a text's tokens, some rows at a time, each part until the next one is asked for.
 
-        For measuring, while no request is there: it writes into the cache from its first block on. ``at_once``: tokens of a step.
+        For measuring, while no request is there: it writes into the cache from its first block on, and at the first seat.
+        ``at_once``: tokens of a step.
         """
         blocks = array("i", range(-(-len(ids) // self.block_size)))
-        request = Request("", 0, list(ids), len(ids), SamplingParams(), len(ids) + 1, 0, 0.0, blocks=blocks)
+        request = Request("", 0, list(ids), len(ids), SamplingParams(), len(ids) + 1, 0, 0.0, blocks=blocks, seat=0)
         before = last = self._mark()
         for start in range(0, len(ids), at_once):
-            step = StepArrays.build([Chunk(request, start, min(at_once, len(ids) - start), False)], self.block_size)
+            chunk = Chunk(request, start, min(at_once, len(ids) - start), False)
+            step = StepArrays.build([chunk], self.block_size, states=bool(self.states))
             before()  # inputs go out from two places in turn: nobody else waits until those of the step before last have arrived
             sent = self._send(step.arrays)
             before, last = last, self._mark()
@@ -280,16 +284,3 @@ def _nothing_to_wait_for() -> None:
 
 def _input_bytes(plan: MemoryPlan) -> int:
     return input_bytes(plan.max_num_batched_tokens, plan.max_num_seqs, plan.kv.blocks(plan.max_model_len))
-
-
-def allocate_caches(
-    plan: MemoryPlan, blocks: int, *, device: torch.device, given: Sequence[tuple[float, float] | None]
-) -> list[KVCache]:
-    """The whole pool; ``given``: the checkpoint's scales of each layer, as ``Decoder.given_scales`` has them.
-
-    All layers' keys are one piece of memory, and so are all values: a card's allocator rounds each request up to whole 2 MiB.
-    """
-    kv = plan.kv
-    whole = KVCache.zeros(len(given) * blocks, kv.block_size, kv.kv_heads, kv.head_dim, dtype=kv.dtype, device=device)
-    layers = zip(*(tensor.split(blocks) for tensor in whole.tensors), strict=True)
-    return [replace(KVCache(*tensors), given=scales) for tensors, scales in zip(layers, given, strict=True)]

@@ -137,5 +137,6 @@ def _request(index: int, trial: Trial, start: int, length: int, block_size: int)
         seed=index,
         arrival=0.0,
         computed=start,
+        seat=index,
         blocks=array("i", [0] * -(-(tokens + 1) // block_size)),
     )

@@ -15,8 +15,8 @@ from appliance.tui.text import MUTED, percent, segments, short_size, size
 from appliance.tui.widgets.hardware import summary
 
 GLYPHS = {"weights": ("█", "$primary-lighten-1"), "KV": ("▓", "$text-success"), "workspace": ("▒", "$text-warning"),
-          "swap": ("▚", "$primary"), "graphs": ("▤", "$text-accent"), "runtime": ("░", "$text-error"),
-          "grammars": ("▧", "$text-muted")}  # fmt: skip
+          "swap": ("▚", "$primary"), "graphs": ("▤", "$text-accent"), "states": ("▦", "$text-accent"),
+          "runtime": ("░", "$text-error"), "grammars": ("▧", "$text-muted")}  # fmt: skip
 NAMES = {"kv_cache": "KV"}  # where the plan's own would be too long
 
 
@@ -34,7 +34,9 @@ def plan_parts(plan: Mapping[str, Any]) -> Parts | None:
     if plan.get("device", {}).get("kind") != "cpu":
         found = {name: nbytes for name, nbytes in found.items() if name not in ("swap", "grammars")}
     sizes = {
-        name: found[name] for name in GLYPHS if name in found and (found[name] or name not in ("graphs", "swap", "grammars"))
+        name: found[name]
+        for name in GLYPHS
+        if name in found and (found[name] or name not in ("graphs", "states", "swap", "grammars"))
     }
     if not {"weights", "KV", "workspace", "runtime", "budget"} <= found.keys():
         return None

@@ -1,0 +1,35 @@
+"""The memory of what is known of sequences: keys and values by block, and states by seat. All of it is allocated at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from appliance.memory.plan import MemoryPlan
+from kernels.ops import KVCache, StateCache
+from models.spec import ModelSpec
+
+
+def allocate_caches(
+    plan: MemoryPlan, blocks: int, *, device: torch.device, given: Sequence[tuple[float, float] | None]
+) -> list[KVCache]:
+    """The whole pool; ``given``: the checkpoint's scales of each layer, as ``Decoder.given_scales`` has them.
+
+    All layers' keys are one piece of memory, and so are all values: a card's allocator rounds each request up to whole 2 MiB.
+    """
+    kv = plan.kv
+    whole = KVCache.zeros(len(given) * blocks, kv.block_size, kv.kv_heads, kv.head_dim, dtype=kv.dtype, device=device)
+    layers = zip(*(tensor.split(blocks) for tensor in whole.tensors), strict=True)
+    return [replace(KVCache(*tensors), given=scales) for tensors, scales in zip(layers, given, strict=True)]
+
+
+def allocate_states(plan: MemoryPlan, spec: ModelSpec, *, device: torch.device) -> list[StateCache]:
+    """A place for each sequence that may run, in each of the layers that have states."""
+    delta, count, places = spec.delta, sum(spec.linear), plan.max_num_seqs
+    if delta is None:
+        return []
+    shapes = (delta.channels, delta.kernel - 1), (delta.value_heads, delta.key_dim, delta.value_dim)
+    whole = [torch.zeros((count, places, *shape), dtype=torch.float32, device=device) for shape in shapes]
+    return [StateCache(*one) for one in zip(*whole, strict=True)]
