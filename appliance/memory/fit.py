@@ -260,7 +260,7 @@ def _shortage(plan: MemoryPlan) -> str | None:
         f"swap space {size_text(plan.swap_bytes + plan.ghost_bytes)}, " if plan.swap_blocks and plan.device.kind == "cpu" else ""
     )
     swap += f"grammars {size_text(plan.grammar_bytes)}, " if plan.grammars and plan.device.kind == "cpu" else ""
-    states = f"states {size_text(plan.state_bytes)} ({plan.max_num_seqs} sequences), " if plan.sequence_bytes else ""
+    states = f"states {size_text(plan.state_bytes)} (of {plan.max_num_seqs} that run), " if plan.sequence_bytes else ""
     parts = (
         f"weights {size_text(plan.weight_bytes)}, workspace {size_text(plan.workspace)} "
         f"({plan.max_num_batched_tokens} tokens a step), {graphs}{states}{swap}runtime {size_text(plan.runtime)}"

@@ -38,7 +38,7 @@ def parts_of(plan: MemoryPlan) -> list[Part]:
     found = [Part("weights", name, size) for name, size in plan.weights.items()]
     found += [Part("workspace", name, size) for name, size in plan.scratch.items()]
     found.append(Part("CUDA graphs", f"{len(plan.decode_sizes)} sizes", plan.graph_bytes))
-    found.append(Part("states", f"{plan.max_num_seqs:,} sequences", plan.state_bytes))
+    found.append(Part("states", f"of {plan.max_num_seqs:,} that run", plan.state_bytes))
     found.append(Part("runtime", "the process and its libraries", plan.runtime))
     if plan.device.kind == "cpu":
         found += [Part("grammars", name, size) for name, size in plan.grammars.items()]

@@ -94,7 +94,7 @@ def compare(directory: Path, kind: str, **options: Any) -> MemoryPlan:
 
     config = EngineConfig(max_model_len=60, reference_ops=kind == "reference", **options)
     plan = make_plan(directory, config, CPU)
-    with Checkpoint.open(directory) as checkpoint:
+    with Checkpoint.open(directory, config.quantization) as checkpoint:
         spec, ops = ModelSpec.from_config(checkpoint.config), get_ops("cpu", reference=kind == "reference", threads=1)
         decoder = load_model(
             checkpoint,
