@@ -1,0 +1,69 @@
+"""Run by a test in a process and folder of its own: what transformers answers with a small random Qwen3.5 in float32.
+
+    python delta_oracle.py OUTPUT_DIR < request.json      {"lengths": [...], "tokens": ...}
+
+Writes OUTPUT_DIR/model and OUTPUT_DIR/expected.json: [{prompt, answer, margin, logprobs}]: greedy answers of so many tokens, how
+certain the least certain of them was, and the log-probabilities of the prompt's tokens but the first.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+CONFIG = {
+    "vocab_size": 256,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "linear_conv_kernel_dim": 4,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 900.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+
+def main() -> None:
+    output, asked = Path(sys.argv[1]), json.load(sys.stdin)
+    torch.manual_seed(0)
+    config = Qwen3_5TextConfig(**CONFIG)
+    config._attn_implementation = "eager"
+    model = Qwen3_5ForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread, middle = (2.0, -2.0) if name.endswith("A_log") else (0.3, 1.0) if parameter.dim() == 1 else (0.25, 0.0)
+            parameter.copy_(torch.randn_like(parameter) * spread + middle)  # some states last, some are forgotten at once
+    model.save_pretrained(output / "model")
+    rng, found = random.Random(0), []
+    for length in asked["lengths"]:
+        prompt = [rng.randrange(3, 256) for _ in range(length)]
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=asked["tokens"], output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+            scores = model(ids).logits[0].log_softmax(-1)
+        first, second = torch.cat(out.logits).topk(2).values.unbind(1)
+        logprobs = [scores[i, token].item() for i, token in enumerate(prompt[1:])]
+        answer = out.sequences[0, length:].tolist()
+        found.append({"prompt": prompt, "answer": answer, "margin": (first - second).min().item(), "logprobs": logprobs})
+    (output / "expected.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
