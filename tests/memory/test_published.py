@@ -32,7 +32,6 @@ DENSE = (
     "Qwen--Qwen3-32B", "Qwen--Qwen3-32B-FP8",
 )  # fmt: skip
 OTHERS = {
-    "Qwen--Qwen3.5-27B": "Qwen3_5ForConditionalGeneration",
     "deepseek-ai--DeepSeek-V3": "DeepseekV3ForCausalLM",
     "google--gemma-4-26B-A4B": "Gemma4ForConditionalGeneration",
 }
