@@ -51,7 +51,7 @@ ANY = """
     --code-revision --compilation-config --cuda-graph-sizes --cudagraph-capture-sizes --distributed-executor-backend
     --distributed-timeout-seconds --fingerprint-mode --guided-decoding-backend --h11-max-header-count
     --h11-max-incomplete-event-size --ignore-patterns --kernel-config --limit-mm-per-prompt --mamba-block-size
-    --mamba-cache-dtype --mamba-ssm-cache-dtype --max-context-len-to-capture --max-cudagraph-capture-size --max-log-len
+    --max-context-len-to-capture --max-cudagraph-capture-size --max-log-len
     --max-long-partial-prefills --max-num-partial-prefills --max-parallel-loading-workers --max-seq-len-to-capture
     --media-io-kwargs --mm-encoder-attn-backend --mm-encoder-tp-mode --mm-processor-cache-gb --mm-processor-cache-type
     --mm-processor-kwargs --mm-shm-cache-max-object-size-mb --model-loader-extra-config --moe-backend --num-lookahead-slots
@@ -73,6 +73,8 @@ VALUED: dict[str, tuple[str, ...] | None] = dict.fromkeys(ANY.split()) | {
     "--data-parallel-size-local": ("1",),
     "--decode-context-parallel-size": ("1",),
     "--hf-overrides": ("{}",),
+    "--mamba-cache-dtype": ("auto", "float32"),
+    "--mamba-ssm-cache-dtype": ("auto", "float32"),
     "--kv-cache-dtype-skip-layers": ("[]",),
     "--kv-offloading-backend": ("native",),
     "--load-format": ("auto", "safetensors"),

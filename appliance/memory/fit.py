@@ -29,6 +29,9 @@ KEPT_CONTEXTS = 64
 finds its beginning there."""
 FAIR_TOKENS = 1366
 """Tokens of a request, prompt and answer: the mean of the public trace AzureLLMInferenceTrace_conv."""
+OF_STATES = 3
+"""So many times the bytes of its states a sequence of a fair length has in the cache: else --max-num-seqs auto would give most of
+the memory to sequences that hardly ever run together, and long contexts would have none."""
 
 
 def fit(demand: Demand, settings: Settings, device: DeviceInfo, host: DeviceInfo | None = None) -> MemoryPlan:
@@ -74,7 +77,8 @@ def auto_sequences(demand: Demand, settings: Settings, device: DeviceInfo) -> tu
     """--max-num-seqs auto: (sequences, blocks at most).
 
     As many as the cache has room for beside what they cost themselves (inputs, recorded steps) when each has a fair length: that
-    of a mean request, but no more than an eighth of the context, since where contexts are short requests are. At least one.
+    of a mean request, but no more than an eighth of the context, since where contexts are short requests are; and longer where
+    sequences have states (OF_STATES). At least one.
 
     What one sequence more costs is missing in the cache. So that more memory never gives a smaller one, the cache stops growing
     where the next sequence will have to be paid, until it can be::
@@ -85,7 +89,9 @@ def auto_sequences(demand: Demand, settings: Settings, device: DeviceInfo) -> tu
     """
     length = settings.max_len or demand.max_len
     block, needed = settings.block_size, -(-length // settings.block_size) if settings.max_len else 0
-    fair = -(-max(1, min(FAIR_TOKENS, length // 8)) // block)
+    token = KVSpec(demand.kv_layers, demand.kv_heads, demand.head_dim, block, demand.dtype).token_bytes
+    beside = min(OF_STATES * demand.sequence_bytes // token, length)
+    fair = -(-max(1, min(FAIR_TOKENS, length // 8), beside) // block)
 
     def good(sequences: int) -> bool:
         context = settings.max_len or min(demand.max_len, (sequences + 1) * fair * block)

@@ -18,7 +18,7 @@ from quant.errors import InputError
 
 def with_states(settings: Settings, spec: ModelSpec, config: EngineConfig, machinery: Machinery) -> Settings:
     """The settings as they are for such a model. InputError naming the option, or the device, that it cannot have."""
-    if spec.delta is None:
+    if not any(spec.linear):
         return settings
     kind = f"{spec.architecture}, whose layers keep a state of each sequence"
     if machinery.ops not in DELTA_OPS:

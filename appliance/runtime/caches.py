@@ -30,6 +30,6 @@ def allocate_states(plan: MemoryPlan, spec: ModelSpec, *, device: torch.device) 
     delta, count, places = spec.delta, sum(spec.linear), plan.max_num_seqs
     if delta is None:
         return []
-    shapes = (delta.channels, delta.kernel - 1), (delta.value_heads, delta.key_dim, delta.value_dim)
+    shapes = delta.conv_shape, delta.state_shape
     whole = [torch.zeros((count, places, *shape), dtype=torch.float32, device=device) for shape in shapes]
     return [StateCache(*one) for one in zip(*whole, strict=True)]

@@ -105,10 +105,11 @@ def test_27b_worked_out_by_hand(published: Path) -> None:
 @pytest.mark.realdata
 @pytest.mark.usefixtures("native")
 def test_each_sequence_that_runs_is_paid_for(published: Path) -> None:
-    """With 26 GiB of the budget, and 15.5 in weights, no more sequences run than there is room for, with a mean request each."""
+    """Of 26 GiB 15.5 are for weights: as many sequences run as there is room for, with three times as much for tokens of each."""
     tight = EngineConfig(gpu_memory_utilization=26 / 60)
     plan = make_plan(published, tight, MACHINE)
-    fair = -(-1366 // 16)
+    fair = -(-(3 * SEQUENCE // 65_536) // 16)
+    assert fair == 449
     assert 1 < plan.max_num_seqs < 256 and plan.num_blocks >= plan.max_num_seqs * fair
     assert plan.budget - plan.total < SEQUENCE + 2 * fair * plan.kv.block_bytes, "one more has no room"
     study = Study.read(published, EngineConfig(gpu_memory_utilization=26 / 60, max_model_len=8192), MACHINE)
@@ -164,6 +165,13 @@ def test_options_that_states_rule_out_are_refused_by_name(tmp_path: Path, option
         make_plan(directory, EngineConfig(**options), MACHINE)
     with pytest.raises(InputError, match=words):
         Study.read(directory, EngineConfig(**options), MACHINE)
+
+
+def test_a_model_with_attention_alone_has_no_states(tmp_path: Path) -> None:
+    config = {**SMALL, "layer_types": ["full_attention"] * 4}
+    plan = make_plan(write_qwen3_5(tmp_path, config, "none"), EngineConfig(swap_space=0.01), MACHINE)
+    assert plan.sequence_bytes == plan.state_bytes == 0 and plan.kv.layers == 4 and plan.swap_blocks
+    assert "tates" not in plan.table()
 
 
 @pytest.mark.parametrize("cards", [1, 2])

@@ -23,8 +23,8 @@ from kernels.cpu import backend
 from quant.errors import InputError
 from tests.runtime.conftest import answers, finish, submit
 
-LENGTHS = (1, 2, 3, 4, 15, 16, 17, 33, 64, 100, 130)
-TOKENS = 12
+LENGTHS = (1, 2, 3, 16, 17, 33, 64, 90)
+TOKENS = 10
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,9 @@ def test_few_seats(load: Load, oracle: Oracle, seqs: int) -> None:
 @pytest.mark.parametrize("budget", [2048, 40])
 def test_who_gives_way_is_computed_again(load: Load, oracle: Oracle, budget: int) -> None:
     token = 2 * 2 * 16 * 4  # of one layer: keys and values, heads, their size, float32
-    engine = spoil(load(max_model_len=160, kv_cache_memory_bytes=token * 16 * 11, max_num_batched_tokens=budget))
-    assert engine.scheduler.pool.num_blocks == 11
+    tight = {"max_model_len": 104, "kv_cache_memory_bytes": token * 8 * 13, "block_size": 8, "max_num_seqs": 8}
+    engine = spoil(load(max_num_batched_tokens=budget, **tight))
+    assert engine.scheduler.pool.num_blocks == 13
     assert answers(engine, oracle.submits) == oracle.answers
     stats = engine.stats()
     assert stats.preemptions > 0 and stats.swaps == 0
@@ -144,18 +145,18 @@ def test_aborts_and_late_comers(load: Load, oracle: Oracle) -> None:
             engine.abort(*gone)
             said, whole = found.pop(gone), told.pop(gone)
             assert said == whole[: len(said)]
-    assert not engine.has_work and 2 < len(found) < len(LENGTHS) and found == told
+    assert not engine.has_work and 1 < len(found) < len(LENGTHS) and found == told
 
 
 def test_completions_compute_the_prompt_each(load: Load, oracle: Oracle) -> None:
     engine = spoil(load(max_num_batched_tokens=24))
-    prompt = oracle.cases[8]["prompt"]
+    prompt = oracle.cases[-2]["prompt"]
     engine.submit(submit("two", prompt, max_tokens=TOKENS, n=2, temperature=1.0, top_k=1))
     engine.step()
     assert engine.stats().blocks_shared == 0
     found = finish(engine)
     assert {key: [t for e in news for t in e.token_ids] for key, news in found.items()} == dict.fromkeys(
-        [("two", 0), ("two", 1)], oracle.cases[8]["answer"]
+        [("two", 0), ("two", 1)], oracle.cases[-2]["answer"]
     )
     assert engine.stats().prompt_tokens == 2 * len(prompt) and not engine.stats().copied_blocks
     hot = {"temperature": 1.0, "seed": 3, "max_tokens": TOKENS}
@@ -206,7 +207,7 @@ def test_log_probabilities_of_prompts(load: Load, oracle: Oracle) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 7, 200])
 def test_every_logit(load: Load, oracle: Oracle, at_once: int) -> None:
-    runner, case = spoil(load(max_num_batched_tokens=200)).runner, oracle.cases[9]
+    runner, case = spoil(load(max_num_batched_tokens=200)).runner, oracle.cases[-1]
     scores = torch.cat([part.log_softmax(-1) for part in runner.every_logit(case["prompt"], at_once)])
     found = scores[torch.arange(len(scores) - 1), torch.tensor(case["prompt"][1:])]
     assert found.tolist() == pytest.approx(case["logprobs"], abs=1e-4)
