@@ -200,8 +200,8 @@ class Work:
         return cls(
             linear_ops=2 * sum(m.N * m.K for m in layers),
             head_ops=2 * spec.vocab * spec.hidden,
-            attention_ops=4 * spec.layers * spec.q_size,
-            kv_bytes=4 * spec.layers * spec.kv_size,
+            attention_ops=4 * spec.attention_layers * spec.q_size,
+            kv_bytes=4 * spec.attention_layers * spec.kv_size,
         )
 
     def prefill_ops(self, prompt: int) -> int:

@@ -76,7 +76,7 @@ class Roofline:
         self.products = cache(products)
         self.token_bytes = model.plan.kv.token_bytes
         self.read_s = self.token_bytes / BANDWIDTH / at_rows(TARGETS[ATTENTION], 1)
-        self.pair_s = 4 * spec.heads * spec.head_dim * spec.layers / RATE / PREFILL_ATTENTION
+        self.pair_s = 4 * spec.heads * spec.head_dim * spec.attention_layers / RATE / PREFILL_ATTENTION
         self.launch_s = (LAUNCHES * spec.layers + ENDS) * LAUNCH_S
 
     def step(self, rows: int, sampled: int, cached: int, pairs: int, context: int) -> float:
