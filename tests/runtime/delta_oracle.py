@@ -1,9 +1,9 @@
-"""Run by a test in a process and folder of its own: what transformers answers with a small random Qwen3.5 in float32.
+"""Run by a test in a process and folder of its own: what transformers answers with small random models with states, in float32.
 
-    python delta_oracle.py OUTPUT_DIR < request.json      {"lengths": [...], "tokens": ...}
+    python delta_oracle.py OUTPUT_DIR < request.json      {"Qwen3_5": {"lengths": [...], "tokens": ...}, "Qwen3Next": ...}
 
-Writes OUTPUT_DIR/model and OUTPUT_DIR/expected.json: [{prompt, answer, margin, logprobs}]: greedy answers of so many tokens, how
-certain the least certain of them was, and the log-probabilities of the prompt's tokens but the first.
+Writes OUTPUT_DIR/NAME/model and OUTPUT_DIR/NAME/expected.json, [{prompt, answer, margin, logprobs}]: greedy answers of so many
+tokens, how certain the least certain of them was, and the log-probabilities of the prompt's tokens but the first.
 """
 
 import json
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import Qwen3_5ForCausalLM, Qwen3NextForCausalLM
 
 CONFIG = {
     "vocab_size": 256,
@@ -35,14 +35,20 @@ CONFIG = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
+KINDS = {"Qwen3_5": Qwen3_5ForCausalLM, "Qwen3Next": Qwen3NextForCausalLM}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
 
 
 def main() -> None:
-    output, asked = Path(sys.argv[1]), json.load(sys.stdin)
+    for name, asked in json.load(sys.stdin).items():
+        answer(KINDS[name], Path(sys.argv[1]) / name, asked)
+
+
+def answer(kind, output, asked) -> None:
     torch.manual_seed(0)
-    config = Qwen3_5TextConfig(**CONFIG)
-    config._attn_implementation = "eager"
-    model = Qwen3_5ForCausalLM(config).float().eval()
+    config = kind.config_class(**CONFIG, **(EXPERTS if kind is Qwen3NextForCausalLM else {}))
+    config._attn_implementation = config._experts_implementation = "eager"
+    model = kind(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread, middle = (2.0, -2.0) if name.endswith("A_log") else (0.3, 1.0) if parameter.dim() == 1 else (0.25, 0.0)

@@ -44,18 +44,29 @@ class Oracle:
 
 
 @pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+def oracles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Oracle]:
     """Made without this repository on the path: transformers looks for a package ``kernels``."""
-    folder = tmp_path_factory.mktemp("states")
+    folder, asked = tmp_path_factory.mktemp("states"), {"Qwen3_5": {"lengths": LENGTHS, "tokens": TOKENS}}
+    asked["Qwen3Next"] = {"lengths": (3, 20), "tokens": TOKENS}
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    script, asked = (Path(__file__).parent / "delta_oracle.py").read_text(), json.dumps({"lengths": LENGTHS, "tokens": TOKENS})
+    script = (Path(__file__).parent / "delta_oracle.py").read_text()
     command = [sys.executable, "-c", script, str(folder)]
-    done = subprocess.run(command, input=asked, cwd=folder, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, input=json.dumps(asked), cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = Oracle(folder / "model", tuple(json.loads((folder / "expected.json").read_text())))
-    assert all(one["margin"] > 1e-3 for one in found.cases), "near ties would turn over"
-    assert len({tuple(one["answer"]) for one in found.cases}) == len(LENGTHS)
+    found = {name: Oracle(folder / name / "model", cases_of(folder / name / "expected.json")) for name in asked}
+    for one in found.values():
+        assert all(case["margin"] > 1e-3 for case in one.cases), "near ties would turn over"
+        assert len({tuple(case["answer"]) for case in one.cases}) == len(one.cases)
     return found
+
+
+def cases_of(path: Path) -> tuple[dict[str, Any], ...]:
+    return tuple(json.loads(path.read_text()))
+
+
+@pytest.fixture
+def oracle(oracles: dict[str, Oracle]) -> Oracle:
+    return oracles["Qwen3_5"]
 
 
 Load = Callable[..., Engine]
@@ -67,8 +78,14 @@ def load(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> Load:
     monkeypatch.setenv("APPLIANCE_CPU_ISA", "torch")
 
     def make(**options: Any) -> Engine:
-        settings = {"dtype": "float32", "max_model_len": 256, "kv_cache_memory_bytes": 4 << 20, "threads": 1}
-        return Engine.load(EngineConfig(model=str(oracle.model), **{**settings, **options}))
+        settings = {
+            "model": str(oracle.model),
+            "dtype": "float32",
+            "max_model_len": 256,
+            "kv_cache_memory_bytes": 4 << 20,
+            "threads": 1,
+        }
+        return Engine.load(EngineConfig(**{**settings, **options}))
 
     return make
 
@@ -97,6 +114,14 @@ def test_greedy_answers_are_those_of_transformers(
     assert stats.prefix_queries == 0 and stats.blocks_kept == 0 and not engine.info.forks
     assert "no prefixes are cached (--enable-prefix-caching)" in caplog.text
     assert engine.info.plan["states"]["bytes"] == sum(t.nbytes for one in engine.runner.states for t in one)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("budget", [2048, 5])
+def test_beside_experts(load: Load, oracles: dict[str, Oracle], budget: int) -> None:
+    oracle = oracles["Qwen3Next"]
+    engine = spoil(load(model=str(oracle.model), max_num_batched_tokens=budget))
+    assert engine.info.architecture == "Qwen3NextForCausalLM"
+    assert answers(engine, oracle.submits) == oracle.answers
 
 
 @pytest.mark.parametrize("budget", [1, 7, 33])
