@@ -208,8 +208,8 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     qkv, inner = _qkv_size(spec), spec.mlp_size
     whole = {one.module.N for one in layers if not one.stored.act_order and one.module.name.endswith(("q_proj", "qkv_proj"))}
     added = spec.hidden if spec.post_norms or single else 0
-    attention = max((1 if whole == {qkv} and not single else 2) * qkv, added) + _gate_size(spec) + spec.q_size
-    attention = max(attention, _delta_size(spec))
+    attention = max((1 if whole == {qkv} and not single else 2) * qkv, added) + spec.q_size
+    attention = max(attention, _delta_size(spec, layers))
     gated = all(one.gated and not one.stored.act_order for one in layers if one.slot == "gate_up")
     mlp = ((inner if gated else 4 * inner) + added) * size if inner else 0
     if spec.mixture is not None and not gated:
@@ -222,15 +222,14 @@ def _qkv_size(spec: ModelSpec) -> int:
     return (2 if spec.output_gate else 1) * spec.q_size + 2 * spec.kv_size
 
 
-def _gate_size(spec: ModelSpec) -> int:
-    """What gates become, and what they let through."""
-    return 2 * spec.q_size if spec.output_gate else 0
-
-
-def _delta_size(spec: ModelSpec) -> int:
-    """Numbers of a token in a delta layer: what is projected, while parts are joined twice, and the result."""
+def _delta_size(spec: ModelSpec, layers: Sequence[Loaded]) -> int:
+    """Numbers of a token in a delta layer: what is projected (twice, where it is joined then), and the result."""
     delta = spec.delta
-    return 0 if delta is None else 2 * (delta.channels + delta.value_size + 2 * delta.value_heads) + delta.value_size
+    if delta is None:
+        return 0
+    width = delta.channels + delta.value_size
+    whole = {one.module.N for one in layers if one.module.name.endswith(("in_proj_qkv", "in_proj_qkvz"))} == {width}
+    return (1 if whole else 2) * width + 4 * delta.value_heads + delta.value_size
 
 
 def _mixed(spec: ModelSpec, mixture: Mixture, size: int) -> int:
@@ -251,8 +250,9 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
     rounds = machinery.ops != "triton" and any(one.stored.activation == "int8-token" for one in layers)
     product = 12 if rounds else 4 if (machinery.ops, machinery.dtype) == ("cpu", "float16") else 0
     qkv = _qkv_size(spec)
-    attention = (2 * qkv + _gate_size(spec) + spec.q_size) * size + max(8 * spec.q_size, (hidden + qkv) * product)
-    attention = max(attention, _delta_size(spec) * size + (hidden + _delta_size(spec) // 2) * product)
+    gates, delta = 2 * spec.q_size if spec.output_gate else 0, _delta_size(spec, layers)
+    attention = (2 * qkv + gates + spec.q_size) * size + max(8 * spec.q_size, (hidden + qkv) * product)
+    attention = max(attention, delta * size + (hidden + delta) * product)
     inner = spec.mlp_size if machinery.ops == "triton" else spec.widest_mlp
     slab = min(2 * inner, layout.slab_rows(hidden, size)) * size
     mlp = max(3 * inner * size, 2 * inner * (size + product) + slab + hidden * product) if inner else 0
