@@ -89,6 +89,14 @@ def _owner(starts_ptr, first, sequences, tile, TOKENS: tl.constexpr):  # type: i
     return low, tile - (tl.load(starts_ptr + low) // TOKENS + low)
 
 
+@triton.jit
+def _asking(row, first_row, tile, queries, kv_head, GROUP: tl.constexpr, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(query, token, head, live) of rows of a tile. query: of the sequence's; token int64: the row of the step."""
+    query = tile * TOKENS + row // GROUP
+    live = (row < TOKENS * GROUP) & (query < queries)
+    return query, (first_row + query).to(tl.int64), kv_head * GROUP + row % GROUP, live
+
+
 @triton.jit(do_not_specialize=["table_stride", "window", "first_sequence", "sequences"])
 def _prefill(  # type: ignore[no-untyped-def]
     q_ptr, out_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, starts_ptr, lengths_ptr, tables_ptr,
@@ -106,10 +114,7 @@ def _prefill(  # type: ignore[no-untyped-def]
     if tile * TOKENS >= queries:
         return
     row = tl.arange(0, ROWS)
-    query = tile * TOKENS + row // GROUP
-    live = (row < TOKENS * GROUP) & (query < queries)
-    heads = kv_head * GROUP + row % GROUP
-    tokens = (first_row + query).to(tl.int64)
+    query, tokens, heads, live = _asking(row, first_row, tile, queries, kv_head, GROUP, TOKENS)
     q, q_sum = load_queries(q_ptr, tokens * q_token_stride + heads * q_head_stride, live, D, WIDTH, CODE)
     top, total, low, acc = start(q, 1, CODE)
     before = tl.load(lengths_ptr + sequence) - queries
@@ -134,6 +139,9 @@ def _prefill(  # type: ignore[no-untyped-def]
             D, BLOCK_SIZE, BLOCK_N, True, WINDOW, CODE, ASM,
         )  # fmt: skip
     found, _ = finish(top, total, low, acc, CODE)
+    # Rows once more, by a number that is 0 but comes from memory: kept, they would cost registers that the loops need.
+    row += tl.load(starts_ptr + sequence, cache_modifier=".ca") - first_row
+    query, tokens, heads, live = _asking(row, first_row, tile, queries, kv_head, GROUP, TOKENS)
     features = tl.arange(0, WIDTH)
     at = out_ptr + (tokens * tl.num_programs(1) * GROUP + heads)[:, None] * D + features[None, :]
     tl.store(at, found.to(out_ptr.dtype.element_ty), mask=live[:, None] & (features < D)[None, :])

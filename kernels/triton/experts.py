@@ -262,7 +262,5 @@ def _dense_sums(  # type: ignore[no-untyped-def]
         at = start + k
         weights = tl.load(words + column.to(tl.int64)[:, None] * K + at[None, :], mask=(at < K)[None, :], other=0.0)
         given = tl.load(rows + at[:, None], mask=inside[None, :] & (at < K)[:, None], other=0.0)
-        if len(acc.shape) == 3:
-            weights, given = weights[None, :, :], given[None, :, :]
         acc = _dot(weights, given, acc, ASM)
     return tl.reshape(acc, (BN, BM))

@@ -18,9 +18,8 @@ import triton.language as tl
 from kernels.triton.dequant import byte_pairs, nibbles, whole
 from kernels.triton.gate import gate_mul
 
-# From so many rows on products have two dimensions. Older compilers spread those of three badly, and need none: for 8 rows they
-# take no instruction of four warps.
-FLAT = tl.constexpr(64 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 0)
+FLAT = tl.constexpr(64)  # from so many rows on products have two dimensions
+LINES = tl.constexpr(32)  # outputs of a warp, where they have three
 
 
 @triton.jit
@@ -40,26 +39,35 @@ def _params(scaling, group, column, padded, parts: tl.constexpr, SCALE: tl.const
 
 
 @triton.jit
-def _dot(a, b, acc, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dot(weights, given, acc, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc plus weights [BN, inputs] times given [inputs, BM]; acc as ``_zeros`` has it."""
+    if len(acc.shape) == 3:
+        weights = tl.reshape(weights, (acc.shape[0], acc.shape[1], weights.shape[1]))
+        given = tl.broadcast_to(given[None, :, :], (acc.shape[0], given.shape[0], given.shape[1]))
     if ASM:
-        return tl.dot(a, b, acc)
+        return tl.dot(weights, given, acc)
     else:  # the interpreter's product knows no bfloat16
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        return tl.dot(weights.to(tl.float32), given.to(tl.float32), acc, input_precision="ieee")
 
 
 @triton.jit
 def _zeros(BN: tl.constexpr, BM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of three dimensions for few rows: such products are never those of four warps at once (wgmma), which fence and wait."""
+    """Sums of BN outputs for BM rows.
+
+    Of three dimensions for few rows, a product for each warp: such products are never those of four warps at once (wgmma), which
+    fence and wait, and every compiler spreads their first dimension over the warps.
+    """
     if BM < FLAT:
-        return tl.zeros((1, BN, BM), tl.float32)
+        return tl.zeros((BN // LINES, LINES, BM), tl.float32)
     else:
         return tl.zeros((BN, BM), tl.float32)
 
 
 @triton.jit
 def _beside(scale, acc):  # type: ignore[no-untyped-def]
+    """scale [BN] in the shape in which it multiplies acc."""
     if len(acc.shape) == 3:
-        return scale[None, :, None]
+        return tl.reshape(scale, (acc.shape[0], acc.shape[1], 1))
     else:
         return scale[:, None]
 
@@ -109,8 +117,6 @@ def sums(  # type: ignore[no-untyped-def]
                 plane = w0 if j % 2 == 0 else w1
             else:
                 plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3
-            if BM < FLAT:
-                plane, given = plane[None, :, :], given[None, :, :]
             total = _dot(plane, given, total, ASM)
         acc = total if WHOLE else acc + total * _beside(scale, acc)
         x_at += 128
