@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import KVCache, PagedBatch
-from tests.kernels.triton.aot import TARGETS, Compilation, Report, compile_all
+from tests.kernels.triton.aot import OLDER, TARGETS, Compilation, Report, compile_all
 
 from kernels.triton import attention as operator  # isort: skip  (after the conftest has chosen the interpreter)
 from kernels.triton import attention_decode, attention_prefill  # isort: skip
@@ -139,3 +139,4 @@ def test_all_launches(kind: str | None, target: int, monkeypatch: pytest.MonkeyP
     made += launches(monkeypatch, target, size=128, rows=4, kind=kind)
     for one in compiled(made, loops=False):
         assert one.fits and one.stack <= 16, one
+        assert OLDER or target != 120 or one.registers <= 208, one  # what only the end needs is not kept across loops
