@@ -29,7 +29,7 @@ TRITON_ROUTE_PARTS = 4
 TILE_QUERIES, WIDEN, GATHER, TOGETHER = 256, 512, 64, 8
 """Attention of torch's operators: queries at a time, quantized keys widened at a time, scattered blocks gathered at a time, and
 partial results that exist at a time (kernels/cpu/paged_attention.py)."""
-DELTA_OPS = ("reference", "cpu", "cpu-native")  # that have the gated delta rule (Ops.delta)
+DELTA_OPS = ("reference", "cpu", "cpu-native", "triton")  # that have the gated delta rule (Ops.delta)
 DELTA_ROWS = 256  # tokens at a time, of torch's operators (kernels/delta.py)
 HEADS = {"int8": 8, "int4": 4, "model": None}  # what the head may be stored as, and its bits
 ACTIVATIONS = ("auto", "int8", "bf16")
@@ -253,9 +253,10 @@ def delta_nbytes(*, ops: str, channels: int, value_heads: int, key_dim: int, val
     """Bytes that the gated delta rule needs beside what it reads, its states and its result, at most; names as in models.delta.
 
     Of torch's operators, in float32: its input, what the convolution sees and makes of it, queries and keys for each value head,
-    and the result on its way through norm and gate. Native kernels need no memory of their own.
+    and the result on its way through norm and gate. Native kernels need no memory of their own; a card's have what the
+    convolution makes in the place of one of the parts that were joined to the input.
     """
-    if ops == "cpu-native":
+    if ops in ("cpu-native", "triton"):
         return 0
     return 4 * DELTA_ROWS * (6 * channels + value_heads * (4 * key_dim + 6 * value_dim + 8))
 

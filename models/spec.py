@@ -187,16 +187,21 @@ class ModelSpec:
         """The first layer of each kind."""
         return list({self.kind(layer): layer for layer in reversed(range(self.layers))}.values())
 
-    def alone(self, layer: int) -> ModelSpec:
-        """A model of this one layer."""
-        mixture, here = self.mixture_of(layer), slice(layer, layer + 1)
+    def part(self, layers: range) -> ModelSpec:
+        """A model of these layers alone, one behind another."""
+        here, mixture = slice(layers.start, layers.stop), self.mixture
+        linear = self.linear[here] if any(self.linear[here]) else ()
+        if mixture is not None:
+            dense = tuple(layer - layers.start for layer in mixture.dense_layers if layer in layers)
+            alone = replace(mixture, dense_layers=dense, dense=mixture.dense if dense else 0)
+            mixture = alone if len(dense) < len(layers) else None
         return replace(
             self,
-            layers=1,
+            layers=len(layers),
             intermediate=self.mlp_size if mixture is None else self.intermediate,
-            mixture=None if mixture is None else replace(mixture, dense_layers=(), dense=0),
-            delta=self.delta if self.is_linear(layer) else None,
-            linear=(True,) if self.is_linear(layer) else (),
+            mixture=mixture,
+            delta=self.delta if linear else None,
+            linear=linear,
             windows=self.windows[here],
             local=self.local[here],
         )

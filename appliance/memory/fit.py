@@ -109,12 +109,13 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) 
     """What is left after weights, workspace and runtime becomes blocks, or what was given for them."""
     assert settings.max_seqs is not None
     kv = KVSpec(demand.kv_layers, demand.kv_heads, demand.head_dim, settings.block_size, settings.kv_dtype or demand.dtype)
+    inputs = input_bytes(settings.max_tokens, settings.max_seqs, kv.blocks(max_len), states=demand.sequence_bytes > 0)
     scratch = {
         "activations": demand.token_bytes * settings.max_tokens,
         "logits": demand.logits_row_bytes * min(LOGIT_ROWS, settings.max_tokens),
         "products": demand.slab,
         "positions": demand.position_bytes * max_len,
-        "inputs": input_bytes(settings.max_tokens, settings.max_seqs, kv.blocks(max_len)) if device.kind == "cuda" else 0,
+        "inputs": inputs if device.kind == "cuda" else 0,
         "transfers": STAGED_BLOCKS * kv.block_bytes if device.kind == "cuda" else 0,
         **({"exchange": demand.exchange} if demand.exchange else {}),
     }
@@ -125,6 +126,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) 
         slab=demand.layer_slab,
         hidden_bytes=demand.hidden_bytes,
         block_bytes=kv.block_bytes,
+        sequence_bytes=demand.sequence_bytes,
         layer_bytes=settings.layer_bytes,
     )
     offload = _offload(tuple(sum(parts.values()) for parts in demand.streamed), settings.offload_gb)

@@ -27,14 +27,15 @@ def graph_bytes(
     slab: int,
     hidden_bytes: int,
     block_bytes: int,
+    sequence_bytes: int = 0,
     layer_bytes: int | None = None,
 ) -> dict[str, int]:
     """By part, for steps of so many sequences; empty for none.
 
     All share one pool of memory, as no two run at a time: it holds the activations (``token_bytes`` a sequence) and the partial
     sums (``slab``) of the largest, and each step's result (``hidden_bytes`` a sequence), which the next one must not overwrite
-    while it is recorded. What fills a step up lies in a block of its own. ``layer_bytes``: what the driver has kept of a layer in
-    a step before; the estimate counts where that is more.
+    while it is recorded. What fills a step up lies in a block of its own, and has states (``sequence_bytes``). ``layer_bytes``:
+    what the driver has kept of a layer in a step before; the estimate counts where that is more.
     """
     if not sizes:
         return {}
@@ -44,6 +45,7 @@ def graph_bytes(
         "steps": len(sizes) * layers * max(LAYER_BYTES, layer_bytes or 0),
         "pool": POOL_BYTES,
         "spare_block": block_bytes,
+        **({"spare_states": sequence_bytes} if sequence_bytes else {}),
     }
 
 

@@ -50,7 +50,7 @@ def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None =
     spec = ModelSpec.from_config(published)
     check_headers(index, spec, scheme)
     machinery = Machinery.choose(config, spec.dtype, device, float16=spec.float16)
-    settings = with_states(settings, spec, config, machinery)
+    settings = with_states(settings, spec, config)
     demand = Demand.of(spec, scheme, machinery, model=str(directory))
     settings = with_graphs(settings, demand, device)
     try:

@@ -64,6 +64,7 @@ class Work:
     rounded: str  # what activations of most products are rounded to: int8, fp8, or "" where they are not
     chosen: tuple[int, int] = (1, 1)  # experts that a token goes through, of how many
     more: int = 0  # launches of layers with experts
+    state_bytes: int = 0  # of a sequence, in layers that have states: read and written for each token
 
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Work:
@@ -76,7 +77,8 @@ class Work:
             more = (ROUTING + (SHARED if spec.mixture.shared else 0)) * (spec.layers - len(spec.mixture.dense_layers))
         windows = tuple(window for layer, window in enumerate(spec.windows) if not spec.is_linear(layer))
         sizes = spec.layers, spec.attention_layers, spec.heads, spec.head_dim
-        return cls(tuple(kinds), *sizes, windows, rounded, chosen, more)
+        states = 0 if spec.delta is None else spec.delta.state_bytes * sum(spec.linear)
+        return cls(tuple(kinds), *sizes, windows, rounded, chosen, more, states)
 
     @property
     def weights(self) -> tuple[tuple[str, int, Loaded], ...]:
@@ -130,7 +132,7 @@ class Work:
             seconds = max(nbytes * read / limits.bandwidth, 2 * tokens * one.module.N * one.module.K / limits.rate)
             total += count * seconds / reached
         reached = 1.0 if shares is None else share * at_rows(shares[ATTENTION], sequences)
-        total += sequences * self.seen(context) * token_bytes / limits.bandwidth / reached
+        total += sequences * (self.seen(context) * token_bytes + 2 * self.state_bytes) / limits.bandwidth / reached
         return total if shares is None else total + self.launches * pause
 
     def prefill_ops(self, prompt: int) -> tuple[float, float]:

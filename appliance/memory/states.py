@@ -9,20 +9,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from appliance.config import EngineConfig
-from appliance.memory.modules import Machinery
 from appliance.memory.settings import Settings
-from kernels.layout import DELTA_OPS
 from models.spec import ModelSpec
 from quant.errors import InputError
 
 
-def with_states(settings: Settings, spec: ModelSpec, config: EngineConfig, machinery: Machinery) -> Settings:
-    """The settings as they are for such a model. InputError naming the option, or the device, that it cannot have."""
+def with_states(settings: Settings, spec: ModelSpec, config: EngineConfig, ranks: int = 1) -> Settings:
+    """The settings as they are for such a model. InputError naming the option that it cannot have."""
     if not any(spec.linear):
         return settings
     kind = f"{spec.architecture}, whose layers keep a state of each sequence"
-    if machinery.ops not in DELTA_OPS:
-        raise InputError(f"{config.model}: cards have no kernel for {kind} (the gated delta rule): --device cpu serves it")
+    if ranks > 1:
+        raise InputError(f"{config.model}: {kind}, is not divided among cards: plan it for one")
     if settings.swap_bytes:
         raise InputError(
             f"--swap-space is {config.swap_space}, but nothing of {kind}, is moved to host memory (what gives way is computed "

@@ -91,7 +91,7 @@ class Study:
         spec = ModelSpec.from_config(published)
         check_headers(index, spec, scheme)
         machinery = Machinery.choose(config, spec.dtype, weakest or device, float16=spec.float16)
-        settings, part = with_states(settings, spec, config, machinery), shard(spec, ranks)
+        settings, part = with_states(settings, spec, config, ranks), shard(spec, ranks)
         check_layout(spec, part, scheme, ranks)
         demand = with_exchange(Demand.of(part, scheme, machinery, model=config.model or str(directory)), spec, ranks)
         settings = with_graphs(settings, demand, device)

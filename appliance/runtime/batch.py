@@ -65,10 +65,10 @@ class StepArrays:
         known, last = np.array(ids, dtype=np.int64), ends.astype(np.int32)
         return cls(known, positions, slots, starts, last, tables, int(lengths.max()), singles, seats)
 
-    def padded(self, size: int, width: int, spare: int, block_size: int) -> StepArrays:
+    def padded(self, size: int, width: int, spare: int, block_size: int, seat: int | None = None) -> StepArrays:
         """A step of single tokens with ``size`` sequences and tables of ``width`` blocks.
 
-        The new rows are a token each at the beginning of block ``spare``.
+        The new rows are a token each at the beginning of block ``spare``; where sequences have states, theirs are at ``seat``.
         """
         n, used = self.tables.shape
         tables = np.full((size, width), spare, dtype=np.int32)
@@ -86,6 +86,7 @@ class StepArrays:
             tables=tables,
             max_query=1,
             singles=size,
+            seats=None if seat is None else longer(np.zeros(0, np.int32) if self.seats is None else self.seats, seat),
         )
 
     @classmethod

@@ -25,9 +25,9 @@ def allocate_caches(
     return [replace(KVCache(*tensors), given=scales) for tensors, scales in zip(layers, given, strict=True)]
 
 
-def allocate_states(plan: MemoryPlan, spec: ModelSpec, *, device: torch.device) -> list[StateCache]:
-    """A place for each sequence that may run, in each of the layers that have states."""
-    delta, count, places = spec.delta, sum(spec.linear), plan.max_num_seqs
+def allocate_states(spec: ModelSpec, places: int, *, device: torch.device) -> list[StateCache]:
+    """So many places, one for each sequence that may run, in each of the layers that have states."""
+    delta, count = spec.delta, sum(spec.linear)
     if delta is None:
         return []
     shapes = delta.conv_shape, delta.state_shape

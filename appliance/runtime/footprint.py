@@ -35,7 +35,8 @@ def footprint(plan: MemoryPlan, runner: Runner, loaded: int | None) -> dict[str,
     spare = plan.kv.block_bytes if plan.graphs else 0
     found["KV cache"] = sum(tensor.nbytes for cache in runner.caches for tensor in cache.tensors) - spare
     if runner.states:
-        found["states"] = sum(tensor.nbytes for states in runner.states for tensor in states)
+        spare = plan.sequence_bytes if plan.graphs else 0
+        found["states"] = sum(tensor.nbytes for states in runner.states for tensor in states) - spare
     if plan.swap_blocks:
         found["swap space"] = runner.swap_bytes
     if plan.measured is not None and plan.graphs and plan.measured.graphs is not None:

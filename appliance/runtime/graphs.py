@@ -1,7 +1,8 @@
 """Decode steps as recorded graphs: one for each of a few batch sizes, replayed instead of launching kernels one by one.
 
 A step of n sequences with a token each takes the smallest size >= n. Rows beyond n are padding: one token each of a sequence that
-lies in a spare block, which nobody owns; their results are dropped. Every size reads its inputs from where they are always sent.
+lies in a spare block (and has a spare seat), which nobody owns; their results are dropped. Every size reads its inputs from where
+they are always sent.
 """
 
 from __future__ import annotations
@@ -58,10 +59,12 @@ class DecodeGraphs:
         block_size: int,
         recorder: Recorder,
         send: Callable[[Sequence[np.ndarray]], list[Tensor]],
+        spare_seat: int | None = None,
     ) -> None:
-        """``send`` takes a step's arrays to the device, those of the same shapes always to the same place."""
+        """``spare_seat``: None where sequences have no states. ``send`` takes a step's arrays to the device, those of the same
+        shapes always to the same place."""
         self.sizes = tuple(sorted(sizes))
-        self._shape = (table_width, spare_block, block_size)
+        self._shape = (table_width, spare_block, block_size, spare_seat)
         self._graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
         for size in reversed(self.sizes):
             step = StepArrays.empty().padded(size, *self._shape)

@@ -101,12 +101,12 @@ class Runner:
         """``lane``: how a device that works by itself is told; ``recorder``: steps of single tokens are recorded and replayed."""
         self.decoder, self.device, self.block_size = decoder, device, plan.kv.block_size
         self.runs_ahead = lane is not None and decoder.ops.sample is not None
-        spare = 0 if recorder is None else 1  # a block for what fills up recorded steps
+        spare = 0 if recorder is None else 1  # a block, and a seat, for what fills up recorded steps
         self.caches = allocate_caches(plan, plan.num_blocks + spare, device=device, given=decoder.given_scales(plan.kv.dtype))
-        self.states = allocate_states(plan, decoder.spec, device=device)
+        self.states = allocate_states(decoder.spec, plan.max_num_seqs + spare, device=device)
         self._mover = make_mover(decoder.ops.name, self.caches, plan.swap_blocks)
         self._forward = decoder.bind(self.caches, states=self.states, max_tokens=plan.max_num_batched_tokens)
-        self._staging = None if lane is None else Staging(_input_bytes(plan), lane, device)
+        self._staging = None if lane is None else Staging(_input_bytes(plan, bool(self.states)), lane, device)
         # Not made anew for each step: the system would clear its pages each time, which takes longer than to write logits there.
         self._out = torch.zeros(plan.logit_rows, decoder.spec.vocab, dtype=torch.float32, device=device)
         self._tokens = torch.zeros(plan.max_num_seqs, dtype=torch.int64, device=device)  # drawn by the last step
@@ -125,6 +125,7 @@ class Runner:
             block_size=self.block_size,
             recorder=recorder,
             send=self._send,
+            spare_seat=plan.max_num_seqs if self.states else None,
         )
 
     @property
@@ -282,5 +283,5 @@ def _nothing_to_wait_for() -> None:
     """A device that has done what it was told has nothing else under way."""
 
 
-def _input_bytes(plan: MemoryPlan) -> int:
-    return input_bytes(plan.max_num_batched_tokens, plan.max_num_seqs, plan.kv.blocks(plan.max_model_len))
+def _input_bytes(plan: MemoryPlan, states: bool) -> int:
+    return input_bytes(plan.max_num_batched_tokens, plan.max_num_seqs, plan.kv.blocks(plan.max_model_len), states=states)

@@ -1,15 +1,16 @@
 """A card is believed once it has computed something right: before its cache is made, what it says is held against the reference.
 
 A small part of the model goes through the card's kernels and through the reference's operators on the CPU: one layer (the first,
-or the first with experts), with the embedding and the head of a few hundred tokens, in steps of many tokens and of one. That
-finds kernels that compute nonsense on a card, driver or compiler that nobody has tried; it says nothing of speed. A combination
-that was right is remembered.
+or the first with experts; of states and of attention one each), with the embedding and the head of a few hundred tokens, in steps
+of many tokens and of one. That finds kernels that compute nonsense on a card, driver or compiler that nobody has tried; it says
+nothing of speed. A combination that was right is remembered.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
@@ -35,7 +36,7 @@ from quant.tensor import QuantTensor
 
 log = logging.getLogger("appliance.startup")
 
-FIRST = "model.layers.0."
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 TOKENS, KNOWN = 192, 512  # of the text, and those that it is made of
 STEPS = (128, 17, 1)  # tokens at once: tiles for many rows and for few, attention of chunks and of single tokens
 ALLOWED = 0.1  # root of the mean squared difference of logits, in shares of their spread; 0.035 with FP8 products
@@ -67,14 +68,14 @@ def prove(config: EngineConfig, plan: MemoryPlan, decoder: Decoder, lane: Lane |
 
 
 def load_oracle(config: EngineConfig, plan: MemoryPlan, decoder: Decoder) -> tuple[Decoder, Tensor]:
-    """That layer for the reference on the CPU, and the tokens [KNOWN] int64, rising, that its embedding and head have."""
+    """These layers for the reference on the CPU, and the tokens [KNOWN] int64, rising, that its embedding and head have."""
     bits = head_bits(config.lm_head_dtype, ops=decoder.ops.name, dtype=plan.dtype)
-    vocab, number = decoder.spec.vocab, tried(decoder.spec)
+    vocab, layers = decoder.spec.vocab, tried(decoder.spec)
     tokens = torch.randperm(vocab, generator=torch.Generator().manual_seed(0))[:KNOWN].sort().values
     with Checkpoint.open(Path(str(config.model)), config.quantization) as whole:
         oracle = load_model(
-            _Part(whole, number, tokens, vocab),
-            replace(ModelSpec.from_config(whole.config).alone(number), vocab=len(tokens)),
+            _Part(whole, layers.start, tokens, vocab),
+            replace(ModelSpec.from_config(whole.config).part(layers), vocab=len(tokens)),
             get_ops("cpu", reference=True),
             dtype=decoder.dtype,
             max_len=min(plan.max_model_len, TOKENS),
@@ -84,35 +85,38 @@ def load_oracle(config: EngineConfig, plan: MemoryPlan, decoder: Decoder) -> tup
     return oracle, tokens
 
 
-def tried(spec: ModelSpec) -> int:
-    """The layer that is compared."""
-    return next((layer for layer in range(spec.layers) if spec.mixture_of(layer) is not None), 0)
+def tried(spec: ModelSpec) -> range:
+    """The layers that are compared: two, beside each other, where some have states."""
+    if any(spec.linear):
+        second = next(layer for layer in range(1, spec.layers) if spec.linear[layer] != spec.linear[layer - 1])
+        return range(second - 1, second + 1)
+    first = next((layer for layer in range(spec.layers) if spec.mixture_of(layer) is not None), 0)
+    return range(first, first + 1)
 
 
 class _Part(Checkpoint):
-    """A checkpoint as if it had only this layer, as its first, and these tokens; what else is in it is not missed."""
+    """A checkpoint as if it began with this layer, and had only these tokens; what else is in it is not missed."""
 
-    def __init__(self, whole: Checkpoint, layer: int, tokens: Tensor, vocab: int) -> None:
+    def __init__(self, whole: Checkpoint, first: int, tokens: Tensor, vocab: int) -> None:
         super().__init__(whole.index, whole.config, whole.scheme)
-        self.layer, self.tokens, self.vocab = f"model.layers.{layer}.", tokens, vocab
+        self.whole, self.first, self.tokens, self.vocab = whole, first, tokens, vocab
 
     def _name(self, name: str) -> str:
-        return self.layer + name.removeprefix(FIRST) if name.startswith(FIRST) else name
+        return LAYER.sub(lambda found: f"model.layers.{int(found[1]) + self.first}.", name, count=1)
 
     def has(self, name: str) -> bool:
-        return super().has(self._name(name))
+        return self.whole.has(self._name(name))
 
     def info(self, name: str) -> TensorInfo | None:
-        return super().info(self._name(name))
+        return self.whole.info(self._name(name))
 
     def take(self, name: str, *, dtypes: tuple[str, ...], shape: tuple[int | None, ...] | None = None) -> Tensor:
-        return super().take(self._name(name), dtypes=dtypes, shape=shape)
+        return self.whole.take(self._name(name), dtypes=dtypes, shape=shape)
 
     def weight(self, name: str, expect: tuple[int, int] | None = None) -> QuantTensor | Tensor:
-        name = self._name(name)
         if name not in (EMBEDDING, HEAD) or expect is None:
-            return super().weight(name, expect)
-        table = super().weight(name, expect=(self.vocab, expect[1]))
+            return self.whole.weight(self._name(name), expect)
+        table = self.whole.weight(name, expect=(self.vocab, expect[1]))
         return table.select_rows(self.tokens) if isinstance(table, QuantTensor) else table[self.tokens]
 
     def leftover(self) -> list[str]:
@@ -125,12 +129,13 @@ def deviations(
     """(tokens at once, how far the logits of ``tokens`` are from the oracle's, in shares of these' spread)."""
     count = min(TOKENS, plan.max_model_len)
     text = torch.randint(len(tokens), (count,), generator=torch.Generator().manual_seed(1))
-    kv = replace(plan.kv, layers=1)
+    layers, spec = tried(decoder.spec), decoder.spec.part(tried(decoder.spec))
+    kv = replace(plan.kv, layers=spec.attention_layers)
     small = replace(plan, kv=kv, num_blocks=kv.blocks(count), swap_blocks=0)
     expected = _logits(Runner(oracle, small, device=torch.device("cpu")), text, min(count, plan.max_num_batched_tokens))
-    number = tried(decoder.spec)
-    here = slice(number, number + 1)
-    first = replace(decoder, spec=decoder.spec.alone(number), layers=decoder.layers[here], kv_largest=decoder.kv_largest[here])
+    before = decoder.spec.part(range(layers.start)).attention_layers
+    largest = decoder.kv_largest[before : before + spec.attention_layers]
+    first = replace(decoder, spec=spec, layers=decoder.layers[layers.start : layers.stop], kv_largest=largest)
     runner = Runner(first, small, device=decoder.ops.device, lane=lane)
     for at_once in STEPS:
         found = _logits(runner, tokens[text], min(at_once, plan.max_num_batched_tokens))[:, tokens]
@@ -144,10 +149,10 @@ def _logits(runner: Runner, text: Tensor, at_once: int) -> Tensor:
 
 def key(plan: MemoryPlan, decoder: Decoder) -> str:
     """What a result holds for: the card with its compiler and kernels, and all of the model that chooses among these."""
-    spec, layer = decoder.spec, decoder.layers[tried(decoder.spec)]
-    weights = [*layer.weights, decoder.head, decoder.embedding]
+    spec, layers = decoder.spec, [decoder.layers[number] for number in tried(decoder.spec)]
+    weights = [*(weight for layer in layers for weight in layer.weights), decoder.head, decoder.embedding]
     found = [plan.dtype, plan.kv.dtype, plan.kv.block_size, os.environ.get("APPLIANCE_FP16_SUMS", "0")]
     found += [spec.architecture, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab]
-    found += [spec.mixture]
+    found += [spec.mixture, spec.delta]
     found += [f"{type(weight).__name__} {weight.nbytes} {getattr(weight, 'rounds', '')}" for weight in weights]
     return SEPARATOR.join([card_key(plan.device), *map(str, found)])

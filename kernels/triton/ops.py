@@ -12,6 +12,7 @@ from kernels.ops import Clamp, Ops, Weight
 from kernels.triton import stack, weights
 from kernels.triton.argmax import argmax
 from kernels.triton.attention import attention
+from kernels.triton.delta import delta
 from kernels.triton.elementwise import gelu_mul, silu_mul
 from kernels.triton.embedding import embedding, packed_rows
 from kernels.triton.experts import join_experts, mix
@@ -56,6 +57,7 @@ def make_ops(device: torch.device) -> Ops:
         attention=partial(attention, multiprocessors=card.multiprocessors),
         silu_mul=silu_mul,
         gelu_mul=gelu_mul,
+        delta=delta,
         mix=partial(mix, card=card),
         join_experts=join_experts,
         argmax=argmax,

@@ -18,15 +18,19 @@ from appliance.core.step import Return
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.fit import fit
 from appliance.memory.giving_way import CPU_BANDWIDTH, GivingWay
+from appliance.memory.inputs import input_bytes
+from appliance.memory.modules import Machinery
 from appliance.memory.picture import memory_map
 from appliance.memory.plan import PlanError
 from appliance.memory.planner import make_plan
+from appliance.memory.roofline import Limits, Work
 from appliance.memory.study import Study
 from appliance.quantize.job import check_kind
 from appliance.runtime.caches import allocate_states
 from models.spec import ModelSpec
 from quant.errors import CheckpointError, InputError
 from quant.headers import read_header
+from quant.scheme import QuantScheme
 from tests.memory.published import fill, write_headers
 from tests.memory.qwen3_5 import SMALL, write_qwen3_5
 from tests.memory.test_plan import DEFAULTS, LLAMA_8B, cpu
@@ -141,7 +145,7 @@ def test_more_memory_never_gives_less() -> None:
 
 def test_what_is_allocated_is_what_is_planned() -> None:
     spec, plan = ModelSpec.from_config(SMALL), fit(replace(LLAMA_8B, sequence_bytes=9), replace(DEFAULTS, max_seqs=3), cpu(24))
-    states = allocate_states(plan, spec, device=torch.device("cpu"))
+    states = allocate_states(spec, plan.max_num_seqs, device=torch.device("cpu"))
     assert len(states) == 3 and {len(tensor) for one in states for tensor in one} == {3}
     assert {tensor.dtype for one in states for tensor in one} == {torch.float32}
     assert spec.delta is not None
@@ -174,15 +178,26 @@ def test_a_model_with_attention_alone_has_no_states(tmp_path: Path) -> None:
     assert "tates" not in plan.table()
 
 
-@pytest.mark.parametrize("cards", [1, 2])
-def test_cards_refuse_it_by_name(tmp_path: Path, cards: int) -> None:
-    card, config = DeviceInfo("cuda", "card", 80 * GIB, 80 * GIB, 90), EngineConfig(model="m")
-    words = r"^m: cards have no kernel for Qwen3_5ForCausalLM, .* \(the gated delta rule\): --device cpu serves it$"
-    with pytest.raises(InputError, match=words):
-        Study.read(write_qwen3_5(tmp_path, SMALL, "awq"), config, card, ranks=cards)
-    if cards == 1:
-        with pytest.raises(InputError, match=words):
-            make_plan(tmp_path, config, card)
+def test_a_card_has_a_place_for_what_fills_up_recorded_steps(tmp_path: Path) -> None:
+    """And sends the seats with the other inputs. Several cards do not share such a model."""
+    card, folder = DeviceInfo("cuda", "card", 80 * GIB, 80 * GIB, 90), write_qwen3_5(tmp_path, SMALL, "awq")
+    for eager in (False, True):
+        plan = make_plan(folder, EngineConfig(max_model_len=256, max_num_seqs=3, enforce_eager=eager), card)
+        assert plan.graphs.get("spare_states", 0) == (0 if eager else plan.sequence_bytes) and plan.state_bytes > 0
+        assert plan.scratch["inputs"] == input_bytes(plan.max_num_batched_tokens, 3, plan.kv.blocks(256), states=True)
+    with pytest.raises(
+        InputError, match="whose layers keep a state of each sequence, is not divided among cards: plan it for one"
+    ):
+        Study.read(folder, EngineConfig(model="m"), card, ranks=2)
+
+
+def test_a_decode_step_reads_and_writes_states() -> None:
+    """Beside weights and caches, at a card's bandwidth: of 27 B on a card of 1 TB/s 0.3 ms a sequence."""
+    spec, limits = ModelSpec.from_config(SMALL), Limits(1e12, 1e15, 1e15)
+    work = Work.of(spec, QuantScheme("none"), Machinery(ops="triton", dtype="bfloat16", head_bits=None))
+    one, two = (work.decode_s(limits, sequences, 64, 0, None) for sequences in (1, 2))
+    assert work.state_bytes == 3 * (4 * (3 * (2 * 2 * 32 + 4 * 64) + 4 * 32 * 64))
+    assert two - one == pytest.approx(2 * work.state_bytes / 1e12)
 
 
 def test_quantizing_is_refused() -> None:

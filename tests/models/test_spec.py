@@ -281,8 +281,10 @@ def test_which_layers_have_experts() -> None:
     assert without(**ERNIE_MOE, moe_layer_start_index=2, moe_layer_end_index=4) == (0, 1, 5, 6)
     assert without(**ERNIE_MOE, moe_layer_interval=2) == (0, 2, 4, 6)
     spec = read(**GLM4_MOE, sliding_window=3)
-    assert spec.unlike == [1, 0] and spec.alone(0).mixture is None and spec.alone(0).intermediate == 160
-    assert spec.alone(2).mixture_of(0) is not None and spec.alone(2).layers == len(spec.alone(2).windows) == 1
+    assert spec.unlike == [1, 0] and spec.part(range(1)).mixture is None and spec.part(range(1)).intermediate == 160
+    last, both = spec.part(range(2, 3)), spec.part(range(2))
+    assert last.mixture_of(0) is not None and last.layers == len(last.windows) == 1
+    assert both.layers == 2 and both.mixture_of(0) is None and both.mixture_of(1) is not None
 
 
 @pytest.mark.parametrize("architecture", [name for name, kind in ARCHITECTURES.items() if not kind.mixture])

@@ -17,11 +17,15 @@ import torch
 from appliance.config import EngineConfig
 from appliance.core.messages import Submit
 from appliance.core.params import RequestError
+from appliance.memory.planner import make_plan
 from appliance.runtime.check import check
 from appliance.runtime.engine import Engine
+from appliance.runtime.runner import Runner
 from kernels.cpu import backend
 from quant.errors import InputError
 from tests.runtime.conftest import answers, finish, submit
+from tests.runtime.fake_lane import FakeLane
+from tests.runtime.test_graphs import FakeRecorder
 
 LENGTHS = (1, 2, 3, 16, 17, 33, 64, 90)
 TOKENS = 10
@@ -88,6 +92,14 @@ def load(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> Load:
         return Engine.load(EngineConfig(**{**settings, **options}))
 
     return make
+
+
+def on_a_card(engine: Engine, **options: Any) -> Engine:
+    """The same engine with a runner whose device works by itself, ahead of what is known, and records its steps."""
+    plan = make_plan(Path(engine.info.directory), EngineConfig(dtype="float32", reference_ops=True, **options))
+    engine.runner = Runner(engine.runner.decoder, plan, device=torch.device("cpu"), lane=FakeLane(), recorder=FakeRecorder())
+    assert engine.runner.runs_ahead and plan.num_blocks == engine.scheduler.pool.num_blocks
+    return engine
 
 
 def spoil(engine: Engine) -> Engine:
@@ -253,3 +265,12 @@ def test_a_check_of_the_plan_has_states(oracle: Oracle) -> None:
     assert all(row.holds for row in exact.values()) and report.steps >= 10
     assert exact["states"].measured == report.plan.state_bytes == 5 * report.plan.sequence_bytes > 0
     assert report.plan.kv.layers == 1
+
+
+def test_recorded_and_ahead_of_the_host(oracle: Oracle, load: Load) -> None:
+    """As on a card: steps are padded with sequences at a seat of their own, and launched before the last tokens are known."""
+    options: dict[str, Any] = {"max_model_len": 256, "kv_cache_memory_bytes": 4 << 20, "max_num_seqs": 5}
+    engine = spoil(on_a_card(load(reference_ops=True, **options), **options))
+    assert {states.conv.shape[0] for states in engine.runner.states} == {6}
+    assert answers(engine, oracle.submits) == oracle.answers
+    assert answers(engine, oracle.submits) == oracle.answers

@@ -50,7 +50,7 @@ def test_of_layers_with_experts_one_is_compared(tmp_path: Path) -> None:
     """Though the first layer has none."""
     folder = livelier(fill(write_published(tmp_path, {**GLM4_MOE, "max_position_embeddings": 256}, "none"), "none"))
     config, plan, decoder = loaded(folder, dtype="float32", reference_ops=True)
-    assert trial.tried(decoder.spec) == 1 and all(value < 1e-4 for value in found(config, plan, decoder).values())
+    assert trial.tried(decoder.spec) == range(1, 2) and all(value < 1e-4 for value in found(config, plan, decoder).values())
     wrong = replace(decoder, ops=replace(decoder.ops, mix=lambda x, mixture, *, norm: x))
     assert all(value > trial.ALLOWED for value in found(config, plan, wrong).values())
 

@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels.layout import SCALED_CACHES
 from kernels.ops import MLP, KVCache, Mixture, Norm, PagedBatch
+from kernels.states import DeltaRule, StateCache
 from quant.tensor import QuantTensor
 from tests.kernels.triton.aot import Compilation, environment
 from tests.kernels.triton.cards import CARDS
@@ -278,6 +279,20 @@ class Cases:
         angles, batch, kept = empty(8192, WIDE, dtype=torch.float32), step(8, 1, 8192), self.cache("16 bits", WIDE)
         rope.rope_store_sums(sums, None, 2 * KV_HEADS, kept, batch, angles, dtype=self.dtype, q_norm=heads, k_norm=heads)
 
+    def hybrid(self) -> Iterator[str]:
+        """A layer of Qwen3.5-27B that keeps a state."""
+        from kernels.triton.delta import delta
+
+        keys, heads, size, taps = 16, 48, 128, 4
+        channels, full = (2 * keys + heads) * size, {"dtype": torch.float32}
+        rule = DeltaRule(
+            keys, empty(taps, channels, **full), empty(heads, **full), empty(heads, **full), empty(size, **full), 1e-6
+        )
+        kept = StateCache(empty(8, taps - 1, channels, **full), empty(8, heads, size, size, **full))
+        yield f"16 and 48 heads of 128, {self.name}"
+        x, gates = empty(8, channels + heads * size, dtype=self.dtype), empty(8, 2 * heads, dtype=self.dtype)
+        delta(x, gates, rule, kept, replace(step(8, 1, 8192), states=empty(8, dtype=torch.int32)))
+
     def rest(self) -> Iterator[str]:
         from kernels.triton import copy, sampling
 
@@ -303,8 +318,8 @@ def record(target: int) -> list[Compilation]:
         module.capability = lambda device: target  # type: ignore[attr-defined]
     card = matmul.Card(CARDS[target].multiprocessors, target)
     half, brain = Cases(torch.float16, card), Cases(torch.bfloat16, card)
-    some = [half.products, half.experts, half.fp8, half.attention, half.small, half.rest]
-    more = [half.rounded, brain.products, brain.experts, brain.fp8, brain.attention, brain.gemma]
+    some = [half.products, half.experts, half.fp8, half.attention, half.small, half.hybrid, half.rest]
+    more = [half.rounded, brain.products, brain.experts, brain.fp8, brain.attention, brain.gemma, brain.hybrid]
     for cases in [*some, *([half.gemma] if target < 80 else more)]:
         for title in cases():
             recorder.case = title

@@ -1,0 +1,60 @@
+"""A model with states through the engine with the kernels of a card: the reference's answers, and the planned bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from appliance.config import EngineConfig
+from appliance.memory.demand import Demand
+from appliance.memory.modules import Machinery
+from appliance.memory.planner import make_plan
+from appliance.runtime import startup, trial
+from appliance.runtime.check import weights_by_part
+from appliance.runtime.engine import Engine
+from models.spec import ModelSpec
+from quant.headers import CheckpointIndex
+from quant.scheme import read_scheme
+from tests.kernels.triton.conftest import DEVICE, INTERPRETED
+from tests.memory.published import fill, livelier
+from tests.memory.qwen3_5 import SMALL, write_qwen3_5
+from tests.runtime.conftest import answers, submit
+
+from kernels.triton import ops, stream  # isort: skip  (after the conftest has chosen the interpreter)
+from kernels.triton.matmul import Card  # isort: skip
+
+CONFIG = {
+    **SMALL, "hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 100,
+    "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tests/runtime/test_cuda.py runs the engine on a card")
+def test_greedy_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt in two chunks, the second beside another's; then a token of each, and one alone. And the trial of a card."""
+    folder = livelier(fill(write_qwen3_5(tmp_path, CONFIG, "awq"), "awq"))
+    config: dict[str, Any] = {"model": str(folder), "dtype": "float16", "max_model_len": 32, "kv_cache_memory_bytes": 1 << 20}
+    config |= {"max_num_batched_tokens": 5, "threads": 1, "skip_tokenizer_init": True, "lm_head_dtype": "model"}
+    requests = [submit("a", [3, 1, 4, 1, 5, 9, 2], max_tokens=3), submit("b", [8, 97], max_tokens=2)]
+    expected = answers(Engine.load(EngineConfig(reference_ops=True, **config)), requests)
+    monkeypatch.setattr(ops, "this_card", lambda device: Card(1, 80))  # few programs for the interpreter
+    monkeypatch.setattr(startup, "get_ops", lambda *args, **options: ops.make_ops(torch.device(DEVICE)))
+    engine = Engine.load(EngineConfig(**config))
+    assert engine.info.kernels == "triton" and answers(engine, requests) == expected
+
+    settings, scheme = read_scheme(CheckpointIndex.open(folder))
+    card = Machinery(ops="triton", dtype="float16", head_bits=None)
+    demand = Demand.of(ModelSpec.from_config(settings), scheme, card, model="m")
+    decoder = engine.runner.decoder
+    assert weights_by_part(decoder) == demand.weights
+    for layer, planned in zip(decoder.layers, demand.streamed, strict=True):
+        assert stream.park(layer).nbytes == sum(planned.values())
+
+    monkeypatch.setattr(trial, "TOKENS", 6)
+    monkeypatch.setattr(trial, "STEPS", (4, 1))
+    plan = make_plan(folder, EngineConfig(**config))
+    oracle, tokens = trial.load_oracle(EngineConfig(**config), plan, decoder)
+    assert oracle.spec.layers == 2 and all(off < 0.02 for _, off in trial.deviations(decoder, oracle, tokens, plan, None))
