@@ -42,6 +42,7 @@ class Request:
     ticket: tuple[int, int] = (0, 0)  # place in the order of service
     running: bool = False
     seat: int = -1  # its place among those that run, which nobody else has; -1: it does not run
+    stops: tuple[int, ...] = ()  # after so many tokens its states are worth keeping, in order
     turn: int = 0  # len(tokens) from which on it makes room for others, by when it was admitted last
     cached: int = 0  # prompt tokens that were in the cache when it was admitted first
     scheduled: float | None = None  # time.monotonic() of the first step that it had a part in

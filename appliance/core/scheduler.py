@@ -12,6 +12,7 @@ from appliance.core.audit import audit
 from appliance.core.blocks import BlockPool
 from appliance.core.door import check_room
 from appliance.core.drafts import Drafts
+from appliance.core.kept import Kept
 from appliance.core.params import RequestError
 from appliance.core.queues import Queues
 from appliance.core.request import Request
@@ -40,6 +41,7 @@ class Scheduler(Queues):
         max_num_seqs: int,
         host: BlockPool | None = None,
         caching: bool = False,
+        kept: int = 0,
         priorities: bool = False,
         swaps: Callable[[Request], bool] = lambda request: True,
         fair_tokens: int = FAIR_TOKENS,
@@ -47,14 +49,16 @@ class Scheduler(Queues):
         watermark: float = WATERMARK,
         drafts: Drafts | None = None,
     ) -> None:
-        """``host``: blocks of host memory, for requests that give way where ``swaps`` says so, and for cached prefixes. ``turn``:
-        how many tokens, if more than ``fair_tokens``, make up for a return. ``drafts``: only where each step is committed before
-        the next one is scheduled."""
+        """``host``: blocks of host memory, for requests that give way where ``swaps`` says so, and for cached prefixes. ``kept``:
+        with ``caching`` so many places, numbered on from the seats, keep states, where layers have some. ``turn``: how many
+        tokens, if more than ``fair_tokens``, make up for a return. ``drafts``: only where each step is committed before the next
+        one is scheduled."""
         if max_num_batched_tokens < 1 or max_num_seqs < 1:
             raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens} and max_num_seqs={max_num_seqs} must be >= 1")
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every running decode fits into every step
         super().__init__(priorities=priorities, seats=self.max_num_seqs)
-        self.pool, self.store = pool, Store(pool, host, caching=caching)
+        states = Kept(self.max_num_seqs, kept) if caching and kept else None
+        self.pool, self.store = pool, Store(pool, host, caching=caching, kept=states)
         self.swaps, self.fair_tokens, self.turn = swaps, fair_tokens, turn
         self.drafts = drafts
         self.reserve = int(watermark * pool.num_blocks)
@@ -185,9 +189,10 @@ class Scheduler(Queues):
     def _chunk(self, request: Request, budget: int) -> Chunk | None:
         """As many of its next tokens as the budget takes, or None where there are no blocks for them."""
         start, known = request.computed, len(request.tokens) + request.ahead
-        end = min(known, start + budget)
+        end = self.store.until(request, min(known, start + budget))
         if not self.store.extend(request, end):
             return None
+        self.store.keep(request)
         request.computed = end
         request.ahead += end == known
         return Chunk(request, start, end - start, end == known)
@@ -237,6 +242,7 @@ class Scheduler(Queues):
         self._take(request)
         request.running, request.computed, request.landed = True, computed, computed
         self._put(request)
+        self.store.seated(request)
         back = Return(computed, request.known, copied, len(self.running), self.pool.used)
         request.turn = request.known + max(self.fair_tokens, self.turn(back) if request.preemptions else 0)
         return request

@@ -9,6 +9,9 @@ as long as nobody needs the room there), from where a later request gets it back
 only if appliance.core.ghosts expects it back. A request that must give way moves there whole, and what it has there is its own
 until it returns.
 
+Where a model's layers keep a state of each sequence, as many of the blocks that are found count as states are kept for
+(appliance.core.kept), and these are copied to the seat of whoever begins there.
+
 Every decision appends to ``copies``. They are carried out one after another, before the step with which they were decided: so a
 block may be handed on as soon as its copy has been decided.
 """
@@ -21,13 +24,15 @@ from typing import Literal, NamedTuple
 
 from appliance.core.blocks import BlockPool, PoolError
 from appliance.core.ghosts import Ghosts
+from appliance.core.kept import Kept
 from appliance.core.request import Request
 
 
 class Copy(NamedTuple):
-    """Of a whole block. "out": from the pool to host memory; "in": back; "copy": within the pool."""
+    """Of a whole block. "out": from the pool to host memory; "in": back; "copy": within the pool. "states": of a sequence's
+    states, from place to place."""
 
-    kind: Literal["out", "in", "copy"]
+    kind: Literal["out", "in", "copy", "states"]
     source: int
     target: int
 
@@ -40,12 +45,14 @@ class Place(NamedTuple):
 
 
 class Store:
-    """The pool, and with ``host`` a second one in host memory. Without ``caching`` requests share only what forks share."""
+    """The pool, and with ``host`` a second one in host memory. Without ``caching`` requests share only what forks share.
 
-    def __init__(self, pool: BlockPool, host: BlockPool | None = None, *, caching: bool = True) -> None:
+    ``kept``: of a model whose layers keep states. With it there is no second tier, and nothing is forked."""
+
+    def __init__(self, pool: BlockPool, host: BlockPool | None = None, *, caching: bool = True, kept: Kept | None = None) -> None:
         if host is not None and host.block_size != pool.block_size:
             raise PoolError(f"blocks of {pool.block_size} tokens cannot move to blocks of {host.block_size}")
-        self.pool, self.host, self.caching = pool, host, caching
+        self.pool, self.host, self.caching, self.kept = pool, host, caching, kept
         self.copies: list[Copy] = []
         self.swapped = 0  # requests that have blocks in host memory
         self.ghosts = None if host is None else Ghosts(host.num_blocks)
@@ -84,6 +91,8 @@ class Store:
         if leader is not None and leader.running and not request.output_len:
             return [Place(False, block) for block in leader.blocks[: self.blocks(last)]], last
         places = self.find(request)
+        if self.kept is not None:
+            places = places[: self._known_state(request, min(len(places), last // self.pool.block_size))]
         return places, min(len(places) * self.pool.block_size, last)
 
     def need(self, request: Request, places: list[Place], computed: int) -> int:
@@ -123,6 +132,32 @@ class Store:
                 self.pool.register(block, request.keys[i])
         self.drop_host(request)
         return True
+
+    def seated(self, request: Request) -> None:
+        """Its admission has given it a seat: states come there from where they are kept, after its ``computed`` tokens."""
+        if self.kept is None:
+            return
+        size = self.pool.block_size
+        if request.computed:
+            self.copies.append(Copy("states", self.kept.use(request.keys[request.computed // size - 1]), request.seat))
+        last = (request.prompt_len - 1) // size * size
+        parts = min(len(self.find(request)) * size, last)  # somebody had these tokens, and went on otherwise or ended
+        request.stops = self.kept.stops(request.computed, parts, last)
+
+    def until(self, request: Request, end: int) -> int:
+        """Where its next chunk has to end, at most at ``end``: at the first place of which it will keep the states."""
+        if self.kept is not None:
+            for stop in request.stops:
+                if request.computed < stop < end and self._key(request, stop) not in self.kept:
+                    return stop
+        return end
+
+    def keep(self, request: Request) -> None:
+        """Its next chunk is decided: if it stands now where states are to be kept, they are."""
+        if self.kept is not None and request.computed in request.stops:
+            key = self._key(request, request.computed)
+            if key not in self.kept:
+                self.copies.append(Copy("states", request.seat, self.kept.keep(key)))
 
     def extend(self, request: Request, tokens: int) -> bool:
         """Blocks for its first ``tokens`` tokens, and the one that is written next for itself alone. False: too few are free."""
@@ -196,12 +231,16 @@ class Store:
         """Copies were not carried out, or a step failed: nothing that has a key can be trusted any more."""
         self.copies.clear()
         self.pool.forget()
+        if self.kept is not None:
+            self.kept.forget()
         if self.host is not None and self.ghosts is not None:
             self.host.forget()
             self.ghosts.forget()
 
     def check(self) -> None:
         self.pool.check()
+        if self.kept is not None:
+            self.kept.check()
         if self.host is not None:
             self.host.check()
 
@@ -212,6 +251,16 @@ class Store:
             block = self.pool.find(request.keys[i]) if i < len(request.keys) else None
             places.append(Place(True, slot) if block is None else Place(False, block))
         return places
+
+    def _known_state(self, request: Request, blocks: int) -> int:
+        """After how many of its first ``blocks`` blocks states are kept, at most."""
+        assert self.kept is not None
+        return next((count for count in range(blocks, 0, -1) if request.keys[count - 1] in self.kept), 0)
+
+    def _key(self, request: Request, tokens: int) -> bytes:
+        """Of the block that ends with its first ``tokens`` tokens."""
+        self._hash(request, tokens)
+        return request.keys[tokens // self.pool.block_size - 1]
 
     def _find(self, key: bytes) -> Place | None:
         block = self.pool.find(key)

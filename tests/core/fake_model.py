@@ -88,11 +88,11 @@ class PlainKey:
 
 
 @lru_cache(4096)
-def contents(key: bytes, size: int) -> list[int]:
-    """Of a block with a plain key."""
+def contents(key: bytes, size: int | None) -> list[int]:
+    """Of a block with a plain key, or of all blocks up to it."""
     salt, tokens = (key[:8].decode(), key[8:]) if key.startswith(b"tenant") else ("", key)
     told = array("q", tokens)
-    return codes(told[-size:], salt, len(told) - size)
+    return codes(told, salt) if size is None else codes(told[-size:], salt, len(told) - size)
 
 
 class SpoilingPool(BlockPool):
@@ -134,7 +134,7 @@ class FakeRunner:
     def __init__(self, scheduler: Scheduler, *, stateful: bool = False) -> None:
         """``stateful``: what a sequence has at its seat must be what its own tokens have left there, all of them in turn."""
         self.scheduler, self.stateful = scheduler, stateful
-        self.states: dict[int, list[int]] = {}
+        self.states: dict[int, list[int]] = {}  # by seat or place: the codes of all tokens that are in it
         self.pool: dict[int, list[int]] = {}
         self.host: dict[int, list[int]] = {}
         self.sampled: dict[Request, int] = {}  # by the last step: what the host may not know yet
@@ -156,8 +156,8 @@ class FakeRunner:
                 _drawn(chunk, known) if chunk.draft else next_token(known, chunk.request.seed) if chunk.samples else None
             )
         if self.stateful:
-            for chunk, known in zip(plan.chunks, tokens, strict=True):
-                self._go_on(chunk, known)
+            for chunk, want in zip(plan.chunks, wanted, strict=True):
+                self._go_on(chunk, want)
         self.sampled = {chunk.request: token for chunk, token in zip(plan.chunks, found, strict=True) if isinstance(token, int)}
         return found
 
@@ -172,6 +172,8 @@ class FakeRunner:
                 self.pool[target] = self.host[source][:]
             elif kind == "copy":
                 self.pool[target] = self.pool[source][:]
+            elif kind == "states":
+                self.states[target] = self.states[source][:]
             else:
                 (self.pool if kind == "spoil" else self.host)[target] = self._blank()
 
@@ -197,12 +199,12 @@ class FakeRunner:
         assert not self.scheduler.has_work, f"unfinished after {limit} steps"
         return ended
 
-    def _go_on(self, chunk: Chunk, known: Sequence[int]) -> None:
+    def _go_on(self, chunk: Chunk, want: Sequence[int]) -> None:
         """From nothing where it begins, from what is there where it goes on."""
         request, start = chunk.request, chunk.start
         state = self.states.get(request.seat) if start else []
-        assert state == [*known[:start]], f"{request.key} goes on at seat {request.seat} from what is not its own"
-        self.states[request.seat] = [*known]
+        assert state == [*want[:start]], f"{request.key} goes on at seat {request.seat} from what is not its own"
+        self.states[request.seat] = [*want]
 
     def _blank(self) -> list[int]:
         return [SPOILT] * self.scheduler.pool.block_size

@@ -49,7 +49,7 @@ class History(Rules):
         self.fault_rate = (0, 0, 0, 12)[choose(4)]
         pool = SpoilingPool(blocks, size, fails=self._fails)
         host = SpoilingPool(host_blocks, size, host=True, fails=self._fails) if host_blocks else None
-        self.stateful = not choose(4)  # nothing can be shared, swapped or taken back: each computes all its tokens in turn
+        self.stateful = not choose(4)  # nothing can be forked, swapped or taken back; what is found counts where states are kept
         host = None if self.stateful else host
         swaps = (lambda request: True, lambda request: False, lambda request: bool(self.choose(2)))[choose(3)]
         self.worth = (0, 0, 1, 3)[choose(4)]
@@ -58,7 +58,8 @@ class History(Rules):
             max_num_batched_tokens=1 + choose((24, 64, 64, 8)[choose(4)]),
             max_num_seqs=(8, 6, 4, 3, 2, 1)[choose(6)],
             host=host,
-            caching=not self.stateful and bool(choose(2)),
+            caching=bool(choose(2)),
+            kept=(3, 1, 8)[choose(3)] if self.stateful else 0,
             priorities=bool(choose(2)),
             swaps=swaps,
             fair_tokens=(NEVER, 8, 3, NEVER, 5, 1)[choose(6)],
@@ -66,6 +67,8 @@ class History(Rules):
             watermark=(0.0, 0.1, 0.3)[choose(3)],
             drafts=None if self.stateful or choose(3) else Guesses(choose),
         )
+        if self.scheduler.store.kept is not None:
+            self.scheduler.store.kept.worth = (1, 1, 5, 12)[choose(4)]
         self.capacity = blocks * size
         self.runner = FakeRunner(self.scheduler, stateful=self.stateful)
         self.alive = {}

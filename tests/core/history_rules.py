@@ -103,3 +103,6 @@ class Rules:
         for pool, memory in ((self.scheduler.pool, self.runner.pool), (self.scheduler.store.host, self.runner.host)):
             for block, key in pool._keys.items() if pool is not None else ():
                 assert memory[block] == contents(key, pool.block_size), f"block {block} does not contain what its key says"
+        kept = self.scheduler.store.kept
+        for key, place in kept.items() if kept is not None else ():
+            assert self.runner.states[place] == contents(key, None), f"states at {place} are not those that their key says"
