@@ -48,8 +48,8 @@ class EngineConfig:
     swap_space: float | str = 0.0
     """Host memory for preempted sequences and for cached prefixes that the pool has no room for: in GiB, or as 512MiB."""
     enable_prefix_caching: bool = True
-    """Keep the blocks of finished requests while nobody needs their room, for later prompts that begin alike. Without effect for
-    models whose layers keep states (Qwen3.5)."""
+    """Keep the blocks of finished requests while nobody needs their room, for later prompts that begin alike. Of models
+    whose layers keep states (Qwen3.5) also a few of these states, with memory of their own."""
     cpu_offload_gb: float = 0.0
     """GiB of a card to free: weights of so many layers stay in host memory and are streamed in ahead of their use."""
     block_size: int | str = "auto"

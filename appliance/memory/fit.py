@@ -16,7 +16,7 @@ from appliance.memory.loading import Workers
 from appliance.memory.offload import Offload, offloaded, on_card
 from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, KVSpec, Limit, MemoryPlan, PlanError
 from appliance.memory.settings import Settings
-from appliance.memory.text import size_text
+from appliance.memory.text import owners, size_text
 from quant.errors import InputError
 
 MARGIN = {"cpu": 64 * MIB, "cuda": 150 * MIB}
@@ -32,6 +32,9 @@ FAIR_TOKENS = 1366
 OF_STATES = 3
 """So many times the bytes of its states a sequence of a fair length has in the cache: else --max-num-seqs auto would give most of
 the memory to sequences that hardly ever run together, and long contexts would have none."""
+
+KEPT_STATES = 8
+"""Places where states of earlier prompts are kept, at most; and one more than sequences run, where these are fewer."""
 
 
 def fit(demand: Demand, settings: Settings, device: DeviceInfo, host: DeviceInfo | None = None) -> MemoryPlan:
@@ -154,6 +157,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) 
         max_num_batched_tokens=settings.max_tokens,
         free=free_of(settings, device),
         sequence_bytes=demand.sequence_bytes,
+        kept_states=min(KEPT_STATES, settings.max_seqs + 1) if demand.sequence_bytes and settings.prefixes else 0,
         swap_blocks=settings.swap_bytes // kv.block_bytes,
         offload=offload,
     )
@@ -268,7 +272,7 @@ def _shortage(plan: MemoryPlan) -> str | None:
         f"swap space {size_text(plan.swap_bytes + plan.ghost_bytes)}, " if plan.swap_blocks and plan.device.kind == "cpu" else ""
     )
     swap += f"grammars {size_text(plan.grammar_bytes)}, " if plan.grammars and plan.device.kind == "cpu" else ""
-    states = f"states {size_text(plan.state_bytes)} (of {plan.max_num_seqs} that run), " if plan.sequence_bytes else ""
+    states = f"states {size_text(plan.state_bytes)} ({owners(plan)}), " if plan.sequence_bytes else ""
     parts = (
         f"weights {size_text(plan.weight_bytes)}, workspace {size_text(plan.workspace)} "
         f"({plan.max_num_batched_tokens} tokens a step), {graphs}{states}{swap}runtime {size_text(plan.runtime)}"

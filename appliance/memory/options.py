@@ -77,6 +77,9 @@ def options(
     if settings.max_seqs is not None:
         fewer = range(min(settings.max_seqs, settings.max_tokens) - 1, sequences - 1, -1)
         found.append(_option("max_num_seqs", "max_seqs", fewer, "fewer requests run at once"))
+    if demand.sequence_bytes and settings.prefixes:
+        cost = "prompts that go on from earlier ones are computed whole"
+        found.append(Option([False], cost, lambda _: {"prefixes": False}, lambda _: {"enable_prefix_caching": False}))
     if settings.graphs:
         found.append(Option([True], "decoding is slower", lambda _: {"graphs": False}, lambda _: {"enforce_eager": True}))
     if variants.tables:

@@ -135,6 +135,7 @@ class MemoryPlan:
     max_num_seqs: int  # that run together: no more than a step has tokens
     max_num_batched_tokens: int
     sequence_bytes: int = 0  # states of one sequence, whatever its length: of layers that have no keys and values
+    kept_states: int = 0  # places for states of sequences that need not run, beside one for each that may
     free: int = 0  # what the budget can be at most: what is free less the margin and --gpu-memory-reserve
     swap_blocks: int = 0  # of host memory, each as large as one of the cache; on a CPU they are in the same memory
     limit: Limit | None = None  # of the cache; None: it has all that is left for it, or what was given
@@ -175,9 +176,13 @@ class MemoryPlan:
         return self.num_blocks * self.kv.block_bytes
 
     @property
+    def state_places(self) -> int:
+        """Seats of sequences that may run, and places where states are kept."""
+        return self.max_num_seqs + self.kept_states
+
+    @property
     def state_bytes(self) -> int:
-        """There is a place for each sequence that may run."""
-        return self.max_num_seqs * self.sequence_bytes
+        return self.state_places * self.sequence_bytes
 
     @property
     def swap_bytes(self) -> int:
@@ -260,7 +265,12 @@ class MemoryPlan:
                 "bytes": self.kv_bytes,
                 "limit": self.limited or None,
             },
-            "states": {"sequence_bytes": self.sequence_bytes, "places": self.max_num_seqs, "bytes": self.state_bytes},
+            "states": {
+                "sequence_bytes": self.sequence_bytes,
+                "places": self.state_places,
+                "kept": self.kept_states,
+                "bytes": self.state_bytes,
+            },
             "runtime_learned": self.learned,
             "loading": {**asdict(self.workers), "peak_bytes": self.load_peak},
             "host_bytes": {**self.host, "total": sum(self.host.values()), "peak": self.host_peak, "budget": self.host_budget},

@@ -19,7 +19,7 @@ from appliance.memory.options import Variants
 from appliance.memory.plan import KVSpec, MemoryPlan, PlanError, Remedy, flag_text
 from appliance.memory.proofs import device_kind
 from appliance.memory.settings import Settings
-from appliance.memory.states import with_states
+from appliance.memory.states import check_states
 from kernels import layout
 from models.spec import ModelSpec
 from quant.headers import CheckpointIndex
@@ -50,7 +50,7 @@ def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None =
     spec = ModelSpec.from_config(published)
     check_headers(index, spec, scheme)
     machinery = Machinery.choose(config, spec.dtype, device, float16=spec.float16)
-    settings = with_states(settings, spec, config)
+    check_states(spec, config, settings)
     demand = Demand.of(spec, scheme, machinery, model=str(directory))
     settings = with_graphs(settings, demand, device)
     try:

@@ -23,7 +23,7 @@ from appliance.memory.roofline import Work
 from appliance.memory.settings import Settings
 from appliance.memory.shard import check_layout, shard, with_exchange
 from appliance.memory.speed import Speed, decode_speeds, prefill_speed
-from appliance.memory.states import with_states
+from appliance.memory.states import check_states
 from models.spec import ModelSpec
 from quant.errors import InputError
 from quant.headers import CheckpointIndex
@@ -91,7 +91,8 @@ class Study:
         spec = ModelSpec.from_config(published)
         check_headers(index, spec, scheme)
         machinery = Machinery.choose(config, spec.dtype, weakest or device, float16=spec.float16)
-        settings, part = with_states(settings, spec, config, ranks), shard(spec, ranks)
+        check_states(spec, config, settings, ranks)
+        part = shard(spec, ranks)
         check_layout(spec, part, scheme, ranks)
         demand = with_exchange(Demand.of(part, scheme, machinery, model=config.model or str(directory)), spec, ranks)
         settings = with_graphs(settings, demand, device)

@@ -38,7 +38,7 @@ def parts_of(plan: MemoryPlan) -> list[Part]:
     found = [Part("weights", name, size) for name, size in plan.weights.items()]
     found += [Part("workspace", name, size) for name, size in plan.scratch.items()]
     found.append(Part("CUDA graphs", f"{len(plan.decode_sizes)} sizes", plan.graph_bytes))
-    found.append(Part("states", f"of {plan.max_num_seqs:,} that run", plan.state_bytes))
+    found.append(Part("states", owners(plan), plan.state_bytes))
     found.append(Part("runtime", "the process and its libraries", plan.runtime))
     if plan.device.kind == "cpu":
         found += [Part("grammars", name, size) for name, size in plan.grammars.items()]
@@ -140,11 +140,17 @@ def offload_lines(plan: MemoryPlan) -> list[str]:
 
 
 def states_lines(plan: MemoryPlan) -> list[str]:
-    """What a sequence costs beside its tokens, and what its states rule out."""
+    """What a sequence costs beside its tokens, and how many of earlier prompts find theirs."""
     if not plan.sequence_bytes:
         return []
     size = size_text(plan.sequence_bytes)
-    return [f"States: {size} of each sequence that runs, whatever its length; so prefixes of earlier requests are not kept"]
+    kept = f"those of {plan.kept_states} prompts are kept for others that go on there" if plan.kept_states else "none are kept"
+    return [f"States: {size} of each sequence that runs, whatever its length; {kept}"]
+
+
+def owners(plan: MemoryPlan) -> str:
+    """Of whom the plan has states, in words."""
+    return f"of {plan.max_num_seqs:,} that run" + (f", {plan.kept_states} kept" if plan.kept_states else "")
 
 
 def measured_lines(plan: MemoryPlan) -> list[str]:

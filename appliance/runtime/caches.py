@@ -26,10 +26,16 @@ def allocate_caches(
 
 
 def allocate_states(spec: ModelSpec, places: int, *, device: torch.device) -> list[StateCache]:
-    """So many places, one for each sequence that may run, in each of the layers that have states."""
+    """So many places in each of the layers that have states: seats of those that run, then places where some are kept."""
     delta, count = spec.delta, sum(spec.linear)
     if delta is None:
         return []
     shapes = delta.conv_shape, delta.state_shape
     whole = [torch.zeros((count, places, *shape), dtype=torch.float32, device=device) for shape in shapes]
     return [StateCache(*one) for one in zip(*whole, strict=True)]
+
+
+def move_states(states: Sequence[StateCache], source: int, target: int) -> None:
+    """From place to place, in all layers, on the steps' own stream: with no memory in passing."""
+    for tensor in (tensor for cache in states for tensor in cache):
+        tensor[target].copy_(tensor[source])

@@ -84,8 +84,6 @@ class Engine:
         with timeline.part("plan"):
             plan = make_plan(directory, config)
         log.debug("memory plan\n%s", plan.table())
-        if plan.sequence_bytes and config.enable_prefix_caching:
-            log.info("this model's layers keep a state of each sequence: no prefixes are cached (--enable-prefix-caching)")
         with told(plan):
             decoder, quantization = load_decoder(config, plan, device, timeline, progress)
         spec, ops = decoder.spec, decoder.ops
@@ -176,7 +174,7 @@ class Engine:
         plan = self.scheduler.schedule()
         for request in plan.preempted:
             log.info("preempted %s/%d: %s", *request.key, "swapped out" if request.host else "it will be computed again")
-        self._copied.update(copy.kind for copy in plan.copies)
+        self._copied.update(copy.kind for copy in plan.copies if copy.kind != "states")
         now = time.monotonic()
         for request in (chunk.request for chunk in plan.chunks):
             request.scheduled = request.scheduled or now

@@ -22,7 +22,7 @@ from appliance.core.store import Copy
 from appliance.memory.inputs import input_bytes
 from appliance.memory.planner import LOGIT_ROWS, MemoryPlan
 from appliance.runtime.batch import Draws, StepArrays
-from appliance.runtime.caches import allocate_caches, allocate_states
+from appliance.runtime.caches import allocate_caches, allocate_states, move_states
 from appliance.runtime.grammar import Masks
 from appliance.runtime.graphs import DecodeGraphs, Recorder
 from appliance.runtime.mover import make_mover, rehearse
@@ -103,7 +103,7 @@ class Runner:
         self.runs_ahead = lane is not None and decoder.ops.sample is not None
         spare = 0 if recorder is None else 1  # a block, and a seat, for what fills up recorded steps
         self.caches = allocate_caches(plan, plan.num_blocks + spare, device=device, given=decoder.given_scales(plan.kv.dtype))
-        self.states = allocate_states(decoder.spec, plan.max_num_seqs + spare, device=device)
+        self.states = allocate_states(decoder.spec, plan.state_places + spare, device=device)
         self._mover = make_mover(decoder.ops.name, self.caches, plan.swap_blocks)
         self._forward = decoder.bind(self.caches, states=self.states, max_tokens=plan.max_num_batched_tokens)
         self._staging = None if lane is None else Staging(_input_bytes(plan, bool(self.states)), lane, device)
@@ -125,7 +125,7 @@ class Runner:
             block_size=self.block_size,
             recorder=recorder,
             send=self._send,
-            spare_seat=plan.max_num_seqs if self.states else None,
+            spare_seat=plan.state_places if self.states else None,
         )
 
     @property
@@ -135,9 +135,11 @@ class Runner:
 
     @torch.inference_mode()
     def move(self, copies: Sequence[Copy]) -> None:
-        """Carry out the copies of a plan, before it is launched."""
-        if copies:
-            self._mover.move(copies)
+        """Carry out the copies of a plan, before it is launched. States lie elsewhere than blocks: their order is their own."""
+        for copy in (copy for copy in copies if copy.kind == "states"):
+            move_states(self.states, copy.source, copy.target)
+        if blocks := [copy for copy in copies if copy.kind != "states"]:
+            self._mover.move(blocks)
 
     def rehearse_copies(self, plan: MemoryPlan) -> None:
         """Before there is anything in the cache: what copies need is compiled."""

@@ -262,12 +262,11 @@ def vllm_only(models: Sequence[Model]) -> Iterator[Metric]:
 
 
 def _cache_config(model: Model) -> Iterable[str]:
-    stats, plan, forks = model.stats, model.info.plan if model.info else {}, model.info is not None and model.info.forks
+    stats, plan = model.stats, model.info.plan if model.info else {}
     cache = plan.get("kv_cache")
     known = {
         "block_size": stats.block_size,
         "cache_dtype": (cache.get("dtype") if isinstance(cache, dict) else None) or model.options.get("kv_cache_dtype"),
-        "enable_prefix_caching": model.options.get("enable_prefix_caching") and forks,
         "num_gpu_blocks": stats.blocks_total,
         "num_cpu_blocks": stats.swap_total,
         "kv_cache_size_tokens": stats.blocks_total * stats.block_size,

@@ -81,7 +81,8 @@ def test_27b_worked_out_by_hand(published: Path) -> None:
     def four_bits(N: int, K: int) -> int:
         return N * K // 2 + 3 * N * (K // 128)
 
-    plan = make_plan(published, EngineConfig(max_model_len=8192, max_num_seqs=4), MACHINE)
+    config = EngineConfig(max_model_len=8192, max_num_seqs=4, enable_prefix_caching=False)
+    plan = make_plan(published, config, MACHINE)
     delta = four_bits(16384, 5120) + four_bits(5120, 6144) + 2 * 128 * 5120
     assert delta == 61_685_760, "queries, keys, values and z; the output; and b and a in 16 bits, in whole panels of 64 outputs"
     attention = four_bits(2 * 6144 + 2 * 1024, 5120) + four_bits(5120, 6144)
@@ -98,12 +99,24 @@ def test_27b_worked_out_by_hand(published: Path) -> None:
     others = plan.workspace + plan.runtime + plan.grammar_bytes
     assert plan.total == plan.weight_bytes + 4 * SEQUENCE + 4 * 8192 * 65_536 + others
     told = plan.to_dict()
-    assert told["states"] == {"sequence_bytes": SEQUENCE, "places": 4, "bytes": 4 * SEQUENCE}
+    assert told["states"] == {"sequence_bytes": SEQUENCE, "places": 4, "kept": 0, "bytes": 4 * SEQUENCE}
     assert plan_bytes(told)["states"] == 4 * SEQUENCE
     assert re.search(r"\n  states, of 4 that run +598.50 MiB", plan.table())
-    assert "\nStates: 149.62 MiB of each sequence that runs, whatever its length; so prefixes of earlier" in plan.table()
+    assert "\nStates: 149.62 MiB of each sequence that runs, whatever its length; none are kept" in plan.table()
     assert plan.sequences(512) == 4, "the cache holds more, but there are as many places"
     assert 'class="part"' not in memory_map(plan) and "states" in memory_map(plan)
+    kept = make_plan(published, replace(config, enable_prefix_caching=True), MACHINE)
+    assert kept.kept_states == 5 and kept.state_bytes == 9 * SEQUENCE and kept.fixed == plan.fixed + 5 * SEQUENCE
+    assert kept.num_blocks == (kept.budget - kept.fixed) // kept.kv.block_bytes > plan.num_blocks, (
+        "blocks of earlier prompts, too"
+    )
+    assert re.search(r"\n  states, of 4 that run, 5 kept +1\.32 GiB", kept.table())
+    assert "whatever its length; those of 5 prompts are kept for others that go on there\n" in kept.table()
+    least = replace(config, max_num_seqs=1, gpu_memory_utilization=(plan.total - 2 * SEQUENCE - 3 * 512 * 16 * 65_536) / 60 / GIB)
+    assert make_plan(published, least, MACHINE).state_bytes == SEQUENCE
+    with pytest.raises(PlanError, match=r"states 448\.88 MiB \(of 1 that run, 2 kept\)") as error:
+        make_plan(published, replace(least, enable_prefix_caching=True), MACHINE)
+    assert any(one.flags == "--no-enable-prefix-caching" for one in error.value.remedies)
 
 
 @pytest.mark.realdata
@@ -120,12 +133,12 @@ def test_each_sequence_that_runs_is_paid_for(published: Path) -> None:
     asked = study.asking(64, 2048)
     assert not asked.enough()
     [more] = asked.remedies()
-    share = 16_900 * MIB + 64 * (SEQUENCE + 128 * 16 * 65_536)
+    share = 16_900 * MIB + 64 * (SEQUENCE + 128 * 16 * 65_536) + 8 * SEQUENCE
     assert more.options["gpu_memory_utilization"] == pytest.approx(share / 60 / GIB, abs=0.01), (
         "less would do for the cache alone"
     )
     many = EngineConfig(gpu_memory_utilization=26 / 60, max_model_len=8192, max_num_seqs=100)
-    with pytest.raises(PlanError, match=r"states 14\.61 GiB \(of 100 that run\), grammars") as error:
+    with pytest.raises(PlanError, match=r"states 15\.78 GiB \(of 100 that run, 8 kept\), grammars") as error:
         make_plan(published, many, MACHINE)
     [fewer] = [one for one in error.value.remedies if "max_num_seqs" in one.options]
     good = make_plan(published, replace(many, max_num_seqs=fewer.options["max_num_seqs"]), MACHINE)  # type: ignore[arg-type]
@@ -133,23 +146,26 @@ def test_each_sequence_that_runs_is_paid_for(published: Path) -> None:
         make_plan(published, replace(many, max_num_seqs=good.max_num_seqs + 1), MACHINE)
 
 
-def test_more_memory_never_gives_less() -> None:
+@pytest.mark.parametrize("prefixes", [False, True])
+def test_more_memory_never_gives_less(prefixes: bool) -> None:
     """Neither cache nor sequences, where each of these costs much by itself."""
-    demand, auto = replace(LLAMA_8B, sequence_bytes=150 << 20), replace(DEFAULTS, max_seqs=None, max_len=8192, prefixes=False)
-    plans = [fit(demand, auto, cpu(gib / 4)) for gib in range(64, 160)]
+    demand, auto = replace(LLAMA_8B, sequence_bytes=150 << 20), replace(DEFAULTS, max_seqs=None, max_len=8192, prefixes=prefixes)
+    plans = [fit(demand, auto, cpu(gib / 4)) for gib in range(68, 160)]
     for before, after in pairwise(plans):
         assert after.num_blocks >= before.num_blocks and after.max_num_seqs >= before.max_num_seqs
     assert len({plan.max_num_seqs for plan in plans}) > 10
-    assert all(plan.state_bytes == plan.max_num_seqs * 150 << 20 and plan.total <= plan.budget for plan in plans)
+    for plan in plans:
+        places = plan.max_num_seqs + (min(8, plan.max_num_seqs + 1) if prefixes else 0)
+        assert plan.state_bytes == places * 150 << 20 and plan.total <= plan.budget
 
 
 def test_what_is_allocated_is_what_is_planned() -> None:
     spec, plan = ModelSpec.from_config(SMALL), fit(replace(LLAMA_8B, sequence_bytes=9), replace(DEFAULTS, max_seqs=3), cpu(24))
-    states = allocate_states(spec, plan.max_num_seqs, device=torch.device("cpu"))
-    assert len(states) == 3 and {len(tensor) for one in states for tensor in one} == {3}
+    states = allocate_states(spec, plan.state_places, device=torch.device("cpu"))
+    assert len(states) == 3 and {len(tensor) for one in states for tensor in one} == {3 + 4}
     assert {tensor.dtype for one in states for tensor in one} == {torch.float32}
     assert spec.delta is not None
-    assert sum(tensor.nbytes for one in states for tensor in one) == 3 * 3 * spec.delta.state_bytes
+    assert sum(tensor.nbytes for one in states for tensor in one) == 3 * (3 + 4) * spec.delta.state_bytes
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,10 +12,21 @@ from appliance.core.params import SamplingParams
 from appliance.runtime.engine import Engine
 from tests.tiny_model import make_checkpoint
 
+if TYPE_CHECKING:
+    from tests.runtime.delta_engines import Oracle
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def oracles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Oracle]:
+    """By name, what transformers says of models with states: one process for all tests."""
+    from tests.runtime.delta_engines import make_oracles  # which takes from here
+
+    return make_oracles(tmp_path_factory.mktemp("states"))
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
     python delta_oracle.py OUTPUT_DIR < request.json      {"Qwen3_5": {"lengths": [...], "tokens": ...}, "Qwen3Next": ...}
 
-Writes OUTPUT_DIR/NAME/model and OUTPUT_DIR/NAME/expected.json, [{prompt, answer, margin, logprobs}]: greedy answers of so many
-tokens, how certain the least certain of them was, and the log-probabilities of the prompt's tokens but the first.
+Writes OUTPUT_DIR/NAME/model and OUTPUT_DIR/NAME/expected.json, {cases: [{prompt, answer, margin, logprobs}], talks: [[{..}]]}:
+greedy answers of so many tokens, how certain the least certain of them was, and the log-probabilities of the prompt's tokens but
+the first. With "talks", "turns" and "system" also so many conversations that begin with the same "system" tokens: each turn has
+the one before it, its answer, and a few tokens more.
 """
 
 import json
@@ -54,21 +56,34 @@ def answer(kind, output, asked) -> None:
             spread, middle = (2.0, -2.0) if name.endswith("A_log") else (0.3, 1.0) if parameter.dim() == 1 else (0.25, 0.0)
             parameter.copy_(torch.randn_like(parameter) * spread + middle)  # some states last, some are forgotten at once
     model.save_pretrained(output / "model")
-    rng, found = random.Random(0), []
-    for length in asked["lengths"]:
-        prompt = [rng.randrange(3, 256) for _ in range(length)]
-        ids = torch.tensor([prompt])
-        with torch.no_grad():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=asked["tokens"], output_logits=True,
-                return_dict_in_generate=True,
-            )  # fmt: skip
-            scores = model(ids).logits[0].log_softmax(-1)
-        first, second = torch.cat(out.logits).topk(2).values.unbind(1)
-        logprobs = [scores[i, token].item() for i, token in enumerate(prompt[1:])]
-        answer = out.sequences[0, length:].tolist()
-        found.append({"prompt": prompt, "answer": answer, "margin": (first - second).min().item(), "logprobs": logprobs})
-    (output / "expected.json").write_text(json.dumps(found))
+    rng = random.Random(0)
+    cases = [case(model, said(rng, length), asked["tokens"]) for length in asked["lengths"]]
+    system, talks = said(rng, asked.get("system", 0)), []
+    for _ in range(asked.get("talks", 0)):
+        text, turns = system, []
+        for _ in range(asked["turns"]):
+            turns.append(case(model, [*text, *said(rng, rng.randrange(1, 24))], asked["tokens"]))
+            text = turns[-1]["prompt"] + turns[-1]["answer"]
+        talks.append(turns)
+    (output / "expected.json").write_text(json.dumps({"cases": cases, "talks": talks}))
+
+
+def said(rng, length) -> list[int]:
+    return [rng.randrange(3, 256) for _ in range(length)]
+
+
+def case(model, prompt, tokens) -> dict:
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        scores = model(ids).logits[0].log_softmax(-1)
+    first, second = torch.cat(out.logits).topk(2).values.unbind(1)
+    logprobs = [scores[i, token].item() for i, token in enumerate(prompt[1:])]
+    answer = out.sequences[0, len(prompt) :].tolist()
+    return {"prompt": prompt, "answer": answer, "margin": (first - second).min().item(), "logprobs": logprobs}
 
 
 if __name__ == "__main__":
