@@ -50,7 +50,7 @@ def measured(plan: MemoryPlan, reading: Reading, *, auto_length: bool) -> Memory
         length = max(blocks * kv.block_size, min(SHORTEST_AUTO, length))
     if blocks < kv.blocks(length):
         raise _too_little(plan, held, length, blocks)
-    planned = plan.weight_bytes + plan.workspace + plan.runtime
+    planned = plan.weight_bytes + plan.workspace + plan.state_bytes + plan.runtime
     found = Measured(held=held, planned=planned, planned_blocks=plan.num_blocks, planned_len=plan.max_model_len)
     return replace(plan, num_blocks=blocks, max_model_len=length, measured=found)
 

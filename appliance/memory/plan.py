@@ -104,7 +104,7 @@ class Limit:
 class Measured:
     """What a card said before the cache was made (appliance/memory/measure.py), beside what had been planned."""
 
-    held: int  # bytes of weights, workspace and runtime
+    held: int  # bytes of weights, workspace, states and runtime
     planned: int  # bytes of the same
     planned_blocks: int
     planned_len: int

@@ -26,8 +26,8 @@ def footprint(plan: MemoryPlan, runner: Runner, loaded: int | None) -> dict[str,
     """Measured bytes, by the categories of the plan. ``loaded``: ``resident()`` with the weights in place and nothing else.
 
     It is None where the process has other things than this engine, a program's data or other engines: then its own share cannot
-    be told from them, and is left out. A card's own share is what it held before the cache, less what was planned for weights and
-    workspace.
+    be told from them, and is left out. A card's own share is what it held before the cache, less what was planned for weights,
+    workspace and states.
     """
     decoder = runner.decoder
     found = {"weights": decoder.nbytes - decoder.streamed - decoder.table_bytes + plan.offload.staging_bytes}
@@ -44,7 +44,8 @@ def footprint(plan: MemoryPlan, runner: Runner, loaded: int | None) -> dict[str,
     if loaded is None:
         return found
     measured = plan.measured
-    own = loaded - decoder.nbytes if measured is None else measured.held - plan.weight_bytes - plan.workspace
+    others = plan.weight_bytes + plan.workspace + plan.state_bytes
+    own = loaded - decoder.nbytes if measured is None else measured.held - others
     return found | {"runtime": own}
 
 

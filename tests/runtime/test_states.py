@@ -10,7 +10,11 @@ import torch
 
 from appliance.config import EngineConfig
 from appliance.core.params import RequestError
+from appliance.memory.devices import DeviceInfo
+from appliance.memory.measure import Reading, measured
+from appliance.memory.planner import make_plan
 from appliance.runtime.check import check
+from appliance.runtime.footprint import footprint
 from kernels.cpu import backend
 from quant.errors import InputError
 from tests.runtime.conftest import answers, finish, submit
@@ -187,3 +191,14 @@ def test_recorded_and_ahead_of_the_host(oracle: Oracle, load: Load) -> None:
     assert {states.conv.shape[0] for states in engine.runner.states} == {5 + 6 + 1}
     assert answers(engine, oracle.submits) == oracle.answers
     assert answers(engine, oracle.submits) == oracle.answers
+
+
+def test_states_are_no_part_of_what_a_card_has_for_itself(oracle: Oracle, load: Load) -> None:
+    """They are there when it is measured; the next plan would set them aside twice."""
+    card, engine = DeviceInfo("cuda", "card", 80 << 30, 80 << 30, 90), load(max_num_seqs=5)
+    config = EngineConfig(dtype="float32", max_model_len=256, max_num_seqs=5, enforce_eager=True)
+    plan = make_plan(oracle.model, config, card)
+    reading = Reading(free=card.available - (plan.fixed - plan.runtime + 777), reserved=0, peak=0)
+    found = measured(plan, reading, auto_length=False)
+    assert plan.state_bytes > 0 and found.measured is not None and found.measured.planned == plan.fixed
+    assert footprint(found, engine.runner, loaded=1)["runtime"] == 777
