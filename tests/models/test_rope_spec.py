@@ -63,12 +63,20 @@ def test_a_base_of_windows_is_refused_by_its_name() -> None:
         read("Gemma3ForCausalLM", rope_local_base_freq=1)
 
 
+PARTIAL = (
+    "Phi3ForCausalLM", "GlmForCausalLM", "Glm4ForCausalLM", "Glm4MoeForCausalLM", "Glm4vMoeForConditionalGeneration",
+    "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration",
+    "Qwen3NextForCausalLM",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_who_rotates_a_part_of_each_head(architecture: str) -> None:
-    """Phi-3 and GLM-4: found with tiny models of all. The others' in transformers pass over it, or fail, and vLLM's do not."""
+    """Found with tiny models of all. The others' in transformers pass over it, or fail, and vLLM's do not."""
     kind = ARCHITECTURES[architecture]
     more: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8} if kind.mixture else {}
     more |= {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 8} if kind.hybrid else {}
+    more |= {"layer_types": ["linear_attention"] * 2 + ["full_attention"]} if kind.delta else {}
     more |= {"head_dim": 8}
     half = {"partial_rotary_factor": 0.5}
     places: list[dict[str, Any]] = [half, {"rope_parameters": {"full_attention": half} if kind.local_rope else half}]
@@ -76,7 +84,7 @@ def test_who_rotates_a_part_of_each_head(architecture: str) -> None:
     for place in places:
         text = {key: value for key, value in LLAMA.items() if key != "architectures"} | more | place
         config = {"architectures": [architecture], **({"text_config": text} if kind.text_part else text)}
-        if architecture in ("Phi3ForCausalLM", "GlmForCausalLM", "Glm4ForCausalLM"):
+        if architecture in PARTIAL:
             assert ModelSpec.from_config(config).rope.rotary_dim == 4
         else:
             with pytest.raises(InputError, match=rf"partial_rotary_factor is 0\.5, expected 1: .* in a {architecture}"):

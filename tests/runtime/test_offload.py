@@ -72,7 +72,7 @@ def check(directory: Path, gib: float, caplog: pytest.LogCaptureFixture, **optio
     buffers = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in moved}
     assert sum(buffers.values()) == plan.offload.staging_bytes == plan.weights["staging"]
     assert decoder.streamed == sum(tensor.nbytes for tensor in moved)
-    runner: Any = SimpleNamespace(decoder=decoder, caches=[], swap_bytes=0)
+    runner: Any = SimpleNamespace(decoder=decoder, caches=[], states=[], swap_bytes=0)
     found = footprint(plan, runner, 0)
     assert (found["weights"], found["rotary table"]) == (plan.weight_bytes, plan.scratch["positions"])
     return plan
