@@ -1,4 +1,4 @@
-"""A model with states through the engine with the kernels of a card: the reference's answers, and the planned bytes."""
+"""Mixtures of experts, and states, through the engine with the kernels of a card: the reference's answers, the planned bytes."""
 
 from __future__ import annotations
 
@@ -15,27 +15,31 @@ from appliance.memory.planner import make_plan
 from appliance.runtime import startup, trial
 from appliance.runtime.check import weights_by_part
 from appliance.runtime.engine import Engine
+from kernels.ops import MLP, Mixture
 from models.spec import ModelSpec
 from quant.headers import CheckpointIndex
 from quant.scheme import read_scheme
 from tests.kernels.triton.conftest import DEVICE, INTERPRETED
-from tests.memory.published import fill, livelier
+from tests.memory.published import GLM4_MOE, MIXTRAL, fill, livelier, write_published
 from tests.memory.qwen3_5 import SMALL, write_qwen3_5
 from tests.runtime.conftest import answers, submit
 
 from kernels.triton import ops, stream  # isort: skip  (after the conftest has chosen the interpreter)
 from kernels.triton.matmul import Card  # isort: skip
 
-CONFIG = {
+ONE = {"num_hidden_layers": 1}
+MODELS = {"awq": GLM4_MOE, "gptq": {**MIXTRAL, **ONE, "intermediate_size": 128}}
+
+
+# Of Qwen3.5: a layer that keeps a state, and one of attention.
+STATES: dict[str, Any] = {
     **SMALL, "hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 100,
     "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 32, "linear_value_head_dim": 32,
 }  # fmt: skip
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="tests/runtime/test_cuda.py runs the engine on a card")
-def test_greedy_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt in two chunks, the second beside another's; then a token of each, and one alone. And the trial of a card."""
-    folder = livelier(fill(write_qwen3_5(tmp_path, CONFIG, "awq"), "awq"))
+def checked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, EngineConfig]:
+    """A prompt in two chunks, the second beside another's; then a token of each, and one alone. Every byte is the planned one."""
     config: dict[str, Any] = {"model": str(folder), "dtype": "float16", "max_model_len": 32, "kv_cache_memory_bytes": 1 << 20}
     config |= {"max_num_batched_tokens": 5, "threads": 1, "skip_tokenizer_init": True, "lm_head_dtype": "model"}
     requests = [submit("a", [3, 1, 4, 1, 5, 9, 2], max_tokens=3), submit("b", [8, 97], max_tokens=2)]
@@ -51,10 +55,25 @@ def test_greedy_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     decoder = engine.runner.decoder
     assert weights_by_part(decoder) == demand.weights
     for layer, planned in zip(decoder.layers, demand.streamed, strict=True):
+        assert isinstance(layer.mlp, MLP) or len(layer.mlp.experts) == 1
         assert stream.park(layer).nbytes == sum(planned.values())
+    return engine, EngineConfig(**config)
 
+
+@pytest.mark.skipif(not INTERPRETED, reason="tests/runtime/test_cuda.py runs the engine on a card")
+@pytest.mark.parametrize("variant", MODELS)
+def test_mixtures(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = livelier(fill(write_published(tmp_path, MODELS[variant], variant), variant))
+    engine, _ = checked(folder, monkeypatch)
+    assert isinstance(engine.runner.decoder.layers[-1].mlp, Mixture)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tests/runtime/test_cuda.py runs the engine on a card")
+def test_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the trial of a card, which takes a layer of each kind."""
+    engine, config = checked(livelier(fill(write_qwen3_5(tmp_path, STATES, "awq"), "awq")), monkeypatch)
     monkeypatch.setattr(trial, "TOKENS", 6)
     monkeypatch.setattr(trial, "STEPS", (4, 1))
-    plan = make_plan(folder, EngineConfig(**config))
-    oracle, tokens = trial.load_oracle(EngineConfig(**config), plan, decoder)
+    plan, decoder = make_plan(tmp_path, config), engine.runner.decoder
+    oracle, tokens = trial.load_oracle(config, plan, decoder)
     assert oracle.spec.layers == 2 and all(off < 0.02 for _, off in trial.deviations(decoder, oracle, tokens, plan, None))
