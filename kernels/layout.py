@@ -29,7 +29,6 @@ TRITON_ROUTE_PARTS = 4
 TILE_QUERIES, WIDEN, GATHER, TOGETHER = 256, 512, 64, 8
 """Attention of torch's operators: queries at a time, quantized keys widened at a time, scattered blocks gathered at a time, and
 partial results that exist at a time (kernels/cpu/paged_attention.py)."""
-DELTA_OPS = ("reference", "cpu", "cpu-native", "triton")  # that have the gated delta rule (Ops.delta)
 DELTA_ROWS = 256  # tokens at a time, of torch's operators (kernels/delta.py)
 HEADS = {"int8": 8, "int4": 4, "model": None}  # what the head may be stored as, and its bits
 ACTIVATIONS = ("auto", "int8", "bf16")

@@ -349,12 +349,12 @@ class Ops:
     mix: Mix
     argmax: ArgMax
     kth_largest: KthLargest
+    delta: Delta
     gelu_mul: GateMul | None = None
     join_experts: JoinExperts | None = None  # None: each expert stays a weight of its own
     bind: Bind | None = None
     sample: Sample | None = None  # None: tokens are drawn on the host
     sigmoid_mul: SigmoidMul = sigmoid_mul
-    delta: Delta | None = None  # None: no layers of the gated delta rule
     pack_table: Pack | None = None  # for an embedding alone; None: rows can be looked up in what ``pack`` makes of integers
 
 

@@ -137,7 +137,6 @@ class Decoder:
 
     def _delta(self, layer: Layer, rule: DeltaRule, hidden: Tensor, batch: PagedBatch, states: StateCache) -> Tensor:
         """[T, value heads * value_dim] before the output projection."""
-        assert self.ops.delta is not None  # the planner refuses such models where operators have none
         norm, parts = self._norm(layer.input_norm), 1 if rule.width == layer.qkv[0].N else 2
         x, gates = (self._linear(hidden, some, norm) for some in (layer.qkv[:parts], layer.qkv[parts:]))
         return self.ops.delta(x, gates, rule, states, batch)

@@ -1,4 +1,4 @@
-"""The gated delta rule in plain torch against transformers' functions, the memory it takes, and which operators have it."""
+"""The gated delta rule in plain torch against transformers' functions, and the memory it takes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 
 from kernels import delta as plain
 from kernels.cpu import backend
-from kernels.layout import DELTA_OPS, DELTA_ROWS, delta_nbytes
-from kernels.ops import PagedBatch, get_ops
+from kernels.layout import DELTA_ROWS, delta_nbytes
+from kernels.ops import PagedBatch
 from tests.kernels.native import instruction_sets, native_ops
 from tests.kernels.states import SHAPES, make
 
@@ -54,14 +54,6 @@ def test_the_reference_is_what_transformers_computes(shape: tuple[int, ...]) -> 
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(cache.state[place], last[0], rtol=2e-4, atol=2e-4)
     assert torch.equal(cache.conv[place], torch.cat((kept, x[:, : kept.shape[1]]))[-len(kept) :])
-
-
-def test_who_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for isa in ("auto", "torch"):
-        monkeypatch.setenv("APPLIANCE_CPU_ISA", isa)
-        for reference in (True, False):
-            ops = get_ops("cpu", reference=reference)
-            assert (ops.delta is not None) == (ops.name in DELTA_OPS)
 
 
 def test_a_batch_that_does_not_say_where_states_are() -> None:

@@ -56,6 +56,7 @@ def make_ops(isa: str, threads: int = 2) -> Ops:
         "argmax",
         "kth_largest",
         "mix",
+        "delta",
         "gelu_mul",
         "bind",
     )
