@@ -81,7 +81,7 @@ def prompt_release() -> Iterator[None]:
     if choose is None:
         yield
         return
-    choose(M_MMAP_THRESHOLD, 1 << 20)
+    choose(M_MMAP_THRESHOLD, 128 << 10)  # experts are small, and there are thousands: holes between them would stay
     try:
         yield
     finally:

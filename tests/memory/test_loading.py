@@ -20,16 +20,18 @@ from appliance.memory.loading import WORKERS, Loading, Transient, Workers
 from appliance.memory.plan import PlanError
 from models import loader
 from tests.memory.peak import peak_of_loading
-from tests.memory.published import fill, write_published
+from tests.memory.published import SMALL, fill, write_published
 from tests.memory.test_plan import DEFAULTS, GIB, LLAMA_8B, cpu
 from tests.models.test_loader import write_dense
 from tests.tiny_model import Shape, config, make_checkpoint
 
 WIDE = Shape(hidden=1024, layers=4, heads=16, kv_heads=4, head_dim=64, mlp=4096, group=128, vocab=24000)
+EXPERTS = {**SMALL, "hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 96, "vocab_size": 8000}  # 512 x 1024
 
 
 @pytest.fixture(
-    scope="module", params=["awq", "tied", "dense", "dense-int8", "dense-int4", "gptq-act-order", "ct-w8a8", "ct-fp8", "ct-nvfp4"]
+    scope="module",
+    params=["awq", "tied", "dense", "dense-int8", "dense-int4", "gptq-act-order", "ct-w8a8", "ct-fp8", "ct-nvfp4", "experts"],
 )
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str | None]:
     """And what it is rounded to while it is loaded."""
@@ -39,6 +41,8 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         return written, request.param.partition("-")[2] or None
     if request.param in ("awq", "tied"):
         return make_checkpoint(folder, shape=replace(WIDE, tied=request.param == "tied"), tokenizer=False), None
+    if request.param == "experts":
+        return fill(write_published(folder, EXPERTS, "awq"), "awq"), None
     return fill(write_published(folder, {**config(WIDE), "torch_dtype": "bfloat16"}, request.param), request.param), None
 
 
