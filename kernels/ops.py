@@ -98,12 +98,15 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of one decoder layer, in the device's layout; norms [hidden] or [head_dim] in the activations' dtype."""
+    """Weights of one decoder layer, in the device's layout; norms [hidden] in the activations' dtype.
 
-    input_norm: Tensor
+    Those of queries and keys are [head_dim] or, where they are of all heads at once, [heads * head_dim].
+    """
+
+    input_norm: Tensor | None  # before attention
     qkv: Linear
     o: Weight
-    post_norm: Tensor  # before the MLP
+    post_norm: Tensor | None  # before the MLP; without the one there is not the other
     mlp: MLP | Mixture
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None

@@ -38,7 +38,8 @@ GEMMA3 = replace(
     qk_norm=True,
     window="pattern",
     soft_caps=("final_logit_softcapping",),
-    local_rope=True,
+    theta=1e6,
+    local_theta=1e4,
     defaults={
         **{key: value for key, value in GEMMA2.defaults.items() if "softcapping" not in key},
         "vocab_size": 262208,
@@ -168,6 +169,10 @@ ERNIE_MOE = replace(
         **ERNIE.defaults, "num_key_value_heads": 4, "moe_k": 6, "moe_num_shared_experts": 2, "moe_intermediate_size": 1536,
     },
 )  # fmt: skip
+OLMO2 = Architecture(
+    qk_norm=True, whole_qk_norm=True, eps=1e-5, norms=("post_attention_layernorm", "", "post_feedforward_layernorm"),
+    defaults={"eos_token_id": 50279},
+)  # fmt: skip
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(mlp_bias="mlp_bias"),
     "MistralForCausalLM": Architecture(qkv_bias=False, o_bias=False, window="all", default_window=4096, max_position=131072),
@@ -224,6 +229,15 @@ ARCHITECTURES = {
     "GraniteMoeHybridForCausalLM": Architecture(
         hybrid=True, inner="shared_intermediate_size", multiplied=True, float16=False, unrotated=True,
         defaults={"num_local_experts": 8},
+    ),
+    "Olmo2ForCausalLM": OLMO2,
+    "Olmo3ForCausalLM": replace(
+        OLMO2, window="pattern", theta=5e5, local_theta=5e5,
+        defaults={**OLMO2.defaults, "sliding_window": 4096, "sliding_window_pattern": 4},
+    ),
+    "OlmoeForCausalLM": Architecture(
+        qk_norm=True, whole_qk_norm=True, eps=1e-5, max_position=4096, mixture="mlp", expert_size="intermediate_size",
+        refused={"clip_qkv": (None,)}, defaults={"num_experts": 64, "num_experts_per_tok": 8, "eos_token_id": 50279},
     ),
     "SeedOssForCausalLM": Architecture(
         o_bias="attention_out_bias", mlp_bias="mlp_bias", default_head_dim=128, max_position=524288,

@@ -111,7 +111,7 @@ class Decoder:
         """``forward`` over these, for at most ``max_tokens`` tokens; in one call where the operators can do that."""
         # Queries that are scaled by their position need the operators, where a position may be beyond that where it begins.
         scaled = self.spec.rope.query_beta != 0 and self.spec.rope.query_span < len(self.cos_sin)
-        bind = None if scaled or self.spec.delta is not None else self.ops.bind
+        bind = None if scaled or self.spec.one_by_one else self.ops.bind
         bound = None if bind is None else bind(self.stack, caches, max_tokens=max_tokens)
         return partial(self.forward, caches=caches, states=states) if bound is None else bound
 
@@ -125,11 +125,15 @@ class Decoder:
     def _attention(self, layer: Layer, hidden: Tensor, batch: PagedBatch, cache: KVCache, scales: Tensor | None) -> Tensor:
         """[T, Hq * D] before the output projection. ``scales``: of queries, float32 [T]."""
         spec, ops, cos_sin = self.spec, self.ops, self.stack.rotation(layer)
-        qkv = self._linear(hidden, layer.qkv, self._norm(layer.input_norm))
+        qkv = self._linear(hidden, layer.qkv, self._before(layer.input_norm))
         gate = qkv[:, spec.q_size + 2 * spec.kv_size :]  # nothing where there is none
         qkv = qkv[:, : spec.q_size + 2 * spec.kv_size]
-        q_norm = None if layer.q_norm is None else self._norm(layer.q_norm)
-        k_norm = None if layer.k_norm is None else self._norm(layer.k_norm)
+        q_norm, k_norm = self._before(layer.q_norm), self._before(layer.k_norm)
+        if spec.whole_qk_norm and q_norm is not None and k_norm is not None:
+            q, k, _ = qkv.split([spec.q_size, spec.kv_size, spec.kv_size], dim=1)
+            q.copy_(ops.rms_norm(q, **q_norm._asdict()))
+            k.copy_(ops.rms_norm(k, **k_norm._asdict()))
+            q_norm = k_norm = None
         q = ops.rope_store(qkv, spec.heads, cache, batch, cos_sin, q_norm=q_norm, k_norm=k_norm)
         q = q if scales is None else q.mul_(scales.to(q.dtype)[:, None, None])
         found = ops.attention(q, cache, batch, scale=spec.scale, window=layer.window, cap=spec.cap, sinks=layer.sinks).flatten(1)
@@ -137,14 +141,15 @@ class Decoder:
 
     def _delta(self, layer: Layer, rule: DeltaRule, hidden: Tensor, batch: PagedBatch, states: StateCache) -> Tensor:
         """[T, value heads * value_dim] before the output projection."""
-        norm, parts = self._norm(layer.input_norm), 1 if rule.width == layer.qkv[0].N else 2
+        norm, parts = self._before(layer.input_norm), 1 if rule.width == layer.qkv[0].N else 2
         x, gates = (self._linear(hidden, some, norm) for some in (layer.qkv[:parts], layer.qkv[parts:]))
         return self.ops.delta(x, gates, rule, states, batch)
 
     def _mlp(self, layer: Layer, hidden: Tensor) -> Tensor:
         """[T, hidden] after the MLP, or the mixture of experts."""
-        ops, norm = self.ops, self._norm(layer.post_norm)
+        ops, norm = self.ops, self._before(layer.post_norm)
         if isinstance(layer.mlp, Mixture):
+            assert norm is not None  # no mixture is without one
             return ops.mix(hidden, layer.mlp, norm=norm)
         mlp, multiply = layer.mlp, ops.gelu_mul if self.spec.gelu else ops.silu_mul
         assert multiply is not None  # the planner refuses such models where operators have none
@@ -156,10 +161,13 @@ class Decoder:
             return self.ops.matmul(x, weight, residual=hidden)
         return self.ops.rms_norm(self.ops.matmul(x, weight), **self._norm(norm)._asdict(), residual=hidden)
 
+    def _before(self, weight: Tensor | None) -> Norm | None:
+        return None if weight is None else self._norm(weight)
+
     def _norm(self, weight: Tensor) -> Norm:
         return Norm(weight, self.spec.eps, self.spec.norm_offset)
 
-    def _linear(self, x: Tensor, weights: Linear, norm: Norm) -> Tensor:
+    def _linear(self, x: Tensor, weights: Linear, norm: Norm | None) -> Tensor:
         if len(weights) == 1:
             return self.ops.matmul(x, weights[0], norm=norm)
         return torch.cat([self.ops.matmul(x, weight, norm=norm) for weight in weights], dim=1)

@@ -15,6 +15,7 @@ class Architecture:
     o_bias: bool | str = "attention_bias"
     mlp_bias: bool | str = False
     qk_norm: bool | str = False
+    whole_qk_norm: bool = False  # it is over all heads at once, not over each
     fused_qkv: bool = False  # and gate and up
     fused_gate_up: bool = False
     hybrid: bool = False  # layers may be another thing than attention, and MLPs have names of their own (quant/headers.py)
@@ -58,7 +59,7 @@ class Architecture:
     partial_rotation: bool = False  # partial_rotary_factor says how much of a head rotates
     interleaved: bool = False  # neighbours in a head are rotated against each other, not its halves
     yarn: str = "yarn"  # the rope type that it calls so
-    local_rope: bool = False  # layers with a window rotate otherwise than the others
+    local_theta: float | None = None  # layers with a window rotate otherwise than the others; where the config says no base
     float16: bool = True  # whether its activations stay within what float16 holds; Granite's are kept larger, see models/spec.py
     unrotated: bool = False  # every no_rope_layer_interval-th layer rotates nothing, or those with a 0 in no_rope_layers
     scaled_queries: bool = False  # by their position, see RopeSpec.query_beta

@@ -230,8 +230,8 @@ class _Loader:
             norms["attention_norm"] = self._norm(f"{prefix}.{spec.norms[0]}", spec.hidden)
             norms["mlp_norm"] = self._norm(f"{prefix}.{spec.norms[2]}", spec.hidden)
         layer = Layer(
-            input_norm=self._norm(f"{prefix}.input_layernorm", spec.hidden),
-            post_norm=self._norm(f"{prefix}.{spec.norms[1]}", spec.hidden),
+            input_norm=self._norm(f"{prefix}.input_layernorm", spec.hidden) if spec.pre_norm else None,
+            post_norm=self._norm(f"{prefix}.{spec.norms[1]}", spec.hidden) if spec.pre_norm else None,
             mlp=mlp,
             window=spec.windows[number],
             local=spec.rope_of(number) is spec.local_rope,
@@ -253,7 +253,8 @@ class _Loader:
             qkv = [_select(qkv[0], queries), *qkv[1:], _select(qkv[0], gates)]
         found: dict[str, Any] = {"qkv": self._fuse(qkv), "o": self._pack(self._read(prefix, "self_attn.o_proj"))}
         if spec.qk_norm:
-            found |= {n: self._norm(f"{prefix}.self_attn.{n}", spec.head_dim) for n in ("q_norm", "k_norm")}
+            q_norm, k_norm = (self._norm(f"{prefix}.self_attn.{name}", size) for name, size in spec.qk_norms)
+            found |= {"q_norm": q_norm, "k_norm": k_norm}
         if spec.sinks:
             found["sinks"] = self._vector(f"{prefix}.self_attn.sinks", spec.heads)
         return found

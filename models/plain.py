@@ -106,10 +106,10 @@ class PlainLayer:
     def look(self, hidden: Tensor, watch: Watch | None = None) -> tuple[Tensor, Tensor]:
         """All but the last product: (what that is added to, what it reads), after ``watch`` is told everything."""
         told = watch or _nobody
-        x = self._norm(hidden, "input_layernorm")
+        x = self._before(hidden, "input_layernorm")
         told("attention", x)
         hidden = hidden + self.attention(x, told)
-        x = self._norm(hidden, self.spec.norms[1])
+        x = self._before(hidden, self.spec.norms[1])
         told("mlp", x)
         inner = self._inner(x)
         told("inner", inner)
@@ -144,8 +144,10 @@ class PlainLayer:
             parts = self._linear(x, "self_attn.qkv_proj").split([spec.q_size, spec.kv_size, spec.kv_size], dim=-1)
         else:
             parts = tuple(self._linear(x, f"self_attn.{name}_proj") for name in "qkv")
+        if spec.whole_qk_norm:
+            parts = self._norm(parts[0], "self_attn.q_norm"), self._norm(parts[1], "self_attn.k_norm"), parts[2]
         q, k, v = (part.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2) for part in parts)
-        if spec.qk_norm:
+        if spec.qk_norm and not spec.whole_qk_norm:
             q, k = self._norm(q, "self_attn.q_norm"), self._norm(k, "self_attn.k_norm")
         return q, k, v
 
@@ -177,6 +179,10 @@ class PlainLayer:
         turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
         a, b = (turned[..., 0::2], turned[..., 1::2]) if self.spec.interleaved else turned.chunk(2, dim=-1)
         return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
+
+    def _before(self, x: Tensor, name: str) -> Tensor:
+        """What attention or the MLP reads."""
+        return self._norm(x, name) if self.spec.pre_norm else x.to(self.compute)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         wide = x.float()

@@ -70,10 +70,11 @@ class RopeSpec:
         return self.max_position
 
 
-def by_layer_type(config: Fields) -> tuple[Fields, Fields]:
-    """Configs that have the settings of layers that see everything alone, and those of layers with a window (Gemma 3).
+def by_layer_type(config: Fields, theta: float, local_theta: float) -> tuple[Fields, Fields]:
+    """Configs that have the settings of layers that see everything alone, and those of layers with a window (Gemma 3, OLMo 3).
 
-    The old style has keys of their own for the base of both, and scales the former only.
+    The old style scales the former only, and may have a key of its own for the base of the latter. Where nothing is said, the
+    bases are ``theta`` and ``local_theta``.
     """
     if config.get("rope_parameters") and config.get("rope_scaling"):
         raise InputError("config.json has both rope_parameters and rope_scaling: write all of them into rope_parameters")
@@ -81,8 +82,8 @@ def by_layer_type(config: Fields) -> tuple[Fields, Fields]:
     if not isinstance(given, Mapping) or not set(given) <= {"full_attention", "sliding_attention"}:
         raise InputError(f"config.json: rope_parameters is {given!r:.60}, expected full_attention and sliding_attention in it")
     bases = {
-        "full_attention": config.number("rope_theta", default=1e6, above=1),
-        "sliding_attention": config.number("rope_local_base_freq", default=1e4, above=1),
+        "full_attention": config.number("rope_theta", default=theta, above=1),
+        "sliding_attention": config.number("rope_local_base_freq", default=local_theta, above=1),
     }
     whole, local = (
         Fields({**config.values, "rope_scaling": None, "rope_parameters": given.get(kind), "rope_theta": base})

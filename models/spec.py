@@ -43,6 +43,7 @@ class ModelSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    whole_qk_norm: bool = False  # it is over all heads at once, not over each
     fused_qkv: bool = False  # the checkpoint stores qkv_proj
     fused_gate_up: bool = False  # and gate_up_proj
     mixture: Mixture | None = None
@@ -54,7 +55,10 @@ class ModelSpec:
     local: tuple[bool, ...] = ()  # whether a layer is one of these
     norm_offset: float = 0.0  # added to the weights of norms
     norms: tuple[str, str, str] = ("", "post_attention_layernorm", "")
-    """Names: of what attention adds, before the MLP, of what the MLP adds; empty where there is none."""
+    """Names: of what attention adds, before the MLP, of what the MLP adds; empty where there is none.
+
+    Without one before the MLP there is none before attention.
+    """
     interleaved: bool = False  # queries and keys are published such that neighbours rotate against each other, not halves
     gelu: bool = False  # gelu(gate) * up, in the approximation by tanh, instead of silu(gate) * up
     embedding_scale: float = 1.0
@@ -83,7 +87,7 @@ class ModelSpec:
         layers = fields.integer("num_hidden_layers")
         max_position = fields.integer("max_position_embeddings", default=kind.max_position)
         settings = Fields({"max_position_embeddings": max_position, **config})
-        parts = by_layer_type(settings) if kind.local_rope else [settings]
+        parts = [settings] if kind.local_theta is None else by_layer_type(settings, kind.theta, kind.local_theta)
         whole = "" if kind.partial_rotation else name
         ropes = [read_rope(one, head_dim, max_position, kind.theta, whole, kind.yarn) for one in parts]
         if ropes[0].query_beta and not kind.scaled_queries:
@@ -106,12 +110,13 @@ class ModelSpec:
             # Granite adds a share of what a layer computes: hidden states here are larger than its by one over that share.
             eps=fields.number("rms_norm_eps", default=kind.eps) / by["residual_multiplier"] ** 2,
             tie_embeddings=fields.flag("tie_word_embeddings", default=False),
-            max_len=max_position if kind.local_rope else ropes[0].max_len,  # Gemma 3 states what its scaling leads to
+            max_len=ropes[0].max_len if kind.local_theta is None else max_position,  # Gemma 3 states what its scaling leads to
             dtype=_dtype(config),
             qkv_bias=_flag(kind.qkv_bias, fields),
             o_bias=_flag(kind.o_bias, fields),
             mlp_bias=_flag(kind.mlp_bias, fields),
             qk_norm=_flag(kind.qk_norm, fields),
+            whole_qk_norm=kind.whole_qk_norm,
             fused_qkv=kind.fused_qkv,
             fused_gate_up=kind.fused_qkv or kind.fused_gate_up or kind.hybrid,
             mixture=mixture,
@@ -207,6 +212,22 @@ class ModelSpec:
         )
 
     @property
+    def qk_norms(self) -> tuple[tuple[str, int], ...]:
+        """(name within attention, size) of those of queries and of keys, where there are such."""
+        sizes = (self.q_size, self.kv_size) if self.whole_qk_norm else (self.head_dim, self.head_dim)
+        return tuple(zip(("q_norm", "k_norm"), sizes, strict=True))
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether it has what no call for all layers at once does (Ops.bind)."""
+        return self.delta is not None or self.whole_qk_norm
+
+    @property
+    def pre_norm(self) -> bool:
+        """Whether what attention and the MLP read is normalized."""
+        return bool(self.norms[1])
+
+    @property
     def post_norms(self) -> bool:
         """Whether what attention and the MLP add is normalized, too."""
         return bool(self.norms[0])
@@ -253,14 +274,14 @@ class ModelSpec:
     def small_tensors(self) -> list[tuple[str, int]]:
         """Norm weights, sinks, what delta layers have, and corrections of routers: (name, number of values)."""
         found = [("model.norm.weight", self.hidden)]
-        names = ["input_layernorm", *filter(None, self.norms)]
+        names = [*(["input_layernorm"] if self.pre_norm else []), *filter(None, self.norms)]
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}"
             found += [(f"{prefix}.{n}.weight", self.hidden) for n in names]
             if self.delta is not None and self.is_linear(layer):
                 found += [(f"{prefix}.{name}", math.prod(shape)) for name, shape in self.delta.small_tensors]
             elif self.qk_norm:
-                found += [(f"{prefix}.self_attn.{n}.weight", self.head_dim) for n in ("q_norm", "k_norm")]
+                found += [(f"{prefix}.self_attn.{name}.weight", size) for name, size in self.qk_norms]
             if self.sinks:
                 found.append((f"{prefix}.self_attn.sinks", self.heads))
             if (mixture := self.mixture_of(layer)) is not None and mixture.correction:

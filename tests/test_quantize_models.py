@@ -33,6 +33,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "seed-oss": {"kind": "SeedOss", "attention_out_bias": True},
     "smollm3": {"kind": "SmolLM3", "no_rope_layers": [0, 1]},
+    "olmo2": {"kind": "Olmo2"},
+    "olmo3": {"kind": "Olmo3", "sliding_window": 13, "layer_types": ["sliding_attention", "full_attention"]},
     "glm": {"kind": "Glm", "head_dim": 12},
     "glm4": {"kind": "Glm4", "head_dim": 12, "attention_bias": False},
     "ernie4.5": {"kind": "Ernie4_5", "head_dim": 8, "use_bias": True},

@@ -204,7 +204,7 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     has memory of its own (product_workspace) where its parts are whole. Where queries are scaled by their position, the operators
     run one by one, and what they make lies beside what they read. So they do where some layers have states.
     """
-    single = spec.rope.query_beta != 0 or spec.delta is not None
+    single = spec.rope.query_beta != 0 or spec.one_by_one
     qkv, inner = _qkv_size(spec), spec.mlp_size
     whole = {one.module.N for one in layers if not one.stored.act_order and one.module.name.endswith(("q_proj", "qkv_proj"))}
     added = spec.hidden if spec.post_norms or single else 0

@@ -148,7 +148,8 @@ def _some(seen: Seen) -> Tensor:
 
 def _scale(layer: PlainLayer, watcher: Watcher, recipe: Recipe, published: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Fold AWQ's scales into the layer; what each kind of inputs is divided by from then on, by its name. Raises InputError."""
-    for inputs in ("attention", "heads", "mlp", "inner"):
+    normed = ("attention", "mlp") if layer.spec.pre_norm else ()  # elsewhere nothing is before them to take the scales
+    for inputs in (*normed, "heads", "inner"):
         names = [module.name for module in layer.spec.layer_modules() if INPUTS[module.name] == inputs]
         grid, seen = recipe.grid(layer.full(names[0])), watcher.seen[inputs]
         if grid is None:

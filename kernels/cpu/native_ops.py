@@ -272,6 +272,7 @@ class NativeOps:
         """Products of as many rows as are prepared at a time: the memory that they need is there before the first request."""
         products = [(hidden, layer.qkv[0], workspace), (workspace, layer.o, hidden)]
         if isinstance(layer.mlp, Mixture):
+            assert layer.post_norm is not None
             self.mix(hidden[: rows * layer.o.N].view(rows, -1), layer.mlp, norm=Norm(layer.post_norm, 1.0))
         else:
             products += [(hidden, layer.mlp.gate_up[0], workspace), (workspace, layer.mlp.down, hidden)]

@@ -43,12 +43,16 @@ from kernels.triton.weights import TritonWeight
 def bind(
     stack: Stack, caches: Sequence[KVCache], *, max_tokens: int, embedding: Embedding, card: Card = UNKNOWN
 ) -> Forward | None:
-    """As kernels.ops.Bind; None where a weight was packed for other operators. ``embedding`` looks up rows of the stack's table.
+    """As kernels.ops.Bind; None where a weight was packed for other operators, or layers have no norms before their products.
+
+    ``embedding`` looks up rows of the stack's table.
 
     Nothing in a forward waits for the device, and what it launches depends on shapes, max_query and max_seq alone, so that it can
     be recorded as a graph. ValueError for more than ``max_tokens`` tokens.
     """
     if not all(isinstance(weight, TritonWeight) for layer in stack.layers for weight in layer.weights):
+        return None
+    if any(layer.input_norm is None for layer in stack.layers):
         return None
     if len(caches) != len(stack.layers):
         raise ValueError(f"{len(caches)} caches for {len(stack.layers)} layers")
@@ -113,6 +117,7 @@ class _Model:
     def of(stack: Stack, caches: tuple[KVCache, ...], embedding: Embedding, card: Card) -> _Model:
         layers, norms, like = [], [], stack.norm
         for layer in stack.layers:
+            assert layer.input_norm is not None and layer.post_norm is not None  # as bind has seen
             first, qkv = _Norm.before(like._replace(weight=layer.input_norm), layer.qkv)
             before, mlp = like._replace(weight=layer.post_norm), layer.mlp
             second = _Norm(before)

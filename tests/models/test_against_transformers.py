@@ -94,6 +94,12 @@ GPT_OSS = {
 }  # fmt: skip
 
 
+OLMO3 = {
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        "full_attention": {**ROPES["yarn"], "rope_theta": 900.0, "attention_factor": 1.2},
+    },
+}  # fmt: skip
 SPARSE = {"moe_intermediate_size": 28}
 
 
@@ -306,6 +312,14 @@ CASES = {
         use_sliding_window=True,
         sliding_window=9,
     ),
+    "olmo2": case("Olmo2ForCausalLM"),
+    "olmo2-bias": case("Olmo2ForCausalLM", num_key_value_heads=6, attention_bias=True, tie_word_embeddings=True),
+    "olmo3": case("Olmo3ForCausalLM", **OLMO3, sliding_window=12, num_hidden_layers=5),
+    "olmo3-types": case(
+        "Olmo3ForCausalLM", **OLMO3, sliding_window=9, layer_types=["full_attention", "sliding_attention", "full_attention"]
+    ),
+    "olmoe": case("OlmoeForCausalLM", num_experts=7, num_experts_per_tok=3),
+    "olmoe-normalized": case("OlmoeForCausalLM", num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, attention_bias=True),
     "ministral3": case("Ministral3ForCausalLM", head_dim=16, rope_parameters=SCALED),
     "mistral3": with_text("Mistral3", PIXTRAL, model_type="mistral", head_dim=20, sliding_window=None),
     "mistral3-of-ministral3": with_text("Mistral3", PIXTRAL, model_type="ministral3", head_dim=8, rope_parameters=SCALED),

@@ -123,6 +123,26 @@ DOTS = {
     "vocab_size": 152064, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1e7, "sliding_window": None,
     "tie_word_embeddings": False, "torch_dtype": "bfloat16",
 }  # fmt: skip
+OLMO2 = {
+    "architectures": ["Olmo2ForCausalLM"], "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
+    "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 100352, "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6, "rope_theta": 5e5, "rope_scaling": None, "attention_bias": False, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "eos_token_id": 100257, "pad_token_id": 100277,
+}  # fmt: skip
+OLMO3 = {
+    **OLMO2, "architectures": ["Olmo3ForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 100278, "max_position_embeddings": 65536,
+    "sliding_window": 4096, "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8, "rope_scaling": {
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "attention_factor": 1.2079441541679836,
+        "beta_fast": 32, "beta_slow": 1,
+    },
+}  # fmt: skip
+OLMOE = {
+    "architectures": ["OlmoeForCausalLM"], "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 50304, "max_position_embeddings": 4096,
+    "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False, "clip_qkv": None, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
 # Not copied from the hub: sizes as they are known. And parameters in billions, without what reads pictures.
 PUBLISHED = {
     "mistral-small-3.1": (mistral("mistral", 5120, 32768, 40, rope_theta=1e9, max_position_embeddings=131072), 23.57),
@@ -141,6 +161,9 @@ PUBLISHED = {
     "glm-4.5-air": (GLM4_MOE, 106.85),
     "ernie-4.5-21b-a3b": (ERNIE_MOE, 21.83),
     "dots.llm1": (DOTS, 142.77),
+    "olmo-2-32b": (OLMO2, 32.23),
+    "olmo-3-7b": (OLMO3, 7.30),
+    "olmoe-1b-7b": (OLMOE, 6.92),
 }
 
 
@@ -173,6 +196,15 @@ def test_what_is_read_of_the_published_files() -> None:
     assert (read["seed-oss-36b"].qkv_bias, read["seed-oss-36b"].o_bias) == (True, False)
     smol = read["smollm3-3b"]
     assert smol.tie_embeddings and [smol.rope_of(layer).kind for layer in range(4)] == ["default"] * 3 + ["none"]
+
+
+def test_what_is_read_of_the_published_olmos() -> None:
+    two, three, experts = (ModelSpec.from_config(PUBLISHED[f"olmo{name}"][0]) for name in ("-2-32b", "-3-7b", "e-1b-7b"))
+    assert (two.whole_qk_norm, two.pre_norm, two.windows[0], two.rope.theta, two.max_len) == (True, False, None, 5e5, 4096)
+    assert [three.windows[layer] for layer in range(5)] == [4096, 4096, 4096, None, 4096] and three.max_len == 65536
+    assert [three.rope_of(layer).kind for layer in (2, 3)] == ["default", "yarn"]
+    assert [rope.theta for rope in three.ropes] == [5e5, 5e5]
+    assert experts.mixture is not None and experts.pre_norm and not experts.mixture.normalized
 
 
 def test_layers_of_granite_4_rotate_or_do_not() -> None:
@@ -240,6 +272,7 @@ def test_queries_are_scaled_by_whole_spans() -> None:
         ({**HYBRID, "layer_types": None}, "layer_types has None, and of GraniteMoeHybridForCausalLM only layers of"),
         ({**HYBRID, "position_embedding_type": "nope"}, "position_embedding_type is 'nope', expected rope or null"),
         ({**HYBRID, "num_local_experts": 62}, "num_local_experts = 62 is not supported for GraniteMoeHybridForCausalLM"),
+        ({**OLMOE, "clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported for OlmoeForCausalLM"),
         ({**SEED, "logits_scaling": 2.0}, "logits_scaling = 2.0 is not supported for SeedOssForCausalLM"),
     ],
 )  # fmt: skip

@@ -79,8 +79,8 @@ def test_who_rotates_a_part_of_each_head(architecture: str) -> None:
     more |= {"layer_types": ["linear_attention"] * 2 + ["full_attention"]} if kind.delta else {}
     more |= {"head_dim": 8}
     half = {"partial_rotary_factor": 0.5}
-    places: list[dict[str, Any]] = [half, {"rope_parameters": {"full_attention": half} if kind.local_rope else half}]
-    places += [] if kind.local_rope else [{"rope_scaling": half}]
+    places: list[dict[str, Any]] = [half, {"rope_parameters": {"full_attention": half} if kind.local_theta is not None else half}]
+    places += [] if kind.local_theta is not None else [{"rope_scaling": half}]
     for place in places:
         text = {key: value for key, value in LLAMA.items() if key != "architectures"} | more | place
         config = {"architectures": [architecture], **({"text_config": text} if kind.text_part else text)}

@@ -300,7 +300,7 @@ def test_parameters_are_counted_once_each(architecture: str) -> None:
     rows = (2 if spec.output_gate else 1) * q + 2 * kv
     linears = 64 * rows + q * 64 + 3 * 160 * 64
     biases = rows * spec.qkv_bias + 64 * spec.o_bias
-    norms = (4 if spec.post_norms else 2) * 64 + 2 * 8 * spec.qk_norm
+    norms = 2 * (spec.pre_norm + spec.post_norms) * 64 + (q + kv if spec.whole_qk_norm else 2 * 8 * spec.qk_norm)
     assert spec.num_parameters == 2 * 100 * 64 + 3 * (linears + biases + norms) + 64
 
 
