@@ -173,6 +173,13 @@ OLMO2 = Architecture(
     qk_norm=True, whole_qk_norm=True, eps=1e-5, norms=("post_attention_layernorm", "", "post_feedforward_layernorm"),
     defaults={"eos_token_id": 50279},
 )  # fmt: skip
+EXAONE4 = Architecture(
+    qkv_bias=False, o_bias=False, qk_norm=True, eps=1e-5, window="types", unrotated="full",
+    norms=("post_attention_layernorm", "", "post_feedforward_layernorm"),
+    defaults={
+        "num_key_value_heads": 32, "sliding_window": 4096, "sliding_window_pattern": 4, "bos_token_id": 0, "eos_token_id": 2,
+    },
+)  # fmt: skip
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(mlp_bias="mlp_bias"),
     "MistralForCausalLM": Architecture(qkv_bias=False, o_bias=False, window="all", default_window=4096, max_position=131072),
@@ -227,7 +234,7 @@ ARCHITECTURES = {
     "Gemma3ForConditionalGeneration": replace(GEMMA3, text_part=True),
     "GraniteForCausalLM": Architecture(mlp_bias="mlp_bias", multiplied=True, float16=False),
     "GraniteMoeHybridForCausalLM": Architecture(
-        hybrid=True, inner="shared_intermediate_size", multiplied=True, float16=False, unrotated=True,
+        hybrid=True, inner="shared_intermediate_size", multiplied=True, float16=False, unrotated="listed",
         defaults={"num_local_experts": 8},
     ),
     "Olmo2ForCausalLM": OLMO2,
@@ -239,13 +246,22 @@ ARCHITECTURES = {
         qk_norm=True, whole_qk_norm=True, eps=1e-5, max_position=4096, mixture="mlp", expert_size="intermediate_size",
         refused={"clip_qkv": (None,)}, defaults={"num_experts": 64, "num_experts_per_tok": 8, "eos_token_id": 50279},
     ),
+    "Exaone4ForCausalLM": EXAONE4,
+    "ExaoneMoeForCausalLM": replace(
+        EXAONE4, norms=("", "post_attention_layernorm", ""), mixture="mlp", sparse="types", sigmoid=True,
+        correction="e_score_correction_bias", shared="shared_experts", shared_count="num_shared_experts", ahead=("mtp.",),
+        defaults={
+            **EXAONE4.defaults, "bos_token_id": 1, "eos_token_id": 53, "moe_intermediate_size": 1024, "num_experts": 64,
+            "num_experts_per_tok": 8, "num_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+        },
+    ),
     "SeedOssForCausalLM": Architecture(
         o_bias="attention_out_bias", mlp_bias="mlp_bias", default_head_dim=128, max_position=524288,
         defaults={"attention_bias": True},
     ),
     "SmolLM3ForCausalLM": Architecture(
-        mlp_bias="mlp_bias", window="unrotated", theta=2e6, max_position=32768, unrotated=True, passed_over=("pretraining_tp",),
-        defaults={"tie_word_embeddings": True},
+        mlp_bias="mlp_bias", window="unrotated", theta=2e6, max_position=32768, unrotated="listed",
+        passed_over=("pretraining_tp",), defaults={"tie_word_embeddings": True},
     ),
     "Mistral3ForConditionalGeneration": Architecture(text_part=True, texts=("mistral", "ministral3")),
     "LlavaForConditionalGeneration": Architecture(text_part=True, texts=("llama", "mistral")),

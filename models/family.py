@@ -22,7 +22,8 @@ class Architecture:
     window: str = "none"
     """Layers with sliding_window: none; "all"; "switched": all, if switched on; "upper": from max_window_layers on, if so;
     "lower": every other one before that, beginning with the first, if so; "unrotated": those that do not rotate, if so;
-    "alternate": every other one, beginning with the first; "pattern": all but each sliding_window_pattern-th."""
+    "alternate": every other one, beginning with the first; "pattern": all but each sliding_window_pattern-th; "types": those
+    that layer_types says, else the same, and none where sliding_window is null."""
     default_window: int | None = None
     default_head_dim: int | None = None
     eps: float = 1e-6
@@ -43,7 +44,8 @@ class Architecture:
     expert_choice: str = "num_experts_per_tok"
     sparse: str = ""
     """Layers that have a mixture: all; "step": each decoder_sparse_step-th, but for mlp_only_layers; "from": from
-    first_k_dense_replace on; "range": each moe_layer_interval-th from moe_layer_start_index to moe_layer_end_index."""
+    first_k_dense_replace on; "types": where mlp_layer_types says so, else the same; "range": each moe_layer_interval-th from
+    moe_layer_start_index to moe_layer_end_index."""
     sigmoid: bool = False  # scores are sigmoids of the router's products, with n_group, topk_group and routed_scaling_factor
     correction: str = ""  # the name within the mixture of what is added to scores for the choice (moe_norm_min)
     shared: str = ""  # the name of an MLP within the mixture that every token goes through
@@ -61,7 +63,9 @@ class Architecture:
     yarn: str = "yarn"  # the rope type that it calls so
     local_theta: float | None = None  # layers with a window rotate otherwise than the others; where the config says no base
     float16: bool = True  # whether its activations stay within what float16 holds; Granite's are kept larger, see models/spec.py
-    unrotated: bool = False  # every no_rope_layer_interval-th layer rotates nothing, or those with a 0 in no_rope_layers
+    unrotated: str = ""
+    """Layers that rotate nothing: none; "listed": every no_rope_layer_interval-th, or those with a 0 in no_rope_layers; "full":
+    those that see everything, if there is a sliding_window."""
     scaled_queries: bool = False  # by their position, see RopeSpec.query_beta
     multiplied: bool = False  # by what MULTIPLIERS say
     ahead: tuple[str, ...] = ()  # how tensors begin that guess tokens ahead

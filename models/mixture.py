@@ -94,7 +94,11 @@ def dense_layers(kind: Architecture, fields: Fields, layers: int) -> tuple[int, 
         if not isinstance(given, list) or not all(type(one) is int for one in given):
             raise InputError(f"config.json: mlp_only_layers is {given!r:.60}, expected a list of numbers of layers")
         return tuple(layer for layer in range(layers) if layer in given or (layer + 1) % step)
-    if kind.sparse == "from":
+    if kind.sparse == "types" and (types := fields.get("mlp_layer_types")) is not None:
+        if not isinstance(types, list) or len(types) != layers or not all(one in ("dense", "sparse") for one in types):
+            raise InputError(f"config.json: mlp_layer_types must name dense or sparse for each of {layers} layers")
+        return tuple(layer for layer, one in enumerate(types) if one == "dense")
+    if kind.sparse in ("from", "types"):
         return tuple(range(min(fields.integer("first_k_dense_replace", default=1, minimum=0), layers)))
     if kind.sparse == "range":
         first = fields.integer("moe_layer_start_index", default=1, minimum=0)

@@ -9,6 +9,9 @@ from quant.errors import InputError
 
 def unrotated(kind: Architecture, fields: Fields, layers: int) -> tuple[bool, ...]:
     """Whether each layer leaves queries and keys as they are. InputError where a list does not say so of each."""
+    if kind.unrotated == "full":
+        limited = fields.get("sliding_window") is not None
+        return tuple(limited and window is None for window in windows(kind, fields, layers))
     given = fields.get("no_rope_layers") if kind.unrotated else [1] * layers
     if given is None:
         every = fields.integer("no_rope_layer_interval", default=4)
@@ -27,8 +30,11 @@ def windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None
     given = fields.get("sliding_window") if "sliding_window" in fields.values else kind.default_window
     least = 0 if kind.window == "lower" else 1  # transformers writes 0 where it is not switched on
     window = None if given is None else fields.integer("sliding_window", default=given, minimum=least) or None
+    if kind.window == "types" and window is None:
+        return (None,) * layers
     every = 2 if kind.window == "alternate" else 0  # which layer sees everything
-    every = fields.integer("sliding_window_pattern", default=6) if kind.window == "pattern" else every
+    if kind.window == "pattern" or (kind.window == "types" and types is None):
+        every = fields.integer("sliding_window_pattern", default=6)
     if every:
         window = fields.integer("sliding_window")
     if kind.window == "none":

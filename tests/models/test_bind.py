@@ -109,9 +109,12 @@ def make_decoder(ops: Ops, dtype: torch.dtype, *, split: bool = False, mixture: 
 
 @pytest.mark.parametrize("isa", instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["plain", "mixture", "gemma"])
+@pytest.mark.parametrize("kind", ["plain", "mixture", "gemma", "normalized-after-alone"])
 def test_one_call_is_the_operators_one_by_one(isa: str, dtype: torch.dtype, kind: str) -> None:
-    decoder = make_decoder(make_ops(isa), dtype, mixture=kind == "mixture", gemma=kind == "gemma")
+    after = kind == "normalized-after-alone"
+    decoder = make_decoder(make_ops(isa), dtype, mixture=kind == "mixture", gemma=kind == "gemma" or after)
+    if after:
+        decoder = replace(decoder, layers=tuple(replace(one, input_norm=None, post_norm=None) for one in decoder.layers))
     for sequences in ([(0, 1)], [(20, 1), (0, 33), (15, 1), (16, 2)], [(63, 1)] * 9):
         batch, cache = make_step(sequences, kv_heads=KV_HEADS, head_dim=SIZE, dtype=dtype)
         ids = torch.randint(VOCAB, (len(batch.positions),))

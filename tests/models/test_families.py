@@ -143,6 +143,26 @@ OLMOE = {
     "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False, "clip_qkv": None, "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
 }  # fmt: skip
+EXAONE4 = {
+    "architectures": ["Exaone4ForCausalLM"], "hidden_size": 5120, "intermediate_size": 27392, "num_hidden_layers": 64,
+    "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 102400, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": 4096, "sliding_window_pattern": "LLLG",
+    "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+EXAONE4_SMALL = {
+    **EXAONE4, "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 30, "num_attention_heads": 32, "head_dim": 64,
+    "max_position_embeddings": 65536, "sliding_window": None, "sliding_window_pattern": None, "tie_word_embeddings": True,
+    "layer_types": ["full_attention"] * 30,
+}  # fmt: skip
+EXAONE_MOE = {
+    **EXAONE4, "architectures": ["ExaoneMoeForCausalLM"], "num_hidden_layers": 4, "layer_types": None,
+    "sliding_window_pattern": 4,
+    "moe_intermediate_size": 2048, "num_experts": 128, "num_experts_per_tok": 8, "num_shared_experts": 1,
+}  # fmt: skip
 # Not copied from the hub: sizes as they are known. And parameters in billions, without what reads pictures.
 PUBLISHED = {
     "mistral-small-3.1": (mistral("mistral", 5120, 32768, 40, rope_theta=1e9, max_position_embeddings=131072), 23.57),
@@ -161,6 +181,8 @@ PUBLISHED = {
     "glm-4.5-air": (GLM4_MOE, 106.85),
     "ernie-4.5-21b-a3b": (ERNIE_MOE, 21.83),
     "dots.llm1": (DOTS, 142.77),
+    "exaone-4.0-32b": (EXAONE4, 32.00),
+    "exaone-4.0-1.2b": (EXAONE4_SMALL, 1.28),
     "olmo-2-32b": (OLMO2, 32.23),
     "olmo-3-7b": (OLMO3, 7.30),
     "olmoe-1b-7b": (OLMOE, 6.92),
@@ -205,6 +227,16 @@ def test_what_is_read_of_the_published_olmos() -> None:
     assert [three.rope_of(layer).kind for layer in (2, 3)] == ["default", "yarn"]
     assert [rope.theta for rope in three.ropes] == [5e5, 5e5]
     assert experts.mixture is not None and experts.pre_norm and not experts.mixture.normalized
+
+
+def test_layers_of_exaone_4_that_see_everything_rotate_where_all_do() -> None:
+    large, small = (ModelSpec.from_config(config) for config in (EXAONE4, EXAONE4_SMALL))
+    assert [large.rope_of(layer).kind for layer in range(4)] == ["llama3"] * 3 + ["none"] and large.windows[2:4] == (4096, None)
+    assert small.local_rope is None and small.windows == (None,) * 30 and (small.qk_norm, small.pre_norm) == (True, False)
+    mixture = ModelSpec.from_config(EXAONE_MOE).mixture
+    assert mixture is not None and (mixture.dense_layers, mixture.scores.scale) == ((0,), 2.5)
+    typed = ModelSpec.from_config({**EXAONE_MOE, "mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]})
+    assert typed.mixture is not None and typed.mixture.dense_layers == (1,)
 
 
 def test_layers_of_granite_4_rotate_or_do_not() -> None:
@@ -272,6 +304,8 @@ def test_queries_are_scaled_by_whole_spans() -> None:
         ({**HYBRID, "layer_types": None}, "layer_types has None, and of GraniteMoeHybridForCausalLM only layers of"),
         ({**HYBRID, "position_embedding_type": "nope"}, "position_embedding_type is 'nope', expected rope or null"),
         ({**HYBRID, "num_local_experts": 62}, "num_local_experts = 62 is not supported for GraniteMoeHybridForCausalLM"),
+        ({**EXAONE4, "layer_types": None}, "sliding_window_pattern is 'LLLG', expected an integer of at least 1"),
+        ({**EXAONE_MOE, "mlp_layer_types": ["dense"]}, "mlp_layer_types must name dense or sparse for each of 4 layers"),
         ({**OLMOE, "clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported for OlmoeForCausalLM"),
         ({**SEED, "logits_scaling": 2.0}, "logits_scaling = 2.0 is not supported for SeedOssForCausalLM"),
     ],
