@@ -100,7 +100,9 @@ class Mixture:
 class Layer:
     """Weights of one decoder layer, in the device's layout; norms [hidden] in the activations' dtype.
 
-    Those of queries and keys are [head_dim] or, where they are of all heads at once, [heads * head_dim].
+    Those of queries and keys are [head_dim] or, where they are of all heads at once, [heads * head_dim]. Where they come after
+    rotation, both are multiplied into the queries: rotation leaves a vector's length as it is, and scores have products of both.
+    So queries and keys are normalized with k_norm, which is all 1 then, before they rotate; q_norm is that product.
     """
 
     input_norm: Tensor | None  # before attention

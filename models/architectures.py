@@ -180,6 +180,11 @@ EXAONE4 = Architecture(
         "num_key_value_heads": 32, "sliding_window": 4096, "sliding_window_pattern": 4, "bos_token_id": 0, "eos_token_id": 2,
     },
 )  # fmt: skip
+HUNYUAN = Architecture(
+    qk_norm=True, late_qk_norm=True, qk_names=("query_layernorm", "key_layernorm"), eps=1e-5, alpha=True,
+    refused={"num_experts": (None, 0, 1), "use_cla": (None, False), "use_qk_norm": (None, True)},
+    defaults={"bos_token_id": 1, "eos_token_id": 2},
+)  # fmt: skip
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(mlp_bias="mlp_bias"),
     "MistralForCausalLM": Architecture(qkv_bias=False, o_bias=False, window="all", default_window=4096, max_position=131072),
@@ -255,6 +260,16 @@ ARCHITECTURES = {
             "num_experts_per_tok": 8, "num_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
         },
     ),
+    "HunYuanDenseV1ForCausalLM": HUNYUAN,
+    "HunYuanMoEV1ForCausalLM": replace(
+        HUNYUAN, mixture="mlp", router="gate.wg", expert_size="intermediate_size", expert_choice="moe_topk", normalized=True,
+        shared="shared_mlp", shared_count="num_shared_expert", listed=("num_experts", "moe_topk", "num_shared_expert"),
+        refused={
+            "use_cla": (None, False), "use_qk_norm": (None, True), "use_mixed_mlp_moe": (None, True),
+            "moe_layer_num_skipped": (None, 0),
+        },
+        defaults={**HUNYUAN.defaults, "num_shared_expert": 1},
+    ),
     "SeedOssForCausalLM": Architecture(
         o_bias="attention_out_bias", mlp_bias="mlp_bias", default_head_dim=128, max_position=524288,
         defaults={"attention_bias": True},
@@ -329,6 +344,11 @@ def read_architecture(config: Mapping[str, Any]) -> tuple[str, Architecture, Fie
     if kind.rope and not config.get("rope_parameters") and not config.get("rope_scaling"):
         config["rope_scaling"] = kind.rope
     experts = {} if kind.sparse == "step" else ALL_SPARSE if kind.mixture else DENSE
+    for key in kind.listed:
+        if isinstance(given := config.get(key), list):
+            if not given or any(one != given[0] for one in given):
+                raise InputError(f"config.json: {key} is {given!r:.60}, and layers that differ in it are not supported in {name}")
+            config[key] = given[0]
     for key, allowed in {**NEUTRAL, **experts, **kind.refused}.items():
         if config.get(key) not in allowed and key not in own:
             raise InputError(f"config.json: {key} = {config[key]!r} is not supported for {name}")

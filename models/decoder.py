@@ -61,9 +61,11 @@ class Decoder:
     def given_scales(self, dtype: str) -> list[tuple[float, float] | None]:
         """What caches of ``dtype`` take as scales of keys and values instead of their own (KVCache.given)."""
         largest = self.kv_largest or (None,) * self.spec.attention_layers
-        if dtype not in SCALED_CACHES or dtype == "int4":
+        if dtype not in SCALED_CACHES or dtype == "int4" or self.spec.late_qk_norm:
             if any(largest):
-                log.info("the checkpoint's scales of keys and values are not used: a cache in %s has none such", dtype)
+                late = "keys are cached without the weights of their norm"
+                why = late if self.spec.late_qk_norm else f"a cache in {dtype} has none such"
+                log.info("the checkpoint's scales of keys and values are not used: %s", why)
             return [None] * len(largest)
         return [None if pair is None else (pair[0] / LARGEST[dtype], pair[1] / LARGEST[dtype]) for pair in largest]
 
@@ -134,7 +136,9 @@ class Decoder:
             q.copy_(ops.rms_norm(q, **q_norm._asdict()))
             k.copy_(ops.rms_norm(k, **k_norm._asdict()))
             q_norm = k_norm = None
-        q = ops.rope_store(qkv, spec.heads, cache, batch, cos_sin, q_norm=q_norm, k_norm=k_norm)
+        late = layer.q_norm if spec.late_qk_norm else None
+        q = ops.rope_store(qkv, spec.heads, cache, batch, cos_sin, q_norm=q_norm if late is None else k_norm, k_norm=k_norm)
+        q = q if late is None else q.mul_(late)
         q = q if scales is None else q.mul_(scales.to(q.dtype)[:, None, None])
         found = ops.attention(q, cache, batch, scale=spec.scale, window=layer.window, cap=spec.cap, sinks=layer.sinks).flatten(1)
         return ops.sigmoid_mul(found, gate) if spec.output_gate else found

@@ -16,6 +16,8 @@ class Architecture:
     mlp_bias: bool | str = False
     qk_norm: bool | str = False
     whole_qk_norm: bool = False  # it is over all heads at once, not over each
+    late_qk_norm: bool = False  # it comes after rotation
+    qk_names: tuple[str, str] = ("q_norm", "k_norm")  # of these norms within attention
     fused_qkv: bool = False  # and gate and up
     fused_gate_up: bool = False
     hybrid: bool = False  # layers may be another thing than attention, and MLPs have names of their own (quant/headers.py)
@@ -61,6 +63,8 @@ class Architecture:
     partial_rotation: bool = False  # partial_rotary_factor says how much of a head rotates
     interleaved: bool = False  # neighbours in a head are rotated against each other, not its halves
     yarn: str = "yarn"  # the rope type that it calls so
+    alpha: bool = False  # rope settings may have one, by which the base is stretched
+    listed: tuple[str, ...] = ()  # keys that may have a list of one value for each layer
     local_theta: float | None = None  # layers with a window rotate otherwise than the others; where the config says no base
     float16: bool = True  # whether its activations stay within what float16 holds; Granite's are kept larger, see models/spec.py
     unrotated: str = ""

@@ -254,6 +254,8 @@ class _Loader:
         found: dict[str, Any] = {"qkv": self._fuse(qkv), "o": self._pack(self._read(prefix, "self_attn.o_proj"))}
         if spec.qk_norm:
             q_norm, k_norm = (self._norm(f"{prefix}.self_attn.{name}", size) for name, size in spec.qk_norms)
+            if spec.late_qk_norm:  # see Layer
+                q_norm, k_norm = q_norm * k_norm, torch.ones_like(k_norm)
             found |= {"q_norm": q_norm, "k_norm": k_norm}
         if spec.sinks:
             found["sinks"] = self._vector(f"{prefix}.self_attn.sinks", spec.heads)

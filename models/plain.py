@@ -145,14 +145,20 @@ class PlainLayer:
         else:
             parts = tuple(self._linear(x, f"self_attn.{name}_proj") for name in "qkv")
         if spec.whole_qk_norm:
-            parts = self._norm(parts[0], "self_attn.q_norm"), self._norm(parts[1], "self_attn.k_norm"), parts[2]
+            parts = *self._qk_normed(parts[0], parts[1]), parts[2]
         q, k, v = (part.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2) for part in parts)
-        if spec.qk_norm and not spec.whole_qk_norm:
-            q, k = self._norm(q, "self_attn.q_norm"), self._norm(k, "self_attn.k_norm")
+        if spec.qk_norm and not (spec.whole_qk_norm or spec.late_qk_norm):
+            q, k = self._qk_normed(q, k)
         return q, k, v
+
+    def _qk_normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        names = [f"self_attn.{name}" for name in self.spec.qk_names]
+        return self._norm(q, names[0]), self._norm(k, names[1])
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, told: Watch) -> Tensor:
         q, k = self._rotated(q), self._rotated(k)
+        if self.spec.late_qk_norm:
+            q, k = self._qk_normed(q, k)
         told("keys", k)
         told("values", v)
         spec, length = self.spec, q.shape[2]

@@ -92,6 +92,16 @@ def by_layer_type(config: Fields, theta: float, local_theta: float) -> tuple[Fie
     return whole, local
 
 
+def by_alpha(config: Fields, head_dim: int, theta: float) -> Fields:
+    """The same where what is called dynamic has an alpha (Hunyuan): a base that was stretched by it once, for any length."""
+    rope = Fields(dict(_settings(config)), "rope settings of config.json")
+    if not rope.get("alpha") or (rope.get("rope_type") or rope.get("type")) != "dynamic":
+        return config
+    base = rope.number("rope_theta", default=config.number("rope_theta", default=theta, above=1), above=1)
+    stretched = base * rope.number("alpha") ** (head_dim / (head_dim - 2))
+    return Fields({**config.values, "rope_parameters": None, "rope_scaling": {"rope_type": "default", "rope_theta": stretched}})
+
+
 def read_rope(
     config: Fields, head_dim: int, max_position: int, theta: float = 10000.0, whole: str = "", yarn: str = "yarn"
 ) -> RopeSpec:

@@ -13,7 +13,7 @@ from models.family import Architecture
 from models.fields import Fields
 from models.mixture import Mixture, read_mixture
 from models.module import ModuleShape
-from models.rope_spec import RopeSpec, by_layer_type, read_rope
+from models.rope_spec import RopeSpec, by_alpha, by_layer_type, read_rope
 from models.windows import unrotated, windows
 from quant.errors import InputError
 
@@ -44,6 +44,8 @@ class ModelSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     whole_qk_norm: bool = False  # it is over all heads at once, not over each
+    late_qk_norm: bool = False  # it comes after rotation
+    qk_names: tuple[str, str] = ("q_norm", "k_norm")  # of these norms within attention
     fused_qkv: bool = False  # the checkpoint stores qkv_proj
     fused_gate_up: bool = False  # and gate_up_proj
     mixture: Mixture | None = None
@@ -88,10 +90,13 @@ class ModelSpec:
         max_position = fields.integer("max_position_embeddings", default=kind.max_position)
         settings = Fields({"max_position_embeddings": max_position, **config})
         parts = [settings] if kind.local_theta is None else by_layer_type(settings, kind.theta, kind.local_theta)
+        parts = [by_alpha(one, head_dim, kind.theta) for one in parts] if kind.alpha else parts
         whole = "" if kind.partial_rotation else name
         ropes = [read_rope(one, head_dim, max_position, kind.theta, whole, kind.yarn) for one in parts]
         if ropes[0].query_beta and not kind.scaled_queries:
             raise InputError(f"config.json: llama_4_scaling_beta = {ropes[0].query_beta} is not supported for {name}")
+        if kind.late_qk_norm and ropes[0].kind in ("yarn", "longrope"):  # these make what rotates larger, too
+            raise InputError(f"config.json: rope type {ropes[0].kind} is not supported for {name}")
         seen, still = windows(kind, fields, layers), unrotated(kind, fields, layers)
         mixture = read_mixture(kind, fields, layers)
         delta, linear = delta_layers(kind.delta, fields, layers)
@@ -117,6 +122,8 @@ class ModelSpec:
             mlp_bias=_flag(kind.mlp_bias, fields),
             qk_norm=_flag(kind.qk_norm, fields),
             whole_qk_norm=kind.whole_qk_norm,
+            late_qk_norm=kind.late_qk_norm,
+            qk_names=kind.qk_names,
             fused_qkv=kind.fused_qkv,
             fused_gate_up=kind.fused_qkv or kind.fused_gate_up or kind.hybrid,
             mixture=mixture,
@@ -215,12 +222,12 @@ class ModelSpec:
     def qk_norms(self) -> tuple[tuple[str, int], ...]:
         """(name within attention, size) of those of queries and of keys, where there are such."""
         sizes = (self.q_size, self.kv_size) if self.whole_qk_norm else (self.head_dim, self.head_dim)
-        return tuple(zip(("q_norm", "k_norm"), sizes, strict=True))
+        return tuple(zip(self.qk_names, sizes, strict=True))
 
     @property
     def one_by_one(self) -> bool:
         """Whether it has what no call for all layers at once does (Ops.bind)."""
-        return self.delta is not None or self.whole_qk_norm
+        return self.delta is not None or self.whole_qk_norm or self.late_qk_norm
 
     @property
     def pre_norm(self) -> bool:

@@ -36,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo2": {"kind": "Olmo2"},
     "olmo3": {"kind": "Olmo3", "sliding_window": 13, "layer_types": ["sliding_attention", "full_attention"]},
     "exaone4": {"kind": "Exaone4", "sliding_window": 13, "layer_types": ["sliding_attention", "full_attention"]},
+    "hunyuan": {"kind": "HunYuanDenseV1"},
     "glm": {"kind": "Glm", "head_dim": 12},
     "glm4": {"kind": "Glm4", "head_dim": 12, "attention_bias": False},
     "ernie4.5": {"kind": "Ernie4_5", "head_dim": 8, "use_bias": True},

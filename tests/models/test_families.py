@@ -163,6 +163,20 @@ EXAONE_MOE = {
     "sliding_window_pattern": 4,
     "moe_intermediate_size": 2048, "num_experts": 128, "num_experts_per_tok": 8, "num_shared_experts": 1,
 }  # fmt: skip
+HUNYUAN = {
+    "architectures": ["HunYuanDenseV1ForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "attention_head_dim": 128, "vocab_size": 128167,
+    "max_position_embeddings": 32768, "num_experts": 1, "use_cla": False, "use_qk_norm": True, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "rope_scaling": {
+        "alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "type": "dynamic",
+    },
+}  # fmt: skip
+HUNYUAN_MOE = {
+    **HUNYUAN, "architectures": ["HunYuanMoEV1ForCausalLM"], "intermediate_size": 3072, "moe_intermediate_size": [3072] * 32,
+    "num_experts": 64, "moe_topk": [8] * 32, "num_shared_expert": [1] * 32, "use_mixed_mlp_moe": True,
+    "moe_layer_num_skipped": 0,
+}  # fmt: skip
 # Not copied from the hub: sizes as they are known. And parameters in billions, without what reads pictures.
 PUBLISHED = {
     "mistral-small-3.1": (mistral("mistral", 5120, 32768, 40, rope_theta=1e9, max_position_embeddings=131072), 23.57),
@@ -183,6 +197,8 @@ PUBLISHED = {
     "dots.llm1": (DOTS, 142.77),
     "exaone-4.0-32b": (EXAONE4, 32.00),
     "exaone-4.0-1.2b": (EXAONE4_SMALL, 1.28),
+    "hunyuan-7b": (HUNYUAN, 7.50),
+    "hunyuan-a13b": (HUNYUAN_MOE, 80.39),
     "olmo-2-32b": (OLMO2, 32.23),
     "olmo-3-7b": (OLMO3, 7.30),
     "olmoe-1b-7b": (OLMOE, 6.92),
@@ -237,6 +253,17 @@ def test_layers_of_exaone_4_that_see_everything_rotate_where_all_do() -> None:
     assert mixture is not None and (mixture.dense_layers, mixture.scores.scale) == ((0,), 2.5)
     typed = ModelSpec.from_config({**EXAONE_MOE, "mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]})
     assert typed.mixture is not None and typed.mixture.dense_layers == (1,)
+
+
+def test_hunyuan_s_base_is_stretched_once() -> None:
+    for config in (HUNYUAN, HUNYUAN_MOE):
+        spec = ModelSpec.from_config(config)
+        assert (
+            spec.rope.kind == "default" and spec.rope.theta == pytest.approx(1e4 * 1000 ** (128 / 126)) and spec.max_len == 32768
+        )
+        assert spec.qk_names == ("query_layernorm", "key_layernorm") and spec.late_qk_norm and spec.one_by_one
+    mixture = spec.mixture
+    assert mixture is not None and (mixture.active, mixture.shared, mixture.normalized) == (8, 3072, True)
 
 
 def test_layers_of_granite_4_rotate_or_do_not() -> None:
@@ -306,6 +333,10 @@ def test_queries_are_scaled_by_whole_spans() -> None:
         ({**HYBRID, "num_local_experts": 62}, "num_local_experts = 62 is not supported for GraniteMoeHybridForCausalLM"),
         ({**EXAONE4, "layer_types": None}, "sliding_window_pattern is 'LLLG', expected an integer of at least 1"),
         ({**EXAONE_MOE, "mlp_layer_types": ["dense"]}, "mlp_layer_types must name dense or sparse for each of 4 layers"),
+        ({**HUNYUAN_MOE, "moe_topk": [8] * 31 + [4]}, "layers that differ in it are not supported in HunYuanMoEV1ForCausalLM"),
+        ({**HUNYUAN, "use_cla": True}, "use_cla = True is not supported for HunYuanDenseV1ForCausalLM"),
+        ({**HUNYUAN, "rope_scaling": {**YARN, "factor": 2.0}}, "rope type yarn is not supported for HunYuanDenseV1ForCausalLM"),
+        ({**HUNYUAN, "rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 3.0}}, "hold 'alpha', which the linear"),
         ({**OLMOE, "clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported for OlmoeForCausalLM"),
         ({**SEED, "logits_scaling": 2.0}, "logits_scaling = 2.0 is not supported for SeedOssForCausalLM"),
     ],

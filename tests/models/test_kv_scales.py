@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,9 @@ def test_scales_that_a_cache_cannot_have(tmp_path: Path, caplog: pytest.LogCaptu
         extra |= {name.format(p, "zero_point"): torch.tensor([zero], dtype=torch.int8) for p in "kv"}
         decoder = load(write_dense(tmp_path, dense_tensors(DENSE) | extra))
         assert decoder.kv_largest == (expected, None)
+        assert decoder.given_scales("fp8_e4m3") == [expected and (1.0, 1.0), None]
+        late = replace(decoder, spec=replace(decoder.spec, late_qk_norm=True))
+        assert late.given_scales("fp8_e4m3") == [None, None]
     assert "it comes with a zero point" in caplog.text
 
 
