@@ -211,6 +211,15 @@ ARCHITECTURES = {
         qkv_bias=False, o_bias=False, window="all", eps=1e-5, theta=1e6, max_position=131072,
         mixture="block_sparse_moe", expert=("w1", "w3", "w2"), expert_size="intermediate_size", normalized=True,
     ),
+    "MiniMaxM2ForCausalLM": Architecture(
+        qkv_bias=False, o_bias=False, qk_norm=True, whole_qk_norm=True, default_head_dim=128, theta=5e6, max_position=196608,
+        partial_rotation=True, mixture="block_sparse_moe", expert=("w1", "w3", "w2"), expert_size="intermediate_size",
+        normalized=True, sigmoid=True, correction="e_score_correction_bias", ahead_count="num_mtp_modules",
+        refused={"scoring_func": (None, "sigmoid")}, defaults={
+            "num_key_value_heads": 8, "num_local_experts": 256, "num_experts_per_tok": 8, "bos_token_id": 200034,
+            "eos_token_id": 200020,
+        },
+    ),
     "GptOssForCausalLM": GPT_OSS,
     "GlmForCausalLM": GLM,
     "Glm4ForCausalLM": replace(

@@ -132,7 +132,8 @@ def read_rope(
 
 def _rotary(config: Fields, rope: Fields, head_dim: int, whole: str) -> int:
     """How many features of a head rotate. Of a share where all do, transformers makes nothing or an error, and vLLM a share."""
-    partial = rope.number("partial_rotary_factor", default=config.number("partial_rotary_factor", default=1.0))
+    share = 1.0 if whole or config.get("rotary_dim") is None else config.integer("rotary_dim") / head_dim  # as in MiniMax M2
+    partial = rope.number("partial_rotary_factor", default=config.number("partial_rotary_factor", default=share))
     if partial > 1 or (whole and partial != 1):
         expected = f"1: all features of a head rotate in a {whole}" if whole else "a positive number of at most 1"
         raise InputError(f"config.json: partial_rotary_factor is {partial}, expected {expected}")

@@ -359,6 +359,10 @@ CASES = {
         rope_parameters={"rope_type": "dynamic", "factor": 1.0, "rope_theta": 900.0, "alpha": 50.0},
     ),
     "hunyuan-moe-one": case("HunYuanMoEV1ForCausalLM", head_dim=12, num_experts=3, moe_topk=1, tie_word_embeddings=True),
+    "minimax-m2": case("MiniMaxM2ForCausalLM", head_dim=16, num_local_experts=6, num_experts_per_tok=3, rotary_dim=8),
+    "minimax-m2-whole": case(
+        "MiniMaxM2ForCausalLM", head_dim=8, num_local_experts=4, num_experts_per_tok=1, tie_word_embeddings=True
+    ),
     "ministral3": case("Ministral3ForCausalLM", head_dim=16, rope_parameters=SCALED),
     "mistral3": with_text("Mistral3", PIXTRAL, model_type="mistral", head_dim=20, sliding_window=None),
     "mistral3-of-ministral3": with_text("Mistral3", PIXTRAL, model_type="ministral3", head_dim=8, rope_parameters=SCALED),

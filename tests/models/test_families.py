@@ -177,6 +177,13 @@ HUNYUAN_MOE = {
     "num_experts": 64, "moe_topk": [8] * 32, "num_shared_expert": [1] * 32, "use_mixed_mlp_moe": True,
     "moe_layer_num_skipped": 0,
 }  # fmt: skip
+MINIMAX_M2 = {
+    "architectures": ["MiniMaxM2ForCausalLM"], "hidden_size": 3072, "intermediate_size": 1536, "num_hidden_layers": 62,
+    "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128, "rotary_dim": 64, "vocab_size": 200064,
+    "num_local_experts": 256, "num_experts_per_tok": 8, "scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True,
+    "num_mtp_modules": 3, "use_mtp": True, "shared_intermediate_size": 0, "max_position_embeddings": 196608,
+    "rms_norm_eps": 1e-6, "rope_theta": 5000000, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
 # Not copied from the hub: sizes as they are known. And parameters in billions, without what reads pictures.
 PUBLISHED = {
     "mistral-small-3.1": (mistral("mistral", 5120, 32768, 40, rope_theta=1e9, max_position_embeddings=131072), 23.57),
@@ -199,6 +206,7 @@ PUBLISHED = {
     "exaone-4.0-1.2b": (EXAONE4_SMALL, 1.28),
     "hunyuan-7b": (HUNYUAN, 7.50),
     "hunyuan-a13b": (HUNYUAN_MOE, 80.39),
+    "minimax-m2": (MINIMAX_M2, 228.69),
     "olmo-2-32b": (OLMO2, 32.23),
     "olmo-3-7b": (OLMO3, 7.30),
     "olmoe-1b-7b": (OLMOE, 6.92),
@@ -264,6 +272,15 @@ def test_hunyuan_s_base_is_stretched_once() -> None:
         assert spec.qk_names == ("query_layernorm", "key_layernorm") and spec.late_qk_norm and spec.one_by_one
     mixture = spec.mixture
     assert mixture is not None and (mixture.active, mixture.shared, mixture.normalized) == (8, 3072, True)
+
+
+def test_half_of_a_head_rotates_in_minimax_m2() -> None:
+    spec = ModelSpec.from_config(MINIMAX_M2)
+    assert (spec.rope.rotary_dim, spec.whole_qk_norm, spec.max_len) == (64, True, 196608)
+    assert spec.qk_norms == (("q_norm", 48 * 128), ("k_norm", 8 * 128)) and spec.ahead[0] == "model.layers.62."
+    mixture = spec.mixture
+    assert mixture is not None and mixture.scores.sigmoid and (mixture.shared, mixture.normalized) == (0, True)
+    assert mixture.correction == "block_sparse_moe.e_score_correction_bias"
 
 
 def test_layers_of_granite_4_rotate_or_do_not() -> None:
@@ -337,6 +354,8 @@ def test_queries_are_scaled_by_whole_spans() -> None:
         ({**HUNYUAN, "use_cla": True}, "use_cla = True is not supported for HunYuanDenseV1ForCausalLM"),
         ({**HUNYUAN, "rope_scaling": {**YARN, "factor": 2.0}}, "rope type yarn is not supported for HunYuanDenseV1ForCausalLM"),
         ({**HUNYUAN, "rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 3.0}}, "hold 'alpha', which the linear"),
+        ({**MINIMAX_M2, "rotary_dim": 256}, "partial_rotary_factor is 2.0, expected a positive number of at most 1"),
+        ({**MINIMAX_M2, "scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported for MiniMaxM2ForCausalLM"),
         ({**OLMOE, "clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported for OlmoeForCausalLM"),
         ({**SEED, "logits_scaling": 2.0}, "logits_scaling = 2.0 is not supported for SeedOssForCausalLM"),
     ],

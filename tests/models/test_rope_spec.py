@@ -66,7 +66,7 @@ def test_a_base_of_windows_is_refused_by_its_name() -> None:
 PARTIAL = (
     "Phi3ForCausalLM", "GlmForCausalLM", "Glm4ForCausalLM", "Glm4MoeForCausalLM", "Glm4vMoeForConditionalGeneration",
     "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration",
-    "Qwen3NextForCausalLM",
+    "Qwen3NextForCausalLM", "MiniMaxM2ForCausalLM",
 )  # fmt: skip
 
 
