@@ -247,6 +247,10 @@ ARCHITECTURES = {
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": replace(GEMMA3, text_part=True),
     "GraniteForCausalLM": Architecture(mlp_bias="mlp_bias", multiplied=True, float16=False),
+    "GraniteMoeForCausalLM": Architecture(
+        multiplied=True, float16=False, mixture="block_sparse_moe", router="router", expert_size="intermediate_size",
+        normalized=True, defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
     "GraniteMoeHybridForCausalLM": Architecture(
         hybrid=True, inner="shared_intermediate_size", multiplied=True, float16=False, unrotated="listed",
         defaults={"num_local_experts": 8},

@@ -23,12 +23,18 @@ TEXT = re.compile(r"^(?:(model\.language_model\.|language_model\.model\.)|langua
 BESIDE_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.")
 """How models that read pictures, too, name what is theirs in transformers before 4.52 and since, and the rest."""
 VISUAL = "visual."  # beside text under plain names: Qwen2-VL and 2.5-VL as they were published
-SHARED_MLP = {".shared_mlp.input_linear.": ".mlp.gate_up_proj.", ".shared_mlp.output_linear.": ".mlp.down_proj."}
-"""How Granite 4 names what stands beside a mixture of experts, where there is one; and how it is named here."""
+GRANITE = {
+    ".shared_mlp.input_linear.": ".mlp.gate_up_proj.",
+    ".shared_mlp.output_linear.": ".mlp.down_proj.",
+    ".block_sparse_moe.input_linear.weight": ".block_sparse_moe.experts.gate_up_proj",
+    ".block_sparse_moe.output_linear.weight": ".block_sparse_moe.experts.down_proj",
+    ".block_sparse_moe.router.layer.": ".block_sparse_moe.router.",
+}
+"""How Granite names a mixture of experts, and what stands beside one; and how these are named here."""
 STACKED = re.compile(r"(.*\.experts)\.(\w+)_(blocks|scales|bias)")
 """gpt-oss has each kind of tensor of all experts of a layer in one, whose first dimension is the expert."""
 DENSE_STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
-"""So has Qwen3.5 in a float dtype, without biases: outputs by inputs of each expert, and gate before up."""
+"""So have Qwen3.5 and Granite in a float dtype, without biases: outputs by inputs of each expert, and gate before up."""
 ONE_EXPERT = re.compile(r"(.*\.experts)\.\d+(\.\w+)")
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 ITEM_SIZE = {
@@ -95,7 +101,7 @@ class CheckpointIndex:
         else:
             tensors = _merge(_all_files(directory))
         text = _text_part(tensors)
-        named = {_known(name): info for name, info in _unstacked(text).items()}
+        named = _unstacked({_known(name): info for name, info in text.items()})
         return cls(directory, MappingProxyType(named), len(tensors) - len(text))
 
 
@@ -170,7 +176,7 @@ def _text_part(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 
 def _known(name: str) -> str:
-    for theirs, ours in SHARED_MLP.items():
+    for theirs, ours in GRANITE.items():
         name = name.replace(theirs, ours)
     return name
 

@@ -298,6 +298,18 @@ CASES = {
         rms_norm_eps=1e-2,
     ),
     "granite-tied": case("GraniteForCausalLM", tie_word_embeddings=True, residual_multiplier=0.22),
+    "granitemoe": case(
+        "GraniteMoeForCausalLM",
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        embedding_multiplier=5.0,
+        residual_multiplier=0.3,
+        attention_multiplier=0.6,
+        logits_scaling=3.0,
+        attention_bias=True,
+        rms_norm_eps=1e-2,
+    ),
+    "granitemoe-tied": case("GraniteMoeForCausalLM", num_local_experts=3, tie_word_embeddings=True, residual_multiplier=0.22),
     "granite4": case("GraniteMoeHybridForCausalLM", **HYBRID, position_embedding_type="rope"),
     "granite4-unrotated": case("GraniteMoeHybridForCausalLM", **HYBRID, tie_word_embeddings=True, attention_bias=True),
     "seed-oss": case("SeedOssForCausalLM", head_dim=20, attention_out_bias=True, mlp_bias=True),
@@ -406,7 +418,15 @@ CASES = {
     "qwen3-next": case("Qwen3NextForCausalLM", **DELTA, **EXPERTS),
     "qwen3-next-unnormalized": case("Qwen3NextForCausalLM", **DELTA, **EXPERTS, norm_topk_prob=False, attention_bias=True),
 }
-CHOOSING = ("qwen3-moe", "qwen3.5-moe", "qwen3.5-moe-of-pictures", "qwen3-next", "qwen3-next-unnormalized")  # experts
+CHOOSING = (
+    "granitemoe",
+    "granitemoe-tied",
+    "qwen3-moe",
+    "qwen3.5-moe",
+    "qwen3.5-moe-of-pictures",
+    "qwen3-next",
+    "qwen3-next-unnormalized",
+)  # experts
 
 
 @pytest.fixture(scope="module")

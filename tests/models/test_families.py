@@ -76,6 +76,11 @@ GRANITE = {
     "attention_bias": False, "mlp_bias": False, "attention_multiplier": 0.0078125, "embedding_multiplier": 12.0,
     "residual_multiplier": 0.22, "logits_scaling": 16.0,
 }  # fmt: skip
+GRANITE_MOE = {
+    **GRANITE, "architectures": ["GraniteMoeForCausalLM"], "hidden_size": 1536, "intermediate_size": 512,
+    "num_attention_heads": 24, "num_key_value_heads": 8, "num_hidden_layers": 32, "num_local_experts": 40,
+    "num_experts_per_tok": 8, "vocab_size": 49155, "attention_multiplier": 0.015625, "logits_scaling": 6.0,
+}  # fmt: skip
 HYBRID = {
     **GRANITE, "architectures": ["GraniteMoeHybridForCausalLM"], "hidden_size": 2560, "shared_intermediate_size": 8192,
     "intermediate_size": 8192, "num_attention_heads": 40, "vocab_size": 100352, "attention_multiplier": 0.015625,
@@ -195,6 +200,7 @@ PUBLISHED = {
     "pixtral-12b": (PIXTRAL, 12.25),
     "llava-1.5-7b": (LLAVA, 6.74),
     "granite-3.3-8b": (GRANITE, 8.17),
+    "granite-3.1-3b-a800m": (GRANITE_MOE, 3.30),
     "granite-4.0-micro": (HYBRID, 3.40),
     "seed-oss-36b": (SEED, 36.15),
     "smollm3-3b": (SMOL, 3.08),
