@@ -331,8 +331,12 @@ Forward = Callable[[Tensor, PagedBatch], Tensor]
 
 
 class Bind(Protocol):
-    def __call__(self, stack: Stack, caches: Sequence[KVCache], *, max_tokens: int) -> Forward | None:
-        """A model over these caches, for at most ``max_tokens`` tokens at once: what the operators would do one by one.
+    def __call__(
+        self, stack: Stack, caches: Sequence[KVCache], *, states: Sequence[StateCache] = (), max_tokens: int
+    ) -> Forward | None:
+        """A model over these, for at most ``max_tokens`` tokens at once: what the operators would do one by one.
+
+        A cache for each layer of attention, and states for each of the others, in order.
 
         None where this model needs the operators.
         """

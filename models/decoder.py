@@ -79,8 +79,7 @@ class Decoder:
         hidden = ops.embedding(ids, self.embedding, self.dtype)
         if self.stack.embedding_scale != 1.0:
             hidden *= self.stack.embedding_scale
-        if (len(caches), len(states)) != (found := (self.spec.attention_layers, sum(self.spec.linear))):
-            raise ValueError(f"{len(caches)} caches and {len(states)} states, but there are layers for {found[0]} and {found[1]}")
+        self._check(caches, states)
         kept, kept_states = iter(caches), iter(states)
         for layer in self.layers:
             with layer.present():
@@ -114,8 +113,13 @@ class Decoder:
         # Queries that are scaled by their position need the operators, where a position may be beyond that where it begins.
         scaled = self.spec.rope.query_beta != 0 and self.spec.rope.query_span < len(self.cos_sin)
         bind = None if scaled or self.spec.one_by_one else self.ops.bind
-        bound = None if bind is None else bind(self.stack, caches, max_tokens=max_tokens)
+        self._check(caches, states)
+        bound = None if bind is None else bind(self.stack, caches, states=states, max_tokens=max_tokens)
         return partial(self.forward, caches=caches, states=states) if bound is None else bound
+
+    def _check(self, caches: Sequence[KVCache], states: Sequence[StateCache]) -> None:
+        if (len(caches), len(states)) != (found := (self.spec.attention_layers, sum(self.spec.linear))):
+            raise ValueError(f"{len(caches)} caches and {len(states)} states, but there are layers for {found[0]} and {found[1]}")
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Logits of hidden states [R, hidden] into ``out``, float32 [R, V]."""

@@ -227,7 +227,7 @@ class ModelSpec:
     @property
     def one_by_one(self) -> bool:
         """Whether it has what no call for all layers at once does (Ops.bind)."""
-        return self.delta is not None or self.whole_qk_norm or self.late_qk_norm
+        return self.whole_qk_norm or self.late_qk_norm
 
     @property
     def pre_norm(self) -> bool:

@@ -202,14 +202,15 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     What is normalized before it is added takes the place of q, k and v, and one beside the gated product. Parts that cannot be
     one weight (differently stored, or each with an order of its own) are computed, joined, and then used. A mixture of experts
     has memory of its own (product_workspace) where its parts are whole. Where queries are scaled by their position, the operators
-    run one by one, and what they make lies beside what they read. So they do where some layers have states.
+    run one by one, and what they make lies beside what they read. So they do where layers with states come in parts.
     """
-    single = spec.rope.query_beta != 0 or spec.one_by_one
+    delta, joined = _delta_size(spec, layers)
+    single = spec.rope.query_beta != 0 or spec.one_by_one or joined
     qkv, inner = _qkv_size(spec), spec.mlp_size
     whole = {one.module.N for one in layers if not one.stored.act_order and one.module.name.endswith(("q_proj", "qkv_proj"))}
     added = spec.hidden if spec.post_norms or single else 0
     attention = max((1 if whole == {qkv} and not single else 2) * qkv, added) + spec.q_size
-    attention = max(attention, _delta_size(spec, layers))
+    attention = max(attention, delta)
     gated = all(one.gated and not one.stored.act_order for one in layers if one.slot == "gate_up")
     mlp = ((inner if gated else 4 * inner) + added) * size if inner else 0
     if spec.mixture is not None and not gated:
@@ -222,14 +223,22 @@ def _qkv_size(spec: ModelSpec) -> int:
     return (2 if spec.output_gate else 1) * spec.q_size + 2 * spec.kv_size
 
 
-def _delta_size(spec: ModelSpec, layers: Sequence[Loaded]) -> int:
-    """Numbers of a token in a delta layer: what is projected (twice, where it is joined then), and the result."""
+def _delta_size(spec: ModelSpec, layers: Sequence[Loaded]) -> tuple[int, bool]:
+    """(numbers of a token in a delta layer, whether some of them are joined): what is projected, and the result.
+
+    Queries, keys, values and z are one product, and so are b and a, or else they are there twice while they are joined.
+    """
     delta = spec.delta
     if delta is None:
-        return 0
-    width = delta.channels + delta.value_size
-    whole = {one.module.N for one in layers if one.module.name.endswith(("in_proj_qkv", "in_proj_qkvz"))} == {width}
-    return (1 if whole else 2) * width + 4 * delta.value_heads + delta.value_size
+        return 0, False
+    size, parts = delta.value_size, 0
+    for names, whole in (
+        (("in_proj_qkv", "in_proj_qkvz"), delta.channels + delta.value_size),
+        (("in_proj_b", "in_proj_ba"), 2 * delta.value_heads),
+    ):
+        joined = {one.module.N for one in layers if one.module.name.endswith(names) and not one.stored.act_order} != {whole}
+        size, parts = size + (1 + joined) * whole, parts + joined
+    return size, parts > 0
 
 
 def _mixed(spec: ModelSpec, mixture: Mixture, size: int) -> int:
@@ -250,7 +259,7 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
     rounds = machinery.ops != "triton" and any(one.stored.activation == "int8-token" for one in layers)
     product = 12 if rounds else 4 if (machinery.ops, machinery.dtype) == ("cpu", "float16") else 0
     qkv = _qkv_size(spec)
-    gates, delta = 2 * spec.q_size if spec.output_gate else 0, _delta_size(spec, layers)
+    gates, (delta, _) = 2 * spec.q_size if spec.output_gate else 0, _delta_size(spec, layers)
     attention = (2 * qkv + gates + spec.q_size) * size + max(8 * spec.q_size, (hidden + qkv) * product)
     attention = max(attention, delta * size + (hidden + delta) * product)
     inner = spec.mlp_size if machinery.ops == "triton" else spec.widest_mlp

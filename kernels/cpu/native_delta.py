@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from kernels.batch import PagedBatch
-from kernels.cpu.native_weights import TYPES, address
+from kernels.cpu.native_weights import TYPES, NativeWeight, address
 from kernels.states import DeltaRule, StateCache
+
+LOST = "the batch does not say where the states of its sequences are"
 
 
 def delta(module: Any, machine: Any, x: Tensor, gates: Tensor, rule: DeltaRule, cache: StateCache, batch: PagedBatch) -> Tensor:
     """As kernels.states.Delta."""
     if batch.states is None:
-        raise ValueError("the batch does not say where the states of its sequences are")
+        raise ValueError(LOST)
     x, gates = (one if one.stride(1) == 1 else one.contiguous() for one in (x, gates))
     out = torch.empty(x.shape[0], rule.value_heads * rule.value_dim, dtype=x.dtype)
     if x.shape[0]:
@@ -37,6 +39,18 @@ def delta(module: Any, machine: Any, x: Tensor, gates: Tensor, rule: DeltaRule, 
             batch.states.data_ptr(),
         )
     return out
+
+
+def layer(module: Any, rule: DeltaRule, gates: NativeWeight, cache: StateCache) -> Any:
+    """What the kernels of all layers in one call have of such a layer, over these states."""
+    return module.Delta(
+        rule=_native(module, rule),
+        gates=gates.handle,
+        conv=cache.conv.data_ptr(),
+        conv_stride=cache.conv.stride(0),
+        state=cache.state.data_ptr(),
+        state_stride=cache.state.stride(0),
+    )
 
 
 def _native(module: Any, rule: DeltaRule) -> Any:

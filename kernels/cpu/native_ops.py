@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -220,13 +220,16 @@ class NativeOps:
             self.machine.sigmoid_mul(*where)
         return x
 
-    def bind(self, stack: Stack, caches: Sequence[KVCache], *, max_tokens: int) -> Forward | None:
+    def bind(
+        self, stack: Stack, caches: Sequence[KVCache], *, states: Sequence[StateCache] = (), max_tokens: int
+    ) -> Forward | None:
         layers, norm = stack.layers, stack.norm
-        if any(len(layer.qkv) > 1 or self._inner(layer) is None for layer in layers):
+        if any(len(layer.qkv) > (1 if layer.delta is None else 2) or self._inner(layer) is None for layer in layers):
             return None
+        places: dict[bool, Iterator[Any]] = {False: iter(caches), True: iter(states)}  # by whether a layer has states
         size, dtype = norm.weight.shape[0], norm.weight.dtype
         handle = self.module.Stack(
-            [self._layer(layer, cache, stack.rotation(layer)) for layer, cache in zip(layers, caches, strict=True)],
+            [self._layer(layer, next(places[layer.delta is not None]), stack.rotation(layer)) for layer in layers],
             type=TYPES[dtype],
             heads=stack.heads,
             eps=norm.eps,
@@ -239,13 +242,17 @@ class NativeOps:
         hidden = torch.zeros(max_tokens, size, dtype=dtype)
         workspace = torch.zeros(max_tokens * max(handle.width, size), dtype=dtype)
 
-        for layer in {type(layer.mlp): layer for layer in reversed(layers)}.values():
+        for layer in {(type(layer.mlp), layer.delta is None): layer for layer in reversed(layers)}.values():
             self._rehearse(layer, hidden.view(-1), workspace, min(max_tokens, NATIVE_ROWS))
 
-        def forward(ids: Tensor, batch: PagedBatch, alive: Any = (stack, caches)) -> Tensor:  # the handle has their addresses
+        def forward(
+            ids: Tensor, batch: PagedBatch, alive: Any = (stack, caches, states)
+        ) -> Tensor:  # the handle has their addresses
             tokens = ids.shape[0]
             if tokens > max_tokens:
                 raise ValueError(f"{tokens} tokens, but at most {max_tokens} were said to come at once")
+            if states and batch.states is None:
+                raise ValueError(native_delta.LOST)
             self._embed(ids, stack.embedding, hidden)
             if stack.embedding_scale != 1.0:
                 hidden[:tokens].mul_(stack.embedding_scale)
@@ -259,6 +266,7 @@ class NativeOps:
                 batch.seq_lens.data_ptr(),
                 batch.block_tables.data_ptr(),
                 batch.block_tables.shape[1],
+                address(batch.states),
                 hidden.data_ptr(),
                 workspace.data_ptr(),
             )
@@ -310,8 +318,13 @@ class NativeOps:
             )
         return mixture.__dict__["_native"] or None
 
-    def _layer(self, layer: Layer, cache: KVCache, cos_sin: Tensor) -> Any:
+    def _layer(self, layer: Layer, cache: Any, cos_sin: Tensor) -> Any:
         weights: Any = {"qkv": layer.qkv[0], "o": layer.o}
+        if layer.delta is None:
+            kept = {"cache": self._cache(cache)}
+        else:
+            gates: Any = layer.qkv[1]
+            kept = {"delta": native_delta.layer(self.module, layer.delta, gates, cache)}
         return self.module.Layer(
             **{name: weight.handle for name, weight in weights.items()},
             **(self._inner(layer) or {}),
@@ -322,7 +335,7 @@ class NativeOps:
             attention_norm=address(layer.attention_norm),
             mlp_norm=address(layer.mlp_norm),
             cos_sin=address(cos_sin),
-            cache=self._cache(cache),
+            **kept,
             window=layer.window or 0,
             sinks=address(layer.sinks),
         )

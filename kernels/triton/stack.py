@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import MLP, Embedding, Forward, KVCache, Layer, Linear, Mixture, Norm, PagedBatch, Stack, Weight
+from kernels.states import StateCache
 from kernels.triton.attention import attention
 from kernels.triton.elementwise import gelu_mul, silu_mul
 from kernels.triton.experts import mixed_parts
@@ -41,9 +42,15 @@ from kernels.triton.weights import TritonWeight
 
 
 def bind(
-    stack: Stack, caches: Sequence[KVCache], *, max_tokens: int, embedding: Embedding, card: Card = UNKNOWN
+    stack: Stack,
+    caches: Sequence[KVCache],
+    *,
+    states: Sequence[StateCache] = (),
+    max_tokens: int,
+    embedding: Embedding,
+    card: Card = UNKNOWN,
 ) -> Forward | None:
-    """As kernels.ops.Bind; None where a weight was packed for other operators, or layers have no norms before their products.
+    """As kernels.ops.Bind; None where a weight was packed for other operators, layers have states, or no norms before products.
 
     ``embedding`` looks up rows of the stack's table.
 
@@ -52,7 +59,7 @@ def bind(
     """
     if not all(isinstance(weight, TritonWeight) for layer in stack.layers for weight in layer.weights):
         return None
-    if any(layer.input_norm is None for layer in stack.layers):
+    if states or any(layer.input_norm is None for layer in stack.layers):
         return None
     if len(caches) != len(stack.layers):
         raise ValueError(f"{len(caches)} caches for {len(stack.layers)} layers")

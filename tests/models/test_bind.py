@@ -58,6 +58,7 @@ def make_ops(isa: str, threads: int = 2) -> Ops:
         "mix",
         "delta",
         "gelu_mul",
+        "sigmoid_mul",
         "bind",
     )
     return Ops(name="cpu-native", device=torch.device("cpu"), **{name: getattr(native, name) for name in names})

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
+from inspect import getclosurevars
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from appliance.memory.demand import activation_bytes
+from appliance.memory.modules import Machinery, layer_weights
 from kernels.cpu import backend
 from kernels.ops import KVCache, Ops, PagedBatch, get_ops
 from models.decoder import Decoder
@@ -19,8 +25,12 @@ from models.spec import DeltaNet, ModelSpec
 from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError, InputError
 from quant.headers import CheckpointIndex
+from quant.scheme import read_scheme
+from tests.kernels.native import instruction_sets
+from tests.kernels.paged import make_step
 from tests.memory.published import VARIANTS, Tensors, dense, fill, livelier, write_headers
 from tests.models.test_against_transformers import feed, poisoned_states
+from tests.models.test_bind import make_ops
 from tests.models.test_mixture import written_dense
 
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9])
@@ -212,6 +222,39 @@ def test_sequences_in_company(tmp_path: Path, ops: Ops) -> None:
             found[s].append(part.clone())
     for parts, whole in zip(found, expected, strict=True):
         assert (torch.cat(parts) - whole).abs().max() < 1e-3 * whole.std()
+
+
+@pytest.mark.skipif(backend.native() is None, reason="the native extension is not built")
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_one_call_is_the_operators_one_by_one(tmp_path: Path, family: str) -> None:
+    """Gates of attention among them. Sequences with a past and without; states are the same, and memory is as planned."""
+    folder = written(tmp_path, family=family)
+    for number, isa in enumerate(instruction_sets()):
+        dtype = (torch.bfloat16, torch.float32, torch.float16)[number % 3]
+        quantization = "int4" if number % 2 else None
+        decoder = load(folder, make_ops(isa), dtype, quantization=quantization)
+        spec = decoder.spec
+        one, other = poisoned_states(spec, 5), poisoned_states(spec, 5)
+        for sequences in ([(0, 9), (0, 1), (0, 33)], [(33, 2), (1, 1), (0, 2), (9, 4)]):
+            batch, cache = make_step(sequences, kv_heads=spec.kv_heads, head_dim=spec.head_dim, dtype=dtype)
+            batch = replace(batch, states=torch.tensor([1, 3, 4] if len(sequences) == 3 else [4, 3, 0, 1]).int())
+            ids = torch.randint(300, (len(batch.positions),))
+            mine, theirs = (KVCache(cache.k.clone(), cache.v.clone()) for _ in range(2))
+            bound = decoder.bind([mine], states=one, max_tokens=64)
+            found = bound(ids, batch)
+            assert (
+                not isinstance(bound, partial)
+                and torch.equal(found, decoder.forward(ids, batch, [theirs], other))
+                and bool(found.isfinite().all())
+            )
+            for a, b in zip((mine.k, mine.v, *chain(*one)), (theirs.k, theirs.v, *chain(*other)), strict=True):
+                assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+        scheme = read_scheme(CheckpointIndex.open(folder), quantization)[1]
+        native = Machinery(ops="cpu-native", dtype=str(dtype).removeprefix("torch."), head_bits=None)
+        planned, made = activation_bytes(spec, list(layer_weights(spec, scheme)), native) - 24, getclosurevars(bound).nonlocals
+        assert made["hidden"].nbytes + made["workspace"].nbytes == 64 * planned
+        with pytest.raises(ValueError, match="does not say where the states"):
+            bound(ids, replace(batch, states=None))
 
 
 def test_caches_and_states_are_counted(tmp_path: Path) -> None:

@@ -118,10 +118,10 @@ struct Machine {
     }
 
     void layers(const Stack& stack, int64_t tokens, int64_t sequences, uintptr_t positions, uintptr_t slots, uintptr_t starts, uintptr_t lengths,
-                uintptr_t tables, int64_t table_width, uintptr_t hidden, uintptr_t workspace) {
+                uintptr_t tables, int64_t table_width, uintptr_t places, uintptr_t hidden, uintptr_t workspace) {
         const std::lock_guard lock(mutex);
         run_layers(*pool, *kernels, stack, {tokens, sequences, at<int64_t>(positions), at<int64_t>(slots), at<int32_t>(starts), at<int32_t>(lengths),
-                                            at<int32_t>(tables), table_width}, at<void>(hidden), at<void>(workspace));
+                                            at<int32_t>(tables), table_width, at<int32_t>(places)}, at<void>(hidden), at<void>(workspace));
     }
 
     void pack(const Linear& w, uintptr_t codes, uintptr_t scales, uintptr_t zeros, uintptr_t to_codes, uintptr_t to_scales, uintptr_t to_zeros) {
@@ -189,6 +189,11 @@ NB_MODULE(_native, m) {
             new (self) DeltaRule{key_heads, value_heads, key_dim, value_dim, kernel, at<float>(conv), at<float>(rate), at<float>(dt_bias), at<float>(norm), eps};
         }, nb::kw_only(), "key_heads"_a, "value_heads"_a, "key_dim"_a, "value_dim"_a, "kernel"_a, "conv"_a, "rate"_a, "dt_bias"_a, "norm"_a, "eps"_a);
 
+    nb::class_<Delta>(m, "Delta")
+        .def("__init__", [](Delta* self, const DeltaRule& rule, const Linear& gates, uintptr_t conv, int64_t conv_stride, uintptr_t state, int64_t state_stride) {
+            new (self) Delta{&rule, &gates, at<float>(conv), conv_stride, at<float>(state), state_stride};
+        }, nb::kw_only(), "rule"_a, "gates"_a, "conv"_a, "conv_stride"_a, "state"_a, "state_stride"_a);
+
     nb::class_<Experts>(m, "Experts")
         .def(nb::init<const Linear&, std::vector<const Linear*>, std::vector<const Linear*>, int64_t, bool, bool, uintptr_t, int64_t, int64_t,
                       float, float, const Linear*, const Linear*, const Linear*>(),
@@ -198,11 +203,13 @@ NB_MODULE(_native, m) {
     nb::class_<Layer>(m, "Layer")
         .def("__init__", [](Layer* self, const Linear& qkv, const Linear& o, const Linear* gate_up, const Linear* down, const Experts* experts,
                             uintptr_t input_norm, uintptr_t post_norm, uintptr_t q_norm, uintptr_t k_norm, uintptr_t attention_norm,
-                            uintptr_t mlp_norm, uintptr_t cos_sin, const Cache& cache, int64_t window, uintptr_t sinks) {
+                            uintptr_t mlp_norm, uintptr_t cos_sin, const Cache* cache, int64_t window, uintptr_t sinks, const Delta* delta) {
             new (self) Layer{&qkv, &o, gate_up, down, experts == nullptr ? nullptr : &experts->mixture, at<void>(input_norm), at<void>(post_norm),
-                             at<void>(q_norm), at<void>(k_norm), at<void>(attention_norm), at<void>(mlp_norm), at<float>(cos_sin), cache, window, at<void>(sinks)};
+                             at<void>(q_norm), at<void>(k_norm), at<void>(attention_norm), at<void>(mlp_norm), at<float>(cos_sin),
+                             cache == nullptr ? Cache{} : *cache, window, at<void>(sinks), delta == nullptr ? Delta{} : *delta};
         }, nb::kw_only(), "qkv"_a, "o"_a, "gate_up"_a = nb::none(), "down"_a = nb::none(), "experts"_a = nb::none(), "input_norm"_a, "post_norm"_a,
-           "q_norm"_a, "k_norm"_a, "attention_norm"_a, "mlp_norm"_a, "cos_sin"_a, "cache"_a, "window"_a, "sinks"_a);
+           "q_norm"_a, "k_norm"_a, "attention_norm"_a, "mlp_norm"_a, "cos_sin"_a, "cache"_a = nb::none(), "window"_a, "sinks"_a,
+           "delta"_a = nb::none());
 
     nb::class_<Stack>(m, "Stack")
         .def("__init__", [](Stack* self, const std::vector<Layer>& layers, int type, int64_t heads, float eps, float offset, float scale,

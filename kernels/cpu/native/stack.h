@@ -6,6 +6,16 @@
 
 namespace appliance {
 
+// What a layer of the gated delta rule has in place of attention; qkv is then of queries, keys, values and z.
+struct Delta {
+    const DeltaRule* rule;  // null: the layer is one of attention
+    const Linear* gates;    // of b and a
+    float* conv;            // these as in DeltaArgs
+    int64_t conv_stride;
+    float* state;
+    int64_t state_stride;
+};
+
 // One layer; norms are in the type of the activations, null where the model has none.
 struct Layer {
     const Linear *qkv, *o, *gate_up, *down;  // gate_up and down are null where there is a mixture
@@ -16,6 +26,7 @@ struct Layer {
     Cache cache;
     int64_t window;  // 0: none
     const void* sinks;  // of attention; null: none
+    Delta delta;
 };
 
 struct Stack {
@@ -34,6 +45,7 @@ struct Batch {
     const int64_t *positions, *slots;
     const int32_t *starts, *lengths, *tables;
     int64_t table_width;
+    const int32_t* places;  // of the sequences' states; null where no layer has any
 };
 
 // hidden [tokens, hidden] is overwritten with what the last layer gives; workspace: tokens * width() elements.
