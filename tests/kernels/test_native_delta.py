@@ -39,15 +39,32 @@ def test_native_kernels_compute_the_same(isa: str, shape: tuple[int, ...]) -> No
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
-def test_pieces_and_company_change_no_bit(isa: str) -> None:
-    """A prompt at once, in odd pieces beside others, and by another number of threads."""
+@pytest.mark.parametrize("alike", [False, True])
+def test_any_number_of_tokens(isa: str, alike: bool) -> None:
+    """Whole pieces and what is left over, where all keys are alike, too, and hardly anything is forgotten."""
+    ops = native_ops(isa)
+    for count in range(1, 36):
+        x, gates, rule, cache, batch = make((1, 2, 20, 50, 2), [(count % 2, count)], torch.float32)
+        if alike:
+            x, gates = x.clone(), gates.clone()
+            x[:, :40] = torch.rand(40)
+            gates[:, :2], gates[:, 2:] = 8, -8
+        theirs = copied(cache)
+        expected = plain.delta(x, gates, rule, theirs, batch)
+        torch.testing.assert_close(ops.delta(x, gates, rule, cache, batch), expected, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(cache.state, theirs.state, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_cuts_move_last_bits_and_company_none(isa: str) -> None:
+    """A prompt at once, in odd pieces beside others, and by another number of threads. Cuts where pieces end move no bit."""
     ops, length = native_ops(isa), 75
     x, gates, rule, cache, batch = make((2, 4, 48, 36, 4), [(0, length)], torch.bfloat16)
     whole = copied(cache)
     expected = ops.delta(x, gates, rule, whole, batch)
     assert torch.equal(native_ops(isa, 1).delta(x, gates, rule, copied(cache), batch), expected)
-    for pieces in ([1] * 5 + [33, 37], [32, 32, 11], [length - 1, 1]):
-        mine, found, start = copied(cache), [], 0
+    for pieces in ([1] * 5 + [33, 37], [32, 32, 11], [16, 59], [length - 1, 1], [1] * length):
+        mine, lone, found, start = copied(cache), copied(cache), [], 0
         for count in pieces:
             others, other_gates, _, _, _ = make((2, 4, 48, 36, 4), [(0, 3), (0, 1)], torch.bfloat16)
             step = PagedBatch(
@@ -63,10 +80,16 @@ def test_pieces_and_company_change_no_bit(isa: str) -> None:
             rows = torch.cat((others[:3], x[start : start + count], others[3:]))
             opened = torch.cat((other_gates[:3], gates[start : start + count], other_gates[3:]))
             found.append(ops.delta(rows, opened, rule, mine, step)[3:-1])
+            by_itself = ops.delta(x[start : start + count], gates[start : start + count], rule, lone, only(step, 1))
+            assert torch.equal(found[-1], by_itself)
             start += count
         place = int(batch.states[0])  # type: ignore[index]
-        assert torch.equal(torch.cat(found), expected)
-        assert torch.equal(mine.state[place], whole.state[place]) and torch.equal(mine.conv[place], whole.conv[place])
+        assert torch.equal(mine.state[place], lone.state[place]) and torch.equal(mine.conv[place], whole.conv[place])
+        same = all(count % 16 == 0 for count in pieces[:-1])
+        eps = 0.0 if same else 2e-5
+        torch.testing.assert_close(mine.state[place], whole.state[place], rtol=eps, atol=eps)
+        eps = 0.0 if same else EPS[torch.bfloat16]
+        torch.testing.assert_close(torch.cat(found), expected, rtol=eps, atol=eps)
 
 
 def test_extremes_are_those_of_the_reference() -> None:
@@ -84,6 +107,9 @@ def test_extremes_are_those_of_the_reference() -> None:
     alone = ops.delta(x[6:], gates[6:], rule, copied(cache), only(batch, 1))
     assert found[0, 32:].isnan().all() and torch.equal(found[6:], alone)
     torch.testing.assert_close(found[:, :32], expected[:, :32], rtol=2e-5, atol=2e-5)
+    x[9, 64] = float("nan")  # of a later token of the other: what comes before knows nothing of it
+    later = ops.delta(x[6:], gates[6:], rule, copied(cache), only(batch, 1))
+    assert later[3:, 32:].isnan().all() and torch.equal(later[:3], alone[:3])
 
 
 def only(batch: PagedBatch, number: int) -> PagedBatch:
