@@ -72,7 +72,8 @@ class AnswerParser:
         if self._reasoning is None or state != "closed":
             return len(ids) if state == "open" else 0
         if self._counted is None:
-            self._counted = tokens_until(self._reasoning.tags.end, map(spelled, ids))
+            ended = self._reasoning.ended
+            self._counted = tokens_until(ended, map(spelled, ids)) - (ended != self._reasoning.tags.end)
         return self._counted
 
 

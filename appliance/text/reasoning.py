@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from appliance.text.tools.reader import open_end
+from appliance.text.tools.reader import first, open_end
 
 _EDGE = "\r\n"  # what is dropped beside a tag
 
@@ -24,6 +24,8 @@ class Tags:
     end: str = "</think>"
     assumed: bool = False  # it always begins with reasoning, start tag or not
     around: tuple[str, ...] = ()  # behind it a start and an end tag may stand around the answer: they are no part of that
+    label: str = ""  # may stand behind the start tag, and is no part of the reasoning
+    before: str = ""  # a marker that ends reasoning without an end tag, and is itself a part of what follows
 
     @property
     def special(self) -> tuple[str, ...]:
@@ -37,7 +39,7 @@ class Tags:
         """
         if continued is not None:
             return continued.rfind(self.start) > continued.rfind(self.end)
-        tail = prompt[-200:].rstrip()  # templates end so; what users write is further up
+        tail = prompt[-200:].rstrip().removesuffix(self.label.rstrip())  # templates end so; what users write is further up
         return tail.endswith(self.start) or (self.assumed and not tail.endswith(self.end))
 
     def closed(self, prompt: str, continued: str | None = None) -> bool:
@@ -48,6 +50,9 @@ class Tags:
 
 
 THINK = Tags()
+GEMMA = Tags(
+    "<|channel>", "<channel|>", label="thought\n", before="<|tool_call>"
+)  # 4; its calls may come in place of the end tag
 GRANITE = Tags(around=("<response>", "</response>"))  # 3.3; its templates alone speak of these two in a row
 # Of gpt-oss, where calls and reasoning are messages of one format: "Harmony" (tools/harmony.py) reads both.
 HARMONY = Tags("<|channel|>analysis<|message|>", "<|end|>")
@@ -55,6 +60,7 @@ HARMONY = Tags("<|channel|>analysis<|message|>", "<|end|>")
 REASONING: dict[str, Tags] = {
     "deepseek_r1": Tags(assumed=True),
     "deepseek_v3": THINK,
+    "gemma4": GEMMA,
     "glm45": THINK,
     "granite": Tags("Here is my thought process:", "Here is my response:"),
     "kimi_k2": THINK,
@@ -76,7 +82,7 @@ def tags_of(templates: Iterable[str]) -> Tags | None:
         return HARMONY
     if "".join(GRANITE.around) in source:
         return GRANITE
-    others = (REASONING[name] for name in ("mistral", "seed_oss", "granite"))
+    others = (REASONING[name] for name in ("mistral", "seed_oss", "gemma4", "granite"))
     return next((tags for tags in (*others, THINK) if tags.end in source), None)
 
 
@@ -98,13 +104,14 @@ class ReasoningParser:
         self._place = "start"
         self._without_tag = "reasoning" if opened else "content"  # what a text is that does not begin with the start tag
         self._trims = opened  # line breaks come before the first text of this place
-        self._reasoned = self._framed = False
+        self._framed = False
+        self.ended = ""  # by this marker
 
     @property
     def state(self) -> Literal["none", "open", "closed"]:
         """Whether there was reasoning so far, and has come to its end."""
         if self._place in ("behind", "content"):
-            return "closed" if self._reasoned else "none"
+            return "closed" if self.ended else "none"
         return "open" if self._place == "reasoning" or self._without_tag == "reasoning" else "none"
 
     def push(self, text: str) -> ReasoningDelta:
@@ -118,6 +125,8 @@ class ReasoningParser:
 
     def finish(self) -> ReasoningDelta:
         """What was held back, now that no more comes: the beginning of a tag is text."""
+        if self._place == "start" and self._held.lstrip().startswith(self.tags.start):  # with a part of its label
+            self._place, self._held = "reasoning", ""
         place = self._without_tag if self._place == "start" else self._place
         if self._framed and (frame := self._held.rstrip()).endswith(self.tags.around[1]):
             self._held = frame.removesuffix(self.tags.around[1]).rstrip(_EDGE)
@@ -130,20 +139,24 @@ class ReasoningParser:
         return ReasoningDelta(now.reasoning + last.reasoning, now.content + last.content)
 
     def _begin(self) -> str:
-        begun = self._held.lstrip()
-        if begun.startswith(self.tags.start):
-            self._held, self._trims = begun[len(self.tags.start) :], True
-            return "reasoning"
-        return "start" if self.tags.start.startswith(begun) else self._without_tag
+        begun, label = self._held.lstrip(), self.tags.label
+        if not begun.startswith(self.tags.start):
+            return "start" if self.tags.start.startswith(begun) else self._without_tag
+        thought = begun[len(self.tags.start) :]
+        if thought != label and label.startswith(thought):
+            return "start"
+        self._held, self._trims = thought.removeprefix(label), True
+        return "reasoning"
 
     def _reasoning(self) -> str:
-        end = self._held.find(self.tags.end)
-        if end < 0:
-            n = len(self._held) - open_end(self._held, (self.tags.end,))
+        marks = (self.tags.end, self.tags.before) if self.tags.before else (self.tags.end,)
+        found = first(self._held, marks)
+        if found is None:
+            n = len(self._held) - open_end(self._held, marks)
             return self._give(len(self._held[:n].rstrip(_EDGE)))
-        self._reasoned = True
+        end, self.ended = found
         text = self._give(len(self._held[:end].rstrip(_EDGE)))
-        self._held = self._held[self._held.find(self.tags.end) + len(self.tags.end) :]
+        self._held = self._held[self._held.find(self.ended) :].removeprefix(self.tags.end)
         self._place, self._trims = "behind" if self.tags.around else "content", True
         return text
 

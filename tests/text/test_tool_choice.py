@@ -110,6 +110,7 @@ WRITES = {
     "granite": ("ibm-granite-granite-3",),
     "seed_oss": ("ByteDance-Seed-OSS",),
     "glm45": ("GLM-4",),
+    "gemma4": ("google-gemma-4",),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from appliance.core.params import RequestError
 from appliance.text.tools.formats import Granite, Hermes, Llama3Json, Mistral
+from appliance.text.tools.gemma import Gemma4
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.tags import NOTES, Glm, SeedOss, Tagging, check_tags, in_tags
 
@@ -168,6 +169,7 @@ _SEED = Form(
     "<seed:tool_call>\n<function=%s>\n", "</function>\n</seed:tool_call>", between="\n", as_json=False, tagged=SeedOss.tags
 )
 _GLM = Form("<tool_call>%s\n", "</tool_call>", between="\n", as_json=False, tagged=Glm.tags)
+_GEMMA = Form("<|tool_call>call:%s", "<tool_call|>", as_json=False)  # with arguments as JSON, which its parser reads too
 # Of gpt-oss, of which a grammar of its own makes use. An answer ends with its call.
 HARMONY = Form(
     "<|channel|>commentary to=functions.%s <|constrain|>json<|message|>", "", between="<|call|><|start|>assistant", as_json=False
@@ -179,6 +181,7 @@ FORMS: dict[type[ToolParser], tuple[Form, ...]] = {
     Granite: (_GRANITE,),
     SeedOss: (_SEED,),
     Glm: (_GLM,),
+    Gemma4: (_GEMMA,),
 }
 
 

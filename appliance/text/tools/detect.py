@@ -8,6 +8,7 @@ from typing import Any
 
 from appliance.core.params import RequestError
 from appliance.text.tools.formats import Granite, Hermes, Llama3Json, Mistral
+from appliance.text.tools.gemma import Gemma4
 from appliance.text.tools.harmony import Harmony
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import decoded
@@ -27,7 +28,7 @@ _CALL: dict[str, Any] = {"id": "abcdef123", "type": "function", "function": {"na
 _NO_THOUGHTS = re.compile(r"<think>\s*(</think>)?|</think>")
 _CANDIDATES: dict[str, type[ToolParser]] = {
     "hermes": Hermes, "mistral": Mistral, "llama3_json": Llama3Json, "openai": Harmony, "granite": Granite,
-    "seed_oss": SeedOss, "glm45": Glm,
+    "seed_oss": SeedOss, "glm45": Glm, "gemma4": Gemma4,
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import secrets
 import string
 from hashlib import sha256
 
+from appliance.text.tools.gemma import Gemma4
 from appliance.text.tools.harmony import Harmony
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import Step, Steps, first
@@ -165,4 +166,5 @@ PARSERS: dict[str, type[ToolParser]] = {
     "seed_oss": SeedOss,
     "glm45": Glm,
     "glm47": Glm,
+    "gemma4": Gemma4,
 }

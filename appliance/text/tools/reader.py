@@ -54,6 +54,15 @@ class Reader:
                 return "".join(parts)
             yield
 
+    def until(self, mark: str) -> Step[str]:
+        """What stands before a marker; that is read too."""
+        start = self.at
+        while (end := self.held.find(mark, start)) < 0:
+            start = max(start, len(self.held) - len(mark) + 1)
+            yield
+        text, self.at = self.held[self.at : end], end + len(mark)
+        return text
+
     def string(self) -> Step[str]:
         """The JSON string whose first quote comes next, as it is written."""
         self.at += 1

@@ -82,15 +82,7 @@ class Tagged(ToolParser):
             if _is_json(text) and (yield from self.sees(self.tags.end)):
                 return text
         self.at = start
-        return typed((yield from self._until(self.tags.end)), schema)
-
-    def _until(self, mark: str) -> Step[str]:
-        start = self.at
-        while (end := self.held.find(mark, start)) < 0:
-            start = max(start, len(self.held) - len(mark) + 1)
-            yield
-        text, self.at = self.held[self.at : end], end + len(mark)
-        return text
+        return typed((yield from self.until(self.tags.end)), schema)
 
     def _give(self, arguments: str) -> None:
         self.drop()
