@@ -27,13 +27,14 @@ RESIDENT = 2  # programs that a multiprocessor holds at a time
 def choose(width: int, bits: int, capability: int, *, exact: bool) -> Launch:
     """For heads padded to ``width`` features, a cache of ``bits`` an element, and float32 queries where ``exact``.
 
-    ROWS are at least those that a product needs.
+    ROWS are at least those that a product needs; float32 queries of 512 features leave no room for more than a group.
     """
     if exact or 0 < capability < 80:  # no products in hardware: operands stay in registers
-        return Launch(16, max(16, min(32, 4096 // width)), 8, 2)
+        return Launch(8 if width > 256 else 16, max(16, min(32, 4096 // width)), 8, 2)
     wide = capability in (80, 90, 100, 103)  # much shared memory, and memory fast enough to need more on its way
     tile = 8 * (16384 if wide else 8192) // (width * bits)
-    return Launch(16, max(16, min(64, tile)), 4, 5)
+    # Heads of 512 have more on its way in each stage, and those of 16 bits twice as much as that: two programs are to fit.
+    return Launch(16, max(16, min(64, tile)), 4, 5 if width <= 256 else 4 if tile >= 16 else 3)
 
 
 def split_count(max_seq: int, sequences: int, kv_heads: int, multiprocessors: int) -> int:

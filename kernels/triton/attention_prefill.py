@@ -29,10 +29,12 @@ def choose(width: int, rows: int, bits: int, capability: int, *, exact: bool) ->
     queries where ``exact``.
     """
     if exact or 0 < capability < 80:  # no products in hardware: operands stay in registers
-        return Launch(16, max(16, min(32, 2048 // width)), 8 if width > 128 else 4, 2)
+        return Launch(8 if width > 256 else 16, max(16, min(32, 2048 // width)), 8 if width > 128 else 4, 2)
     if rows <= 16:
-        return Launch(16, max(32, min(64, 4096 // width)), 4, 3)
+        return Launch(16, max(16 if width > 256 else 32, min(64, 4096 // width)), 4, 3)
     from_memory = capability in (90, 100, 103)  # products take operands from there
+    if width > 256:  # sums of 64 rows leave no registers for their shares
+        return Launch(32, 16, 8, 2)
     if width > 128 and bits == 4 and not from_memory:  # more rows have too many registers, more warps widen each code more often
         return Launch(32, 16, 4, 2)
     if width > 128:

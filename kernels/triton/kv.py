@@ -207,6 +207,17 @@ def capped(x, cap):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load(at, live, inside, MASKED: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Words of a tile, 0 beyond the head (there is nothing where WHOLE) and, where MASKED, for tokens that are not live."""
+    if MASKED:
+        return tl.load(at, mask=live & inside, other=0)
+    elif WHOLE:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=inside, other=0)
+
+
+@triton.jit
 def _columns(x, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.sum(x, 1, keep_dims=True) if COLUMNS == 1 else x
 
@@ -235,14 +246,12 @@ def fold(  # type: ignore[no-untyped-def]
     k_at = k_ptr + base + (rows[None, :] + items[:, None])
     v_at = v_ptr + base + (rows[:, None] + items[None, :])
     inside = items < ITEMS
-    if MASKED:
-        k = tl.load(k_at, mask=live[None, :] & inside[:, None], other=0)
-        v = tl.load(v_at, mask=live[:, None] & inside[None, :], other=0)
-    elif items.shape[0] == ITEMS:
-        k, v = tl.load(k_at), tl.load(v_at)
-    else:
-        k = tl.load(k_at, mask=inside[:, None], other=0)
-        v = tl.load(v_at, mask=inside[None, :], other=0)
+    WHOLE: tl.constexpr = items.shape[0] == ITEMS
+    # In float32 keys and values of more than 256 features do not both fit the shared memory of small cards.
+    LATE: tl.constexpr = tl.float32 == DTYPE and PARTS * items.shape[0] > 256
+    k = _load(k_at, live[None, :], inside[:, None], MASKED, WHOLE)
+    if not LATE:
+        v = _load(v_at, live[:, None], inside[None, :], MASKED, WHOLE)
     k = numbers(k, DTYPE, CODE, ASM)
     scores = product(q[0], k[0], None, ASM)
     for i in tl.static_range(1, PARTS):
@@ -278,6 +287,8 @@ def fold(  # type: ignore[no-untyped-def]
     total = total * shrink[:, None] + _columns(weights, total.shape[1])
     if CODE == "int4":
         low = low * shrink[:, None] + _columns(weights * v_least[None, :], low.shape[1])
+    if LATE:
+        v = _load(v_at, live[:, None], inside[None, :], MASKED, WHOLE)
     v, shares, sums = numbers(v, DTYPE, CODE, ASM), shares.to(DTYPE), ()
     for i in tl.static_range(PARTS):
         sums = sums + (product(shares, v[i], acc[i] * shrink[:, None], ASM),)  # type: ignore[assignment]

@@ -119,7 +119,7 @@ def test_block_borders(before: int, length: int) -> None:
     check(4, window=None, sequences=[(before, length), (length, 1)], dtype=torch.float32)
 
 
-@pytest.mark.parametrize("size", [16, 48, 80, 96, 112, 192, 256])
+@pytest.mark.parametrize("size", [16, 48, 80, 96, 112, 192, 256, 512])
 def test_head_sizes(size: int) -> None:
     check(6, window=None, sequences=[(40, 1), (0, 30), (20, 20)], dtype=torch.bfloat16, head_dim=size)
 

@@ -86,7 +86,7 @@ def test_borders_of_chunks(ops: NativeOps, before: int, now: int) -> None:
     check(ops, [(before, now)], dtype=torch.bfloat16, window=64)
 
 
-@pytest.mark.parametrize("size", [1, 2, 8, 15, 16, 17, 31, 32, 33, 64, 65, 112, 128, 192, 256])
+@pytest.mark.parametrize("size", [1, 2, 8, 15, 16, 17, 31, 32, 33, 64, 65, 112, 128, 192, 256, 320, 512])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_head_sizes(ops: NativeOps, size: int, dtype: torch.dtype) -> None:
     check(ops, [(20, 3), (0, 1)], size=size, dtype=dtype)
@@ -137,7 +137,7 @@ def test_queries_inside_a_wider_tensor(ops: NativeOps) -> None:
 @pytest.mark.parametrize("kind", [*SCALED_CACHES, "float16", "bfloat16", "float32"])
 def test_other_caches(ops: NativeOps, kind: str, dtype: torch.dtype) -> None:
     """Against the reference over the values that the cache holds, whatever the activations are in."""
-    for size in (48, 16, 64, 80, 96, 128, 20, 6) if kind in SCALED_CACHES else (48,):
+    for size in (48, 16, 64, 80, 96, 128, 20, 6, 320, 512) if kind in SCALED_CACHES else (48,):
         batch, cache = make_step([(70, 2), (0, 5), (300, 1)], head_dim=size, seed=size)
         q = torch.randn(8, 4, size).to(dtype)
         if kind in SCALED_CACHES:

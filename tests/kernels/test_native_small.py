@@ -74,7 +74,7 @@ def test_gates_of_large_values(ops: NativeOps) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("size", "rotary"), [(64, 64), (16, 16), (80, 80), (96, 32), (20, 20), (128, 2)])
+@pytest.mark.parametrize(("size", "rotary"), [(64, 64), (16, 16), (80, 80), (96, 32), (20, 20), (128, 2), (512, 512), (320, 80)])
 @pytest.mark.parametrize("normed", [False, True])
 def test_rope_store(ops: NativeOps, size: int, rotary: int, normed: bool, dtype: torch.dtype) -> None:
     heads, kv_heads = 6, 2
@@ -95,7 +95,7 @@ def test_rope_store(ops: NativeOps, size: int, rotary: int, normed: bool, dtype:
 
 @pytest.mark.parametrize("kind", list(SCALED_CACHES))
 @pytest.mark.parametrize("given", [None, (0.011, 0.25)])
-@pytest.mark.parametrize("size", [16, 20, 48, 64, 80, 96, 128, 2])
+@pytest.mark.parametrize("size", [16, 20, 48, 64, 80, 96, 128, 2, 512])
 def test_what_is_stored_in_codes(ops: NativeOps, kind: str, given: tuple[float, float] | None, size: int) -> None:
     """Bit by bit what the reference stores, and nothing elsewhere. Angles of zero: nothing is rounded before."""
     tokens, kv_heads = 9, 3

@@ -107,6 +107,19 @@ def test_head_sizes(size: int, kind: str | None) -> None:
         check(sequences, heads=6, head_dim=size, kind=kind)
 
 
+@pytest.mark.parametrize(
+    ("size", "kind", "dtype"),
+    [
+        *((512, kind, torch.bfloat16) for kind in (None, *SCALED_CACHES)),
+        *((size, kind, torch.float32) for size in (320, 512) for kind in (None, "int4")),
+    ],
+)
+def test_heads_of_more_than_256(size: int, kind: str | None, dtype: torch.dtype) -> None:
+    """In float32 values are loaded later than keys."""
+    for sequences, window in (([(40, 1), (0, 1), (300, 1)], None), ([(0, 30), (40, 2)], 20), ([(40, 2)], None)):
+        check(sequences, heads=8, kv_heads=1, head_dim=size, kind=kind, dtype=dtype, window=window)
+
+
 @pytest.mark.parametrize("kind", [None, *SCALED_CACHES])
 @pytest.mark.parametrize(("size", "window", "dtype"), [(256, None, torch.float16), (48, 20, torch.bfloat16)])
 def test_capped_scores(size: int, window: int | None, dtype: torch.dtype, kind: str | None) -> None:

@@ -65,7 +65,7 @@ def test_rope_store(size: int, rotary: int, normed: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize(("size", "rotary"), [(256, 256), (18, 4)])
+@pytest.mark.parametrize(("size", "rotary"), [(256, 256), (512, 512), (512, 128), (18, 4)])
 def test_norms_with_an_offset(size: int, rotary: int, dtype: torch.dtype) -> None:
     """Of queries and keys, or of queries alone."""
     batch, cache = step([(5, 1), (0, 1)], kv_heads=2, head_dim=size, dtype=dtype)
@@ -228,5 +228,6 @@ def test_compilations() -> None:
     wanted.append(compilation("bf16", "e4m3", size=96, rotary=32, normed=True, splits=4))
     wanted.append(compilation("bf16", "int4", size=96, rotary=32, normed=True, splits=4))
     wanted.append(compilation("bf16", "e4m3", size=256, rotary=256, normed=True, splits=4, offset=1.0))
+    wanted.append(compilation("bf16", "e4m3", size=512, rotary=512, normed=True, splits=4))
     for report in compile_all(wanted, loops=False):
         assert report.fits and report.stack == 0, report
