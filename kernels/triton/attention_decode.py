@@ -78,7 +78,14 @@ def decode(
     if parts is not None:
         shared = {name: given[name] for name in ("starts_ptr", "lengths_ptr", "window", "D", "WIDTH", "WINDOW")}
         _merge[(sequences, heads)](
-            parts_ptr=parts, sums_ptr=sums, out_ptr=out, splits=splits, SPLITS=triton.next_power_of_2(splits), **shared, **tiles
+            parts_ptr=parts,
+            sums_ptr=sums,
+            out_ptr=out,
+            splits=splits,
+            SPLITS=triton.next_power_of_2(splits),
+            num_warps=8 if given["WIDTH"] > 256 else 4,  # all parts are in registers at once
+            **shared,
+            **tiles,
         )
 
 

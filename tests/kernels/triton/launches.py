@@ -39,7 +39,7 @@ POINTERS = {
     torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5",
 }  # fmt: skip
 HEADS, KV_HEADS, SIZE, HIDDEN, INNER, VOCABULARY = 32, 8, 128, 4096, 14336, 128256  # of an 8B model
-WIDE = 256  # heads of Gemma
+WIDE, WIDEST = 256, 512  # heads of Gemma
 BLOCK_SIZE = 64
 
 
@@ -261,6 +261,11 @@ class Cases:
                 q, given = empty(rows, 2 * KV_HEADS, WIDE, dtype=self.dtype), {"scale": 0.1, "window": 4096, "cap": 50.0}
                 batch = step(1, rows, 8192)
                 attention(q, self.cache(kind, WIDE), batch, **given, multiprocessors=self.card.multiprocessors)
+        for kind in ("16 bits", "int8") if self.dtype == torch.bfloat16 else ():  # Gemma 4's; float32 elsewhere
+            for rows in (1, 512):
+                yield f"heads of {WIDEST}, {self.name}, cache {kind}, {rows} row{'s' * (rows > 1)} a sequence"
+                q, batch = empty(rows, 8 * KV_HEADS, WIDEST, dtype=self.dtype), step(1, rows, 8192)
+                attention(q, self.cache(kind, WIDEST), batch, scale=1.0, multiprocessors=self.card.multiprocessors)
         gated = weights.pack(weight(2 * INNER, HIDDEN, 4, 128), dtype=self.dtype, gated=True, gelu=True)
         for rows in (1, 2048):
             yield f"GELU and multiply, {self.name}, {rows} row{'s' * (rows > 1)}"
