@@ -18,6 +18,7 @@ from appliance.text.reasoning import REASONING, THINK
 from appliance.text.tokenizer import Tokenizer
 from appliance.text.tools.choice import tool_choice
 from appliance.text.tools.detect import detect
+from appliance.text.tools.gemma import Gemma4
 from appliance.text.tools.harmony import Harmony
 from quant.errors import InputError
 from tests.server.conftest import Served, serve_in_thread
@@ -83,7 +84,7 @@ def serve(directory: Path, kind: str, source: str | None = None, **options: Any)
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     (directory / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": source or template(kind)}))
     backend = Tokenizer.load(directory)._backend
-    backend.add_special_tokens([marker for one in (*KINDS, Harmony) if one.__name__ == kind for marker in one.special])
+    backend.add_special_tokens([marker for one in (*KINDS, Harmony, Gemma4) if one.__name__ == kind for marker in one.special])
     backend.save(str(directory / "tokenizer.json"))
     tokenizer = Tokenizer.load(directory)
     config = ServerConfig(served_model_name=("tiny",), **options)
@@ -175,6 +176,19 @@ def test_calls_of_every_form(any_kind: tuple[Served, Any]) -> None:
             message = ask(served)
             assert message["content"] == "Let me see." and message["finish_reason"] == "tool_calls"
             assert [(c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]] == some
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("end", ["<channel|>", ""])
+def test_calls_and_thoughts_of_gemma(end: str, shared_data: Path, tmp_path: Path) -> None:
+    """With its own template, and markers that are special tokens."""
+    source = (shared_data / "tokenizers" / "chat_templates" / "google-gemma-4-31B-it.jinja").read_text()
+    with serve(tmp_path, "Gemma4", source) as served:
+        served.client.say(f'<|channel>thought\nHm.\n{end}<|tool_call>call:weather{{city:<|"|>Rome<|"|>}}<tool_call|>')  # type: ignore[attr-defined]
+        message = ask(served, chat_template_kwargs={"enable_thinking": True})
+    (call,) = message["tool_calls"]
+    assert call["function"] == {"name": "weather", "arguments": '{"city": "Rome"}'}
+    assert (message["content"], message["reasoning"], message["finish_reason"]) == (None, "Hm.", "tool_calls")
 
 
 def test_openai_client_goes_all_the_way(any_kind: tuple[Served, Any]) -> None:
