@@ -18,6 +18,7 @@ SLAB_BYTES = 4 << 20  # of expanded weights at a time, of torch's operators
 TRITON_SLAB_BYTES = 16 << 20  # the same of the Triton kernels (kernels/triton/slab.py): within half of a card's L2 cache
 SEGMENT = 128  # inputs that share an activation scale in the native kernels, at most
 NATIVE_ROWS = 512  # rows that the native kernels prepare at a time
+NATIVE_QUERIES = 48  # rows of a tile of queries, tokens by heads, where the heads allow it
 HUGE_PAGE = 2 << 20
 TILE = 128  # outputs, and inputs, of a tile of the Triton kernels
 TRITON_SPLIT_ROWS = 8 * 32
@@ -294,6 +295,18 @@ def native_workspace_bytes(tokens: int, K: int, group_size: int, *, rounded: boo
     """
     rows, row = min(padded(tokens, 16), NATIVE_ROWS), _native_row(K, group_size, rounded)
     return _in_pages(rows * row + 64), _in_pages(8 * (K + 40) + 2 * rows * BLOCK_N * 4 + (32 << 10))
+
+
+def native_attention_bytes(threads: int, *, heads: int, kv_heads: int, head_dim: int) -> tuple[int, int]:
+    """The same of attention over a paged cache: parts of long sequences are shared, with where 2,048 tiles of queries stand.
+
+    A thread has a tile of queries, a chunk of keys and values, and what it makes of them (native/chunks.h). Of one thread nothing
+    is cut, of several each may have five parts.
+    """
+    rows, width = max(NATIVE_QUERIES, heads // kv_heads), padded(head_dim, BLOCK_N)
+    floats = (rows + BLOCK_N) * (head_dim + 16 + width) + rows * 3 * BLOCK_N + 8 * BLOCK_N
+    parts = 5 * threads * rows * (2 + width) if threads > 1 else 0
+    return _in_pages(4 * parts + 80 * 2048), _in_pages(4 * floats)
 
 
 def native_mixture_bytes(tokens: int, K: int, group_size: int, *, rounded: bool, experts: int, active: int) -> int:

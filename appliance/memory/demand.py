@@ -99,9 +99,9 @@ class Demand:
 def product_workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Machinery) -> int:
     """Bytes that a product, or a mixture of experts, needs beside its input and output, at most.
 
-    Native kernels prepare some rows of the input (of a mixture's for all experts at once), those in Triton have partial sums of
-    few rows, and for many expand a slab of a quantized weight at a time. Torch's operators expand such a slab into bytes and into
-    floats, the reference all of it.
+    Native kernels prepare some rows of the input (of a mixture's for all experts at once), and have the same memory for
+    attention; those in Triton have partial sums of few rows, and for many expand a slab of a quantized weight at a time. Torch's
+    operators expand such a slab into bytes and into floats, the reference all of it.
     """
     dtype, quantized = machinery.dtype, [one for one in weights if one.kind != "dense"]
     if machinery.ops == "triton":
@@ -122,6 +122,8 @@ def product_workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Mac
         (one.module.part == "experts", one.module.K, one.group_size, one.kind in ("int", "fp4") and by_choice) for one in weights
     }
     parts = [layout.native_workspace_bytes(rows, K, group, rounded=rounded) for _, K, group, rounded in shapes]
+    heads = {"heads": spec.heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim}
+    parts.append(layout.native_attention_bytes(machinery.threads, **heads))
     shared, routes = max(shared for shared, _ in parts), 0
     if spec.mixture is not None:
         counts, shared_mlp = {"experts": spec.mixture.experts, "active": spec.mixture.active}, spec.mixture.shared
@@ -136,7 +138,7 @@ def attention_workspace(spec: ModelSpec, machinery: Machinery) -> int:
     """Bytes that attention, or the gated delta rule, needs beside queries and result.
 
     Triton's leaves the parts of sequences that it has split there, when tokens are decoded: float32, with a sum a head. Native
-    kernels use the memory of products, of which they need less.
+    kernels use the memory of products, which is large enough for it.
     """
     delta = 0
     if spec.delta is not None:

@@ -13,6 +13,7 @@ from kernels.cpu.native_ops import NativeOps
 from kernels.layout import bias_nbytes, head_bits, native_workspace_bytes, ops_name, shares_table, slab_rows, weight_nbytes
 from quant.errors import InputError
 from tests.kernels.native import instruction_sets, native_ops
+from tests.kernels.paged import make_step
 from tests.kernels.weights import random_fp4, random_nvfp4, random_weight
 
 PACKERS = {"cpu": weights, "reference": reference}
@@ -125,6 +126,18 @@ def test_native_products_stay_within_the_planned_workspace(isa: str, dtype: str)
                 parts = native_workspace_bytes(rows, K, group, rounded=activation == "int8")
                 planned = [max(pair) for pair in zip(planned, parts, strict=True)]
     assert 0 < native.machine.scratch_bytes <= sum(planned)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(16, 2, 512), (6, 6, 20), (71, 1, 64)])
+def test_native_attention_stays_within_the_planned_workspace(threads: int, heads: int, kv_heads: int, size: int) -> None:
+    """In prefill and in decode, where long sequences are cut; what a thread needs is planned to the byte."""
+    native = NativeOps(instruction_sets()[0], threads)
+    shared, each = layout.native_attention_bytes(threads, heads=heads, kv_heads=kv_heads, head_dim=size)
+    for sequences in ([(3000, 1)], [(2000, 1)] * 3, [(700, 60), (0, 5)]):
+        batch, cache = make_step(sequences, kv_heads=kv_heads, head_dim=size)
+        native.attention(torch.randn(batch.positions.numel(), heads, size), cache, batch, scale=1.0)
+    assert threads * each < native.machine.scratch_bytes <= shared + threads * each
 
 
 def test_slabs() -> None:
