@@ -298,6 +298,11 @@ ARCHITECTURES = {
     "Qwen3VLForConditionalGeneration": Architecture(
         qk_norm=True, text_part=True, default_head_dim=128, theta=5e5, max_position=128000,
     ),
+    "Qwen3VLMoeForConditionalGeneration": Architecture(
+        qk_norm=True, text_part=True, tied_by_text=False, theta=5e5, max_position=128000, mixture="mlp", sparse="step",
+        normalized=True,
+        defaults={"num_key_value_heads": 16, "moe_intermediate_size": 1408, "num_experts_per_tok": 4},
+    ),
     "Qwen3_5ForCausalLM": QWEN3_5,
     "Qwen3_5ForConditionalGeneration": replace(QWEN3_5, text_part=True),
     "Qwen3_5MoeForCausalLM": QWEN3_5_MOE,
@@ -380,7 +385,8 @@ def _text_part(name: str, kind: Architecture, config: Mapping[str, Any]) -> tupl
         return kind, dict(config)  # as Qwen2-VL was published: everything in one place
     if not isinstance(part, Mapping):
         raise InputError(f"config.json: text_config is {part!r:.60}, expected an object")
-    tied = {"tie_word_embeddings": True} if part.get("tie_word_embeddings") is True else {}
+    tied = {"tie_word_embeddings": True} if kind.tied_by_text and part.get("tie_word_embeddings") is True else {}
+    part = part if kind.tied_by_text else {**part, "tie_word_embeddings": None}
     part = {**part, **{key: config[key] for key in OF_THE_WHOLE if config.get(key) is not None}, **tied}
     if not kind.texts:
         return kind, part

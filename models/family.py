@@ -78,6 +78,7 @@ class Architecture:
     delta: str = ""  # some layers are a DeltaNet: whose inputs are "split" or "fused"; and attention has an output gate
     passed_over: tuple[str, ...] = ()  # keys of NEUTRAL that mean nothing in it
     text_part: bool = False  # of a model that reads more than text: its settings stand in text_config
+    tied_by_text: bool = True  # the head is tied where either says so; else where the whole does, whatever its text part says
     texts: tuple[str, ...] = ()  # which of TEXTS that part may be; the first where it does not say
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys for which there is no field above
     rope: Mapping[str, Any] | None = None  # where neither rope_parameters nor rope_scaling say

@@ -177,11 +177,15 @@ class Checkpoint:
         with self._opening:
             if info.file not in self._files:
                 self._files[info.file] = os.open(info.file, os.O_RDONLY)
-        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        columns, width = (info.shape[1], info.nbytes // info.shape[1]) if info.pitch else (1, info.nbytes)
+        length = (columns - 1) * info.pitch + width  # what is between them is read, too: one read for all
+        buffer = torch.empty(length, dtype=torch.uint8)
         view, done = buffer.numpy().data, 0
-        while done < info.nbytes:
+        while done < length:
             count = os.preadv(self._files[info.file], [view[done:]], info.start + done)
             if count == 0:
                 raise CheckpointError(f"{info.file}: truncated while reading {info.name}: the file changed under us")
             done += count
+        if info.pitch:
+            return buffer.as_strided((columns, width), (info.pitch, 1)).contiguous().view(dtype).t().contiguous()
         return buffer.view(dtype).reshape(info.shape)

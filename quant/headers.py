@@ -34,7 +34,10 @@ GRANITE = {
 STACKED = re.compile(r"(.*\.experts)\.(\w+)_(blocks|scales|bias)")
 """gpt-oss has each kind of tensor of all experts of a layer in one, whose first dimension is the expert."""
 DENSE_STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
-"""So have Qwen3.5 and Granite in a float dtype, without biases: outputs by inputs of each expert, and gate before up."""
+"""So have Qwen3.5 and Granite in a float dtype, without biases: outputs by inputs of each expert, and gate before up.
+
+Qwen3-VL was published with inputs by outputs in each; shapes tell.
+"""
 ONE_EXPERT = re.compile(r"(.*\.experts)\.\d+(\.\w+)")
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 ITEM_SIZE = {
@@ -53,6 +56,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     end: int
+    pitch: int = 0
+    """Not 0: the file has it transposed, among others: its columns stand so many bytes apart, the first at ``start``.
+
+    ``end`` is no place in the file then.
+    """
 
     @property
     def nbytes(self) -> int:
@@ -189,13 +197,24 @@ def _unstacked(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
             found[name] = info
             continue
         count, *shape = info.shape
+        size, pitch = info.nbytes // (count * len(parts)), 0
+        step = size
+        if not STACKED.fullmatch(name) and _inputs_first(experts, tensors):
+            shape.reverse()
+            pitch = info.nbytes // (count * shape[1])
+            step = pitch // len(parts)
         if len(parts) > 1:
             shape[0] //= len(parts)
-        size = info.nbytes // (count * len(parts))
-        for place, (number, part) in enumerate(product(range(count), parts)):
-            one, start = f"{experts}.{number}.{part}", info.start + place * size
-            found[one] = replace(info, name=one, shape=tuple(shape), start=start, end=start + size)
+        for number, (place, part) in product(range(count), enumerate(parts)):
+            one, start = f"{experts}.{number}.{part}", info.start + number * len(parts) * size + place * step
+            found[one] = replace(info, name=one, shape=tuple(shape), start=start, end=start + size, pitch=pitch)
     return found
+
+
+def _inputs_first(experts: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether a DENSE_STACK has inputs by outputs of each expert."""
+    both = [tensors[name].shape for part in ("gate_up_proj", "down_proj") if (name := f"{experts}.{part}") in tensors]
+    return len(both) == 2 and len(both[1]) == 3 and both[0][1:] == (both[1][2], 2 * both[1][1])
 
 
 def _stack(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> tuple[str, list[str]]:
@@ -208,7 +227,8 @@ def _stack(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> tu
     if dense is None or len(info.shape) != 3 or f"{name}_bias" in tensors:
         return name, []
     parts = ["gate_proj.weight", "up_proj.weight"] if dense[2] == "gate_up_proj" else ["down_proj.weight"]
-    return dense[1], parts if info.shape[1] % len(parts) == 0 else []
+    outputs = info.shape[2 if _inputs_first(dense[1], tensors) else 1]
+    return dense[1], parts if outputs % len(parts) == 0 else []
 
 
 def check_stack(tensors: Mapping[str, TensorInfo], name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from appliance.config import EngineConfig
 from appliance.memory.devices import DeviceInfo
@@ -399,6 +400,13 @@ CASES = {
         head_dim=16,
         rope_parameters={"rope_type": "default", "rope_theta": 900.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
     ),
+    "vl-qwen3-moe": with_text(
+        "Qwen3VLMoe",
+        {"vision_config": {**QWEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}},
+        **EXPERTS,
+        head_dim=12,
+        mlp_only_layers=[1],
+    ),
     "qwen3.5": case("Qwen3_5ForCausalLM", **DELTA),
     "qwen3.5-bias": case(
         "Qwen3_5ForCausalLM",
@@ -492,6 +500,19 @@ def poisoned_states(spec: ModelSpec, places: int) -> list[StateCache]:
         return []
     shapes = net.conv_shape, net.state_shape
     return [StateCache(*(torch.full((places, *shape), float("nan")) for shape in shapes)) for _ in range(sum(spec.linear))]
+
+
+def test_experts_that_were_published_with_inputs_first(models: Path, tmp_path: Path) -> None:
+    """As Qwen3-VL's are; transformers reads both, and writes outputs first."""
+    shutil.copytree(models / "vl-qwen3-moe", tmp_path / "vl-qwen3-moe")
+    shutil.copy(models / "vl-qwen3-moe.expected.safetensors", tmp_path)
+    path = tmp_path / "vl-qwen3-moe" / "model.safetensors"
+    tensors = load_file(path)
+    stacks = [name for name in tensors if ".experts." in name]
+    assert len(stacks) == 4 and all(tensors[name].dim() == 3 for name in stacks)
+    save_file(tensors | {name: tensors[name].transpose(1, 2).contiguous() for name in stacks}, path)
+    decoder, ids, logits = load(tmp_path, "vl-qwen3-moe", get_ops("cpu", reference=True))
+    assert (feed(decoder, ids, [len(ids)]) - logits).abs().max() < 2e-4
 
 
 @pytest.mark.parametrize("reference", [True, False], ids=["reference", "cpu"])

@@ -189,6 +189,17 @@ MINIMAX_M2 = {
     "num_mtp_modules": 3, "use_mtp": True, "shared_intermediate_size": 0, "max_position_embeddings": 196608,
     "rms_norm_eps": 1e-6, "rope_theta": 5000000, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
 }  # fmt: skip
+QWEN3_VL_MOE = {
+    "architectures": ["Qwen3VLMoeForConditionalGeneration"], "model_type": "qwen3_vl_moe", "tie_word_embeddings": False,
+    "vision_config": {"hidden_size": 1152}, "text_config": {
+        "model_type": "qwen3_vl_moe_text", "dtype": "bfloat16", "hidden_size": 2048, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "rope_theta": 5e6, "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-6, "attention_bias": False, "tie_word_embeddings": True,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+    },
+}  # fmt: skip
 # Not copied from the hub: sizes as they are known. And parameters in billions, without what reads pictures.
 PUBLISHED = {
     "mistral-small-3.1": (mistral("mistral", 5120, 32768, 40, rope_theta=1e9, max_position_embeddings=131072), 23.57),
@@ -197,6 +208,7 @@ PUBLISHED = {
     "devstral-small-2": (ministral(5120, 32768, 40, 8192, 48.0), 23.57),
     "qwen2.5-vl-7b": (QWEN2_5_VL, 7.62),
     "qwen3-vl-4b": (QWEN3_VL, 4.02),
+    "qwen3-vl-30b-a3b": (QWEN3_VL_MOE, 30.53),
     "pixtral-12b": (PIXTRAL, 12.25),
     "llava-1.5-7b": (LLAVA, 6.74),
     "granite-3.3-8b": (GRANITE, 8.17),
@@ -323,6 +335,8 @@ def test_a_head_is_tied_where_either_place_says_so() -> None:
         {"tie_word_embeddings": True, "top": {"tie_word_embeddings": False}},
     )]  # fmt: skip
     assert tied == [False, True, True, False, True]
+    for top in (True, False):  # of these, transformers writes that of the text part as true always
+        assert ModelSpec.from_config({**QWEN3_VL_MOE, "tie_word_embeddings": top}).tie_embeddings == top
 
 
 def test_layers_that_do_not_rotate_leave_features_as_they_are() -> None:
