@@ -17,6 +17,7 @@ UNITS = (256, 128, 64, 32)  # group sizes that torch's int4 kernel for few rows 
 SLAB_BYTES = 4 << 20  # of expanded weights at a time, of torch's operators
 TRITON_SLAB_BYTES = 16 << 20  # the same of the Triton kernels (kernels/triton/slab.py): within half of a card's L2 cache
 SEGMENT = 128  # inputs that share an activation scale in the native kernels, at most
+ACTIVATED_AT_ONCE = 1 << 20  # values that go through an activation without a gate at a time, where that takes memory
 NATIVE_ROWS = 512  # rows that the native kernels prepare at a time
 NATIVE_QUERIES = 48  # rows of a tile of queries, tokens by heads, where the heads allow it
 HUGE_PAGE = 2 << 20

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kernels.activations import Activation
 from kernels.batch import PagedBatch
 from kernels.kv_cache import KVCache
 from kernels.layout import ops_name
@@ -120,6 +121,7 @@ class Layer:
     present: Callable[[], AbstractContextManager[object]] = nullcontext
     """Within it the weights can be read: those of some layers are streamed in for each step (kernels/triton/stream.py)."""
     streamed: int = 0  # bytes of these, which have no place of their own on the device
+    act: Activation | None = None  # the MLP has no gate: down(act(up(x))), and gate_up is up
     delta: DeltaRule | None = None  # in place of attention: qkv is of what ``Ops.delta`` reads, o reads what it gives
 
     @property

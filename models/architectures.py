@@ -131,6 +131,13 @@ HUNYUAN = Architecture(
     refused={"num_experts": (None, 0, 1), "use_cla": (None, False), "use_qk_norm": (None, True)},
     defaults={"bos_token_id": 1, "eos_token_id": 2},
 )  # fmt: skip
+ARCEE = Architecture(
+    mlp_bias="mlp_bias",
+    ungated="relu2",
+    eps=1e-5,
+    max_position=4096,
+    defaults={"bos_token_id": 128000, "eos_token_id": 128001},
+)
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(mlp_bias="mlp_bias"),
     "MistralForCausalLM": Architecture(qkv_bias=False, o_bias=False, window="all", default_window=4096, max_position=131072),
@@ -229,6 +236,15 @@ ARCHITECTURES = {
         },
         defaults={**HUNYUAN.defaults, "num_shared_expert": 1},
     ),
+    "ArceeForCausalLM": ARCEE,
+    "ApertusForCausalLM": Architecture(
+        qk_norm=True, ungated="xielu", input_norm="attention_layernorm", norms=("", "feedforward_layernorm", ""), eps=1e-5,
+        theta=1.2e7, max_position=65536, defaults={"bos_token_id": 1, "eos_token_id": 2},
+        refused={"qk_norm": (None, True), "post_norm": (None, False)}, rope={
+            "rope_type": "llama3", "rope_theta": 1.2e7, "factor": 8.0, "original_max_position_embeddings": 8192,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        },
+    ),
     "SeedOssForCausalLM": Architecture(
         o_bias="attention_out_bias", mlp_bias="mlp_bias", default_head_dim=128, max_position=524288,
         defaults={"attention_bias": True},
@@ -319,6 +335,7 @@ def read_architecture(config: Mapping[str, Any]) -> tuple[str, Architecture, Fie
     if kind.hybrid:
         config = _attention_alone(name, config)
     key, known = ("hidden_activation", ("gelu_pytorch_tanh",)) if kind.gelu else ("hidden_act", ("silu", "swish"))
+    known = (kind.ungated,) if kind.ungated else known
     if (activation := config.get(key, known[0])) not in known:
         raise InputError(f"config.json: {key} {activation!r} is not supported; supported is {known[0]}")
     return name, kind, Fields(config)

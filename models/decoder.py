@@ -159,6 +159,8 @@ class Decoder:
         if isinstance(layer.mlp, Mixture):
             assert norm is not None  # no mixture is without one
             return ops.mix(hidden, layer.mlp, norm=norm)
+        if layer.act is not None:
+            return self._add(layer.act(self._linear(hidden, layer.mlp.gate_up, norm)), layer.mlp.down, layer.mlp_norm, hidden)
         mlp, multiply = layer.mlp, ops.gelu_mul if self.spec.gelu else ops.silu_mul
         assert multiply is not None  # the planner refuses such models where operators have none
         return self._add(gated(ops.matmul, multiply, hidden, mlp.gate_up, norm), mlp.down, layer.mlp_norm, hidden)

@@ -57,6 +57,8 @@ class Architecture:
     normalized: bool | str = "norm_topk_prob"
     unit_norms: bool = False  # norms multiply by 1 + their weight
     norms: tuple[str, str, str] = ("", "post_attention_layernorm", "")  # see ModelSpec.norms
+    ungated: str = ""  # the activation of MLPs without a gate: "relu2", or "xielu" with tensors of its own
+    input_norm: str = "input_layernorm"  # the name of that before attention
     gelu: bool = False  # gelu(gate) * up, in the approximation by tanh, instead of silu(gate) * up
     scaled_embedding: bool = False  # by the root of the hidden size
     soft_caps: tuple[str, ...] = ()  # the keys of those that it has

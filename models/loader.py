@@ -24,6 +24,7 @@ from models.order import apart, gated_queries, halves
 from models.rope import cos_sin_table
 from models.spec import Mixture as MixtureSpec
 from models.spec import ModelSpec, ModuleShape
+from models.ungated import read_activation
 from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError
 from quant.rows import dequantize_rows, quantize_rows
@@ -230,11 +231,12 @@ class _Loader:
             norms["attention_norm"] = self._norm(f"{prefix}.{spec.norms[0]}", spec.hidden)
             norms["mlp_norm"] = self._norm(f"{prefix}.{spec.norms[2]}", spec.hidden)
         layer = Layer(
-            input_norm=self._norm(f"{prefix}.input_layernorm", spec.hidden) if spec.pre_norm else None,
+            input_norm=self._norm(f"{prefix}.{spec.input_norm}", spec.hidden) if spec.pre_norm else None,
             post_norm=self._norm(f"{prefix}.{spec.norms[1]}", spec.hidden) if spec.pre_norm else None,
             mlp=mlp,
             window=spec.windows[number],
             local=spec.rope_of(number) is spec.local_rope,
+            act=read_activation(self.checkpoint, spec.ungated, prefix),
             **norms,
         )
         return layer if self.take is None else self.take(number, layer)
@@ -274,6 +276,8 @@ class _Loader:
         return {"qkv": self._fuse(parts[:half]) + self._fuse(parts[half:]), "o": output, "delta": rule}
 
     def _mlp(self, prefix: str) -> MLP:
+        if self.spec.ungated:
+            return self._gated([self._read(prefix, "mlp.up_proj")], self._read(prefix, "mlp.down_proj"), gated=False)
         if self.spec.fused_gate_up:
             return self._gated(self._halves(self._read(prefix, "mlp.gate_up_proj")), self._read(prefix, "mlp.down_proj"))
         gate, up, down = (self._read(prefix, f"mlp.{part}_proj") for part in ("gate", "up", "down"))
@@ -307,13 +311,13 @@ class _Loader:
             gate_up = [_select(gate_up[0], torch.arange(2 * self.spec.intermediate).view(-1, 2).t().flatten())]
         return self._gated(gate_up, down)
 
-    def _gated(self, gate_up: list[Part], down: Part) -> MLP:
+    def _gated(self, gate_up: list[Part], down: Part, *, gated: bool = True) -> MLP:
         weight, bias = down
         if isinstance(weight, QuantTensor) and weight.perm is not None:
             # The inputs of down are the outputs of gate and up: put those in down's order once, and no step needs a gather.
             gate_up = [_select(part, weight.perm) for part in gate_up]
             weight = weight.without_perm()
-        return MLP(self._fuse(gate_up, gated=True), self._pack((weight, bias)))
+        return MLP(self._fuse(gate_up, gated=gated), self._pack((weight, bias)))
 
     def _read(self, prefix: str, module: str) -> Part:
         shape: ModuleShape = self.shapes[module]

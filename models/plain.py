@@ -106,7 +106,7 @@ class PlainLayer:
     def look(self, hidden: Tensor, watch: Watch | None = None) -> tuple[Tensor, Tensor]:
         """All but the last product: (what that is added to, what it reads), after ``watch`` is told everything."""
         told = watch or _nobody
-        x = self._before(hidden, "input_layernorm")
+        x = self._before(hidden, self.spec.input_norm)
         told("attention", x)
         hidden = hidden + self.attention(x, told)
         x = self._before(hidden, self.spec.norms[1])
@@ -131,6 +131,8 @@ class PlainLayer:
         return self._norm(added, self.spec.norms[2]) if self.spec.norms[2] else added
 
     def _inner(self, x: Tensor) -> Tensor:
+        if self.spec.ungated:  # others than relu2 are not quantized
+            return F.relu(self._linear(x, "mlp.up_proj")).square()
         if self.spec.fused_gate_up:
             gate, up = self._linear(x, "mlp.gate_up_proj").chunk(2, dim=-1)
         else:

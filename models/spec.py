@@ -19,6 +19,7 @@ from quant.errors import InputError
 
 __all__ = ["ARCHITECTURES", "DeltaNet", "Mixture", "ModelSpec", "ModuleShape", "RopeSpec"]
 
+XIELU = ("mlp.act_fn.alpha_p", "mlp.act_fn.alpha_n")  # within a layer; read as numbers, which take no place
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -61,6 +62,8 @@ class ModelSpec:
 
     Without one before the MLP there is none before attention.
     """
+    input_norm: str = "input_layernorm"  # the name of that
+    ungated: str = ""  # the activation of MLPs without a gate: "relu2", or "xielu" with tensors of its own
     interleaved: bool = False  # queries and keys are published such that neighbours rotate against each other, not halves
     gelu: bool = False  # gelu(gate) * up, in the approximation by tanh, instead of silu(gate) * up
     embedding_scale: float = 1.0
@@ -135,6 +138,8 @@ class ModelSpec:
             local=still if any(still) else tuple(window is not None for window in seen),
             norm_offset=1.0 if kind.unit_norms else 0.0,
             norms=kind.norms,
+            input_norm=kind.input_norm,
+            ungated=kind.ungated,
             interleaved=kind.interleaved,
             gelu=kind.gelu,
             embedding_scale=hidden**0.5 if kind.scaled_embedding else by["embedding_multiplier"] / by["residual_multiplier"],
@@ -227,7 +232,7 @@ class ModelSpec:
     @property
     def one_by_one(self) -> bool:
         """Whether it has what no call for all layers at once does (Ops.bind)."""
-        return self.whole_qk_norm or self.late_qk_norm
+        return self.whole_qk_norm or self.late_qk_norm or bool(self.ungated)
 
     @property
     def pre_norm(self) -> bool:
@@ -265,7 +270,7 @@ class ModelSpec:
         if self.fused_gate_up:
             yield ModuleShape("mlp.gate_up_proj", 2 * inner, hidden, "mlp", self.mlp_bias)
         else:
-            for name in ("gate_proj", "up_proj"):
+            for name in ("up_proj",) if self.ungated else ("gate_proj", "up_proj"):
                 yield ModuleShape(f"mlp.{name}", inner, hidden, "mlp", self.mlp_bias)
         yield ModuleShape("mlp.down_proj", hidden, inner, "mlp", self.mlp_bias)
 
@@ -281,7 +286,7 @@ class ModelSpec:
     def small_tensors(self) -> list[tuple[str, int]]:
         """Norm weights, sinks, what delta layers have, and corrections of routers: (name, number of values)."""
         found = [("model.norm.weight", self.hidden)]
-        names = [*(["input_layernorm"] if self.pre_norm else []), *filter(None, self.norms)]
+        names = [*([self.input_norm] if self.pre_norm else []), *filter(None, self.norms)]
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}"
             found += [(f"{prefix}.{n}.weight", self.hidden) for n in names]
@@ -289,6 +294,7 @@ class ModelSpec:
                 found += [(f"{prefix}.{name}", math.prod(shape)) for name, shape in self.delta.small_tensors]
             elif self.qk_norm:
                 found += [(f"{prefix}.self_attn.{name}.weight", size) for name, size in self.qk_norms]
+            found += [(f"{prefix}.{name}", 1) for name in (XIELU if self.ungated == "xielu" else ())]
             if self.sinks:
                 found.append((f"{prefix}.self_attn.sinks", self.heads))
             if (mixture := self.mixture_of(layer)) is not None and mixture.correction:
@@ -298,12 +304,13 @@ class ModelSpec:
     def small_nbytes(self, item: int) -> int:
         """Bytes of ``small_tensors`` as they are loaded where activations have ``item`` bytes.
 
-        Corrections, and what delta layers have, stay in float32.
+        Corrections, and what delta layers have, stay in float32; what XIELU names becomes numbers.
         """
         mixture, delta = self.mixture, self.delta
         wide = 0 if mixture is None or not mixture.correction else mixture.experts * (self.layers - len(mixture.dense_layers))
         wide += 0 if delta is None else sum(math.prod(shape) for _, shape in delta.small_tensors) * sum(self.linear)
-        return item * (sum(numel for _, numel in self.small_tensors()) - wide) + 4 * wide
+        numbers = sum(name.endswith(XIELU) for name, _ in self.small_tensors())
+        return item * (sum(numel for _, numel in self.small_tensors()) - wide - numbers) + 4 * wide
 
     @property
     def num_parameters(self) -> int:

@@ -79,8 +79,8 @@ class Demand:
             max_len=spec.max_len,
             vocab=spec.vocab,
             weights=weights,
-            slab=max(product_workspace(spec, [*layers, last.head], machinery), attention),
-            layer_slab=max(product_workspace(spec, layers, machinery), attention),
+            slab=max(product_workspace(spec, [*layers, last.head], machinery), attention) + activated(spec),
+            layer_slab=max(product_workspace(spec, layers, machinery), attention) + activated(spec),
             token_bytes=activation_bytes(spec, layers, machinery),
             hidden_bytes=spec.hidden * size,
             # float32; torch's operators widen a product in the activations' type
@@ -160,6 +160,11 @@ def attention_workspace(spec: ModelSpec, machinery: Machinery) -> int:
     return SPLIT_PROGRAMS * -(-spec.heads // spec.kv_heads) * (spec.head_dim + 1) * 4
 
 
+def activated(spec: ModelSpec) -> int:
+    """Bytes that an activation without a gate needs beside what it overwrites: five parts in float32, of a row at least."""
+    return 0 if spec.ungated != "xielu" else 5 * 4 * max(spec.intermediate, layout.ACTIVATED_AT_ONCE)
+
+
 def activation_bytes(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machinery) -> int:
     """Bytes of activations of one token at the widest point of a decoder layer, and 24 for ids, positions and slots.
 
@@ -213,7 +218,7 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     added = spec.hidden if spec.post_norms or single else 0
     attention = max((1 if whole == {qkv} and not single else 2) * qkv, added) + spec.q_size
     attention = max(attention, delta)
-    gated = all(one.gated and not one.stored.act_order for one in layers if one.slot == "gate_up")
+    gated = all((one.gated or spec.ungated) and not one.stored.act_order for one in layers if one.slot == "gate_up")
     mlp = ((inner if gated else 4 * inner) + added) * size if inner else 0
     if spec.mixture is not None and not gated:
         mlp = (4 * spec.widest_mlp + added) * size + _mixed(spec, spec.mixture, size)

@@ -152,7 +152,8 @@ def _joined(published: Iterable[Loaded]) -> Iterator[Loaded]:
         parts = list(run)
         if slot in JOINED and len({(part.stored, part.scale_bytes) for part in parts}) == 1:
             module = replace(parts[0].module, N=sum(part.module.N for part in parts))
-            yield replace(parts[0], module=module, gated=slot == "gate_up")
+            alone = len(parts) == 1 and parts[0].module.name.endswith(".up_proj")  # an MLP without a gate
+            yield replace(parts[0], module=module, gated=slot == "gate_up" and not alone)
         elif slot == "down":
             yield from map(_in_order, parts)
         else:

@@ -302,7 +302,7 @@ def check_kind(source: Path, spec: ModelSpec) -> None:
         )
     if spec.mixture is not None:
         raise InputError(f"{source}: {spec.architecture} is a mixture of experts, and this version quantizes none")
-    if ARCHITECTURES[spec.architecture].hybrid:
+    if spec.ungated == "xielu" or ARCHITECTURES[spec.architecture].hybrid:
         raise InputError(f"{source} is a {spec.architecture}, whose layers this version serves and does not quantize")
     if ARCHITECTURES[spec.architecture].text_part:
         raise InputError(f"{source} is a {spec.architecture}: only its text part is known here; give that as a model of its own")

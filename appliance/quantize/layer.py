@@ -148,8 +148,9 @@ def _some(seen: Seen) -> Tensor:
 
 def _scale(layer: PlainLayer, watcher: Watcher, recipe: Recipe, published: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Fold AWQ's scales into the layer; what each kind of inputs is divided by from then on, by its name. Raises InputError."""
-    normed = ("attention", "mlp") if layer.spec.pre_norm else ()  # elsewhere nothing is before them to take the scales
-    for inputs in (*normed, "heads", "inner"):
+    # Elsewhere what is before them takes no scales.
+    normed = ("attention", "mlp") if layer.spec.pre_norm else ()
+    for inputs in (*normed, "heads", *(() if layer.spec.ungated else ("inner",))):
         names = [module.name for module in layer.spec.layer_modules() if INPUTS[module.name] == inputs]
         grid, seen = recipe.grid(layer.full(names[0])), watcher.seen[inputs]
         if grid is None:
@@ -189,7 +190,7 @@ def _fold(layer: PlainLayer, inputs: str, scales: Tensor, published: torch.dtype
     """Divide what computes these inputs by ``scales``; returns by what they are divided exactly, as the parts are rounded."""
     spec = layer.spec
     if inputs in ("attention", "mlp"):
-        name = {"attention": "input_layernorm", "mlp": spec.norms[1]}[inputs]
+        name = {"attention": spec.input_norm, "mlp": spec.norms[1]}[inputs]
         before = layer.norms[name] + spec.norm_offset
         largest = torch.finfo(published).max
         layer.norms[name] = (before / scales - spec.norm_offset).clamp(-largest, largest).to(published).float()

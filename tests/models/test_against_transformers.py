@@ -376,6 +376,15 @@ CASES = {
     "minimax-m2-whole": case(
         "MiniMaxM2ForCausalLM", head_dim=8, num_local_experts=4, num_experts_per_tok=1, tie_word_embeddings=True
     ),
+    "arcee": case("ArceeForCausalLM", head_dim=12, mlp_bias=True, attention_bias=True),
+    "arcee-yarn": case("ArceeForCausalLM", tie_word_embeddings=True, rope_parameters={**ROPES["yarn"], "rope_theta": 900.0}),
+    "apertus": case("ApertusForCausalLM"),
+    "apertus-tied": case(
+        "ApertusForCausalLM",
+        attention_bias=True,
+        tie_word_embeddings=True,
+        rope_parameters={**ROPES["llama3"], "rope_theta": 900.0},
+    ),
     "ministral3": case("Ministral3ForCausalLM", head_dim=16, rope_parameters=SCALED),
     "mistral3": with_text("Mistral3", PIXTRAL, model_type="mistral", head_dim=20, sliding_window=None),
     "mistral3-of-ministral3": with_text("Mistral3", PIXTRAL, model_type="ministral3", head_dim=8, rope_parameters=SCALED),

@@ -200,6 +200,24 @@ QWEN3_VL_MOE = {
         "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
     },
 }  # fmt: skip
+ARCEE = {
+    "architectures": ["ArceeForCausalLM"], "hidden_size": 2560, "intermediate_size": 18432, "num_hidden_layers": 36,
+    "num_attention_heads": 20, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 128004, "hidden_act": "relu2",
+    "max_position_embeddings": 65536, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "attention_bias": False, "mlp_bias": False,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "rope_scaling": {
+        "rope_type": "yarn", "factor": 20.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0,
+        "mscale": 1.0,
+    },
+}  # fmt: skip
+APERTUS = {
+    "architectures": ["ApertusForCausalLM"], "hidden_size": 4096, "intermediate_size": 21504, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 131072, "hidden_act": "xielu", "qk_norm": True,
+    "max_position_embeddings": 65536, "rms_norm_eps": 1e-5, "rope_theta": 12000000, "attention_bias": False, "mlp_bias": False,
+    "post_norm": False, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+}  # fmt: skip
 # Not copied from the hub: sizes as they are known. And parameters in billions, without what reads pictures.
 PUBLISHED = {
     "mistral-small-3.1": (mistral("mistral", 5120, 32768, 40, rope_theta=1e9, max_position_embeddings=131072), 23.57),
@@ -225,6 +243,8 @@ PUBLISHED = {
     "hunyuan-7b": (HUNYUAN, 7.50),
     "hunyuan-a13b": (HUNYUAN_MOE, 80.39),
     "minimax-m2": (MINIMAX_M2, 228.69),
+    "afm-4.5b": (ARCEE, 4.62),
+    "apertus-8b": (APERTUS, 8.05),
     "olmo-2-32b": (OLMO2, 32.23),
     "olmo-3-7b": (OLMO3, 7.30),
     "olmoe-1b-7b": (OLMOE, 6.92),
@@ -299,6 +319,19 @@ def test_half_of_a_head_rotates_in_minimax_m2() -> None:
     mixture = spec.mixture
     assert mixture is not None and mixture.scores.sigmoid and (mixture.shared, mixture.normalized) == (0, True)
     assert mixture.correction == "block_sparse_moe.e_score_correction_bias"
+
+
+def test_mlps_without_a_gate_have_two_products() -> None:
+    arcee, apertus = (ModelSpec.from_config(config) for config in (ARCEE, APERTUS))
+    for spec in (arcee, apertus):
+        assert [module.name for module in spec.layer_modules() if module.part == "mlp"] == ["mlp.up_proj", "mlp.down_proj"]
+    names = [name.removeprefix("model.layers.31.") for name, _ in apertus.small_tensors() if ".31." in name]
+    norms = ["attention_layernorm", "feedforward_layernorm", "self_attn.q_norm", "self_attn.k_norm"]
+    assert names == [*(f"{name}.weight" for name in norms), "mlp.act_fn.alpha_p", "mlp.act_fn.alpha_n"]
+    assert apertus.small_nbytes(2) == 2 * (4096 + 32 * (2 * 4096 + 2 * 128)) and arcee.max_len == 81920
+    check_kind(Path("arcee"), arcee)
+    with pytest.raises(InputError, match="is a ApertusForCausalLM, whose layers this version serves and does not quantize"):
+        check_kind(Path("apertus"), apertus)
 
 
 def test_layers_of_granite_4_rotate_or_do_not() -> None:
@@ -376,6 +409,8 @@ def test_queries_are_scaled_by_whole_spans() -> None:
         ({**HUNYUAN, "rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 3.0}}, "hold 'alpha', which the linear"),
         ({**MINIMAX_M2, "rotary_dim": 256}, "partial_rotary_factor is 2.0, expected a positive number of at most 1"),
         ({**MINIMAX_M2, "scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported for MiniMaxM2ForCausalLM"),
+        ({**ARCEE, "hidden_act": "silu"}, "hidden_act 'silu' is not supported; supported is relu2"),
+        ({**APERTUS, "post_norm": True}, "post_norm = True is not supported for ApertusForCausalLM"),
         ({**OLMOE, "clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported for OlmoeForCausalLM"),
         ({**SEED, "logits_scaling": 2.0}, "logits_scaling = 2.0 is not supported for SeedOssForCausalLM"),
     ],

@@ -294,13 +294,16 @@ def test_parameters_are_counted_once_each(architecture: str) -> None:
         more |= {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 160}
     if ARCHITECTURES[architecture].delta:
         more |= {"layer_types": ["full_attention"] * 3}
+    if ungated := ARCHITECTURES[architecture].ungated:
+        more["hidden_act"] = ungated
     part = {key: value for key, value in (LLAMA | more).items() if key not in ("architectures", "hidden_act")}
     spec = read(architecture, **more, text_config=part)
     q, kv = 64, 16
     rows = (2 if spec.output_gate else 1) * q + 2 * kv
-    linears = 64 * rows + q * 64 + 3 * 160 * 64
+    linears = 64 * rows + q * 64 + (2 if spec.ungated else 3) * 160 * 64
     biases = rows * spec.qkv_bias + 64 * spec.o_bias
     norms = 2 * (spec.pre_norm + spec.post_norms) * 64 + (q + kv if spec.whole_qk_norm else 2 * 8 * spec.qk_norm)
+    norms += 2 * (spec.ungated == "xielu")
     assert spec.num_parameters == 2 * 100 * 64 + 3 * (linears + biases + norms) + 64
 
 

@@ -32,6 +32,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "SmolLM3": {"no_rope_layers": [0, 1]},
     "Olmo3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7},
     "HunYuanDenseV1": {"rope_scaling": {"type": "dynamic", "alpha": 20.0, "factor": 1.0}},
+    "Arcee": {"mlp_bias": False},
+    "Apertus": {},
     "Granite": {
         "embedding_multiplier": 3.0, "residual_multiplier": 0.3, "attention_multiplier": 0.4, "logits_scaling": 0.5,
         "rms_norm_eps": 0.1,
