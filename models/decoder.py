@@ -88,6 +88,7 @@ class Decoder:
                 else:
                     x = self._delta(layer, layer.delta, hidden, batch, next(kept_states))
                 hidden = self._add(x, layer.o, layer.attention_norm, hidden)
+                del x  # what the MLP makes may take its place
                 hidden = self._mlp(layer, hidden)
         return ops.rms_norm(hidden, **self.stack.norm._asdict())
 

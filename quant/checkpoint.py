@@ -187,5 +187,5 @@ class Checkpoint:
                 raise CheckpointError(f"{info.file}: truncated while reading {info.name}: the file changed under us")
             done += count
         if info.pitch:
-            return buffer.as_strided((columns, width), (info.pitch, 1)).contiguous().view(dtype).t().contiguous()
+            return buffer.view(dtype).as_strided(info.shape, (1, info.pitch // dtype.itemsize)).contiguous()
         return buffer.view(dtype).reshape(info.shape)

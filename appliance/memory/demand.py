@@ -220,6 +220,8 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     attention = max(attention, delta)
     gated = all((one.gated or spec.ungated) and not one.stored.act_order for one in layers if one.slot == "gate_up")
     mlp = ((inner if gated else 4 * inner) + added) * size if inner else 0
+    if mlp and spec.one_by_one:  # measured: these do not find room in what attention's operators left
+        mlp += (qkv + spec.q_size) * size
     if spec.mixture is not None and not gated:
         mlp = (4 * spec.widest_mlp + added) * size + _mixed(spec, spec.mixture, size)
     return spec.hidden * size + max(spec.hidden * size, attention * size, mlp)
