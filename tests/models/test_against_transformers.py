@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from models.decoder import Decoder
 from models.loader import load_model
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
+from tests import warm
 
 BASE = {
     "vocab_size": 97,
@@ -450,11 +448,8 @@ CHOOSING = (
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made in another working directory and without this repository on the path: transformers looks for a package ``kernels``."""
     folder = tmp_path_factory.mktemp("oracle")
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     script = (Path(__file__).parent / "oracle.py").read_text()
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], input=json.dumps(CASES), cwd=folder, env=env, capture_output=True, text=True
-    )
+    done = warm.run("-c", script, str(folder), input=json.dumps(CASES), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

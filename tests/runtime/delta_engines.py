@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -20,6 +17,7 @@ from appliance.core.messages import Submit
 from appliance.memory.planner import make_plan
 from appliance.runtime.engine import Engine
 from appliance.runtime.runner import Runner
+from tests import warm
 from tests.runtime.conftest import submit
 from tests.runtime.fake_lane import FakeLane
 from tests.runtime.test_graphs import FakeRecorder
@@ -50,10 +48,8 @@ def make_oracles(folder: Path) -> dict[str, Oracle]:
     """Made without this repository on the path: transformers looks for a package ``kernels``."""
     asked: dict[str, Any] = {"Qwen3_5": {"lengths": LENGTHS, "tokens": TOKENS, "talks": TALKS, "turns": TURNS, "system": SYSTEM}}
     asked["Qwen3Next"] = {"lengths": (3, 20), "tokens": TOKENS}
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     script = (Path(__file__).parent / "delta_oracle.py").read_text()
-    command = [sys.executable, "-c", script, str(folder)]
-    done = subprocess.run(command, input=json.dumps(asked), cwd=folder, env=env, capture_output=True, text=True)
+    done = warm.run("-c", script, str(folder), input=json.dumps(asked), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {}
     for name in asked:

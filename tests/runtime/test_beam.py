@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +20,7 @@ from appliance.runtime.beam import BeamSearch
 from appliance.runtime.engine import Engine
 from kernels.ops import KVCache, PagedBatch
 from models.decoder import Decoder
+from tests import warm
 from tests.runtime.conftest import finish, submit
 from tests.runtime.test_ahead import ahead, workload
 from tests.runtime.test_engine import mixed
@@ -334,9 +332,7 @@ def test_decisions_are_vllms(seed: int, vocab: int, width: int, steps: int, pena
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     """A small random model, and what transformers' beam search finds with it (a process of its own: see tests/models)."""
     folder = tmp_path_factory.mktemp("beams")
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    script = (Path(__file__).parent / "beam_oracle.py").read_text()
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], cwd=folder, env=env, capture_output=True, text=True)
+    done = warm.run("-c", (Path(__file__).parent / "beam_oracle.py").read_text(), str(folder), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "model", json.loads((folder / "expected.json").read_text())
 

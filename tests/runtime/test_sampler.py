@@ -1,8 +1,6 @@
 """The sampler against transformers' logits warpers, against the published formulas, and against itself in other company."""
 
 import math
-import subprocess
-import sys
 from unittest.mock import patch
 
 import numpy as np
@@ -16,6 +14,7 @@ from appliance.core.request import Request
 from appliance.runtime import sampler
 from appliance.runtime.sampler import sample, token_logprobs
 from kernels import reference
+from tests import warm
 
 INF = math.inf
 
@@ -88,8 +87,8 @@ def test_the_draw_is_the_inverse_cdf_of_transformers_distribution(tmp_path, monk
         tokens = torch.randint(vocab, (20,), generator=torch.Generator().manual_seed(i)).tolist()
         cases.append({"logits": random_logits(1, vocab, i)[0], "tokens": tokens, **options})
     torch.save(cases, tmp_path / "cases.pt")
-    command = [sys.executable, "-c", ORACLE, str(tmp_path / "cases.pt"), str(tmp_path / "out.pt")]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)  # another folder: ours has a package called kernels
+    done = warm.run("-c", ORACLE, str(tmp_path / "cases.pt"), str(tmp_path / "out.pt"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     for case, options, probs in zip(cases, settings_, torch.load(tmp_path / "out.pt"), strict=True):
         edges = np.cumsum(probs.numpy())
         for u in np.linspace(0, 1, 211)[:-1] + 1e-4:

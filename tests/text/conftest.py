@@ -1,12 +1,12 @@
 """Small tokenizers of the two great families, made on the spot, and a way to ask transformers about any tokenizer."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from tests import warm
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. The dog sleeps; the fox does not.",
@@ -69,20 +69,11 @@ def llama_dir(tmp_path_factory) -> Path:
 def ask(tmp_path_factory):
     """ask("tokenize" | "render", job) -> transformers' answer."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    command = [sys.executable, str(Path(__file__).with_name("oracle.py"))]
-    with (elsewhere / "stderr").open("w+") as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, cwd=elsewhere, text=True, encoding="utf-8"
-        )
-        assert process.stdin is not None and process.stdout is not None
+    script = str(Path(__file__).with_name("oracle.py"))
 
-        def question(what, job):
-            process.stdin.write(json.dumps({"what": what, "job": job}) + "\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-            assert answer, (elsewhere / "stderr").read_text()
-            return json.loads(answer)
+    def question(what, job):
+        done = warm.run(script, input=json.dumps({"what": what, "job": job}), cwd=elsewhere)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
 
-        yield question
-        process.stdin.close()
-        assert process.wait(60) == 0, (elsewhere / "stderr").read_text()
+    return question

@@ -1,6 +1,6 @@
 """Asks transformers. Run as a script, in another folder than the repository's (there it would find our ``kernels`` package).
 
-Reads jobs from stdin, and writes the answer to each to stdout, all in JSON, a line each: to import transformers takes seconds.
+Reads a job from stdin, and writes the answer to it to stdout, both in JSON.
 """
 
 import json
@@ -42,6 +42,5 @@ def render(job):
 
 
 if __name__ == "__main__":
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps({"tokenize": tokenize, "render": render}[request["what"]](request["job"])), flush=True)
+    request = json.load(sys.stdin)
+    print(json.dumps({"tokenize": tokenize, "render": render}[request["what"]](request["job"])))

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.kernels.triton.conftest import INTERPRETED
 
 ROOT = Path(__file__).parents[3]
@@ -60,10 +59,9 @@ def test_whole_engine(file: str, chosen: str) -> None:
 def run(card: int, *tests: str) -> str:
     """pytest, in a process whose kernels are compiled for that card."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
-        env=environment | {"APPLIANCE_EMULATE": str(card)}, cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    environment["APPLIANCE_EMULATE"] = str(card)
+    arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+    done = warm.run(*arguments, env=environment, cwd=ROOT, imported=warm.COMPILER)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout, "nothing was chosen"
     return done.stdout
