@@ -200,9 +200,10 @@ def test_package_files_stay_empty() -> None:
 
 def test_transformers_imports_beside_our_package_called_kernels() -> None:
     """transformers probes for a package of that name; ours must not be taken for it."""
-    import kernels
     from transformers.models.llama import modeling_llama  # noqa: F401
     from transformers.utils import is_kernels_available
+
+    import kernels
 
     assert kernels.__file__ is not None and Path(kernels.__file__) == ROOT / "kernels" / "__init__.py"
     assert not is_kernels_available()

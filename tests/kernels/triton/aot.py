@@ -16,10 +16,12 @@ import re
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -156,17 +158,29 @@ def compile_one(one: Compilation, target: int, loops: bool) -> Report:
         made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except Exception as error:
         raise RuntimeError(f"{one.label} for sm_{target}: {error}") from error
-    tools = Path(triton.__file__).parent.joinpath(*TOOLS)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        options = ["-res-usage", *["-sass"] * loops]
-        told = subprocess.run([tools / "cuobjdump", *options, file.name], capture_output=True, text=True, check=True).stdout
+    told = disassembled(made.asm["cubin"], loops)
     found = re.search(r"REG:(\d+) STACK:(\d+)", told)
     assert found is not None, told
     loop, turns = hot_loop(told) if loops else ({}, False)
     seen = dict(loop) if loops else None
     return Report(one.label, target, one.num_warps, int(found[1]), int(found[2]), made.metadata.shared, seen, turns)
+
+
+def disassembled(cubin: bytes, code: bool) -> str:
+    """What cuobjdump tells of a kernel, with its ``code`` (a third of a second) or without. Kept beside Triton's own cache."""
+    import triton
+    from triton.runtime.cache import get_cache_manager
+
+    tool, options = Path(triton.__file__).parent.joinpath(*TOOLS) / "cuobjdump", ["-res-usage", *["-sass"] * code]
+    kept = get_cache_manager(sha256(cubin + f"{tool} {triton.__version__} {options}".encode()).hexdigest())
+    if path := kept.get_file("told"):
+        return zlib.decompress(Path(path).read_bytes()).decode()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+    kept.put(zlib.compress(told.encode(), 1), "told")
+    return told
 
 
 def for_somebody(one: Compilation, target: int, loops: bool) -> Report:
