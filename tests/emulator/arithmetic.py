@@ -30,8 +30,10 @@ class Meaning(NamedTuple):
     compute: Callable[..., Array]
 
 
-def meaning(name: Sequence[str], operands: int = 2) -> Meaning:
-    """KeyError for an instruction that is not known. ``operands``: of those that may have more or fewer."""
+def meaning(name: Sequence[str], operands: int = 2, table: int = 0) -> Meaning:
+    """KeyError for an instruction that is not known. ``operands``: of those that may have more or fewer; ``table``: lop3's."""
+    if name[0] == "lop3":
+        return Meaning(["b32", "b32", "b32"], "b32", _logic(table))
     found, modifiers = _meaning(name, operands), set(name)
     if name[-1] == "f32" and modifiers & {"approx", "full"}:
         found = found._replace(compute=_nearly(found.compute))
@@ -67,7 +69,7 @@ def _nearly(compute: Callable[..., Array]) -> Callable[..., Array]:
 def _meaning(name: Sequence[str], operands: int) -> Meaning:
     what, kind = name[0], name[-1]
     modifiers = set(name[1:-1])
-    if what in ("setp", "cvt", "selp", "shl", "shr", "bfe", "bfi", "popc", "clz", "lop3", "prmt"):
+    if what in ("setp", "cvt", "selp", "shl", "shr", "bfe", "bfi", "popc", "clz", "prmt"):
         return SPECIAL[what](name)
     if kind in ("f16", "bf16") and name[-2] == "f32" and what in ("add", "sub", "fma"):  # sums of another type
         inputs = [kind, kind, "f32"] if what == "fma" else [kind, "f32"]
@@ -204,18 +206,26 @@ def _insert(name: Sequence[str]) -> Meaning:
     return Meaning([kind, kind, "u32", "u32"], kind, insert)
 
 
-def _lop3(name: Sequence[str]) -> Meaning:
-    def lop3(a: Array, b: Array, c: Array, table: Array) -> Array:
+@cache
+def _logic(table: int) -> Callable[[Array, Array, Array], Array]:
+    """A function of three bits, whose value for them (as a number, the first one highest) is that bit of ``table``."""
+    bits, two = (0xF0, 0xCC, 0xAA), [BINARY["and"], BINARY["or"], BINARY["xor"]]
+    for i, j, k in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
+        for inner in two:
+            for outer in two:
+                if int(outer(inner(bits[i], bits[j]), bits[k])) == table:
+                    return lambda *given, i=i, j=j, k=k, inner=inner, outer=outer: outer(inner(given[i], given[j]), given[k])
+
+    def lop3(a: Array, b: Array, c: Array) -> Array:
         found = np.zeros((), "u4")
-        for chosen in _terms(int(table)):
+        for chosen in _terms(table):
             factors = [value for value, bit in ((a, 4), (b, 2), (c, 1)) if chosen & bit]
             found = found ^ (reduce(np.bitwise_and, factors) if factors else np.uint32(0xFFFFFFFF))
         return found
 
-    return Meaning(["b32", "b32", "b32", "b32"], "b32", lop3)
+    return lop3
 
 
-@cache
 def _terms(table: int) -> list[int]:
     """A function of three bits, whose value for them (as a number) is that bit of ``table``, as the XOR of products of them."""
     return [term for term in range(8) if sum(table >> i & 1 for i in range(8) if i & term == i) % 2]
@@ -240,15 +250,9 @@ def _prmt(name: Sequence[str]) -> Meaning:
 def _count(name: Sequence[str]) -> Meaning:
     kind = name[-1]
 
-    def count(a: Array) -> Array:
-        ones = np.zeros(a.shape, "u4")
-        for i in range(8 * a.dtype.itemsize):
-            ones += (a >> np.array(i, a.dtype) & np.array(1, a.dtype)).astype("u4")
-        return ones
-
     if name[0] == "clz":
         raise KeyError(".".join(name))
-    return Meaning([kind], "u32", count)
+    return Meaning([kind], "u32", lambda a: np.bitwise_count(a.view(f"u{a.dtype.itemsize}")).astype("u4"))
 
 
 SPECIAL: dict[str, Callable[[Sequence[str]], Meaning]] = {
@@ -261,6 +265,5 @@ SPECIAL: dict[str, Callable[[Sequence[str]], Meaning]] = {
     "bfi": _insert,
     "popc": _count,
     "clz": _count,
-    "lop3": _lop3,
     "prmt": _prmt,
 }

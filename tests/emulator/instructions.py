@@ -59,8 +59,9 @@ def _control(instruction: Instruction, program: Program) -> Execute:
 
 
 def _compute(instruction: Instruction, program: Program) -> Execute:
-    inputs, output, compute = meaning(instruction.name, len(instruction.operands) - 1)
     to, *operands = (str(operand) for operand in instruction.operands)
+    table = int(operands.pop(), 0) if instruction.name[0] == "lop3" else 0
+    inputs, output, compute = meaning(instruction.name, len(operands), table)
     guard, negated = instruction.guard, instruction.negated
     readers = [_reader(operand, kind, program) for operand, kind in zip(operands, inputs, strict=True)]
     integer = INTEGERS.get(output)

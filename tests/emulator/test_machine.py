@@ -120,7 +120,7 @@ def test_copies_arrive_when_they_are_waited_for() -> None:
     ("name", "compute"),
     [
         ("prmt.b32", lambda a, b, c: int.from_bytes([((b << 32 | a) >> 8 * (c >> 4 * i & 7)) & 255 for i in range(4)], "little")),
-        ("lop3.b32", lambda a, b, c: (a & b | c) & 0xFFFFFFFF),
+        ("popc.b32", lambda a, b, c: a.bit_count()),
         ("bfe.u32", lambda a, b, c: a >> min(b & 255, 32) & ((1 << (c & 31)) - 1)),
         ("shr.s32", lambda a, b, _: (a - (a >> 31 << 32)) >> min(b, 31) & 0xFFFFFFFF),
         ("mul.hi.u32", lambda a, b, _: a * b >> 32),
@@ -136,10 +136,17 @@ def test_integers(name: str, compute: Callable[[int, int, int], int]) -> None:
         elif name in ("bfe.u32", "shr.s32"):
             b, c = random.randrange(32), random.randrange(32)
         given = [np.array([one], dtype="u4") for one in (a, b, c)][: len(known.inputs)]
-        if name == "lop3.b32":
-            given.append(np.array(0xEA, dtype="u4"))
         found = encode(known.compute(*(decode(raw, kind) for raw, kind in zip(given, known.inputs, strict=True))), known.output)
         assert int(found[0]) == compute(a, b, c), (name, a, b, c)
+
+
+def test_every_function_of_three_bits() -> None:
+    a, b, c = (np.array([one, ~one & 0xFFFFFFFF], dtype="u4") for one in (0xF0F00FF0, 0xCCCC3C3C, 0xAAAAAA55))
+    for table in range(256):
+        found = meaning(("lop3", "b32"), 3, table).compute(a, b, c)
+        for at in range(32):
+            i, j, k = (one >> np.uint32(at) & np.uint32(1) for one in (a, b, c))
+            assert ((found >> np.uint32(at) & np.uint32(1)) == (table >> (4 * i + 2 * j + k).astype(int) & 1)).all(), table
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16), ("f32", torch.float32)])
