@@ -13,12 +13,13 @@ import xml.etree.ElementTree as ElementTree
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 from kernels import configs
 from kernels.layout import SCALED_CACHES
+from tests import warm
 from tests.tiny_model import Shape, make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +43,9 @@ def test_tune_writes_a_table_that_is_read(tmp_path: Path) -> None:
     entries = [entry for shapes in told["launches"].values() for sizes in shapes.values() for entry in sizes.values()]
     assert len(entries) == 4 and all(0 < entry["microseconds"] <= entry["by_rule_microseconds"] for entry in entries)
     assert told["torch"] and told["triton"] and "date" not in told
-    again = call("tune", "--small", "--device", "cpu", "--out", str(tmp_path), "--minutes", "0")
+    arguments = ("--small", "--device", "cpu", "--out", str(tmp_path), "--minutes", "0")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    again = warm.run(str(ROOT / "scripts" / "tune.py"), *arguments, cwd=ROOT, env=environment, imported=warm.INTERPRETER)
     assert again.returncode == 0 and "minutes are over" in again.stdout and json.loads(path.read_text()) == told, (
         "nothing is lost"
     )
@@ -106,10 +109,34 @@ def test_tune_tries_only_what_a_plan_has_memory_for(monkeypatch: pytest.MonkeyPa
         assert rule in every or rows > 64
 
 
+class Forked:
+    """In place of subprocess.Popen: a process that need not import torch and triton, and has ended."""
+
+    def __init__(self, command: list[str], *, cwd: Path, stdout: IO[bytes], stderr: int, env: dict[str, str]) -> None:
+        done = warm.run(*command[1:], cwd=cwd, env=env, imported=warm.INTERPRETER)
+        stdout.write((done.stdout + done.stderr).encode())
+        self.code = done.returncode
+
+    def poll(self) -> int:
+        return self.code
+
+    def wait(self, timeout: float) -> int:
+        return self.code
+
+
 @pytest.mark.slow
-def test_gpu_check_measures_in_the_interpreter(tmp_path: Path) -> None:
-    done = call("gpu_check", "--part", "bench", "--small", "--device", "cpu", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+@pytest.mark.usefixtures("scripts")
+def test_gpu_check_measures_in_the_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it starts, and how, is seen in the next test."""
+    import gpu_check
+    import gpu_children
+
+    monkeypatch.setattr(gpu_children, "subprocess", SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # as it does by itself
+    assert gpu_check.main(["--part", "bench", "--small", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
     report = json.loads((tmp_path / "gpu_check_bench.json").read_text())
     kinds = {row["op"] for row in report["kernels"]}
     caches = ("16 bits", *SCALED_CACHES)
@@ -123,7 +150,7 @@ def test_gpu_check_measures_in_the_interpreter(tmp_path: Path) -> None:
     assert "mixture of 4 experts, 4 bits" in kinds
     assert not report["errors"] and not report["left_out"] and report["limits"]["copy"] > 0
     text = (tmp_path / "gpu_check_bench.md").read_text()
-    assert text == done.stdout[-len(text) - 1 : -1] and all(f"| {kind}" in text for kind in kinds)
+    assert text == printed[-len(text) - 1 : -1] and all(f"| {kind}" in text for kind in kinds)
     ElementTree.fromstring((tmp_path / "gpu_check_bench.svg").read_text())
 
 

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 ORACLES = ("torch", "transformers.generation", "transformers.models.auto", "transformers.models.llama.modeling_llama")
 COMPILER = ("torch", "triton", "triton.backends.nvidia.compiler", "pytest")
+INTERPRETER = ("TRITON_INTERPRET=1", "torch", "triton", "triton.runtime.interpreter")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # read when it is imported
 
 
@@ -37,7 +38,7 @@ def run(
     imported: tuple[str, ...] = ORACLES,
 ) -> subprocess.CompletedProcess[str]:
     """``args``: of Python, ``-c CODE ..``, ``-m MODULE ..`` or ``FILE ..``; ``env``: all of its variables (this process's, less
-    the path, if None); ``imported``: what it begins with."""
+    the path, if None); ``imported``: what it begins with, behind variables (NAME=VALUE) that are read meanwhile."""
     given = dict(plain() if env is None else env) | OFFLINE
     process = template(imported)
     assert process.stdin is not None and process.stdout is not None
@@ -61,8 +62,9 @@ def plain() -> dict[str, str]:
 @cache
 def template(imported: tuple[str, ...]) -> subprocess.Popen[str]:
     """Ends when this process does, or closes its input."""
-    command = [sys.executable, str(Path(__file__).resolve()), *imported]
+    command = [sys.executable, str(Path(__file__).resolve()), *(name for name in imported if "=" not in name)]
     given = {name: value for name, value in plain().items() if name != "TRITON_INTERPRET"} | OFFLINE
+    given |= dict(name.split("=", 1) for name in imported if "=" in name)
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=given, cwd=tempfile.gettempdir()
     )
