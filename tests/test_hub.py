@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +17,7 @@ import pytest
 
 from appliance.hub import called, resolve
 from quant.errors import InputError
+from tests import warm
 from tests.tiny_model import Shape, config, make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,7 +140,7 @@ PLAN = "import sys\nfrom appliance.cli import run\nsys.exit(run(['plan', *sys.ar
 
 
 def ask(home: Path, endpoint: str, model: str = "org/tiny", revision: str | None = None, **env: str) -> str:
-    """resolve() in a process of its own, since the client library reads its settings once. Returns the path, or the error."""
+    """resolve() in a process of its own, since the client library reads its settings once: the path, or the error."""
     result = python(RESOLVE, home, endpoint, model, revision or "", **env)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 1, result.stdout
@@ -150,14 +150,8 @@ def ask(home: Path, endpoint: str, model: str = "org/tiny", revision: str | None
 def python(code: str, home: Path, endpoint: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={**clean, **settings, "PYTHONPATH": str(ROOT), **env},
-        capture_output=True,
-        text=True,
-        timeout=90,
-        cwd=home,
-    )
+    environment = {**clean, **settings, "PYTHONPATH": str(ROOT), **env}
+    return warm.run("-c", code, *arguments, env=environment, cwd=home, imported=warm.DOWNLOADS)
 
 
 ADAPTER = "org/tiny: an adapter (adapter_config.json), no model: merge it into its model first"

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 ORACLES = ("torch", "transformers.generation", "transformers.models.auto", "transformers.models.llama.modeling_llama")
 COMPILER = ("torch", "triton", "triton.backends.nvidia.compiler", "pytest")
+DOWNLOADS = ("asyncio", "anyio", "httpx2", "cyclopts", "yaml", "tqdm.auto", "filelock", "numpy")
 INTERPRETER = ("TRITON_INTERPRET=1", "torch", "triton", "triton.runtime.interpreter")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # read when it is imported
 
@@ -38,8 +39,8 @@ def run(
     imported: tuple[str, ...] = ORACLES,
 ) -> subprocess.CompletedProcess[str]:
     """``args``: of Python, ``-c CODE ..``, ``-m MODULE ..`` or ``FILE ..``; ``env``: all of its variables (this process's, less
-    the path, if None); ``imported``: what it begins with, behind variables (NAME=VALUE) that are read meanwhile."""
-    given = dict(plain() if env is None else env) | OFFLINE
+    the path and offline, if None); ``imported``: what it begins with, behind variables (NAME=VALUE) that are read meanwhile."""
+    given = plain() | OFFLINE if env is None else dict(env)
     process = template(imported)
     assert process.stdin is not None and process.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -113,6 +114,9 @@ def execute(args: list[str]) -> int:
     first = str(Path(what).resolve().parent) if what not in ("-c", "-m") else os.getcwd() if what == "-m" else ""
     sys.path[0] = first
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.modules.pop("sitecustomize", None)  # that of this path, which says perhaps where packages are
+    with suppress(ImportError):
+        importlib.import_module("sitecustomize")
     try:
         if what == "-c":
             sys.argv = ["-c", *rest[1:]]
