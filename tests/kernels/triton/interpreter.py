@@ -15,9 +15,12 @@ def hasten() -> None:
     prepare, numpy_type = interpreter._patch_lang, interpreter._get_np_dtype
     prepared: set[int] = set()
     types: dict[str, Any] = {}
+    used: dict[Any, set[int]] = {}
 
     def prepare_once(function: Any) -> Any:
-        modules = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+        if (modules := used.get(function)) is None:
+            modules = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+            used[function] = modules
         if modules and modules <= prepared:
             return None  # within a launch: nobody restores what is replaced here
         scope = prepare(function)
