@@ -51,3 +51,8 @@ def test_the_path_is_its_own(tmp_path: Path) -> None:
     given = warm.plain() | {"PYTHONPATH": str(tmp_path)}
     assert warm.run("-c", code, cwd=Path("/"), env=given, imported=("json",)).stdout == "True\n"
     assert "No module named 'there'" in warm.run("-c", code, cwd=Path("/"), imported=("json",)).stderr
+    same = warm.run("-c", "import sys; print(sys.path)", cwd=tmp_path, imported=("json",))
+    plain = subprocess.run(
+        [sys.executable, "-c", "import sys; print(sys.path)"], env=warm.plain(), capture_output=True, text=True
+    )
+    assert same.stdout == plain.stdout

@@ -72,6 +72,7 @@ def template(imported: tuple[str, ...]) -> subprocess.Popen[str]:
 
 
 def main() -> None:
+    del sys.path[0]  # this folder, whose packages are called like ours
     for name in sys.argv[1:]:
         importlib.import_module(name)
     gc.collect()
@@ -112,7 +113,7 @@ def execute(args: list[str]) -> int:
     """What ``python ARGS`` does; its exit code."""
     what, *rest = args
     first = str(Path(what).resolve().parent) if what not in ("-c", "-m") else os.getcwd() if what == "-m" else ""
-    sys.path[0] = first
+    sys.path.insert(0, first)
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     sys.modules.pop("sitecustomize", None)  # that of this path, which says perhaps where packages are
     with suppress(ImportError):

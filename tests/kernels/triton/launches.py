@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from kernels.layout import SCALED_CACHES
 from kernels.ops import MLP, KVCache, Mixture, Norm, PagedBatch
 from kernels.states import DeltaRule, StateCache
 from quant.tensor import QuantTensor
+from tests import warm
 from tests.kernels.triton.aot import Compilation, environment
 from tests.kernels.triton.cards import CARDS
 
@@ -45,10 +45,8 @@ BLOCK_SIZE = 64
 
 def recorded(*targets: int) -> list[Compilation]:
     """The launches of all cases for these architectures, each once; by a process in which kernels are not the interpreter's."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.triton.launches", *map(str, targets)],
-        capture_output=True, text=True, env=environment(), cwd=ROOT, check=False,
-    )  # fmt: skip
+    arguments = ("-m", "tests.kernels.triton.launches", *map(str, targets))
+    done = warm.run(*arguments, env=environment(), cwd=ROOT, imported=warm.COMPILER)
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
     return [Compilation.of(one) for one in json.loads(done.stdout.splitlines()[-1])]
