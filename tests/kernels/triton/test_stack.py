@@ -260,7 +260,7 @@ def test_what_cannot_be_bound() -> None:
     theirs = make_decoder(reference.make_ops(torch.device("cpu")), Shape(), torch.float16)
     ids, batch, caches = step([(0, 4)], Shape(), torch.float16)(torch.device("cpu"))
     assert ours.bind is not None
-    stack = replace(theirs, ops=replace(ours, bind=lambda stack, caches, *, max_tokens: stack)).bind(caches, max_tokens=4)
+    stack = replace(theirs, ops=replace(ours, bind=lambda stack, caches, *, states, max_tokens: stack)).bind(caches, max_tokens=4)
     assert ours.bind(stack, caches, max_tokens=4) is None  # type: ignore[arg-type]
     decoder = make_decoder(ours, Shape(), torch.float16)
     with pytest.raises(ValueError, match="at most 3"):
