@@ -5,12 +5,12 @@ Whatever would fail on a card because its operands lie in different places fails
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 CARD = torch.device("meta")  # a type that asks no library whether it is there
 
@@ -46,17 +46,23 @@ class Card(TorchDispatchMode):
 
 def carried_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation. Raises RuntimeError where its tensors lie in different places; numbers may lie anywhere."""
-    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    tensors: list[Tensor] = []
+
+    def held(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        return value.held if isinstance(value, OnCard) else value
+
+    given, named = mapped(held, args), mapped(held, kwargs)
     there = [isinstance(tensor, OnCard) for tensor in tensors]
     asked = kwargs.get("device")
     moving = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
     if any(there) and not moving and any(not on and tensor.dim() for on, tensor in zip(there, tensors, strict=True)):
         raise RuntimeError(f"{func}: some of its tensors are on the card, and some are not")
     if asked is not None:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
+        named["device"] = torch.device("cpu")
     known = {id(tensor.held): tensor for tensor in tensors if isinstance(tensor, OnCard)}
-    args, kwargs = tree_map(lambda value: value.held if isinstance(value, OnCard) else value, (args, kwargs))
-    found = func(*args, **kwargs)
+    found = func(*given, **named)
     if func.overloadpacket is torch.ops.aten.copy_:
         return tensors[0]
     place = any(there) if asked is None else torch.device(asked).type == CARD.type
@@ -66,4 +72,16 @@ def carried_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return value
         return known[id(value)] if id(value) in known else OnCard(value)
 
-    return tree_map(placed, found)
+    return mapped(placed, found)
+
+
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """As tree_map, which takes as long as most of the operations that are carried out here."""
+    kind = type(value)
+    if kind is tuple:
+        return tuple([mapped(change, one) for one in value])
+    if kind is list:
+        return [mapped(change, one) for one in value]
+    if kind is dict:
+        return {name: mapped(change, one) for name, one in value.items()}
+    return change(value)
