@@ -9,23 +9,36 @@ from kernels.ops import GateMul, Linear, MatMul, Mixture, Norm, RMSNorm
 from kernels.scores import SOFTMAX, Scores
 
 
-def mix(matmul: MatMul, rms_norm: RMSNorm, silu_mul: GateMul, x: Tensor, mixture: Mixture, *, norm: Norm) -> Tensor:
+def mix(
+    matmul: MatMul,
+    rms_norm: RMSNorm,
+    silu_mul: GateMul,
+    gelu_mul: GateMul,
+    x: Tensor,
+    mixture: Mixture,
+    *,
+    norm: Norm,
+    alone: bool = False,
+) -> Tensor:
     """As kernels.ops.Mix, by these operators: expert by expert, the rows that have chosen it."""
+    multiply = gelu_mul if mixture.gelu else silu_mul
     normed = rms_norm(x, norm.weight, eps=norm.eps, offset=norm.offset)
+    asked = normed if mixture.norm is None else rms_norm(x, mixture.norm, eps=norm.eps, offset=norm.offset)
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    logits = matmul(normed, mixture.router, out=total.new_empty(len(x), mixture.router.N))
+    logits = matmul(asked, mixture.router, out=total.new_empty(len(x), mixture.router.N))
     chosen, shares = route(logits, mixture.active, mixture.normalized, mixture.scores, mixture.correction)
+    shares = shares if mixture.gains is None else shares * mixture.gains[chosen]
     for number in chosen.unique().tolist():  # rising
         expert, (rows, places) = mixture.experts[number], torch.where(chosen == number)
-        inner = gated(matmul, silu_mul, normed[rows], expert.gate_up)
+        inner = gated(matmul, multiply, normed[rows], expert.gate_up)
         out = matmul(inner, expert.down, out=total.new_empty(len(rows), expert.down.N))
         total.index_add_(0, rows, out.mul_(shares[rows, places, None]))
     if mixture.shared is not None:
-        inner = gated(matmul, silu_mul, normed, mixture.shared.gate_up)
+        inner = gated(matmul, multiply, normed, mixture.shared.gate_up)
         if mixture.shared_gate is not None:
             inner *= matmul(normed, mixture.shared_gate, out=total.new_empty(len(x), 1)).sigmoid_()
         total += matmul(inner, mixture.shared.down, out=torch.empty_like(total))
-    return total.add_(x).to(x.dtype)
+    return (total if alone else total.add_(x)).to(x.dtype)
 
 
 def route(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,83 +18,13 @@ from kernels.activations import Activation
 from kernels.batch import PagedBatch
 from kernels.kv_cache import KVCache
 from kernels.layout import ops_name
-from kernels.scores import SOFTMAX, Scores
+from kernels.parts import MLP, Beside, Clamp, Linear, Mixture, Norm, Weight
 from kernels.states import Delta, DeltaRule, StateCache
 from quant.tensor import QuantTensor
 
-__all__ = ["KVCache", "Ops", "PagedBatch", "StateCache", "get_ops"]
-
-
-class Norm(NamedTuple):
-    """What an RMS norm needs: x * (weight + offset) / sqrt(mean(x^2) + eps)."""
-
-    weight: Tensor  # [size of the last dimension]
-    eps: float
-    offset: float = 0.0
-
-
-class Clamp(NamedTuple):
-    """gpt-oss's gated product: (u + 1) * g * sigmoid(slope * g), where g is gate up to the limit, and u is up within it."""
-
-    limit: float
-    slope: float
-
-
-class Weight(Protocol):
-    """A weight in the layout a device wants; made by ``Ops.pack`` and understood only by the same Ops."""
-
-    @property
-    def N(self) -> int:
-        """Outputs of the product: half the rows that were packed where the weight is gated."""
-
-    @property
-    def K(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-
-Linear = tuple[Weight, ...]  # several where the parts of a fused projection cannot be one weight; outputs are joined
-
-
-@dataclass(frozen=True)
-class MLP:
-    """down(silu(gate(x)) * up(x)), or what else the gated weight was packed for."""
-
-    gate_up: Linear  # one gated weight, or gate and up
-    down: Weight
-
-    @property
-    def weights(self) -> tuple[Weight, ...]:
-        return (*self.gate_up, self.down)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(weight.nbytes for weight in self.weights)
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """MLPs of which a router gives each token a few: their sum, weighted with the router's shares."""
-
-    router: Weight  # [experts, hidden]
-    experts: tuple[MLP, ...]  # or one, whose weights have all of them (Ops.join_experts)
-    active: int  # experts that a token goes through
-    normalized: bool  # whether the shares of these are made to add up to 1
-    scores: Scores = SOFTMAX
-    correction: Tensor | None = None  # float32 [experts]: added to scores for the choice, not for the shares
-    shared: MLP | None = None  # that every token goes through, too
-    shared_gate: Weight | None = None  # [1, hidden]: the sigmoid of its product is the share of that; None: 1
-
-    @property
-    def weights(self) -> tuple[Weight, ...]:
-        gate = () if self.shared_gate is None else (self.shared_gate,)
-        shared = () if self.shared is None else self.shared.weights
-        return (self.router, *gate, *shared, *(weight for expert in self.experts for weight in expert.weights))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(weight.nbytes for weight in self.weights) + (0 if self.correction is None else self.correction.nbytes)
+__all__ = [
+    "MLP", "Beside", "Clamp", "KVCache", "Linear", "Mixture", "Norm", "Ops", "PagedBatch", "StateCache", "Weight", "get_ops",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,9 +43,12 @@ class Layer:
     mlp: MLP | Mixture
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    v_norm: Tensor | None = None  # ones
     attention_norm: Tensor | None = None  # of what attention adds
     mlp_norm: Tensor | None = None  # of what the MLP adds
+    beside: Beside | None = None
     sinks: Tensor | None = None  # [heads]
+    scalar: Tensor | None = None  # [1]: what the layer gives is multiplied by it
     window: int | None = None
     local: bool = False  # it rotates by the second table
     present: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -133,13 +66,15 @@ class Layer:
 
     @property
     def weights(self) -> tuple[Weight, ...]:
-        return (*self.qkv, self.o, *self.mlp.weights)
+        beside = () if self.beside is None else self.beside.mixture.weights
+        return (*self.qkv, self.o, *self.mlp.weights, *beside)
 
     @property
     def nbytes(self) -> int:
-        small = (self.input_norm, self.post_norm, self.q_norm, self.k_norm, self.attention_norm, self.mlp_norm, self.sinks)
+        small = (self.input_norm, self.post_norm, self.q_norm, self.k_norm, self.v_norm, self.attention_norm, self.mlp_norm)
         weights = (*self.qkv, self.o, self.mlp)
-        return sum(one.nbytes for one in weights) + sum(one.nbytes for one in (*small, self.delta) if one is not None)
+        rest = (*small, self.sinks, self.scalar, self.delta, self.beside)
+        return sum(one.nbytes for one in weights) + sum(one.nbytes for one in rest if one is not None)
 
 
 class Pack(Protocol):
@@ -237,8 +172,8 @@ def sigmoid_mul(x: Tensor, gate: Tensor) -> Tensor:
 
 
 class Mix(Protocol):
-    def __call__(self, x: Tensor, mixture: Mixture, *, norm: Norm) -> Tensor:
-        """x [T, hidden] + the weighted sum of the experts' products of x normalized.
+    def __call__(self, x: Tensor, mixture: Mixture, *, norm: Norm, alone: bool = False) -> Tensor:
+        """x [T, hidden] + the weighted sum of the experts' products of x normalized; ``alone``: this sum.
 
         A token's experts are those of the router's largest scores, of equal ones the first; scores are the softmax over all
         experts, or what the mixture says, in float32, and a score is an expert's share. Sums are made in float32, expert after

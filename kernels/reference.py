@@ -262,7 +262,7 @@ def make_ops(device: torch.device) -> Ops:
         argmax=argmax,
         kth_largest=kth_largest,
         gelu_mul=gelu_mul,
-        mix=partial(mix, matmul, rms_norm, silu_mul),
+        mix=partial(mix, matmul, rms_norm, silu_mul, gelu_mul),
         sample=sample,
         delta=delta,
     )

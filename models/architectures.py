@@ -8,45 +8,10 @@ from typing import Any
 
 from models.family import Architecture
 from models.fields import Fields
+from models.gemma import GEMMA2, GEMMA3, GEMMA4
 from models.qwen import QWEN2, QWEN2_MOE, QWEN2_VL, QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from quant.errors import InputError
 
-GEMMA2 = Architecture(
-    window="alternate",
-    unit_norms=True,
-    norms=("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    gelu=True,
-    scaled_embedding=True,
-    float16=False,
-    soft_caps=("attn_logit_softcapping", "final_logit_softcapping"),
-    defaults={
-        "vocab_size": 256000,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-    },
-)
-GEMMA3 = replace(
-    GEMMA2,
-    qk_norm=True,
-    window="pattern",
-    soft_caps=("final_logit_softcapping",),
-    theta=1e6,
-    local_theta=1e4,
-    defaults={
-        **{key: value for key, value in GEMMA2.defaults.items() if "softcapping" not in key},
-        "vocab_size": 262208,
-        "max_position_embeddings": 131072,
-    },
-)
 GLM = Architecture(
     o_bias=False,
     fused_gate_up=True,
@@ -199,6 +164,8 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": replace(GEMMA3, text_part=True),
+    "Gemma4ForCausalLM": GEMMA4,
+    "Gemma4ForConditionalGeneration": replace(GEMMA4, text_part=True),
     "GraniteForCausalLM": Architecture(mlp_bias="mlp_bias", multiplied=True, float16=False),
     "GraniteMoeForCausalLM": Architecture(
         multiplied=True, float16=False, mixture="block_sparse_moe", router="router", expert_size="intermediate_size",
@@ -323,7 +290,7 @@ def read_architecture(config: Mapping[str, Any]) -> tuple[str, Architecture, Fie
     config, own = {**kind.defaults, **config}, {*kind.soft_caps, *kind.passed_over, *(MULTIPLIERS if kind.multiplied else ())}
     if kind.rope and not config.get("rope_parameters") and not config.get("rope_scaling"):
         config["rope_scaling"] = kind.rope
-    experts = {} if kind.sparse == "step" else ALL_SPARSE if kind.mixture else DENSE
+    experts = {} if kind.sparse in ("step", "switched") else ALL_SPARSE if kind.mixture else DENSE
     for key in kind.listed:
         if isinstance(given := config.get(key), list):
             if not given or any(one != given[0] for one in given):

@@ -90,6 +90,7 @@ class Decoder:
                 hidden = self._add(x, layer.o, layer.attention_norm, hidden)
                 del x  # what the MLP makes may take its place
                 hidden = self._mlp(layer, hidden)
+                hidden = hidden if layer.scalar is None else hidden.mul_(layer.scalar)
         return ops.rms_norm(hidden, **self.stack.norm._asdict())
 
     @cached_property
@@ -132,9 +133,11 @@ class Decoder:
     def _attention(self, layer: Layer, hidden: Tensor, batch: PagedBatch, cache: KVCache, scales: Tensor | None) -> Tensor:
         """[T, Hq * D] before the output projection. ``scales``: of queries, float32 [T]."""
         spec, ops, cos_sin = self.spec, self.ops, self.stack.rotation(layer)
-        qkv = self._linear(hidden, layer.qkv, self._before(layer.input_norm))
-        gate = qkv[:, spec.q_size + 2 * spec.kv_size :]  # nothing where there is none
-        qkv = qkv[:, : spec.q_size + 2 * spec.kv_size]
+        qkv, size, kv_heads = self._linear(hidden, layer.qkv, self._before(layer.input_norm)), cache.head_dim, cache.k.shape[2]
+        if layer.v_norm is not None:
+            qkv = self._with_values(qkv, layer.v_norm, kv_heads * size)
+        gate = qkv[:, (spec.heads + 2 * kv_heads) * size :]  # nothing where there is none
+        qkv = qkv[:, : (spec.heads + 2 * kv_heads) * size]
         q_norm, k_norm = self._before(layer.q_norm), self._before(layer.k_norm)
         if spec.whole_qk_norm and q_norm is not None and k_norm is not None:
             q, k, _ = qkv.split([spec.q_size, spec.kv_size, spec.kv_size], dim=1)
@@ -148,6 +151,12 @@ class Decoder:
         found = ops.attention(q, cache, batch, scale=spec.scale, window=layer.window, cap=spec.cap, sinks=layer.sinks).flatten(1)
         return ops.sigmoid_mul(found, gate) if spec.output_gate else found
 
+    def _with_values(self, qkv: Tensor, ones: Tensor, kv: int) -> Tensor:
+        """[T, (Hq + 2 Hkv) * D]: queries, keys, and normalized the last ``kv`` features, which are values, or keys and values."""
+        keys_end = self.spec.heads * len(ones) + kv
+        values = self.ops.rms_norm(qkv[:, -kv:].reshape(-1, len(ones)), **self._norm(ones)._asdict())
+        return torch.cat((qkv[:, :keys_end], values.view(len(qkv), kv)), dim=1)
+
     def _delta(self, layer: Layer, rule: DeltaRule, hidden: Tensor, batch: PagedBatch, states: StateCache) -> Tensor:
         """[T, value heads * value_dim] before the output projection."""
         norm, parts = self._before(layer.input_norm), 1 if rule.width == layer.qkv[0].N else 2
@@ -155,7 +164,7 @@ class Decoder:
         return self.ops.delta(x, gates, rule, states, batch)
 
     def _mlp(self, layer: Layer, hidden: Tensor) -> Tensor:
-        """[T, hidden] after the MLP, or the mixture of experts."""
+        """[T, hidden] after the MLP, the mixture of experts, or both."""
         ops, norm = self.ops, self._before(layer.post_norm)
         if isinstance(layer.mlp, Mixture):
             assert norm is not None  # no mixture is without one
@@ -164,7 +173,13 @@ class Decoder:
             return self._add(layer.act(self._linear(hidden, layer.mlp.gate_up, norm)), layer.mlp.down, layer.mlp_norm, hidden)
         mlp, multiply = layer.mlp, ops.gelu_mul if self.spec.gelu else ops.silu_mul
         assert multiply is not None  # the planner refuses such models where operators have none
-        return self._add(gated(ops.matmul, multiply, hidden, mlp.gate_up, norm), mlp.down, layer.mlp_norm, hidden)
+        inner = gated(ops.matmul, multiply, hidden, mlp.gate_up, norm)
+        if layer.beside is None or layer.mlp_norm is None:
+            return self._add(inner, mlp.down, layer.mlp_norm, hidden)
+        mixed = ops.mix(hidden, layer.beside.mixture, norm=self._norm(layer.beside.norm), alone=True)
+        mixed = ops.rms_norm(mixed, **self._norm(layer.beside.mixture_norm)._asdict())
+        mixed = self._add(inner, mlp.down, layer.beside.mlp_norm, mixed)
+        return ops.rms_norm(mixed, **self._norm(layer.mlp_norm)._asdict(), residual=hidden)
 
     def _add(self, x: Tensor, weight: Weight, norm: Tensor | None, hidden: Tensor) -> Tensor:
         """hidden + x @ weight.T, [T, hidden]; the product is normalized first where there is a norm for it."""

@@ -45,14 +45,17 @@ class Architecture:
     expert_count: str = "num_experts"
     expert_choice: str = "num_experts_per_tok"
     sparse: str = ""
-    """Layers that have a mixture: all; "step": each decoder_sparse_step-th, but for mlp_only_layers; "from": from
-    first_k_dense_replace on; "types": where mlp_layer_types says so, else the same; "range": each moe_layer_interval-th from
-    moe_layer_start_index to moe_layer_end_index."""
+    """Layers that have a mixture: all; "switched": all, if enable_moe_block says so; "step": each decoder_sparse_step-th, but for
+    mlp_only_layers; "from": from first_k_dense_replace on; "types": where mlp_layer_types says so, else the same; "range": each
+    moe_layer_interval-th from moe_layer_start_index to moe_layer_end_index."""
     sigmoid: bool = False  # scores are sigmoids of the router's products, with n_group, topk_group and routed_scaling_factor
     correction: str = ""  # the name within the mixture of what is added to scores for the choice (moe_norm_min)
     shared: str = ""  # the name of an MLP within the mixture that every token goes through
     shared_count: str = ""  # as how many experts that is large; empty: shared_expert_intermediate_size says how large
     shared_gate: str = ""  # the linear beside it whose sigmoid is the share of what it gives; empty: 1
+    beside: tuple[str, ...] = ()  # layers have their MLP, too: norms of what experts read, of what they give, and the MLP
+    router_norm: str = ""  # the name within a layer of one of what the router reads, which is divided by the root of hidden_size
+    gains: str = ""  # the name within a layer of what shares are multiplied by at last
     inner: str = "intermediate_size"  # of an MLP
     normalized: bool | str = "norm_topk_prob"
     unit_norms: bool = False  # norms multiply by 1 + their weight
@@ -68,6 +71,10 @@ class Architecture:
     alpha: bool = False  # rope settings may have one, by which the base is stretched
     listed: tuple[str, ...] = ()  # keys that may have a list of one value for each layer
     local_theta: float | None = None  # layers with a window rotate otherwise than the others; where the config says no base
+    global_heads: bool = False  # layers without one have heads of their own: global_head_dim, attention_k_eq_v
+    v_norm: bool = False  # values are normalized, too, without a weight
+    layer_scalar: bool = False  # what a layer gives is multiplied by a number of its own
+    scale: float | None = None  # of attention's scores, whatever the size of heads
     float16: bool = True  # whether its activations stay within what float16 holds; Granite's are kept larger, see models/spec.py
     unrotated: str = ""
     """Layers that rotate nothing: none; "listed": every no_rope_layer_interval-th, or those with a 0 in no_rope_layers; "full":

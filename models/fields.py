@@ -30,6 +30,14 @@ class Fields:
     def flag(self, key: str, *, default: bool) -> bool:
         return self._checked(key, default, lambda v: type(v) is bool, "true or false")
 
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """One, a list of them, or none."""
+        value = self.values.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise InputError(f"{self.name}: {key} is {value!r:.60}, expected a token id or a list of them")
+        return tuple(ids)
+
     def _checked(self, key: str, default: Any, good: Any, what: str) -> Any:
         value = self.values.get(key)
         if value is None:

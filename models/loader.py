@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -15,15 +12,16 @@ import torch
 from torch import Tensor
 
 from kernels.layout import embedding_bits, head_bits, shares_table
-from kernels.ops import MLP, Clamp, Layer, Linear, Mixture, Ops, Weight
+from kernels.ops import MLP, Beside, Clamp, Layer, Linear, Mixture, Ops, Weight
 from kernels.states import DeltaRule
 from models.decoder import Decoder
 from models.delta import DeltaNet
+from models.heap import prompt_release, release_memory
 from models.kv_scales import read_largest
 from models.order import apart, gated_queries, halves
 from models.rope import cos_sin_table
 from models.spec import Mixture as MixtureSpec
-from models.spec import ModelSpec, ModuleShape
+from models.spec import ModelSpec
 from models.ungated import read_activation
 from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError
@@ -35,7 +33,6 @@ log = logging.getLogger("appliance.loader")
 Part = tuple[QuantTensor | Tensor, Tensor | None]  # a published weight [N, K] and its bias [N]
 FLOATS = ("F16", "BF16", "F32")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 WORKERS = 4  # modules converted at a time: each needs a few times its own size
 
 
@@ -71,32 +68,6 @@ def load_model(
         return loader.load(max_len, workers or min(torch.get_num_threads(), WORKERS), ends_first)
 
 
-@contextmanager
-def prompt_release() -> Iterator[None]:
-    """While this is entered, glibc gives large blocks back to the system as soon as they are freed.
-
-    Otherwise it learns, from the first that is freed, to keep blocks of up to 32 MiB, in a heap for each thread: a model of 1 GiB
-    was loaded with a peak of 1.8 GiB by four workers, and with 1.35 GiB and no slower like this.
-    """
-    choose = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if choose is None:
-        yield
-        return
-    choose(M_MMAP_THRESHOLD, 128 << 10)  # experts are small, and there are thousands: holes between them would stay
-    try:
-        yield
-    finally:
-        choose(M_MMAP_THRESHOLD, 32 << 20)  # what it learns by itself
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system: glibc keeps hundreds of MB of what loading used for a moment."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none and need none
-        if trim is not None:
-            trim(0)
-
-
 class _Loader:
     def __init__(
         self,
@@ -112,7 +83,7 @@ class _Loader:
         self.checkpoint, self.spec, self.ops, self.dtype, self.progress = checkpoint, spec, ops, dtype, progress
         self.activation, self.take = activation, take
         self.head_bits, self.embedding_bits = bits
-        self.shapes = {m.name: m for number in spec.unlike for m in spec.layer_modules(number)}
+        self.shapes = {spec.kind(number): {m.name: m for m in spec.layer_modules(number)} for number in spec.unlike}
 
     def load(self, max_len: int, count: int, ends_first: bool) -> Decoder:
         self._tell()
@@ -134,8 +105,8 @@ class _Loader:
             torch.set_num_threads(threads)
         norm = self._norm("model.norm", self.spec.hidden)
         spec = self.spec
-        attentions = (f"model.layers.{number}.self_attn" for number in range(spec.layers) if not spec.is_linear(number))
-        kv_largest = tuple(read_largest(self.checkpoint, name, self.spec.kv_heads) for name in attentions)
+        attentions = ((f"model.layers.{n}.self_attn", spec.heads_of(n)) for n in range(spec.layers) if not spec.is_linear(n))
+        kv_largest = tuple(read_largest(self.checkpoint, name, heads.count) for name, heads in attentions)
         ahead, rest = _apart(self.checkpoint.leftover(), self.spec.ahead)
         if rest:
             shown = ", ".join(rest[:5]) + (", ..." if len(rest) > 5 else "")
@@ -225,8 +196,16 @@ class _Loader:
     def _layer(self, number: int) -> Layer:
         spec, prefix = self.spec, f"model.layers.{number}"
         mixture = spec.mixture_of(number)
-        mlp = self._mlp(prefix) if mixture is None else self._mixture(prefix, mixture)
-        norms = self._attention(prefix) if spec.delta is None or not spec.is_linear(number) else self._delta(prefix, spec.delta)
+        mlp = self._mlp(prefix) if mixture is None or mixture.beside else self._mixture(prefix, mixture)
+        if spec.delta is None or not spec.is_linear(number):
+            norms = self._attention(prefix, number)
+        else:
+            norms = self._delta(prefix, spec.delta)
+        if mixture is not None and mixture.beside:
+            small = (self._norm(f"{prefix}.{name}", spec.hidden) for name in mixture.beside)
+            norms["beside"] = Beside(self._mixture(prefix, mixture), *small)
+        if spec.layer_scalar:
+            norms["scalar"] = self._vector(f"{prefix}.layer_scalar", 1)
         if spec.post_norms:
             norms["attention_norm"] = self._norm(f"{prefix}.{spec.norms[0]}", spec.hidden)
             norms["mlp_norm"] = self._norm(f"{prefix}.{spec.norms[2]}", spec.hidden)
@@ -241,24 +220,26 @@ class _Loader:
         )
         return layer if self.take is None else self.take(number, layer)
 
-    def _attention(self, prefix: str) -> dict[str, Any]:
+    def _attention(self, prefix: str, number: int) -> dict[str, Any]:
         """What a Layer has of it."""
-        spec = self.spec
-        parts = ("qkv",) if spec.fused_qkv else ("q", "k", "v")
+        spec, heads = self.spec, self.spec.heads_of(number)
+        parts: tuple[str, ...] = ("qkv",) if spec.fused_qkv else ("q", "k") if heads.keys_only else ("q", "k", "v")
         qkv = [self._read(prefix, f"self_attn.{part}_proj") for part in parts]
         if spec.interleaved:  # scores stay the same where queries and keys change their order together
             qkv = [
-                _select(part, halves(spec, heads)) for part, heads in zip(qkv, (spec.heads, spec.kv_heads), strict=False)
+                _select(part, halves(spec, count)) for part, count in zip(qkv, (spec.heads, spec.kv_heads), strict=False)
             ] + qkv[2:]
         if spec.output_gate:
             queries, gates = gated_queries(spec.heads, spec.head_dim)
             qkv = [_select(qkv[0], queries), *qkv[1:], _select(qkv[0], gates)]
         found: dict[str, Any] = {"qkv": self._fuse(qkv), "o": self._pack(self._read(prefix, "self_attn.o_proj"))}
         if spec.qk_norm:
-            q_norm, k_norm = (self._norm(f"{prefix}.self_attn.{name}", size) for name, size in spec.qk_norms)
+            q_norm, k_norm = (self._norm(f"{prefix}.self_attn.{name}", size) for name, size in spec.qk_norms(number))
             if spec.late_qk_norm:  # see Layer
                 q_norm, k_norm = q_norm * k_norm, torch.ones_like(k_norm)
             found |= {"q_norm": q_norm, "k_norm": k_norm}
+        if spec.v_norm:
+            found["v_norm"] = torch.ones(heads.size, dtype=self.dtype, device=self.ops.device)
         if spec.sinks:
             found["sinks"] = self._vector(f"{prefix}.self_attn.sinks", spec.heads)
         return found
@@ -285,8 +266,8 @@ class _Loader:
 
     def _mixture(self, prefix: str, mixture: MixtureSpec) -> Mixture:
         """Expert by expert: one is laid out (and in its place among the others, if they are joined) before the next is read."""
-        router = self._pack(self._read(prefix, f"{mixture.name}.{mixture.router}"))
-        names, join = (f"{mixture.name}.experts.{number}" for number in range(mixture.experts)), self.ops.join_experts
+        router = self._pack(self._read(prefix, f"{mixture.prefix}{mixture.router}"))
+        names, join = (f"{mixture.prefix}experts.{number}" for number in range(mixture.experts)), self.ops.join_experts
         if join is None:
             experts = tuple(self._expert(prefix, name, mixture.expert) for name in names)
         else:
@@ -301,6 +282,9 @@ class _Loader:
             mixture.normalized,
             mixture.scores,
             self._correction(f"{prefix}.{mixture.correction}", mixture.experts) if mixture.correction else None,
+            norm=self._router_norm(f"{prefix}.{mixture.router_norm}") if mixture.router_norm else None,
+            gains=self._small(f"{prefix}.{mixture.gains}", (mixture.experts,)) if mixture.gains else None,
+            gelu=self.spec.gelu,
             shared=self._expert(prefix, name, mixture.expert) if mixture.shared else None,
             shared_gate=self._pack(self._read(prefix, f"{mixture.name}.{mixture.shared_gate}")) if mixture.shared_gate else None,
         )
@@ -320,7 +304,7 @@ class _Loader:
         return MLP(self._fuse(gate_up, gated=gated), self._pack((weight, bias)))
 
     def _read(self, prefix: str, module: str) -> Part:
-        shape: ModuleShape = self.shapes[module]
+        shape = self.shapes[self.spec.kind(int(prefix.rpartition(".")[2]))][module]
         name = f"{prefix}.{module}"
         weight = self._finite(name, self.checkpoint.weight(name, expect=(shape.N, shape.K)))
         return weight, self._vector(f"{name}.bias", shape.N) if shape.bias else None
@@ -336,6 +320,12 @@ class _Loader:
 
     def _vector(self, name: str, size: int) -> Tensor:
         vector = self.checkpoint.take(name, dtypes=FLOATS, shape=(size,))
+        return vector.to(self.ops.device, self.dtype)
+
+    def _router_norm(self, name: str) -> Tensor:
+        """With the factor of what it normalizes."""
+        size = self.spec.hidden
+        vector = self.checkpoint.take(name, dtypes=FLOATS, shape=(size,)).float() * size**-0.5
         return vector.to(self.ops.device, self.dtype)
 
     def _correction(self, name: str, size: int) -> Tensor:

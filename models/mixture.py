@@ -20,7 +20,7 @@ class Mixture:
     experts: int
     active: int  # experts that a token goes through
     normalized: bool  # whether the shares of these are made to add up to 1
-    name: str  # within a layer
+    name: str  # within a layer; empty: router and experts stand in it by themselves
     router: str  # within that
     expert: tuple[str, ...]  # names of gate, up and down within an expert, or of one that has gate and up in turns, and of down
     bias: bool = False  # of router and experts
@@ -31,12 +31,20 @@ class Mixture:
     shared_name: str = ""  # within the mixture
     shared_gate: str = ""  # the same of what is [1, hidden] and says how much of it; empty: it counts whole
     dense_layers: tuple[int, ...] = ()  # that have one MLP in its place
-    dense: int = 0  # features of that
+    dense: int = 0  # features of that, or of the MLP beside it
+    beside: tuple[str, ...] = ()  # as in Architecture; empty: there is no MLP beside it
+    router_norm: str = ""  # the tensor, within a layer; empty: there is none
+    gains: str = ""  # the same
+
+    @property
+    def prefix(self) -> str:
+        """Of names within a layer."""
+        return f"{self.name}." if self.name else ""
 
     def modules(self, hidden: int, inner: int) -> Iterator[ModuleShape]:
         """The router, what all tokens go through, then expert by expert."""
         *gates, down = self.expert
-        yield ModuleShape(f"{self.name}.{self.router}", self.experts, hidden, "router", self.bias)
+        yield ModuleShape(f"{self.prefix}{self.router}", self.experts, hidden, "router", self.bias)
         if self.shared_gate:
             yield ModuleShape(f"{self.name}.{self.shared_gate}", 1, hidden, "router", False)
         if self.shared:
@@ -45,7 +53,7 @@ class Mixture:
                 yield ModuleShape(f"{prefix}.{gate}", self.shared, hidden, "mlp", False)
             yield ModuleShape(f"{prefix}.{down}", hidden, self.shared, "mlp", False)
         for number in range(self.experts):
-            prefix = f"{self.name}.experts.{number}"
+            prefix = f"{self.prefix}experts.{number}"
             for gate in gates:
                 yield ModuleShape(f"{prefix}.{gate}", 2 * inner // len(gates), hidden, "experts", self.bias)
             yield ModuleShape(f"{prefix}.{down}", hidden, inner, "experts", self.bias)
@@ -72,7 +80,7 @@ def read_mixture(kind: Architecture, fields: Fields, layers: int) -> Mixture | N
         experts=experts,
         active=active,
         normalized=normalized,
-        name=kind.mixture,
+        name="" if kind.beside else kind.mixture,
         router=kind.router,
         expert=kind.expert,
         bias=kind.expert_bias,
@@ -83,7 +91,10 @@ def read_mixture(kind: Architecture, fields: Fields, layers: int) -> Mixture | N
         shared_name=kind.shared,
         shared_gate=kind.shared_gate,
         dense_layers=dense,
-        dense=fields.integer(kind.inner) if dense else 0,
+        dense=fields.integer(kind.inner) if dense or kind.beside else 0,
+        beside=kind.beside,
+        router_norm=kind.router_norm,
+        gains=kind.gains,
     )
 
 
@@ -105,7 +116,8 @@ def dense_layers(kind: Architecture, fields: Fields, layers: int) -> tuple[int, 
         last = fields.integer("moe_layer_end_index", default=-1, minimum=-1)
         step, last = fields.integer("moe_layer_interval", default=1), layers - 1 if last == -1 else last
         return tuple(layer for layer in range(layers) if not first <= layer <= last or (layer + 1) % step)
-    return () if kind.mixture else tuple(range(layers))
+    off = kind.sparse == "switched" and not fields.flag("enable_moe_block", default=False)
+    return () if kind.mixture and not off else tuple(range(layers))
 
 
 def _scores(kind: Architecture, fields: Fields, experts: int, active: int) -> Scores:

@@ -44,6 +44,10 @@ def _frequencies(rope: RopeSpec, max_len: int) -> tuple[Tensor, float]:
             long = max_len > rope.original_max_position
             factors = torch.tensor(rope.long_factor if long else rope.short_factor, dtype=torch.float32)
             return 1.0 / (factors / _plain(rope, rope.theta)), _longrope_attention(rope)
+        case "proportional":
+            inverse = _plain(rope, rope.theta) / rope.factor
+            inverse[rope.turning :] = 0.0
+            return inverse, 1.0
         case "none":
             return torch.zeros(rope.rotary_dim // 2), 1.0
         case _:

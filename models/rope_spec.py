@@ -21,6 +21,7 @@ KEYS: dict[str, tuple[str, ...]] = {
         "truncate",
     ),
     "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor", "attention_factor"),
+    "proportional": ("factor",),
 }  # fmt: skip
 REQUIRED: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
@@ -28,6 +29,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": (),
     "longrope": ("short_factor", "long_factor"),
+    "proportional": (),
 }
 COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "llama_4_scaling_beta"}
 # Keys that other kinds use and that published configs carry along; transformers passes over them too. And how positions in a
@@ -40,7 +42,7 @@ IDLE |= {key for keys in KEYS.values() for key in keys}
 class RopeSpec:
     """Rotary embedding. ``rotary_dim`` features of each head rotate; the kinds and their parameters are transformers'."""
 
-    kind: str  # default, linear, dynamic, llama3, yarn, longrope; or none, which rotates nothing
+    kind: str  # default, linear, dynamic, llama3, yarn, longrope, proportional; or none, which rotates nothing
     theta: float
     rotary_dim: int
     max_position: int  # max_position_embeddings
@@ -59,6 +61,7 @@ class RopeSpec:
     query_beta: float = 0.0
     """Queries at position p are multiplied by 1 + query_beta * log(1 + p // query_span), as in Llama 4."""
     query_span: int = 0
+    turning: int = 0  # proportional: pairs of features that turn; the others have the angle 0 at all positions
 
     @property
     def max_len(self) -> int:
@@ -121,8 +124,10 @@ def read_rope(
     if unknown:
         raise InputError(f"config.json: rope settings hold {unknown[0]!r}, which the {kind} kind does not know")
     theta = rope.number("rope_theta", default=config.number("rope_theta", default=theta, above=1), above=1)
-    rotary = _rotary(config, rope, head_dim, whole)
+    rotary = _rotary(config, rope, head_dim, "" if kind == "proportional" else whole)
     values = _scaling(kind, rope, config, rotary)
+    if kind == "proportional":  # halves of the whole head turn against each other
+        rotary, values["turning"] = head_dim, rotary // 2
     if beta := _or_zero("llama_4_scaling_beta", rope):
         values |= {"query_beta": beta, "query_span": rope.integer("original_max_position_embeddings")}
     found = RopeSpec(kind=kind, theta=theta, rotary_dim=rotary, max_position=max_position, **values)

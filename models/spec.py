@@ -11,13 +11,14 @@ from models.architectures import ARCHITECTURES, MULTIPLIERS, read_architecture
 from models.delta import DeltaNet, delta_layers
 from models.family import Architecture
 from models.fields import Fields
+from models.heads import KVHeads, wide_heads
 from models.mixture import Mixture, read_mixture
 from models.module import ModuleShape
 from models.rope_spec import RopeSpec, by_alpha, by_layer_type, read_rope
 from models.windows import unrotated, windows
 from quant.errors import InputError
 
-__all__ = ["ARCHITECTURES", "DeltaNet", "Mixture", "ModelSpec", "ModuleShape", "RopeSpec"]
+__all__ = ["ARCHITECTURES", "DeltaNet", "KVHeads", "Mixture", "ModelSpec", "ModuleShape", "RopeSpec"]
 
 XIELU = ("mlp.act_fn.alpha_p", "mlp.act_fn.alpha_n")  # within a layer; read as numbers, which take no place
 DTYPES = ("float16", "bfloat16", "float32")
@@ -54,6 +55,9 @@ class ModelSpec:
     linear: tuple[bool, ...] = ()  # whether a layer is one of these, in place of attention; empty: none is
     output_gate: bool = False  # q_proj has gates after each head's queries: attention's output * sigmoid(gate)
     windows: tuple[int | None, ...] = ()  # sliding window by layer; None sees everything
+    wide: KVHeads | None = None  # of layers that see everything, where theirs are not kv_heads of head_dim
+    v_norm: bool = False  # values are normalized by head, without a weight
+    layer_scalar: bool = False  # what a layer gives is multiplied by a number of its own
     local_rope: RopeSpec | None = None  # of layers that rotate otherwise than the others, or not at all
     local: tuple[bool, ...] = ()  # whether a layer is one of these
     norm_offset: float = 0.0  # added to the weights of norms
@@ -95,12 +99,16 @@ class ModelSpec:
         parts = [settings] if kind.local_theta is None else by_layer_type(settings, kind.theta, kind.local_theta)
         parts = [by_alpha(one, head_dim, kind.theta) for one in parts] if kind.alpha else parts
         whole = "" if kind.partial_rotation else name
-        ropes = [read_rope(one, head_dim, max_position, kind.theta, whole, kind.yarn) for one in parts]
+        seen, still = windows(kind, fields, layers), unrotated(kind, fields, layers)
+        wide = wide_heads(kind, fields, seen, KVHeads(kv_heads, head_dim), heads)
+        sizes = [head_dim if wide is None else wide.size, head_dim]
+        ropes = [
+            read_rope(one, size, max_position, kind.theta, whole, kind.yarn) for one, size in zip(parts, sizes, strict=False)
+        ]
         if ropes[0].query_beta and not kind.scaled_queries:
             raise InputError(f"config.json: llama_4_scaling_beta = {ropes[0].query_beta} is not supported for {name}")
         if kind.late_qk_norm and ropes[0].kind in ("yarn", "longrope"):  # these make what rotates larger, too
             raise InputError(f"config.json: rope type {ropes[0].kind} is not supported for {name}")
-        seen, still = windows(kind, fields, layers), unrotated(kind, fields, layers)
         mixture = read_mixture(kind, fields, layers)
         delta, linear = delta_layers(kind.delta, fields, layers)
         if any(still):
@@ -134,6 +142,9 @@ class ModelSpec:
             linear=linear if any(linear) else (),
             output_gate=bool(kind.delta),
             windows=seen,
+            wide=wide,
+            v_norm=kind.v_norm,
+            layer_scalar=kind.layer_scalar,
             local_rope=ropes[1] if len(ropes) > 1 else None,
             local=still if any(still) else tuple(window is not None for window in seen),
             norm_offset=1.0 if kind.unit_norms else 0.0,
@@ -144,24 +155,39 @@ class ModelSpec:
             gelu=kind.gelu,
             embedding_scale=hidden**0.5 if kind.scaled_embedding else by["embedding_multiplier"] / by["residual_multiplier"],
             rounded_scale=kind.scaled_embedding,
-            scale=by["attention_multiplier"] if kind.multiplied else _query_scale(kind, fields, head_dim) ** -0.5,
+            scale=by["attention_multiplier"] if kind.multiplied else kind.scale or _query_scale(kind, fields, head_dim) ** -0.5,
             sinks=kind.sinks,
             cap=_cap("attn_logit_softcapping", fields),
             logit_cap=_cap("final_logit_softcapping", fields),
             float16=kind.float16,
             logit_divisor=by["logits_scaling"],
             ahead=_ahead(kind, fields, layers),
-            eos_token_ids=_token_ids(config, "eos_token_id"),
-            bos_token_id=next(iter(_token_ids(config, "bos_token_id")), None),
+            eos_token_ids=fields.token_ids("eos_token_id"),
+            bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
         )
 
     @property
     def q_size(self) -> int:
+        """Of most layers, where some have wide heads."""
         return self.heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
         return self.kv_heads * self.head_dim
+
+    def heads_of(self, layer: int) -> KVHeads:
+        """Those of a layer of attention."""
+        return self.wide if self.wide is not None and self.windows[layer] is None else KVHeads(self.kv_heads, self.head_dim)
+
+    @property
+    def by_layer(self) -> tuple[KVHeads, ...]:
+        """Those of each layer of attention, in order."""
+        return tuple(self.heads_of(layer) for layer in range(self.layers) if not self.is_linear(layer))
+
+    @property
+    def kv_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(key-value heads, their size) of each layer of attention; nothing where all have the same."""
+        return () if self.wide is None else tuple((heads.count, heads.size) for heads in self.by_layer)
 
     @property
     def ropes(self) -> tuple[RopeSpec, ...]:
@@ -187,7 +213,7 @@ class ModelSpec:
 
     @property
     def mlp_size(self) -> int:
-        """Features of the MLP of a layer without a mixture; 0: all have one."""
+        """Features of the MLP of a layer without a mixture, or beside one; 0: there is none."""
         return self.intermediate if self.mixture is None else self.mixture.dense
 
     @property
@@ -197,7 +223,7 @@ class ModelSpec:
 
     def kind(self, layer: int) -> object:
         """Layers of one kind have modules of the same names and shapes."""
-        return self.mixture_of(layer) is None, self.is_linear(layer)
+        return self.mixture_of(layer) is None, self.is_linear(layer), self.heads_of(layer)
 
     @property
     def unlike(self) -> list[int]:
@@ -208,7 +234,7 @@ class ModelSpec:
         """A model of these layers alone, one behind another."""
         here, mixture = slice(layers.start, layers.stop), self.mixture
         linear = self.linear[here] if any(self.linear[here]) else ()
-        if mixture is not None:
+        if mixture is not None and not mixture.beside:
             dense = tuple(layer - layers.start for layer in mixture.dense_layers if layer in layers)
             alone = replace(mixture, dense_layers=dense, dense=mixture.dense if dense else 0)
             mixture = alone if len(dense) < len(layers) else None
@@ -223,16 +249,15 @@ class ModelSpec:
             local=self.local[here],
         )
 
-    @property
-    def qk_norms(self) -> tuple[tuple[str, int], ...]:
-        """(name within attention, size) of those of queries and of keys, where there are such."""
-        sizes = (self.q_size, self.kv_size) if self.whole_qk_norm else (self.head_dim, self.head_dim)
+    def qk_norms(self, layer: int) -> tuple[tuple[str, int], ...]:
+        """(name within attention, size) of those of queries and of keys of a layer, where there are such."""
+        sizes = (self.q_size, self.kv_size) if self.whole_qk_norm else (self.heads_of(layer).size,) * 2
         return tuple(zip(self.qk_names, sizes, strict=True))
 
     @property
     def one_by_one(self) -> bool:
         """Whether it has what no call for all layers at once does (Ops.bind)."""
-        return self.whole_qk_norm or self.late_qk_norm or bool(self.ungated)
+        return self.whole_qk_norm or self.late_qk_norm or bool(self.ungated) or self.v_norm
 
     @property
     def pre_norm(self) -> bool:
@@ -263,10 +288,11 @@ class ModelSpec:
                 yield ModuleShape(name, size, hidden, "delta", False)
             yield ModuleShape(self.delta.output, hidden, self.delta.value_size, "delta", False)
         else:
-            yield from self._attention_modules()
+            yield from self._attention_modules(self.heads_of(layer))
         if (mixture := self.mixture_of(layer)) is not None:
             yield from mixture.modules(hidden, self.intermediate)
-            return
+            if not mixture.beside:
+                return
         if self.fused_gate_up:
             yield ModuleShape("mlp.gate_up_proj", 2 * inner, hidden, "mlp", self.mlp_bias)
         else:
@@ -274,12 +300,13 @@ class ModelSpec:
                 yield ModuleShape(f"mlp.{name}", inner, hidden, "mlp", self.mlp_bias)
         yield ModuleShape("mlp.down_proj", hidden, inner, "mlp", self.mlp_bias)
 
-    def _attention_modules(self) -> Iterator[ModuleShape]:
-        q, kv, hidden = self.q_size, self.kv_size, self.hidden
+    def _attention_modules(self, heads: KVHeads) -> Iterator[ModuleShape]:
+        q, kv, hidden = self.heads * heads.size, heads.count * heads.size, self.hidden
         if self.fused_qkv:
             yield ModuleShape("self_attn.qkv_proj", q + 2 * kv, hidden, "attention", self.qkv_bias)
         else:
-            for name, size in (("q_proj", 2 * q if self.output_gate else q), ("k_proj", kv), ("v_proj", kv)):
+            values = () if heads.keys_only else (("v_proj", kv),)
+            for name, size in (("q_proj", 2 * q if self.output_gate else q), ("k_proj", kv), *values):
                 yield ModuleShape(f"self_attn.{name}", size, hidden, "attention", self.qkv_bias)
         yield ModuleShape("self_attn.o_proj", hidden, q, "attention", self.o_bias)
 
@@ -293,24 +320,34 @@ class ModelSpec:
             if self.delta is not None and self.is_linear(layer):
                 found += [(f"{prefix}.{name}", math.prod(shape)) for name, shape in self.delta.small_tensors]
             elif self.qk_norm:
-                found += [(f"{prefix}.self_attn.{name}.weight", size) for name, size in self.qk_norms]
+                found += [(f"{prefix}.self_attn.{name}.weight", size) for name, size in self.qk_norms(layer)]
             found += [(f"{prefix}.{name}", 1) for name in (XIELU if self.ungated == "xielu" else ())]
+            if self.layer_scalar:
+                found.append((f"{prefix}.layer_scalar", 1))
             if self.sinks:
                 found.append((f"{prefix}.self_attn.sinks", self.heads))
-            if (mixture := self.mixture_of(layer)) is not None and mixture.correction:
-                found.append((f"{prefix}.{mixture.correction}", mixture.experts))
+            if (mixture := self.mixture_of(layer)) is not None:
+                by_expert, of_hidden = (
+                    (mixture.correction, mixture.gains),
+                    (mixture.router_norm, *(f"{n}.weight" for n in mixture.beside)),
+                )
+                found += [(f"{prefix}.{name}", mixture.experts) for name in by_expert if name]
+                found += [(f"{prefix}.{name}", self.hidden) for name in of_hidden if name]
         return found
 
     def small_nbytes(self, item: int) -> int:
-        """Bytes of ``small_tensors`` as they are loaded where activations have ``item`` bytes.
+        """Bytes of ``small_tensors`` as they are loaded where activations have ``item`` bytes, and of norms without a weight.
 
-        Corrections, and what delta layers have, stay in float32; what XIELU names becomes numbers.
+        What routers have of each expert, and what delta layers have, stay in float32; what XIELU names becomes numbers. A norm
+        without a weight has one of ones.
         """
         mixture, delta = self.mixture, self.delta
-        wide = 0 if mixture is None or not mixture.correction else mixture.experts * (self.layers - len(mixture.dense_layers))
+        exact = 0 if mixture is None else mixture.experts * (bool(mixture.correction) + bool(mixture.gains))
+        wide = 0 if mixture is None else exact * (self.layers - len(mixture.dense_layers))
         wide += 0 if delta is None else sum(math.prod(shape) for _, shape in delta.small_tensors) * sum(self.linear)
         numbers = sum(name.endswith(XIELU) for name, _ in self.small_tensors())
-        return item * (sum(numel for _, numel in self.small_tensors()) - wide - numbers) + 4 * wide
+        ones = sum(heads.size for heads in self.by_layer) if self.v_norm else 0
+        return item * (sum(numel for _, numel in self.small_tensors()) - wide - numbers + ones) + 4 * wide
 
     @property
     def num_parameters(self) -> int:
@@ -356,14 +393,6 @@ def _dtype(config: Mapping[str, Any]) -> str:
     if dtype not in DTYPES:
         raise InputError(f"config.json: torch_dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     return dtype
-
-
-def _token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    value = config.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise InputError(f"config.json: {key} is {value!r:.60}, expected a token id or a list of them")
-    return tuple(ids)
 
 
 def _query_scale(kind: Architecture, fields: Fields, head_dim: int) -> float:

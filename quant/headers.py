@@ -20,7 +20,7 @@ from quant.errors import ADAPTER, MERGE, CheckpointError
 
 INDEX = "model.safetensors.index.json"
 TEXT = re.compile(r"^(?:(model\.language_model\.|language_model\.model\.)|language_model\.(?=lm_head\.))")
-BESIDE_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.")
+BESIDE_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual|audio_tower|embed_vision|embed_audio)\.")
 """How models that read pictures, too, name what is theirs in transformers before 4.52 and since, and the rest."""
 VISUAL = "visual."  # beside text under plain names: Qwen2-VL and 2.5-VL as they were published
 GRANITE = {

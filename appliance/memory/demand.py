@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from appliance.memory.experts import check_experts
+from appliance.memory.kv import KVSpec
 from appliance.memory.loading import NOTHING, Loading, loading
 from appliance.memory.modules import NATIVE, Loaded, Machinery, ends, parents
 from appliance.memory.offload import streamed_parts
@@ -46,6 +48,7 @@ class Demand:
     streamed: tuple[dict[str, int], ...] = ()  # what each layer brings when it is streamed in, see streamed_parts
     loading: Loading = NOTHING  # what it takes for a while to load it
     threads: int = 1  # of the CPU, that load it
+    kv_shapes: tuple[tuple[int, int], ...] = ()  # as in KVSpec
     exchange: int = 0  # buffers in which several cards exchange their sums
     head: str = "as published"  # what the output head is stored as, in words
     embedding: str = "as published"  # the same of the embedding
@@ -54,6 +57,10 @@ class Demand:
     def kv_layers(self) -> int:
         """Those that have keys and values."""
         return self.layers - self.state_layers
+
+    def kv(self, block_size: int, dtype: str | None = None) -> KVSpec:
+        """The cache in ``dtype``, or in that of the activations."""
+        return KVSpec(self.kv_layers, self.kv_heads, self.head_dim, block_size, dtype or self.dtype, self.kv_shapes)
 
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, *, model: str) -> Demand:
@@ -76,6 +83,7 @@ class Demand:
             layers=spec.layers,
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
+            kv_shapes=spec.kv_shapes,
             max_len=spec.max_len,
             vocab=spec.vocab,
             weights=weights,
@@ -146,18 +154,17 @@ def attention_workspace(spec: ModelSpec, machinery: Machinery) -> int:
         sizes = {"channels": spec.delta.channels, "value_heads": heads, "key_dim": key_dim, "value_dim": value_dim}
         delta = layout.delta_nbytes(ops=machinery.ops, **sizes)
     if machinery.ops == "cpu":
-        attention = layout.paged_attention_nbytes(
+        attention = partial(
+            layout.paged_attention_nbytes,
             heads=spec.heads,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
             item_size=ITEM_SIZE[machinery.dtype],
             block_size=machinery.block_size,
             capped=spec.cap is not None,
         )
-        return max(attention, delta)
+        return max(delta, *(attention(kv_heads=one.count, head_dim=one.size) for one in set(spec.by_layer)))
     if machinery.ops != "triton":
         return delta
-    return SPLIT_PROGRAMS * -(-spec.heads // spec.kv_heads) * (spec.head_dim + 1) * 4
+    return max(SPLIT_PROGRAMS * -(-spec.heads // one.count) * (one.size + 1) * 4 for one in set(spec.by_layer))
 
 
 def activated(spec: ModelSpec) -> int:
@@ -177,7 +184,7 @@ def activation_bytes(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machi
         found += _rounded(layers, machinery)
         found += 0 if _gated_in_tiles(layers, machinery) else 8 * spec.mlp_size
         if spec.post_norms:  # a product that is normalized before it is added, beside both residuals and the next norm
-            found = max(found, (4 * spec.hidden + max(spec.q_size, spec.intermediate)) * ITEM_SIZE[machinery.dtype])
+            found = max(found, (4 * spec.hidden + max(_q_size(spec), spec.intermediate)) * ITEM_SIZE[machinery.dtype])
     return found + 24
 
 
@@ -209,14 +216,15 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     What is normalized before it is added takes the place of q, k and v, and one beside the gated product. Parts that cannot be
     one weight (differently stored, or each with an order of its own) are computed, joined, and then used. A mixture of experts
     has memory of its own (product_workspace) where its parts are whole. Where queries are scaled by their position, the operators
-    run one by one, and what they make lies beside what they read. So they do where layers with states come in parts.
+    run one by one, and what they make lies beside what they read. So they do where layers with states come in parts, or where values
+    are normalized.
     """
     delta, joined = _delta_size(spec, layers)
     single = spec.rope.query_beta != 0 or spec.one_by_one or joined
     qkv, inner = _qkv_size(spec), spec.mlp_size
     whole = {one.module.N for one in layers if not one.stored.act_order and one.module.name.endswith(("q_proj", "qkv_proj"))}
     added = spec.hidden if spec.post_norms or single else 0
-    attention = max((1 if whole == {qkv} and not single else 2) * qkv, added) + spec.q_size
+    attention = max((1 if whole == {qkv} and not single else 2) * qkv, added) + _q_size(spec)
     attention = max(attention, delta)
     gated = all((one.gated or spec.ungated) and not one.stored.act_order for one in layers if one.slot == "gate_up")
     mlp = ((inner if gated else 4 * inner) + added) * size if inner else 0
@@ -224,12 +232,24 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
         mlp += (qkv + spec.q_size) * size
     if spec.mixture is not None and not gated:
         mlp = (4 * spec.widest_mlp + added) * size + _mixed(spec, spec.mixture, size)
+    mlp += _beside(spec) * size
     return spec.hidden * size + max(spec.hidden * size, attention * size, mlp)
 
 
+def _beside(spec: ModelSpec) -> int:
+    """Numbers of a token that wait for each other where layers have both an MLP and experts: its product, and three of sums."""
+    return spec.mlp_size + 3 * spec.hidden if spec.mixture is not None and spec.mixture.beside else 0
+
+
 def _qkv_size(spec: ModelSpec) -> int:
-    """Numbers of a token's queries, keys and values, and of the gates of what attention gives."""
-    return (2 if spec.output_gate else 1) * spec.q_size + 2 * spec.kv_size
+    """Numbers of a token's queries, keys and values, and of the gates of what attention gives, in the layer that has most."""
+    queries = (2 if spec.output_gate else 1) * spec.heads
+    return max((queries + 2 * heads.count) * heads.size for heads in set(spec.by_layer))
+
+
+def _q_size(spec: ModelSpec) -> int:
+    """The same of queries alone."""
+    return spec.heads * max(heads.size for heads in set(spec.by_layer))
 
 
 def _delta_size(spec: ModelSpec, layers: Sequence[Loaded]) -> tuple[int, bool]:
@@ -268,8 +288,9 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
     rounds = machinery.ops != "triton" and any(one.stored.activation == "int8-token" for one in layers)
     product = 12 if rounds else 4 if (machinery.ops, machinery.dtype) == ("cpu", "float16") else 0
     qkv = _qkv_size(spec)
-    gates, (delta, _) = 2 * spec.q_size if spec.output_gate else 0, _delta_size(spec, layers)
-    attention = (2 * qkv + gates + spec.q_size) * size + max(8 * spec.q_size, (hidden + qkv) * product)
+    q = _q_size(spec)
+    gates, (delta, _) = 2 * q if spec.output_gate else 0, _delta_size(spec, layers)
+    attention = (2 * qkv + gates + q) * size + max(8 * q, (hidden + qkv) * product)
     attention = max(attention, delta * size + (hidden + delta) * product)
     inner = spec.mlp_size if machinery.ops == "triton" else spec.widest_mlp
     slab = min(2 * inner, layout.slab_rows(hidden, size)) * size
@@ -280,4 +301,5 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
         mlp = max(mlp, mixed + 2 * hidden * size)  # the sum, and its norm
     elif mixture is not None:
         mlp += _mixed(spec, mixture, size)
+    mlp += _beside(spec) * size
     return 2 * hidden * size + max(attention, mlp)

@@ -14,7 +14,7 @@ from appliance.memory.host import host_parts, loading_peak
 from appliance.memory.inputs import STAGED_BLOCKS, input_bytes
 from appliance.memory.loading import Workers
 from appliance.memory.offload import Offload, offloaded, on_card
-from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, KVSpec, Limit, MemoryPlan, PlanError
+from appliance.memory.plan import RUNTIME, SHORTEST_AUTO, Limit, MemoryPlan, PlanError
 from appliance.memory.settings import Settings
 from appliance.memory.text import owners, size_text
 from quant.errors import InputError
@@ -92,7 +92,7 @@ def auto_sequences(demand: Demand, settings: Settings, device: DeviceInfo) -> tu
     """
     length = settings.max_len or demand.max_len
     block, needed = settings.block_size, -(-length // settings.block_size) if settings.max_len else 0
-    token = KVSpec(demand.kv_layers, demand.kv_heads, demand.head_dim, block, demand.dtype).token_bytes
+    token = demand.kv(block).token_bytes
     beside = min(OF_STATES * demand.sequence_bytes // token, length)
     fair = -(-max(1, min(FAIR_TOKENS, length // 8), beside) // block)
 
@@ -111,7 +111,7 @@ def auto_sequences(demand: Demand, settings: Settings, device: DeviceInfo) -> tu
 def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) -> MemoryPlan:
     """What is left after weights, workspace and runtime becomes blocks, or what was given for them."""
     assert settings.max_seqs is not None
-    kv = KVSpec(demand.kv_layers, demand.kv_heads, demand.head_dim, settings.block_size, settings.kv_dtype or demand.dtype)
+    kv = demand.kv(settings.block_size, settings.kv_dtype)
     inputs = input_bytes(settings.max_tokens, settings.max_seqs, kv.blocks(max_len), states=demand.sequence_bytes > 0)
     scratch = {
         "activations": demand.token_bytes * settings.max_tokens,
@@ -221,7 +221,8 @@ def _check_heads(demand: Demand, cache: str | None, device: DeviceInfo) -> None:
         return
     whole = (4 if cache == "int4" else 2) if device.kind == "cuda" else 2 if cache == "int4" else 1
     rotated = demand.position_bytes // 4
-    for what, features in (("heads", demand.head_dim), ("rotated features of heads", rotated if device.kind == "cuda" else 0)):
+    heads = [("heads", size) for _, size in demand.kv(1).by_layer]
+    for what, features in (*heads, ("rotated features of heads", rotated if device.kind == "cuda" else 0)):
         if features % whole:
             raise InputError(f"--kv-cache-dtype is {cache}, but {what} of {features} are no multiple of {whole}: take auto")
 

@@ -21,7 +21,7 @@ SLOTS = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv", "o_proj": "o",
     "gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up", "down_proj": "down",
     "in_proj_qkv": "qkv", "in_proj_z": "qkv", "in_proj_qkvz": "qkv", "in_proj_b": "ba", "in_proj_a": "ba", "in_proj_ba": "ba",
-    "out_proj": "o", "gate": "router", "router": "router", "wg": "router", "shared_expert_gate": "router",
+    "out_proj": "o", "gate": "router", "router": "router", "wg": "router", "proj": "router", "shared_expert_gate": "router",
     "w1": "gate_up", "w3": "gate_up", "w2": "down", "lm_head": "head", "embed_tokens": "embedding",
 }  # fmt: skip
 FLOATS4 = ("mxfp4", "nvfp4")  # layouts of 4-bit floats

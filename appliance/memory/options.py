@@ -10,7 +10,7 @@ from typing import Any
 from appliance.config import GIB
 from appliance.memory.demand import Demand
 from appliance.memory.devices import DeviceInfo
-from appliance.memory.plan import SHORTEST_AUTO, KVSpec, MemoryPlan
+from appliance.memory.plan import SHORTEST_AUTO, MemoryPlan
 from appliance.memory.settings import Settings, cache_dtype
 
 QUARTER = GIB // 4
@@ -173,8 +173,7 @@ def _streaming(demand: Demand, settings: Settings, device: DeviceInfo) -> list[O
 
 
 def _block_bytes(demand: Demand, settings: Settings) -> int:
-    dtype = settings.kv_dtype or demand.dtype
-    return KVSpec(demand.kv_layers, demand.kv_heads, demand.head_dim, settings.block_size, dtype).block_bytes
+    return demand.kv(settings.block_size, settings.kv_dtype).block_bytes
 
 
 def wanted_length(demand: Demand, settings: Settings) -> int:

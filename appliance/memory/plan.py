@@ -10,10 +10,10 @@ from appliance.core.ghosts import ghost_bytes
 from appliance.memory.demand import LOGIT_ROWS
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.graphs import capture_sizes
+from appliance.memory.kv import KVSpec
 from appliance.memory.loading import ALL_AT_ONCE, Workers
 from appliance.memory.offload import NOTHING, Offload
 from appliance.memory.text import plan_table
-from kernels.layout import kv_nbytes
 from quant.errors import InputError
 
 RUNTIME = {"cpu": 300 * MIB, "cuda": 800 * MIB}
@@ -67,29 +67,6 @@ class PlanError(InputError):
     def __init__(self, message: str, remedies: tuple[Remedy, ...] = ()) -> None:
         super().__init__(message)
         self.remedies = remedies
-
-
-@dataclass(frozen=True)
-class KVSpec:
-    """Shape of the cached keys and values."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    block_size: int
-    dtype: str  # of the cache: that of the activations, or a quantized one (kernels.layout.SCALED_CACHES)
-
-    @property
-    def token_bytes(self) -> int:
-        """Keys and values of one token in all layers."""
-        return 2 * self.layers * self.kv_heads * kv_nbytes(self.dtype, self.head_dim)
-
-    @property
-    def block_bytes(self) -> int:
-        return self.token_bytes * self.block_size
-
-    def blocks(self, tokens: int) -> int:
-        return -(-tokens // self.block_size)
 
 
 @dataclass(frozen=True)

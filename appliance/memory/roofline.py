@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from appliance.memory.cards import Card
 from appliance.memory.modules import Loaded, Machinery, ends, parents
-from models.spec import ModelSpec
+from models.spec import KVHeads, ModelSpec
 from quant.scheme import QuantScheme
 
 ATTENTION = "decode attention"
@@ -59,7 +59,7 @@ class Work:
     layers: int
     attention_layers: int  # of these, those that read a cache
     heads: int
-    head_dim: int
+    kv: tuple[KVHeads, ...]  # of each of these
     windows: tuple[int | None, ...]  # sliding window of each of these; empty: all see everything
     rounded: str  # what activations of most products are rounded to: int8, fp8, or "" where they are not
     chosen: tuple[int, int] = (1, 1)  # experts that a token goes through, of how many
@@ -76,7 +76,7 @@ class Work:
         if spec.mixture is not None:
             more = (ROUTING + (SHARED if spec.mixture.shared else 0)) * (spec.layers - len(spec.mixture.dense_layers))
         windows = tuple(window for layer, window in enumerate(spec.windows) if not spec.is_linear(layer))
-        sizes = spec.layers, spec.attention_layers, spec.heads, spec.head_dim
+        sizes = spec.layers, spec.attention_layers, spec.heads, spec.by_layer
         states = 0 if spec.delta is None else spec.delta.state_bytes * sum(spec.linear)
         return cls(tuple(kinds), *sizes, windows, rounded, chosen, more, states)
 
@@ -105,10 +105,12 @@ class Work:
         return 1 - (1 - share) ** tokens, tokens * share
 
     def seen(self, context: int) -> float:
-        """Tokens of the cache that a sequence's next token reads, in the mean over the layers."""
+        """Tokens of the cache that a sequence's next token reads, in the mean over the layers' bytes."""
         if not self.windows:
             return context
-        return sum(min(context, window or context) for window in self.windows) / len(self.windows)
+        sizes = [heads.count * heads.size for heads in self.kv]
+        read = (size * min(context, window or context) for size, window in zip(sizes, self.windows, strict=True))
+        return sum(read) / sum(sizes)
 
     def decode_s(
         self,
@@ -139,8 +141,9 @@ class Work:
         """(of products, of attention) for one prompt: every pair of a query and a key that it sees. The head sees one token."""
         inner = [(one, count) for slot, _, one, count in self.kinds if slot != "head"]
         linear = sum(2 * count * self.used(one, 1)[1] * one.module.N * one.module.K for one, count in inner)
-        pairs = sum(_pairs(prompt, window) for window in self.windows or (None,) * self.attention_layers)
-        return float(linear * prompt), 4 * pairs * self.heads * self.head_dim
+        windows = self.windows or (None,) * self.attention_layers
+        pairs = sum(heads.size * _pairs(prompt, window) for heads, window in zip(self.kv, windows, strict=True))
+        return float(linear * prompt), 4 * pairs * self.heads
 
     def prefill_s(self, limits: Limits, prompt: int, share: float | None) -> float:
         """Seconds of one prompt, at that share of the targets; None: at the full rate."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,12 +18,15 @@ def allocate_caches(
 ) -> list[KVCache]:
     """The whole pool; ``given``: the checkpoint's scales of each layer, as ``Decoder.given_scales`` has them.
 
-    All layers' keys are one piece of memory, and so are all values: a card's allocator rounds each request up to whole 2 MiB.
+    Keys of all layers of one shape are one piece of memory, and so are their values: a card's allocator rounds each request up to
+    whole 2 MiB.
     """
-    kv = plan.kv
-    whole = KVCache.zeros(len(given) * blocks, kv.block_size, kv.kv_heads, kv.head_dim, dtype=kv.dtype, device=device)
-    layers = zip(*(tensor.split(blocks) for tensor in whole.tensors), strict=True)
-    return [replace(KVCache(*tensors), given=scales) for tensors, scales in zip(layers, given, strict=True)]
+    kv, parts = plan.kv, {}
+    for shape, count in Counter(kv.by_layer).items():
+        whole = KVCache.zeros(count * blocks, kv.block_size, *shape, dtype=kv.dtype, device=device)
+        parts[shape] = zip(*(tensor.split(blocks) for tensor in whole.tensors), strict=True)
+    layers = [KVCache(*next(parts[shape])) for shape in kv.by_layer]
+    return [replace(layer, given=scales) for layer, scales in zip(layers, given, strict=True)]
 
 
 def allocate_states(spec: ModelSpec, places: int, *, device: torch.device) -> list[StateCache]:

@@ -1,9 +1,9 @@
 """A card is believed once it has computed something right: before its cache is made, what it says is held against the reference.
 
 A small part of the model goes through the card's kernels and through the reference's operators on the CPU: one layer (the first,
-or the first with experts; of states and of attention one each), with the embedding and the head of a few hundred tokens, in steps
-of many tokens and of one. That finds kernels that compute nonsense on a card, driver or compiler that nobody has tried; it says
-nothing of speed. A combination that was right is remembered.
+or the first with experts; of states and of attention, or of two kinds of heads, one each), with the embedding and the head of a
+few hundred tokens, in steps of many tokens and of one. That finds kernels that compute nonsense on a card, driver or compiler
+that nobody has tried; it says nothing of speed. A combination that was right is remembered.
 """
 
 from __future__ import annotations
@@ -86,9 +86,10 @@ def load_oracle(config: EngineConfig, plan: MemoryPlan, decoder: Decoder) -> tup
 
 
 def tried(spec: ModelSpec) -> range:
-    """The layers that are compared: two, beside each other, where some have states."""
-    if any(spec.linear):
-        second = next(layer for layer in range(1, spec.layers) if spec.linear[layer] != spec.linear[layer - 1])
+    """The layers that are compared: two, beside each other, where some have states, or other heads."""
+    kinds = [(spec.is_linear(layer), spec.heads_of(layer)) for layer in range(spec.layers)]
+    if len(set(kinds)) > 1:
+        second = next(layer for layer in range(1, spec.layers) if kinds[layer] != kinds[layer - 1])
         return range(second - 1, second + 1)
     first = next((layer for layer in range(spec.layers) if spec.mixture_of(layer) is not None), 0)
     return range(first, first + 1)
@@ -130,7 +131,7 @@ def deviations(
     count = min(TOKENS, plan.max_model_len)
     text = torch.randint(len(tokens), (count,), generator=torch.Generator().manual_seed(1))
     layers, spec = tried(decoder.spec), decoder.spec.part(tried(decoder.spec))
-    kv = replace(plan.kv, layers=spec.attention_layers)
+    kv = replace(plan.kv, layers=spec.attention_layers, shapes=spec.kv_shapes)
     small = replace(plan, kv=kv, num_blocks=kv.blocks(count), swap_blocks=0)
     expected = _logits(Runner(oracle, small, device=torch.device("cpu")), text, min(count, plan.max_num_batched_tokens))
     before = decoder.spec.part(range(layers.start)).attention_layers
@@ -153,6 +154,6 @@ def key(plan: MemoryPlan, decoder: Decoder) -> str:
     weights = [*(weight for layer in layers for weight in layer.weights), decoder.head, decoder.embedding]
     found = [plan.dtype, plan.kv.dtype, plan.kv.block_size, os.environ.get("APPLIANCE_FP16_SUMS", "0")]
     found += [spec.architecture, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab]
-    found += [spec.mixture, spec.delta]
+    found += [spec.mixture, spec.delta, spec.wide]
     found += [f"{type(weight).__name__} {weight.nbytes} {getattr(weight, 'rounds', '')}" for weight in weights]
     return SEPARATOR.join([card_key(plan.device), *map(str, found)])

@@ -131,14 +131,14 @@ class NativeOps:
             self.machine.gate_mul(gelu, gate_up.data_ptr(), rows, columns, columns, TYPES[gate_up.dtype], out.data_ptr())
         return out
 
-    def mix(self, x: Tensor, mixture: Mixture, *, norm: Norm) -> Tensor:
+    def mix(self, x: Tensor, mixture: Mixture, *, norm: Norm, alone: bool = False) -> Tensor:
         handle = self._experts(mixture)
         if handle is None:
-            return mix(self.matmul, self.rms_norm, self.silu_mul, x, mixture, norm=norm)
+            return mix(self.matmul, self.rms_norm, self.silu_mul, self.gelu_mul, x, mixture, norm=norm, alone=alone)
         x = x.contiguous()
         out = torch.empty_like(x)
         gain = norm.weight.data_ptr(), norm.eps, norm.offset
-        self.machine.mixture(handle, x.data_ptr(), len(x), TYPES[x.dtype], *gain, out.data_ptr())
+        self.machine.mixture(handle, x.data_ptr(), len(x), TYPES[x.dtype], *gain, out.data_ptr(), alone)
         return out
 
     def rope_store(
@@ -315,6 +315,8 @@ class NativeOps:
                 shared_gate_up=shared[0],
                 shared_down=shared[1],
                 shared_gate=None if gate is None else gate.handle,
+                router_norm=address(mixture.norm),
+                gains=address(mixture.gains),
             )
         return mixture.__dict__["_native"] or None
 

@@ -91,7 +91,7 @@ def make_ops(device: torch.device) -> Ops:
         gelu_mul=weights.gelu_mul,
         argmax=reference.argmax,
         kth_largest=reference.kth_largest,
-        mix=partial(mix, matmul, rms_norm, weights.silu_mul),
+        mix=partial(mix, matmul, rms_norm, weights.silu_mul, weights.gelu_mul),
         pack_table=reference.pack,
         delta=delta,
     )

@@ -31,8 +31,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.mixture import gated
-from kernels.ops import MLP, Mixture, Norm, Weight
-from kernels.triton.elementwise import silu_mul
+from kernels.ops import MLP, GateMul, Mixture, Norm, Weight
+from kernels.triton.elementwise import gelu_mul, silu_mul
+from kernels.triton.gate import gate_mul
 from kernels.triton.kv import capability
 from kernels.triton.matmul import FEW, FINISH_BLOCK, REGISTERS, UNKNOWN, Card, matmul
 from kernels.triton.norm import rms_norm
@@ -77,7 +78,7 @@ def _form(weight: TritonWeight) -> tuple[Any, ...]:
     return words.dtype, weight.bits, weight.scale_dtype, weight.slices, weight.gated, weight.outputs, weight.K
 
 
-def mix(x: Tensor, mixture: Mixture, *, norm: Norm, card: Card = UNKNOWN) -> Tensor:
+def mix(x: Tensor, mixture: Mixture, *, norm: Norm, alone: bool = False, card: Card = UNKNOWN) -> Tensor:
     """As kernels.ops.Mix. Nothing here waits for the device; what is launched depends on shapes alone.
 
     TypeError for experts that were not joined (``join_experts``).
@@ -85,40 +86,41 @@ def mix(x: Tensor, mixture: Mixture, *, norm: Norm, card: Card = UNKNOWN) -> Ten
     if not x.shape[0]:
         return torch.empty_like(x)
     x = x.contiguous()
-    parts, out = mixed_parts(rms_norm(x, **norm._asdict()), mixture, card=card), torch.empty_like(x)
+    asked = None if mixture.norm is None else rms_norm(x, **norm._replace(weight=mixture.norm)._asdict())
+    parts, out = mixed_parts(rms_norm(x, **norm._asdict()), mixture, asked, card=card), torch.empty_like(x)
     tokens, hidden = x.shape
     finish[(tokens, triton.cdiv(hidden, FINISH_BLOCK))](
         parts, None, x, out, tokens, hidden, hidden,
-        SPLITS=parts.shape[0], BIAS=False, RESIDUAL=True, GATED=False, GELU=False, BLOCK=FINISH_BLOCK, num_warps=4,
+        SPLITS=parts.shape[0], BIAS=False, RESIDUAL=not alone, GATED=False, GELU=False, BLOCK=FINISH_BLOCK, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def mixed_parts(x: Tensor, mixture: Mixture, *, card: Card = UNKNOWN) -> Tensor:
+def mixed_parts(x: Tensor, mixture: Mixture, asked: Tensor | None = None, *, card: Card = UNKNOWN) -> Tensor:
     """float32 [parts, T, hidden]: added in order, what the MLPs make of x [T, hidden], normalized, rows contiguous.
 
-    TypeError as in ``mix``.
+    ``asked``: what the router reads, where that is not x. TypeError as in ``mix``.
     """
     gate_up, down = _joined(mixture)
     tokens, active, shared = x.shape[0], mixture.active, mixture.shared is not None
     if not tokens:
         return torch.empty((active + shared, 0, down.N), dtype=torch.float32, device=x.device)
     launches = [_launch(x, one, mixture, card) for one in (gate_up, down)]
-    given = _logits(x, mixture.router, card), active, mixture.normalized, launches[0].block_m
-    routes = route(*given, mixture.scores, mixture.correction)
+    given = _logits(x if asked is None else asked, mixture.router, card), active, mixture.normalized, launches[0].block_m
+    routes = route(*given, mixture.scores, mixture.correction, mixture.gains)
     inner = torch.empty((tokens * active, gate_up.N), dtype=x.dtype, device=x.device)
     _multiply(x, gate_up, routes, inner, launches[0])
     parts = torch.empty((launches[1].split * active + shared, tokens, down.N), dtype=torch.float32, device=x.device)
     _multiply(inner, down, routes, parts, launches[1])
     if mixture.shared is not None:
-        _share(x, mixture.shared, mixture.shared_gate, parts[-1], card)
+        _share(x, mixture.shared, mixture.shared_gate, gelu_mul if mixture.gelu else silu_mul, parts[-1], card)
     return parts
 
 
-def _share(x: Tensor, mlp: MLP, gate: Weight | None, to: Tensor, card: Card) -> None:
+def _share(x: Tensor, mlp: MLP, gate: Weight | None, product: GateMul, to: Tensor, card: Card) -> None:
     """What ``mlp`` makes of x into ``to``, float32 [T, hidden]."""
     multiply = partial(matmul, card=card)
-    inner = gated(multiply, silu_mul, x, mlp.gate_up)
+    inner = gated(multiply, product, x, mlp.gate_up)
     if gate is not None:
         inner *= multiply(x, gate, out=to.new_empty(len(x), 1)).sigmoid_()
     multiply(inner, mlp.down, out=to)
@@ -185,6 +187,7 @@ def _multiply(x: Tensor, weight: TritonWeight, routes: Routes, to: Tensor, launc
         EVEN=weight.K % TILE == 0,
         ACTIVE=active,
         GATED=weight.gated,
+        GELU=weight.gelu,
         BM=launch.block_m,
         BN=launch.block_n,
         BK=INPUTS,
@@ -200,7 +203,8 @@ def product(  # type: ignore[no-untyped-def]
     x, words, scaling, order, blocks, shares, out,
     tokens, N, K, padded, tiles, expert_words, expert_params, x_stride,
     BITS: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
-    ACTIVE: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ASM: tl.constexpr,
+    ACTIVE: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Constants as in tiled.product; BITS 16: ``words`` is dense, BK inputs at a time. N: outputs of an expert.
 
@@ -239,7 +243,7 @@ def product(  # type: ignore[no-untyped-def]
     pair = tl.load(order + first + lane, mask=inside, other=0, cache_modifier=".ca")
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(acc, (BN // 16, 2, 8, BM)), (0, 2, 3, 1)))
-        found = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (BN // 2, BM))
+        found = tl.reshape(gate_mul(gate, up, GELU), (BN // 2, BM))
         to = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
         row = pair.to(tl.int64)
     else:

@@ -75,8 +75,9 @@ def route(
     rows: int,
     scores: Scores = SOFTMAX,
     correction: Tensor | None = None,
+    gains: Tensor | None = None,
 ) -> Routes:
-    """By float32 [parts, T, E]: the experts of T > 0 tokens, in blocks of at most ``rows`` pairs.
+    """By float32 [parts, T, E]: the experts of T > 0 tokens, in blocks of at most ``rows`` pairs. ``gains``: as in Mixture.
 
     ValueError for experts in groups, which the memory plan refuses before.
     """
@@ -91,6 +92,7 @@ def route(
     _choose[(tokens,)](
         logits,
         correction,
+        gains,
         shares,
         chosen,
         order,
@@ -104,6 +106,7 @@ def route(
         NORMALIZED=normalized,
         SIGMOID=scores.sigmoid,
         CORRECTED=correction is not None,
+        GAINED=gains is not None,
         ALONE=tokens == 1,
         BLOCK=block,
         num_warps=max(1, min(8, block // 128)),
@@ -154,9 +157,9 @@ def _logits(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["tokens"])
 def _choose(  # type: ignore[no-untyped-def]
-    logits, correction, shares, chosen, order, blocks, tokens, experts, least, scale,
+    logits, correction, gains, shares, chosen, order, blocks, tokens, experts, least, scale,
     PARTS: tl.constexpr, ACTIVE: tl.constexpr, NORMALIZED: tl.constexpr, SIGMOID: tl.constexpr, CORRECTED: tl.constexpr,
-    ALONE: tl.constexpr, BLOCK: tl.constexpr,
+    GAINED: tl.constexpr, ALONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A token's experts and shares. ALONE: it is the only one, so that its pairs are in order already, a block each."""
     token, expert = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -186,7 +189,10 @@ def _choose(  # type: ignore[no-untyped-def]
             total = tl.maximum(total, least * whole)
     place = tl.cumsum(taken.to(tl.int32), axis=0) - 1
     at = token * ACTIVE + place
-    tl.store(shares + at, weight / total * scale, mask=taken)
+    share = weight / total * scale
+    if GAINED:
+        share *= tl.load(gains + expert, mask=taken, other=0.0)
+    tl.store(shares + at, share, mask=taken)
     if ALONE:
         tl.store(order + place, place, mask=taken)
         tl.store(blocks + 3 * place, expert, mask=taken)

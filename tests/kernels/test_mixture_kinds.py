@@ -117,6 +117,34 @@ def test_what_all_tokens_go_through(ops: Ops, dtype: torch.dtype, share: bool) -
         assert off(found[rows], x[rows].double() + torch.stack(sums), x[rows]) < rounding, rows
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_beside_an_mlp(ops: Ops, apart: bool) -> None:
+    """A norm of the router's own, gains of the experts, gates by gelu; and the sum is added to nothing."""
+    count, active, dtype = 7, 3, torch.float32
+    router, experts, gains = torch.randn(count, HIDDEN), random_experts(count), 1 + 0.5 * torch.randn(count)
+    norm, own = Norm(1 + 0.1 * torch.randn(HIDDEN), 1e-5), torch.randn(HIDDEN)
+
+    def packed(gate: Tensor, up: Tensor, down: Tensor) -> MLP:
+        joined = (ops.pack(torch.cat([gate, up]), dtype=dtype, gated=True, gelu=True),)
+        gate_up = (ops.pack(gate, dtype=dtype), ops.pack(up, dtype=dtype)) if apart else joined
+        return MLP(gate_up, ops.pack(down, dtype=dtype))
+
+    mlps = tuple(packed(*one) for one in experts)  # type: ignore[arg-type]
+    mixture = replace(pack(ops, router, experts, dtype, active), experts=mlps, norm=own, gains=gains, gelu=True)
+    for rows in (1, 37):
+        x = torch.randn(rows, HIDDEN)
+        kept, expected = x.clone(), torch.zeros(rows, HIDDEN, dtype=torch.float64)
+        for token, row in enumerate(torch.nn.functional.rms_norm(x.double(), (HIDDEN,), None, norm.eps)):
+            for e, share in shares(mixture.scores, None, True, active, router.double() @ (row * own)).items():
+                gate, up, down = (weight.double() for weight in experts[e])  # type: ignore[union-attr]
+                wide = row * norm.weight
+                inner = torch.nn.functional.gelu(gate @ wide, approximate="tanh") * (up @ wide)
+                expected[token] += float(gains[e]) * share * (down @ inner)
+        assert off(ops.mix(x, mixture, norm=norm, alone=True), expected, 0 * x) < 1e-5, rows
+        assert torch.equal(x, kept)
+        assert off(ops.mix(x, mixture, norm=norm), expected + x, x) < 1e-5, rows
+
+
 @pytest.mark.parametrize("isa", NATIVE[:1])
 def test_parts_of_it_that_cannot_be_one_weight(isa: str) -> None:
     """Then the operators are called one by one."""

@@ -31,10 +31,7 @@ DENSE = (
     "meta-llama--Meta-Llama-3.1-8B", "meta-llama--Meta-Llama-3.1-70B", "Qwen--Qwen3-0.6B", "Qwen--Qwen3-1.7B", "Qwen--Qwen3-8B",
     "Qwen--Qwen3-32B", "Qwen--Qwen3-32B-FP8",
 )  # fmt: skip
-OTHERS = {
-    "deepseek-ai--DeepSeek-V3": "DeepseekV3ForCausalLM",
-    "google--gemma-4-26B-A4B": "Gemma4ForConditionalGeneration",
-}
+OTHERS = {"deepseek-ai--DeepSeek-V3": "DeepseekV3ForCausalLM"}
 PUBLISHED = {  # bytes of one linear in the files
     "none": lambda N, K: 2 * N * K,
     "awq": lambda N, K: N * K // 2 + K // 128 * (N // 2) + 2 * (K // 128) * N,

@@ -38,6 +38,8 @@ def main() -> None:
             for what, buffer in model.named_buffers():
                 if what.endswith("correction_bias"):
                     buffer.copy_(torch.randn_like(buffer) * 0.3)
+                elif what.endswith("layer_scalar"):
+                    buffer.copy_(1 + torch.randn_like(buffer) * 0.3)
             model.tie_weights()
             packed = random_mxfp4(model) if name.startswith("gpt-oss") else {}
             ids = torch.randint(0, vocab, (LENGTH,))

@@ -57,6 +57,12 @@ def longrope(rotary: int) -> dict[str, Any]:
 
 
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 12, "num_hidden_layers": 4}
+GEMMA4 = {
+    "head_dim": 16, "global_head_dim": 24, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 12,
+    "hidden_size_per_layer_input": 0, "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+}  # fmt: skip
+BESIDE = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 20}
 LOCAL = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 9000.0, "factor": 8.0},
@@ -286,6 +292,20 @@ CASES = {
         layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
     ),
     "gemma3-text-of-pictures": with_text("Gemma3", PICTURES, **GEMMA),
+    "gemma4": case("Gemma4ForCausalLM", **GEMMA4, final_logit_softcapping=4.0),
+    "gemma4-own-values": case(
+        "Gemma4ForCausalLM",
+        **{**GEMMA4, "attention_k_eq_v": False, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        attention_bias=True,
+        num_key_value_heads=3,
+        tie_word_embeddings=False,
+        rope_parameters=LOCAL,
+    ),
+    "gemma4-moe": case("Gemma4ForCausalLM", **GEMMA4, **BESIDE, final_logit_softcapping=4.0),
+    "gemma4-moe-text-of-pictures": with_text(
+        "Gemma4", {"vision_config": {**VISION, "head_dim": 8}}, **{**GEMMA4, "num_global_key_value_heads": None}, **BESIDE
+    ),
+    "gemma4-text-of-pictures": with_text("Gemma4", {"vision_config": {**VISION, "head_dim": 8}}, **GEMMA4),
     "granite": case(
         "GraniteForCausalLM",
         embedding_multiplier=5.0,
@@ -470,9 +490,9 @@ def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int
     spec, total, device = decoder.spec, len(ids), decoder.ops.device
     count = -(-total // block_size)
     table = torch.randperm(count + 3, generator=torch.Generator().manual_seed(total))[:count].tolist()
-    shape = (count + 3, block_size, spec.kv_heads, spec.head_dim)
-    empty = torch.full(shape, float("nan"), dtype=decoder.dtype, device=device)
-    caches = [KVCache(empty.clone(), empty.clone()) for _ in range(spec.attention_layers)]
+    shapes = [(count + 3, block_size, heads.count, heads.size) for heads in spec.by_layer]
+    empty = [[torch.full(shape, float("nan"), dtype=decoder.dtype, device=device) for _ in "kv"] for shape in shapes]
+    caches = [KVCache(k, v) for k, v in empty]
     states = poisoned_states(spec, 3)
     forward, out, start = decoder.bind(caches, states=states, max_tokens=max(chunks)), [], 0
     for length in chunks:

@@ -315,7 +315,7 @@ def test_hunyuan_s_base_is_stretched_once() -> None:
 def test_half_of_a_head_rotates_in_minimax_m2() -> None:
     spec = ModelSpec.from_config(MINIMAX_M2)
     assert (spec.rope.rotary_dim, spec.whole_qk_norm, spec.max_len) == (64, True, 196608)
-    assert spec.qk_norms == (("q_norm", 48 * 128), ("k_norm", 8 * 128)) and spec.ahead[0] == "model.layers.62."
+    assert spec.qk_norms(0) == (("q_norm", 48 * 128), ("k_norm", 8 * 128)) and spec.ahead[0] == "model.layers.62."
     mixture = spec.mixture
     assert mixture is not None and mixture.scores.sigmoid and (mixture.shared, mixture.normalized) == (0, True)
     assert mixture.correction == "block_sparse_moe.e_score_correction_bias"

@@ -77,7 +77,8 @@ def test_who_rotates_a_part_of_each_head(architecture: str) -> None:
     more: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8} if kind.mixture else {}
     more |= {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 8} if kind.hybrid else {}
     more |= {"layer_types": ["linear_attention"] * 2 + ["full_attention"]} if kind.delta else {}
-    more |= {"head_dim": 8, "hidden_act": kind.ungated or "silu"}
+    last = {"layer_types": [*["sliding_attention"] * 2, "full_attention"], "hidden_size_per_layer_input": 0}
+    more |= {"head_dim": 8, "hidden_act": kind.ungated or "silu", **(last if kind.global_heads else {})}
     half = {"partial_rotary_factor": 0.5}
     places: list[dict[str, Any]] = [half, {"rope_parameters": {"full_attention": half} if kind.local_theta is not None else half}]
     places += [] if kind.local_theta is not None else [{"rope_scaling": half}]

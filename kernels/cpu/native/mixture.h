@@ -270,9 +270,15 @@ INLINE void mix(Pool& pool, const MixtureArgs& a, const void* x, int64_t tokens,
     const Mixture& m = *a.mixture;
     const int64_t hidden = m.router->K, inner = m.down[0]->K;
     Routes r(m, tokens, a.type, pool.scratch(pool.size() + 1, size_t(Routes::bytes(m, tokens, a.type))));
-    matmul(pool, {m.router, x, tokens, hidden, a.type, a.norm, a.eps, a.offset, nullptr, r.logits, Type::f32});
+    const void* norm = m.router_norm != nullptr ? m.router_norm : a.norm;
+    matmul(pool, {m.router, x, tokens, hidden, a.type, norm, a.eps, a.offset, nullptr, r.logits, Type::f32});
     ranges(pool, tokens, m.experts * 64, [&](int64_t first, int64_t last) {
-        for (int64_t t = first; t < last; ++t) choose(m, r.logits + t * m.experts, r.chosen + t * m.active, r.shares + t * m.active);
+        for (int64_t t = first; t < last; ++t) {
+            const int32_t* chosen = r.chosen + t * m.active;
+            float* shares = r.shares + t * m.active;
+            choose(m, r.logits + t * m.experts, r.chosen + t * m.active, shares);
+            for (int64_t j = 0; m.gains != nullptr && j < m.active; ++j) shares[j] *= m.gains[chosen[j]];
+        }
     });
     group(m, r);
     if (m.shared_down != nullptr) run_shared(pool, a, x, r);  // before x is overwritten
@@ -281,7 +287,7 @@ INLINE void mix(Pool& pool, const MixtureArgs& a, const void* x, int64_t tokens,
     Products down{m.down, {nullptr, r.inner, 0, inner, a.type, nullptr, 0, 0, nullptr, nullptr, a.type}, nullptr, r};
     Linear sum = *m.down[0];
     sum.bias = nullptr;  // each expert's is in its part
-    run_down(pool, down, {&sum, nullptr, tokens, inner, a.type, nullptr, 0, 0, x, out, a.type});
+    run_down(pool, down, {&sum, nullptr, tokens, inner, a.type, nullptr, 0, 0, a.alone ? nullptr : x, out, a.type});
     if (m.shared_down != nullptr) matmul(pool, {m.shared_down, r.shared, tokens, m.shared_down->K, a.type, nullptr, 0, 0, out, out, a.type});
 }
 

@@ -72,6 +72,8 @@ struct Mixture {
     float least = 0, scale = 1;   // shares are of no less than this sum, and are multiplied with that
     const Linear *shared_gate_up = nullptr, *shared_down = nullptr;  // that MLP; null: there is none
     const Linear* shared_gate = nullptr;   // [1, hidden]: the sigmoid of its product is the share of it; null: 1
+    const void* router_norm = nullptr;     // [hidden], of the type of x: what the router reads; null: what the experts do
+    const float* gains = nullptr;          // [experts]: shares are multiplied by them at last; null: 1
 };
 
 struct MixtureArgs {
@@ -82,6 +84,7 @@ struct MixtureArgs {
     const void* norm;      // [hidden]
     float eps, offset;
     void* out;             // [rows, hidden]; may be x
+    bool alone = false;    // the sum is added to nothing
 };
 
 struct Cache {             // one layer's paged cache (kernels/kv_cache.py): [blocks, block_size, heads, dim]

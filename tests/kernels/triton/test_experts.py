@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -228,6 +229,22 @@ def test_what_all_tokens_go_through(name: str, share: bool) -> None:
         mixture = with_shared(ops, mixture_of(ops, router, given, dtype, 2, True), own, gate, dtype)
         found.append(ops.mix(x.to(device), mixture, norm=Norm(gain.to(dtype).to(device), 1e-5, 1.0)).float().cpu())
     close(found[0], found[1], x, dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_beside_an_mlp(tokens: int) -> None:
+    """A norm of the router's own, gains of the experts, gates by gelu; and the sum is added to nothing."""
+    dtype, (router, x) = torch.float16, telling(3, tokens, torch.float16)
+    given, gain, gains = random_experts(3, "awq, groups of 128", dtype), (1 + 0.1 * torch.randn(HIDDEN)).to(dtype), torch.rand(3)
+    own, found = (0.5 + torch.rand(HIDDEN)).to(dtype), []
+    for ops, device in ((make_ops(torch.device(DEVICE)), DEVICE), (reference.make_ops(torch.device("cpu")), "cpu")):
+        pack = partial(ops.pack, dtype=dtype, activation="bf16")
+        mlps = [MLP((pack(gate_up, gated=True, gelu=True),), pack(down)) for gate_up, down in given]
+        joined = tuple(mlps) if ops.join_experts is None else ops.join_experts(iter(mlps), len(mlps))
+        plain = mixture_of(ops, router, given, dtype, 2, True)
+        mixture = replace(plain, experts=joined, norm=own.to(device), gains=gains.to(device), gelu=True)
+        found.append(ops.mix(x.to(device), mixture, norm=Norm(gain.to(device), 1e-5), alone=True).float().cpu())
+    close(found[0], found[1], 0 * x, dtype)
 
 
 @pytest.mark.parametrize("shared", [False, True])
