@@ -159,7 +159,7 @@ def weights_by_part(decoder: Decoder) -> dict[str, int]:
     for layer in layers:
         kind = "attention" if layer.delta is None else "delta"
         linears[kind] = linears.get(kind, 0) + sum(weight.nbytes for weight in (*layer.qkv, layer.o))
-    mixtures = [layer.mlp for layer in layers if isinstance(layer.mlp, Mixture)]
+    mixtures = [one for layer in layers for one in (layer.mlp, layer.beside and layer.beside.mixture) if isinstance(one, Mixture)]
     if mixtures:
         linears["router"] = sum(
             weight.nbytes for one in mixtures for weight in (one.router, one.shared_gate) if weight is not None

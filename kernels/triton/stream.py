@@ -158,13 +158,14 @@ def _with(layer: Layer, tensors: Sequence[Tensor]) -> Layer:
         gate_up = tuple(map(changed, mlp.gate_up))
         return MLP(gate_up, changed(mlp.down))
 
+    def every(mixture: Mixture) -> Mixture:
+        router = changed(mixture.router)
+        gate = None if mixture.shared_gate is None else changed(mixture.shared_gate)
+        shared = None if mixture.shared is None else whole(mixture.shared)
+        return replace(mixture, router=router, shared_gate=gate, shared=shared, experts=tuple(map(whole, mixture.experts)))
+
     qkv = tuple(map(changed, layer.qkv))
     o = changed(layer.o)
-    mlp = layer.mlp
-    if isinstance(mlp, Mixture):
-        router = changed(mlp.router)
-        gate = None if mlp.shared_gate is None else changed(mlp.shared_gate)
-        shared = None if mlp.shared is None else whole(mlp.shared)
-        mixture = replace(mlp, router=router, shared_gate=gate, shared=shared, experts=tuple(map(whole, mlp.experts)))
-        return replace(layer, qkv=qkv, o=o, mlp=mixture)
-    return replace(layer, qkv=qkv, o=o, mlp=whole(mlp))
+    mlp = every(layer.mlp) if isinstance(layer.mlp, Mixture) else whole(layer.mlp)
+    beside = None if layer.beside is None else replace(layer.beside, mixture=every(layer.beside.mixture))
+    return replace(layer, qkv=qkv, o=o, mlp=mlp, beside=beside)

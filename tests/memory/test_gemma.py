@@ -156,7 +156,8 @@ def spread(directory: Path) -> Path:
     return directory
 
 
-def load(directory: Path, ops: Ops, dtype: str) -> Any:
+def load(directory: Path, ops: Ops, dtype: str, activation: str = "auto") -> Any:
     with Checkpoint.open(directory) as checkpoint:
         spec = ModelSpec.from_config(checkpoint.config)
-        return load_model(checkpoint, spec, ops, dtype=getattr(torch, dtype), max_len=64, lm_head_dtype="model")
+        options: dict[str, Any] = {"max_len": 64, "lm_head_dtype": "model", "activation": activation}
+        return load_model(checkpoint, spec, ops, dtype=getattr(torch, dtype), **options)

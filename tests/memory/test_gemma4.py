@@ -37,7 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 KINDS = [
     ("dense", "none"), ("dense", "awq"), ("dense", "gptq-act-order"), ("experts", "none"), ("experts", "ct-w4a16"),
-    ("text of pictures", "none"), ("text of pictures", "ct-w8a8"), ("text of pictures", "awq"),
+    ("text of pictures", "none"), ("text of pictures", "ct-fp8"), ("text of pictures", "awq"),
 ]  # fmt: skip
 
 
@@ -102,17 +102,16 @@ def test_every_format_on_all_operators(
         config = EngineConfig(max_model_len=64, reference_ops=isa == "reference", dtype=dtype, lm_head_dtype="model")
         plan = make_plan(directory, config, CPU)
         ops = get_ops("cpu", reference=isa == "reference", threads=1)
-        decoder = load(directory, ops, dtype)
+        decoder = load(directory, ops, dtype, activation="bf16")  # scores that are not scaled tell little differences apart
         assert plan.weight_bytes + plan.scratch["positions"] == decoder.nbytes
         if expected is None:
             expected = feed(load(directory, ops, "float32"), IDS, [40])
             assert expected.std() > 0.1
         off = (feed(decoder, IDS, [25, 15]) - expected).square().mean().sqrt() / expected.std()
-        rounds = dtype == "bfloat16" or variant == "ct-w8a8"  # activations; the last bit decides where to
-        assert off < (0.05 if rounds else 1e-3), (isa, float(off))
+        assert off < (0.05 if dtype == "bfloat16" else 1e-3), (isa, float(off))
 
 
-@pytest.mark.parametrize(("model", "variant"), [one for one in KINDS if one != ("text of pictures", "ct-w8a8")])
+@pytest.mark.parametrize(("model", "variant"), KINDS)
 def test_every_byte_on_a_card(tmp_path: Path, model: str, variant: str) -> None:
     directory = fill(write_gemma4(tmp_path, MODELS[model], variant), variant)
     plan = make_plan(directory, EngineConfig(max_model_len=64, lm_head_dtype="model"), CARD)

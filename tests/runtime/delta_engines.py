@@ -48,6 +48,7 @@ def make_oracles(folder: Path) -> dict[str, Oracle]:
     """Made without this repository on the path: transformers looks for a package ``kernels``."""
     asked: dict[str, Any] = {"Qwen3_5": {"lengths": LENGTHS, "tokens": TOKENS, "talks": TALKS, "turns": TURNS, "system": SYSTEM}}
     asked["Qwen3Next"] = {"lengths": (3, 20), "tokens": TOKENS}
+    asked["Gemma4"] = {"lengths": LENGTHS, "tokens": TOKENS}
     script = (Path(__file__).parent / "delta_oracle.py").read_text()
     done = warm.run("-c", script, str(folder), input=json.dumps(asked), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]

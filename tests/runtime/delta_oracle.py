@@ -1,4 +1,4 @@
-"""Run by a test in a process and folder of its own: what transformers answers with small random models with states, in float32.
+"""Run by a test in a process and folder of its own: what transformers answers with small random models, in float32.
 
     python delta_oracle.py OUTPUT_DIR < request.json      {"Qwen3_5": {"lengths": [...], "tokens": ...}, "Qwen3Next": ...}
 
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import Qwen3_5ForCausalLM, Qwen3NextForCausalLM
+from transformers import Gemma4ForCausalLM, Qwen3_5ForCausalLM, Qwen3NextForCausalLM
 
 CONFIG = {
     "vocab_size": 256,
@@ -37,24 +37,45 @@ CONFIG = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-KINDS = {"Qwen3_5": Qwen3_5ForCausalLM, "Qwen3Next": Qwen3NextForCausalLM}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+GEMMA4 = {  # heads of two kinds, and experts beside MLPs
+    **{key: value for key, value in CONFIG.items() if not key.startswith(("linear", "rope"))},
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 24,
+    "global_head_dim": 24,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 30.0,
+    "enable_moe_block": True,
+    "num_experts": 5,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 24,
+}
+KINDS = {
+    "Qwen3_5": (Qwen3_5ForCausalLM, CONFIG),
+    "Qwen3Next": (Qwen3NextForCausalLM, CONFIG | EXPERTS),
+    "Gemma4": (Gemma4ForCausalLM, GEMMA4),
+}
 
 
 def main() -> None:
     for name, asked in json.load(sys.stdin).items():
-        answer(KINDS[name], Path(sys.argv[1]) / name, asked)
+        answer(*KINDS[name], Path(sys.argv[1]) / name, asked)
 
 
-def answer(kind, output, asked) -> None:
+def answer(kind, settings, output, asked) -> None:
     torch.manual_seed(0)
-    config = kind.config_class(**CONFIG, **(EXPERTS if kind is Qwen3NextForCausalLM else {}))
+    config = kind.config_class(**settings)
     config._attn_implementation = config._experts_implementation = "eager"
     model = kind(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread, middle = (2.0, -2.0) if name.endswith("A_log") else (0.3, 1.0) if parameter.dim() == 1 else (0.25, 0.0)
             parameter.copy_(torch.randn_like(parameter) * spread + middle)  # some states last, some are forgotten at once
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.copy_(0.5 + torch.rand_like(buffer))
     model.save_pretrained(output / "model")
     rng = random.Random(0)
     cases = [case(model, said(rng, length), asked["tokens"]) for length in asked["lengths"]]

@@ -31,6 +31,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "SmolLM3": {"no_rope_layers": [0, 1]},
     "Olmo3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7},
+    "Gemma4": {
+        "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7, "global_head_dim": 32,
+        "num_global_key_value_heads": 1, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
+    },
     "HunYuanDenseV1": {"rope_scaling": {"type": "dynamic", "alpha": 20.0, "factor": 1.0}},
     "Arcee": {"mlp_bias": False},
     "Apertus": {},

@@ -1,0 +1,65 @@
+"""Engines whose layers have heads of two kinds: transformers' answers, whatever becomes of the blocks, and plans that hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from appliance.config import EngineConfig
+from appliance.runtime.check import check
+from kernels.cpu import backend
+from tests.runtime.conftest import answers
+from tests.runtime.delta_engines import Load, Oracle, loader, on_a_card
+
+TOKEN = 2 * 4 * (2 * 2 * 16 + 2 * 1 * 24)  # bytes, in float32: two layers of two heads of 16, two of one of 24
+
+
+@pytest.fixture
+def oracle(oracles: dict[str, Oracle]) -> Oracle:
+    return oracles["Gemma4"]
+
+
+@pytest.fixture
+def load(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> Load:
+    return loader(oracle, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["reference", "torch", "native"])
+def test_greedy_answers_are_those_of_transformers(load: Load, oracle: Oracle, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "native":
+        if backend.native() is None:
+            pytest.skip("the native extension is not built")
+        monkeypatch.delenv("APPLIANCE_CPU_ISA")
+    engine = load(reference_ops=kind == "reference", max_num_batched_tokens=33)
+    assert [tuple(cache.k.shape[2:]) for cache in engine.runner.caches] == [(2, 16), (1, 24)] * 2
+    assert sum(t.nbytes for cache in engine.runner.caches for t in cache.tensors) == engine.info.plan["kv_cache"]["bytes"]  # type: ignore[index]
+    assert answers(engine, oracle.submits) == oracle.answers
+    assert answers(engine, oracle.submits) == oracle.answers, "and once more, from the prefix cache"
+    assert engine.stats().prefix_hits > 0
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_blocks_come_and_go(load: Load, oracle: Oracle, mode: str) -> None:
+    tight = {"max_model_len": 104, "kv_cache_memory_bytes": TOKEN * 8 * 13, "block_size": 8, "max_num_seqs": 8}
+    engine = load(swap_space=0.001 if mode == "swap" else 0, preemption_mode=mode, **tight)
+    assert engine.scheduler.pool.num_blocks == 13
+    assert answers(engine, oracle.submits) == oracle.answers
+    stats = engine.stats()
+    assert stats.preemptions > 0 and (stats.swaps > 0) == (mode == "swap")
+
+
+def test_a_check_of_the_plan(oracle: Oracle) -> None:
+    config = EngineConfig(kv_cache_memory_bytes="1M", threads=1, max_model_len=64, max_num_seqs=5, max_num_batched_tokens=48)
+    report = check(oracle.model, config)
+    exact = {row.name: row for row in report.rows if not row.allowed and not row.below}
+    parts = {f"weights: {part}" for part in ("attention", "mlp", "router", "experts", "norms")}
+    assert parts | {"KV cache"} <= exact.keys() and all(row.holds for row in exact.values())
+    assert report.plan.kv.token_bytes == TOKEN and report.steps >= 10
+
+
+def test_recorded_and_ahead_of_the_host(oracle: Oracle, load: Load) -> None:
+    """As on a card: steps are padded, and launched before the last tokens are known."""
+    options: dict[str, Any] = {"max_model_len": 256, "kv_cache_memory_bytes": 4 << 20, "max_num_seqs": 5}
+    engine = on_a_card(load(reference_ops=True, **options), **options)
+    assert answers(engine, oracle.submits) == oracle.answers
