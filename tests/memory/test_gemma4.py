@@ -17,8 +17,11 @@ from appliance.memory.shard import shard
 from appliance.memory.study import Study
 from kernels.cpu import backend
 from kernels.ops import get_ops
+from models.loader import load_model
 from models.spec import ModelSpec
+from quant.checkpoint import Checkpoint
 from quant.errors import InputError
+from quant.tensor import QuantTensor
 from tests.memory.gemma4 import EXPERTS, SMALL, write_gemma4
 from tests.memory.published import fill
 from tests.memory.test_gemma import CPU, IDS, load, spread
@@ -109,6 +112,22 @@ def test_every_format_on_all_operators(
             assert expected.std() > 0.1
         off = (feed(decoder, IDS, [25, 15]) - expected).square().mean().sqrt() / expected.std()
         assert off < (0.05 if dtype == "bfloat16" else 1e-3), (isa, float(off))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_while_it_is_loaded(tmp_path: Path, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the router, and of experts that are one tensor each by itself."""
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "torch")
+    directory = fill(write_gemma4(tmp_path, MODELS["experts"], "none"), "none")
+    config = EngineConfig(max_model_len=64, dtype="float32", lm_head_dtype="model", quantization=f"int{bits}")
+    plan = make_plan(directory, config, CPU)
+    with Checkpoint.open(directory, f"int{bits}") as checkpoint:
+        spec, ops = ModelSpec.from_config(checkpoint.config), get_ops("cpu")
+        assert isinstance(checkpoint.weight("model.layers.2.router.proj"), torch.Tensor)
+        assert isinstance(checkpoint.weight("model.layers.2.experts.4.gate_proj"), QuantTensor)
+        decoder = load_model(checkpoint, spec, ops, dtype=torch.float32, max_len=64, lm_head_dtype="model")
+    assert plan.weight_bytes + plan.scratch["positions"] == decoder.nbytes
+    assert plan.weights["router"] == 3 * 5 * 256 * 4 and bool(feed(decoder, IDS, [40]).isfinite().all())
 
 
 @pytest.mark.parametrize(("model", "variant"), KINDS)

@@ -19,6 +19,8 @@ from appliance.runtime.startup import Timeline, load_decoder
 from kernels import reference
 from kernels.ops import KVCache, PagedBatch, Weight
 from models.decoder import Decoder
+from tests.memory.gemma4 import EXPERTS, write_gemma4
+from tests.memory.gemma4 import SMALL as GEMMA4
 from tests.memory.published import GLM4_MOE, fill, livelier, write_published
 
 
@@ -53,6 +55,20 @@ def test_of_layers_with_experts_one_is_compared(tmp_path: Path) -> None:
     assert trial.tried(decoder.spec) == range(1, 2) and all(value < 1e-4 for value in found(config, plan, decoder).values())
     wrong = replace(decoder, ops=replace(decoder.ops, mix=lambda x, mixture, *, norm: x))
     assert all(value > trial.ALLOWED for value in found(config, plan, wrong).values())
+
+
+def test_of_heads_of_two_kinds_both_are_compared(tmp_path: Path) -> None:
+    folder = livelier(fill(write_gemma4(tmp_path, {**GEMMA4, **EXPERTS}, "none"), "none"))
+    config, plan, decoder = loaded(folder, dtype="float32", reference_ops=True)
+    oracle, tokens = trial.load_oracle(config, plan, decoder)
+    assert trial.tried(decoder.spec) == range(1, 3) and oracle.spec.kv_shapes == ((2, 64), (1, 128))
+    assert all(off < 1e-4 for _, off in trial.deviations(decoder, oracle, tokens, plan, None))
+
+    def blind(q: Tensor, cache: KVCache, *given: Any, **options: Any) -> Tensor:
+        return q if cache.head_dim == 128 else reference.attention(q, cache, *given, **options)
+
+    wrong = replace(decoder, ops=replace(decoder.ops, attention=blind))
+    assert all(off > trial.ALLOWED for _, off in trial.deviations(wrong, oracle, tokens, plan, None))
 
 
 def neighbour(ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:
