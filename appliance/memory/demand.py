@@ -130,8 +130,8 @@ def product_workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Mac
         (one.module.part == "experts", one.module.K, one.group_size, one.kind in ("int", "fp4") and by_choice) for one in weights
     }
     parts = [layout.native_workspace_bytes(rows, K, group, rounded=rounded) for _, K, group, rounded in shapes]
-    heads = {"heads": spec.heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim}
-    parts.append(layout.native_attention_bytes(machinery.threads, **heads))
+    attention = partial(layout.native_attention_bytes, machinery.threads, heads=spec.heads)
+    parts += [attention(kv_heads=one.count, head_dim=one.size) for one in set(spec.by_layer)]
     shared, routes = max(shared for shared, _ in parts), 0
     if spec.mixture is not None:
         counts, shared_mlp = {"experts": spec.mixture.experts, "active": spec.mixture.active}, spec.mixture.shared
