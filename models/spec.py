@@ -327,12 +327,9 @@ class ModelSpec:
             if self.sinks:
                 found.append((f"{prefix}.self_attn.sinks", self.heads))
             if (mixture := self.mixture_of(layer)) is not None:
-                by_expert, of_hidden = (
-                    (mixture.correction, mixture.gains),
-                    (mixture.router_norm, *(f"{n}.weight" for n in mixture.beside)),
-                )
-                found += [(f"{prefix}.{name}", mixture.experts) for name in by_expert if name]
-                found += [(f"{prefix}.{name}", self.hidden) for name in of_hidden if name]
+                some = [(name, mixture.experts) for name in (mixture.correction, mixture.gains)]
+                some += [(name, self.hidden) for name in (mixture.router_norm, *(f"{n}.weight" for n in mixture.beside))]
+                found += [(f"{prefix}.{name}", size) for name, size in some if name]
         return found
 
     def small_nbytes(self, item: int) -> int:

@@ -53,8 +53,9 @@ def windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None
             )
         if kind.window != "none":
             return found
-    if every:
-        return tuple(window if (layer + 1) % every else None for layer in range(layers))
+    if every:  # of families whose last layer sees everything, that one does in any case
+        last = layers - 1 if kind.global_heads else layers
+        return tuple(window if (layer + 1) % every and layer != last else None for layer in range(layers))
     if kind.window == "unrotated":
         return tuple(window if still else None for still in unrotated(kind, fields, layers))
     border = fields.integer("max_window_layers", default=28, minimum=0) if kind.window in ("lower", "upper") else 0

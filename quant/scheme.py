@@ -33,7 +33,7 @@ BESIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Of AutoGPTQ and GPTQModel, of early versions of AutoAWQ, and of ModelOpt."""
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 FLOATS = ("F16", "BF16", "F32", "F64")
-TIED = [["Mistral3ForConditionalGeneration"], ["Gemma3ForConditionalGeneration"]]
+TIED = [["Mistral3ForConditionalGeneration"], ["Gemma3ForConditionalGeneration"], ["Gemma4ForConditionalGeneration"]]
 IN_LAYER = re.compile(r"(^|\.)\d+(\.|$)")
 EXACT = ("gate", "router", "wg", "proj", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba")
 """Small ones that are not rounded while they are loaded: what routers of mixtures choose should be what the model chose, and what

@@ -216,8 +216,8 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     What is normalized before it is added takes the place of q, k and v, and one beside the gated product. Parts that cannot be
     one weight (differently stored, or each with an order of its own) are computed, joined, and then used. A mixture of experts
     has memory of its own (product_workspace) where its parts are whole. Where queries are scaled by their position, the operators
-    run one by one, and what they make lies beside what they read. So they do where layers with states come in parts, or where values
-    are normalized.
+    run one by one, and what they make lies beside what they read. So they do where layers with states come in parts, or
+    where values are normalized.
     """
     delta, joined = _delta_size(spec, layers)
     single = spec.rope.query_beta != 0 or spec.one_by_one or joined
@@ -229,7 +229,7 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     gated = all((one.gated or spec.ungated) and not one.stored.act_order for one in layers if one.slot == "gate_up")
     mlp = ((inner if gated else 4 * inner) + added) * size if inner else 0
     if mlp and spec.one_by_one:  # measured: these do not find room in what attention's operators left
-        mlp += (qkv + spec.q_size) * size
+        mlp += (qkv + _q_size(spec)) * size
     if spec.mixture is not None and not gated:
         mlp = (4 * spec.widest_mlp + added) * size + _mixed(spec, spec.mixture, size)
     mlp += _beside(spec) * size

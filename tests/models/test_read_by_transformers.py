@@ -30,6 +30,7 @@ MODEL_TYPES = {
     "Glm4vMoeForConditionalGeneration": "glm4v_moe", "SolarOpenForCausalLM": "solar_open", "Dots1ForCausalLM": "dots1",
     "MixtralForCausalLM": "mixtral", "GptOssForCausalLM": "gpt_oss", "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3", "GraniteForCausalLM": "granite",
+    "Gemma4ForCausalLM": "gemma4_text", "Gemma4ForConditionalGeneration": "gemma4",
     "GlmForCausalLM": "glm", "Glm4ForCausalLM": "glm4", "Ernie4_5ForCausalLM": "ernie4_5",
     "GraniteMoeHybridForCausalLM": "granitemoehybrid", "SeedOssForCausalLM": "seed_oss", "SmolLM3ForCausalLM": "smollm3",
     "Mistral3ForConditionalGeneration": "mistral3", "LlavaForConditionalGeneration": "llava",
@@ -55,6 +56,7 @@ def test_windows_that_no_key_states_are_those_of_transformers(name: str) -> None
     text |= {"max_window_layers": 2, "shared_intermediate_size": 8, "moe_intermediate_size": 8, "pad_token_id": 0}
     text |= {"layer_types": ["full_attention"] * layers} if kind.hybrid else {}
     text |= {} if kind.mixture else {"num_local_experts": 0}
+    text |= {"hidden_size_per_layer_input": 0} if kind.global_heads else {}
     config = {"text_config": text} if kind.text_part else text
     theirs = AutoConfig.for_model(MODEL_TYPES[name], **config).get_text_config()
     window, types = (
@@ -70,7 +72,20 @@ def test_windows_that_no_key_states_are_those_of_transformers(name: str) -> None
 @pytest.mark.parametrize("text", [None, False, True])
 @pytest.mark.parametrize(
     "name",
-    ["Mistral3", "Llava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Gemma3", "Llama", "SmolLM3", "Gemma2", "Glm4", "Ernie4_5"]
+    [
+        "Mistral3",
+        "Llava",
+        "Qwen2VL",
+        "Qwen2_5_VL",
+        "Qwen3VL",
+        "Gemma3",
+        "Gemma4",
+        "Llama",
+        "SmolLM3",
+        "Gemma2",
+        "Glm4",
+        "Ernie4_5",
+    ]
     + ["Qwen3_5"],
 )
 def test_models_without_a_head_are_tied_where_transformers_ties_them(tmp_path: Path, name: str, text: bool | None) -> None:
@@ -78,12 +93,13 @@ def test_models_without_a_head_are_tied_where_transformers_ties_them(tmp_path: P
 
     Those of Qwen3-VL and Qwen3.5 pass over a text part that says so, and have no head then: here they are tied.
     """
-    whole = name in ("Mistral3", "Llava", "Gemma3", "Qwen3_5") or name.endswith("VL")
+    whole = name in ("Mistral3", "Llava", "Gemma3", "Gemma4", "Qwen3_5") or name.endswith("VL")
     architecture = f"{name}For{'ConditionalGeneration' if whole else 'CausalLM'}"
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     said = {} if text is None else {"tie_word_embeddings": text}
     part = {**dict.fromkeys(sizes, 8), "max_position_embeddings": 8, "vocab_size": 8, "pad_token_id": 0, **said}
     part |= {"model_type": "mistral"} if name in ("Mistral3", "Llava") else {}
+    part |= {"hidden_size_per_layer_input": 0} if name == "Gemma4" else {}
     config = {"text_config": part} if whole else part
     save_file({"language_model.model.norm.weight": torch.zeros(4)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
