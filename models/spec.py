@@ -102,9 +102,7 @@ class ModelSpec:
         seen, still = windows(kind, fields, layers), unrotated(kind, fields, layers)
         wide = wide_heads(kind, fields, seen, KVHeads(kv_heads, head_dim), heads)
         sizes = [head_dim if wide is None else wide.size, head_dim]
-        ropes = [
-            read_rope(one, size, max_position, kind.theta, whole, kind.yarn) for one, size in zip(parts, sizes, strict=False)
-        ]
+        ropes = [read_rope(*one, max_position, kind.theta, whole, kind.yarn) for one in zip(parts, sizes, strict=False)]
         if ropes[0].query_beta and not kind.scaled_queries:
             raise InputError(f"config.json: llama_4_scaling_beta = {ropes[0].query_beta} is not supported for {name}")
         if kind.late_qk_norm and ropes[0].kind in ("yarn", "longrope"):  # these make what rotates larger, too
