@@ -212,9 +212,11 @@ def _unstacked(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 
 def _inputs_first(experts: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether a DENSE_STACK has inputs by outputs of each expert."""
-    both = [tensors[name].shape for part in ("gate_up_proj", "down_proj") if (name := f"{experts}.{part}") in tensors]
-    return len(both) == 2 and len(both[1]) == 3 and both[0][1:] == (both[1][2], 2 * both[1][1])
+    """Whether a DENSE_STACK has inputs by outputs of each expert. Where both are as many, nothing tells: they are not."""
+    both = [tensors[name].shape[1:] for part in ("gate_up_proj", "down_proj") if (name := f"{experts}.{part}") in tensors]
+    if len(both) < 2 or len(both[1]) != 2 or both[1][0] == both[1][1]:
+        return False
+    return both[0] == (both[1][1], 2 * both[1][0])
 
 
 def _stack(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> tuple[str, list[str]]:
