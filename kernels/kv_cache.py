@@ -10,10 +10,14 @@ Codes are rounded to the nearest, ties to even, and never beyond the largest. A 
 before codes are found with them. A scale or step below LEAST_SCALE is of a vector that is all but zero, or, in int4, all but
 constant: its codes are 0. Where a checkpoint brings scales for a layer (``given``), those are stored instead, and larger values
 are clipped; int4 has least values too, and takes no notice of them.
+
+Where attention is over latents (models/latent.py), a token's values are its keys: they are one tensor, which is written, moved
+and counted once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +39,7 @@ class KVCache:
     """
 
     k: Tensor  # [B, block_size, Hkv, D]; int4: [B, block_size, Hkv, D / 2]
-    v: Tensor  # the same
+    v: Tensor  # the same; or k itself, where a value is a key
     k_scale: Tensor | None = None  # float32 [B, block_size, Hkv]; int4: float16 [B, block_size, Hkv, 2], step and least
     v_scale: Tensor | None = None
     given: tuple[float, float] | None = None  # the checkpoint's scales of this layer's keys and values
@@ -54,9 +58,21 @@ class KVCache:
         return self.k.shape[3] * (2 if self.k.dtype == torch.uint8 else 1)
 
     @property
+    def values_are_keys(self) -> bool:
+        return self.v is self.k
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that a block has: keys, values, and their scales where there are any."""
-        return tuple(t for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
+        parts = (self.k, self.k_scale) if self.values_are_keys else (self.k, self.v, self.k_scale, self.v_scale)
+        return tuple(t for t in parts if t is not None)
+
+    def split(self, blocks: int) -> Iterator[KVCache]:
+        """Caches of ``blocks`` blocks each that follow one another in this one."""
+        for parts in zip(*(tensor.split(blocks) for tensor in self.tensors), strict=True):
+            k, *scale = parts if self.values_are_keys else parts[::2]
+            v, *v_scale = parts if self.values_are_keys else parts[1::2]
+            yield KVCache(k, v, *scale, *v_scale)
 
     @classmethod
     def zeros(
@@ -69,23 +85,24 @@ class KVCache:
         dtype: str,
         device: torch.device,
         given: tuple[float, float] | None = None,
+        values: bool = True,
     ) -> KVCache:
         """An empty cache of ``blocks * block_size * 2 * kv_heads * kernels.layout.kv_nbytes(dtype, head_dim)`` bytes.
 
+        Half as many without ``values`` of its own: they are the keys then.
         InputError where int4 cannot have two features of a head in each byte.
         """
         if dtype == "int4" and head_dim % 2:
             raise InputError(f"--kv-cache-dtype is int4, but heads of {head_dim} do not fill whole bytes: take int8")
         shape = (blocks, block_size, kv_heads, head_dim // 2 if dtype == "int4" else head_dim)
         code = CODES.get(dtype) or getattr(torch, dtype)
-        k, v = (torch.zeros(shape, dtype=code, device=device) for _ in range(2))
+        k = torch.zeros(shape, dtype=code, device=device)
+        v = torch.zeros_like(k) if values else k
         if dtype not in SCALED_CACHES:
             return cls(k, v)
-        if dtype == "int4":
-            k_scale, v_scale = (torch.zeros((*shape[:3], 2), dtype=torch.float16, device=device) for _ in range(2))
-        else:
-            k_scale, v_scale = (torch.zeros(shape[:3], dtype=torch.float32, device=device) for _ in range(2))
-        return cls(k, v, k_scale, v_scale, given)
+        scales, kind = ((*shape[:3], 2), torch.float16) if dtype == "int4" else (shape[:3], torch.float32)
+        k_scale = torch.zeros(scales, dtype=kind, device=device)
+        return cls(k, v, k_scale, torch.zeros_like(k_scale) if values else k_scale, given)
 
 
 def quantize(x: Tensor, dtype: str, given: float | None = None) -> tuple[Tensor, Tensor]:

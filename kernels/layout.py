@@ -18,6 +18,7 @@ SLAB_BYTES = 4 << 20  # of expanded weights at a time, of torch's operators
 TRITON_SLAB_BYTES = 16 << 20  # the same of the Triton kernels (kernels/triton/slab.py): within half of a card's L2 cache
 SEGMENT = 128  # inputs that share an activation scale in the native kernels, at most
 ACTIVATED_AT_ONCE = 1 << 20  # values that go through an activation without a gate at a time, where that takes memory
+LATENT_ROWS = 64  # tokens at a time that go to the latents' space and back (kernels/latent.py)
 NATIVE_ROWS = 512  # rows that the native kernels prepare at a time
 NATIVE_QUERIES = 48  # rows of a tile of queries, tokens by heads, where the heads allow it
 HUGE_PAGE = 2 << 20
@@ -248,6 +249,11 @@ def paged_attention_nbytes(
     widened = WIDEN * kv_heads * head_dim * (8 + 2 * item_size)
     scores = WIDEN * (8 * rows + 4 * heads * head_dim) + 4 * rows * head_dim if capped else 0
     return partial + widened + scores + 2 * GATHER * block_size * kv_heads * head_dim * item_size
+
+
+def latent_nbytes(*, heads: int, rank: int, other: int, item_size: int) -> int:
+    """Bytes of the copies that are made of some tokens on their way to the latents' space and back; ``other``: the wider end."""
+    return LATENT_ROWS * heads * (rank + other) * item_size
 
 
 def delta_nbytes(*, ops: str, channels: int, value_heads: int, key_dim: int, value_dim: int) -> int:

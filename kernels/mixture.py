@@ -59,7 +59,7 @@ def route(
 def _of_groups(keys: Tensor, scores: Scores) -> Tensor:
     """-inf in place of the keys of all experts that stand in other groups than a token's."""
     groups = keys.view(len(keys), scores.groups, -1)
-    chosen = _sorted(groups.topk(2).values.sum(-1))[:, : scores.chosen_groups]
+    chosen = _sorted(groups.topk(scores.best).values.sum(-1))[:, : scores.chosen_groups]
     others = torch.ones(groups.shape[:2], dtype=torch.bool, device=keys.device).scatter_(1, chosen, False)
     return groups.masked_fill(others[:, :, None], float("-inf")).flatten(1)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.activations import Activation
 from kernels.batch import PagedBatch
 from kernels.kv_cache import KVCache
+from kernels.latent import Latents
 from kernels.layout import ops_name
 from kernels.parts import MLP, Beside, Clamp, Linear, Mixture, Norm, Weight
 from kernels.states import Delta, DeltaRule, StateCache
@@ -56,6 +57,7 @@ class Layer:
     streamed: int = 0  # bytes of these, which have no place of their own on the device
     act: Activation | None = None  # the MLP has no gate: down(act(up(x))), and gate_up is up
     delta: DeltaRule | None = None  # in place of attention: qkv is of what ``Ops.delta`` reads, o reads what it gives
+    latents: Latents | None = None  # of attention over these: qkv gives queries, or their latents, and what is cached
 
     @property
     def only_mlp(self) -> MLP:
@@ -73,7 +75,7 @@ class Layer:
     def nbytes(self) -> int:
         small = (self.input_norm, self.post_norm, self.q_norm, self.k_norm, self.v_norm, self.attention_norm, self.mlp_norm)
         weights = (*self.qkv, self.o, self.mlp)
-        rest = (*small, self.sinks, self.scalar, self.delta, self.beside)
+        rest = (*small, self.sinks, self.scalar, self.delta, self.beside, self.latents)
         return sum(one.nbytes for one in weights) + sum(one.nbytes for one in rest if one is not None)
 
 
@@ -150,7 +152,8 @@ class RopeStore(Protocol):
     ) -> Tensor:
         """Take qkv [T, (Hq + 2 Hkv) * D] apart, store keys and values in the cache at batch.slots, return q [T, Hq, D].
 
-        ``heads`` is Hq; Hkv and D are the cache's. q and k are normalized per head where norms are given, and rotated by
+        ``heads`` is Hq; Hkv and D are the cache's. Where its values are its keys, qkv is [T, (Hq + Hkv) * D], queries and these
+        alone. q and k are normalized per head where norms are given, and rotated by
         batch.positions: the first ``rotary`` features, in halves, not interleaved. cos_sin is float32 [max positions, rotary]:
         the cosines of ``rotary / 2`` frequencies, then their sines. qkv may be overwritten, and q be a view of it.
         """

@@ -151,8 +151,7 @@ def rope_store(
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
 ) -> Tensor:
-    kv_heads, size = cache.k.shape[2], cache.head_dim
-    q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, size)).split([heads, kv_heads, kv_heads], dim=1)
+    q, k, v = split_heads(qkv, heads, cache)
     q = q if q_norm is None else rms_norm(q, **q_norm._asdict())
     k = k if k_norm is None else rms_norm(k, **k_norm._asdict())
     q, k = rope(q, k, batch.positions, cos_sin)
@@ -160,10 +159,20 @@ def rope_store(
     return q
 
 
-def store_kv(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
-    """k and v [T, Hkv, D] at their slots of the cache."""
+def split_heads(qkv: Tensor, heads: int, cache: KVCache) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(queries, keys, values), [T, their heads, D] each; values are None where they are the keys."""
+    kv_heads, size = cache.k.shape[2], cache.head_dim
+    parts = [heads, kv_heads] if cache.values_are_keys else [heads, kv_heads, kv_heads]
+    q, k, *v = qkv.unflatten(1, (sum(parts), size)).split(parts, dim=1)
+    return q, k, v[0] if v else None
+
+
+def store_kv(k: Tensor, v: Tensor | None, cache: KVCache, slots: Tensor) -> None:
+    """k and v [T, Hkv, D] at their slots of the cache; v None: values are the keys."""
     given = cache.given or (None, None)
     for x, codes, scales, scale in zip((k, v), (cache.k, cache.v), (cache.k_scale, cache.v_scale), given, strict=True):
+        if x is None:
+            continue
         if scales is None:
             codes.flatten(0, 1)[slots] = x.to(codes.dtype)
         else:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE
 from models.family import Architecture
 from models.fields import Fields
 from models.gemma import GEMMA2, GEMMA3, GEMMA4
@@ -145,6 +146,9 @@ ARCHITECTURES = {
         float16=False,  # what its MLPs add goes beyond it, as others found
     ),
     "Glm4MoeForCausalLM": GLM4_MOE,
+    "Glm4MoeLiteForCausalLM": GLM4_MOE_LITE,
+    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
     "Glm4vMoeForConditionalGeneration": replace(
         GLM4_MOE, qk_norm=False, max_position=65536, text_part=True, defaults={**GLM4_MOE.defaults, "attention_bias": True},
     ),

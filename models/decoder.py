@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from kernels.kv_cache import LARGEST
+from kernels.latent import Latents
 from kernels.layout import SCALED_CACHES
 from kernels.mixture import gated
 from kernels.ops import Forward, KVCache, Layer, Linear, Mixture, Norm, Ops, PagedBatch, Stack, Weight
 from kernels.states import DeltaRule, StateCache
+from models.latent import EPS
 from models.plain import embedding_scale
 from models.rope import query_scales
 from models.spec import ModelSpec
@@ -83,10 +85,12 @@ class Decoder:
         kept, kept_states = iter(caches), iter(states)
         for layer in self.layers:
             with layer.present():
-                if layer.delta is None:
-                    x = self._attention(layer, hidden, batch, next(kept), scales)
-                else:
+                if layer.delta is not None:
                     x = self._delta(layer, layer.delta, hidden, batch, next(kept_states))
+                elif layer.latents is not None:
+                    x = self._latent(layer, layer.latents, hidden, batch, next(kept))
+                else:
+                    x = self._attention(layer, hidden, batch, next(kept), scales)
                 hidden = self._add(x, layer.o, layer.attention_norm, hidden)
                 del x  # what the MLP makes may take its place
                 hidden = self._mlp(layer, hidden)
@@ -156,6 +160,25 @@ class Decoder:
         keys_end = self.spec.heads * len(ones) + kv
         values = self.ops.rms_norm(qkv[:, -kv:].reshape(-1, len(ones)), **self._norm(ones)._asdict())
         return torch.cat((qkv[:, :keys_end], values.view(len(qkv), kv)), dim=1)
+
+    def _latent(self, layer: Layer, latents: Latents, hidden: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
+        """[T, heads * value] before the output projection; ``cache`` has values that are its keys."""
+        spec, ops = self.spec, self.ops
+        qkv = self._absorbed(layer, latents, hidden)
+        q = ops.rope_store(qkv, spec.heads, cache, batch, self.stack.rotation(layer))
+        del qkv
+        found = ops.attention(q, cache, batch, scale=spec.scale)
+        del q  # large ones, of which no more than two are there at once
+        return latents.results(found)
+
+    def _absorbed(self, layer: Layer, latents: Latents, hidden: Tensor) -> Tensor:
+        """Queries and keys of a layer of latent attention, not yet rotated."""
+        x, net = self._linear(hidden, layer.qkv, self._before(layer.input_norm)), self.spec.latent
+        assert net is not None
+        queries, rotated, latent = x.split([x.shape[1] - net.size, net.rope, net.rank], dim=1)
+        if latents.query is not None and latents.query_norm is not None:
+            queries = self.ops.matmul(queries, latents.query, norm=Norm(latents.query_norm, EPS))
+        return latents.absorbed(queries, rotated, self.ops.rms_norm(latent, latents.norm, eps=EPS))
 
     def _delta(self, layer: Layer, rule: DeltaRule, hidden: Tensor, batch: PagedBatch, states: StateCache) -> Tensor:
         """[T, value heads * value_dim] before the output projection."""

@@ -49,6 +49,7 @@ class Architecture:
     mlp_only_layers; "from": from first_k_dense_replace on; "types": where mlp_layer_types says so, else the same; "range": each
     moe_layer_interval-th from moe_layer_start_index to moe_layer_end_index."""
     sigmoid: bool = False  # scores are sigmoids of the router's products, with n_group, topk_group and routed_scaling_factor
+    by_largest: bool = False  # groups of experts are chosen by their largest score (topk_method), not by the sum of two
     correction: str = ""  # the name within the mixture of what is added to scores for the choice (moe_norm_min)
     shared: str = ""  # the name of an MLP within the mixture that every token goes through
     shared_count: str = ""  # as how many experts that is large; empty: shared_expert_intermediate_size says how large
@@ -86,6 +87,7 @@ class Architecture:
     refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # more keys as in NEUTRAL
     delta: str = ""  # some layers are a DeltaNet: whose inputs are "split" or "fused"; and attention has an output gate
     passed_over: tuple[str, ...] = ()  # keys of NEUTRAL that mean nothing in it
+    latent: bool = False  # attention is over latents (models/latent.py)
     text_part: bool = False  # of a model that reads more than text: its settings stand in text_config
     tied_by_text: bool = True  # the head is tied where either says so; else where the whole does, whatever its text part says
     texts: tuple[str, ...] = ()  # which of TEXTS that part may be; the first where it does not say

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.latent import Latents
 from kernels.layout import embedding_bits, head_bits, shares_table
 from kernels.ops import MLP, Beside, Clamp, Layer, Linear, Mixture, Ops, Weight
 from kernels.states import DeltaRule
@@ -18,7 +19,8 @@ from models.decoder import Decoder
 from models.delta import DeltaNet
 from models.heap import prompt_release, release_memory
 from models.kv_scales import read_largest
-from models.order import apart, gated_queries, halves
+from models.latent import Latent
+from models.order import apart, gated_queries, halves, rotated_first
 from models.rope import cos_sin_table
 from models.spec import Mixture as MixtureSpec
 from models.spec import ModelSpec
@@ -223,6 +225,8 @@ class _Loader:
     def _attention(self, prefix: str, number: int) -> dict[str, Any]:
         """What a Layer has of it."""
         spec, heads = self.spec, self.spec.heads_of(number)
+        if spec.latent is not None:
+            return self._latent(prefix, spec.latent)
         parts: tuple[str, ...] = ("qkv",) if spec.fused_qkv else ("q", "k") if heads.keys_only else ("q", "k", "v")
         qkv = [self._read(prefix, f"self_attn.{part}_proj") for part in parts]
         if spec.interleaved:  # scores stay the same where queries and keys change their order together
@@ -243,6 +247,25 @@ class _Loader:
         if spec.sinks:
             found["sinks"] = self._vector(f"{prefix}.self_attn.sinks", spec.heads)
         return found
+
+    def _latent(self, prefix: str, net: Latent) -> dict[str, Any]:
+        """The same where attention is over latents: what rotates comes first, in halves, of each head and of the key."""
+        queries = rotated_first(self.spec.heads, net.nope, net.rope, interleaved=net.interleaved)
+        cached = rotated_first(1, net.rank, net.rope, interleaved=net.interleaved)
+        name = "self_attn.q_a_proj" if net.query_rank else "self_attn.q_proj"
+        first, kv = self._read(prefix, name), self._read(prefix, "self_attn.kv_a_proj_with_mqa")
+        found = {"qkv": self._fuse([first if net.query_rank else _select(first, queries), _select(kv, cached)])}
+        query = self._pack(_select(self._read(prefix, "self_attn.q_b_proj"), queries)) if net.query_rank else None
+        up, _ = self._read(prefix, "self_attn.kv_b_proj")
+        dense = dequantize_rows(up, self.dtype) if isinstance(up, QuantTensor) else up.to(self.dtype)
+        latents = Latents.of(
+            dense.to(self.ops.device).view(self.spec.heads, net.nope + net.value, net.rank),
+            net.nope,
+            norm=self._norm(f"{prefix}.self_attn.kv_a_layernorm", net.rank),
+            query_norm=self._norm(f"{prefix}.self_attn.q_a_layernorm", net.query_rank) if net.query_rank else None,
+            query=query,
+        )
+        return {**found, "o": self._pack(self._read(prefix, "self_attn.o_proj")), "latents": latents}
 
     def _delta(self, prefix: str, net: DeltaNet) -> dict[str, Any]:
         """The same of a delta layer: one weight of queries, keys, values and z, and one of b and a, where that is possible."""

@@ -121,9 +121,10 @@ def dense_layers(kind: Architecture, fields: Fields, layers: int) -> tuple[int, 
 
 
 def _scores(kind: Architecture, fields: Fields, experts: int, active: int) -> Scores:
-    if not kind.sigmoid:
+    if not kind.sigmoid and not kind.by_largest:
         return Scores(least=fields.number("moe_norm_min", default=1e-12)) if kind.correction else SOFTMAX
-    groups, chosen = fields.integer("n_group", default=1), fields.integer("topk_group", default=1)
+    grouped = kind.sigmoid or fields.get("topk_method") == "group_limited_greedy"
+    groups, chosen = (fields.integer(key, default=1) if grouped else 1 for key in ("n_group", "topk_group"))
     size, rest = divmod(experts, groups)
     if rest or (groups > 1 and size < 2) or groups > MOST_GROUPS:
         raise InputError(
@@ -135,4 +136,5 @@ def _scores(kind: Architecture, fields: Fields, experts: int, active: int) -> Sc
             f"config.json: topk_group is {chosen} of {groups} groups of {size} experts, expected as many as have the {active} "
             "experts that a token goes through"
         )
-    return Scores(True, groups, chosen, 1e-20, fields.number("routed_scaling_factor", default=1.0))
+    scale, least = fields.number("routed_scaling_factor", default=1.0), 1e-20 if kind.sigmoid else 0.0
+    return Scores(kind.sigmoid, groups, chosen, 1 if kind.by_largest else 2, least, scale)

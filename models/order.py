@@ -15,6 +15,18 @@ def halves(spec: ModelSpec, heads: int) -> Tensor:
     return torch.cat([order[:, 0:rotary:2], order[:, 1:rotary:2], order[:, rotary:]], dim=1).flatten()
 
 
+def rotated_first(heads: int, rest: int, rotary: int, *, interleaved: bool) -> Tensor:
+    """Of outputs [heads * (rest + rotary)]: each head's ``rotary`` ones, in halves, before the others.
+
+    ``interleaved``: their neighbours rotate against each other as they are published.
+    """
+    order = torch.arange(heads * (rest + rotary)).view(heads, -1)
+    turned = order[:, rest:]
+    if interleaved:
+        turned = torch.cat([turned[:, 0::2], turned[:, 1::2]], dim=1)
+    return torch.cat([turned, order[:, :rest]], dim=1).flatten()
+
+
 def gated_queries(heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """(queries, gates) of outputs that have both of each head, one after the other."""
     queries, gates = torch.arange(2 * heads * head_dim).view(heads, 2, head_dim).unbind(1)

@@ -12,13 +12,14 @@ from models.delta import DeltaNet, delta_layers
 from models.family import Architecture
 from models.fields import Fields
 from models.heads import KVHeads, wide_heads
+from models.latent import Latent, read_latent
 from models.mixture import Mixture, read_mixture
 from models.module import ModuleShape
 from models.rope_spec import RopeSpec, by_alpha, by_layer_type, read_rope
 from models.windows import unrotated, windows
 from quant.errors import InputError
 
-__all__ = ["ARCHITECTURES", "DeltaNet", "KVHeads", "Mixture", "ModelSpec", "ModuleShape", "RopeSpec"]
+__all__ = ["ARCHITECTURES", "DeltaNet", "KVHeads", "Latent", "Mixture", "ModelSpec", "ModuleShape", "RopeSpec"]
 
 XIELU = ("mlp.act_fn.alpha_p", "mlp.act_fn.alpha_n")  # within a layer; read as numbers, which take no place
 DTYPES = ("float16", "bfloat16", "float32")
@@ -52,6 +53,7 @@ class ModelSpec:
     fused_gate_up: bool = False  # and gate_up_proj
     mixture: Mixture | None = None
     delta: DeltaNet | None = None
+    latent: Latent | None = None  # what attention is over: one head of keys, which are the values, too
     linear: tuple[bool, ...] = ()  # whether a layer is one of these, in place of attention; empty: none is
     output_gate: bool = False  # q_proj has gates after each head's queries: attention's output * sigmoid(gate)
     windows: tuple[int | None, ...] = ()  # sliding window by layer; None sees everything
@@ -92,7 +94,10 @@ class ModelSpec:
         if heads % kv_heads:
             raise InputError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
         derived = config.get("head_dim") is None and kind.default_head_dim is None
-        head_dim = _divide(hidden, heads) if derived else fields.integer("head_dim", default=kind.default_head_dim)
+        if (latent := read_latent(kind, fields)) is not None:
+            kv_heads, head_dim = 1, latent.size
+        else:
+            head_dim = _divide(hidden, heads) if derived else fields.integer("head_dim", default=kind.default_head_dim)
         layers = fields.integer("num_hidden_layers")
         max_position = fields.integer("max_position_embeddings", default=kind.max_position)
         settings = Fields({"max_position_embeddings": max_position, **config})
@@ -101,7 +106,8 @@ class ModelSpec:
         whole = "" if kind.partial_rotation else name
         seen, still = windows(kind, fields, layers), unrotated(kind, fields, layers)
         wide = wide_heads(kind, fields, seen, KVHeads(kv_heads, head_dim), heads)
-        sizes = [head_dim if wide is None else wide.size, head_dim]
+        turned = head_dim if latent is None else latent.rope
+        sizes = [turned if wide is None else wide.size, head_dim]
         ropes = [read_rope(*one, max_position, kind.theta, whole, kind.yarn) for one in zip(parts, sizes, strict=False)]
         if ropes[0].query_beta and not kind.scaled_queries:
             raise InputError(f"config.json: llama_4_scaling_beta = {ropes[0].query_beta} is not supported for {name}")
@@ -137,6 +143,7 @@ class ModelSpec:
             fused_gate_up=kind.fused_qkv or kind.fused_gate_up or kind.hybrid,
             mixture=mixture,
             delta=delta if any(linear) else None,
+            latent=latent,
             linear=linear if any(linear) else (),
             output_gate=bool(kind.delta),
             windows=seen,
@@ -153,7 +160,7 @@ class ModelSpec:
             gelu=kind.gelu,
             embedding_scale=hidden**0.5 if kind.scaled_embedding else by["embedding_multiplier"] / by["residual_multiplier"],
             rounded_scale=kind.scaled_embedding,
-            scale=by["attention_multiplier"] if kind.multiplied else kind.scale or _query_scale(kind, fields, head_dim) ** -0.5,
+            scale=_scale(kind, fields, by, head_dim) if latent is None else latent.scale(ropes[0]),
             sinks=kind.sinks,
             cap=_cap("attn_logit_softcapping", fields),
             logit_cap=_cap("final_logit_softcapping", fields),
@@ -255,7 +262,7 @@ class ModelSpec:
     @property
     def one_by_one(self) -> bool:
         """Whether it has what no call for all layers at once does (Ops.bind)."""
-        return self.whole_qk_norm or self.late_qk_norm or bool(self.ungated) or self.v_norm
+        return self.latent is not None or self.whole_qk_norm or self.late_qk_norm or bool(self.ungated) or self.v_norm
 
     @property
     def pre_norm(self) -> bool:
@@ -285,6 +292,8 @@ class ModelSpec:
             for name, size in self.delta.inputs:
                 yield ModuleShape(name, size, hidden, "delta", False)
             yield ModuleShape(self.delta.output, hidden, self.delta.value_size, "delta", False)
+        elif self.latent is not None:
+            yield from self.latent.modules(hidden, self.heads)
         else:
             yield from self._attention_modules(self.heads_of(layer))
         if (mixture := self.mixture_of(layer)) is not None:
@@ -319,6 +328,8 @@ class ModelSpec:
                 found += [(f"{prefix}.{name}", math.prod(shape)) for name, shape in self.delta.small_tensors]
             elif self.qk_norm:
                 found += [(f"{prefix}.self_attn.{name}.weight", size) for name, size in self.qk_norms(layer)]
+            elif self.latent is not None:
+                found += [(f"{prefix}.{name}", size) for name, size in self.latent.small_tensors]
             found += [(f"{prefix}.{name}", 1) for name in (XIELU if self.ungated == "xielu" else ())]
             if self.layer_scalar:
                 found.append((f"{prefix}.layer_scalar", 1))
@@ -390,7 +401,11 @@ def _dtype(config: Mapping[str, Any]) -> str:
     return dtype
 
 
-def _query_scale(kind: Architecture, fields: Fields, head_dim: int) -> float:
-    """What queries are divided by the root of. Other families' configs may name it, and transformers passes over it there."""
+def _scale(kind: Architecture, fields: Fields, by: Mapping[str, float], head_dim: int) -> float:
+    """Of scores. Some families name what queries are divided by the root of; where others do, transformers passes over it."""
+    if kind.multiplied:
+        return by["attention_multiplier"]
+    if kind.scale is not None:
+        return kind.scale
     own = "query_pre_attn_scalar" in kind.defaults
-    return fields.number("query_pre_attn_scalar", default=head_dim) if own else head_dim
+    return (fields.number("query_pre_attn_scalar", default=head_dim) if own else head_dim) ** -0.5

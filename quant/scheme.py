@@ -35,9 +35,9 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 FLOATS = ("F16", "BF16", "F32", "F64")
 TIED = [["Mistral3ForConditionalGeneration"], ["Gemma3ForConditionalGeneration"], ["Gemma4ForConditionalGeneration"]]
 IN_LAYER = re.compile(r"(^|\.)\d+(\.|$)")
-EXACT = ("gate", "router", "wg", "proj", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba")
+EXACT = ("gate", "router", "wg", "proj", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "kv_b_proj")
 """Small ones that are not rounded while they are loaded: what routers of mixtures choose should be what the model chose, and what
-states remember should last as long."""
+states remember should last as long. And kv_b_proj, which is kept dense whatever it was (models/latent.py)."""
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def test_download_only_what_is_needed(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["DeepseekV3ForCausalLM"]}, "architecture DeepseekV3ForCausalLM is not supported"),
+        ({"architectures": ["JambaForCausalLM"]}, "architecture JambaForCausalLM is not supported"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
     ],
 )
@@ -189,7 +189,7 @@ def test_weights_of_a_model_that_is_refused_are_not_fetched(
 
 
 def test_a_tokenizer_comes_without_weights(hub: Hub, tmp_path: Path) -> None:
-    hub.files["config.json"] = b'{"architectures": ["DeepseekV3ForCausalLM"]}'
+    hub.files["config.json"] = b'{"architectures": ["JambaForCausalLM"]}'
     code = "from appliance.hub import resolve\nprint(resolve('org/tiny', weights=False))"
     directory = Path(python(code, tmp_path, hub.url).stdout.strip())
     assert sorted(path.name for path in directory.iterdir()) == ["config.json", "tokenizer.json"]

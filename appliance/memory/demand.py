@@ -13,7 +13,7 @@ from appliance.memory.modules import NATIVE, Loaded, Machinery, ends, parents
 from appliance.memory.offload import streamed_parts
 from appliance.memory.settings import ITEM_SIZE
 from kernels import layout
-from models.spec import Mixture, ModelSpec
+from models.spec import Latent, Mixture, ModelSpec
 from quant.scheme import QuantScheme
 
 LOGIT_ROWS = 64
@@ -49,6 +49,7 @@ class Demand:
     loading: Loading = NOTHING  # what it takes for a while to load it
     threads: int = 1  # of the CPU, that load it
     kv_shapes: tuple[tuple[int, int], ...] = ()  # as in KVSpec
+    values: bool = True  # whether the cache has values beside its keys
     exchange: int = 0  # buffers in which several cards exchange their sums
     head: str = "as published"  # what the output head is stored as, in words
     embedding: str = "as published"  # the same of the embedding
@@ -60,7 +61,7 @@ class Demand:
 
     def kv(self, block_size: int, dtype: str | None = None) -> KVSpec:
         """The cache in ``dtype``, or in that of the activations."""
-        return KVSpec(self.kv_layers, self.kv_heads, self.head_dim, block_size, dtype or self.dtype, self.kv_shapes)
+        return KVSpec(self.kv_layers, self.kv_heads, self.head_dim, block_size, dtype or self.dtype, self.kv_shapes, self.values)
 
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, *, model: str) -> Demand:
@@ -69,6 +70,7 @@ class Demand:
         if machinery.ops == "triton":
             check_experts(spec, scheme, machinery, model)
         attention = attention_workspace(spec, machinery)
+        copies = 0 if spec.latent is None else latent_copies(spec, spec.latent, machinery)
         weights = {"embedding": last.embedding_bytes}
         for parent in alike:
             for one in parent.joined:
@@ -84,11 +86,12 @@ class Demand:
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
             kv_shapes=spec.kv_shapes,
+            values=spec.latent is None,
             max_len=spec.max_len,
             vocab=spec.vocab,
             weights=weights,
-            slab=max(product_workspace(spec, [*layers, last.head], machinery), attention) + activated(spec),
-            layer_slab=max(product_workspace(spec, layers, machinery), attention) + activated(spec),
+            slab=max(product_workspace(spec, [*layers, last.head], machinery), attention) + activated(spec) + copies,
+            layer_slab=max(product_workspace(spec, layers, machinery), attention) + activated(spec) + copies,
             token_bytes=activation_bytes(spec, layers, machinery),
             hidden_bytes=spec.hidden * size,
             # float32; torch's operators widen a product in the activations' type
@@ -172,6 +175,12 @@ def activated(spec: ModelSpec) -> int:
     return 0 if spec.ungated != "xielu" else 5 * 4 * max(spec.intermediate, layout.ACTIVATED_AT_ONCE)
 
 
+def latent_copies(spec: ModelSpec, net: Latent, machinery: Machinery) -> int:
+    """Bytes of the copies that torch makes on the way to latents and back, beside what products and attention keep."""
+    wider = max(net.nope, net.value)
+    return layout.latent_nbytes(heads=spec.heads, rank=net.rank, other=wider, item_size=ITEM_SIZE[machinery.dtype])
+
+
 def activation_bytes(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machinery) -> int:
     """Bytes of activations of one token at the widest point of a decoder layer, and 24 for ids, positions and slots.
 
@@ -225,6 +234,8 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     whole = {one.module.N for one in layers if not one.stored.act_order and one.module.name.endswith(("q_proj", "qkv_proj"))}
     added = spec.hidden if spec.post_norms or single else 0
     attention = max((1 if whole == {qkv} and not single else 2) * qkv, added) + _q_size(spec)
+    if spec.latent is not None:
+        attention = max(_latent_sizes(spec, spec.latent, layers))
     attention = max(attention, delta)
     gated = all((one.gated or spec.ungated) and not one.stored.act_order for one in layers if one.slot == "gate_up")
     mlp = ((inner if gated else 4 * inner) + added) * size if inner else 0
@@ -250,6 +261,19 @@ def _qkv_size(spec: ModelSpec) -> int:
 def _q_size(spec: ModelSpec) -> int:
     """The same of queries alone."""
     return spec.heads * max(heads.size for heads in set(spec.by_layer))
+
+
+def _latent_sizes(spec: ModelSpec, net: Latent, layers: Sequence[Loaded]) -> tuple[int, int]:
+    """Numbers of a token in latent attention: while queries are absorbed, and while attention, or what is made of it, is there.
+
+    First what was read (twice, where it is joined then), the queries of it, and these and the key as they go to attention. Then
+    queries and the key, or what becomes of the result, beside attention's result; and what was read, which the allocator keeps.
+    """
+    down, queries = net.down(spec.heads), spec.heads * spec.head_dim
+    whole = {one.module.N for one in layers if one.module.name.endswith(("q_a_proj", "q_proj"))} == {down}
+    read = (1 if whole else 2) * down + (spec.heads * net.query if net.query_rank else 0)
+    absorbing = read + queries + spec.head_dim + 2 * net.rank
+    return absorbing, read + queries + max(queries + spec.head_dim, spec.heads * net.value)
 
 
 def _delta_size(spec: ModelSpec, layers: Sequence[Loaded]) -> tuple[int, bool]:
@@ -291,6 +315,12 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
     q = _q_size(spec)
     gates, (delta, _) = 2 * q if spec.output_gate else 0, _delta_size(spec, layers)
     attention = (2 * qkv + gates + q) * size + max(8 * q, (hidden + qkv) * product)
+    if spec.latent is not None:
+        absorbing, attending = _latent_sizes(spec, spec.latent, layers)
+        queries, features = spec.heads * spec.head_dim, spec.heads * spec.latent.rope
+        turning = (2 * queries + spec.head_dim) * size + 8 * features
+        read = hidden + spec.latent.down(spec.heads) + spec.heads * spec.latent.query
+        attention = max(absorbing * size + read * product, attending * size, turning)
     attention = max(attention, delta * size + (hidden + delta) * product)
     inner = spec.mlp_size if machinery.ops == "triton" else spec.widest_mlp
     slab = min(2 * inner, layout.slab_rows(hidden, size)) * size

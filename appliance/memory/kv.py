@@ -17,6 +17,7 @@ class KVSpec:
     block_size: int
     dtype: str  # of the cache: that of the activations, or a quantized one (kernels.layout.SCALED_CACHES)
     shapes: tuple[tuple[int, int], ...] = ()  # (kv_heads, head_dim) by layer, where not all have these
+    values: bool = True  # False: they are the keys
 
     @property
     def by_layer(self) -> tuple[tuple[int, int], ...]:
@@ -26,7 +27,7 @@ class KVSpec:
     @property
     def token_bytes(self) -> int:
         """Keys and values of one token in all layers."""
-        return sum(2 * heads * kv_nbytes(self.dtype, size) for heads, size in self.by_layer)
+        return (2 if self.values else 1) * sum(heads * kv_nbytes(self.dtype, size) for heads, size in self.by_layer)
 
     @property
     def block_bytes(self) -> int:

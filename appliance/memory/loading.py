@@ -17,6 +17,7 @@ from appliance.memory.modules import (
     HEAD,
     JOINED,
     NATIVE,
+    UP,
     Ends,
     Loaded,
     Machinery,
@@ -171,6 +172,8 @@ def _joined(one: Loaded) -> int:
 def _pack_extra(one: Loaded, machinery: Machinery) -> int:
     """While it is laid out, beside its canonical form and what it becomes."""
     numbers, packed = one.module.N * one.module.K, one.nbytes(machinery)
+    if one.slot == UP:
+        return numbers * ITEM_SIZE[machinery.dtype] + (0 if one.kind == "dense" else _slab(numbers))
     if one.kind == "dense":
         return numbers * ITEM_SIZE[machinery.dtype]  # in the activations' type
     if machinery.ops in ("reference", NATIVE) or one.kind == "fp4":

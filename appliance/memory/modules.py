@@ -23,8 +23,10 @@ SLOTS = {
     "in_proj_qkv": "qkv", "in_proj_z": "qkv", "in_proj_qkvz": "qkv", "in_proj_b": "ba", "in_proj_a": "ba", "in_proj_ba": "ba",
     "out_proj": "o", "gate": "router", "router": "router", "wg": "router", "proj": "router", "shared_expert_gate": "router",
     "w1": "gate_up", "w3": "gate_up", "w2": "down", "lm_head": "head", "embed_tokens": "embedding",
+    "q_a_proj": "qkv", "kv_a_proj_with_mqa": "qkv", "q_b_proj": "q_b", "kv_b_proj": "kv_b",
 }  # fmt: skip
 FLOATS4 = ("mxfp4", "nvfp4")  # layouts of 4-bit floats
+UP = "kv_b"  # the slot of what is kept dense, in the activations' type, whatever it was (kernels/latent.py)
 JOINED = ("qkv", "ba", "gate_up")  # slots whose parts become one weight where they are stored alike
 
 
@@ -93,6 +95,8 @@ class Loaded:
     def nbytes(self, machinery: Machinery) -> int:
         """Bytes of what ``Ops.pack`` makes of it."""
         module, stored, ops, dtype = self.module, self.stored, machinery.ops, machinery.dtype
+        if self.slot == UP:
+            return module.N * module.K * ITEM_SIZE[dtype]
         packed = layout.weight_nbytes(
             ops=ops,
             dtype=dtype,

@@ -24,6 +24,8 @@ def shard(spec: ModelSpec, ranks: int) -> ModelSpec:
     """The part of the model on one of ``ranks`` cards. Raises InputError where its heads or its MLP do not divide."""
     if ranks > 1 and spec.wide is not None:
         raise InputError(f"{spec.architecture}, whose layers have different heads, is not divided among cards: plan it for one")
+    if spec.latent is not None and ranks > 1:
+        raise InputError(f"{spec.architecture}, whose attention is over latents, is not divided among cards: plan it for one")
     shared = spec.kv_heads < ranks and ranks % spec.kv_heads == 0
     counts = [
         ("attention heads", spec.heads),

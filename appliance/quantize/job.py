@@ -302,6 +302,8 @@ def check_kind(source: Path, spec: ModelSpec) -> None:
         )
     if spec.v_norm:
         raise InputError(f"{source} is a {spec.architecture}, whose layers this version serves and does not quantize")
+    if spec.latent is not None:
+        raise InputError(f"{source} is a {spec.architecture}: its attention over latents is served and not quantized here")
     if spec.mixture is not None:
         raise InputError(f"{source}: {spec.architecture} is a mixture of experts, and this version quantizes none")
     if spec.ungated == "xielu" or ARCHITECTURES[spec.architecture].hybrid:

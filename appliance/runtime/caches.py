@@ -23,9 +23,9 @@ def allocate_caches(
     """
     kv, parts = plan.kv, {}
     for shape, count in Counter(kv.by_layer).items():
-        whole = KVCache.zeros(count * blocks, kv.block_size, *shape, dtype=kv.dtype, device=device)
-        parts[shape] = zip(*(tensor.split(blocks) for tensor in whole.tensors), strict=True)
-    layers = [KVCache(*next(parts[shape])) for shape in kv.by_layer]
+        whole = KVCache.zeros(count * blocks, kv.block_size, *shape, dtype=kv.dtype, device=device, values=kv.values)
+        parts[shape] = whole.split(blocks)
+    layers = [next(parts[shape]) for shape in kv.by_layer]
     return [replace(layer, given=scales) for layer, scales in zip(layers, given, strict=True)]
 
 

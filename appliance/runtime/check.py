@@ -158,7 +158,8 @@ def weights_by_part(decoder: Decoder) -> dict[str, int]:
     linears: dict[str, int] = {}
     for layer in layers:
         kind = "attention" if layer.delta is None else "delta"
-        linears[kind] = linears.get(kind, 0) + sum(weight.nbytes for weight in (*layer.qkv, layer.o))
+        beside = () if layer.latents is None else layer.latents.weights
+        linears[kind] = linears.get(kind, 0) + sum(weight.nbytes for weight in (*layer.qkv, layer.o, *beside))
     mixtures = [one for layer in layers for one in (layer.mlp, layer.beside and layer.beside.mixture) if isinstance(one, Mixture)]
     if mixtures:
         linears["router"] = sum(

@@ -56,8 +56,7 @@ def rope_store(
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
 ) -> Tensor:
-    kv_heads, size = cache.k.shape[2], cache.head_dim
-    q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, size)).split([heads, kv_heads, kv_heads], dim=1)
+    q, k, v = reference.split_heads(qkv, heads, cache)
     q = q if q_norm is None else rms_norm(q, **q_norm._asdict())
     k = k if k_norm is None else rms_norm(k, **k_norm._asdict())
     cos, sin = cos_sin.index_select(0, batch.positions).unsqueeze(1).chunk(2, dim=-1)  # float32 [T, 1, rotary / 2]

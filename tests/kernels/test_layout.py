@@ -129,7 +129,7 @@ def test_native_products_stay_within_the_planned_workspace(isa: str, dtype: str)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(16, 2, 512), (6, 6, 20), (71, 1, 64)])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(16, 2, 512), (6, 6, 20), (71, 1, 64), (128, 1, 576)])
 def test_native_attention_stays_within_the_planned_workspace(threads: int, heads: int, kv_heads: int, size: int) -> None:
     """In prefill and in decode, where long sequences are cut; what a thread needs is planned to the byte."""
     native = NativeOps(instruction_sets()[0], threads)

@@ -28,6 +28,7 @@ KINDS = {  # scores, correction, normalized
     "sigmoid, corrected": (SIGMOID, True, True),
     "groups": (GROUPS, True, True),
     "groups of a softmax": (Scores(groups=6, chosen_groups=3), False, False),
+    "groups by their largest": (Scores(groups=6, chosen_groups=3, best=1, scale=4.0), False, False),
     "softmax, corrected": (Scores(least=1e-12), True, True),
     "little is little": (Scores(least=0.5), True, True),
     "scaled": (Scores(scale=0.3), False, True),
@@ -46,7 +47,7 @@ def shares(scores: Scores, correction: Tensor | None, normalized: bool, active: 
     keys = [score + (0 if correction is None else float(correction[e])) for e, score in enumerate(found)]
     size = len(keys) // scores.groups
     if scores.groups > 1:
-        sums = [sum(sorted(keys[g * size : g * size + size])[-2:]) for g in range(scores.groups)]
+        sums = [sum(sorted(keys[g * size : g * size + size])[-scores.best :]) for g in range(scores.groups)]
         groups = sorted(range(scores.groups), key=lambda g: -sums[g])[: scores.chosen_groups]
     else:
         groups = [0]

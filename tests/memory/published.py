@@ -32,6 +32,14 @@ ERNIE_MOE = {key: value for key, value in SMALL.items() if "num_experts" not in 
     "architectures": ["Ernie4_5_MoeForCausalLM"], "moe_num_experts": 5, "moe_k": 2, "moe_num_shared_experts": 2,
     "moe_layer_start_index": 1, "tie_word_embeddings": True,
 }  # fmt: skip
+DEEPSEEK_V3 = {key: value for key, value in GLM4_MOE.items() if key != "head_dim"} | {
+    "architectures": ["DeepseekV3ForCausalLM"], "q_lora_rank": 128, "kv_lora_rank": 128, "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 48, "v_head_dim": 32, "n_group": 3, "topk_group": 2,
+}  # fmt: skip
+DEEPSEEK_V2 = DEEPSEEK_V3 | {
+    "architectures": ["DeepseekV2ForCausalLM"], "q_lora_rank": None, "topk_method": "group_limited_greedy",
+    "norm_topk_prob": False, "num_nextn_predict_layers": 0,
+}  # fmt: skip
 
 GPT_OSS: dict[str, Any] = {
     "architectures": ["GptOssForCausalLM"], "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2,
@@ -70,6 +78,8 @@ def linears(config: dict[str, Any], layer: int = 99) -> dict[str, tuple[int, int
         "self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, q),
     }  # fmt: skip
+    if "kv_lora_rank" in config:
+        attention = latent_linears(config)
     first = config.get("first_k_dense_replace", config.get("moe_layer_start_index", 0))
     counts = (config.get(key) or 0 for key in ("num_experts", "n_routed_experts", "moe_num_experts") if layer >= first)
     experts = [f"mlp.experts.{e}" for e in range(max(counts, default=0))]
@@ -87,6 +97,17 @@ def linears(config: dict[str, Any], layer: int = 99) -> dict[str, tuple[int, int
         shapes = ((own, hidden), (own, hidden), (hidden, own))
         mlps |= {f"{shared}.{name}": shape for name, shape in zip(names, shapes, strict=True)}
     return attention | ({f"{experts[0].split('.')[0]}.gate": (len(experts), hidden)} if experts else {}) | mlps
+
+
+def latent_linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Those of attention over latents."""
+    hidden, heads, rank = (config[key] for key in ("hidden_size", "num_attention_heads", "kv_lora_rank"))
+    rope, nope, value = (config[key] for key in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"))
+    queries = {"q_proj": (heads * (nope + rope), hidden)}
+    if q := config["q_lora_rank"]:
+        queries = {"q_a_proj": (q, hidden), "q_b_proj": (heads * (nope + rope), q)}
+    rest = {"kv_a_proj_with_mqa": (rank + rope, hidden), "kv_b_proj": (heads * (nope + value), rank)}
+    return {f"self_attn.{n}": shape for n, shape in {**queries, **rest, "o_proj": (hidden, heads * value)}.items()}
 
 
 def awq(name: str, N: int, K: int, group: int) -> Tensors:
@@ -166,6 +187,11 @@ def modelopt_mx(name: str, N: int, K: int, group: int) -> Tensors:
     return {f"{name}.weight": ("F8_E4M3", (N, K)), f"{name}.weight_scale": ("U8", (N, K // 32))}
 
 
+def fp8_blocks(name: str, N: int, K: int, group: int) -> Tensors:
+    """As DeepSeek publishes it."""
+    return {f"{name}.weight": ("F8_E4M3", (N, K)), f"{name}.weight_scale_inv": ("F32", (-(-N // 128), -(-K // 128)))}
+
+
 def cache_scale(name: str) -> Tensors:
     part = name.rpartition(".")[2][0]
     return {f"{name}.{part}_scale": ("F32", ())} if name.endswith(("k_proj", "v_proj")) else {}
@@ -232,11 +258,17 @@ MODELOPT: dict[str, tuple[Any, int, dict[str, Any] | None]] = {
         ("modelopt-fp8-blocks", modelopt_blocks, "fp8_pb_wo"), ("modelopt-mxfp8", modelopt_mx, "MXFP8"),
     )
 }  # fmt: skip
+BLOCKS: dict[str, tuple[Any, int, dict[str, Any] | None]] = {
+    "fp8-blocks": (fp8_blocks, 0, {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128],
+    }),
+}  # fmt: skip
+ALL = VARIANTS | FLOATS4 | MODELOPT | BLOCKS
 
 
 def write_published(directory: Path, config: dict[str, Any], variant: str) -> Path:
-    """The model of a config.json in one of VARIANTS, FLOATS4 or MODELOPT; embedding, head and norms stay in bfloat16."""
-    make, group, quantization = (VARIANTS | FLOATS4 | MODELOPT)[variant]
+    """The model of a config.json in one of VARIANTS, FLOATS4, MODELOPT or BLOCKS; embedding, head and norms stay in bfloat16."""
+    make, group, quantization = ALL[variant]
     hidden, vocab, layers = config["hidden_size"], config["vocab_size"], config["num_hidden_layers"]
     tensors: Tensors = {"model.embed_tokens.weight": ("BF16", (vocab, hidden)), "model.norm.weight": ("BF16", (hidden,))}
     if not config["tie_word_embeddings"]:
@@ -256,7 +288,11 @@ def write_published(directory: Path, config: dict[str, Any], variant: str) -> Pa
         if config["architectures"][0] in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM"):
             for norm in ("q_norm", "k_norm"):
                 tensors[f"{prefix}.self_attn.{norm}.weight"] = ("BF16", (config["head_dim"],))
-        correction = {"Glm4MoeForCausalLM": "gate", "Ernie4_5_MoeForCausalLM": "moe_statics"}.get(config["architectures"][0])
+        if "kv_lora_rank" in config:
+            ranks = {"q_a_layernorm": config["q_lora_rank"], "kv_a_layernorm": config["kv_lora_rank"]}
+            tensors |= {f"{prefix}.self_attn.{norm}.weight": ("BF16", (rank,)) for norm, rank in ranks.items() if rank}
+        gates = dict.fromkeys(("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM"), "gate")
+        correction = (gates | {"Ernie4_5_MoeForCausalLM": "moe_statics"}).get(config["architectures"][0])
         if correction and "mlp.gate" in linears(config, layer):
             experts = linears(config, layer)["mlp.gate"][0]
             shape = (experts,) if correction == "gate" else (1, experts)
@@ -301,7 +337,7 @@ def fill(directory: Path, variant: str) -> Path:
     from safetensors.torch import save_file
 
     rng, index = torch.Generator().manual_seed(0), read_header(directory / "model.safetensors")
-    group, orders, tensors = (VARIANTS | FLOATS4 | MODELOPT)[variant][1], {}, {}
+    group, orders, tensors = ALL[variant][1], {}, {}
     for name, info in index.items():
         if name.endswith("qzeros") and variant.startswith("gptq"):
             found = torch.full(info.shape, 0x77777777, dtype=torch.int32)

@@ -25,7 +25,18 @@ from models.spec import ModelSpec
 from quant.errors import InputError
 from quant.headers import CheckpointIndex
 from quant.scheme import QuantScheme, read_scheme
-from tests.memory.published import ERNIE_MOE, GLM4_MOE, MIXTRAL, QWEN2_MOE, SMALL, VARIANTS, fill, write_published
+from tests.memory.published import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    ERNIE_MOE,
+    GLM4_MOE,
+    MIXTRAL,
+    QWEN2_MOE,
+    SMALL,
+    VARIANTS,
+    fill,
+    write_published,
+)
 from tests.memory.test_planner import compare, kind  # noqa: F401
 
 GIB = 1 << 30
@@ -36,6 +47,8 @@ GIB = 1 << 30
     [
         *((config, variant) for config in (SMALL, MIXTRAL) for variant in VARIANTS),
         *((config, variant) for config in (QWEN2_MOE, GLM4_MOE, ERNIE_MOE) for variant in ("none", "awq", "ct-w8a8")),
+        *((DEEPSEEK_V3, variant) for variant in ("none", "awq", "fp8-blocks", "gptq-act-order")),
+        (DEEPSEEK_V2, "ct-w4a16"),
     ],
     ids=lambda one: one if isinstance(one, str) else one["architectures"][0],
 )

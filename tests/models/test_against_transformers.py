@@ -108,6 +108,12 @@ OLMO3 = {
 SPARSE = {"moe_intermediate_size": 28}
 
 
+LATENT = {
+    "num_key_value_heads": 6, "q_lora_rank": 20, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12,
+    "v_head_dim": 10, "moe_intermediate_size": 28, "n_routed_experts": 8, "num_experts_per_tok": 3,
+}  # fmt: skip
+
+
 def case(architecture: str, **config: Any) -> dict[str, Any]:
     return {"architecture": architecture, "config": {**BASE, **config}}
 
@@ -242,6 +248,29 @@ CASES = {
         moe_norm_min=0.7,
         tie_word_embeddings=False,
     ),
+    "deepseek-v3": case(
+        "DeepseekV3ForCausalLM",
+        **LATENT,
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=1,
+        rope_parameters={**ROPES["yarn-mscale"], "rope_theta": 5000.0},
+    ),
+    "deepseek-v3-dense": case(
+        "DeepseekV3ForCausalLM", **{**LATENT, "q_lora_rank": None}, first_k_dense_replace=3, rope_interleave=False
+    ),
+    "deepseek-v2": case(
+        "DeepseekV2ForCausalLM",
+        **LATENT,
+        n_group=4,
+        topk_group=2,
+        topk_method="group_limited_greedy",
+        first_k_dense_replace=1,
+        routed_scaling_factor=3.0,
+        rope_parameters={**ROPES["yarn-mscale"], "rope_theta": 5000.0},
+    ),
+    "deepseek-v2-lite": case("DeepseekV2ForCausalLM", **{**LATENT, "q_lora_rank": None}, first_k_dense_replace=1),
+    "glm4-moe-lite": case("Glm4MoeLiteForCausalLM", **LATENT, attention_bias=True, mlp_layer_types=["sparse", "dense", "sparse"]),
     "glm": case("GlmForCausalLM", head_dim=16),
     "glm-whole": case("GlmForCausalLM", head_dim=8, partial_rotary_factor=1.0, attention_bias=False, num_key_value_heads=3),
     "glm4": case("Glm4ForCausalLM", head_dim=20, rope_parameters={"rope_theta": 900.0, "partial_rotary_factor": 0.4}),
@@ -453,6 +482,7 @@ CASES = {
     "qwen3-next": case("Qwen3NextForCausalLM", **DELTA, **EXPERTS),
     "qwen3-next-unnormalized": case("Qwen3NextForCausalLM", **DELTA, **EXPERTS, norm_topk_prob=False, attention_bias=True),
 }
+DENSE = ("gemma", "qwen3", "granite", "deepseek-v3-dense")
 CHOOSING = (
     "granitemoe",
     "granitemoe-tied",
@@ -492,7 +522,7 @@ def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int
     table = torch.randperm(count + 3, generator=torch.Generator().manual_seed(total))[:count].tolist()
     shapes = [(count + 3, block_size, heads.count, heads.size) for heads in spec.by_layer]
     empty = [[torch.full(shape, float("nan"), dtype=decoder.dtype, device=device) for _ in "kv"] for shape in shapes]
-    caches = [KVCache(k, v) for k, v in empty]
+    caches = [KVCache(k, k if spec.latent else v) for k, v in empty]
     states = poisoned_states(spec, 3)
     forward, out, start = decoder.bind(caches, states=states, max_tokens=max(chunks)), [], 0
     for length in chunks:
@@ -551,7 +581,8 @@ def test_logits(models: Path, name: str, reference: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["reference", "torch", "native"])
 @pytest.mark.parametrize(
-    "name", [name for name in CASES if name.startswith(("gemma", "qwen3", "granite")) and name not in CHOOSING]
+    "name",
+    [name for name in CASES if name.startswith(DENSE) and name not in CHOOSING],
 )
 def test_bfloat16_is_as_close_as_theirs(models: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To float32, in the mean over all logits: norms multiply by 1 + weight before anything is rounded.

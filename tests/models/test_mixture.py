@@ -23,7 +23,19 @@ from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError
 from quant.tensor import QuantTensor
 from tests.kernels.native import instruction_sets
-from tests.memory.published import ERNIE_MOE, GLM4_MOE, MIXTRAL, QWEN2_MOE, SMALL, VARIANTS, fill, livelier, write_published
+from tests.memory.published import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    ERNIE_MOE,
+    GLM4_MOE,
+    MIXTRAL,
+    QWEN2_MOE,
+    SMALL,
+    VARIANTS,
+    fill,
+    livelier,
+    write_published,
+)
 from tests.models.test_against_transformers import feed
 from tests.models.test_bind import make_ops
 
@@ -34,6 +46,8 @@ MADE = [
     (QWEN2_MOE, "gptq-act-order"),
     (GLM4_MOE, "awq"),
     (ERNIE_MOE, "ct-w4a16"),
+    *((DEEPSEEK_V3, variant) for variant in ("none", "fp8-blocks", "gptq-act-order", "ct-w8a8")),
+    (DEEPSEEK_V2, "awq"),
 ]
 KINDS = ["reference", "torch", *(instruction_sets() if backend.native() is not None else [])]
 

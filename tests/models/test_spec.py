@@ -308,7 +308,7 @@ def test_parameters_are_counted_once_each(architecture: str) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"architectures": ["DeepseekV3ForCausalLM"]}, "architecture DeepseekV3ForCausalLM is not supported; supported are Llama"),
+    ({"architectures": ["JambaForCausalLM"]}, "architecture JambaForCausalLM is not supported; supported are Llama"),
     ({"num_experts": 4}, "num_experts = 4 is not supported for LlamaForCausalLM"),
     ({**QWEN3_MOE, "num_experts": GONE}, "num_experts is missing, expected an integer of at least 1"),
     ({**QWEN3_MOE, "num_experts_per_tok": 9}, "num_experts_per_tok is 9, but there are 8 experts"),

@@ -23,7 +23,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def oracles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Oracle]:
-    """By name, what transformers says of models with states: one process for all tests."""
+    """By name, what transformers says of models with states, and of one of latents: one process for all tests."""
     from tests.runtime.delta_engines import make_oracles  # which takes from here
 
     return make_oracles(tmp_path_factory.mktemp("states"))

@@ -1,4 +1,4 @@
-"""Engines of small models whose layers keep states, and what transformers answers with these."""
+"""Engines of small models whose layers keep states, or latents, and what transformers answers with these."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def make_oracles(folder: Path) -> dict[str, Oracle]:
     asked: dict[str, Any] = {"Qwen3_5": {"lengths": LENGTHS, "tokens": TOKENS, "talks": TALKS, "turns": TURNS, "system": SYSTEM}}
     asked["Qwen3Next"] = {"lengths": (3, 20), "tokens": TOKENS}
     asked["Gemma4"] = {"lengths": LENGTHS, "tokens": TOKENS}
+    asked["DeepseekV3"] = {"lengths": LENGTHS, "tokens": TOKENS, "talks": 1, "turns": 2, "system": SYSTEM}
     script = (Path(__file__).parent / "delta_oracle.py").read_text()
     done = warm.run("-c", script, str(folder), input=json.dumps(asked), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,6 +1,6 @@
 """Run by a test in a process and folder of its own: what transformers answers with small random models, in float32.
 
-    python delta_oracle.py OUTPUT_DIR < request.json      {"Qwen3_5": {"lengths": [...], "tokens": ...}, "Qwen3Next": ...}
+    python delta_oracle.py OUTPUT_DIR < request.json      {"Qwen3_5": {"lengths": [...], "tokens": ...}, ...}
 
 Writes OUTPUT_DIR/NAME/model and OUTPUT_DIR/NAME/expected.json, {cases: [{prompt, answer, margin, logprobs}], talks: [[{..}]]}:
 greedy answers of so many tokens, how certain the least certain of them was, and the log-probabilities of the prompt's tokens but
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import Gemma4ForCausalLM, Qwen3_5ForCausalLM, Qwen3NextForCausalLM
+from transformers import DeepseekV3ForCausalLM, Gemma4ForCausalLM, Qwen3_5ForCausalLM, Qwen3NextForCausalLM
 
 CONFIG = {
     "vocab_size": 256,
@@ -52,9 +52,15 @@ GEMMA4 = {  # heads of two kinds, and experts beside MLPs
     "top_k_experts": 2,
     "moe_intermediate_size": 24,
 }
+LATENT = {key: value for key, value in CONFIG.items() if not key.startswith(("linear", "layer", "head_dim", "rope"))} | {
+    "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12,
+    "v_head_dim": 10, "moe_intermediate_size": 28, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2,
+    "first_k_dense_replace": 1, "num_hidden_layers": 2,
+}  # fmt: skip
 KINDS = {
     "Qwen3_5": (Qwen3_5ForCausalLM, CONFIG),
     "Qwen3Next": (Qwen3NextForCausalLM, CONFIG | EXPERTS),
+    "DeepseekV3": (DeepseekV3ForCausalLM, LATENT),
     "Gemma4": (Gemma4ForCausalLM, GEMMA4),
 }
 

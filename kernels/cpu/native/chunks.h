@@ -75,7 +75,7 @@ struct Ahead {
         const int64_t bytes = c.row_bytes();
         for (; n > 0 && left > 0; --n) {
             prefetch(static_cast<const uint8_t*>(c.k) + (*items + head) * bytes, bytes);
-            prefetch(static_cast<const uint8_t*>(c.v) + (*items + head) * bytes, bytes);
+            if (c.v != c.k) prefetch(static_cast<const uint8_t*>(c.v) + (*items + head) * bytes, bytes);
             if (++head == together) {
                 head = 0;
                 --left;

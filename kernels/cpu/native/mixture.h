@@ -75,7 +75,7 @@ INLINE void choose_of_softmax(const Mixture& m, const float* logits, int32_t* ch
     for (int64_t j = 0; j < m.active; ++j) shares[j] = shares[j] / sum * m.scale;
 }
 
-// A bit for each group of experts that a token may go to: those whose two largest keys have the largest sums.
+// A bit for each group of experts that a token may go to: those whose largest keys (m.best: one, or two) have the largest sums.
 template <class G> INLINE uint64_t choose_groups(const Mixture& m, G&& key) {
     if (m.groups == 1) return 1;
     const int64_t size = m.experts / m.groups;
@@ -83,8 +83,8 @@ template <class G> INLINE uint64_t choose_groups(const Mixture& m, G&& key) {
     int32_t best[2], chosen[kMostGroups];
     for (int64_t g = 0; g < m.groups; ++g) {
         const auto inside = [&](int64_t i) { return key(g * size + i); };
-        largest(size, 2, inside, best);
-        sums[g] = inside(best[0]) + inside(best[1]);
+        largest(size, m.best, inside, best);
+        sums[g] = inside(best[0]) + (m.best > 1 ? inside(best[1]) : 0.0f);
     }
     largest(m.groups, m.chosen_groups, [&](int64_t g) { return sums[g]; }, chosen);
     uint64_t found = 0;

@@ -27,11 +27,12 @@ struct Experts {
     Mixture mixture;
 
     Experts(const Linear& router, std::vector<const Linear*> gate_ups, std::vector<const Linear*> downs, int64_t active, bool normalized,
-            bool sigmoid, uintptr_t correction, int64_t groups, int64_t chosen_groups, float least, float scale, const Linear* shared_gate_up,
+            bool sigmoid, uintptr_t correction, int64_t groups, int64_t chosen_groups, int64_t best, float least, float scale, const Linear* shared_gate_up,
             const Linear* shared_down, const Linear* shared_gate, uintptr_t router_norm, uintptr_t gains)
         : gate_up(std::move(gate_ups)), down(std::move(downs)),
           mixture{&router, gate_up.data(), down.data(), int64_t(down.size()), active, normalized, sigmoid, at<float>(correction), groups,
-                  chosen_groups, least, scale, shared_gate_up, shared_down, shared_gate, at<void>(router_norm), at<float>(gains)} {
+                  chosen_groups, best, least, scale, shared_gate_up, shared_down, shared_gate, at<void>(router_norm), at<float>(gains)} {
+        if (best < 1 || best > 2) throw std::invalid_argument("the largest one or two of a group of experts are summed, not " + std::to_string(best));
         if (groups > kMostGroups) throw std::invalid_argument(std::to_string(groups) + " groups of experts; at most 64 are supported");
     }
     Experts(const Experts&) = delete;
@@ -197,9 +198,9 @@ NB_MODULE(_native, m) {
 
     nb::class_<Experts>(m, "Experts")
         .def(nb::init<const Linear&, std::vector<const Linear*>, std::vector<const Linear*>, int64_t, bool, bool, uintptr_t, int64_t, int64_t,
-                      float, float, const Linear*, const Linear*, const Linear*, uintptr_t, uintptr_t>(),
+                      int64_t, float, float, const Linear*, const Linear*, const Linear*, uintptr_t, uintptr_t>(),
              nb::kw_only(), "router"_a, "gate_up"_a, "down"_a, "active"_a, "normalized"_a, "sigmoid"_a, "correction"_a, "groups"_a,
-             "chosen_groups"_a, "least"_a, "scale"_a, "shared_gate_up"_a.none(), "shared_down"_a.none(), "shared_gate"_a.none(),
+             "chosen_groups"_a, "best"_a, "least"_a, "scale"_a, "shared_gate_up"_a.none(), "shared_down"_a.none(), "shared_gate"_a.none(),
              "router_norm"_a, "gains"_a);
 
     nb::class_<Layer>(m, "Layer")

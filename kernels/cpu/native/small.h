@@ -100,7 +100,7 @@ template <Type T> INLINE void rotate_head(const typename As<T>::Item* x, const t
 
 inline void rope_store(Pool& pool, const RopeStoreArgs& a) {
     const Cache& c = a.cache;
-    const int64_t heads = a.q_heads + 2 * c.heads;
+    const int64_t heads = a.q_heads + (c.k == c.v ? 1 : 2) * c.heads;  // values that are the keys are not written again
     with_type(a.type, [&](auto tag) {
         constexpr Type T = decltype(tag)::value;
         using Item = typename As<T>::Item;

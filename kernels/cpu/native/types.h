@@ -68,7 +68,8 @@ struct Mixture {
     bool normalized;              // the shares of these are made to add up to 1
     bool sigmoid = false;         // scores are sigmoids of the router's products, not a softmax over all
     const float* correction = nullptr;     // [experts]: added to scores for the choice alone; null: 0
-    int64_t groups = 1, chosen_groups = 1; // experts stand in so many groups, and a token's are from those of the largest sums of two
+    int64_t groups = 1, chosen_groups = 1; // experts stand in so many groups, and a token's are from those of the largest sums
+    int64_t best = 2;                      // of so many, one or two: the largest of a group
     float least = 0, scale = 1;   // shares are of no less than this sum, and are multiplied with that
     const Linear *shared_gate_up = nullptr, *shared_down = nullptr;  // that MLP; null: there is none
     const Linear* shared_gate = nullptr;   // [1, hidden]: the sigmoid of its product is the share of it; null: 1
