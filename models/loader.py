@@ -20,7 +20,7 @@ from models.delta import DeltaNet
 from models.heap import prompt_release, release_memory
 from models.kv_scales import read_largest
 from models.latent import Latent
-from models.order import apart, gated_queries, halves, rotated_first
+from models.order import Part, apart, gated_queries, halves, rotated_first, select
 from models.rope import cos_sin_table
 from models.spec import Mixture as MixtureSpec
 from models.spec import ModelSpec
@@ -32,7 +32,6 @@ from quant.tensor import QuantTensor
 
 log = logging.getLogger("appliance.loader")
 
-Part = tuple[QuantTensor | Tensor, Tensor | None]  # a published weight [N, K] and its bias [N]
 FLOATS = ("F16", "BF16", "F32")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 WORKERS = 4  # modules converted at a time: each needs a few times its own size
@@ -231,11 +230,11 @@ class _Loader:
         qkv = [self._read(prefix, f"self_attn.{part}_proj") for part in parts]
         if spec.interleaved:  # scores stay the same where queries and keys change their order together
             qkv = [
-                _select(part, halves(spec, count)) for part, count in zip(qkv, (spec.heads, spec.kv_heads), strict=False)
+                select(part, halves(spec, count)) for part, count in zip(qkv, (spec.heads, spec.kv_heads), strict=False)
             ] + qkv[2:]
         if spec.output_gate:
             queries, gates = gated_queries(spec.heads, spec.head_dim)
-            qkv = [_select(qkv[0], queries), *qkv[1:], _select(qkv[0], gates)]
+            qkv = [select(qkv[0], queries), *qkv[1:], select(qkv[0], gates)]
         found: dict[str, Any] = {"qkv": self._fuse(qkv), "o": self._pack(self._read(prefix, "self_attn.o_proj"))}
         if spec.qk_norm:
             q_norm, k_norm = (self._norm(f"{prefix}.self_attn.{name}", size) for name, size in spec.qk_norms(number))
@@ -254,8 +253,8 @@ class _Loader:
         cached = rotated_first(1, net.rank, net.rope, interleaved=net.interleaved)
         name = "self_attn.q_a_proj" if net.query_rank else "self_attn.q_proj"
         first, kv = self._read(prefix, name), self._read(prefix, "self_attn.kv_a_proj_with_mqa")
-        found = {"qkv": self._fuse([first if net.query_rank else _select(first, queries), _select(kv, cached)])}
-        query = self._pack(_select(self._read(prefix, "self_attn.q_b_proj"), queries)) if net.query_rank else None
+        found = {"qkv": self._fuse([first if net.query_rank else select(first, queries), select(kv, cached)])}
+        query = self._pack(select(self._read(prefix, "self_attn.q_b_proj"), queries)) if net.query_rank else None
         up, _ = self._read(prefix, "self_attn.kv_b_proj")
         dense = dequantize_rows(up, self.dtype) if isinstance(up, QuantTensor) else up.to(self.dtype)
         latents = Latents.of(
@@ -271,7 +270,7 @@ class _Loader:
         """The same of a delta layer: one weight of queries, keys, values and z, and one of b and a, where that is possible."""
         parts = [self._read(prefix, name) for name, _ in net.inputs]
         if net.fused:
-            parts = [_select(part, order) for part, order in zip(parts, apart(net), strict=True)]
+            parts = [select(part, order) for part, order in zip(parts, apart(net), strict=True)]
         half = len(parts) // 2
         small = {name: self._small(f"{prefix}.{name}", shape) for name, shape in net.small_tensors}
         conv, A_log, dt_bias, norm = small.values()
@@ -315,14 +314,14 @@ class _Loader:
     def _expert(self, prefix: str, name: str, parts: Sequence[str]) -> MLP:
         *gate_up, down = (self._read(prefix, f"{name}.{part}") for part in parts)
         if len(gate_up) == 1:  # of both in turns
-            gate_up = [_select(gate_up[0], torch.arange(2 * self.spec.intermediate).view(-1, 2).t().flatten())]
+            gate_up = [select(gate_up[0], torch.arange(2 * self.spec.intermediate).view(-1, 2).t().flatten())]
         return self._gated(gate_up, down)
 
     def _gated(self, gate_up: list[Part], down: Part, *, gated: bool = True) -> MLP:
         weight, bias = down
         if isinstance(weight, QuantTensor) and weight.perm is not None:
             # The inputs of down are the outputs of gate and up: put those in down's order once, and no step needs a gather.
-            gate_up = [_select(part, weight.perm) for part in gate_up]
+            gate_up = [select(part, weight.perm) for part in gate_up]
             weight = weight.without_perm()
         return MLP(self._fuse(gate_up, gated=gated), self._pack((weight, bias)))
 
@@ -395,9 +394,3 @@ def _apart(names: list[str], beginnings: tuple[str, ...]) -> tuple[list[str], li
 def has_rows(table: QuantTensor) -> bool:
     """Whether operators can look up rows of it. Of others (FP8, inputs in another order) a dense embedding is made."""
     return table.kind == "int" and table.perm is None
-
-
-def _select(part: Part, index: Tensor) -> Part:
-    weight, bias = part
-    rows = weight.select_rows(index) if isinstance(weight, QuantTensor) else weight[index]
-    return rows, None if bias is None else bias[index]

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from models.delta import DeltaNet
 from models.spec import ModelSpec
+from quant.tensor import QuantTensor
+
+Part = tuple[QuantTensor | Tensor, Tensor | None]  # a published weight [N, K] and its bias [N]
 
 
 def halves(spec: ModelSpec, heads: int) -> Tensor:
@@ -43,3 +46,10 @@ def _apart(heads: int, sizes: list[int]) -> Tensor:
     """The first part of all heads, then the second of all, and so on."""
     order = torch.arange(heads * sum(sizes)).view(heads, -1)
     return torch.cat([part.flatten() for part in order.split(sizes, dim=1)])
+
+
+def select(part: Part, index: Tensor) -> Part:
+    """The outputs index[0], index[1], .. (int64) of a weight and its bias."""
+    weight, bias = part
+    rows = weight.select_rows(index) if isinstance(weight, QuantTensor) else weight[index]
+    return rows, None if bias is None else bias[index]

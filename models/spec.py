@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from models.architectures import ARCHITECTURES, MULTIPLIERS, read_architecture
+from models.architectures import ARCHITECTURES, read_architecture
 from models.delta import DeltaNet, delta_layers
+from models.factors import multipliers, score_scale
 from models.family import Architecture
 from models.fields import Fields
 from models.heads import KVHeads, wide_heads
@@ -88,16 +89,13 @@ class ModelSpec:
     def from_config(cls, config: Mapping[str, Any]) -> ModelSpec:
         """Read config.json. Raises InputError naming the architecture, key or value that is not supported."""
         name, kind, fields = read_architecture(config)
-        config, by = fields.values, _multipliers(kind, fields)
+        config, by = fields.values, multipliers(kind, fields)
         hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         kv_heads = fields.integer("num_key_value_heads", default=heads)
         if heads % kv_heads:
             raise InputError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-        derived = config.get("head_dim") is None and kind.default_head_dim is None
-        if (latent := read_latent(kind, fields)) is not None:
-            kv_heads, head_dim = 1, latent.size
-        else:
-            head_dim = _divide(hidden, heads) if derived else fields.integer("head_dim", default=kind.default_head_dim)
+        latent = read_latent(kind, fields)
+        kv_heads, head_dim = (kv_heads, _head_dim(kind, fields, hidden, heads)) if latent is None else (1, latent.size)
         layers = fields.integer("num_hidden_layers")
         max_position = fields.integer("max_position_embeddings", default=kind.max_position)
         settings = Fields({"max_position_embeddings": max_position, **config})
@@ -160,7 +158,7 @@ class ModelSpec:
             gelu=kind.gelu,
             embedding_scale=hidden**0.5 if kind.scaled_embedding else by["embedding_multiplier"] / by["residual_multiplier"],
             rounded_scale=kind.scaled_embedding,
-            scale=_scale(kind, fields, by, head_dim) if latent is None else latent.scale(ropes[0]),
+            scale=score_scale(kind, fields, by, head_dim) if latent is None else latent.scale(ropes[0]),
             sinks=kind.sinks,
             cap=_cap("attn_logit_softcapping", fields),
             logit_cap=_cap("final_logit_softcapping", fields),
@@ -368,7 +366,10 @@ class ModelSpec:
         return rest + expert, rest + active
 
 
-def _divide(hidden: int, heads: int) -> int:
+def _head_dim(kind: Architecture, fields: Fields, hidden: int, heads: int) -> int:
+    """As given, or as many as make the hidden size."""
+    if fields.get("head_dim") is not None or kind.default_head_dim is not None:
+        return fields.integer("head_dim", default=kind.default_head_dim)
     if hidden % heads:
         raise InputError(
             f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is missing"
@@ -378,10 +379,6 @@ def _divide(hidden: int, heads: int) -> int:
 
 def _flag(source: bool | str, fields: Fields) -> bool:
     return source if isinstance(source, bool) else fields.flag(source, default=False)
-
-
-def _multipliers(kind: Architecture, fields: Fields) -> dict[str, float]:
-    return {key: fields.number(key, default=1.0) if kind.multiplied else 1.0 for key in MULTIPLIERS}
 
 
 def _ahead(kind: Architecture, fields: Fields, layers: int) -> tuple[str, ...]:
@@ -399,13 +396,3 @@ def _dtype(config: Mapping[str, Any]) -> str:
     if dtype not in DTYPES:
         raise InputError(f"config.json: torch_dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     return dtype
-
-
-def _scale(kind: Architecture, fields: Fields, by: Mapping[str, float], head_dim: int) -> float:
-    """Of scores. Some families name what queries are divided by the root of; where others do, transformers passes over it."""
-    if kind.multiplied:
-        return by["attention_multiplier"]
-    if kind.scale is not None:
-        return kind.scale
-    own = "query_pre_attn_scalar" in kind.defaults
-    return (fields.number("query_pre_attn_scalar", default=head_dim) if own else head_dim) ** -0.5
