@@ -91,11 +91,8 @@ class ModelSpec:
         name, kind, fields = read_architecture(config)
         config, by = fields.values, multipliers(kind, fields)
         hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-        kv_heads = fields.integer("num_key_value_heads", default=heads)
-        if heads % kv_heads:
-            raise InputError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
         latent = read_latent(kind, fields)
-        kv_heads, head_dim = (kv_heads, _head_dim(kind, fields, hidden, heads)) if latent is None else (1, latent.size)
+        kv_heads, head_dim = _kv_heads(kind, fields, hidden, heads) if latent is None else (1, latent.size)
         layers = fields.integer("num_hidden_layers")
         max_position = fields.integer("max_position_embeddings", default=kind.max_position)
         settings = Fields({"max_position_embeddings": max_position, **config})
@@ -366,15 +363,18 @@ class ModelSpec:
         return rest + expert, rest + active
 
 
-def _head_dim(kind: Architecture, fields: Fields, hidden: int, heads: int) -> int:
-    """As given, or as many as make the hidden size."""
+def _kv_heads(kind: Architecture, fields: Fields, hidden: int, heads: int) -> tuple[int, int]:
+    """(heads of keys and values, their size): as given, or all, and as many features as make the hidden size."""
+    kv_heads = fields.integer("num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        raise InputError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     if fields.get("head_dim") is not None or kind.default_head_dim is not None:
-        return fields.integer("head_dim", default=kind.default_head_dim)
+        return kv_heads, fields.integer("head_dim", default=kind.default_head_dim)
     if hidden % heads:
         raise InputError(
             f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is missing"
         )
-    return hidden // heads
+    return kv_heads, hidden // heads
 
 
 def _flag(source: bool | str, fields: Fields) -> bool:
