@@ -248,29 +248,6 @@ CASES = {
         moe_norm_min=0.7,
         tie_word_embeddings=False,
     ),
-    "deepseek-v3": case(
-        "DeepseekV3ForCausalLM",
-        **LATENT,
-        n_group=4,
-        topk_group=2,
-        first_k_dense_replace=1,
-        rope_parameters={**ROPES["yarn-mscale"], "rope_theta": 5000.0},
-    ),
-    "deepseek-v3-dense": case(
-        "DeepseekV3ForCausalLM", **{**LATENT, "q_lora_rank": None}, first_k_dense_replace=3, rope_interleave=False
-    ),
-    "deepseek-v2": case(
-        "DeepseekV2ForCausalLM",
-        **LATENT,
-        n_group=4,
-        topk_group=2,
-        topk_method="group_limited_greedy",
-        first_k_dense_replace=1,
-        routed_scaling_factor=3.0,
-        rope_parameters={**ROPES["yarn-mscale"], "rope_theta": 5000.0},
-    ),
-    "deepseek-v2-lite": case("DeepseekV2ForCausalLM", **{**LATENT, "q_lora_rank": None}, first_k_dense_replace=1),
-    "glm4-moe-lite": case("Glm4MoeLiteForCausalLM", **LATENT, attention_bias=True, mlp_layer_types=["sparse", "dense", "sparse"]),
     "glm": case("GlmForCausalLM", head_dim=16),
     "glm-whole": case("GlmForCausalLM", head_dim=8, partial_rotary_factor=1.0, attention_bias=False, num_key_value_heads=3),
     "glm4": case("Glm4ForCausalLM", head_dim=20, rope_parameters={"rope_theta": 900.0, "partial_rotary_factor": 0.4}),
@@ -481,12 +458,38 @@ CASES = {
     ),
     "qwen3-next": case("Qwen3NextForCausalLM", **DELTA, **EXPERTS),
     "qwen3-next-unnormalized": case("Qwen3NextForCausalLM", **DELTA, **EXPERTS, norm_topk_prob=False, attention_bias=True),
+    "deepseek-v3": case(
+        "DeepseekV3ForCausalLM",
+        **LATENT,
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=1,
+        rope_parameters={**ROPES["yarn-mscale"], "rope_theta": 5000.0},
+    ),
+    "deepseek-v3-dense": case(
+        "DeepseekV3ForCausalLM", **{**LATENT, "q_lora_rank": None}, first_k_dense_replace=3, rope_interleave=False
+    ),
+    "deepseek-v2": case(
+        "DeepseekV2ForCausalLM",
+        **LATENT,
+        n_group=4,
+        topk_group=2,
+        topk_method="group_limited_greedy",
+        first_k_dense_replace=1,
+        routed_scaling_factor=3.0,
+        rope_parameters={**ROPES["yarn-mscale"], "rope_theta": 5000.0},
+    ),
+    "deepseek-v2-lite": case("DeepseekV2ForCausalLM", **{**LATENT, "q_lora_rank": None}, first_k_dense_replace=1),
+    "glm4-moe-lite": case("Glm4MoeLiteForCausalLM", **LATENT, attention_bias=True, mlp_layer_types=["sparse", "dense", "sparse"]),
 }
 DENSE = ("gemma", "qwen3", "granite", "deepseek-v3-dense")
 CHOOSING = (
+    "gemma4-moe",
+    "gemma4-moe-text-of-pictures",
     "granitemoe",
     "granitemoe-tied",
     "qwen3-moe",
+    "qwen3-moe-some",
     "qwen3.5-moe",
     "qwen3.5-moe-of-pictures",
     "qwen3-next",
