@@ -38,6 +38,7 @@ MODEL_TYPES = {
     "Qwen3VLForConditionalGeneration": "qwen3_vl", "Qwen3_5ForCausalLM": "qwen3_5_text",
     "Qwen3_5ForConditionalGeneration": "qwen3_5", "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text",
     "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe", "Qwen3NextForCausalLM": "qwen3_next",
+    "DeepseekV2ForCausalLM": "deepseek_v2", "DeepseekV3ForCausalLM": "deepseek_v3", "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
     "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe", "MiniMaxM2ForCausalLM": "minimax_m2",
     "GraniteMoeForCausalLM": "granitemoe", "Olmo2ForCausalLM": "olmo2", "Olmo3ForCausalLM": "olmo3", "OlmoeForCausalLM": "olmoe",
     "Exaone4ForCausalLM": "exaone4", "ExaoneMoeForCausalLM": "exaone_moe", "HunYuanDenseV1ForCausalLM": "hunyuan_v1_dense",
