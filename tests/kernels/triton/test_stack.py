@@ -108,10 +108,10 @@ def make_decoder(ops: Ops, shape: Shape, dtype: torch.dtype) -> Decoder:
             linear(shape.hidden, queries),
             gain(shape.hidden),
             MLP(joined((shape.inner, shape.inner), gated=True, gelu=shape.gemma > 0), linear(shape.hidden, shape.inner)),
-            *((gain(shape.size), gain(shape.size)) if shape.qk_norm else (None, None)),
-            *((gain(shape.hidden), gain(shape.hidden)) if shape.gemma else (None, None)),
             window=window,
             local=window is not None,
+            **{name: gain(shape.size) for name in ("q_norm", "k_norm") if shape.qk_norm},
+            **{name: gain(shape.hidden) for name in ("attention_norm", "mlp_norm") if shape.gemma},
         )
 
     config = {
