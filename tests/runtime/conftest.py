@@ -13,7 +13,7 @@ from appliance.runtime.engine import Engine
 from tests.tiny_model import make_checkpoint
 
 if TYPE_CHECKING:
-    from tests.runtime.delta_engines import Oracle
+    from tests.runtime.oracle_engines import Oracle
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def oracles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Oracle]:
     """By name, what transformers says of models with states, and of one of latents: one process for all tests."""
-    from tests.runtime.delta_engines import make_oracles  # which takes from here
+    from tests.runtime.oracle_engines import make_oracles  # which takes from here
 
     return make_oracles(tmp_path_factory.mktemp("states"))
 

@@ -8,9 +8,8 @@ import pytest
 
 from appliance.config import EngineConfig
 from appliance.runtime.check import check
-from kernels.cpu import backend
 from tests.runtime.conftest import answers
-from tests.runtime.delta_engines import Load, Oracle, loader, on_a_card
+from tests.runtime.oracle_engines import Load, Oracle, choose_operators, loader, on_a_card
 
 TOKEN = 2 * 4 * (2 * 2 * 16 + 2 * 1 * 24)  # bytes, in float32: two layers of two heads of 16, two of one of 24
 
@@ -27,11 +26,8 @@ def load(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> Load:
 
 @pytest.mark.parametrize("kind", ["reference", "torch", "native"])
 def test_greedy_answers_are_those_of_transformers(load: Load, oracle: Oracle, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind == "native":
-        if backend.native() is None:
-            pytest.skip("the native extension is not built")
-        monkeypatch.delenv("APPLIANCE_CPU_ISA")
-    engine = load(reference_ops=kind == "reference", max_num_batched_tokens=33)
+    options = choose_operators(kind, monkeypatch)
+    engine = load(**options, max_num_batched_tokens=33)
     assert [tuple(cache.k.shape[2:]) for cache in engine.runner.caches] == [(2, 16), (1, 24)] * 2
     assert sum(t.nbytes for cache in engine.runner.caches for t in cache.tensors) == engine.info.plan["kv_cache"]["bytes"]  # type: ignore[index]
     assert answers(engine, oracle.submits) == oracle.answers

@@ -10,7 +10,7 @@ import torch
 
 from appliance.runtime.engine import Engine
 from tests.runtime.conftest import answers, finish, submit
-from tests.runtime.delta_engines import SYSTEM, TOKENS, Load, Oracle, loader, on_a_card, spoil
+from tests.runtime.oracle_engines import SYSTEM, TOKENS, Load, Oracle, loader, on_a_card, spoil
 
 BLOCK = 8
 TOKEN = 2 * 2 * 16 * 4  # bytes of one layer: keys and values, heads, their size, float32

@@ -10,7 +10,7 @@ from appliance.runtime.mover import PlainMover
 from kernels.cpu import backend
 from kernels.layout import kv_nbytes
 from tests.runtime.conftest import answers, submit
-from tests.runtime.delta_engines import Load, Oracle, loader
+from tests.runtime.oracle_engines import Load, Oracle, choose_operators, loader
 from tests.runtime.test_engine import mixed
 
 SIZE, LAYERS = 8 + 24, 2  # numbers of a token in a layer, once
@@ -29,12 +29,9 @@ def load(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> Load:
 @pytest.mark.parametrize("kind", ["reference", "torch", "native"])
 def test_greedy_answers_are_those_of_transformers(load: Load, oracle: Oracle, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, in chunks, and once more with what is kept of the prompts."""
-    if kind == "native":
-        if backend.native() is None:
-            pytest.skip("the native extension is not built")
-        monkeypatch.delenv("APPLIANCE_CPU_ISA")
+    options = choose_operators(kind, monkeypatch)
     for budget in (2048, 7):
-        engine = load(reference_ops=kind == "reference", max_num_batched_tokens=budget)
+        engine = load(**options, max_num_batched_tokens=budget)
         assert answers(engine, oracle.submits) == oracle.answers
     assert answers(engine, oracle.submits) == oracle.answers
     assert engine.stats().prefix_hits > 0 and engine.info.forks

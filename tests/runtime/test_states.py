@@ -15,10 +15,9 @@ from appliance.memory.measure import Reading, measured
 from appliance.memory.planner import make_plan
 from appliance.runtime.check import check
 from appliance.runtime.footprint import footprint
-from kernels.cpu import backend
 from quant.errors import InputError
 from tests.runtime.conftest import answers, finish, submit
-from tests.runtime.delta_engines import LENGTHS, TOKENS, Load, Oracle, loader, on_a_card, spoil
+from tests.runtime.oracle_engines import LENGTHS, TOKENS, Load, Oracle, choose_operators, loader, on_a_card, spoil
 
 
 @pytest.fixture
@@ -33,11 +32,8 @@ def load(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> Load:
 
 @pytest.mark.parametrize("kind", ["reference", "torch", "native"])
 def test_greedy_answers_are_those_of_transformers(load: Load, oracle: Oracle, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind == "native":
-        if backend.native() is None:
-            pytest.skip("the native extension is not built")
-        monkeypatch.delenv("APPLIANCE_CPU_ISA")
-    engine = spoil(load(reference_ops=kind == "reference"))
+    options = choose_operators(kind, monkeypatch)
+    engine = spoil(load(**options))
     assert answers(engine, oracle.submits) == oracle.answers
     assert answers(engine, oracle.submits) == oracle.answers, "and once more, at seats that were somebody's"
     stats = engine.stats()

@@ -17,6 +17,7 @@ from appliance.core.messages import Submit
 from appliance.memory.planner import make_plan
 from appliance.runtime.engine import Engine
 from appliance.runtime.runner import Runner
+from kernels.cpu import backend
 from tests import warm
 from tests.runtime.conftest import submit
 from tests.runtime.fake_lane import FakeLane
@@ -50,7 +51,7 @@ def make_oracles(folder: Path) -> dict[str, Oracle]:
     asked["Qwen3Next"] = {"lengths": (3, 20), "tokens": TOKENS}
     asked["Gemma4"] = {"lengths": LENGTHS, "tokens": TOKENS}
     asked["DeepseekV3"] = {"lengths": LENGTHS, "tokens": TOKENS, "talks": 1, "turns": 2, "system": SYSTEM}
-    script = (Path(__file__).parent / "delta_oracle.py").read_text()
+    script = (Path(__file__).parent / "engine_oracle.py").read_text()
     done = warm.run("-c", script, str(folder), input=json.dumps(asked), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {}
@@ -81,6 +82,15 @@ def loader(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> Load:
         return Engine.load(EngineConfig(**{**settings, **options}))
 
     return make
+
+
+def choose_operators(kind: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options for ``loader`` that take the reference, torch's operators, or the native ones; skips where these are not built."""
+    if kind == "native":
+        if backend.native() is None:
+            pytest.skip("the native extension is not built")
+        monkeypatch.delenv("APPLIANCE_CPU_ISA")
+    return {"reference_ops": kind == "reference"}
 
 
 def on_a_card(engine: Engine, **options: Any) -> Engine:

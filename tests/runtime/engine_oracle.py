@@ -1,6 +1,6 @@
 """Run by a test in a process and folder of its own: what transformers answers with small random models, in float32.
 
-    python delta_oracle.py OUTPUT_DIR < request.json      {"Qwen3_5": {"lengths": [...], "tokens": ...}, ...}
+    python engine_oracle.py OUTPUT_DIR < request.json      {"Qwen3_5": {"lengths": [...], "tokens": ...}, ...}
 
 Writes OUTPUT_DIR/NAME/model and OUTPUT_DIR/NAME/expected.json, {cases: [{prompt, answer, margin, logprobs}], talks: [[{..}]]}:
 greedy answers of so many tokens, how certain the least certain of them was, and the log-probabilities of the prompt's tokens but
