@@ -14,8 +14,10 @@ from appliance.text.answer import AnswerParser
 from appliance.text.grammar import compile_grammar, library, limits, vocabulary
 from appliance.text.reasoning import REASONING, THINK, ReasoningParser, Tags
 from appliance.text.tokenizer import Tokenizer
-from appliance.text.tools.choice import FORMS, Form, ToolChoice, forced, parameters, tool_choice
+from appliance.text.tools.choice import ToolChoice, forced, parameters, tool_choice
+from appliance.text.tools.forms import FORMS, Form
 from appliance.text.tools.grammar import lark
+from tests.text.tool_texts import GRAMMARS
 from tests.tiny_model import write_tokenizer
 
 CITY = {
@@ -47,7 +49,7 @@ def answers(llm: LLM, grammar: str, form: StructuredOutputsParams | None = None)
     return [(one.text, one.finish_reason == "stop") for one in output.outputs]
 
 
-@pytest.mark.parametrize(("kind", "form"), [(kind, form) for kind, forms in FORMS.items() for form in forms])
+@pytest.mark.parametrize(("kind", "form"), GRAMMARS)
 def test_a_model_that_must_call_does(llm: LLM, kind: type, form: Form) -> None:
     ends = 0
     for asked, parallel in (("required", True), ("required", False), (NAMED, True)):
@@ -113,7 +115,7 @@ def test_a_form_or_calls(llm: LLM) -> None:
     assert seen == {False, True}
 
 
-@pytest.mark.parametrize(("kind", "form"), [(kind, form) for kind, forms in FORMS.items() for form in forms])
+@pytest.mark.parametrize(("kind", "form"), GRAMMARS)
 @pytest.mark.parametrize("tags", [None, THINK, REASONING["mistral"]], ids=["", "think", "THINK"])
 @pytest.mark.parametrize("special", [False, True])
 def test_markers_that_are_special_tokens(tmp_path, kind: type, form: Form, tags: Tags | None, special: bool) -> None:

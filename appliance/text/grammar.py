@@ -46,6 +46,15 @@ LIMITS = {
 _compiler = Compiler()
 
 
+def plain(words: str) -> str:
+    """The library's words, without the mark for what it leaves out; others for a name and an option that it has for itself."""
+    if words.startswith("NoExtension"):
+        return "it leads to a place where no text can go on"
+    if words.startswith("oneOf constraints"):
+        return "oneOf is understood where its alternatives exclude each other: use anyOf"
+    return words.replace("<non-verbose/>", "")
+
+
 def library() -> Any:
     """llguidance. Raises RequestError where it is not installed."""
     try:
@@ -97,7 +106,7 @@ def compile_grammar(
             message = f"tools: the grammar of their calls {message.removeprefix(field)[1:]}"
         raise RequestError(message, param=field)
     library()  # or say that it is missing
-    whitespace = structured.whitespace_pattern or WHITESPACE
+    whitespace = _whitespace(structured)
     tried = tuple((parts or {}).items())
     grammar, wrong = _checked(kind, text, structured.disable_any_whitespace, whitespace, around, made, tried)
     if wrong:
@@ -121,6 +130,16 @@ def _source(structured: StructuredOutputsParams) -> tuple[str, str]:
     return kind, getattr(structured, kind)
 
 
+def _whitespace(structured: StructuredOutputsParams) -> str:
+    """What may stand between the parts of JSON. Raises RequestError that names this field, and not the schema."""
+    if not structured.whitespace_pattern:
+        return WHITESPACE
+    if wrong := _checked("regex", structured.whitespace_pattern, False, WHITESPACE, "", False, ())[1]:
+        field = "structured_outputs.whitespace_pattern"
+        raise RequestError(f"{field}{wrong}", param=field)
+    return structured.whitespace_pattern
+
+
 def _quoted(text: str) -> str:
     """As a string in Lark, whose lexer takes no DEL as it is."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -142,7 +161,7 @@ def _checked(
     except TimeoutError as error:
         return "", f" cannot be served: {error}"
     if wrong:
-        reason = " ".join(words)
+        reason = " ".join(map(plain, words))
         if parts:  # the library shows the grammar below its words, which is none that anybody sent
             reason = re.split(r"\n\s*\d+ \| ", reason)[0]
         where = "" if part is None else f": the parameters of {part!r:.80}"

@@ -65,14 +65,21 @@ def one_call_each(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return told
 
 
-def calls_as_text(messages: Sequence[dict[str, Any]], marker: str) -> list[dict[str, Any]]:
-    """The conversation for templates that know no calls: in the text, as the model wrote them, a list behind ``marker``."""
+def calls_as_text(messages: Sequence[dict[str, Any]], write: Callable[[Sequence[tuple[str, str]]], str]) -> list[dict[str, Any]]:
+    """The conversation for templates that know no calls: in the text, as the model wrote them. ``write`` names and arguments."""
     told = []
     for message in messages:
         functions = [call.get("function") for call in message.get("tool_calls", ()) if isinstance(call, Mapping)]
-        wrote = [{"name": f.get("name"), "arguments": f.get("arguments")} for f in functions if isinstance(f, Mapping)]
-        if wrote and isinstance(message["content"], str):
-            message = {**message, "content": message["content"] + marker + json.dumps(wrote, ensure_ascii=False)}
+        calls = [
+            (
+                str(one.get("name")),
+                json.dumps(given if isinstance(given := one.get("arguments"), Mapping) else {}, ensure_ascii=False),
+            )
+            for one in functions
+            if isinstance(one, Mapping)
+        ]
+        if calls and isinstance(message["content"], str):
+            message = {**message, "content": message["content"] + write(calls)}
         told.append(message)
     return told
 

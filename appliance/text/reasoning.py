@@ -53,21 +53,27 @@ THINK = Tags()
 GEMMA = Tags(
     "<|channel>", "<channel|>", label="thought\n", before="<|tool_call>"
 )  # 4; its calls may come in place of the end tag
-GRANITE = Tags(around=("<response>", "</response>"))  # 3.3; its templates alone speak of these two in a row
+GRANITE = Tags(around=("<response>", "</response>"))  # 3.3, whose templates alone speak of these two in a row, and ERNIE 4.5
+HUNYUAN = Tags(around=("<answer>", "</answer>"))
+KIMI = Tags(before="<|tool_calls_section_begin|>")
 # Of gpt-oss, where calls and reasoning are messages of one format: "Harmony" (tools/harmony.py) reads both.
 HARMONY = Tags("<|channel|>analysis<|message|>", "<|end|>")
 # vLLM's names of parsers whose formats are tags around the reasoning.
 REASONING: dict[str, Tags] = {
+    "apertus": Tags("<|inner_prefix|>", "<|inner_suffix|>", before="<|tools_prefix|>"),
     "deepseek_r1": Tags(assumed=True),
     "deepseek_v3": THINK,
+    "ernie45": GRANITE,
     "gemma4": GEMMA,
     "glm45": THINK,
     "granite": Tags("Here is my thought process:", "Here is my response:"),
-    "kimi_k2": THINK,
+    "hunyuan_a13b": HUNYUAN,
+    "kimi_k2": KIMI,
     "mimo": THINK,
     "minimax_m2": THINK,
     "mistral": Tags("[THINK]", "[/THINK]"),
     "nemotron_v3": THINK,
+    "olmo3": THINK,
     "openai_gptoss": HARMONY,
     "qwen3": THINK,
     "seed_oss": Tags("<seed:think>", "</seed:think>"),
@@ -82,7 +88,15 @@ def tags_of(templates: Iterable[str]) -> Tags | None:
         return HARMONY
     if "".join(GRANITE.around) in source:
         return GRANITE
-    others = (REASONING[name] for name in ("mistral", "seed_oss", "gemma4", "granite"))
+    own = {
+        HUNYUAN.around[0]: HUNYUAN,
+        "<|extra_0|>": HUNYUAN,
+        "<｜hy_User｜>": HUNYUAN,
+        KIMI.before: KIMI,
+    }  # some never say <answer>
+    if THINK.end in source and (tags := next((tags for mark, tags in own.items() if mark in source), None)):
+        return tags
+    others = (REASONING[name] for name in ("mistral", "seed_oss", "gemma4", "granite", "apertus"))
     return next((tags for tags in (*others, THINK) if tags.end in source), None)
 
 

@@ -19,7 +19,9 @@ from appliance.core.params import RequestError
 from appliance.text.messages import calls_as_text, join_parts, one_call_each, plain_messages, split_parts
 from appliance.text.reasoning import HARMONY, tags_of
 from appliance.text.tools.formats import Granite
-from appliance.text.turns import one_of_each, told_otherwise, unsaid
+from appliance.text.tools.forms import FORMS, Form
+from appliance.text.tools.pythonic import Lfm2
+from appliance.text.turns import arguments_as_text, one_of_each, told_otherwise, unsaid
 from quant.errors import InputError
 
 MAX_CHARACTERS = 32 * 2**20  # of one rendered conversation: a template is a program and could write for ever
@@ -154,8 +156,8 @@ class ChatTemplates:
         conversation = plain_messages(messages, convert)
         if tags_of(self.sources) is HARMONY:
             conversation = one_call_each(conversation)
-        if _tells_of_calls_only(self.sources):
-            conversation = calls_as_text(conversation, Granite.MARKER)
+        if (form := _form_of_calls(self.sources)) is not None:
+            conversation = calls_as_text(conversation, form.write)
         if continue_final_message:
             _mark_end(conversation)
         values = {
@@ -169,9 +171,13 @@ class ChatTemplates:
         try:
             text = _run(template, values)
         except RequestError as error:
-            if not isinstance(error.__cause__, TemplateError):
+            if isinstance(error.__cause__, TypeError):  # of texts and objects that are added up: DeepSeek's
+                ways = arguments_as_text(conversation)
+            elif isinstance(error.__cause__, TemplateError):
+                ways = told_otherwise(conversation)
+            else:
                 raise
-            text = _first_taken(template, values, told_otherwise(conversation), error)
+            text = _first_taken(template, values, ways, error)
         else:
             if unsaid(conversation, text) and (turns := one_of_each(conversation)) is not None:
                 with contextlib.suppress(RequestError):
@@ -204,9 +210,12 @@ class ChatTemplates:
         return self._compiled[source]
 
 
-def _tells_of_calls_only(sources: Sequence[str]) -> bool:
-    """Granite 3's say how calls are written, and leave out those of earlier messages."""
-    return any(Granite.MARKER in source for source in sources) and not any("tool_calls" in source for source in sources)
+def _form_of_calls(sources: Sequence[str]) -> Form | None:
+    """How models call whose templates tell them of tools, and leave out the calls of earlier messages: Granite 3's and LFM2's."""
+    if any("tool_calls" in source for source in sources):
+        return None
+    marks = ((Granite.openers[0], Granite), ("List of tools: ", Lfm2))
+    return next((FORMS[kind][0] for mark, kind in marks if any(mark in source for source in sources)), None)
 
 
 def _run(template: Template, values: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,23 @@ def told_otherwise(messages: Sequence[dict[str, Any]]) -> Iterator[list[dict[str
     if (turns := one_of_each(messages)) is not None:
         yield turns
         yield from _told_by_the_user(turns)
+
+
+def arguments_as_text(messages: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The same with arguments of calls as JSON text, as OpenAI sends them: some templates know no others. None without calls."""
+    if not any(message.get("tool_calls") for message in messages):
+        return
+    yield [
+        {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]} if message.get("tool_calls") else message
+        for message in messages
+    ]
+
+
+def _with_text(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), Mapping):
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
 def one_of_each(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from appliance.text.answer import Answer, AnswerParser
 from appliance.text.reasoning import GEMMA, ReasoningDelta, ReasoningParser, tags_of
-from appliance.text.tools.choice import FORMS
+from appliance.text.tools.forms import FORMS
 from appliance.text.tools.gemma import Gemma4
 from appliance.text.tools.reader import decoded
 from tests.text.test_tool_choice import chat_of

@@ -16,8 +16,8 @@ from appliance.core.params import StructuredOutputsParams
 from appliance.text.answer import AnswerParser
 from appliance.text.grammar import compile_grammar, library, limits, vocabulary
 from appliance.text.tokenizer import Tokenizer
-from appliance.text.tools.choice import HARMONY as FORM
 from appliance.text.tools.choice import forced, tool_choice
+from appliance.text.tools.forms import HARMONY as FORM
 from appliance.text.tools.grammar import harmony
 from appliance.text.tools.harmony import CALL, END, MARKERS, START, Harmony
 from tests.text.harmony_texts import CALL_OF_F, CALLS, FINAL, NEXT, SAID, THOUGHT, TOOL, any_answer, tokens

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from appliance.text.answer import Answer, AnswerParser
 from appliance.text.reasoning import GRANITE, REASONING, THINK, ReasoningDelta, ReasoningParser, Tags, tags_of
 from appliance.text.template import ChatTemplates
-from appliance.text.tools.formats import Hermes, Mistral
+from appliance.text.tools.formats import Apertus, Hermes, Mistral
+from appliance.text.tools.forms import FORMS
+from appliance.text.tools.marked import KimiK2
 from tests.text.test_tool_choice import chat_of
 from tests.text.tool_texts import KINDS, any_text, cuts, seeded
 
@@ -64,6 +66,30 @@ def test_cutting_changes_nothing_with_other_tags():
     for rng in seeded(300, "tags"):
         text = any_text(rng).replace("think>", rng.choice(["think>", "THINK]", "seed:think>"])).replace("<", rng.choice("<["))
         check(rng.choice(list(REASONING.values())), text, cuts(rng, text), rng.random() < 0.5)
+
+
+@pytest.mark.parametrize("tags", dict.fromkeys(REASONING.values()), ids=lambda tags: tags.start)
+def test_cutting_changes_nothing_with_any_tags(tags):
+    scraps = [*SCRAPS, tags.start, tags.end, *tags.around, tags.label, tags.before, tags.start[:-1], tags.end[:-2]]
+    for rng in seeded(100, tags.end):
+        text = "".join(rng.choice(scraps) for _ in range(rng.randrange(12)))
+        opened = rng.random() < 0.5
+        parser, whole = ReasoningParser(tags, opened=opened), ReasoningParser(tags, opened=opened).parse(tags.start + text)
+        deltas = [*map(parser.push, cuts(rng, tags.start + text)), parser.finish()]
+        assert ReasoningDelta("".join(d.reasoning for d in deltas), "".join(d.content for d in deltas)) == whole, text
+
+
+def test_tags_of_families_with_tags_of_their_own():
+    """The tags around an answer are no part of it, and calls end what a model thinks, and are none of its thoughts."""
+    hunyuan, kimi = tags_of(["<think></think> <answer></answer>"]), tags_of(["<|tool_calls_section_begin|> <think></think>"])
+    apertus = tags_of(["<|inner_prefix|> <|inner_suffix|>"])
+    assert (hunyuan, kimi, apertus) == tuple(REASONING[name] for name in ("hunyuan_a13b", "kimi_k2", "apertus"))
+    assert ReasoningParser(hunyuan).parse("<think>\nHm.\n</think>\n<answer>\nYes.\n</answer>") == ReasoningDelta("Hm.", "Yes.")
+    for tags, parser in ((kimi, KimiK2), (apertus, Apertus)):
+        call = FORMS[parser][0].write([("f", "{}")])
+        for text in (f"{tags.start}Hm.{tags.end}{call}", f"{tags.start}Hm.{call}"):
+            answer = AnswerParser(ReasoningParser(tags), parser()).parse(text)
+            assert (answer.reasoning, answer.content, [one.name for one in answer.calls]) == ("Hm.", "", ["f"]), text
 
 
 def test_nothing_is_held_back_that_can_be_no_tag():

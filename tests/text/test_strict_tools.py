@@ -14,12 +14,12 @@ from appliance.core.params import RequestError, StructuredOutputsParams
 from appliance.text.answer import AnswerParser
 from appliance.text.grammar import compile_grammar, library, limits
 from appliance.text.reasoning import THINK, ReasoningParser
-from appliance.text.tools.choice import FORMS as ALL_FORMS
-from appliance.text.tools.choice import Form, ToolChoice, forced, tool_choice
+from appliance.text.tools.choice import ToolChoice, forced, tool_choice
 from appliance.text.tools.formats import Granite, Hermes, Llama3Json
+from appliance.text.tools.forms import FORMS, Form
 from appliance.text.tools.grammar import lark
 from appliance.text.tools.parser import ToolAnswer, ToolParser
-from tests.text.tool_texts import any_text, cuts, seeded
+from tests.text.tool_texts import GRAMMARS, any_text, cuts, seeded
 
 SCHEMA = {
     "type": "object",
@@ -28,7 +28,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 HANDY = frozenset(b' "{}:,0123456789nCFunit')
-FORMS = [(kind, form) for kind, forms in ALL_FORMS.items() for form in forms]
 
 
 def choice(strict: bool = True) -> ToolChoice:
@@ -96,14 +95,14 @@ class Words:
         return list(text.encode())
 
 
-@pytest.fixture(scope="module", params=[(*one, special) for one in FORMS for special in (False, True)], ids=str)
+@pytest.fixture(scope="module", params=[(*one, special) for one in GRAMMARS for special in (False, True)], ids=str)
 def model(request: pytest.FixtureRequest) -> tuple[type[ToolParser], Form, Model]:
     kind, form, special = request.param
     return kind, form, Model(kind, form, special=special)
 
 
 KNOWN = ("f", "get_weather")
-LLAMA = ALL_FORMS[Llama3Json][0]
+LLAMA = FORMS[Llama3Json][0]
 
 
 def reader(kind: type[ToolParser]) -> ToolParser:
@@ -154,7 +153,7 @@ def test_what_does_not_fit_cannot_be_written(model: tuple[type[ToolParser], Form
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("opened", [False, True])
-@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+@pytest.mark.parametrize(("kind", "form"), GRAMMARS, ids=str)
 def test_reasoning_is_free(kind: type[ToolParser], form: Form, special: bool, opened: bool) -> None:
     one, begin = Model(kind, form, special=special, opened=opened), "" if opened else "<think>"
     fine, bad = form.write([("f", '{"n": 5}')]), form.write([("f", '{"n": "x"}')])
@@ -172,7 +171,7 @@ def test_reasoning_is_free(kind: type[ToolParser], form: Form, special: bool, op
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("opened", [False, True])
-@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+@pytest.mark.parametrize(("kind", "form"), GRAMMARS, ids=str)
 def test_an_answer_may_end_within_reasoning(kind: type[ToolParser], form: Form, special: bool, opened: bool) -> None:
     one = Model(kind, form, special=special, opened=opened)
     for thought in ("", "Hm", "Hm.\n", 'Like {"name": "f", "arg', "Is </thin", "One.\n\nTwo; {"):
@@ -189,7 +188,7 @@ def test_an_answer_may_end_within_reasoning(kind: type[ToolParser], form: Form, 
 @pytest.mark.parametrize("special", [False, True])
 def test_another_spelling_of_the_marker_is_held_alike(special: bool) -> None:
     """Granite 3.1's, which is no token where the other is one."""
-    form, fine = ALL_FORMS[Granite][0], '<tool_call>[{"name": "f", "arguments": {"n": 5}}]'
+    form, fine = FORMS[Granite][0], '<tool_call>[{"name": "f", "arguments": {"n": 5}}]'
     one = Model(Granite, form, special=special)
     one.specials.pop("<tool_call>", None)
     calls = forced(choice(), form, strict=True)
@@ -310,7 +309,7 @@ def test_many_described_tools() -> None:
     def made(count: int) -> str:
         some = [{"name": f"f{i}", "strict": True, "parameters": schema} for i in range(count)]
         tools = tool_choice([{"type": "function", "function": one} for one in some], None)
-        calls = forced(tools, ALL_FORMS[Hermes][0], strict=True)
+        calls = forced(tools, FORMS[Hermes][0], strict=True)
         parts = {f["name"]: json.dumps(one.schema) for f, one in zip(tools.functions, calls.alternatives, strict=True)}
         grammar = StructuredOutputsParams(grammar=lark(calls, markers=["<tool_call>"]))
         return compile_grammar(grammar, ours=True, parts=parts)

@@ -1,4 +1,4 @@
-"""Calls of Seed-OSS and GLM: tags, with arguments that are text until the tool's parameters say what they stand for."""
+"""Calls in tags (Seed-OSS, Qwen3-Coder, MiniMax, GLM): arguments are text until the tool's parameters say what they stand for."""
 
 import json
 
@@ -12,17 +12,33 @@ from appliance.server.parsers import Parsers
 from appliance.server.prompts import Prompt
 from appliance.server.schemas import ChatRequest
 from appliance.text.grammar import library, limits
-from appliance.text.tools.choice import FORMS, forced, tool_choice
+from appliance.text.tools.choice import forced, tool_choice
+from appliance.text.tools.forms import FORMS
 from appliance.text.tools.grammar import lark
-from appliance.text.tools.tags import Glm, SeedOss, typed
+from appliance.text.tools.tags import Glm, MiniMaxM2, Qwen3Coder, SeedOss, typed
 from tests.text.test_strict_tools import Words
 from tests.text.test_tools import check_account, check_cutting, streamed
 from tests.text.tool_texts import cuts, nonsense, seeded
 
-KINDS = (SeedOss, Glm)
-OPEN = {SeedOss: "<seed:tool_call>\n<function=%s>\n", Glm: "<tool_call>%s\n"}
-ARGUMENT = {SeedOss: "<parameter=%s>%s</parameter>\n", Glm: "<arg_key>%s</arg_key>\n<arg_value>%s</arg_value>\n"}
-CLOSE = {SeedOss: "</function>\n</seed:tool_call>", Glm: "</tool_call>"}
+KINDS = (SeedOss, Glm, Qwen3Coder, MiniMaxM2)
+OPEN = {
+    SeedOss: "<seed:tool_call>\n<function=%s>\n",
+    Glm: "<tool_call>%s\n",
+    Qwen3Coder: "<tool_call>\n<function=%s>\n",
+    MiniMaxM2: '<minimax:tool_call>\n<invoke name="%s">\n',
+}
+ARGUMENT = {
+    SeedOss: "<parameter=%s>%s</parameter>\n",
+    Glm: "<arg_key>%s</arg_key>\n<arg_value>%s</arg_value>\n",
+    Qwen3Coder: "<parameter=%s>%s</parameter>\n",
+    MiniMaxM2: '<parameter name="%s">%s</parameter>\n',
+}
+CLOSE = {
+    SeedOss: "</function>\n</seed:tool_call>",
+    Glm: "</tool_call>",
+    Qwen3Coder: "</function>\n</tool_call>",
+    MiniMaxM2: "</invoke>\n</minimax:tool_call>",
+}
 ANY = ["\n", " ", "1", "f", "é😀", "<", "</", "Hello", '"', "\\", "{", ">"]
 SCRAPS = {
     SeedOss: [
@@ -35,6 +51,12 @@ SCRAPS = {
         "<arg_key>a</arg_key>", "<tool_", "<arg_", "<tool_call>f\n", "<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n", *ANY,
     ],
 }  # fmt: skip
+SCRAPS[Qwen3Coder] = [one.replace("seed:", "") for one in SCRAPS[SeedOss]]
+SCRAPS[MiniMaxM2] = [
+    "<minimax:tool_call>", "</minimax:tool_call>", '<invoke name="f">', "<invoke name=", "</invoke>", '<parameter name="a">',
+    '<parameter name="', "</parameter>", '">', "<minimax:", '<minimax:tool_call>\n<invoke name="f">\n',
+    '<parameter name="a">1</parameter>\n', "</invoke>\n</minimax:tool_call>", *ANY,
+]  # fmt: skip
 TYPES = {"text": "string", "whole": "integer", "part": "number", "flag": "boolean", "list": "array", "map": "object"}
 FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {name: {"type": kind} for name, kind in TYPES.items()}}}
 
@@ -209,7 +231,7 @@ def drawn(matcher, rng, most, end):
     made = bytearray()
     while len(made) < most:
         allowed = {i for i, bias in enumerate(matcher.compute_logit_bias()) if bias}
-        if allowed & {256} and rng.random() < 0.7:
+        if allowed == {256} or (256 in allowed and rng.random() < 0.7):
             return made.decode()
         handy = [i for i in b'<>/parmetelcbuwfgh"\\{}[]: ,1\nC' if i in allowed]
         token = rng.choice(handy or [i for i in allowed if i < 128] or list(allowed))
@@ -277,7 +299,7 @@ def test_what_is_held(matcher, values, fits):
         ({"name": "f", "parameters": {"properties": ["a"]}}, "the parameters of 'f' must have an object of properties"),
         ({"name": "f", "parameters": {"required": "a"}}, "the parameters of 'f' must have an object of properties and a list"),
         ({"name": "f", "parameters": {"required": [["a"]]}}, "which does not go into a tag"),
-        ({"name": "f g"}, "'f g' does not go into the tags in which this model writes calls: letters"),
+        ({"name": "f g"}, "'f g' does not go into the markup in which this model writes calls: letters"),
     ],
 )
 def test_what_tags_cannot_hold_is_refused(function, words):

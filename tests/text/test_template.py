@@ -45,6 +45,10 @@ CONVERSATIONS = {
         [USER, {**ANSWER, "content": '<|tool_call|>[{"name": "weather", "arguments": {"city": "Zürich"}}]'}, RESULT],
         {"tools": [WEATHER]},
     ),
+    "call as Python": (
+        [USER, {**ANSWER, "content": '<|tool_call_start|>[weather(city="Zürich")]<|tool_call_end|>'}, RESULT],
+        {"tools": [WEATHER]},
+    ),
     "no_prompt": ([USER, ANSWER], {"add_generation_prompt": False}),
     "continue": (
         [USER, {"role": "assistant", "content": "It is  "}],
@@ -85,6 +89,8 @@ def test_every_template_as_transformers(shared_data, ask):
             want = wanted[name, "system told by the user"]
         if case == "call" and name.startswith("ibm-granite-granite-3"):  # which would leave it out
             want = wanted[name, "call as text"]
+        if case == "call" and name.startswith("LFM2"):
+            want = wanted[name, "call as Python"]
         try:
             got = chat(sources[name], messages, **options)
         except RequestError as error:
@@ -92,9 +98,22 @@ def test_every_template_as_transformers(shared_data, ask):
             if "TemplateError" in want["error"]:  # the template's own refusal, word for word
                 assert want["error"].split(": ", 1)[1] in str(error)
             continue
+        if isinstance(want, dict) and "TypeError" in want["error"]:  # there is a way to tell it nevertheless
+            assert case == "call" and 'weather\n{"city": "Zürich"}' in got, (name, case)
+            continue
         assert got == want, (name, case)
         agreed += 1
     assert agreed > 0.8 * len(cases) and refused
+
+
+def test_arguments_for_a_template_that_adds_them_to_its_text() -> None:
+    """They are text there, as OpenAI sends them; what is wrong for another reason stays so."""
+    call = "{{ c.function.name + '|' + c.function.arguments }}"
+    source = "{% for m in messages %}{% for c in m.tool_calls %}" + call + "{% endfor %}{% endfor %}"
+    assert chat(source, [USER, CALL, RESULT]) == 'weather|{"city": "Zürich"}'
+    for messages in ([USER, CALL], [USER]):
+        with pytest.raises(RequestError, match="can only concatenate str"):
+            chat("{{ 'a' + messages }}", messages)
 
 
 def test_a_system_for_a_template_that_takes_none() -> None:

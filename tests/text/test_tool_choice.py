@@ -9,9 +9,10 @@ import pytest
 from appliance.core.params import RequestError, StructuredOutputsParams
 from appliance.text.grammar import compile_grammar
 from appliance.text.template import ChatTemplates
-from appliance.text.tools.choice import FORMS, forced, parameters, schema, tool_choice
+from appliance.text.tools.choice import forced, parameters, schema, tool_choice
 from appliance.text.tools.detect import detect
 from appliance.text.tools.formats import PARSERS
+from appliance.text.tools.forms import FORMS, numbered
 from appliance.text.tools.tags import in_tags
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -76,7 +77,7 @@ def test_what_is_forced_is_what_the_parser_reads(kind, form):
                 given = json.dumps(values[name])
                 written.append(one.begin + (in_tags(given, form.tagged) if form.tagged else given) + one.end)
                 names.append(name)
-            answer = kind().parse(rule.before + rule.between.join(written) + rule.after)
+            answer = kind().parse(numbered(rule.before + rule.between.join(written) + rule.after))
             assert [(c.name, json.loads(c.arguments)) for c in answer.calls] == [(name, values[name]) for name in names]
             assert answer.content == ""
 
@@ -111,6 +112,13 @@ WRITES = {
     "seed_oss": ("ByteDance-Seed-OSS",),
     "glm45": ("GLM-4",),
     "gemma4": ("google-gemma-4",),
+    "qwen3_coder": ("Qwen3-Coder", "Qwen3.5", "NVIDIA-Nemotron-3", "StepFun3.5", "stepfun-ai-Step-3.5"),
+    "minimax_m2": ("MiniMax-M2",),
+    "kimi_k2": ("moonshotai-Kimi-K2",),
+    "solar_open": ("upstage-Solar-Open",),
+    "hunyuan_a13b": ("Apriel", "unsloth-Apriel"),
+    "apertus": ("Apertus",),
+    "lfm2": ("LFM2",),
 }
 
 
@@ -128,7 +136,8 @@ def test_what_generators_write_into_schemas_and_rules_nothing_out():
 
 
 def test_the_format_of_real_templates(shared_data):
-    """Those with another format (Qwen3-Coder's has the marker of Hermes) are not taken for one of these."""
+    """Those with another format are not taken for one of these (Qwen3-Coder's has the marker of Hermes), nor are those that
+    write calls, and never tell of the tools (DeepSeek's own)."""
     seen = set()
     for path in sorted((shared_data / "tokenizers" / "chat_templates").glob("*.jinja")):
         expected = next((name for name, starts in WRITES.items() if path.name.startswith(starts)), None)
@@ -145,6 +154,19 @@ def chat_of(source):
     return lambda messages, **options: templates.render(
         messages, **{"continue_final_message": False, "documents": None, "extra": {}, **options}
     )
+
+
+@pytest.mark.parametrize(("kind", "form"), [(kind, form) for kind, forms in FORMS.items() for form in forms])
+@pytest.mark.parametrize("told", [True, False])
+def test_a_format_is_known_by_what_a_template_writes(kind, form, told):
+    def chat(messages, *, add_generation_prompt, tools):
+        text = f"[system]{json.dumps(tools)}" if told else ""
+        for one in messages:
+            calls = [(call["function"]["name"], json.dumps(call["function"]["arguments"])) for call in one.get("tool_calls", ())]
+            text += f"[{one['role']}]{one['content']}{form.write(calls) if calls else ''}[end]"
+        return text + "[assistant]" * add_generation_prompt
+
+    assert detect(chat) == (next(name for name, one in PARSERS.items() if one is kind) if told else None)
 
 
 def test_templates_without_tools():

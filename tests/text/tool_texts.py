@@ -3,11 +3,18 @@
 import json
 import random
 
-from appliance.text.tools.choice import FORMS
-from appliance.text.tools.formats import Granite, Hermes, Llama3Json, Mistral
+from appliance.text.tools.formats import Granite, Hermes, Hunyuan, Llama3Json, Mistral, Phi4Mini
+from appliance.text.tools.forms import FORMS
+from appliance.text.tools.gemma import FunctionGemma
+from appliance.text.tools.marked import DeepSeekV3, SolarOpen
+from appliance.text.tools.pythonic import Lfm2
+from appliance.text.tools.tags import MiniMaxM2, Qwen3Coder
 
 KINDS = (Hermes, Llama3Json, Mistral)
 ALL_KINDS = (*KINDS, Granite)
+# Those whose grammars differ from that of another format by their words alone, which need not be tried at length.
+ALIKE = (Hunyuan, Phi4Mini, FunctionGemma, DeepSeekV3, SolarOpen, Qwen3Coder, MiniMaxM2, Lfm2)
+GRAMMARS = [(kind, form) for kind, forms in FORMS.items() for form in forms if kind not in ALIKE]
 SCRAPS = [
     *(
         "<tool_call>",

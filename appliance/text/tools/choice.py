@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from appliance.core.params import RequestError
-from appliance.text.tools.formats import Granite, Hermes, Llama3Json, Mistral
-from appliance.text.tools.gemma import Gemma4
-from appliance.text.tools.parser import ToolParser
-from appliance.text.tools.tags import NOTES, Glm, SeedOss, Tagging, check_tags, in_tags
+from appliance.text.tools.forms import Form
+from appliance.text.tools.tags import NOTES, Tagging, check_name, check_tags
 
 MAX_TOOLS = 1024  # of a request; about ten microseconds each
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
@@ -140,52 +137,6 @@ def _named(choice: Any) -> str | None:
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a format writes calls: ``between`` stands between two, ``before`` and ``after`` around all of them."""
-
-    opening: str  # of one call, with %s for its name
-    closing: str
-    between: str = ""
-    before: str = ""
-    after: str = ""
-    as_json: bool = True  # the name stands in a JSON string
-    tagged: Tagging | None = None  # the tags in which arguments stand; None: they are JSON
-
-    def write(self, calls: Sequence[tuple[str, str]]) -> str:
-        """The text of calls, each a name and its arguments (JSON text)."""
-        some = (self.begin(name) + (in_tags(one, self.tagged) if self.tagged else one) + self.closing for name, one in calls)
-        return self.before + self.between.join(some) + self.after
-
-    def begin(self, name: str) -> str:
-        return self.opening % (json.dumps(name, ensure_ascii=False) if self.as_json else name)
-
-
-_HERMES = Form('<tool_call>\n{"name": %s, "arguments": ', "}\n</tool_call>", between="\n")
-_LLAMA = Form('{"name": %s, "parameters": ', "}", between="; ")
-_MISTRAL_LIST = Form('{"name": %s, "arguments": ', "}", between=", ", before="[TOOL_CALLS][", after="]")
-_MISTRAL = Form("[TOOL_CALLS]%s[ARGS]", "", as_json=False)
-_GRANITE = replace(_MISTRAL_LIST, before="<|tool_call|>[")
-_SEED = Form(
-    "<seed:tool_call>\n<function=%s>\n", "</function>\n</seed:tool_call>", between="\n", as_json=False, tagged=SeedOss.tags
-)
-_GLM = Form("<tool_call>%s\n", "</tool_call>", between="\n", as_json=False, tagged=Glm.tags)
-_GEMMA = Form("<|tool_call>call:%s", "<tool_call|>", as_json=False)  # with arguments as JSON, which its parser reads too
-# Of gpt-oss, of which a grammar of its own makes use. An answer ends with its call.
-HARMONY = Form(
-    "<|channel|>commentary to=functions.%s <|constrain|>json<|message|>", "", between="<|call|><|start|>assistant", as_json=False
-)
-FORMS: dict[type[ToolParser], tuple[Form, ...]] = {
-    Hermes: (_HERMES,),
-    Llama3Json: (_LLAMA,),
-    Mistral: (_MISTRAL, _MISTRAL_LIST),
-    Granite: (_GRANITE,),
-    SeedOss: (_SEED,),
-    Glm: (_GLM,),
-    Gemma4: (_GEMMA,),
-}
-
-
-@dataclass(frozen=True)
 class Forced:
     """What constrained decoding lets a model write where it must call: ``before``, calls with ``between`` two, ``after``.
 
@@ -218,8 +169,10 @@ def forced(choice: ToolChoice, form: Form, *, parallel: bool = True, strict: boo
         return {"type": "object"} if strict and not f.get("strict") else parameters(f)
 
     alternatives = tuple(Alternative(form.begin(f["name"]), schema(f), form.closing) for f in choice.functions)
-    for f, one in zip(choice.functions, alternatives, strict=True) if form.tagged else ():
-        check_tags(f["name"], one.schema)
+    for f, one in zip(choice.functions, alternatives, strict=True) if not form.as_json else ():
+        check_name(f["name"])
+        if form.tagged:
+            check_tags(f["name"], one.schema, form.tagged)
     most = None if parallel and choice.mode != "named" else 1
     return Forced(alternatives, form.between, form.before, form.after, most, form.tagged)
 

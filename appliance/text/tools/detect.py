@@ -7,16 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from appliance.core.params import RequestError
-from appliance.text.tools.formats import Granite, Hermes, Llama3Json, Mistral
-from appliance.text.tools.gemma import Gemma4
-from appliance.text.tools.harmony import Harmony
+from appliance.text.tools.formats import PARSERS
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import decoded
-from appliance.text.tools.tags import Glm, SeedOss
 
 _USER = "The question of the user"
 _CITY = "Zürich {1}"
-_TOOL = {
+_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -26,10 +23,6 @@ _TOOL = {
 }
 _CALL: dict[str, Any] = {"id": "abcdef123", "type": "function", "function": {"name": "get_weather", "arguments": {"city": _CITY}}}
 _NO_THOUGHTS = re.compile(r"<think>\s*(</think>)?|</think>")
-_CANDIDATES: dict[str, type[ToolParser]] = {
-    "hermes": Hermes, "mistral": Mistral, "llama3_json": Llama3Json, "openai": Harmony, "granite": Granite,
-    "seed_oss": SeedOss, "glm45": Glm, "gemma4": Gemma4,
-}  # fmt: skip
 
 
 def detect(chat: Callable[..., str]) -> str | None:
@@ -40,8 +33,10 @@ def detect(chat: Callable[..., str]) -> str | None:
         called = chat([user, answer], add_generation_prompt=False, tools=[_TOOL])
     except RequestError:  # the template knows no calls
         return None
+    if _TOOL["function"]["name"] not in question:  # the model would never hear of its tools
+        return None
     turn = _behind_user(question)
-    return next((name for name, parser in _CANDIDATES.items() if _reads(parser, _behind_user(called), turn)), None)
+    return next((name for name, parser in PARSERS.items() if _reads(parser, _behind_user(called), turn)), None)
 
 
 def _behind_user(text: str) -> str:
@@ -51,10 +46,12 @@ def _behind_user(text: str) -> str:
 def _reads(kind: type[ToolParser], text: str, turn: str) -> bool:
     """Whether a parser finds exactly the call, with nothing before it but how the template begins an assistant's turn."""
     text, turn = (text.removeprefix(turn), "") if text.startswith(turn) else (text, turn)
+    found = [(call.name, decoded(call.arguments)) for call in kind().parse(text).calls]
+    if found != [(_CALL["function"]["name"], _CALL["function"]["arguments"])]:
+        return False
     parser, before = kind(), ""
     for character in text:
         before += parser.push(character).content
         if parser.count:
             break
-    found = [(call.name, decoded(call.arguments)) for call in kind().parse(text).calls]
-    return found == [(_CALL["function"]["name"], _CALL["function"]["arguments"])] and turn.strip().startswith(before.strip())
+    return turn.strip().startswith(before.strip())

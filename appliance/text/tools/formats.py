@@ -7,11 +7,13 @@ import secrets
 import string
 from hashlib import sha256
 
-from appliance.text.tools.gemma import Gemma4
+from appliance.text.tools.gemma import FunctionGemma, Gemma4
 from appliance.text.tools.harmony import Harmony
+from appliance.text.tools.marked import DeepSeekV3, DeepSeekV31, KimiK2, SolarOpen
 from appliance.text.tools.parser import ToolParser
-from appliance.text.tools.reader import Step, Steps, first
-from appliance.text.tools.tags import Glm, SeedOss
+from appliance.text.tools.pythonic import Lfm2, Olmo3
+from appliance.text.tools.reader import Step, Steps, decoded, first
+from appliance.text.tools.tags import Glm, MiniMaxM2, Qwen3Coder, SeedOss
 
 _KEYS = frozenset({"name", "parameters", "arguments", "type", "id"})
 _NAME, _ID = re.compile(r"[-\w.:/]*"), re.compile(r"[a-zA-Z0-9]*")
@@ -140,13 +142,82 @@ class Mistral(ToolParser):
 class Granite(ToolParser):
     """``<|tool_call|>[{"name": ..., "arguments": {...}}, ...]``: Granite 3. 3.1 writes ``<tool_call>``, no token there."""
 
-    MARKER = "<|tool_call|>"
-    openers = ends = special = (MARKER, "<tool_call>")
+    openers: tuple[str, ...] = ("<|tool_call|>", "<tool_call>")
+    ends = special = openers
 
     def read(self, marker: str) -> Steps:
+        calls = self.count
         if (yield from self.peek()) == "[":
             self.at += 1
             yield from self.listed()
+        if self.count > calls and not self.at and self.ends != self.openers:
+            yield from self.peek()
+            if (yield from self.sees(self.ends[-1])):
+                self.drop()
+
+
+class Hunyuan(Granite):
+    """``<tool_calls>[{"name": ..., "arguments": {...}}, ...]</tool_calls>``: Hunyuan, Apriel."""
+
+    openers = ("<tool_calls>",)
+    ends = special = ("<tool_calls>", "</tool_calls>")
+
+
+class Phi4Mini(Granite):
+    """``functools[{"name": ..., "arguments": {...}}, ...]``: Phi-4-mini."""
+
+    openers = ends = special = ("functools[",)
+
+    def read(self, marker: str) -> Steps:
+        yield from self.listed()
+
+
+class Apertus(ToolParser):
+    """``<|tools_prefix|>[{"f": {...}}, ...]<|tools_suffix|>``: a call is an object of its own, its name the key."""
+
+    START, END = "<|tools_prefix|>", "<|tools_suffix|>"
+    openers = (START,)
+    ends = special = (START, END)
+
+    def read(self, marker: str) -> Steps:
+        mark = yield from self.peek()
+        whole = mark == "["
+        while whole and mark in "[,":
+            self.at += 1
+            whole = yield from self._call()
+            if whole:
+                mark = yield from self.peek()
+        if not whole or mark != "]":
+            return
+        self.at += 1
+        self.drop()
+        yield from self.peek()
+        if (yield from self.sees(self.END)):
+            self.drop()
+
+    def _call(self) -> Step[bool]:
+        """Read one call. False where it does not fit."""
+        if (yield from self.peek()) != "{":
+            return False
+        self.at += 1
+        if (yield from self.peek()) != '"':
+            return False
+        name = decoded((yield from self.string()))
+        for mark in ":{":
+            if (yield from self.peek()) != mark:
+                return False
+            self.at += mark == ":"
+        if not isinstance(name, str) or not name:
+            return False
+        self.begin(name)
+        yield from self.arguments()
+        self._ending = True
+        whole = (yield from self.peek()) == "}"
+        self.at += whole
+        self._ending = False
+        if whole:
+            self.drop()
+        return whole
 
 
 def nine_characters(call_id: str) -> str:
@@ -159,6 +230,7 @@ PARSERS: dict[str, type[ToolParser]] = {
     "hermes": Hermes,
     "granite": Granite,
     "granite4": Hermes,
+    "ernie45": Hermes,
     "llama3_json": Llama3Json,
     "llama4_json": Llama3Json,
     "mistral": Mistral,
@@ -167,4 +239,18 @@ PARSERS: dict[str, type[ToolParser]] = {
     "glm45": Glm,
     "glm47": Glm,
     "gemma4": Gemma4,
+    "functiongemma": FunctionGemma,
+    "qwen3_coder": Qwen3Coder,
+    "qwen3_xml": Qwen3Coder,
+    "step3p5": Qwen3Coder,
+    "minimax_m2": MiniMaxM2,
+    "deepseek_v3": DeepSeekV3,
+    "deepseek_v31": DeepSeekV31,
+    "kimi_k2": KimiK2,
+    "solar_open": SolarOpen,
+    "hunyuan_a13b": Hunyuan,
+    "phi4_mini_json": Phi4Mini,
+    "apertus": Apertus,
+    "olmo3": Olmo3,
+    "lfm2": Lfm2,
 }

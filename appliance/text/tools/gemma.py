@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 
-from appliance.text.delta import CallDelta
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import Step, Steps, decoded
 
@@ -95,6 +94,14 @@ class Gemma4(ToolParser):
 
     def _give(self, arguments: str) -> str:
         """Give this out; nothing is left of it."""
-        self.drop()
-        self._tell(CallDelta(self.count - 1, arguments=arguments))
+        self.give(arguments)
         return ""
+
+
+class FunctionGemma(Gemma4):
+    """``<start_function_call>call:f{city:<escape>Zürich<escape>}<end_function_call>``."""
+
+    START, END, QUOTE = "<start_function_call>", "<end_function_call>", "<escape>"
+    openers = (START,)
+    ends = (START, END)
+    special = (*ends, QUOTE)

@@ -98,13 +98,15 @@ def harmony(calls: Forced | None, place: str, *, formed: bool, free: bool, speci
 
 
 def _speller(specials: Mapping[str, int]) -> Callable[[str], str]:
-    """Writes a text in Lark, markers that are special tokens by their ids."""
+    """Writes a text in Lark, markers that are special tokens by their ids, and what stands between two NULs as a pattern."""
+    apart = re.compile("|".join(("(\0.*?\0)", *(f"({re.escape(one)})" for one in specials))))
 
-    def spelled(text: str) -> str:
-        parts = re.split(f"({'|'.join(map(re.escape, specials))})", text) if specials else [text]
-        return " ".join(f"<[{specials[part]}]>" if part in specials else _text(part) for part in parts)
+    def one(part: str) -> str:
+        if part.startswith("\0"):
+            return f"/{part[1:-1]}/"
+        return f"<[{specials[part]}]>" if part in specials else _text(part)
 
-    return spelled
+    return lambda text: " ".join(one(part) for part in apart.split(text) if part)
 
 
 def _calls(calls: Forced, spelled: Callable[[str], str], *, formed: bool) -> list[str]:
@@ -116,12 +118,14 @@ def _calls(calls: Forced, spelled: Callable[[str], str], *, formed: bool) -> lis
             rules.append(f"call{i}: {spelled(one.begin)} arguments{i} {spelled(one.end)}")
             name, tags = f"arguments{i}", calls.tagged
             rules += _tagged(name, one.schema, tags, spelled) if tags else [f"{name}: %json {_json(one.schema)}"]
-    if calls.tagged:
+    if calls.tagged and calls.tagged.end:
         end, plain = spelled(calls.tagged.end), _text(calls.tagged.end)
         rules.append(f"value[suffix={plain}]: {_TEXT}" if end == plain else f"value: {_TEXT} {end}")
     more = "" if calls.most == 1 else f" ({spelled(calls.between)} call)*"
     rules.append("call: " + " | ".join(f"call{i}" for i in range(len(calls.alternatives))))
     rules.append(f"calls: {spelled(calls.before)} call{more} {spelled(calls.after)}")
+    if more and (calls.between + calls.alternatives[0].begin)[:2] == calls.after[:2]:
+        rules.append('%llguidance {"no_forcing": true}')  # else what both begin with is forced, and keeps the markers' tokens out
     return rules
 
 
@@ -133,7 +137,7 @@ def _tagged(name: str, schema: Mapping[str, Any], tags: Tagging, spelled: Callab
     properties, required = schema.get("properties") or {}, schema.get("required") or []
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     parts, rules = [], []
-    unnamed = {key: {"type": "string"} for key in required if key not in properties}
+    unnamed = {key: {"type": "string"} if tags.end else {} for key in required if key not in properties}
     for i, (key, one) in enumerate({**properties, **unnamed}.items()):
         value = "value"
         if as_text(one, tags):
@@ -144,12 +148,28 @@ def _tagged(name: str, schema: Mapping[str, Any], tags: Tagging, spelled: Callab
             rules.append(f"{name}_json{i}: %json {_json({**(shared if refers else {}), **given})}")
             value = f"{name}_json{i} {spelled(tags.end)}"
         if one is not False:
-            rules.append(f'{name}_{i}: {spelled(tags.begin(key))} {value} "\\n"')
+            rules.append(f"{name}_{i}: {spelled(tags.begin(key))} {value}" + ' "\\n"' * bool(tags.end))
             parts.append(f"{name}_{i}" if key in required else f"{name}_{i}?")
-    if not parts and schema.get("additionalProperties", True) is True:
-        rules.append(f'{name}_any: {spelled(tags.before)} /[^<>\\n]+/ {spelled(tags.between)} value "\\n"')
+    free = not parts and schema.get("additionalProperties", True) is True
+    if not tags.end:
+        if free:
+            return [f'{name}: ({name}_any (", " {name}_any)*)?', f"{name}_any: /\\w+/ {spelled(tags.between)} %json {_json({})}"]
+        return [*_listed(name, parts), *rules]
+    if free:
+        rules.append(f'{name}_any: {spelled(tags.before)} /[^"<>\\n]+/ {spelled(tags.between)} value "\\n"')
         parts = [f"{name}_any*"]
     return [f"{name}: {' '.join(parts) or _text('')}", *rules]
+
+
+def _listed(name: str, parts: Sequence[str]) -> list[str]:
+    """Rules of arguments with commas between them, of which those that end in "?" may be missing."""
+    rules = []
+    for i, part in enumerate(parts):
+        rest = f"{name}_more{i + 1}"
+        rules.append(f"{name}_from{i}: {part.rstrip('?')} {rest}" + f" | {name}_from{i + 1}" * part.endswith("?"))
+        rules.append(f'{name}_more{i}: ", " {part.rstrip("?")} {rest}' + f" | {rest}" * part.endswith("?"))
+    last = len(parts)
+    return [f"{name}: {name}_from0", *rules, f'{name}_from{last}: ""', f'{name}_more{last}: ""']
 
 
 def _among_text(calls: Forced, markers: Sequence[str], spelled: Callable[[str], str], specials: Mapping[str, int]) -> list[str]:

@@ -149,6 +149,11 @@ class ToolParser(Reader):
         self.count += 1
         self.fresh = True
 
+    def give(self, arguments: str) -> None:
+        """Arguments of the latest call; what is read was their text."""
+        self.drop()
+        self._tell(CallDelta(self.count - 1, arguments=arguments))
+
     def _to_content(self, n: int) -> None:
         if n:
             self._tell(self.cut(n))

@@ -1,4 +1,4 @@
-"""Calls of Seed-OSS and GLM, which are written in tags: arguments are text, and the tool's parameters say what that stands for.
+"""Calls that are written in tags: arguments are text, and the tool's parameters say what that stands for.
 
 Where a grammar holds the model to the parameters, a string without constraints is text, and all else is JSON (``as_text``).
 """
@@ -8,15 +8,16 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from appliance.core.params import RequestError
-from appliance.text.delta import CallDelta
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import Step, Steps
 
-_NAME, _KEY = re.compile(r"[-\w.:/]*"), re.compile(r"[^<>\n]*")
+_NAME, _KEY = re.compile(r"[-\w.:/]*"), re.compile(r'[^"<>\n]*')
+KEYWORD = re.compile(r"\w*")
 NOTES = frozenset({"description", "title", "default", "examples", "$comment"})
 """Keywords of a JSON schema that constrain nothing."""
 _OF_ALL = frozenset({
@@ -32,7 +33,7 @@ class Tagging(NamedTuple):
 
     before: str
     between: str
-    end: str
+    end: str = ""  # none: the value is JSON, and a comma stands between two
 
     def begin(self, key: str) -> str:
         return self.before + key + self.between
@@ -61,7 +62,7 @@ class Tagged(ToolParser):
         while True:
             yield from self.peek()
             if (yield from self.sees(close)):
-                self._give("}")
+                self.give("}")
                 return True
             if not (yield from self.sees(self.tags.before)):
                 return False
@@ -72,7 +73,7 @@ class Tagged(ToolParser):
                 if not (yield from self.sees(part)):
                     return False
             value = yield from self._value(types.get(key) if isinstance(types, Mapping) else None, name in self.held_names)
-            self._give(f"{between}{json.dumps(key, ensure_ascii=False)}: {value}")
+            self.give(f"{between}{json.dumps(key, ensure_ascii=False)}: {value}")
             between = ", "
 
     def _value(self, schema: Any, held: bool) -> Step[str]:
@@ -84,31 +85,46 @@ class Tagged(ToolParser):
         self.at = start
         return typed((yield from self.until(self.tags.end)), schema)
 
-    def _give(self, arguments: str) -> None:
-        self.drop()
-        self._tell(CallDelta(self.count - 1, arguments=arguments))
-
 
 class SeedOss(Tagged):
     """``<seed:tool_call><function=f><parameter=a>1</parameter></function></seed:tool_call>``."""
 
     START, END = "<seed:tool_call>", "</seed:tool_call>"
-    openers = (START,)
+    openers: tuple[str, ...] = (START,)
     ends = special = (START, END)
+    head: tuple[str, str, str] = ("<function=", ">", "</function>")  # before a call's name, behind it, and behind its arguments
     tags = Tagging("<parameter=", ">", "</parameter>")
 
     def read(self, marker: str) -> Steps:
         yield from self.peek()
-        while (yield from self.sees("<function=")):
+        while (yield from self.sees(self.head[0])):
             name = yield from self.run_of(_NAME)
-            if not name or not (yield from self.sees(">")):
+            if not name or not (yield from self.sees(self.head[1])):
                 return
-            if not (yield from self.call(name, "</function>")):
+            if not (yield from self.call(name, self.head[2])):
                 return
             yield from self.peek()
             if (yield from self.sees(self.END)):
                 self.drop()
                 return
+
+
+class Qwen3Coder(SeedOss):
+    """``<tool_call><function=f><parameter=a>1</parameter></function></tool_call>``: Qwen3-Coder, Qwen 3.5, Step 3.5."""
+
+    START, END = "<tool_call>", "</tool_call>"
+    openers = (START,)
+    ends = special = (START, END)
+
+
+class MiniMaxM2(SeedOss):
+    """``<minimax:tool_call><invoke name="f"><parameter name="a">1</parameter></invoke></minimax:tool_call>``."""
+
+    START, END = "<minimax:tool_call>", "</minimax:tool_call>"
+    openers = (START,)
+    ends = special = (START, END)
+    head = ('<invoke name="', '">', "</invoke>")
+    tags = Tagging('<parameter name="', '">', "</parameter>")
 
 
 class Glm(Tagged):
@@ -132,7 +148,7 @@ class Glm(Tagged):
 
 def as_text(schema: Any, tags: Tagging) -> bool:
     """Whether a value that a grammar holds is written as text, and not as JSON: a string, any or one of a list."""
-    if not isinstance(schema, Mapping) or not set(schema) <= NOTES | {"type", "enum"}:
+    if not tags.end or not isinstance(schema, Mapping) or not set(schema) <= NOTES | {"type", "enum"}:
         return False
     if "enum" not in schema:
         return schema.get("type") == "string"
@@ -144,28 +160,37 @@ def as_text(schema: Any, tags: Tagging) -> bool:
 
 def in_tags(arguments: str, tags: Tagging) -> str:
     """Arguments (a JSON object) as the model writes them."""
+    if not tags.end:
+        return ", ".join(
+            f"{tags.begin(key)}{json.dumps(value, ensure_ascii=False)}" for key, value in json.loads(arguments).items()
+        )
     return "".join(
         f"{tags.begin(key)}{value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}{tags.end}\n"
         for key, value in json.loads(arguments).items()
     )
 
 
-def check_tags(name: str, schema: Mapping[str, Any]) -> None:
-    """RequestError where arguments in tags cannot be held to a schema, or a name does not go into one."""
+def check_name(name: str) -> None:
+    """RequestError where a name does not go into the markup in which a model writes calls."""
+    if not name or not _NAME.fullmatch(name):
+        told = f"{name!r:.80} does not go into the markup in which this model writes calls: letters, digits and -_.:/ do"
+        raise RequestError(f"tools: {told}", param="tools")
+
+
+def check_tags(name: str, schema: Mapping[str, Any], tags: Tagging) -> None:
+    """RequestError where arguments in tags cannot be held to a schema."""
     wrong = next((key for key in schema if key in _OF_ALL), None)
+    properties, required = schema.get("properties") or {}, schema.get("required") or []
     if wrong is not None:
         told = (
             f"the parameters of {name!r:.80} have {wrong!r:.80}: this model writes arguments in tags, which nothing holds to that"
         )
-    elif not name or not _NAME.fullmatch(name):
-        told = f"{name!r:.80} does not go into the tags in which this model writes calls: letters, digits and -_.:/ do"
+    elif not isinstance(properties, Mapping) or not isinstance(required, list):
+        told = f"the parameters of {name!r:.80} must have an object of properties and a list of those that are required"
     else:
-        properties, required = schema.get("properties") or {}, schema.get("required") or []
-        if not isinstance(properties, Mapping) or not isinstance(required, list):
-            told = f"the parameters of {name!r:.80} must have an object of properties and a list of those that are required"
-            raise RequestError(f"tools: {told}", param="tools")
+        fits = _KEY if tags.end else KEYWORD
         keys = [*properties, *required]
-        bad = next((key for key in keys if not isinstance(key, str) or not key or not _KEY.fullmatch(key)), None)
+        bad = next((key for key in keys if not isinstance(key, str) or not key or not fits.fullmatch(key)), None)
         if bad is None:
             return
         told = f"the parameters of {name!r:.80} have one called {bad!r:.80}, which does not go into a tag"
@@ -191,7 +216,8 @@ def typed(text: str, schema: Any) -> str:
     if kind != "string" and (kind is not None or text.lstrip()[:1] in ("{", "[")):
         for read in (json.loads, ast.literal_eval):
             try:
-                return json.dumps(read(text.strip()), ensure_ascii=False, allow_nan=False)
+                with warnings.catch_warnings(action="ignore"):  # of Python's compiler, about what a model wrote
+                    return json.dumps(read(text.strip()), ensure_ascii=False, allow_nan=False)
             except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 continue
     return json.dumps(text, ensure_ascii=False)
