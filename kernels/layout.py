@@ -18,6 +18,7 @@ SLAB_BYTES = 4 << 20  # of expanded weights at a time, of torch's operators
 TRITON_SLAB_BYTES = 16 << 20  # the same of the Triton kernels (kernels/triton/slab.py): within half of a card's L2 cache
 SEGMENT = 128  # inputs that share an activation scale in the native kernels, at most
 ACTIVATED_AT_ONCE = 1 << 20  # values that go through an activation without a gate at a time, where that takes memory
+CONV_ROWS = 256  # tokens at a time that go through a short convolution (kernels/conv.py)
 LATENT_ROWS = 64  # tokens at a time that go to the latents' space and back (kernels/latent.py)
 NATIVE_ROWS = 512  # rows that the native kernels prepare at a time
 NATIVE_QUERIES = 48  # rows of a tile of queries, tokens by heads, where the heads allow it
@@ -266,6 +267,15 @@ def delta_nbytes(*, ops: str, channels: int, value_heads: int, key_dim: int, val
     if ops in ("cpu-native", "triton"):
         return 0
     return 4 * DELTA_ROWS * (6 * channels + value_heads * (4 * key_dim + 6 * value_dim + 8))
+
+
+def conv_nbytes(channels: int, kernel: int) -> int:
+    """Bytes that a short convolution needs beside its input, its states and its result, at most.
+
+    Of some tokens, of a sequence each: a copy of the input, as it is and in float32; in float32 also the product of two parts,
+    what the convolution sees and what was kept; and the result as it is. And their numbers, rows and places.
+    """
+    return CONV_ROWS * (channels * (3 * 2 + 3 * 4 + 4 * 2 * kernel + 2) + 96)
 
 
 def bias_nbytes(*, ops: str, dtype: str, N: int, gated: bool = False) -> int:

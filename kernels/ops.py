@@ -19,12 +19,13 @@ from kernels.batch import PagedBatch
 from kernels.kv_cache import KVCache
 from kernels.latent import Latents
 from kernels.layout import ops_name
-from kernels.parts import MLP, Beside, Clamp, Linear, Mixture, Norm, Weight
+from kernels.parts import MLP, Beside, Clamp, Linear, Mixture, Norm, Told, Weight
 from kernels.states import Delta, DeltaRule, StateCache
 from quant.tensor import QuantTensor
 
 __all__ = [
-    "MLP", "Beside", "Clamp", "KVCache", "Linear", "Mixture", "Norm", "Ops", "PagedBatch", "StateCache", "Weight", "get_ops",
+    "MLP", "Beside", "Clamp", "KVCache", "Linear", "Mixture", "Norm", "Ops", "PagedBatch", "StateCache", "Told", "Weight",
+    "get_ops",
 ]  # fmt: skip
 
 
@@ -45,9 +46,14 @@ class Layer:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     v_norm: Tensor | None = None  # ones
+    moved: int = (
+        0  # where values are keys: these have so many pairs of features that turn before the rest of a head (models/order.py)
+    )
+    shared: bool = False  # qkv is of queries alone: keys and values are in the cache of another layer
     attention_norm: Tensor | None = None  # of what attention adds
     mlp_norm: Tensor | None = None  # of what the MLP adds
     beside: Beside | None = None
+    told: Told | None = None
     sinks: Tensor | None = None  # [heads]
     scalar: Tensor | None = None  # [1]: what the layer gives is multiplied by it
     window: int | None = None
@@ -57,6 +63,7 @@ class Layer:
     streamed: int = 0  # bytes of these, which have no place of their own on the device
     act: Activation | None = None  # the MLP has no gate: down(act(up(x))), and gate_up is up
     delta: DeltaRule | None = None  # in place of attention: qkv is of what ``Ops.delta`` reads, o reads what it gives
+    conv: Tensor | None = None  # the same of ``kernels.conv.short_conv``: its weights, float32 [kernel, channels]
     latents: Latents | None = None  # of attention over these: qkv gives queries, or their latents, and what is cached
 
     @property
@@ -69,13 +76,14 @@ class Layer:
     @property
     def weights(self) -> tuple[Weight, ...]:
         beside = () if self.beside is None else self.beside.mixture.weights
-        return (*self.qkv, self.o, *self.mlp.weights, *beside)
+        told = () if self.told is None else self.told.weights
+        return (*self.qkv, self.o, *self.mlp.weights, *beside, *told)
 
     @property
     def nbytes(self) -> int:
         small = (self.input_norm, self.post_norm, self.q_norm, self.k_norm, self.v_norm, self.attention_norm, self.mlp_norm)
         weights = (*self.qkv, self.o, self.mlp)
-        rest = (*small, self.sinks, self.scalar, self.delta, self.beside, self.latents)
+        rest = (*small, self.sinks, self.scalar, self.delta, self.conv, self.beside, self.told, self.latents)
         return sum(one.nbytes for one in weights) + sum(one.nbytes for one in rest if one is not None)
 
 
@@ -153,9 +161,10 @@ class RopeStore(Protocol):
         """Take qkv [T, (Hq + 2 Hkv) * D] apart, store keys and values in the cache at batch.slots, return q [T, Hq, D].
 
         ``heads`` is Hq; Hkv and D are the cache's. Where its values are its keys, qkv is [T, (Hq + Hkv) * D], queries and these
-        alone. q and k are normalized per head where norms are given, and rotated by
-        batch.positions: the first ``rotary`` features, in halves, not interleaved. cos_sin is float32 [max positions, rotary]:
-        the cosines of ``rotary / 2`` frequencies, then their sines. qkv may be overwritten, and q be a view of it.
+        alone; and [T, Hq * D] are queries of a layer that stores nothing, and reads what another one has. q and k are normalized
+        per head where norms are given, and rotated by batch.positions: the first ``rotary`` features, in halves, not interleaved.
+        cos_sin is float32 [max positions, rotary]: the cosines of ``rotary / 2`` frequencies, then their sines. qkv may be
+        overwritten, and q be a view of it.
         """
 
 
@@ -260,6 +269,8 @@ class Stack:
     local_cos_sin: Tensor | None = None  # of layers that rotate otherwise
     embedding_scale: float = 1.0  # as the activations' dtype holds it
     gelu: bool = False  # where gate and up are weights of their own
+    told: Callable[[Tensor, Tensor], Tensor] | None = None
+    """What layers are told of tokens, [T, layers, features], by ids and hidden states before all layers; a row is contiguous."""
 
     def rotation(self, layer: Layer) -> Tensor:
         """The table of a layer."""
@@ -276,7 +287,7 @@ class Bind(Protocol):
     ) -> Forward | None:
         """A model over these, for at most ``max_tokens`` tokens at once: what the operators would do one by one.
 
-        A cache for each layer of attention, and states for each of the others, in order.
+        A cache for each layer of attention (some may be one), and states for each of the others, in order.
 
         None where this model needs the operators.
         """

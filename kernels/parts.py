@@ -98,3 +98,20 @@ class Beside:
     @property
     def nbytes(self) -> int:
         return sum(one.nbytes for one in (self.mixture, self.norm, self.mixture_norm, self.mlp_norm))
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a layer makes of what it is told of each token, x [size]: norm(down(gelu(gate(hidden)) * x)) is added at last."""
+
+    gate: Weight  # [size, hidden]
+    down: Weight  # [hidden, size]
+    norm: Tensor  # [hidden]
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return (self.gate, self.down)
+
+    @property
+    def nbytes(self) -> int:
+        return self.gate.nbytes + self.down.nbytes + self.norm.nbytes

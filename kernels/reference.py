@@ -114,14 +114,15 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, resi
 
 
 def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    return rotated(q, positions, cos_sin), rotated(k, positions, cos_sin)
+
+
+def rotated(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+    """x [T, heads, D], of which the first features turn, halves against each other."""
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, rotary / 2]
-
-    def rotate(x: Tensor) -> Tensor:
-        half = cos.shape[-1]
-        a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-        return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
-
-    return rotate(q), rotate(k)
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -153,18 +154,25 @@ def rope_store(
 ) -> Tensor:
     q, k, v = split_heads(qkv, heads, cache)
     q = q if q_norm is None else rms_norm(q, **q_norm._asdict())
-    k = k if k_norm is None else rms_norm(k, **k_norm._asdict())
-    q, k = rope(q, k, batch.positions, cos_sin)
-    store_kv(k, v, cache, batch.slots)
-    return q
+    if k is not None:
+        k = k if k_norm is None else rms_norm(k, **k_norm._asdict())
+        store_kv(rotated(k, batch.positions, cos_sin), v, cache, batch.slots)
+    return rotated(q, batch.positions, cos_sin)
 
 
-def split_heads(qkv: Tensor, heads: int, cache: KVCache) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(queries, keys, values), [T, their heads, D] each; values are None where they are the keys."""
+def split_heads(qkv: Tensor, heads: int, cache: KVCache) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(queries, keys, values), [T, their heads, D] each; values are None where they are the keys, both where there are none."""
     kv_heads, size = cache.k.shape[2], cache.head_dim
+    if queries_alone(qkv, heads, cache):
+        return qkv.unflatten(1, (heads, size)), None, None
     parts = [heads, kv_heads] if cache.values_are_keys else [heads, kv_heads, kv_heads]
     q, k, *v = qkv.unflatten(1, (sum(parts), size)).split(parts, dim=1)
     return q, k, v[0] if v else None
+
+
+def queries_alone(qkv: Tensor, heads: int, cache: KVCache) -> bool:
+    """Whether there is nothing to store."""
+    return qkv.shape[1] == heads * cache.head_dim
 
 
 def store_kv(k: Tensor, v: Tensor | None, cache: KVCache, slots: Tensor) -> None:

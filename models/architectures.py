@@ -10,6 +10,7 @@ from models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE
 from models.family import Architecture
 from models.fields import Fields
 from models.gemma import GEMMA2, GEMMA3, GEMMA4
+from models.liquid import LFM2, LFM2_MOE, renamed
 from models.qwen import QWEN2, QWEN2_MOE, QWEN2_VL, QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from quant.errors import InputError
 
@@ -225,6 +226,8 @@ ARCHITECTURES = {
         passed_over=("pretraining_tp",), defaults={"tie_word_embeddings": True},
     ),
     "Mistral3ForConditionalGeneration": Architecture(text_part=True, texts=("mistral", "ministral3")),
+    "Lfm2ForCausalLM": LFM2,
+    "Lfm2MoeForCausalLM": LFM2_MOE,
     "LlavaForConditionalGeneration": Architecture(text_part=True, texts=("llama", "mistral")),
     "Qwen2VLForConditionalGeneration": QWEN2_VL,
     "Qwen2_5_VLForConditionalGeneration": QWEN2_VL,
@@ -305,6 +308,8 @@ def read_architecture(config: Mapping[str, Any]) -> tuple[str, Architecture, Fie
             raise InputError(f"config.json: {key} = {config[key]!r} is not supported for {name}")
     if kind.hybrid:
         config = _attention_alone(name, config)
+    if kind.conv:
+        config = renamed(kind, config)
     key, known = ("hidden_activation", ("gelu_pytorch_tanh",)) if kind.gelu else ("hidden_act", ("silu", "swish"))
     known = (kind.ungated,) if kind.ungated else known
     if (activation := config.get(key, known[0])) not in known:

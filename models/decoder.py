@@ -10,16 +10,19 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from kernels.conv import short_conv
 from kernels.kv_cache import LARGEST
 from kernels.latent import Latents
 from kernels.layout import SCALED_CACHES
 from kernels.mixture import gated
-from kernels.ops import Forward, KVCache, Layer, Linear, Mixture, Norm, Ops, PagedBatch, Stack, Weight
+from kernels.ops import Forward, KVCache, Layer, Linear, Mixture, Norm, Ops, PagedBatch, Stack, Told, Weight
 from kernels.states import DeltaRule, StateCache
 from models.latent import EPS
+from models.order import as_published
 from models.plain import embedding_scale
 from models.rope import query_scales
 from models.spec import ModelSpec
+from models.tables import TokenInputs
 
 log = logging.getLogger("appliance.loader")
 
@@ -37,12 +40,13 @@ class Decoder:
     cos_sin: Tensor  # float32 [max_len, rotary_dim]
     tied: bool
     local_cos_sin: Tensor | None = None  # the same of layers that rotate otherwise
+    inputs: TokenInputs | None = None  # what layers are told of tokens beside hidden states
     kv_largest: tuple[tuple[float, float] | None, ...] = ()  # of keys and values, where the checkpoint has scales
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights and tables, shared ones once."""
-        head = 0 if self.tied else self.head.nbytes
+        head = (0 if self.tied else self.head.nbytes) + (0 if self.inputs is None else self.inputs.nbytes)
         return self.embedding.nbytes + sum(layer.nbytes for layer in self.layers) + self.norm.nbytes + head + self.table_bytes
 
     @property
@@ -62,7 +66,7 @@ class Decoder:
 
     def given_scales(self, dtype: str) -> list[tuple[float, float] | None]:
         """What caches of ``dtype`` take as scales of keys and values instead of their own (KVCache.given)."""
-        largest = self.kv_largest or (None,) * self.spec.attention_layers
+        largest = self.kv_largest or (None,) * self.spec.kv_layers
         if dtype not in SCALED_CACHES or dtype == "int4" or self.spec.late_qk_norm:
             if any(largest):
                 late = "keys are cached without the weights of their norm"
@@ -74,19 +78,23 @@ class Decoder:
     def forward(self, ids: Tensor, batch: PagedBatch, caches: Sequence[KVCache], states: Sequence[StateCache] = ()) -> Tensor:
         """Token ids int64 [T] -> hidden states [T, hidden] after the final norm.
 
-        Writes keys and values into ``caches``, one for each layer of attention, and what other layers remember into ``states``,
+        Writes keys and values into ``caches``, one for each layer that has such, and what other layers remember into ``states``,
         one for each of these.
         """
         ops, scales = self.ops, query_scales(self.spec.rope, batch.positions)
         hidden = ops.embedding(ids, self.embedding, self.dtype)
         if self.stack.embedding_scale != 1.0:
             hidden *= self.stack.embedding_scale
+        told = None if self.inputs is None else self._told(self.inputs, ids, hidden)
         self._check(caches, states)
-        kept, kept_states = iter(caches), iter(states)
-        for layer in self.layers:
+        kept, kept_states = (caches[number] for number in self.spec.caches), iter(states)
+        for number, layer in enumerate(self.layers):
             with layer.present():
                 if layer.delta is not None:
                     x = self._delta(layer, layer.delta, hidden, batch, next(kept_states))
+                elif layer.conv is not None:
+                    x = self._linear(hidden, layer.qkv, self._before(layer.input_norm))
+                    x = short_conv(x, layer.conv, next(kept_states), batch)
                 elif layer.latents is not None:
                     x = self._latent(layer, layer.latents, hidden, batch, next(kept))
                 else:
@@ -94,6 +102,8 @@ class Decoder:
                 hidden = self._add(x, layer.o, layer.attention_norm, hidden)
                 del x  # what the MLP makes may take its place
                 hidden = self._mlp(layer, hidden)
+                if layer.told is not None and told is not None:
+                    hidden = self._add_told(layer.told, hidden, told[:, number])
                 hidden = hidden if layer.scalar is None else hidden.mul_(layer.scalar)
         return ops.rms_norm(hidden, **self.stack.norm._asdict())
 
@@ -112,6 +122,7 @@ class Decoder:
             self.local_cos_sin,
             embedding_scale(spec, self.dtype),
             spec.gelu,
+            None if self.inputs is None else partial(self._told, self.inputs),
         )
 
     def bind(self, caches: Sequence[KVCache], *, states: Sequence[StateCache] = (), max_tokens: int) -> Forward:
@@ -120,12 +131,30 @@ class Decoder:
         scaled = self.spec.rope.query_beta != 0 and self.spec.rope.query_span < len(self.cos_sin)
         bind = None if scaled or self.spec.one_by_one else self.ops.bind
         self._check(caches, states)
-        bound = None if bind is None else bind(self.stack, caches, states=states, max_tokens=max_tokens)
+        each = [caches[number] for number in self.spec.caches]
+        bound = None if bind is None else bind(self.stack, each, states=states, max_tokens=max_tokens)
         return partial(self.forward, caches=caches, states=states) if bound is None else bound
 
     def _check(self, caches: Sequence[KVCache], states: Sequence[StateCache]) -> None:
-        if (len(caches), len(states)) != (found := (self.spec.attention_layers, sum(self.spec.linear))):
+        if (len(caches), len(states)) != (found := (self.spec.kv_layers, sum(self.spec.linear))):
             raise ValueError(f"{len(caches)} caches and {len(states)} states, but there are layers for {found[0]} and {found[1]}")
+
+    def _told(self, inputs: TokenInputs, ids: Tensor, hidden: Tensor) -> Tensor:
+        """[T, layers, features]: what each layer is told of tokens whose embeddings are ``hidden``."""
+        net, ops = self.spec.per_layer, self.ops
+        assert net is not None
+        rows = ops.embedding(ids, inputs.table, self.dtype).mul_(net.size**0.5)
+        projected = ops.matmul(hidden, inputs.projection)
+        # The model divides this by the root of the hidden size; a norm sees nothing of that but in its epsilon.
+        norm = Norm(inputs.norm, self.spec.eps * self.spec.hidden)
+        told = ops.rms_norm(projected.view(-1, net.size), **norm._asdict(), residual=rows.view(-1, net.size))
+        return told.mul_(0.5**0.5).view(-1, net.layers, net.size)[:, net.first :]
+
+    def _add_told(self, mine: Told, hidden: Tensor, told: Tensor) -> Tensor:
+        """[T, hidden] and what a layer makes of ``told`` [T, features]."""
+        assert self.ops.gelu_mul is not None  # the planner refuses such models where operators have none
+        gated = self.ops.gelu_mul(torch.cat((self.ops.matmul(hidden, mine.gate), told), dim=1))
+        return self._add(gated, mine.down, mine.norm, hidden)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Logits of hidden states [R, hidden] into ``out``, float32 [R, V]."""
@@ -137,9 +166,10 @@ class Decoder:
     def _attention(self, layer: Layer, hidden: Tensor, batch: PagedBatch, cache: KVCache, scales: Tensor | None) -> Tensor:
         """[T, Hq * D] before the output projection. ``scales``: of queries, float32 [T]."""
         spec, ops, cos_sin = self.spec, self.ops, self.stack.rotation(layer)
-        qkv, size, kv_heads = self._linear(hidden, layer.qkv, self._before(layer.input_norm)), cache.head_dim, cache.k.shape[2]
+        qkv, size = self._linear(hidden, layer.qkv, self._before(layer.input_norm)), cache.head_dim
+        kv_heads = 0 if layer.shared else cache.k.shape[2]
         if layer.v_norm is not None:
-            qkv = self._with_values(qkv, layer.v_norm, kv_heads * size)
+            qkv = self._with_values(qkv, layer.v_norm, kv_heads * size, layer.moved)
         gate = qkv[:, (spec.heads + 2 * kv_heads) * size :]  # nothing where there is none
         qkv = qkv[:, : (spec.heads + 2 * kv_heads) * size]
         q_norm, k_norm = self._before(layer.q_norm), self._before(layer.k_norm)
@@ -155,10 +185,14 @@ class Decoder:
         found = ops.attention(q, cache, batch, scale=spec.scale, window=layer.window, cap=spec.cap, sinks=layer.sinks).flatten(1)
         return ops.sigmoid_mul(found, gate) if spec.output_gate else found
 
-    def _with_values(self, qkv: Tensor, ones: Tensor, kv: int) -> Tensor:
-        """[T, (Hq + 2 Hkv) * D]: queries, keys, and normalized the last ``kv`` features, which are values, or keys and values."""
+    def _with_values(self, qkv: Tensor, ones: Tensor, kv: int, moved: int) -> Tensor:
+        """[T, (Hq + 2 Hkv) * D]: queries, keys, and normalized the last ``kv`` features, which are values, or keys and values.
+
+        Keys have ``moved`` pairs of features before the rest of each head, which values have in their places.
+        """
         keys_end = self.spec.heads * len(ones) + kv
         values = self.ops.rms_norm(qkv[:, -kv:].reshape(-1, len(ones)), **self._norm(ones)._asdict())
+        values = as_published(values, moved) if moved else values
         return torch.cat((qkv[:, :keys_end], values.view(len(qkv), kv)), dim=1)
 
     def _latent(self, layer: Layer, latents: Latents, hidden: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:

@@ -20,6 +20,7 @@ class DeltaNet:
     kernel: int  # tokens that the causal convolution sees, of each channel by itself
     fused: bool = False  # the checkpoint stores in_proj_qkvz and in_proj_ba, with the parts of each key head side by side
     name: str = "linear_attn"  # within a layer
+    part: str = "delta"  # of a plan
 
     @property
     def key_size(self) -> int:

@@ -46,9 +46,11 @@ class Architecture:
     expert_choice: str = "num_experts_per_tok"
     sparse: str = ""
     """Layers that have a mixture: all; "switched": all, if enable_moe_block says so; "step": each decoder_sparse_step-th, but for
-    mlp_only_layers; "from": from first_k_dense_replace on; "types": where mlp_layer_types says so, else the same; "range": each
+    mlp_only_layers; "from": from dense_count on; "types": where mlp_layer_types says so, else the same; "range": each
     moe_layer_interval-th from moe_layer_start_index to moe_layer_end_index."""
+    dense_count: str = "first_k_dense_replace"  # the key of "from"
     sigmoid: bool = False  # scores are sigmoids of the router's products, with n_group, topk_group and routed_scaling_factor
+    share_least: float | None = None  # what the sum of scores is at least where shares are made of it; None: as read_mixture says
     by_largest: bool = False  # groups of experts are chosen by their largest score (topk_method), not by the sum of two
     correction: str = ""  # the name within the mixture of what is added to scores for the choice (moe_norm_min)
     shared: str = ""  # the name of an MLP within the mixture that every token goes through
@@ -73,6 +75,7 @@ class Architecture:
     listed: tuple[str, ...] = ()  # keys that may have a list of one value for each layer
     local_theta: float | None = None  # layers with a window rotate otherwise than the others; where the config says no base
     global_heads: bool = False  # layers without one have heads of their own: global_head_dim, attention_k_eq_v
+    per_layer_inputs: bool = False  # and hidden_size_per_layer_input, num_kv_shared_layers say more of them (models/per_layer.py)
     v_norm: bool = False  # values are normalized, too, without a weight
     layer_scalar: bool = False  # what a layer gives is multiplied by a number of its own
     scale: float | None = None  # of attention's scores, whatever the size of heads
@@ -87,6 +90,8 @@ class Architecture:
     refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # more keys as in NEUTRAL
     delta: str = ""  # some layers are a DeltaNet: whose inputs are "split" or "fused"; and attention has an output gate
     passed_over: tuple[str, ...] = ()  # keys of NEUTRAL that mean nothing in it
+    conv: bool = False  # some layers are a ShortConv; and some keys have names of their own (models/liquid.py)
+    inner_scaled: bool = False  # and the size of MLPs is not what is said
     latent: bool = False  # attention is over latents (models/latent.py)
     text_part: bool = False  # of a model that reads more than text: its settings stand in text_config
     tied_by_text: bool = True  # the head is tied where either says so; else where the whole does, whatever its text part says

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from models.family import Architecture
 from quant.errors import InputError
 
 _MISSING = object()
+DTYPES = ("float16", "bfloat16", "float32")
 MOST = 2**48  # larger numbers are nobody's: no size of a model comes near, and no share is less than one of so many
 
 
@@ -47,3 +49,24 @@ class Fields:
         if not good(value):
             raise InputError(f"{self.name}: {key} is {value!r:.60}, expected {what}")
         return value
+
+
+def stated(source: bool | str, fields: Fields) -> bool:
+    return source if isinstance(source, bool) else fields.flag(source, default=False)
+
+
+def tensors_ahead(kind: Architecture, fields: Fields, layers: int) -> tuple[str, ...]:
+    """Of some families such layers follow the others, of some they have names of their own."""
+    more = fields.integer(kind.ahead_count, default=1, minimum=0) if kind.ahead_count else 0
+    return (*kind.ahead, *(f"model.layers.{layers + number}." for number in range(more)))
+
+
+def cap(key: str, fields: Fields) -> float | None:
+    return None if fields.get(key) is None else fields.number(key)
+
+
+def published_dtype(config: Mapping[str, Any]) -> str:
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"  # transformers' default
+    if dtype not in DTYPES:
+        raise InputError(f"config.json: torch_dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
+    return dtype

@@ -46,6 +46,7 @@ GEMMA4 = replace(
     GEMMA3,
     unit_norms=False,
     global_heads=True,
+    per_layer_inputs=True,
     v_norm=True,
     layer_scalar=True,
     scale=1.0,
@@ -60,8 +61,6 @@ GEMMA4 = replace(
     rope={"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},  # of layers that see everything
     refused={
         "use_bidirectional_attention": (None, False, "vision"),  # text sees what came before it, alone
-        "hidden_size_per_layer_input": (None, 0),
-        "num_kv_shared_layers": (None, 0),
     },
     defaults={
         "vocab_size": 262144,
@@ -77,5 +76,6 @@ GEMMA4 = replace(
         "eos_token_id": 1,
         "bos_token_id": 2,
         "hidden_size_per_layer_input": 256,
+        "vocab_size_per_layer_input": 262144,
     },
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from models.family import Architecture
 from models.fields import Fields
+from models.module import ModuleShape
 from quant.errors import InputError
 
 
@@ -18,6 +19,21 @@ class KVHeads:
     count: int
     size: int  # that of heads of queries, too
     keys_only: bool = False  # there is no v_proj: values are what k_proj gives
+    shared: bool = False  # there are none: another layer's are read
+
+
+def most_heads(kind: Architecture, fields: Fields, hidden: int, heads: int) -> tuple[int, int]:
+    """(heads of keys and values, their size): as given, or all, and as many features as make the hidden size."""
+    kv_heads = fields.integer("num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        raise InputError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    if fields.get("head_dim") is not None or kind.default_head_dim is not None:
+        return kv_heads, fields.integer("head_dim", default=kind.default_head_dim)
+    if hidden % heads:
+        raise InputError(
+            f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is missing"
+        )
+    return kv_heads, hidden // heads
 
 
 def wide_heads(kind: Architecture, fields: Fields, windows: Sequence[int | None], most: KVHeads, heads: int) -> KVHeads | None:
@@ -60,3 +76,17 @@ def _own(given: Any, layer: int, most: KVHeads) -> tuple[int, int]:
         raise InputError(f"config.json: per_layer_config[{layer}] is {own!r:.60}; known are head_dim and num_key_value_heads")
     fields = Fields(own, f"config.json: per_layer_config[{layer}]")
     return fields.integer("num_key_value_heads", default=most.count), fields.integer("head_dim", default=most.size)
+
+
+def attention_modules(
+    heads: int, kv: KVHeads, hidden: int, *, fused: bool, gates: bool, bias: bool, o_bias: bool
+) -> Iterator[ModuleShape]:
+    """The linears of a layer of attention with so many heads of queries; ``gates``: each has one more for what it gives."""
+    q, size = heads * kv.size, kv.count * kv.size
+    if fused:
+        yield ModuleShape("self_attn.qkv_proj", q + 2 * size, hidden, "attention", bias)
+    else:
+        parts = {"q_proj": 2 * q if gates else q, "k_proj": size, "v_proj": size}
+        for name, outputs in list(parts.items())[: 1 if kv.shared else 2 if kv.keys_only else 3]:
+            yield ModuleShape(f"self_attn.{name}", outputs, hidden, "attention", bias)
+    yield ModuleShape("self_attn.o_proj", hidden, q, "attention", o_bias)

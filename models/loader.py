@@ -12,28 +12,29 @@ import torch
 from torch import Tensor
 
 from kernels.latent import Latents
-from kernels.layout import embedding_bits, head_bits, shares_table
-from kernels.ops import MLP, Beside, Clamp, Layer, Linear, Mixture, Ops, Weight
+from kernels.layout import embedding_bits, head_bits
+from kernels.ops import MLP, Beside, Clamp, Layer, Linear, Mixture, Ops, Told, Weight
 from kernels.states import DeltaRule
+from models.conv import ShortConv
 from models.decoder import Decoder
 from models.delta import DeltaNet
 from models.heap import prompt_release, release_memory
 from models.kv_scales import read_largest
 from models.latent import Latent
-from models.order import Part, apart, gated_queries, halves, rotated_first, select
+from models.order import Part, apart, gated_queries, halves, rotated_first, select, turning_first
+from models.per_layer import ADDED, GATE, LAYER_NORM
 from models.rope import cos_sin_table
 from models.spec import Mixture as MixtureSpec
 from models.spec import ModelSpec
+from models.tables import FLOATS, Tables, TokenInputs, finite
 from models.ungated import read_activation
 from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError
-from quant.rows import dequantize_rows, quantize_rows
+from quant.rows import dequantize_rows
 from quant.tensor import QuantTensor
 
 log = logging.getLogger("appliance.loader")
 
-FLOATS = ("F16", "BF16", "F32")
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 WORKERS = 4  # modules converted at a time: each needs a few times its own size
 
 
@@ -83,7 +84,7 @@ class _Loader:
     ) -> None:
         self.checkpoint, self.spec, self.ops, self.dtype, self.progress = checkpoint, spec, ops, dtype, progress
         self.activation, self.take = activation, take
-        self.head_bits, self.embedding_bits = bits
+        self.tables = Tables(checkpoint, spec, ops, dtype, activation, *bits)
         self.shapes = {spec.kind(number): {m.name: m for m in spec.layer_modules(number)} for number in spec.unlike}
 
     def load(self, max_len: int, count: int, ends_first: bool) -> Decoder:
@@ -96,7 +97,7 @@ class _Loader:
             if ends_first:
                 ends.result()
             parts = [workers.submit(self._layer, number) for number in range(self.spec.layers)]
-            embedding, head, tied = ends.result()
+            (embedding, head, tied), inputs = ends.result()
             layers = []
             for part in parts:
                 layers.append(part.result())
@@ -106,9 +107,10 @@ class _Loader:
             torch.set_num_threads(threads)
         norm = self._norm("model.norm", self.spec.hidden)
         spec = self.spec
-        attentions = ((f"model.layers.{n}.self_attn", spec.heads_of(n)) for n in range(spec.layers) if not spec.is_linear(n))
+        attentions = ((f"model.layers.{n}.self_attn", spec.heads_of(n)) for n in range(spec.layers) if spec.has_cache(n))
         kv_largest = tuple(read_largest(self.checkpoint, name, heads.count) for name, heads in attentions)
-        ahead, rest = _apart(self.checkpoint.leftover(), self.spec.ahead)
+        unread, rest = _apart(self.checkpoint.leftover(), _unread(spec))
+        ahead, rest = _apart(rest, spec.ahead)
         if rest:
             shown = ", ".join(rest[:5]) + (", ..." if len(rest) > 5 else "")
             raise CheckpointError(
@@ -116,6 +118,8 @@ class _Loader:
             )
         if ahead:
             log.info("%d tensors that guess tokens ahead (%s, ...) are not read", len(ahead), ahead[0])
+        if unread:
+            log.info("%d tensors of keys and values (%s, ...) are not read: their layers share another's", len(unread), unread[0])
         if beside := self.checkpoint.index.beside_text:
             log.info("%d tensors of the vision tower and its projector are not read: this serves text alone", beside)
         total = self.checkpoint.index.total_bytes
@@ -131,6 +135,7 @@ class _Loader:
             head=head,
             cos_sin=cos_sin_table(self.spec.rope, max_len).to(self.ops.device),
             tied=tied,
+            inputs=inputs,
             local_cos_sin=None if local is None else cos_sin_table(local, max_len).to(self.ops.device),
             kv_largest=kv_largest,
         )
@@ -139,72 +144,27 @@ class _Loader:
         tensors, consumed = self.checkpoint.index.tensors, self.checkpoint.consumed.copy()  # other threads go on reading
         self.progress(sum(tensors[name].nbytes for name in consumed), self.checkpoint.index.total_bytes)
 
-    def _ends(self) -> tuple[Tensor | Weight, Weight, bool]:
-        """(embedding, head, whether they are one). A tied model may store the one table under either name."""
-        if not self.spec.tie_embeddings:  # one after the other: the first table is gone before the second is read
-            return self._embedding(self._table(EMBEDDING)), self._head(self._table(HEAD)), False
-        stored = self._stored(EMBEDDING)
-        if not (stored and self._stored(HEAD)):
-            return self._shared(self._table(EMBEDDING if stored else HEAD))
-        table, head = self._table(EMBEDDING), self._table(HEAD)
-        if isinstance(head, Tensor) and isinstance(table, Tensor):
-            if torch.equal(head.to(self.dtype), table.to(self.dtype)):
-                return self._shared(table)
-            log.warning(
-                "config.json says that the head is tied to the embedding, but the checkpoint has both and they differ: using both"
-            )
-        return self._embedding(table), self._head(head), False
-
-    def _stored(self, module: str) -> bool:
-        return any(name.startswith(f"{module}.") for name in self.checkpoint.index.tensors)
-
-    def _table(self, name: str) -> QuantTensor | Tensor:
-        return self._finite(name, self.checkpoint.weight(name, expect=(self.spec.vocab, self.spec.hidden)))
-
-    def _shared(self, table: QuantTensor | Tensor) -> tuple[Tensor | Weight, Weight, bool]:
-        """Embedding and head of one table: one copy where the operators can look up rows of what they multiply with."""
-        bits = table.bits if isinstance(table, QuantTensor) else self.head_bits
-        shared = shares_table(self.ops.name, bits)
-        if isinstance(table, Tensor) and shared and bits is None:
-            dense = table.to(self.ops.device, self.dtype)
-            return dense, self._pack((dense, None)), True
-        if isinstance(table, Tensor) and shared and bits is not None:
-            table = quantize_rows(table, bits)  # the table is gone before the packed copy is made
-        if isinstance(table, QuantTensor) and shared and has_rows(table):
-            packed = self._pack((table, None))
-            return packed, packed, True
-        embedding = self._embedding(table)
-        if isinstance(embedding, Tensor) and bits is not None:
-            log.info("the head is stored in int%d; the embedding it is tied to stays beside it in %s", bits, self.dtype)
-        return embedding, self._head(table), False
-
-    def _embedding(self, table: QuantTensor | Tensor) -> Tensor | Weight:
-        """An embedding by itself, quantized where that is wanted and the checkpoint has not done it."""
-        if isinstance(table, Tensor):
-            if self.embedding_bits is None:
-                return table.to(self.ops.device, self.dtype)
-            table = quantize_rows(table, self.embedding_bits)
-        if not has_rows(table):
-            return dequantize_rows(table, self.dtype).to(self.ops.device)
-        return (self.ops.pack_table or self.ops.pack)(table, dtype=self.dtype, activation=self.activation)
-
-    def _head(self, head: QuantTensor | Tensor) -> Weight:
-        """Packed, and quantized before where that is wanted and the checkpoint has not done it."""
-        if isinstance(head, Tensor) and self.head_bits is not None:
-            head = quantize_rows(head, self.head_bits)
-        return self._pack((head, None))
+    def _ends(self) -> tuple[tuple[Tensor | Weight, Weight, bool], TokenInputs | None]:
+        """Embedding and head as Tables.ends has them, and then what layers are told of tokens."""
+        net = self.spec.per_layer
+        return self.tables.ends(), None if net is None else self.tables.inputs(net)
 
     def _layer(self, number: int) -> Layer:
         spec, prefix = self.spec, f"model.layers.{number}"
         mixture = spec.mixture_of(number)
         mlp = self._mlp(prefix) if mixture is None or mixture.beside else self._mixture(prefix, mixture)
-        if spec.delta is None or not spec.is_linear(number):
-            norms = self._attention(prefix, number)
-        else:
+        if spec.delta is not None and spec.is_linear(number):
             norms = self._delta(prefix, spec.delta)
+        elif spec.conv is not None and spec.is_linear(number):
+            norms = self._conv(prefix, spec.conv)
+        else:
+            norms = self._attention(prefix, number)
         if mixture is not None and mixture.beside:
             small = (self._norm(f"{prefix}.{name}", spec.hidden) for name in mixture.beside)
             norms["beside"] = Beside(self._mixture(prefix, mixture), *small)
+        if spec.per_layer is not None:
+            gate, down = (self._pack(self._read(prefix, name)) for name in (GATE, ADDED))
+            norms["told"] = Told(gate, down, self._norm(f"{prefix}.{LAYER_NORM}", spec.hidden))
         if spec.layer_scalar:
             norms["scalar"] = self._vector(f"{prefix}.layer_scalar", 1)
         if spec.post_norms:
@@ -226,22 +186,35 @@ class _Loader:
         spec, heads = self.spec, self.spec.heads_of(number)
         if spec.latent is not None:
             return self._latent(prefix, spec.latent)
-        parts: tuple[str, ...] = ("qkv",) if spec.fused_qkv else ("q", "k") if heads.keys_only else ("q", "k", "v")
+        parts: tuple[str, ...] = ("qkv",) if spec.fused_qkv else ("q", "k", "v")
+        parts = parts[: 1 if heads.shared else 2 if heads.keys_only else 3]
         qkv = [self._read(prefix, f"self_attn.{part}_proj") for part in parts]
         if spec.interleaved:  # scores stay the same where queries and keys change their order together
             qkv = [
                 select(part, halves(spec, count)) for part, count in zip(qkv, (spec.heads, spec.kv_heads), strict=False)
             ] + qkv[2:]
+        rope = spec.rope_of(number)
+        if rope.spread:
+            qkv[:2] = [
+                select(part, turning_first(count, heads.size, rope.rotary_dim))
+                for part, count in zip(qkv[:2], (spec.heads, heads.count), strict=False)
+            ]
         if spec.output_gate:
             queries, gates = gated_queries(spec.heads, spec.head_dim)
             qkv = [select(qkv[0], queries), *qkv[1:], select(qkv[0], gates)]
         found: dict[str, Any] = {"qkv": self._fuse(qkv), "o": self._pack(self._read(prefix, "self_attn.o_proj"))}
         if spec.qk_norm:
-            q_norm, k_norm = (self._norm(f"{prefix}.self_attn.{name}", size) for name, size in spec.qk_norms(number))
+            both = [self._norm(f"{prefix}.self_attn.{name}", size) for name, size in spec.qk_norms(number)]
+            if rope.spread:
+                both = [one[turning_first(1, heads.size, rope.rotary_dim)] for one in both]
             if spec.late_qk_norm:  # see Layer
-                q_norm, k_norm = q_norm * k_norm, torch.ones_like(k_norm)
-            found |= {"q_norm": q_norm, "k_norm": k_norm}
-        if spec.v_norm:
+                both = [both[0] * both[1], torch.ones_like(both[1])]
+            found |= dict(zip(("q_norm", "k_norm"), both, strict=False))
+        if heads.keys_only:
+            found["moved"] = rope.rotary_dim // 2 if rope.spread else 0
+        if heads.shared:
+            found["shared"] = True
+        elif spec.v_norm:
             found["v_norm"] = torch.ones(heads.size, dtype=self.dtype, device=self.ops.device)
         if spec.sinks:
             found["sinks"] = self._vector(f"{prefix}.self_attn.sinks", spec.heads)
@@ -277,6 +250,13 @@ class _Loader:
         rule = DeltaRule(net.key_heads, conv.squeeze(1).t().contiguous(), A_log.exp(), dt_bias, norm, self.spec.eps)
         output = self._pack(self._read(prefix, net.output))
         return {"qkv": self._fuse(parts[:half]) + self._fuse(parts[half:]), "o": output, "delta": rule}
+
+    def _conv(self, prefix: str, net: ShortConv) -> dict[str, Any]:
+        """The same of a layer of a short convolution."""
+        ((name, shape),) = net.small_tensors
+        taps = self._small(f"{prefix}.{name}", shape).squeeze(1).t().contiguous()
+        parts = [self._pack(self._read(prefix, name)) for name in (net.inputs[0][0], net.output)]
+        return {"qkv": (parts[0],), "o": parts[1], "conv": taps}
 
     def _mlp(self, prefix: str) -> MLP:
         if self.spec.ungated:
@@ -328,14 +308,8 @@ class _Loader:
     def _read(self, prefix: str, module: str) -> Part:
         shape = self.shapes[self.spec.kind(int(prefix.rpartition(".")[2]))][module]
         name = f"{prefix}.{module}"
-        weight = self._finite(name, self.checkpoint.weight(name, expect=(shape.N, shape.K)))
+        weight = finite(name, self.checkpoint.weight(name, expect=(shape.N, shape.K)))
         return weight, self._vector(f"{name}.bias", shape.N) if shape.bias else None
-
-    def _finite(self, name: str, weight: QuantTensor | Tensor) -> QuantTensor | Tensor:
-        # Readers of 4-bit floats have looked at their scales: there are many, which would take four times as much for a moment.
-        if isinstance(weight, QuantTensor) and weight.kind != "fp4" and not bool(torch.isfinite(weight.scales.float()).all()):
-            raise CheckpointError(f"{name}: some of its scales are not finite numbers: the checkpoint is damaged")
-        return weight
 
     def _norm(self, name: str, size: int) -> Tensor:
         return self._vector(f"{name}.weight", size)
@@ -391,6 +365,7 @@ def _apart(names: list[str], beginnings: tuple[str, ...]) -> tuple[list[str], li
     return [name for name in names if name.startswith(beginnings)], [name for name in names if not name.startswith(beginnings)]
 
 
-def has_rows(table: QuantTensor) -> bool:
-    """Whether operators can look up rows of it. Of others (FP8, inputs in another order) a dense embedding is made."""
-    return table.kind == "int" and table.perm is None
+def _unread(spec: ModelSpec) -> tuple[str, ...]:
+    """How tensors begin for which layers have no use that read another's keys and values; they are published all the same."""
+    shared = (number for number in range(spec.layers) if spec.is_shared(number))
+    return tuple(f"model.layers.{number}.self_attn.{name}." for number in shared for name in ("k_proj", "v_proj", "k_norm"))

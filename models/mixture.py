@@ -41,6 +41,12 @@ class Mixture:
         """Of names within a layer."""
         return f"{self.name}." if self.name else ""
 
+    def small_tensors(self, hidden: int) -> list[tuple[str, int]]:
+        """(name within a layer, size): corrections and factors of experts, and norms."""
+        found = [(name, self.experts) for name in (self.correction, self.gains)]
+        found += [(name, hidden) for name in (self.router_norm, *(f"{norm}.weight" for norm in self.beside))]
+        return [(name, size) for name, size in found if name]
+
     def modules(self, hidden: int, inner: int) -> Iterator[ModuleShape]:
         """The router, what all tokens go through, then expert by expert."""
         *gates, down = self.expert
@@ -110,7 +116,7 @@ def dense_layers(kind: Architecture, fields: Fields, layers: int) -> tuple[int, 
             raise InputError(f"config.json: mlp_layer_types must name dense or sparse for each of {layers} layers")
         return tuple(layer for layer, one in enumerate(types) if one == "dense")
     if kind.sparse in ("from", "types"):
-        return tuple(range(min(fields.integer("first_k_dense_replace", default=1, minimum=0), layers)))
+        return tuple(range(min(fields.integer(kind.dense_count, default=1, minimum=0), layers)))
     if kind.sparse == "range":
         first = fields.integer("moe_layer_start_index", default=1, minimum=0)
         last = fields.integer("moe_layer_end_index", default=-1, minimum=-1)
@@ -137,4 +143,5 @@ def _scores(kind: Architecture, fields: Fields, experts: int, active: int) -> Sc
             "experts that a token goes through"
         )
     scale, least = fields.number("routed_scaling_factor", default=1.0), 1e-20 if kind.sigmoid else 0.0
+    least = least if kind.share_least is None else kind.share_least
     return Scores(kind.sigmoid, groups, chosen, 1 if kind.by_largest else 2, least, scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ENDS = ("embedding", "head")
+ENDS = ("embedding", "per_layer_embedding", "head")
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class ModuleShape:
     name: str
     N: int
     K: int
-    part: str  # embedding, attention, delta, mlp (or router and experts), head
+    part: str  # embedding, per_layer_embedding, attention, delta, mlp (or router and experts), per_layer, head
     bias: bool
 
     @property

@@ -30,6 +30,20 @@ def rotated_first(heads: int, rest: int, rotary: int, *, interleaved: bool) -> T
     return torch.cat([turned, order[:, :rest]], dim=1).flatten()
 
 
+def turning_first(heads: int, size: int, rotary: int) -> Tensor:
+    """Of outputs [heads * size], of whose halves the first ``rotary / 2`` each turn against each other: these before the rest."""
+    order, pairs, half = torch.arange(heads * size).view(heads, size), rotary // 2, size // 2
+    parts = (order[:, :pairs], order[:, half : half + pairs], order[:, pairs:half], order[:, half + pairs :])
+    return torch.cat(parts, dim=1).flatten()
+
+
+def as_published(values: Tensor, pairs: int) -> Tensor:
+    """Heads [.., size] that were made in the order of ``turning_first``, of so many pairs, as they are published."""
+    half = values.shape[-1] // 2
+    turned, other, first, second = values.split([pairs, pairs, half - pairs, half - pairs], dim=-1)
+    return torch.cat((turned, first, other, second), dim=-1)
+
+
 def gated_queries(heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """(queries, gates) of outputs that have both of each head, one after the other."""
     queries, gates = torch.arange(2 * heads * head_dim).view(heads, 2, head_dim).unbind(1)

@@ -45,9 +45,7 @@ def _frequencies(rope: RopeSpec, max_len: int) -> tuple[Tensor, float]:
             factors = torch.tensor(rope.long_factor if long else rope.short_factor, dtype=torch.float32)
             return 1.0 / (factors / _plain(rope, rope.theta)), _longrope_attention(rope)
         case "proportional":
-            inverse = _plain(rope, rope.theta) / rope.factor
-            inverse[rope.turning :] = 0.0
-            return inverse, 1.0
+            return _plain(rope, rope.theta) / rope.factor, 1.0
         case "none":
             return torch.zeros(rope.rotary_dim // 2), 1.0
         case _:
@@ -55,7 +53,7 @@ def _frequencies(rope: RopeSpec, max_len: int) -> tuple[Tensor, float]:
 
 
 def _exponents(rope: RopeSpec) -> Tensor:
-    return torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim
+    return torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / (rope.spread or rope.rotary_dim)
 
 
 def _plain(rope: RopeSpec, theta: float) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from models.family import Architecture
 from models.fields import Fields
 from quant.errors import InputError
 
@@ -61,7 +62,9 @@ class RopeSpec:
     query_beta: float = 0.0
     """Queries at position p are multiplied by 1 + query_beta * log(1 + p // query_span), as in Llama 4."""
     query_span: int = 0
-    turning: int = 0  # proportional: pairs of features that turn; the others have the angle 0 at all positions
+    spread: int = 0
+    """proportional: features of a head, over all of which frequencies are spread, and whose halves turn against each other: of
+    each the first rotary_dim / 2. Loaded models have these before the rest (models/order.py)."""
 
     @property
     def max_len(self) -> int:
@@ -126,13 +129,21 @@ def read_rope(
     theta = rope.number("rope_theta", default=config.number("rope_theta", default=theta, above=1), above=1)
     rotary = _rotary(config, rope, head_dim, "" if kind == "proportional" else whole)
     values = _scaling(kind, rope, config, rotary)
-    if kind == "proportional":  # halves of the whole head turn against each other
-        rotary, values["turning"] = head_dim, rotary // 2
+    if kind == "proportional":
+        values["spread"] = head_dim
     if beta := _or_zero("llama_4_scaling_beta", rope):
         values |= {"query_beta": beta, "query_span": rope.integer("original_max_position_embeddings")}
     found = RopeSpec(kind=kind, theta=theta, rotary_dim=rotary, max_position=max_position, **values)
     _check(found)
     return found
+
+
+def check_rope(kind: Architecture, rope: RopeSpec, name: str) -> None:
+    """InputError for what a family, the architecture of this name, does not have."""
+    if rope.query_beta and not kind.scaled_queries:
+        raise InputError(f"config.json: llama_4_scaling_beta = {rope.query_beta} is not supported for {name}")
+    if kind.late_qk_norm and rope.kind in ("yarn", "longrope"):  # these make what rotates larger, too
+        raise InputError(f"config.json: rope type {rope.kind} is not supported for {name}")
 
 
 def _rotary(config: Fields, rope: Fields, head_dim: int, whole: str) -> int:

@@ -8,22 +8,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from models.architectures import ARCHITECTURES, read_architecture
+from models.conv import ShortConv, conv_layers
 from models.delta import DeltaNet, delta_layers
 from models.factors import multipliers, score_scale
-from models.family import Architecture
-from models.fields import Fields
-from models.heads import KVHeads, wide_heads
+from models.fields import Fields, cap, published_dtype, stated, tensors_ahead
+from models.heads import KVHeads, attention_modules, most_heads, wide_heads
 from models.latent import Latent, read_latent
 from models.mixture import Mixture, read_mixture
 from models.module import ModuleShape
-from models.rope_spec import RopeSpec, by_alpha, by_layer_type, read_rope
+from models.per_layer import LAYER_NORM, NORM, PerLayer, caches, more_of_layers
+from models.rope_spec import RopeSpec, by_alpha, by_layer_type, check_rope, read_rope
 from models.windows import unrotated, windows
-from quant.errors import InputError
 
-__all__ = ["ARCHITECTURES", "DeltaNet", "KVHeads", "Latent", "Mixture", "ModelSpec", "ModuleShape", "RopeSpec"]
+__all__ = ["ARCHITECTURES", "DeltaNet", "KVHeads", "Latent", "Mixture", "ModelSpec", "ModuleShape", "PerLayer", "RopeSpec"]
 
 XIELU = ("mlp.act_fn.alpha_p", "mlp.act_fn.alpha_n")  # within a layer; read as numbers, which take no place
-DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,15 @@ class ModelSpec:
     fused_gate_up: bool = False  # and gate_up_proj
     mixture: Mixture | None = None
     delta: DeltaNet | None = None
+    conv: ShortConv | None = None
     latent: Latent | None = None  # what attention is over: one head of keys, which are the values, too
-    linear: tuple[bool, ...] = ()  # whether a layer is one of these, in place of attention; empty: none is
+    linear: tuple[bool, ...] = ()  # whether a layer is no attention, but of ``recurrent``; empty: none is
     output_gate: bool = False  # q_proj has gates after each head's queries: attention's output * sigmoid(gate)
     windows: tuple[int | None, ...] = ()  # sliding window by layer; None sees everything
     wide: KVHeads | None = None  # of layers that see everything, where theirs are not kv_heads of head_dim
+    shared: tuple[bool, ...] = ()  # whether a layer has no keys and values, and reads those of one before that sees as much
+    wide_mlp: int = 1  # the MLPs of these are so many times as wide
+    per_layer: PerLayer | None = None  # what layers read of tokens beside hidden states
     v_norm: bool = False  # values are normalized by head, without a weight
     layer_scalar: bool = False  # what a layer gives is multiplied by a number of its own
     local_rope: RopeSpec | None = None  # of layers that rotate otherwise than the others, or not at all
@@ -92,7 +95,7 @@ class ModelSpec:
         config, by = fields.values, multipliers(kind, fields)
         hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         latent = read_latent(kind, fields)
-        kv_heads, head_dim = _kv_heads(kind, fields, hidden, heads) if latent is None else (1, latent.size)
+        kv_heads, head_dim = most_heads(kind, fields, hidden, heads) if latent is None else (1, latent.size)
         layers = fields.integer("num_hidden_layers")
         max_position = fields.integer("max_position_embeddings", default=kind.max_position)
         settings = Fields({"max_position_embeddings": max_position, **config})
@@ -104,12 +107,10 @@ class ModelSpec:
         turned = head_dim if latent is None else latent.rope
         sizes = [turned if wide is None else wide.size, head_dim]
         ropes = [read_rope(*one, max_position, kind.theta, whole, kind.yarn) for one in zip(parts, sizes, strict=False)]
-        if ropes[0].query_beta and not kind.scaled_queries:
-            raise InputError(f"config.json: llama_4_scaling_beta = {ropes[0].query_beta} is not supported for {name}")
-        if kind.late_qk_norm and ropes[0].kind in ("yarn", "longrope"):  # these make what rotates larger, too
-            raise InputError(f"config.json: rope type {ropes[0].kind} is not supported for {name}")
+        check_rope(kind, ropes[0], name)
         mixture = read_mixture(kind, fields, layers)
         delta, linear = delta_layers(kind.delta, fields, layers)
+        conv, linear = conv_layers(kind, fields, layers) if kind.conv else (None, linear)
         if any(still):
             ropes.append(replace(ropes[0], kind="none"))
         return cls(
@@ -126,11 +127,11 @@ class ModelSpec:
             eps=fields.number("rms_norm_eps", default=kind.eps) / by["residual_multiplier"] ** 2,
             tie_embeddings=fields.flag("tie_word_embeddings", default=False),
             max_len=ropes[0].max_len if kind.local_theta is None else max_position,  # Gemma 3 states what its scaling leads to
-            dtype=_dtype(config),
-            qkv_bias=_flag(kind.qkv_bias, fields),
-            o_bias=_flag(kind.o_bias, fields),
-            mlp_bias=_flag(kind.mlp_bias, fields),
-            qk_norm=_flag(kind.qk_norm, fields),
+            dtype=published_dtype(config),
+            qkv_bias=stated(kind.qkv_bias, fields),
+            o_bias=stated(kind.o_bias, fields),
+            mlp_bias=stated(kind.mlp_bias, fields),
+            qk_norm=stated(kind.qk_norm, fields),
             whole_qk_norm=kind.whole_qk_norm,
             late_qk_norm=kind.late_qk_norm,
             qk_names=kind.qk_names,
@@ -138,11 +139,13 @@ class ModelSpec:
             fused_gate_up=kind.fused_qkv or kind.fused_gate_up or kind.hybrid,
             mixture=mixture,
             delta=delta if any(linear) else None,
+            conv=conv,
             latent=latent,
             linear=linear if any(linear) else (),
             output_gate=bool(kind.delta),
             windows=seen,
             wide=wide,
+            **more_of_layers(kind, fields, seen),
             v_norm=kind.v_norm,
             layer_scalar=kind.layer_scalar,
             local_rope=ropes[1] if len(ropes) > 1 else None,
@@ -157,11 +160,11 @@ class ModelSpec:
             rounded_scale=kind.scaled_embedding,
             scale=score_scale(kind, fields, by, head_dim) if latent is None else latent.scale(ropes[0]),
             sinks=kind.sinks,
-            cap=_cap("attn_logit_softcapping", fields),
-            logit_cap=_cap("final_logit_softcapping", fields),
+            cap=cap("attn_logit_softcapping", fields),
+            logit_cap=cap("final_logit_softcapping", fields),
             float16=kind.float16,
             logit_divisor=by["logits_scaling"],
-            ahead=_ahead(kind, fields, layers),
+            ahead=tensors_ahead(kind, fields, layers),
             eos_token_ids=fields.token_ids("eos_token_id"),
             bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
         )
@@ -177,7 +180,8 @@ class ModelSpec:
 
     def heads_of(self, layer: int) -> KVHeads:
         """Those of a layer of attention."""
-        return self.wide if self.wide is not None and self.windows[layer] is None else KVHeads(self.kv_heads, self.head_dim)
+        wide = self.wide if self.windows and self.windows[layer] is None else None
+        return replace(wide or KVHeads(self.kv_heads, self.head_dim), shared=self.is_shared(layer))
 
     @property
     def by_layer(self) -> tuple[KVHeads, ...]:
@@ -186,8 +190,8 @@ class ModelSpec:
 
     @property
     def kv_shapes(self) -> tuple[tuple[int, int], ...]:
-        """(key-value heads, their size) of each layer of attention; nothing where all have the same."""
-        return () if self.wide is None else tuple((heads.count, heads.size) for heads in self.by_layer)
+        """(key-value heads, their size) of each cache; nothing where all have the same."""
+        return () if self.wide is None else tuple((heads.count, heads.size) for heads in self.by_layer if not heads.shared)
 
     @property
     def ropes(self) -> tuple[RopeSpec, ...]:
@@ -196,11 +200,34 @@ class ModelSpec:
 
     @property
     def attention_layers(self) -> int:
-        """Layers that have keys and values."""
+        """Layers that read keys and values."""
         return self.layers - sum(self.linear)
 
+    @property
+    def caches(self) -> tuple[int, ...]:
+        """Which cache each of these reads: as many as there are layers that have keys and values of their own."""
+        return caches(self.windows, self.shared) if self.shared else tuple(range(self.attention_layers))
+
+    @property
+    def kv_layers(self) -> int:
+        """Layers that have keys and values of their own."""
+        return self.attention_layers - sum(self.shared)
+
+    def is_shared(self, layer: int) -> bool:
+        """Whether it reads keys and values of another."""
+        return bool(self.shared) and self.shared[layer]
+
+    def has_cache(self, layer: int) -> bool:
+        """Whether it has keys and values of its own."""
+        return not (self.is_linear(layer) or self.is_shared(layer))
+
+    @property
+    def recurrent(self) -> DeltaNet | ShortConv | None:
+        """What layers without attention are, which keep a state of one size."""
+        return self.delta or self.conv
+
     def is_linear(self, layer: int) -> bool:
-        """Whether it is a delta layer."""
+        """Whether it is ``recurrent``."""
         return bool(self.linear) and self.linear[layer]
 
     def rope_of(self, layer: int) -> RopeSpec:
@@ -213,8 +240,13 @@ class ModelSpec:
 
     @property
     def mlp_size(self) -> int:
-        """Features of the MLP of a layer without a mixture, or beside one; 0: there is none."""
-        return self.intermediate if self.mixture is None else self.mixture.dense
+        """Features of the MLP of a layer without a mixture, or beside one, at most; 0: there is none."""
+        return max(self.mlp_of(layer) for layer in (0, self.layers - 1))
+
+    def mlp_of(self, layer: int) -> int:
+        """The same of a layer."""
+        size = self.intermediate if self.mixture is None else self.mixture.dense
+        return size * (self.wide_mlp if self.is_shared(layer) else 1)
 
     @property
     def widest_mlp(self) -> int:
@@ -241,23 +273,27 @@ class ModelSpec:
         return replace(
             self,
             layers=len(layers),
-            intermediate=self.mlp_size if mixture is None else self.intermediate,
+            intermediate=self.mixture.dense if mixture is None and self.mixture is not None else self.intermediate,
             mixture=mixture,
             delta=self.delta if linear else None,
+            conv=self.conv if linear else None,
             linear=linear,
             windows=self.windows[here],
+            shared=self.shared[here] if any(self.shared[here]) else (),
+            per_layer=self.per_layer and replace(self.per_layer, first=self.per_layer.first + layers.start),
             local=self.local[here],
         )
 
     def qk_norms(self, layer: int) -> tuple[tuple[str, int], ...]:
         """(name within attention, size) of those of queries and of keys of a layer, where there are such."""
         sizes = (self.q_size, self.kv_size) if self.whole_qk_norm else (self.heads_of(layer).size,) * 2
-        return tuple(zip(self.qk_names, sizes, strict=True))
+        return tuple(zip(self.qk_names, sizes, strict=True))[: 1 if self.is_shared(layer) else 2]
 
     @property
     def one_by_one(self) -> bool:
         """Whether it has what no call for all layers at once does (Ops.bind)."""
-        return self.latent is not None or self.whole_qk_norm or self.late_qk_norm or bool(self.ungated) or self.v_norm
+        norms = self.whole_qk_norm or self.late_qk_norm
+        return self.conv is not None or self.latent is not None or norms or bool(self.ungated)
 
     @property
     def pre_norm(self) -> bool:
@@ -272,6 +308,7 @@ class ModelSpec:
     def modules(self) -> list[ModuleShape]:
         """Embedding, every linear of every layer, and the head (absent where it is tied to the embedding)."""
         found = [ModuleShape("model.embed_tokens", self.vocab, self.hidden, "embedding", False)]
+        found += self.per_layer.ends(self.vocab, self.hidden) if self.per_layer is not None else []
         kinds = {self.kind(layer): list(self.layer_modules(layer)) for layer in self.unlike}
         for layer in range(self.layers):
             of_layer = kinds[self.kind(layer)]
@@ -282,15 +319,18 @@ class ModelSpec:
 
     def layer_modules(self, layer: int = 0) -> Iterator[ModuleShape]:
         """The linears of a layer, by their name within it."""
-        hidden, inner = self.hidden, self.mlp_size
-        if self.delta is not None and self.is_linear(layer):
-            for name, size in self.delta.inputs:
-                yield ModuleShape(name, size, hidden, "delta", False)
-            yield ModuleShape(self.delta.output, hidden, self.delta.value_size, "delta", False)
+        hidden, inner = self.hidden, self.mlp_of(layer)
+        if (net := self.recurrent) is not None and self.is_linear(layer):
+            for name, size in net.inputs:
+                yield ModuleShape(name, size, hidden, net.part, False)
+            yield ModuleShape(net.output, hidden, net.value_size, net.part, False)
         elif self.latent is not None:
             yield from self.latent.modules(hidden, self.heads)
         else:
-            yield from self._attention_modules(self.heads_of(layer))
+            options = {"fused": self.fused_qkv, "gates": self.output_gate, "bias": self.qkv_bias, "o_bias": self.o_bias}
+            yield from attention_modules(self.heads, self.heads_of(layer), hidden, **options)
+        if self.per_layer is not None:
+            yield from self.per_layer.modules(hidden)
         if (mixture := self.mixture_of(layer)) is not None:
             yield from mixture.modules(hidden, self.intermediate)
             if not mixture.beside:
@@ -302,25 +342,18 @@ class ModelSpec:
                 yield ModuleShape(f"mlp.{name}", inner, hidden, "mlp", self.mlp_bias)
         yield ModuleShape("mlp.down_proj", hidden, inner, "mlp", self.mlp_bias)
 
-    def _attention_modules(self, heads: KVHeads) -> Iterator[ModuleShape]:
-        q, kv, hidden = self.heads * heads.size, heads.count * heads.size, self.hidden
-        if self.fused_qkv:
-            yield ModuleShape("self_attn.qkv_proj", q + 2 * kv, hidden, "attention", self.qkv_bias)
-        else:
-            values = () if heads.keys_only else (("v_proj", kv),)
-            for name, size in (("q_proj", 2 * q if self.output_gate else q), ("k_proj", kv), *values):
-                yield ModuleShape(f"self_attn.{name}", size, hidden, "attention", self.qkv_bias)
-        yield ModuleShape("self_attn.o_proj", hidden, q, "attention", self.o_bias)
-
     def small_tensors(self) -> list[tuple[str, int]]:
         """Norm weights, sinks, what delta layers have, and corrections of routers: (name, number of values)."""
         found = [("model.norm.weight", self.hidden)]
         names = [*([self.input_norm] if self.pre_norm else []), *filter(None, self.norms)]
+        if self.per_layer is not None:
+            found.append((f"{NORM}.weight", self.per_layer.size))
+            names.append(LAYER_NORM)
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}"
             found += [(f"{prefix}.{n}.weight", self.hidden) for n in names]
-            if self.delta is not None and self.is_linear(layer):
-                found += [(f"{prefix}.{name}", math.prod(shape)) for name, shape in self.delta.small_tensors]
+            if (net := self.recurrent) is not None and self.is_linear(layer):
+                found += [(f"{prefix}.{name}", math.prod(shape)) for name, shape in net.small_tensors]
             elif self.qk_norm:
                 found += [(f"{prefix}.self_attn.{name}.weight", size) for name, size in self.qk_norms(layer)]
             elif self.latent is not None:
@@ -331,9 +364,7 @@ class ModelSpec:
             if self.sinks:
                 found.append((f"{prefix}.self_attn.sinks", self.heads))
             if (mixture := self.mixture_of(layer)) is not None:
-                some = [(name, mixture.experts) for name in (mixture.correction, mixture.gains)]
-                some += [(name, self.hidden) for name in (mixture.router_norm, *(f"{n}.weight" for n in mixture.beside))]
-                found += [(f"{prefix}.{name}", size) for name, size in some if name]
+                found += [(f"{prefix}.{name}", size) for name, size in mixture.small_tensors(self.hidden)]
         return found
 
     def small_nbytes(self, item: int) -> int:
@@ -342,12 +373,12 @@ class ModelSpec:
         What routers have of each expert, and what delta layers have, stay in float32; what XIELU names becomes numbers. A norm
         without a weight has one of ones.
         """
-        mixture, delta = self.mixture, self.delta
+        mixture, net = self.mixture, self.recurrent
         exact = 0 if mixture is None else mixture.experts * (bool(mixture.correction) + bool(mixture.gains))
         wide = 0 if mixture is None else exact * (self.layers - len(mixture.dense_layers))
-        wide += 0 if delta is None else sum(math.prod(shape) for _, shape in delta.small_tensors) * sum(self.linear)
+        wide += 0 if net is None else sum(math.prod(shape) for _, shape in net.small_tensors) * sum(self.linear)
         numbers = sum(name.endswith(XIELU) for name, _ in self.small_tensors())
-        ones = sum(heads.size for heads in self.by_layer) if self.v_norm else 0
+        ones = sum(heads.size for heads in self.by_layer if not heads.shared) if self.v_norm else 0
         return item * (sum(numel for _, numel in self.small_tensors()) - wide - numbers + ones) + 4 * wide
 
     @property
@@ -361,38 +392,3 @@ class ModelSpec:
         expert, rest = (sum(size for size, one in sizes if one == kind) for kind in (True, False))
         active = expert if self.mixture is None else expert * self.mixture.active // self.mixture.experts
         return rest + expert, rest + active
-
-
-def _kv_heads(kind: Architecture, fields: Fields, hidden: int, heads: int) -> tuple[int, int]:
-    """(heads of keys and values, their size): as given, or all, and as many features as make the hidden size."""
-    kv_heads = fields.integer("num_key_value_heads", default=heads)
-    if heads % kv_heads:
-        raise InputError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-    if fields.get("head_dim") is not None or kind.default_head_dim is not None:
-        return kv_heads, fields.integer("head_dim", default=kind.default_head_dim)
-    if hidden % heads:
-        raise InputError(
-            f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is missing"
-        )
-    return kv_heads, hidden // heads
-
-
-def _flag(source: bool | str, fields: Fields) -> bool:
-    return source if isinstance(source, bool) else fields.flag(source, default=False)
-
-
-def _ahead(kind: Architecture, fields: Fields, layers: int) -> tuple[str, ...]:
-    """Of some families such layers follow the others, of some they have names of their own."""
-    more = fields.integer(kind.ahead_count, default=1, minimum=0) if kind.ahead_count else 0
-    return (*kind.ahead, *(f"model.layers.{layers + number}." for number in range(more)))
-
-
-def _cap(key: str, fields: Fields) -> float | None:
-    return None if fields.get(key) is None else fields.number(key)
-
-
-def _dtype(config: Mapping[str, Any]) -> str:
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"  # transformers' default
-    if dtype not in DTYPES:
-        raise InputError(f"config.json: torch_dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
-    return dtype

@@ -26,7 +26,7 @@ def windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None
 
     InputError where it says something else than is so in a family whose layers are alike: implementations disagree on such files.
     """
-    types = None if kind.delta else fields.get("layer_types")
+    types = None if kind.delta or kind.conv else fields.get("layer_types")
     given = fields.get("sliding_window") if "sliding_window" in fields.values else kind.default_window
     least = 0 if kind.window == "lower" else 1  # transformers writes 0 where it is not switched on
     window = None if given is None else fields.integer("sliding_window", default=given, minimum=least) or None

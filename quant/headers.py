@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from operator import attrgetter
@@ -31,6 +31,15 @@ GRANITE = {
     ".block_sparse_moe.router.layer.": ".block_sparse_moe.router.",
 }
 """How Granite names a mixture of experts, and what stands beside one; and how these are named here."""
+LIQUID = {
+    ".feed_forward.w1.": ".mlp.gate_proj.",
+    ".feed_forward.w3.": ".mlp.up_proj.",
+    ".feed_forward.w2.": ".mlp.down_proj.",
+    ".self_attn.out_proj.": ".self_attn.o_proj.",
+    "model.embedding_norm.": "model.norm.",
+}
+"""How Liquid's families name what all others name alike."""
+NAMES = GRANITE | LIQUID
 STACKED = re.compile(r"(.*\.experts)\.(\w+)_(blocks|scales|bias)")
 """gpt-oss has each kind of tensor of all experts of a layer in one, whose first dimension is the expert."""
 DENSE_STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
@@ -184,9 +193,17 @@ def _text_part(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 
 def _known(name: str) -> str:
-    for theirs, ours in GRANITE.items():
+    for theirs, ours in NAMES.items():
         name = name.replace(theirs, ours)
     return name
+
+
+def published(name: str) -> Iterator[str]:
+    """The names that a module may have, by which it is known here as ``name``: that itself, and others of NAMES."""
+    yield name
+    for theirs, ours in NAMES.items():
+        if (other := f"{name}.".replace(ours, theirs)) != f"{name}.":
+            yield other.removesuffix(".")
 
 
 def _unstacked(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:

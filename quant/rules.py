@@ -40,6 +40,7 @@ DENSE = WeightScheme("dense")
 MXFP4, NVFP4 = WeightScheme("mxfp4", 4, 32), WeightScheme("nvfp4", 4, 16)
 ROWS = {8: WeightScheme("rows", bits=8), 4: WeightScheme("rows", bits=4, group_size=32, symmetric=False)}
 """What quant.rows makes of an unquantized weight while it is loaded, by bits."""
+EMBEDDINGS = ("embed_tokens", "embed_tokens_per_layer", "wte", "word_embeddings")
 ONLINE = {"int8": ROWS[8], "int8_per_channel_weight_only": ROWS[8], "int4": ROWS[4]}
 """``--quantization`` of unquantized checkpoints: what the weights of their layers are rounded to. The long name is vLLM's."""
 
@@ -73,5 +74,5 @@ class Settings:
 
 
 def class_of(name: str) -> str:
-    """The class that configs mean by a module: Embedding for the token table, else Linear (norms are never asked for)."""
-    return "Embedding" if name.rsplit(".", 1)[-1] in ("embed_tokens", "wte", "word_embeddings") else "Linear"
+    """The class that configs mean by a module: Embedding for token tables, else Linear (norms are never asked for)."""
+    return "Embedding" if name.rsplit(".", 1)[-1] in EMBEDDINGS else "Linear"

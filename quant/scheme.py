@@ -15,7 +15,7 @@ from typing import Any
 from quant import configs
 from quant.detect import awq_layout, detect, family
 from quant.errors import CheckpointError, InputError
-from quant.headers import CheckpointIndex, TensorInfo, read_json
+from quant.headers import CheckpointIndex, TensorInfo, published, read_json
 from quant.rules import DENSE, ONLINE, Rule, Settings, WeightScheme
 
 __all__ = ["DENSE", "QuantScheme", "Rule", "WeightScheme", "load_configs", "read_scheme"]
@@ -146,9 +146,10 @@ class QuantScheme:
         return self.default if IN_LAYER.search(name) else DENSE
 
     def _names(self, rule: Rule, name: str) -> bool:
-        """Whether a rule is for a module; in a model that reads pictures, too, configs may call it by any of its names."""
-        if rule.matches(name) or self.index is None or not self.index.beside_text:
-            return rule.matches(name)
+        """Whether a rule is for a module, by any of its names; in a model that reads pictures, too, these are more."""
+        found = any(map(rule.matches, published(name)))
+        if found or self.index is None or not self.index.beside_text:
+            return found
         inner = name.removeprefix("model.")
         return any(map(rule.matches, (f"language_model.{name}", *([f"model.language_model.{inner}"] if inner != name else []))))
 

@@ -86,18 +86,24 @@ class QuantTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] in original column order, computed in float32 and rounded once."""
-        group = torch.arange(self.K, device=self.packed.device) // self.group_size
         if self.kind == "fp8":
             weight = self.packed.float()
         elif self.kind == "fp4":
             values = torch.tensor(E2M1, device=self.packed.device)
             weight = torch.cat((values, -values))[self.unpack().int()]
-        elif self.zeros is None:
-            weight = self.unpack().float() - 2 ** (self.bits - 1)
         else:
-            weight = self.unpack().float() - self.zeros.t()[:, group].float()
+            weight = self.unpack().float()
+            if self.zeros is None:
+                weight -= 2 ** (self.bits - 1)
         scales = self.scales.float() if self.factors is None else self.scales.float() * self.factors
-        weight *= scales.t()[:, group]
+        whole = self.K // self.group_size
+        parts = [(slice(whole), weight[:, : whole * self.group_size].unflatten(1, (whole, self.group_size)))]
+        if self.K % self.group_size:
+            parts.append((slice(whole, None), weight[:, whole * self.group_size :].unsqueeze(1)))
+        for groups, part in parts:  # [N, groups, columns of each]
+            if self.zeros is not None:
+                part -= self.zeros[groups].t().unsqueeze(2)
+            part *= scales[groups].t().unsqueeze(2)
         if self.perm is not None:
             original = torch.empty_like(weight)
             original[:, self.perm] = weight

@@ -94,10 +94,15 @@ def logits(directory: Path, tokens: Tensor, rounded: torch.dtype = torch.float32
 
 def spoken(directory: Path, samples: int, length: int, seed: int) -> Tensor:
     """What the model says by itself, drawn at temperature 1: int64 [samples, length]. Nobody predicts that better than itself."""
-    rng, tokens = torch.Generator().manual_seed(seed), torch.ones(samples, 1, dtype=torch.int64)
-    while tokens.shape[1] < length:
-        follows = logits(directory, tokens)[:, -1].exp()
-        tokens = torch.cat([tokens, torch.multinomial(follows, 1, generator=rng)], 1)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    rng, tokens, before = torch.Generator().manual_seed(seed), torch.ones(samples, 1, dtype=torch.int64), None
+    with torch.inference_mode():
+        while tokens.shape[1] < length:
+            told = model(tokens[:, -1:], past_key_values=before, use_cache=True)
+            before, follows = told.past_key_values, told.logits[:, -1].softmax(-1)
+            tokens = torch.cat([tokens, torch.multinomial(follows, 1, generator=rng)], 1)
     return tokens
 
 

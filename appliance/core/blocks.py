@@ -52,6 +52,11 @@ class BlockPool:
     def kept(self) -> int:
         return len(self._kept)
 
+    @property
+    def references(self) -> Sequence[int]:
+        """How many there are to each block: to be looked at."""
+        return self._counts
+
     def allocate(self, n: int, *, after: int | None = None, expect: int = 0) -> list[int] | None:
         """``n`` blocks with one reference each, or None (and nothing changed) when fewer are free.
 
@@ -139,12 +144,12 @@ class BlockPool:
 
     def check(self) -> None:
         """Raises PoolError unless blank + kept + used = all, no count is negative, and map, counts, keys and total agree."""
-        blank, kept, used = (self._map.count(state) for state in (_BLANK, _KEPT, _USED))
-        if not len(self._map) == len(self._counts) == self.num_blocks:
-            raise PoolError(f"{self.num_blocks} blocks, but a map of {len(self._map)} and {len(self._counts)} counts")
+        counts, marks, keys = self._counts, self._map, self._keys
+        blank, kept, used = marks.count(_BLANK), marks.count(_KEPT), marks.count(_USED)
+        if not len(marks) == len(counts) == self.num_blocks:
+            raise PoolError(f"{self.num_blocks} blocks, but a map of {len(marks)} and {len(counts)} counts")
         if blank + kept != self.free or blank + kept + used != self.num_blocks:
             raise PoolError(f"{self.free} blocks counted free, {blank + kept} of {self.num_blocks} marked free")
-        counts, marks, keys = self._counts, self._map, self._keys
         if min(counts) < 0 or bytes(map(bool, counts)) != marks.translate(_IS_USED):
             for block, count in enumerate(counts):
                 if count < 0 or (count == 0) != (marks[block] != 0):
@@ -152,6 +157,8 @@ class BlockPool:
                     raise PoolError(f"block {block} has {count} references and is marked {state}")
         if self.shared != (shared := len(counts) - counts.count(0) - counts.count(1)):
             raise PoolError(f"{self.shared} blocks counted shared, {shared} are")
+        if not (keys or self._places or self._kept or kept):
+            return  # as without a prefix cache
         if dict(zip(keys.values(), keys)) != self._places or len(keys) != len(self._places):
             raise PoolError("the keys of blocks and the blocks of keys disagree")
         listed = bytes(map(marks.__getitem__, self._kept))

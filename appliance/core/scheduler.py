@@ -6,7 +6,7 @@ The rules and what they guarantee are in docs/scheduling.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 
 from appliance.core.audit import audit
 from appliance.core.blocks import BlockPool
@@ -183,7 +183,7 @@ class Scheduler(Queues):
 
     def check(self) -> None:
         """Raises PoolError where the books are wrong: see appliance.core.audit."""
-        everyone = [request for group in self._requests.values() for request in group.values()]
+        everyone = list(chain.from_iterable(map(dict.values, self._requests.values())))
         audit(self.store, self.running, self.waiting, self.deferred, everyone, self.seats, self.max_num_seqs)
 
     def _chunk(self, request: Request, budget: int) -> Chunk | None:

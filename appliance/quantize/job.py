@@ -300,7 +300,7 @@ def check_kind(source: Path, spec: ModelSpec) -> None:
         raise InputError(
             f"{source} is a {spec.architecture}: its layers of the gated delta rule are served and not quantized here"
         )
-    if spec.v_norm:
+    if spec.v_norm or spec.conv is not None:
         raise InputError(f"{source} is a {spec.architecture}, whose layers this version serves and does not quantize")
     if spec.latent is not None:
         raise InputError(f"{source} is a {spec.architecture}: its attention over latents is served and not quantized here")

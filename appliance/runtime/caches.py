@@ -31,10 +31,10 @@ def allocate_caches(
 
 def allocate_states(spec: ModelSpec, places: int, *, device: torch.device) -> list[StateCache]:
     """So many places in each of the layers that have states: seats of those that run, then places where some are kept."""
-    delta, count = spec.delta, sum(spec.linear)
-    if delta is None:
+    net, count = spec.recurrent, sum(spec.linear)
+    if net is None:
         return []
-    shapes = delta.conv_shape, delta.state_shape
+    shapes = net.conv_shape, net.state_shape
     whole = [torch.zeros((count, places, *shape), dtype=torch.float32, device=device) for shape in shapes]
     return [StateCache(*one) for one in zip(*whole, strict=True)]
 

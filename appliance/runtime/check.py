@@ -117,7 +117,7 @@ def check(directory: Path, config: EngineConfig) -> CheckReport:
     if decoder.ops.name == "cpu-native":
         torch.set_num_threads(1)  # as the engine does
     meter.begin()
-    steps = warmup.run(runner, largest(plan), plan.max_model_len)
+    steps = warmup.run(runner, largest(plan, scores=config.reference_ops), plan.max_model_len)
     share, least = (CPU_SHARE, 0) if device.type == "cpu" else (CARD_SHARE, CARD_BYTES)
     later = plan.grammar_bytes if device.type == "cpu" else 0  # comes with the first answer that follows one
     allowed = max(int(share * (plan.total - later)), least)
@@ -142,14 +142,19 @@ def _vocabulary(directory: Path, config: EngineConfig, decoder: Decoder, plan: M
         yield Row("vocabulary for grammars", plan.grammars["vocabulary"], resident() - before, below=True)
 
 
-def largest(plan: MemoryPlan) -> Iterator[warmup.Trial]:
-    """Steps that take the most: of the most tokens, of the most sequences, of the longest ones, with every way to draw."""
+def largest(plan: MemoryPlan, *, scores: bool = False) -> Iterator[warmup.Trial]:
+    """Steps that take the most: of the most tokens, of the most sequences, of the longest ones, with every way to draw.
+
+    ``scores``: whether those of each token with all before it are there at once, so that a prompt's last tokens take the most.
+    """
     tokens, longest = plan.max_num_batched_tokens, plan.max_model_len
     sequences = min(plan.max_num_seqs, tokens)
     yield warmup.full(plan)
     yield from (warmup.decodes(sequences, params) for params in (warmup.GREEDY, *warmup.DRAWS, *warmup.ON_HOST))
     yield warmup.Trial(((longest - 1, 1),) * max(1, min(sequences, int(plan.sequences(longest)))))
     yield warmup.Trial(((0, min(longest, tokens)),), SamplingParams(prompt_logprobs=2))
+    if scores and longest > tokens:
+        yield warmup.Trial(((longest - tokens, tokens),))
 
 
 def weights_by_part(decoder: Decoder) -> dict[str, int]:
@@ -157,7 +162,7 @@ def weights_by_part(decoder: Decoder) -> dict[str, int]:
     layers = decoder.layers
     linears: dict[str, int] = {}
     for layer in layers:
-        kind = "attention" if layer.delta is None else "delta"
+        kind = "delta" if layer.delta is not None else "conv" if layer.conv is not None else "attention"
         beside = () if layer.latents is None else layer.latents.weights
         linears[kind] = linears.get(kind, 0) + sum(weight.nbytes for weight in (*layer.qkv, layer.o, *beside))
     mixtures = [one for layer in layers for one in (layer.mlp, layer.beside and layer.beside.mixture) if isinstance(one, Mixture)]
@@ -169,11 +174,18 @@ def weights_by_part(decoder: Decoder) -> dict[str, int]:
     alone = [layer.mlp for layer in layers if isinstance(layer.mlp, MLP)]
     if of_all := [*alone, *(one.shared for one in mixtures if one.shared is not None)]:
         linears["mlp"] = sum(one.nbytes for one in of_all)
+    norms = decoder.norm.nbytes
+    if (inputs := decoder.inputs) is not None:
+        linears["per_layer"] = sum(weight.nbytes for layer in layers if layer.told is not None for weight in layer.told.weights)
+        norms += inputs.norm.nbytes
+    norms += sum(layer.nbytes for layer in layers) - sum(linears.values())
+    if inputs is not None:
+        linears["per_layer_embedding"] = inputs.nbytes - inputs.norm.nbytes
     return {
         "embedding": decoder.embedding.nbytes,
         **linears,
         "head": 0 if decoder.tied else decoder.head.nbytes,
-        "norms": decoder.norm.nbytes + sum(layer.nbytes for layer in layers) - sum(linears.values()),
+        "norms": norms,
     }
 
 

@@ -256,8 +256,8 @@ class Runner:
         for a in range(first, last, LOGIT_ROWS):
             b = min(a + LOGIT_ROWS, last)
             logits = self._logits(hidden[a - 1 - chunk.start : b - 1 - chunk.start])
-            wanted = [request.params.prompt_logprobs] * (b - a)
-            found += token_logprobs(logits, request.tokens[a:b], wanted, kth=self.decoder.ops.kth_largest)
+            kth = self.decoder.ops.kth_largest
+            found += token_logprobs(logits, request.tokens[a:b], request.params.prompt_logprobs, kth=kth)
         return PromptScores(request, first, tuple(found)) if found else None
 
 

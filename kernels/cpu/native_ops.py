@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.cpu import backend, native_delta, native_weights
+from kernels.cpu import backend, native_delta, native_stack, native_weights
 from kernels.cpu.native_weights import TYPES, NativeWeight, address
-from kernels.layout import NATIVE_ROWS, SCALED_CACHES
+from kernels.layout import SCALED_CACHES
 from kernels.mixture import mix
-from kernels.ops import Clamp, Forward, KVCache, Layer, Mixture, Norm, Ops, PagedBatch, Stack, Weight
+from kernels.ops import Clamp, Forward, KVCache, Mixture, Norm, Ops, PagedBatch, Stack, Weight
+from kernels.reference import queries_alone
 from kernels.states import DeltaRule, StateCache
 from quant.tensor import QuantTensor
 
@@ -90,10 +91,10 @@ class NativeOps:
             return table.index_select(0, ids).to(dtype)
         columns = table.shape[1] if isinstance(table, Tensor) else table.K
         out = torch.empty(ids.shape[0], columns, dtype=dtype)
-        self._embed(ids, table, out)
+        self.embed(ids, table, out)
         return out
 
-    def _embed(self, ids: Tensor, table: Tensor | Weight, out: Tensor) -> None:
+    def embed(self, ids: Tensor, table: Tensor | Weight, out: Tensor) -> None:
         where = ids.data_ptr(), ids.shape[0], out.data_ptr(), TYPES[out.dtype]
         if isinstance(table, Tensor):
             self.machine.embed_rows(table.data_ptr(), table.shape[1], *where)
@@ -108,10 +109,10 @@ class NativeOps:
         x = x.contiguous()
         residual = None if residual is None else residual.contiguous()
         out = torch.empty_like(x) if residual is None else residual
-        self._normalize(x, Norm(weight, eps, offset), residual, out)
+        self.normalize(x, Norm(weight, eps, offset), residual, out)
         return out
 
-    def _normalize(self, x: Tensor, norm: Norm, residual: Tensor | None, out: Tensor) -> None:
+    def normalize(self, x: Tensor, norm: Norm, residual: Tensor | None, out: Tensor) -> None:
         columns = x.shape[-1]
         if rows := x.numel() // columns:
             where = x.data_ptr(), rows, columns, columns, TYPES[x.dtype]
@@ -132,7 +133,7 @@ class NativeOps:
         return out
 
     def mix(self, x: Tensor, mixture: Mixture, *, norm: Norm, alone: bool = False) -> Tensor:
-        handle = self._experts(mixture)
+        handle = self.experts(mixture)
         if handle is None:
             return mix(self.matmul, self.rms_norm, self.silu_mul, self.gelu_mul, x, mixture, norm=norm, alone=alone)
         x = x.contiguous()
@@ -155,6 +156,7 @@ class NativeOps:
         tokens, size = qkv.shape[0], cache.head_dim
         if qkv.stride(1) != 1:
             qkv = qkv.contiguous()
+        nothing = queries_alone(qkv, heads, cache)
         if tokens:
             self.machine.rope_store(
                 qkv.data_ptr(),
@@ -162,7 +164,7 @@ class NativeOps:
                 qkv.stride(0),
                 TYPES[qkv.dtype],
                 heads,
-                self._cache(cache),
+                self.module.Cache(0, 0, 0, 0, 0, 1, 0, size, 0.0, 0.0) if nothing else self.cache(cache),
                 batch.positions.data_ptr(),
                 batch.slots.data_ptr(),
                 cos_sin.data_ptr(),
@@ -197,7 +199,7 @@ class NativeOps:
                 out.data_ptr(),
                 TYPES[q.dtype],
                 heads,
-                self._cache(cache),
+                self.cache(cache),
                 batch.seq_lens.shape[0],
                 batch.query_starts.data_ptr(),
                 batch.seq_lens.data_ptr(),
@@ -223,80 +225,9 @@ class NativeOps:
     def bind(
         self, stack: Stack, caches: Sequence[KVCache], *, states: Sequence[StateCache] = (), max_tokens: int
     ) -> Forward | None:
-        layers, norm = stack.layers, stack.norm
-        if any(len(layer.qkv) > (1 if layer.delta is None else 2) or self._inner(layer) is None for layer in layers):
-            return None
-        places: dict[bool, Iterator[Any]] = {False: iter(caches), True: iter(states)}  # by whether a layer has states
-        size, dtype = norm.weight.shape[0], norm.weight.dtype
-        handle = self.module.Stack(
-            [self._layer(layer, next(places[layer.delta is not None]), stack.rotation(layer)) for layer in layers],
-            type=TYPES[dtype],
-            heads=stack.heads,
-            eps=norm.eps,
-            offset=norm.offset,
-            scale=stack.scale,
-            cap=stack.cap or 0.0,
-            rotary=stack.cos_sin.shape[1],
-        )
-        # Made and touched here, once: what comes and goes with every step is memory that grows in pieces.
-        hidden = torch.zeros(max_tokens, size, dtype=dtype)
-        workspace = torch.zeros(max_tokens * max(handle.width, size), dtype=dtype)
+        return native_stack.bind(self, stack, caches, states=states, max_tokens=max_tokens)
 
-        for layer in {(type(layer.mlp), layer.delta is None): layer for layer in reversed(layers)}.values():
-            self._rehearse(layer, hidden.view(-1), workspace, min(max_tokens, NATIVE_ROWS))
-
-        def forward(
-            ids: Tensor, batch: PagedBatch, alive: Any = (stack, caches, states)
-        ) -> Tensor:  # the handle has their addresses
-            tokens = ids.shape[0]
-            if tokens > max_tokens:
-                raise ValueError(f"{tokens} tokens, but at most {max_tokens} were said to come at once")
-            if states and batch.states is None:
-                raise ValueError(native_delta.LOST)
-            self._embed(ids, stack.embedding, hidden)
-            if stack.embedding_scale != 1.0:
-                hidden[:tokens].mul_(stack.embedding_scale)
-            self.machine.layers(
-                handle,
-                tokens,
-                batch.seq_lens.shape[0],
-                batch.positions.data_ptr(),
-                batch.slots.data_ptr(),
-                batch.query_starts.data_ptr(),
-                batch.seq_lens.data_ptr(),
-                batch.block_tables.data_ptr(),
-                batch.block_tables.shape[1],
-                address(batch.states),
-                hidden.data_ptr(),
-                workspace.data_ptr(),
-            )
-            out = workspace[: tokens * size].view(tokens, size)
-            self._normalize(hidden[:tokens], norm, None, out)
-            return out
-
-        return forward
-
-    def _rehearse(self, layer: Layer, hidden: Tensor, workspace: Tensor, rows: int) -> None:
-        """Products of as many rows as are prepared at a time: the memory that they need is there before the first request."""
-        products = [(hidden, layer.qkv[0], workspace), (workspace, layer.o, hidden)]
-        if isinstance(layer.mlp, Mixture):
-            assert layer.post_norm is not None
-            self.mix(hidden[: rows * layer.o.N].view(rows, -1), layer.mlp, norm=Norm(layer.post_norm, 1.0))
-        else:
-            products += [(hidden, layer.mlp.gate_up[0], workspace), (workspace, layer.mlp.down, hidden)]
-        for source, weight, target in products:
-            x, out = source[: rows * weight.K].view(rows, weight.K), target[: rows * weight.N].view(rows, weight.N)
-            self.matmul(x, weight, out=out)
-
-    def _inner(self, layer: Layer) -> dict[str, Any] | None:
-        """What takes the place of its MLP in one call; None where weights come in parts."""
-        if isinstance(layer.mlp, Mixture):
-            experts = self._experts(layer.mlp)
-            return None if experts is None else {"experts": experts}
-        gate_up, down = layer.mlp.gate_up, layer.mlp.down
-        return {"gate_up": gate_up[0].handle, "down": down.handle} if len(gate_up) == 1 else None  # type: ignore[attr-defined]
-
-    def _experts(self, mixture: Mixture) -> Any:
+    def experts(self, mixture: Mixture) -> Any:
         """The experts as the kernels see them, kept with them; None where they need the operators one by one."""
         if "_native" not in mixture.__dict__:
             parts: Any = [(one.gate_up, one.down) for one in (*mixture.experts, mixture.shared) if one is not None]
@@ -320,28 +251,6 @@ class NativeOps:
             )
         return mixture.__dict__["_native"] or None
 
-    def _layer(self, layer: Layer, cache: Any, cos_sin: Tensor) -> Any:
-        weights: Any = {"qkv": layer.qkv[0], "o": layer.o}
-        if layer.delta is None:
-            kept = {"cache": self._cache(cache)}
-        else:
-            gates: Any = layer.qkv[1]
-            kept = {"delta": native_delta.layer(self.module, layer.delta, gates, cache)}
-        return self.module.Layer(
-            **{name: weight.handle for name, weight in weights.items()},
-            **(self._inner(layer) or {}),
-            input_norm=address(layer.input_norm),
-            post_norm=address(layer.post_norm),
-            q_norm=address(layer.q_norm),
-            k_norm=address(layer.k_norm),
-            attention_norm=address(layer.attention_norm),
-            mlp_norm=address(layer.mlp_norm),
-            cos_sin=address(cos_sin),
-            **kept,
-            window=layer.window or 0,
-            sinks=address(layer.sinks),
-        )
-
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = logits.shape
         logits = logits.contiguous()
@@ -356,7 +265,7 @@ class NativeOps:
         row = row.contiguous()
         return float(self.machine.kth_largest(row.data_ptr(), row.numel(), k))
 
-    def _cache(self, cache: KVCache) -> Any:
+    def cache(self, cache: KVCache) -> Any:
         """The cache as the kernels see it, kept with it: every layer of every step asks twice."""
         found = cache.__dict__.get("_native")
         if found is None:

@@ -58,9 +58,10 @@ def rope_store(
 ) -> Tensor:
     q, k, v = reference.split_heads(qkv, heads, cache)
     q = q if q_norm is None else rms_norm(q, **q_norm._asdict())
-    k = k if k_norm is None else rms_norm(k, **k_norm._asdict())
     cos, sin = cos_sin.index_select(0, batch.positions).unsqueeze(1).chunk(2, dim=-1)  # float32 [T, 1, rotary / 2]
-    reference.store_kv(_rotate(k, cos, sin), v, cache, batch.slots)
+    if k is not None:
+        k = k if k_norm is None else rms_norm(k, **k_norm._asdict())
+        reference.store_kv(_rotate(k, cos, sin), v, cache, batch.slots)
     return _rotate(q, cos, sin)
 
 

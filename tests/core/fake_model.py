@@ -58,17 +58,17 @@ def make_request(
 
 
 def next_token(tokens: Sequence[int], seed: int = 0) -> int:
-    return zlib.crc32(array("q", tokens).tobytes(), seed) % VOCAB
+    return zlib.crc32(tokens if isinstance(tokens, array) else array("q", tokens), seed) % VOCAB
 
 
 def alone(prompt: Iterable[int], max_tokens: int, ends: Iterable[int] = (), seed: int = 0, least: int = 0) -> list[int]:
     """All tokens of a request that runs by itself, without blocks or chunks. ``ends``: tokens that end it, from ``least`` on."""
-    tokens = list(prompt)
+    tokens = array("q", prompt)
     for number in range(1, max_tokens + 1):
         tokens.append(next_token(tokens, seed))
         if number >= least and tokens[-1] in ends:
             break
-    return tokens
+    return tokens.tolist()
 
 
 def codes(tokens: Iterable[int], salt: str, first: int = 0) -> list[int]:

@@ -94,7 +94,7 @@ class Rules:
 
     def check(self) -> None:
         self.scheduler.check()
-        assert {r for r in self.all if not r.finished} == {*self.alive}
+        assert {r for r in self.all if r.finish_reason is None} == self.alive.keys()
         for request, tokens in self.alive.items():
             assert request.tokens == tokens[: len(request.tokens)], "not the tokens it would have alone"
 

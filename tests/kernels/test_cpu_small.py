@@ -79,6 +79,15 @@ def test_rope_store_quantizes(kind: str, given: tuple[float, float] | None) -> N
         assert float(moved.float().mean()) < 0.01 and bool(wanted.any())
 
 
+def test_queries_alone_store_nothing(dtype: torch.dtype) -> None:
+    batch, cache = make_step([(5, 4), (0, 2), (16, 1)], dtype=dtype)
+    before, qkv, table = KVCache(cache.k.clone(), cache.v.clone()), torch.randn(7, 8 * 16).to(dtype), torch.randn(30, 12)
+    norm = Norm(torch.randn(16).to(dtype), 1e-5)
+    found = torch_ops.rope_store(qkv[:, : 4 * 16], 4, cache, batch, table, q_norm=norm)
+    assert torch.equal(cache.k.nan_to_num(9.0), before.k.nan_to_num(9.0))
+    assert torch.equal(found, torch_ops.rope_store(qkv, 4, cache, batch, table, q_norm=norm))
+
+
 def test_rope_store_of_nothing(dtype: torch.dtype) -> None:
     batch, cache = make_step([], dtype=dtype)
     assert torch_ops.rope_store(torch.empty(0, 128, dtype=dtype), 4, cache, batch, torch.randn(9, 16)).shape == (0, 4, 16)

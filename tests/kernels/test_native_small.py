@@ -93,6 +93,16 @@ def test_rope_store(ops: NativeOps, size: int, rotary: int, normed: bool, dtype:
         torch.testing.assert_close(ours.float(), theirs, rtol=EPS[dtype], atol=EPS[dtype], equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
+def test_queries_alone_store_nothing(ops: NativeOps, kind: str) -> None:
+    batch, plain = make_step([(5, 3), (0, 40), (17, 1)], kv_heads=2, head_dim=96)
+    cache = KVCache.zeros(*plain.k.shape, dtype=kind, device=torch.device("cpu"))
+    qkv, cos_sin, norm = torch.randn(44, 10 * 96), torch.randn(64, 32), Norm(torch.rand(96), 1e-6, 0.5)
+    found = ops.rope_store(qkv[:, : 6 * 96].clone(), 6, cache, batch, cos_sin, q_norm=norm)
+    assert not any(bool(tensor.view(torch.uint8).any()) for tensor in cache.tensors)
+    assert torch.equal(found, ops.rope_store(qkv, 6, cache, batch, cos_sin, q_norm=norm))
+
+
 @pytest.mark.parametrize("kind", list(SCALED_CACHES))
 @pytest.mark.parametrize("given", [None, (0.011, 0.25)])
 @pytest.mark.parametrize("size", [16, 20, 48, 64, 80, 96, 128, 2, 512])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.ops import Norm
+from kernels.ops import KVCache, Norm
 from tests.kernels.paged import make_step
 from tests.kernels.weights import random_weight
 
@@ -189,3 +189,14 @@ def test_rope_store(normed: bool) -> None:
     assert torch.equal(found, q)
     assert torch.equal(cache.k.nan_to_num(9.0), expected.k.nan_to_num(9.0))
     assert torch.equal(cache.v.nan_to_num(9.0), expected.v.nan_to_num(9.0))
+
+
+def test_queries_alone_store_nothing() -> None:
+    """As those beside keys and values come out, of caches of any kind."""
+    batch, cache = make_step([(5, 4), (0, 2)], block_size=4, kv_heads=2, head_dim=6)
+    before, qkv, table = KVCache(cache.k.clone(), cache.v.clone()), torch.randn(6, (4 + 2 + 2) * 6), torch.randn(9, 4)
+    norm = Norm(torch.randn(6), 1e-5)
+    found = reference.rope_store(qkv[:, : 4 * 6], 4, cache, batch, table, q_norm=norm)
+    assert torch.equal(cache.k.nan_to_num(9.0), before.k.nan_to_num(9.0))
+    assert torch.equal(cache.v.nan_to_num(9.0), before.v.nan_to_num(9.0))
+    assert torch.equal(found, reference.rope_store(qkv, 4, cache, batch, table, q_norm=norm))

@@ -37,7 +37,7 @@ def main() -> None:
                 else:
                     parameter.copy_(random * 0.15 + (1.0 if parameter.dim() == 1 else 0.0))
             for what, buffer in model.named_buffers():
-                if what.endswith("correction_bias"):
+                if what.endswith(("correction_bias", "expert_bias")):
                     buffer.copy_(torch.randn_like(buffer) * 0.3)
                 elif what.endswith("layer_scalar"):
                     buffer.copy_(1 + torch.randn_like(buffer) * 0.3)

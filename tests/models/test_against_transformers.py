@@ -62,6 +62,10 @@ GEMMA4 = {
     "hidden_size_per_layer_input": 0, "num_hidden_layers": 3,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
 }  # fmt: skip
+TOLD = {
+    **GEMMA4, "attention_k_eq_v": False, "hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": 97,
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": [*["sliding_attention", "full_attention"] * 2],
+}  # fmt: skip
 BESIDE = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 20}
 LOCAL = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
@@ -106,6 +110,12 @@ OLMO3 = {
     },
 }  # fmt: skip
 SPARSE = {"moe_intermediate_size": 28}
+
+
+LIQUID = {
+    "num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "conv"], "block_multiple_of": 24,
+    "intermediate_size": 99,
+}  # fmt: skip
 
 
 LATENT = {
@@ -307,6 +317,10 @@ CASES = {
         tie_word_embeddings=False,
         rope_parameters=LOCAL,
     ),
+    "gemma4-told": case("Gemma4ForCausalLM", **TOLD, final_logit_softcapping=4.0, use_double_wide_mlp=True),
+    "gemma4-told-text-of-pictures": with_text(
+        "Gemma4", {"vision_config": {**VISION, "head_dim": 8}}, **{**TOLD, "num_kv_shared_layers": 1}
+    ),
     "gemma4-moe": case("Gemma4ForCausalLM", **GEMMA4, **BESIDE, final_logit_softcapping=4.0),
     "gemma4-moe-text-of-pictures": with_text(
         "Gemma4", {"vision_config": {**VISION, "head_dim": 8}}, **{**GEMMA4, "num_global_key_value_heads": None}, **BESIDE
@@ -480,6 +494,28 @@ CASES = {
         rope_parameters={**ROPES["yarn-mscale"], "rope_theta": 5000.0},
     ),
     "deepseek-v2-lite": case("DeepseekV2ForCausalLM", **{**LATENT, "q_lora_rank": None}, first_k_dense_replace=1),
+    "lfm2": case("Lfm2ForCausalLM", **LIQUID, block_ffn_dim_multiplier=1.3),
+    "lfm2-untied": case(
+        "Lfm2ForCausalLM",
+        **LIQUID,
+        conv_L_cache=4,
+        block_auto_adjust_ff_dim=False,
+        tie_embedding=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 900.0},
+    ),
+    "lfm2-moe": case(
+        "Lfm2MoeForCausalLM", **LIQUID, **SPARSE, num_dense_layers=1, num_experts=6, num_experts_per_tok=3, conv_L_cache=2
+    ),
+    "lfm2-moe-all": case(
+        "Lfm2MoeForCausalLM",
+        **LIQUID,
+        **SPARSE,
+        num_dense_layers=0,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        routed_scaling_factor=1.7,
+    ),
     "glm4-moe-lite": case("Glm4MoeLiteForCausalLM", **LATENT, attention_bias=True, mlp_layer_types=["sparse", "dense", "sparse"]),
 }
 DENSE = ("gemma", "qwen3", "granite", "deepseek-v3-dense")
@@ -523,7 +559,7 @@ def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int
     spec, total, device = decoder.spec, len(ids), decoder.ops.device
     count = -(-total // block_size)
     table = torch.randperm(count + 3, generator=torch.Generator().manual_seed(total))[:count].tolist()
-    shapes = [(count + 3, block_size, heads.count, heads.size) for heads in spec.by_layer]
+    shapes = [(count + 3, block_size, heads.count, heads.size) for heads in spec.by_layer if not heads.shared]
     empty = [[torch.full(shape, float("nan"), dtype=decoder.dtype, device=device) for _ in "kv"] for shape in shapes]
     caches = [KVCache(k, k if spec.latent else v) for k, v in empty]
     states = poisoned_states(spec, 3)
@@ -552,7 +588,7 @@ def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int
 
 def poisoned_states(spec: ModelSpec, places: int) -> list[StateCache]:
     """One for each layer that has such."""
-    net = spec.delta
+    net = spec.recurrent
     if net is None:
         return []
     shapes = net.conv_shape, net.state_shape

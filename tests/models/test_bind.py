@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels import reference
 from kernels.ops import MLP, Clamp, KVCache, Layer, Mixture, Ops, Weight
 from kernels.scores import Scores
 from models.decoder import Decoder
+from models.loader import load_model
 from models.spec import ModelSpec
+from quant.checkpoint import Checkpoint
 from tests.kernels.native import instruction_sets, native_ops
 from tests.kernels.paged import make_step
 from tests.kernels.weights import random_weight
@@ -125,6 +131,57 @@ def test_one_call_is_the_operators_one_by_one(isa: str, dtype: torch.dtype, kind
         for mine, theirs in zip(one, other, strict=True):
             assert torch.equal(mine.k.nan_to_num(7), theirs.k.nan_to_num(7))
             assert torch.equal(mine.v.nan_to_num(7), theirs.v.nan_to_num(7))
+
+
+GEMMA4 = {
+    "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "global_head_dim": 40, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "vocab_size": VOCAB,
+    "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 0, "max_position_embeddings": 128, "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+KINDS = {
+    "experts": {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 40},
+    "told": {
+        "attention_k_eq_v": False, "hidden_size_per_layer_input": 20, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def gemma4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of random models whose layers have heads of two kinds."""
+    found = {}
+    for kind, more in KINDS.items():
+        folder = found[kind] = tmp_path_factory.mktemp(kind)
+        config = {**GEMMA4, **more, "architectures": ["Gemma4ForCausalLM"]}
+        spec, rng = ModelSpec.from_config(config), torch.Generator().manual_seed(3)
+        tensors = {f"{m.name}.weight": 0.2 * torch.randn(m.N, m.K, generator=rng) for m in spec.modules()}
+        tensors |= {name: 1 + 0.3 * torch.randn(size, generator=rng) for name, size in spec.small_tensors()}
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+    return found
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cached", ["auto", "int8"])
+def test_layers_with_other_heads(gemma4: dict[str, Path], isa: str, dtype: torch.dtype, kind: str, cached: str) -> None:
+    """Values that are normalized, or keys; experts beside MLPs; layers that are told of tokens, and that store nothing."""
+    with Checkpoint.open(gemma4[kind], "int8") as checkpoint:
+        decoder = load_model(checkpoint, ModelSpec.from_config(checkpoint.config), make_ops(isa), dtype=dtype, max_len=128)
+    shapes = [(heads.count, heads.size) for heads in decoder.spec.by_layer if not heads.shared]
+    for sequences in ([(0, 1)], [(20, 1), (0, 33), (15, 1), (16, 2)]):
+        batch, cache = make_step(sequences, kv_heads=1, head_dim=16)
+        ids = torch.randint(VOCAB, (len(batch.positions),))
+        place = {"dtype": str(dtype).removeprefix("torch.") if cached == "auto" else cached, "device": torch.device("cpu")}
+        one, other = ([KVCache.zeros(*cache.k.shape[:2], *shape, **place) for shape in shapes] for _ in range(2))
+        forward = decoder.bind(one, max_tokens=64)
+        assert not isinstance(forward, partial)
+        found, expected = forward(ids, batch), decoder.forward(ids, batch, other)
+        assert torch.equal(found, expected) and bool(found.isfinite().all()) and bool(found.any())
+        for mine, theirs in zip(one, other, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(mine.tensors, theirs.tensors, strict=True))
 
 
 @pytest.mark.parametrize(("split", "gemma"), [(False, False), (True, False), (True, True)])

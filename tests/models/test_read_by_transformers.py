@@ -43,6 +43,7 @@ MODEL_TYPES = {
     "GraniteMoeForCausalLM": "granitemoe", "Olmo2ForCausalLM": "olmo2", "Olmo3ForCausalLM": "olmo3", "OlmoeForCausalLM": "olmoe",
     "Exaone4ForCausalLM": "exaone4", "ExaoneMoeForCausalLM": "exaone_moe", "HunYuanDenseV1ForCausalLM": "hunyuan_v1_dense",
     "HunYuanMoEV1ForCausalLM": "hunyuan_v1_moe", "ArceeForCausalLM": "arcee", "ApertusForCausalLM": "apertus",
+    "Lfm2ForCausalLM": "lfm2", "Lfm2MoeForCausalLM": "lfm2_moe",
 }  # fmt: skip
 
 

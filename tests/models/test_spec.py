@@ -294,6 +294,8 @@ def test_parameters_are_counted_once_each(architecture: str) -> None:
         more |= {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 160}
     if ARCHITECTURES[architecture].delta:
         more |= {"layer_types": ["full_attention"] * 3}
+    if ARCHITECTURES[architecture].conv:
+        more["block_auto_adjust_ff_dim"] = False
     if ungated := ARCHITECTURES[architecture].ungated:
         more["hidden_act"] = ungated
     part = {key: value for key, value in (LLAMA | more).items() if key not in ("architectures", "hidden_act")}

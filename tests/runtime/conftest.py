@@ -1,19 +1,39 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import pytest
+import torch
 
 from appliance.config import EngineConfig
 from appliance.core.messages import Event, Submit
 from appliance.core.params import SamplingParams
 from appliance.runtime.engine import Engine
+from quant.tensor import QuantTensor
 from tests.tiny_model import make_checkpoint
 
 if TYPE_CHECKING:
     from tests.runtime.oracle_engines import Oracle
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dequantized_once() -> Iterator[None]:
+    """The reference's products dequantize their weight at every use, to keep nothing: a fifth of what engines over tiny models
+    take. Here what came of it stays with the weight."""
+    compute, kept = QuantTensor.dequantize, WeakKeyDictionary[QuantTensor, dict[torch.dtype, torch.Tensor]]()
+
+    def dequantize(self: QuantTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        found = kept.setdefault(self, {})
+        if dtype not in found:
+            found[dtype] = compute(self, dtype)
+        return found[dtype]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QuantTensor, "dequantize", dequantize)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,13 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import DeepseekV3ForCausalLM, Gemma4ForCausalLM, Qwen3_5ForCausalLM, Qwen3NextForCausalLM
+from transformers import (
+    DeepseekV3ForCausalLM,
+    Gemma4ForCausalLM,
+    Lfm2MoeForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3NextForCausalLM,
+)
 
 CONFIG = {
     "vocab_size": 256,
@@ -52,16 +58,30 @@ GEMMA4 = {  # heads of two kinds, and experts beside MLPs
     "top_k_experts": 2,
     "moe_intermediate_size": 24,
 }
+TOLD = GEMMA4 | {  # of tokens beside hidden states; and layers that read the keys of others
+    "enable_moe_block": False, "attention_k_eq_v": False, "num_global_key_value_heads": None, "hidden_size_per_layer_input": 12,
+    "vocab_size_per_layer_input": 256, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+}  # fmt: skip
 LATENT = {key: value for key, value in CONFIG.items() if not key.startswith(("linear", "layer", "head_dim", "rope"))} | {
     "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12,
     "v_head_dim": 10, "moe_intermediate_size": 28, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2,
     "first_k_dense_replace": 1, "num_hidden_layers": 2,
 }  # fmt: skip
+LIQUID = {
+    **{key: value for key, value in CONFIG.items() if not key.startswith(("linear", "rope"))},
+    "layer_types": ["conv", "full_attention", "conv", "conv"],
+    "num_dense_layers": 1,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 KINDS = {
     "Qwen3_5": (Qwen3_5ForCausalLM, CONFIG),
     "Qwen3Next": (Qwen3NextForCausalLM, CONFIG | EXPERTS),
     "DeepseekV3": (DeepseekV3ForCausalLM, LATENT),
     "Gemma4": (Gemma4ForCausalLM, GEMMA4),
+    "Lfm2Moe": (Lfm2MoeForCausalLM, LIQUID),
+    "Gemma4Told": (Gemma4ForCausalLM, TOLD),
 }
 
 

@@ -49,7 +49,8 @@ def make_oracles(folder: Path) -> dict[str, Oracle]:
     """Made without this repository on the path: transformers looks for a package ``kernels``."""
     asked: dict[str, Any] = {"Qwen3_5": {"lengths": LENGTHS, "tokens": TOKENS, "talks": TALKS, "turns": TURNS, "system": SYSTEM}}
     asked["Qwen3Next"] = {"lengths": (3, 20), "tokens": TOKENS}
-    asked["Gemma4"] = {"lengths": LENGTHS, "tokens": TOKENS}
+    asked["Lfm2Moe"] = {"lengths": LENGTHS, "tokens": TOKENS, "talks": 1, "turns": 3, "system": SYSTEM}
+    asked["Gemma4"] = asked["Gemma4Told"] = {"lengths": LENGTHS, "tokens": TOKENS}
     asked["DeepseekV3"] = {"lengths": LENGTHS, "tokens": TOKENS, "talks": 1, "turns": 2, "system": SYSTEM}
     script = (Path(__file__).parent / "engine_oracle.py").read_text()
     done = warm.run("-c", script, str(folder), input=json.dumps(asked), cwd=folder)

@@ -34,29 +34,37 @@ template <int T> INLINE void tile_load(const void* p, int64_t stride) {
 template <int T> INLINE void tile_store(void* p, int64_t stride) {
     for (int r = 0; r < emulated.config.rows[T]; ++r) std::memcpy(static_cast<char*>(p) + r * stride, emulated.data[T][r], emulated.config.bytes[T]);
 }
+// Sums of a row for its 16 outputs side by side, which compilers make vectors of; each adds up its products in order.
 template <int C, int A, int B> inline void tile_dot() {  // signed bytes times unsigned bytes
-    for (int m = 0; m < emulated.config.rows[A]; ++m)
-        for (int n = 0; n < 16; ++n) {
-            int32_t sum;
-            std::memcpy(&sum, &emulated.data[C][m][4 * n], 4);
-            for (int k = 0; k < emulated.config.bytes[A]; ++k) sum += int8_t(emulated.data[A][m][k]) * int(emulated.data[B][k / 4][4 * n + k % 4]);
-            std::memcpy(&emulated.data[C][m][4 * n], &sum, 4);
+    for (int m = 0; m < emulated.config.rows[A]; ++m) {
+        int32_t sums[16];
+        std::memcpy(sums, emulated.data[C][m], sizeof sums);
+        for (int k = 0; k < emulated.config.bytes[A]; ++k) {
+            uint32_t words[16];
+            std::memcpy(words, emulated.data[B][k / 4], sizeof words);
+            const int x = int8_t(emulated.data[A][m][k]), shift = 8 * (k % 4);
+            for (int n = 0; n < 16; ++n) sums[n] += x * int(words[n] >> shift & 255);
         }
-}
-INLINE float bf16_at(const uint8_t* p) {
-    uint32_t bits = uint32_t(p[0]) << 16 | uint32_t(p[1]) << 24;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
+        std::memcpy(emulated.data[C][m], sums, sizeof sums);
+    }
 }
 template <int C, int A, int B> inline void tile_dot_pairs() {
-    for (int m = 0; m < emulated.config.rows[A]; ++m)
-        for (int n = 0; n < 16; ++n) {
-            float sum;
-            std::memcpy(&sum, &emulated.data[C][m][4 * n], 4);
-            for (int k = 0; k < emulated.config.bytes[A] / 2; ++k) sum += bf16_at(&emulated.data[A][m][2 * k]) * bf16_at(&emulated.data[B][k / 2][4 * n + k % 2 * 2]);
-            std::memcpy(&emulated.data[C][m][4 * n], &sum, 4);
+    for (int m = 0; m < emulated.config.rows[A]; ++m) {
+        float sums[16];
+        std::memcpy(sums, emulated.data[C][m], sizeof sums);
+        for (int k = 0; k < emulated.config.bytes[A] / 2; ++k) {
+            uint16_t half;
+            std::memcpy(&half, &emulated.data[A][m][2 * k], sizeof half);
+            uint32_t words[16], left = uint32_t(half) << 16;
+            std::memcpy(words, emulated.data[B][k / 2], sizeof words);
+            for (int n = 0; n < 16; ++n) words[n] = k % 2 ? words[n] & 0xffff0000u : words[n] << 16;
+            float x, y[16];
+            std::memcpy(&x, &left, sizeof x);
+            std::memcpy(y, words, sizeof y);
+            for (int n = 0; n < 16; ++n) sums[n] += x * y[n];
         }
+        std::memcpy(emulated.data[C][m], sums, sizeof sums);
+    }
 }
 #else
 // The "memory" clobbers matter: GCC 12's own intrinsics let it drop the stores that make up the configuration.

@@ -15,7 +15,7 @@ namespace appliance {
 namespace ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {TEXT(ISA), matmul, mixture, attention, delta, rope_store, rms_norm, gate_mul<false>, gate_mul<true>, sigmoid_mul, embed, argmax, kth_largest};
+const Kernels kernels = {TEXT(ISA), matmul, mixture, attention, delta, rope_store, rms_norm, gate_mul<false>, gate_mul<true>, sigmoid_mul, gelu_by, scale, embed, argmax, kth_largest};
 
 }  // namespace ISA
 }  // namespace appliance

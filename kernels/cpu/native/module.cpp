@@ -120,10 +120,10 @@ struct Machine {
     }
 
     void layers(const Stack& stack, int64_t tokens, int64_t sequences, uintptr_t positions, uintptr_t slots, uintptr_t starts, uintptr_t lengths,
-                uintptr_t tables, int64_t table_width, uintptr_t places, uintptr_t hidden, uintptr_t workspace) {
+                uintptr_t tables, int64_t table_width, uintptr_t places, uintptr_t told, int64_t told_stride, uintptr_t hidden, uintptr_t workspace) {
         const std::lock_guard lock(mutex);
         run_layers(*pool, *kernels, stack, {tokens, sequences, at<int64_t>(positions), at<int64_t>(slots), at<int32_t>(starts), at<int32_t>(lengths),
-                                            at<int32_t>(tables), table_width, at<int32_t>(places)}, at<void>(hidden), at<void>(workspace));
+                                            at<int32_t>(tables), table_width, at<int32_t>(places), at<void>(told), told_stride}, at<void>(hidden), at<void>(workspace));
     }
 
     void pack(const Linear& w, uintptr_t codes, uintptr_t scales, uintptr_t zeros, uintptr_t to_codes, uintptr_t to_scales, uintptr_t to_zeros) {
@@ -203,22 +203,40 @@ NB_MODULE(_native, m) {
              "chosen_groups"_a, "best"_a, "least"_a, "scale"_a, "shared_gate_up"_a.none(), "shared_down"_a.none(), "shared_gate"_a.none(),
              "router_norm"_a, "gains"_a);
 
+    nb::class_<Beside>(m, "Beside")
+        .def("__init__", [](Beside* self, const Experts& experts, uintptr_t norm, uintptr_t mixture_norm, uintptr_t mlp_norm) {
+            new (self) Beside{&experts.mixture, at<void>(norm), at<void>(mixture_norm), at<void>(mlp_norm)};
+        }, nb::kw_only(), "experts"_a, "norm"_a, "mixture_norm"_a, "mlp_norm"_a);
+
+    nb::class_<Told>(m, "Told")
+        .def("__init__", [](Told* self, const Linear& gate, const Linear& down, uintptr_t norm) {
+            new (self) Told{&gate, &down, at<void>(norm)};
+        }, nb::kw_only(), "gate"_a, "down"_a, "norm"_a);
+
+    nb::class_<Values>(m, "Values")
+        .def("__init__", [](Values* self, uintptr_t norm, bool keys_only, int64_t moved) {
+            new (self) Values{at<void>(norm), keys_only, moved};
+        }, nb::kw_only(), "norm"_a, "keys_only"_a, "moved"_a);
+
     nb::class_<Layer>(m, "Layer")
         .def("__init__", [](Layer* self, const Linear& qkv, const Linear& o, const Linear* gate_up, const Linear* down, const Experts* experts,
                             uintptr_t input_norm, uintptr_t post_norm, uintptr_t q_norm, uintptr_t k_norm, uintptr_t attention_norm,
-                            uintptr_t mlp_norm, uintptr_t cos_sin, const Cache* cache, int64_t window, uintptr_t sinks, const Delta* delta) {
+                            uintptr_t mlp_norm, uintptr_t cos_sin, int64_t rotary, const Cache* cache, bool shared, const Values* values,
+                            int64_t window, uintptr_t sinks, const Delta* delta, const Beside* beside, const Told* told, uintptr_t scalar) {
             new (self) Layer{&qkv, &o, gate_up, down, experts == nullptr ? nullptr : &experts->mixture, at<void>(input_norm), at<void>(post_norm),
-                             at<void>(q_norm), at<void>(k_norm), at<void>(attention_norm), at<void>(mlp_norm), at<float>(cos_sin),
-                             cache == nullptr ? Cache{} : *cache, window, at<void>(sinks), delta == nullptr ? Delta{} : *delta};
+                             at<void>(q_norm), at<void>(k_norm), at<void>(attention_norm), at<void>(mlp_norm), at<float>(cos_sin), rotary,
+                             cache == nullptr ? Cache{} : *cache, shared, values == nullptr ? Values{} : *values, window, at<void>(sinks),
+                             delta == nullptr ? Delta{} : *delta, beside == nullptr ? Beside{} : *beside, told == nullptr ? Told{} : *told,
+                             at<void>(scalar)};
         }, nb::kw_only(), "qkv"_a, "o"_a, "gate_up"_a = nb::none(), "down"_a = nb::none(), "experts"_a = nb::none(), "input_norm"_a, "post_norm"_a,
-           "q_norm"_a, "k_norm"_a, "attention_norm"_a, "mlp_norm"_a, "cos_sin"_a, "cache"_a = nb::none(), "window"_a, "sinks"_a,
-           "delta"_a = nb::none());
+           "q_norm"_a, "k_norm"_a, "attention_norm"_a, "mlp_norm"_a, "cos_sin"_a, "rotary"_a, "cache"_a = nb::none(), "shared"_a,
+           "values"_a = nb::none(), "window"_a, "sinks"_a, "delta"_a = nb::none(), "beside"_a = nb::none(), "told"_a = nb::none(), "scalar"_a);
 
     nb::class_<Stack>(m, "Stack")
         .def("__init__", [](Stack* self, const std::vector<Layer>& layers, int type, int64_t heads, float eps, float offset, float scale,
-                            float cap, int64_t rotary) {
-            new (self) Stack{layers, Type(type), heads, eps, offset, scale, cap, rotary};
-        }, "layers"_a, nb::kw_only(), "type"_a, "heads"_a, "eps"_a, "offset"_a, "scale"_a, "cap"_a, "rotary"_a)
+                            float cap) {
+            new (self) Stack{layers, Type(type), heads, eps, offset, scale, cap};
+        }, "layers"_a, nb::kw_only(), "type"_a, "heads"_a, "eps"_a, "offset"_a, "scale"_a, "cap"_a)
         .def_prop_ro("width", &Stack::width);
 
     nb::class_<Machine>(m, "Machine")

@@ -80,6 +80,36 @@ inline void sigmoid_mul(Pool& pool, const RowsArgs& a) {
     });
 }
 
+// gelu(residual) * x
+inline void gelu_by(Pool& pool, const RowsArgs& a) {
+    with_type(a.type, [&](auto tag) {
+        constexpr Type T = decltype(tag)::value;
+        using Item = typename As<T>::Item;
+        ranges(pool, a.rows, a.columns * 4, [&](int64_t first, int64_t last) {
+            for (int64_t r = first; r < last; ++r) {
+                const Item *x = static_cast<const Item*>(a.x) + r * a.stride, *gates = static_cast<const Item*>(a.residual) + r * a.columns;
+                Item* out = static_cast<Item*>(a.out) + r * a.columns;
+                for (int64_t k = 0, n = a.columns; k < a.columns; k += 16, n -= 16)
+                    store_some<T>(out + k, gate<true>(load_some<T>(gates + k, n)) * load_some<T>(x + k, n), n);
+            }
+        });
+    });
+}
+
+// x * norm[0]
+inline void scale(Pool& pool, const RowsArgs& a) {
+    with_type(a.type, [&](auto tag) {
+        constexpr Type T = decltype(tag)::value;
+        using Item = typename As<T>::Item;
+        const F factor = splat(reduce_add(load_some<T>(static_cast<const Item*>(a.norm), 1)));
+        ranges(pool, a.rows, a.columns * 4, [&](int64_t first, int64_t last) {
+            for (int64_t r = first; r < last; ++r)
+                for (int64_t k = 0, n = a.columns; k < a.columns; k += 16, n -= 16)
+                    store_some<T>(static_cast<Item*>(a.out) + r * a.columns + k, load_some<T>(static_cast<const Item*>(a.x) + r * a.stride + k, n) * factor, n);
+        });
+    });
+}
+
 // One head of q or k: normalized, its first `rotary` features rotated, in float32.
 template <Type T> INLINE void rotate_head(const typename As<T>::Item* x, const typename As<T>::Item* norm, float eps, float offset, const float* cos_sin, int64_t rotary, int64_t dim, float* out) {
     const F factor = splat(norm != nullptr ? norm_factor<T>(x, dim, eps) : 1.0f), shift = splat(offset);
@@ -98,6 +128,22 @@ template <Type T> INLINE void rotate_head(const typename As<T>::Item* x, const t
     }
 }
 
+// A head of values that was normalized: rounded to T, as an operator would have left it, and as keys had it before `moved` pairs came first.
+template <Type T> INLINE void as_values(float* wide, int64_t dim, int64_t moved) {
+    alignas(64) float found[kMostFeatures];
+    alignas(64) typename As<T>::Item rounded[16];
+    for (int64_t k = 0; k < dim; k += 16) {
+        store_some<T>(rounded, load_some<Type::f32>(wide + k, dim - k), dim - k);
+        store_some<Type::f32>(found + k, load_some<T>(rounded, dim - k), dim - k);
+    }
+    const int64_t half = dim / 2, rest = half - moved;
+    const auto copy = [&](int64_t to, int64_t from, int64_t count) { std::memcpy(wide + to, found + from, size_t(count) * sizeof(float)); };
+    copy(0, 0, moved);
+    copy(moved, 2 * moved, rest);
+    copy(half, moved, moved);
+    copy(half + moved, 2 * moved + rest, dim - half - moved);
+}
+
 inline void rope_store(Pool& pool, const RopeStoreArgs& a) {
     const Cache& c = a.cache;
     const int64_t heads = a.q_heads + (c.k == c.v ? 1 : 2) * c.heads;  // values that are the keys are not written again
@@ -109,14 +155,16 @@ inline void rope_store(Pool& pool, const RopeStoreArgs& a) {
             alignas(64) float wide[kMostFeatures];
             for (int64_t i = first; i < last; ++i) {
                 const int64_t token = i / heads, head = i % heads;
-                Item* x = static_cast<Item*>(a.qkv) + token * a.stride + head * c.dim;
                 const bool query = head < a.q_heads, value = head >= a.q_heads + c.heads;
+                // Keys are left as they come, so that values can be made of them.
+                Item* x = static_cast<Item*>(a.qkv) + token * a.stride + (value && a.keys_only ? head - c.heads : head) * c.dim;
                 const int64_t rotary = value ? 0 : a.rotary;
-                const Item* norm = static_cast<const Item*>(value ? nullptr : query ? a.q_norm : a.k_norm);
+                const Item* norm = static_cast<const Item*>(value ? a.v_norm : query ? a.q_norm : a.k_norm);
                 rotate_head<T>(x, norm, a.eps, a.offset, a.cos_sin + a.positions[token] * a.rotary, rotary, c.dim, wide);
                 if (query) {
                     for (int64_t k = 0; k < c.dim; k += 16) store_some<T>(x + k, load_some<Type::f32>(wide + k, c.dim - k), c.dim - k);
                 } else if (value) {
+                    if (norm != nullptr) as_values<T>(wide, c.dim, a.moved);
                     write_cache(c, c.v, c.v_scale, c.v_given, a.slots[token] * c.heads + head - a.q_heads - c.heads, wide);
                 } else {
                     write_cache(c, c.k, c.k_scale, c.k_given, a.slots[token] * c.heads + head - a.q_heads, wide);

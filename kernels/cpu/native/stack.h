@@ -16,6 +16,25 @@ struct Delta {
     int64_t state_stride;
 };
 
+// A mixture beside an MLP: what it reads, what it gives, and what the MLP gives are normalized.
+struct Beside {
+    const Mixture* mixture;  // null: there is none
+    const void *norm, *mixture_norm, *mlp_norm;
+};
+
+// What a layer makes of what it is told of each token.
+struct Told {
+    const Linear *gate, *down;  // null: it is told nothing
+    const void* norm;
+};
+
+// Values of a layer, where they are normalized: `keys_only` and `moved` as in RopeStoreArgs.
+struct Values {
+    const void* norm;
+    bool keys_only;
+    int64_t moved;
+};
+
 // One layer; norms are in the type of the activations, null where the model has none.
 struct Layer {
     const Linear *qkv, *o, *gate_up, *down;  // gate_up and down are null where there is a mixture
@@ -23,10 +42,16 @@ struct Layer {
     const void *input_norm, *post_norm, *q_norm, *k_norm;
     const void *attention_norm, *mlp_norm;  // of what attention and the MLP add
     const float* cos_sin;
+    int64_t rotary;
     Cache cache;
+    bool shared;  // it is another layer's: qkv is of queries alone
+    Values values;
     int64_t window;  // 0: none
     const void* sinks;  // of attention; null: none
     Delta delta;
+    Beside beside;
+    Told told;
+    const void* scalar;  // what the layer gives is multiplied by it; null: 1
 };
 
 struct Stack {
@@ -35,7 +60,6 @@ struct Stack {
     int64_t heads;   // of queries
     float eps, offset;  // of norms
     float scale, cap;   // of attention's scores; cap 0: none
-    int64_t rotary;
     int64_t width() const;  // elements of workspace that a token needs
 };
 
@@ -46,6 +70,8 @@ struct Batch {
     const int32_t *starts, *lengths, *tables;
     int64_t table_width;
     const int32_t* places;  // of the sequences' states; null where no layer has any
+    const void* told;       // features for each layer, those of a token together, and tokens `told_stride` elements apart
+    int64_t told_stride;
 };
 
 // hidden [tokens, hidden] is overwritten with what the last layer gives; workspace: tokens * width() elements.

@@ -131,6 +131,9 @@ struct RopeStoreArgs {
     const void* q_norm;        // [dim] or null, in `type`
     const void* k_norm;
     float eps, offset;
+    const void* v_norm = nullptr;
+    bool keys_only = false;    // values are made of keys as they come, of which each head has `moved` pairs of features before the rest
+    int64_t moved = 0;
 };
 
 struct DeltaRule {         // parameters of a layer of the gated delta rule (kernels/states.py)
@@ -201,6 +204,8 @@ struct Kernels {
     void (*silu_mul)(Pool&, const RowsArgs&);
     void (*gelu_mul)(Pool&, const RowsArgs&);
     void (*sigmoid_mul)(Pool&, const RowsArgs&);
+    void (*gelu_by)(Pool&, const RowsArgs&);
+    void (*scale)(Pool&, const RowsArgs&);
     void (*embed)(Pool&, const EmbedArgs&);
     void (*argmax)(Pool&, const ArgmaxArgs&);
     float (*kth_largest)(Pool&, const float*, int64_t n, int64_t k);
