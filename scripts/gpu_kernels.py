@@ -25,8 +25,8 @@ Found = dict[str, dict[str, dict[int, tuple[Compilation, Report]]]]  # kernel, t
 
 HEAD = """# What the kernels compile to
 Written by `scripts/gpu_kernels` (Triton {triton}; {ptxas}): compiled, not run. Each kernel is here in its usual launches: with
-the shapes of an 8B model (experts: of Qwen3-30B-A3B and Mixtral 8x7B) and blocks of 64 tokens, as an operator on a card of that
-kind launches it.
+the shapes of an 8B model (experts: of Qwen3-30B-A3B and Mixtral 8x7B; latents: of Kimi K2) and blocks of 64 tokens, as an
+operator on a card of that kind launches it.
 
 - **stack**: bytes a thread of what did not fit its registers
 - **at a time**: blocks x their warps in a multiprocessor, the share of the warps it could hold, what forbids one more block
@@ -49,7 +49,7 @@ def items(one: Compilation) -> int:
     if name == "product":  # a tile of the weight has 128 inputs; a dense one of experts what is multiplied at a time
         return int(constants["BN"] * (constants["BK"] if constants.get("BITS") == 16 else 128) // threads)
     if name in ("_decode", "_prefill"):
-        return int(2 * constants["BLOCK_N"] * constants["WIDTH"] // threads)
+        return int(2 * constants["BLOCK_N"] * (constants["WIDTH"] + constants["SIDE"]) // threads)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Attention of one token a sequence over the paged cache, each sequence cut into splits that are merged by log-sum-exp.
 
-    program (s, h, i): query heads h * GROUP .. + GROUP of sequence s, the rows of one product (at least 16), over split i
+    program (s, h, i): query heads h * GROUP .. + GROUP of sequence s, the rows of one product (at least 16), over split i;
+                       SHARING programs in a row have the same key/value head
     tokens of s that are seen, in tiles: | 0 .. per | per .. 2 per | ... |      per = max(ceil(tiles / splits), a minimum)
 
 Splits beyond a sequence's end return at once, so a launch that was made for the longest sequence costs little for short ones.
@@ -17,20 +18,22 @@ from torch import Tensor
 
 from kernels.ops import KVCache, PagedBatch
 from kernels.triton.caches import code_bits
-from kernels.triton.kv import Launch, arguments, finish, fold, load_queries, start
+from kernels.triton.kv import FEW, WIDEST, Launch, arguments, finish, fold, in_registers, keep, load_queries, start
 
 MIN_SPLIT = 128  # tokens: less is not worth a program
 MAX_SPLITS = 64
 RESIDENT = 2  # programs that a multiprocessor holds at a time
 
 
-def choose(width: int, bits: int, capability: int, *, exact: bool) -> Launch:
-    """For heads padded to ``width`` features, a cache of ``bits`` an element, and float32 queries where ``exact``.
+def choose(width: int, bits: int, capability: int, *, dtype: torch.dtype) -> Launch:
+    """For heads padded to ``width`` features, a cache of ``bits`` an element, and queries of ``dtype``.
 
-    ROWS are at least those that a product needs; float32 queries of 512 features leave no room for more than a group.
+    ROWS are at least those that a product needs.
     """
-    if exact or 0 < capability < 80:  # no products in hardware: operands stay in registers
-        return Launch(8 if width > 256 else 16, max(16, min(32, 4096 // width)), 8, 2)
+    if in_registers(capability, dtype):
+        return Launch(FEW if width > 256 else 16, max(16, min(32, 4096 // width)), 8, 2)
+    if width > WIDEST:  # of latents, which many heads share
+        return Launch(16, 32, 8, 2)
     wide = capability in (80, 90, 100, 103)  # much shared memory, and memory fast enough to need more on its way
     tile = 8 * (16384 if wide else 8192) // (width * bits)
     # Heads of 512 have more on its way in each stage, and those of 16 bits twice as much as that: two programs are to fit.
@@ -59,13 +62,13 @@ def decode(
     """Attention of q [T, Hq, D] into out for the first ``sequences``, which have a row at most; see ``kernels.ops.Attention``."""
     heads, size = q.shape[1:]
     given = arguments(q, cache, batch, scale=scale, window=window, cap=cap, capability=capability)
-    launch = choose(given["WIDTH"], code_bits(cache), capability, exact=q.dtype == torch.float32)
+    launch = choose(given["WIDTH"] + given["SIDE"], code_bits(cache), capability, dtype=q.dtype)
     tiles = {"BLOCK_N": launch.BLOCK_N, "MIN_TILES": MIN_SPLIT // launch.BLOCK_N}
     parts = sums = None
     if splits > 1:
         parts = torch.empty((sequences, heads, splits, size), dtype=torch.float32, device=q.device)
         sums = torch.empty((sequences, heads, splits), dtype=torch.float32, device=q.device)
-    _decode[(sequences, cache.k.shape[2], splits)](
+    _decode[(sequences, heads // given["GROUP"], splits)](
         out_ptr=out if parts is None else parts,
         sums_ptr=sums,
         ROWS=max(launch.ROWS, triton.next_power_of_2(given["GROUP"])),
@@ -77,7 +80,7 @@ def decode(
     )
     if parts is not None:
         shared = {name: given[name] for name in ("starts_ptr", "lengths_ptr", "window", "D", "WIDTH", "WINDOW")}
-        _merge[(sequences, heads)](
+        _merge[(sequences, heads, triton.cdiv(size, given["WIDTH"]))](
             parts_ptr=parts,
             sums_ptr=sums,
             out_ptr=out,
@@ -104,12 +107,12 @@ def _decode(  # type: ignore[no-untyped-def]
     q_ptr, out_ptr, sums_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, starts_ptr, lengths_ptr, tables_ptr,
     q_token_stride, q_head_stride, block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride,
     table_stride, scale, window, cap,
-    D: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr,
-    ASM: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, SIDE: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
+    CODE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """out: [S, Hq, D] in the queries' dtype, or float32 [S, Hq, splits, D] where SPLIT; sums float32 [S, Hq, splits]."""
-    sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, kv_head, split = tl.program_id(0), tl.program_id(1) // SHARING, tl.program_id(2)
     splits = tl.num_programs(2)
     token = tl.load(starts_ptr + sequence).to(tl.int64)
     if tl.load(starts_ptr + sequence + 1) == token:
@@ -122,8 +125,8 @@ def _decode(  # type: ignore[no-untyped-def]
         return
     in_group = tl.arange(0, ROWS)
     live = in_group < GROUP
-    heads = kv_head * GROUP + in_group
-    q, q_sum = load_queries(q_ptr + token * q_token_stride, heads * q_head_stride, live, D, WIDTH, CODE)
+    heads = tl.program_id(1) * GROUP + in_group
+    q, q_sum = load_queries(q_ptr + token * q_token_stride, heads * q_head_stride, live, D, WIDTH, SIDE, CODE)
     top, total, low, acc = start(q, BLOCK_N, CODE)
     positions = in_group * 0 + (length - 1)
     table = tables_ptr + sequence.to(tl.int64) * table_stride
@@ -134,14 +137,12 @@ def _decode(  # type: ignore[no-untyped-def]
             block_stride, token_stride, head_stride, scale_block_stride, scale_token_stride, scale, window, cap,
             D, BLOCK_SIZE, BLOCK_N, True, WINDOW, CODE, ASM,
         )  # fmt: skip
-    found, sums = finish(top, total, low, acc, CODE)
-    features = tl.arange(0, WIDTH)
-    mask = live[:, None] & (features < D)[None, :]
+    found, side, sums = finish(top, total, low, acc, CODE)
     rows = token * tl.num_programs(1) * GROUP + heads
     if SPLIT:
         rows = rows * splits + split
         tl.store(sums_ptr + rows, sums, mask=live)
-    tl.store(out_ptr + rows[:, None] * D + features[None, :], found.to(out_ptr.dtype.element_ty), mask=mask)
+    keep(out_ptr, rows, found, side, live, D, WIDTH, SIDE)
 
 
 @triton.jit(do_not_specialize=["splits", "window"])
@@ -157,7 +158,7 @@ def _merge(  # type: ignore[no-untyped-def]
         return
     first, per, tiles = _stretch(tl.load(lengths_ptr + sequence), window, splits, BLOCK_N, MIN_TILES, WINDOW)
     row = token * tl.num_programs(1) + head
-    split, features = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    split, features = tl.arange(0, SPLITS), tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     made = split < tl.cdiv(tiles - first, per)
     sums = tl.load(sums_ptr + row * splits + split, mask=made, other=-float("inf"))
     weights = tl.exp2(sums - tl.max(sums, 0))

@@ -1,4 +1,4 @@
-"""What kernels are told of a layer's cache, and how a token's scales are read.
+"""What kernels are told of a layer's cache, where tokens lie in it, and how their scales are read.
 
 Scales are a 32-bit word for each token and head, of keys and of values: a float32, or, in int4, step (lower half) and least
 (upper half) in float16. So those of all kinds lie at the same places.
@@ -49,6 +49,23 @@ def cache_arguments(cache: KVCache, item: torch.dtype) -> dict[str, Any]:
     strides = dict(zip(names, (*k.stride()[:3], *scale_strides), strict=True))
     tensors = {"k_ptr": k, "v_ptr": v, "k_scale_ptr": k_scale, "v_scale_ptr": v_scale}
     return {**tensors, **strides, "BLOCK_SIZE": cache.block_size, "CODE": code}
+
+
+@triton.jit
+def token_rows(  # type: ignore[no-untyped-def]
+    table, first, tokens, live, block_stride, token_stride, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """(base, rows [BLOCK_N]): where ``tokens`` = first + 0.. lie in a cache with these strides; first is a multiple of BLOCK_N.
+
+    A tile inside a block has one base, int64, and rows that are the same for all tiles. Else the rows are int64, and in block 0
+    where not live.
+    """
+    if BLOCK_N <= BLOCK_SIZE:
+        block = tl.load(table + first // BLOCK_SIZE).to(tl.int64)
+        return block * block_stride + first % BLOCK_SIZE * token_stride, tl.arange(0, BLOCK_N) * token_stride
+    else:
+        blocks = tl.load(table + tokens // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+        return 0, blocks * block_stride + tokens % BLOCK_SIZE * token_stride
 
 
 @triton.jit

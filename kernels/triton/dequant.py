@@ -181,3 +181,31 @@ def _fp8_pairs(words, DTYPE: tl.constexpr, ASM: tl.constexpr):  # type: ignore[n
         part = 0.00390625 if tl.float16 == DTYPE else 1.0
         low, high = widen(words.to(tl.int16, bitcast=True), tl.float32, "e4m3", 0)
         return (low * part).to(DTYPE), (high * part).to(DTYPE)
+
+
+@triton.jit
+def scaled(plane, scale, SCALE: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """plane times float32 ``scale``, which can be broadcast to it, in the plane's dtype: rounded once.
+
+    SCALE: what the scale was stored as. Where that is not the plane's dtype, it is taken as the sum of two numbers of it.
+    """
+    if ASM:
+        high = scale.to(plane.dtype)
+        none = tl.full(plane.shape, -0.0, plane.dtype)  # leaves -0 alone
+        if plane.dtype == SCALE:
+            return _fma(plane, tl.broadcast_to(high, plane.shape), none)
+        else:
+            low = (scale - high.to(tl.float32)).to(plane.dtype)
+            rest = _fma(plane, tl.broadcast_to(low, plane.shape), none)
+            return _fma(plane, tl.broadcast_to(high, plane.shape), rest)
+    else:
+        return (plane.to(tl.float32) * scale).to(plane.dtype)
+
+
+@triton.jit
+def _fma(a, b, c):  # type: ignore[no-untyped-def]
+    """a * b + c of two bytes each, two at a time; bfloat16 has no product by itself before sm_90."""
+    if a.dtype == tl.float16:
+        return tl.inline_asm_elementwise("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], a.dtype, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], a.dtype, is_pure=True, pack=2)

@@ -30,13 +30,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import KVCache, PagedBatch
-from kernels.triton.caches import cache_arguments, load_scales
-from kernels.triton.dequant import BASE, nibbles, whole
-from kernels.triton.widen import widen
+from kernels.triton.caches import cache_arguments, load_scales, token_rows
+from kernels.triton.dequant import whole
+from kernels.triton.tile import every, tiles
 
 LOG2_E = 1.4426950408889634
-MAX_GROUP = 64  # query heads that share a key/value head
+WIDEST = 512  # features of a product; what a head has beyond them is a product of its own
+MAX_GROUP = 64  # query heads of a program
 PARTS = {"": 1, "int4": 4}  # codes in a word; two of the others
+FEW = 8  # where they are wide, and products plain arithmetic: more do not fit the shared memory of small cards
 LOWEST = tl.constexpr(-1e30)  # where maxima start: not -inf, since -inf - -inf is NaN in a row that has seen nothing yet
 LEAST_SCALE = tl.constexpr(2.0**-64)  # what a value's scale of zero counts as; its codes are zero
 
@@ -48,6 +50,11 @@ def capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def in_registers(capability: int, dtype: torch.dtype) -> bool:
+    """Whether products are plain arithmetic, whose operands are in registers: in float32, and before sm_80."""
+    return dtype == torch.float32 or 0 < capability < 80
 
 
 def asm_level(capability: int) -> int:
@@ -69,11 +76,19 @@ def arguments(
     q: Tensor, cache: KVCache, batch: PagedBatch, *, scale: float, window: int | None, cap: float | None, capability: int
 ) -> dict[str, Any]:
     """What both kernels are given, by the names of their arguments. ValueError for what they do not know."""
-    heads, size = q.shape[1:]
-    kv_heads = cache.k.shape[2]
-    if heads % kv_heads or heads // kv_heads > MAX_GROUP:
-        raise ValueError(f"{heads} query heads over {kv_heads}: a multiple of at most {MAX_GROUP} is needed")
-    given = cache_arguments(cache, torch.int16)
+    (heads, size), kv_heads = q.shape[1:], cache.k.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads over {kv_heads}: a multiple is needed")
+    given, group = cache_arguments(cache, torch.int16), heads // kv_heads
+    part = 16 * PARTS.get(given["CODE"], 2)  # products need 16 features
+    width, side = max(triton.next_power_of_2(size), part), 0
+    if width > WIDEST:
+        width, side = WIDEST, max(triton.next_power_of_2(size - WIDEST), part)
+    if cache.values_are_keys and not given["CODE"]:  # codes are widened twice, else operands would have to change places
+        given["v_ptr"] = None
+    most = (16 if given["CODE"] else 32) if side else MAX_GROUP  # codes are widened in registers, where queries are then, too
+    most = FEW if width > 256 and in_registers(capability, q.dtype) else most
+    sharing = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= most)
     return {
         **given,
         "q_ptr": q,
@@ -87,38 +102,32 @@ def arguments(
         "window": window or 0,
         "cap": None if cap is None else LOG2_E * cap,
         "D": size,
-        "WIDTH": max(triton.next_power_of_2(size), 16 * PARTS.get(given["CODE"], 2)),  # products need 16 features
-        "GROUP": heads // kv_heads,
+        "WIDTH": width,
+        "SIDE": side,
+        "GROUP": group // sharing,
+        "SHARING": sharing,
         "WINDOW": window is not None,
         "ASM": asm_level(capability),
     }
 
 
 @triton.jit
-def token_rows(  # type: ignore[no-untyped-def]
-    table, first, tokens, live, block_stride, token_stride, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """(base, rows [BLOCK_N]): where ``tokens`` = first + 0.. lie in a cache with these strides; first is a multiple of BLOCK_N.
+def load_queries(q_ptr, rows, live, D: tl.constexpr, WIDTH: tl.constexpr, SIDE: tl.constexpr, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(q, their sums): q [M, WIDTH] / parts, a tuple by place in a word of the cache, and [M, SIDE] / parts of what lies beyond.
 
-    A tile inside a block has one base, int64, and rows that are the same for all tiles. Else the rows are int64, and in block 0
-    where not live.
+    Zero beyond D and where not live. The sums, float32 [M], are 0 but for int4.
     """
-    if BLOCK_N <= BLOCK_SIZE:
-        block = tl.load(table + first // BLOCK_SIZE).to(tl.int64)
-        return block * block_stride + first % BLOCK_SIZE * token_stride, tl.arange(0, BLOCK_N) * token_stride
-    else:
-        blocks = tl.load(table + tokens // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
-        return 0, blocks * block_stride + tokens % BLOCK_SIZE * token_stride
+    q, total = _load_queries(q_ptr + rows, live, D, WIDTH, CODE)
+    if SIDE > 0:
+        side, more = _load_queries(q_ptr + rows + WIDTH, live, D - WIDTH, SIDE, CODE)
+        q, total = q + side, total + more
+    return q, total
 
 
 @triton.jit
-def load_queries(q_ptr, rows, live, D: tl.constexpr, WIDTH: tl.constexpr, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(q, their sums): q [M, WIDTH] / parts, a tuple by place in a word of the cache; zero beyond D and where not live.
-
-    The sums, float32 [M], are 0 but for int4.
-    """
+def _load_queries(start, live, D: tl.constexpr, WIDTH: tl.constexpr, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
     features = tl.arange(0, WIDTH)
-    q = tl.load(q_ptr + rows[:, None] + features[None, :], mask=live[:, None] & (features < D)[None, :], other=0.0)
+    q = tl.load(start[:, None] + features[None, :], mask=live[:, None] & (features < D)[None, :], other=0.0)
     if CODE == "":
         return (q,), 0.0
     else:
@@ -146,40 +155,44 @@ def start(q, COLUMNS: tl.constexpr, CODE: tl.constexpr):  # type: ignore[no-unty
     top = tl.full((q[0].shape[0],), LOWEST, tl.float32)
     total = tl.zeros((q[0].shape[0], COLUMNS), tl.float32)
     acc = ()
-    for _ in tl.static_range(len(q)):
-        acc = acc + (tl.zeros(q[0].shape, tl.float32),)  # type: ignore[assignment]
+    for i in tl.static_range(len(q)):
+        acc = acc + (tl.zeros(q[i].shape, tl.float32),)  # type: ignore[assignment]
     return top, total, total if CODE == "int4" else 0.0, acc
 
 
 @triton.jit
 def finish(top, total, low, acc, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(attention float32 [M, WIDTH], its log2-sum-exp2 [M]); zeros for rows that have seen nothing."""
+    """(attention float32 [M, WIDTH], that of the side, its log2-sum-exp2 [M]); zeros for rows that have seen nothing."""
     total = tl.maximum(tl.sum(total, 1), 1e-30)
     share = (1.0 / total)[:, None]
-    if CODE == "":
-        found = acc[0] * share
-    elif CODE == "int4":
-        low = tl.sum(low, 1)[:, None] * share
-        even = tl.interleave(acc[0] * share + low, acc[2] * share + low)
-        found = tl.interleave(even, tl.interleave(acc[1] * share + low, acc[3] * share + low))
-    else:
-        found = tl.interleave(acc[0] * share, acc[1] * share)
-    return found, top + tl.log2(total)
+    low = tl.sum(low, 1)[:, None] * share if CODE == "int4" else 0.0
+    PARTS: tl.constexpr = 1 if CODE == "" else 4 if CODE == "int4" else 2
+    found, side = _joined(acc, 0, share, low, CODE), 0.0
+    if len(acc) > PARTS:
+        side = _joined(acc, PARTS, share, low, CODE)
+    return found, side, top + tl.log2(total)
 
 
 @triton.jit
-def numbers(words, DTYPE: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tuple of what ``words`` of the cache hold, by place in a word: one, two or four tensors of their shape in DTYPE.
-
-    In int4 a part of it: see dequant.whole.
-    """
+def _joined(acc, FIRST: tl.constexpr, share, low, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[M, features] of sums by place in a word, from the one numbered FIRST on."""
     if CODE == "":
-        return (words.to(DTYPE),)
+        return acc[FIRST] * share
     elif CODE == "int4":
-        base = -BASE if tl.float16 == DTYPE else 0  # so much do nibbles add
-        return nibbles(words, tl.full(words.shape, base, DTYPE), ASM > 0 and tl.float32 != DTYPE)
+        even = tl.interleave(acc[FIRST] * share + low, acc[FIRST + 2] * share + low)
+        return tl.interleave(even, tl.interleave(acc[FIRST + 1] * share + low, acc[FIRST + 3] * share + low))
     else:
-        return widen(words, DTYPE, CODE, ASM)
+        return tl.interleave(acc[FIRST] * share, acc[FIRST + 1] * share)
+
+
+@triton.jit
+def keep(to, rows, found, side, live, D: tl.constexpr, WIDTH: tl.constexpr, SIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """found and side to ``rows`` of to [.., D]."""
+    at, features = to + rows[:, None] * D, tl.arange(0, WIDTH)[None, :]
+    tl.store(at + features, found.to(to.dtype.element_ty), mask=live[:, None] & (features < D))
+    if SIDE > 0:
+        beyond = WIDTH + tl.arange(0, SIDE)[None, :]
+        tl.store(at + beyond, side.to(to.dtype.element_ty), mask=live[:, None] & (beyond < D))
 
 
 @triton.jit
@@ -207,17 +220,6 @@ def capped(x, cap):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load(at, live, inside, MASKED: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Words of a tile, 0 beyond the head (there is nothing where WHOLE) and, where MASKED, for tokens that are not live."""
-    if MASKED:
-        return tl.load(at, mask=live & inside, other=0)
-    elif WHOLE:
-        return tl.load(at)
-    else:
-        return tl.load(at, mask=inside, other=0)
-
-
-@triton.jit
 def _columns(x, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.sum(x, 1, keep_dims=True) if COLUMNS == 1 else x
 
@@ -235,27 +237,25 @@ def fold(  # type: ignore[no-untyped-def]
     positions int [M]: of the rows' tokens; scale includes log2 e. cap: of scores, or None. MASKED: some row does not see all of
     the tile. WINDOW: ``window`` counts.
     """
-    PARTS: tl.constexpr = len(q)
+    PARTS: tl.constexpr = 1 if CODE == "" else 4 if CODE == "int4" else 2
     DTYPE: tl.constexpr = q[0].dtype
     tokens = first + tl.arange(0, BLOCK_N)
     live = tokens < end
     base, rows = token_rows(table, first, tokens, live, block_stride, token_stride, BLOCK_SIZE, BLOCK_N)
     base += kv_head * head_stride
     ITEMS: tl.constexpr = D // PARTS
-    items = tl.arange(0, q[0].shape[1])
-    k_at = k_ptr + base + (rows[None, :] + items[:, None])
-    v_at = v_ptr + base + (rows[:, None] + items[None, :])
-    inside = items < ITEMS
-    WHOLE: tl.constexpr = items.shape[0] == ITEMS
+    WIDTH: tl.constexpr = q[0].shape[1]
+    SAME: tl.constexpr = v_ptr is None  # values are keys
     # In float32 keys and values of more than 256 features do not both fit the shared memory of small cards.
-    LATE: tl.constexpr = tl.float32 == DTYPE and PARTS * items.shape[0] > 256
-    k = _load(k_at, live[None, :], inside[:, None], MASKED, WHOLE)
-    if not LATE:
-        v = _load(v_at, live[:, None], inside[None, :], MASKED, WHOLE)
-    k = numbers(k, DTYPE, CODE, ASM)
-    scores = product(q[0], k[0], None, ASM)
-    for i in tl.static_range(1, PARTS):
-        scores = product(q[i], k[i], scores, ASM)
+    LATE: tl.constexpr = tl.float32 == DTYPE and PARTS * WIDTH > 256
+    tile_base, tile_rows = base, rows
+    k = tiles(k_ptr + base, rows, live, q, ITEMS, PARTS, SAME, MASKED)
+    if not (LATE or SAME):
+        v = tiles(v_ptr + base, rows, live, q, ITEMS, PARTS, True, MASKED)
+    k = every(k, DTYPE, CODE, ASM)
+    scores = product(q[0], tl.trans(k[0]) if SAME else k[0], None, ASM)
+    for i in tl.static_range(1, len(q)):
+        scores = product(q[i], tl.trans(k[i]) if SAME else k[i], scores, ASM)
     if CODE == "":
         scores *= scale
     else:
@@ -287,9 +287,10 @@ def fold(  # type: ignore[no-untyped-def]
     total = total * shrink[:, None] + _columns(weights, total.shape[1])
     if CODE == "int4":
         low = low * shrink[:, None] + _columns(weights * v_least[None, :], low.shape[1])
-    if LATE:
-        v = _load(v_at, live[:, None], inside[None, :], MASKED, WHOLE)
-    v, shares, sums = numbers(v, DTYPE, CODE, ASM), shares.to(DTYPE), ()
-    for i in tl.static_range(PARTS):
+    if LATE and not SAME:
+        v = tiles(v_ptr + tile_base, tile_rows, live, q, ITEMS, PARTS, True, MASKED)
+    v = k if SAME else every(v, DTYPE, CODE, ASM)
+    shares, sums = shares.to(DTYPE), ()
+    for i in tl.static_range(len(q)):
         sums = sums + (product(shares, v[i], acc[i] * shrink[:, None], ASM),)  # type: ignore[assignment]
     return new_top, total, low, sums

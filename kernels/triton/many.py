@@ -7,7 +7,7 @@ Programs come in an order in which a tile of the weight meets GROUP tiles of row
                            1 | 1  3  5  7
                            2 | 8 10 12 14
 
-HALF: sums of a group are float16, see half.py.
+HALF: sums of a group are float16, see half.py. Else scales of groups of 32 and 64 multiply weights, as in tiled.py.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configs import Launch
-from kernels.triton.dequant import BASE, UNIT, byte_pairs, nibbles, whole
+from kernels.triton.dequant import BASE, UNIT, byte_pairs, nibbles, scaled, whole
 from kernels.triton.gate import gate_mul
 from kernels.triton.half import shrink
-from kernels.triton.tiled import _dot, _params
+from kernels.triton.tiled import FLAT, _dot, _params
 from kernels.triton.weights import SCALES, TILE, TritonWeight
 
 
@@ -136,15 +136,16 @@ def product(  # type: ignore[no-untyped-def]
     tile_at = (column // 128).to(tl.int64) * tiles
     w_at = words + tile_at[None, :] * (128 * LINE) + (column % 128)[None, :] * LINE + k[:, None]
     acc, scale = tl.zeros((BM, BN), tl.float32), tl.zeros((BN,), tl.float32)
+    SCALED: tl.constexpr = SLICES > 1 and BM >= FLAT and not HALF  # half.py's bound is that of codes
     for tile in range(tiles):
         left = K - tile * 128
         if BITS == 4:
             packed = tl.load(w_at)
         group = 0 if WHOLE else tile * SLICES
-        total = acc if WHOLE and not HALF else tl.zeros((BM, BN), SUM)
+        total = acc if (WHOLE and not HALF) or SCALED else tl.zeros((BM, BN), SUM)
         for j in tl.static_range(4):
             if (j * SLICES) % 4 == 0:  # a group begins
-                if j > 0:
+                if j > 0 and not SCALED:
                     acc += total.to(tl.float32) * scale[None, :]
                     total = tl.zeros((BM, BN), SUM)
                 scale, addend = _params(scaling, group + j * SLICES // 4, column, padded, PARTS, SCALE, ADDEND)
@@ -165,9 +166,13 @@ def product(  # type: ignore[no-untyped-def]
                 plane = w0 if j % 2 == 0 else w1
             else:
                 plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3
+            if SCALED:
+                plane = scaled(plane, scale[None, :], SCALE, ASM)
             total = _half_dot(rows, plane, total, ASM) if HALF else _dot(rows, plane, total, ASM)
         if WHOLE:
             acc = acc + total.to(tl.float32) if HALF else total
+        elif SCALED:
+            acc = total
         else:
             acc += total.to(tl.float32) * scale[None, :]
         x_at += 128

@@ -8,8 +8,9 @@ numbers of every pair it rotates::
                   a cos - b sin   b cos + a sin     as it is
 
 q goes back to where it came from; keys and values go to their token's slot, as they are or quantized, with a scale of each head
-(kernels/kv_cache.py). A negative slot is padding: nothing is stored. Where the product was cut along its inputs, its partial sums
-[splits, T, features] are added here, in order and with the bias behind them, and rounded as the product would have been.
+(kernels/kv_cache.py); where values are keys there are none. A negative slot is padding: nothing is stored. Where the product was
+cut along its inputs, its partial sums [splits, T, features] are added here, in order and with the bias behind them, and rounded
+as the product would have been.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def rope_store(
     """As the RopeStore protocol in kernels.ops has it; q is rotated in place, and a view of qkv [T, (Hq + 2 Hkv) * D].
 
     qkv: float16, bfloat16 or float32. cache: any float dtype, or quantized, as in kernels.kv_cache. A token whose slot is
-    negative is not stored. ValueError for layouts that are not taken.
+    negative is not stored, and nothing is where qkv is [T, Hq * D]. ValueError for layouts that are not taken.
     """
     qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
     q = qkv.as_strided((qkv.shape[0], heads * cache.head_dim), (qkv.stride(0), 1))
@@ -204,14 +205,17 @@ def _launch(
 ) -> Tensor:
     """q [T, Hq * D] is filled, and returned as heads."""
     (splits, tokens, width), kv_heads, size, rotary = parts.shape, cache.k.shape[2], cache.head_dim, cos_sin.shape[1]
-    if width != (heads + 2 * kv_heads) * size or not 2 <= rotary <= size or rotary % 2 or not splits:
-        raise ValueError(f"qkv {list(parts.shape)} is not {heads} + 2 * {kv_heads} heads of {size}, of which {rotary} rotate")
+    kept = 0 if width == heads * size else 1 if cache.values_are_keys else 2  # of each key head: keys, and values
+    if width != (heads + kept * kv_heads) * size or not 2 <= rotary <= size or rotary % 2 or not splits:
+        raise ValueError(
+            f"qkv {list(parts.shape)} is not {heads} + {kept} * {kv_heads} heads of {size}, of which {rotary} rotate"
+        )
     stored = cache_arguments(cache, torch.uint8)
     if stored["CODE"] == "int4" and rotary % 4:
         raise ValueError(f"an int4 cache has two numbers in a byte, so halves of {rotary // 2} cannot be rotated")
     k_given, v_given = (None, None) if cache.given is None or stored["CODE"] in ("", "int4") else cache.given
     shape = tile(max(heads, kv_heads), rotary // 2, size - rotary, TILE if splits == 1 else PARTED_TILE)
-    programs = triton.cdiv(heads, shape["TILE_HEADS"]) + 2 * triton.cdiv(kv_heads, shape["TILE_HEADS"])
+    programs = triton.cdiv(heads, shape["TILE_HEADS"]) + kept * triton.cdiv(kv_heads, shape["TILE_HEADS"])
     if tokens:
         _rope_store[(tokens, programs)](
             parts,

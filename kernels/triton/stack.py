@@ -50,7 +50,10 @@ def bind(
     embedding: Embedding,
     card: Card = UNKNOWN,
 ) -> Forward | None:
-    """As kernels.ops.Bind; None where a weight was packed for other operators, layers have states, or no norms before products.
+    """As kernels.ops.Bind.
+
+    None where a weight was packed for other operators, or layers have states, no norms before products, normalized values, or
+    none of their own.
 
     ``embedding`` looks up rows of the stack's table.
 
@@ -59,7 +62,7 @@ def bind(
     """
     if not all(isinstance(weight, TritonWeight) for layer in stack.layers for weight in layer.weights):
         return None
-    if states or any(layer.input_norm is None for layer in stack.layers):
+    if states or any(layer.input_norm is None or layer.v_norm is not None or layer.shared for layer in stack.layers):
         return None
     if len(caches) != len(stack.layers):
         raise ValueError(f"{len(caches)} caches for {len(stack.layers)} layers")

@@ -168,4 +168,5 @@ def _with(layer: Layer, tensors: Sequence[Tensor]) -> Layer:
     o = changed(layer.o)
     mlp = every(layer.mlp) if isinstance(layer.mlp, Mixture) else whole(layer.mlp)
     beside = None if layer.beside is None else replace(layer.beside, mixture=every(layer.beside.mixture))
-    return replace(layer, qkv=qkv, o=o, mlp=mlp, beside=beside)
+    told = None if layer.told is None else replace(layer.told, gate=changed(layer.told.gate), down=changed(layer.told.down))
+    return replace(layer, qkv=qkv, o=o, mlp=mlp, beside=beside, told=told)

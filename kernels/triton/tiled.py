@@ -6,8 +6,11 @@
     rows of x, same inputs  | 0..31 | 32..63 | 64..95 | 96..127 |      the four right-hand sides, [32, BM]
 
 The weight is on the left because the matrix instructions take 16 lines there, and 8 on the right, and rows are few.
-A group's scale multiplies the group's sum, not each weight. Without a split the epilogue adds bias and residual and rounds once;
-with one, partial sums go to float32 [splits, M, N], and ``finish`` adds them in order: no atomics, so that results repeat.
+A group's scale multiplies the group's sum, not each weight, unless a tile has 64 rows or more and groups of 32 or 64. Of these a
+thread has no fewer sums than weights, and sums of a group beside those of all do not fit its registers (sm_90): there the scale
+multiplies weights, which are rounded once, as those of slab.py are. Without a split the epilogue adds bias and residual and
+rounds once; with one, partial sums go to float32 [splits, M, N], and ``finish`` adds them in order: no atomics, so that results
+repeat.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton.dequant import byte_pairs, nibbles, whole
+from kernels.triton.dequant import byte_pairs, nibbles, scaled, whole
 from kernels.triton.gate import gate_mul
 
 FLAT = tl.constexpr(64)  # from so many rows on products have two dimensions
@@ -90,15 +93,16 @@ def sums(  # type: ignore[no-untyped-def]
     tile_at = (column // 128).to(tl.int64) * tiles + begin
     w_at = words + tile_at[:, None] * (128 * LINE) + (column % 128)[:, None] * LINE + k[None, :]
     acc, scale = _zeros(BN, BM), tl.zeros((BN,), tl.float32)
+    SCALED: tl.constexpr = SLICES > 1 and BM >= FLAT
     for tile in range(begin, end):
         left = K - tile * 128
         if BITS == 4:
             packed = tl.load(w_at, eviction_policy="evict_first")
         group = 0 if WHOLE else tile * SLICES
-        total = acc if WHOLE else _zeros(BN, BM)
+        total = acc if WHOLE or SCALED else _zeros(BN, BM)
         for j in tl.static_range(4):
             if (j * SLICES) % 4 == 0:  # a group begins
-                if j > 0:
+                if j > 0 and not SCALED:
                     acc += total * _beside(scale, acc)
                     total = _zeros(BN, BM)
                 scale, addend = _params(scaling, group + j * SLICES // 4, column, padded, PARTS, SCALE, DTYPE)
@@ -117,8 +121,10 @@ def sums(  # type: ignore[no-untyped-def]
                 plane = w0 if j % 2 == 0 else w1
             else:
                 plane = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3
+            if SCALED:
+                plane = scaled(plane, scale[:, None], SCALE, ASM)
             total = _dot(plane, given, total, ASM)
-        acc = total if WHOLE else acc + total * _beside(scale, acc)
+        acc = total if WHOLE or SCALED else acc + total * _beside(scale, acc)
         x_at += 128
         w_at += 128 * LINE
     acc = whole(tl.reshape(acc, (BN, BM)), DTYPE, words.dtype.element_ty)

@@ -147,7 +147,7 @@ class Cases:
 
         kinds = {  # N, K, bits, group; rows
             "layer, 4 bits, groups of 128": ((HIDDEN, HIDDEN, 4, 128), (1, 32, 64, 256, 2048)),
-            "layer, 4 bits, groups of 32": ((HIDDEN, HIDDEN, 4, 32), (1,)),
+            "layer, 4 bits, groups of 32": ((HIDDEN, HIDDEN, 4, 32), (1, 64, 256)),
             "layer, 8 bits, groups of 128": ((HIDDEN, HIDDEN, 8, 128), (1,)),
             "head, 8 bits, one scale an output": ((VOCABULARY, HIDDEN, 8, HIDDEN), (1, 32, 64)),
         }
@@ -216,6 +216,18 @@ class Cases:
                 yield f"{self.name}, cache {kind}, {rows} row{'s' * (rows > 1)} a sequence"
                 q, kept = empty(rows, HEADS, SIZE, dtype=self.dtype), self.cache(kind)
                 attention(q, kept, step(1, rows, 8192), scale=0.1, multiprocessors=self.card.multiprocessors)
+
+    def latents(self) -> Iterator[str]:
+        """Of Kimi K2: many queries over one key of 576 numbers, which is the value, too."""
+        from kernels.triton.attention import attention
+
+        for kind in ("16 bits", "fp8_e4m3"):
+            for rows in (1, 512):
+                yield f"latents, {self.name}, cache {kind}, {rows} row{'s' * (rows > 1)} a sequence"
+                dtype = {"16 bits": "bfloat16"}.get(kind, kind)
+                kept = KVCache.zeros(1024, BLOCK_SIZE, 1, 576, dtype=dtype, device=META, values=False)
+                q, batch = empty(rows, 64, 576, dtype=self.dtype), step(1, rows, 8192)
+                attention(q, kept, batch, scale=0.1, multiprocessors=self.card.multiprocessors)
 
     def small(self) -> Iterator[str]:
         from kernels.triton import elementwise, embedding, norm, rope, weights
@@ -322,7 +334,7 @@ def record(target: int) -> list[Compilation]:
     card = matmul.Card(CARDS[target].multiprocessors, target)
     half, brain = Cases(torch.float16, card), Cases(torch.bfloat16, card)
     some = [half.products, half.experts, half.fp8, half.attention, half.small, half.hybrid, half.rest]
-    more = [half.rounded, brain.products, brain.experts, brain.fp8, brain.attention, brain.gemma, brain.hybrid]
+    more = [half.rounded, brain.products, brain.experts, brain.fp8, brain.attention, brain.gemma, brain.hybrid, brain.latents]
     for cases in [*some, *([half.gemma] if target < 80 else more)]:
         for title in cases():
             recorder.case = title

@@ -120,6 +120,33 @@ def test_heads_of_more_than_256(size: int, kind: str | None, dtype: torch.dtype)
         check(sequences, heads=8, kv_heads=1, head_dim=size, kind=kind, dtype=dtype, window=window)
 
 
+@pytest.mark.parametrize("heads", [12, 26])
+def test_more_heads_than_a_program_takes(heads: int) -> None:
+    """Programs share a key/value head where its queries are too many for one: 6 and 1 to a program here."""
+    check([(40, 1), (0, 1), (20, 3)], heads=heads, kv_heads=heads // 12, head_dim=320, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("size", "heads", "kind", "dtype"),
+    [
+        (576, 35, None, torch.bfloat16),
+        (576, 16, "fp8_e4m3", torch.float16),
+        (576, 3, "int4", torch.float16),
+        (530, 9, None, torch.float32),
+        (40, 5, None, torch.float16),
+        (40, 5, "int8", torch.bfloat16),
+    ],
+)
+def test_values_that_are_keys(size: int, heads: int, kind: str | None, dtype: torch.dtype) -> None:
+    """Attention over latents: what heads have beyond 512 numbers is a product of its own, and many queries share a key."""
+    for sequences in ([(63, 1), (0, 1), (140, 1)], [(64, 1), (20, 9)]):
+        batch, cache = make_step(sequences, kv_heads=1, head_dim=size, block_size=64)
+        batch, (small, values) = to_device(batch), held(cache, kind or str(dtype).removeprefix("torch."))
+        same, twice = replace(small, v=small.k, v_scale=small.k_scale), replace(values, v=values.k.clone())
+        q = torch.randn(len(batch.positions), heads, size).to(dtype).to(DEVICE)
+        compare(attention(q, same, batch, scale=size**-0.5), q, twice, batch, scale=size**-0.5)
+
+
 @pytest.mark.parametrize("kind", [None, *SCALED_CACHES])
 @pytest.mark.parametrize(("size", "window", "dtype"), [(256, None, torch.float16), (48, 20, torch.bfloat16)])
 def test_capped_scores(size: int, window: int | None, dtype: torch.dtype, kind: str | None) -> None:
@@ -128,7 +155,7 @@ def test_capped_scores(size: int, window: int | None, dtype: torch.dtype, kind: 
         check(sequences, heads=2, kv_heads=1, head_dim=size, kind=kind, dtype=dtype, window=window, cap=2.0, spread=4.0)
 
 
-@pytest.mark.parametrize("group", [1, 3, 8, 16, 17])
+@pytest.mark.parametrize("group", [1, 3, 8, 16, 17, 70])
 def test_groups(group: int) -> None:
     check([(40, 1), (70, 1)], heads=group, kv_heads=1)
     check([(40, 1), (0, 30), (20, 3)], heads=2 * group)

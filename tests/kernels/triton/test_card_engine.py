@@ -20,7 +20,7 @@ from models.spec import ModelSpec
 from quant.headers import CheckpointIndex
 from quant.scheme import read_scheme
 from tests.kernels.triton.conftest import DEVICE, INTERPRETED
-from tests.memory.published import GLM4_MOE, MIXTRAL, fill, livelier, write_published
+from tests.memory.published import DEEPSEEK_V3, GLM4_MOE, MIXTRAL, fill, livelier, write_published
 from tests.memory.qwen3_5 import SMALL, write_qwen3_5
 from tests.runtime.conftest import answers, submit
 
@@ -60,6 +60,28 @@ def checked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Engi
     return engine, EngineConfig(**config)
 
 
+def tried(folder: Path, config: EngineConfig, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The layers of a trial of a card, which gives what the reference does."""
+    monkeypatch.setattr(trial, "TOKENS", 6)
+    monkeypatch.setattr(trial, "STEPS", (4, 1))
+    plan, decoder = make_plan(folder, config), engine.runner.decoder
+    oracle, tokens = trial.load_oracle(config, plan, decoder)
+    assert all(off < 0.02 for _, off in trial.deviations(decoder, oracle, tokens, plan, None))
+    return int(oracle.spec.layers)
+
+
+LATENTS = {**DEEPSEEK_V3, "architectures": ["Glm4MoeLiteForCausalLM"], "n_group": 1, "topk_group": 1}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tests/runtime/test_cuda.py runs the engine on a card")
+def test_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token is in the cache once; what takes queries to the latents' space stays on the card with --cpu-offload-gb."""
+    folder = livelier(fill(write_published(tmp_path, LATENTS, "awq"), "awq"))
+    engine, config = checked(folder, monkeypatch)
+    assert all(cache.values_are_keys for cache in engine.runner.caches)
+    tried(folder, config, engine, monkeypatch)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="tests/runtime/test_cuda.py runs the engine on a card")
 @pytest.mark.parametrize("variant", MODELS)
 def test_mixtures(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +94,4 @@ def test_mixtures(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the trial of a card, which takes a layer of each kind."""
     engine, config = checked(livelier(fill(write_qwen3_5(tmp_path, STATES, "awq"), "awq")), monkeypatch)
-    monkeypatch.setattr(trial, "TOKENS", 6)
-    monkeypatch.setattr(trial, "STEPS", (4, 1))
-    plan, decoder = make_plan(tmp_path, config), engine.runner.decoder
-    oracle, tokens = trial.load_oracle(config, plan, decoder)
-    assert oracle.spec.layers == 2 and all(off < 0.02 for _, off in trial.deviations(decoder, oracle, tokens, plan, None))
+    assert tried(tmp_path, config, engine, monkeypatch) == 2

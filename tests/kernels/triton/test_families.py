@@ -35,6 +35,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7, "global_head_dim": 32,
         "num_global_key_value_heads": 1, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
     },
+    "Gemma4 that is told of tokens": {
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"], "num_hidden_layers": 3, "sliding_window": 7,
+        "global_head_dim": 32, "hidden_size_per_layer_input": 24, "vocab_size_per_layer_input": 67, "num_kv_shared_layers": 1,
+        "use_double_wide_mlp": True,
+    },
+    "DeepseekV3": {  # attention over latents; cards have no experts in float32, and no layer has any here
+        "first_k_dense_replace": 2, "kv_lora_rank": 24, "q_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12,
+        "v_head_dim": 10, "n_group": 1, "topk_group": 1, "rope_scaling": {
+            "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale_all_dim": 1.0,
+        },
+    },
     "HunYuanDenseV1": {"rope_scaling": {"type": "dynamic", "alpha": 20.0, "factor": 1.0}},
     "Arcee": {"mlp_bias": False},
     "Apertus": {},
@@ -47,7 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits(tmp_path: Path, name: str) -> None:
-    config = {**SMALL, **FAMILIES[name], "architectures": [f"{name}ForCausalLM"]}
+    config = {**SMALL, **FAMILIES[name], "architectures": [f"{name.split()[0]}ForCausalLM"]}
     spec, rng = ModelSpec.from_config(config), torch.Generator().manual_seed(3)
     tensors = {f"{m.name}.weight": 0.3 * torch.randn(m.N, m.K, generator=rng) for m in spec.modules()}
     tensors |= {norm: 1 + 0.3 * torch.randn(size, generator=rng) for norm, size in spec.small_tensors()}

@@ -74,6 +74,22 @@ def test_scales_of_any_type(dtype: torch.dtype, scale_dtype: torch.dtype) -> Non
     close(matmul(x.to(DEVICE), on_device(weight, dtype=dtype)), expected(x, weight, dtype), dtype)
 
 
+@pytest.mark.parametrize(
+    ("bits", "group", "scale_dtype"), [(4, 32, torch.float16), (8, 64, torch.bfloat16), (4, 64, torch.float32)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_groups_of_many_rows(dtype: torch.dtype, bits: int, group: int, scale_dtype: torch.dtype) -> None:
+    """Scales multiply weights there, whatever they are stored as: no weight is rounded twice."""
+    weight = random_weight(130, 200, bits=bits, group_size=group, asymmetric=True, scale_dtype=scale_dtype)
+    x, alone = torch.randn(45, 200).to(dtype), torch.tensor([3, 40, 70, 130, 198])
+    x[: len(alone)] = torch.eye(200, dtype=dtype)[alone]  # these give a weight of each output
+    found = matmul(x.to(DEVICE), on_device(weight, dtype=dtype))
+    close(found, expected(x, weight, dtype), dtype)
+    wanted = weight.dequantize().float()[:, alone].t()
+    place = 2.0 ** (-10 if dtype == torch.float16 else -7)  # the interpreter cuts bfloat16 off
+    assert ((found[: len(alone)].float().cpu() - wanted).abs() <= wanted.abs() * place).all()
+
+
 @pytest.mark.parametrize("rows", [1, 17, 40])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("kind", ["4", "8", "dense"])

@@ -108,3 +108,20 @@ def test_large_tiles() -> None:
         assert sum(report.loop.values()) < 9 * of_tensor_cores, report
         if report.target == 89:
             assert report.count("HMMA.16816.F16" if one.constants["HALF"] else "HMMA.16816.F32") == of_tensor_cores, report
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("bits", "slices", "dtype", "limit"), [(4, 4, "fp16", 3.8), (4, 4, "bf16", 4.7), (4, 2, "bf16", 4.2)])
+def test_small_groups_of_many_rows(bits: int, slices: int, dtype: str, limit: float) -> None:
+    """On sm_90, where four warps have all registers: nothing spills, two programs fit, and no group has sums of its own.
+
+    ``limit``: instructions a weight; scales are float16, which bfloat16 takes in two steps.
+    """
+    chosen = dict.fromkeys(one for one in choices(90, f"w{bits} {dtype}") if one.block_m == 64 and one.block_n == 128)
+    wanted = [compilation(bits, dtype, one, slices=slices, targets=(90,)) for one in chosen if one.split > 1 or one.group]
+    assert len(wanted) == 2
+    for one, report in zip(wanted, compile_all(wanted), strict=True):
+        assert report.fits and report.stack == 0 and report.occupancy.blocks >= 2, report
+        assert report.count("HGMMA") and report.count("FFMA", "LDL", "STL") == 0, report
+        assert report.per_weight(one.constants["BN"] * 128 // (32 * one.num_warps)) <= limit, report

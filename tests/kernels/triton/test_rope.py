@@ -120,6 +120,17 @@ def test_nothing() -> None:
     assert rope.rope_store(draw(0, 128, dtype=torch.float16), 4, cache, batch, angles(16)).shape == (0, 4, 16)
 
 
+def test_queries_alone_store_nothing() -> None:
+    batch, cache = step([(5, 3)], dtype=torch.float16)
+    before, table, qkv = clone(cache), angles(16), draw(3, 8 * 16, dtype=torch.float16)
+    given = {"q_norm": Norm(draw(16, dtype=torch.float16), 1e-5)}
+    expected = reference.rope_store(qkv[:, : 4 * 16].clone(), 4, cache, batch, table, **given)
+    found = rope.rope_store(qkv[:, : 4 * 16].clone(), 4, cache, batch, table, **given)
+    close(found, expected, torch.float16)
+    assert torch.equal(cache.k.nan_to_num(9.0), before.k.nan_to_num(9.0))
+    assert torch.equal(cache.v.nan_to_num(9.0), before.v.nan_to_num(9.0))
+
+
 def test_padding_is_not_stored() -> None:
     batch, cache = step([(5, 3)], dtype=torch.float16)
     padded = replace(batch, slots=torch.tensor([-1, int(batch.slots[1]), -1], device=DEVICE))
