@@ -32,7 +32,7 @@ def check_headers(index: CheckpointIndex, spec: ModelSpec, scheme: QuantScheme) 
             raise CheckpointError(f"{module.name}: its weight is missing from {index.directory}, {expects}{tied}")
         if not _fits(stored, module, scheme.for_module(stored.name.rpartition(".")[0]).bits):
             raise CheckpointError(f"{stored.name}: found {stored}, {expects}")
-    wide = {} if spec.delta is None else dict(spec.delta.small_tensors)
+    wide = {} if spec.recurrent is None else dict(spec.recurrent.small_tensors)
     for name, numel in spec.small_tensors():
         shape = wide.get(name.split(".", 3)[-1], (numel,))  # by its name within a layer
         if name not in tensors:

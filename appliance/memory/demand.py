@@ -9,8 +9,9 @@ from functools import partial
 from appliance.memory.experts import check_experts
 from appliance.memory.kv import KVSpec
 from appliance.memory.loading import NOTHING, Loading, loading
-from appliance.memory.modules import NATIVE, Loaded, Machinery, ends, parents
+from appliance.memory.modules import NATIVE, Loaded, Machinery, ends, parents, told
 from appliance.memory.offload import streamed_parts
+from appliance.memory.reference import Moment, moments
 from appliance.memory.settings import ITEM_SIZE
 from kernels import layout
 from models.spec import Latent, Mixture, ModelSpec
@@ -43,7 +44,9 @@ class Demand:
     hidden_bytes: int  # the hidden state of one token
     logits_row_bytes: int
     position_bytes: int  # the rotary tables' rows of one position
+    moments: tuple[Moment, ...] = ()  # of a step, of which one is there beside all that: of the reference
     state_layers: int = 0  # of all layers, those that have states in place of keys and values
+    shared_layers: int = 0  # that read the keys and values of others
     sequence_bytes: int = 0  # their states of one sequence
     streamed: tuple[dict[str, int], ...] = ()  # what each layer brings when it is streamed in, see streamed_parts
     loading: Loading = NOTHING  # what it takes for a while to load it
@@ -56,12 +59,16 @@ class Demand:
 
     @property
     def kv_layers(self) -> int:
-        """Those that have keys and values."""
-        return self.layers - self.state_layers
+        """Those that have keys and values of their own."""
+        return self.layers - self.state_layers - self.shared_layers
 
     def kv(self, block_size: int, dtype: str | None = None) -> KVSpec:
         """The cache in ``dtype``, or in that of the activations."""
         return KVSpec(self.kv_layers, self.kv_heads, self.head_dim, block_size, dtype or self.dtype, self.kv_shapes, self.values)
+
+    def products(self, tokens: int, length: int) -> int:
+        """What products and attention need in a step of so many tokens, of sequences of at most ``length``."""
+        return self.slab + max((one.nbytes(tokens, length) for one in self.moments), default=0)
 
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, *, model: str) -> Demand:
@@ -69,13 +76,15 @@ class Demand:
         size, last, alike = ITEM_SIZE[machinery.dtype], ends(spec, scheme, machinery), parents(spec, scheme)
         if machinery.ops == "triton":
             check_experts(spec, scheme, machinery, model)
-        attention = attention_workspace(spec, machinery)
-        copies = 0 if spec.latent is None else latent_copies(spec, spec.latent, machinery)
-        weights = {"embedding": last.embedding_bytes}
+        one_of = partial(_workspace, spec, machinery=machinery)
+        weights, more = {"embedding": last.embedding_bytes}, told(spec, scheme, machinery)
+        if more:
+            weights["per_layer_embedding"] = sum(nbytes for _, _, nbytes in more)
         for parent in alike:
             for one in parent.joined:
                 weights[one.module.part] = weights.get(one.module.part, 0) + parent.count * one.nbytes(machinery)
         layers = [one for parent in alike for one in parent.joined]  # of those that are alike, one
+        products = [*layers, *(made for _, made, _ in more[1:])]
         weights |= {"head": last.head_bytes, "norms": spec.small_nbytes(size)}
         return cls(
             model=model,
@@ -90,15 +99,17 @@ class Demand:
             max_len=spec.max_len,
             vocab=spec.vocab,
             weights=weights,
-            slab=max(product_workspace(spec, [*layers, last.head], machinery), attention) + activated(spec) + copies,
-            layer_slab=max(product_workspace(spec, layers, machinery), attention) + activated(spec) + copies,
+            slab=one_of([*products, last.head]),
+            layer_slab=one_of(products),
             token_bytes=activation_bytes(spec, layers, machinery),
             hidden_bytes=spec.hidden * size,
-            # float32; torch's operators widen a product in the activations' type
-            logits_row_bytes=spec.vocab * (4 if machinery.ops == NATIVE else 4 + size),
+            # float32; torch's operators widen a product in the activations' type, the reference copies it
+            logits_row_bytes=spec.vocab * (4 + {NATIVE: 0, "reference": 4}.get(machinery.ops, size)),
             position_bytes=4 * sum(rope.rotary_dim for rope in spec.ropes),
+            moments=_moments(spec, products, last.head, machinery) if machinery.ops == "reference" else (),
             state_layers=sum(spec.linear),
-            sequence_bytes=0 if spec.delta is None else sum(spec.linear) * spec.delta.state_bytes,
+            shared_layers=sum(spec.shared),
+            sequence_bytes=0 if spec.recurrent is None else sum(spec.linear) * spec.recurrent.state_bytes,
             head=last.words,
             embedding=last.embedding_words,
             loading=loading(spec, scheme, machinery),
@@ -107,12 +118,21 @@ class Demand:
         )
 
 
+def _workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Machinery) -> int:
+    """Bytes beside activations, whatever the lengths are."""
+    if machinery.ops == "reference":
+        return 0  # see _moments
+    copies = 0 if spec.latent is None else latent_copies(spec, spec.latent, machinery)
+    workspace = max(product_workspace(spec, weights, machinery), attention_workspace(spec, machinery))
+    return workspace + activated(spec) + copies
+
+
 def product_workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Machinery) -> int:
     """Bytes that a product, or a mixture of experts, needs beside its input and output, at most.
 
     Native kernels prepare some rows of the input (of a mixture's for all experts at once), and have the same memory for
     attention; those in Triton have partial sums of few rows, and for many expand a slab of a quantized weight at a time. Torch's
-    operators expand such a slab into bytes and into floats, the reference all of it.
+    operators expand such a slab into bytes and into floats.
     """
     dtype, quantized = machinery.dtype, [one for one in weights if one.kind != "dense"]
     if machinery.ops == "triton":
@@ -123,8 +143,6 @@ def product_workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Mac
         return max(split, max((layout.triton_slab_nbytes(one.module.K) for one in quantized), default=0))
     if machinery.ops == "cpu":
         return max((2 * 4 * one.module.K * layout.slab_rows(one.module.K, 4) for one in quantized), default=0)
-    if machinery.ops != NATIVE:
-        return max((one.module.N * one.module.K * ITEM_SIZE[dtype] for one in quantized), default=0)
     by_choice, rows = (
         machinery.activation == "int8" or (machinery.activation == "auto" and dtype != "float32"),
         layout.NATIVE_ROWS,
@@ -156,6 +174,8 @@ def attention_workspace(spec: ModelSpec, machinery: Machinery) -> int:
         heads, key_dim, value_dim = spec.delta.value_heads, spec.delta.key_dim, spec.delta.value_dim
         sizes = {"channels": spec.delta.channels, "value_heads": heads, "key_dim": key_dim, "value_dim": value_dim}
         delta = layout.delta_nbytes(ops=machinery.ops, **sizes)
+    if spec.conv is not None:
+        delta = layout.conv_nbytes(spec.conv.channels, spec.conv.kernel)
     if machinery.ops == "cpu":
         attention = partial(
             layout.paged_attention_nbytes,
@@ -186,15 +206,29 @@ def activation_bytes(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machi
 
     On a card positions and slots are among the inputs (appliance/memory/inputs.py), and these are for ids as they are looked up.
     """
+    size = ITEM_SIZE[machinery.dtype]
     if machinery.ops == NATIVE:
-        return _native_activations(spec, layers, ITEM_SIZE[machinery.dtype]) + 24
+        return _with_told(spec, _native_activations(spec, layers, size), machinery) + 24
+    if machinery.ops == "reference":  # the residual stream; see appliance.memory.reference for what is beside it
+        return _with_told(spec, spec.hidden * size, machinery) + 24
     found = _torch_activations(spec, layers, machinery)
     if machinery.ops == "triton":
         found += _rounded(layers, machinery)
         found += 0 if _gated_in_tiles(layers, machinery) else 8 * spec.mlp_size
         if spec.post_norms:  # a product that is normalized before it is added, beside both residuals and the next norm
-            found = max(found, (4 * spec.hidden + max(_q_size(spec), spec.intermediate)) * ITEM_SIZE[machinery.dtype])
-    return found + 24
+            found = max(found, (4 * spec.hidden + max(_q_size(spec), spec.intermediate, spec.mlp_size)) * size)
+    return _with_told(spec, found, machinery) + 24
+
+
+def _with_told(spec: ModelSpec, layer: int, machinery: Machinery) -> int:
+    """With what layers are told of a token: it is there all the time, and is made of rows and a projection before all layers.
+
+    Native kernels normalize it into the rows, and a card's into a third part. On torch's operators, and the reference, it takes
+    12 and 19 bytes a number beside both (measured in bfloat16, with 2048 tokens of 8960).
+    """
+    size, width = ITEM_SIZE[machinery.dtype], 0 if spec.per_layer is None else spec.per_layer.width
+    beside = {NATIVE: 0, "triton": size, "cpu": 12}.get(machinery.ops, 19)
+    return max(layer + width * size, 2 * spec.hidden * size + width * (2 * size + beside)) if width else layer
 
 
 def _gated_in_tiles(layers: Sequence[Loaded], machinery: Machinery) -> bool:
@@ -224,26 +258,23 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
 
     What is normalized before it is added takes the place of q, k and v, and one beside the gated product. Parts that cannot be
     one weight (differently stored, or each with an order of its own) are computed, joined, and then used. A mixture of experts
-    has memory of its own (product_workspace) where its parts are whole. Where queries are scaled by their position, the operators
-    run one by one, and what they make lies beside what they read. So they do where layers with states come in parts, or
-    where values are normalized.
+    has memory of its own (product_workspace) where its parts are whole. Queries that are normalized over all heads lie beside q,
+    k and v until they take their places. Where experts stand beside an MLP, and all is one call, their sum is there, too.
     """
-    delta, joined = _delta_size(spec, layers)
-    single = spec.rope.query_beta != 0 or spec.one_by_one or joined
+    delta, q = _delta_size(spec, layers), _q_size(spec)
     qkv, inner = _qkv_size(spec), spec.mlp_size
-    whole = {one.module.N for one in layers if not one.stored.act_order and one.module.name.endswith(("q_proj", "qkv_proj"))}
-    added = spec.hidden if spec.post_norms or single else 0
-    attention = max((1 if whole == {qkv} and not single else 2) * qkv, added) + _q_size(spec)
+    parts = any(one.slot == "qkv" and (one.stored.act_order or one.module.name.endswith(("k_proj", "v_proj"))) for one in layers)
+    added = spec.hidden if spec.post_norms else 0
+    attention = max((2 if parts else 1) * qkv, added) + q + (q if spec.whole_qk_norm else 0)
     if spec.latent is not None:
         attention = max(_latent_sizes(spec, spec.latent, layers))
     attention = max(attention, delta)
     gated = all((one.gated or spec.ungated) and not one.stored.act_order for one in layers if one.slot == "gate_up")
     mlp = ((inner if gated else 4 * inner) + added) * size if inner else 0
-    if mlp and spec.one_by_one:  # measured: these do not find room in what attention's operators left
-        mlp += (qkv + _q_size(spec)) * size
     if spec.mixture is not None and not gated:
         mlp = (4 * spec.widest_mlp + added) * size + _mixed(spec, spec.mixture, size)
-    mlp += _beside(spec) * size
+    beside = _beside(spec) - (spec.mlp_size if gated and spec.mixture is not None and spec.mixture.beside else 0)
+    mlp += (beside if parts or not gated else min(beside, spec.hidden)) * size
     return spec.hidden * size + max(spec.hidden * size, attention * size, mlp)
 
 
@@ -267,36 +298,46 @@ def _latent_sizes(spec: ModelSpec, net: Latent, layers: Sequence[Loaded]) -> tup
     """Numbers of a token in latent attention: while queries are absorbed, and while attention, or what is made of it, is there.
 
     First what was read (twice, where it is joined then), the queries of it, and these and the key as they go to attention. Then
-    queries and the key, or what becomes of the result, beside attention's result; and what was read, which the allocator keeps.
+    queries and the key, or what becomes of the result, beside attention's result.
     """
     down, queries = net.down(spec.heads), spec.heads * spec.head_dim
     whole = {one.module.N for one in layers if one.module.name.endswith(("q_a_proj", "q_proj"))} == {down}
     read = (1 if whole else 2) * down + (spec.heads * net.query if net.query_rank else 0)
     absorbing = read + queries + spec.head_dim + 2 * net.rank
-    return absorbing, read + queries + max(queries + spec.head_dim, spec.heads * net.value)
+    return absorbing, queries + max(queries + spec.head_dim, spec.heads * net.value)
 
 
-def _delta_size(spec: ModelSpec, layers: Sequence[Loaded]) -> tuple[int, bool]:
-    """(numbers of a token in a delta layer, whether some of them are joined): what is projected, and the result.
+def _delta_size(spec: ModelSpec, layers: Sequence[Loaded]) -> int:
+    """Numbers of a token in a layer that has states: what is projected, and the result.
 
     Queries, keys, values and z are one product, and so are b and a, or else they are there twice while they are joined.
     """
     delta = spec.delta
+    if spec.conv is not None:
+        return 4 * spec.conv.channels
     if delta is None:
-        return 0, False
-    size, parts = delta.value_size, 0
+        return 0
+    size = delta.value_size
     for names, whole in (
         (("in_proj_qkv", "in_proj_qkvz"), delta.channels + delta.value_size),
         (("in_proj_b", "in_proj_ba"), 2 * delta.value_heads),
     ):
         joined = {one.module.N for one in layers if one.module.name.endswith(names) and not one.stored.act_order} != {whole}
-        size, parts = size + (1 + joined) * whole, parts + joined
-    return size, parts > 0
+        size += (1 + joined) * whole
+    return size
 
 
 def _mixed(spec: ModelSpec, mixture: Mixture, size: int) -> int:
     """Where experts are computed one by one: what is normalized, its rows of an expert, two sums in float32; shares, sorted."""
     return spec.hidden * (2 * size + 12) + 24 * mixture.experts
+
+
+def _moments(spec: ModelSpec, layers: Sequence[Loaded], head: Loaded, machinery: Machinery) -> tuple[Moment, ...]:
+    """Those of the reference, and what is as with torch's operators."""
+    alike = _torch_activations(spec, layers, machinery) - spec.hidden * ITEM_SIZE[machinery.dtype]
+    copies = 0 if spec.latent is None else latent_copies(spec, spec.latent, machinery)
+    beside = attention_workspace(spec, machinery) + activated(spec) + copies
+    return (Moment(beside, alike), *moments(spec, layers, head, machinery, logit_rows=LOGIT_ROWS))
 
 
 def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machinery) -> int:
@@ -313,7 +354,7 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
     product = 12 if rounds else 4 if (machinery.ops, machinery.dtype) == ("cpu", "float16") else 0
     qkv = _qkv_size(spec)
     q = _q_size(spec)
-    gates, (delta, _) = 2 * q if spec.output_gate else 0, _delta_size(spec, layers)
+    gates, delta = 2 * q if spec.output_gate else 0, _delta_size(spec, layers)
     attention = (2 * qkv + gates + q) * size + max(8 * q, (hidden + qkv) * product)
     if spec.latent is not None:
         absorbing, attending = _latent_sizes(spec, spec.latent, layers)
@@ -325,6 +366,8 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
     inner = spec.mlp_size if machinery.ops == "triton" else spec.widest_mlp
     slab = min(2 * inner, layout.slab_rows(hidden, size)) * size
     mlp = max(3 * inner * size, 2 * inner * (size + product) + slab + hidden * product) if inner else 0
+    if mixture is not None and mixture.clamp is not None and machinery.ops != "triton":
+        mlp = max(mlp, inner * (2 * size + 5 * 4))  # gate and up within their limits, and what is made of them, are in float32
     if mixture is not None and machinery.ops == "triton":
         counts = {"experts": mixture.experts, "active": mixture.active, "shared": mixture.shared}
         mixed = layout.triton_mixture_nbytes(hidden, spec.intermediate, size, **counts)

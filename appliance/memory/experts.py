@@ -11,13 +11,11 @@ from quant.scheme import QuantScheme
 def check_experts(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, model: str) -> None:
     """InputError naming the first weight of an expert that cannot lie among the others' (kernels/triton/experts.py).
 
-    Before that for attention over latents. And for sinks: with these come biases of experts, and gates that are clamped, which
-    are not known either (gpt-oss). And for experts that are chosen by groups, and weights of 4-bit floats, wherever they are.
+    Before that for short convolutions, and sinks: with these come biases of experts, and gates that are clamped, which are not
+    known either (gpt-oss). And for experts that are chosen by groups, and 4-bit floats, wherever they are.
     """
-    if spec.latent is not None:
-        raise InputError(
-            f"{model}: cards have no kernel for attention over latents ({spec.architecture}): --device cpu serves it"
-        )
+    if spec.conv is not None:
+        raise InputError(f"{model}: cards have no kernel for short convolutions ({spec.architecture}): --device cpu serves it")
     if spec.sinks:
         raise InputError(f"{model}: cards have no kernel for attention with sinks ({spec.architecture}): --device cpu serves it")
     if spec.mixture is not None and spec.mixture.scores.groups > 1:

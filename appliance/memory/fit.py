@@ -116,7 +116,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) 
     scratch = {
         "activations": demand.token_bytes * settings.max_tokens,
         "logits": demand.logits_row_bytes * min(LOGIT_ROWS, settings.max_tokens),
-        "products": demand.slab,
+        "products": demand.products(settings.max_tokens, max_len),
         "positions": demand.position_bytes * max_len,
         "inputs": inputs if device.kind == "cuda" else 0,
         "transfers": STAGED_BLOCKS * kv.block_bytes if device.kind == "cuda" else 0,

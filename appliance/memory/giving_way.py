@@ -44,7 +44,8 @@ class GivingWay:
         weights, active = spec.linear_parameters
         read_bytes = weight_bytes * active / weights  # about: of a mixture of experts a token reads those that it goes through
         pair_s = 4 * spec.heads * sum(heads.size for heads in spec.by_layer) / rate
-        state_s = 0.0 if spec.delta is None else 2 * sum(spec.linear) * spec.delta.state_bytes / bandwidth
+        net = spec.recurrent
+        state_s = 0.0 if net is None else 2 * sum(spec.linear) * net.state_bytes / bandwidth
         return cls(block_bytes / link, block_bytes / bandwidth, read_bytes / bandwidth, 2 * active / rate, pair_s, state_s)
 
     def swap_s(self, blocks: int) -> float:

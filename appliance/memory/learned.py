@@ -23,9 +23,10 @@ FORMAT = 1
 BOUNDS = {"cpu": (200 * MIB, 600 * MIB), "cuda": (300 * MIB, 1600 * MIB)}
 """Least and most that is believed: libraries may be smaller than those that were measured, but torch is never nothing; and twice
 what was measured is no lesson but an accident. A process with more in it than an engine teaches nothing (startup.py)."""
-KEPT = {"cpu": 6 * MIB, "cuda": 0}
-"""What comes later, and cannot be seen at the start: modules that the first steps load, and what the allocator keeps of them (4
-to 9 MiB were measured, docs/benchmarks/plan-check.md). A card has done its steps by then."""
+KEPT = {"cpu-native": 6 * MIB, "cpu": 12 * MIB, "reference": 12 * MIB}
+"""What comes later with a CPU's operators, and cannot be seen at the start: code that the first steps bring into memory, and what
+the allocator keeps of them (4 to 9 MiB were measured with native kernels, docs/benchmarks/plan-check.md; 11 to 13 of code alone
+with torch's products). A card has done its steps by then."""
 MOST_LAYER_BYTES = 4 * LAYER_BYTES
 """Most that is believed of a recorded step's layer: what other programs took meanwhile looks the same."""
 RUNTIME, LAYERS = "runtime_bytes", "recorded_layer_bytes"  # the file's tables
@@ -51,7 +52,7 @@ def recall(device: DeviceInfo, ops: str) -> int | None:
     if not seen:
         return None
     least, most = BOUNDS[device.kind]
-    return max(least, min(max(seen) + KEPT[device.kind], most))
+    return max(least, min(max(seen) + (KEPT.get(ops, 0) if device.kind == "cpu" else 0), most))
 
 
 def record(device: DeviceInfo, ops: str, measured: int) -> None:

@@ -26,6 +26,7 @@ from appliance.memory.modules import (
     loaded,
     parents,
     published_table,
+    told,
 )
 from appliance.memory.settings import ITEM_SIZE
 from kernels import layout
@@ -89,21 +90,40 @@ NOTHING, ALL_AT_ONCE = Loading(), Workers()
 
 def loading(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Loading:
     """What loading this model takes."""
-    last = ends(spec, scheme, machinery)
+    last, more = ends(spec, scheme, machinery), told(spec, scheme, machinery)
     both = [(parent.published, parent.joined) for parent in parents(spec, scheme)]
     if machinery.ops == "triton":
         device = max(max(_on_card(one, machinery) for one in weights) + _beside(weights, machinery) for _, weights in both)
         host = max(max(_reading(published), _read(published) + max(map(_joined, weights))) for published, weights in both)
-        kept = last.embedding_bytes + last.head_bytes
-        table, head = (_host_end(*one, spec) for one in _ends(spec, scheme, last))
-        on_card = max(_on_card(one, machinery) for one in (last.embedding, last.head))
+        kept = last.embedding_bytes + last.head_bytes + sum(size for _, _, size in more)
+        table, head = (_host_end(*one) for one in _ends(spec, scheme, last))
+        read = [(published, _canonical(published), made) for published, made, _ in more]
+        rest = (one[1] if _untouched(one[0], one[2]) else _host_end(*one) for one in read)
+        laid = (made for published, made, _ in more if not _untouched(published, made))
+        on_card = max(_on_card(one, machinery) for one in (last.embedding, last.head, *laid))
         return Loading(
             Transient(kept + max(on_card, spec.vocab * spec.hidden * _file_item(spec, scheme)), kept, device),
-            Transient(max(table, head) if not spec.tie_embeddings else table + head, 0, host),
+            Transient(max(table + head if spec.tie_embeddings else max(table, head), *rest, 0), 0, host),
         )
     layer = max(_part(published, weights, machinery) for published, weights in both)
-    kept = last.embedding_bytes + last.head_bytes
-    return Loading(Transient(_ends_peak(spec, scheme, machinery, last), kept, layer))
+    kept, most = last.embedding_bytes + last.head_bytes, _ends_peak(spec, scheme, machinery, last)
+    for published, made, size in more:
+        most, kept = max(most, kept + _told_peak(published, made, size, machinery)), kept + size
+    return Loading(Transient(most, kept, layer))
+
+
+def _untouched(published: Loaded, made: Loaded) -> bool:
+    """Whether it is a dense table of what layers are told, which stays as it is read."""
+    return made.slot == "embedding" and not (published.stored.quantized or made.stored.quantized)
+
+
+def _told_peak(published: Loaded, made: Loaded, packed: int, machinery: Machinery) -> int:
+    """The most while this is read and laid out."""
+    if _untouched(published, made):
+        return packed
+    if made.slot == "embedding":
+        machinery = replace(machinery, ops=layout.table_ops(machinery.ops))
+    return _end(published, _canonical(published), made, packed, machinery)
 
 
 def _part(published: Sequence[Loaded], fused: Sequence[Loaded], machinery: Machinery) -> int:
@@ -218,35 +238,37 @@ def _slab(numbers: int) -> int:
     return min(SLAB_BYTES, SLAB_ITEM * numbers)
 
 
-def _until_canonical(published: Loaded, read: int, made: Loaded, spec: ModelSpec) -> int:
+def _numbers(one: Loaded) -> int:
+    return one.module.N * one.module.K
+
+
+def _until_canonical(published: Loaded, read: int, made: Loaded) -> int:
     """The most until the canonical form is there: of one that was published quantized, or is to be."""
-    return _read_bytes(published) if published.stored.quantized else read + _canonical(made) + _slab(spec.vocab * spec.hidden)
+    return _read_bytes(published) if published.stored.quantized else read + _canonical(made) + _slab(_numbers(made))
 
 
-def _host_end(published: Loaded, read: int, made: Loaded, spec: ModelSpec) -> int:
+def _host_end(published: Loaded, read: int, made: Loaded) -> int:
     """Beside a card, which lays out what it is sent: with a copy in another float type."""
-    return (
-        _until_canonical(published, read, made, spec)
-        if made.stored.quantized
-        else read + max(_slab(spec.vocab * spec.hidden), 4 * spec.vocab * spec.hidden)
-    )
+    if made.stored.quantized:
+        return _until_canonical(published, read, made)
+    return read + max(_slab(_numbers(made)), 4 * _numbers(made))
 
 
-def _end(published: Loaded, read: int, made: Loaded, packed: int, machinery: Machinery, spec: ModelSpec) -> int:
+def _end(published: Loaded, read: int, made: Loaded, packed: int, machinery: Machinery) -> int:
     """The most while embedding or head is read, quantized where that is wanted, and laid out, with what it becomes."""
     if not made.stored.quantized:
         extra = (
-            _slab(spec.vocab * spec.hidden)
+            _slab(_numbers(made))
             if published.stored.quantized
             else 0
-            if made.module.part == "embedding"
+            if made.slot == "embedding"
             else _pack_extra(made, machinery)
         )
         return max(_read_bytes(published), read + packed + extra)
     laid = _canonical(made)  # which the reference keeps
     if machinery.ops != "reference":
         laid += packed + _pack_extra(made, machinery)
-    return max(_until_canonical(published, read, made, spec), laid)
+    return max(_until_canonical(published, read, made), laid)
 
 
 def _ends_peak(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, last: Ends) -> int:
@@ -255,9 +277,9 @@ def _ends_peak(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, last:
     if last.head_bytes == 0:  # one copy of both
         copy = spec.vocab * spec.hidden * ITEM_SIZE[machinery.dtype]
         dense = not embedding.stored.quantized
-        return read + 2 * copy if dense else _end(table, read, embedding, last.embedding_bytes, machinery, spec)
+        return read + 2 * copy if dense else _end(table, read, embedding, last.embedding_bytes, machinery)
     where = replace(machinery, ops=layout.table_ops(machinery.ops))
-    first = _end(table, read, embedding, last.embedding_bytes, where, spec)
-    second = _end(head, other, last.head, last.head_bytes, machinery, spec)
+    first = _end(table, read, embedding, last.embedding_bytes, where)
+    second = _end(head, other, last.head, last.head_bytes, machinery)
     beside = (other, read) if spec.tie_embeddings else (0, 0)
     return max(first + beside[0], second + beside[1] + last.embedding_bytes)

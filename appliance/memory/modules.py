@@ -21,9 +21,11 @@ SLOTS = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv", "o_proj": "o",
     "gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up", "down_proj": "down",
     "in_proj_qkv": "qkv", "in_proj_z": "qkv", "in_proj_qkvz": "qkv", "in_proj_b": "ba", "in_proj_a": "ba", "in_proj_ba": "ba",
+    "in_proj": "qkv",
     "out_proj": "o", "gate": "router", "router": "router", "wg": "router", "proj": "router", "shared_expert_gate": "router",
     "w1": "gate_up", "w3": "gate_up", "w2": "down", "lm_head": "head", "embed_tokens": "embedding",
-    "q_a_proj": "qkv", "kv_a_proj_with_mqa": "qkv", "q_b_proj": "q_b", "kv_b_proj": "kv_b",
+    "per_layer_input_gate": "told", "per_layer_projection": "told", "per_layer_model_projection": "told",
+    "embed_tokens_per_layer": "embedding", "q_a_proj": "qkv", "kv_a_proj_with_mqa": "qkv", "q_b_proj": "q_b", "kv_b_proj": "kv_b",
 }  # fmt: skip
 FLOATS4 = ("mxfp4", "nvfp4")  # layouts of 4-bit floats
 UP = "kv_b"  # the slot of what is kept dense, in the activations' type, whatever it was (kernels/latent.py)
@@ -236,15 +238,29 @@ def ends(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Ends:
     shares = layout.shares_table(machinery.ops, head.stored.bits if head.stored.quantized else None)
     if not both and shares and (not table.stored.quantized or has_rows(table)):
         return Ends(head, head, packed, 0, f"{words}, shared with the embedding", words)
-    embedding = table
-    if not table.stored.quantized and machinery.embedding_bits is not None:
-        embedding = in_rows(table.module, machinery.embedding_bits)
-    elif not has_rows(table):
-        embedding = Loaded(table.module, DENSE, 2)
-    where = replace(machinery, ops=layout.table_ops(machinery.ops))
-    size = embedding.nbytes(where) if embedding.stored.quantized else spec.vocab * spec.hidden * ITEM_SIZE[dtype]
+    embedding, size = _looked_up(table, machinery, ITEM_SIZE[dtype])
     asked = None if table.stored.quantized else machinery.embedding_bits
     return Ends(embedding, head, size, packed, words, _words(embedding, asked, dtype))
+
+
+def told(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> list[tuple[Loaded, Loaded, int]]:
+    """Of the table of what layers are told, and the projection beside it: as published, as kept, and the bytes of that."""
+    if spec.per_layer is None:
+        return []
+    table, projection = (loaded(one, spec, scheme) for one in spec.per_layer.ends(spec.vocab, spec.hidden))
+    item = ITEM_SIZE[machinery.dtype] if table.stored.quantized else table.file_bytes
+    return [(table, *_looked_up(table, machinery, item)), (projection, projection, projection.nbytes(machinery))]
+
+
+def _looked_up(table: Loaded, machinery: Machinery, item: int) -> tuple[Loaded, int]:
+    """(a table by itself as it is kept, its bytes), ``item`` a number where it is dense."""
+    if not table.stored.quantized and machinery.embedding_bits is not None:
+        kept = in_rows(table.module, machinery.embedding_bits)
+    else:
+        kept = table if has_rows(table) else Loaded(table.module, DENSE, 2)
+    if not kept.stored.quantized:
+        return kept, table.module.N * table.module.K * item
+    return kept, kept.nbytes(replace(machinery, ops=layout.table_ops(machinery.ops)))
 
 
 def has_rows(table: Loaded) -> bool:

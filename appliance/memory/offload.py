@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from appliance.config import GIB
-from appliance.memory.modules import Loaded, Machinery, layer_weights
+from appliance.memory.modules import UP, Loaded, Machinery, layer_weights
 from kernels.layout import STREAM_ALIGN, padded, pinned_pieces
 from models.spec import ModelSpec
 from quant.scheme import QuantScheme
 
 BUFFERS = 2
+STAYING = ("q_b", UP)  # slots of weights that no layer brings
 LINK_SHARE = 0.8
 """Of what PCIe carries, copies from pinned memory get so much: 12.5 of 15.8 GB/s (generation 3, 16 lanes), 25 of 31.5 (4). The
 rest are the headers of packets. An estimate until it has been measured (scripts/gpu_check does)."""
@@ -92,11 +93,14 @@ def _spread(layer_bytes: Sequence[int], count: int) -> Offload:
 def streamed_parts(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> tuple[dict[str, int], ...]:
     """For each layer the bytes that leave the card with it, by part, as kernels/triton/stream.py has them.
 
-    Their sum, with the padding between them, is what has to be brought. Norms, biases and permutations stay.
+    Their sum, with the padding between them, is what has to be brought. Norms, biases and permutations stay, and so does what
+    takes queries to latents and back (kernels/latent.py).
     """
     found: list[dict[str, int]] = [{"padding": 0} for _ in range(spec.layers)]
     tensors: dict[tuple[int, str], int] = {}
     for one in layer_weights(spec, scheme):
+        if one.slot in STAYING:
+            continue
         number, size, part = int(one.module.name.split(".")[2]), _moving(one).nbytes(machinery), one.module.part
         found[number][part] = found[number].get(part, 0) + size
         name = one.slot if part == "experts" else one.module.name  # all experts' are joined

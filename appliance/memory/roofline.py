@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from appliance.memory.cards import Card
-from appliance.memory.modules import Loaded, Machinery, ends, parents
+from appliance.memory.modules import Loaded, Machinery, ends, parents, told
 from models.spec import KVHeads, ModelSpec
 from quant.scheme import QuantScheme
 
@@ -27,7 +27,8 @@ H200's bandwidth in gate and up, 60 % instead of 70 of its rate in prompts."""
 PREFILL, PREFILL_ATTENTION = 0.70, 0.50  # share of the rate
 CAUTION = 0.8  # the low end of a range: this much of every share, and launches twice as long
 LAUNCHES, ENDS, LAUNCH_S = 10, 8, 1e-6  # a layer, beside the layers, and the pause between two in a recorded step
-ROUTING, SHARED = 2, 6  # launches of a layer more than these: of a mixture of experts, of an MLP beside them
+ROUTING, SHARED, TOLD = 2, 6, 5
+"""Launches of a layer more than these: of a mixture of experts, of an MLP beside them, of what it is told of tokens."""
 
 Shares = Mapping[str, Mapping[int, float]]
 
@@ -63,21 +64,24 @@ class Work:
     windows: tuple[int | None, ...]  # sliding window of each of these; empty: all see everything
     rounded: str  # what activations of most products are rounded to: int8, fp8, or "" where they are not
     chosen: tuple[int, int] = (1, 1)  # experts that a token goes through, of how many
-    more: int = 0  # launches of layers with experts
+    more: int = 0  # launches of layers with experts, or that are told of tokens
     state_bytes: int = 0  # of a sequence, in layers that have states: read and written for each token
 
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Work:
         found = [(one, parent.count) for parent in parents(spec, scheme) for one in parent.joined]
+        found += [(made, 1) for _, made, _ in told(spec, scheme, machinery)[1:]]
         found.append((ends(spec, scheme, machinery).head, 1))
-        kinds = [("o" if one.slot in ("router", "ba") else one.slot, one.nbytes(machinery), one, count) for one, count in found]
+        kinds = [
+            ("o" if one.slot in ("router", "ba", "told") else one.slot, one.nbytes(machinery), one, count) for one, count in found
+        ]
         chosen = (spec.mixture.active, spec.mixture.experts) if spec.mixture else (1, 1)
-        more, rounded = 0, _rounded(found, machinery)
+        more, rounded = 0 if spec.per_layer is None else TOLD * spec.layers, _rounded(found, machinery)
         if spec.mixture is not None:
-            more = (ROUTING + (SHARED if spec.mixture.shared else 0)) * (spec.layers - len(spec.mixture.dense_layers))
+            more += (ROUTING + (SHARED if spec.mixture.shared else 0)) * (spec.layers - len(spec.mixture.dense_layers))
         windows = tuple(window for layer, window in enumerate(spec.windows) if not spec.is_linear(layer))
         sizes = spec.layers, spec.attention_layers, spec.heads, spec.by_layer
-        states = 0 if spec.delta is None else spec.delta.state_bytes * sum(spec.linear)
+        states = 0 if spec.recurrent is None else spec.recurrent.state_bytes * sum(spec.linear)
         return cls(tuple(kinds), *sizes, windows, rounded, chosen, more, states)
 
     @property
@@ -105,12 +109,12 @@ class Work:
         return 1 - (1 - share) ** tokens, tokens * share
 
     def seen(self, context: int) -> float:
-        """Tokens of the cache that a sequence's next token reads, in the mean over the layers' bytes."""
+        """Tokens of the cache that a sequence's next token reads, in the mean over the bytes that are stored of a token."""
         if not self.windows:
             return context
         sizes = [heads.count * heads.size for heads in self.kv]
         read = (size * min(context, window or context) for size, window in zip(sizes, self.windows, strict=True))
-        return sum(read) / sum(sizes)
+        return sum(read) / sum(size for size, heads in zip(sizes, self.kv, strict=True) if not heads.shared)
 
     def decode_s(
         self,

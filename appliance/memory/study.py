@@ -217,6 +217,8 @@ class Study:
             return "what several cards lose while they wait for each other is not known"
         if known_card(self.device) is None:
             return f"{self.device.name} is not in the table of cards"
+        if self.demand.moments:
+            return "the reference operators are there to be right, not fast"
         if self.demand.dtype == "float32":
             return "the table of cards has no rates for float32"
         return ""

@@ -1,4 +1,5 @@
-"""Checkpoints of Gemma 4's text part as published, or quantized: heads of two kinds, and experts beside MLPs. No values.
+"""Checkpoints of Gemma 4's text part as published, or quantized: heads of two kinds, experts beside MLPs, layers that are told of
+tokens and read each other's keys. No values.
 
 Shapes are those of transformers' model; nothing here comes from the planner.
 """
@@ -18,6 +19,11 @@ SMALL: dict[str, Any] = {
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0,
     "final_logit_softcapping": 5.0,
 }  # fmt: skip
+TOLD: dict[str, Any] = {
+    "hidden_size_per_layer_input": 128, "vocab_size_per_layer_input": 203, "num_kv_shared_layers": 1,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "use_double_wide_mlp": True, "attention_k_eq_v": False, "num_global_key_value_heads": None,
+}  # fmt: skip
 EXPERTS = {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 128}
 
 
@@ -36,14 +42,24 @@ def write_gemma4(directory: Path, config: dict[str, Any], variant: str, group: i
     norms = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"]
     sparse = text.get("enable_moe_block")
     norms += [f"{name}_feedforward_layernorm_{n}" for name, n in (("post", 1), ("post", 2), ("pre", 2))] if sparse else []
+    told, layers = text["hidden_size_per_layer_input"], text["num_hidden_layers"]
+    own_kv = layers - text.get("num_kv_shared_layers", 0)
+    if told:
+        norms.append("post_per_layer_input_norm")
+        tensors[f"{before}embed_tokens_per_layer.weight"] = ("BF16", (vocab, layers * told))
+        tensors[f"{before}per_layer_projection_norm.weight"] = ("BF16", (told,))
+        tensors |= dense(f"{before}per_layer_model_projection", layers * told, hidden, 0)
     for layer, kind in enumerate(text["layer_types"]):
         prefix, full = f"{before}layers.{layer}", kind == "full_attention"
         head = text["global_head_dim" if full else "head_dim"]
-        kv = head * text["num_global_key_value_heads" if full else "num_key_value_heads"]
+        keys_only = full and text["attention_k_eq_v"]
+        kv = head * text["num_global_key_value_heads" if keys_only else "num_key_value_heads"]
+        wide = 2 if layer >= own_kv and text.get("use_double_wide_mlp") else 1
         small = {f"{name}.weight": hidden for name in norms} | {f"self_attn.{name}_norm.weight": head for name in "qk"}
         linears = {"self_attn.q_proj": (heads * head, hidden), "self_attn.k_proj": (kv, hidden)}
-        linears |= {} if full else {"self_attn.v_proj": (kv, hidden)}
-        linears |= {"self_attn.o_proj": (hidden, heads * head), **mlp("mlp", inner, hidden)}
+        linears |= {} if keys_only else {"self_attn.v_proj": (kv, hidden)}  # of layers that read another's, too: they are there
+        linears |= {"self_attn.o_proj": (hidden, heads * head), **mlp("mlp", wide * inner, hidden)}
+        linears |= {"per_layer_input_gate": (told, hidden), "per_layer_projection": (hidden, told)} if told else {}
         if sparse:
             count, own = text["num_experts"], text["moe_intermediate_size"]
             small |= {"router.scale": hidden, "router.per_expert_scale": count}

@@ -291,7 +291,7 @@ def write_published(directory: Path, config: dict[str, Any], variant: str) -> Pa
         if "kv_lora_rank" in config:
             ranks = {"q_a_layernorm": config["q_lora_rank"], "kv_a_layernorm": config["kv_lora_rank"]}
             tensors |= {f"{prefix}.self_attn.{norm}.weight": ("BF16", (rank,)) for norm, rank in ranks.items() if rank}
-        gates = dict.fromkeys(("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM"), "gate")
+        gates = dict.fromkeys(("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM"), "gate")
         correction = (gates | {"Ernie4_5_MoeForCausalLM": "moe_statics"}).get(config["architectures"][0])
         if correction and "mlp.gate" in linears(config, layer):
             experts = linears(config, layer)["mlp.gate"][0]

@@ -69,9 +69,13 @@ def test_deepseek_v3_worked_out_by_hand(v3: Path) -> None:
     assert plan.kv.block_bytes == 16 * 61 * 576 * 2 and 630 * GIB < plan.weight_bytes < 680 * GIB
 
 
-def test_cards_refuse_it_by_name(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no kernel for attention over latents \(DeepseekV3ForCausalLM\): --device cpu serves"):
-        make_plan(write_published(tmp_path, DEEPSEEK_V3, "none"), EngineConfig(), CARD)
+def test_cards_take_it(tmp_path: Path) -> None:
+    """Not DeepSeek's own V3, whose experts are chosen by groups; Kimi K2, which is its architecture with one group."""
+    one_group = {**DEEPSEEK_V3, "n_group": 1, "topk_group": 1}
+    plan = make_plan(write_published(tmp_path / "one", one_group, "none"), EngineConfig(), CARD)
+    assert plan.kv.token_bytes == DEEPSEEK_V3["num_hidden_layers"] * (128 + 32) * 2
+    with pytest.raises(InputError, match=r"cards have no kernel for experts in groups \(n_group\): --device cpu serves it"):
+        make_plan(write_published(tmp_path / "three", DEEPSEEK_V3, "none"), EngineConfig(), CARD)
 
 
 def test_it_is_neither_divided_nor_quantized() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from hypothesis import assume, given, settings
@@ -22,18 +23,24 @@ from quant.errors import InputError
 GIB = 1 << 30
 
 Case = tuple[Demand, Settings, DeviceInfo]
+# What is drawn for every case is made once: to make it, and to look whether it is sound, takes longer than to draw it.
 transients = st.builds(Transient, st.integers(0, 4 * GIB), st.just(0), st.integers(0, GIB))
+maybe_cache = st.none() | st.integers(1, 16 * GIB)
+maybe_sequences = st.none() | st.integers(1, 600)
+none_or_up_to_a_gib = st.just(0) | st.integers(0, GIB)
+utilizations, none = st.floats(0.01, 1.0), st.none()
+one_of = cache(st.sampled_from)
 
 
 @st.composite
 def cases(draw: st.DrawFn, *, fits: bool, explicit: bool = False) -> Case:
     """A model, settings and a machine that has between nothing and plenty more (or less) than the model needs."""
-    head_dim = draw(st.sampled_from([16, 64, 128]))
+    head_dim = draw(one_of((16, 64, 128)))
     demand = Demand(
         model="m",
         architecture="LlamaForCausalLM",
         quantization="awq",
-        dtype=draw(st.sampled_from(["bfloat16", "float32"])),
+        dtype=draw(one_of(("bfloat16", "float32"))),
         layers=draw(st.integers(1, 80)),
         kv_heads=draw(st.integers(1, 16)),
         head_dim=head_dim,
@@ -45,7 +52,7 @@ def cases(draw: st.DrawFn, *, fits: bool, explicit: bool = False) -> Case:
         token_bytes=draw(st.integers(1, 300_000)),
         hidden_bytes=draw(st.integers(1, 20_000)),
         logits_row_bytes=draw(st.integers(1, 1_000_000)),
-        position_bytes=4 * draw(st.sampled_from([head_dim, head_dim // 2])),
+        position_bytes=4 * draw(one_of((head_dim, head_dim // 2))),
         loading=Loading(draw(transients), draw(transients)) if draw(st.booleans()) else Loading(),
         threads=draw(st.integers(1, 8)),
     )
@@ -55,20 +62,20 @@ def cases(draw: st.DrawFn, *, fits: bool, explicit: bool = False) -> Case:
         demand = replace(demand, streamed=streamed)
     lengths = st.integers(2, demand.max_len)
     chosen = Settings(
-        utilization=draw(st.floats(0.01, 1.0)),
-        kv_bytes=None if explicit else draw(st.none() | st.integers(1, 16 * GIB)),
-        block_size=draw(st.sampled_from([8, 16, 64, 256])),
+        utilization=draw(utilizations),
+        kv_bytes=None if explicit else draw(maybe_cache),
+        block_size=draw(one_of((8, 16, 64, 256))),
         max_tokens=draw(st.integers(1, 20_000)),
-        max_seqs=draw(st.integers(1, 600) if explicit else st.none() | st.integers(1, 600)),
-        max_len=draw(lengths if explicit else st.none() | lengths),
-        kv_dtype=draw(st.sampled_from([None, "int8", "int4"])),
-        reserve=draw(st.just(0) | st.integers(0, GIB)),
-        swap_bytes=draw(st.just(0) | st.integers(0, GIB)),
+        max_seqs=draw(st.integers(1, 600) if explicit else maybe_sequences),
+        max_len=draw(lengths if explicit else none | lengths),
+        kv_dtype=draw(one_of((None, "int8", "int4"))),
+        reserve=draw(none_or_up_to_a_gib),
+        swap_bytes=draw(none_or_up_to_a_gib),
         prefixes=draw(st.booleans()),
     )
-    kind = draw(st.sampled_from(["cpu", "cuda"]))
+    kind = draw(one_of(("cpu", "cuda")))
     if kind == "cuda":
-        out = draw(st.sampled_from([0.0, 0.5, 3.0])) if demand.streamed else 0.0
+        out = draw(one_of((0.0, 0.5, 3.0))) if demand.streamed else 0.0
         chosen = replace(chosen, graphs=not out and draw(st.booleans()), offload_gb=out)
     fixed = sum(demand.weights.values()) + demand.slab + demand.token_bytes * chosen.max_tokens + RUNTIME[kind]
     cache = demand.layers * demand.kv_heads * head_dim * 8 * ((chosen.max_len or 512) + 256)
@@ -140,7 +147,7 @@ def test_the_plan_is_monotone(case: Case, data: st.DataObject) -> None:
     kinds += ["eager", "kv_dtype"] if device.kind == "cuda" else ["swap"]
     kinds += ["offload"] if chosen.offload_gb and chosen.max_seqs is not None else []
     kinds += [] if chosen.kv_bytes is None else ["kv_bytes"]
-    more = data.draw(st.sampled_from(kinds), label="what becomes better")
+    more = data.draw(one_of(tuple(kinds)), label="what becomes better")
     if more == "utilization":
         chosen = replace(chosen, utilization=data.draw(st.floats(chosen.utilization, 1.0)))
     elif more == "available":

@@ -176,6 +176,7 @@ def test_where_no_speed_is_predicted(model: Path) -> None:
         (study(model, CARD, ranks=2), "several cards"),
         (study(model, replace(CARD, name="a card with 24 GiB")), "not in the table of cards"),
         (study(model, replace(CARD, total=80 << 30, available=79 << 30), dtype="float32"), "no rates for float32"),
+        (study(model, CARD, reference_ops=True, max_model_len=2048), "the reference operators"),
     ):
         assert why in found.unpredictable and found.decode_speeds() == [] and found.prefill_speed() is None
         assert f"No speed is predicted: {found.unpredictable}." in Answers.of(found, [found.device], None, None).text()
