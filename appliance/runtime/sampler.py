@@ -21,6 +21,7 @@ from kernels.ops import ArgMax, KthLargest
 _NEVER = np.float32("-inf")
 NOT_FINITE = "the model produced logits that are not finite numbers"
 _LIKELY = 512  # tokens in which a nucleus is looked for first
+_AT_ONCE = 1 << 15  # logits of rows that are worked on together: of so few torch adds up each row as if it were alone
 _BLOCK = 128  # probabilities summed together, so that a draw needs no cumulative sum over the whole vocabulary
 
 
@@ -67,13 +68,46 @@ def sample(
 
 
 def token_logprobs(
-    logits: Tensor, token_ids: Sequence[int], top: Sequence[int], *, kth: KthLargest = reference.kth_largest
+    logits: Tensor, token_ids: Sequence[int], top: int, *, kth: KthLargest = reference.kth_largest
 ) -> list[TokenLogprob]:
-    """Log-probability and rank of ``token_ids[i]`` in row i of ``logits`` float32 [R, V], and the ``top[i]`` most likely tokens.
+    """Log-probability and rank of ``token_ids[i]`` in row i of ``logits`` float32 [R, V], and its ``top`` most likely tokens.
 
-    ``top`` -1 gives the whole vocabulary. Rank is 1 + the number of tokens with a larger logit. Equal tokens come by id.
+    ``top`` -1 gives the whole vocabulary. Rank is 1 + the number of tokens with a larger logit. Equal tokens come by id. The host
+    waits for the device twice, however many rows there are; workspace: as ``sample`` has it.
     """
-    return [_row_logprob(row, token, k, kth) for row, token, k in zip(logits.unbind(), token_ids, top, strict=True)]
+    size = logits.shape[1]
+    if top == -1 or min(top, size) > _LIKELY:
+        return [_row_logprob(row, token, top, kth) for row, token in zip(logits.unbind(), token_ids, strict=True)]
+    own = logits.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
+    count = min(top, size)
+    more = min(count + 1, size)  # the one behind them says whether an equal one was left out
+    at_once = max(1, _AT_ONCE // size)
+    norms, larger, values, ids = [], [], [], []
+    for part, mine in zip(logits.split(at_once), own.split(at_once), strict=True):
+        norms.append(part.logsumexp(1, keepdim=True))
+        larger.append((part > mine).sum(1, keepdim=True))
+        best = part.topk(more, dim=1)
+        values.append(best.values)
+        ids.append(best.indices)
+    norm, (found, order) = torch.cat(norms), _by_id(torch.cat(values), torch.cat(ids))
+    doubtful = found[:, max(0, count - 1) : more - 1] == found[:, count:more]  # none where count is 0 or all of them
+    told = torch.cat((own, found[:, :count]), 1).sub_(norm).tolist()
+    whole = torch.cat((torch.cat(larger), (found[:, :count] > -math.inf).sum(1, keepdim=True), order[:, :count], doubtful), 1)
+    out = []
+    for i, (rank, likely, *rest) in enumerate(whole.tolist()):
+        if any(rest[count:]):
+            out.append(_row_logprob(logits[i], token_ids[i], top, kth))
+        else:
+            best_ones = tuple(zip(rest[:likely], told[i][1 : 1 + likely], strict=True))
+            out.append(TokenLogprob(token_ids[i], told[i][0], 1 + rank, best_ones))
+    return out
+
+
+def _by_id(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [R, k] and their ids, the largest first, equal ones by id."""
+    ids, order = ids.sort(dim=1)
+    values, again = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, ids.gather(1, again)
 
 
 def draws_on_device(request: Request) -> bool:

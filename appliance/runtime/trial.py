@@ -27,8 +27,10 @@ from appliance.runtime.staging import Lane
 from kernels.layout import HEADS, head_bits
 from kernels.ops import get_ops
 from models.decoder import Decoder
-from models.loader import EMBEDDING, HEAD, load_model
+from models.loader import load_model
+from models.per_layer import TABLE
 from models.spec import ModelSpec
+from models.tables import EMBEDDING, HEAD
 from quant.checkpoint import Checkpoint
 from quant.errors import InputError
 from quant.headers import TensorInfo
@@ -115,7 +117,7 @@ class _Part(Checkpoint):
         return self.whole.take(self._name(name), dtypes=dtypes, shape=shape)
 
     def weight(self, name: str, expect: tuple[int, int] | None = None) -> QuantTensor | Tensor:
-        if name not in (EMBEDDING, HEAD) or expect is None:
+        if name not in (EMBEDDING, HEAD, TABLE) or expect is None:
             return self.whole.weight(self._name(name), expect)
         table = self.whole.weight(name, expect=(self.vocab, expect[1]))
         return table.select_rows(self.tokens) if isinstance(table, QuantTensor) else table[self.tokens]
@@ -131,11 +133,11 @@ def deviations(
     count = min(TOKENS, plan.max_model_len)
     text = torch.randint(len(tokens), (count,), generator=torch.Generator().manual_seed(1))
     layers, spec = tried(decoder.spec), decoder.spec.part(tried(decoder.spec))
-    kv = replace(plan.kv, layers=spec.attention_layers, shapes=spec.kv_shapes)
+    kv = replace(plan.kv, layers=spec.kv_layers, shapes=spec.kv_shapes)
     small = replace(plan, kv=kv, num_blocks=kv.blocks(count), swap_blocks=0)
     expected = _logits(Runner(oracle, small, device=torch.device("cpu")), text, min(count, plan.max_num_batched_tokens))
-    before = decoder.spec.part(range(layers.start)).attention_layers
-    largest = decoder.kv_largest[before : before + spec.attention_layers]
+    before = decoder.spec.part(range(layers.start)).kv_layers
+    largest = decoder.kv_largest[before : before + spec.kv_layers]
     first = replace(decoder, spec=spec, layers=decoder.layers[layers.start : layers.stop], kv_largest=largest)
     runner = Runner(first, small, device=decoder.ops.device, lane=lane)
     for at_once in STEPS:
@@ -154,6 +156,6 @@ def key(plan: MemoryPlan, decoder: Decoder) -> str:
     weights = [*(weight for layer in layers for weight in layer.weights), decoder.head, decoder.embedding]
     found = [plan.dtype, plan.kv.dtype, plan.kv.block_size, os.environ.get("APPLIANCE_FP16_SUMS", "0")]
     found += [spec.architecture, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab]
-    found += [spec.mixture, spec.delta, spec.wide]
+    found += [spec.mixture, spec.recurrent, spec.wide, *([spec.per_layer] if spec.per_layer is not None else [])]
     found += [f"{type(weight).__name__} {weight.nbytes} {getattr(weight, 'rounds', '')}" for weight in weights]
     return SEPARATOR.join([card_key(plan.device), *map(str, found)])

@@ -1,5 +1,6 @@
 """The sampler against transformers' logits warpers, against the published formulas, and against itself in other company."""
 
+import heapq
 import math
 from unittest.mock import patch
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from appliance.core.messages import TokenLogprob
 from appliance.core.params import SamplingParams
 from appliance.core.request import Request
 from appliance.runtime import sampler
@@ -253,9 +255,10 @@ def test_logprobs_are_those_of_the_untouched_logits():
 def test_token_logprobs():
     logits = random_logits(6, 101, 9)
     want = logits.double().log_softmax(-1)
-    ids, top = [0, 100, 5, 5, 7, 8], [0, 1, 3, -1, 500, 2]
-    for row, (one, token, k) in enumerate(zip(token_logprobs(logits, ids, top), ids, top, strict=True)):
-        size = 101 if k in (-1, 500) else k
+    ids = [0, 100, 5, 5, 7, 8]
+    several = [(row, k, one) for k in (0, 1, 3, -1, 500, 2) for row, one in enumerate(token_logprobs(logits, ids, k))]
+    for row, k, one in several:
+        token, size = ids[row], 101 if k in (-1, 500) else k
         assert one.token_id == token and len(one.top) == size
         assert one.logprob == pytest.approx(want[row, token].item(), abs=1e-5)
         values, order = want[row].sort(descending=True)
@@ -265,8 +268,34 @@ def test_token_logprobs():
 
 
 def test_equal_logits_share_a_rank_and_come_by_id():
-    one = token_logprobs(torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]), [2], [2])[0]
+    one = token_logprobs(torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]), [2], 2)[0]
     assert one.rank == 1 and [t for t, _ in one.top] == [1, 2]
+
+
+@pytest.mark.parametrize("size", [1, 7, 640, 40_000])
+def test_rows_together_are_rows_alone(size):
+    """To the bit, ties and tokens that are ruled out among them."""
+    for rng_seed, coarse in ((10, 1.0), (11, 1e-6)):
+        logits = (random_logits(9, size, rng_seed) / coarse).round() * coarse
+        logits[1] = logits[1, 0]
+        logits[2, : size // 2] = -INF
+        logits[3, 1:] = -INF
+        ids = [(7919 * row) % size for row in range(9)]
+        for top in (1, 5) if size > 640 else (0, 1, 5, 513, -1):
+            alone = [token_logprobs(row[None].clone(), [token], top)[0] for row, token in zip(logits, ids, strict=True)]
+            assert repr(token_logprobs(logits, ids, top)) == repr(alone)
+            plain = [
+                one_by_one(row, token, size if top == -1 else min(top, size)) for row, token in zip(logits, ids, strict=True)
+            ]
+            assert repr(alone) == repr(plain)
+
+
+def one_by_one(row, token, k):
+    """By its definition, the largest ones found by looking at all of them."""
+    norm = row.logsumexp(0)
+    order = heapq.nsmallest(k, ((-value, i) for i, value in enumerate(row.tolist()) if value > -INF))
+    top = tuple((i, (row[i] - norm).item()) for _, i in order)
+    return TokenLogprob(token, (row[token] - norm).item(), 1 + int((row > row[token]).sum()), top)
 
 
 HUGE = 2.0**127

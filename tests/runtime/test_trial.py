@@ -19,7 +19,7 @@ from appliance.runtime.startup import Timeline, load_decoder
 from kernels import reference
 from kernels.ops import KVCache, PagedBatch, Weight
 from models.decoder import Decoder
-from tests.memory.gemma4 import EXPERTS, write_gemma4
+from tests.memory.gemma4 import EXPERTS, TOLD, write_gemma4
 from tests.memory.gemma4 import SMALL as GEMMA4
 from tests.memory.published import GLM4_MOE, fill, livelier, write_published
 
@@ -68,6 +68,19 @@ def test_of_heads_of_two_kinds_both_are_compared(tmp_path: Path) -> None:
         return q if cache.head_dim == 128 else reference.attention(q, cache, *given, **options)
 
     wrong = replace(decoder, ops=replace(decoder.ops, attention=blind))
+    assert all(off > trial.ALLOWED for _, off in trial.deviations(wrong, oracle, tokens, plan, None))
+
+
+def test_what_layers_are_told_is_compared(tmp_path: Path) -> None:
+    """Of the last two of three layers, of which one reads the keys of the other."""
+    types = ["full_attention"] * 3
+    folder = livelier(fill(write_gemma4(tmp_path, {**GEMMA4, **TOLD, "layer_types": types}, "none"), "none"))
+    config, plan, decoder = loaded(folder, dtype="float32", reference_ops=True)
+    oracle, tokens = trial.load_oracle(config, plan, decoder)
+    assert trial.tried(decoder.spec) == range(1, 3) and oracle.spec.shared == (False, True)
+    assert all(off < 1e-4 for _, off in trial.deviations(decoder, oracle, tokens, plan, None))
+    assert decoder.inputs is not None and isinstance(decoder.inputs.table, Tensor)
+    wrong = replace(decoder, inputs=replace(decoder.inputs, table=decoder.inputs.table.flip(1)))
     assert all(off > trial.ALLOWED for _, off in trial.deviations(wrong, oracle, tokens, plan, None))
 
 
