@@ -144,14 +144,23 @@ class Server:
 
 
 def measure(case: str, streams: int, *, pace: float, tokens: int, **setup: Any) -> dict[str, Any]:
+    """One case's figures. Where this process was kept from reading for most of the run, the run says nothing: it is done again."""
     path, body = CASES[case]
-    server = Server(pace=pace, streams=streams, logprobs=5 if "logprobs" in case else 0, **setup)
     body = {**body, "stream": True, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
-    clients = [Stream(server.port, path, body, f"s{i}") for i in range(streams)]
-    notes = drive(clients, [0.15 * tokens * pace, 0.85 * tokens * pace], server.process.pid, server.worker)
-    found = server.stop()
-    begin, end = notes
-    steps = sum(begin[0] <= t < end[0] for t in found["steps"])
+    for _ in range(5):
+        server = Server(pace=pace, streams=streams, logprobs=5 if "logprobs" in case else 0, **setup)
+        clients = [Stream(server.port, path, body, f"s{i}") for i in range(streams)]
+        notes = drive(clients, [0.15 * tokens * pace, 0.85 * tokens * pace], server.process.pid, server.worker)
+        found = server.stop()
+        steps = sum(notes[0][0] <= t < notes[-1][0] for t in found["steps"]) if notes else 0
+        if len(notes) == 2 and steps:
+            return figures(case, clients, notes, steps, found) | {"pace_ms": 1e3 * pace}
+    raise SystemExit(f"{case}: others took the processors while the tokens came, five times; more --tokens would help")
+
+
+def figures(case: str, clients: list[Stream], notes: list[tuple[float, int, int]], steps: int, found: dict[str, Any]) -> dict[str, Any]:
+    """What ``steps`` steps between two notes cost, and how long each token took from the engine to its client."""
+    (begin, end), streams, tokens = notes, len(clients), len(found["steps"])
     delays: list[float] = []
     lasts: list[float] = [0.0] * tokens
     for client in clients:
@@ -162,7 +171,7 @@ def measure(case: str, streams: int, *, pace: float, tokens: int, **setup: Any) 
             lasts[k] = max(lasts[k], arrived - left)
     inner = sorted(delays)
     return {
-        "case": case, "streams": streams, "pace_ms": 1e3 * pace, "tokens": tokens,
+        "case": case, "streams": streams, "tokens": tokens,
         "api_cpu_us_per_token": (end[1] - begin[1]) / steps / streams / 1e3,
         "api_cpu_ms_per_step": (end[1] - begin[1]) / steps / 1e6,
         "engine_cpu_ms_per_step": (end[2] - begin[2]) / steps / 1e6,

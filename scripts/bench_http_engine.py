@@ -17,7 +17,7 @@ class Scripted:
     notes: ClassVar[dict[str, Any]] = {"steps": [], "width": 0}
 
     @classmethod
-    def load(cls, config: Any, progress: Any = None, *, import_s: float = 0.0) -> Scripted:
+    def load(cls, config: Any, progress: Any = None, **of_a_server: Any) -> Scripted:
         from appliance.text.tokenizer import Tokenizer
 
         return cls(Tokenizer.load(config.tokenizer), json.loads(os.environ["BENCH_HTTP"]))
