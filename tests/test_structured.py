@@ -112,7 +112,14 @@ def test_white_space_between_the_parts_is_bounded_or_none(llm: LLM) -> None:
         ({"grammar": "start: missing"}, "structured_outputs.grammar", "unknown name"),
         ({"grammar": "what is this?"}, "structured_outputs.grammar", "Expected ::="),
         ({"grammar": "start: <|im_end|>"}, "structured_outputs.grammar", "special tokens"),
-        ({"json": {}, "whitespace_pattern": "("}, "structured_outputs", "unclosed group"),
+        (
+            {"json": {"oneOf": [{"type": "integer"}, {"type": "number"}]}},
+            "structured_outputs.json",
+            "exclude each other: use anyOf",
+        ),
+        ({"grammar": "root ::= root"}, "structured_outputs.grammar", "served: it leads to a place where no text can go on"),
+        ({"json": {}, "whitespace_pattern": "("}, "structured_outputs.whitespace_pattern", "unclosed group"),
+        ({"json": {"type": "bogus"}, "whitespace_pattern": "("}, "structured_outputs.whitespace_pattern", "unclosed group"),
         ({"regex": "a" * (MAX_CHARS + 1)}, "structured_outputs.regex", f"at most {MAX_CHARS}"),
     ],
 )
@@ -120,6 +127,7 @@ def test_what_is_refused_names_the_field_and_says_why(asked: dict[str, Any], fie
     with pytest.raises(RequestError) as caught:
         compile_grammar(StructuredOutputsParams(**asked))
     assert words in str(caught.value) and (caught.value.param or "").startswith(field)
+    assert "<" not in str(caught.value) or "special tokens" in words, "no marks of the library's own"
 
 
 @pytest.mark.parametrize("more", [{"use_beam_search": True, "n": 2}, {"ignore_eos": True}, {"min_tokens": 3}])

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from appliance.bench.arrivals import arrivals
 from appliance.bench.http import Broken, Target
 from appliance.bench.load import Asker, Run, headers, pairs, run
-from appliance.bench.outcome import Outcome
+from appliance.bench.outcome import Outcome, refused
 from appliance.bench.picture import picture
 from appliance.bench.report import report
 from appliance.bench.results import details, limits, percentiles, shown, summary
@@ -111,7 +111,9 @@ async def _model(config: BenchConfig, target: Target, stop: asyncio.Event) -> tu
         chosen = next((m for m in models if m.get("id") == name), models[0])
     except (ValueError, KeyError, IndexError, TypeError):
         if name is None:
-            raise InputError(f"{target.url}/v1/models (status {answer.status}) names no model: give one with --model") from None
+            said = f": {refused(answer.status, answer.body)[1]}" if answer.status == 400 else ""
+            told = f"{target.url}/v1/models (status {answer.status}) names no model{said}; give one with --model"
+            raise InputError(told) from None
         return name, None
     length = chosen.get("max_model_len") if isinstance(chosen, dict) else None
     return name or chosen["id"], length if isinstance(length, int) else None

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from appliance.chat.client import ChatError, Server
 from appliance.chat.files import with_files
@@ -83,11 +84,11 @@ class Repl:
         content = with_files(text)
         if content != text:
             self.screen.note(f"(with {len(content) - len(text):,} characters of files)")
-        self.talk.messages.append({"role": "user", "content": content})
-        self._answer()
+        self._ask(content, [*self.talk.messages])
 
-    def _answer(self) -> None:
-        """Ask, and show what comes. A question that gets no answer is taken back. Raises ChatError."""
+    def _ask(self, question: str, before: list[dict[str, Any]]) -> None:
+        """Ask, and show what comes. Where there is no answer, the messages are those of ``before``. Raises ChatError."""
+        self.talk.messages.append({"role": "user", "content": question})
         answer, stopped = Answer(), False
         self.screen.begin()
         try:
@@ -99,7 +100,7 @@ class Repl:
         finally:
             self.screen.end()
             if answer.empty:
-                self.talk.undo()
+                self.talk.messages = before
             else:
                 self.talk.messages.append(answer.message())
         for call in answer.tool_calls:
@@ -109,7 +110,7 @@ class Repl:
     def _end(self, answer: Answer, stopped: bool) -> None:
         parts = [answer.figures()] if answer.tokens else []
         if stopped:
-            parts.append("stopped before an answer came; the question is taken back" if answer.empty else "stopped")
+            parts.append("stopped before an answer came; the conversation is as it was" if answer.empty else "stopped")
         elif answer.finish == "length":
             parts.append("cut off: the limit of tokens is reached")
         if parts:
@@ -117,11 +118,11 @@ class Repl:
             self.screen.note("")
 
     def _regen(self) -> None:
+        before = [*self.talk.messages]
         question = self.talk.undo()
         if question is None:
             raise InputError("/regen: nothing was asked yet")
-        self.talk.messages.append({"role": "user", "content": question})
-        self._answer()
+        self._ask(question, before)
 
     def _undo(self) -> None:
         question = self.talk.undo()

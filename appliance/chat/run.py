@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -43,6 +44,7 @@ class Asked:
 
 def main(asked: Asked) -> int:
     """The exit code: 0, or 1 where there was no answer. Raises InputError."""
+    _check(asked)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may know fewer characters than a model
@@ -58,6 +60,15 @@ def main(asked: Asked) -> int:
     except ChatError as error:
         print(f"appliance: error: {error}", file=sys.stderr)
         return 1
+
+
+def _check(asked: Asked) -> None:
+    """Raises InputError where words are no model, or nothing that goes with --url."""
+    word = asked.words[0] if asked.words else ""
+    if " " in word and not Path(word).exists():
+        raise InputError(f"{word!r:.60} is no model to start a server for: a question is asked with --prompt (-p)")
+    if word and asked.url is not None:
+        raise InputError(f"--url is for a server that runs, and {word!r} for one that is to be started")
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -92,8 +103,6 @@ def _server(asked: Asked) -> Iterator[Server]:
                     raise
             if sys.stderr.isatty():
                 print(f"no server runs at {DEFAULT_URL}: one is started, with the embedded demo model", file=sys.stderr)
-        elif asked.url is not None:
-            raise InputError(f"--url is for a server that runs, and {asked.words[0]!r} for one that is to be started")
         child = Child(asked.words)
         try:
             server = child.server(status, **asked.tls)

@@ -56,13 +56,20 @@ def check_ids(name: str, ids: Collection[int], vocab: int) -> None:
 
 
 class ContextOverflow(RequestError):
-    """OpenAI's error for a prompt (with its answer) that is longer than the context. ``at_least``: not all of it was counted."""
+    """OpenAI's error for a prompt (with its answer) that is longer than the context. ``at_least``: not all of it was counted.
 
-    def __init__(self, prompt_len: int, max_tokens: int | None, limit: int, *, at_least: bool = False) -> None:
+    ``whose``: the limit is not the context, but that of somebody's prompts.
+    """
+
+    def __init__(
+        self, prompt_len: int, max_tokens: int | None, limit: int, *, at_least: bool = False, whose: str | None = None
+    ) -> None:
         self.prompt_len, self.limit = prompt_len, limit
         asked = "" if max_tokens is None or prompt_len >= limit else f" and max_tokens asks for {max_tokens} more"
         super().__init__(
-            f"This model's maximum context length is {limit} tokens. However, your prompt contains "
+            f"the prompt has {prompt_len} tokens, and {whose} takes at most {limit} in one"
+            if whose
+            else f"This model's maximum context length is {limit} tokens. However, your prompt contains "
             f"{'at least ' if at_least else ''}{prompt_len} input tokens{asked}. "
             f"Please reduce the length of the prompt{' or max_tokens' if asked else ''}.",
             param="max_tokens" if asked else "prompt",

@@ -92,8 +92,8 @@ async def post_completions(request: Request) -> Response:
 
 
 async def _completions(request: Request, body: CompletionRequest) -> Response:
-    state = await serving(request, body.model)
-    return await completions.answer(state, request_id(request, body.request_id), body)
+    name = request_id(request, body.request_id)  # by which it can be aborted while it waits for its model
+    return await completions.answer(await serving(request, body.model), name, body)
 
 
 @router.post("/v1/chat/completions")
@@ -103,8 +103,8 @@ async def post_chat(request: Request) -> Response:
 
 
 async def _chat(request: Request, body: ChatRequest) -> Response:
-    state = await serving(request, body.model)
-    return await chat.answer(state, request_id(request, body.request_id), body)
+    name = request_id(request, body.request_id)  # by which it can be aborted while it waits for its model
+    return await chat.answer(await serving(request, body.model), name, body)
 
 
 @router.post("/tokenize")

@@ -5,6 +5,7 @@ A thread writes, so that no disk delays an answer. A line that cannot be written
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import queue
@@ -23,7 +24,8 @@ MAX_QUEUE = 10_000  # lines that wait for the disk
 
 
 def _open(file: str | Path) -> int:
-    return os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Of a pipe that nobody reads it is an error, and no wait."""
+    return os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
 
 
 def check_writable(file: str) -> None:
@@ -31,7 +33,8 @@ def check_writable(file: str) -> None:
     try:
         os.close(_open(file))
     except OSError as error:
-        raise InputError(f"--audit-log {file}: {error.strerror}") from None
+        why = "a pipe that nobody reads" if error.errno == errno.ENXIO else error.strerror
+        raise InputError(f"--audit-log {file}: {why}") from None
 
 
 class AuditLog:

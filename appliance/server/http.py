@@ -21,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from appliance.config import ServerConfig
 from appliance.server.errors import error_body
 from appliance.server.guard import MAX_HEADER_BYTES
+from appliance.server.plain import answer_plain_http
 from appliance.server.respond import WRITE
 from quant.errors import InputError
 
@@ -177,6 +178,8 @@ class HttpServer(uvicorn.Server):
         config, self.servers = self.config, []
         make = partial(Protocol, config=config, server_state=self.server_state, app_state={})
         tls: dict[str, Any] = {"ssl": config.ssl, "ssl_handshake_timeout": READ_S, "ssl_shutdown_timeout": READ_S}
+        if config.ssl is not None:
+            answer_plain_http(config.ssl)
         for sock in sockets or ():
             listener, more = (TlsListener(sock), tls) if config.ssl else (sock, {})
             server = await asyncio.get_running_loop().create_server(make, sock=listener, backlog=config.backlog, **more)

@@ -61,12 +61,14 @@ async def reset_prefix_cache(request: Request, model: str | None = None) -> Resp
 
 @router.delete("/v1/requests/{request_id:path}")
 async def abort(request: Request, request_id: str) -> Response:
-    """Abort a running request by its X-Request-Id, or by the id of its answer. Each key sees its own requests alone."""
-    asker = current.get() or Ticket()
-    jobs = [job for job in state_of(request).jobs if request_id in (job.id, job.request_id) and job.ticket.key == asker.key]
-    if not jobs:
+    """Abort a request by its X-Request-Id, or by the id of its answer. Each key sees its own requests alone."""
+    shared, asker = state_of(request).shared, current.get() or Ticket()
+    jobs = [job for job in shared.jobs if request_id in (job.id, job.request_id) and job.ticket.key == asker.key]
+    asked = [one for one in shared.asked if one.ids["request_id"] == request_id and one.ticket.key == asker.key]
+    waiting = [one for one in asked if not one.ticket.jobs]
+    if not jobs and not waiting:
         message = f"no running request has the id {request_id!r}"
         raise RequestError(message, param="request_id", code="request_not_found", status=404)
-    for job in jobs:
-        job.abort()
+    for abort_it in (*(job.abort for job in jobs), *(one.abort for one in waiting)):
+        abort_it()
     return JSONResponse({"id": request_id, "object": "request", "aborted": True})

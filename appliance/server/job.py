@@ -11,7 +11,7 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from appliance.core.door import check_submit
+from appliance.core.door import ContextOverflow, check_submit
 from appliance.core.messages import Event, Submit, TokenLogprob, Unanswerable
 from appliance.core.params import RequestError, SamplingParams
 from appliance.server.beside import Pace
@@ -96,8 +96,7 @@ class Job:
     def _check_length(self, prompt: Prompt) -> None:
         for most, whose in self._limits("max_prompt_tokens")[:1]:
             if (tokens := len(prompt.token_ids)) > most:
-                message = f"the prompt has {tokens} tokens, and {whose} takes at most {most} in one"
-                raise RequestError(message, param="prompt", code="context_length_exceeded")
+                raise ContextOverflow(tokens, None, most, whose=whose)
 
     def _cut(self, params: SamplingParams, prompt: Prompt) -> SamplingParams:
         """An answer is no longer than the limits say, as one under vLLM's ``max_new_tokens``: it ends with "length"."""

@@ -198,8 +198,10 @@ def make_key(name: str, limits: Limits, expires: str | None) -> tuple[str, str]:
     if not (bare.isascii() and bare.isalnum()):
         raise InputError(f"a key's name has letters, digits, - and _, got {name!r}")
     try:
-        _key(name, {"sha256": sha256(key.encode()).hexdigest(), **row})
+        made = _key(name, {"sha256": sha256(key.encode()).hexdigest(), **row})
         tomllib.loads("\n".join(parts))  # as the server will read it
     except ValueError as error:
         raise InputError(f"key {name!r}: {error}") from None
+    if made.expires is not None and made.expires <= time.time():
+        raise InputError(f"key {name!r}: expires is {expires}, and that is over")
     return key, f"{name} = {{ {', '.join(parts)} }}"

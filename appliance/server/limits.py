@@ -127,16 +127,17 @@ class Account:
                 raise RateLimited(
                     f"the request has {tokens} tokens, and this key's limit is {size} tokens per {name}", 60, hopeless=True
                 )
-        if day is not None and self._today() + tokens > day:
-            wait = self._day + DAY_S - self.clock()
+        if day is not None and (over := self._today() + tokens - day) > 0:
+            wait = self._day + math.ceil(over / day) * DAY_S - self.clock()
             raise RateLimited(f"this key has used {self._used} of its {day} tokens per day; try again in {_time(wait)}", wait)
         if bucket and (wait := bucket.wait_s(tokens)) > 0:
             raise RateLimited(f"this key's limit is {bucket.size} tokens per minute; try again in {_time(wait)}", wait)
 
     def _today(self) -> int:
-        """Tokens used in this day of 24 hours."""
-        if self.clock() - self._day >= DAY_S:
-            self._day, self._used = self.clock(), 0
+        """Tokens used in this day of 24 hours, and what days before it owe: an answer's are known when the quota may be spent."""
+        if days := int((self.clock() - self._day) // DAY_S):
+            self._used = max(0, self._used - days * (self.limits.tokens_per_day or self._used))
+            self._day = self._day + days * DAY_S if self._used else self.clock()
         return self._used
 
     def headers(self) -> dict[str, str]:

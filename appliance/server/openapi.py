@@ -44,6 +44,7 @@ STATUSES = {
 ALWAYS = (400, 431, 500, 503)  # no HTTP, too many headers, a fault of ours, more connections than there can be
 BODY = (408, 413, 415)  # what reading a body can come to
 COMPUTE = (*BODY, 404)  # and what the engine, too, has to do with
+ANSWER = (*COMPUTE, 499)  # and what may take long
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from appliance.server import about, answers
 from appliance.server.messages import described as messages
-from appliance.server.openapi import COMPUTE, Operation
+from appliance.server.openapi import ANSWER, COMPUTE, Operation
 from appliance.server.responses import described as responses
 from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, ModelRequest, TokenizeRequest
 
@@ -20,7 +20,7 @@ OPERATIONS: dict[str, Operation] = {
         example={"prompt": "Once upon a time", "max_tokens": 16},
         answer=answers.Completion,
         events=answers.CompletionChunk,
-        errors=COMPUTE,
+        errors=ANSWER,
     ),
     "POST /v1/chat/completions": Operation(
         tag="answers",
@@ -29,7 +29,7 @@ OPERATIONS: dict[str, Operation] = {
         example={"messages": HELLO, "max_tokens": 16},
         answer=answers.ChatCompletion,
         events=answers.ChatChunk,
-        errors=COMPUTE,
+        errors=ANSWER,
     ),
     "GET /v1/models": Operation(
         tag="models",

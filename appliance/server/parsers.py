@@ -12,23 +12,25 @@ from typing import Any, TypeVar
 from appliance.config import ServerConfig
 from appliance.core.params import NOT_WITH_GRAMMAR, RequestError, SamplingParams, StructuredOutputsParams
 from appliance.server.prompts import RENDER_S, Prompt
-from appliance.server.schemas import ChatRequest
+from appliance.server.schemas import ChatRequest, TokenizeRequest
 from appliance.server.structured import compiled, form_field
 from appliance.text.answer import AnswerParser, HarmonyAnswer
 from appliance.text.detokenizer import MARK
 from appliance.text.reasoning import HARMONY, REASONING, ReasoningParser, Tags, tags_of
 from appliance.text.timelimit import TimeLimit
 from appliance.text.tokenizer import Tokenizer
-from appliance.text.tools.choice import FORMS, Forced, ToolChoice, forced, tool_choice
-from appliance.text.tools.choice import HARMONY as HARMONY_FORM
+from appliance.text.tools.choice import Forced, ToolChoice, forced, tool_choice
 from appliance.text.tools.detect import detect
 from appliance.text.tools.formats import PARSERS, Mistral, nine_characters
+from appliance.text.tools.forms import FORMS
+from appliance.text.tools.forms import HARMONY as HARMONY_FORM
 from appliance.text.tools.grammar import harmony, lark
 from appliance.text.tools.harmony import MARKERS, MESSAGE, START, Harmony
 from appliance.text.tools.parser import ToolParser
 from quant.errors import InputError
 
 T = TypeVar("T")
+Conversation = TypeVar("Conversation", ChatRequest, TokenizeRequest)
 TAIL = 64  # tokens at the end of a prompt that show whether the answer begins within reasoning
 
 
@@ -67,8 +69,8 @@ class Parsers:
             return ToolChoice()  # the tools do not matter
         if body.tools and self.tools is None:
             message = (
-                "tools: the model's chat template shows no tool calls of a known form: name it with "
-                f"--tool-call-parser ({', '.join(PARSERS)}), or set tool_choice to 'none'"
+                "tools: the model's chat template tells of no tools, or shows no calls of a known form: name it with "
+                f"--tool-call-parser ({', '.join([*PARSERS][:4])}, ...: docs/api.md), or set tool_choice to 'none'"
             )
             raise RequestError(message, param="tools", code="unsupported_parameter")
         choice = tool_choice(body.tools, body.tool_choice)
@@ -80,9 +82,9 @@ class Parsers:
             return choice
         return replace(choice, loose=True, formed=params.structured_outputs is not None)
 
-    def fitted(self, body: ChatRequest) -> ChatRequest:
+    def fitted(self, body: Conversation) -> Conversation:
         """With ids of calls that the model's template takes: a conversation may have been begun elsewhere."""
-        if self.tools is not Mistral:
+        if self.tools is not Mistral or body.messages is None:
             return body
         return body.model_copy(update={"messages": [_fitted(message) for message in body.messages]})
 

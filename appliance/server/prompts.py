@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -54,21 +54,21 @@ async def chat_prompt(body: ChatRequest, tokenizer: Tokenizer | None, limit: int
     """Messages, and the tools that the model may call, written with the model's chat template. Raises RequestError."""
     if tokenizer is None:
         raise RequestError("chat needs a tokenizer, and this server runs without one: use /v1/completions with token ids")
+    text = await render(tokenizer, body, tools)
+    return await _from_text(text, body, tokenizer, limit, bool(body.add_special_tokens))
+
+
+async def render(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest, tools: Any) -> str:
+    """The conversation as the model's chat template writes it. Raises RequestError, also where that takes too long.
+
+    What most need no time for is not kept waiting by what takes long, and what nobody waits for any more ends.
+    """
     kwargs = dict(body.chat_template_kwargs or {})
     for name in ("documents", "reasoning_effort"):
         if getattr(body, name) is not None:
             kwargs.setdefault(name, getattr(body, name))
     if body.reasoning_effort == "none":  # by the two names that templates have for it
         kwargs = {"enable_thinking": False, "thinking": False, **kwargs}
-    text = await render(tokenizer, body, kwargs, tools)
-    return await _from_text(text, body, tokenizer, limit, bool(body.add_special_tokens))
-
-
-async def render(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest, kwargs: Mapping[str, Any], tools: Any) -> str:
-    """The conversation as the model's chat template writes it. Raises RequestError, also where that takes too long.
-
-    What most need no time for is not kept waiting by what takes long, and what nobody waits for any more ends.
-    """
     clash = {"tools", "add_generation_prompt", "continue_final_message"} & kwargs.keys()
     if clash:
         raise RequestError(f"chat_template_kwargs may not hold {sorted(clash)[0]!r}", param="chat_template_kwargs")

@@ -8,7 +8,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -77,11 +77,29 @@ def _too_large() -> RequestError:
     return RequestError(f"the body is longer than {MAX_BODY} bytes", code="body_too_large", status=413)
 
 
+@dataclass(eq=False)
+class Asked:
+    """A request that is worked on. Until it has a job it waits: for its model, a grammar, a template."""
+
+    ids: Mapping[str, Any]  # its scope's, where the id may come to be the body's
+    ticket: Ticket
+    task: asyncio.Task[Response]
+    aborted: bool = False
+
+    def abort(self) -> None:
+        self.aborted = True
+        self.task.cancel()
+
+
 async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """Answer a request whose body is read; cancel the work when the client goes away."""
+    """Answer a request whose body is read; cancel the work when the client goes away. Raises RequestError (499) when aborted."""
     task, gone = asyncio.create_task(work), asyncio.create_task(_gone(request.receive))
+    every: set[Asked] = request.app.state.server.shared.asked
+    every.add(asked := Asked(request.scope["state"], current.get() or Ticket(), task))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.cancelled() and asked.aborted:
+            raise RequestError("the request was aborted", code="aborted", status=499)
         if task.done():
             return task.result()
         log.info("a client went away; its request is aborted")
@@ -89,6 +107,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Response])
     except asyncio.CancelledError:  # by the HTTP server, when its time to drain is over
         raise unavailable("the server is shutting down", "shutting_down") from None
     finally:
+        every.discard(asked)
         await _end(task, gone)
 
 

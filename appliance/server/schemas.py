@@ -167,8 +167,11 @@ class TokenizeRequest(Fields):
     return_token_strs: bool = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    tools: list[Any] | None = None
+    tools: Tools = None
+    tool_choice: ToolChoice = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
     content: str | None = None  # llama.cpp's form, with the three below
     add_special: bool = False
     parse_special: bool = True

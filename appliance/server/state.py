@@ -22,6 +22,7 @@ from appliance.server.keys import Keyring
 from appliance.server.metrics import HttpMetrics, Metrics
 from appliance.server.parsers import Parsers
 from appliance.server.redact import line
+from appliance.server.respond import Asked
 from appliance.server.responses.store import ResponseStore
 from appliance.server.schemas import Fields
 from appliance.server.scrape import Scrape
@@ -59,6 +60,7 @@ class Shared:
         self.audit = AuditLog(config.audit_log) if config.audit_log else None
         self.responses = ResponseStore(config.max_stored_responses)
         self.jobs: set[Job] = set()
+        self.asked: set[Asked] = set()  # requests, also those that are no job yet
         self.begun, self.started = time.time(), time.monotonic()
         self.draining = False
         self.budget: int | None = None  # bytes that all models may take together, where there may be several

@@ -44,7 +44,9 @@ async def with_grammar(params: SamplingParams, body: SamplingFields) -> Sampling
     except RequestError as error:
         if source is None or error.code is not None:
             raise
-        raise RequestError(str(error).replace(error.param or "", source, 1), param=source) from None
+        param = error.param or ""
+        name = "guided_whitespace_pattern" if param.endswith(".whitespace_pattern") else source
+        raise RequestError(str(error).replace(param, name, 1), param=name) from None
     return replace(params, grammar=grammar)
 
 

@@ -9,16 +9,20 @@ from typing import Any
 
 from appliance.core.door import check_ids
 from appliance.core.params import RequestError
+from appliance.server.fields import refuse
 from appliance.server.prompts import render, tokenize
-from appliance.server.schemas import DetokenizeRequest, TokenizeRequest
+from appliance.server.schemas import DetokenizeRequest, Fields, TokenizeRequest
 from appliance.server.state import ServerState
 from appliance.text.tokenizer import Tokenizer
+from appliance.text.tools.choice import tool_choice
 
 PIECES_CHARS = 2**18  # with the text of each token
 
 
 async def tokenize_answer(state: ServerState, body: TokenizeRequest) -> dict[str, Any]:
     tokenizer, limit = _tokenizer(state), state.info.max_model_len
+    _check_fields(state, body)
+    choice = tool_choice(body.tools, body.tool_choice)  # what chat would tell the model of, and refuse
     if sum(one is not None for one in (body.content, body.prompt, body.messages)) != 1:
         raise RequestError("give exactly one of prompt, messages and content", param="prompt")
     if body.content is not None:
@@ -27,12 +31,19 @@ async def tokenize_answer(state: ServerState, body: TokenizeRequest) -> dict[str
         ids = await _ids(state, body.content, body.add_special, pieces=body.with_pieces)
         return {"tokens": await asyncio.to_thread(_pieces, tokenizer, ids) if body.with_pieces else ids}
     if body.messages is not None:
-        text, special = await render(tokenizer, body, body.chat_template_kwargs or {}, body.tools), bool(body.add_special_tokens)
+        tools = list(choice.tools) if body.tool_choice != "none" else None
+        text, special = await render(tokenizer, state.parsers.fitted(body), tools or None), bool(body.add_special_tokens)
     else:
         text, special = body.prompt or "", body.add_special_tokens is not False
     ids = await _ids(state, text, special, pieces=body.return_token_strs)
     names = [piece["piece"] for piece in await asyncio.to_thread(_pieces, tokenizer, ids)] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": names}
+
+
+def _check_fields(state: ServerState, body: Fields) -> None:
+    """As of requests that compute. Raises RequestError."""
+    refuse(body.model_extra or {})
+    state.check_unknown(body)
 
 
 async def _ids(state: ServerState, text: str, special: bool, *, pieces: bool) -> list[int]:
@@ -47,6 +58,7 @@ def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[dict[str, Any]]:
 
 
 async def detokenize_answer(state: ServerState, body: DetokenizeRequest) -> dict[str, Any]:
+    _check_fields(state, body)
     check_ids("tokens", body.tokens, state.info.vocab_size)
     text = await asyncio.to_thread(_tokenizer(state).decode, body.tokens, skip_special_tokens=False)
     return {"prompt": text, "content": text}

@@ -163,6 +163,8 @@ class Dashboard(App[None]):
             return self.replay is not None and not isinstance(self.focused, Input) and len(self.screen_stack) == 1
         if action == "escape":
             return isinstance(self.focused, Input)
+        if action in ("filter", "log") and isinstance(self.focused, Input):
+            return False
         return len(self.screen_stack) == 1 or action not in OF_THE_BASE
 
     async def action_quit(self) -> None:
@@ -260,7 +262,7 @@ class Dashboard(App[None]):
         self._filtering = self.filtered
         field.add_class("open")
         field.value = self._filtering.words
-        field.focus()
+        self.screen.set_focus(field)  # at once: what is typed without a pause is for it, and no command
 
     def on_input_changed(self, event: Input.Changed) -> None:
         if self.query_one("#filter").has_class("open"):
@@ -286,7 +288,7 @@ class Dashboard(App[None]):
         self.focus_on(self._filtering)
 
     def focus_on(self, part: Requests | LogView) -> None:
-        (part.table if isinstance(part, Requests) else part).focus()
+        self.screen.set_focus(part.table if isinstance(part, Requests) else part)
 
     # ---------------------------------------------------------------- one request
 

@@ -66,8 +66,9 @@ def _get(url: str, path: str, api_key: str | None, by: OpenerDirector | None) ->
     except urllib.error.HTTPError as error:
         if error.code == 401:
             raise FeedError(f"{url} asks for a key: give one of its own as --api-key, or in APPLIANCE_API_KEY") from error
-        if error.code == 404 and '"model_not' in (words := error.read(2000).decode(errors="replace")):
-            raise FeedError(f"{url}{path} answers 404: {_message(words)}") from error
+        words = error.read(2000).decode(errors="replace")
+        if error.code == 400 or (error.code == 404 and '"model_not' in words):  # as of a port of HTTPS
+            raise FeedError(f"{url}{path} answers {error.code}: {_message(words)}") from error
         kind = NotOurs if error.code in (404, 405) else FeedError
         raise kind(f"{url}{path} answers {error.code} {error.reason}: is this an appliance server?") from error
     except OSError as error:

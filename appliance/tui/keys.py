@@ -10,10 +10,10 @@ BINDINGS: list[BindingType] = [
     Binding("s", "sort(1)", "Sort"),
     Binding("S", "sort(-1)", show=False),
     Binding("r", "reverse", show=False),
-    Binding("slash", "filter", "Filter", key_display="/"),
+    Binding("slash", "filter", "Filter", key_display="/", priority=True),  # what is typed behind it is no key any more
     Binding("i", "inspect", "Inspect"),
     Binding("x", "cancel", "Cancel"),
-    Binding("l", "log", "Log"),
+    Binding("l", "log", "Log", priority=True),  # so that a slash behind it is for the log
     Binding("question_mark", "help", "Help", key_display="?"),
     Binding("m", "model", show=False),
     Binding("v", "level", show=False),

@@ -55,7 +55,7 @@ class ServerPane(Vertical):
         """Show the log and go there, or hide it."""
         self.toggle_class("log")
         target: Widget = self.log_view if self.log_shown else self.requests.table
-        self.call_after_refresh(target.focus)
+        self.screen.set_focus(target)
 
     def show(self, notes: Sequence[Note]) -> None:
         if not all(self.query(part) for part in (Header, BlockMap, Speed, Memory, HardwarePanel, Requests, Table, LogView)):

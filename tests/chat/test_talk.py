@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from appliance.chat.client import base_url
 from appliance.chat.files import with_files
 from appliance.chat.lines import Lines
+from appliance.chat.run import Asked, main
 from appliance.chat.screen import Screen, Wrap, cells, harmless
 from appliance.chat.talk import Answer, Talk
 from quant.errors import InputError
@@ -161,3 +162,17 @@ def test_addresses() -> None:
     for url in ("", "ftp://h", "http://", "http://h:0", "http://h:x"):
         with pytest.raises(InputError, match="--url"):
             base_url(url)
+
+
+@pytest.mark.parametrize(
+    ("words", "url", "said"),
+    [
+        (("How are you?",), None, "'How are you.' is no model to start a server for: a question is asked with --prompt"),
+        (("How are you?",), "http://127.0.0.1:9", "a question is asked with --prompt"),
+        (("org/model",), "http://127.0.0.1:9", "--url is for a server that runs, and 'org/model' for one that is to be started"),
+    ],
+)
+def test_words_that_start_no_server(words: tuple[str, ...], url: str | None, said: str) -> None:
+    """They are refused before anything is read or started."""
+    with pytest.raises(InputError, match=said):
+        main(Asked(words, url, None, None, None, "", {}))

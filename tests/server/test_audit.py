@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from appliance import cli
 from appliance.config import EngineConfig, ServerConfig
 from appliance.server.audit import AuditLog
 from appliance.text.tokenizer import Tokenizer
+from quant.errors import InputError
 from tests.server.conftest import Served, serve_in_thread
 from tests.server.fake import FakeClient
 from tests.server.test_keys import bearer, digest
@@ -234,6 +236,23 @@ def test_text_that_is_no_text(tmp_path: Path) -> None:
     log.add({"endpoint": "fine"})
     log.close()
     assert (tmp_path / "log").read_text() == '{"endpoint":"fine"}\n' and log.lost == 1
+
+
+def test_a_pipe_holds_nothing_up(tmp_path: Path) -> None:
+    """Opened or written as files are, one that nobody reads would wait for ever."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="pipe: a pipe that nobody reads"):
+        AuditLog(str(pipe))
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    log = AuditLog(str(pipe))
+    log.add({"number": 1})
+    eventually(lambda: select.select([reader], [], [], 0)[0] and os.read(reader, 100) == b'{"number":1}\n')
+    for _ in range(100):
+        log.add({"text": "x" * 4000})  # more than it holds
+    log.close()
+    assert not log._thread.is_alive() and 0 < log.lost < 100
+    os.close(reader)
 
 
 def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,6 +113,9 @@ def test_a_conversation(spawn: Spawn, served: Served, tokenizer: Tokenizer, tmp_
     assert "temperature = 0.5" in terminal.say("/set temperature 0.5") and "max_tokens = 60" in terminal.say("/set")
     assert served.client.submitted[-1].params.temperature != 0.5
     assert "hello there" in terminal.say("/regen") and served.client.submitted[-1].params.temperature == 0.5
+    terminal.say("/set top_p 9")
+    assert "top_p must be" in terminal.say("/regen")  # which leaves the answer that there is
+    assert "max_tokens = 60" in terminal.say("/set top_p")
     assert "system prompt: (none)" in terminal.say('/system ""')
     terminal.type("one\\\n")
     terminal.until(r"\.\.\. ")

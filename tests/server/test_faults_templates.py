@@ -73,7 +73,7 @@ def test_a_server_ends_with_what_it_writes(model_dir: Path, monkeypatch: pytest.
     tokenizer, body = Tokenizer.load(model_dir, SOME), ChatRequest.model_validate(LONG)
 
     async def main() -> None:
-        asking = asyncio.create_task(prompts.render(tokenizer, body, {}, None))
+        asking = asyncio.create_task(prompts.render(tokenizer, body, None))
         while not timelimit._watch._running:
             await asyncio.sleep(0.001)
         asking.cancel()

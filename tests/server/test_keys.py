@@ -242,6 +242,7 @@ def test_the_key_command(start: Start, tmp_path: Path, capsys: pytest.CaptureFix
     for args, words in (
         (["key", "a b"], "a key's name has letters, digits, - and _, got 'a b'"),
         (["key", "a", "--expires", "soon"], "key 'a': expires must be a date"),
+        (["key", "a", "--expires", "2020-01-01"], "key 'a': expires is 2020-01-01, and that is over"),
         (["key", "a", "--concurrency", "0"], "key 'a': concurrency must be an integer at least 1"),
     ):
         assert cli.run(args) == 2

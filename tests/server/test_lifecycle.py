@@ -8,7 +8,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,6 +19,7 @@ from starlette.requests import Request
 
 from appliance.config import EngineConfig, ServerConfig
 from appliance.core.params import RequestError
+from appliance.server import structured
 from appliance.server.errors import unavailable
 from appliance.server.respond import while_connected
 from appliance.text.tokenizer import Tokenizer
@@ -79,6 +82,33 @@ def test_delete_aborts(slow: Served) -> None:
         assert gone.status_code == 404 and gone.json()["error"]["code"] == "request_not_found"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("id_in", ["header", "body"])
+def test_delete_aborts_what_waits(slow: Served, stream: bool, id_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its grammar, as for its model or its turn with a template: there is nothing in the engine yet."""
+    begun, gone = threading.Event(), threading.Event()
+
+    async def never(*_: Any, **__: Any) -> str:
+        begun.set()
+        try:
+            return await asyncio.Future()
+        finally:
+            gone.set()
+
+    monkeypatch.setattr(structured, "compiled", never)
+    body: dict[str, Any] = {"prompt": "a", "structured_outputs": {"regex": "a"}, "stream": stream}
+    headers = {"X-Request-Id": "waits"} if id_in == "header" else {}
+    with ThreadPoolExecutor(1) as pool, slow.http as http, httpx.Client(base_url=slow.url, trust_env=False) as asker:
+        answer = pool.submit(
+            asker.post, "/v1/completions", json=body | ({} if headers else {"request_id": "waits"}), headers=headers, timeout=30
+        )
+        assert begun.wait(20) and http.delete("/v1/requests/waits").status_code == 200
+        error = answer.result().json()["error"]
+        assert answer.result().status_code == 499 and error["code"] == "aborted" and error["message"] == "the request was aborted"
+        assert gone.wait(20) and not slow.state.shared.asked
+        assert http.delete("/v1/requests/waits").status_code == 404
+
+
 def test_the_same_request_id_twice_at_once(slow: Served) -> None:
     askers = [Asker(slow, prompt="abc", max_tokens=9, request_id="twin") for _ in range(2)]
     assert [a.answer().status_code for a in askers] == [200, 200]
@@ -125,7 +155,8 @@ def test_loading(tokenizer: Tokenizer, model_dir: Path) -> None:
 
 async def test_who_is_cut_off_at_the_end_is_told_why() -> None:
     """Before there is a job that could be failed: in its chat template, or waiting for its grammar."""
-    request = Request({"type": "http"}, receive=asyncio.Event().wait)  # type: ignore[arg-type]
+    app = SimpleNamespace(state=SimpleNamespace(server=SimpleNamespace(shared=SimpleNamespace(asked=set()))))
+    request = Request({"type": "http", "app": app, "state": {}}, receive=asyncio.Event().wait)  # type: ignore[arg-type]
     task = asyncio.create_task(while_connected(request, asyncio.sleep(60)))  # type: ignore[arg-type]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -133,6 +164,7 @@ async def test_who_is_cut_off_at_the_end_is_told_why() -> None:
     with pytest.raises(RequestError) as caught:
         await task
     assert (caught.value.status, caught.value.code) == (503, "shutting_down")
+    assert not app.state.server.shared.asked
 
 
 def test_draining(slow: Served) -> None:

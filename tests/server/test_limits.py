@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.config import EngineConfig, ServerConfig
-from appliance.server.limits import Account, Bucket, Limits, RateLimited, _time
+from appliance.server.limits import DAY_S, Account, Bucket, Limits, RateLimited, _time
 from appliance.text.tokenizer import Tokenizer
 from tests.server.conftest import Served, serve_in_thread
 from tests.server.fake import FakeClient
@@ -130,7 +131,7 @@ def test_tokens_per_day(start: Any) -> None:
         limited(ask(served, prompt=[5]), "used 52 of its 50", 23 * 3600)
         clock.now += 23 * 3600
         assert ask(served, prompt=[5] * 40).status_code == 200
-        limited(ask(served, prompt=[5] * 9), "used 42 of its 50", 24 * 3600)  # the second day has an end, too
+        limited(ask(served, prompt=[5] * 9), "used 44 of its 50", 24 * 3600)  # it owed 2, and has an end, too
 
 
 def test_concurrency(start: Any) -> None:
@@ -171,8 +172,16 @@ def test_long_prompts_and_answers(start: Any, whose: str) -> None:
         assert ask(served, THEIRS, prompt=[5] * 5).status_code == (400 if whose == "server" else 200)
         with served.http as http:
             body = {"messages": [{"role": "user", "content": "a"}], "ignore_eos": True}
-            told = http.post("/v1/chat/completions", json=body, headers=bearer(THEIRS)).json()
-            assert whose == "key" or "takes at most 4" in told["error"]["message"]
+            told = http.post("/v1/chat/completions", json=body, headers=bearer(MINE)).json()["error"]
+            assert "takes at most 4" in told["message"] and (told["param"], told["code"]) == (
+                "messages",
+                "context_length_exceeded",
+            )
+            told = http.post("/v1/responses", json={"input": "abcde"}, headers=bearer(MINE)).json()["error"]
+            assert "takes at most 4" in told["message"] and (told["param"], told["code"]) == ("input", "context_length_exceeded")
+            body = {"model": "tiny", "max_tokens": 2, "messages": body["messages"]}
+            told = http.post("/v1/messages", json=body, headers=bearer(MINE)).json()["error"]
+            assert re.fullmatch(r"prompt is too long: \d+ tokens > 4 maximum", told["message"]), "as clients look for it"
 
 
 def test_openai_client_waits_and_asks_again(start: Any) -> None:
@@ -301,6 +310,26 @@ def test_an_account_refuses_without_charge() -> None:
     clock.now += 60
     with account.request():
         account.prompt(10)
+
+
+@given(st.lists(st.tuples(st.floats(0, 3 * DAY_S), st.integers(1, 100), st.integers(0, 1000)), max_size=40))
+def test_a_day_that_owes_is_paid_for_by_the_next(steps: list[tuple[float, int, int]]) -> None:
+    """However long answers are, what was let in stays below the quota of all days begun, but for the last answer."""
+    clock = Clock()
+    account, begun, used = Account(Limits(tokens_per_day=100), clock), clock.now, 0
+    for wait, prompt, answer in steps:
+        clock.now += wait
+        try:
+            account.prompt(prompt)
+        except RateLimited as refused:
+            clock.now += refused.retry_after - 1.0
+            with pytest.raises(RateLimited):
+                account.prompt(prompt)
+            clock.now += 1.0 + 1e-3
+            account.prompt(prompt)  # what was told is enough, and a little less is not
+        assert used + prompt <= 100 * (1 + (clock.now - begun) // DAY_S)
+        account.tokens(answer)
+        used += prompt + answer
 
 
 @pytest.mark.parametrize(

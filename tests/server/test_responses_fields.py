@@ -58,6 +58,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"role": "user"}]}, "input[0].content"),
     ({"input": [HERE, {"type": "web_search_call", "id": "ws_1"}]}, "input[1].type"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "u"}]}]}, "input[0].content[0]"),
+    ({"input": [{"role": "user", "content": [{"type": [[]], "text": "a"}]}]}, "input[0].content[0]"),
     ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]}, "input[0].content[0]"),
     ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),
     ({"input": [HERE, {"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input[1].call_id"),

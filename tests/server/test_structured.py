@@ -87,6 +87,11 @@ def schema_format(schema: Any) -> dict[str, Any]:
         ({"guided_regex": "(a"}, "guided_regex", "unclosed group"),
         ({"guided_grammar": "root ::= b"}, "guided_grammar", "'b' not found"),
         ({"guided_json": "{"}, "guided_json", "EOF"),
+        (
+            {"guided_json": "{}", "guided_whitespace_pattern": "("},
+            "guided_whitespace_pattern",
+            "guided_whitespace_pattern cannot",
+        ),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "send one of them"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex", "send one of them"),
         ({"guided_regex": "a", "min_tokens": 2, "max_tokens": 5}, "min_tokens", "does not go with"),

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from textual.events import Key
 
 from appliance.tui.feed import FeedError
 from appliance.tui.screens.inspect import Inspect
@@ -217,6 +218,20 @@ async def test_filters_by_all_words() -> None:
         assert stage.app.focused is table and len(table.shown) < everything, "enter keeps it"
         await stage.press("slash", "escape")
         assert len(table.shown) == everything and stage.app.focused is table
+
+
+async def test_what_is_typed_in_one_go_behind_a_slash_is_no_command() -> None:
+    """As over a slow line, or pasted: x would ask to cancel a request, y say yes, p pause."""
+    async with showing(FakeServer(arrivals=2.0)) as stage:
+        await still(stage)
+        for key in ("slash", "p", "x", "y", "q"):
+            stage.app.post_message(Key(key, "/" if key == "slash" else key))
+        await stage.until("filter: pxyq")
+        assert not stage.app.paused and not stage.server.cancelled
+        for key in ("escape", "l", "slash", "b", "e", "g"):
+            stage.app.post_message(Key(key, {"escape": None, "slash": "/"}.get(key, key)))
+        await stage.until("filter: beg")
+        assert stage.app.pane.log_view.words == "beg", "the log has the keys as soon as it is shown"
 
 
 async def test_inspects_a_request_until_it_has_ended() -> None:

@@ -83,6 +83,8 @@ def answering(**answers: Answer | Callable[[], Answer]) -> Iterator[Site]:
         (200, b"\xff", "does not answer in JSON"),
         (200, b"[]", "is not a JSON object"),
         (404, b'{"error":{"message":"no such model","code":"model_not_found"}}', "answers 404: no such model"),
+        (400, b'{"error":{"message":"this port speaks HTTPS"}}', "answers 400: this port speaks HTTPS"),
+        (400, b"<html>", "does not answer in JSON"),
     ],
 )
 def test_says_what_is_wrong(status: int, body: bytes, message: str) -> None:

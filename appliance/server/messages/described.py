@@ -7,7 +7,7 @@ from typing import Any, Literal
 from typing_extensions import TypedDict  # pydantic knows typing's from Python 3.12 on
 
 from appliance.server.messages.schemas import CountRequest, MessagesRequest
-from appliance.server.openapi import COMPUTE, Operation
+from appliance.server.openapi import ANSWER, COMPUTE, Operation
 
 
 class AnthropicError(TypedDict):
@@ -166,7 +166,7 @@ OPERATIONS = {
         answer=MessageAnswer,
         events=MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop | Ping,
         done=None,
-        errors=(*COMPUTE, 499, 529),
+        errors=(*ANSWER, 529),
         error=AnthropicErrorAnswer,
     ),
     "POST /v1/messages/count_tokens": Operation(

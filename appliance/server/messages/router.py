@@ -22,8 +22,8 @@ async def post_messages(request: Request) -> Response:
 
 async def _messages(request: Request, body: MessagesRequest) -> Response:
     asked = (body.model_extra or {}).get("request_id")
-    state = await serving(request, body.model)
-    return await answer.answer(state, request_id(request, asked if isinstance(asked, str) else None), body)
+    name = request_id(request, asked if isinstance(asked, str) else None)
+    return await answer.answer(await serving(request, body.model), name, body)
 
 
 @router.post("/v1/messages/count_tokens")

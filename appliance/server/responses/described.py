@@ -8,7 +8,7 @@ from pydantic import Field
 from typing_extensions import TypedDict  # pydantic knows typing's from Python 3.12 on
 
 from appliance.server.answers import CachedTokens, ReasoningTokens, ScoredToken
-from appliance.server.openapi import COMPUTE, Operation
+from appliance.server.openapi import ANSWER, COMPUTE, Operation
 from appliance.server.responses.schemas import InputTokensRequest, ResponsesRequest
 
 
@@ -231,7 +231,7 @@ OPERATIONS = {
             "POST /v1/responses/{response_id}/cancel",
             "DELETE /v1/responses/{response_id}",
         ),
-        errors=COMPUTE,
+        errors=ANSWER,
     ),
     "POST /v1/responses/input_tokens": Operation(
         tag="answers",

@@ -114,7 +114,7 @@ def _part(part: Any, where: str) -> Item:
     if not isinstance(part, Mapping):
         _refuse(where, f"must be a part such as {{'type': 'input_text', 'text': 'Hi'}}, got {part!r:.80}")
     kind = part.get("type")
-    if kind not in TEXTS:
+    if not isinstance(kind, str) or kind not in TEXTS:
         _refuse(where, f"is of type {kind!r:.80}: this model reads 'input_text' and 'output_text' only", "unsupported_parameter")
     return {"type": "input_text", "text": _needed(part, TEXTS[kind], where)}
 

@@ -30,8 +30,8 @@ async def create(request: Request) -> Response:
 
 
 async def _create(request: Request, body: ResponsesRequest) -> Response:
-    state = await serving(request, body.model)
-    return await answer.answer(state, request_id(request, body.request_id), body)
+    name = request_id(request, body.request_id)
+    return await answer.answer(await serving(request, body.model), name, body)
 
 
 @router.post("/v1/responses/input_tokens")
