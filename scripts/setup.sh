@@ -45,8 +45,13 @@ Found, but of no use:$seen}"
 }
 
 install() {  # install KIND
-    local extra="" rc=0 stopped="" told
-    [ "$1" = dev ] && extra="[dev]"
+    local rc=0 stopped="" told what=(-e .)
+    if [ "$1" = dev ]; then
+        what=(-e ".[dev]")
+        if is_ready run; then  # all else is there, the extension too, which pip would build anew for minutes
+            what=(-r .venv/dev.txt)
+        fi
+    fi
     trap 'stopped=129' HUP
     trap 'stopped=130' INT
     trap 'stopped=143' TERM
@@ -63,8 +68,12 @@ install() {  # install KIND
         fi
     fi
     : >"$VENV/.unfinished"
-    say "pip install -c constraints.txt -e .$extra   (once; the first time downloads some hundred MB and takes minutes)"
-    (cd "$ROOT" && "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input -c constraints.txt -e ".$extra") >&2 || rc=$?
+    [ "${what[0]}" = -e ] || "$VENV/bin/python" -c '
+import sys, tomllib
+sys.stdout.writelines(f"{one}\n" for one in tomllib.load(open(sys.argv[1], "rb"))["project"]["optional-dependencies"]["dev"])
+' "$ROOT/pyproject.toml" >"$VENV/dev.txt"
+    say "pip install -c constraints.txt ${what[*]}   (once; the first time downloads some hundred MB and takes minutes)"
+    (cd "$ROOT" && "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input -c constraints.txt "${what[@]}") >&2 || rc=$?
     if [ "$rc" -ne 0 ]; then
         [ -z "$stopped" ] || stop_here "$stopped"
         [ "$rc" -ge 128 ] || rm "$VENV/.unfinished"  # pip refused and put all back; a stopped pip did not

@@ -442,10 +442,10 @@ def test_gpu_check_needs_no_hypothesis(tmp_path: Path, monkeypatch: pytest.Monke
     for part, name in (("kernels", "test_copy.py"), ("engine", "test_cuda.py")):
         path = next(path for path in gpu_tests.found(part) if path.name == name)
         command = [*gpu_tests.pytest_command(path), "-p", "hide", "--collect-only"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=environment)
+        done = warm.run(*command[1:], cwd=ROOT, env=environment, imported=warm.INTERPRETER)
         assert "--confcutdir" in command and done.returncode == 0, done.stdout + done.stderr
-    case = [sys.executable, str(ROOT / "scripts" / "gpu_case.py"), "engine: none", "--device", "cpu", "--folder", str(tmp_path)]
-    done = subprocess.run(case, capture_output=True, text=True, check=False, env=environment)
+    case = [str(ROOT / "scripts" / "gpu_case.py"), "engine: none", "--device", "cpu", "--folder", str(tmp_path)]
+    done = warm.run(*case, cwd=ROOT, env=environment, imported=warm.INTERPRETER)
     assert "KeyError" in done.stderr and "tests" not in done.stderr.splitlines()[-1], done.stderr
 
 

@@ -92,11 +92,13 @@ def test_first_run_installs_then_passes_arguments_and_status_on(checkout: Checko
 def test_what_was_installed_for_tests_serves_to_run_but_not_the_reverse(checkout: Checkout) -> None:
     checkout.run("run")
     checkout.run("test")
-    assert [call.split(" -e ")[1] for call in checkout.calls("pip")] == [".", ".[dev]"]
+    assert [call.split(" -c constraints.txt ")[1] for call in checkout.calls("pip")] == ["-e .", "-r .venv/dev.txt"]
+    told = (checkout.root / ".venv" / "dev.txt").read_text().splitlines()
+    assert told == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
     (checkout.root / "constraints.txt").write_text("torch==0\n")
     checkout.run("test")
     checkout.run("run")
-    assert [call.split(" -e ")[1] for call in checkout.calls("pip")] == [".", ".[dev]", ".[dev]"]
+    assert [call.split(" -c constraints.txt ")[1] for call in checkout.calls("pip")][2:] == ["-e .[dev]"]
     assert len(checkout.calls("venv")) == 1
 
 
