@@ -63,7 +63,6 @@ class Client:
         self._ended = asyncio.Event()
         self._inbox: deque[tuple[Any, ...]] = deque()  # messages that have come, and were not looked at
         self._pace = Pace()
-        self._later: asyncio.TimerHandle | None = None  # what is in the inbox is looked at then
         self._heard = 0  # messages of the engine
         self._owed = False  # whether it has said nothing since it was told something
         self._watch: asyncio.Task[None] | None = None  # while there is work
@@ -220,25 +219,23 @@ class Client:
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
         assert self._conn is not None
         try:
+            rest = 0.0
             while True:
                 self._inbox.append(self._conn.recv())
-                loop.call_soon_threadsafe(self._hear)
+                while rest and self._conn.poll():  # what came meanwhile
+                    self._inbox.append(self._conn.recv())
+                loop.call_soon_threadsafe(self._take_all)
+                if rest := self._pace.rest():
+                    time.sleep(rest)
         except (EOFError, OSError):
             with contextlib.suppress(RuntimeError):  # the loop may be closed already
                 loop.call_soon_threadsafe(self._gone)
 
-    def _hear(self) -> None:
-        """Something has come."""
-        if self._later is None and self._inbox:
-            if wait := self._pace.wait():
-                self._later = asyncio.get_running_loop().call_later(wait, self._take_all)
-            else:
-                self._take_all()
-
     def _take_all(self) -> None:
         """What has come since. Events of several steps are joined: where steps come faster than they can be told one by one,
         that costs hardly more than one step, and nobody falls behind ever further."""
-        self._later = None
+        if self._inbox:
+            self._pace.tell()
         steps: list[list[Event]] = []
         while self._inbox:
             message = self._inbox.popleft()
@@ -273,9 +270,7 @@ class Client:
 
     def _gone(self) -> None:
         """The pipe closed: the process has ended, or is about to."""
-        if self._later is not None:
-            self._later.cancel()
-            self._take_all()
+        self._take_all()
         self._ended.set()
         if self.state != "stopped":
             self.state = "dead"

@@ -19,26 +19,31 @@ class Pace:
     """Holds an event loop to a share of the time for what the engine brings: news waits, and is told together with what follows.
 
     An engine that steps every few milliseconds brings many tokens, and telling each at once takes longer than telling several;
-    that time would be the engine's own where its threads have all processors. Steps that take long are told at once.
+    that time would be the engine's own where its threads have all processors. News that waits is not even read: two threads
+    that wake for every step take the engine's processors twice. Steps that take long are told at once.
     """
 
     def __init__(self, share: float = 1.0) -> None:
         self.share = share
-        self._told = self._spent = 0.0  # when it was told the last time, by the clock and in the thread's own time
+        self._rest = 0.0
+        self._spent: float | None = None  # in the loop's thread's own time, when it last began to tell
 
     @property
     def crowded(self) -> bool:
         """Whether the engine has all processors."""
         return self.share < 1.0
 
-    def wait(self) -> float:
-        """Seconds until the next news is due. 0: now, and the one who asks tells it."""
-        now, spent = time.monotonic(), time.thread_time()
-        due = self._told + min((spent - self._spent) / self.share, LATE_S)
-        if now < due:
-            return due - now
-        self._told, self._spent = now, spent
-        return 0.0
+    def tell(self) -> None:
+        """The loop begins to tell, in the calling thread."""
+        if self.crowded:
+            spent = time.thread_time()
+            if self._spent is not None:
+                self._rest = min((spent - self._spent) / self.share, LATE_S)
+            self._spent = spent
+
+    def rest(self) -> float:
+        """Seconds after news went to the loop before more is read: what it worked since the telling before is then its share."""
+        return self._rest
 
 
 def pace_beside(device: str, threads: int | None) -> Pace:

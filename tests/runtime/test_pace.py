@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from unittest.mock import Mock
 
 import pytest
@@ -21,7 +24,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = self.spent = 100.0
-        monkeypatch.setattr(pace, "time", Mock(monotonic=lambda: self.now, thread_time=lambda: self.spent))
+        monkeypatch.setattr(pace, "time", Mock(thread_time=lambda: self.spent))
 
     def work(self, seconds: float) -> None:
         self.now += seconds
@@ -36,17 +39,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def course(clock: Clock, one: Pace, *, step: float, cost: float, steps: int) -> tuple[int, float, float]:
     """(tellings, share of the time, longest wait) for news every ``step`` seconds, each telling taking ``cost``."""
     told, spent, begun, longest = 0, clock.spent, clock.now, 0.0
+    free = clock.now  # the reader has rested then
     ready: float | None = None
-    for _ in range(steps):
-        clock.now += step
-        ready = clock.now if ready is None else ready
-        while wait := one.wait():
-            if wait > step:  # the next step comes before
-                break
-            clock.now += wait
-        else:
-            told, longest, ready = told + 1, max(longest, clock.now - ready), None
-            clock.work(cost)
+    for k in range(1, steps + 1):
+        come = begun + k * step
+        ready = come if ready is None else ready
+        if max(clock.now, free) >= come + step:  # the next step comes before it is read, or before the loop has told the last
+            continue
+        clock.now = max(clock.now, come, free)
+        told, longest, ready = told + 1, max(longest, clock.now - ready), None
+        rest = clock.now
+        one.tell()
+        clock.work(cost)
+        free = rest + one.rest()
     return told, (clock.spent - spent) / (clock.now - begun), longest
 
 
@@ -56,8 +61,12 @@ def test_telling_takes_no_more_than_its_share(clock: Clock) -> None:
 
 
 def test_news_is_never_late(clock: Clock) -> None:
-    told, _, longest = course(clock, Pace(0.1), step=0.004, cost=0.05, steps=1000)
-    assert told > 300 and longest <= LATE_S  # telling takes longer than all steps since: it goes on, one telling after the other
+    told, share, longest = course(
+        clock, Pace(0.1), step=0.004, cost=0.05, steps=1000
+    )  # telling takes longer than all steps since
+    assert told == 81 and share > 0.99 and longest <= 0.05  # it goes on, one telling after the other
+    told, _, longest = course(clock, Pace(0.01), step=0.004, cost=0.002, steps=1000)
+    assert told > 100 and longest <= LATE_S
 
 
 def test_where_there_is_time_each_step_is_told_at_once(clock: Clock) -> None:
@@ -72,45 +81,58 @@ def test_only_where_the_engine_has_all_processors(monkeypatch: pytest.MonkeyPatc
 
 
 class Held(Pace):
-    """Says so long, once, that it is too early."""
+    """Rests so long after the first news."""
 
-    def __init__(self, wait: float) -> None:
-        super().__init__()
-        self.waits = [wait]
+    def __init__(self, rest: float) -> None:
+        super().__init__(SHARE)
+        self.rests = [rest]
 
-    def wait(self) -> float:
-        return self.waits.pop() if self.waits else 0.0
-
-
-async def hears(client: Client, *ids: int, reason: str | None = None) -> None:
-    client._inbox.append(("events", [Event("a", 0, ids, finish_reason=reason)], None))
-    client._hear()
+    def rest(self) -> float:
+        return self.rests.pop() if self.rests else 0.0
 
 
-def waiting(wait: float) -> tuple[Client, list[Event | Exception]]:
+async def waiting(rest: float) -> tuple[Client, list[Event | Exception], Connection]:
+    """A client whose engine is the other end of a pipe, and what a request of it has got."""
     client, got = Client(EngineConfig()), list[Event | Exception]()
-    client.state, client._pace, client._process = "ready", Held(wait), Mock(pid=os.getpid(), returncode=1)
+    client._conn, engine = Pipe()
+    client.state, client._pace, client._process = "ready", Held(rest), Mock(pid=os.getpid(), returncode=1)
     client._ready = asyncio.get_running_loop().create_future()
     client._ready.set_result(None)
     client.submit(submit("a", [3]), got.append)
-    return client, got
+    threading.Thread(target=client._read, args=(asyncio.get_running_loop(),), daemon=True).start()
+    return client, got, engine
+
+
+def says(engine: Connection, *ids: int, reason: str | None = None) -> None:
+    engine.send(("events", [Event("a", 0, ids, finish_reason=reason)], None))
+
+
+async def until(got: list[Event | Exception], count: int) -> None:
+    while len(got) < count:
+        await asyncio.sleep(0.001)
 
 
 async def test_news_that_waits_is_told_together_and_in_order() -> None:
-    client, got = waiting(0.05)
-    await hears(client, 1)
-    await hears(client, 2)
-    await hears(client, 3, reason="length")
-    assert got == []
-    await asyncio.sleep(0.2)
-    assert got == [Event("a", 0, (1, 2)), Event("a", 0, (3,), finish_reason="length")]
-    await hears(client, 4)
-    assert got[2:] == [Event("a", 0, (4,))]
+    _, got, engine = await waiting(1.0)
+    says(engine, 1)
+    await until(got, 1)  # the reader rests
+    says(engine, 2)
+    says(engine, 3)
+    says(engine, 4, reason="length")
+    await until(got, 3)
+    assert got == [Event("a", 0, (1,)), Event("a", 0, (2, 3)), Event("a", 0, (4,), finish_reason="length")]
+    says(engine, 5)
+    await until(got, 4)
+    assert got[3:] == [Event("a", 0, (5,))]
+    engine.close()
 
 
 async def test_the_last_words_of_an_engine_that_dies_come_before_its_death() -> None:
-    client, got = waiting(30.0)
-    await hears(client, 1)
-    client._gone()
-    assert got[0] == Event("a", 0, (1,)) and isinstance(got[1], Exception) and len(got) == 2
-    assert client._later is None
+    client, got, engine = await waiting(0.3)
+    says(engine, 1)
+    says(engine, 2)
+    engine.close()
+    await until(got, 2)
+    await client.wait_ended()
+    told = [token for event in got[:-1] if isinstance(event, Event) for token in event.token_ids]
+    assert told == [1, 2] and isinstance(got[-1], Exception)
