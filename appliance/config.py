@@ -109,6 +109,8 @@ class ServerConfig:
     """A key that requests must bring; several may be given. In the environment it is not seen in the list of processes."""
     api_key_file: str | None = None
     """A file of hashed keys with names, limits and expiry, as `appliance key` prints them; read again when it changes."""
+    api_key_usage: str | None = None
+    """Where the server keeps what keys with a limit of tokens per day have used; FILE.used beside the keys when left out."""
     insecure: bool = False
     """Listen beyond this machine without asking for keys."""
     max_num_queued_reqs: int = 1024

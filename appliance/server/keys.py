@@ -23,6 +23,7 @@ from typing import Any
 from appliance.core.params import RequestError
 from appliance.server.limits import Account, Limits
 from appliance.server.redact import keyrings
+from appliance.server.usage import Usage
 from quant.errors import InputError
 
 log = logging.getLogger("appliance.server")
@@ -42,13 +43,14 @@ class Key:
 class Keyring:
     """All keys that are valid now. ``required`` is False where none were ever given: then everybody may ask."""
 
-    def __init__(self, api_keys: Sequence[str] = (), file: str | None = None) -> None:
-        """Raises InputError for a key that cannot be sent, or a file that cannot be read."""
+    def __init__(self, api_keys: Sequence[str] = (), file: str | None = None, usage: str | None = None) -> None:
+        """``usage``: the file of what keys have used. Raises InputError for keys that cannot be sent, or read."""
         self._given = tuple(_given(i, key) for i, key in enumerate(api_keys))
         self._file = Path(file) if file else None
         self._kept: tuple[Key, ...] = ()
         self.digests = {key.digest for key in self._given}
-        self._accounts: dict[str, Account] = {}
+        self.accounts: dict[str, Account] = {}  # of the keys that have asked, by their names
+        self.usage = Usage(Path(usage)) if usage else None
         self.required = bool(self._given or file)
         self.lengths = frozenset([*map(len, api_keys), *([MADE] if file else [])])  # of keys, as far as known
         keyrings.add(self)
@@ -58,8 +60,17 @@ class Keyring:
                 self._keep(read_keys(self._file))
             except OSError as error:
                 raise InputError(f"--api-key-file {file}: {error.strerror}; `appliance key NAME >> {file}` makes one") from None
+            self._resume()
             if not self._kept and not self._given:
                 log.warning("%s holds no key: every request is refused until one is added", file)
+
+    def _resume(self) -> None:
+        """Go on with the days that an earlier server kept."""
+        days = self.usage.read() if self.usage else {}
+        for key in self._kept:
+            if key.name in days:
+                self.accounts[key.name] = account = Account(key.limits)
+                account.resume(*days[key.name])
 
     def find(self, headers: Sequence[tuple[bytes, bytes]]) -> tuple[Key, Account]:
         """The key that a request brings, and what it has used. Raises RequestError (401)."""
@@ -76,7 +87,7 @@ class Keyring:
         if found.expires is not None and time.time() >= found.expires:
             raise _refused(f"the API key {found.name!r} has expired")
         self.lengths |= {len(presented)}
-        return found, self._accounts.setdefault(found.name, Account(found.limits))
+        return found, self.accounts.setdefault(found.name, Account(found.limits))
 
     def _reread(self) -> None:
         """Take over the file when it has changed. One that cannot be read changes nothing, and is told once."""
@@ -104,7 +115,7 @@ class Keyring:
         self._kept = keys
         self.digests = {key.digest for key in (*self._given, *keys)}
         for key in keys:
-            if account := self._accounts.get(key.name):
+            if account := self.accounts.get(key.name):
                 account.change(key.limits)
 
 

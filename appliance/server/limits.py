@@ -76,6 +76,15 @@ class Account:
     def __post_init__(self) -> None:
         self._day = self.clock()
 
+    def day(self) -> tuple[float, int]:
+        """(seconds since this day began, tokens used in it)."""
+        used = self._today()
+        return self.clock() - self._day, used
+
+    def resume(self, age_s: float, used: int) -> None:
+        """Go on with such a day."""
+        self._day, self._used = self.clock() - age_s, used
+
     def change(self, limits: Limits) -> None:
         """Other limits from now on; what was used stays used where the limit is the same one."""
         for name in ("requests_per_minute", "tokens_per_minute"):

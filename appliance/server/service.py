@@ -83,16 +83,20 @@ class Service:
             raise
         http = _Http(http_config(app, self.server), self.sock)
         answering = asyncio.create_task(http.serve(sockets=[self.sock]))
-        beating = asyncio.create_task(beat())
+        keys = self.shared.keys
+        beside = [asyncio.create_task(beat()), *([asyncio.create_task(keys.usage.keep(keys.accounts))] if keys.usage else [])]
         try:
             return await self._live(loading)
         finally:
-            beating.cancel()
+            for task in beside:
+                task.cancel()
             notify("STOPPING=1")
             await self._drain()  # who asks meanwhile is told so, and not left before a closed door
             http.stop.set()
             await asyncio.gather(*(host.end() for host in self.hosts))
             await answering
+            if keys.usage:
+                keys.usage.write(keys.accounts)
             if self.shared.audit:
                 self.shared.audit.close()
 

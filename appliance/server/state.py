@@ -56,7 +56,8 @@ class Shared:
 
     def __init__(self, config: ServerConfig) -> None:
         """Raises InputError for a bad key file or audit log."""
-        self.keys = Keyring(config.api_key, config.api_key_file)
+        beside = f"{config.api_key_file}.used" if config.api_key_file else None
+        self.keys = Keyring(config.api_key, config.api_key_file, config.api_key_usage or beside)
         self.audit = AuditLog(config.audit_log) if config.audit_log else None
         self.responses = ResponseStore(config.max_stored_responses)
         self.jobs: set[Job] = set()

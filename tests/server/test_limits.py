@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.config import EngineConfig, ServerConfig
+from appliance.server import usage
 from appliance.server.limits import DAY_S, Account, Bucket, Limits, RateLimited, _time
 from appliance.text.tokenizer import Tokenizer
 from tests.server.conftest import Served, serve_in_thread
@@ -48,7 +52,7 @@ def start(tokenizer: Tokenizer, model_dir: Path, tmp_path: Path) -> Callable[...
         with serve_in_thread(lambda: FakeClient(delay_s=delay_s), tokenizer, engine, config) as served:
             clock = Clock()
             for key in served.state.keys._kept:
-                served.state.keys._accounts[key.name] = Account(key.limits, clock)
+                served.state.keys.accounts[key.name] = Account(key.limits, clock)
             yield served, clock
 
     return start
@@ -116,7 +120,7 @@ def test_an_aborted_request_pays_for_what_was_computed(start: Any) -> None:
                 next(lines)
             response.close()
         eventually(lambda: not served.state.jobs)
-        used = 1000 - served.state.keys._accounts["mine"]._bucket("tokens_per_minute").level
+        used = 1000 - served.state.keys.accounts["mine"]._bucket("tokens_per_minute").level
         assert 4 + 5 <= used == 4 + served.client.tokens < 200  # the prompt, and what came
 
 
@@ -134,6 +138,60 @@ def test_tokens_per_day(start: Any) -> None:
         limited(ask(served, prompt=[5] * 9), "used 44 of its 50", 24 * 3600)  # it owed 2, and has an end, too
 
 
+def test_days_go_on_when_the_server_starts_again(
+    tokenizer: Tokenizer, model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, kept = tmp_path / "keys.toml", tmp_path / "keys.toml.used"
+    file.write_text(f'mine = {{ sha256 = "{digest(MINE)}", tokens_per_day = 50 }}\ntheirs = {{ sha256 = "{digest(THEIRS)}" }}\n')
+    config = ServerConfig(served_model_name=("tiny",), api_key_file=str(file))
+    wall = time.time()
+
+    def serve(later_s: float) -> AbstractContextManager[Served]:
+        monkeypatch.setattr(usage, "time", SimpleNamespace(time=lambda: wall + later_s))
+        return serve_in_thread(FakeClient, tokenizer, EngineConfig(model=str(model_dir)), config)
+
+    with serve(0) as served:
+        assert ask(served, prompt=[5] * 30).status_code == ask(served, THEIRS).status_code == 200
+        served.state.keys.usage.write(served.state.keys.accounts)
+    assert json.loads(kept.read_text()).keys() == {"mine"} and kept.stat().st_mode & 0o777 == 0o600
+    with serve(3600) as served:
+        response = ask(served, prompt=[5] * 20)
+        assert "used 32 of its 50 tokens per day" in response.json()["error"]["message"]
+        assert 23 * 3600 - 300 < int(response.headers["retry-after"]) <= 23 * 3600
+        assert ask(served, prompt=[5] * 15, max_tokens=9).status_code == 200  # it owes 6
+        served.state.keys.usage.write(served.state.keys.accounts)
+    with serve(-7200) as served:  # the machine's clock was set back: as if no time had passed
+        assert 24 * 3600 - 300 < int(ask(served).headers["retry-after"]) <= 24 * 3600
+    with serve(25 * 3600) as served:
+        assert "used 6 of its 50" in ask(served, prompt=[5] * 45).json()["error"]["message"]
+        assert ask(served, prompt=[5] * 40).status_code == 200
+    for rubbish in ("{", "[]", '{"mine": 3}', '{"mine": {"since": 0}}', '{"mine": {"since": "x", "tokens": 1e999}}'):
+        kept.write_text(rubbish)
+        caplog.clear()
+        with serve(0) as served:
+            assert ask(served, prompt=[5] * 40).status_code == 200 and "keys.toml.used" in caplog.text
+    kept.unlink()
+    kept.mkdir()
+    caplog.clear()
+    with serve(0) as served:
+        assert ask(served, prompt=[5] * 40).status_code == 200
+        for _ in range(2):
+            served.state.keys.usage.write(served.state.keys.accounts)
+    assert caplog.text.count("what keys use of their days is forgotten when the server ends") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["keys.toml", "keys.toml.used"]
+
+
+async def test_usage_is_written_while_the_server_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "EVERY_S", 0.01)
+    accounts, kept = {"mine": Account(Limits(tokens_per_day=9))}, usage.Usage(tmp_path / "used")
+    keeping = asyncio.create_task(kept.keep(accounts))
+    for tokens in (3, 7):
+        accounts["mine"].tokens(tokens - accounts["mine"].day()[1])
+        while kept.read().get("mine", (0, 0))[1] != tokens:
+            await asyncio.sleep(0.01)
+    keeping.cancel()
+
+
 def test_concurrency(start: Any) -> None:
     with start("concurrency = 2", delay_s=0.02) as (served, _), served.http as http:
         with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}, headers=bearer(MINE)) as one:
@@ -146,11 +204,11 @@ def test_concurrency(start: Any) -> None:
                 assert ask(served, THEIRS).status_code == 200
             eventually(lambda: len(served.state.jobs) == 1)
             assert ask(served).status_code == 200  # the second client has gone
-        eventually(lambda: served.state.keys._accounts["mine"].running == 0)
+        eventually(lambda: served.state.keys.accounts["mine"].running == 0)
         served.client.fail_at = 0
         assert ask(served).status_code == 500  # neither do errors keep a place
         assert ask(served, max_tokens=-1).status_code == 400
-        assert served.state.keys._accounts["mine"].running == 0
+        assert served.state.keys.accounts["mine"].running == 0
 
 
 @pytest.mark.parametrize("whose", ["server", "key"])
@@ -187,7 +245,7 @@ def test_long_prompts_and_answers(start: Any, whose: str) -> None:
 def test_openai_client_waits_and_asks_again(start: Any) -> None:
     with start("requests_per_minute = 60") as (served, clock):
         client = served.openai.with_options(api_key=MINE)
-        served.run(served.state.keys._accounts["mine"]._bucket("requests_per_minute").take, 60)
+        served.run(served.state.keys.accounts["mine"]._bucket("requests_per_minute").take, 60)
         with pytest.raises(openai.RateLimitError) as caught:
             client.completions.create(model="tiny", prompt="a", max_tokens=1)
         assert caught.value.code == "rate_limit_exceeded"
@@ -205,7 +263,7 @@ def test_openai_client_waits_and_asks_again(start: Any) -> None:
 
 def test_a_wall_clock_that_jumps_changes_nothing(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with start("requests_per_minute = 6, tokens_per_day = 50") as (served, _):
-        served.state.keys._accounts.clear()  # the real clock
+        served.state.keys.accounts.clear()  # the real clock
         real = time.time
         for jump in (0.0, -1e9, 1e9, 0.0, -3600.0, 3600.0):
             monkeypatch.setattr(time, "time", lambda jump=jump: real() + jump)

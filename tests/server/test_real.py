@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,19 @@ def test_who_asks_while_it_drains_is_told_so(model: Path) -> None:
             *_, last, done = [line for line in lines if line]
         assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length" and done == "data: [DONE]"
         assert running.ended() == 0
+
+
+def test_what_keys_have_used_outlives_the_server(model: Path, tmp_path: Path) -> None:
+    keys, kept = tmp_path / "keys.toml", tmp_path / "usage.json"
+    keys.write_text(f'mine = {{ sha256 = "{sha256(b"sk-mine").hexdigest()}", tokens_per_day = 100 }}\n')
+    kept.write_text(json.dumps({"mine": {"since": time.time() - 60, "tokens": 80}}))
+    with started(str(model), *FLAGS, "--api-key-file", str(keys), "--api-key-usage", str(kept)) as running, running.http as http:
+        http.headers["authorization"] = "Bearer sk-mine"
+        assert http.post("/v1/completions", json={"prompt": [5] * 10, "max_tokens": 6, "ignore_eos": True}).status_code == 200
+        assert "used 96 of its 100" in http.post("/v1/completions", json={"prompt": [5] * 10}).json()["error"]["message"]
+        running.process.send_signal(signal.SIGTERM)
+        assert running.ended() == 0
+    assert json.loads(kept.read_text())["mine"]["tokens"] == 96
 
 
 def test_ctrl_c_twice_ends_at_once(model: Path) -> None:
