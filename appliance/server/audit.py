@@ -9,6 +9,8 @@ import errno
 import logging
 import os
 import queue
+import select
+import stat
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ log = logging.getLogger("appliance.server")
 
 MAX_BYTES, FILES = 100 * 1000**2, 10  # a file is put aside at this size; so many are kept: FILE, FILE.1, ... FILE.9
 MAX_QUEUE = 10_000  # lines that wait for the disk
+PATIENCE_S = 1.0  # with the reader of a pipe that is full
 
 
 def _open(file: str | Path) -> int:
@@ -43,6 +46,7 @@ class AuditLog:
         self.path, self.max_bytes, self.files = Path(file), max_bytes, files
         self.lost = 0  # lines that could not be written
         self._failing = False
+        self._torn = False  # whether the last that went into a pipe is a part of a line
         self._queue: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUE)
         check_writable(file)
         self._thread = threading.Thread(target=self._run, name="audit-log", daemon=True)
@@ -80,7 +84,10 @@ class AuditLog:
         """Opened for each line: a file that is moved away, deleted, or on a disk that has room again needs no signal."""
         file = _open(self.path)
         try:
-            size = os.fstat(file).st_size
+            found = os.fstat(file)
+            size = found.st_size
+            if not stat.S_ISREG(found.st_mode):
+                return self._feed(file, line)
             if size and size + len(line) > self.max_bytes:
                 self._rotate()
                 os.close(file)
@@ -92,6 +99,20 @@ class AuditLog:
                 raise OSError(None, "no space for a whole line")
         finally:
             os.close(file)
+
+    def _feed(self, file: int, line: bytes) -> None:
+        """Into a pipe, which takes a long line in parts. A reader who kept this waiting in vain is not waited for until it reads."""
+        rest = line = b"\n" * self._torn + line
+        poller = select.poll()  # of a descriptor above 1023, too
+        poller.register(file, select.POLLOUT)
+        try:
+            while rest:
+                if not poller.poll(0 if self._failing else 1000 * PATIENCE_S):
+                    raise OSError(None, "nobody reads the pipe")
+                rest = rest[os.write(file, rest) :]
+        finally:
+            if len(rest) < len(line):
+                self._torn = bool(rest)
 
     def _rotate(self) -> None:
         names = [self.path, *(Path(f"{self.path}.{k}") for k in range(1, self.files))]

@@ -255,6 +255,34 @@ def test_a_pipe_holds_nothing_up(tmp_path: Path) -> None:
     os.close(reader)
 
 
+def test_a_pipe_takes_lines_of_any_length(tmp_path: Path) -> None:
+    """From whoever reads late; of a line that is cut off because nobody reads, the next one is a line all the same."""
+    pipe, found = tmp_path / "pipe", bytearray()
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    log = AuditLog(str(pipe))
+
+    def read() -> int:
+        while select.select([reader], [], [], 0)[0] and (data := os.read(reader, 5000)):
+            found.extend(data)
+        return found.count(b"\n")
+
+    for k in range(5):
+        log.add({"number": k, "text": "x" * 100_000})  # a pipe holds 65,536 bytes
+        log.add({"number": k, "text": "y" * 4050})  # which goes into it whole or not at all
+    eventually(lambda: read() == 10)
+    assert [json.loads(line)["number"] for line in found.splitlines()] == [k // 2 for k in range(10)] and not log.lost
+    log.add({"text": "z" * 100_000})
+    eventually(lambda: log.lost)
+    read()
+    found.clear()
+    log.add({"number": 11})
+    eventually(lambda: read() == 2)
+    log.close()
+    os.close(reader)
+    assert log.lost == 1 and json.loads(found.splitlines()[-1]) == {"number": 11}
+
+
 def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["serve", "--audit-log", str(tmp_path / "no" / "log")]) == 2
     assert capsys.readouterr().err == f"appliance: error: --audit-log {tmp_path}/no/log: No such file or directory\n"
