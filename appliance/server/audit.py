@@ -101,7 +101,7 @@ class AuditLog:
             os.close(file)
 
     def _feed(self, file: int, line: bytes) -> None:
-        """Into a pipe, which takes a long line in parts. A reader who kept this waiting in vain is not waited for until it reads."""
+        """Into a pipe, which takes a long line in parts. A reader who was waited for in vain is not again until it reads."""
         rest = line = b"\n" * self._torn + line
         poller = select.poll()  # of a descriptor above 1023, too
         poller.register(file, select.POLLOUT)
