@@ -114,6 +114,8 @@ HAND = [  # content None: all of it
      [("f", '{"a": "x", "b": [1, "y"], "c": true}'), ("g", "{}")]),
     (Olmo3, "<function_calls>f(a=None, b={'k': (1, True)},)</function_calls>", "", [("f", '{"a": null, "b": {"k": [1, true]}}')]),
     (Olmo3, "<function_calls>f(a='it\\'s, (so)', b=Rome)</function_calls>", "", [("f", '{"a": "it\'s, (so)", "b": "Rome"}')]),
+    (Olmo3, "<function_calls>f(a=\"x\n'y\", b='x\n\"y', c=[\"1\n2\"])</function_calls>", "",
+     [("f", '{"a": "x\\n\'y", "b": "x\\n\\"y", "c": ["1\\n2"]}')]),
     (Olmo3, "<function_calls>f(\"Rome\")</function_calls>", None, []),
     (Olmo3, "<function_calls>f(a=1 b=2)", "", [("f", '{"a": "1 b=2"}')]),
     (Olmo3, "<function_calls>f(a=[1)</function_calls>", "[1)</function_calls>", [("f", "{")]),

@@ -205,6 +205,16 @@ def _is_json(text: str) -> bool:
     return True
 
 
+def _from_json(text: str) -> Any:
+    """Line breaks within strings are let pass."""
+    return json.loads(text, strict=False)
+
+
+def _from_python(text: str) -> Any:
+    """The same of what Python would take without them."""
+    return ast.literal_eval(text.replace("\r", "\\r").replace("\n", "\\n"))
+
+
 def typed(text: str, schema: Any) -> str:
     """An argument as JSON. A line break at either end belongs to the tags.
 
@@ -214,7 +224,7 @@ def typed(text: str, schema: Any) -> str:
     text = text.removeprefix("\n").removesuffix("\n")
     kind = schema.get("type") if isinstance(schema, Mapping) else None
     if kind != "string" and (kind is not None or text.lstrip()[:1] in ("{", "[")):
-        for read in (json.loads, ast.literal_eval):
+        for read in (_from_json, ast.literal_eval, _from_python):
             try:
                 with warnings.catch_warnings(action="ignore"):  # of Python's compiler, about what a model wrote
                     return json.dumps(read(text.strip()), ensure_ascii=False, allow_nan=False)
