@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -66,23 +67,36 @@ def _get(url: str, path: str, api_key: str | None, by: OpenerDirector | None) ->
     except urllib.error.HTTPError as error:
         if error.code == 401:
             raise FeedError(f"{url} asks for a key: give one of its own as --api-key, or in APPLIANCE_API_KEY") from error
-        words = error.read(2000).decode(errors="replace")
-        if error.code == 400 or (error.code == 404 and '"model_not' in words):  # as of a port of HTTPS
-            raise FeedError(f"{url}{path} answers {error.code}: {_message(words)}") from error
+        words = _words(error)
+        told = error.code == 400 or (error.code == 404 and b'"model_not' in words)  # as of a port of HTTPS
+        if told and (said := _message(words)) is not None:
+            raise FeedError(f"{url}{path} answers {error.code}: {said}") from error
         kind = NotOurs if error.code in (404, 405) else FeedError
         raise kind(f"{url}{path} answers {error.code} {error.reason}: is this an appliance server?") from error
-    except OSError as error:
-        raise FeedError(no_answer(url, error)) from error
-    except Exception as error:  # http.client has many ways to say that this is no HTTP
-        raise FeedError(f"{url} does not answer by HTTP: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise _no_answer(url, error) from error
 
 
-def _message(body: str | bytes) -> str:
-    """Of an error in OpenAI's form. Raises ValueError where it is none."""
+def _no_answer(url: str, error: Exception) -> FeedError:
+    if isinstance(error, OSError):
+        return FeedError(no_answer(url, error))
+    return FeedError(f"{url} does not answer by HTTP: {type(error).__name__}: {error}")  # http.client has many ways to say so
+
+
+def _words(error: urllib.error.HTTPError) -> bytes:
+    """The body of an error; nothing where it does not come."""
+    try:
+        return error.read(2000)
+    except (OSError, ValueError, http.client.HTTPException):
+        return b""
+
+
+def _message(body: bytes) -> str | None:
+    """Of an error in OpenAI's form; None of another."""
     try:
         return str(json.loads(body)["error"]["message"])
-    except (KeyError, TypeError) as error:
-        raise ValueError("no error of ours") from error
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def fetch(url: str, api_key: str | None = None, path: str = "/stats", *, by: OpenerDirector | None = None) -> dict[str, Any]:
@@ -153,10 +167,7 @@ class Server:
         try:
             ask(url, self.api_key, method="DELETE", by=self._opener)
         except urllib.error.HTTPError as error:
-            try:
-                return _message(error.read(MOST_BYTES))
-            except (ValueError, OSError):
-                return f"the server answers {error.code} {error.reason}"
-        except OSError as error:
-            raise FeedError(no_answer(self.url, error)) from error
+            return _message(_words(error)) or f"the server answers {error.code} {error.reason}"
+        except Exception as error:
+            raise _no_answer(self.url, error) from error
         return f"{request_id} is cancelled"

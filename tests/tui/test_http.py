@@ -84,7 +84,8 @@ def answering(**answers: Answer | Callable[[], Answer]) -> Iterator[Site]:
         (200, b"[]", "is not a JSON object"),
         (404, b'{"error":{"message":"no such model","code":"model_not_found"}}', "answers 404: no such model"),
         (400, b'{"error":{"message":"this port speaks HTTPS"}}', "answers 400: this port speaks HTTPS"),
-        (400, b"<html>", "does not answer in JSON"),
+        (400, b"<html>", "answers 400 Bad Request: is this an appliance server"),
+        (400, b"[1]", "answers 400 Bad Request: is this an appliance server"),
     ],
 )
 def test_says_what_is_wrong(status: int, body: bytes, message: str) -> None:
@@ -108,12 +109,43 @@ def test_what_speaks_no_http_is_an_error_of_its_own() -> None:
 
         def talk() -> None:
             with sock.accept()[0] as peer:
-                peer.recv(100)
+                peer.recv(65536)
                 peer.sendall(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")
 
         threading.Thread(target=talk, daemon=True).start()
         with pytest.raises(FeedError, match="does not answer by HTTP: BadStatusLine"):
             fetch(f"http://127.0.0.1:{sock.getsockname()[1]}")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"HTTP/1.1 500 Oops\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "answers 500 Oops: is this an appliance server"),
+        (b"HTTP/1.1 502 Oops\r\nTransfer-Encoding: chunked\r\n\r\n", "answers 502 Oops: is this an appliance server"),
+        (b"HTTP/1.1 400 No\r\nContent-Length: 6\r\n\r\n<html>", "answers 400 No: is this an appliance server"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", "does not answer by HTTP: BadStatusLine"),
+    ],
+)
+def test_what_answers_everything_so_is_an_error_and_no_crash(answer: bytes, message: str) -> None:
+    """As a proxy may: /metrics and /logs as well, and bodies that break off."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+
+        def talk() -> None:
+            for _ in range(3):
+                with sock.accept()[0] as peer:
+                    peer.recv(65536)
+                    peer.sendall(answer)
+
+        threading.Thread(target=talk, daemon=True).start()
+        server = Server(f"http://127.0.0.1:{sock.getsockname()[1]}")
+        for ask in (server.stats, lambda: server.log(0)):
+            with pytest.raises(FeedError, match=message):
+                ask()
+        if answer.startswith(b"HTTP"):
+            assert server.cancel("one").startswith("the server answers ")
+        else:
+            with pytest.raises(FeedError, match=message):
+                server.cancel("one")
 
 
 def test_a_server_with_keys_is_asked_with_one() -> None:
