@@ -144,7 +144,7 @@ class Server:
 
 
 def measure(case: str, streams: int, *, pace: float, tokens: int, **setup: Any) -> dict[str, Any]:
-    """One case's figures. Where this process was kept from reading for most of the run, the run says nothing: it is done again."""
+    """One case's figures. Where this process was kept from reading for most of the run, it says nothing: it is done again."""
     path, body = CASES[case]
     body = {**body, "stream": True, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
     for _ in range(5):
@@ -158,7 +158,9 @@ def measure(case: str, streams: int, *, pace: float, tokens: int, **setup: Any) 
     raise SystemExit(f"{case}: others took the processors while the tokens came, five times; more --tokens would help")
 
 
-def figures(case: str, clients: list[Stream], notes: list[tuple[float, int, int]], steps: int, found: dict[str, Any]) -> dict[str, Any]:
+def figures(
+    case: str, clients: list[Stream], notes: list[tuple[float, int, int]], steps: int, found: dict[str, Any]
+) -> dict[str, Any]:
     """What ``steps`` steps between two notes cost, and how long each token took from the engine to its client."""
     (begin, end), streams, tokens = notes, len(clients), len(found["steps"])
     delays: list[float] = []
