@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_one_case(tmp_path: Path) -> None:
-    command = ["scripts/bench_http.py", "--tokens", "40", "--pace", "5", "--streams", "2", "--cases", "completions"]
+    command = ["scripts/bench_http.py", "--tokens", "200", "--pace", "5", "--streams", "2", "--cases", "completions"]
     done = subprocess.run(
         [sys.executable, *command, "--json", str(tmp_path / "found.json")], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
