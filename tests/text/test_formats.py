@@ -116,6 +116,8 @@ HAND = [  # content None: all of it
     (Olmo3, "<function_calls>f(a='it\\'s, (so)', b=Rome)</function_calls>", "", [("f", '{"a": "it\'s, (so)", "b": "Rome"}')]),
     (Olmo3, "<function_calls>f(a=\"x\n'y\", b='x\n\"y', c=[\"1\n2\"])</function_calls>", "",
      [("f", '{"a": "x\\n\'y", "b": "x\\n\\"y", "c": ["1\\n2"]}')]),
+    (Olmo3, "<function_calls>f(नाम='x', ü_1=2)</function_calls>", "", [("f", '{"नाम": "x", "ü_1": 2}')]),
+    (Olmo3, "<function_calls>f(a-b='x')</function_calls>", None, []),
     (Olmo3, "<function_calls>f(\"Rome\")</function_calls>", None, []),
     (Olmo3, "<function_calls>f(a=1 b=2)", "", [("f", '{"a": "1 b=2"}')]),
     (Olmo3, "<function_calls>f(a=[1)</function_calls>", "[1)</function_calls>", [("f", "{")]),
