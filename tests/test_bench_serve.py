@@ -166,25 +166,28 @@ def metric(served: Served, name: str) -> float:
 def test_figures_agree_with_the_servers_own(
     tiny: Served, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kinds = ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds")
-    names = [f"{kind}_{what}" for kind in kinds for what in ("count", "sum")]
-    before = {name: metric(tiny, name) for name in [*names, "request_generation_tokens_sum"]}
+    latencies = ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds")
+    names = [f"{latency}_{what}" for latency in latencies for what in ("count", "sum")]
     config = BenchConfig(
         base_url=tiny.url, backend=backend, api_key="secret", num_prompts=30, max_concurrency=8, random_input_len=12,
         random_output_len=9, ignore_eos=True, json=str(tmp_path / "r.json"), svg=str(tmp_path / "r.svg"), save_detailed=True,
         num_warmups=0, disable_tqdm=True, metadata=("run=7",),
     )  # fmt: skip
-    assert serve(config) == 0
-    found = json.loads((tmp_path / "r.json").read_text())
-    ours = {name: metric(tiny, name) - before[name] for name in before}
+    for _ in range(3):  # in one of three times: what a busy machine takes away may lie between the two, too
+        before = {name: metric(tiny, name) for name in [*names, "request_generation_tokens_sum"]}
+        assert serve(config) == 0
+        found = json.loads((tmp_path / "r.json").read_text())
+        ours = {name: metric(tiny, name) - before[name] for name in before}
+        kinds = (("ttft", "time_to_first_token"), ("e2el", "e2e_request_latency"))
+        both = [(1e3 * ours[f"{theirs}_seconds_sum"] / 30, found[f"mean_{name}_ms"]) for name, theirs in kinds]
+        if near := all(mean <= seen <= 3 * mean + 100 for mean, seen in both):  # the client sees it later
+            break
+    assert near, both
     assert found["completed"] == ours["time_to_first_token_seconds_count"] == ours["e2e_request_latency_seconds_count"] == 30
     assert found["total_output_tokens"] == ours["request_generation_tokens_sum"] == 270
     assert ours["inter_token_latency_seconds_count"] == 240
     if backend == "openai":  # in chat, tokens without text are in no chunk
         assert sum(map(len, found["itls"])) == 240
-    for name, theirs in (("ttft", "time_to_first_token"), ("e2el", "e2e_request_latency")):
-        mean = 1e3 * ours[f"{theirs}_seconds_sum"] / 30
-        assert mean <= found[f"mean_{name}_ms"] <= 3 * mean + 100  # the client sees it later; how much is the machine's affair
     assert found["model_id"] == "tiny"
     assert found["run"] == "7"
     assert "secret" not in (tmp_path / "r.json").read_text()

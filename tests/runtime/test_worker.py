@@ -23,10 +23,17 @@ from appliance.runtime import engine, worker
 from appliance.runtime.client import Client, EngineDied
 from quant.errors import InputError
 from tests.runtime.conftest import submit
+from tests.tiny_model import Shape, make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With room for answers that do not end by themselves while a test looks at them, however long it takes to do so."""
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), shape=Shape(max_len=4096))
 
 
 def config(model: Path, **options: Any) -> EngineConfig:
-    settings = {"dtype": "float32", "reference_ops": True, "max_model_len": 256, "kv_cache_memory_bytes": 4 << 20, "threads": 1}
+    settings = {"dtype": "float32", "reference_ops": True, "max_model_len": 4096, "kv_cache_memory_bytes": 16 << 20, "threads": 1}
     return EngineConfig(model=str(model), **{**settings, **options})
 
 
@@ -38,7 +45,7 @@ def tokens(news: list[Event]) -> list[int]:
     return [token for event in news for token in event.token_ids]
 
 
-async def until(condition: Any, seconds: float = 10.0) -> None:
+async def until(condition: Any, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -54,7 +61,7 @@ def test_a_life(tiny: Path) -> None:
         with pytest.raises(EngineDied, match="unloaded"):
             await collect(client, submit("early", [3]))
         await client.start()
-        assert client.state == "ready" and client.info is not None and client.info.max_model_len == 256
+        assert client.state == "ready" and client.info is not None and client.info.max_model_len == 4096
         assert client.loading[0] == client.loading[1] > 0
         assert client.info.plan["found_bytes"]["runtime"] > 1 << 20  # type: ignore[index]  # a process of its own can tell
         try:
@@ -84,10 +91,10 @@ async def answers_together(client: Client) -> None:
 
 
 async def refusals(client: Client) -> None:
-    with pytest.raises(RequestError, match="maximum context length is 256") as error:
-        await collect(client, submit("long", [3] * 300))
+    with pytest.raises(RequestError, match="maximum context length is 4096") as error:
+        await collect(client, submit("long", [3] * 5000))
     assert (error.value.param, error.value.code, error.value.status) == ("prompt", "context_length_exceeded", 400)
-    endless = client.generate(submit("twice", [3], max_tokens=200))
+    endless = client.generate(submit("twice", [3], max_tokens=3800))
     await anext(endless)
     with pytest.raises(RequestError, match="already in use"):
         await collect(client, submit("twice", [3]))
@@ -96,17 +103,17 @@ async def refusals(client: Client) -> None:
 
 async def leaving(client: Client) -> None:
     """A client that goes away frees its blocks; a request may also be ended from outside."""
-    stream = client.generate(submit("leaver", [3] * 40, max_tokens=200))
+    stream = client.generate(submit("leaver", [3] * 40, max_tokens=3800))
     await anext(stream)
     await stream.aclose()
-    ended = client.generate(submit("ended", [4], max_tokens=250))
+    ended = client.generate(submit("ended", [4], max_tokens=3800))
     await anext(ended)
     client.abort("ended")
     assert [event.finish_reason async for event in ended][-1] == "abort"
     working = asyncio.Event()
 
     async def listen() -> None:
-        async for _ in client.generate(submit("cancelled", [4], max_tokens=250)):
+        async for _ in client.generate(submit("cancelled", [4], max_tokens=3800)):
             working.set()
 
     cancelled = asyncio.create_task(listen())
@@ -131,7 +138,7 @@ async def several(client: Client) -> None:
     afresh = await collect(client, beams)
     assert [e.token_ids for e in first] == [e.token_ids for e in again] == [e.token_ids for e in afresh]
     assert [news[0].cached_tokens for news in (first, again, afresh)] == [0, 48, 0]
-    gone = client.generate(submit("gone", [5], n=3, use_beam_search=True, max_tokens=250))
+    gone = client.generate(submit("gone", [5], n=3, use_beam_search=True, max_tokens=3800))
     task = asyncio.ensure_future(anext(gone))
     await asyncio.sleep(0.05)
     client.abort("gone", 2)
@@ -171,10 +178,10 @@ def test_death_is_told_to_everyone_who_waits(tiny: Path) -> None:
         client = Client(config(tiny))
         await client.start()
         assert client._process is not None
-        waiting = [asyncio.create_task(collect(client, submit(f"w{i}", [3], max_tokens=250))) for i in range(3)]
+        waiting = [asyncio.create_task(collect(client, submit(f"w{i}", [3], max_tokens=3800))) for i in range(3)]
         await until(lambda: client._stats.running == 3)
         os.kill(client._process.pid, signal.SIGKILL)
-        results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
+        results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 60)
         assert all(isinstance(r, EngineDied) and "exit code -9" in str(r) for r in results)
         assert client.state == "dead"
         with pytest.raises(EngineDied):
@@ -228,7 +235,7 @@ async def test_a_stuck_engine_is_found_although_nobody_waits_for_long(
             client.close(str(k), abort=True)
             if client._process.poll() is not None:
                 break
-        assert client._process.wait(5) == -signal.SIGKILL and f"the engine is stuck: it has work, but {what}" in (
+        assert client._process.wait(60) == -signal.SIGKILL and f"the engine is stuck: it has work, but {what}" in (
             client.failure or ""
         )
     finally:

@@ -25,11 +25,17 @@ from appliance.config import EngineConfig, ServerConfig
 from appliance.text.tokenizer import Tokenizer
 from tests.server.conftest import Served, serve_in_thread
 from tests.server.fake import FakeClient
+from tests.server.test_lifecycle import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "appliance", "chat"]
 PROMPT = r">>> (\x1b\[0m)?$"
 Spawn = Callable[..., "Terminal"]
+
+
+def _at_a_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests in the background may have them ignore ctrl-C
 
 
 class Terminal:
@@ -40,12 +46,12 @@ class Terminal:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
         self.process = subprocess.Popen(
             [*COMMAND, *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
+            preexec_fn=_at_a_terminal,
         )  # fmt: skip
         os.close(slave)
         self.text, self._seen = "", 0
 
-    def until(self, pattern: str, seconds: float = 20) -> str:
+    def until(self, pattern: str, seconds: float = 60) -> str:
         """Wait for it in what was not seen yet; returns that."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.text[self._seen :])):
@@ -69,7 +75,7 @@ class Terminal:
         return self.until(pattern)
 
     def ended(self) -> int:
-        return self.process.wait(20)
+        return self.process.wait(60)
 
 
 @pytest.fixture
@@ -152,10 +158,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(spawn: Spawn, tokenizer: To
         terminal.say("hello", "user: h")
         terminal.type("\x03")
         assert "stopped" in terminal.until(PROMPT)
-        deadline = time.monotonic() + 5
-        while not client.aborted and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert client.aborted and not client.running
+        eventually(lambda: client.aborted and not client.running)
         terminal.type("half a line\x03")
         assert "ctrl-D or /quit" in terminal.until(PROMPT)
         client.fail_at = 3
@@ -213,9 +216,13 @@ def test_with_a_server_of_its_own(spawn: Spawn) -> None:
     assert "7 plus 5 is 12." in terminal.say("What is 7 plus 5?")
     terminal.say("/set ignore_eos true")
     terminal.say("/set min_tokens 400")
-    terminal.say("Spell the word garden.", "garden")
-    terminal.type("\x03")
-    assert "stopped" in terminal.until(PROMPT)
+    for _ in range(5):  # on a busy machine the answer may end before it is stopped
+        terminal.say("/clear")
+        terminal.say("Spell the word garden.", "garden")
+        terminal.type("\x03")
+        if stopped := "stopped" in terminal.until(PROMPT):
+            break
+    assert stopped
     terminal.say("/set ignore_eos")
     terminal.say("/set min_tokens")
     terminal.say("/clear")
@@ -223,7 +230,7 @@ def test_with_a_server_of_its_own(spawn: Spawn) -> None:
     servers = servers_of(psutil.Process(terminal.process.pid))
     assert servers
     terminal.process.send_signal(signal.SIGKILL)
-    gone, alive = psutil.wait_procs(servers, timeout=15)
+    gone, alive = psutil.wait_procs(servers, timeout=60)
     assert gone and not alive
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -291,10 +292,12 @@ def test_the_queue_has_an_end(start: Any) -> None:
             await served.client._dead.wait()
 
         served.client._wait = never
-        with served.http as one, served.http as two:
-            for http, name in ((one, "one"), (two, "two")):
-                with pytest.raises(httpx.ReadTimeout):
-                    http.post("/v1/completions", json={**LONG, "request_id": name}, headers=bearer(MINE), timeout=0.2)
+        body, place = json.dumps(LONG).encode(), ("127.0.0.1", httpx.URL(served.url).port or 0)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {MINE}\r\nContent-Length: {len(body)}\r\n\r\n"
+        with ExitStack() as waiting:
+            for number in (1, 2):
+                waiting.enter_context(socket.create_connection(place)).sendall(head.encode() + body)
+                eventually(lambda number=number: len(served.state.jobs) == number)
         eventually(lambda: not served.state.jobs)  # they gave up: their places are free again
         threads = [_ask_in_thread(served) for _ in range(2)]
         eventually(lambda: len(served.state.jobs) == 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ from appliance.config import EngineConfig, ServerConfig
 from appliance.text.tokenizer import Tokenizer
 from tests.server.conftest import Served, serve_in_thread
 from tests.server.fake import FakeClient
+from tests.server.test_lifecycle import eventually
 from tests.server.test_real import Running, started
 
 STATIC = Path(__file__).resolve().parents[2] / "appliance" / "web" / "static"
@@ -25,7 +25,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 ASSETS = sorted(f"/ui/{file.name}" for file in STATIC.iterdir() if file.name != "index.html")
 FLAGS = ("--no-sandbox", "--disable-dev-shm-usage", "--host-resolver-rules=MAP evil.example 127.0.0.1")
 LONG = {"ignore_eos": True, "min_tokens": 400}  # fields that keep the demo model busy for seconds
-expect.set_options(timeout=10_000)
+expect.set_options(timeout=30_000)
 
 
 class Visit:
@@ -114,6 +114,7 @@ def visit(tab: Page) -> Iterator[Open]:
 def demo() -> Iterator[Running]:
     """The command as a user starts it, with the embedded model; computed slowly, so that there is time to look on."""
     with started("--port", "0", "--threads", "1", "--reference-ops", "--kv-cache-memory-bytes", "20000000") as running:
+        running.engine.nice(19)  # on a busy machine the browser comes first
         yield running
 
 
@@ -231,10 +232,8 @@ def test_stop_ends_the_request_in_the_engine(visit: Open, demo: Running) -> None
     one.page.press("#prompt", "Escape")
     one.answered()
     expect(one.page.locator(".assistant .figures")).to_contain_text("Stopped.")
-    deadline = time.monotonic() + 5
-    while engine()["running"] and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert engine()["running"] == 0 and engine()["finished"]["abort"] == aborted + 1
+    eventually(lambda: engine()["running"] == 0)
+    assert engine()["finished"]["abort"] == aborted + 1
     one.set("more", "")
     one.set("max_tokens", "8")
     before = one.texts[1]
@@ -278,10 +277,12 @@ def test_the_servers_figures_live_while_somebody_looks(visit: Open, demo: Runnin
     one.page.click("#stop")
     one.answered()
     one.page.click("#close-side")
-    one.page.wait_for_timeout(100)
-    asked = sum(url.endswith("/stats") for url in one.asked)
-    one.page.wait_for_timeout(1100)
-    assert sum(url.endswith("/stats") for url in one.asked) == asked, "nobody looks, and it still asks"
+    for _ in range(5):  # one may have been on its way, on a busy machine for long
+        asked = sum(url.endswith("/stats") for url in one.asked)
+        one.page.wait_for_timeout(1100)
+        if sum(url.endswith("/stats") for url in one.asked) == asked:
+            return
+    pytest.fail("nobody looks, and it still asks")
 
 
 # In the browser, over an engine that says what a test wants it to

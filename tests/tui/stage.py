@@ -83,7 +83,8 @@ class Stage:
 
     async def until(self, words: str, *, gone: bool = False) -> str:
         """The screen's text once it holds ``words``, or holds them no more."""
-        for _ in range(200):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
             if (words in (text := await self.text())) is not gone:
                 return text
             await asyncio.sleep(0.02)

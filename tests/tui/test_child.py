@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -18,6 +17,7 @@ from appliance.tui.child import Child, as_log
 from appliance.tui.feed import Feed, LogLine
 from appliance.tui.http import Server
 from quant.errors import InputError
+from tests.server.test_lifecycle import eventually
 from tests.tiny_model import make_checkpoint
 from tests.tui.fake_server import FakeServer
 from tests.tui.stage import Stage
@@ -58,11 +58,7 @@ def stand_in(tmp_path: Path, running: int = 0) -> Child:
 
 
 def wait_for(child: Child, words: str) -> None:
-    for _ in range(500):
-        if any(words in line.message for line in list(child.lines)):
-            return
-        time.sleep(0.02)
-    pytest.fail(f"{words!r} never came: {list(child.lines)}")
+    eventually(lambda: any(words in line.message for line in list(child.lines)), 60)
 
 
 def test_the_command_of_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -134,10 +130,7 @@ def test_one_that_cannot_start_says_why(tmp_path: Path) -> None:
     child = Child("/nowhere/at/all", [])
     child.start()
     wait_for(child, "appliance: error")
-    for _ in range(250):
-        if not child.running:
-            break
-        time.sleep(0.02)
+    eventually(lambda: not child.running, 60)
     assert child.ended == "the server has ended with exit code 2: no such directory: /nowhere/at/all" and child.code == 2
 
 
@@ -165,7 +158,7 @@ def test_a_dashboard_that_is_killed_takes_its_server_along(tmp_path: Path, when:
             assert server.children(), "its engine"
         left = [server, *server.children()]
         dashboard.kill()
-    _, alive = psutil.wait_procs(left, 20)
+    _, alive = psutil.wait_procs(left, 60)
     for one in alive:
         one.kill()
     assert not alive
@@ -205,10 +198,6 @@ async def test_a_server_that_dies_is_told_with_its_words() -> None:
     child.start()
     async with app.run_test(size=(120, 30)) as pilot:
         stage = Stage(app, (), pilot)
-        for _ in range(20):
-            if child.ended:
-                break
-            await pilot.pause(0.2)
         await stage.until("✖ the server has ended with exit code 2: no such directory: /nowhere/at/all")
         await stage.until("ERROR appliance: error: no such directory")
         await stage.press("q")
