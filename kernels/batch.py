@@ -6,6 +6,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+AT_ONCE = 256  # rows
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The rows of a step whose hidden states somebody will look at, where these are not all of them."""
+
+    rows: Tensor  # int64 [R], rising, of the step's T
+    batch: PagedBatch  # of these alone: of each sequence the last ones
+
 
 @dataclass(frozen=True)
 class PagedBatch:
@@ -24,6 +34,7 @@ class PagedBatch:
     max_seq: int
     singles: int = 0  # so many sequences at the beginning are known to have one row each
     states: Tensor | None = None  # int32 [S]: the place of each sequence in a StateCache; of models that have such
+    wanted: Wanted | None = None  # None: all rows are
 
     @property
     def query_starts_list(self) -> list[int]:
@@ -37,3 +48,11 @@ class PagedBatch:
     def block_tables_list(self) -> list[list[int]]:
         """With the rows' padding."""
         return self.block_tables.tolist()
+
+
+def moved_up(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], where rows rise, in x's own memory: none is overwritten before it is read."""
+    for first in range(0, rows.shape[0], AT_ONCE):
+        part = rows[first : first + AT_ONCE]
+        x[first : first + part.shape[0]] = x[part]
+    return x[: rows.shape[0]]

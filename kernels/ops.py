@@ -272,13 +272,21 @@ class Stack:
     told: Callable[[Tensor, Tensor], Tensor] | None = None
     """What layers are told of tokens, [T, layers, features], by ids and hidden states before all layers; a row is contiguous."""
 
+    @property
+    def storing(self) -> int:
+        """Layers up to the last one that stores something for later tokens: those behind it are there for wanted rows alone."""
+        return max((number + 1 for number, layer in enumerate(self.layers) if not layer.shared), default=0)
+
     def rotation(self, layer: Layer) -> Tensor:
         """The table of a layer."""
         return self.cos_sin if self.local_cos_sin is None or not layer.local else self.local_cos_sin
 
 
 Forward = Callable[[Tensor, PagedBatch], Tensor]
-"""Token ids int64 [T] to hidden states [T, hidden] after the last norm. The next call may overwrite them."""
+"""Token ids int64 [T] to hidden states [T, hidden] after the last norm. The next call may overwrite them.
+
+Of a batch that says which rows are ``wanted``, to those of these: [R, hidden].
+"""
 
 
 class Bind(Protocol):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
+from kernels.batch import moved_up
 from kernels.conv import short_conv
 from kernels.kv_cache import LARGEST
 from kernels.latent import Latents
@@ -76,7 +77,7 @@ class Decoder:
         return [None if pair is None else (pair[0] / LARGEST[dtype], pair[1] / LARGEST[dtype]) for pair in largest]
 
     def forward(self, ids: Tensor, batch: PagedBatch, caches: Sequence[KVCache], states: Sequence[StateCache] = ()) -> Tensor:
-        """Token ids int64 [T] -> hidden states [T, hidden] after the final norm.
+        """Token ids int64 [T] -> hidden states [T, hidden] after the final norm, or [R, hidden] of the rows that are wanted.
 
         Writes keys and values into ``caches``, one for each layer that has such, and what other layers remember into ``states``,
         one for each of these.
@@ -89,16 +90,14 @@ class Decoder:
         self._check(caches, states)
         kept, kept_states = (caches[number] for number in self.spec.caches), iter(states)
         for number, layer in enumerate(self.layers):
+            if number == self.stack.storing and (wanted := batch.wanted) is not None:
+                batch, hidden = wanted.batch, moved_up(hidden, wanted.rows)
+                scales = None if scales is None else scales[wanted.rows]
+                told = None if told is None else moved_up(told, wanted.rows)
+                if not len(hidden):
+                    return hidden
             with layer.present():
-                if layer.delta is not None:
-                    x = self._delta(layer, layer.delta, hidden, batch, next(kept_states))
-                elif layer.conv is not None:
-                    x = self._linear(hidden, layer.qkv, self._before(layer.input_norm))
-                    x = short_conv(x, layer.conv, next(kept_states), batch)
-                elif layer.latents is not None:
-                    x = self._latent(layer, layer.latents, hidden, batch, next(kept))
-                else:
-                    x = self._attention(layer, hidden, batch, next(kept), scales)
+                x = self._over_tokens(layer, hidden, batch, kept, kept_states, scales)
                 hidden = self._add(x, layer.o, layer.attention_norm, hidden)
                 del x  # what the MLP makes may take its place
                 hidden = self._mlp(layer, hidden)
@@ -106,6 +105,25 @@ class Decoder:
                     hidden = self._add_told(layer.told, hidden, told[:, number])
                 hidden = hidden if layer.scalar is None else hidden.mul_(layer.scalar)
         return ops.rms_norm(hidden, **self.stack.norm._asdict())
+
+    def _over_tokens(
+        self,
+        layer: Layer,
+        hidden: Tensor,
+        batch: PagedBatch,
+        caches: Iterator[KVCache],
+        states: Iterator[StateCache],
+        scales: Tensor | None,
+    ) -> Tensor:
+        """What a layer makes of tokens and those before them, before the output projection; it takes the next cache or state."""
+        if layer.delta is not None:
+            return self._delta(layer, layer.delta, hidden, batch, next(states))
+        if layer.conv is not None:
+            x = self._linear(hidden, layer.qkv, self._before(layer.input_norm))
+            return short_conv(x, layer.conv, next(states), batch)
+        if layer.latents is not None:
+            return self._latent(layer, layer.latents, hidden, batch, next(caches))
+        return self._attention(layer, hidden, batch, next(caches), scales)
 
     @cached_property
     def stack(self) -> Stack:

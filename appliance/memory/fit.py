@@ -112,7 +112,8 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) 
     """What is left after weights, workspace and runtime becomes blocks, or what was given for them."""
     assert settings.max_seqs is not None
     kv = demand.kv(settings.block_size, settings.kv_dtype)
-    inputs = input_bytes(settings.max_tokens, settings.max_seqs, kv.blocks(max_len), states=demand.sequence_bytes > 0)
+    sizes = settings.max_tokens, settings.max_seqs, kv.blocks(max_len)
+    inputs = input_bytes(*sizes, states=demand.sequence_bytes > 0, wanted=demand.shared_layers > 0)
     scratch = {
         "activations": demand.token_bytes * settings.max_tokens,
         "logits": demand.logits_row_bytes * min(LOGIT_ROWS, settings.max_tokens),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from appliance.core.request import Request
 from appliance.core.step import Chunk
 from appliance.runtime.sampler import uniform
-from kernels.ops import PagedBatch
+from kernels.batch import PagedBatch, Wanted
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class StepArrays:
     max_query: int
     singles: int = 0  # chunks of one token at the beginning
     seats: np.ndarray | None = None  # int32 [S]; None where sequences have no states
+    rows: np.ndarray | None = None  # int64 [R]: those whose hidden states are wanted; None: all are
+    row_starts: np.ndarray | None = None  # int32 [s + 1]: where among these those of each of the first s chunks begin
 
     @classmethod
     def build(
@@ -89,6 +91,27 @@ class StepArrays:
             seats=None if seat is None else longer(np.zeros(0, np.int32) if self.seats is None else self.seats, seat),
         )
 
+    def wanting(self, counts: Sequence[int]) -> StepArrays:
+        """The same step, where of each chunk the hidden states of so many tokens are wanted, the last ones, or a few more.
+
+        Sequences of which none is wanted are left out where no other comes after them; else they have one: so what is said of
+        sequences can be said of the first ones.
+        """
+        known = np.array(counts)
+        used = int(np.flatnonzero(known)[-1]) + 1 if known.any() else 0
+        known = np.maximum(known[:used], 1)
+        starts = np.zeros(used + 1, dtype=np.int32)
+        known.cumsum(out=starts[1:])
+        if starts[-1] == len(self.ids):
+            return self
+        rows = np.arange(starts[-1]) + np.repeat(self.starts[1 : used + 1] - starts[1:], known)
+        return replace(self, rows=rows.astype(np.int64), row_starts=starts)
+
+    @property
+    def result_starts(self) -> np.ndarray:
+        """Where among the hidden states that a forward gives those of each chunk begin; int32 [S + 1], or as ``row_starts``."""
+        return self.starts if self.row_starts is None else self.row_starts
+
     @classmethod
     def empty(cls) -> StepArrays:
         long, short = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
@@ -97,8 +120,8 @@ class StepArrays:
     @property
     def arrays(self) -> list[np.ndarray]:
         """What ``batch`` wants on the device, in that order."""
-        found = [self.ids, self.positions, self.slots, self.starts, self.ends, self.tables]
-        return found if self.seats is None else [*found, self.seats]
+        found = [self.ids, self.positions, self.slots, self.starts, self.ends, self.tables, self.seats, self.rows, self.row_starts]
+        return [array for array in found if array is not None]
 
     @property
     def unknown(self) -> bool:
@@ -108,8 +131,27 @@ class StepArrays:
     def batch(self, tensors: Sequence[Tensor], max_seq: int | None = None) -> PagedBatch:
         """Of the arrays, wherever they are now; ``max_seq`` bounds the lengths of sequences."""
         longest = int(self.ends.max()) if max_seq is None else max_seq
-        _, positions, slots, starts, ends, tables, *states = tensors
-        return PagedBatch(positions, slots, starts, ends, tables, self.max_query, longest, self.singles, *states)
+        _, positions, slots, starts, ends, tables, *more = tensors
+        seats = None if self.seats is None else more.pop(0)
+        whole = PagedBatch(positions, slots, starts, ends, tables, self.max_query, longest, self.singles, seats)
+        return whole if self.row_starts is None else replace(whole, wanted=self._wanted(whole, *more))
+
+    def _wanted(self, whole: PagedBatch, rows: Tensor, starts: Tensor) -> Wanted:
+        """Rows that are wanted; they read what all of the step have written."""
+        assert self.row_starts is not None
+        counts, used = np.diff(self.row_starts), len(self.row_starts) - 1
+        longer = np.flatnonzero(counts > 1)
+        few = PagedBatch(
+            positions=whole.positions[rows],
+            slots=whole.slots[rows],
+            query_starts=starts,
+            seq_lens=whole.seq_lens[:used],
+            block_tables=whole.block_tables[:used],
+            max_query=int(counts.max(initial=0)),
+            max_seq=int(self.ends[:used].max(initial=0)),
+            singles=int(longer[0]) if len(longer) else used,
+        )
+        return Wanted(rows, few)
 
 
 class Draws(NamedTuple):

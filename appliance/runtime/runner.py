@@ -30,6 +30,7 @@ from appliance.runtime.sampler import Sampled, draws_on_device, sample, token_lo
 from appliance.runtime.staging import Lane, Staging, send_at_once
 from kernels.ops import Ops
 from models.decoder import Decoder
+from models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Runner:
         self.states = allocate_states(decoder.spec, plan.state_places + spare, device=device)
         self._mover = make_mover(decoder.ops.name, self.caches, plan.swap_blocks)
         self._forward = decoder.bind(self.caches, states=self.states, max_tokens=plan.max_num_batched_tokens)
-        self._staging = None if lane is None else Staging(_input_bytes(plan, bool(self.states)), lane, device)
+        self._staging = None if lane is None else Staging(_input_bytes(plan, decoder.spec), lane, device)
         # Not made anew for each step: the system would clear its pages each time, which takes longer than to write logits there.
         self._out = torch.zeros(plan.logit_rows, decoder.spec.vocab, dtype=torch.float32, device=device)
         self._tokens = torch.zeros(plan.max_num_seqs, dtype=torch.int64, device=device)  # drawn by the last step
@@ -154,8 +155,11 @@ class Runner:
         chunks = plan.chunks
         self._mover.wait(chunks)
         step = StepArrays.build(chunks, self.block_size, self._rows, states=bool(self.states))
-        sampling = [chunk for chunk in chunks if chunk.samples]
-        last = (step.starts[1:] - 1)[[chunk.samples for chunk in chunks]].astype(np.int64)
+        recorded = None if self._graphs is None else self._graphs.prepare(step)
+        if recorded is None and any(self.decoder.spec.shared):
+            step = step.wanting([_wanted(chunk) for chunk in chunks])
+        sampling, starts = [chunk for chunk in chunks if chunk.samples], step.result_starts
+        last = np.array([end - 1 for chunk, end in zip(chunks, starts[1:], strict=False) if chunk.samples], dtype=np.int64)
         guesses = {chunk.request: _guesses(chunk) for chunk in sampling if chunk.draft}
         requests = [chunk.request for chunk in sampling]
         if guesses:  # a row for each of them, too
@@ -163,15 +167,14 @@ class Runner:
             requests = [request for own in requests for request in (own, *guesses.get(own, ()))]
         on_device = self.decoder.ops.sample is not None and not guesses
         draws = Draws.build(sampling) if on_device else None
-        recorded = None if self._graphs is None else self._graphs.prepare(step)
         sent = self._send([*(recorded or step).arrays, last, *(draws or ())])
         hidden = self._hidden(step, recorded, sent)
         masks = Masks.of(requests, self.decoder.spec.vocab)  # while the device works
         scores = []
         if any(c.request.params.prompt_logprobs is not None for c in chunks):
-            rows = hidden.split([c.length for c in chunks])
-            scores = [self._score_prompt(c, own, n) for c, own, n in zip(chunks, rows, scored, strict=True)]
-        if len(step.ids) > len(requests):
+            rows = hidden.tensor_split(starts[1:-1].tolist())
+            scores = [self._score_prompt(c, own, n) for c, own, n in zip(chunks, rows, scored, strict=False)]
+        if starts[-1] > len(requests):
             hidden = hidden[sent[len(step.arrays)]]
         drawn = self._draw(requests, hidden, masks, draws, sent[len(step.arrays) + 1 :])
         self._rows = {request: row for row, request in enumerate(requests) if request not in drawn}
@@ -185,7 +188,10 @@ class Runner:
         return send_at_once(arrays, self.device) if self._staging is None else self._staging.send(arrays)
 
     def _hidden(self, step: StepArrays, recorded: StepArrays | None, sent: Sequence[Tensor]) -> Tensor:
-        """Hidden states [T, hidden] of a step whose arrays (as they were recorded, where they were) have been sent."""
+        """Hidden states [T, hidden] of a step whose arrays (as they were recorded, where they were) have been sent.
+
+        [R, hidden] where not all rows are wanted.
+        """
         if recorded is not None and self._graphs is not None:
             return self._graphs.replay(recorded)[: len(step.ids)]
         arrays = sent[: len(step.arrays)]
@@ -246,7 +252,10 @@ class Runner:
                 yield self._logits(part)
 
     def _score_prompt(self, chunk: Chunk, hidden: Tensor, scored: int) -> PromptScores | None:
-        """Row p of the chunk predicts token p + 1. The first prompt token has nothing before it and no log-probability."""
+        """Row p of the chunk predicts token p + 1. The first prompt token has nothing before it and no log-probability.
+
+        ``hidden``: all rows of the chunk, where its request asks for that.
+        """
         request = chunk.request
         if request.params.prompt_logprobs is None:
             return None
@@ -259,6 +268,13 @@ class Runner:
             kth = self.decoder.ops.kth_largest
             found += token_logprobs(logits, request.tokens[a:b], request.params.prompt_logprobs, kth=kth)
         return PromptScores(request, first, tuple(found)) if found else None
+
+
+def _wanted(chunk: Chunk) -> int:
+    """How many of the chunk's rows are looked at behind the last layer: its last ones."""
+    if chunk.request.params.prompt_logprobs is not None:
+        return chunk.length
+    return 1 + len(chunk.draft) if chunk.samples else 0
 
 
 def _guesses(chunk: Chunk) -> list[Request]:
@@ -285,5 +301,6 @@ def _nothing_to_wait_for() -> None:
     """A device that has done what it was told has nothing else under way."""
 
 
-def _input_bytes(plan: MemoryPlan, states: bool) -> int:
-    return input_bytes(plan.max_num_batched_tokens, plan.max_num_seqs, plan.kv.blocks(plan.max_model_len), states=states)
+def _input_bytes(plan: MemoryPlan, spec: ModelSpec) -> int:
+    sizes = plan.max_num_batched_tokens, plan.max_num_seqs, plan.kv.blocks(plan.max_model_len)
+    return input_bytes(*sizes, states=any(spec.linear), wanted=any(spec.shared))

@@ -18,6 +18,7 @@ from appliance.runtime.runner import Flight, Runner
 from kernels.configs import table
 
 GREEDY = SamplingParams(temperature=0.0)
+EVERY_ROW = SamplingParams(temperature=0.0, prompt_logprobs=0)  # goes through layers that store nothing, too
 DRAWS = (SamplingParams(), SamplingParams(top_k=5, top_p=0.9, min_p=0.01))
 ON_HOST = (
     SamplingParams(temperature=0.0, logprobs=2),
@@ -35,6 +36,7 @@ class Trial:
 
     chunks: tuple[tuple[int, int], ...]
     params: SamplingParams = field(default_factory=lambda: GREEDY)
+    scored: bool = False  # whether prompt tokens have their log-probabilities already
 
     @property
     def tokens(self) -> int:
@@ -55,7 +57,7 @@ def full(plan: MemoryPlan, tokens: int | None = None) -> Trial:
     while left and len(chunks) < plan.max_num_seqs:
         chunks.append((0, min(left, longest)))
         left -= chunks[-1][1]
-    return Trial(tuple(sorted(chunks, key=lambda chunk: chunk[1] > 1)))
+    return Trial(tuple(sorted(chunks, key=lambda chunk: chunk[1] > 1)), EVERY_ROW, scored=True)
 
 
 def decodes(sequences: int, params: SamplingParams = GREEDY) -> Trial:
@@ -110,19 +112,19 @@ def run(runner: Runner, steps: Iterable[Trial], longest: int) -> int:
     count = 0
     for trial in steps:
         requests = [_request(i, trial, start, length, runner.block_size) for i, (start, length) in enumerate(trial.chunks)]
-        flights = [_launch(runner, requests, trial.chunks)]
+        flights = [_launch(runner, requests, trial, trial.chunks)]
         ahead = tuple((start + 1, 1) for start, length in trial.chunks if length == 1 and start + 2 <= longest)
         if runner.runs_ahead and flights[0].open and len(ahead) == len(requests):
-            flights.append(_launch(runner, requests, ahead))
+            flights.append(_launch(runner, requests, trial, ahead))
         for flight in flights:
             flight.land()
         count += len(flights)
     return count
 
 
-def _launch(runner: Runner, requests: list[Request], chunks: tuple[tuple[int, int], ...]) -> Flight:
+def _launch(runner: Runner, requests: list[Request], trial: Trial, chunks: tuple[tuple[int, int], ...]) -> Flight:
     plan = StepPlan(tuple(Chunk(r, start, length, True) for r, (start, length) in zip(requests, chunks, strict=True)), ())
-    return runner.launch(plan, [0] * len(requests))
+    return runner.launch(plan, [request.prompt_len if trial.scored else 0 for request in requests])
 
 
 def _request(index: int, trial: Trial, start: int, length: int, block_size: int) -> Request:

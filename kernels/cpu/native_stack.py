@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kernels.batch import moved_up
 from kernels.cpu import native_delta
 from kernels.cpu.native_weights import TYPES, address
 from kernels.layout import NATIVE_ROWS
@@ -27,33 +28,21 @@ def bind(
         return None
     places: dict[bool, Iterator[Any]] = {False: iter(caches), True: iter(states)}  # by whether a layer has states
     size, dtype = norm.weight.shape[0], norm.weight.dtype
-    handle = ops.module.Stack(
-        [_layer(ops, layer, next(places[layer.delta is not None]), stack.rotation(layer)) for layer in layers],
-        type=TYPES[dtype],
-        heads=stack.heads,
-        eps=norm.eps,
-        offset=norm.offset,
-        scale=stack.scale,
-        cap=stack.cap or 0.0,
-    )
+    made = [_layer(ops, layer, next(places[layer.delta is not None]), stack.rotation(layer)) for layer in layers]
+    settings: dict[str, Any] = {"type": TYPES[dtype], "heads": stack.heads, "eps": norm.eps, "offset": norm.offset}
+    settings |= {"scale": stack.scale, "cap": stack.cap or 0.0}
+    storing = stack.storing
+    first, rest = (ops.module.Stack(some, **settings) for some in (made[:storing], made[storing:]))
+    width = max(first.width, rest.width, size)
     # Made and touched here, once: what comes and goes with every step is memory that grows in pieces.
     hidden = torch.zeros(max_tokens, size, dtype=dtype)
-    workspace = torch.zeros(max_tokens * max(handle.width, size), dtype=dtype)
+    workspace = torch.zeros(max_tokens * width, dtype=dtype)
 
     unlike = {(type(layer.mlp), layer.delta is None, layer.o.K, layer.shared): layer for layer in reversed(layers)}
     for layer in unlike.values():
         _rehearse(ops, layer, hidden.view(-1), workspace, min(max_tokens, NATIVE_ROWS))
 
-    def forward(ids: Tensor, batch: PagedBatch, alive: Any = (stack, caches, states)) -> Tensor:  # the handle has their addresses
-        tokens = ids.shape[0]
-        if tokens > max_tokens:
-            raise ValueError(f"{tokens} tokens, but at most {max_tokens} were said to come at once")
-        if states and batch.states is None:
-            raise ValueError(native_delta.LOST)
-        ops.embed(ids, stack.embedding, hidden)
-        if stack.embedding_scale != 1.0:
-            hidden[:tokens].mul_(stack.embedding_scale)
-        told = None if stack.told is None else stack.told(ids, hidden[:tokens])
+    def run(handle: Any, tokens: int, batch: PagedBatch, told: Tensor | None) -> None:
         ops.machine.layers(
             handle,
             tokens,
@@ -70,6 +59,26 @@ def bind(
             hidden.data_ptr(),
             workspace.data_ptr(),
         )
+
+    def forward(ids: Tensor, batch: PagedBatch, alive: Any = (stack, caches, states)) -> Tensor:  # handles have their addresses
+        tokens = ids.shape[0]
+        if tokens > max_tokens:
+            raise ValueError(f"{tokens} tokens, but at most {max_tokens} were said to come at once")
+        if states and batch.states is None:
+            raise ValueError(native_delta.LOST)
+        ops.embed(ids, stack.embedding, hidden)
+        if stack.embedding_scale != 1.0:
+            hidden[:tokens].mul_(stack.embedding_scale)
+        told = None if stack.told is None else stack.told(ids, hidden[:tokens])
+        run(first, tokens, batch, told)
+        if storing < len(layers):
+            if (wanted := batch.wanted) is not None:
+                batch, tokens = wanted.batch, wanted.rows.shape[0]
+                moved_up(hidden, wanted.rows)
+                told = None if told is None else moved_up(told, wanted.rows)
+            if not tokens:
+                return hidden[:0]
+            run(rest, tokens, batch, None if told is None else told[:, storing:])
         out = workspace[: tokens * size].view(tokens, size)
         ops.normalize(hidden[:tokens], norm, None, out)
         return out
