@@ -213,6 +213,11 @@ class ModelSpec:
         """Layers that have keys and values of their own."""
         return self.attention_layers - sum(self.shared)
 
+    @property
+    def storing(self) -> int:
+        """Layers before those that read the keys and values of others: behind these only rows that somebody looks at go on."""
+        return self.layers - sum(self.shared)
+
     def is_shared(self, layer: int) -> bool:
         """Whether it reads keys and values of another."""
         return bool(self.shared) and self.shared[layer]

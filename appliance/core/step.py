@@ -18,6 +18,13 @@ class Chunk(NamedTuple):
     samples: bool  # the chunk reaches the last known token: its last row's logits give the next one
     draft: tuple[int, ...] = ()  # guesses of the tokens behind that one, the last of ``length``; each row of theirs samples, too
 
+    @property
+    def wanted(self) -> int:
+        """Of how many of its tokens the hidden states behind the last layer are looked at: of the last ones."""
+        if self.request.params.prompt_logprobs is not None:
+            return self.length
+        return 1 + len(self.draft) if self.samples else 0
+
 
 class Return(NamedTuple):
     """What it takes that a request goes on that had given way, and whom it shares the device with."""

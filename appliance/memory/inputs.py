@@ -18,8 +18,8 @@ def offsets(sizes: Sequence[int]) -> list[int]:
 def input_bytes(tokens: int, sequences: int, width: int, *, states: bool = False, wanted: bool = False) -> int:
     """At most these bytes have a step's inputs: appliance/runtime/batch.py's StepArrays and Draws.
 
-    ``width``: blocks of the longest sequence; ``states``: whether sequences have them, and so a seat; ``wanted``: whether it is said
-    which rows are (of models whose last layers store nothing). The card has them once, the host twice.
+    ``width``: blocks of the longest sequence; ``states``: whether sequences have them, and so a seat; ``wanted``: whether it is
+    said which rows are, as of models whose last layers store nothing. The card has them once, the host twice.
     """
     step = [8 * tokens] * 3 + [4 * (sequences + 1), 4 * sequences, 4 * sequences * width, 8 * sequences]
     step += [8 * tokens, 4 * (sequences + 1)] * wanted

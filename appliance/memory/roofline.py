@@ -8,7 +8,7 @@ tokens, steps that mix prompts with answers, other programs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from appliance.memory.cards import Card
@@ -66,11 +66,13 @@ class Work:
     chosen: tuple[int, int] = (1, 1)  # experts that a token goes through, of how many
     more: int = 0  # launches of layers with experts, or that are told of tokens
     state_bytes: int = 0  # of a sequence, in layers that have states: read and written for each token
+    first: tuple[tuple[Loaded, int], ...] = ()  # what each token of a prompt goes through; empty: all but the head
 
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Work:
-        found = [(one, parent.count) for parent in parents(spec, scheme) for one in parent.joined]
-        found += [(made, 1) for _, made, _ in told(spec, scheme, machinery)[1:]]
+        before = [(made, 1) for _, made, _ in told(spec, scheme, machinery)[1:]]
+        found = [*_layers(spec, scheme), *before]
+        first = [*_layers(spec.part(range(spec.storing)), scheme), *before] if any(spec.shared) else []
         found.append((ends(spec, scheme, machinery).head, 1))
         kinds = [
             ("o" if one.slot in ("router", "ba", "told") else one.slot, one.nbytes(machinery), one, count) for one, count in found
@@ -82,7 +84,7 @@ class Work:
         windows = tuple(window for layer, window in enumerate(spec.windows) if not spec.is_linear(layer))
         sizes = spec.layers, spec.attention_layers, spec.heads, spec.by_layer
         states = 0 if spec.recurrent is None else spec.recurrent.state_bytes * sum(spec.linear)
-        return cls(tuple(kinds), *sizes, windows, rounded, chosen, more, states)
+        return cls(tuple(kinds), *sizes, windows, rounded, chosen, more, states, tuple(first))
 
     @property
     def weights(self) -> tuple[tuple[str, int, Loaded], ...]:
@@ -142,17 +144,32 @@ class Work:
         return total if shares is None else total + self.launches * pause
 
     def prefill_ops(self, prompt: int) -> tuple[float, float]:
-        """(of products, of attention) for one prompt: every pair of a query and a key that it sees. The head sees one token."""
+        """(of products, of attention) for one prompt: every pair of a query and a key that it sees.
+
+        The last token alone goes through layers that store nothing; what the head does with it is not counted.
+        """
         inner = [(one, count) for slot, _, one, count in self.kinds if slot != "head"]
-        linear = sum(2 * count * self.used(one, 1)[1] * one.module.N * one.module.K for one, count in inner)
+        every, first = self._linear_ops(inner), self._linear_ops(self.first or inner)
         windows = self.windows or (None,) * self.attention_layers
-        pairs = sum(heads.size * _pairs(prompt, window) for heads, window in zip(self.kv, windows, strict=True))
-        return float(linear * prompt), 4 * pairs * self.heads
+        pairs = sum(
+            heads.size * (min(prompt, window or prompt) if heads.shared else _pairs(prompt, window))
+            for heads, window in zip(self.kv, windows, strict=True)
+        )
+        return float(first * (prompt - 1) + every), 4 * pairs * self.heads
+
+    def _linear_ops(self, weights: Iterable[tuple[Loaded, int]]) -> float:
+        """Of a token."""
+        return sum(2 * count * self.used(one, 1)[1] * one.module.N * one.module.K for one, count in weights)
 
     def prefill_s(self, limits: Limits, prompt: int, share: float | None) -> float:
         """Seconds of one prompt, at that share of the targets; None: at the full rate."""
         products, attention = (ops / rate for ops, rate in zip(self.prefill_ops(prompt), limits.rates, strict=True))
         return products + attention if share is None else (products / PREFILL + attention / PREFILL_ATTENTION) / share
+
+
+def _layers(spec: ModelSpec, scheme: QuantScheme) -> list[tuple[Loaded, int]]:
+    """Weights of all layers, and how many are like each."""
+    return [(one, parent.count) for parent in parents(spec, scheme) for one in parent.joined]
 
 
 def _pairs(prompt: int, window: int | None) -> float:

@@ -120,8 +120,8 @@ class StepArrays:
     @property
     def arrays(self) -> list[np.ndarray]:
         """What ``batch`` wants on the device, in that order."""
-        found = [self.ids, self.positions, self.slots, self.starts, self.ends, self.tables, self.seats, self.rows, self.row_starts]
-        return [array for array in found if array is not None]
+        found = [self.ids, self.positions, self.slots, self.starts, self.ends, self.tables]
+        return found + [array for array in (self.seats, self.rows, self.row_starts) if array is not None]
 
     @property
     def unknown(self) -> bool:

@@ -157,7 +157,7 @@ class Runner:
         step = StepArrays.build(chunks, self.block_size, self._rows, states=bool(self.states))
         recorded = None if self._graphs is None else self._graphs.prepare(step)
         if recorded is None and any(self.decoder.spec.shared):
-            step = step.wanting([_wanted(chunk) for chunk in chunks])
+            step = step.wanting([chunk.wanted for chunk in chunks])
         sampling, starts = [chunk for chunk in chunks if chunk.samples], step.result_starts
         last = np.array([end - 1 for chunk, end in zip(chunks, starts[1:], strict=False) if chunk.samples], dtype=np.int64)
         guesses = {chunk.request: _guesses(chunk) for chunk in sampling if chunk.draft}
@@ -268,13 +268,6 @@ class Runner:
             kth = self.decoder.ops.kth_largest
             found += token_logprobs(logits, request.tokens[a:b], request.params.prompt_logprobs, kth=kth)
         return PromptScores(request, first, tuple(found)) if found else None
-
-
-def _wanted(chunk: Chunk) -> int:
-    """How many of the chunk's rows are looked at behind the last layer: its last ones."""
-    if chunk.request.params.prompt_logprobs is not None:
-        return chunk.length
-    return 1 + len(chunk.draft) if chunk.samples else 0
 
 
 def _guesses(chunk: Chunk) -> list[Request]:

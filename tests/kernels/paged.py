@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from kernels.batch import Wanted
 from kernels.kv_cache import dequantize, quantize
 from kernels.ops import KVCache, PagedBatch
 
@@ -60,6 +62,27 @@ def make_step(
         singles=next((i for i, (_, now) in enumerate(sequences) if now != 1), len(sequences)),
     )
     return batch, KVCache(cache.k.to(dtype), cache.v.to(dtype))
+
+
+def wanting(batch: PagedBatch, counts: Sequence[int]) -> PagedBatch:
+    """The same step; of sequence s the last ``counts[s]`` rows are wanted, and only the last sequences may have none."""
+    starts, chosen = [0], [s for s, count in enumerate(counts) if count]
+    ends = batch.query_starts_list[1:]
+    place = batch.positions.device
+    rows = torch.tensor([row for s in chosen for row in range(ends[s] - counts[s], ends[s])], dtype=torch.int64, device=place)
+    for s in chosen:
+        starts.append(starts[-1] + counts[s])
+    few = PagedBatch(
+        positions=batch.positions[rows],
+        slots=batch.slots[rows],
+        query_starts=torch.tensor(starts, dtype=torch.int32, device=place),
+        seq_lens=batch.seq_lens[chosen],
+        block_tables=batch.block_tables[chosen],
+        max_query=max((counts[s] for s in chosen), default=0),
+        max_seq=max((batch.seq_lens_list[s] for s in chosen), default=0),
+        singles=next((i for i, s in enumerate(chosen) if counts[s] != 1), len(chosen)),
+    )
+    return replace(batch, wanted=Wanted(rows, few))
 
 
 def quantized(cache: KVCache, dtype: str, given: tuple[float, float] | None = None) -> tuple[KVCache, KVCache]:

@@ -22,6 +22,7 @@ from models.loader import load_model
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
 from tests import warm
+from tests.kernels.paged import wanting
 
 BASE = {
     "vocab_size": 97,
@@ -554,8 +555,11 @@ def load(
     return decoder, expected["ids"], expected["logits"]
 
 
-def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int = 8) -> torch.Tensor:
-    """Logits [T, V] of the sequence fed in chunks, over a cache of shuffled blocks whose unused slots are poison."""
+def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int = 8, *, last: int | None = None) -> torch.Tensor:
+    """Logits [T, V] of the sequence fed in chunks, over a cache of shuffled blocks whose unused slots are poison.
+
+    ``last``: of so many tokens of the last chunk alone.
+    """
     spec, total, device = decoder.spec, len(ids), decoder.ops.device
     count = -(-total // block_size)
     table = torch.randperm(count + 3, generator=torch.Generator().manual_seed(total))[:count].tolist()
@@ -579,8 +583,11 @@ def feed(decoder: Decoder, ids: torch.Tensor, chunks: list[int], block_size: int
             max_seq=end,
             states=torch.tensor([1], dtype=torch.int32) if states else None,
         )
-        logits = torch.full((length, spec.vocab), float("nan"), device=device)
-        out.append(decoder.logits(forward(ids[start:end].to(device), batch), logits).cpu())
+        if last is not None:
+            batch = wanting(batch, [last if end == total else 0])
+        hidden = forward(ids[start:end].to(device), batch)
+        logits = torch.full((len(hidden), spec.vocab), float("nan"), device=device)
+        out.append(decoder.logits(hidden, logits).cpu())
         start = end
     assert start == total
     return torch.cat(out)
@@ -616,6 +623,18 @@ def test_logits(models: Path, name: str, reference: bool) -> None:
     for chunks in ([total], [17, total - 17], [8, 8, 9, total - 25], [total - 5, *[1] * 5]):
         found = feed(decoder, ids, chunks)
         assert (found - logits).abs().max() < 2e-4, (name, chunks)
+
+
+@pytest.mark.parametrize("kind", ["reference", "torch", "native"])
+@pytest.mark.parametrize("name", ["gemma4-told", "gemma4-told-text-of-pictures"])
+def test_logits_of_last_rows_alone(models: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "native" and backend.native() is None:
+        pytest.skip("the native extension is not built")
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "auto" if kind == "native" else "torch")
+    decoder, ids, logits = load(models, name, get_ops("cpu", reference=kind == "reference"), lm_head_dtype="model")
+    for chunks, last in (([len(ids)], 1), ([len(ids)], 4), ([17, len(ids) - 17], 1), ([8, 8, len(ids) - 17, 1], 1)):
+        found = feed(decoder, ids, chunks, last=last)
+        assert len(found) == last and (found - logits[-last:]).abs().max() < 2e-4, (name, chunks)
 
 
 @pytest.mark.parametrize("kind", ["reference", "torch", "native"])

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels import reference
+from kernels.batch import moved_up
 from kernels.ops import MLP, Clamp, KVCache, Layer, Mixture, Ops, Weight
 from kernels.scores import Scores
 from models.decoder import Decoder
@@ -20,7 +21,7 @@ from models.loader import load_model
 from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
 from tests.kernels.native import instruction_sets, native_ops
-from tests.kernels.paged import make_step
+from tests.kernels.paged import make_step, wanting
 from tests.kernels.weights import random_weight
 
 HIDDEN, HEADS, KV_HEADS, SIZE, INNER, VOCAB = 96, 6, 2, 16, 80, 50
@@ -182,6 +183,46 @@ def test_layers_with_other_heads(gemma4: dict[str, Path], isa: str, dtype: torch
         assert torch.equal(found, expected) and bool(found.isfinite().all()) and bool(found.any())
         for mine, theirs in zip(one, other, strict=True):
             assert all(torch.equal(*pair) for pair in zip(mine.tensors, theirs.tensors, strict=True))
+
+
+SOME = [
+    ([(20, 1), (0, 33), (15, 1), (16, 2)], [1, 1, 1, 1]), ([(0, 40)], [1]), ([(3, 1), (9, 5), (0, 40)], [1, 3, 0]),
+    ([(0, 20), (0, 40)], [1, 39]), ([(5, 1), (0, 40)], [1, 0]), ([(17, 40)], [0]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_rows_that_are_wanted(gemma4: dict[str, Path], isa: str, dtype: torch.dtype, bits: str) -> None:
+    """Layers that store nothing compute these alone: as operators do, as if all were wanted, and all is stored."""
+    with Checkpoint.open(gemma4["told"], bits) as checkpoint:
+        decoder = load_model(checkpoint, ModelSpec.from_config(checkpoint.config), make_ops(isa), dtype=dtype, max_len=128)
+    shapes = [(heads.count, heads.size) for heads in decoder.spec.by_layer if not heads.shared]
+    near = 1e-4 if dtype == torch.float32 else 0.05  # other shapes of the same sums
+    for sequences, counts in SOME:
+        batch, cache = make_step(sequences, kv_heads=1, head_dim=16)
+        ids, few = torch.randint(VOCAB, (len(batch.positions),)), wanting(batch, counts)
+        place = {"dtype": str(dtype).removeprefix("torch."), "device": torch.device("cpu")}
+        one, other, whole = ([KVCache.zeros(*cache.k.shape[:2], *shape, **place) for shape in shapes] for _ in range(3))
+        found, expected = decoder.bind(one, max_tokens=64)(ids, few), decoder.forward(ids, few, other)
+        assert torch.equal(found, expected) and found.shape == (sum(counts), HIDDEN)
+        assert few.wanted is not None
+        every = decoder.forward(ids, batch, whole)[few.wanted.rows]
+        assert bool(((found - every).abs() <= near).all())
+        for mine, theirs, all_of_it in zip(one, other, whole, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(mine.tensors, theirs.tensors, strict=True))
+            assert all(torch.equal(*pair) for pair in zip(mine.tensors, all_of_it.tensors, strict=True))
+
+
+def test_rows_move_up_in_their_own_memory() -> None:
+    for seed, (rows, kept) in enumerate([(1, 1), (600, 1), (600, 599), (1000, 700), (1000, 1000)]):
+        chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:kept].sort().values
+        x = torch.randn(rows, 3, 2)
+        expected = x[chosen]
+        found = moved_up(x[:, 1:], chosen)
+        assert torch.equal(found, expected[:, 1:]) and found.data_ptr() == x[:, 1:].data_ptr()
+    assert moved_up(torch.ones(9, 2), torch.tensor([], dtype=torch.int64)).shape == (0, 2)
 
 
 @pytest.mark.parametrize(("split", "gemma"), [(False, False), (True, False), (True, True)])
