@@ -2,9 +2,9 @@
 
     .venv/bin/python scripts/bench_wanted.py [--model DIR] [--tokens N ..] [--before N ..] [--rounds N] [--threads N]
 
-Without --model it is one of random weights with Gemma 4 E2B's layers at half of its sizes (35 layers, of which 20 store nothing and
-have MLPs of twice the width), rounded to 4 bits while it is loaded. A chunk of a prompt is computed with all of its rows wanted (as
-for prompt_logprobs, whose scores are left out here), with the last one, and with none, in turns: medians of processor time.
+Without --model it is one of random weights with Gemma 4 E2B's layers at half of its sizes (35 layers, of which 20 store nothing
+and have MLPs of twice the width), rounded to 4 bits while it is loaded. A chunk of a prompt is computed with all of its rows wanted
+(as for prompt_logprobs, whose scores are left out here), with the last one, and with none, in turns: medians of processor time.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def main() -> None:
         model = args.model or make_model(Path(made))
         config = EngineConfig(
             model=str(model), max_model_len=max(args.before) + max(args.tokens) + 16, max_num_batched_tokens=max(args.tokens),
-            max_num_seqs=4, threads=args.threads, quantization=args.quantization, kv_cache_memory_bytes=1 << 28, skip_tokenizer_init=True,
+            max_num_seqs=4, threads=args.threads, quantization=args.quantization, kv_cache_memory_bytes=1 << 28,
+            skip_tokenizer_init=True,
         )  # fmt: skip
         engine = Engine.load(config)
     print(f"{machine()}; commit {commit()}; {engine.info.kernels}, {args.threads} threads\n")

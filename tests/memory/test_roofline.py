@@ -13,6 +13,7 @@ from appliance.memory.modules import Machinery
 from appliance.memory.roofline import ATTENTION, HBM_REACH, LAUNCH_S, TARGETS, Limits, Work, reach
 from models.spec import ModelSpec
 from quant.scheme import QuantScheme
+from tests.memory.gemma4 import SMALL, TOLD
 from tests.memory.test_shard import AWQ, LLAMA_8B
 
 CARD = find_card("RTX 4090")
@@ -67,6 +68,21 @@ def test_windows_bound_what_is_read_and_computed() -> None:
     pairs = sum(min(i + 1, 100) for i in range(500))
     assert half.prefill_ops(500)[1] == 4 * 32 * 128 * 16 * (pairs + 500 * 501 / 2)
     assert replace(whole, windows=(1000,) * 32).prefill_ops(500) == whole.prefill_ops(500)
+
+
+def test_layers_that_store_nothing_see_the_last_token_of_a_prompt() -> None:
+    """Three layers, of which the last one reads what the second has stored; heads of 64 and of 128."""
+    spec = ModelSpec.from_config({**SMALL, **TOLD})
+    config = EngineConfig(lm_head_dtype="model")
+    found = Work.of(spec, QuantScheme.from_config({}), Machinery.choose(config, spec.dtype, CARD.device()))
+    told, mlp = 2 * 128 * 256, 3 * 256 * 384
+    stored = 256 * (8 * 64 + 4 * 64) + 256 * (8 * 128 + 4 * 128) + 2 * (mlp + told) + 3 * 128 * 256
+    last = 256 * 2 * 4 * 128 + 2 * mlp + told
+    products, attention = found.prefill_ops(20)
+    assert products == 2 * (20 * stored + last) and spec.storing == 2
+    pairs = sum(min(i + 1, 9) for i in range(20))
+    assert attention == 4 * 4 * (64 * pairs + 128 * (20 * 21 / 2 + 20))
+    assert found.weight_bytes == 2 * (stored + last + 203 * 256), "each decoded token goes through all of them"
 
 
 def test_rounded_activations_have_their_rate() -> None:
