@@ -3,7 +3,7 @@
     .venv/bin/python scripts/bench_wanted.py [--model DIR] [--tokens N ..] [--before N ..] [--rounds N] [--threads N]
 
 Without --model it is one of random weights with Gemma 4 E2B's layers at half of its sizes (35 layers, of which 20 store nothing
-and have MLPs of twice the width), rounded to 4 bits while it is loaded. A chunk of a prompt is computed with all of its rows wanted
+and have MLPs of twice the width), rounded to 4 bits while it is loaded. A chunk of a prompt is computed with all rows wanted
 (as for prompt_logprobs, whose scores are left out here), with the last one, and with none, in turns: medians of processor time.
 """
 

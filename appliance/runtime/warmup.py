@@ -87,8 +87,8 @@ def trials(plan: MemoryPlan) -> Iterator[Trial]:
     few, many = min(2, sequences), min(LOGIT_ROWS, sequences)
     yield from (decodes(rows, params) for params in DRAWS for rows in sorted({1, few, many}))
     yield from (decodes(rows, params) for params in ON_HOST for rows in sorted({1, few}))
-    if longest > 2 and tokens > 2:
-        yield Trial(((0, min(20, longest, tokens)),), SamplingParams(prompt_logprobs=2))
+    for rows in edges(max(1, min(LOGIT_ROWS, longest - 1, tokens - 1))):  # all but the last of a prompt go through the head
+        yield Trial(((0, min(rows + 1, longest, tokens)),), SamplingParams(prompt_logprobs=2))
     if sequences > 1 and tokens > 4 and longest > 3:
         yield Trial(((1, 1), (0, 3)))
         yield Trial(((1, 1),) * (sequences // 2) + ((0, min(tokens - sequences // 2, longest)),), DRAWS[-1])

@@ -23,6 +23,8 @@ from appliance.runtime.startup import Tools
 from kernels.layout import SCALED_CACHES
 from kernels.ops import Ops
 from tests.kernels.triton.conftest import DEVICE
+from tests.memory.gemma4 import SMALL as GEMMA4
+from tests.memory.gemma4 import TOLD, write_gemma4
 from tests.memory.published import SMALL, fill, write_published
 from tests.runtime.conftest import answers, submit
 from tests.runtime.fake_lane import FakeLane
@@ -61,7 +63,7 @@ def hollow() -> Ops:
 
 
 def launches(
-    directory: Path, seqs: int, eager: bool, monkeypatch: pytest.MonkeyPatch, cache: str = "auto"
+    directory: Path, seqs: int, eager: bool, monkeypatch: pytest.MonkeyPatch, cache: str = "auto", dtype: str = "float16"
 ) -> tuple[set[Key], set[Key]]:
     """(what starting an engine launches, what a crowd of requests does)."""
     tools = Tools(FakeLane(), FakeGauge(available=1 << 33), None if eager else FakeRecorder())
@@ -74,7 +76,7 @@ def launches(
 
     monkeypatch.setattr(engine_module, "make_plan", planned)
     config = EngineConfig(
-        model=str(directory), dtype="float16", max_model_len=500, kv_cache_memory_bytes=32 << 20, max_num_seqs=seqs, threads=1,
+        model=str(directory), dtype=dtype, max_model_len=500, kv_cache_memory_bytes=32 << 20, max_num_seqs=seqs, threads=1,
         max_num_batched_tokens=300, enforce_eager=eager, block_size=64, swap_space=0.01, preemption_mode="swap",
         kv_cache_dtype=cache,
     )  # fmt: skip
@@ -86,7 +88,7 @@ def launches(
         submit(f"long{i}", [3] * rng.randrange(1, 440), max_tokens=rng.randrange(1, 60), temperature=0.5 * (i % 2), seed=i)
         for i in range(seqs)
     ]
-    requests = workload(7, seqs) + long
+    requests = workload(7, seqs) + long + [submit("scored", [3] * 270, prompt_logprobs=2, max_tokens=3)]
     rng.shuffle(requests)
     with recorded() as used:
         answers(engine, requests)
@@ -110,6 +112,17 @@ def test_mixtures_of_experts_launch_nothing_new(tmp_path: Path, monkeypatch: pyt
         (folder / file.name).write_bytes(file.read_bytes())
     warm, used = launches(folder, 70, False, monkeypatch)
     assert sum("experts:product" in key[0] for key in used) > 4
+    assert not used - warm, sorted(used - warm, key=str)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_layers_that_store_nothing_launch_nothing_new(eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have as many rows as all others, or a few."""
+    config = {**GEMMA4, **TOLD, "max_position_embeddings": 512, "vocab_size": 256, "vocab_size_per_layer_input": 256}
+    folder = fill(write_gemma4(tmp_path, config, "awq"), "awq")
+    for file in make_checkpoint(tmp_path / "plain").glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    warm, used = launches(folder, 9, eager, monkeypatch, dtype="bfloat16")
     assert not used - warm, sorted(used - warm, key=str)
 
 
