@@ -22,6 +22,9 @@ LOGIT_ROWS = 64
 SPLIT_PROGRAMS = 2 * 192
 """Programs of an attention in Triton that is split: two for each multiprocessor (kernels/triton/attention_decode.py), of which no
 card has more than 192."""
+NORMED = {2: 12, 4: 8}
+"""Bytes a number while torch's operators normalize, with the result, by the bytes that it has: the same in float32 (where it was
+not), divided, and times the weight, all of which are there at once in aten's rms_norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,4 +378,7 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
     elif mixture is not None:
         mlp += _mixed(spec, mixture, size)
     mlp += _beside(spec) * size
-    return 2 * hidden * size + max(attention, mlp)
+    norm = (NORMED[size] - size) * hidden if machinery.ops == "cpu" else 0
+    if norm and spec.post_norms:  # of a product, before it is added; and what that was made of
+        norm += (hidden + max(q, spec.mlp_size)) * size
+    return 2 * hidden * size + max(attention, mlp, norm)
