@@ -10,6 +10,7 @@ from quant.errors import InputError
 
 _MISSING = object()
 DTYPES = ("float16", "bfloat16", "float32")
+COUNTED = 2**16
 MOST = 2**48  # larger numbers are nobody's: no size of a model comes near, and no share is less than one of so many
 
 
@@ -24,6 +25,13 @@ class Fields:
 
     def integer(self, key: str, *, default: Any = _MISSING, minimum: int = 1) -> int:
         return self._checked(key, default, lambda v: type(v) is int and minimum <= v <= MOST, f"an integer of at least {minimum}")
+
+    def count(self, key: str, *, default: Any = _MISSING, minimum: int = 1) -> int:
+        """Of what is gone through one by one: more than COUNTED would only take memory until there is none."""
+        found = self.integer(key, default=default, minimum=minimum)
+        if found > COUNTED:
+            raise InputError(f"{self.name}: {key} is {found}, expected at most {COUNTED}")
+        return found
 
     def number(self, key: str, *, default: Any = _MISSING, above: float = 0.0) -> float:
         what = f"a number above {above:g}" if above else "a positive number"
@@ -57,7 +65,7 @@ def stated(source: bool | str, fields: Fields) -> bool:
 
 def tensors_ahead(kind: Architecture, fields: Fields, layers: int) -> tuple[str, ...]:
     """Of some families such layers follow the others, of some they have names of their own."""
-    more = fields.integer(kind.ahead_count, default=1, minimum=0) if kind.ahead_count else 0
+    more = fields.count(kind.ahead_count, default=1, minimum=0) if kind.ahead_count else 0
     return (*kind.ahead, *(f"model.layers.{layers + number}." for number in range(more)))
 
 

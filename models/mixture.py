@@ -71,7 +71,7 @@ def read_mixture(kind: Architecture, fields: Fields, layers: int) -> Mixture | N
     if not kind.mixture or len(dense) == layers:
         return None
     keys = (kind.expert_count, *EXPERTS)
-    experts = fields.integer(next((key for key in keys if fields.get(key) is not None), kind.expert_count))
+    experts = fields.count(next((key for key in keys if fields.get(key) is not None), kind.expert_count))
     active = fields.integer(kind.expert_choice)
     if active > experts:
         raise InputError(f"config.json: {kind.expert_choice} is {active}, but there are {experts} experts")

@@ -96,7 +96,7 @@ class ModelSpec:
         hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         latent = read_latent(kind, fields)
         kv_heads, head_dim = most_heads(kind, fields, hidden, heads) if latent is None else (1, latent.size)
-        layers = fields.integer("num_hidden_layers")
+        layers = fields.count("num_hidden_layers")
         max_position = fields.integer("max_position_embeddings", default=kind.max_position)
         settings = Fields({"max_position_embeddings": max_position, **config})
         parts = [settings] if kind.local_theta is None else by_layer_type(settings, kind.theta, kind.local_theta)

@@ -42,7 +42,8 @@ def windows(kind: Architecture, fields: Fields, layers: int) -> tuple[int | None
     if kind.window in ("switched", "upper", "lower", "unrotated") and not fields.flag("use_sliding_window", default=False):
         window = None
     if types is not None:
-        if not isinstance(types, list) or len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != layers or not all(one in known for one in types):
             raise InputError(
                 f"config.json: layer_types must name full_attention or sliding_attention for each of {layers} layers"
             )

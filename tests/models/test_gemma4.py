@@ -101,6 +101,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"use_double_wide_mlp": 2}, "use_double_wide_mlp is 2, expected true or false"),
     ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all' is not supported for Gemma4ForCausalLM"),
     ({"layer_types": ["full_attention", *["sliding_attention"] * 2]}, "layer_types ends with sliding_attention, but the last"),
+    ({"layer_types": [["full_attention"], *["full_attention"] * 2]}, "layer_types must name full_attention or sliding_attention"),
     ({"num_global_key_value_heads": 3}, "num_attention_heads 4 is no multiple of 3 global key-value heads"),
     ({"global_head_dim": 0}, "global_head_dim is 0, expected an integer of at least 1"),
     ({"attention_k_eq_v": 1}, "attention_k_eq_v is 1, expected true or false"),
