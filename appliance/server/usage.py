@@ -7,8 +7,10 @@ the wall clock, which is believed when the server starts, and at no other time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -35,7 +37,10 @@ class Usage:
         """Key -> (seconds since its day began, tokens used since)."""
         try:
             table = json.loads(self.file.read_text(encoding="utf-8"))
-            self._kept = {name: {"since": float(row["since"]), "tokens": int(row["tokens"])} for name, row in table.items()}
+            found = {name: {"since": float(row["since"]), "tokens": int(row["tokens"])} for name, row in table.items()}
+            if not all(math.isfinite(row["since"]) for row in found.values()):
+                raise ValueError("a time that is none")
+            self._kept = found
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
@@ -62,7 +67,8 @@ class Usage:
                 os.fsync(file.fileno())
             os.replace(scratch, self.file)
         except OSError as error:
-            scratch.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                scratch.unlink()
             if not self._told:
                 log.warning("%s: %s; what keys use of their days is forgotten when the server ends", self.file, error.strerror)
             self._told = True

@@ -81,26 +81,29 @@ def test_only_where_the_engine_has_all_processors(monkeypatch: pytest.MonkeyPatc
 
 
 class Held(Pace):
-    """Rests so long after the first news."""
+    """Rests after the first news until it is to go on."""
 
-    def __init__(self, rest: float) -> None:
+    def __init__(self) -> None:
         super().__init__(SHARE)
-        self.rests = [rest]
+        self.go_on, self.rests = threading.Event(), [0.001]
 
     def rest(self) -> float:
-        return self.rests.pop() if self.rests else 0.0
+        if not self.rests:
+            return 0.0
+        assert self.go_on.wait(60)
+        return self.rests.pop()
 
 
-async def waiting(rest: float) -> tuple[Client, list[Event | Exception], Connection]:
-    """A client whose engine is the other end of a pipe, and what a request of it has got."""
-    client, got = Client(EngineConfig()), list[Event | Exception]()
+async def waiting() -> tuple[Client, list[Event | Exception], Connection, threading.Event]:
+    """A client whose engine is the other end of a pipe, what a request of it has got, and what ends its reader's rest."""
+    held, client, got = Held(), Client(EngineConfig()), list[Event | Exception]()
     client._conn, engine = Pipe()
-    client.state, client._pace, client._process = "ready", Held(rest), Mock(pid=os.getpid(), returncode=1)
+    client.state, client._pace, client._process = "ready", held, Mock(pid=os.getpid(), returncode=1)
     client._ready = asyncio.get_running_loop().create_future()
     client._ready.set_result(None)
     client.submit(submit("a", [3]), got.append)
     threading.Thread(target=client._read, args=(asyncio.get_running_loop(),), daemon=True).start()
-    return client, got, engine
+    return client, got, engine, held.go_on
 
 
 def says(engine: Connection, *ids: int, reason: str | None = None) -> None:
@@ -113,12 +116,13 @@ async def until(got: list[Event | Exception], count: int) -> None:
 
 
 async def test_news_that_waits_is_told_together_and_in_order() -> None:
-    _, got, engine = await waiting(1.0)
+    _, got, engine, go_on = await waiting()
     says(engine, 1)
     await until(got, 1)  # the reader rests
     says(engine, 2)
     says(engine, 3)
     says(engine, 4, reason="length")
+    go_on.set()
     await until(got, 3)
     assert got == [Event("a", 0, (1,)), Event("a", 0, (2, 3)), Event("a", 0, (4,), finish_reason="length")]
     says(engine, 5)
@@ -128,10 +132,11 @@ async def test_news_that_waits_is_told_together_and_in_order() -> None:
 
 
 async def test_the_last_words_of_an_engine_that_dies_come_before_its_death() -> None:
-    client, got, engine = await waiting(0.3)
+    client, got, engine, go_on = await waiting()
     says(engine, 1)
     says(engine, 2)
     engine.close()
+    go_on.set()
     await until(got, 2)
     await client.wait_ended()
     told = [token for event in got[:-1] if isinstance(event, Event) for token in event.token_ids]

@@ -166,7 +166,8 @@ def test_days_go_on_when_the_server_starts_again(
     with serve(25 * 3600) as served:
         assert "used 6 of its 50" in ask(served, prompt=[5] * 45).json()["error"]["message"]
         assert ask(served, prompt=[5] * 40).status_code == 200
-    for rubbish in ("{", "[]", '{"mine": 3}', '{"mine": {"since": 0}}', '{"mine": {"since": "x", "tokens": 1e999}}'):
+    endless = '{"mine": {"since": -Infinity, "tokens": 3}}'
+    for rubbish in ("{", "[]", '{"mine": 3}', '{"mine": {"since": 0}}', '{"mine": {"since": "x", "tokens": 1e999}}', endless):
         kept.write_text(rubbish)
         caplog.clear()
         with serve(0) as served:
@@ -180,6 +181,16 @@ def test_days_go_on_when_the_server_starts_again(
             served.state.keys.usage.write(served.state.keys.accounts)
     assert caplog.text.count("what keys use of their days is forgotten when the server ends") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["keys.toml", "keys.toml.used"]
+
+
+def test_usage_that_has_no_place_is_told_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not even a file that is to be taken away again can be looked for there."""
+    (tmp_path / "file").touch()
+    account, kept = Account(Limits(tokens_per_day=9)), usage.Usage(tmp_path / "file" / "used")
+    account.tokens(3)
+    assert kept.read() == {}
+    kept.write({"mine": account})
+    assert "what keys use of their days is forgotten when the server ends" in caplog.text
 
 
 async def test_usage_is_written_while_the_server_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
