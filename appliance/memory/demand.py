@@ -11,9 +11,10 @@ from appliance.memory.kv import KVSpec
 from appliance.memory.loading import NOTHING, Loading, loading
 from appliance.memory.modules import NATIVE, Loaded, Machinery, ends, parents, told
 from appliance.memory.offload import streamed_parts
-from appliance.memory.reference import Moment, moments
+from appliance.memory.reference import FLOAT, Moment, moments
 from appliance.memory.settings import ITEM_SIZE
 from kernels import layout
+from models.heap import KEPT_BYTES
 from models.spec import Latent, Mixture, ModelSpec
 from quant.scheme import QuantScheme
 
@@ -47,7 +48,7 @@ class Demand:
     hidden_bytes: int  # the hidden state of one token
     logits_row_bytes: int
     position_bytes: int  # the rotary tables' rows of one position
-    moments: tuple[Moment, ...] = ()  # of a step, of which one is there beside all that: of the reference
+    moments: tuple[Moment, ...] = ()  # of a step, of which one is there beside all that, or none: of the reference, of torch's
     state_layers: int = 0  # of all layers, those that have states in place of keys and values
     shared_layers: int = 0  # that read the keys and values of others
     sequence_bytes: int = 0  # their states of one sequence
@@ -71,7 +72,7 @@ class Demand:
 
     def products(self, tokens: int, length: int) -> int:
         """What products and attention need in a step of so many tokens, of sequences of at most ``length``."""
-        return self.slab + max((one.nbytes(tokens, length) for one in self.moments), default=0)
+        return self.slab + max((0, *(one.nbytes(tokens, length) for one in self.moments)))
 
     @classmethod
     def of(cls, spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, *, model: str) -> Demand:
@@ -88,6 +89,7 @@ class Demand:
                 weights[one.module.part] = weights.get(one.module.part, 0) + parent.count * one.nbytes(machinery)
         layers = [one for parent in alike for one in parent.joined]  # of those that are alike, one
         products = [*layers, *(made for _, made, _ in more[1:])]
+        token = activation_bytes(spec, layers, machinery)
         weights |= {"head": last.head_bytes, "norms": spec.small_nbytes(size)}
         return cls(
             model=model,
@@ -104,12 +106,12 @@ class Demand:
             weights=weights,
             slab=one_of([*products, last.head]),
             layer_slab=one_of(products),
-            token_bytes=activation_bytes(spec, layers, machinery),
+            token_bytes=token,
             hidden_bytes=spec.hidden * size,
             # float32; torch's operators widen a product in the activations' type, the reference copies it
             logits_row_bytes=spec.vocab * (4 + {NATIVE: 0, "reference": 4}.get(machinery.ops, size)),
             position_bytes=4 * sum(rope.rotary_dim for rope in spec.ropes),
-            moments=_moments(spec, products, last.head, machinery) if machinery.ops == "reference" else (),
+            moments=_moments(spec, products, last.head, machinery, token),
             state_layers=sum(spec.linear),
             shared_layers=sum(spec.shared),
             sequence_bytes=0 if spec.recurrent is None else sum(spec.linear) * spec.recurrent.state_bytes,
@@ -172,11 +174,7 @@ def attention_workspace(spec: ModelSpec, machinery: Machinery) -> int:
     Triton's leaves the parts of sequences that it has split there, when tokens are decoded: float32, with a sum a head. Native
     kernels use the memory of products, which is large enough for it.
     """
-    delta = 0
-    if spec.delta is not None:
-        heads, key_dim, value_dim = spec.delta.value_heads, spec.delta.key_dim, spec.delta.value_dim
-        sizes = {"channels": spec.delta.channels, "value_heads": heads, "key_dim": key_dim, "value_dim": value_dim}
-        delta = layout.delta_nbytes(ops=machinery.ops, **sizes)
+    delta = delta_workspace(spec, machinery)
     if spec.conv is not None:
         delta = layout.conv_nbytes(spec.conv.channels, spec.conv.kernel)
     if machinery.ops == "cpu":
@@ -187,10 +185,25 @@ def attention_workspace(spec: ModelSpec, machinery: Machinery) -> int:
             block_size=machinery.block_size,
             capped=spec.cap is not None,
         )
-        return max(delta, *(attention(kv_heads=one.count, head_dim=one.size) for one in set(spec.by_layer)))
+        stays = 0 if _given_back(spec) else delta
+        return max(stays, *(attention(kv_heads=one.count, head_dim=one.size) for one in set(spec.by_layer)))
     if machinery.ops != "triton":
         return delta
     return max(SPLIT_PROGRAMS * -(-spec.heads // one.count) * (one.size + 1) * 4 for one in set(spec.by_layer))
+
+
+def delta_workspace(spec: ModelSpec, machinery: Machinery) -> int:
+    """Bytes that the gated delta rule needs beside what it reads and its result."""
+    if spec.delta is None:
+        return 0
+    heads, key_dim, value_dim = spec.delta.value_heads, spec.delta.key_dim, spec.delta.value_dim
+    sizes = {"channels": spec.delta.channels, "value_heads": heads, "key_dim": key_dim, "value_dim": value_dim}
+    return layout.delta_nbytes(ops=machinery.ops, **sizes)
+
+
+def _given_back(spec: ModelSpec) -> bool:
+    """Whether torch's blocks for the delta rule are so large that the allocator keeps none for what comes later."""
+    return spec.delta is not None and layout.DELTA_ROWS * 4 * spec.delta.channels >= KEPT_BYTES
 
 
 def activated(spec: ModelSpec) -> int:
@@ -266,7 +279,7 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     """
     delta, q = _delta_size(spec, layers), _q_size(spec)
     qkv, inner = _qkv_size(spec), spec.mlp_size
-    parts = any(one.slot == "qkv" and (one.stored.act_order or one.module.name.endswith(("k_proj", "v_proj"))) for one in layers)
+    parts = _in_parts(layers)
     added = spec.hidden if spec.post_norms else 0
     attention = max((2 if parts else 1) * qkv, added) + q + (q if spec.whole_qk_norm else 0)
     if spec.latent is not None:
@@ -279,6 +292,11 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     beside = _beside(spec) - (spec.mlp_size if gated and spec.mixture is not None and spec.mixture.beside else 0)
     mlp += (beside if parts or not gated else min(beside, spec.hidden)) * size
     return spec.hidden * size + max(spec.hidden * size, attention * size, mlp)
+
+
+def _in_parts(layers: Sequence[Loaded]) -> bool:
+    """Whether q, k and v are products of their own anywhere, which are joined."""
+    return any(one.slot == "qkv" and (one.stored.act_order or one.module.name.endswith((".k_proj", ".v_proj"))) for one in layers)
 
 
 def _beside(spec: ModelSpec) -> int:
@@ -335,12 +353,32 @@ def _mixed(spec: ModelSpec, mixture: Mixture, size: int) -> int:
     return spec.hidden * (2 * size + 12) + 24 * mixture.experts
 
 
-def _moments(spec: ModelSpec, layers: Sequence[Loaded], head: Loaded, machinery: Machinery) -> tuple[Moment, ...]:
-    """Those of the reference, and what is as with torch's operators."""
+def _moments(spec: ModelSpec, layers: Sequence[Loaded], head: Loaded, machinery: Machinery, token: int) -> tuple[Moment, ...]:
+    """Those of the reference, and what is as with torch's operators; of these the delta rule, beside what its own layer has.
+
+    ``token``: bytes of a token at the widest point of a layer, in place of which those are there.
+    """
+    if machinery.ops == "cpu" and _given_back(spec):
+        beside = (2 * spec.hidden + _delta_size(spec, layers)) * ITEM_SIZE[machinery.dtype]
+        return (Moment(delta_workspace(spec, machinery), beside - token),)
+    if machinery.ops != "reference":
+        return ()
     alike = _torch_activations(spec, layers, machinery) - spec.hidden * ITEM_SIZE[machinery.dtype]
     copies = 0 if spec.latent is None else latent_copies(spec, spec.latent, machinery)
     beside = attention_workspace(spec, machinery) + activated(spec) + copies
     return (Moment(beside, alike), *moments(spec, layers, head, machinery, logit_rows=LOGIT_ROWS))
+
+
+def _torch_attention(spec: ModelSpec, layers: Sequence[Loaded], size: int, product: int) -> int:
+    """Bytes of a token in attention of torch's operators, beside two hidden states (what was normalized is gone when q turns).
+
+    q, k and v as they are made, twice where parts are joined, or values normalized; and then their queries, those that were
+    normalized, and what turns: halves in float32, one times its cosine, what comes of it, and the result.
+    """
+    qkv, q = _qkv_size(spec), _q_size(spec)
+    made = (2 if spec.v_norm or _in_parts(layers) else 1) * qkv * size + (spec.hidden + qkv) * product
+    turning = (8 if size < FLOAT else 4) + size * (2 if spec.qk_norm else 1)
+    return max(made, (qkv - spec.hidden) * size + turning * q)
 
 
 def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machinery) -> int:
@@ -359,6 +397,8 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
     q = _q_size(spec)
     gates, delta = 2 * q if spec.output_gate else 0, _delta_size(spec, layers)
     attention = (2 * qkv + gates + q) * size + max(8 * q, (hidden + qkv) * product)
+    if machinery.ops == "cpu":
+        attention = _torch_attention(spec, layers, size, product)
     if spec.latent is not None:
         absorbing, attending = _latent_sizes(spec, spec.latent, layers)
         queries, features = spec.heads * spec.head_dim, spec.heads * spec.latent.rope

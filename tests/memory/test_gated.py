@@ -11,7 +11,7 @@ from appliance.memory.demand import activation_bytes, attention_workspace
 from appliance.memory.modules import Machinery, layer_weights
 from models.spec import ModelSpec
 from quant.headers import CheckpointIndex
-from quant.scheme import read_scheme
+from quant.scheme import QuantScheme, read_scheme
 from tests.tiny_model import Shape, make_checkpoint
 
 
@@ -48,3 +48,17 @@ def test_norms_of_what_is_added(tmp_path: Path) -> None:
     layers, card = list(layer_weights(spec, scheme)), Machinery(ops="triton", dtype="float16", head_bits=None)
     assert activation_bytes(replace(spec, norms=("a", "b", "c")), layers, card) == 2 * (4 * 1024 + 128) + 24
     assert activation_bytes(spec, layers, card) < 2 * (4 * 1024 + 128)
+
+
+def test_what_is_published_as_one_is_not_joined() -> None:
+    """Phi-3's qkv_proj is as wide as Llama's three, which the loader makes one."""
+    sizes = {
+        "hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 128, "max_position_embeddings": 512, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    scheme, native = QuantScheme("none"), Machinery(ops="cpu-native", dtype="bfloat16", head_bits=8)
+    found = []
+    for name in ("LlamaForCausalLM", "Phi3ForCausalLM"):
+        spec = ModelSpec.from_config({"architectures": [name], **sizes})
+        found.append(activation_bytes(spec, list(layer_weights(spec, scheme)), native))
+    assert found == [2 * (256 + (4 + 2 * 2) * 64 + 4 * 64) + 24] * 2  # the residual stream; q, k and v, and the result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from appliance.config import EngineConfig
-from appliance.memory.demand import NORMED
+from appliance.memory.demand import NORMED, Demand, attention_workspace
+from appliance.memory.modules import Machinery
 from appliance.memory.planner import make_plan
 from appliance.runtime import warmup
 from kernels.cpu.torch_ops import rms_norm
+from models.spec import ModelSpec
+from quant.scheme import QuantScheme
 from tests.memory.published import fill, write_published
 from tests.memory.test_reference import CPU, most
 
@@ -57,3 +61,50 @@ def test_norms_that_take_the_most(tmp_path: Path, after: bool, monkeypatch: pyte
     assert plan.scratch["activations"] == (token + 24) * TOKENS
     taken = most(plan, options, warmup.Trial(((0, TOKENS),)))
     assert abs(taken - plan.scratch["activations"]) < 0.02 * taken
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("normed", [False, True])
+def test_queries_that_take_the_most(tmp_path: Path, normed: bool, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many heads: the residual stream, q, k and v, queries that are normalized, and what turning them takes."""
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "torch")
+    kind = {"architectures": ["Qwen3ForCausalLM" if normed else "LlamaForCausalLM"], "hidden_act": "silu"}
+    config = {**GEMMA, **kind, "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 16}
+    folder = fill(write_published(tmp_path, config, "none"), "none")
+    tokens, size, q = 2 * TOKENS, {"bfloat16": 2, "float32": 4}[dtype], 16 * 64
+    options = EngineConfig(
+        model=str(folder), dtype=dtype, max_model_len=TOKENS, max_num_batched_tokens=tokens, threads=1, skip_tokenizer_init=True,
+        kv_cache_memory_bytes=4 << 20,
+    )  # fmt: skip
+    plan = make_plan(folder, options, CPU)
+    turning = {2: 8, 4: 4}[size] * q + size * q
+    assert plan.scratch["activations"] == (size * (256 + q + 2 * 64 + normed * q) + turning + 24) * tokens
+    taken = most(plan, options, warmup.Trial(((0, TOKENS),) * 2))
+    assert 0.98 * plan.scratch["activations"] < taken < plan.scratch["activations"] + plan.scratch["products"]
+
+
+DELTA = {
+    **LLAMA, "architectures": ["Qwen3NextForCausalLM"], "hidden_size": 256, "intermediate_size": 256, "head_dim": 64,
+    "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64, "linear_num_key_heads": 1, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+    "num_experts": 2, "num_experts_per_tok": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("heads", [16, 64])
+def test_the_delta_rule_where_its_blocks_are_given_back(heads: int) -> None:
+    """They are there beside what its own layer has, not beside the widest point; smaller ones stay with the allocator."""
+    spec = ModelSpec.from_config({**DELTA, "linear_num_value_heads": heads})
+    machinery = Machinery(ops="cpu", dtype="bfloat16", head_bits=None)
+    demand = Demand.of(spec, QuantScheme("none"), machinery, model="some")
+    channels = 2 * 64 + heads * 64
+    rule = 4 * 256 * (6 * channels + heads * (4 * 64 + 6 * 64 + 8))
+    assert rule > attention_workspace(replace(spec, delta=None), machinery)
+    if heads == 16:  # 256 rows of 1152 channels in float32
+        assert attention_workspace(spec, machinery) == rule and not demand.moments
+        assert demand.products(2048, 512) == demand.slab
+    else:
+        assert attention_workspace(spec, machinery) == attention_workspace(replace(spec, delta=None), machinery)
+        layer = 2 * (2 * 256 + heads * 64 + channels + heads * 64 + 2 * heads)  # both hidden states, result, qkvz, b and a
+        assert demand.products(2048, 512) == demand.slab + max(0, rule + 2048 * (layer - demand.token_bytes))
+        assert demand.products(1, 512) == demand.slab + rule + layer - demand.token_bytes
