@@ -381,6 +381,32 @@ def _torch_attention(spec: ModelSpec, layers: Sequence[Loaded], size: int, produ
     return max(made, (qkv - spec.hidden) * size + turning * q)
 
 
+def _gated_mlp(hidden: int, inner: int, size: int, product: int) -> int:
+    """Bytes of a token in an MLP of so many features, whose input is ``hidden``; ``product``: what products have beside a number."""
+    slab = min(2 * inner, layout.slab_rows(hidden, size)) * size
+    return max(3 * inner * size, 2 * inner * (size + product) + slab + hidden * product) if inner else 0
+
+
+def _torch_mlp(spec: ModelSpec, size: int, product: int) -> int:
+    """Bytes of a token in what comes after attention with torch's operators, beside two hidden states.
+
+    An MLP; or a mixture, computed expert by expert, beside what the MLP of its layer made, where it has one (and what a router of
+    its own norm reads); or a norm, of a product too before that is added, with what this was made of.
+    """
+    hidden, mixture = spec.hidden, spec.mixture
+    norm = (NORMED[size] - size) * hidden
+    norm += (hidden + max(_q_size(spec), spec.mlp_size)) * size if spec.post_norms else 0
+    most = max(norm, _gated_mlp(hidden, spec.mlp_size, size, product))
+    if mixture is None:
+        return most
+    inner = max(spec.intermediate, mixture.shared)
+    expert = _gated_mlp(hidden, inner, size, product)
+    if mixture.clamp is not None:
+        expert = max(expert, inner * (2 * size + 5 * FLOAT))  # gate and up within their limits, and what is made of them
+    waiting = spec.mlp_size + hidden if mixture.beside else 0
+    return max(most, expert + _mixed(spec, mixture, size) + waiting * size)
+
+
 def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machinery) -> int:
     """Always live: the residual stream and its norm (2 hidden).
 
@@ -407,8 +433,7 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
         attention = max(absorbing * size + read * product, attending * size, turning)
     attention = max(attention, delta * size + (hidden + delta) * product)
     inner = spec.mlp_size if machinery.ops == "triton" else spec.widest_mlp
-    slab = min(2 * inner, layout.slab_rows(hidden, size)) * size
-    mlp = max(3 * inner * size, 2 * inner * (size + product) + slab + hidden * product) if inner else 0
+    mlp = _gated_mlp(hidden, inner, size, product)
     if mixture is not None and mixture.clamp is not None and machinery.ops != "triton":
         mlp = max(mlp, inner * (2 * size + 5 * 4))  # gate and up within their limits, and what is made of them, are in float32
     if mixture is not None and machinery.ops == "triton":
@@ -418,7 +443,6 @@ def _torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mac
     elif mixture is not None:
         mlp += _mixed(spec, mixture, size)
     mlp += _beside(spec) * size
-    norm = (NORMED[size] - size) * hidden if machinery.ops == "cpu" else 0
-    if norm and spec.post_norms:  # of a product, before it is added; and what that was made of
-        norm += (hidden + max(q, spec.mlp_size)) * size
-    return 2 * hidden * size + max(attention, mlp, norm)
+    if machinery.ops == "cpu":
+        mlp = _torch_mlp(spec, size, product)
+    return 2 * hidden * size + max(attention, mlp)

@@ -17,6 +17,7 @@ from appliance.runtime import warmup
 from kernels.cpu.torch_ops import rms_norm
 from models.spec import ModelSpec
 from quant.scheme import QuantScheme
+from tests.memory.gemma4 import EXPERTS, SMALL, write_gemma4
 from tests.memory.published import fill, write_published
 from tests.memory.test_reference import CPU, most
 
@@ -108,3 +109,32 @@ def test_the_delta_rule_where_its_blocks_are_given_back(heads: int) -> None:
         layer = 2 * (2 * 256 + heads * 64 + channels + heads * 64 + 2 * heads)  # both hidden states, result, qkvz, b and a
         assert demand.products(2048, 512) == demand.slab + max(0, rule + 2048 * (layer - demand.token_bytes))
         assert demand.products(1, 512) == demand.slab + rule + layer - demand.token_bytes
+
+
+def test_experts_beside_an_mlp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 4's: the mixture is beside what the MLP made of gate and up, not beside these. Each expert has all tokens here."""
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "torch")
+    hidden, inner, own = 256, 768, 128
+    more = {"intermediate_size": inner, "num_experts": 2, "global_head_dim": 64, "max_position_embeddings": TOKENS}
+    folder = fill(write_gemma4(tmp_path, {**SMALL, **EXPERTS, **more, "moe_intermediate_size": own}, "none"), "none")
+    options = EngineConfig(
+        model=str(folder), max_model_len=TOKENS, max_num_batched_tokens=TOKENS, threads=1, skip_tokenizer_init=True,
+        kv_cache_memory_bytes=4 << 20,
+    )  # fmt: skip
+    plan = make_plan(folder, options, CPU)
+    expert = 2 * 2 * own + 2 * 2 * own  # gate and up, and a slab of them
+    mixture = expert + hidden * (2 * 2 + 12) + 24 * 2 + 2 * (inner + hidden)
+    assert plan.scratch["activations"] == (2 * 2 * hidden + mixture + 24) * TOKENS
+    taken = most(plan, options, warmup.Trial(((0, TOKENS),)))
+    assert 0.8 * plan.scratch["activations"] < taken < plan.scratch["activations"]
+
+
+@pytest.mark.parametrize("wide", [128, 4096])
+def test_first_layers_without_experts(wide: int) -> None:
+    """GLM-4.5's: the MLP of a dense layer, or an expert with what a mixture has, whichever is more."""
+    sizes = {"first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+    sizes["moe_intermediate_size"] = 64
+    spec = ModelSpec.from_config({**LLAMA, **sizes, "architectures": ["Glm4MoeForCausalLM"], "intermediate_size": wide})
+    demand = Demand.of(spec, QuantScheme("none"), Machinery(ops="cpu", dtype="bfloat16", head_bits=None), model="some")
+    mixture = 2 * 2 * 64 + 2 * 2 * 64 + HIDDEN * (2 * 2 + 12) + 24 * 4
+    assert demand.token_bytes == 2 * 2 * HIDDEN + max(3 * 2 * wide, mixture) + 24
