@@ -99,9 +99,16 @@ def compile_all(compilations: Sequence[Compilation], *, loops: bool = True) -> l
     """
     process = compiler()
     assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(json.dumps([[asdict(one) for one in compilations], loops]) + "\n")
-    process.stdin.flush()
-    if not (answer := process.stdout.readline()):
+    try:
+        process.stdin.write(json.dumps([[asdict(one) for one in compilations], loops]) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+    except BaseException:  # a test's time is over: what comes then is no answer to the next one
+        compiler.cache_clear()
+        process.kill()
+        process.wait()
+        raise
+    if not answer:
         compiler.cache_clear()
         raise RuntimeError(f"the compiler ended with exit code {process.wait()}")
     found = json.loads(answer)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections import defaultdict
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,22 @@ def test_nobody_compiles_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot.os, "getppid", lambda: 1)
     with pytest.raises(SystemExit):
         aot.answer(asked)
+
+
+def test_an_answer_that_would_come_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test's time is over its compiler ends: what that still says would pass for the answer to the next test."""
+
+    class Over:
+        def readline(self) -> str:
+            raise TimeoutError
+
+    made = [subprocess.Popen(["cat"], stdin=subprocess.PIPE, text=True)]
+    made[0].stdout = Over()  # type: ignore[assignment]
+    monkeypatch.setattr(aot, "compiler", cache(made.pop))
+    process = aot.compiler()
+    with pytest.raises(TimeoutError):
+        aot.compile_all([])
+    assert process.returncode is not None and not aot.compiler.cache_info().currsize
 
 
 def test_every_kernel_is_in_the_document() -> None:
