@@ -34,6 +34,11 @@ TILE_QUERIES, WIDEN, GATHER, TOGETHER = 256, 512, 64, 8
 """Attention of torch's operators: queries at a time, quantized keys widened at a time, scattered blocks gathered at a time, and
 partial results that exist at a time (kernels/cpu/paged_attention.py)."""
 DELTA_ROWS = 256  # tokens at a time, of torch's operators (kernels/delta.py)
+KEPT_BYTES = 4 << 20
+"""Once a model is loaded, blocks on the host that are smaller may be kept for the next (models/heap.py): those of steps in which
+tokens are decoded. The large ones of a prompt are given back. Kept, too (glibc keeps up to 32 MiB), they left holes that the next
+ones did not fill: a process had up to 50 MiB more than its tensors. Processor time of long prompts was the same with 1, 4, 8 and
+32 MiB."""
 HEADS = {"int8": 8, "int4": 4, "model": None}  # what the head may be stored as, and its bits
 ACTIVATIONS = ("auto", "int8", "bf16")
 SCALED_CACHES = {"fp8_e4m3": 8, "fp8_e5m2": 8, "int8": 8, "int4": 4}

@@ -7,11 +7,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kernels.layout import KEPT_BYTES
+
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-KEPT_BYTES = 4 << 20
-"""Once a model is loaded, blocks that are smaller may be kept for the next: those of steps in which tokens are decoded. The large
-ones of a prompt are given back. Kept, too (glibc keeps up to 32 MiB), they left holes that the next ones did not fill: a process
-had up to 50 MiB more than its tensors. Processor time of long prompts was the same with 1, 4, 8 and 32 MiB."""
 
 
 @contextmanager

@@ -36,7 +36,7 @@ MOST_KEYS = 64
 
 def key(device: DeviceInfo, ops: str) -> str:
     """What decides how much a process takes: the device, torch, and whose kernels."""
-    return f"{device.kind} | {device.name} | torch {_version('torch')} | {ops} of appliance {_version('appliance')}"
+    return f"{device.kind} | {device.name} | torch {torch_version()} | {ops} of appliance {_version('appliance')}"
 
 
 def _version(distribution: str) -> str:
@@ -44,6 +44,11 @@ def _version(distribution: str) -> str:
         return version(distribution)
     except PackageNotFoundError:
         return "not installed"
+
+
+def torch_version() -> str:
+    """Of what is installed; builds for CPUs end with +cpu."""
+    return _version("torch")
 
 
 def recall(device: DeviceInfo, ops: str) -> int | None:

@@ -11,15 +11,16 @@ from appliance.memory.demand import LOGIT_ROWS
 from appliance.memory.devices import MIB, DeviceInfo
 from appliance.memory.graphs import capture_sizes
 from appliance.memory.kv import KVSpec
+from appliance.memory.learned import torch_version
 from appliance.memory.loading import ALL_AT_ONCE, Workers
 from appliance.memory.offload import NOTHING, Offload
 from appliance.memory.text import plan_table
 from quant.errors import InputError
 
-RUNTIME = {"cpu": 300 * MIB, "cuda": 800 * MIB}
-"""The process itself. Measured with torch 2.13 for CPUs: 219 MiB after ``import torch``, 230 after its first products, 250 with
-the tokenizer libraries; the rest is for what the allocator keeps (a process of 1.5 GiB is 1 % below its plan when it is fresh and
-1.6 % above after half an hour of mixed load). A card's context takes 300 to 600 MiB (not measured here)."""
+RUNTIME = {"cpu": (256 if torch_version().endswith("+cpu") else 300) * MIB, "cuda": 800 * MIB}
+"""The process itself, until a start has measured it. Torch's builds for CPUs: 240 to 250 MiB once weights are there (two
+machines, torch 2.13; 219 of them after ``import torch``), and 6 with the first steps of native kernels; of torch's operators
+242 to 244, and 12. Builds for cards have more libraries: that 300 do for them has not been measured, nor a card's context."""
 SHORTEST_AUTO = 256
 """``auto`` does not call a context shorter than this a fit (unless the model itself is shorter)."""
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from appliance.memory.demand import activation_bytes, attention_workspace
+from appliance.memory.activations import activation_bytes
+from appliance.memory.demand import attention_workspace
 from appliance.memory.modules import Machinery, layer_weights
 from models.spec import ModelSpec
 from quant.headers import CheckpointIndex

@@ -10,7 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from appliance.config import EngineConfig
-from appliance.memory.demand import NORMED, Demand, attention_workspace
+from appliance.memory.activations import NORMED
+from appliance.memory.demand import Demand, attention_workspace
 from appliance.memory.modules import Machinery
 from appliance.memory.planner import make_plan
 from appliance.runtime import warmup

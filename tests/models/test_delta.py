@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from appliance.memory.demand import activation_bytes
+from appliance.memory.activations import activation_bytes
 from appliance.memory.modules import Machinery, layer_weights
 from kernels.cpu import backend
 from kernels.ops import KVCache, Ops, PagedBatch, get_ops

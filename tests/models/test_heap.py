@@ -11,7 +11,8 @@ import pytest
 
 ALONE = """
 import psutil
-from models.heap import KEPT_BYTES, prompt_release
+from kernels.layout import KEPT_BYTES
+from models.heap import prompt_release
 with prompt_release():
     pass
 count, size = 16, KEPT_BYTES + 16384
