@@ -213,6 +213,7 @@ def torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mach
         turning = (2 * queries + spec.head_dim) * size + 8 * features
         read = hidden + spec.latent.down(spec.heads) + spec.heads * spec.latent.query
         attention = max(absorbing * size + read * product, attending * size, turning)
+        attention -= hidden * size if machinery.ops == "cpu" else 0  # what was normalized is gone by then
     attention = max(attention, delta * size + (hidden + delta) * product)
     inner = spec.mlp_size if machinery.ops == "triton" else spec.widest_mlp
     mlp = _gated_mlp(hidden, inner, size, product)

@@ -139,3 +139,20 @@ def test_first_layers_without_experts(wide: int) -> None:
     demand = Demand.of(spec, QuantScheme("none"), Machinery(ops="cpu", dtype="bfloat16", head_bits=None), model="some")
     mixture = 2 * 2 * 64 + 2 * 2 * 64 + HIDDEN * (2 * 2 + 12) + 24 * 4
     assert demand.token_bytes == 2 * 2 * HIDDEN + max(3 * 2 * wide, mixture) + 24
+
+
+def test_queries_of_latents() -> None:
+    """As they turn: the residual stream, queries and the key, both rotated features in float32, and the result."""
+    sizes = {"q_lora_rank": 96, "kv_lora_rank": 128, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64}
+    more = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+    }
+    config = {**LLAMA, **sizes, **more, "topk_group": 1, "num_attention_heads": 16, "num_key_value_heads": 16}
+    spec = ModelSpec.from_config({**config, "architectures": ["DeepseekV3ForCausalLM"]})
+    demand = Demand.of(spec, QuantScheme("none"), Machinery(ops="cpu", dtype="bfloat16", head_bits=None), model="some")
+    queries, key = 16 * (32 + 128), 32 + 128
+    assert demand.token_bytes == 2 * (HIDDEN + 2 * queries + key) + 8 * 16 * 32 + 24
