@@ -102,6 +102,7 @@ def test_ours_on_planted_outliers(model: Path, theirs: Path, tmp_path: Path) -> 
     assert ours <= divergence(theirs, model) + 0.01
 
 
+@pytest.mark.timeout(600)  # half a minute where others have the processors, too
 @pytest.mark.realdata
 def test_ours_on_a_real_model(shared_data: Path, tmp_path: Path) -> None:
     original, text = shared_data / "models/TinyStories-656K", str(shared_data / "text/tinystories.txt")

@@ -31,6 +31,7 @@ def call(name: str, *args: str, **environment: str) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, env=given, check=False, cwd=ROOT)
 
 
+@pytest.mark.timeout(600)  # half a minute where others have the processors, too
 @pytest.mark.slow
 def test_tune_writes_a_table_that_is_read(tmp_path: Path) -> None:
     done = call("tune", "--small", "--device", "cpu", "--out", str(tmp_path))
@@ -124,6 +125,7 @@ class Forked:
         return self.code
 
 
+@pytest.mark.timeout(600)  # half a minute where others have the processors, too
 @pytest.mark.slow
 @pytest.mark.usefixtures("scripts")
 def test_gpu_check_measures_in_the_interpreter(
