@@ -285,7 +285,7 @@ class Stack:
 Forward = Callable[[Tensor, PagedBatch], Tensor]
 """Token ids int64 [T] to hidden states [T, hidden] after the last norm. The next call may overwrite them.
 
-Of a batch that says which rows are ``wanted``, to those of these: [R, hidden].
+Of a batch that says which rows are ``wanted`` (for a stack whose last layers store nothing), to those of these: [R, hidden].
 """
 
 

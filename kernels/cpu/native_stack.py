@@ -32,11 +32,10 @@ def bind(
     settings: dict[str, Any] = {"type": TYPES[dtype], "heads": stack.heads, "eps": norm.eps, "offset": norm.offset}
     settings |= {"scale": stack.scale, "cap": stack.cap or 0.0}
     storing = stack.storing
-    first, rest = (ops.module.Stack(some, **settings) for some in (made[:storing], made[storing:]))
-    width = max(first.width, rest.width, size)
+    whole, first, rest = (ops.module.Stack(some, **settings) for some in (made, made[:storing], made[storing:]))
     # Made and touched here, once: what comes and goes with every step is memory that grows in pieces.
     hidden = torch.zeros(max_tokens, size, dtype=dtype)
-    workspace = torch.zeros(max_tokens * width, dtype=dtype)
+    workspace = torch.zeros(max_tokens * max(whole.width, size), dtype=dtype)
 
     unlike = {(type(layer.mlp), layer.delta is None, layer.o.K, layer.shared): layer for layer in reversed(layers)}
     for layer in unlike.values():
@@ -70,15 +69,14 @@ def bind(
         if stack.embedding_scale != 1.0:
             hidden[:tokens].mul_(stack.embedding_scale)
         told = None if stack.told is None else stack.told(ids, hidden[:tokens])
-        run(first, tokens, batch, told)
-        if storing < len(layers):
-            if (wanted := batch.wanted) is not None:
-                batch, tokens = wanted.batch, wanted.rows.shape[0]
-                moved_up(hidden, wanted.rows)
-                told = None if told is None else moved_up(told, wanted.rows)
+        if (wanted := batch.wanted) is None:
+            run(whole, tokens, batch, told)
+        else:
+            run(first, tokens, batch, told)
+            tokens = moved_up(hidden, wanted.rows).shape[0]
             if not tokens:
                 return hidden[:0]
-            run(rest, tokens, batch, None if told is None else told[:, storing:])
+            run(rest, tokens, wanted.batch, None if told is None else moved_up(told[:, storing:], wanted.rows))
         out = workspace[: tokens * size].view(tokens, size)
         ops.normalize(hidden[:tokens], norm, None, out)
         return out
