@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,7 @@ def demo_model() -> Path:
 def called(model: str) -> str:
     """What the user calls it; of the address of its page on the hub, as https://huggingface.co/organisation/model, the name."""
     address = ADDRESS.fullmatch(model)
-    return address[1] if address and not Path(model).is_dir() else model
+    return address[1] if address and not os.path.isdir(model) else model
 
 
 def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -150,12 +151,12 @@ def _write_hollow(path: Path, header: dict[str, dict[str, Any]]) -> None:
 def on_this_machine(model: str) -> Path | None:
     """The directory that ``model`` is; None for a name on the hub. Raises InputError for what is neither."""
     model = called(model)
-    path = Path(model).expanduser()
-    if model and path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if model and os.path.isdir(path):  # pathlib's raises where a name is too long, or its directory is somebody else's
         return path
     if path.suffix.lower() == ".gguf":
         raise InputError(f"{model}: GGUF is not supported: take the AWQ, GPTQ or original safetensors version of the model")
-    if path.is_file():
+    if os.path.isfile(path):
         raise InputError(f"{model} is a file: name the directory of a Hugging Face checkpoint (the one with config.json)")
     if _looks_like_a_path(model, path):
         raise InputError(f"no such directory: {model}")
@@ -167,7 +168,7 @@ def on_this_machine(model: str) -> Path | None:
 def _looks_like_a_path(model: str, path: Path) -> bool:
     """Whether it is written like a path, or its first folders exist here."""
     written_so = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
-    return written_so or (path.parent != Path() and path.parent.exists())
+    return written_so or (path.parent != Path() and os.path.exists(path.parent))
 
 
 def _download(repo: str, revision: str | None, wanted: list[str]) -> Path:

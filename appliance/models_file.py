@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import tomllib
 from dataclasses import dataclass, fields, replace
@@ -96,7 +97,7 @@ def _names(where: str, value: Any) -> list[str]:
 
 def _located(model: str, parent: Path) -> str:
     beside = parent / model
-    return str(beside) if beside.is_dir() else model
+    return str(beside) if os.path.isdir(beside) else model
 
 
 def _checked(where: str, kind: type, given: dict[str, Any]) -> dict[str, Any]:

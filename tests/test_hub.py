@@ -277,7 +277,7 @@ def test_a_path_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "model.pt").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"model\.pt is a file: name the directory"):
         resolve("model.pt")
-    for name in ("", "a b", "org/mo?del", "ü"):
+    for name in ("", "a b", "org/mo?del", "ü", "a b " * 100):
         with pytest.raises(InputError, match=r"neither a directory nor a name|no such"):
             resolve(name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -15,8 +16,8 @@ def with_files(text: str) -> str:
     """``text`` with the files below it that it names by @. A word like that which is no file stays a word. Raises InputError."""
     added = []
     for name in dict.fromkeys(FILE.findall(text)):
-        path = Path(name).expanduser()
-        if not path.is_file():
+        path = Path(os.path.expanduser(name))
+        if not os.path.isfile(path):  # pathlib's raises where a name is too long, or its directory is somebody else's
             continue
         try:
             if path.stat().st_size > MOST_FILE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -148,10 +149,10 @@ class Repl:
         self.screen.note(shown or "all is as the model says")
 
     def _save(self, name: str, over: bool = False) -> None:
-        path = Path(name).expanduser() if name else self._file
+        path = Path(os.path.expanduser(name)) if name else self._file
         if path is None:
             raise InputError("/save needs the name of a file")
-        if path.exists() and path != self._file and not over:
+        if os.path.exists(path) and path != self._file and not over:
             raise InputError(f"{path} is there already: /save! {name} writes over it")
         self.talk.save(path)
         self._file = path
@@ -160,7 +161,7 @@ class Repl:
     def _load(self, name: str) -> None:
         if not name:
             raise InputError("/load needs the name of a file")
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         self.talk.load(path)
         self._file = path
         for message in self.talk.messages[-2:]:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -65,7 +64,7 @@ def main(asked: Asked) -> int:
 def _check(asked: Asked) -> None:
     """Raises InputError where words are no model, or nothing that goes with --url."""
     word = asked.words[0] if asked.words else ""
-    if " " in word and not Path(word).exists():
+    if " " in word and not os.path.exists(word):
         raise InputError(f"{word!r:.60} is no model to start a server for: a question is asked with --prompt (-p)")
     if word and asked.url is not None:
         raise InputError(f"--url is for a server that runs, and {word!r} for one that is to be started")

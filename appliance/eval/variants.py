@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -53,7 +54,7 @@ def labels(variants: Sequence[Variant]) -> list[str]:
 def _split(text: str) -> tuple[str, dict[str, Any]]:
     """An @ that no option follows belongs to the name, as one in the name of a directory does."""
     name, at, tail = text.rpartition("@")
-    if not at or "=" not in tail or Path(text).is_dir():
+    if not at or "=" not in tail or os.path.isdir(text):
         return text, {}
     options = {}
     for part in tail.split(","):

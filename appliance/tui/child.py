@@ -10,7 +10,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 
 from appliance import leash
 from appliance.tui.feed import LogLine
@@ -39,7 +38,7 @@ class Child:
         scheme = "https" if self._flag("--ssl-certfile") else "http"
         self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         self.api_key = self._flag("--api-key")
-        named = [] if model == "demo" and not Path(model).is_dir() else [model]
+        named = [] if model == "demo" and not os.path.isdir(model) else [model]
         self.command = [sys.executable, "-m", "appliance", "serve", *named, *self.flags]
         self.lines: deque[LogLine] = deque(maxlen=LINES)
         self.total = 0

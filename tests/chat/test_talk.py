@@ -141,6 +141,8 @@ def test_files_named_in_a_message(tmp_path: Path) -> None:
     assert with_files(f"sum up @{path} for me@home.example @nobody") == (
         f"sum up @{path} for me@home.example @nobody\n\n{path}:\n```\ntwo\nlines\n```"
     )
+    for none in ("@" + "x" * 400, "@~nobody-of-that-name/x"):
+        assert with_files(none) == none
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="UTF-8"):
         with_files(f"@{path}")
@@ -168,6 +170,7 @@ def test_addresses() -> None:
     ("words", "url", "said"),
     [
         (("How are you?",), None, "'How are you.' is no model to start a server for: a question is asked with --prompt"),
+        (("How are you? " * 40,), None, "a question is asked with --prompt"),
         (("How are you?",), "http://127.0.0.1:9", "a question is asked with --prompt"),
         (("org/model",), "http://127.0.0.1:9", "--url is for a server that runs, and 'org/model' for one that is to be started"),
     ],
