@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -15,10 +15,13 @@ from tests.kernels.triton.aot import OLDER, TARGETS, Compilation, Report, compil
 
 from kernels.triton import attention as operator  # isort: skip  (after the conftest has chosen the interpreter)
 from kernels.triton import attention_decode, attention_prefill  # isort: skip
+from kernels.triton.kv import Launch  # isort: skip
 
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16", torch.int32: "*i32"}
 EVERY = [(None, 75), ("int4", 75), ("fp8_e4m3", 80), (None, 86), ("int8", 86), ("int4", 89), (None, 90), ("fp8_e5m2", 90),
          ("int4", 90), ("fp8_e4m3", 120)]  # fmt: skip
+ONCE = {("int4", 75), ("fp8_e4m3", 80), ("int8", 86), ("int4", 89), (None, 90), ("fp8_e5m2", 90), ("fp8_e4m3", 120)}
+ONE, FEW, MANY = 1, 2, 512  # rows of a sequence
 VARYING = ("table_stride", "window", "first_sequence", "sequences", "splits")  # from step to step: not specialized
 
 
@@ -117,6 +120,7 @@ def products(one: Report) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_common_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 bits: nothing is spilled, and keys and values arrive in shared memory while products run."""
     wanted = []
@@ -130,6 +134,7 @@ def test_common_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_caches_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operands are read as whole registers, never byte by byte."""
     kinds = [("fp8_e4m3", 80), ("fp8_e4m3", 89), ("fp8_e5m2", 90), ("int8", 89), ("int4", 80), ("int4", 89)]
@@ -143,23 +148,44 @@ def test_caches_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.per_weight(2 * tile * 128 // (32 * made.num_warps)) < 6.5, one  # keys and values that a thread widens
 
 
+def used(one: Compilation) -> tuple[str, Launch]:
+    """A kernel, and how it is launched."""
+    return one.kernel, Launch(one.constants["ROWS"], one.constants["BLOCK_N"], one.num_warps, one.num_stages)
+
+
+def chosen(kind: str | None, target: int, dtype: torch.dtype, widest: int) -> Iterator[tuple[str, Launch]]:
+    """What the kernels can choose, for heads of up to 512 and chunks of up to ``widest`` features, as ``used`` has it."""
+    bits = 16 if kind is None else 4 if kind == "int4" else 8
+    for width in (16, 32, 64, 128, 256, 512):
+        yield "kernels.triton.attention_decode:_decode", attention_decode.choose(width, bits, target, dtype=dtype)
+        for rows in (16, 17) if width <= widest else ():
+            yield "kernels.triton.attention_prefill:_prefill", attention_prefill.choose(width, rows, bits, target, dtype=dtype)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("kind", "target"), EVERY)
 def test_all_launches(kind: str | None, target: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every choice of rows, tiles, warps and stages, and every branch of the kernels, on every card; each cache on some."""
-    variations: list[dict[str, Any]] = [{"size": size} for size in (16, 48, 96)]
-    variations += [{"size": 256, "cap": 50.0, "window": window} for window in ((None, 100) if kind is None else (100,))]
-    variations += [{"size": 128, **more} for more in (
-        {"group": 16}, {"group": 7, "window": 100}, {"block_size": 64}, {"block_size": 128, "window": 100},
-        {"dtype": torch.bfloat16 if target >= 80 else torch.float16}, {"dtype": torch.float32},
-    )]  # fmt: skip
-    made = [one for rows in (1, 512) for given in variations
-            for one in launches(monkeypatch, target, rows=rows, kind=kind, sequences=40, **given)]  # fmt: skip
-    made += launches(monkeypatch, target, size=128, rows=4, kind=kind)
+    """Every choice of rows, tiles, warps and stages, and every branch of the kernels, on every card; each cache on some.
+
+    What changes the code without changing the launch goes together, since a compilation takes a second or two: each group, block
+    size, dtype, window and padding of a head is in some kernel of each cache, not each with each other. Launches that depend on
+    neither card nor cache, float32's and those of chunks of heads of 512, are compiled for each card and each cache once.
+    """
+    brain, once = torch.bfloat16 if target >= 80 else torch.float16, (kind, target) in ONCE
     # Models with heads of 512 compute in bfloat16 where a card has that, else in float32, eight query heads to a program.
-    wide = {"size": 512, "group": 8 if target >= 80 else 16, "dtype": torch.bfloat16 if target >= 80 else torch.float32}
-    made += [one for rows in (1, 2, 512) for one in launches(monkeypatch, target, rows=rows, kind=kind, sequences=40, **wide)]
+    wide = {"group": 8, "dtype": torch.bfloat16} if target >= 80 else {"group": 16, "dtype": torch.float32}
+    variations: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+        ((FEW,), {"size": 16}),
+        ((ONE, MANY), {"size": 48, "group": 16, "block_size": 64}),
+        ((ONE, MANY) if once else (), {"size": 96, "dtype": torch.float32}),
+        ((ONE, FEW, MANY), {"size": 128, "group": 7, "window": 100, "block_size": 128, "dtype": brain}),
+        *(((ONE, MANY), {"size": 256, "cap": 50.0, "window": given}) for given in ((None, 100) if kind is None else (100,))),
+        ((ONE, FEW, MANY) if once else (ONE,), {"size": 512, **wide}),
+    ]
+    made = [one for every, given in variations for rows in every
+            for one in launches(monkeypatch, target, rows=rows, kind=kind, sequences=40, **given)]  # fmt: skip
+    assert set(chosen(kind, target, brain, 512 if once else 256)) <= {used(one) for one in made}
     for one in compiled(made, loops=False):
         assert one.fits and one.stack <= 16, one
         assert OLDER or target != 120 or one.registers <= 208, one  # what only the end needs is not kept across loops
