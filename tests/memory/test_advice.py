@@ -169,7 +169,7 @@ def test_streamed_weights_for_which_the_host_is_too_small() -> None:
 def test_a_model_that_cannot_be_loaded_in_the_budget() -> None:
     """It would serve in 6.6 GiB, but a layer takes 3 more for a while."""
     large: Demand = replace(LLAMA_8B, loading=Loading(Transient(0, 0, 3 * GIB)))
-    tight = replace(DEFAULTS, utilization=0.5, max_len=1000, kv_dtype="int8")
+    tight = replace(DEFAULTS, utilization=0.5, max_len=1000, kv_dtype="int8", runtime=300 << 20)
     with pytest.raises(PlanError, match=r"while weights are loaded one layer at a time, 9\.29 GiB") as error:
         fit(large, tight, cpu(16))
     found = advise(error.value, large, tight, cpu(16))

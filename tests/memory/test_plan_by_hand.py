@@ -148,15 +148,16 @@ def test_refusals_of_cards_advise_fewer_sequences_or_none_recorded() -> None:
 
 
 def test_refusals_have_the_numbers_and_the_flags() -> None:
+    long = replace(DEFAULTS, max_len=65536, runtime=300 << 20)
     with pytest.raises(PlanError) as short:
-        fit(LLAMA_8B, replace(DEFAULTS, max_len=65536), cpu(24))
+        fit(LLAMA_8B, long, cpu(24))
     numbers = (
         r"llama does not fit: one sequence of 65536 tokens needs 4096 KV blocks of 16 tokens \(8\.00 GiB\), but there is "
         r"room for 2\d\d\d \(5\.\d\d GiB\): the budget is 12\.00 GiB \(0\.5 of 24\.00 GiB available\), of which "
         r"weights 6\.00 GiB, workspace .* MiB \(2048 tokens a step\), grammars 157\.68 MiB, runtime 300\.00 MiB are taken$"
     )
     assert re.match(numbers, str(short.value)), str(short.value)
-    advised = advise(short.value, LLAMA_8B, replace(DEFAULTS, max_len=65536), cpu(24))
+    advised = advise(short.value, LLAMA_8B, long, cpu(24))
     caches = "--kv-cache-dtype fp8, or --kv-cache-dtype int4"
     remedies = rf"What would fit: --gpu-memory-utilization 0\.6\d, or {caches}, or --max-model-len 4\d{{4}}$"
     assert re.search(remedies, str(advised)), str(advised)
