@@ -163,10 +163,15 @@ def _torch_attention(spec: ModelSpec, layers: Sequence[Loaded], size: int, produ
     return max(made, (qkv - spec.hidden) * size + turning * q)
 
 
-def _gated_mlp(hidden: int, inner: int, size: int, product: int) -> int:
-    """Bytes of a token in an MLP of so many features, that reads ``hidden``; ``product``: what products have beside a number."""
-    slab = min(2 * inner, layout.slab_rows(hidden, size)) * size
-    return max(3 * inner * size, 2 * inner * (size + product) + slab + hidden * product) if inner else 0
+def _gated_mlp(hidden: int, inner: int, size: int, product: int, *, ungated: bool = False) -> int:
+    """Bytes of a token in an MLP of so many features, that reads ``hidden``; ``product``: what products have beside a number.
+
+    ``ungated``: without a gate, whose activation overwrites the one product.
+    """
+    both = (1 if ungated else 2) * inner
+    slab = min(both, layout.slab_rows(hidden, size)) * size
+    made = both * (size + product) + slab + hidden * product
+    return max(0 if ungated else 3 * inner * size, made) if inner else 0
 
 
 def _torch_mlp(spec: ModelSpec, size: int, product: int) -> int:
@@ -178,7 +183,7 @@ def _torch_mlp(spec: ModelSpec, size: int, product: int) -> int:
     hidden, mixture = spec.hidden, spec.mixture
     norm = (NORMED[size] - size) * hidden
     norm += (hidden + max(_q_size(spec), spec.mlp_size)) * size if spec.post_norms else 0
-    most = max(norm, _gated_mlp(hidden, spec.mlp_size, size, product))
+    most = max(norm, _gated_mlp(hidden, spec.mlp_size, size, product, ungated=bool(spec.ungated)))
     if mixture is None:
         return most
     inner = max(spec.intermediate, mixture.shared)

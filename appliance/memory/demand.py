@@ -126,7 +126,7 @@ def _workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Machinery)
         return 0  # see _moments
     copies = 0 if spec.latent is None else latent_copies(spec, spec.latent, machinery)
     workspace = max(product_workspace(spec, weights, machinery), attention_workspace(spec, machinery))
-    return workspace + activated(spec) + copies
+    return workspace + (activated(spec) if machinery.ops != "cpu" else 0) + copies  # see _moments
 
 
 def product_workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Machinery) -> int:
@@ -215,13 +215,18 @@ def latent_copies(spec: ModelSpec, net: Latent, machinery: Machinery) -> int:
 
 
 def _moments(spec: ModelSpec, layers: Sequence[Loaded], head: Loaded, machinery: Machinery, token: int) -> tuple[Moment, ...]:
-    """Those of the reference, and what is as with torch's operators; of these the delta rule, beside what its own layer has.
+    """Those of the reference, and what is as with torch's operators.
 
-    ``token``: bytes of a token at the widest point of a layer, in place of which those are there.
+    Of these the delta rule, and an activation that takes memory, beside what is there then: their large blocks are given back.
+    ``token``: bytes of a token at the widest point of a layer, in whose place that is.
     """
-    if machinery.ops == "cpu" and _given_back(spec):
-        beside = (2 * spec.hidden + delta_size(spec, layers)) * ITEM_SIZE[machinery.dtype]
-        return (Moment(delta_workspace(spec, machinery), beside - token),)
+    if machinery.ops == "cpu":
+        size, found = ITEM_SIZE[machinery.dtype], []
+        if _given_back(spec):
+            found.append((delta_workspace(spec, machinery), delta_size(spec, layers)))
+        if wide := activated(spec):
+            found.append((wide, spec.mlp_size))
+        return tuple(Moment(fixed, (2 * spec.hidden + beside) * size - token) for fixed, beside in found)
     if machinery.ops != "reference":
         return ()
     alike = torch_activations(spec, layers, machinery) - spec.hidden * ITEM_SIZE[machinery.dtype]

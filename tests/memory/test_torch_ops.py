@@ -156,3 +156,23 @@ def test_queries_of_latents() -> None:
     demand = Demand.of(spec, QuantScheme("none"), Machinery(ops="cpu", dtype="bfloat16", head_bits=None), model="some")
     queries, key = 16 * (32 + 128), 32 + 128
     assert demand.token_bytes == 2 * (HIDDEN + 2 * queries + key) + 8 * 16 * 32 + 24
+
+
+def test_activations_without_a_gate() -> None:
+    """Of what is made for them all is given back: it counts beside the one product, not beside the widest point of a layer."""
+    sizes, machinery = {"hidden_size": 64, "intermediate_size": 128}, Machinery(ops="cpu", dtype="bfloat16", head_bits=None)
+    relu2, xielu = (
+        Demand.of(ModelSpec.from_config({**LLAMA, **sizes, **more}), QuantScheme("none"), machinery, model="some")
+        for more in (
+            {"architectures": ["ArceeForCausalLM"], "hidden_act": "relu2"},
+            {"architectures": ["ApertusForCausalLM"], "hidden_act": "xielu"},
+        )
+    )
+    assert relu2.slab == xielu.slab == relu2.products(2048, 512) and not relu2.moments
+    five = 5 * 4 << 20  # float32, of a million values at a time
+    assert xielu.products(2048, 512) == xielu.slab + max(0, five + 2048 * (2 * (2 * 64 + 128) - xielu.token_bytes))
+    spec = ModelSpec.from_config(
+        {**LLAMA, "intermediate_size": 4096, "architectures": ["ArceeForCausalLM"], "hidden_act": "relu2"}
+    )
+    wide = Demand.of(spec, QuantScheme("none"), machinery, model="some")
+    assert wide.token_bytes == 2 * (2 * HIDDEN + 4096) + 2 * 4096 + 24  # both hidden states, the product, a slab of it
