@@ -50,12 +50,14 @@ class Usage:
 
     def write(self, accounts: Mapping[str, Account]) -> None:
         """Keep what accounts with such a limit have used, if it has changed."""
-        with self._lock:
-            self._write(accounts)
+        self._write(_days(accounts))
 
-    def _write(self, accounts: Mapping[str, Account]) -> None:
+    def _write(self, days: Mapping[str, tuple[float, int]]) -> None:
+        with self._lock:
+            self._replace(days)
+
+    def _replace(self, days: Mapping[str, tuple[float, int]]) -> None:
         now = time.time()
-        days = {name: account.day() for name, account in list(accounts.items()) if account.limits.tokens_per_day is not None}
         if {name: used for name, (_, used) in days.items() if used} == {name: row["tokens"] for name, row in self._kept.items()}:
             return
         rows = {name: {"since": round(now - age, 3), "tokens": used} for name, (age, used) in days.items() if used}
@@ -79,7 +81,11 @@ class Usage:
         """Write now and then, as long as the task lives."""
         while True:
             await asyncio.sleep(EVERY_S)
-            await asyncio.to_thread(self.write, accounts)
+            await asyncio.to_thread(self._write, _days(accounts))  # accounts are the event loop's
+
+
+def _days(accounts: Mapping[str, Account]) -> dict[str, tuple[float, int]]:
+    return {name: account.day() for name, account in accounts.items() if account.limits.tokens_per_day is not None}
 
 
 def _private(path: str, flags: int) -> int:
