@@ -13,16 +13,19 @@ import importlib
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 import zlib
+from bisect import bisect
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +98,7 @@ class Report:
 def compile_all(compilations: Sequence[Compilation], *, loops: bool = True) -> list[Report]:
     """Raises RuntimeError with the compiler's words for what does not compile.
 
-    ``loops``: read the machine code too. That takes most of the time where the compiler's cache has the rest.
+    ``loops``: read the machine code too.
     """
     process = compiler()
     assert process.stdin is not None and process.stdout is not None
@@ -143,7 +146,8 @@ def hot_loop(sass: str) -> tuple[Counter[str], bool]:
     return Counter(name for name in names if name != "NOP"), best[1] > 0
 
 
-def compile_one(one: Compilation, target: int, loops: bool) -> Report:
+def compile_one(one: Compilation, target: int) -> tuple[bytes, int]:
+    """What the card is given, and bytes of shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -165,44 +169,85 @@ def compile_one(one: Compilation, target: int, loops: bool) -> Report:
         made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except Exception as error:
         raise RuntimeError(f"{one.label} for sm_{target}: {error}") from error
-    told = disassembled(made.asm["cubin"], loops)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
-    assert found is not None, told
-    loop, turns = hot_loop(told) if loops else ({}, False)
-    seen = dict(loop) if loops else None
-    return Report(one.label, target, one.num_warps, int(found[1]), int(found[2]), made.metadata.shared, seen, turns)
+    return made.asm["cubin"], made.metadata.shared
 
 
-def disassembled(cubin: bytes, code: bool) -> str:
-    """What cuobjdump tells of a kernel, with its ``code`` (a third of a second) or without. Kept beside Triton's own cache."""
-    import triton
-    from triton.runtime.cache import get_cache_manager
-
-    tool, options = Path(triton.__file__).parent.joinpath(*TOOLS) / "cuobjdump", ["-res-usage", *["-sass"] * code]
-    kept = get_cache_manager(sha256(cubin + f"{tool} {triton.__version__} {options}".encode()).hexdigest())
-    if path := kept.get_file("told"):
-        return zlib.decompress(Path(path).read_bytes()).decode()
+def report(one: Compilation, target: int, cubin: bytes, shared: int, code: str | None) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
-    kept.put(zlib.compress(told.encode(), 1), "told")
-    return told
+        told = run_tool("cuobjdump", "-res-usage", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert found is not None, told
+    loop, turns = (None, False) if code is None else hot_loop(code)
+    return Report(
+        one.label, target, one.num_warps, int(found[1]), int(found[2]), shared, None if loop is None else dict(loop), turns
+    )
 
 
-def for_somebody(one: Compilation, target: int, loops: bool) -> Report:
-    """A report, as long as the process is there that asked for it."""
+def run_tool(name: str, *arguments: str) -> str:
+    """What one of Triton's own tools says."""
+    import triton
+
+    tool = Path(triton.__file__).parent.joinpath(*TOOLS) / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def disassembled(cubins: Sequence[bytes], target: int) -> list[str]:
+    """Instructions of kernels for an architecture. Kept beside Triton's own cache.
+
+    The disassembler takes a quarter of a second to begin, and little for a kernel: those that are new are one image for it.
+    """
+    import triton
+    from triton.runtime.cache import get_cache_manager
+
+    places = {cubin: get_cache_manager(sha256(cubin + f"code {triton.__version__}".encode()).hexdigest()) for cubin in cubins}
+    new = [cubin for cubin, place in places.items() if not place.get_file("code")]
+    if new:
+        parts = [instructions(cubin) for cubin in new]
+        starts = list(accumulate(map(len, parts), initial=0))
+        lines: list[list[str]] = [[] for _ in new]
+        with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+            file.write(b"".join(parts))
+            file.flush()
+            told = run_tool("nvdisasm", "--binary", f"SM{target}{'a' * (target >= 90)}", file.name)
+        for line in told.splitlines():
+            if at := re.match(r"\s*/\*([0-9a-f]{4,})\*/", line):
+                lines[bisect(starts, int(at[1], 16)) - 1].append(line)
+        for cubin, own in zip(new, lines, strict=True):
+            places[cubin].put(zlib.compress("\n".join(own).encode(), 1), "code")
+    return [zlib.decompress(Path(str(places[cubin].get_file("code"))).read_bytes()).decode() for cubin in cubins]
+
+
+def instructions(cubin: bytes) -> bytes:
+    """The only section .text.* of an ELF file of 64 bits."""
+    (begin,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HHH", cubin, 0x3A)
+    # Of each section: name, type, flags, address, offset, size.
+    heads = [struct.unpack_from("<IIQQQQ", cubin, begin + i * size) for i in range(count)]
+    (found,) = (head for head in heads if cubin.startswith(b".text.", heads[names][4] + head[0]))
+    return cubin[found[4] : found[4] + found[5]]
+
+
+def for_somebody(one: Compilation, target: int) -> tuple[bytes, int]:
+    """A compilation, as long as the process is there that asked for it."""
     if os.getppid() != PARENT:
         sys.exit("nobody waits for this any more")
-    return compile_one(one, target, loops)
+    return compile_one(one, target)
 
 
 def answer(line: str) -> str:
     """Reports, or the words of what went wrong, in JSON."""
     given, loops = json.loads(line)
     try:
-        wanted = [Compilation.of(one) for one in given]
-        return json.dumps([asdict(for_somebody(one, target, loops)) for one in wanted for target in one.targets])
+        pairs = [(one, target) for one in map(Compilation.of, given) for target in one.targets]
+        made = [for_somebody(*pair) for pair in pairs]
+        codes: list[str | None] = [None] * len(pairs)
+        for wanted in {target for _, target in pairs} if loops else ():
+            places = [i for i, (_, target) in enumerate(pairs) if target == wanted]
+            for i, code in zip(places, disassembled([made[i][0] for i in places], wanted), strict=True):
+                codes[i] = code
+        reports = [report(*pair, *one, code) for pair, one, code in zip(pairs, made, codes, strict=True)]
+        return json.dumps([asdict(one) for one in reports])
     except Exception as error:
         return json.dumps(f"{type(error).__name__}: {error}"[-4000:])
 

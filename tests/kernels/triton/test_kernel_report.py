@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import subprocess
 from collections import defaultdict
 from dataclasses import asdict
@@ -59,6 +60,20 @@ def test_hot_loop() -> None:
     assert hot_loop(code) == ({"LDG.E": 1, "BRA": 2, "HMMA.16816.F32": 1}, True)
     straight = code.replace("BRA 0x10", "BRA 0x70")
     assert hot_loop(straight) == ({"MOV": 1, "LDG.E": 1, "BRA": 3, "HMMA.16816.F32": 1, "EXIT": 1}, False)
+
+
+def test_instructions_of_a_kernel() -> None:
+    """The bytes of its section of code, whatever else is in the file and wherever the table of sections is."""
+    names, code, more = b"\0.shstrtab\0.text.kernel\0.text\0", bytes(range(64)), b"no code"
+    parts = [(0, 0, b""), (1, 3, names), (24, 1, more), (11, 1, code)]  # name, type, content
+    at, table, body = 0x40, b"", b""
+    for name, kind, content in parts:
+        table += struct.pack("<IIQQQQIIQQ", name, kind, 0, 0, at + len(body), len(content), 0, 0, 1, 0)
+        body += content
+    header = bytearray(0x40)
+    struct.pack_into("<Q", header, 0x28, at + len(body))
+    struct.pack_into("<HHH", header, 0x3A, 64, len(parts), 1)
+    assert aot.instructions(bytes(header) + body + table) == code
 
 
 def test_nobody_compiles_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
