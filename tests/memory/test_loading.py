@@ -79,7 +79,7 @@ def test_as_many_workers_as_there_is_room_for() -> None:
     """A head that takes 5 GiB for a while, and 4 GiB a layer, beside weights of 6 GiB."""
     assert loader.WORKERS == WORKERS
     large = replace(LLAMA_8B, loading=Loading(Transient(5 * GIB, 2 * GIB, GIB)), threads=4)
-    wide = replace(DEFAULTS, utilization=1.0, max_len=1000)
+    wide = replace(DEFAULTS, utilization=1.0, max_len=1000, runtime=300 << 20)
     plans = {gib: fit(large, wide, cpu(gib)) for gib in (24, 11.5, 9.5, 8.5)}
     assert [plan.workers for plan in plans.values()] == [Workers(4), Workers(4, True), Workers(3, True), Workers(2, True)]
     assert all(plan.load_peak <= plan.budget for plan in plans.values())
