@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from quant import native
 from quant.bits import pack_nibbles
 from quant.rules import ROWS
 from quant.tensor import QuantTensor
@@ -28,6 +29,8 @@ def quantize_rows(weight: Tensor, bits: int) -> QuantTensor:
     packed = torch.empty(N, (K + 1) // 2 if bits == 4 else K, dtype=torch.uint8)
     scales = torch.empty(groups, N, dtype=torch.float16 if bits == 4 else torch.float32)
     zeros = torch.empty(groups, N, dtype=torch.uint8) if bits == 4 else None
+    if native.round_rows(weight, bits, group, packed, scales, zeros):
+        return QuantTensor(packed, scales, zeros, None, bits, group, K, N)
     step = max(1, SLAB // K)
     for first in range(0, N, step):
         rows = slice(first, first + step)

@@ -36,12 +36,16 @@ from quant.scheme import QuantScheme
 
 WORKERS = 4  # modules converted at a time, at most: models/loader.py
 SLAB_BYTES, SLAB_ITEM = 96 << 20, 24
-"""While a weight is rounded in slabs of 4 M values (quant/rows.py): five floats each, and what the allocator keeps of them."""
+"""While a weight is rounded in slabs of 4 M values (quant/rows.py): five floats each, and what the allocator keeps of them.
+
+Native code needs nothing beside what it makes, nor to turn the words of AWQ; beside cards it may not be there."""
 READ = {
     "awq-gemm": 1.3, "awq-gemv": 1.2, "awq-gemv-fast": 4.0, "gptq": 3.3, "pack-quantized": 3.3,
     "int-quantized": 2.1, "float-quantized": 1.1, "fp8-block": 1.1, "mxfp4": 0.5, "nvfp4": 0.5,
 }  # fmt: skip
 """Bytes a weight while it is read into canonical form, with that: measured as the peak of a process (scales come on top)."""
+TURNED = 1.0
+"""The same of awq-gemm with native kernels."""
 STRAIGHT = {("gptq", 4): 1.1, ("gptq", 8): 2.1, ("pack-quantized", 4): 0.6}
 """The same of bytes that need no new order."""
 PACK = {"cpu": {4: 4.2, 8: 5.0}, "triton": {4: 3.6, 8: 2.4}}
@@ -94,11 +98,13 @@ def loading(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery) -> Loadi
     both = [(parent.published, parent.joined) for parent in parents(spec, scheme)]
     if machinery.ops == "triton":
         device = max(max(_on_card(one, machinery) for one in weights) + _beside(weights, machinery) for _, weights in both)
-        host = max(max(_reading(published), _read(published) + max(map(_joined, weights))) for published, weights in both)
+        host = max(
+            max(_reading(published, machinery), _read(published) + max(map(_joined, weights))) for published, weights in both
+        )
         kept = last.embedding_bytes + last.head_bytes + sum(size for _, _, size in more)
-        table, head = (_host_end(*one) for one in _ends(spec, scheme, last))
+        table, head = (_host_end(*one, machinery) for one in _ends(spec, scheme, last))
         read = [(published, _canonical(published), made) for published, made, _ in more]
-        rest = (one[1] if _untouched(one[0], one[2]) else _host_end(*one) for one in read)
+        rest = (one[1] if _untouched(one[0], one[2]) else _host_end(*one, machinery) for one in read)
         laid = (made for published, made, _ in more if not _untouched(published, made))
         on_card = max(_on_card(one, machinery) for one in (last.embedding, last.head, *laid))
         return Loading(
@@ -131,7 +137,7 @@ def _part(published: Sequence[Loaded], fused: Sequence[Loaded], machinery: Machi
 
     What was read stays, in canonical form, until all of the part is laid out.
     """
-    most, read, done = _reading(published), _read(published), 0
+    most, read, done = _reading(published, machinery), _read(published), 0
     for one in fused:
         done += one.nbytes(machinery)
         most = max(most, read + done + _joined(one) + _pack_extra(one, machinery))
@@ -158,15 +164,17 @@ def _canonical(one: Loaded) -> int:
     )
 
 
-def _read_bytes(one: Loaded) -> int:
+def _read_bytes(one: Loaded, machinery: Machinery) -> int:
     """While it is read, with its canonical form."""
     module, stored = one.module, one.stored
     if one.kind == "dense":
         return _canonical(one)
     if stored.layout == "rows":  # as published, until it is rounded
-        return module.N * module.K * one.file_bytes + _canonical(one) + _slab(module.N * module.K)
+        return module.N * module.K * one.file_bytes + _canonical(one) + _rounding(module.N * module.K, machinery)
     straight = not stored.act_order and not stored.planar
     factor = STRAIGHT.get((stored.layout, stored.bits)) if straight else None
+    if stored.layout == "awq-gemm" and machinery.ops == NATIVE:
+        factor = TURNED
     scales = _canonical(one) - module.N * module.K * (4 if stored.bits <= 4 else 8) // 8
     return int(module.N * module.K * (factor or READ[stored.layout])) + 2 * max(0, scales)
 
@@ -176,11 +184,11 @@ def _read(published: Sequence[Loaded]) -> int:
     return sum(map(_canonical, published))
 
 
-def _reading(published: Sequence[Loaded]) -> int:
+def _reading(published: Sequence[Loaded], machinery: Machinery) -> int:
     """The most while a part is read: what is there of it so far, and the one that is being read."""
     most = done = 0
     for one in published:
-        most, done = max(most, done + _read_bytes(one)), done + _canonical(one)
+        most, done = max(most, done + _read_bytes(one, machinery)), done + _canonical(one)
     return most
 
 
@@ -238,19 +246,25 @@ def _slab(numbers: int) -> int:
     return min(SLAB_BYTES, SLAB_ITEM * numbers)
 
 
+def _rounding(numbers: int, machinery: Machinery) -> int:
+    return 0 if machinery.ops == NATIVE else _slab(numbers)
+
+
 def _numbers(one: Loaded) -> int:
     return one.module.N * one.module.K
 
 
-def _until_canonical(published: Loaded, read: int, made: Loaded) -> int:
+def _until_canonical(published: Loaded, read: int, made: Loaded, machinery: Machinery) -> int:
     """The most until the canonical form is there: of one that was published quantized, or is to be."""
-    return _read_bytes(published) if published.stored.quantized else read + _canonical(made) + _slab(_numbers(made))
+    if published.stored.quantized:
+        return _read_bytes(published, machinery)
+    return read + _canonical(made) + _rounding(_numbers(made), machinery)
 
 
-def _host_end(published: Loaded, read: int, made: Loaded) -> int:
+def _host_end(published: Loaded, read: int, made: Loaded, machinery: Machinery) -> int:
     """Beside a card, which lays out what it is sent: with a copy in another float type."""
     if made.stored.quantized:
-        return _until_canonical(published, read, made)
+        return _until_canonical(published, read, made, machinery)
     return read + max(_slab(_numbers(made)), 4 * _numbers(made))
 
 
@@ -264,11 +278,11 @@ def _end(published: Loaded, read: int, made: Loaded, packed: int, machinery: Mac
             if made.slot == "embedding"
             else _pack_extra(made, machinery)
         )
-        return max(_read_bytes(published), read + packed + extra)
+        return max(_read_bytes(published, machinery), read + packed + extra)
     laid = _canonical(made)  # which the reference keeps
     if machinery.ops != "reference":
         laid += packed + _pack_extra(made, machinery)
-    return max(_until_canonical(published, read, made), laid)
+    return max(_until_canonical(published, read, made, machinery), laid)
 
 
 def _ends_peak(spec: ModelSpec, scheme: QuantScheme, machinery: Machinery, last: Ends) -> int:

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from quant import native
 from quant.bits import as_bytes, unpack_stream
 from quant.errors import CheckpointError
 from quant.formats.common import SCALES, Source, from_nibbles, group_columns
@@ -50,7 +51,13 @@ def _columns(words: Tensor) -> Tensor:
 
 
 def _transposed(words: Tensor) -> Tensor:
-    """int32 [K, N/8] -> uint8 [N, 4 ceil(K / 8)], the canonical nibbles, and any behind those of K inputs.
+    """int32 [K, N/8] -> uint8 [N, 4 ceil(K / 8)], the canonical nibbles, and any behind those of K inputs."""
+    turned = native.turn_awq(words)
+    return _turned(words) if turned is None else turned
+
+
+def _turned(words: Tensor) -> Tensor:
+    """The same by torch's operators.
 
     In a block of eight rows nibble i of row j changes places with nibble j of row i, so that what is moved then are whole words.
     """

@@ -145,6 +145,7 @@ def test_awq_gemm(tmp_path: Path, seed: int, eighths: int, K: int, group: int, z
 def test_awq_gemm_in_several_slabs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More inputs than are turned at a time, a last slab and block that are not full, and memory that held something else."""
     monkeypatch.setattr(awq, "SLAB", 3)
+    monkeypatch.setattr(awq, "_transposed", awq._turned)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **kind: empty(*shape, **kind).fill_(0x55))
     for N, K in ((8, 24), (264, 71), (40, 96), (16, 101)):

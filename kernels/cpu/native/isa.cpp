@@ -6,6 +6,7 @@
 #include "delta.h"
 #include "matmul.h"
 #include "mixture.h"
+#include "rows.h"
 #include "small.h"
 
 #define TEXT_(x) #x
@@ -15,7 +16,7 @@ namespace appliance {
 namespace ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {TEXT(ISA), matmul, mixture, attention, delta, rope_store, rms_norm, gate_mul<false>, gate_mul<true>, sigmoid_mul, gelu_by, scale, embed, argmax, kth_largest};
+const Kernels kernels = {TEXT(ISA), matmul, mixture, attention, delta, rope_store, rms_norm, gate_mul<false>, gate_mul<true>, sigmoid_mul, gelu_by, scale, embed, argmax, kth_largest, round_rows};
 
 }  // namespace ISA
 }  // namespace appliance

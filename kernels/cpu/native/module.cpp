@@ -12,6 +12,7 @@
 #include "pool.h"
 #include "stack.h"
 #include "types.h"
+#include "words.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -132,6 +133,13 @@ struct Machine {
     }
 };
 
+void round_rows(const std::string& isa, uintptr_t x, int type, int64_t rows, int64_t columns, int64_t group, int64_t bits, uintptr_t codes,
+                uintptr_t scales, uintptr_t zeros) {
+    const Kernels* kernels = find_kernels(isa);
+    if (kernels == nullptr) throw std::invalid_argument("no kernels for '" + isa + "' on this processor");
+    kernels->round_rows({at<void>(x), Type(type), rows, columns, group, bits, at<uint8_t>(codes), at<void>(scales), at<uint8_t>(zeros)});
+}
+
 Linear make_linear(int64_t N, int64_t K, int codes, int scale_type, int64_t group, bool gated, bool gelu, float limit, float slope, bool quantize,
                    bool per_token, int round_to, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t factors, uintptr_t perm) {
     Linear w;
@@ -165,6 +173,8 @@ NB_MODULE(_native, m) {
     m.doc() = "Kernels for the CPU. Arguments that are tensors are addresses; kernels/cpu/native_ops.py is the interface to use.";
     m.def("available", &available, "Instruction sets that this processor runs, best first.");
     m.def("physical_cores", &physical_cores, "CPU numbers of the physical cores this process may use.");
+    m.def("turn_awq", [](uintptr_t words, int64_t inputs, int64_t width, uintptr_t to) { turn_awq(at<uint32_t>(words), inputs, width, at<uint8_t>(to)); }, guard());
+    m.def("round_rows", &round_rows, guard());
 
     nb::class_<Linear>(m, "Linear")
         .def("__init__", [](Linear* self, int64_t N, int64_t K, int codes, int scale_type, int64_t group, bool gated, bool gelu, float limit,

@@ -192,6 +192,18 @@ struct ArgmaxArgs {
     int64_t* ids;
 };
 
+// Rows of a table rounded while it is loaded: quant/rows.py says how.
+struct RoundArgs {
+    const void* x;             // [rows, columns] in `type`
+    Type type;
+    int64_t rows, columns;
+    int64_t group;             // of 4 bits: at most 32 inputs
+    int64_t bits;              // 8 or 4
+    uint8_t* codes;            // [rows, columns], or [rows, ceil(columns / 2)]
+    void* scales;              // float32 [rows], or float16 [groups, rows]
+    uint8_t* zeros;            // of 4 bits: [groups, rows]
+};
+
 // What one instruction set offers.
 struct Kernels {
     const char* name;
@@ -209,6 +221,7 @@ struct Kernels {
     void (*embed)(Pool&, const EmbedArgs&);
     void (*argmax)(Pool&, const ArgmaxArgs&);
     float (*kth_largest)(Pool&, const float*, int64_t n, int64_t k);
+    void (*round_rows)(const RoundArgs&);
 };
 
 }  // namespace appliance
