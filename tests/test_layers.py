@@ -20,7 +20,7 @@ TORCH = {"torch", "transformers", "triton"}  # and what imports torch by itself
 # part (a module or a package; the longest that fits decides) -> what it may import of ours, beside itself
 MAY_IMPORT = {
     "quant": [],
-    "kernels": ["quant.tensor", "quant.errors"],
+    "kernels": ["quant.tensor", "quant.errors", "quant.extension"],
     "models": ["quant", "kernels"],
     "appliance": ["appliance.version", "appliance.core.params", "appliance.llm"],  # appliance/__init__.py: lazy names
     "appliance.version": [],
@@ -63,9 +63,9 @@ MAY_IMPORT = {
                                "appliance.runtime.check"],
     "appliance.__main__": ["appliance.cli"],
 }  # fmt: skip
-NO_TORCH = ["quant.errors", "quant.scheme", "quant.headers", "kernels.layout", "kernels.cpu.backend", "models.spec", "appliance",
-            "appliance.config", "appliance.core", "appliance.memory", "appliance.tui", "appliance.version",
-            "appliance.bench", "appliance.doctor"]  # fmt: skip
+NO_TORCH = ["quant.errors", "quant.extension", "quant.scheme", "quant.headers", "kernels.layout", "kernels.cpu.backend",
+            "models.spec", "appliance", "appliance.config", "appliance.core", "appliance.memory", "appliance.tui",
+            "appliance.version", "appliance.bench", "appliance.doctor"]  # fmt: skip
 NO_DIRECT_TORCH = ["appliance.server", "appliance.cli", "appliance.chat", "appliance.web"]
 NO_EDGE = ["quant", "kernels", "models", "appliance.core", "appliance.memory", "appliance.runtime", "appliance.text",
            "appliance.llm", "appliance.config", "appliance.version"]  # fmt: skip

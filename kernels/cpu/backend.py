@@ -12,6 +12,7 @@ import os
 from functools import cache
 from types import ModuleType
 
+from quant import extension
 from quant.errors import InputError
 
 TORCH = "torch"
@@ -49,3 +50,11 @@ def name() -> str:
         missing = "" if native() is not None else " (the native extension is not built: install a C++ compiler and reinstall)"
         raise InputError(f"APPLIANCE_CPU_ISA is {wanted!r}, but this processor runs {', '.join(found)}{missing}")
     return wanted
+
+
+def _extension() -> tuple[ModuleType, str] | None:
+    module, chosen = native(), name()
+    return None if module is None or chosen == TORCH else (module, chosen)
+
+
+extension.provide(_extension)

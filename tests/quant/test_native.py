@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import backend
-from quant import native
+from quant import extension, native
 from quant.formats import awq
 from quant.rows import quantize_rows
 
@@ -59,7 +59,7 @@ def test_rows_are_rounded_as_by_torch(isa: str, bits: int, dtype: torch.dtype, m
             again = quantize_rows(transposed, bits)
             with monkeypatch.context() as without:
                 without.setenv("APPLIANCE_CPU_ISA", backend.TORCH)
-                assert native.extension() is None
+                assert extension.found() is None
                 expected = quantize_rows(weight, bits)
             found.check()
             for one in (found, again):
