@@ -75,15 +75,15 @@ def audit(
 
 
 def _owners(pool: BlockPool, held: Sequence[Sequence[int]]) -> None:
-    counts = (
-        [0] * 2 * pool.num_blocks
-    )  # ids below 0, which count from the end, and those beyond the pool have places of their own
+    counts = [0] * pool.num_blocks
     for blocks in held:
         if len({*blocks}) != len(blocks):
             raise PoolError(f"a request owns a block twice: {list(blocks)}")
+        if blocks and not 0 <= min(blocks) <= max(blocks) < pool.num_blocks:
+            raise PoolError(f"a request owns a block that there is not, of {pool.num_blocks}: {list(blocks)}")
         for block in blocks:
             counts[block] += 1
-    if counts[: pool.num_blocks] == pool.references and not any(counts[pool.num_blocks :]):
+    if counts == pool.references:
         return
     owners = Counter(chain.from_iterable(held))
     if len(owners) != pool.used:

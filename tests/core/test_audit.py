@@ -59,6 +59,14 @@ def damage_twice(scheduler: Scheduler, r: Request) -> None:
     r.blocks[1] = r.blocks[0]
 
 
+def damage_beyond(scheduler: Scheduler, r: Request) -> None:
+    r.blocks[1] = 10**9
+
+
+def damage_below(scheduler: Scheduler, r: Request) -> None:
+    r.blocks[1] = -(10**9)
+
+
 def damage_flag(scheduler: Scheduler, r: Request) -> None:
     scheduler.waiting[0].held = True
 
@@ -92,6 +100,8 @@ def damage_seat_waiting(scheduler: Scheduler, r: Request) -> None:
         (damage_host_owner, "expected 2 to 2"),
         (damage_lost, "not all requests"),
         (damage_twice, "owns a block twice"),
+        (damage_beyond, "a block that there is not"),
+        (damage_below, "a block that there is not"),
         (damage_waiting, "waits with 0 blocks and 1 tokens"),
         (damage_order, "order of arrival"),
         (damage_limit, "more than 1"),
