@@ -1,6 +1,8 @@
 """Calls in tags (Seed-OSS, Qwen3-Coder, MiniMax, GLM): arguments are text until the tool's parameters say what they stand for."""
 
 import json
+import subprocess
+import sys
 
 import jsonschema
 import pytest
@@ -195,6 +197,21 @@ def test_by_hand_of_glm(text, content, calls):
 )
 def test_typed(text, schema, value):
     assert json.loads(typed(text, schema)) == value
+
+
+def test_what_a_model_writes_is_warned_of_nowhere():
+    """By Python's compiler; the warnings of others are, in other threads as well."""
+    script = """
+import sys, threading, warnings
+from appliance.text.tools.tags import typed
+before = list(warnings.filters)
+assert typed(r"{'a': '\\d'}", {}) == r'{"a": "\\\\d"}' and typed("[1or 2]", {}) == '"[1or 2]"'
+assert warnings.filters == before
+compile(r"'\\e'", "<other>", "eval")
+"""
+    done = subprocess.run([sys.executable, "-W", "always", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\\d" not in done.stderr and "decimal" not in done.stderr and "invalid escape sequence '\\e'" in done.stderr
 
 
 SCHEMA = {

@@ -27,6 +27,9 @@ _OF_ALL = frozenset({
 })  # fmt: skip
 """Those that constrain all arguments together, or such as have no names."""
 
+_SOURCE = "<what a model wrote>"
+warnings.filterwarnings("ignore", module=re.escape(_SOURCE))  # Python's compiler's, of such text alone and in every thread
+
 
 class Tagging(NamedTuple):
     """The tags of an argument: before its name, between that and its value (line by line), and behind it."""
@@ -211,8 +214,12 @@ def _from_json(text: str) -> Any:
 
 
 def _from_python(text: str) -> Any:
-    """The same of what Python would take without them."""
-    return ast.literal_eval(text.replace("\r", "\\r").replace("\n", "\\n"))
+    return ast.literal_eval(ast.parse(text, _SOURCE, "eval"))
+
+
+def _from_broken_python(text: str) -> Any:
+    """The same of what Python would take without line breaks within strings."""
+    return _from_python(text.replace("\r", "\\r").replace("\n", "\\n"))
 
 
 def typed(text: str, schema: Any) -> str:
@@ -224,10 +231,9 @@ def typed(text: str, schema: Any) -> str:
     text = text.removeprefix("\n").removesuffix("\n")
     kind = schema.get("type") if isinstance(schema, Mapping) else None
     if kind != "string" and (kind is not None or text.lstrip()[:1] in ("{", "[")):
-        for read in (_from_json, ast.literal_eval, _from_python):
+        for read in (_from_json, _from_python, _from_broken_python):
             try:
-                with warnings.catch_warnings(action="ignore"):  # of Python's compiler, about what a model wrote
-                    return json.dumps(read(text.strip()), ensure_ascii=False, allow_nan=False)
+                return json.dumps(read(text.strip()), ensure_ascii=False, allow_nan=False)
             except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 continue
     return json.dumps(text, ensure_ascii=False)
