@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -32,6 +33,8 @@ class Usage:
         self._kept: dict[str, dict[str, float]] = {}  # as the file has it
         self._told = False
         self._lock = threading.Lock()  # a thread may write when the server ends
+        self._asked = itertools.count(1)
+        self._done = 0  # which of the writings that were asked for was the last one
 
     def read(self) -> dict[str, tuple[float, int]]:
         """Key -> (seconds since its day began, tokens used since)."""
@@ -50,11 +53,13 @@ class Usage:
 
     def write(self, accounts: Mapping[str, Account]) -> None:
         """Keep what accounts with such a limit have used, if it has changed."""
-        self._write(_days(accounts))
+        self._write(next(self._asked), _days(accounts))
 
-    def _write(self, days: Mapping[str, tuple[float, int]]) -> None:
+    def _write(self, number: int, days: Mapping[str, tuple[float, int]]) -> None:
         with self._lock:
-            self._replace(days)
+            if number > self._done:  # else a thread comes late, and newer numbers are kept
+                self._done = number
+                self._replace(days)
 
     def _replace(self, days: Mapping[str, tuple[float, int]]) -> None:
         now = time.time()
@@ -81,7 +86,7 @@ class Usage:
         """Write now and then, as long as the task lives."""
         while True:
             await asyncio.sleep(EVERY_S)
-            await asyncio.to_thread(self._write, _days(accounts))  # accounts are the event loop's
+            await asyncio.to_thread(self._write, next(self._asked), _days(accounts))  # accounts are the event loop's
 
 
 def _days(accounts: Mapping[str, Account]) -> dict[str, tuple[float, int]]:

@@ -204,6 +204,28 @@ async def test_usage_is_written_while_the_server_runs(tmp_path: Path, monkeypatc
     keeping.cancel()
 
 
+async def test_what_a_thread_writes_late_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was asked to before the server's last writing, and comes after it."""
+    late: list[Any] = []
+
+    async def to_thread(*call: Any) -> None:
+        late.append(call)
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(usage, "EVERY_S", 0.0)
+    monkeypatch.setattr(usage.asyncio, "to_thread", to_thread)
+    account, kept = Account(Limits(tokens_per_day=9)), usage.Usage(tmp_path / "used")
+    account.tokens(3)
+    keeping = asyncio.create_task(kept.keep({"mine": account}))
+    while not late:
+        await asyncio.sleep(0)
+    account.tokens(4)
+    kept.write({"mine": account})
+    late[0][0](*late[0][1:])
+    assert kept.read()["mine"][1] == 7
+    keeping.cancel()
+
+
 def test_concurrency(start: Any) -> None:
     with start("concurrency = 2", delay_s=0.02) as (served, _), served.http as http:
         with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}, headers=bearer(MINE)) as one:
