@@ -27,12 +27,14 @@ class Child:
         """``model`` "demo" is the embedded one, where no directory has that name."""
         self.flags = list(flags)
         port = self._flag("--port") or os.environ.get("APPLIANCE_PORT") or ""
+        host = self._flag("--host") or os.environ.get("APPLIANCE_HOST") or "127.0.0.1"
+        self._held: socket.socket | None = None
         if not port or port == "0":
-            port = str(free_port())
+            self._held = hold_port(host)
+            port = str(self._held.getsockname()[1])
             self.flags = [*_without(self.flags, "--port"), "--port", port]
         if not port.isdigit():
             raise InputError(f"--port {port!r} is not a port")
-        host = self._flag("--host") or os.environ.get("APPLIANCE_HOST") or "127.0.0.1"
         if host in ("0.0.0.0", "::", ""):
             host = "127.0.0.1" if host != "::" else "::1"
         scheme = "https" if self._flag("--ssl-certfile") else "http"
@@ -72,6 +74,8 @@ class Child:
                 self.lines.append(as_log(words))
                 self.total += 1
         os.close(self._leash)
+        if self._held:
+            self._held.close()
 
     @property
     def running(self) -> bool:
@@ -111,11 +115,21 @@ class Child:
             return 5.0
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+def hold_port(host: str) -> socket.socket:
+    """Has a free port of the host. While it is open the system gives that to nobody who asks for any, and a server, which names
+    it (and says SO_REUSEADDR, too), can listen there."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (OSError, UnicodeError):  # the server will say so
+        return hold_port("127.0.0.1")
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        return hold_port("127.0.0.1")
+    return sock
 
 
 def _without(flags: Sequence[str], name: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from appliance.server.run import bind
 from appliance.tui.app import Dashboard
 from appliance.tui.child import Child, as_log
 from appliance.tui.feed import Feed, LogLine
@@ -94,6 +96,25 @@ def test_the_command_of_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     assert "demo" in Child("demo", ["--port", "1"]).command, "a directory of that name"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost", "::1", "nowhere.invalid", "192.0.2.1"])
+def test_nobody_else_gets_its_port(host: str) -> None:
+    """Among those who ask for any; the server, which asks for this one, does get it."""
+    child = Child("m", ["--host", host])
+    port = int(child.url.rpartition(":")[2])
+    mine = "::1" if host == "::1" else "127.0.0.1"
+    others = [socket.socket(socket.AF_INET6 if ":" in mine else socket.AF_INET) for _ in range(2000)]
+    try:
+        for other in others:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind((mine, 0))
+        assert port not in {other.getsockname()[1] for other in others}
+    finally:
+        for other in others:
+            other.close()
+    if host not in ("nowhere.invalid", "192.0.2.1"):
+        bind(host, port).close()
 
 
 def test_lines_of_its_log() -> None:
