@@ -130,7 +130,7 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=100, help="most bodies of each kind for each route")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1800, help="most that one of the two runs may take")
-    parser.add_argument("--report", type=Path, help="a file whose part between two marks is written anew")
+    parser.add_argument("--report", type=Path, help="a file, of which the part between two marks is written anew")
     args = parser.parse_args()
     runs = {}
     for name in ("without keys", "with keys"):
@@ -141,7 +141,8 @@ def main() -> int:
     text = report(runs, args)
     print(text)
     if args.report:
-        head, _, rest = args.report.read_text().partition("<!-- measured -->\n")
+        before = args.report.read_text() if args.report.exists() else ""
+        head, _, rest = before.partition("<!-- measured -->\n")
         args.report.write_text(f"{head}<!-- measured -->\n{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
     good = all(run["code"] == 0 and run["after"]["used"] == run["after"]["running"] == 0 for run in runs.values())
     return 0 if good else 1
