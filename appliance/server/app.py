@@ -171,7 +171,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
         return JSONResponse(error_body(message, status=400, param=name, code="invalid_type"), status_code=400)
     where = f"{request.method} {request.url.path}"
     message, code = {
-        404: (f"there is no route {where}{f': {why}' if (why := unserved(request.url.path)) else ''}", "not_found"),
+        404: (f"there is no route {where}: {unserved(request.url.path)}", "not_found"),
         405: (f"the method is not allowed here: {where}", "method_not_allowed"),
     }.get(error.status_code, (str(error.detail), None))
     body = error_body(message, status=error.status_code, code=code)

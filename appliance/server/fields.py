@@ -37,6 +37,7 @@ _OFF: tuple[object, ...] = (False, "", [], {})  # False == 0, so 0 is among them
 _SAMPLER = "this sampler is not supported: use temperature, top_p, top_k, min_p and the penalties"
 _MAX_TOKENS = "not supported under this name: use max_tokens"
 _TEMPLATE = 'not supported under this name: use chat_template_kwargs, as in {"enable_thinking": false}'
+_SYSTEM = "not supported here: send a message with the role system"
 _TOOLS = "this older form is not supported: use tools and tool_choice"
 
 # Known, and they would change the answer: field -> (values that ask for nothing, what to do instead).
@@ -56,11 +57,19 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "prompt_embeds": (_OFF, "embeddings as a prompt are not supported: send text or token ids"),
     "kv_transfer_params": (_OFF, "not supported: leave it out"),
     "n_predict": ((), _MAX_TOKENS),
+    "num_predict": ((), _MAX_TOKENS),
     "max_new_tokens": ((), _MAX_TOKENS),
     "max_output_tokens": ((), _MAX_TOKENS),
     "stop_sequences": (_OFF, "not supported under this name: use stop"),
     "enable_thinking": ((), _TEMPLATE),
     "thinking": (_OFF, _TEMPLATE),
+    "think": ((), _TEMPLATE),
+    "reasoning": (_OFF, "not supported under this name: use reasoning_effort"),
+    "extra_body": (_OFF, "an argument of OpenAI's client, which takes it out: what it holds belongs in the request itself"),
+    "system": (_OFF, _SYSTEM),
+    "instructions": (_OFF, _SYSTEM),
+    "random_seed": ((), "not supported under this name: use seed"),
+    "num_beams": ((1,), 'not supported under this name: use "use_beam_search": true, and n'),
     "format": (_OFF, "not supported under this name: use response_format"),
     "n_probs": (_OFF, "not supported under this name: use logprobs"),
     "repeat_penalty": ((1, 1.0), "not supported under this name: use repetition_penalty"),

@@ -58,7 +58,14 @@ UNSERVED = {
     "/v1beta": "Gemini's form is not spoken here: use /v1/chat/completions",
     "/v1/load_lora_adapter": "LoRA adapters are not supported: merge the adapter into the model",
     "/v1/unload_lora_adapter": "LoRA adapters are not supported: merge the adapter into the model",
+    "/lora-adapters": "LoRA adapters are not supported: merge the adapter into the model",
     "/v1/alpha": "nothing is searched for here",
+    "/v1/chat/completions/input_tokens": "POST /tokenize with messages counts them",
+    "/v1/chat/completions/render": "POST /tokenize with messages has the tokens of the prompt",
+    "/v1/completions/render": "POST /tokenize with prompt has its tokens",
+    "/apply-template": "POST /tokenize with messages has the tokens of the prompt, and POST /detokenize their text",
+    "/invocations": "use /v1/chat/completions or /v1/completions",
+    "/server_info": "GET /stats tells of the server and its model",
 }
 
 WHOLE = re.compile(r"https?://[^/]*", re.IGNORECASE)
@@ -90,9 +97,10 @@ def usual(path: str) -> str:
     return path
 
 
-def unserved(path: str) -> str | None:
-    """Why there is no such route, where it is one that others have."""
-    return next((why for known, why in UNSERVED.items() if path == known or path.startswith(f"{known}/")), None)
+def unserved(path: str) -> str:
+    """Why there is no such route, where it is one that others have, else where to look."""
+    known = (why for known, why in UNSERVED.items() if path == known or path.startswith(f"{known}/"))
+    return next(known, "GET /openapi.json has all that there are")
 
 
 def methods(routes: Iterable[Any], scope: Scope) -> set[str]:

@@ -94,6 +94,8 @@ def _message(index: int, message: Any, convert: Callable[[Any], Any]) -> dict[st
         "tool",
     ):  # of these nothing can come; of a user it is a slip
         raise RequestError(f"{where}.content must be text or a list of text parts, got nothing", param=f"{where}.content")
+    if plain.get("images"):  # as Ollama's clients send them
+        raise RequestError(f"{where}.images: this model reads text only", param=f"{where}.images")
     plain["content"] = convert(_text(plain.get("content", ""), f"{where}.content"))
     if plain["role"] == "developer":  # a system message by another name, which templates do not know
         plain["role"] = "system"

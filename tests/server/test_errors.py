@@ -102,6 +102,13 @@ def test_what_does_not_go_together(served: Served, path: str, body: dict[str, An
     assert error["message"].startswith(words) and error["param"] == param
 
 
+def test_pictures_are_not_left_out_silently(served: Served) -> None:
+    """Ollama's clients send them beside the text."""
+    error = refused(served, "/v1/chat/completions", messages=[*HELLO, {"role": "user", "content": "this?", "images": ["aGk="]}])
+    assert error["param"] == "messages[1].images" and error["message"].endswith("this model reads text only")
+    assert served.post("/v1/chat/completions", messages=[{**HELLO[0], "images": []}], max_tokens=1).status_code == 200
+
+
 @pytest.mark.parametrize("field", sorted(REFUSED))
 def test_fields_that_would_change_the_answer(served: Served, field: str) -> None:
     error = refused(served, "/v1/completions", prompt="a", **{field: {"some": "thing"}})
