@@ -6,6 +6,7 @@ What wins: the command line, then APPLIANCE_* in the environment, then the file 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import sys
@@ -201,6 +202,9 @@ def version() -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0 fine, 1 no (or the engine died), 2 bad input, told in one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may know fewer characters than a model, or a dashboard
     sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
 
 

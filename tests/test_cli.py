@@ -325,6 +325,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert result.returncode == 0 and result.stdout.strip() == f"appliance {__version__}"
 
 
+def test_a_terminal_that_knows_few_characters() -> None:
+    """Of a language that is none of UTF-8: what it cannot show is not there, but the rest is."""
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "appliance", "tui", "--replay", "docs/session.jsonl.gz", "--once"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=60)
+    assert result.returncode == 0 and result.stdout.startswith(f"appliance {__version__} ? "), result.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

@@ -44,9 +44,6 @@ class Asked:
 def main(asked: Asked) -> int:
     """The exit code: 0, or 1 where there was no answer. Raises InputError."""
     _check(asked)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal may know fewer characters than a model
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)  # so that a server that was started ends with it
     try:
