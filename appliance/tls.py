@@ -1,11 +1,25 @@
-"""Whom clients trust: servers may have certificates that no public authority has signed."""
+"""How clients find servers, and whom they trust: there are certificates that no public authority has signed."""
 
 from __future__ import annotations
 
 import ssl
 import urllib.request
+from urllib.parse import urlsplit
 
 from quant.errors import InputError
+
+
+def base_url(url: str, flag: str = "--url") -> str:
+    """``url`` with a scheme, without /v1 and a trailing slash. Raises InputError where it is none."""
+    full = url if "://" in url else f"http://{url}"
+    try:
+        parts = urlsplit(full)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise InputError(f"{flag} {url!r} is not the address of a server: it looks like http://127.0.0.1:8000")
+    return full.rstrip("/").removesuffix("/v1")
 
 
 def trust(ca_certs: str | None, *, insecure: bool = False) -> ssl.SSLContext:

@@ -219,7 +219,7 @@ def test_results_of_several_runs_go_into_one_file(tiny: Served, tmp_path: Path, 
     ("argv", "said"),
     [
         (["--port", "9", "--num-prompts", "1"], "no server answers"),
-        (["--base-url", "ftp://x"], "--base-url ftp://x"),
+        (["--base-url", "ftp://x"], "--base-url 'ftp://x'"),
         (["--dataset-name", "poems"], "--dataset-name poems"),
         (["--dataset-name", "custom"], "--dataset-path"),
         (["--dataset-name", "custom", "--dataset-path", "/nowhere"], "/nowhere"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from appliance.tls import trust
+from appliance.tls import base_url, trust
 from quant.errors import InputError
 
 OnBody = Callable[[bytes, float], None]  # a piece of a 200's body, and when it came
@@ -217,14 +217,9 @@ class Target:
 
     def __init__(self, url: str, headers: Mapping[str, str], *, ca_certs: str | None = None, insecure: bool = False) -> None:
         """Raises InputError for a URL that is none, or certificates that are none."""
-        try:
-            parts = urlsplit(url)
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-        except ValueError as error:
-            raise InputError(f"--base-url {url}: {error}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"--base-url {url}: it looks like http://127.0.0.1:8000")
-        self.url, self.host, self.port = url.rstrip("/"), parts.hostname, port
+        self.url = base_url(url, "--base-url")
+        parts = urlsplit(self.url)
+        self.host, self.port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
         self._path, self._idle = parts.path.rstrip("/"), list[Connection]()
         self._ssl = trust(ca_certs, insecure=insecure) if parts.scheme == "https" else None
         for name, value in headers.items():

@@ -9,9 +9,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator
 from typing import Any
-from urllib.parse import urlsplit
 
-from appliance.tls import no_answer, opener
+from appliance.tls import base_url, no_answer, opener
 from quant.errors import InputError
 
 TIMEOUT_S = 10.0  # for everything but answers, which take as long as they take
@@ -24,19 +23,6 @@ class ChatError(Exception):
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.status = status
-
-
-def base_url(url: str) -> str:
-    """``url`` with a scheme, without /v1 and a trailing slash. Raises InputError where it is none."""
-    full = url if "://" in url else f"http://{url}"
-    try:
-        parts = urlsplit(full)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        good = False
-    if not good:
-        raise InputError(f"--url {url!r} is not the address of a server: it looks like http://127.0.0.1:8000")
-    return full.rstrip("/").removesuffix("/v1")
 
 
 class Server:

@@ -8,10 +8,10 @@ import time
 import urllib.error
 import urllib.request
 from typing import Any, Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 from urllib.request import OpenerDirector
 
-from appliance.tls import no_answer, opener
+from appliance.tls import base_url, no_answer, opener
 from appliance.tui.vllm import NotVllm, VllmMetrics
 from quant.errors import InputError
 
@@ -36,19 +36,6 @@ class Source(Protocol):
     def stats(self) -> dict[str, Any]: ...
     def log(self, after: int) -> dict[str, Any]: ...
     def cancel(self, request_id: str) -> str: ...
-
-
-def base_url(url: str) -> str:
-    """``url`` with a scheme and without a trailing slash. Raises InputError where it is none."""
-    full = url if "://" in url else f"http://{url}"
-    try:
-        parts = urlsplit(full)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        good = False
-    if not good:
-        raise InputError(f"--url {url!r} is not the address of a server: it looks like http://127.0.0.1:8000")
-    return full.rstrip("/")
 
 
 def ask(url: str, api_key: str | None = None, *, method: str = "GET", by: OpenerDirector | None = None) -> bytes:

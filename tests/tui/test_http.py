@@ -16,7 +16,12 @@ from appliance.tui.http import FeedError, Server, base_url, fetch
 from quant.errors import InputError
 from tests.tui.stage import VLLM_METRICS
 
-URLS = [("localhost:80/", "http://localhost:80"), ("https://a.b", "https://a.b"), ("http://[::1]:8000", "http://[::1]:8000")]
+URLS = [
+    ("localhost:80/", "http://localhost:80"),
+    ("https://a.b", "https://a.b"),
+    ("http://[::1]:8000", "http://[::1]:8000"),
+    ("a/v1/", "http://a"),
+]
 Answer = tuple[int, bytes]
 
 
