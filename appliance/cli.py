@@ -69,7 +69,7 @@ def serve(model: str | None = None, /, *, engine: EngineFlags = ENGINE, server: 
     Parameters
     ----------
     model
-        A directory with a Hugging Face checkpoint, or a name on the hub; the embedded demo model when left out.
+        A directory with a Hugging Face checkpoint, or a name on the hub; demo, the embedded model, when left out.
     """
     from appliance.server.run import serve
 
@@ -114,7 +114,7 @@ def plan(
     Parameters
     ----------
     model
-        A directory with a Hugging Face checkpoint, or a name on the hub; the embedded demo model when left out.
+        A directory with a Hugging Face checkpoint, or a name on the hub; demo, the embedded model, when left out.
     gpu
         Plan for a card that need not be in this machine, as in "RTX 4090"; for several, as in "2x RTX 3090", tensor parallel.
     memory

@@ -12,7 +12,7 @@ class EngineConfig:
     """What the engine needs to know. Nothing is ever written back into it."""
 
     model: str | None = None
-    """A directory with a Hugging Face checkpoint, or a name on the hub; the embedded demo model when left out."""
+    """A directory with a Hugging Face checkpoint, or a name on the hub; demo, the embedded model, when left out."""
     tokenizer: str | None = None
     """Where the tokenizer is, if not with the model."""
     revision: str | None = None

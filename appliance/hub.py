@@ -154,6 +154,8 @@ def on_this_machine(model: str) -> Path | None:
     path = Path(os.path.expanduser(model))
     if model and os.path.isdir(path):  # pathlib's raises where a name is too long, or its directory is somebody else's
         return path
+    if model == "demo":
+        return demo_model()
     if path.suffix.lower() == ".gguf":
         raise InputError(f"{model}: GGUF is not supported: take the AWQ, GPTQ or original safetensors version of the model")
     if os.path.isfile(path):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from appliance.hub import called, resolve
+from appliance.hub import called, demo_model, resolve
 from quant.errors import InputError
 from tests import warm
 from tests.tiny_model import Shape, config, make_checkpoint
@@ -280,6 +280,14 @@ def test_a_path_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name in ("", "a b", "org/mo?del", "ü", "a b " * 100):
         with pytest.raises(InputError, match=r"neither a directory nor a name|no such"):
             resolve(name)
+
+
+def test_the_embedded_model_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a directory may have as well, and then means that."""
+    monkeypatch.chdir(tmp_path)
+    assert resolve("demo") == demo_model()
+    (tmp_path / "demo").mkdir()
+    assert resolve("demo") == Path("demo")
 
 
 def test_the_address_of_a_models_page_is_its_name(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

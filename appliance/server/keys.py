@@ -151,7 +151,10 @@ def read_keys(file: Path) -> tuple[Key, ...]:
     try:
         table = json.loads(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)
     except ValueError as error:
-        message = f"--api-key-file {file} is neither TOML nor JSON: {' '.join(str(error).split())}"
+        why = " ".join(str(error).split())
+        if "overwrite" in why:
+            raise InputError(f"--api-key-file {file} has a name twice ({why}): give each key one of its own") from None
+        message = f"--api-key-file {file} is neither TOML nor JSON: {why}"
         raise InputError(f"{message}; `appliance key NAME` makes its lines") from None
     keys: list[Key] = []
     for name, row in table.items():

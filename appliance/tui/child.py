@@ -24,7 +24,6 @@ class Child:
     """``appliance serve MODEL FLAGS`` on a free port, unless the flags have one. Its output is read line by line."""
 
     def __init__(self, model: str, flags: Sequence[str]) -> None:
-        """``model`` "demo" is the embedded one, where no directory has that name."""
         self.flags = list(flags)
         port = self._flag("--port") or os.environ.get("APPLIANCE_PORT") or ""
         host = self._flag("--host") or os.environ.get("APPLIANCE_HOST") or "127.0.0.1"
@@ -40,8 +39,7 @@ class Child:
         scheme = "https" if self._flag("--ssl-certfile") else "http"
         self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         self.api_key = self._flag("--api-key")
-        named = [] if model == "demo" and not os.path.isdir(model) else [model]
-        self.command = [sys.executable, "-m", "appliance", "serve", *named, *self.flags]
+        self.command = [sys.executable, "-m", "appliance", "serve", model, *self.flags]
         self.lines: deque[LogLine] = deque(maxlen=LINES)
         self.total = 0
         self._process: subprocess.Popen[str] | None = None

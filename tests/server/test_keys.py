@@ -191,6 +191,7 @@ def test_json_file(start: Start, tmp_path: Path) -> None:
         ("{", "is neither TOML nor JSON"),
         ("[]", "is neither TOML nor JSON"),
         ("a = 3", "key 'a': expected { sha256"),
+        ("a = 3\na = 3", "has a name twice (Cannot overwrite a value"),
         ("a = { }", "key 'a': sha256 must be 64 hexadecimal digits"),
         (f'a = {{ sha256 = "{SECRET}" }}', "key 'a': sha256 must be 64 hexadecimal digits"),
         (
