@@ -249,6 +249,8 @@ def _complain(error: Exception) -> None:
     guess = re.fullmatch(r"(Unknown option: ([^\s=]+)\S*\.) Did you mean (\S+)\?", text)
     if guess and SequenceMatcher(None, guess[2], guess[3]).ratio() < NEAR:
         text = guess[1]
+    if unused := re.fullmatch(r"Unused Tokens: \[(.*)\]\.", text):
+        text = f"{unused[1]}: nothing more is expected here"
     print(f"appliance: error: {text}", file=sys.stderr)
 
 

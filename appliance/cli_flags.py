@@ -7,6 +7,7 @@ tables); so are commands.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 
@@ -113,9 +114,9 @@ def _own(name: str, equals: str, value: str, rest: list[str]) -> list[str]:
         return [name, QUANTIZATION.get(value, value)]
     if name == "--model":  # becomes the positional one: two models are an error, and both win over environment and file
         return [value if equals else _next(name, rest)]
-    if name in LISTS and not equals:  # several values may follow
+    if name in LISTS and not equals:  # several values may follow, and the model behind them
         values = [_next(name, rest)]
-        while rest and not rest[0].startswith("-"):
+        while rest and not rest[0].startswith("-") and not os.path.isfile(os.path.join(rest[0], "config.json")):
             values.append(rest.pop(0))
         return [part for one in values for part in (name, one)]
     if name == "--allowed-origins":  # vLLM's is a list in JSON

@@ -65,6 +65,14 @@ def test_flags(served: list[Any]) -> None:
     assert served[-1][0].model == "m" and served[-1][0].max_model_len == 4096
 
 
+def test_a_model_behind_a_list_is_no_part_of_it(served: list[Any], model: Path) -> None:
+    """Or the embedded one would be served, with a path for a key."""
+    assert cli.run(["serve", "--api-key", "a", "b", str(model)]) == 0
+    assert served[-1] == (EngineConfig(model=str(model)), ServerConfig(api_key=("a", "b")))
+    assert cli.run(["serve", "--served-model-name", "one", str(model), "--port", "9"]) == 0
+    assert served[-1] == (EngineConfig(model=str(model)), ServerConfig(port=9, served_model_name=("one",)))
+
+
 def test_every_option_is_a_flag_a_file_key_and_a_variable(
     served: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,8 +114,8 @@ def test_which_source_wins(served: list[Any], tmp_path: Path, monkeypatch: pytes
     [
         ("serve --port x", 'Invalid value for --port: unable to convert "x" into int.'),
         ("serve --frobnicate 3", "Unknown option: --frobnicate."),
-        ("serve a b", "Unused Tokens: ['b']."),
-        ("serve a --model b", "Unused Tokens: ['b']."),
+        ("serve a b", "'b': nothing more is expected here"),
+        ("serve a --model b", "'b': nothing more is expected here"),
         ("serve --model", "--model needs a value"),
         ("serve --config", "--config needs the name of a TOML file"),
         ("serve --config nowhere.toml", "--config nowhere.toml: No such file or directory"),
