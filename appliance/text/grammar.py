@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from appliance.core.params import RequestError, StructuredOutputsParams
 from appliance.text.compiler import Compiler, Task
+from appliance.text.schema import constraining
 from appliance.text.wide import wide_parts
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def _source(structured: StructuredOutputsParams) -> tuple[str, str]:
         return "choice", "start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, structured.choice))
     if isinstance(structured.json, dict):
         try:
-            return "json", json.dumps(structured.json, ensure_ascii=False)
+            return "json", json.dumps(constraining(structured.json, formats=True), ensure_ascii=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"structured_outputs.json is no JSON ({error})", param="structured_outputs.json") from None
     kind = next(name for name in ("json", "regex", "grammar") if getattr(structured, name) is not None)

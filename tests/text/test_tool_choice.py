@@ -8,6 +8,7 @@ import pytest
 
 from appliance.core.params import RequestError, StructuredOutputsParams
 from appliance.text.grammar import compile_grammar
+from appliance.text.schema import constraining
 from appliance.text.template import ChatTemplates
 from appliance.text.tools.choice import forced, parameters, schema, tool_choice
 from appliance.text.tools.detect import detect
@@ -133,6 +134,19 @@ def test_what_generators_write_into_schemas_and_rules_nothing_out():
     said = {"propertyNames": {"maxLength": 3}, "uniqueItems": True}
     assert parameters({"parameters": said}) == {"type": "object", **said}
     assert parameters({"parameters": {"format": ["odd"]}}) == {"type": "object"}
+
+
+@pytest.mark.realdata
+def test_what_rules_nothing_out_is_left_out_of_the_forms_of_answers_too():
+    """As of zod, again, whose records have names of properties. Formats that nobody follows do say something."""
+    idle = {"propertyNames": {"type": "string"}, "uniqueItems": False, "unevaluatedProperties": True}
+    given = {"properties": {"uniqueItems": {"type": "integer", **idle}}, "required": ["uniqueItems"], **idle}
+    plain = {"properties": {"uniqueItems": {"type": "integer"}}, "required": ["uniqueItems"]}
+    assert constraining(given, formats=True) == plain
+    assert compile_grammar(StructuredOutputsParams(json=given)) == compile_grammar(StructuredOutputsParams(json=plain))
+    for said in ({"propertyNames": {"maxLength": 3}}, {"uniqueItems": True}, {"type": "string", "format": "binary"}):
+        with pytest.raises(RequestError):
+            compile_grammar(StructuredOutputsParams(json=said))
 
 
 def test_the_format_of_real_templates(shared_data):

@@ -8,21 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from appliance.core.params import RequestError
+from appliance.text.schema import constraining
 from appliance.text.tools.forms import Form
-from appliance.text.tools.tags import NOTES, Tagging, check_name, check_tags
+from appliance.text.tools.tags import Tagging, check_name, check_tags
 
 MAX_TOOLS = 1024  # of a request; about ten microseconds each
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
-# Keywords with values that rule nothing out, as zod writes them, and formats that llguidance follows: others are notes.
-_IDLE: dict[str, tuple[object, ...]] = {
-    "propertyNames": ({}, True, {"type": "string"}),
-    "uniqueItems": (False,),
-    "unevaluatedProperties": (True, {}),
-}
-_FORMATS = ("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid")
-# Of a JSON schema: what holds schemas by names, and what is a schema or a list of them.
-_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-_WITHIN = frozenset({"items", "prefixItems", "additionalProperties", "additionalItems", "anyOf", "allOf", "oneOf"})
 
 
 @dataclass(frozen=True)
@@ -184,23 +175,8 @@ def parameters(function: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = function.get("parameters") or _NO_PARAMETERS
     with contextlib.suppress(RecursionError):  # one so deep is left as it is
-        given = _constraining(given)
+        given = constraining(given, formats=False)
     return {**given, "additionalProperties": False} if given == _NO_PARAMETERS else {"type": "object", **given}
-
-
-def _constraining(schema: Any) -> Any:
-    """A JSON schema without what says nothing of the values that fit it."""
-    if isinstance(schema, list):
-        return [_constraining(one) for one in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    kept: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in _NAMED and isinstance(value, Mapping):
-            kept[key] = {name: _constraining(one) for name, one in value.items()}
-        elif key not in NOTES and value not in _IDLE.get(key, ()) and (key != "format" or value in _FORMATS):
-            kept[key] = _constraining(value) if key in _WITHIN else value
-    return kept
 
 
 def schema(choice: ToolChoice, *, parallel: bool = True) -> dict[str, Any]:

@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from appliance.core.params import RequestError
+from appliance.text.schema import NOTES
 from appliance.text.tools.parser import ToolParser
 from appliance.text.tools.reader import Step, Steps
 
 _NAME, _KEY = re.compile(r"[-\w.:/]*"), re.compile(r'[^"<>\n]*')
 KEYWORD = re.compile(r"[^\s\x00-/:-@\[-^`{-\x7f]*")  # \w knows no vowel signs, of which names may be full
-NOTES = frozenset({"description", "title", "default", "examples", "$comment"})
-"""Keywords of a JSON schema that constrain nothing."""
 _OF_ALL = frozenset({
     "anyOf", "oneOf", "allOf", "not", "if", "then", "else", "$ref", "$dynamicRef", "$recursiveRef", "enum", "const",
     "minProperties", "maxProperties", "propertyNames", "patternProperties", "dependencies", "dependentRequired",
