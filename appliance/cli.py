@@ -10,19 +10,18 @@ import io
 import os
 import re
 import sys
-import tomllib
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from cyclopts import App, ArgumentCollection, CycloptsError, Group, Parameter
-from cyclopts.config import Dict, Env
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from appliance.cli_flags import translate, translate_bench
 from appliance.cli_foreign import COMMANDS
 from appliance.cli_help import FORMATTER
+from appliance.cli_sources import Variables, file_options, foreign_key, take_config
 from appliance.config import EngineConfig, ServerConfig
 from appliance.version import __version__
 from quant.errors import InputError
@@ -36,14 +35,6 @@ NEAR = 0.8
 READERS = {"serve": translate, "plan": translate, "bench": translate_bench}
 """Who reads a command line before it is parsed."""
 FLAT = Parameter(name="*")
-
-
-class Variables(Env):
-    """APPLIANCE_*, but for options of clients that mean another thing there: variables of these names say what servers serve, and
-    whom they let in."""
-
-    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-        super().__call__(app, commands, ArgumentCollection(one for one in arguments if one.parameter.show_env_var is not False))
 
 
 CARDS = Parameter(negative=(), env_var_split=lambda _, value, **_more: [value])  # names have spaces in them
@@ -218,8 +209,8 @@ def run(argv: list[str]) -> int:
             argv, notes = reader(argv)
             for note in notes:
                 print(f"appliance: note: {note}", file=sys.stderr)
-        argv, file = _take_config(argv)
-        app.config = (Variables("APPLIANCE_", command=False), *_foreign_key(command), *_file_options(file, command))
+        argv, file = take_config(argv)
+        app.config = (Variables("APPLIANCE_", command=False), *foreign_key(command), *file_options(file, command))
         return app(argv, exit_on_error=False, print_error=False) or 0
     except (InputError, CycloptsError) as error:
         if debug:
@@ -262,46 +253,3 @@ def _debug(argv: Sequence[str]) -> bool:
 
 def _with_model(engine: EngineConfig, model: str | None) -> EngineConfig:
     return engine if model is None else replace(engine, model=model)
-
-
-def _take_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """Take --config FILE out of the arguments."""
-    rest, file, given = [], os.environ.get("APPLIANCE_CONFIG"), iter(argv)
-    for token in given:
-        if token == "--config":
-            file = next(given, None)
-            if file is None:
-                raise InputError("--config needs the name of a TOML file")
-        elif token.startswith("--config="):
-            file = token.removeprefix("--config=")
-        else:
-            rest.append(token)
-    return rest, file
-
-
-def _foreign_key(command: str) -> list[Dict]:
-    """The key that a server of vLLM would ask for: whoever has it in the environment does not expect to let everybody in."""
-    key = os.environ.get("VLLM_API_KEY", "")
-    return [Dict({"api_key": [key]}, use_commands_as_keys=False, source="VLLM_API_KEY")] if command == "serve" and key else []
-
-
-def _file_options(file: str | None, command: str) -> list[Dict]:
-    if not file:
-        return []
-    try:
-        found = tomllib.loads(Path(file).read_text())
-    except OSError as error:
-        raise InputError(f"--config {file}: {error.strerror}") from None
-    except ValueError as error:
-        yaml = " (YAML, as vLLM has it, is not read here: TOML says key = value)" if file.endswith((".yaml", ".yml")) else ""
-        raise InputError(f"--config {file} is not valid TOML: {error}{yaml}") from None
-    flat: dict[str, Any] = {}
-    for key, value in found.items():
-        flat.update(value if key in ("engine", "server") and isinstance(value, dict) else {key: value})
-    flat = {key.replace("-", "_"): value for key, value in flat.items()}
-    engine, server = ({f.name for f in fields(kind)} for kind in (EngineConfig, ServerConfig))
-    strange = sorted(flat.keys() - engine - server)
-    if strange:
-        raise InputError(f"--config {file}: there is no option {strange[0]!r}; options are those of `appliance serve --help`")
-    known = {"serve": engine | server, "plan": engine}.get(command, set())
-    return [Dict({k: v for k, v in flat.items() if k in known}, use_commands_as_keys=False, source=file)]

@@ -97,6 +97,14 @@ def test_every_option_is_a_flag_a_file_key_and_a_variable(
             served.clear()
 
 
+def test_a_port_that_kubernetes_means_is_none(served: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sets such variables in all containers beside a service that is called appliance."""
+    monkeypatch.setenv("APPLIANCE_PORT", "tcp://10.0.0.1:80")
+    monkeypatch.setenv("APPLIANCE_HOST", "::1")
+    assert cli.run(["serve"]) == 0 and served.pop() == (EngineConfig(), ServerConfig(host="::1"))
+    assert cli.run(["serve", "--port", "9"]) == 0 and served.pop()[1].port == 9
+
+
 def test_which_source_wins(served: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.toml"
     file.write_text('model = "file"\n[engine]\nmax-num-seqs = 1\nseed = 1\nblock_size = 1\n[server]\nport = 1\n')

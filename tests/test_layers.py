@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "appliance.cli_flags": ["quant.errors", "appliance.cli_foreign"],
     "appliance.cli_foreign": [],
     "appliance.cli_help": [],
+    "appliance.cli_sources": ["quant.errors", "appliance.config"],
     "appliance.eval": ["quant", "models.spec", "appliance.config", "appliance.core", "appliance.runtime", "appliance.llm",
                        "appliance.hub", "appliance.memory", "appliance.text", "appliance.quantize.calibration", "appliance.svg"],
     "appliance.quantize": ["quant", "models", "appliance.config", "appliance.hub", "appliance.memory", "appliance.text",

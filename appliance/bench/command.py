@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 from appliance.config import BenchConfig
 
 app = App(name="bench", help="Measure a server.", result_action="return_value")
-OWN = Parameter(show_env_var=False)  # see appliance.cli.Variables
+OWN = Parameter(show_env_var=False)  # see appliance.cli_sources.Variables
 
 
 @dataclass(frozen=True, kw_only=True)

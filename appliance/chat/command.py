@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-OWN = Parameter(negative=(), show_env_var=False)  # see appliance.cli.Variables
+OWN = Parameter(negative=(), show_env_var=False)  # see appliance.cli_sources.Variables
 
 
 def chat(

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 SWITCH = Parameter(negative=())
 LIST = Parameter(negative=())
-TRUST = Parameter(negative=(), show_env_var=False)  # see appliance.cli.Variables
+TRUST = Parameter(negative=(), show_env_var=False)  # see appliance.cli_sources.Variables
 
 
 def tui(
