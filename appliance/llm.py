@@ -130,12 +130,15 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
+        lora_request: None = None,
     ) -> list[RequestOutput]:
         """Answer prompts (text, token ids, ``{"prompt": ...}``, ``{"prompt_token_ids": ...}``) together, in their order.
 
         ``priority``: one a prompt, lower goes first (scheduling_policy="priority"). A prompt with a ``cache_salt`` shares cached
-        prefixes only with those that have the same.
+        prefixes only with those that have the same. ``lora_request`` is there for code that passes none.
         """
+        if lora_request is not None:
+            raise RequestError("LoRA adapters are not supported: merge the adapter into the model", param="lora_request")
         many = prompt_list(prompts)
         params = params_list(sampling_params, len(many), self._defaults, self._max_logprobs)
         ranks = rank_list(priority, len(many))
@@ -202,6 +205,7 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
         chat_template: StrPath | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        lora_request: None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, written with the model's own chat template, or with this one (Jinja, or its file).
 
@@ -226,7 +230,7 @@ class LLM:
                 for conversation in conversations
             ]
         prompts = [{"prompt": t, "prompt_token_ids": tokenizer.encode(t, add_special_tokens=False)} for t in texts]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
     def _job(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> Job:
         text, ids, salt = read_prompt(prompt)
