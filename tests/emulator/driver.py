@@ -8,6 +8,7 @@ Tensors are the CPU's. A kernel may touch the memory of its arguments, and of ca
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ class Emulated(DriverBase):
 
 
 def without_machine_code(backend: Any = None, stages: dict[str, Any] | None = None, *rest: Any) -> tuple[str, str]:
-    """For Triton: what it compiles ends with PTX, which is all that runs here, and is kept apart from what cards run."""
+    """For Triton: what it compiles ends with PTX, which is all that runs here. It is given what newer ones add to a kernel's key."""
     if stages is not None:
         stages["cubin"] = lambda ptx, metadata: b""
     return "emulated", "emulated"
@@ -144,6 +145,8 @@ def install(capability: int) -> Emulated:
     """Make it the card that Triton finds, and tensors of the CPU a card's as far as kernels/triton asks."""
     card = Emulated(capability)
     driver.set_active(card)
+    # Apart from what cards run: Triton 3.6 would take a kernel without machine code for one of theirs.
+    knobs.cache.dir = str(Path(knobs.cache.dir) / "emulated")
     knobs.runtime.add_stages_inspection_hook = without_machine_code
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment, misc]
     from kernels.triton import attention, copy, kv, weights
