@@ -131,6 +131,10 @@ def main() -> None:
     args = parser.parse_args()
     bench = Bench(torch.device(args.device), small=args.small, deadline=time.monotonic() + args.seconds)
     own_folders()
+    if not bench.card:
+        from tests.kernels.triton.interpreter import hasten
+
+        hasten()
     bench.notebook.compilations()
     faulthandler.enable()
     faulthandler.dump_traceback_later(SILENT_S - 10, repeat=True)  # where it is, should it hang

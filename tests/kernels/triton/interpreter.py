@@ -1,4 +1,4 @@
-"""Triton's interpreter without what it does again and again: a third of the time of these tests."""
+"""Triton's interpreter without what it does again and again, a third of the time of these tests; and 3.6's with a new numpy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ def hasten() -> None:
     """A kernel that is launched finds Triton's functions replaced by the interpreter's: those that it calls need not replace them
     once more. And which type of numpy's stands for one is known after the first time."""
     prepare, numpy_type = interpreter._patch_lang, interpreter._get_np_dtype
+    prepare_tensors = interpreter._patch_lang_tensor
     prepared: set[int] = set()
     types: dict[str, Any] = {}
     used: dict[Any, set[int]] = {}
@@ -44,7 +45,13 @@ def hasten() -> None:
             types[scalar.name] = numpy_type(scalar)
         return types[scalar.name]
 
+    def prepare_tensor(tensor: Any, scope: Any) -> None:
+        prepare_tensors(tensor, scope)
+        # Triton 3.6 makes an int of an array of one number, which numpy 2.4 no longer does.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     interpreter._patch_lang, interpreter._get_np_dtype = prepare_once, numpy_type_of
+    interpreter._patch_lang_tensor = prepare_tensor
     builder = interpreter.interpreter_builder
     # Whether integers overflow is computed for every sum and product, and looked at in debugging alone.
     builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
