@@ -17,10 +17,11 @@ from appliance.memory.offload import NOTHING, Offload
 from appliance.memory.text import plan_table
 from quant.errors import InputError
 
-RUNTIME = {"cpu": (256 if torch_version().endswith("+cpu") else 300) * MIB, "cuda": 800 * MIB}
+RUNTIME = {"cpu": (256 if torch_version().endswith("+cpu") else 512) * MIB, "cuda": 800 * MIB}
 """The process itself, until a start has measured it. Torch's builds for CPUs: 240 to 253 MiB once weights are there (two
 machines, torch 2.13, mostly 248; 219 of them after ``import torch``), and 6 with the first steps of native kernels, 12 of
-torch's. Builds for cards have more libraries: that 300 do for them has not been measured, nor a card's context."""
+torch's. Builds for cards have more libraries: 504 and 506 once weights are there (torch 2.11 for CUDA 13, on a machine without a
+card; 482 of them after ``import torch``). A card's context has not been measured."""
 SHORTEST_AUTO = 256
 """``auto`` does not call a context shorter than this a fit (unless the model itself is shorter)."""
 
