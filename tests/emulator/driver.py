@@ -135,7 +135,7 @@ class Emulated(DriverBase):
 
 
 def without_machine_code(backend: Any = None, stages: dict[str, Any] | None = None, *rest: Any) -> tuple[str, str]:
-    """For Triton: what it compiles ends with PTX, which is all that runs here. It is given what newer ones add to a kernel's key."""
+    """For Triton: what it compiles ends with PTX, which is all that runs here. Newer ones put the answer into a kernel's key."""
     if stages is not None:
         stages["cubin"] = lambda ptx, metadata: b""
     return "emulated", "emulated"

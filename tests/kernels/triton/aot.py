@@ -32,7 +32,8 @@ from typing import Any
 from tests.kernels.triton.cards import CARDS, Occupancy, occupancy
 
 TARGETS = tuple(CARDS)
-OLDER = tuple(map(int, version("triton").split(".")[:2])) < (3, 9)  # its code is a little longer
+TRITON = tuple(map(int, version("triton").split(".")[:2]))
+OLDER, OLDEST = TRITON < (3, 9), TRITON < (3, 7)  # their code is a little longer
 TOOLS = ("backends", "nvidia", "bin")  # inside triton: ptxas and cuobjdump of its own
 PARENT = os.getppid()
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)")

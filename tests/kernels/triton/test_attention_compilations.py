@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import KVCache, PagedBatch
-from tests.kernels.triton.aot import OLDER, TARGETS, Compilation, Report, compile_all
+from tests.kernels.triton.aot import OLDER, OLDEST, TARGETS, Compilation, Report, compile_all
 
 from kernels.triton import attention as operator  # isort: skip  (after the conftest has chosen the interpreter)
 from kernels.triton import attention_decode, attention_prefill  # isort: skip
@@ -145,7 +145,8 @@ def test_caches_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not one.count("LDS.U8", "LDS.S8", "LDG.E.U8"), one
         assert one.count("I2F") <= 4, one  # of the tokens' scales
         tile = made.constants["BLOCK_N"]
-        assert one.per_weight(2 * tile * 128 // (32 * made.num_warps)) < 6.5, one  # keys and values that a thread widens
+        # Keys and values that a thread widens.
+        assert one.per_weight(2 * tile * 128 // (32 * made.num_warps)) < (7.1 if OLDEST and one.target == 80 else 6.5), one
 
 
 def used(one: Compilation) -> tuple[str, Launch]:
@@ -187,5 +188,5 @@ def test_all_launches(kind: str | None, target: int, monkeypatch: pytest.MonkeyP
             for one in launches(monkeypatch, target, rows=rows, kind=kind, sequences=40, **given)]  # fmt: skip
     assert set(chosen(kind, target, brain, 512 if once else 256)) <= {used(one) for one in made}
     for one in compiled(made, loops=False):
-        assert one.fits and one.stack <= 16, one
+        assert one.fits and one.stack <= (40 if OLDEST and kind else 16), one
         assert OLDER or target != 120 or one.registers <= 208, one  # what only the end needs is not kept across loops
