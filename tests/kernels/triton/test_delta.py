@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels import delta as plain
 from kernels.states import StateCache
 from tests.kernels.states import SHAPES, copied, make
-from tests.kernels.triton.aot import TARGETS, Compilation, compile_all
+from tests.kernels.triton.aot import OLDEST, TARGETS, Compilation, compile_all
 from tests.kernels.triton.conftest import DEVICE
 
 from kernels.triton import delta  # isort: skip  (after the conftest has chosen the interpreter)
@@ -93,4 +93,4 @@ def test_compilations() -> None:
         own = {"HEADS": delta.HEADS, "DV": 128, "VALUE": 128}
         wanted.append(Compilation("kernels.triton.delta:_finish", last, own, 4, targets=targets))
     for report in compile_all(wanted, loops=False):
-        assert report.fits and report.stack == 0, report
+        assert report.fits and report.stack <= (8 if OLDEST and report.target == 120 else 0), report
