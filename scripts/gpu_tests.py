@@ -14,9 +14,10 @@ from typing import Any
 from gpu_children import ROOT, Child
 
 TESTS = {"kernels": ["tests/kernels/triton/test_*.py"], "engine": ["tests/runtime/test_cuda.py", "tests/runtime/test_startup.py"]}
-WITHOUT_A_CARD = ("compilations", "kernel_report", "emulated", "elsewhere", "mixture_engine")
+WITHOUT_A_CARD = ("compilations", "kernel_report", "emulated", "elsewhere", "card_engine")
 """Tests that need none, and run in every change's checks."""
-LONG = {"test_attention.py": 4, "test_cuda.py": 3, "test_many.py": 2, "test_matmul.py": 2, "test_norm.py": 2, "test_stack.py": 2}
+LONG = {"test_attention.py": 4, "test_cuda.py": 4, "test_norm.py": 3}
+LONG |= {f"test_{name}.py": 2 for name in ("eight", "many", "matmul", "rope", "stack")}
 """Files in so many parts, begun before the others: those that compile about a hundred kernels or more."""
 ALONE = {"test_startup.py": "on_a_card"}  # that take all of the card's memory; these files need hypothesis
 AT_ONCE = max(2, min(12, 3 * (os.cpu_count() or 4) // 4))

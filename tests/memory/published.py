@@ -40,6 +40,7 @@ DEEPSEEK_V2 = DEEPSEEK_V3 | {
     "architectures": ["DeepseekV2ForCausalLM"], "q_lora_rank": None, "topk_method": "group_limited_greedy",
     "norm_topk_prob": False, "num_nextn_predict_layers": 0,
 }  # fmt: skip
+GLM4_MOE_LITE = DEEPSEEK_V3 | {"architectures": ["Glm4MoeLiteForCausalLM"], "n_group": 1, "topk_group": 1}
 
 GPT_OSS: dict[str, Any] = {
     "architectures": ["GptOssForCausalLM"], "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2,

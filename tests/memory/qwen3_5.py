@@ -20,6 +20,12 @@ SMALL: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25, "mrope_section": [4, 2, 2]},
 }  # fmt: skip
 
+# A layer that keeps a state, and one of attention.
+TWO_LAYERS: dict[str, Any] = {
+    **SMALL, "hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 100,
+    "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+}  # fmt: skip
+
 
 def write_qwen3_5(directory: Path, config: dict[str, Any], variant: str, left_alone: tuple[str, ...] = ("b", "a")) -> Path:
     """In one of VARIANTS. ``left_alone``: inputs of delta layers that are not quantized; b and a are too few to be packed."""

@@ -10,8 +10,9 @@ import torch
 
 from appliance.config import EngineConfig
 from appliance.runtime.engine import Engine
+from tests.memory import qwen3_5
+from tests.memory.published import GLM4_MOE_LITE, fill, livelier, write_published
 from tests.memory.published import SMALL as MIXTURE
-from tests.memory.published import fill, livelier, write_published
 from tests.memory.test_gemma import SMALL, spread
 from tests.runtime.conftest import answers, submit
 from tests.tiny_model import Shape, make_checkpoint
@@ -53,17 +54,17 @@ def test_streamed_layers_equal_resident_ones(tmp_path: Path, gib: float) -> None
     assert found == answers(streamed, requests()) == answers(load(deep, enforce_eager=True), requests())
 
 
-def test_a_mixture_of_experts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["experts", "latents", "states"])
+def test_other_layers(kind: str, tmp_path: Path) -> None:
     """Recorded, launched, with its layers in host memory, and the reference's first tokens."""
-    mixture = livelier(fill(write_published(tmp_path, {**MIXTURE, "max_position_embeddings": 256}, "awq"), "awq"))
+    config = {"experts": MIXTURE, "latents": GLM4_MOE_LITE, "states": qwen3_5.TWO_LAYERS}[kind] | {"max_position_embeddings": 256}
+    write = qwen3_5.write_qwen3_5 if kind == "states" else write_published
+    model, asked = livelier(fill(write(tmp_path, config, "awq"), "awq")), requests(min(256, config["vocab_size"]))
     given = {"skip_tokenizer_init": True, "lm_head_dtype": "model"}
-    recorded, launched = (
-        answers(load(mixture, **given), requests()),
-        answers(load(mixture, enforce_eager=True, **given), requests()),
-    )
+    recorded, launched = answers(load(model, **given), asked), answers(load(model, enforce_eager=True, **given), asked)
     assert sum(recorded[key] == launched[key] for key in launched) >= len(launched) - 2
-    assert answers(load(mixture, cpu_offload_gb=1.0, **given), requests()) == launched
-    exact = answers(load(mixture, device="cpu", dtype="float32", reference_ops=True, **given), requests())
+    assert answers(load(model, cpu_offload_gb=1.0, **given), asked) == launched
+    exact = answers(load(model, device="cpu", dtype="float32", reference_ops=True, **given), asked)
     assert sum(recorded[key][0] == exact[key][0] for key in exact) >= len(exact) - 2
 
 

@@ -20,8 +20,8 @@ from models.spec import ModelSpec
 from quant.headers import CheckpointIndex
 from quant.scheme import read_scheme
 from tests.kernels.triton.conftest import DEVICE, INTERPRETED
-from tests.memory.published import DEEPSEEK_V3, GLM4_MOE, MIXTRAL, fill, livelier, write_published
-from tests.memory.qwen3_5 import SMALL, write_qwen3_5
+from tests.memory.published import GLM4_MOE, GLM4_MOE_LITE, MIXTRAL, fill, livelier, write_published
+from tests.memory.qwen3_5 import TWO_LAYERS, write_qwen3_5
 from tests.runtime.conftest import answers, submit
 
 from kernels.triton import ops, stream  # isort: skip  (after the conftest has chosen the interpreter)
@@ -29,13 +29,6 @@ from kernels.triton.matmul import Card  # isort: skip
 
 ONE = {"num_hidden_layers": 1}
 MODELS = {"awq": GLM4_MOE, "gptq": {**MIXTRAL, **ONE, "intermediate_size": 128}}
-
-
-# Of Qwen3.5: a layer that keeps a state, and one of attention.
-STATES: dict[str, Any] = {
-    **SMALL, "hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 100,
-    "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 32, "linear_value_head_dim": 32,
-}  # fmt: skip
 
 
 def checked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, EngineConfig]:
@@ -70,13 +63,10 @@ def tried(folder: Path, config: EngineConfig, engine: Engine, monkeypatch: pytes
     return int(oracle.spec.layers)
 
 
-LATENTS = {**DEEPSEEK_V3, "architectures": ["Glm4MoeLiteForCausalLM"], "n_group": 1, "topk_group": 1}
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="tests/runtime/test_cuda.py runs the engine on a card")
 def test_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token is in the cache once; what takes queries to the latents' space stays on the card with --cpu-offload-gb."""
-    folder = livelier(fill(write_published(tmp_path, LATENTS, "awq"), "awq"))
+    folder = livelier(fill(write_published(tmp_path, GLM4_MOE_LITE, "awq"), "awq"))
     engine, config = checked(folder, monkeypatch)
     assert all(cache.values_are_keys for cache in engine.runner.caches)
     tried(folder, config, engine, monkeypatch)
@@ -93,5 +83,5 @@ def test_mixtures(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.skipif(not INTERPRETED, reason="tests/runtime/test_cuda.py runs the engine on a card")
 def test_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the trial of a card, which takes a layer of each kind."""
-    engine, config = checked(livelier(fill(write_qwen3_5(tmp_path, STATES, "awq"), "awq")), monkeypatch)
+    engine, config = checked(livelier(fill(write_qwen3_5(tmp_path, TWO_LAYERS, "awq"), "awq")), monkeypatch)
     assert tried(tmp_path, config, engine, monkeypatch) == 2
