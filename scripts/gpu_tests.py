@@ -16,7 +16,7 @@ from gpu_children import ROOT, Child
 TESTS = {"kernels": ["tests/kernels/triton/test_*.py"], "engine": ["tests/runtime/test_cuda.py", "tests/runtime/test_startup.py"]}
 WITHOUT_A_CARD = ("compilations", "kernel_report", "emulated", "elsewhere", "card_engine")
 """Tests that need none, and run in every change's checks."""
-LONG = {"test_attention.py": 4, "test_cuda.py": 4, "test_norm.py": 3}
+LONG = {"test_attention.py": 8, "test_cuda.py": 4, "test_norm.py": 3}
 LONG |= {f"test_{name}.py": 2 for name in ("eight", "many", "matmul", "rope", "stack")}
 """Files in so many parts, begun before the others: those that compile about a hundred kernels or more."""
 ALONE = {"test_startup.py": "on_a_card"}  # that take all of the card's memory; these files need hypothesis
