@@ -189,20 +189,25 @@ class Conversation:
 class Work:
     """Arithmetic and cache reads of a model, from its shape: the same for every engine, whatever it does."""
 
-    linear_ops: int  # a token, in all layers: a multiply and an add are two
+    linear_ops: int  # a token, in all layers, of experts those that it goes through: a multiply and an add are two
     head_ops: int  # a token whose logits are wanted
     attention_ops: int  # a token and a token that it sees
     kv_bytes: int  # a token in a cache of 16 bits a value
+    chosen: float  # of the experts, those that a token goes through
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Work:
-        layers = [m for m in spec.modules() if m.part in ("attention", "mlp")]
         return cls(
-            linear_ops=2 * sum(m.N * m.K for m in layers),
+            linear_ops=2 * spec.linear_parameters[1],
             head_ops=2 * spec.vocab * spec.hidden,
             attention_ops=4 * spec.attention_layers * spec.q_size,
             kv_bytes=4 * spec.attention_layers * spec.kv_size,
+            chosen=spec.mixture.active / spec.mixture.experts if spec.mixture else 1.0,
         )
+
+    def weight_bytes(self, result: dict[str, Any], tokens: int) -> float:
+        """Read by a step of so many tokens; experts in the mean, where all are chosen equally often."""
+        return float(result["read_bytes"] - result.get("expert_bytes", 0) * (1 - self.chosen) ** tokens)
 
     def prefill_ops(self, prompt: int) -> int:
         """Of one prompt, of whose tokens the last one has logits."""
@@ -215,7 +220,8 @@ class Work:
 
 def derive(result: dict[str, Any], work: Work, read_gb_s: float) -> None:
     """Add to each case what its times mean: tokens, operations and bytes a second."""
-    read = result.get("read_bytes")
+    if result.get("read_bytes"):
+        result["token_bytes"] = work.weight_bytes(result, 1)
     for case in result["cases"]:
         n, prompt = case["sequences"], case["prompt"]
         case["prefill_tok_s"] = n * prompt / case["first_s"]
@@ -226,8 +232,8 @@ def derive(result: dict[str, Any], work: Work, read_gb_s: float) -> None:
         steps = case["decode_tok_s"] / n
         case["step_s"] = 1 / steps
         case["decode_ops_s"] = case["decode_tok_s"] * work.decode_ops(context)
-        if read:
-            step_bytes = read + n * context * work.kv_bytes
+        if result.get("read_bytes"):
+            step_bytes = work.weight_bytes(result, n) + n * context * work.kv_bytes
             case["decode_gb_s"] = steps * step_bytes / 1e9
             case["of_memory_read"] = case["decode_gb_s"] / case.get("memory_read_gb_s", read_gb_s)
             case["ops_per_byte"] = n * work.decode_ops(context) / step_bytes

@@ -99,7 +99,7 @@ def fact_table(targets: list[Report], limits: Report) -> str:
 
     rows: list[tuple[str, Callable[[Report], str]]] = [
         ("version", lambda t: t.get("version", "")),
-        ("weights read a token, GB", lambda t: number(t["read_bytes"] / 1e9) if "read_bytes" in t else ""),
+        ("weights read a token, GB", lambda t: number(t["token_bytes"] / 1e9) if "token_bytes" in t else ""),
         ("decode 1: bytes read, GB/s", lambda t: number(single(t).get("decode_gb_s"))),
         ("decode 1: of memory read", lambda t: share(single(t).get("of_memory_read"), 1)),
         ("prefill: Top/s", lambda t: number(prefill(t))),

@@ -92,6 +92,8 @@ class Appliance:
         """What the report says beside the times; ``host_us`` and ``bookkeeping_us`` by number of sequences (see ``overhead``)."""
         import torch
 
+        from appliance.runtime.check import weights_by_part
+
         info, decoder = self.engine.info, self.engine.runner.decoder
         read = decoder.nbytes - decoder.cos_sin.nbytes - (0 if decoder.tied else decoder.embedding.nbytes)
         native = hasattr(getattr(decoder.ops.matmul, "__self__", None), "machine")
@@ -101,6 +103,7 @@ class Appliance:
             "kernels": info.kernels,
             "head": info.plan["lm_head"],
             "read_bytes": read,
+            "expert_bytes": weights_by_part(decoder).get("experts", 0),
             "weight_bytes": decoder.nbytes,
             "planned_bytes": info.plan["total_bytes"],
             "host_us": {n: host for n, (host, _) in spent.items()},

@@ -101,6 +101,15 @@ def test_derived_figures_hold_together(checkpoint: Path) -> None:
     assert "decode_ops_s" in case and unknown["cases"][0]["prefill_tok_s"] == 800
 
 
+def test_of_experts_those_count_that_tokens_go_through() -> None:
+    work = compare.Work(linear_ops=10, head_ops=10, attention_ops=0, kv_bytes=0, chosen=0.25)
+    case = {"sequences": 2, "prompt": 100, "tokens": 20, "repeat": 1, "first_s": 0.5, "decode_tok_s": 80.0}
+    result = {"name": "x", "read_bytes": 10**6, "expert_bytes": 800_000, "cases": [case]}
+    compare.derive(result, work, read_gb_s=0.1)
+    assert result["token_bytes"] == 200_000 + 800_000 / 4  # a quarter of them
+    assert case["decode_gb_s"] == pytest.approx(40 * (200_000 + 800_000 * (1 - 0.75**2)) / 1e9)
+
+
 def test_an_engine_runs_in_a_process_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
     cases = compare.make_cases(32, [1, 3], [], 2)
     job = {"kind": "appliance", "config": asdict(replace(engine_config(checkpoint), max_model_len=200))}
