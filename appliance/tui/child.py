@@ -114,19 +114,26 @@ class Child:
 
 
 def hold_port(host: str) -> socket.socket:
-    """Has a free port of the host. While it is open the system gives that to nobody who asks for any, and a server, which names
-    it (and says SO_REUSEADDR, too), can listen there."""
+    """Has a free port of the host, or of 127.0.0.1 where that is none of this machine's: the server will say so.
+
+    While it is open the system gives the port to nobody who asks for any, and a server, which names it (and says SO_REUSEADDR,
+    too), can listen there. Raises OSError where no port is to be had.
+    """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (OSError, UnicodeError):  # the server will say so
-        return hold_port("127.0.0.1")
+        return _bound(host)
+    except (OSError, UnicodeError):
+        return _bound("127.0.0.1")
+
+
+def _bound(host: str) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except OSError:
         sock.close()
-        return hold_port("127.0.0.1")
+        raise
     return sock
 
 
