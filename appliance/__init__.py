@@ -12,10 +12,24 @@ from appliance.version import __version__
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
-    from appliance.core.params import BeamSearchParams, RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
+    from appliance.core.params import (
+        BeamSearchParams,
+        PoolingParams,
+        RepetitionDetectionParams,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
     from appliance.llm import LLM
 
-__all__ = ["LLM", "BeamSearchParams", "RepetitionDetectionParams", "SamplingParams", "StructuredOutputsParams", "__version__"]
+__all__ = [
+    "LLM",
+    "BeamSearchParams",
+    "PoolingParams",
+    "RepetitionDetectionParams",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

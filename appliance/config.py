@@ -31,6 +31,9 @@ class EngineConfig:
     activation_dtype: str = "auto"
     """What kernels round activations to for products with integer weights: int8 (a scale for 128 inputs) or bf16 (they stay as
     they are); auto: int8 with native CPU kernels, unless --dtype is float32, and on a card what the checkpoint asks for."""
+    runner: str = "auto"
+    """generate: the model generates text; pooling: it makes embeddings, the hidden state behind a text's last token; auto: what
+    it was made for (sentence-transformers' modules.json)."""
     device: str = "auto"
     """cpu or cuda; auto: an NVIDIA card that --device cuda has tried and found right once, else the CPU."""
     max_model_len: int | str = "auto"

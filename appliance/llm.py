@@ -19,8 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from appliance.config import EngineConfig
-from appliance.core.messages import Submit
-from appliance.core.params import BeamSearchParams, RequestError, SamplingParams, check_flags
+from appliance.core.messages import Pooling, Submit
+from appliance.core.params import BeamSearchParams, PoolingParams, RequestError, SamplingParams, check_flags
 from appliance.hub import resolve
 from appliance.inputs import (
     Prompt,
@@ -33,7 +33,8 @@ from appliance.inputs import (
     template_arguments,
 )
 from appliance.memory.early import check_options
-from appliance.outputs import BeamSearchOutput, Job, RequestOutput
+from appliance.outputs import BeamSearchOutput, EmbeddingRequestOutput, Job, RequestOutput
+from appliance.pooling import embedding_params, read_pooler
 from appliance.runtime.engine import Engine
 from appliance.text.defaults import model_defaults
 from appliance.text.output import OutputStream
@@ -61,7 +62,7 @@ HARMLESS: dict[str, Sequence[object]] = {
     "enable_chunked_prefill": (True, None),
     "load_format": ("auto", "safetensors"),
     "task": ("auto", "generate", None),
-    "runner": ("auto", "generate"),
+    "convert": ("auto", "none", "embed"),
     "disable_custom_all_reduce": (False, True),
     "limit_mm_per_prompt": (None, {}),
     "hf_overrides": (None, {}),
@@ -106,6 +107,7 @@ class LLM:
             source = resolve(config.tokenizer, config.revision, weights=False) if config.tokenizer else directory
             self._config = replace(config, model=str(directory), tokenizer=str(source))
             self._tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(source, template)
+            self._pooler = read_pooler(Path(directory), self._config.runner)
             self._defaults = SamplingParams(**model_defaults(Path(directory), defaults))
             with _load_bar() as progress:
                 _PROCESSES.add(os.getpid())
@@ -137,8 +139,7 @@ class LLM:
         ``priority``: one a prompt, lower goes first (scheduling_policy="priority"). A prompt with a ``cache_salt`` shares cached
         prefixes only with those that have the same. ``lora_request`` is there for code that passes none.
         """
-        if lora_request is not None:
-            raise RequestError("LoRA adapters are not supported: merge the adapter into the model", param="lora_request")
+        _refuse_lora(lora_request)
         many = prompt_list(prompts)
         params = params_list(sampling_params, len(many), self._defaults, self._max_logprobs)
         ranks = rank_list(priority, len(many))
@@ -157,6 +158,28 @@ class LLM:
         jobs = [self._job(prompt, sampling) for prompt in prompt_list(prompts)]
         self._answer(jobs, use_tqdm)
         return [job.beams() for job in jobs]
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """The embeddings of prompts, in their order: float32, as many numbers as the model's hidden states have.
+
+        Of a model that was made for that, or with runner="pooling". Raises InputError where one cannot be computed.
+        """
+        if self._pooler is None:
+            raise InputError('this model generates text: make the LLM with runner="pooling" for its hidden states as embeddings')
+        _refuse_lora(lora_request)
+        asked = pooling_params or PoolingParams()
+        normalize = self._pooler.normalize if asked.normalize is None else asked.normalize
+        pooling, params = Pooling(asked.dimensions, normalize), embedding_params()
+        jobs = [self._job(prompt, params, pooling=pooling) for prompt in prompt_list(prompts)]
+        self._answer(jobs, use_tqdm)
+        return [job.embedding() for job in jobs]
 
     def reset_prefix_cache(self) -> bool:
         """Prompts that come from now on find nothing of what was computed before."""
@@ -232,16 +255,20 @@ class LLM:
         prompts = [{"prompt": t, "prompt_token_ids": tokenizer.encode(t, add_special_tokens=False)} for t in texts]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
-    def _job(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> Job:
+    def _job(self, prompt: Prompt, params: SamplingParams, priority: int = 0, *, pooling: Pooling | None = None) -> Job:
+        if pooling is None and self._pooler is not None:
+            raise InputError('this model makes embeddings: use embed(), or make the LLM with runner="generate"')
         text, ids, salt = read_prompt(prompt)
         if ids is None:
             ids = self.get_tokenizer().encode(text or "")
         params = prepare(params, self._tokenizer)
         tags = None if self._tokenizer is None else tags_of(self._tokenizer.chat_templates)
         params = with_thinking(params, self._tokenizer, tags, ids)
-        if params.max_tokens is not None and len(ids) < self._engine.info.max_model_len < len(ids) + params.max_tokens:
+        limit = self._engine.info.max_model_len
+        if pooling is None and params.max_tokens is not None and len(ids) < limit < len(ids) + params.max_tokens:
             params = replace(params, max_tokens=None)  # to the end of the context, and no further
-        submit = Submit(str(next(self._ids)), tuple(ids), params, time.monotonic(), cache_salt=salt, priority=priority)
+        name, now = str(next(self._ids)), time.monotonic()
+        submit = Submit(name, tuple(ids), params, now, cache_salt=salt, priority=priority, pooling=pooling)
         return Job(text, submit, self._tokenizer, [OutputStream(self._tokenizer, params, ids) for _ in range(params.width)])
 
     def _run(self, jobs: dict[str, Job], use_tqdm: bool) -> None:
@@ -265,6 +292,11 @@ def _refuse_fork(what: str) -> None:
     if _PROCESSES and os.getpid() not in _PROCESSES:
         where = f"process {next(iter(_PROCESSES))}, in which a model was loaded, without its threads"
         raise RuntimeError(f"{what}: process {os.getpid()} is a fork of {where}. Start processes by 'spawn'")
+
+
+def _refuse_lora(lora_request: object) -> None:
+    if lora_request is not None:
+        raise RequestError("LoRA adapters are not supported: merge the adapter into the model", param="lora_request")
 
 
 def _text(path: Any) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from appliance.core.messages import Event, Submit, TokenLogprob
+from appliance.core.params import RequestError
+from appliance.pooling import numbers
 from appliance.text.output import OutputStream, best_of
 from appliance.text.tokenizer import Tokenizer
 
@@ -45,6 +47,22 @@ class RequestOutput:
 
 
 @dataclass
+class EmbeddingOutput:
+    embedding: list[float]
+
+
+@dataclass
+class EmbeddingRequestOutput:
+    """A prompt and its embedding."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int = 0
+
+
+@dataclass
 class BeamSearchSequence:
     """What a beam became. ``tokens`` (and ``text``) begin with the prompt's; ``logprobs`` are of the answer's tokens."""
 
@@ -74,6 +92,7 @@ class Job:
     streams: list[OutputStream]
     prompt_logprobs: Sequence[TokenLogprob | None] | None = None
     cached_tokens: int = 0
+    vector: bytes = b""  # of a job for an embedding
     errors: dict[OutputStream, str] = field(default_factory=dict)  # of those that ended by one
 
     @property
@@ -84,6 +103,7 @@ class Job:
         """Returns True when a stop string ended a completion that the engine is still working on."""
         if event.finish_reason == "error":
             self.errors[self.streams[event.index]] = event.error or "the engine failed to compute this request"
+        self.vector = event.embedding or self.vector
         self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
         if event.index == 0:  # the others share what this one computes
             self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
@@ -98,6 +118,17 @@ class Job:
             prompt_logprobs=None if scores is None else [None if s is None else self._shown(s) for s in scores],
             outputs=[self._completion(i, s) for i, s in enumerate(self._best())],
             finished=self.finished,
+            num_cached_tokens=self.cached_tokens,
+        )
+
+    def embedding(self) -> EmbeddingRequestOutput:
+        """Raises RequestError where it could not be computed: no list of numbers says so."""
+        for error in self.errors.values():
+            raise RequestError(f"no embedding of {self.prompt or self.submit.prompt_token_ids!r:.80}: {error}")
+        return EmbeddingRequestOutput(
+            request_id=self.submit.request_id,
+            outputs=EmbeddingOutput(numbers(self.vector)),
+            prompt_token_ids=list(self.submit.prompt_token_ids),
             num_cached_tokens=self.cached_tokens,
         )
 

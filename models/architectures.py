@@ -269,15 +269,24 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
     "use_bidirectional_attention": (None, False),
+    "is_causal": (None, True),
 }
 OF_THE_WHOLE = (
     "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings",
-    "quantization_config", "use_bidirectional_attention",
+    "quantization_config", "use_bidirectional_attention", "is_causal",
 )  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts")  # either has the number of a mixture's experts
 DENSE: dict[str, tuple[Any, ...]] = dict.fromkeys(EXPERTS, (None, 0))
 ALL_SPARSE: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (None, 1), "mlp_only_layers": (None, [])}
 """The same of models whose layers have one MLP each, and of those whose layers are all mixtures."""
+
+
+def headless(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a model's layers alone, as that of many models that make embeddings: MistralModel."""
+    match config.get("architectures"):
+        case [str(name), *_]:
+            return name.endswith("Model") and f"{name.removesuffix('Model')}ForCausalLM" in ARCHITECTURES
+    return False
 
 
 def read_architecture(config: Mapping[str, Any]) -> tuple[str, Architecture, Fields]:
@@ -289,6 +298,8 @@ def read_architecture(config: Mapping[str, Any]) -> tuple[str, Architecture, Fie
     if not isinstance(names, list) or not names:
         raise InputError(f"config.json: architectures is {names!r}, expected one of {', '.join(ARCHITECTURES)}")
     name = names[0]
+    if headless(config):  # nothing is drawn from what the embedding makes of its hidden states
+        name, config = f"{name.removesuffix('Model')}ForCausalLM", {**config, "tie_word_embeddings": True}
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise InputError(f"config.json: architecture {name} is not supported; supported are {', '.join(ARCHITECTURES)}")
     kind = ARCHITECTURES[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from appliance.core.checks import check_number
 from appliance.core.messages import EngineInfo, Submit
 from appliance.core.params import RequestError, SamplingParams
 from appliance.core.repetition import Repetition
@@ -19,7 +20,7 @@ def check_submit(submit: Submit, info: EngineInfo) -> None:
     params, prompt, limit, vocab = submit.params, submit.prompt_token_ids, info.max_model_len, info.vocab_size
     if not prompt:
         raise RequestError("the prompt is empty: it needs at least one token", param="prompt")
-    if len(prompt) + (params.max_tokens or 1) > limit:
+    if len(prompt) + (0 if submit.pooling else params.max_tokens or 1) > limit:
         raise ContextOverflow(len(prompt), params.max_tokens, limit)
     check_ids("prompt", prompt, vocab)
     check_ids("logit_bias", params.logit_bias or (), vocab)
@@ -38,6 +39,9 @@ def check_submit(submit: Submit, info: EngineInfo) -> None:
         lacks = "a tokenizer" if not params.grammar else "a model that names the token which ends a text"
         if not params.grammar or not info.eos_token_ids:
             raise RequestError(f"structured_outputs need {lacks}", param="structured_outputs")
+    if submit.pooling is not None and submit.pooling.dimensions is not None:
+        hint = f"its embeddings have {info.hidden_size} numbers"
+        check_number("dimensions", submit.pooling.dimensions, 1, info.hidden_size, integer=True, hint=hint)
     if isinstance(submit.priority, bool) or not isinstance(submit.priority, int):
         raise RequestError(f"priority must be an integer, got {submit.priority!r:.80}", param="priority")
     if submit.priority and not info.priorities:
@@ -107,6 +111,7 @@ def make_requests(submit: Submit, info: EngineInfo, *, fallback_seed: int) -> li
             arrival=submit.arrival,
             eos_token_ids=eos,
             priority=submit.priority,
+            pooling=submit.pooling,
             salt=submit.cache_salt,
             beam=params.use_beam_search,
             thinking=_thinking(params, len(prompt)),

@@ -11,8 +11,16 @@ from appliance.core.params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
+class Pooling:
+    """Ask for a prompt's embedding: the hidden state behind its last token, from which the next one would be drawn."""
+
+    dimensions: int | None = None  # the first so many of its numbers; None: all
+    normalize: bool = True  # these to length 1
+
+
+@dataclass(frozen=True, slots=True)
 class Submit:
-    """Ask for ``params.width`` completions of one prompt. The engine answers with Events of the same request_id."""
+    """Ask for ``params.width`` completions of one prompt, or for its embedding. The engine answers with Events of its id."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -20,6 +28,7 @@ class Submit:
     arrival: float  # time.monotonic() at the door
     cache_salt: str = ""  # cached prefixes are shared between requests of one salt only
     priority: int = 0  # lower goes first, under --scheduling-policy priority
+    pooling: Pooling | None = None  # instead of a completion: ``params`` are those of one greedy token, which nobody is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,7 @@ class Event:
     preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens that were found in the cache
     scheduled: float | None = None  # with the first token: time.monotonic() when a step began with it for the first time
+    embedding: bytes | None = None  # with the end, where one was asked for: float32, the lowest byte first
 
     def __reduce__(self) -> tuple[Any, ...]:
         """There is one for every token, and the way that dataclasses are pickled takes four times as long."""
@@ -173,6 +183,7 @@ class EngineInfo:
     plan: dict[str, object]  # MemoryPlan.to_dict()
     priorities: bool = False  # whether requests may bring one
     forks: bool = True  # whether a sequence can go on from what another one has: completions from one prompt, beams from a beam
+    hidden_size: int = 0  # numbers of an embedding
     kernels: str = ""  # what computes: reference, torch, or the instruction set of native kernels
     startup: dict[str, float] = field(default_factory=dict)  # seconds of its parts; "ready": of all of them
 

@@ -296,6 +296,20 @@ class BeamSearchParams:
         )
 
 
+@dataclass(slots=True)
+class PoolingParams:
+    """vLLM's, for ``LLM.embed``. Raises RequestError naming the field that is out of range."""
+
+    dimensions: int | None = None  # the first so many numbers of each embedding; None: all
+    normalize: bool | None = None  # to length 1; None: as the model says
+
+    def __post_init__(self) -> None:
+        if self.dimensions is not None:
+            check_number("dimensions", self.dimensions, 1, math.inf, integer=True)
+        if self.normalize is not None:
+            check_flags(normalize=self.normalize)
+
+
 def _bias(bias: dict[Any, Any]) -> dict[int, float]:
     try:
         if any(isinstance(token, float | bool) for token in bias):

@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
+from appliance.core.messages import Pooling
 from appliance.core.params import SamplingParams
 from appliance.core.repetition import Repetition
 from appliance.core.thinking import Thinking
@@ -26,6 +27,7 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()  # end it with "stop" (empty under ignore_eos)
     priority: int = 0  # lower goes first
     salt: str = ""  # prefixes are shared between requests of one salt only
+    pooling: Pooling | None = None  # its embedding is wanted, and the token that comes with it is nobody's
     leader: Request | None = None  # of its siblings, the one that computes the prompt for all
     beam: bool = False  # what it samples is taken by its group, and not by commit
     held: bool = False  # waits for its group's decision, or for its grammar

@@ -17,6 +17,7 @@ from quant.errors import InputError
 from quant.scheme import ALIASES, QuantScheme
 
 POLICIES = ("fcfs", "priority")
+RUNNERS = ("auto", "generate", "pooling")
 
 # What a field of EngineConfig holds, by its annotation. Numbers with a range, and sizes, are told where the range is.
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -38,6 +39,8 @@ def check_options(config: EngineConfig, device: DeviceInfo | None = None) -> Non
     if config.quantization is not None:  # held against a checkpoint that is what was stated
         QuantScheme(ALIASES.get(config.quantization.lower(), "none")).as_stated(config.quantization)
     check_order(config)
+    if config.runner not in RUNNERS:
+        raise InputError(f"--runner is {config.runner!r}: one of {', '.join(RUNNERS)} is needed")
     Drafts.of(config.speculative_config, device.kind)
 
 

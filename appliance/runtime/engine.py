@@ -115,6 +115,7 @@ class Engine:
             plan=plan.to_dict(),
             priorities=scheduler.priorities,
             forks=not plan.sequence_bytes,
+            hidden_size=spec.hidden,
             kernels=kernels,
             startup={**timeline.seconds, "ready": import_s + ready_s},
         )
@@ -228,6 +229,9 @@ class Engine:
             if found[0].error is not None:
                 continue
             request = chunk.request
+            if request.pooling is not None:
+                events.append(self._pooled(request, result.embeddings[request]))
+                continue
             self._counts["generation_tokens"] += 1
             if request.beam:
                 events += self._search(request, found[0])
@@ -252,6 +256,18 @@ class Engine:
             if request.finish_reason is not None:
                 self._finished[request.finish_reason] += 1
         return events
+
+    def _pooled(self, request: Request, embedding: bytes) -> Event:
+        """The end of a request for an embedding."""
+        self._finished["stop"] += 1
+        return Event(
+            request.request_id,
+            request.index,
+            finish_reason="stop",
+            preemptions=request.preemptions,
+            cached_tokens=request.cached,
+            embedding=embedding,
+        )
 
     def _search(self, request: Request, row: Sampled) -> list[Event]:
         """Take what may follow one beam. Once it is known of all, they go on, or the request ends with the best of them."""

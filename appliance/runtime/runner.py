@@ -26,6 +26,7 @@ from appliance.runtime.caches import allocate_caches, allocate_states, move_stat
 from appliance.runtime.grammar import Masks
 from appliance.runtime.graphs import DecodeGraphs, Recorder
 from appliance.runtime.mover import make_mover, rehearse
+from appliance.runtime.pooling import embeddings
 from appliance.runtime.sampler import Sampled, draws_on_device, sample, token_logprobs
 from appliance.runtime.staging import Lane, Staging, send_at_once
 from kernels.ops import Ops
@@ -46,6 +47,7 @@ class PromptScores:
 class StepResult:
     sampled: tuple[tuple[Sampled, ...], ...]  # of each chunk: none where it does not sample, several where a draft was right
     prompt_scores: tuple[PromptScores, ...]
+    embeddings: dict[Request, bytes]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Flight:
     drawn: dict[Request, Sampled]  # on the host, while the step was launched
     prompt_scores: tuple[PromptScores, ...]
     guided: bool  # whether the host must see a token before it knows what may come after it
+    embeddings: dict[Request, bytes]  # of requests that want theirs
     guesses: dict[Request, list[Request]]  # with drafts: each as it would be if one more token of its draft were known
 
     @property
@@ -75,7 +78,7 @@ class Flight:
             row = self.rows.get(chunk.request)
             one = self.drawn.get(chunk.request) if row is None else Sampled.of(tokens[row])
             found.append(() if one is None else (one, *self._after(chunk, one.token)))
-        return StepResult(sampled=tuple(found), prompt_scores=self.prompt_scores)
+        return StepResult(sampled=tuple(found), prompt_scores=self.prompt_scores, embeddings=self.embeddings)
 
     def _after(self, chunk: Chunk, token: int) -> Iterator[Sampled]:
         """What was drawn after this token, and so on, as far as the chunk's draft says what was drawn."""
@@ -182,7 +185,8 @@ class Runner:
         answer = self._answers[0][: len(requests)]
         if self._rows:
             answer.copy_(self._tokens[: len(requests)], non_blocking=True)
-        return Flight(plan, self._rows, answer, self._mark(), drawn, tuple(s for s in scores if s), bool(masks), guesses)
+        mark, told = self._mark(), tuple(s for s in scores if s)
+        return Flight(plan, self._rows, answer, mark, drawn, told, bool(masks), embeddings(hidden, requests), guesses)
 
     def _send(self, arrays: Sequence[np.ndarray]) -> list[Tensor]:
         return send_at_once(arrays, self.device) if self._staging is None else self._staging.send(arrays)

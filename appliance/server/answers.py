@@ -41,6 +41,26 @@ class Usage(TypedDict):
     completion_tokens_details: NotRequired[ReasoningTokens]
 
 
+class EmbeddingUsage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(TypedDict):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str  # numbers, or float32 in base64
+
+
+class Embeddings(TypedDict):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
+
+
 class PromptToken(TypedDict):
     logprob: float
     rank: int

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from appliance.config import EngineConfig, ServerConfig
 from appliance.runtime.client import EngineDied
-from appliance.server import catalog, chat, completions, info, logs, openapi
+from appliance.server import catalog, chat, completions, embeddings, info, logs, openapi
 from appliance.server.errors import EngineFailed, JSONResponse, about, error_body, error_response, failure, speaks_anthropic
 from appliance.server.guard import Guard
 from appliance.server.habits import Habits, methods, unserved
@@ -25,7 +25,7 @@ from appliance.server.pages import Cors
 from appliance.server.respond import read, while_connected
 from appliance.server.responses import router as responses
 from appliance.server.route import request_id, serving, usable
-from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from appliance.server.site import Site
 from appliance.server.state import EngineClient, ServerState
 from appliance.server.tokens import detokenize_answer, tokenize_answer, tokenizer_info
@@ -105,6 +105,17 @@ async def post_chat(request: Request) -> Response:
 async def _chat(request: Request, body: ChatRequest) -> Response:
     name = request_id(request, body.request_id)  # by which it can be aborted while it waits for its model
     return await chat.answer(await serving(request, body.model), name, body)
+
+
+@router.post("/v1/embeddings")
+async def post_embeddings(request: Request) -> Response:
+    body = await read(request, EmbeddingRequest)
+    return await while_connected(request, _embeddings(request, body))
+
+
+async def _embeddings(request: Request, body: EmbeddingRequest) -> Response:
+    name = request_id(request, body.request_id)  # by which it can be aborted while it waits for its model
+    return JSONResponse(await embeddings.answer(await serving(request, body.model), name, body))
 
 
 @router.post("/tokenize")

@@ -16,7 +16,6 @@ from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Scope
 
-from appliance.core.door import ContextOverflow
 from appliance.core.params import RequestError
 from appliance.runtime.client import EngineDied
 from appliance.server.limits import RateLimited
@@ -40,7 +39,8 @@ ANTHROPIC_TYPES = {
 }
 ANTHROPIC_CODES = ("thread_unsupported_request",)  # that its clients know what to do about
 OVERLOADED = 529  # Anthropic's own status, by which its clients know that there is too much to do
-PROMPTS = {"/v1/chat/completions": "messages", "/v1/responses": "input"}  # the field that the prompt comes from, by path
+# The field that the prompt comes from, by path.
+PROMPTS = {"/v1/chat/completions": "messages", "/v1/responses": "input", "/v1/embeddings": "input"}
 RETRY_AFTER_S = {429: 1, 503: 5}
 MAX_RETRY_S = 60.0  # clients that are told to wait longer had better tell their user
 
@@ -89,7 +89,7 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
 
 def error_response(error: Exception, scope: Scope, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer to the request of this ``scope``."""
-    if isinstance(error, ContextOverflow) and error.param == "prompt":
+    if isinstance(error, RequestError) and error.param == "prompt":
         error.param = PROMPTS.get(scope["path"], error.param)
     status, body = describe(error)
     more = dict(headers or {})

@@ -85,6 +85,20 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
 }
 
 
+# The same of embeddings.
+_WRITTEN = "write what the model is to make of a text before the text itself: nothing is put there by name"
+REFUSED_OF_EMBEDDINGS: dict[str, tuple[tuple[object, ...], str]] = {
+    "messages": ((), "conversations have no embeddings here: send input"),
+    "input_type": (_OFF, _WRITTEN),
+    "prompt_name": (_OFF, _WRITTEN),
+    "instruction": (_OFF, _WRITTEN),
+    "task": (_OFF, _WRITTEN),
+    "embed_dtype": ((*_OFF, "float32"), "embeddings are float32 here"),
+    "endianness": ((*_OFF, "native", "little"), "the lowest byte comes first here"),
+    "images": (_OFF, "only texts have embeddings here"),
+}
+
+
 def refuse(fields: Mapping[str, Any], table: Mapping[str, tuple[tuple[object, ...], str]] = REFUSED) -> None:
     """Raise RequestError for the first field that would change the answer and cannot be served."""
     for name, value in fields.items():

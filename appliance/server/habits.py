@@ -19,7 +19,6 @@ UNPREFIXED = (
 )  # where a base_url lacks its /v1
 # Routes of OpenAI, vLLM, llama.cpp, Ollama and others that are known, and not served.
 UNSERVED = {
-    "/v1/embeddings": "embeddings are not computed here",
     "/v1/moderations": "moderation is not done here",
     "/v1/images": "images are not made here",
     "/v1/audio": "audio is neither read nor made here",
@@ -40,8 +39,9 @@ UNSERVED = {
     "/v2/rerank": "texts are not ranked here",
     "/rerank": "texts are not ranked here",
     "/score": "texts are not scored here: /v1/completions with echo and logprobs has the log-probabilities of a prompt",
-    "/pooling": "embeddings are not computed here",
-    "/embedding": "embeddings are not computed here",
+    "/pooling": "use /v1/embeddings",
+    "/embedding": "use /v1/embeddings",
+    "/v2/embed": "use /v1/embeddings",
     "/classify": "texts are not classified here",
     "/completion": "llama.cpp's own form is not spoken here: use /v1/completions",
     "/infill": "filling in the middle is not done here: use /v1/completions",

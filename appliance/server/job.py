@@ -12,7 +12,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from appliance.core.door import ContextOverflow, check_submit
-from appliance.core.messages import Event, Submit, TokenLogprob, Unanswerable
+from appliance.core.messages import Event, Pooling, Submit, TokenLogprob, Unanswerable
 from appliance.core.params import RequestError, SamplingParams
 from appliance.server.beside import Pace
 from appliance.server.errors import EngineFailed
@@ -25,7 +25,7 @@ from appliance.text.output import Delta, OutputStream, best_of
 from appliance.text.prepare import prepare, with_thinking
 
 if TYPE_CHECKING:
-    from appliance.server.schemas import SamplingFields
+    from appliance.server.schemas import PromptFields
     from appliance.server.shortcut import Shortcut
     from appliance.server.state import ServerState
 
@@ -42,13 +42,20 @@ class Job:
         prefix: str,
         prompts: Sequence[Prompt],
         params: SamplingParams,
-        body: SamplingFields,
+        body: PromptFields,
         *,
         shown: Mapping[int, str] | None = None,
         clamp: bool = False,
+        pooling: Pooling | None = None,
     ) -> None:
-        """``shown``: as ``OutputStream`` has it. ``clamp``: each prompt gets what of max_tokens fits behind it."""
-        if (total := len(prompts) * params.width) > MAX_COMPLETIONS:
+        """``shown``: as ``OutputStream`` has it. ``clamp``: each prompt gets what of max_tokens fits behind it.
+
+        ``pooling``: the prompts' embeddings are wanted, and no completions (``params`` are ``embedding_params()``).
+        """
+        if pooling is None and state.pooler is not None:
+            message = "this model makes embeddings: use /v1/embeddings (a server with --runner generate makes it generate text)"
+            raise RequestError(message, param="model", code="unsupported_model")
+        if pooling is None and (total := len(prompts) * params.width) > MAX_COMPLETIONS:
             found = f"{len(prompts)} prompts with {params.width} completions each"
             message = f"the request asks for {found}, {total}: at most {MAX_COMPLETIONS} in all are taken in one; send several"
             raise RequestError(message, param="n" if params.best_of is None else "best_of")
@@ -63,6 +70,8 @@ class Job:
         self._waits = False  # for news, with nothing left to do
         self.shortcut: Shortcut | None = None  # of a job with one completion
         self.pace = Pace()
+        self.pooling = pooling
+        self.embeddings = [b""] * len(prompts) if pooling else []
         self.submits = [self._submit(k, prompt, clamp=clamp) for k, prompt in enumerate(prompts)]
         for submit in self.submits:
             check_submit(submit, state.info)
@@ -85,6 +94,7 @@ class Job:
             self.arrived,
             cache_salt=self.body.cache_salt or "",
             priority=self.body.priority,
+            pooling=self.pooling,
         )
 
     def _limits(self, name: str) -> list[tuple[int, str]]:
@@ -162,7 +172,8 @@ class Job:
             width = self.params.width
             for k in range(len(self.prompts)):
                 longest = max(len(output.token_ids) for output in self.outputs[k * width : (k + 1) * width])
-                self.state.metrics.answered(self.params, longest)
+                if self.pooling is None:
+                    self.state.metrics.answered(self.params, longest)
 
     def _put(self, k: int, news: Event | Delta | Exception) -> None:
         if self.shortcut is not None and self._waits and not self._news and isinstance(news, Event) and self.shortcut.takes(news):
@@ -184,6 +195,8 @@ class Job:
             self.prompt_logprobs[k] = event.prompt_logprobs
         if event.index == 0:  # the others share what this one computes
             self.cached_tokens[k] = max(self.cached_tokens[k], event.cached_tokens)
+        if event.embedding is not None:
+            self.embeddings[k] = event.embedding
         now = time.monotonic()
         if event.token_ids:
             self.answering = True

@@ -6,7 +6,14 @@ from appliance.server import about, answers
 from appliance.server.messages import described as messages
 from appliance.server.openapi import ANSWER, COMPUTE, Operation
 from appliance.server.responses import described as responses
-from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, ModelRequest, TokenizeRequest
+from appliance.server.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    ModelRequest,
+    TokenizeRequest,
+)
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 EITHER_ERROR = answers.ErrorAnswer | messages.AnthropicErrorAnswer
@@ -29,6 +36,14 @@ OPERATIONS: dict[str, Operation] = {
         example={"messages": HELLO, "max_tokens": 16},
         answer=answers.ChatCompletion,
         events=answers.ChatChunk,
+        errors=ANSWER,
+    ),
+    "POST /v1/embeddings": Operation(
+        tag="answers",
+        summary="The embeddings of texts, of a model that makes such",
+        body=EmbeddingRequest,
+        example={"input": "Once upon a time"},
+        answer=answers.Embeddings,
         errors=ANSWER,
     ),
     "GET /v1/models": Operation(

@@ -14,18 +14,20 @@ from appliance.core.door import ContextOverflow
 from appliance.core.params import RequestError
 from appliance.server.beside import one_at_a_time
 from appliance.server.sampling import COMPLETION_TOKENS
-from appliance.server.schemas import ChatRequest, CompletionRequest, TokenizeRequest
+from appliance.server.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest
 from appliance.text.timelimit import TimeLimit
 from appliance.text.tokenizer import Tokenizer
 
 INLINE_CHARS = 2000  # texts up to this length are tokenized on the event loop (well under a millisecond)
 CHARS_PER_TOKEN = 8  # first guess at how much text certainly overflows the context
 SLACK = 16  # tokens by which a cut text may differ from the uncut one
-MAX_PROMPTS = 1024  # of a request; each is a request of its own to the engine
+MAX_PROMPTS, MAX_INPUTS = 1024, 2048  # of a request (the second is OpenAI's); each is a request of its own to the engine
 MAX_CHARS, MAX_CHARS_PER_TOKEN = 2**21, 16  # texts longer than both say (of the context) are not tokenized, truncated or not
 LARGE_CHARS = 2**17  # longer texts are tokenized one after another: a token takes some hundred bytes meanwhile
 # Of processor time for a chat template: at first, and in the line of those for which that is too little.
 BRIEF_S, RENDER_S = 0.25, 5.0
+
+Sends = CompletionRequest | ChatRequest | EmbeddingRequest
 
 _long = ThreadPoolExecutor(1, thread_name_prefix="template")
 
@@ -36,11 +38,11 @@ class Prompt:
     text: str | None = None  # None where token ids were sent, or the text was truncated
 
 
-async def completion_prompts(body: CompletionRequest, tokenizer: Tokenizer | None, limit: int) -> list[Prompt]:
-    """The prompts of a /v1/completions body. Raises RequestError, also when one is longer than ``limit`` tokens."""
+async def completion_prompts(body: CompletionRequest | EmbeddingRequest, tokenizer: Tokenizer | None, limit: int) -> list[Prompt]:
+    """The prompts of a body. Raises RequestError, also when one is longer than ``limit`` tokens."""
     special = body.add_special_tokens is not False
     prompts = []
-    for k, one in enumerate(_split(body.prompt)):
+    for k, one in enumerate(_split(body)):
         if k % 16 == 15:
             await asyncio.sleep(0)  # others have their turn
         if isinstance(one, str):
@@ -109,7 +111,7 @@ async def tokenize(tokenizer: Tokenizer, text: str, special: bool, limit: int) -
     return await work(tokenizer.encode, text, add_special_tokens=special)
 
 
-async def _from_text(text: str, body: CompletionRequest | ChatRequest, tokenizer: Tokenizer, limit: int, special: bool) -> Prompt:
+async def _from_text(text: str, body: Sends, tokenizer: Tokenizer, limit: int, special: bool) -> Prompt:
     if body.truncate_prompt_tokens is None:
         cut = limit * CHARS_PER_TOKEN
         while cut < len(text):  # a text that is far too long shall not cost the time of tokenizing it all
@@ -121,32 +123,39 @@ async def _from_text(text: str, body: CompletionRequest | ChatRequest, tokenizer
     return _truncate(Prompt(tuple(ids), text), body, limit)
 
 
-def _truncate(prompt: Prompt, body: CompletionRequest | ChatRequest, limit: int) -> Prompt:
+def _truncate(prompt: Prompt, body: Sends, limit: int) -> Prompt:
     """Cut to what the request asks for (-1: what fits with the tokens it wants); nothing is cut where it does not ask."""
     wanted = body.truncate_prompt_tokens
     if wanted is None:
         return prompt
-    asked = getattr(body, "max_completion_tokens", None) or body.max_tokens or 1
-    if body.max_tokens is None and isinstance(body, CompletionRequest):
+    if isinstance(body, EmbeddingRequest):
+        asked = 0
+    else:
+        asked = max(1, getattr(body, "max_completion_tokens", None) or body.max_tokens or 1)
+    if isinstance(body, CompletionRequest) and body.max_tokens is None:
         asked = COMPLETION_TOKENS
-    keep = limit - max(asked, 1) if wanted == -1 else wanted
+    keep = limit - asked if wanted == -1 else wanted
     if keep < 1 or keep >= len(prompt.token_ids):
         return prompt
     return Prompt(prompt.token_ids[-keep:] if body.truncation_side == "left" else prompt.token_ids[:keep])
 
 
-def _split(prompt: Any) -> list[str | list[int]]:
+def _split(body: CompletionRequest | EmbeddingRequest) -> list[str | list[int]]:
     """Text, token ids, or a list of either -> a list of prompts."""
+    if isinstance(body, EmbeddingRequest):
+        name, prompt, most = "input", body.input, MAX_INPUTS
+    else:
+        name, prompt, most = "prompt", body.prompt, MAX_PROMPTS
     if isinstance(prompt, str) or _is_ids(prompt):
         return [prompt]
-    if isinstance(prompt, list) and len(prompt) > MAX_PROMPTS:
-        message = f"prompt has {len(prompt)} texts: at most {MAX_PROMPTS} are taken in one request; send several"
-        raise RequestError(message, param="prompt")
+    if isinstance(prompt, list) and len(prompt) > most:
+        message = f"{name} has {len(prompt)} texts: at most {most} are taken in one request; send several"
+        raise RequestError(message, param=name)
     if isinstance(prompt, list) and prompt and all(isinstance(p, str) or _is_ids(p) for p in prompt):
         return prompt
     what = "text, a list of texts, a list of token ids, or a list of lists of token ids"
     found = "an empty list" if prompt == [] else f"{type(prompt).__name__} {prompt!r:.60}"
-    raise RequestError(f"prompt must be {what}, got {found}", param="prompt", code="invalid_type")
+    raise RequestError(f"{name} must be {what}, got {found}", param=name, code="invalid_type")
 
 
 def _is_ids(value: Any) -> bool:

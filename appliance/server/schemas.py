@@ -5,12 +5,12 @@ Types are strict, but JSON knows one kind of number: 5.0 is as good as 5 where a
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from appliance.core.params import RequestError
-from appliance.server.fields import refuse
+from appliance.server.fields import REFUSED_OF_EMBEDDINGS, refuse
 from appliance.server.kinds import Messages, Prompts, Stop, ToolChoice, Tools
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -35,10 +35,32 @@ class StreamOptions(Fields):
     continuous_usage_stats: bool = False
 
 
-class SamplingFields(Fields):
-    """What completions and chat share. None = not given: the model's generation_config or SamplingParams decides."""
+class PromptFields(Fields):
+    """What all that computes shares."""
 
     model: str | None = None
+    cache_salt: str | None = None
+    priority: int = 0
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str = "left"
+    request_id: str | None = None
+
+    def check(self) -> None:
+        """What can be said of the fields without a model. Raises RequestError."""
+        refuse(self.model_extra or {})
+        if self.cache_salt == "":
+            raise RequestError("cache_salt is empty: give it at least one character, or leave it out", param="cache_salt")
+        if self.truncation_side not in ("left", "right"):
+            raise RequestError(f"truncation_side is left or right, got {self.truncation_side!r}", param="truncation_side")
+        if self.truncate_prompt_tokens is not None and (self.truncate_prompt_tokens < -1 or self.truncate_prompt_tokens == 0):
+            message = f"truncate_prompt_tokens is -1 (the model's limit) or at least 1, got {self.truncate_prompt_tokens}"
+            raise RequestError(message, param="truncate_prompt_tokens")
+
+
+class SamplingFields(PromptFields):
+    """What completions and chat share. None = not given: the model's generation_config or SamplingParams decides."""
+
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int | None = None
@@ -75,21 +97,14 @@ class SamplingFields(Fields):
     guided_whitespace_pattern: str | None = None
     grammar: str | None = None
     json_schema: str | dict[str, Any] | None = None
-    cache_salt: str | None = None
-    priority: int = 0
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    add_special_tokens: bool | None = None
-    truncate_prompt_tokens: int | None = None
-    truncation_side: str = "left"
     return_tokens_as_token_ids: bool = False
     return_token_ids: bool = False
-    request_id: str | None = None
 
     def check(self) -> None:
-        """What can be said of the fields without a model. Raises RequestError."""
-        refuse(self.model_extra or {})
+        super().check()
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed together with stream=true", param="stream_options")
         if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
@@ -97,8 +112,6 @@ class SamplingFields(Fields):
                 f"best_of is {self.best_of}, more than n = {self.n or 1}: which are best is known in the end: set stream=false"
             )
             raise RequestError(message, param="best_of")
-        if self.cache_salt == "":
-            raise RequestError("cache_salt is empty: give it at least one character, or leave it out", param="cache_salt")
         texts = self.stop if isinstance(self.stop, list) else [] if self.stop is None else [self.stop]
         if not all(isinstance(text, str) for text in texts):
             raise RequestError(f"stop must be text or a list of texts, got {self.stop!r:.80}", param="stop")
@@ -107,11 +120,6 @@ class SamplingFields(Fields):
             raise RequestError(message, param="repetition_penalty")
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError("prompt_logprobs cannot be streamed: set stream=false", param="prompt_logprobs")
-        if self.truncation_side not in ("left", "right"):
-            raise RequestError(f"truncation_side is left or right, got {self.truncation_side!r}", param="truncation_side")
-        if self.truncate_prompt_tokens is not None and (self.truncate_prompt_tokens < -1 or self.truncate_prompt_tokens == 0):
-            message = f"truncate_prompt_tokens is -1 (the model's limit) or at least 1, got {self.truncate_prompt_tokens}"
-            raise RequestError(message, param="truncate_prompt_tokens")
 
 
 class CompletionRequest(SamplingFields):
@@ -151,6 +159,17 @@ class ChatRequest(SamplingFields):
         if self.continue_final_message and self.add_generation_prompt:
             message = "continue_final_message=true needs add_generation_prompt=false"
             raise RequestError(message, param="continue_final_message")
+
+
+class EmbeddingRequest(PromptFields):
+    input: Prompts  # as a completion's prompt
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    normalize: bool | None = None  # None: as the model says
+
+    def check(self) -> None:
+        super().check()
+        refuse(self.model_extra or {}, REFUSED_OF_EMBEDDINGS)
 
 
 class ModelRequest(Fields):

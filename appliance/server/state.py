@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from appliance.config import EngineConfig, ServerConfig
 from appliance.core.messages import EngineInfo, Event, Stats, Submit
 from appliance.core.params import RequestError
+from appliance.pooling import read_pooler
 from appliance.server.audit import AuditLog
 from appliance.server.errors import unavailable
 from appliance.server.fields import unknown
@@ -94,6 +95,7 @@ class ServerState:
         self.names = tuple(server_config.served_model_name) or (engine_config.model or "demo",)
         directory = Path(engine_config.model) if engine_config.model else None
         self.defaults: dict[str, Any] = model_defaults(directory, server_config.generation_config)
+        self.pooler = read_pooler(directory, engine_config.runner)
         self.parsers = Parsers.of(tokenizer, server_config)
         self.metrics = Metrics(self.names[0])
         self.hardware = shared.hardware

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from appliance.core.params import RequestError, SamplingParams, StructuredOutputsParams
-from appliance.server.schemas import SamplingFields
+from appliance.server.schemas import PromptFields, SamplingFields
 from appliance.text.compiler import Brief, Unfinished
 from appliance.text.grammar import compile_grammar
 
@@ -91,8 +91,10 @@ def structured_outputs(body: SamplingFields) -> tuple[str | None, StructuredOutp
     return next(iter(found.values()), None)
 
 
-def form_field(body: SamplingFields) -> str | None:
+def form_field(body: PromptFields) -> str | None:
     """The field of a body that was taken which says what the answer must be; else the tools, where a call is a must."""
+    if not isinstance(body, SamplingFields):
+        return None
     if (found := structured_outputs(body)) is None:
         return "tools" if getattr(body, "tools", None) else None
     return found[0] or "structured_outputs"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+from array import array
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +27,11 @@ TEMPLATE = """<|bos|>{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif
 {% if add_generation_prompt %}<|assistant|>{% endif %}"""
 FLAGS = ("--port", "0", "--threads", "1", "--kv-cache-memory-bytes", "20000000")
 EVENTS = {"/v1/completions": "CreateCompletionResponse", "/v1/chat/completions": "CreateChatCompletionStreamResponse"}
-ANSWERS = {"/v1/completions": "CreateCompletionResponse", "/v1/chat/completions": "CreateChatCompletionResponse"}
+ANSWERS = {
+    "/v1/completions": "CreateCompletionResponse",
+    "/v1/chat/completions": "CreateChatCompletionResponse",
+    "/v1/embeddings": "CreateEmbeddingResponse",
+}
 
 
 class Description:
@@ -56,6 +62,8 @@ class Description:
             value = {**value, "choices": [_described(one) for one in value["choices"]]}
             if value.get("usage", {}) is None:  # as its words have it: null in all chunks but the last one
                 del value["usage"]
+        if name == "CreateEmbeddingResponse":
+            value = {**value, "data": [{**one, "embedding": _numbers(one["embedding"])} for one in value["data"]]}
         self.seen.append(name)
         schema = {"$ref": f"#/components/schemas/{name}", "components": self.components}
         jsonschema.Draft202012Validator(schema).validate(value)
@@ -68,6 +76,11 @@ def _described(choice: dict[str, Any]) -> dict[str, Any]:
         begin = 1 if scored["token_logprobs"][:1] == [None] else 0
         found["logprobs"] = {name: values[begin:] for name, values in scored.items()}
     return found
+
+
+def _numbers(embedding: str | list[float]) -> list[float]:
+    """As OpenAI's client reads them: that they may come in base64 is not described."""
+    return embedding if isinstance(embedding, list) else array("f", base64.b64decode(embedding)).tolist()
 
 
 @pytest.fixture(scope="session")

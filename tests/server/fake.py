@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -27,6 +28,7 @@ def info(max_model_len: int = 512) -> EngineInfo:
         max_model_len=max_model_len,
         vocab_size=VOCAB,
         eos_token_ids=(END,),
+        hidden_size=64,
         ready_s=0.1,
         plan={
             "num_blocks": 64,
@@ -38,7 +40,10 @@ def info(max_model_len: int = 512) -> EngineInfo:
 
 
 class FakeClient:
-    """Answers a prompt with itself: output token k is prompt token ``(k + index) % len``, so every answer shows whose it is."""
+    """Answers a prompt with itself: output token k is prompt token ``(k + index) % len``, so every answer shows whose it is.
+
+    Its embedding are its token ids.
+    """
 
     def __init__(self, *, delay_s: float = 0.0, max_model_len: int = 512, state: str = "ready") -> None:
         self.state = state
@@ -118,6 +123,9 @@ class FakeClient:
             return Event(submit.request_id, index, finish_reason="error", error=Unanswerable(self.unanswerable))
         if self.fail_at is not None and step >= self.fail_at:
             return Event(submit.request_id, index, finish_reason="error", error="the step failed")
+        if submit.pooling is not None:
+            vector = struct.pack(f"<{len(prompt)}f", *prompt)[: 4 * (submit.pooling.dimensions or len(prompt))]
+            return Event(submit.request_id, index, finish_reason="stop", embedding=vector)
         token = prompt[(step + index) % len(prompt)]
         self.tokens += 1
         limit = params.max_tokens or self.info.max_model_len - len(prompt)  # type: ignore[union-attr]

@@ -149,7 +149,7 @@ def test_bodies_in_chunks_and_with_a_mark(served: Served, body: str) -> None:
         assert http.post("/v1/completions", content=b"\xef\xbb\xbf" + body.encode()).status_code == 200  # a byte order mark
 
 
-@pytest.mark.parametrize("path", [*UNSERVED, "/v1/images/generations", "/embeddings", "/api/tags", "/v1/nothing", "/v1"])
+@pytest.mark.parametrize("path", [*UNSERVED, "/v1/images/generations", "/api/tags", "/v1/nothing", "/v1"])
 def test_routes_of_others(served: Served, path: str) -> None:
     """At once, with a reason; 404, since OpenAI's clients try again after a 501."""
     with served.http as http:
@@ -226,11 +226,6 @@ def test_messages_as_clients_send_them(served: Served, messages: list[dict[str, 
 def test_bodies_as_clients_send_them(served: Served, body: dict[str, Any]) -> None:
     response = served.post("/v1/chat/completions", messages=HELLO, **body)
     assert response.status_code == 200, response.text
-
-
-def test_embeddings_by_their_client(served: Served) -> None:
-    with pytest.raises(openai.NotFoundError, match="embeddings are not computed here"):
-        served.openai.embeddings.create(model="tiny", input="hello")
 
 
 def test_model_lists_as_clients_ask_for_them(served: Served) -> None:

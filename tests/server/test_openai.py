@@ -77,7 +77,6 @@ def test_errors(slow: Served) -> None:
 def test_what_is_not_served_is_refused_by_name(served: Served) -> None:
     client = served.openai
     calls: list[tuple[str, Any]] = [
-        ("embeddings are not computed", lambda: client.embeddings.create(model="tiny", input="hello")),
         ("moderation is not done", lambda: client.moderations.create(input="hello")),
         ("images are not made", lambda: client.images.generate(prompt="hello")),
         ("audio is neither", lambda: client.audio.speech.create(model="tiny", voice="alloy", input="hello")),
@@ -89,7 +88,7 @@ def test_what_is_not_served_is_refused_by_name(served: Served) -> None:
         with pytest.raises(openai.NotFoundError, match=says) as caught:
             call()
         assert caught.value.code == "not_found" and caught.value.type == "invalid_request_error"
-    for path, says in (("/api/chat", "Ollama"), ("/completion", "/v1/completions"), ("/embeddings", "embeddings are not")):
+    for path, says in (("/api/chat", "Ollama"), ("/completion", "/v1/completions"), ("/embedding", "/v1/embeddings")):
         answer = served.post(path)
         assert answer.status_code == 404 and says in answer.json()["error"]["message"]
 
