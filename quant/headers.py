@@ -22,8 +22,8 @@ INDEX = "model.safetensors.index.json"
 TEXT = re.compile(r"^(?:(model\.language_model\.|language_model\.model\.)|language_model\.(?=lm_head\.))")
 BESIDE_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual|audio_tower|embed_vision|embed_audio)\.")
 """How models that read pictures, too, name what is theirs in transformers before 4.52 and since, and the rest."""
-BARE = re.compile(r"embed_tokens\.|layers\.0\.")
-"""What begins the names of a model's layers alone, without a head and what stands before them all there."""
+BARE = "embed_tokens."
+"""So begins a name where a checkpoint is of a model's layers alone, of which no head has to be told apart."""
 VISUAL = "visual."  # beside text under plain names: Qwen2-VL and 2.5-VL as they were published
 GRANITE = {
     ".shared_mlp.input_linear.": ".mlp.gate_up_proj.",
@@ -189,7 +189,7 @@ def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> TensorInf
 
 def _with_model(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     """By the names that they have in a model with a head, where they are of its layers alone, as of Qwen3-Embedding."""
-    if not any(BARE.match(name) for name in tensors) or any(name.startswith("model.") for name in tensors):
+    if not any(name.startswith(BARE) for name in tensors) or any(name.startswith("model.") for name in tensors):
         return tensors
     return {name if name.startswith("lm_head.") else f"model.{name}": info for name, info in tensors.items()}
 

@@ -16,6 +16,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Scope
 
+from appliance.core.door import ContextOverflow
 from appliance.core.params import RequestError
 from appliance.runtime.client import EngineDied
 from appliance.server.limits import RateLimited
@@ -89,7 +90,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
 
 def error_response(error: Exception, scope: Scope, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer to the request of this ``scope``."""
-    if isinstance(error, RequestError) and error.param == "prompt":
+    kind = RequestError if scope["path"] == "/v1/embeddings" else ContextOverflow  # others have a field of that name
+    if isinstance(error, kind) and error.param == "prompt":
         error.param = PROMPTS.get(scope["path"], error.param)
     status, body = describe(error)
     more = dict(headers or {})
