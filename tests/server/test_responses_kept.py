@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
 from appliance.config import EngineConfig, ServerConfig
 from appliance.core.params import RequestError
+from appliance.server.responses import answer
 from appliance.server.responses.store import Record, ResponseStore
 from appliance.text.tokenizer import Tokenizer
 from tests.server.conftest import Served, serve_in_thread
@@ -122,6 +124,29 @@ def test_each_key_has_its_own(tokenizer: Tokenizer, model_dir: Path) -> None:
             first.responses.create(model="tiny", input="hello", max_output_tokens=2)
         with pytest.raises(openai.NotFoundError):
             first.responses.retrieve(mine.id)
+
+
+def test_a_circle_of_responses_has_an_end(hermes: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id is free again once its response is deleted, also for one that goes on with it and is under way by then."""
+    client, named, begin = hermes.openai, {"X-Request-Id": "round"}, answer._begin
+    first = client.responses.create(model="tiny", input="hello", extra_headers=named)
+
+    async def deleted_meanwhile(*args: Any) -> Any:
+        hermes.state.shared.responses.delete(None, first.id)
+        return await begin(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answer, "_begin", deleted_meanwhile)
+        second = client.responses.create(model="tiny", input="on", previous_response_id=first.id, extra_headers=named)
+    assert second.id == second.previous_response_id == first.id
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="tiny", input="on", previous_response_id=second.id)
+    assert refused.value.code == "previous_response_not_found"
+    store = ResponseStore(3)
+    for name, previous in ("ab", "bc", "ca"):
+        store.put(None, record(name, previous))
+    with pytest.raises(RequestError, match="'a' is kept here"):
+        store.chain(None, "a")
 
 
 def record(name: str, previous: str | None = None, size: int = 0) -> Record:

@@ -104,11 +104,14 @@ class ResponseStore:
         self._shelves[key].drop(response_id)
 
     def chain(self, key: str | None, response_id: str | None) -> list[Record]:
-        """A response and those that it goes on with, the first one first; all of them count as used. Raises RequestError."""
-        found: list[Record] = []
+        """A response and those that it goes on with, the first one first; all of them count as used. Raises RequestError.
+
+        An id that was deleted may be given again, to a response that goes on with one that went on with the first: a circle.
+        """
+        found: dict[str, Record] = {}
         while response_id is not None:
             record = self.find(key, response_id)
-            if record is None:
+            if record is None or response_id in found:
                 message = (
                     f"no response with the id {response_id!r:.100} is kept here (any more): send the whole conversation as input"
                 )
@@ -118,11 +121,12 @@ class ResponseStore:
             if record.job is not None:
                 message = f"previous_response_id: {response_id!r:.100} is still in progress"
                 raise RequestError(message, param="previous_response_id")
-            found.append(record)
+            found[response_id] = record
             response_id = record.previous
-        for record in reversed(found):  # the first one is to go first
+        records = [*reversed(found.values())]
+        for record in records:  # the first one is to go first
             self.find(key, record.id)
-        return found[::-1]
+        return records
 
     def item(self, key: str | None, item_id: str) -> Item | None:
         """An item of a response that is kept."""
