@@ -126,6 +126,21 @@ def test_each_key_has_its_own(tokenizer: Tokenizer, model_dir: Path) -> None:
             first.responses.retrieve(mine.id)
 
 
+def test_references_cost_no_more_than_what_they_refer_to(hermes: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A response is read once for all references to its items, and an item is taken once: a small body stays small."""
+    say(hermes, "Yes.")
+    items = [{"role": "user", "id": f"msg_{i}", "content": "hello"} for i in range(300)]
+    kept = hermes.post("/v1/responses", model="tiny", input=items).json()
+    reads, read = [], Record.items.fget
+    monkeypatch.setattr(Record, "items", property(lambda record: reads.append(record.id) or read(record)))  # type: ignore[misc]
+    by_id = [{"type": "item_reference", "id": item["id"]} for item in items]
+    assert hermes.post("/v1/responses", model="tiny", input=[*by_id, {"role": "user", "content": "on"}]).status_code == 200
+    assert reads == [kept["id"]] and prompt_of(hermes).count("user: hello") == 300
+    again = hermes.post("/v1/responses", model="tiny", input=[by_id[7], *by_id])
+    assert again.status_code == 400
+    assert again.json()["error"]["message"] == "input[8].id is 'msg_7': the input has that item already"
+
+
 def test_a_circle_of_responses_has_an_end(hermes: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """An id is free again once its response is deleted, also for one that goes on with it and is under way by then."""
     client, named, begin = hermes.openai, {"X-Request-Id": "round"}, answer._begin

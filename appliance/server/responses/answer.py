@@ -67,7 +67,7 @@ def asker() -> str | None:
 def conversation(store: ResponseStore, key: str | None, body: InputTokensRequest) -> tuple[list[Item], list[Item]]:
     """(the items that the body gives, these behind all that it goes on with). Raises RequestError."""
     history = [item for record in store.chain(key, body.previous_response_id) for item in record.items]
-    given = items_of(body.input, lambda item_id: store.item(key, item_id), history)
+    given = items_of(body.input, store.lookup(key), history)
     return given, [*history, *given]
 
 

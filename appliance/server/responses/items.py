@@ -38,9 +38,9 @@ def items_of(given: Any, known: Callable[[str], Item | None], history: Sequence[
     if len(given) > MAX_ITEMS:
         _refuse("input", f"has {len(given)} items: at most {MAX_ITEMS} are taken")
     calls = {item["call_id"] for item in history if item["type"] == "function_call"}
-    found = []
+    found, referred = [], set[str]()
     for i, one in enumerate(given):
-        item = _item(one, f"input[{i}]", known)
+        item = _item(one, f"input[{i}]", known, referred)
         if item["type"] == "function_call":
             calls.add(item["call_id"])
         elif item["type"] == "function_call_output" and item["call_id"] not in calls:
@@ -53,7 +53,8 @@ def items_of(given: Any, known: Callable[[str], Item | None], history: Sequence[
     return found
 
 
-def _item(given: Any, where: str, known: Callable[[str], Item | None]) -> Item:
+def _item(given: Any, where: str, known: Callable[[str], Item | None], referred: set[str]) -> Item:
+    """``referred``: ids of the references so far. An item that came again and again would make a small body any size."""
     if not isinstance(given, Mapping):
         _refuse(where, f"must be an item such as {{'role': 'user', 'content': 'Hi'}}, got {given!r:.80}")
     given = {name: value for name, value in given.items() if value is not None}
@@ -64,6 +65,9 @@ def _item(given: Any, where: str, known: Callable[[str], Item | None]) -> Item:
         item = known(_needed(given, "id", where))
         if item is None:
             _refuse(f"{where}.id", f"is {given['id']!r:.80}: no item of that id is kept here", "item_not_found")
+        if given["id"] in referred:
+            _refuse(f"{where}.id", f"is {given['id']!r:.80}: the input has that item already")
+        referred.add(given["id"])
         return item
     head = {"id": given.get("id") if isinstance(given.get("id"), str) else new_id(kind), "type": kind}
     match kind:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -128,13 +128,16 @@ class ResponseStore:
             self.find(key, record.id)
         return records
 
-    def item(self, key: str | None, item_id: str) -> Item | None:
-        """An item of a response that is kept."""
+    def lookup(self, key: str | None) -> Callable[[str], Item | None]:
+        """Finds items of the responses that are kept, for one request: each is read once at most, the latest first."""
         shelf = self._shelves.get(key)
-        mark = to_json(item_id)
         records: Iterator[Record] = reversed(shelf.records.values()) if shelf else iter(())
-        for record in records:
-            found = (item for item in record.items if item["id"] == item_id) if mark in record.raw else iter(())
-            if (item := next(found, None)) is not None:
-                return item
-        return None
+        seen: dict[str, Item] = {}
+
+        def item(item_id: str) -> Item | None:
+            while item_id not in seen and (record := next(records, None)) is not None:
+                for one in record.items:
+                    seen.setdefault(one["id"], one)
+            return seen.get(item_id)
+
+        return item
