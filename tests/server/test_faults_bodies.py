@@ -27,7 +27,7 @@ from tests.server.conftest import Served, serve_in_thread
 from tests.server.fake import FakeClient
 from tests.server.test_lifecycle import eventually
 
-C, CHAT = "/v1/completions", "/v1/chat/completions"
+C, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 HELLO = [{"role": "user", "content": "Hi"}]
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "[" * 100_000}}
 
@@ -173,6 +173,18 @@ def test_the_scores_of_a_long_prompt_let_others_run(long: Served, path: str, mor
     answer = long.answer_in_turns(lambda: long.post(path, max_tokens=1, **more))
     assert answer.status_code == 200, answer.text[:500]
     assert len(answer.content) > 5_000_000
+
+
+def test_long_conversations_let_others_run(served: Served) -> None:
+    """Many texts of the system become one, and what is gone on with is read, without that others wait."""
+    many = [{"role": "system", "content": "s" * 1900}] * 8000
+    answer = served.answer_in_turns(lambda: served.post(RESPONSES, input=many))
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+    said = [{"role": ("user", "assistant")[i % 2], "content": "a"} for i in range(8001)]
+    body = {"truncation": "auto", "max_output_tokens": 2}
+    kept = served.post(RESPONSES, input=said, **body).json()["id"]
+    answer = served.answer_in_turns(lambda: served.post(RESPONSES, input="on", previous_response_id=kept, **body))
+    assert answer.status_code == 200, answer.text[:500]
 
 
 def test_large_bodies_share_what_there_is(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import uuid
 from contextlib import aclosing
@@ -29,8 +30,8 @@ async def answer(state: ServerState, request_id: str, body: ResponsesRequest) ->
     body.check()
     state.check_unknown(body)
     key, store = asker(), state.shared.responses
-    given, items = conversation(store, key, body)
-    turn = await _begin(state, request_id, body, items)
+    given, messages = await conversation(store, key, body)
+    turn = await _begin(state, request_id, body, messages)
     response_id = f"resp_{request_id}"
     if store.find(key, response_id) is not None:  # clients may send the same X-Request-Id twice
         response_id += f"_{uuid.uuid4().hex[:8]}"
@@ -46,8 +47,8 @@ async def count(state: ServerState, body: InputTokensRequest) -> dict[str, Any]:
     """As many tokens as a request with the same fields has; also of a prompt that is longer than the context."""
     body.check()
     state.check_unknown(body)
-    _, items = conversation(state.shared.responses, asker(), body)
-    chat = chat_request(body, messages_of(body.instructions, items))
+    _, messages = await conversation(state.shared.responses, asker(), body)
+    chat = chat_request(body, messages)
     assert state.info  # or it is not to be served now
     try:
         chat.check()
@@ -64,16 +65,22 @@ def asker() -> str | None:
     return (current.get() or Ticket()).key
 
 
-def conversation(store: ResponseStore, key: str | None, body: InputTokensRequest) -> tuple[list[Item], list[Item]]:
-    """(the items that the body gives, these behind all that it goes on with). Raises RequestError."""
-    history = [item for record in store.chain(key, body.previous_response_id) for item in record.items]
-    given = items_of(body.input, store.lookup(key), history)
-    return given, [*history, *given]
+async def conversation(
+    store: ResponseStore, key: str | None, body: InputTokensRequest
+) -> tuple[list[Item], list[dict[str, Any]]]:
+    """(the items that the body gives, the messages of all that it goes on with and of these). Raises RequestError."""
+    records, known = store.chain(key, body.previous_response_id), store.lookup(key)
+
+    def read() -> tuple[list[Item], list[dict[str, Any]]]:
+        history = [item for record in records for item in record.items]
+        given = items_of(body.input, known, history)
+        return given, messages_of(body.instructions, [*history, *given])
+
+    return await asyncio.to_thread(read)  # what is kept may be many thousands of items
 
 
-async def _begin(state: ServerState, request_id: str, body: ResponsesRequest, items: list[Item]) -> Turn:
+async def _begin(state: ServerState, request_id: str, body: ResponsesRequest, messages: list[dict[str, Any]]) -> Turn:
     """``truncation`` "auto" leaves away what was said first, up to a message of the user, where it has to."""
-    messages = messages_of(body.instructions, items)
     head = 1 if messages and messages[0]["role"] == "system" else 0
 
     async def attempt(start: int, *, clamp: bool) -> Turn | RequestError:

@@ -144,15 +144,16 @@ def _refuse(where: str, message: str, code: str | None = None) -> NoReturn:
 
 def messages_of(instructions: str | None, items: Sequence[Item]) -> list[dict[str, Any]]:
     """The conversation: reasoning, text and calls of one turn are one message, and what the system says first is one."""
-    messages: list[dict[str, Any]] = [{"role": "system", "content": instructions}] if instructions else []
+    messages: list[dict[str, Any]] = []
+    first = [instructions] if instructions else []  # what the system says first: thousands of texts are joined once
     for item in items:
         last: dict[str, Any] = messages[-1] if messages else {"role": None}
         match item["type"]:
             case "message":
                 text = _joined(item["content"])
                 role = "system" if item["role"] == "developer" else item["role"]
-                if role == "system" and len(messages) == 1 and last["role"] == "system":
-                    last["content"] += f"\n\n{text}"
+                if role == "system" and not messages:
+                    first.append(text)
                 elif role == "assistant" and last["role"] == role and not last["content"] and "tool_calls" not in last:
                     last["content"] = text  # behind its reasoning
                 else:
@@ -169,7 +170,7 @@ def messages_of(instructions: str | None, items: Sequence[Item]) -> list[dict[st
                 output = item["output"]
                 text = output if isinstance(output, str) else _joined(output)
                 messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text})
-    return messages
+    return [*([{"role": "system", "content": "\n\n".join(first)}] if first else []), *messages]
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> str:

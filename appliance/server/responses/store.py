@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +131,7 @@ class ResponseStore:
     def lookup(self, key: str | None) -> Callable[[str], Item | None]:
         """Finds items of the responses that are kept, for one request: each is read once at most, the latest first."""
         shelf = self._shelves.get(key)
-        records: Iterator[Record] = reversed(shelf.records.values()) if shelf else iter(())
+        records = iter([*reversed(shelf.records.values())] if shelf else [])  # as they are now: it may be asked in a thread
         seen: dict[str, Item] = {}
 
         def item(item_id: str) -> Item | None:
