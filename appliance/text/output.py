@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from appliance.core.messages import Event, TokenLogprob
 from appliance.core.params import SamplingParams
@@ -117,50 +119,68 @@ def best_of(outputs: Sequence[OutputStream], n: int) -> list[OutputStream]:
 
 
 class _StopStrings:
-    """Finds the stop string that is complete first, however the text is cut into pieces.
+    """Finds the stop string that is complete first, of several the longest, however the text is cut into pieces.
 
-    Text that could be the beginning of one is held back (unless stop strings are kept in the output anyway).
+    Text that could be the beginning of one is held back (unless stop strings are kept in the output anyway). Of each stop string
+    it is known how much of it the text ends with (Knuth, Morris and Pratt), so that a character costs the same behind any text.
     """
 
     def __init__(self, stops: Sequence[str], *, keep: bool) -> None:
         self.found: str | None = None
-        self._stops, self._keep = tuple(stops), keep
-        self._reach = max((len(s) for s in self._stops), default=1) - 1  # how far back a match may begin
-        self._recent = ""  # the last _reach characters
-        self._held = 0  # how many of them are held back
+        self._borders, self._firsts = _prepared(tuple(stops))
+        self._keep = keep
+        self._begun: dict[str, int] = {}  # of those that the text may end with a part of: how many characters
+        self._held = ""  # what is held back
 
     def push(self, piece: str, *, seek: bool) -> str:
         """The text that may be shown now that ``piece`` has come. Only with ``seek`` may a match end within it."""
-        if not self._stops or not piece:
-            return piece
-        text = self._recent + piece
-        shown = len(self._recent) - self._held
-        match = self._first_match(text, len(self._recent)) if seek else None
-        if match is not None:
-            start, end = match
-            self.found = text[start:end]
-            return text[shown : end if self._keep else start]
-        self._held = 0 if self._keep else self._open_end(text)
-        self._recent = text[max(0, len(text) - self._reach) :]
-        return text[shown : len(text) - self._held]
+        if not self._firsts or not (self._begun or any(c in self._firsts for c in piece)):
+            return piece  # nothing is held back either
+        text = self._held + piece
+        for end, character in enumerate(piece, len(self._held) + 1):
+            if (stop := self._step(character)) is not None and seek:
+                self.found = stop
+                return text[: end if self._keep else end - len(stop)]
+        held = 0 if self._keep else max(self._begun.values(), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
 
     def release(self) -> str:
         """What is still held back."""
-        held, self._held = self._held, 0
-        return self._recent[len(self._recent) - held :]
+        held, self._held = self._held, ""
+        return held
 
-    def _first_match(self, text: str, old: int) -> tuple[int, int] | None:
-        """(start, end) of the match that ends first, of several the longest; it ends after the ``old`` first characters."""
-        best: tuple[int, int] | None = None
-        for stop in self._stops:
-            start = text.find(stop, max(0, old - len(stop) + 1))
-            if start >= 0 and (best is None or (start + len(stop), start) < (best[1], best[0])):
-                best = (start, start + len(stop))
-        return best
+    def _step(self, character: str) -> str | None:
+        """Take one more character. The longest stop string that ends with it."""
+        found = None
+        begun: dict[str, int] = {}
+        for stop in {**self._begun, **self._firsts.get(character, {})}:
+            n, borders = self._begun.get(stop, 0), self._borders[stop]
+            while n and stop[n] != character:
+                n = borders[n]
+            n += stop[n] == character
+            if n == len(stop):
+                found = stop if found is None or n > len(found) else found
+                n = borders[n]
+            if n:
+                begun[stop] = n
+        self._begun = begun
+        return found
 
-    def _open_end(self, text: str) -> int:
-        """Length of the longest end of ``text`` with which a stop string begins."""
-        for n in range(min(self._reach, len(text)), 0, -1):
-            if any(len(stop) > n and stop.startswith(text[len(text) - n :]) for stop in self._stops):
-                return n
-        return 0
+
+@lru_cache(32)  # all completions of a request have the same
+def _prepared(stops: tuple[str, ...]) -> tuple[dict[str, array[int]], dict[str, dict[str, int]]]:
+    """(of each stop string its borders; those that begin with a character, by that character).
+
+    ``borders[n]``: how many of its first characters the first n end with, other than all of them.
+    """
+    borders, firsts = {}, dict[str, dict[str, int]]()
+    for stop in stops:
+        borders[stop] = found = array("H", [0, 0])  # at most MAX_WORDS_CHARS
+        for character in stop[1:]:
+            n = found[-1]
+            while n and stop[n] != character:
+                n = found[n]
+            found.append(n + (stop[n] == character))
+        firsts.setdefault(stop[0], {})[stop] = 0
+    return borders, firsts

@@ -155,6 +155,33 @@ def test_streamed_equals_whole_however_the_text_is_cut(text, cuts, stops, keep):
     assert (shown, finder.found) == (want, stop)
 
 
+def test_a_character_costs_the_same_behind_any_text():
+    """What the text has of a stop string is not looked for again: with that, this would take hours."""
+    stop = "x" * 20_000 + "y"
+    finder, shown = _StopStrings([stop, *(f"w{i}" for i in range(1000))], keep=False), ""
+    for character in "x" * 30_000 + "y":
+        shown += finder.push(character, seek=True)
+    assert shown == "x" * 10_000 and finder.found == stop
+
+
+@settings(max_examples=500)
+@given(
+    text=st.text("abc", max_size=30), least=st.integers(0, 30), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
+)
+def test_no_match_ends_before_it_may(text, least, stops):
+    """Letter by letter, as under ``min_tokens``."""
+    ends = [end for end in range(least + 1, len(text) + 1) if text[:end].endswith(tuple(stops))] if stops else []
+    finder, shown = _StopStrings(stops, keep=False), ""
+    for i, character in enumerate(text):
+        shown += finder.push(character, seek=i >= least)
+        if finder.found is not None:
+            break
+    if finder.found is None:
+        shown += finder.release()
+    want = max((stop for stop in stops if ends and text[: ends[0]].endswith(stop)), key=len, default=None)
+    assert finder.found == want and shown == (text if want is None else text[: ends[0] - len(want)])
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_deltas_sum_up_to_the_whole(tokenizer, data):
