@@ -139,6 +139,7 @@ def _plan(demand: Demand, settings: Settings, device: DeviceInfo, max_len: int) 
         model=demand.model,
         architecture=demand.architecture,
         quantization=demand.quantization,
+        vocab_size=demand.vocab,
         device=device,
         dtype=demand.dtype,
         head=demand.head,

@@ -97,6 +97,7 @@ class MemoryPlan:
     model: str
     architecture: str
     quantization: str
+    vocab_size: int  # ids
     device: DeviceInfo
     dtype: str
     head: str  # what the output head is stored as, in words

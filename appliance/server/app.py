@@ -24,7 +24,7 @@ from appliance.server.messages import router as messages
 from appliance.server.pages import Cors
 from appliance.server.respond import read, while_connected
 from appliance.server.responses import router as responses
-from appliance.server.route import request_id, serving, usable
+from appliance.server.route import reading, request_id, serving, usable
 from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from appliance.server.site import Site
 from appliance.server.state import EngineClient, ServerState
@@ -121,18 +121,18 @@ async def _embeddings(request: Request, body: EmbeddingRequest) -> Response:
 @router.post("/tokenize")
 async def post_tokenize(request: Request) -> Response:
     body = await read(request, TokenizeRequest)
-    return JSONResponse(await tokenize_answer(await serving(request, body.model), body))
+    return JSONResponse(await tokenize_answer(await reading(request, body.model), body))
 
 
 @router.post("/detokenize")
 async def post_detokenize(request: Request) -> Response:
     body = await read(request, DetokenizeRequest)
-    return JSONResponse(await detokenize_answer(await serving(request, body.model), body))
+    return JSONResponse(await detokenize_answer(await reading(request, body.model), body))
 
 
 @router.get("/tokenizer_info")
 async def get_tokenizer_info(request: Request, model: str | None = None) -> Response:
-    return JSONResponse(await asyncio.to_thread(tokenizer_info, await serving(request, model)))
+    return JSONResponse(await asyncio.to_thread(tokenizer_info, await reading(request, model)))
 
 
 class RequestIds:

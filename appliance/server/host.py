@@ -13,7 +13,7 @@ from appliance.core.params import RequestError
 from appliance.models_file import Entry
 from appliance.runtime.client import Client, EngineDied
 from appliance.server.errors import unavailable
-from appliance.server.state import ServerState, Shared
+from appliance.server.state import Outline, ServerState, Shared
 from appliance.text.tokenizer import Tokenizer
 from quant.errors import InputError
 
@@ -52,6 +52,17 @@ class Host(Protocol):
 
     def leave(self, visitor: object) -> None: ...
 
+    async def read(self) -> ServerState:
+        """The state, whose engine may do what it likes: for what needs the tokenizer alone. Raises RequestError (503)."""
+
+
+class Planned(Outline, Protocol):
+    """What a host needs of its model's MemoryPlan."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of the device that it takes while loaded."""
+
 
 class FixedHost:
     """A model whose engine somebody else looks after."""
@@ -81,13 +92,17 @@ class FixedHost:
     def leave(self, visitor: object) -> None:
         """Nothing depends on it."""
 
+    async def read(self) -> ServerState:
+        return self.state
+
 
 class EngineHost:
     """A model with an engine process of its own. All methods belong to one event loop."""
 
-    def __init__(self, entry: Entry, size: int, shared: Shared, make: Callable[..., Client] = Client) -> None:
-        """``entry``'s model and tokenizer are local directories; ``size``: bytes of the device that it takes while loaded."""
-        self.entry, self.size, self.shared = entry, size, shared
+    def __init__(self, entry: Entry, plan: Planned, shared: Shared, make: Callable[..., Client] = Client) -> None:
+        """``entry``'s model and tokenizer are local directories."""
+        self.entry, self.size, self.shared = entry, plan.total, shared
+        self.outline: Outline = plan  # or what the latest engine has said of itself
         self.site: Site | None = None  # that it belongs to
         self.state: ServerState | None = None
         self.idle_s = entry.server.idle_unload
@@ -96,7 +111,6 @@ class EngineHost:
         self.hopeless = asyncio.Event()  # it died too often, and is not started again
         self._make = make
         self._fresh = self._client()
-        self._length: int | None = None  # its max_model_len, when it was loaded last
         self._reading = asyncio.Lock()
         self._present: set[object] = set()  # requests that are being served
         self._waiting: set[object] = set()  # for it to be loaded
@@ -128,11 +142,8 @@ class EngineHost:
         return self.entry.engine.model or self.names[0]
 
     @property
-    def max_model_len(self) -> int | None:
-        if self.client.info:
-            return self.client.info.max_model_len
-        known = self.entry.engine.max_model_len
-        return known if isinstance(known, int) else self._length
+    def max_model_len(self) -> int:
+        return (self.client.info or self.outline).max_model_len
 
     @property
     def loaded(self) -> bool:
@@ -159,7 +170,7 @@ class EngineHost:
                     tokenizer = await asyncio.to_thread(
                         Tokenizer.load, engine.tokenizer, server.chat_template, server.default_chat_template_kwargs
                     )
-                self.state = ServerState(self._fresh, tokenizer, engine, server, self.shared)
+                self.state = ServerState(self._fresh, tokenizer, engine, server, self.shared, self.outline)
             return self.state
 
     async def load(self) -> None:
@@ -183,10 +194,10 @@ class EngineHost:
     async def _renew(self) -> None:
         """A client for another engine process, in place of the one that is there."""
         await self.client.stop(0)
-        self._length = self.max_model_len
+        self.outline = self.client.info or self.outline
         self._fresh = self._client()
         if self.state:
-            self.state.client = self._fresh
+            self.state.client, self.state.outline = self._fresh, self.outline
 
     async def _keep(self) -> None:
         """Start a dead engine again, a few times."""
@@ -253,6 +264,13 @@ class EngineHost:
         assert self.state is not None
         return self.state
 
+    async def read(self) -> ServerState:
+        """As Host has it: whoever asks for its tokenizer alone neither loads a model nor keeps it."""
+        try:
+            return await self.prepare()
+        except InputError as error:
+            raise self._unloadable(error) from None
+
     @property
     def _starts_later(self) -> bool:
         """Whether it is loaded at start, behind the first model: as for one that is loaded on demand, it can be waited for."""
@@ -286,9 +304,12 @@ class EngineHost:
             self._rest()
         except (InputError, EngineDied) as error:
             log.error("%s cannot be loaded: %s", self.names[0], error)
-            raise unavailable(f"the model {self.names[0]} cannot be loaded: {error}", "model_not_loaded") from None
+            raise self._unloadable(error) from None
         finally:
             self._turn = None
+
+    def _unloadable(self, error: Exception) -> RequestError:
+        return unavailable(f"the model {self.names[0]} cannot be loaded: {error}", "model_not_loaded")
 
     def _refusal(self) -> RequestError:
         if self.shared.draining:

@@ -42,3 +42,8 @@ async def serving(request: Request, model: str | None) -> ServerState:
     state = await host.enter(visitor)
     (current.get() or Ticket()).held.callback(host.leave, visitor)
     return state
+
+
+async def reading(request: Request, model: str | None) -> ServerState:
+    """As ``serving``, for what needs the model's tokenizer alone: nothing is loaded for it, and nothing stays loaded."""
+    return await site_of(request).find(model).read()

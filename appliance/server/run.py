@@ -13,7 +13,7 @@ from pathlib import Path
 from appliance.config import EngineConfig, ServerConfig
 from appliance.hub import called, demo_model, resolve
 from appliance.memory.early import check_options
-from appliance.memory.planner import make_plan
+from appliance.memory.planner import MemoryPlan, make_plan
 from appliance.memory.proofs import untried
 from appliance.memory.together import Wish, named, seats, settled
 from appliance.models_file import Entry, read_models
@@ -50,26 +50,28 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
             check_local(server.host, sock)
         if engine.device == "auto" and (said := untried()) is not None:
             logs.tell(said, server)
-        entries, sizes, budget = planned(engine, server)
-        return asyncio.run(_serve(sock, entries, sizes, budget, server))
+        entries, plans, budget = planned(engine, server)
+        return asyncio.run(_serve(sock, entries, plans, budget, server))
 
 
-async def _serve(sock: socket.socket, entries: Sequence[Entry], sizes: Sequence[int], budget: int, server: ServerConfig) -> int:
+async def _serve(
+    sock: socket.socket, entries: Sequence[Entry], plans: Sequence[MemoryPlan], budget: int, server: ServerConfig
+) -> int:
     shared = Shared(server)
     shared.budget = budget if server.models is not None else None
-    hosts = [EngineHost(entry, size, shared) for entry, size in zip(entries, sizes)]
+    hosts = [EngineHost(entry, plan, shared) for entry, plan in zip(entries, plans)]
     return await Service(sock, hosts, shared, budget, server).run()
 
 
-def planned(engine: EngineConfig, server: ServerConfig) -> tuple[list[Entry], list[int], int]:
-    """The models with local directories, the bytes that each takes, and those that they may take together. Says the plan."""
+def planned(engine: EngineConfig, server: ServerConfig) -> tuple[list[Entry], Sequence[MemoryPlan], int]:
+    """The models with local directories, their plans, and the bytes that they may take together. Says the plans."""
     if server.models is None:
         check(engine, server)
         engine, server = locate(engine, server)
         assert engine.model is not None  # locate() has filled it in
         plan = make_plan(Path(engine.model), engine)
         logs.tell(plan.table(), server)
-        return [Entry(server.served_model_name[0], engine, server)], [plan.total], plan.budget
+        return [Entry(server.served_model_name[0], engine, server)], [plan], plan.budget
     if engine.model is not None or server.served_model_name:
         strange = engine.model or "--served-model-name"
         raise InputError(f"--models {server.models} names the models: leave out {strange}")
@@ -81,7 +83,7 @@ def planned(engine: EngineConfig, server: ServerConfig) -> tuple[list[Entry], li
     found = seats([Wish(one.name, Path(str(one.engine.model)), one.engine) for one in entries], engine)
     logs.tell(found.text(), server)
     entries = [replace(one, engine=settled(one.engine, plan)) for one, plan in zip(entries, found.plans)]
-    return entries, [plan.total for plan in found.plans], found.budget
+    return entries, found.plans, found.budget
 
 
 def check(engine: EngineConfig, server: ServerConfig) -> None:

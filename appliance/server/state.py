@@ -52,6 +52,15 @@ class EngineClient(Protocol):
     async def stop(self, drain_s: float = 0.0) -> None: ...
 
 
+class Outline(Protocol):
+    """What requests that need no engine go by: what it says when it is ready, else what the one before it said, or the plan."""
+
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
 class Shared:
     """What all models of one server have in common."""
 
@@ -67,7 +76,7 @@ class Shared:
         self.draining = False
         self.budget: int | None = None  # bytes that all models may take together, where there may be several
         self.named: set[str] = set()  # unknown request fields that the log has named already
-        self.states: list[ServerState] = []  # of all models that were loaded so far
+        self.states: list[ServerState] = []  # of all models whose tokenizer was read so far
         self.http, self.hardware = HttpMetrics(), Hardware(self._engines)
         self.scrape = Scrape(self.http, vllm=config.vllm_metrics)
 
@@ -87,8 +96,10 @@ class ServerState:
         engine_config: EngineConfig,
         server_config: ServerConfig,
         shared: Shared | None = None,
+        outline: Outline | None = None,
     ) -> None:
-        self.client, self.tokenizer = client, tokenizer
+        """``outline``: while the engine has said nothing of itself."""
+        self.client, self.tokenizer, self.outline = client, tokenizer, outline
         self.shared = shared = shared or Shared(server_config)
         self.keys, self.audit, self.jobs = shared.keys, shared.audit, shared.jobs
         self.engine_config, self.server_config = engine_config, server_config
@@ -127,6 +138,14 @@ class ServerState:
         return self.client.info
 
     @property
+    def known(self) -> Outline:
+        """What needs no engine. Raises RequestError (503) where nothing is known yet, and when the server ends."""
+        found = self.client.info or self.outline
+        if self.draining or found is None:
+            raise self.refusal()
+        return found
+
+    @property
     def shown(self) -> EngineInfo | None:
         """What is known of the engine. Where there may be several, each knows its share, and no budget: theirs is shown."""
         found, budget = self.client.info, self.shared.budget
@@ -137,7 +156,7 @@ class ServerState:
 
     def refusal(self) -> RequestError:
         """Why no request is served now."""
-        match self.status:
+        match "draining" if self.draining else self.status:
             case "draining":
                 return unavailable("the server is shutting down", "shutting_down")
             case "dead":

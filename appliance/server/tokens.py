@@ -20,7 +20,7 @@ PIECES_CHARS = 2**18  # with the text of each token
 
 
 async def tokenize_answer(state: ServerState, body: TokenizeRequest) -> dict[str, Any]:
-    tokenizer, limit = _tokenizer(state), state.info.max_model_len
+    tokenizer, limit = _tokenizer(state), state.known.max_model_len
     _check_fields(state, body)
     choice = tool_choice(body.tools, body.tool_choice)  # what chat would tell the model of, and refuse
     if sum(one is not None for one in (body.content, body.prompt, body.messages)) != 1:
@@ -50,7 +50,7 @@ async def _ids(state: ServerState, text: str, special: bool, *, pieces: bool) ->
     if pieces and len(text) > PIECES_CHARS:
         message = f"the text has {len(text)} characters: at most {PIECES_CHARS} are taken where each token's text is asked for"
         raise RequestError(message, param="prompt")
-    return await tokenize(_tokenizer(state), text, special, state.info.max_model_len)
+    return await tokenize(_tokenizer(state), text, special, state.known.max_model_len)
 
 
 def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[dict[str, Any]]:
@@ -59,14 +59,15 @@ def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[dict[str, Any]]:
 
 async def detokenize_answer(state: ServerState, body: DetokenizeRequest) -> dict[str, Any]:
     _check_fields(state, body)
-    check_ids("tokens", body.tokens, state.info.vocab_size)
+    check_ids("tokens", body.tokens, state.known.vocab_size)
     text = await asyncio.to_thread(_tokenizer(state).decode, body.tokens, skip_special_tokens=False)
     return {"prompt": text, "content": text}
 
 
 def tokenizer_info(state: ServerState) -> dict[str, Any]:
     """tokenizer_config.json with the names of special tokens and the chat template that count here: what vLLM tells."""
-    tokenizer, path = _tokenizer(state), Path(state.info.directory) / "tokenizer_config.json"
+    tokenizer, directory = _tokenizer(state), state.engine_config.tokenizer or state.engine_config.model
+    path = Path(directory or "") / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     none = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"))

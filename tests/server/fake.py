@@ -47,7 +47,7 @@ class FakeClient:
 
     def __init__(self, *, delay_s: float = 0.0, max_model_len: int = 512, state: str = "ready") -> None:
         self.state = state
-        self.info: EngineInfo | None = info(max_model_len)
+        self.info: EngineInfo | None = None if state in ("unloaded", "loading") else info(max_model_len)
         self.failure: str | None = None
         self.loading = (3, 10)
         self.pid: int | None = None

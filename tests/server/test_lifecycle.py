@@ -136,12 +136,11 @@ def test_engine_death_reaches_everyone_at_once(slow: Served) -> None:
 
 
 def test_loading(tokenizer: Tokenizer, model_dir: Path) -> None:
-    def loading() -> FakeClient:
-        client = FakeClient(state="loading")
-        client.info = None
-        return client
-
-    with serve_in_thread(loading, tokenizer, EngineConfig(model=str(model_dir)), ServerConfig()) as served, served.http as http:
+    engine = EngineConfig(model=str(model_dir))
+    with (
+        serve_in_thread(lambda: FakeClient(state="loading"), tokenizer, engine, ServerConfig()) as served,
+        served.http as http,
+    ):
         health = http.get("/health")
         assert health.status_code == 503 and health.headers["retry-after"]
         assert health.json()["status"] == "loading"

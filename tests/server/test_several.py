@@ -61,9 +61,15 @@ def test_two_models_of_which_one_fits_at_a_time(folder: Path) -> None:
         assert any("Together fit: one; two" in line for line in running.output), running.output
         with running.http as http:
             assert states(http) == {"one": "ok", "first": "ok", "two": "unloaded"}
+            asked = {name: http.post("/tokenize", json={"model": name, "prompt": "a"}).json() for name in ("two", "one")}
+            assert {name: told["max_model_len"] for name, told in asked.items()} == {"two": 256, "one": 4096}
+            alien = {"model": "two", "tokens": [10**6]}
+            refused = http.post("/detokenize", json=alien).json()
+            assert states(http)["two"] == "unloaded" and "the vocabulary has ids 0 to" in refused["error"]["message"]
             first = ask(http, "first")
             assert first.json()["model"] == "one" == ask(http, None).json()["model"]
             assert ask(http, "two").json()["model"] == "two"
+            assert http.post("/detokenize", json=alien).json() == refused, "what the plan knew, the engine says"
             assert states(http) == {"one": "unloaded", "first": "unloaded", "two": "ok"} and len(engines(running)) == 1
             assert http.get("/health").status_code == 200
             both = [threading.Thread(target=lambda name=name: answers.append(ask(http, name))) for name in ("one", "two", "one")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,16 @@ from appliance.server.service import Service
 from appliance.server.site import Site
 from appliance.server.state import Shared
 from quant.errors import InputError
-from tests.server.fake import FakeClient, info
+from tests.server.fake import VOCAB, FakeClient, info
+
+
+@dataclass(frozen=True)
+class Plan:
+    """As much of one as a host needs."""
+
+    total: int
+    max_model_len: int = 256
+    vocab_size: int = VOCAB
 
 
 class Engine(FakeClient):
@@ -68,7 +77,7 @@ class Street:
         self.engines: list[Engine] = []
         shared = Shared(ServerConfig())
         self.hosts = {
-            name: EngineHost(self._entry(directory, name, server), size, shared, self._make) for name, size in sizes.items()
+            name: EngineHost(self._entry(directory, name, server), Plan(size), shared, self._make) for name, size in sizes.items()
         }
         self.site = Site(list(self.hosts.values()), shared, budget)
 
@@ -161,7 +170,7 @@ async def test_a_client_that_does_not_wait_keeps_nothing(model_dir: Path) -> Non
 
 async def test_idle_models_are_unloaded_and_come_back(model_dir: Path) -> None:
     street = Street(model_dir, {"a": 4}, 8, idle_unload=0.05)
-    assert street.hosts["a"].max_model_len is None
+    assert street.hosts["a"].max_model_len == 256, "as planned"
     await street.ask("a", asyncio.sleep(0.15))  # longer than that, but not idle
     assert "end a" not in street.log
     await soon(lambda: street.hosts["a"].status == "unloaded")
@@ -311,7 +320,7 @@ async def test_no_process_to_be_had(model_dir: Path, monkeypatch: pytest.MonkeyP
     entry = Entry(
         "a", EngineConfig(model=str(model_dir), tokenizer=str(model_dir)), replace(ServerConfig(), served_model_name=("a",))
     )
-    host = EngineHost(entry, 4, shared)
+    host = EngineHost(entry, Plan(4), shared)
     site = Site([host], shared, 8)
     for _ in range(2):
         with pytest.raises(EngineDied, match=r"cannot be started: .*Too many open files"):
@@ -394,4 +403,55 @@ async def test_a_model_that_is_not_loaded_has_no_cache_to_reset(model_dir: Path)
         street.hosts["b"].client.state = "loading"
         found = await http.post("/reset_prefix_cache", params={"model": "b"})
         assert found.status_code == 503 and found.json()["error"]["code"] == "model_loading"
+    await street.end()
+
+
+SAID = [{"role": "user", "content": "ab"}]
+READS: dict[str, dict[str, Any]] = {  # what needs a tokenizer, and no engine
+    "/tokenize": {"prompt": "ab"},
+    "/detokenize": {"tokens": [68, 69]},
+    "/v1/messages/count_tokens": {"messages": SAID},
+    "/v1/responses/input_tokens": {"input": "ab"},
+}
+
+
+async def test_who_needs_a_tokenizer_alone_loads_no_model_and_keeps_none(model_dir: Path) -> None:
+    """Its length is the planned one until an engine has said its own, which counts from then on."""
+    street = Street(model_dir, {"a": 4, "b": 4}, 4)
+    app = app_of(street.site, await street.hosts["a"].prepare())
+    host = street.hosts["b"]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
+
+        async def read() -> tuple[int, list[Any]]:
+            answers = [await http.post(path, json={**body, "model": "b"}) for path, body in READS.items()]
+            answers.append(await http.get("/tokenizer_info", params={"model": "b"}))
+            assert all(one.status_code == 200 for one in answers), [one.text for one in answers]
+            wrong = await http.post("/detokenize", json={"tokens": [VOCAB], "model": "b"})
+            assert wrong.status_code == 400 and f"0 to {VOCAB - 1}" in wrong.text
+            first, *others = (one.json() for one in answers)
+            return first.pop("max_model_len"), [first, *others]
+
+        length, unloaded = await read()
+        assert length == 256 and host.status == "unloaded" and host.max_model_len == 256
+        assert unloaded[0]["tokens"] == [1, 68, 69] and unloaded[-1]["bos_token"] == "<s>"
+        await street.ask("b")
+        used = host.used
+        assert await read() == (512, unloaded) and host.used == used
+        await street.ask("a")
+        assert await read() == (512, unloaded) and host.status == "unloaded"
+        assert street.log == ["load b", "ask b", "end b", "load a", "ask a"]
+        street.site.shared.draining = True
+        for path, body in READS.items():
+            refused = await http.post(path, json={**body, "model": "b"})
+            assert refused.status_code == 503 and "shutting down" in refused.text
+    await street.end()
+
+
+async def test_a_tokenizer_that_is_gone_is_told_as_when_loading(tmp_path: Path, model_dir: Path) -> None:
+    street = Street(model_dir, {"a": 4, "b": 4}, 8)
+    street.hosts["b"].entry = replace(street.hosts["b"].entry, engine=EngineConfig(model=str(tmp_path), tokenizer=str(tmp_path)))
+    app = app_of(street.site, await street.hosts["a"].prepare())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
+        told = await http.post("/tokenize", json={"prompt": "ab", "model": "b"})
+    assert told.status_code == 503 and told.json()["error"]["code"] == "model_not_loaded" and str(tmp_path) in told.text
     await street.end()

@@ -56,7 +56,7 @@ async def count(state: ServerState, body: CountRequest) -> dict[str, Any]:
         tools = state.parsers.choice(chat).tools
         return await chat_prompt(chat, state.tokenizer, sys.maxsize, list(tools) or None)
 
-    assert state.info  # else it is not to be served now
+    assert state.known  # else it is not to be served now
     return {"input_tokens": len((await _understood(state, body, prompt)).token_ids)}
 
 

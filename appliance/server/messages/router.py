@@ -9,7 +9,7 @@ from appliance.server.errors import JSONResponse
 from appliance.server.messages import answer
 from appliance.server.messages.schemas import CountRequest, MessagesRequest
 from appliance.server.respond import read, while_connected
-from appliance.server.route import request_id, serving
+from appliance.server.route import reading, request_id, serving
 
 router = APIRouter()
 
@@ -29,4 +29,4 @@ async def _messages(request: Request, body: MessagesRequest) -> Response:
 @router.post("/v1/messages/count_tokens")
 async def post_count_tokens(request: Request) -> Response:
     body = await read(request, CountRequest)
-    return JSONResponse(await answer.count(await serving(request, body.model), body))
+    return JSONResponse(await answer.count(await reading(request, body.model), body))

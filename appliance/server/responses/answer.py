@@ -49,7 +49,7 @@ async def count(state: ServerState, body: InputTokensRequest) -> dict[str, Any]:
     state.check_unknown(body)
     _, messages = await conversation(state.shared.responses, asker(), body)
     chat = chat_request(body, messages)
-    assert state.info  # or it is not to be served now
+    assert state.known  # or it is not to be served now
     try:
         chat.check()
         chat_params(chat, state.defaults, state.server_config.max_logprobs)  # refuses what an answer could not be made with

@@ -14,7 +14,7 @@ from appliance.server.respond import read, while_connected
 from appliance.server.responses import answer
 from appliance.server.responses.schemas import InputTokensRequest, ResponsesRequest
 from appliance.server.responses.store import ResponseStore
-from appliance.server.route import request_id, serving, state_of
+from appliance.server.route import reading, request_id, serving, state_of
 
 router = APIRouter()
 
@@ -37,7 +37,7 @@ async def _create(request: Request, body: ResponsesRequest) -> Response:
 @router.post("/v1/responses/input_tokens")
 async def input_tokens(request: Request) -> Response:
     body = await read(request, InputTokensRequest)
-    return JSONResponse(await answer.count(await serving(request, body.model), body))
+    return JSONResponse(await answer.count(await reading(request, body.model), body))
 
 
 @router.get("/v1/responses/{response_id}")
