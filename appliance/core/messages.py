@@ -166,6 +166,21 @@ class Stats:
     requests_now: tuple[RequestStat, ...] = ()  # at most 64, oldest first
 
 
+COUNTERS = (
+    *("steps", "step_tokens", "step_sizes", "prompt_tokens", "generation_tokens", "requests", "finished", "preemptions", "swaps"),
+    *("prefix_queries", "prefix_hits", "prefix_host_hits", "drafts", "drafted", "drafts_right", "copied_blocks"),
+)
+
+
+def continued(before: Stats, now: Stats) -> Stats:
+    """``now`` of an engine that took over from others, which had counted what ``before`` says."""
+    return replace(now, **{name: _both(getattr(before, name), getattr(now, name)) for name in COUNTERS})
+
+
+def _both(one: Any, other: Any) -> Any:
+    return {key: one.get(key, 0) + other.get(key, 0) for key in one | other} if isinstance(one, dict) else one + other
+
+
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What the engine says of itself once it is ready."""

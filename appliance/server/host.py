@@ -197,7 +197,7 @@ class EngineHost:
         self.outline = self.client.info or self.outline
         self._fresh = self._client()
         if self.state:
-            self.state.client, self.state.outline = self._fresh, self.outline
+            await self.state.succeed(self._fresh, self.outline)
 
     async def _keep(self) -> None:
         """Start a dead engine again, a few times."""

@@ -132,6 +132,7 @@ class Job:
         self.ticket.begin(self)
         self.state.jobs.add(self)
         self._left = len(self.outputs)
+        self.state.metrics.arrived += self._left
         reason = "abort"  # of the choices that do not come to their end
         try:
             for k, submit in enumerate(self.submits):

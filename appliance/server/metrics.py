@@ -63,6 +63,7 @@ class Metrics:
     def __init__(self, model: str) -> None:
         self.labels = (model, "0")
         self.ttft, self.itl = Recent(), Recent()
+        self.arrived = 0  # completions
         self.reasons: Counter[str] = Counter(dict.fromkeys(REASONS, 0))  # completions that ended
         self.restarts = 0  # of the engine, after it had died
         self._kept = CollectorRegistry(auto_describe=False)

@@ -48,7 +48,7 @@ class Model:
     async def of(cls, state: ServerState) -> Model:
         options = {name: getattr(state.engine_config, name, None) for name in CACHE_CONFIG}
         options["kv_cache_dtype"] = state.engine_config.kv_cache_dtype
-        return cls(state.metrics, await state.client.stats(), state.shown, state.status, options)
+        return cls(state.metrics, await state.stats(), state.shown, state.status, options)
 
 
 Value = Callable[[Stats], float]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from appliance.config import EngineConfig, ServerConfig
-from appliance.core.messages import EngineInfo, Event, Stats, Submit
+from appliance.core.messages import EngineInfo, Event, Stats, Submit, continued
 from appliance.core.params import RequestError
 from appliance.pooling import read_pooler
 from appliance.server.audit import AuditLog
@@ -112,6 +112,7 @@ class ServerState:
         self.hardware = shared.hardware
         shared.states.append(self)
         self.version = __version__
+        self._counted = Stats()  # by the engines before this one
         self.token_name = lru_cache(maxsize=65536)(tokenizer.token_str if tokenizer else str)
         self.token_bytes = lru_cache(maxsize=65536)(self._bytes)
 
@@ -153,6 +154,15 @@ class ServerState:
             return found
         shared = {"budget_bytes": budget, "budget_source": "what the models of this server may take together"}
         return replace(found, plan={**found.plan, **shared})
+
+    async def stats(self) -> Stats:
+        """The engine at this moment; its counters go on from those of the engines before it."""
+        return continued(self._counted, await self.client.stats())
+
+    async def succeed(self, client: EngineClient, outline: Outline) -> None:
+        """Another engine takes over."""
+        self._counted = await self.stats()
+        self.client, self.outline = client, outline
 
     def refusal(self) -> RequestError:
         """Why no request is served now."""

@@ -55,10 +55,11 @@ def models_of(site: Site) -> list[dict[str, Any]]:
 
 async def stats_body(state: ServerState) -> dict[str, Any]:
     """The answer, of values that pydantic's JSON knows. Well under a millisecond: dashboards ask every second."""
-    stats = await state.client.stats()
+    stats = await state.stats()
     engine = {name: getattr(stats, name) for name in STATS}
     engine["requests_now"] = _requests(state, stats)
-    engine["finished"] = dict(state.metrics.reasons)  # as clients were told, by all engines since the start
+    # As clients were told, by all engines since the start: what came has ended, or is at work.
+    engine |= {"requests": state.metrics.arrived, "finished": dict(state.metrics.reasons)}
     return {
         "version": state.version,
         "model": state.names[0],

@@ -19,13 +19,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from appliance.config import EngineConfig, ServerConfig
-from appliance.core.messages import Event, Stats
+from appliance.core.messages import COUNTERS, Event, Stats, continued
 from appliance.core.params import SamplingParams
 from appliance.memory.devices import allowed_processors, cpu_threads
 from appliance.runtime.pace import NICE
 from appliance.server.machine_metrics import machine
 from appliance.server.metrics import Course, HttpMetrics, Metrics
-from appliance.server.scrape import Model, Scrape
+from appliance.server.scrape import ENGINE, Model, Scrape
 from appliance.text.tokenizer import Tokenizer
 from tests.server.conftest import Served, serve_in_thread
 from tests.server.fake import FakeClient, info
@@ -113,6 +113,19 @@ def test_steps_by_their_tokens() -> None:
     assert found[1] == 5 and found[8] == 7 and found[16] == 8 and found[1024] == 8 and found[2048] == 12
     assert found[16384] == 12 and found[float("inf")] == 13 == one(samples, "vllm:iteration_tokens_total_count")
     assert one(samples, "vllm:iteration_tokens_total_sum") == 999
+
+
+def test_all_counters_go_on_with_another_engine() -> None:
+    """And nothing else does."""
+    parts: dict[str, Any] = {"step_sizes": {3: 2}, "finished": {"stop": 2}, "copied_blocks": {"in": 2}}
+    counted: dict[str, Any] = {name: parts.get(name, 2) for name in COUNTERS}
+    earlier, now = Stats(running=5, time=7.0, **counted), Stats(running=1, time=3.0, **counted)
+    both = continued(earlier, now)
+    assert (both.running, both.time, both.copied_blocks, both.step_sizes) == (1, 3.0, {"in": 4}, {3: 4})
+    for kind, name, _, value, _ in ENGINE:
+        assert value(both) == value(now) * (2 if kind == "counter" else 1), name
+        assert kind == "gauge" or value(now), name
+    assert continued(Stats(), now) == now == continued(now, Stats(running=1, time=3.0))
 
 
 def test_several_models_share_families() -> None:

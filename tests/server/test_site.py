@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from appliance.config import EngineConfig, ServerConfig
 from appliance.core.params import RequestError
@@ -403,6 +404,51 @@ async def test_a_model_that_is_not_loaded_has_no_cache_to_reset(model_dir: Path)
         street.hosts["b"].client.state = "loading"
         found = await http.post("/reset_prefix_cache", params={"model": "b"})
         assert found.status_code == 503 and found.json()["error"]["code"] == "model_loading"
+    await street.end()
+
+
+async def test_counters_go_on_when_an_engine_follows_another(model_dir: Path) -> None:
+    """What came has ended, or is at work, and no counter goes back: with an engine that dies, and with one that is unloaded."""
+    street, asked, before = Street(model_dir, {"a": 4}, 8), 0, dict[Any, float]()
+    host = street.hosts["a"]
+    app = app_of(street.site, await host.prepare())
+    body = {"prompt": ["ab", "cde"], "n": 2, "max_tokens": 3}
+
+    async def end() -> None:
+        if len(street.engines) == 1:
+            street.engines[-1].die("exit code -9")
+            await soon(lambda: host.status == "ok")
+        else:
+            await street.site.send_away(host, wait=True)
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
+        for _ in range(3):
+            assert (await http.post("/v1/completions", json=body)).status_code == 200
+            asked += 4
+            for change in (end(), asyncio.sleep(0)):
+                engine = (await http.get("/stats")).json()["engine"]
+                assert engine["requests"] == sum(engine["finished"].values()) == asked
+                assert engine["generation_tokens"] == sum(one.tokens for one in street.engines) == 3 * asked
+                families = text_string_to_metric_families((await http.get("/metrics")).text)
+                after = {
+                    (one.name, *sorted(one.labels.items())): one.value
+                    for family in families
+                    for one in family.samples
+                    if "model_name" in one.labels and family.type in ("counter", "histogram")
+                }
+                assert after.keys() >= before.keys() and all(after[name] >= value for name, value in before.items())
+                before = after
+                await change
+        street.engines[-1].delay_s = 60.0
+        host.state.client.delay_s = 60.0  # type: ignore[union-attr, attr-defined]
+        asking = asyncio.create_task(http.post("/v1/completions", json=body))
+        await soon(lambda: host.state and len(host.state.client.running) == 2)  # type: ignore[attr-defined]
+        engine = (await http.get("/stats")).json()["engine"]
+        assert engine["requests"] == asked + 4 and sum(engine["finished"].values()) == asked
+        street.engines[-1].die("exit code -9")
+        assert (await asking).status_code == 503
+        engine = (await http.get("/stats")).json()["engine"]
+        assert engine["requests"] == sum(engine["finished"].values()) == asked + 4 and engine["finished"]["error"] == 4
     await street.end()
 
 
