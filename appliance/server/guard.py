@@ -102,7 +102,7 @@ class Guard:
 
     def _admit(self, scope: Scope, ticket: Ticket) -> None:
         """Raises RequestError: 401, 403, 429. Limits are for what computes, which is asked for by POST."""
-        if scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD"):
+        if _public(scope):
             return
         if not self.state.keys.required:
             return self.pages.check(scope) if self.pages else None
@@ -118,7 +118,7 @@ class Guard:
         self.state.shared.http.answered(method, route, status, took_s)
         if status < 400 and "error_code" in scope["state"]:  # in the middle of a stream
             self.state.shared.http.failed(status, scope["state"]["error_code"])
-        reads = scope["method"] in ("GET", "HEAD", "OPTIONS") and (status < 400 or scope["path"] in PUBLIC)
+        reads = _public(scope) or (scope["method"] in ("GET", "HEAD", "OPTIONS") and status < 400)
         record: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request_id": scope["state"]["request_id"],
@@ -137,12 +137,17 @@ class Guard:
             record |= {"error_code": code, "error_param": param and line(str(param))}
         if self.state.server_config.enable_log_requests:
             tell_request(record, reads=reads, first_s=ticket.first_s)
-        if self.state.audit is None or (reads and status < 400):
+        if self.state.audit is None or reads:
             return
         if self.state.server_config.audit_content:
             record["prompts"] = [p.text if p.text is not None else p.token_ids for job in ticket.jobs for p in job.prompts]
             record["answers"] = [output.text for job in ticket.jobs for output in job.outputs]
         self.state.audit.add(record)
+
+
+def _public(scope: Scope) -> bool:
+    """Whether it is for everybody: no request of a key, whatever comes of it (a 503 while a model loads)."""
+    return scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD")
 
 
 def _check_head(scope: Scope) -> None:

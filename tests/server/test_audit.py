@@ -82,15 +82,23 @@ def test_what_it_says(start: Any, tmp_path: Path) -> None:
                 http.get(path, headers=bearer(KEY))
             http.get("/stats")  # but this one was refused
             http.delete("/v1/requests/none", headers=bearer(KEY))
-        found = lines(log, 10)
+            served.client.state = "loading"
+            for path in ("/health", "/v1/health", "/ready", "/ping", "/stats", "/metrics"):  # not yet 200, some of them
+                http.get(path, headers=bearer(KEY))
+            http.get("/metrics")
+            http.get("/health", headers={"Authorization": "Bearer sk-wrong"})
+            http.post("/health", headers=bearer(KEY))
+            http.options("/health")  # as much as any other that has no key
+            ask(served, prompt="xyzzy")
+        found = lines(log, 14)
     text = log.read_text()
     assert "xyzzy" not in text and KEY not in text and "sk-wrong" not in text
     assert all(set(line) == FIELDS | (ERROR if line["status"] >= 400 else set(line) & ERROR) for line in found)
     assert {(line["error_code"], line["error_param"]) for line in found if "error_code" in line} >= {
         ("invalid_request_error", "temperature"), ("invalid_api_key", None), ("engine_error", None),
     }  # fmt: skip
-    assert [line["status"] for line in found] == [200, 200, 200, 401, 400, 200, 500, 200, 401, 404]
-    assert [line["key"] for line in found] == ["alice"] * 3 + [None] + ["alice"] * 4 + [None, "alice"]
+    assert [line["status"] for line in found] == [200, 200, 200, 401, 400, 200, 500, 200, 401, 404, 401, 405, 401, 503]
+    assert [line["key"] for line in found] == ["alice"] * 3 + [None] + ["alice"] * 4 + [None, "alice"] * 3
     assert [(line["prompt_tokens"], line["generated_tokens"]) for line in found[:3]] == [
         (6, 3),
         (6 + 3, 8),
@@ -102,7 +110,9 @@ def test_what_it_says(start: Any, tmp_path: Path) -> None:
     assert [(line["prompt_tokens"], line["generated_tokens"]) for line in found[6:8]] == [(6, 1), (6, 2)]
     assert found[0]["request_id"] == "first" and found[0]["model"] == "tiny" and found[3]["model"] is None
     assert [line["endpoint"] for line in found[2:4]] == ["POST /v1/chat/completions", "POST /v1/completions"]
-    assert [line["endpoint"] for line in found[8:]] == ["GET /stats", "DELETE /v1/requests/none"]
+    assert [line["endpoint"] for line in found[8:]] == [
+        *("GET /stats", "DELETE /v1/requests/none", "GET /metrics", "POST /health", "OPTIONS /health", "POST /v1/completions")
+    ]
     assert found[0]["client"] == "127.0.0.1" and 0 < found[0]["latency_s"] < 5
     assert abs(datetime.fromisoformat(found[0]["time"]).timestamp() - time.time()) < 60
     assert log.stat().st_mode & 0o777 == 0o600
