@@ -81,6 +81,8 @@ class StructuredOutputsParams:
             value = getattr(self, name)
             if not isinstance(value, kinds.get(name, str)):  # type: ignore[arg-type]
                 raise RequestError(f"structured_outputs.{name}: cannot be {value!r:.80}", param=f"structured_outputs.{name}")
+        if empty := [name for name in given if getattr(self, name) == ""]:
+            raise RequestError(f"structured_outputs.{empty[0]} is empty: leave it out", param=f"structured_outputs.{empty[0]}")
         if self.choice is not None and not (self.choice and all(isinstance(text, str) and text for text in self.choice)):
             raise RequestError(
                 "structured_outputs.choice must be a list of texts, none of them empty", param="structured_outputs.choice"

@@ -24,6 +24,7 @@ SHORT = {
     "json_schema": "json",  # llama.cpp's, like the next
     "grammar": "grammar",
 }
+NOTHING = {"guided_json_object": False, "grammar": ""}  # what else than null says nothing: llama.cpp's clients send the latter
 _waiting = ThreadPoolExecutor(32, thread_name_prefix="grammar")
 _long = ThreadPoolExecutor(1, thread_name_prefix="long grammar")
 KNOWN = tuple(field.name for field in fields(StructuredOutputsParams))
@@ -44,10 +45,15 @@ async def with_grammar(params: SamplingParams, body: SamplingFields) -> Sampling
     except RequestError as error:
         if source is None or error.code is not None:
             raise
-        param = error.param or ""
-        name = "guided_whitespace_pattern" if param.endswith(".whitespace_pattern") else source
-        raise RequestError(str(error).replace(param, name, 1), param=name) from None
+        raise _renamed(error, source) from None
     return replace(params, grammar=grammar)
+
+
+def _renamed(error: RequestError, source: str) -> RequestError:
+    """With the name of the body's field."""
+    param = error.param or ""
+    name = "guided_whitespace_pattern" if param.endswith(".whitespace_pattern") else source
+    return RequestError(str(error).replace(param, name, 1), param=name)
 
 
 async def compiled(
@@ -74,18 +80,23 @@ def structured_outputs(body: SamplingFields) -> tuple[str | None, StructuredOutp
     found: dict[str, tuple[str | None, StructuredOutputsParams]] = {}
     if (form := _response_format(body.response_format)) is not None:
         found["response_format"] = form
-    if body.structured_outputs:
+    if body.structured_outputs is not None:
         given = {name: value for name, value in body.structured_outputs.items() if value is not None}
         if strange := sorted(given.keys() - set(KNOWN)):
             message = f"structured_outputs.{strange[0]} is not supported: of its fields there are {', '.join(KNOWN)}"
             raise RequestError(message, param="structured_outputs", code="unsupported_parameter")
         found["structured_outputs"] = None, StructuredOutputsParams(**given)
     for name, short in SHORT.items():
-        if value := getattr(body, name):
-            said: dict[str, Any] = {short: value}
-            if short.startswith("json"):
-                said["whitespace_pattern"] = body.guided_whitespace_pattern
+        value = getattr(body, name)
+        if value is None or value == NOTHING.get(name):
+            continue
+        said: dict[str, Any] = {short: value}
+        if short.startswith("json"):
+            said["whitespace_pattern"] = body.guided_whitespace_pattern
+        try:
             found[name] = name, StructuredOutputsParams(**said)
+        except RequestError as error:
+            raise _renamed(error, name) from None
     if len(found) > 1:
         raise RequestError(f"{' and '.join(found)} both say what the answer must be: send one of them", param=[*found][1])
     return next(iter(found.values()), None)
@@ -101,7 +112,7 @@ def form_field(body: PromptFields) -> str | None:
 
 
 def _response_format(form: Mapping[str, Any] | None) -> tuple[str, StructuredOutputsParams] | None:
-    if not form:
+    if form is None:
         return None
     match form.get("type"):
         case "text":

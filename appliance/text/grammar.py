@@ -109,7 +109,8 @@ def compile_grammar(
     library()  # or say that it is missing
     whitespace = _whitespace(structured)
     tried = tuple((parts or {}).items())
-    grammar, wrong = _checked(kind, text, structured.disable_any_whitespace, whitespace, around, made, tried)
+    tight = structured.disable_any_whitespace or structured.whitespace_pattern == ""
+    grammar, wrong = _checked(kind, text, tight, whitespace, around, made, tried)
     if wrong:
         raise RequestError(f"{field}{wrong}", param=field)
     return grammar

@@ -45,6 +45,10 @@ WAYS: tuple[tuple[dict[str, Any], StructuredOutputsParams], ...] = (
     ({"guided_json_object": True}, StructuredOutputsParams(json_object=True)),
     ({"grammar": 'root ::= "a"'}, StructuredOutputsParams(grammar='root ::= "a"')),
     ({"json_schema": SCHEMA}, StructuredOutputsParams(json=SCHEMA)),
+    ({"guided_json": {}}, StructuredOutputsParams(json={})),  # any JSON
+    ({"json_schema": {}, "grammar": ""}, StructuredOutputsParams(json={})),
+    ({"structured_outputs": {"json": {}}}, StructuredOutputsParams(json={})),
+    ({"guided_json": SCHEMA, "guided_whitespace_pattern": ""}, StructuredOutputsParams(json=SCHEMA, whitespace_pattern="")),
 )
 
 
@@ -58,7 +62,16 @@ def test_every_way_to_ask_reaches_the_engine(served: Served, where: tuple[str, d
     assert params.structured_outputs == expected and params.grammar
 
 
-@pytest.mark.parametrize("asked", [{"response_format": {"type": "text"}}, {"response_format": None}, {"guided_json": None}, {}])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"response_format": {"type": "text"}},
+        {"response_format": None, "structured_outputs": None, "json_schema": None},
+        {"guided_json": None, "guided_regex": None, "guided_choice": None, "guided_grammar": None},
+        {"guided_json_object": False, "grammar": ""},
+        {},
+    ],
+)
 def test_what_asks_for_nothing(served: Served, asked: dict[str, Any]) -> None:
     assert served.post(TEXT[0], **TEXT[1], **asked, max_tokens=2).status_code == 200
     assert served.client.submitted[-1].params.structured_outputs is None
@@ -92,6 +105,20 @@ def schema_format(schema: Any) -> dict[str, Any]:
             "guided_whitespace_pattern",
             "guided_whitespace_pattern cannot",
         ),
+        ({"guided_json": ""}, "guided_json", "guided_json is empty"),
+        ({"json_schema": ""}, "json_schema", "json_schema is empty"),
+        ({"guided_regex": ""}, "guided_regex", "guided_regex is empty"),
+        ({"guided_grammar": ""}, "guided_grammar", "guided_grammar is empty"),
+        ({"guided_choice": []}, "guided_choice", "guided_choice must be a list of texts, none of them empty"),
+        ({"guided_choice": ["a", ""]}, "guided_choice", "guided_choice must be a list of texts, none of them empty"),
+        ({"structured_outputs": {}}, "structured_outputs", "exactly one of"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs", "found none"),
+        ({"structured_outputs": {"json": ""}}, "structured_outputs.json", "structured_outputs.json is empty"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex", "structured_outputs.regex is empty"),
+        ({"structured_outputs": {"grammar": ""}}, "structured_outputs.grammar", "structured_outputs.grammar is empty"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "must be a list of texts"),
+        ({"response_format": {}}, "response_format", "got None"),
+        ({"guided_json": {}, "guided_regex": "a"}, "guided_regex", "send one of them"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "send one of them"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex", "send one of them"),
         ({"guided_regex": "a", "min_tokens": 2, "max_tokens": 5}, "min_tokens", "does not go with"),
