@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from appliance.config import EngineConfig
-from appliance.core.params import SamplingParams
+from appliance.core.params import RequestError, SamplingParams
 from appliance.memory.devices import MIB, cpu_threads
 from appliance.memory.measure import categories
 from appliance.memory.plan import MemoryPlan
@@ -71,6 +71,7 @@ class CheckReport:
     plan: MemoryPlan  # as the engine had it when it was ready
     rows: tuple[Row, ...]
     steps: int  # that were run
+    unchecked: str = ""  # what was not looked at, and why, in words
 
     @property
     def holds(self) -> bool:
@@ -78,7 +79,8 @@ class CheckReport:
 
     def to_dict(self) -> dict[str, object]:
         rows = [row.to_dict() for row in self.rows]
-        return {"holds": self.holds, "steps": self.steps, "rows": rows, "plan": self.plan.to_dict()}
+        told = {"holds": self.holds, "steps": self.steps, "rows": rows, "unchecked": self.unchecked or None}
+        return {**told, "plan": self.plan.to_dict()}
 
     def table(self) -> str:
         """For people, in fixed width."""
@@ -97,6 +99,8 @@ class CheckReport:
         if not self.plan.learned and not self.holds:
             runtime = size_text(self.plan.runtime)
             lines.append(f"  The process itself was estimated at {runtime}; now it is known: check again, and the plan has it.")
+        if self.unchecked:
+            lines.append(f"  Not checked: {self.unchecked}.")
         return "\n".join(lines)
 
 
@@ -123,23 +127,24 @@ def check(directory: Path, config: EngineConfig) -> CheckReport:
     allowed = max(int(share * (plan.total - later)), least)
     total = Row("all, while the largest steps run", plan.total - later, meter.peak(), allowed)
     after = Row("all, after them", plan.total - later, meter.now(), allowed, below=True)
-    rows = (*_parts(plan, runner), loading, total, after, *_vocabulary(directory, config, decoder, plan))
-    return CheckReport(plan, rows, steps)
+    grammars, unchecked = _vocabulary(directory, config, decoder, plan)
+    return CheckReport(plan, (*_parts(plan, runner), loading, total, after, *grammars), steps, unchecked)
 
 
-def _vocabulary(directory: Path, config: EngineConfig, decoder: Decoder, plan: MemoryPlan) -> Iterator[Row]:
-    """What the first answer that follows a grammar brings into the process: read where there is a tokenizer."""
-    source = Path(config.tokenizer or directory)
+def _vocabulary(directory: Path, config: EngineConfig, decoder: Decoder, plan: MemoryPlan) -> tuple[list[Row], str]:
+    """What the first answer that follows a grammar brings into the process; and why that was not looked at, where none can."""
+    if not plan.grammars:
+        return [], ""
+    source, before, spec = Path(config.tokenizer or directory), resident(), decoder.spec
     try:
         check_tokenizer(source)
-    except InputError:
-        return
-    if plan.grammars:
-        before, spec, lib = resident(), decoder.spec, library()
-        words = vocabulary(Tokenizer.load(source), spec.vocab, spec.eos_token_ids or (0,))
-        matcher = lib.LLMatcher(words, lib.LLMatcher.grammar_from_json_schema('{"type": "object"}'), log_level=0, limits=limits())
-        matcher.compute_bitmask()
-        yield Row("vocabulary for grammars", plan.grammars["vocabulary"], resident() - before, below=True)
+        lib = library()
+    except (InputError, RequestError) as error:
+        return [], f"what answers that follow a grammar take: {error}"
+    words = vocabulary(Tokenizer.load(source), spec.vocab, spec.eos_token_ids or (0,))
+    matcher = lib.LLMatcher(words, lib.LLMatcher.grammar_from_json_schema('{"type": "object"}'), log_level=0, limits=limits())
+    matcher.compute_bitmask()
+    return [Row("vocabulary for grammars", plan.grammars["vocabulary"], resident() - before, below=True)], ""
 
 
 def largest(plan: MemoryPlan, *, scores: bool = False) -> Iterator[warmup.Trial]:

@@ -108,6 +108,16 @@ def test_a_report_says_what_does_not_hold(tmp_path: Path) -> None:
     assert max(len(step.chunks) for step in steps) == report.plan.max_num_seqs
 
 
+@pytest.mark.parametrize("lacks", ["the package llguidance", "no tokenizer"])
+def test_what_cannot_be_checked_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    directory = make_checkpoint(tmp_path, tokenizer=lacks != "no tokenizer")
+    report = check(directory, EngineConfig(kv_cache_memory_bytes="1M", threads=1, max_model_len=64))
+    assert lacks in report.unchecked and report.to_dict()["unchecked"] == report.unchecked
+    assert report.plan.grammars and not any("grammars" in row.name for row in report.rows)
+    assert report.table().splitlines()[-1] == f"  Not checked: {report.unchecked}."
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="what the allocator keeps is another's")
 def test_answers_that_follow_grammars_take_what_is_reserved_for_them() -> None:
     """Once ready an engine grows by that alone."""
