@@ -218,6 +218,7 @@ class EngineHost:
                 try:
                     await self.client.start()
                     log.info("%s: the engine is ready again", self.names[0])
+                    self._rest()  # its time may have been up meanwhile
                 except (InputError, EngineDied) as error:
                     self.client.failure = self.client.failure or str(error)
                     self.client.state = "dead"

@@ -184,6 +184,19 @@ async def test_idle_models_are_unloaded_and_come_back(model_dir: Path) -> None:
     await street.end()
 
 
+async def test_a_model_whose_engine_died_while_idle_is_unloaded_all_the_same(model_dir: Path) -> None:
+    street = Street(model_dir, {"a": 4}, 8, idle_unload=0.05)
+    await street.ask("a")
+    street.slow = asyncio.Event()
+    street.engines[-1].die("exit code -9")
+    await soon(lambda: street.log.count("load a") == 2)
+    await asyncio.sleep(0.1)  # its time is up before the next one is ready
+    street.slow.set()
+    await soon(lambda: street.hosts["a"].status == "unloaded")
+    assert street.log == ["load a", "ask a", "load a", "end a"]
+    await street.end()
+
+
 @pytest.mark.parametrize("error", [InputError("it does not fit: 3 GiB are free"), EngineDied("exit code -11")])
 async def test_a_model_that_cannot_be_loaded_says_why_and_is_tried_again(model_dir: Path, error: Exception) -> None:
     street = Street(model_dir, {"a": 4}, 8)
