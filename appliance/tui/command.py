@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 SWITCH = Parameter(negative=())
 LIST = Parameter(negative=())
+OWN = Parameter(show_env_var=False)
 TRUST = Parameter(negative=(), show_env_var=False)  # see appliance.cli_sources.Variables
 
 
@@ -16,6 +17,7 @@ def tui(
     *flags: Annotated[str, Parameter(allow_leading_hyphen=True)],
     url: Annotated[tuple[str, ...], LIST] = (),
     api_key: Annotated[tuple[str, ...], LIST] = (),
+    model: Annotated[str | None, OWN] = None,
     interval: float = 1.0,
     once: Annotated[bool, SWITCH] = False,
     json: Annotated[bool, SWITCH] = False,
@@ -35,6 +37,8 @@ def tui(
         Where a server is (default http://127.0.0.1:8000); several may be given. Any server with vLLM's metrics will do.
     api_key
         A key of the server, where it asks for one: one for all servers, or one for each in their order.
+    model
+        Which to show of a server with several; else the first one.
     interval
         Seconds between two looks.
     once
@@ -54,5 +58,5 @@ def tui(
     """
     from appliance.tui.run import Asked, main
 
-    asked = Asked(url, api_key, interval, once, json, serve, flags, record, replay, ssl_ca_certs, insecure)
+    asked = Asked(url, api_key, interval, once, json, serve, flags, record, replay, ssl_ca_certs, insecure, model)
     return main(asked)

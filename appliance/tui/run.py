@@ -38,6 +38,7 @@ class Asked:
     replay: Path | None = None
     ssl_ca_certs: str | None = None
     insecure: bool = False
+    model: str | None = None  # of a server with several
 
 
 def main(asked: Asked) -> int:
@@ -52,6 +53,8 @@ def main(asked: Asked) -> int:
     urls = [*([child.url] if child else []), *(base_url(url) for url in asked.url or ([] if child else [DEFAULT]))]
     tls: dict[str, Any] = {"ca_certs": asked.ssl_ca_certs, "insecure": asked.insecure}
     servers = [Server(url, key, **tls) for url, key in zip(urls, _keys(asked, child, len(urls)), strict=True)]
+    for server in servers:
+        server.model = asked.model
     if child is None and (asked.once or asked.json or not _can_draw()):
         return _look(servers, asked)
     if not _can_draw():
@@ -85,7 +88,7 @@ def check(asked: Asked) -> None:
             raise InputError(f"{name} does not go with {one_look}: that is one look at a server that runs")
     if asked.record and not _can_draw():
         raise InputError("--record needs a terminal to draw on: what is kept is what the dashboard on it sees")
-    for name, value in (("--url", asked.url), ("--serve", asked.serve), ("--record", asked.record)):
+    for name, value in (("--url", asked.url), ("--serve", asked.serve), ("--record", asked.record), ("--model", asked.model)):
         if asked.replay and value:
             raise InputError(f"{name} does not go with --replay: a recording is played, and no server is asked")
     if asked.flags and asked.serve is None:

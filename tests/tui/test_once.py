@@ -84,6 +84,13 @@ def test_json_is_the_servers_own_stats(serve: Any, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(server.body()))
 
 
+def test_one_of_several_models(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = busy(), busy()
+    serve(one, two)
+    assert main(Asked(["a:1", "b:2"], json=True, model="coder")) == 0 and (one.model, two.model) == ("coder", "coder")
+    capsys.readouterr()
+
+
 def test_several_servers_and_their_keys(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = busy(), FakeVllm()
     serve(one, two)
@@ -131,6 +138,7 @@ REFUSED = [
     (Asked(once=True, serve="demo"), r"--serve does not go with --once"),
     (Asked(json=True, record=Path("x")), r"--record does not go with --json"),
     (Asked(["a:1"], replay=Path("x")), r"--url does not go with --replay"),
+    (Asked(model="coder", replay=Path("x")), r"--model does not go with --replay"),
     (Asked(flags=["--port", "1"]), r"there is no option --port; what is behind -- is for a server that --serve MODEL starts"),
     (Asked(flags=["box:8000"]), r"'box:8000': the address of a server is given as --url box:8000"),
     (Asked(serve=""), r"--serve needs a model"),
@@ -160,8 +168,10 @@ def test_the_command_line(asked: list[Asked], monkeypatch: pytest.MonkeyPatch, c
     assert command(["tui", "--serve", "demo", "--", "--max-model-len", "8k", "--port=9"]) == 0
     assert asked.pop() == Asked(serve="demo", flags=("--max-model-len", "8k", "--port=9"))
     monkeypatch.setenv("APPLIANCE_API_KEY", "from-the-environment")
+    monkeypatch.setenv("APPLIANCE_MODEL", "/srv/m")  # a server's
     assert command(["tui", "--once", "--json"]) == 0
     assert asked.pop() == Asked(api_key=("from-the-environment",), once=True, json=True)
+    assert command(["tui", "--once", "--model", "coder"]) == 0 and asked.pop().model == "coder"
     assert command(["tui", "--interval", "often"]) == 2 and "--interval" in capsys.readouterr().err
 
 
