@@ -13,7 +13,7 @@ from appliance.server.errors import RETRY_AFTER_S, JSONResponse, error_body, spe
 from appliance.server.host import EngineHost, Host
 from appliance.server.messages.models import model_info, models_page
 from appliance.server.respond import read
-from appliance.server.route import site_of, state_of
+from appliance.server.route import asked, site_of, state_of
 from appliance.server.schemas import ModelRequest
 from appliance.server.site import Site
 
@@ -83,7 +83,7 @@ async def model(request: Request, model: str) -> Response:
 
 
 def _own(request: Request, name: str) -> EngineHost:
-    host = site_of(request).find(name)
+    host = asked(request, name)
     if not isinstance(host, EngineHost):
         raise RequestError(f"the engine of {name!r} is not this server's to load or unload", param="model")
     return host

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import Request
 
 from appliance.server.guard import Ticket, current
+from appliance.server.host import Host
 from appliance.server.redact import has_key
 from appliance.server.site import Site
 from appliance.server.state import ServerState
@@ -33,12 +34,19 @@ def usable(name: str) -> bool:
     return 0 < len(name) <= 128 and name.isascii() and name.isprintable() and not has_key(name)
 
 
+def asked(request: Request, model: str | None) -> Host:
+    """The model of that name, of which the request is from now on, as the logs have it. Raises RequestError (404)."""
+    host = site_of(request).find(model)
+    (current.get() or Ticket()).model = model or host.names[0]
+    return host
+
+
 async def serving(request: Request, model: str | None) -> ServerState:
     """The state of the model of that name, of the first one where none is named; it stays loaded until the request is answered.
 
     Raises RequestError: 404 where there is none of that name, 503 where it cannot be served now.
     """
-    host, visitor = site_of(request).find(model), object()
+    host, visitor = asked(request, model), object()
     state = await host.enter(visitor)
     (current.get() or Ticket()).held.callback(host.leave, visitor)
     return state
@@ -46,4 +54,4 @@ async def serving(request: Request, model: str | None) -> ServerState:
 
 async def reading(request: Request, model: str | None) -> ServerState:
     """As ``serving``, for what needs the model's tokenizer alone: nothing is loaded for it, and nothing stays loaded."""
-    return await site_of(request).find(model).read()
+    return await asked(request, model).read()

@@ -108,7 +108,8 @@ def test_what_it_says(start: Any, tmp_path: Path) -> None:
     assert [line["finish_reasons"] for line in found[:5]] == [["length"], ["length"] * 4, ["length"], [], []]
     assert [line["finish_reasons"] for line in found[6:8]] == [["error"], ["error"]]
     assert [(line["prompt_tokens"], line["generated_tokens"]) for line in found[6:8]] == [(6, 1), (6, 2)]
-    assert found[0]["request_id"] == "first" and found[0]["model"] == "tiny" and found[3]["model"] is None
+    assert found[0]["request_id"] == "first"
+    assert [line["model"] for line in found] == ["tiny"] * 3 + [None] + ["tiny"] * 4 + [None] * 5 + ["tiny"]
     assert [line["endpoint"] for line in found[2:4]] == ["POST /v1/chat/completions", "POST /v1/completions"]
     assert [line["endpoint"] for line in found[8:]] == [
         *("GET /stats", "DELETE /v1/requests/none", "GET /metrics", "POST /health", "OPTIONS /health", "POST /v1/completions")
