@@ -19,7 +19,7 @@ from appliance.config import EngineConfig, ServerConfig
 from appliance.server import errors
 from appliance.text.tokenizer import Tokenizer
 from tests.server.conftest import Served, serve_in_thread
-from tests.server.fake import FakeClient
+from tests.server.fake import FakeClient, info
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -101,7 +101,7 @@ def test_it_comes_again_while_the_model_is_loading(
 
         def heard(status: int) -> None:
             answers.append(status)
-            one.client.state = "ready"
+            one.client.state, one.client.info = "ready", info()
 
         answer = client_of(one, "none", 2, heard).chat.completions.create(model="", messages=HELLO, max_tokens=5)
         assert answer.choices[0].message.content == "user" and answers == [503, 200]
