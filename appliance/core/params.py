@@ -267,6 +267,8 @@ class SamplingParams:
                 raise RequestError(f"{name} has {len(ids)} entries, more than any vocabulary has tokens", param=name)
             if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
                 raise RequestError(f"{name} must be a list of token ids (integers >= 0), got {list(ids)[:5]}", param=name)
+            if name != "logprob_token_ids" and ids:
+                setattr(self, name, tuple(dict.fromkeys(ids)))  # each once: the work of a step grows with them
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids is empty: no token could be sampled", param="allowed_token_ids")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def adjust(row: Tensor, request: Request) -> None:
         row.fill_(_NEVER)[forced] = 0.0
         return
     if params.allowed_token_ids is not None:
-        allowed = _index(params.allowed_token_ids, row)
+        allowed = _allowed(tuple(params.allowed_token_ids), row.numel(), row.device)
         values = row[allowed]
         row.fill_(_NEVER)[allowed] = values
     row[_index(_ends_bad_word(request), row)] = _NEVER
@@ -74,3 +75,9 @@ def _ends_bad_word(request: Request) -> set[int]:
 def _index(ids: Iterable[int], row: Tensor) -> Tensor:
     """Token ids as an index into the row. A stop id or bad word beyond the model's vocabulary can never be drawn anyway."""
     return torch.tensor([t for t in ids if t < row.numel()], dtype=torch.int64, device=row.device)
+
+
+@lru_cache(8)
+def _allowed(ids: tuple[int, ...], vocab: int, device: torch.device) -> Tensor:
+    """The same of those that a request allows, in every step: they may be as many as the model has."""
+    return torch.tensor([t for t in ids if t < vocab], dtype=torch.int64, device=device)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from appliance.core.messages import TokenLogprob
 from appliance.core.params import SamplingParams
 from appliance.core.request import Request
-from appliance.runtime import sampler
+from appliance.runtime import penalties, sampler
 from appliance.runtime.sampler import sample, token_logprobs
 from kernels import reference
 from tests import warm
@@ -198,6 +198,15 @@ def test_masks_and_bias():
     assert greedy(row, logit_bias={3: 10.0}) == 3
     assert greedy(row, logit_bias={0: -100.0}) == 1
     assert greedy(row, allowed_token_ids=[2, 4], logit_bias={4: 10.0, 0: 90.0}) == 4
+
+
+def test_a_step_pays_once_for_ids_that_come_often():
+    params = SamplingParams(allowed_token_ids=[4, 2] * 100_000, stop_token_ids=[7, 3, 7])
+    assert params.allowed_token_ids == (4, 2) and params.stop_token_ids == (7, 3)
+    before = penalties._allowed.cache_info().misses
+    for _ in range(3):
+        assert greedy([5.0, 4.0, 3.0, 2.0, 1.0], allowed_token_ids=[4, 2, 4]) == 2
+    assert penalties._allowed.cache_info().misses <= before + 1
 
 
 def test_min_tokens_holds_back_the_end_and_the_stop_ids():
