@@ -31,6 +31,7 @@ PEER = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3), ("TCP_U
 MAX_FILES = 65_536
 MAX_CONNECTIONS, SPARE_FILES = 8192, 64  # files for all that is no connection; a head that does not end holds 32 KiB for READ_S
 BACKLOG, AT_ONCE = 2048, 16  # connections that wait in the kernel; those taken at once, before any of them can be refused
+FAREWELL_S = 0.3  # for what of an answer is not sent yet, and for a TLS client to take its leave, when the server ends
 GONE_S = 0.1  # how often it is asked whether a client that sends no more is gone
 CERTIFICATE, PRIVATE_KEY = (
     re.compile(rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE-----"),
@@ -101,6 +102,12 @@ class Protocol(H11Protocol):
             self.transport.abort()
         else:
             self._half_open = self.loop.call_later(GONE_S, self._ask)
+
+    def shutdown(self) -> None:
+        """The server ends. A client that keeps a connection for later does not answer the end of TLS, for which asyncio waits."""
+        super().shutdown()
+        if self.scheme == "https" and self.transport.is_closing():
+            self.loop.call_later(FAREWELL_S, self.transport.abort)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

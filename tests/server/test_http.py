@@ -291,6 +291,18 @@ def test_tls(start: Start, papers: Path) -> None:
             assert sock.recv(100_000).startswith(b"HTTP/1.1 400 Bad Request\r\n")
 
 
+def test_clients_that_keep_a_connection_hold_up_no_end(start: Start, papers: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They read nothing until they ask again, the end of TLS neither; it is there for them all the same."""
+    trust = ssl.create_default_context(cafile=str(papers / "ca.pem"))
+    with start(ssl_certfile=str(papers / "server.pem"), ssl_keyfile=str(papers / "server.key")) as served:
+        sock = trust.wrap_socket(connect(served), server_hostname="127.0.0.1", suppress_ragged_eofs=False)
+        sock.sendall(b"GET /ping HTTP/1.1\r\nhost: a.local\r\n\r\n")
+        assert sock.recv(9).startswith(b"HTTP/1.1")
+    assert not [one for one in caplog.records if "timeout graceful shutdown exceeded" in one.getMessage()]
+    with sock:
+        assert b"".join(iter(lambda: sock.recv(9000), b"")).endswith(b'{"status":"ok"}')
+
+
 def test_our_own_clients_trust_whom_they_are_told_to(
     start: Start, papers: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
