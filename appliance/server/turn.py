@@ -96,7 +96,11 @@ class Turn:
 
     def finish_reason(self, c: int) -> str | None:
         """OpenAI's word for how the answer ended."""
-        return self.parsers[c].finish_reason(self.job.outputs[c].finish_reason)
+        return self.parsers[c].finish_reason(self.job.outputs[c].finish_reason, self.job.outputs[c].stop_reason)
+
+    def cut(self, c: int) -> bool:
+        """Whether a stop string ended the answer in the midst of a call."""
+        return self.parsers[c].cut(self.job.outputs[c].stop_reason)
 
     def reasoning_tokens(self, c: int) -> int:
         """How many of the answer's tokens are reasoning, tags included."""

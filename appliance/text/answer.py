@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from appliance.text.delta import AnswerDelta, Piece, Thought
+from pydantic_core import from_json
+
+from appliance.text.delta import AnswerDelta, CallDelta, Piece, Thought
 from appliance.text.detokenizer import MARK
 from appliance.text.reasoning import ReasoningParser, tokens_until
 from appliance.text.tools.harmony import Harmony
@@ -28,6 +30,7 @@ class AnswerParser:
         """Not ``parallel``: the answer ends with its first call."""
         self._reasoning, self._tools = reasoning, tools
         self._counted: int | None = None  # tokens of reasoning that has come to its end
+        self._arguments: list[str] = []  # of the latest call
         if tools is not None:
             tools.single = not parallel
 
@@ -50,8 +53,13 @@ class AnswerParser:
             found = (Thought(reasoning),) if reasoning else ()
         if self._tools is None:
             return AnswerDelta((*found, text) if text else found)
-        found += self._tools.push(text).pieces
-        return AnswerDelta(found + self._tools.finish().pieces if last else found)
+        calls = self._tools.push(text).pieces
+        calls += self._tools.finish().pieces if last else ()
+        for one in calls:
+            if isinstance(one, CallDelta):
+                self._arguments = [] if one.name is not None else self._arguments
+                self._arguments.append(one.arguments)
+        return AnswerDelta(found + calls)
 
     def parse(self, text: str) -> Answer:
         """A whole text at once. (In pieces, since cutting a long text in many places is slow.)"""
@@ -62,9 +70,14 @@ class AnswerParser:
             answer.add(delta.content, delta.calls)
         return answer
 
-    def finish_reason(self, reason: str | None) -> str | None:
+    def cut(self, stop_reason: int | str | None) -> bool:
+        """Whether a stop string ended the answer in the midst of a call: nobody should act on that."""
+        return isinstance(stop_reason, str) and bool(self._arguments) and not _is_json("".join(self._arguments))
+
+    def finish_reason(self, reason: str | None, stop_reason: int | str | None = None) -> str | None:
         """OpenAI's word for how the answer ended."""
-        return "tool_calls" if reason == "stop" and self._tools is not None and self._tools.count else reason
+        called = self._tools is not None and self._tools.count > 0
+        return "tool_calls" if reason == "stop" and called and not self.cut(stop_reason) else reason
 
     def reasoning_tokens(self, ids: Sequence[int], spelled: Callable[[int], bytes]) -> int:
         """How many of its tokens so far are reasoning, tags included. ``spelled``: the bytes of a token."""
@@ -99,3 +112,11 @@ class HarmonyAnswer(AnswerParser):
                 self._header = 0
         self._seen = len(ids)
         return self._thoughts
+
+
+def _is_json(text: str) -> bool:
+    try:
+        from_json(text)
+    except ValueError:
+        return False
+    return True

@@ -119,7 +119,10 @@ def test_calls_that_are_cut_off_or_broken(hermes: Served) -> None:
     message = ask(hermes, tools=[TOOL], max_tokens=60)
     assert message["stop_reason"] == "max_tokens" and said(message, "tool_use") == [{"city": "Rome"}]
     message = ask(hermes, tools=[TOOL], stop_sequences=["12"])
-    assert message["stop_sequence"] == "12" and said(message, "tool_use") == [{"city": "Rome"}]
+    assert message["stop_reason"] == "stop_sequence" and message["stop_sequence"] == "12"
+    assert said(message, "tool_use") == [{"city": "Rome"}]
+    message = ask(hermes, tools=[TOOL], stop_sequences=["</tool_call>"])
+    assert (message["stop_reason"], message["stop_sequence"]) == ("tool_use", None)
     for wrong in ('{"city": Rome}', '{"city": "Rome" "days": 1}', '{"city": "Rome", "days": 01}'):
         hermes.client.say(call % wrong)  # type: ignore[attr-defined]
         (found,) = said(ask(hermes, tools=[TOOL]), "tool_use")

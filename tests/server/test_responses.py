@@ -134,6 +134,14 @@ def test_forms(hermes: Served) -> None:
     assert hermes.client.submitted[-1].params.grammar
 
 
+def test_a_call_that_a_stop_text_cuts_off_is_incomplete(hermes: Served) -> None:
+    say(hermes, CALL_OF_ROME)
+    for stop, status, arguments in (("ome", "incomplete", '{"city": "R'), ("</tool_call>", "completed", '{"city": "Rome"}')):
+        response = ask(hermes, tools=[TOOL], stop=[stop])
+        (call,) = response["output"]
+        assert (call["status"], call["arguments"]) == (status, arguments)
+
+
 def test_choices_of_tools(hermes: Served) -> None:
     say(hermes, CALL_OF_ROME)
     other = {**TOOL, "name": "clock"}

@@ -250,7 +250,10 @@ def test_calls_that_are_cut_off(hermes: Served) -> None:
     assert message["tool_calls"][0]["function"]["arguments"] == '{"city": '
     message = ask(hermes, max_tokens=10)
     assert message["content"] == '<tool_call>{"name": '[: len(message["content"])] and "tool_calls" not in message
-    assert ask(hermes, stop=["Ro"])["tool_calls"][0]["function"]["arguments"] == '{"city": "'
+    message = ask(hermes, stop=["Ro"])
+    assert message["finish_reason"] == "stop" and message["tool_calls"][0]["function"]["arguments"] == '{"city": "'
+    message = ask(hermes, stop=["</tool_call>"])
+    assert message["finish_reason"] == "tool_calls" and message["tool_calls"][0]["function"]["arguments"] == '{"city": "Rome"}'
 
 
 @pytest.mark.realdata

@@ -113,7 +113,8 @@ class MessageView:
         if delta.finish_reason == "abort":
             raise RequestError("the request was aborted", code="aborted", status=499)
         stopped = delta.stop_reason if isinstance(delta.stop_reason, str) else None
-        end = {"stop_reason": self._stop_reason(delta, stopped), "stop_sequence": stopped}
+        reason = self._stop_reason(delta, stopped)
+        end = {"stop_reason": reason, "stop_sequence": stopped if reason == "stop_sequence" else None}
         cut = delta.finish_reason == "length" or stopped is not None
         last: list[Event] = [{"type": "message_delta", "delta": end, "usage": self._usage()}, {"type": "message_stop"}]
         return [*events, *self.blocks.finish(cut=cut), *last]

@@ -52,7 +52,7 @@ class ResponseView:
                 store.delete(self.key, self.job.id)  # its client went away
 
     def _end(self, status: str) -> list[Event]:
-        events = self.output.finish("completed" if status == "completed" else "incomplete")
+        events = self.output.finish("completed" if status == "completed" and not self.turn.cut(0) else "incomplete")
         kind = "response.completed" if status == "completed" else "response.incomplete"
         return [*events, self.event(kind, response=self._keep(status))]
 
