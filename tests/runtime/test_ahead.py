@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from appliance.config import EngineConfig
-from appliance.core.messages import Submit
+from appliance.core.messages import Pooling, Submit
 from appliance.core.thinking import ThinkingMarks
 from appliance.memory.inputs import input_bytes, offsets
 from appliance.memory.planner import make_plan
@@ -84,6 +85,41 @@ def test_the_same_answers_as_step_by_step(load: Load, blocks: int, seed: int) ->
     stats = engine.stats()
     assert sum(stats.finished.values()) == len(requests)
     assert stats.generation_tokens == sum(len(tokens) for tokens in expected.values())
+
+
+@pytest.mark.parametrize("blocks", [400, 8])
+def test_embeddings_among_answers(load: Load, blocks: int) -> None:
+    """Each is the one that its prompt has alone, on a device of its own too, also where prompts are computed twice."""
+    options = {"max_num_seqs": 7, "max_num_batched_tokens": 64, "max_model_len": 96}
+    size = load(**options).info.plan["kv_cache"]["block_bytes"] * blocks  # type: ignore[index, operator]
+    rng, poolings = random.Random(3), (Pooling(), Pooling(normalize=False), Pooling(dimensions=7), Pooling(3, normalize=False))
+    requests = workload(9, 24)
+    for number in range(24):
+        ids = [rng.randrange(3, 256) for _ in range(rng.choice((1, 15, 16, 17, 70, 96)))]
+        one = replace(submit(f"e{number}", ids, max_tokens=1), pooling=poolings[number % 4])
+        requests.insert(rng.randrange(len(requests)), one)
+    tokens = {key: told for key, told in answers(load(**options), requests).items() if key[0][0] == "r"}
+    wanted = {}
+    for one in requests:
+        if one.pooling is not None:
+            alone = load(**options)
+            alone.submit(one)
+            ((end,),) = finish(alone).values()
+            assert end.embedding is not None and end.finish_reason == "stop" and not end.token_ids
+            wanted[one.request_id] = torch.frombuffer(bytearray(end.embedding), dtype=torch.float32)
+            assert len(wanted[one.request_id]) == (one.pooling.dimensions or 64)
+    for engine in (load(**options, kv_cache_memory_bytes=size), ahead(load(**options, kv_cache_memory_bytes=size))):
+        for one in requests:
+            engine.submit(one)
+        told = finish(engine)
+        assert {key: [t for e in news for t in e.token_ids] for key, news in told.items() if key[0][0] == "r"} == tokens
+        for name, vector in wanted.items():
+            (end,) = told[name, 0]
+            found = torch.frombuffer(bytearray(end.embedding or b""), dtype=torch.float32)
+            torch.testing.assert_close(found, vector, atol=1e-5, rtol=1e-5)
+        stats = engine.stats()
+        assert sum(stats.finished.values()) == len(requests) and (stats.preemptions > 0) == (blocks == 8)
+        assert stats.generation_tokens == sum(len(one) for one in tokens.values())
 
 
 def test_a_step_is_launched_before_the_last_one_lands(load: Load) -> None:

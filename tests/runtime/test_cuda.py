@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from appliance.config import EngineConfig
+from appliance.core.messages import Pooling
 from appliance.runtime.engine import Engine
 from tests.memory import qwen3_5
 from tests.memory.published import GLM4_MOE_LITE, fill, livelier, write_published
 from tests.memory.published import SMALL as MIXTURE
 from tests.memory.test_gemma import SMALL, spread
-from tests.runtime.conftest import answers, submit
+from tests.runtime.conftest import answers, finish, submit
 from tests.tiny_model import Shape, make_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card")
@@ -72,6 +74,19 @@ def test_first_tokens_are_those_of_the_cpu(tiny: Path) -> None:
     ours = answers(load(tiny, lm_head_dtype="model"), requests())
     exact = answers(load(tiny, device="cpu", dtype="float32", reference_ops=True), requests())
     assert sum(ours[key][0] == exact[key][0] for key in exact) >= len(exact) - 2
+
+
+def test_embeddings(tiny: Path) -> None:
+    """Beside answers, in recorded steps (of prompts of one token) and others."""
+    asked = [replace(one, pooling=Pooling() if number % 2 else None) for number, one in enumerate(requests())]
+    found = []
+    for engine in (load(tiny), load(tiny, device="cpu", dtype="float32", reference_ops=True)):
+        for one in asked:
+            engine.submit(one)
+        ends = {name: news[-1].embedding for (name, _), news in finish(engine).items() if news[-1].embedding}
+        found.append({name: torch.frombuffer(bytearray(told), dtype=torch.float32) for name, told in ends.items()})
+    assert len(found[0]) == 10 and found[0].keys() == found[1].keys()
+    assert all(found[0][name] @ found[1][name] > 0.99 for name in found[1])
 
 
 @pytest.mark.parametrize("name", SMALL)
