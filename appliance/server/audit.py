@@ -22,7 +22,7 @@ from quant.errors import InputError
 log = logging.getLogger("appliance.server")
 
 MAX_BYTES, FILES = 100 * 1000**2, 10  # a file is put aside at this size; so many are kept: FILE, FILE.1, ... FILE.9
-MAX_QUEUE = 10_000  # lines that wait for the disk
+MAX_QUEUE, MAX_WAITING = 10_000, 64 * 2**20  # lines that wait for the disk, and bytes: content may be megabytes a line
 PATIENCE_S = 1.0  # with the reader of a pipe that is full
 
 
@@ -48,6 +48,7 @@ class AuditLog:
         self._failing = False
         self._torn = False  # whether the last that went into a pipe is a part of a line
         self._queue: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUE)
+        self._given = self._taken = 0  # bytes of lines, ever; the first is the event loop's to count, the other the thread's
         check_writable(file)
         self._thread = threading.Thread(target=self._run, name="audit-log", daemon=True)
         self._thread.start()
@@ -55,7 +56,11 @@ class AuditLog:
     def add(self, record: dict[str, Any]) -> None:
         """Never waits, never raises."""
         try:
-            self._queue.put_nowait(to_json(record) + b"\n")
+            line = to_json(record) + b"\n"
+            if (waiting := self._given - self._taken) and waiting + len(line) > MAX_WAITING:
+                raise queue.Full
+            self._queue.put_nowait(line)
+            self._given += len(line)
         except queue.Full:
             self._lose("the disk is too slow")
         except ValueError as error:  # text that is no Unicode
@@ -71,6 +76,7 @@ class AuditLog:
 
     def _run(self) -> None:
         while (line := self._queue.get()) is not None:
+            self._taken += len(line)
             try:
                 self._write(line)
             except OSError as error:

@@ -233,6 +233,27 @@ def test_a_disk_that_hangs_delays_nobody(start: Any, tmp_path: Path, monkeypatch
         stuck.set()
 
 
+def test_content_that_waits_for_the_disk_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.server.audit.MAX_WAITING", 1000)
+    log, begun, stuck, written = AuditLog(str(tmp_path / "log")), threading.Event(), threading.Event(), list[bytes]()
+
+    def write(line: bytes) -> None:
+        begun.set()
+        assert stuck.wait(20)
+        written.append(line)
+
+    monkeypatch.setattr(log, "_write", write)
+    log.add({"prompts": "a"})
+    assert begun.wait(20)
+    for text in ("b" * 2000, "c" * 2000, "d"):  # one that is larger than all may wait alone
+        log.add({"prompts": text})
+    assert log.lost == 2
+    stuck.set()
+    log.close()
+    assert [line[12:13] for line in written] == [b"a", b"b"]
+    assert log._given == log._taken > 2000
+
+
 async def test_many_at_once(start: Any, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with start(log, delay_s=0.001) as served:
