@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -71,8 +72,8 @@ async def cancel(request: Request, response_id: str) -> Response:
 async def input_items(request: Request, response_id: str) -> Response:
     """A page of the items that a response was made of, those of the responses before it included; the newest first."""
     records = store_of(request).chain(answer.asker(), store_of(request).get(answer.asker(), response_id).id)
-    items = [item for record in records[:-1] for item in record.items] + records[-1].input
     limit, order, after = _page(request.query_params)
+    items = await asyncio.to_thread(lambda: [one for record in records[:-1] for one in record.items] + records[-1].input)
     if order == "desc":
         items.reverse()
     begin = next((i + 1 for i, item in enumerate(items) if item["id"] == after), None) if after else 0
