@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,7 +53,7 @@ def _penalize(row: Tensor, request: Request) -> None:
     """The repetition penalty of CTRL (Keskar et al. 2019, over prompt and output), then OpenAI's two (over the output)."""
     params = request.params
     if params.repetition_penalty != 1.0:
-        seen = _index(set(request.tokens), row)
+        seen = _index(request.tokens, row)  # those that come twice are written the same value twice
         values, penalty = row[seen], params.repetition_penalty
         row[seen] = torch.where(values > 0, values / penalty, values * penalty)
     output = request.tokens[request.prompt_len :]
@@ -72,9 +73,10 @@ def _ends_bad_word(request: Request) -> set[int]:
     return banned
 
 
-def _index(ids: Iterable[int], row: Tensor) -> Tensor:
+def _index(ids: Collection[int], row: Tensor) -> Tensor:
     """Token ids as an index into the row. A stop id or bad word beyond the model's vocabulary can never be drawn anyway."""
-    return torch.tensor([t for t in ids if t < row.numel()], dtype=torch.int64, device=row.device)
+    found = np.fromiter(ids, np.int64, len(ids))  # of a penalty: a whole context in every step
+    return torch.from_numpy(found[found < row.numel()]).to(row.device)
 
 
 @lru_cache(8)
