@@ -44,8 +44,10 @@ def adjust(row: Tensor, request: Request) -> None:
     if request.output_len < params.min_tokens:
         row[_index({*request.eos_token_ids, *(params.stop_token_ids or ())}, row)] = _NEVER
     if params.logit_bias:
-        ids = [t for t in params.logit_bias if t < row.numel()]
-        row[_index(ids, row)] += torch.tensor([params.logit_bias[t] for t in ids], dtype=row.dtype, device=row.device)
+        count = len(params.logit_bias)
+        ids = np.fromiter(params.logit_bias, np.int64, count)
+        biases = np.fromiter(params.logit_bias.values(), np.float32, count)[ids < row.numel()]
+        row[_index(params.logit_bias, row)] += torch.from_numpy(biases).to(row.device)
     _penalize(row, request)
 
 
