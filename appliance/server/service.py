@@ -151,9 +151,10 @@ class Service:
             return
         address, port = self.sock.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
+        embeds = " for embeddings" if host.state is not None and host.state.pooler is not None else ""
         url = f"{'https' if self.server.ssl_certfile else 'http'}://{shown}:{port}/v1"
         logs.tell(
-            f"appliance: ready at {url} with model {host.names[0]}: up to {info.max_model_len} tokens a "
+            f"appliance: ready at {url} with model {host.names[0]}{embeds}: up to {info.max_model_len} tokens a "
             f"sequence, {info.plan['max_concurrency']:.1f} such sequences at once, loaded in {info.ready_s:.1f} s",
             self.server,
         )

@@ -54,3 +54,4 @@ def test_langchain(embedding: Running, description: Description) -> None:
     assert len(many) == len(TEXTS) and model.embed_query(TEXTS[1]) == pytest.approx(many[1], abs=1e-6)
     if description.components is not None:
         assert "CreateEmbeddingResponse" in description.seen
+    assert any("with model demo for embeddings: up to" in line for line in embedding.output)
