@@ -167,7 +167,7 @@ class BenchConfig:
     """What `appliance bench serve` asks, of whom, and how often. Names and meanings are those of `vllm bench serve`."""
 
     backend: str = "openai"
-    """openai: completions (also vllm); openai-chat: chat."""
+    """openai: completions (also vllm); openai-chat: chat; openai-embeddings: embeddings of the prompts."""
     base_url: str | None = None
     """Where the server is, as https://example.org:8000, instead of --host and --port."""
     host: str = "127.0.0.1"
@@ -175,7 +175,7 @@ class BenchConfig:
     port: int = 8000
     """Its port."""
     endpoint: str | None = None
-    """Path that is asked; /v1/completions or /v1/chat/completions when left out, as --backend says."""
+    """Path that is asked; /v1/completions, /v1/chat/completions or /v1/embeddings when left out, as --backend says."""
     header: tuple[str, ...] = ()
     """Headers to send, as NAME=VALUE."""
     api_key: str | None = field(default=None, repr=False)

@@ -11,6 +11,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 from appliance.bench.http import Target
 from appliance.bench.load import Asker, run
+from appliance.bench.outcome import Outcome
 from appliance.bench.results import summary
 from appliance.bench.samples import Sample
 from appliance.bench.serve import serve
@@ -196,6 +198,42 @@ def test_figures_agree_with_the_servers_own(
     shown = capsys.readouterr().out
     assert "first token (TTFT)" in shown
     assert "30" in shown
+
+
+def test_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They have no tokens to wait for, only an end."""
+    write_tokenizer(tmp_path)
+    engine, file = EngineConfig(model=str(tmp_path), runner="pooling"), tmp_path / "r.json"
+    server, tokenizer = ServerConfig(served_model_name=("tiny",)), Tokenizer.load(tmp_path)
+    with serve_in_thread(lambda: FakeClient(delay_s=0.01), tokenizer, engine, server) as one:
+        config = BenchConfig(
+            base_url=one.url, backend="openai-embeddings", num_prompts=12, max_concurrency=3, random_input_len=9,
+            disable_tqdm=True, num_warmups=1, json=str(file), svg=str(tmp_path / "r.svg"), goodput=("e2el:60000",),
+        )  # fmt: skip
+        assert serve(config) == 0
+        assert all(len(submit.prompt_token_ids) == 9 and submit.pooling for submit in one.client.submitted)
+        with pytest.raises(InputError, match="a prompt of the data set is a conversation"):
+            Asker(Target(one.url, {}), config, "tiny").body(Sample([{"role": "user", "content": "x"}], None, None))
+        one.client.fail_at = 0
+        assert serve(replace(config, num_warmups=0, json=None, svg=None)) == 1
+    found = json.loads(file.read_text())
+    assert (found["completed"], found["total_input_tokens"], found["total_output_tokens"], found["short_answers"]) == (
+        12,
+        108,
+        0,
+        0,
+    )
+    assert found["median_ttft_ms"] is None and found["median_e2el_ms"] >= 10 and found["tokens_counted_by_server"]
+    assert found["request_goodput"] == found["request_throughput"]
+    shown = capsys.readouterr().out
+    assert "end to end (E2EL)" in shown and "TTFT" not in shown and "failed: 12 x HTTP 500 engine_error" in shown
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"data": [{}]}', b'{"data": [{"embedding": []}]}'])
+def test_answers_that_are_no_embeddings(body: bytes) -> None:
+    one = Outcome(0)
+    one.embedded(body, 1.0)
+    assert one.error in ("an answer without embeddings", "an empty embedding")
 
 
 def test_a_wrong_key_is_told_at_once(tiny: Served) -> None:

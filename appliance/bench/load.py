@@ -18,7 +18,13 @@ from appliance.config import BenchConfig
 from quant.errors import InputError
 
 TICK_S = 0.01  # how often the event loop is asked whether it is late
-ENDPOINTS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
+EMBEDDINGS = "openai-embeddings"
+ENDPOINTS = {
+    "openai": "/v1/completions",
+    "vllm": "/v1/completions",
+    "openai-chat": "/v1/chat/completions",
+    EMBEDDINGS: "/v1/embeddings",
+}
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
 
@@ -46,12 +52,18 @@ class Asker:
         if config.backend not in ENDPOINTS:
             raise InputError(f"--backend {config.backend}: there are {', '.join(ENDPOINTS)}")
         self.target, self.config, self.model = target, config, model
-        self.chat = config.backend == "openai-chat"
+        self.chat, self.embeds = config.backend == "openai-chat", config.backend == EMBEDDINGS
         self.path = config.endpoint or ENDPOINTS[config.backend]
         self.more = _object("--extra-body", config.extra_body)
 
     def body(self, sample: Sample) -> dict[str, Any]:
         config = self.config
+        if self.embeds:
+            if isinstance(sample.prompt, list) and sample.prompt and isinstance(sample.prompt[0], dict):
+                raise InputError(
+                    f"--backend {EMBEDDINGS}: a prompt of the data set is a conversation, and embeddings are of texts"
+                )
+            return {"model": self.model, "input": sample.prompt, "encoding_format": "base64", **self.more}
         body: dict[str, Any] = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}}
         if self.chat:
             said = sample.prompt
@@ -72,14 +84,16 @@ class Asker:
 
     async def ask(self, sample: Sample, outcome: Outcome) -> None:
         """Fill ``outcome``; every failure ends up in it. Cancelled: so does that."""
-        outcome.asked_tokens = sample.output_tokens or 0
+        outcome.asked_tokens = 0 if self.embeds else sample.output_tokens or 0
         prefix = self.config.request_id_prefix  # none without it: there are servers that take UUIDs alone
         named = {} if prefix is None else {"X-Request-Id": f"{prefix}{outcome.number}"}
         request = self.target.request(self.path, self.body(sample), named)
         try:
             async with asyncio.timeout(self.config.request_timeout):
-                answer = await self.target.send(request, outcome.feed)
-            if answer.status == 200:
+                answer = await self.target.send(request, None if self.embeds else outcome.feed)
+            if answer.status == 200 and self.embeds:
+                outcome.embedded(answer.body, time.perf_counter())
+            elif answer.status == 200:
                 outcome.finish(time.perf_counter())
             else:
                 outcome.fail(*refused(answer.status, answer.body))

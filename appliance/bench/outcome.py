@@ -75,6 +75,19 @@ class Outcome:
         elif self.error is None and self.finish_reason is None and self.completion_tokens is None:
             self.fail("the stream ended early", "no finish_reason came")
 
+    def embedded(self, body: bytes, now: float) -> None:
+        """The answer to a request for embeddings, which comes as a whole."""
+        self.end = now
+        try:
+            answer = json.loads(body)
+            vectors = [one["embedding"] for one in answer["data"]]
+        except (ValueError, KeyError, TypeError):
+            return self.fail("an answer without embeddings", body[:200].decode(errors="replace"))
+        if not all(vectors):
+            return self.fail("an empty embedding")
+        usage = answer.get("usage")
+        self.prompt_tokens, self.completion_tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None, 0
+
     def fail(self, kind: str, detail: str = "") -> None:
         """The first error counts."""
         if self.error is None:

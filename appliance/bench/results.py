@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from appliance.bench.load import Run, pairs
+from appliance.bench.load import EMBEDDINGS, Run, pairs
 from appliance.bench.outcome import Outcome
 from appliance.config import BenchConfig
 from quant.errors import InputError
@@ -37,6 +37,8 @@ def percentiles(config: BenchConfig) -> list[float]:
 
 def shown(config: BenchConfig) -> list[str]:
     """Raises InputError."""
+    if config.backend == EMBEDDINGS and config.percentile_metrics == BenchConfig.percentile_metrics:
+        return ["e2el"]  # there are no tokens
     names = [name.strip() for name in config.percentile_metrics.split(",") if name.strip()]
     if wrong := [name for name in names if name not in METRICS]:
         raise InputError(f"--percentile-metrics {wrong[0]}: there are {', '.join(METRICS)}")

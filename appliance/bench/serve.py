@@ -61,7 +61,7 @@ async def _measure(config: BenchConfig, target: Target) -> tuple[Run, dict[str, 
         samples = load(config, Writer(ids, config.seed))
         times = arrivals(samples, config)
         asker.body(samples[0])  # what cannot be asked is told before anything is
-        _warn_of_long(samples, context)
+        _warn_of_long(samples, context, answers=not asker.embeds)
         await _warm_up(asker, samples[0], stop)
         with tqdm(total=len(samples), unit="req", leave=False, disable=True if config.disable_tqdm else None) as bar:
             found = await run(asker, samples, times, stop, bar.update)
@@ -132,10 +132,10 @@ async def _known_tokens(target: Target, model: str) -> list[int] | None:
     return None
 
 
-def _warn_of_long(samples: Sequence[Sample], context: int | None) -> None:
+def _warn_of_long(samples: Sequence[Sample], context: int | None, *, answers: bool) -> None:
     if context is None:
         return
-    long = sum((s.prompt_tokens or 0) + (s.output_tokens or 0) > context for s in samples)
+    long = sum((s.prompt_tokens or 0) + (s.output_tokens or 0 if answers else 0) > context for s in samples)
     if long:
         hint = "shorten them with --random-input-len, or a trace's with --scale-lengths"
         _say(f"{long} of {len(samples)} requests are longer than the server's context of {context} tokens; {hint}")
