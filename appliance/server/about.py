@@ -134,12 +134,13 @@ class Latencies(TypedDict):
 
 
 class ModelState(TypedDict):
-    """``bytes``: that it takes while loaded, where that is known."""
+    """``bytes``: that it takes while loaded, where that is known; ``waiting``: requests that wait for it to be loaded."""
 
     name: str
     names: list[str]
     state: Status
     bytes: int | None
+    waiting: int
 
 
 class ServerStats(TypedDict):

@@ -47,6 +47,10 @@ class Host(Protocol):
     def max_model_len(self) -> int | None:
         """Tokens; None where nobody knows before it is loaded."""
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for it to be loaded."""
+
     async def enter(self, visitor: object) -> ServerState:
         """The state, once requests can be served; until ``leave(visitor)`` the model stays. Raises RequestError (503)."""
 
@@ -85,6 +89,10 @@ class FixedHost:
     @property
     def max_model_len(self) -> int | None:
         return self.state.client.info.max_model_len if self.state.client.info else None
+
+    @property
+    def waiting(self) -> int:
+        return 0
 
     async def enter(self, visitor: object) -> ServerState:
         return self.state
@@ -153,6 +161,10 @@ class EngineHost:
     @property
     def busy(self) -> bool:
         return bool(self._present)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
 
     @property
     def turning(self) -> bool:

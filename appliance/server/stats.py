@@ -46,9 +46,18 @@ class Recent:
 
 
 def models_of(site: Site) -> list[dict[str, Any]]:
-    """The server's models, for whom ``GET /stats?model=NAME`` has more; ``bytes``: that it takes while loaded."""
+    """The server's models, for whom ``GET /stats?model=NAME`` has more.
+
+    ``bytes``: that it takes while loaded; ``waiting``: requests that wait for it to be loaded.
+    """
     return [
-        {"name": host.names[0], "names": host.names, "state": host.status, "bytes": getattr(host, "size", None)}
+        {
+            "name": host.names[0],
+            "names": host.names,
+            "state": host.status,
+            "bytes": getattr(host, "size", None),
+            "waiting": host.waiting,
+        }
         for host in site.hosts
     ]
 

@@ -42,7 +42,7 @@ def test_stats(served: Served) -> None:
         stats = http.get("/stats").json()
     known = {"version", "model", "state", "uptime_s", "loading", "info", "engine", "latency", "hardware", "models"}
     assert set(stats) == known
-    assert stats["models"] == [{"name": "tiny", "names": ["tiny", "alias/of-tiny"], "state": "ok", "bytes": None}]
+    assert stats["models"] == [{"name": "tiny", "names": ["tiny", "alias/of-tiny"], "state": "ok", "bytes": None, "waiting": 0}]
     assert stats["model"] == "tiny" and stats["state"] == "ok" and stats["info"]["max_model_len"] == 512
     assert stats["engine"]["blocks_total"] == 64 and stats["engine"]["steps"] == 7
 

@@ -24,6 +24,7 @@ from appliance.server.run import bind
 from appliance.server.service import Service
 from appliance.server.site import Site
 from appliance.server.state import Shared
+from appliance.server.stats import models_of
 from quant.errors import InputError
 from tests.server.fake import VOCAB, FakeClient, info
 
@@ -290,12 +291,13 @@ async def test_requests_wait_for_what_is_loaded_by_hand(model_dir: Path) -> None
     asking = [asyncio.create_task(street.ask("a")) for _ in range(2)]
     await asyncio.sleep(0)
     assert street.site.status == "ok"  # it can be had
+    assert [one["waiting"] for one in models_of(street.site)] == [2, 0]
     with pytest.raises(RequestError, match="2 requests wait already, and --max-num-queued-reqs is 2"):
         await street.ask("a")
     assert street.slow is not None
     street.slow.set()
     await asyncio.gather(by_hand, *asking)
-    assert street.log == ["load a", "ask a", "ask a"]
+    assert street.log == ["load a", "ask a", "ask a"] and not street.hosts["a"].waiting
     street.site.shared.draining = True
     with pytest.raises(RequestError, match="shutting down"):
         await street.hosts["b"].come()

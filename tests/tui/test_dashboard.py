@@ -354,11 +354,15 @@ async def test_one_of_several_models_after_the_other() -> None:
     def several() -> dict[str, Any]:
         states = zip(names, ("ok", "unloaded"), strict=True)
         chosen = server.model or names[0]
-        return {**body(), "model": chosen, "models": [{"name": name, "state": state} for name, state in states]}
+        return {
+            **body(),
+            "model": chosen,
+            "models": [{"name": name, "state": state, "waiting": 2 * (state != "ok")} for name, state in states],
+        }
 
     server.body = several  # type: ignore[method-assign]
     async with showing(server) as stage:
-        assert "● Llama-3.2-1B-Instruct-AWQ  ○ second" in await stage.until("2 models (m):")
+        assert "● Llama-3.2-1B-Instruct-AWQ  ○ second (2 waiting)" in await stage.until("2 models (m):")
         await stage.press("m")
         await stage.until("│ second │")
 

@@ -93,7 +93,8 @@ def _models(view: View) -> Content:
     for model in view.models:
         label, style = STATES.get(str(model.get("state")), (f"? {model.get('state')}", BUSY))
         name = (f" {short(str(model.get('name')))}", "reverse" if model.get("name") == view.model else "")
-        parts.append(Content.assemble((label.split(" ")[0], style), name))
+        waiting = f" ({model['waiting']} waiting)" if model.get("waiting") else ""
+        parts.append(Content.assemble((label.split(" ")[0], style), name, (waiting, BUSY)))
     return Content("  ").join([Content(f"{len(parts)} models (m):"), *parts])
 
 
