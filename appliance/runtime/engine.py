@@ -121,6 +121,10 @@ class Engine:
         )
         return cls(runner, scheduler, info, seed=config.seed, tokenizer=config.tokenizer)
 
+    def prepare(self) -> None:
+        """Begin, beside whatever comes, with what the first answer that follows a grammar would keep everybody waiting for."""
+        self._grammars.prepare()
+
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._flight is not None

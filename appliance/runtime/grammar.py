@@ -78,11 +78,16 @@ class Grammars:
     """Compiles in a thread of its own, one grammar after another; requests wait until then, and the others go on."""
 
     def __init__(self, directory: str, vocab: int, ends: tuple[int, ...]) -> None:
-        """``directory``: of the tokenizer, read once there is a request that needs it. ``ends``: tokens that end a text."""
+        """``directory``: of the tokenizer, read for ``prepare`` or the first grammar. ``ends``: tokens that end a text."""
         self._directory, self._vocab, self._ends = directory, vocab, ends
         self._vocabulary: Any = None
         self._compiled: OrderedDict[str, Compiled] = OrderedDict()  # by grammar, those used last behind
         self._pending: deque[tuple[Future[Any], list[Request]]] = deque()  # in order of their turn
+
+    def prepare(self) -> None:
+        """Have the vocabulary read, which keeps everybody waiting for up to a second: before there is anybody, if it can be."""
+        if self._ends:
+            deep_thread().submit(self._read)  # what is wrong with its files is told with the first grammar
 
     def begin(self, requests: list[Request]) -> None:
         """Have the grammar of these completions of one request compiled."""
@@ -112,10 +117,7 @@ class Grammars:
 
     def _compile(self, grammar: str) -> Compiled:
         """In the thread that compiles, one after another."""
-        if self._vocabulary is None:
-            from appliance.text.tokenizer import Tokenizer
-
-            self._vocabulary = vocabulary(Tokenizer.load(self._directory), self._vocab, self._ends)
+        self._read()
         compiled = self._compiled.pop(grammar, None)
         if compiled is None:
             error = walked(self._vocabulary, grammar)
@@ -125,6 +127,12 @@ class Grammars:
         if len(self._compiled) > KEPT:
             self._compiled.popitem(last=False)
         return compiled
+
+    def _read(self) -> None:
+        if self._vocabulary is None:
+            from appliance.text.tokenizer import Tokenizer
+
+            self._vocabulary = vocabulary(Tokenizer.load(self._directory), self._vocab, self._ends)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ def serve(conn: Connection) -> None:
         conn.send(("failed", text or type(error).__name__, isinstance(error, InputError | OSError)))
         return
     conn.send(("ready", engine.info, engine.stats()))
+    if not config.skip_tokenizer_init:
+        engine.prepare()
     last = time.monotonic()
     while True:
         events: list[Event] = []

@@ -203,6 +203,29 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_own_request(
     assert events["good", 0][-1].finish_reason == "stop"
 
 
+def test_the_vocabulary_is_read_before_anybody_asks(
+    load: Callable[..., Engine], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once; what was wrong with it then is left to the requests that need it."""
+    made: list[int] = []
+
+    def counted(words: Tokenizer, size: int, ends: tuple[int, ...]) -> Any:
+        made.append(size)
+        if len(made) == 2:
+            raise ValueError("its files are damaged")
+        return vocabulary(words, size, ends)
+
+    vocabulary = grammar.vocabulary
+    monkeypatch.setattr(grammar, "vocabulary", counted)
+    for prepared, asked in ((1, 1), (2, 3)):
+        engine = load()
+        engine.prepare()
+        grammar.deep_thread().submit(len, ()).result()  # behind it
+        assert len(made) == prepared and not engine.has_work
+        submit = ask(tokenizer, "a", {"regex": PHONE})
+        assert re.fullmatch(PHONE, tokenizer.decode(answers(engine, [submit])["a", 0])) and len(made) == asked
+
+
 def test_a_request_of_which_nothing_is_left_ends_with_the_reason(load: Callable[..., Engine], tokenizer: Tokenizer) -> None:
     one = ask(tokenizer, "a", {"choice": ["yes"]}, allowed_token_ids=tokenizer.encode("7", add_special_tokens=False))
     engine = load()
