@@ -37,6 +37,9 @@ class Scripted:
             vocab_size=len(range(4096)), eos_token_ids=(2,), ready_s=0.0, plan={},
         )  # fmt: skip
 
+    def prepare(self) -> None:
+        """It follows no grammars."""
+
     @property
     def has_work(self) -> bool:
         return bool(self.running)

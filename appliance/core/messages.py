@@ -46,6 +46,11 @@ class ResetPrefixCache:
 
 
 @dataclass(frozen=True, slots=True)
+class Nudge:
+    """Have an engine that is idle say something: one that is stopped does not."""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """A token's log-probability, its rank (1 = the most likely) and the most likely tokens beside it."""
 

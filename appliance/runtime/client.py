@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from appliance.config import EngineConfig
-from appliance.core.messages import Abort, EngineInfo, Event, ResetPrefixCache, Stats, Submit, joined
+from appliance.core.messages import Abort, EngineInfo, Event, Nudge, ResetPrefixCache, Stats, Submit, joined
 from appliance.core.params import RequestError
 from appliance.runtime.logs import take_lines
 from appliance.runtime.pace import Pace, pace_beside, step_aside
@@ -37,6 +37,8 @@ Sink = Callable[[Event | Exception], None]
 # Of engines: a process begins with the priority of the thread that starts it, and the event loop's may have less (give_way).
 _starter = ThreadPoolExecutor(1, "engine-starter")
 STILL_S = 30.0  # an engine that has work, says nothing for so long and used no processor time meanwhile: it is stopped, or waits
+STUCK_S = 5.0  # after so much of that it counts as stuck, though it may still go on
+LOOK_S = 2.0  # how often it is looked at, at least
 
 
 class EngineDied(RuntimeError):
@@ -65,6 +67,7 @@ class Client:
         self._pace = Pace()
         self._heard = 0  # messages of the engine
         self._owed = False  # whether it has said nothing since it was told something
+        self._still = 0.0  # seconds for which it has had work, said nothing and used no processor time
         self._watch: asyncio.Task[None] | None = None  # while there is work
 
     async def start(self) -> None:
@@ -104,10 +107,23 @@ class Client:
         if submit.request_id in self._sinks:
             raise RequestError(f"request id {submit.request_id!r} is already in use", param="request_id", status=409)
         self._sinks[submit.request_id] = sink
+        self._tell(submit)
+
+    def nudge(self) -> None:
+        """Have an engine that is idle say something, so that ``stuck`` is known of it, too."""
+        if self.state == "ready" and not self._owed and not self._sinks:
+            self._tell(Nudge())
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it answers nothing, and does not even use the processor; known a few seconds after it was asked something."""
+        return self.state == "ready" and self._still > STUCK_S
+
+    def _tell(self, message: Submit | Nudge) -> None:
         self._owed = True
         if self.step_timeout and (self._watch is None or self._watch.done()):
             self._watch = asyncio.create_task(self._watch_steps())
-        self._outbox.put(submit)
+        self._outbox.put(message)
 
     def close(self, request_id: str, *, abort: bool) -> None:
         """No more events of a request for its sink; ``abort``: it has not come to its end."""
@@ -192,20 +208,23 @@ class Client:
         assert self._process is not None
         process, heard, before, silent = psutil.Process(self._process.pid), -1, 0.0, 0.0
         limit = min(STILL_S, self.step_timeout)
+        look = min(LOOK_S, limit / 8)
         while (self._sinks or self._owed) and self.state == "ready":
             with contextlib.suppress(psutil.Error):  # it has just ended: the reader sees that too
                 used = sum(process.cpu_times()[:2])
                 if heard != self._heard:
                     heard, before, silent = self._heard, used, 0.0
                 still = used - before < 0.01 * silent
+                self._still = silent if still else 0.0
                 if silent > self.step_timeout or (silent > limit and still):
                     why = "uses no processor time" if still else "finishes no step"
                     self.failure = f"the engine is stuck: it has work, but {why} since {silent:.0f} s"
                     log.error("%s; it is ended", self.failure)
                     self._process.kill()
                     return
-            await asyncio.sleep(limit / 8)
-            silent += limit / 8
+            await asyncio.sleep(look)
+            silent += look
+        self._still = 0.0
 
     def _write(self) -> None:
         assert self._conn is not None

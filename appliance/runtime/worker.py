@@ -10,7 +10,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from appliance.core.messages import Abort, Event, ResetPrefixCache, Submit
+from appliance.core.messages import Abort, Event, Nudge, ResetPrefixCache, Submit
 from appliance.core.params import RequestError
 from appliance.runtime.logs import send_lines
 from quant.errors import InputError
@@ -61,10 +61,12 @@ def serve(conn: Connection) -> None:
         conn.send(("events", events, engine.stats() if fresh else None))
 
 
-def handle(engine: Any, conn: Connection, message: Submit | Abort | ResetPrefixCache) -> list[Event]:
+def handle(engine: Any, conn: Connection, message: Submit | Abort | ResetPrefixCache | Nudge) -> list[Event]:
     """Take one message; a refusal goes straight back to the client that waits for it."""
     if isinstance(message, Abort):
         return engine.abort(message.request_id, message.index, message.reason)
+    if isinstance(message, Nudge):  # what is said after each step will do
+        return []
     if isinstance(message, ResetPrefixCache):
         engine.reset_prefix_cache()
         return []

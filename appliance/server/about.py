@@ -78,7 +78,7 @@ class Health(TypedDict):
 
 
 class NotReady(TypedDict):
-    status: Status
+    status: Status | Literal["stuck"]
     error: Error
     loaded_bytes: NotRequired[int]
     total_bytes: NotRequired[int]

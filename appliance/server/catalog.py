@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from appliance.core.params import RequestError
-from appliance.server.errors import RETRY_AFTER_S, JSONResponse, error_body, speaks_anthropic
+from appliance.server.errors import RETRY_AFTER_S, JSONResponse, error_body, speaks_anthropic, unavailable
 from appliance.server.host import EngineHost, Host
 from appliance.server.messages.models import model_info, models_page
 from appliance.server.respond import read
@@ -45,13 +45,16 @@ async def models(request: Request) -> Response:
 @router.get("/v1/health")
 @router.get("/ready")
 async def health(request: Request) -> Response:
-    """200 when requests are served, else 503; never asks the engine process."""
+    """200 when requests are served, else 503; never waits for an engine process."""
     site, state = site_of(request), state_of(request)
-    if site.status == "ok":
+    for one in site.shared.states:  # what comes of it is told from the next time on
+        one.client.nudge()
+    status = "stuck" if site.status == "ok" and site.stuck else site.status
+    if status == "ok":
         return JSONResponse({"status": "ok"})
-    error = state.refusal()
-    body = {"status": site.status, **error_body(str(error), status=503, code=error.code)}
-    if site.status == "loading":
+    error = unavailable("the engine answers nothing", "engine_stuck") if status == "stuck" else state.refusal()
+    body = {"status": status, **error_body(str(error), status=503, code=error.code)}
+    if status == "loading":
         body["loaded_bytes"], body["total_bytes"] = state.client.loading
     return JSONResponse(body, status_code=503, headers={"Retry-After": str(RETRY_AFTER_S[503])})
 

@@ -45,6 +45,12 @@ class Site:
             return "ok"
         return "loading" if self.starting or "loading" in found else found[0]
 
+    @property
+    def stuck(self) -> bool:
+        """Whether all engines that are ready are."""
+        ready = [state.client for state in self.shared.states if state.status == "ok"]
+        return bool(ready) and all(client.stuck for client in ready)
+
     def room_beside(self, host: EngineHost) -> int:
         """Bytes of the budget that are left when ``host`` is loaded, too."""
         return self.budget - host.size - sum(one.size for one in self._beside(host))

@@ -242,6 +242,32 @@ async def test_a_stuck_engine_is_found_although_nobody_waits_for_long(
         client._process.kill()
 
 
+async def test_an_idle_engine_that_is_stopped_is_found_when_somebody_asks(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.runtime.client.STUCK_S", 0.3)
+    client = Client(config(tiny), step_timeout=2.0)
+    await client.start()
+    process = client._process
+    assert process is not None and not client.stuck
+    try:
+        heard = client._heard
+        for _ in range(3):
+            client.nudge()  # the second and third find it asked already, or answered
+        while client._owed:
+            await asyncio.sleep(0.01)
+        assert client._heard > heard and not client.stuck and client.active == 0
+        await asyncio.sleep(0)
+        process.send_signal(signal.SIGSTOP)
+        client.nudge()
+        while not client.stuck:
+            await asyncio.sleep(0.05)
+        assert client.state == "ready" and process.poll() is None
+        await client.wait_ended()  # a little later
+        assert not client.stuck and "uses no processor time" in (client.failure or "")
+    finally:
+        process.kill()
+        await client.stop()
+
+
 async def test_an_engine_that_answers_is_not_stuck() -> None:
     client = Client(EngineConfig(), step_timeout=0.4)
     client._process = subprocess.Popen(["sleep", "60"])

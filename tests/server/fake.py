@@ -51,6 +51,7 @@ class FakeClient:
         self.failure: str | None = None
         self.loading = (3, 10)
         self.pid: int | None = None
+        self.stuck, self.nudges = False, 0
         self.delay_s = delay_s
         self.fail_at: int | None = None  # the output token at which every request ends with an error
         self.unanswerable: str | None = None  # what every request ends with: its own fault
@@ -75,6 +76,9 @@ class FakeClient:
                     sink(event)
         except Exception as error:
             sink(error)
+
+    def nudge(self) -> None:
+        self.nudges += 1
 
     def close(self, request_id: str, *, abort: bool) -> None:
         if pump := self.pumps.pop(request_id, None):

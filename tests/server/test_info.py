@@ -37,6 +37,19 @@ def test_health_and_version(served: Served) -> None:
         assert http.get("/load").json() == {"server_load": 0}
 
 
+def test_health_of_an_engine_that_is_stuck(slow: Served) -> None:
+    """Each question has it say something, and what came of the last one is told."""
+    with slow.http as http:
+        assert http.get("/health").status_code == 200 and slow.client.nudges == 1
+        slow.client.stuck = True
+        answer = http.get("/health")
+        assert answer.status_code == 503 and answer.headers["retry-after"] and slow.client.nudges == 2
+        assert answer.json()["status"] == "stuck" and answer.json()["error"]["code"] == "engine_stuck"
+        assert http.get("/ping").status_code == 200
+        slow.client.stuck = False
+        assert http.get("/health").json() == {"status": "ok"}
+
+
 def test_stats(served: Served) -> None:
     with served.http as http:
         stats = http.get("/stats").json()
