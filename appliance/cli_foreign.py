@@ -163,6 +163,7 @@ INSTEAD = {
     "--spec-tokens": SPECULATION,
     "--ssl-cert-reqs": "use --ssl-ca-certs, which asks clients for a certificate",
     "--ssl-ciphers": "not supported: leave it out",
+    "--ssl-keyfile-password": "not supported: take the password off the key (openssl pkey), and let nobody else read its file",
     "--structured-outputs-config": "only a backend may be named here; --reasoning-parser is an option of its own",
     "--task": "use --runner: generate, or pooling for embeddings",
     "--system-prompt-file": "requests say it: a message with the role system",

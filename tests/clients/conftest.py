@@ -16,6 +16,7 @@ import yaml
 from openai import OpenAI
 
 from tests.conftest import SHARED
+from tests.server.test_openai import EVENTS as OF_RESPONSES
 from tests.server.test_openai import nullable
 from tests.server.test_real import Running, started
 
@@ -31,6 +32,7 @@ ANSWERS = {
     "/v1/completions": "CreateCompletionResponse",
     "/v1/chat/completions": "CreateChatCompletionResponse",
     "/v1/embeddings": "CreateEmbeddingResponse",
+    "/v1/responses": "Response",
 }
 
 
@@ -55,7 +57,8 @@ class Description:
             return self._validate(ANSWERS[path], response.json())
         for line in response.text.splitlines():
             if line.startswith("data: {"):
-                self._validate(EVENTS[path], json.loads(line.removeprefix("data: ")))
+                event = json.loads(line.removeprefix("data: "))
+                self._validate(OF_RESPONSES[event["type"]] if path == "/v1/responses" else EVENTS[path], event)
 
     def _validate(self, name: str, value: Any) -> None:
         if name == "CreateCompletionResponse":
