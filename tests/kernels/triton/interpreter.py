@@ -93,6 +93,7 @@ def _same_types_stay(semantic: Any) -> None:
     promote, promoted = semantic.computation_type_impl, dict[tuple[Any, ...], Any]()
     block, tensor = tl.core.block_type, tl.core.tensor
     integers = {*tl.dtype.SINT_TYPES, *tl.dtype.UINT_TYPES}
+    numbers: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # beside a tensor: the type of both, and itself in that
     met: dict[tuple[int, int], tuple[Any, ...]] = {}  # by the identities of shapes (_remember_shapes): what each becomes
 
     def widened(value: Any, shape: Any) -> Any:
@@ -123,6 +124,13 @@ def _same_types_stay(semantic: Any) -> None:
             kind = lhs.dtype
             if kind.name == rhs.dtype.name if type(kind) is tl.dtype else allow_lhs_ptr and rhs.dtype.name in integers:
                 return same_shape(lhs, rhs)  # of one type, or a pointer and how far it moves
+        if arithmetic_check and hasattr(semantic, "_cast_to_computation_type"):  # of Triton 3.9
+            if type(lhs) is tensor and type(rhs) in (int, float) and type(lhs.dtype) is tl.dtype:
+                kind, number = beside(lhs.dtype, rhs, True, div_or_mod)
+                return same_shape(cast_unless_same(lhs, kind), number)
+            if type(rhs) is tensor and type(lhs) in (int, float) and type(rhs.dtype) is tl.dtype:
+                kind, number = beside(rhs.dtype, lhs, False, div_or_mod)
+                return same_shape(number, cast_unless_same(rhs, kind))
         return convert(lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
 
     def cast_unless_same(value: Any, kind: Any, *rounding: Any, **named: Any) -> Any:
@@ -130,6 +138,15 @@ def _same_types_stay(semantic: Any) -> None:
         if own is other or (type(own) is type(other) is tl.dtype and own.name == other.name):
             return value
         return cast(value, kind, *rounding, **named)
+
+    def beside(kind: Any, value: float, behind: bool, div_or_mod: bool) -> tuple[Any, Any]:
+        key = kind.name, behind, div_or_mod, repr(value)
+        if key not in numbers:
+            own = semantic.to_tensor_type(value)
+            both = (kind, False, own, True) if behind else (own, True, kind, False)
+            common = promote(*both, div_or_mod)
+            numbers[key] = common, semantic._cast_to_computation_type(value, common)
+        return numbers[key]
 
     def promote_once(a: Any, a_is_scalar: bool, b: Any, b_is_scalar: bool, div_or_mod: bool) -> Any:
         key = a.name, a_is_scalar, b.name, b_is_scalar, div_or_mod
@@ -144,7 +161,8 @@ def _same_types_stay(semantic: Any) -> None:
 def _remember_shapes() -> None:
     """Every result is a new tensor of a new type: what both say of a shape is made once for each shape."""
     make_block, block, tensor = tl.core.block_type.__init__, tl.core.block_type, tl.core.tensor
-    translate, equal = block.to_ir, tl.dtype.__eq__
+    translate, equal, unwrap = block.to_ir, tl.dtype.__eq__, tl.core._unwrap_if_constexpr
+    plain = {bool, int, float, str, type(None), tl.dtype, block, tensor}
     shapes: dict[tuple[int, ...], tuple[Any, int, str]] = {}
     same: dict[int, tuple[Any, int, str]] = {}  # by the identity of a shape that stands there
     of_tensors: dict[int, tuple[Any, Any]] = {}  # by the identity of what stands in ``shapes``
@@ -171,8 +189,12 @@ def _remember_shapes() -> None:
             return self  # what the interpreter calls so is the type itself
         return translate(self, builder)
 
+    def unwrapped(value: Any) -> Any:
+        kind = type(value)
+        return value if kind in plain else value.value if kind is tl.constexpr else unwrap(value)
+
     def same_name(self: Any, other: Any) -> Any:
         return self.name == other.name if type(other) is tl.dtype else equal(self, other)
 
     block.__init__, tensor.__init__ = init_block, init_tensor
-    block.to_ir, tl.dtype.__eq__ = to_ir, same_name
+    block.to_ir, tl.dtype.__eq__, tl.core._unwrap_if_constexpr = to_ir, same_name, unwrapped

@@ -52,7 +52,7 @@ def told(function: Any, *given: Any) -> Any:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_operands_meet_as_triton_says(kind: Any) -> None:
     ours, theirs = interpreter.interpreter_semantic, TritonSemantic(interpreter.interpreter_builder)
-    others = [tensor(other, shape) for other in KINDS for shape in SHAPES] + [0, 3, -1, 2**40, 0.5, True]
+    others = [tensor(other, shape) for other in KINDS for shape in SHAPES] + [0, 3, -1, 2**40, 0.5, -0.0, 0.0, 300, True]
     refused = 0
     for shape, other, turned in product(SHAPES, others, (False, True)):
         pair = [other, tensor(kind, shape)] if turned else [tensor(kind, shape), other]
