@@ -21,6 +21,7 @@ from appliance.memory.settings import parse_length
 from appliance.memory.sizes import parse_size
 from appliance.memory.study import Study, smallest
 from appliance.memory.text import held_by, size_text
+from appliance.runtime.check_process import check_apart
 from quant.errors import InputError
 from quant.headers import has_tokenizer
 
@@ -126,12 +127,10 @@ def checked(engine: EngineConfig, asked: Asked) -> int:
     strange = [flag for flag, value in {**given, "--svg": asked.svg}.items() if value]
     if strange:
         raise InputError(f"--check loads the model on this machine, so {strange[0]} means nothing: leave out one of the two")
-    from appliance.runtime.check import check
-
     check_options(engine)
     directory = resolve(engine.model, engine.revision) if engine.model is not None else demo_model()
     try:
-        report = check(directory, engine)
+        report = check_apart(directory, engine)
     except PlanError as error:
         return refused(error, engine, asked)
     if asked.json:

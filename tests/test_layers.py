@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "appliance.plan_models": ["quant.errors", "appliance.config", "appliance.hub", "appliance.memory", "appliance.models_file",
                               "appliance.plan_command"],
     "appliance.plan_command": ["quant.errors", "quant.headers", "appliance.config", "appliance.hub", "appliance.memory",
-                               "appliance.runtime.check"],
+                               "appliance.runtime.check_process"],
     "appliance.__main__": ["appliance.cli"],
 }  # fmt: skip
 NO_TORCH = ["quant.errors", "quant.extension", "quant.scheme", "quant.headers", "kernels.layout", "kernels.cpu.backend",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 
-from appliance import cli
+from appliance import cli, plan_command
 from appliance.config import EngineConfig
 from appliance.memory.cards import find_card
 from appliance.memory.plan import PlanError
@@ -185,7 +184,7 @@ def test_the_picture(model: str, capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 class Report:
-    """As appliance.runtime.check has it."""
+    """As appliance.memory.report has it."""
 
     steps = 3
 
@@ -208,7 +207,7 @@ def test_check(model: str, holds: bool, capsys: pytest.CaptureFixture[str], monk
         asked.append((directory, config))
         return Report(holds)
 
-    monkeypatch.setitem(sys.modules, "appliance.runtime.check", SimpleNamespace(check=check))
+    monkeypatch.setattr(plan_command, "check_apart", check)
     code, out, err = run(capsys, model, "--check", "--max-model-len", "64")
     assert (code, err) == (0 if holds else 1, "") and asked == [(Path(model), EngineConfig(model=model, max_model_len=64))]
     assert out.startswith("the plan\n\nPlanned against measured, after 3 steps") and "the rows" in out
@@ -222,7 +221,7 @@ def test_check_of_what_does_not_fit_or_is_not_here(
     def check(directory: Path, config: EngineConfig) -> Report:
         raise PlanError("the model does not fit", ())
 
-    monkeypatch.setitem(sys.modules, "appliance.runtime.check", SimpleNamespace(check=check))
+    monkeypatch.setattr(plan_command, "check_apart", check)
     assert run(capsys, model, "--check") == (1, "", "appliance: error: the model does not fit\n")
     for flags in ("--gpu 4090", "--memory 8G", "--sequences 3", "--context 512", "--svg a.svg"):
         code, _, err = run(capsys, model, "--check", *flags.split())

@@ -19,17 +19,21 @@ from appliance.memory.graphs import LAYER_BYTES
 log = logging.getLogger("appliance.memory")
 
 FILE = "memory.json"
-FORMAT = 1
+FORMAT = 2
 BOUNDS = {"cpu": (200 * MIB, 600 * MIB), "cuda": (300 * MIB, 1600 * MIB)}
 """Least and most that is believed: libraries may be smaller than those that were measured, but torch is never nothing; and twice
 what was measured is no lesson but an accident. A process with more in it than an engine teaches nothing (startup.py)."""
-KEPT = {"cpu-native": 6 * MIB, "cpu": 12 * MIB, "reference": 12 * MIB}
-"""What comes later with a CPU's operators, and cannot be seen at the start: code that the first steps bring into memory, and what
-the allocator keeps of them (4 to 9 MiB were measured with native kernels, docs/benchmarks/plan-check.md; 11 to 13 of code alone
-with torch's products). A card has done its steps by then."""
+KEPT = 1 * MIB
+"""What steps leave of a CPU's process beside what is planned: their requests, and what the allocator keeps of small things (0.7
+to 1.8 MiB with native kernels, docs/benchmarks/plan-check.md). A card has done its steps when it is measured."""
+CODE = {"cpu-native": 6 * MIB, "cpu": 12 * MIB, "reference": 12 * MIB}
+"""Code that steps bring into memory, until some have been seen to: how much there is before them depends on what the model had to
+be converted from (4.5 to 7.4 MiB were measured with native kernels, 9.2 to 15.1 with torch's operators), and how much in the end
+hardly does (93.3 to 94.9, and 99.6 to 102.1)."""
 MOST_LAYER_BYTES = 4 * LAYER_BYTES
 """Most that is believed of a recorded step's layer: what other programs took meanwhile looks the same."""
-RUNTIME, LAYERS = "runtime_bytes", "recorded_layer_bytes"  # the file's tables
+RUNTIME, READY, STEPS, LAYERS = "runtime_bytes", "code_bytes", "code_after_steps_bytes", "recorded_layer_bytes"
+TABLES = RUNTIME, READY, STEPS, LAYERS
 STARTS = 5  # of which the one that took the most counts
 MOST_KEYS = 64
 
@@ -52,17 +56,31 @@ def torch_version() -> str:
 
 
 def recall(device: DeviceInfo, ops: str) -> int | None:
-    """Bytes of the process itself, from the starts before this one; None where there was none."""
-    seen = _read()[RUNTIME].get(key(device, ops))
-    if not seen:
+    """Bytes of the process itself, from the starts before this one; None where there was none.
+
+    On a CPU what is its own, with the code that is in memory once steps have run.
+    """
+    tables, name = _read(), key(device, ops)
+    own, ready, steps = (max(tables[table].get(name, ()), default=0) for table in (RUNTIME, READY, STEPS))
+    if not own:
         return None
+    later = KEPT + (steps or ready + CODE.get(ops, 0)) if device.kind == "cpu" else 0
     least, most = BOUNDS[device.kind]
-    return max(least, min(max(seen) + (KEPT.get(ops, 0) if device.kind == "cpu" else 0), most))
+    return max(least, min(own + later, most))
 
 
-def record(device: DeviceInfo, ops: str, measured: int) -> None:
-    """Keep what a start has measured: bytes of the process itself when it is ready. Says so where it cannot, and goes on."""
-    _keep(RUNTIME, key(device, ops), measured)
+def record(device: DeviceInfo, ops: str, own: int, code: int = 0) -> None:
+    """Keep what a start has measured when it is ready: bytes of the process itself, on a CPU those of its own, and code's.
+
+    Says so where it cannot, and goes on.
+    """
+    _keep(RUNTIME, key(device, ops), own)
+    _keep(READY, key(device, ops), code)
+
+
+def record_steps(device: DeviceInfo, ops: str, code: int) -> None:
+    """Keep how many bytes of code were in memory once steps had run."""
+    _keep(STEPS, key(device, ops), code)
 
 
 def model_words(architecture: str, quantization: str, dtype: str, layers: int) -> str:
@@ -115,14 +133,14 @@ def cache_file(name: str) -> Path | None:
 def _read() -> dict[str, dict[str, list[int]]]:
     """Of each table, by key, the last starts' bytes, oldest first."""
     path = cache_file(FILE)
-    nothing: dict[str, dict[str, list[int]]] = {RUNTIME: {}, LAYERS: {}}
+    nothing: dict[str, dict[str, list[int]]] = {table: {} for table in TABLES}
     try:
         if path is None or not path.is_file():
             return nothing
         found: Any = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             return nothing
-        tables = {RUNTIME: found[RUNTIME], LAYERS: found.get(LAYERS, {})}
+        tables = {RUNTIME: found[RUNTIME]} | {table: found.get(table, {}) for table in (READY, STEPS, LAYERS)}
         return {
             name: {str(key): [_bytes(one) for one in starts] for key, starts in table.items()} for name, table in tables.items()
         }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,19 +12,18 @@ import torch
 from appliance.config import EngineConfig
 from appliance.core.params import RequestError, SamplingParams
 from appliance.memory.devices import MIB, cpu_threads
+from appliance.memory.learned import record_steps
 from appliance.memory.measure import categories
 from appliance.memory.plan import MemoryPlan
 from appliance.memory.planner import make_plan
-from appliance.memory.text import columns, size_text
+from appliance.memory.report import CheckReport, Row
 from appliance.runtime import warmup
 from appliance.runtime.failures import told
 from appliance.runtime.footprint import footprint, resident
 from appliance.runtime.options import choose_device
 from appliance.runtime.runner import Runner
 from appliance.runtime.startup import CudaGauge, Timeline, Tools, load_decoder, make_runner
-from appliance.text.files import check_tokenizer
 from appliance.text.grammar import library, limits, vocabulary
-from appliance.text.tokenizer import Tokenizer
 from kernels.ops import MLP, Mixture
 from models.decoder import Decoder
 from quant.errors import InputError
@@ -34,80 +33,11 @@ CARD_SHARE, CARD_BYTES = 0.01, 100 * MIB
 """What a process may be off: 2 % on a CPU; on a card 1 %, or 100 MiB where that is more."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One category: bytes planned, bytes measured, and how far they may be apart."""
-
-    name: str
-    planned: int
-    measured: int
-    allowed: int = 0  # bytes, either way
-    below: bool = False  # whether less than planned is fine too: an upper bound
-
-    @property
-    def difference(self) -> int:
-        return self.measured - self.planned
-
-    @property
-    def holds(self) -> bool:
-        return self.difference <= self.allowed and (self.below or -self.difference <= self.allowed)
-
-    def to_dict(self) -> dict[str, object]:
-        return {
-            "name": self.name,
-            "planned_bytes": self.planned,
-            "measured_bytes": self.measured,
-            "difference_bytes": self.difference,
-            "allowed_bytes": self.allowed,
-            "upper_bound": self.below,
-            "holds": self.holds,
-        }
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """What was planned, and what it was."""
-
-    plan: MemoryPlan  # as the engine had it when it was ready
-    rows: tuple[Row, ...]
-    steps: int  # that were run
-    unchecked: str = ""  # what was not looked at, and why, in words
-
-    @property
-    def holds(self) -> bool:
-        return all(row.holds for row in self.rows)
-
-    def to_dict(self) -> dict[str, object]:
-        rows = [row.to_dict() for row in self.rows]
-        told = {"holds": self.holds, "steps": self.steps, "rows": rows, "unchecked": self.unchecked or None}
-        return {**told, "plan": self.plan.to_dict()}
-
-    def table(self) -> str:
-        """For people, in fixed width."""
-        cells = []
-        for row in self.rows:
-            off = row.difference
-            share = f" ({off / row.planned:+.1%})" if off and row.planned else ""
-            difference = f"{'-' if off < 0 else '+'}{size_text(abs(off))}{share}" if off else "none"
-            limit = f"at most {size_text(row.allowed)} off" if row.allowed else "exact"
-            words = f"at most as planned, and {size_text(row.allowed)}" if row.below and row.allowed else limit
-            words = "at most as planned" if row.below and not row.allowed else words
-            cells.append(
-                (row.name, size_text(row.planned), size_text(row.measured), difference, words, "yes" if row.holds else "NO")
-            )
-        lines = columns(("", "planned", "measured", "difference", "wanted", "holds"), cells)
-        if not self.plan.learned and not self.holds:
-            runtime = size_text(self.plan.runtime)
-            lines.append(f"  The process itself was estimated at {runtime}; now it is known: check again, and the plan has it.")
-        if self.unchecked:
-            lines.append(f"  Not checked: {self.unchecked}.")
-        return "\n".join(lines)
-
-
 def check(directory: Path, config: EngineConfig) -> CheckReport:
     """Load the checkpoint in this process, run steps of the largest sizes, and compare. Raises what Engine.load raises.
 
-    Of a CPU the whole process is compared: checking should be all that it does.
+    Of a CPU the whole process is compared: checking should be all that it does, with no more in it than a server's engine has
+    (check_process.py).
     """
     config = replace(config, model=str(directory))
     torch.set_num_threads(cpu_threads(config.threads))
@@ -120,8 +50,9 @@ def check(directory: Path, config: EngineConfig) -> CheckReport:
     runner, plan = make_runner(decoder, planned, config, tools, timeline, device=device, alone=True)
     if decoder.ops.name == "cpu-native":
         torch.set_num_threads(1)  # as the engine does
-    meter.begin()
-    steps = warmup.run(runner, largest(plan, scores=config.reference_ops), plan.max_model_len)
+    steps = warmup.run(runner, meter.over(largest(plan, scores=config.reference_ops)), plan.max_model_len)
+    if device.type == "cpu":
+        record_steps(plan.device, decoder.ops.name, meter.code)
     share, least = (CPU_SHARE, 0) if device.type == "cpu" else (CARD_SHARE, CARD_BYTES)
     later = plan.grammar_bytes if device.type == "cpu" else 0  # comes with the first answer that follows one
     allowed = max(int(share * (plan.total - later)), least)
@@ -135,7 +66,10 @@ def _vocabulary(directory: Path, config: EngineConfig, decoder: Decoder, plan: M
     """What the first answer that follows a grammar brings into the process; and why that was not looked at, where none can."""
     if not plan.grammars:
         return [], ""
-    source, before, spec = Path(config.tokenizer or directory), resident(), decoder.spec
+    source, before, spec = Path(config.tokenizer or directory), resident().total, decoder.spec
+    from appliance.text.files import check_tokenizer  # no engine has these before its vocabulary is read
+    from appliance.text.tokenizer import Tokenizer
+
     try:
         check_tokenizer(source)
         lib = library()
@@ -144,7 +78,7 @@ def _vocabulary(directory: Path, config: EngineConfig, decoder: Decoder, plan: M
     words = vocabulary(Tokenizer.load(source), spec.vocab, spec.eos_token_ids or (0,))
     matcher = lib.LLMatcher(words, lib.LLMatcher.grammar_from_json_schema('{"type": "object"}'), log_level=0, limits=limits())
     matcher.compute_bitmask()
-    return [Row("vocabulary for grammars", plan.grammars["vocabulary"], resident() - before, below=True)], ""
+    return [Row("vocabulary for grammars", plan.grammars["vocabulary"], resident().total - before, below=True)], ""
 
 
 def largest(plan: MemoryPlan, *, scores: bool = False) -> Iterator[warmup.Trial]:
@@ -206,11 +140,16 @@ def _parts(plan: MemoryPlan, runner: Runner) -> Iterator[Row]:
 
 
 class Meter:
-    """What a CPU's process, or a card, has in use."""
+    """What a CPU's process, or a card, has in use.
+
+    Of a process, what is its own with all code that has been in memory: the system takes pages of files away at any time.
+    """
 
     def __init__(self, device: torch.device, available: int) -> None:
         """``available``: bytes of the card that were free before this process took any."""
         self.device, self.available = device, available
+        self.code = 0  # bytes, the most so far
+        self._own = 0  # bytes that were the process's own at most, of steps that were watched
         self.begin()
 
     def begin(self) -> None:
@@ -221,18 +160,36 @@ class Meter:
         with contextlib.suppress(OSError):  # not Linux
             Path("/proc/self/clear_refs").write_text("5")
 
+    def over(self, steps: Iterable[warmup.Trial]) -> Iterator[warmup.Trial]:
+        """The steps: what each takes is looked at when the next one is asked for. The peak is theirs then."""
+        self.begin()
+        for step in steps:
+            yield step
+            if self.device.type == "cpu":
+                self._look()
+                self.begin()
+
+    def _look(self) -> None:
+        """Code comes with steps, so that there is most of it behind one, unless the system has taken some."""
+        highest, found = self.highest(), resident()
+        self.code, self._own = max(self.code, found.code), max(self._own, highest - found.code)
+
     def now(self) -> int:
         if self.device.type == "cuda":
             return self.available - CudaGauge().read().free
-        return resident()
+        return resident().own + self.code
 
     def peak(self) -> int:
-        """The most since ``begin``."""
+        """The most since ``begin``, or of the steps."""
         if self.device.type == "cuda":
             reading = CudaGauge().read()
             return reading.held(self.available)
+        return max(self._own + self.code, self.highest())
+
+    def highest(self) -> int:
+        """The most that this process had in memory since ``begin``."""
         try:
             lines = Path("/proc/self/status").read_text().splitlines()
         except OSError:  # not Linux
-            return self.now()
+            return resident().total
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))

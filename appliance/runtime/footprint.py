@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -16,13 +18,29 @@ from appliance.runtime.runner import Runner
 log = logging.getLogger("appliance.startup")
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    rss: int = psutil.Process().memory_info().rss
-    return rss
+class Resident(NamedTuple):
+    """Bytes of a process in memory: its ``own``, and ``code``, pages of files, which the system takes away and brings back."""
+
+    own: int
+    code: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.own + self.code
 
 
-def footprint(plan: MemoryPlan, runner: Runner, loaded: int | None) -> dict[str, int]:
+def resident() -> Resident:
+    """Of this process, now."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        pairs = (line.partition(":") for line in lines)
+        found = {key: int(rest.split()[0]) << 10 for key, _, rest in pairs if key.startswith("Rss")}
+        return Resident(found["RssAnon"] + found["RssShmem"], found["RssFile"])
+    except (OSError, KeyError):  # not Linux: nobody tells the two apart
+        return Resident(psutil.Process().memory_info().rss)
+
+
+def footprint(plan: MemoryPlan, runner: Runner, loaded: Resident | None) -> dict[str, int]:
     """Measured bytes, by the categories of the plan. ``loaded``: ``resident()`` with the weights in place and nothing else.
 
     It is None where the process has other things than this engine, a program's data or other engines: then its own share cannot
@@ -45,7 +63,7 @@ def footprint(plan: MemoryPlan, runner: Runner, loaded: int | None) -> dict[str,
         return found
     measured = plan.measured
     others = plan.weight_bytes + plan.workspace + plan.state_bytes
-    own = loaded - decoder.nbytes if measured is None else measured.held - others
+    own = loaded.total - decoder.nbytes if measured is None else measured.held - others
     return found | {"runtime": own}
 
 
@@ -58,11 +76,12 @@ def teach_graphs(plan: MemoryPlan, runner: Runner) -> None:
         record_layer(plan.device, runner.decoder.ops.name, words, one)
 
 
-def settle(plan: MemoryPlan, runner: Runner, loaded: int | None) -> MemoryPlan:
+def settle(plan: MemoryPlan, runner: Runner, loaded: Resident | None) -> MemoryPlan:
     """To be called when the engine is ready: tells the differences, keeps what the next plan on this device can use."""
     found = footprint(plan, runner, loaded)
     for line in comparison(categories(plan), found):
         log.info("memory: %s", line)
-    if "runtime" in found:
-        record(plan.device, runner.decoder.ops.name, found["runtime"])
+    if loaded is not None:
+        code = loaded.code if plan.measured is None else 0
+        record(plan.device, runner.decoder.ops.name, found["runtime"] - code, code)
     return replace(plan, found=found)

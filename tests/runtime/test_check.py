@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
+import mmap
 import os
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
+from socket import socketpair
 from typing import Any
 
 import pytest
+import torch
 
 from appliance.config import EngineConfig
-from appliance.runtime.check import CheckReport, Row, check, largest
+from appliance.memory.learned import FILE
+from appliance.memory.plan import PlanError
+from appliance.memory.report import CheckReport, Row
+from appliance.runtime import warmup
+from appliance.runtime.check import Meter, check, largest
+from appliance.runtime.check_process import check_apart
+from appliance.runtime.footprint import resident
 from tests.tiny_model import Shape, make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CACHES = ("auto", "auto", "int8")
-PROGRAM = """
-import json, sys
-from pathlib import Path
-from appliance.config import EngineConfig
-from appliance.runtime.check import check
-print(json.dumps(check(Path(sys.argv[1]), EngineConfig(**json.loads(sys.argv[2]))).to_dict()))
-"""
-
 GROWTH = """
 import json, sys
 from appliance.config import EngineConfig
@@ -49,36 +52,56 @@ def answer(grammars):
     return count
 
 answer([""] * 64)
-ready = resident()
+ready = resident().total
 answer([""] * 64)
-plain = resident()
+plain = resident().total
 lark = [f'start: "{i}" /[a-z]{{1,30}}/ | /[0-9]{{{i % 7 + 1}}}/ "."' for i in range(40)]
 grammars = [json.dumps({"grammars": [{"json_schema": schema}]}) for _, schema in schemas(40)] + lark
 answered = answer(grammars)
-first = resident()
+first = resident().total
 answer(grammars * 2)
-print(json.dumps([plain - ready, answered, first - plain, resident() - first, engine.info.plan["grammars_bytes"]]))
+print(json.dumps([plain - ready, answered, first - plain, resident().total - first, engine.info.plan["grammars_bytes"]]))
 """
 
 
-def in_a_process_of_its_own(directory: Path, cache: Path, **options: Any) -> dict[str, Any]:
-    environment = {**os.environ, "APPLIANCE_CACHE_DIR": str(cache)}
-    command = [sys.executable, "-c", PROGRAM, str(directory), json.dumps(options)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("APPLIANCE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / FILE
+
+
+def apart(directory: Path, **options: Any) -> dict[str, Any]:
+    return check_apart(directory, EngineConfig(**options)).to_dict()
+
+
+def whole(report: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = next(row for row in report["rows"] if row["name"] == "all, while the largest steps run")
     return found
 
 
+def start_and_stop(directory: Path, **options: Any) -> None:
+    """The engine's process of a server, until it is ready."""
+    ours, theirs = socketpair()
+    with theirs, Connection(ours.detach()) as conn:
+        command = [sys.executable, "-m", "appliance.runtime.worker", str(theirs.fileno())]
+        with subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE) as process:
+            conn.send((EngineConfig(model=str(directory), **options), logging.WARNING))
+            while (message := conn.recv())[0] == "loading":
+                pass
+            assert message[0] == "ready", message
+            conn.send(None)
+            assert process.wait(60) == 0
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
-def test_the_whole_process_is_as_planned(tmp_path: Path) -> None:
+def test_the_whole_process_is_as_planned(tmp_path: Path, cache: Path) -> None:
     """The first start on a device teaches what the process itself takes; from the second on all is within two hundredths."""
     shape = Shape(hidden=256, layers=3, mlp=512, head_dim=64, group=64, vocab=4000, max_len=256)
     directory = make_checkpoint(tmp_path / "model", shape=shape, tokenizer=False)
     options = {
         "kv_cache_memory_bytes": "64M", "threads": 1, "max_num_seqs": 64, "max_num_batched_tokens": 512, "swap_space": 0.01,
     }  # fmt: skip
-    first, *later = (in_a_process_of_its_own(directory, tmp_path / "cache", **options, kv_cache_dtype=kind) for kind in CACHES)
+    first, *later = (apart(directory, **options, kv_cache_dtype=kind) for kind in CACHES)
     for report in (first, *later):
         exact = [row for row in report["rows"] if not row["allowed_bytes"] and not row["upper_bound"]]
         assert len(exact) == 9 and all(row["difference_bytes"] == 0 for row in exact), exact
@@ -86,9 +109,49 @@ def test_the_whole_process_is_as_planned(tmp_path: Path) -> None:
         assert report["steps"] >= 10
     assert not first["plan"]["runtime_learned"]
     for report in later:
-        total = next(row for row in report["rows"] if row["name"] == "all, while the largest steps run")
+        total = whole(report)
         assert report["plan"]["runtime_learned"] and total["allowed_bytes"] == int(0.02 * total["planned_bytes"])
         assert total["holds"] and report["holds"], report["rows"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_what_a_server_of_another_model_has_taught_is_enough(tmp_path: Path, cache: Path) -> None:
+    """Its engine's process has what the check's has, and how much code loading has needed is no matter."""
+    other = make_checkpoint(tmp_path / "other", shape=Shape(vocab=9000, hidden=192, layers=2), tokenizer=False)
+    directory = make_checkpoint(tmp_path / "model", shape=Shape(hidden=256, layers=3, mlp=512), tokenizer=False)
+    options: dict[str, Any] = {"kv_cache_memory_bytes": "16M", "threads": 1, "max_model_len": 64, "skip_tokenizer_init": True}
+    start_and_stop(other, **options, dtype="float32")
+    report = apart(directory, **options)
+    assert report["plan"]["runtime_learned"] and whole(report)["holds"], whole(report)
+    assert [len(table) for table in json.loads(cache.read_text()).values() if isinstance(table, dict)] == [1, 1, 1, 0]
+
+
+def test_errors_come_from_there(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make_checkpoint(tmp_path / "model", tokenizer=False)
+    with pytest.raises(PlanError, match="does not fit") as refused:
+        apart(directory, kv_cache_memory_bytes="1M", max_model_len=64, max_num_batched_tokens=1 << 40)
+    assert refused.value.remedies
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="ended with code 1"):
+        apart(directory)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files in memory are read from /proc")
+def test_code_that_the_system_takes_away_counts(tmp_path: Path) -> None:
+    """Here a mapped file is what goes: between two steps, of which the second takes more."""
+    size, file, meter = 16 << 20, tmp_path / "code", Meter(torch.device("cpu"), 0)
+    file.write_bytes(b"x" * size)
+    before, step = resident(), warmup.Trial(())
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as code:
+        steps = meter.over([step, step])
+        next(steps)
+        assert code[::4096].count(b"x") == size // 4096
+        next(steps)
+    took = torch.ones(size)  # bytes, times 4
+    assert next(steps, None) is None and resident().code < before.code + size
+    assert 0.9 * 5 * size < meter.peak() - before.total < 5.2 * size
+    del took
+    assert meter.now() < before.total + 1.2 * size
 
 
 def test_a_report_says_what_does_not_hold(tmp_path: Path) -> None:

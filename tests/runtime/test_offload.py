@@ -18,7 +18,7 @@ from appliance.memory.planner import MemoryPlan, PlanError, make_plan
 from appliance.runtime import engine as engine_module
 from appliance.runtime import startup
 from appliance.runtime.engine import Engine
-from appliance.runtime.footprint import footprint
+from appliance.runtime.footprint import Resident, footprint
 from appliance.runtime.startup import Timeline, Tools, load_decoder
 from models.decoder import Decoder
 from tests.kernels.triton.conftest import DEVICE
@@ -73,7 +73,7 @@ def check(directory: Path, gib: float, caplog: pytest.LogCaptureFixture, **optio
     assert sum(buffers.values()) == plan.offload.staging_bytes == plan.weights["staging"]
     assert decoder.streamed == sum(tensor.nbytes for tensor in moved)
     runner: Any = SimpleNamespace(decoder=decoder, caches=[], states=[], swap_bytes=0)
-    found = footprint(plan, runner, 0)
+    found = footprint(plan, runner, Resident(0))
     assert (found["weights"], found["rotary table"]) == (plan.weight_bytes, plan.scratch["positions"])
     return plan
 

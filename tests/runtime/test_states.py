@@ -14,7 +14,7 @@ from appliance.memory.devices import DeviceInfo
 from appliance.memory.measure import Reading, measured
 from appliance.memory.planner import make_plan
 from appliance.runtime.check import check
-from appliance.runtime.footprint import footprint
+from appliance.runtime.footprint import Resident, footprint
 from quant.errors import InputError
 from tests.runtime.conftest import answers, finish, submit
 from tests.runtime.oracle_engines import LENGTHS, TOKENS, Load, Oracle, choose_operators, loader, on_a_card, spoil
@@ -196,4 +196,4 @@ def test_states_are_no_part_of_what_a_card_has_for_itself(oracle: Oracle, load: 
     reading = Reading(free=card.available - (plan.fixed - plan.runtime + 777), reserved=0, peak=0)
     found = measured(plan, reading, auto_length=False)
     assert plan.state_bytes > 0 and found.measured is not None and found.measured.planned == plan.fixed
-    assert footprint(found, engine.runner, loaded=1)["runtime"] == 777
+    assert footprint(found, engine.runner, loaded=Resident(1))["runtime"] == 777
