@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from appliance.memory.modules import NATIVE, Loaded, Machinery
 from appliance.memory.reference import FLOAT
@@ -151,30 +152,63 @@ def _mixed(spec: ModelSpec, mixture: Mixture, size: int) -> int:
     return spec.hidden * (2 * size + 12) + 24 * mixture.experts
 
 
-def _torch_attention(spec: ModelSpec, layers: Sequence[Loaded], size: int, product: int) -> int:
+@dataclass(frozen=True)
+class Products:
+    """What a product of torch's operators, or the reference's, takes of a token beside its input and its result.
+
+    float16 is multiplied in float32 on a CPU. Where activations are rounded to int8 the input is in float32 there, and once more
+    divided by its scale; then beside its codes, while sums become float32 and are multiplied: they are there twice at a time.
+    The reference has float32 copies of both, and the result in int32.
+    """
+
+    size: int  # bytes of an activation
+    wide: int  # bytes more of each number
+    integers: bool = False
+
+    @classmethod
+    def of(cls, layers: Sequence[Loaded], machinery: Machinery) -> Products:
+        size, ops = ITEM_SIZE[machinery.dtype], machinery.ops
+        rounds = ops != "triton" and any(one.stored.activation == "int8-token" for one in layers)
+        wide = 12 if rounds else 4 if (ops, machinery.dtype) == ("cpu", "float16") else 0
+        return cls(size, wide, rounds and ops == "cpu")
+
+    def beside(self, inputs: int, outputs: int) -> int:
+        """Bytes."""
+        if self.integers:
+            copy = 0 if self.size == FLOAT else FLOAT
+            return max((copy + FLOAT) * inputs - self.size * outputs, (copy + 1) * inputs + (2 * FLOAT - self.size) * outputs)
+        return self.wide * (inputs + outputs)
+
+    def slab(self, inputs: int, outputs: int) -> int:
+        """Bytes of some outputs at a time, where a CPU expands the weight."""
+        return 0 if self.integers else min(outputs, layout.slab_rows(inputs, self.size)) * self.size
+
+
+def _torch_attention(spec: ModelSpec, layers: Sequence[Loaded], size: int, products: Products) -> int:
     """Bytes of a token in attention of torch's operators, beside two hidden states (what was normalized is gone when q turns).
 
     q, k and v as they are made, twice where parts are joined, or values normalized; and then their queries, those that were
     normalized, and what turns: halves in float32, one times its cosine, what comes of it, and the result.
     """
     qkv, q = _qkv_size(spec), _q_size(spec)
-    made = (2 if spec.v_norm or _in_parts(layers) else 1) * qkv * size + (spec.hidden + qkv) * product
+    made = (2 if spec.v_norm or _in_parts(layers) else 1) * qkv * size + products.beside(spec.hidden, qkv)
     turning = (8 if size < FLOAT else 4) + size * (2 if spec.qk_norm else 1)
     return max(made, (qkv - spec.hidden) * size + turning * q)
 
 
-def _gated_mlp(hidden: int, inner: int, size: int, product: int, *, ungated: bool = False) -> int:
-    """Bytes of a token in an MLP of so many features, that reads ``hidden``; ``product``: what products have beside a number.
+def _gated_mlp(hidden: int, inner: int, size: int, products: Products, *, ungated: bool = False) -> int:
+    """Bytes of a token in an MLP of so many features, that reads ``hidden``.
 
+    Gate and up as they are made, by way of a slab of them where a weight is expanded; with their product; and what is made of it.
     ``ungated``: without a gate, whose activation overwrites the one product.
     """
     both = (1 if ungated else 2) * inner
-    slab = min(both, layout.slab_rows(hidden, size)) * size
-    made = both * (size + product) + slab + hidden * product
-    return max(0 if ungated else 3 * inner * size, made) if inner else 0
+    made = both * size + products.beside(hidden, both) + products.slab(hidden, both)
+    last = inner * size + products.beside(inner, hidden)
+    return max(0 if ungated else 3 * inner * size, made, last) if inner else 0
 
 
-def _torch_mlp(spec: ModelSpec, size: int, product: int) -> int:
+def _torch_mlp(spec: ModelSpec, size: int, products: Products) -> int:
     """Bytes of a token in what comes after attention with torch's operators, beside two hidden states.
 
     An MLP; or a mixture, computed expert by expert, beside what the MLP of its layer made, where it has one (and what a router of
@@ -183,11 +217,11 @@ def _torch_mlp(spec: ModelSpec, size: int, product: int) -> int:
     hidden, mixture = spec.hidden, spec.mixture
     norm = (NORMED[size] - size) * hidden
     norm += (hidden + max(_q_size(spec), spec.mlp_size)) * size if spec.post_norms else 0
-    most = max(norm, _gated_mlp(hidden, spec.mlp_size, size, product, ungated=bool(spec.ungated)))
+    most = max(norm, _gated_mlp(hidden, spec.mlp_size, size, products, ungated=bool(spec.ungated)))
     if mixture is None:
         return most
     inner = max(spec.intermediate, mixture.shared)
-    expert = _gated_mlp(hidden, inner, size, product)
+    expert = _gated_mlp(hidden, inner, size, products)
     if mixture.clamp is not None:
         expert = max(expert, inner * (2 * size + 5 * FLOAT))  # gate and up within their limits, and what is made of them
     waiting = spec.mlp_size + hidden if mixture.beside else 0
@@ -199,29 +233,28 @@ def torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mach
 
     In attention: q, k and v, their norms or rotated copies (with 8 bytes a feature of q while those are made), the result. In the
     MLP: gate and up while they are made (and a slab of the outputs at a time, where a CPU expands the weight), or with their
-    product. With activations rounded to int8 a product on a CPU has float32 copies and an int32 result beside; float16 is
-    multiplied in float32 there. The peak measured on a CPU, with 4096 tokens, hidden size 512 and MLPs of 256 and 4096 in each
-    dtype, is 4 MiB below to 42 MiB above this: what the allocator keeps is in RUNTIME.
+    product. Beside that what products take. The peak measured on a CPU, with 4096 tokens, hidden size 512 and MLPs of 256 and
+    4096 in each dtype, is 4 MiB below to 42 MiB above this: what the allocator keeps is in RUNTIME.
     """
     size, hidden, mixture = ITEM_SIZE[machinery.dtype], spec.hidden, spec.mixture
-    rounds = machinery.ops != "triton" and any(one.stored.activation == "int8-token" for one in layers)
-    product = 12 if rounds else 4 if (machinery.ops, machinery.dtype) == ("cpu", "float16") else 0
+    products = Products.of(layers, machinery)
     qkv = _qkv_size(spec)
     q = _q_size(spec)
     gates, delta = 2 * q if spec.output_gate else 0, delta_size(spec, layers)
-    attention = (2 * qkv + gates + q) * size + max(8 * q, (hidden + qkv) * product)
+    attention = (2 * qkv + gates + q) * size + max(8 * q, products.beside(hidden, qkv))
     if machinery.ops == "cpu":
-        attention = _torch_attention(spec, layers, size, product)
+        attention = _torch_attention(spec, layers, size, products)
     if spec.latent is not None:
         absorbing, attending = _latent_sizes(spec, spec.latent, layers)
         queries, features = spec.heads * spec.head_dim, spec.heads * spec.latent.rope
         turning = (2 * queries + spec.head_dim) * size + 8 * features
-        read = hidden + spec.latent.down(spec.heads) + spec.heads * spec.latent.query
-        attention = max(absorbing * size + read * product, attending * size, turning)
+        down, rank = spec.latent.down(spec.heads), spec.latent.query_rank
+        reading = max(products.beside(hidden, down), products.beside(rank, spec.heads * spec.latent.query) if rank else 0)
+        attention = max(absorbing * size + reading, attending * size, turning)
         attention -= hidden * size if machinery.ops == "cpu" else 0  # what was normalized is gone by then
-    attention = max(attention, delta * size + (hidden + delta) * product)
+    attention = max(attention, delta * size + products.beside(hidden, delta))
     inner = spec.mlp_size if machinery.ops == "triton" else spec.widest_mlp
-    mlp = _gated_mlp(hidden, inner, size, product)
+    mlp = _gated_mlp(hidden, inner, size, products)
     if mixture is not None and mixture.clamp is not None and machinery.ops != "triton":
         mlp = max(mlp, inner * (2 * size + 5 * 4))  # gate and up within their limits, and what is made of them, are in float32
     if mixture is not None and machinery.ops == "triton":
@@ -232,5 +265,5 @@ def torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Mach
         mlp += _mixed(spec, mixture, size)
     mlp += _beside(spec) * size
     if machinery.ops == "cpu":
-        mlp = _torch_mlp(spec, size, product)
+        mlp = _torch_mlp(spec, size, products)
     return 2 * hidden * size + max(attention, mlp)

@@ -144,7 +144,7 @@ def product_workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Mac
         split = layout.TRITON_SPLIT_ROWS * 4 * max(narrow, default=0)
         return max(split, max((layout.triton_slab_nbytes(one.module.K) for one in quantized), default=0))
     if machinery.ops == "cpu":
-        return max((2 * 4 * one.module.K * layout.slab_rows(one.module.K, 4) for one in quantized), default=0)
+        return max((_slab(one, machinery) for one in quantized), default=0)
     by_choice, rows = (
         machinery.activation == "int8" or (machinery.activation == "auto" and dtype != "float32"),
         layout.NATIVE_ROWS,
@@ -163,6 +163,12 @@ def product_workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Mac
         rows_of = (layout.native_mixture_bytes(rows, K, group, rounded=rounded, **counts) for K, group, rounded in mixed)
         shared = max(shared, *rows_of)
     return shared + routes + machinery.threads * max(thread for _, thread in parts)
+
+
+def _slab(one: Loaded, machinery: Machinery) -> int:
+    """Bytes of a slab of this weight while torch's operators expand it into bytes and floats: at most all of it."""
+    size = 2 if machinery.dtype == "bfloat16" and one.kind != "fp4" else 4
+    return 2 * size * one.module.K * min(layout.slab_rows(one.module.K, size), layout.padded(one.module.N, layout.BLOCK_N))
 
 
 def attention_workspace(spec: ModelSpec, machinery: Machinery) -> int:

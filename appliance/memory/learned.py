@@ -23,13 +23,12 @@ FORMAT = 2
 BOUNDS = {"cpu": (200 * MIB, 600 * MIB), "cuda": (300 * MIB, 1600 * MIB)}
 """Least and most that is believed: libraries may be smaller than those that were measured, but torch is never nothing; and twice
 what was measured is no lesson but an accident. A process with more in it than an engine teaches nothing (startup.py)."""
-KEPT = 1 * MIB
-"""What steps leave of a CPU's process beside what is planned: their requests, and what the allocator keeps of small things (0.7
-to 1.8 MiB with native kernels, docs/benchmarks/plan-check.md). A card has done its steps when it is measured."""
+KEPT = {"cpu-native": 1 * MIB, "cpu": 5 * MIB, "reference": 5 * MIB}
+"""What steps leave of a CPU's process beside what is planned: their requests, and holes between small blocks: of small models,
+whose blocks are all small, 1 to 3 MiB with native kernels and 2 to 11 with torch's operators (docs/benchmarks/plan-check.md). A
+card has done its steps when it is measured."""
 CODE = {"cpu-native": 6 * MIB, "cpu": 12 * MIB, "reference": 12 * MIB}
-"""Code that steps bring into memory, until some have been seen to: how much there is before them depends on what the model had to
-be converted from (4.5 to 7.4 MiB were measured with native kernels, 9.2 to 15.1 with torch's operators), and how much in the end
-hardly does (93.3 to 94.9, and 99.6 to 102.1)."""
+"""Code that steps bring into memory, until some have been seen to (docs/benchmarks/plan-check.md)."""
 MOST_LAYER_BYTES = 4 * LAYER_BYTES
 """Most that is believed of a recorded step's layer: what other programs took meanwhile looks the same."""
 RUNTIME, READY, STEPS, LAYERS = "runtime_bytes", "code_bytes", "code_after_steps_bytes", "recorded_layer_bytes"
@@ -55,18 +54,28 @@ def torch_version() -> str:
     return _version("torch")
 
 
-def recall(device: DeviceInfo, ops: str) -> int | None:
+def recall(device: DeviceInfo, ops: str, kind: str = "") -> int | None:
     """Bytes of the process itself, from the starts before this one; None where there was none.
 
-    On a CPU what is its own, with the code that is in memory once steps have run.
+    On a CPU what is its own, which is the same of any model, with the code that is in memory once steps have run. Of that, what
+    models of the same ``kind`` (see ``code_words``) had; else the most that any had.
     """
     tables, name = _read(), key(device, ops)
-    own, ready, steps = (max(tables[table].get(name, ()), default=0) for table in (RUNTIME, READY, STEPS))
+    own, ready = (max(tables[table].get(name, ()), default=0) for table in (RUNTIME, READY))
     if not own:
         return None
-    later = KEPT + (steps or ready + CODE.get(ops, 0)) if device.kind == "cpu" else 0
+    later = 0
+    if device.kind == "cpu":
+        any_model = (max(seen) for known, seen in tables[STEPS].items() if known.startswith(f"{name} | "))
+        steps = max(tables[STEPS].get(f"{name} | {kind}", ()), default=0) or max(any_model, default=0)
+        later = KEPT.get(ops, 0) + (steps or ready + CODE.get(ops, 0))
     least, most = BOUNDS[device.kind]
     return max(least, min(own + later, most))
+
+
+def code_words(quantization: str, dtype: str) -> str:
+    """What models have in common that run the same code."""
+    return f"{quantization} in {dtype}"
 
 
 def record(device: DeviceInfo, ops: str, own: int, code: int = 0) -> None:
@@ -78,9 +87,9 @@ def record(device: DeviceInfo, ops: str, own: int, code: int = 0) -> None:
     _keep(READY, key(device, ops), code)
 
 
-def record_steps(device: DeviceInfo, ops: str, code: int) -> None:
-    """Keep how many bytes of code were in memory once steps had run."""
-    _keep(STEPS, key(device, ops), code)
+def record_steps(device: DeviceInfo, ops: str, kind: str, code: int) -> None:
+    """Keep how many bytes of code were in memory once steps of a model of this kind had run."""
+    _keep(STEPS, f"{key(device, ops)} | {kind}", code)
 
 
 def model_words(architecture: str, quantization: str, dtype: str, layers: int) -> str:

@@ -18,8 +18,8 @@ from appliance.memory.text import plan_table
 from quant.errors import InputError
 
 RUNTIME = {"cpu": (250 if torch_version().endswith("+cpu") else 506) * MIB, "cuda": 800 * MIB}
-"""The process itself, until a start has measured it. Torch's builds for CPUs: 246 MiB once steps of native kernels have run, and 251
-to 255 with torch's operators (torch 2.13; 238 when a server with native kernels is ready). Builds for cards have more libraries:
+"""The process itself, until a start has measured it. Torch's builds for CPUs: 246 MiB once steps of native kernels have run, 249
+to 254 with torch's operators (torch 2.13; 238 when a server with native kernels is ready). Builds for cards have more libraries:
 256 more (torch 2.11 for CUDA 13, on a machine without a card). A card's context has not been measured."""
 SHORTEST_AUTO = 256
 """``auto`` does not call a context shorter than this a fit (unless the model itself is shorter)."""

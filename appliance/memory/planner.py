@@ -13,7 +13,7 @@ from appliance.memory.agreement import check_headers
 from appliance.memory.demand import LOGIT_ROWS, Demand
 from appliance.memory.devices import DeviceInfo, this_device
 from appliance.memory.fit import fit
-from appliance.memory.learned import model_words, recall, recall_layer
+from appliance.memory.learned import code_words, model_words, recall, recall_layer
 from appliance.memory.modules import Machinery
 from appliance.memory.options import Variants
 from appliance.memory.plan import KVSpec, MemoryPlan, PlanError, Remedy, flag_text
@@ -52,7 +52,7 @@ def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None =
     machinery = Machinery.choose(config, spec.dtype, device, float16=spec.float16)
     check_states(spec, config, settings)
     demand = Demand.of(spec, scheme, machinery, model=str(directory))
-    settings = with_graphs(settings, demand, device)
+    settings = taught(settings, demand, device, machinery.ops)
     try:
         return fit(demand, settings, device, host)
     except PlanError as error:
@@ -63,13 +63,14 @@ def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None =
 
 
 def read_settings(config: EngineConfig, device: DeviceInfo) -> Settings:
-    """The options in plain numbers, with what earlier starts on this device have taught."""
+    """The options in plain numbers, with what earlier starts of any model on this device have taught."""
     ops = layout.ops_name(device.kind, reference=config.reference_ops)
     return replace(Settings.from_config(config, device), runtime=recall(device, ops))
 
 
-def with_graphs(settings: Settings, demand: Demand, device: DeviceInfo) -> Settings:
-    """With what recorded steps of such a model have taken of this device."""
+def taught(settings: Settings, demand: Demand, device: DeviceInfo, ops: str) -> Settings:
+    """With what such a model's code, and its recorded steps, have taken of this device."""
+    settings = replace(settings, runtime=recall(device, ops, code_words(demand.quantization, demand.dtype)))
     if not settings.graphs:
         return settings
     words = model_words(demand.architecture, demand.quantization, demand.dtype, demand.layers)

@@ -18,7 +18,7 @@ from appliance.memory.fit import fit, last
 from appliance.memory.modules import Machinery
 from appliance.memory.options import Crowd, Variants
 from appliance.memory.plan import SHORTEST_AUTO, MemoryPlan, PlanError, Remedy, flag_text
-from appliance.memory.planner import read_settings, variants, with_graphs
+from appliance.memory.planner import read_settings, taught, variants
 from appliance.memory.roofline import Work
 from appliance.memory.settings import Settings
 from appliance.memory.shard import check_layout, shard, with_exchange
@@ -95,7 +95,7 @@ class Study:
         part = shard(spec, ranks)
         check_layout(spec, part, scheme, ranks)
         demand = with_exchange(Demand.of(part, scheme, machinery, model=config.model or str(directory)), spec, ranks)
-        settings = with_graphs(settings, demand, device)
+        settings = taught(settings, demand, device, machinery.ops)
         return cls(device, host, ranks, settings, demand, Work.of(part, scheme, machinery), (spec, scheme, machinery))
 
     @cached_property

@@ -12,7 +12,7 @@ import torch
 from appliance.config import EngineConfig
 from appliance.core.params import RequestError, SamplingParams
 from appliance.memory.devices import MIB, cpu_threads
-from appliance.memory.learned import record_steps
+from appliance.memory.learned import code_words, record_steps
 from appliance.memory.measure import categories
 from appliance.memory.plan import MemoryPlan
 from appliance.memory.planner import make_plan
@@ -52,7 +52,7 @@ def check(directory: Path, config: EngineConfig) -> CheckReport:
         torch.set_num_threads(1)  # as the engine does
     steps = warmup.run(runner, meter.over(largest(plan, scores=config.reference_ops)), plan.max_model_len)
     if device.type == "cpu":
-        record_steps(plan.device, decoder.ops.name, meter.code)
+        record_steps(plan.device, decoder.ops.name, code_words(plan.quantization, plan.dtype), meter.code)
     share, least = (CPU_SHARE, 0) if device.type == "cpu" else (CARD_SHARE, CARD_BYTES)
     later = plan.grammar_bytes if device.type == "cpu" else 0  # comes with the first answer that follows one
     allowed = max(int(share * (plan.total - later)), least)

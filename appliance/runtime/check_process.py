@@ -1,7 +1,7 @@
 """``plan --check`` in a process that has what a server's engine has and nothing else: a command's own libraries are no engine's.
 
-The process is started with ``python -m appliance.runtime.check_process``. It reads its task from stdin, and writes the report, or the
-error, to stdout; both are pickled.
+The process is started with ``python -m appliance.runtime.check_process``. It reads its task from stdin, and writes the report,
+or the error, to stdout; both are pickled.
 """
 
 from __future__ import annotations

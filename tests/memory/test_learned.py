@@ -53,9 +53,9 @@ def test_the_largest_of_the_last_starts_counts(file: Path) -> None:
     assert recall(CPU, "cpu") is None
     for size in (300, 280, 260, 250, 240):
         record(CPU, "cpu", size * MIB)
-    assert recall(CPU, "cpu") == 300 * MIB + KEPT + CODE["cpu"]
+    assert recall(CPU, "cpu") == 300 * MIB + KEPT["cpu"] + CODE["cpu"]
     record(CPU, "cpu", 230 * MIB)
-    assert recall(CPU, "cpu") == 280 * MIB + KEPT + CODE["cpu"]
+    assert recall(CPU, "cpu") == 280 * MIB + KEPT["cpu"] + CODE["cpu"]
     assert len(json.loads(file.read_text())["runtime_bytes"][key(CPU, "cpu")]) == STARTS
     assert recall(CPU, "cpu-native") is None and recall(CARD, "cpu") is None  # other kernels, another device
     assert list(file.parent.iterdir()) == [file]
@@ -63,16 +63,24 @@ def test_the_largest_of_the_last_starts_counts(file: Path) -> None:
 
 def test_code_is_what_there_is_of_it_after_steps(file: Path) -> None:
     """Whatever a start had of it before them: that depends on the model, and the system takes pages of files away."""
+
+    def found(kind: str = "") -> int:
+        size = recall(CPU, "cpu-native", kind)
+        assert size is not None
+        return (size - KEPT["cpu-native"]) // MIB
+
     for ready in (88, 30):
         record(CPU, "cpu-native", 150 * MIB, ready * MIB)
-    assert recall(CPU, "cpu-native") == 238 * MIB + KEPT + CODE["cpu-native"]
+    assert found() == found("awq in bfloat16") == 238 + CODE["cpu-native"] // MIB
     for steps in (95, 40):
-        record_steps(CPU, "cpu-native", steps * MIB)
-        assert recall(CPU, "cpu-native") == 245 * MIB + KEPT
+        record_steps(CPU, "cpu-native", "awq in bfloat16", steps * MIB)
+        assert found() == found("awq in bfloat16") == found("none in bfloat16") == 245
+    record_steps(CPU, "cpu-native", "none in bfloat16", 91 * MIB)
+    assert found("none in bfloat16") == 241 and found("awq in bfloat16") == found("none in float32") == found() == 245
     record(CPU, "cpu-native", 151 * MIB, 93 * MIB)
-    assert recall(CPU, "cpu-native") == 246 * MIB + KEPT
+    assert found() == 246 and found("none in bfloat16") == 242
     record(CARD, "triton", 500 * MIB)
-    record_steps(CARD, "triton", 95 * MIB)
+    record_steps(CARD, "triton", "", 95 * MIB)
     assert recall(CARD, "triton") == 500 * MIB  # its memory has none of it
 
 
@@ -110,7 +118,7 @@ def test_a_damaged_file_is_ignored_with_a_warning(file: Path, text: str, caplog:
         assert recall(CPU, "cpu") is None
     assert f"{file} is damaged and is not used" in caplog.text and len(caplog.records) == 1
     record(CPU, "cpu", 250 * MIB)
-    assert recall(CPU, "cpu") == 250 * MIB + KEPT + CODE["cpu"]
+    assert recall(CPU, "cpu") == 250 * MIB + KEPT["cpu"] + CODE["cpu"]
 
 
 def test_a_file_of_another_format_is_left_alone(file: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,12 +11,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from appliance.config import EngineConfig
 from appliance.memory.activations import NORMED
-from appliance.memory.demand import Demand, attention_workspace
-from appliance.memory.modules import Machinery
+from appliance.memory.demand import Demand, attention_workspace, product_workspace
+from appliance.memory.modules import Machinery, parents
 from appliance.memory.planner import make_plan
 from appliance.runtime import warmup
 from kernels.cpu.torch_ops import rms_norm
 from models.spec import ModelSpec
+from quant.rules import WeightScheme
 from quant.scheme import QuantScheme
 from tests.memory.gemma4 import EXPERTS, SMALL, write_gemma4
 from tests.memory.published import fill, write_published
@@ -176,3 +177,33 @@ def test_activations_without_a_gate() -> None:
     )
     wide = Demand.of(spec, QuantScheme("none"), machinery, model="some")
     assert wide.token_bytes == 2 * (2 * HIDDEN + 4096) + 2 * 4096 + 24  # both hidden states, the product, a slab of it
+
+
+@pytest.mark.parametrize("inner", [256, 1280])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_activations_that_are_rounded(tmp_path: Path, dtype: str, inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W8A8: beside the input in float32 and its codes, the sums of q, k and v, or of gate and up, are float32 twice."""
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "torch")
+    config = {**LLAMA, "intermediate_size": inner, "num_attention_heads": 8}
+    folder, size = fill(write_published(tmp_path, config, "ct-w8a8"), "ct-w8a8"), {"bfloat16": 2, "float32": 4}[dtype]
+    options = EngineConfig(
+        model=str(folder), dtype=dtype, max_model_len=TOKENS, max_num_batched_tokens=TOKENS, threads=1, skip_tokenizer_init=True,
+        kv_cache_memory_bytes=4 << 20,
+    )  # fmt: skip
+    plan = make_plan(folder, options, CPU)
+    outputs, attention = max(2 * inner, 10 * 64), plan.scratch["products"]
+    copy = 4 if size == 2 else 0
+    assert plan.scratch["activations"] == (2 * size * HIDDEN + (copy + 1) * HIDDEN + 8 * outputs + 24) * TOKENS
+    taken = most(plan, options, warmup.Trial(((0, TOKENS),)))
+    assert 0.97 * plan.scratch["activations"] < taken < 1.03 * plan.scratch["activations"] + (outputs == 10 * 64) * attention
+
+
+def test_a_slab_is_no_larger_than_its_weight(tmp_path: Path) -> None:
+    """Of expanded weights: the widest one here has 1,280 outputs, where a slab has room for 4,096."""
+    spec, machinery = ModelSpec.from_config(LLAMA), Machinery(ops="cpu", dtype="bfloat16", head_bits=None)
+    scheme = QuantScheme("awq", default=WeightScheme("awq-gemm", bits=4, group_size=128, symmetric=False))
+    made = [one for parent in parents(spec, scheme) for one in parent.joined]
+    assert product_workspace(spec, made, machinery) == 2 * 2 * HIDDEN * 2 * INNER
+    wide = ModelSpec.from_config({**LLAMA, "intermediate_size": 1 << 14})
+    made = [one for parent in parents(wide, scheme) for one in parent.joined]
+    assert product_workspace(wide, made, machinery) == 2 * (4 << 20)
