@@ -220,12 +220,24 @@ def _torch_mlp(spec: ModelSpec, size: int, products: Products) -> int:
     most = max(norm, _gated_mlp(hidden, spec.mlp_size, size, products, ungated=bool(spec.ungated)))
     if mixture is None:
         return most
-    inner = max(spec.intermediate, mixture.shared)
-    expert = _gated_mlp(hidden, inner, size, products)
+    waiting = (spec.mlp_size + hidden) * size if mixture.beside else 0
+    return max(most, _torch_mixture(spec, mixture, size, products) + 24 * mixture.experts + waiting)
+
+
+def _torch_mixture(spec: ModelSpec, mixture: Mixture, size: int, products: Products) -> int:
+    """The same of experts, one after another, where each has all tokens: until an expert's result is there so is the last one's.
+
+    The sum and that in float32, and what the last one made of gate and up, beside an expert's rows, or none for the shared one,
+    and its gate and up; or three in float32, and what an expert made of gate and up, beside its result as products give it.
+    """
+    hidden, inner = spec.hidden, spec.intermediate
+    gate_up = _gated_mlp(hidden, inner, size, products)
     if mixture.clamp is not None:
-        expert = max(expert, inner * (2 * size + 5 * FLOAT))  # gate and up within their limits, and what is made of them
-    waiting = spec.mlp_size + hidden if mixture.beside else 0
-    return max(most, expert + _mixed(spec, mixture, size) + waiting * size)
+        gate_up = max(gate_up, inner * (2 * size + 5 * FLOAT))  # gate and up within their limits, and what is made of them
+    gate_up = max(hidden * size + gate_up, _gated_mlp(hidden, mixture.shared, size, products))
+    last = max(inner, mixture.shared)
+    result = hidden * (FLOAT + size) + last * size + products.beside(last, hidden)
+    return 2 * FLOAT * hidden + max(inner * size + gate_up, result)
 
 
 def torch_activations(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machinery) -> int:

@@ -61,7 +61,7 @@ class NibbleWeight:
 
     def _expanded(self, x: Tensor) -> Tensor:
         columns = self.codes.shape[1] // self.planes
-        step = slab_rows(columns, x.dtype.itemsize)
+        step = min(slab_rows(columns, x.dtype.itemsize), padded(self.N, BLOCK_N))
         expander = Expander(self.codes, self.affine, planes=self.planes, unit=self.unit, slab=step, rounding=self.rounding)
         out = torch.empty(x.shape[0], self.N, dtype=x.dtype)
         for first in range(0, self.N, step):
