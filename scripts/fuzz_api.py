@@ -1,4 +1,5 @@
-"""schemathesis over the server's own OpenAPI document, against a running server of the demo model, with and without keys.
+"""schemathesis over the server's own OpenAPI document, against a running server of the demo model, with and without keys,
+and of the same model for embeddings.
 
     .venv/bin/python scripts/fuzz_api.py [--examples 100] [--seconds 300] [--report docs/benchmarks/api-fuzz.md]
 
@@ -31,6 +32,12 @@ ROOT = Path(__file__).resolve().parents[1]
 READY = re.compile(r"appliance: ready at (http://127\.0\.0\.1:\d+)/v1")
 KEY = "a-key-for-this-run-alone"
 LEFT_OUT = "positive_data_acceptance"  # as tests/server/fuzz.py says
+# Of each run: options of the server, and of schemathesis.
+RUNS: dict[str, tuple[list[str], list[str]]] = {
+    "without keys": ([], []),
+    "with keys": (["--api-key", KEY], ["--header", f"Authorization: Bearer {KEY}"]),
+    "a model for embeddings": (["--runner", "pooling"], ["--include-path", "/v1/embeddings"]),
+}
 
 
 @contextmanager
@@ -113,11 +120,11 @@ def report(runs: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
 
 
 def one_run(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    keys = name == "with keys"
-    headers = {"Authorization": f"Bearer {KEY}"} if keys else {}
-    with server(folder / "server.log", *(["--api-key", KEY] if keys else [])) as (url, process):
+    flags, more = RUNS[name]
+    headers = {"Authorization": f"Bearer {KEY}"} if KEY in flags else {}
+    with server(folder / "server.log", *flags) as (url, process):
         before, begun = state(url, process, headers), time.monotonic()
-        found = fuzz(url, folder, args, *(["--header", f"Authorization: Bearer {KEY}"] if keys else []))
+        found = fuzz(url, folder, args, *more)
         seconds = time.monotonic() - begun
         time.sleep(2)  # for the last requests to be given up
         found |= {"before": before, "after": state(url, process, headers), "seconds": seconds}
@@ -129,11 +136,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=100, help="most bodies of each kind for each route")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=1800, help="most that one of the two runs may take")
+    parser.add_argument("--seconds", type=float, default=1800, help="most that one of the runs may take")
     parser.add_argument("--report", type=Path, help="a file, of which the part between two marks is written anew")
     args = parser.parse_args()
     runs = {}
-    for name in ("without keys", "with keys"):
+    for name in RUNS:
         with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
             runs[name] = run = one_run(name, Path(folder), args)
             if run["code"]:
