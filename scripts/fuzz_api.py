@@ -36,7 +36,10 @@ LEFT_OUT = "positive_data_acceptance"  # as tests/server/fuzz.py says
 RUNS: dict[str, tuple[list[str], list[str]]] = {
     "without keys": ([], []),
     "with keys": (["--api-key", KEY], ["--header", f"Authorization: Bearer {KEY}"]),
-    "a model for embeddings": (["--runner", "pooling"], ["--include-path", "/v1/embeddings"]),
+    "a model for embeddings": (
+        ["--runner", "pooling"],
+        ["--include-path", "/v1/embeddings", "--phases", "examples,coverage,fuzzing"],
+    ),
 }
 
 
