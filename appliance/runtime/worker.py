@@ -18,6 +18,7 @@ from quant.errors import InputError
 log = logging.getLogger("appliance.worker")
 
 STATS_INTERVAL = 0.2  # seconds between snapshots while steps run
+QUIET_S = 0.5  # without a message: whoever has waited for this engine has asked by then
 
 
 def serve(conn: Connection) -> None:
@@ -36,12 +37,13 @@ def serve(conn: Connection) -> None:
         conn.send(("failed", text or type(error).__name__, isinstance(error, InputError | OSError)))
         return
     conn.send(("ready", engine.info, engine.stats()))
-    if not config.skip_tokenizer_init:
-        engine.prepare()
-    last = time.monotonic()
+    last, prepared = time.monotonic(), config.skip_tokenizer_init
     while True:
         events: list[Event] = []
         try:
+            if not (prepared or engine.has_work or conn.poll(QUIET_S)):  # there is nobody whom it would keep waiting
+                engine.prepare()
+                prepared = True
             while conn.poll(0 if engine.has_work else None):
                 message = conn.recv()
                 if message is None:

@@ -276,6 +276,30 @@ async def test_an_engine_that_answers_is_not_stuck() -> None:
         client._process.kill()
 
 
+def test_grammars_are_prepared_when_nothing_is_asked(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, and not while somebody waits: neither before the first answer nor beside it."""
+    events: list[str] = []
+    messages: list[Any] = [submit("a", [3, 4], max_tokens=3), submit("b", [5], max_tokens=2), None, None]
+
+    def poll(seconds: float | None) -> bool:
+        if seconds != worker.QUIET_S:
+            return seconds is None or messages[0] is not None
+        events.append("quiet" if messages[0] is None else "asked")
+        return messages[0] is not None
+
+    def recv() -> Any:
+        message = messages.pop(0)
+        events.append("end" if message is None else message.request_id)
+        return message
+
+    asked = iter([(config(tiny), 20)])
+    conn = Mock(poll=poll, recv=lambda: next(asked, None) or recv())
+    monkeypatch.setattr(worker, "send_lines", lambda level: None)
+    monkeypatch.setattr(engine.Engine, "prepare", lambda self: events.append("prepared"))
+    worker.serve(conn)
+    assert events == ["asked", "a", "b", "quiet", "prepared", "end"]
+
+
 def test_whatever_fails_while_loading_is_told(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one line, also what is of no kind that anybody foresaw."""
     for error, told in (
