@@ -117,7 +117,7 @@ def test_two_models_that_fit_together(folder: Path) -> None:
 
 
 def test_an_engine_that_is_stuck_or_dies_is_started_again_but_not_for_ever(folder: Path) -> None:
-    with started(str(folder / "one"), *FLAGS, "--engine-step-timeout", "1") as running, running.http as http:
+    with started(str(folder / "one"), *FLAGS, "--engine-step-timeout", "3") as running, running.http as http:
         stuck = running.engine
         with http.stream("POST", "/v1/completions", json={**STUCK, "stream": True}) as response:
             lines = response.iter_lines()
