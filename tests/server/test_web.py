@@ -85,8 +85,11 @@ def tab() -> Iterator[Page]:
 
 
 @pytest.fixture
-def visit(tab: Page) -> Iterator[Open]:
-    """Open the page with an empty storage. In the end it has complained of nothing but ``expected``, and asked nobody else."""
+def visit(tab: Page, pretend: object) -> Iterator[Open]:
+    """Open the page with an empty storage. In the end it has complained of nothing but ``expected``, and asked nobody else.
+
+    Pages are closed before the servers of ``pretend``, which they ask every second, are there no more.
+    """
     opened: list[tuple[Visit, str | None]] = []
 
     def open_(
