@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,7 +27,14 @@ from appliance.server.pages import Cors
 from appliance.server.respond import read, while_connected
 from appliance.server.responses import router as responses
 from appliance.server.route import reading, request_id, serving, usable
-from appliance.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from appliance.server.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    PromptFields,
+    TokenizeRequest,
+)
 from appliance.server.site import Site
 from appliance.server.state import EngineClient, ServerState
 from appliance.server.tokens import detokenize_answer, tokenize_answer, tokenizer_info
@@ -37,6 +46,8 @@ RATES = [f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset"
 EXPOSED = ["X-Request-Id", "request-id", "Retry-After", *RATES]  # headers that pages of other origins may read
 
 router = APIRouter()
+
+Prompted = TypeVar("Prompted", bound=PromptFields)
 
 
 def create_app(
@@ -88,34 +99,26 @@ def app_of(site: Site, state: ServerState) -> FastAPI:
 @router.post("/v1/completions")
 async def post_completions(request: Request) -> Response:
     body = await read(request, CompletionRequest)
-    return await while_connected(request, _completions(request, body))
-
-
-async def _completions(request: Request, body: CompletionRequest) -> Response:
-    name = request_id(request, body.request_id)  # by which it can be aborted while it waits for its model
-    return await completions.answer(await serving(request, body.model), name, body)
+    return await while_connected(request, _answer(request, body, completions.answer))
 
 
 @router.post("/v1/chat/completions")
 async def post_chat(request: Request) -> Response:
     body = await read(request, ChatRequest)
-    return await while_connected(request, _chat(request, body))
-
-
-async def _chat(request: Request, body: ChatRequest) -> Response:
-    name = request_id(request, body.request_id)  # by which it can be aborted while it waits for its model
-    return await chat.answer(await serving(request, body.model), name, body)
+    return await while_connected(request, _answer(request, body, chat.answer))
 
 
 @router.post("/v1/embeddings")
 async def post_embeddings(request: Request) -> Response:
     body = await read(request, EmbeddingRequest)
-    return await while_connected(request, _embeddings(request, body))
+    return await while_connected(request, _answer(request, body, embeddings.answer))
 
 
-async def _embeddings(request: Request, body: EmbeddingRequest) -> Response:
+async def _answer(
+    request: Request, body: Prompted, answer: Callable[[ServerState, str, Prompted], Awaitable[Response]]
+) -> Response:
     name = request_id(request, body.request_id)  # by which it can be aborted while it waits for its model
-    return JSONResponse(await embeddings.answer(await serving(request, body.model), name, body))
+    return await answer(await serving(request, body.model), name, body)
 
 
 @router.post("/tokenize")

@@ -6,16 +6,19 @@ import base64
 from contextlib import aclosing
 from typing import Any
 
+from starlette.responses import Response
+
 from appliance.core.messages import Pooling
 from appliance.core.params import RequestError
 from appliance.pooling import embedding_params, numbers
+from appliance.server.errors import JSONResponse
 from appliance.server.job import Job
 from appliance.server.prompts import completion_prompts
 from appliance.server.schemas import EmbeddingRequest
 from appliance.server.state import ServerState
 
 
-async def answer(state: ServerState, request_id: str, body: EmbeddingRequest) -> dict[str, Any]:
+async def answer(state: ServerState, request_id: str, body: EmbeddingRequest) -> Response:
     body.check()
     state.check_unknown(body)
     if state.pooler is None:
@@ -34,7 +37,7 @@ async def answer(state: ServerState, request_id: str, body: EmbeddingRequest) ->
         data.append({"object": "embedding", "index": index, "embedding": written})
         await job.pace()
     tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    return {
+    whole: dict[str, Any] = {
         "id": job.id,
         "object": "list",
         "created": int(job.begun),
@@ -42,3 +45,4 @@ async def answer(state: ServerState, request_id: str, body: EmbeddingRequest) ->
         "data": data,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
+    return JSONResponse(whole)
