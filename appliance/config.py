@@ -70,6 +70,14 @@ class EngineConfig:
     speculative_config: str | None = None
     """On a CPU: guess what comes next from what the text has said already, and compute it together with the next token. JSON:
     {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 5}."""
+    enable_lora: bool = False
+    """Let requests ask for LoRA adapters of the model: memory for --max-loras of them, of rank --max-lora-rank, is set aside."""
+    lora_modules: tuple[str, ...] = ()
+    """Adapters to load at start, as NAME=DIRECTORY: a request names one as its model. They switch --enable-lora on."""
+    max_loras: int | None = None
+    """Most adapters that are loaded at a time; as many as --lora-modules names when left out, and at least 1."""
+    max_lora_rank: int | None = None
+    """Largest rank of an adapter; that of --lora-modules when left out, and at least 16."""
     enforce_eager: bool = False
     """On a card: launch the kernels of every step one by one, instead of replaying recorded decode steps (CUDA graphs)."""
     seed: int = 0

@@ -29,6 +29,7 @@ class Submit:
     cache_salt: str = ""  # cached prefixes are shared between requests of one salt only
     priority: int = 0  # lower goes first, under --scheduling-policy priority
     pooling: Pooling | None = None  # instead of a completion: ``params`` are those of one greedy token, which nobody is told
+    adapter: str = ""  # the name of a loaded LoRA adapter, with which the model answers; "": as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,21 @@ class Abort:
 @dataclass(frozen=True, slots=True)
 class ResetPrefixCache:
     """Forget what is cached of earlier prompts: requests that come from now on find nothing of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Load a LoRA adapter, so that requests can name it. The engine answers with an error, or none."""
+
+    name: str
+    path: str  # a directory as PEFT writes it
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAdapter:
+    """Forget a LoRA adapter: requests that have it go on to their end, and then its memory is free. Answered in the same way."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +220,8 @@ class EngineInfo:
     priorities: bool = False  # whether requests may bring one
     forks: bool = True  # whether a sequence can go on from what another one has: completions from one prompt, beams from a beam
     hidden_size: int = 0  # numbers of an embedding
+    max_loras: int = 0  # LoRA adapters that can be loaded at a time; 0: none, since the engine was not told to
+    adapters: tuple[str, ...] = ()  # names of those that were loaded at start
     kernels: str = ""  # what computes: reference, torch, or the instruction set of native kernels
     startup: dict[str, float] = field(default_factory=dict)  # seconds of its parts; "ready": of all of them
 

@@ -25,7 +25,18 @@ from typing import Any
 import psutil
 
 from appliance.config import EngineConfig
-from appliance.core.messages import Abort, EngineInfo, Event, Nudge, ResetPrefixCache, Stats, Submit, joined
+from appliance.core.messages import (
+    Abort,
+    EngineInfo,
+    Event,
+    LoadAdapter,
+    Nudge,
+    ResetPrefixCache,
+    Stats,
+    Submit,
+    UnloadAdapter,
+    joined,
+)
 from appliance.core.params import RequestError
 from appliance.runtime.logs import take_lines
 from appliance.runtime.pace import Pace, pace_beside, step_aside
@@ -59,6 +70,7 @@ class Client:
         self.loading: tuple[int, int] = (0, 0)
         self._stats = Stats()
         self._sinks: dict[str, Sink] = {}
+        self._adapters: deque[asyncio.Future[str | None]] = deque()  # of those who wait for one to be loaded, or unloaded
         self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._process: subprocess.Popen[bytes] | None = None
         self._conn: Connection | None = None
@@ -119,7 +131,24 @@ class Client:
         """Whether it answers nothing, and does not even use the processor; known a few seconds after it was asked something."""
         return self.state == "ready" and self._still > STUCK_S
 
-    def _tell(self, message: Submit | Nudge) -> None:
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter from a directory. Raises RequestError with what is wrong with it, or EngineDied."""
+        await self._change(LoadAdapter(name, path))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Let no more requests have a LoRA adapter. Raises RequestError where there is none, or EngineDied."""
+        await self._change(UnloadAdapter(name))
+
+    async def _change(self, message: LoadAdapter | UnloadAdapter) -> None:
+        if self.state != "ready":
+            raise EngineDied(self.failure or f"the engine is {self.state}")
+        done: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        self._adapters.append(done)
+        self._tell(message)
+        if (error := await done) is not None:
+            raise RequestError(error, param="lora_name")
+
+    def _tell(self, message: Submit | Nudge | LoadAdapter | UnloadAdapter) -> None:
         self._owed = True
         if self.step_timeout and (self._watch is None or self._watch.done()):
             self._watch = asyncio.create_task(self._watch_steps())
@@ -273,6 +302,9 @@ class Client:
             case ("refused", request_id, text, param, code, status):
                 if sink := self._sinks.get(request_id):
                     sink(RequestError(text, param=param, code=code, status=status))
+            case ("adapter", error):
+                if not (waiting := self._adapters.popleft()).done():  # whoever waited may have left
+                    waiting.set_result(error)
             case ("loading", done, total):
                 self.loading = (done, total)
             case ("ready", info, stats):
@@ -301,5 +333,8 @@ class Client:
         reason = self.failure or "the server is shutting down"
         if not self._ready.done():
             self._ready.set_exception(EngineDied(reason))
+        for waiting in self._adapters:
+            if not waiting.done():
+                waiting.set_exception(EngineDied(reason))
         for sink in list(self._sinks.values()):
             sink(EngineDied(reason))

@@ -10,7 +10,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from appliance.core.messages import Abort, Event, Nudge, ResetPrefixCache, Submit
+from appliance.core.messages import Abort, Event, LoadAdapter, Nudge, ResetPrefixCache, Submit, UnloadAdapter
 from appliance.core.params import RequestError
 from appliance.runtime.logs import send_lines
 from quant.errors import InputError
@@ -63,7 +63,9 @@ def serve(conn: Connection) -> None:
         conn.send(("events", events, engine.stats() if fresh else None))
 
 
-def handle(engine: Any, conn: Connection, message: Submit | Abort | ResetPrefixCache | Nudge) -> list[Event]:
+def handle(
+    engine: Any, conn: Connection, message: Submit | Abort | ResetPrefixCache | Nudge | LoadAdapter | UnloadAdapter
+) -> list[Event]:
     """Take one message; a refusal goes straight back to the client that waits for it."""
     if isinstance(message, Abort):
         return engine.abort(message.request_id, message.index, message.reason)
@@ -72,11 +74,26 @@ def handle(engine: Any, conn: Connection, message: Submit | Abort | ResetPrefixC
     if isinstance(message, ResetPrefixCache):
         engine.reset_prefix_cache()
         return []
+    if isinstance(message, LoadAdapter | UnloadAdapter):
+        conn.send(("adapter", _adapter(engine, message)))
+        return []
     try:
         engine.submit(message)
     except RequestError as error:
         conn.send(("refused", message.request_id, str(error), error.param, error.code, error.status))
     return []
+
+
+def _adapter(engine: Any, message: LoadAdapter | UnloadAdapter) -> str | None:
+    """What is wrong with it, where it cannot be done."""
+    try:
+        if isinstance(message, LoadAdapter):
+            engine.load_adapter(message.name, message.path)
+        else:
+            engine.unload_adapter(message.name)
+    except (InputError, OSError) as error:
+        return str(error)
+    return None
 
 
 class _Progress:
