@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kernels.adapters import Adapted
+
 AT_ONCE = 256  # rows
 
 
@@ -35,6 +37,7 @@ class PagedBatch:
     singles: int = 0  # so many sequences at the beginning are known to have one row each
     states: Tensor | None = None  # int32 [S]: the place of each sequence in a StateCache; of models that have such
     wanted: Wanted | None = None  # None: all rows are
+    adapters: tuple[Adapted, ...] = ()  # rows to whose products something is added
 
     @property
     def query_starts_list(self) -> list[int]:

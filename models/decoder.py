@@ -10,6 +10,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from kernels.adapters import Additions
 from kernels.batch import moved_up
 from kernels.conv import short_conv
 from kernels.kv_cache import LARGEST
@@ -96,11 +97,12 @@ class Decoder:
                 told = None if told is None else moved_up(told, wanted.rows)
                 if not len(hidden):
                     return hidden
+            more = Additions(ops.matmul, batch.adapters, number)
             with layer.present():
-                x = self._over_tokens(layer, hidden, batch, kept, kept_states, scales)
-                hidden = self._add(x, layer.o, layer.attention_norm, hidden)
+                x = self._over_tokens(layer, hidden, batch, kept, kept_states, scales, more)
+                hidden = self._add(x, layer.o, layer.attention_norm, hidden, more, "o")
                 del x  # what the MLP makes may take its place
-                hidden = self._mlp(layer, hidden)
+                hidden = self._mlp(layer, hidden, more)
                 if layer.told is not None and told is not None:
                     hidden = self._add_told(layer.told, hidden, told[:, number])
                 hidden = hidden if layer.scalar is None else hidden.mul_(layer.scalar)
@@ -114,6 +116,7 @@ class Decoder:
         caches: Iterator[KVCache],
         states: Iterator[StateCache],
         scales: Tensor | None,
+        more: Additions,
     ) -> Tensor:
         """What a layer makes of tokens and those before them, before the output projection; it takes the next cache or state."""
         if layer.delta is not None:
@@ -123,7 +126,7 @@ class Decoder:
             return short_conv(x, layer.conv, next(states), batch)
         if layer.latents is not None:
             return self._latent(layer, layer.latents, hidden, batch, next(caches))
-        return self._attention(layer, hidden, batch, next(caches), scales)
+        return self._attention(layer, hidden, batch, next(caches), scales, more)
 
     @cached_property
     def stack(self) -> Stack:
@@ -181,10 +184,13 @@ class Decoder:
             logits.div_(spec.logit_divisor)
         return logits if spec.logit_cap is None else logits.div_(spec.logit_cap).tanh_().mul_(spec.logit_cap)
 
-    def _attention(self, layer: Layer, hidden: Tensor, batch: PagedBatch, cache: KVCache, scales: Tensor | None) -> Tensor:
+    def _attention(
+        self, layer: Layer, hidden: Tensor, batch: PagedBatch, cache: KVCache, scales: Tensor | None, more: Additions
+    ) -> Tensor:
         """[T, Hq * D] before the output projection. ``scales``: of queries, float32 [T]."""
         spec, ops, cos_sin = self.spec, self.ops, self.stack.rotation(layer)
-        qkv, size = self._linear(hidden, layer.qkv, self._before(layer.input_norm)), cache.head_dim
+        norm, size = self._before(layer.input_norm), cache.head_dim
+        qkv = more("qkv", self._linear(hidden, layer.qkv, norm), hidden, norm)
         kv_heads = 0 if layer.shared else cache.k.shape[2]
         if layer.v_norm is not None:
             qkv = self._with_values(qkv, layer.v_norm, kv_heads * size, layer.moved)
@@ -238,29 +244,35 @@ class Decoder:
         x, gates = (self._linear(hidden, some, norm) for some in (layer.qkv[:parts], layer.qkv[parts:]))
         return self.ops.delta(x, gates, rule, states, batch)
 
-    def _mlp(self, layer: Layer, hidden: Tensor) -> Tensor:
+    def _mlp(self, layer: Layer, hidden: Tensor, more: Additions) -> Tensor:
         """[T, hidden] after the MLP, the mixture of experts, or both."""
         ops, norm = self.ops, self._before(layer.post_norm)
         if isinstance(layer.mlp, Mixture):
             assert norm is not None  # no mixture is without one
             return ops.mix(hidden, layer.mlp, norm=norm)
         if layer.act is not None:
-            return self._add(layer.act(self._linear(hidden, layer.mlp.gate_up, norm)), layer.mlp.down, layer.mlp_norm, hidden)
+            inner = layer.act(more("gate_up", self._linear(hidden, layer.mlp.gate_up, norm), hidden, norm))
+            return self._add(inner, layer.mlp.down, layer.mlp_norm, hidden, more, "down")
         mlp, multiply = layer.mlp, ops.gelu_mul if self.spec.gelu else ops.silu_mul
         assert multiply is not None  # the planner refuses such models where operators have none
-        inner = gated(ops.matmul, multiply, hidden, mlp.gate_up, norm)
+        if self.spec.adapters:
+            inner = multiply(more("gate_up", self._linear(hidden, mlp.gate_up, norm), hidden, norm))
+        else:
+            inner = gated(ops.matmul, multiply, hidden, mlp.gate_up, norm)
         if layer.beside is None or layer.mlp_norm is None:
-            return self._add(inner, mlp.down, layer.mlp_norm, hidden)
+            return self._add(inner, mlp.down, layer.mlp_norm, hidden, more, "down")
         mixed = ops.mix(hidden, layer.beside.mixture, norm=self._norm(layer.beside.norm), alone=True)
         mixed = ops.rms_norm(mixed, **self._norm(layer.beside.mixture_norm)._asdict())
-        mixed = self._add(inner, mlp.down, layer.beside.mlp_norm, mixed)
+        mixed = self._add(inner, mlp.down, layer.beside.mlp_norm, mixed, more, "down")
         return ops.rms_norm(mixed, **self._norm(layer.mlp_norm)._asdict(), residual=hidden)
 
-    def _add(self, x: Tensor, weight: Weight, norm: Tensor | None, hidden: Tensor) -> Tensor:
-        """hidden + x @ weight.T, [T, hidden]; the product is normalized first where there is a norm for it."""
-        if norm is None:
-            return self.ops.matmul(x, weight, residual=hidden)
-        return self.ops.rms_norm(self.ops.matmul(x, weight), **self._norm(norm)._asdict(), residual=hidden)
+    def _add(
+        self, x: Tensor, weight: Weight, norm: Tensor | None, hidden: Tensor, more: Additions | None = None, slot: str = ""
+    ) -> Tensor:
+        """hidden + x @ weight.T, [T, hidden], with what adapters add; the product is normalized where there is a norm for it."""
+        product = self.ops.matmul(x, weight, residual=hidden if norm is None else None)
+        product = product if more is None else more(slot, product, x)
+        return product if norm is None else self.ops.rms_norm(product, **self._norm(norm)._asdict(), residual=hidden)
 
     def _before(self, weight: Tensor | None) -> Norm | None:
         return None if weight is None else self._norm(weight)

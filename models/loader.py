@@ -21,7 +21,7 @@ from models.delta import DeltaNet
 from models.heap import prompt_release, release_memory
 from models.kv_scales import read_largest
 from models.latent import Latent
-from models.order import Part, apart, gated_queries, halves, rotated_first, select, turning_first
+from models.order import Part, apart, ordered, rotated_first, select, turning_first
 from models.per_layer import ADDED, GATE, LAYER_NORM
 from models.rope import cos_sin_table
 from models.spec import Mixture as MixtureSpec
@@ -189,20 +189,9 @@ class _Loader:
         parts: tuple[str, ...] = ("qkv",) if spec.fused_qkv else ("q", "k", "v")
         parts = parts[: 1 if heads.shared else 2 if heads.keys_only else 3]
         qkv = [self._read(prefix, f"self_attn.{part}_proj") for part in parts]
-        if spec.interleaved:  # scores stay the same where queries and keys change their order together
-            qkv = [
-                select(part, halves(spec, count)) for part, count in zip(qkv, (spec.heads, spec.kv_heads), strict=False)
-            ] + qkv[2:]
         rope = spec.rope_of(number)
-        if rope.spread:
-            qkv[:2] = [
-                select(part, turning_first(count, heads.size, rope.rotary_dim))
-                for part, count in zip(qkv[:2], (spec.heads, heads.count), strict=False)
-            ]
-        if spec.output_gate:
-            queries, gates = gated_queries(spec.heads, spec.head_dim)
-            qkv = [select(qkv[0], queries), *qkv[1:], select(qkv[0], gates)]
-        found: dict[str, Any] = {"qkv": self._fuse(qkv), "o": self._pack(self._read(prefix, "self_attn.o_proj"))}
+        output = self._pack(self._read(prefix, "self_attn.o_proj"))
+        found: dict[str, Any] = {"qkv": self._fuse(ordered(spec, number, qkv)), "o": output}
         if spec.qk_norm:
             both = [self._norm(f"{prefix}.self_attn.{name}", size) for name, size in spec.qk_norms(number)]
             if rope.spread:
@@ -259,12 +248,15 @@ class _Loader:
         return {"qkv": (parts[0],), "o": parts[1], "conv": taps}
 
     def _mlp(self, prefix: str) -> MLP:
-        if self.spec.ungated:
-            return self._gated([self._read(prefix, "mlp.up_proj")], self._read(prefix, "mlp.down_proj"), gated=False)
+        names = ("up",) if self.spec.ungated else ("gate", "up")
         if self.spec.fused_gate_up:
-            return self._gated(self._halves(self._read(prefix, "mlp.gate_up_proj")), self._read(prefix, "mlp.down_proj"))
-        gate, up, down = (self._read(prefix, f"mlp.{part}_proj") for part in ("gate", "up", "down"))
-        return self._gated([gate, up], down)
+            parts = self._halves(self._read(prefix, "mlp.gate_up_proj"))
+        else:
+            parts = [self._read(prefix, f"mlp.{name}_proj") for name in names]
+        down = self._read(prefix, "mlp.down_proj")
+        if self.spec.adapters:  # what is added to gate, up and down knows them as they are published
+            return MLP(self._fuse(parts), self._pack(down))
+        return self._gated(parts, down, gated=not self.spec.ungated)
 
     def _mixture(self, prefix: str, mixture: MixtureSpec) -> Mixture:
         """Expert by expert: one is laid out (and in its place among the others, if they are joined) before the next is read."""

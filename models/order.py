@@ -50,6 +50,21 @@ def gated_queries(heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
     return queries.flatten(), gates.flatten()
 
 
+def ordered(spec: ModelSpec, layer: int, parts: list[Part]) -> list[Part]:
+    """Published outputs of queries, keys and values of a layer (as many of these as it has) in the order of operators."""
+    heads, rope, counts = spec.heads_of(layer), spec.rope_of(layer), (spec.heads, spec.heads_of(layer).count)
+    if spec.interleaved:  # scores stay the same where queries and keys change their order together
+        both = (halves(spec, count) for count in (spec.heads, spec.kv_heads))
+        parts = [*map(select, parts[:2], both), *parts[2:]]
+    if rope.spread:
+        both = (turning_first(count, heads.size, rope.rotary_dim) for count in counts)
+        parts = [*map(select, parts[:2], both), *parts[2:]]
+    if spec.output_gate:
+        queries, gates = gated_queries(spec.heads, spec.head_dim)
+        parts = [select(parts[0], queries), *parts[1:], select(parts[0], gates)]
+    return parts
+
+
 def apart(net: DeltaNet) -> tuple[Tensor, Tensor]:
     """(queries, keys, values and z; b and a) of in_proj_qkvz and in_proj_ba, which have the parts of each key head together."""
     group = net.value_heads // net.key_heads

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from models.adapter_config import AdapterLimits
 from models.architectures import ARCHITECTURES, read_architecture
 from models.conv import ShortConv, conv_layers
 from models.delta import DeltaNet, delta_layers
@@ -84,6 +85,7 @@ class ModelSpec:
     logit_cap: float | None = None  # the same of logits
     float16: bool = True  # whether activations stay within what float16 holds
     logit_divisor: float = 1.0
+    adapters: AdapterLimits | None = None  # what there may be; then gate and up are not multiplied by their product
     ahead: tuple[str, ...] = ()  # how tensors begin that guess tokens ahead, and are left out
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -298,7 +300,7 @@ class ModelSpec:
     def one_by_one(self) -> bool:
         """Whether it has what no call for all layers at once does (Ops.bind)."""
         norms = self.whole_qk_norm or self.late_qk_norm
-        return self.conv is not None or self.latent is not None or norms or bool(self.ungated)
+        return self.conv is not None or self.latent is not None or norms or bool(self.ungated or self.adapters)
 
     @property
     def pre_norm(self) -> bool:

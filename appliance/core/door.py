@@ -9,7 +9,7 @@ from appliance.core.checks import check_number
 from appliance.core.messages import EngineInfo, Submit
 from appliance.core.params import RequestError, SamplingParams
 from appliance.core.repetition import Repetition
-from appliance.core.request import Request
+from appliance.core.request import Adapter, Request
 from appliance.core.thinking import Thinking
 
 _MASK = 2**64 - 1
@@ -93,8 +93,8 @@ def check_room(request: Request, num_blocks: int, block_size: int) -> None:
         )
 
 
-def make_requests(submit: Submit, info: EngineInfo, *, fallback_seed: int) -> list[Request]:
-    """All completions of a submission. ``fallback_seed`` serves those that bring no seed of their own."""
+def make_requests(submit: Submit, info: EngineInfo, *, fallback_seed: int, adapter: Adapter | None = None) -> list[Request]:
+    """All completions of a submission, with its adapter. ``fallback_seed`` serves those that bring no seed of their own."""
     params, prompt = submit.params, submit.prompt_token_ids
     max_total = info.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
     eos = frozenset() if params.ignore_eos else frozenset(info.eos_token_ids)
@@ -113,6 +113,7 @@ def make_requests(submit: Submit, info: EngineInfo, *, fallback_seed: int) -> li
             priority=submit.priority,
             pooling=submit.pooling,
             salt=submit.cache_salt,
+            adapter=adapter,
             beam=params.use_beam_search,
             thinking=_thinking(params, len(prompt)),
             repetition=None if params.repetition_detection is None else Repetition(params.repetition_detection),

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from typing import Any
+from hashlib import sha256
+from typing import Any, NamedTuple
 
 from appliance.core.messages import Pooling
 from appliance.core.params import SamplingParams
 from appliance.core.repetition import Repetition
 from appliance.core.thinking import Thinking
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter that is loaded."""
+
+    name: str
+    number: int  # that no other has, nor one of that name that is loaded later
 
 
 @dataclass(eq=False, slots=True)
@@ -27,6 +35,7 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()  # end it with "stop" (empty under ignore_eos)
     priority: int = 0  # lower goes first
     salt: str = ""  # prefixes are shared between requests of one salt only
+    adapter: Adapter | None = None  # with which it is answered
     pooling: Pooling | None = None  # its embedding is wanted, and the token that comes with it is nobody's
     leader: Request | None = None  # of its siblings, the one that computes the prompt for all
     beam: bool = False  # what it samples is taken by its group, and not by commit
@@ -55,6 +64,12 @@ class Request:
     @property
     def key(self) -> tuple[str, int]:
         return (self.request_id, self.index)
+
+    @property
+    def root(self) -> bytes:
+        """What the keys of its blocks begin with: those of other salts or adapters have other content for the same tokens."""
+        salt = sha256(self.salt.encode()).digest()
+        return salt if self.adapter is None else sha256(salt + self.adapter.number.to_bytes(8)).digest()
 
     @property
     def known(self) -> int:

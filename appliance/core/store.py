@@ -2,7 +2,7 @@
 
 A full block is known by a hash of its tokens and of all before them, so any request whose tokens begin alike finds it::
 
-    key 0 = hash(salt, tokens of block 0)     key i = hash(key i - 1, tokens of block i)
+    key 0 = hash(salt and adapter, tokens of block 0)     key i = hash(key i - 1, tokens of block i)
 
 A block that nobody holds is kept until its room is needed; then, where there is a second tier, it moves to host memory (again for
 as long as nobody needs the room there), from where a later request gets it back. Where that is full, it takes another one's place
@@ -274,7 +274,7 @@ class Store:
         size, keys = self.pool.block_size, request.keys
         if not self.caching or len(keys) >= tokens // size:
             return
-        before = keys[-1] if keys else sha256(request.salt.encode()).digest()
+        before = keys[-1] if keys else request.root
         for start in range(len(keys) * size, tokens - size + 1, size):
             before = sha256(before + array("q", request.tokens[start : start + size]).tobytes()).digest()
             keys.append(before)

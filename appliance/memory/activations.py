@@ -84,8 +84,10 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     if spec.latent is not None:
         attention = max(_latent_sizes(spec, spec.latent, layers))
     attention = max(attention, delta)
-    gated = all((one.gated or spec.ungated) and not one.stored.act_order for one in layers if one.slot == "gate_up")
-    mlp = ((inner if gated else 4 * inner) + added) * size if inner else 0
+    both = [one for one in layers if one.slot == "gate_up"]
+    gated = all((one.gated or spec.ungated) and not one.stored.act_order for one in both)
+    joined = spec.adapters is not None and not any(one.module.name.endswith(".up_proj") for one in both)
+    mlp = ((inner if gated else (3 if joined else 4) * inner) + added) * size if inner else 0
     if spec.mixture is not None and not gated:
         mlp = (4 * spec.widest_mlp + added) * size + _mixed(spec, spec.mixture, size)
     beside = _beside(spec) - (spec.mlp_size if gated and spec.mixture is not None and spec.mixture.beside else 0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from appliance.memory.activations import activation_bytes, delta_size, torch_activations
+from appliance.memory.adapters import adapter_weights, adapters_nbytes, adapters_workspace
 from appliance.memory.experts import check_experts
 from appliance.memory.kv import KVSpec
 from appliance.memory.loading import NOTHING, Loading, loading
@@ -86,6 +87,9 @@ class Demand:
                 weights[one.module.part] = weights.get(one.module.part, 0) + parent.count * one.nbytes(machinery)
         layers = [one for parent in alike for one in parent.joined]  # of those that are alike, one
         products = [*layers, *(made for _, made, _ in more[1:])]
+        if spec.adapters is not None:
+            weights["adapters"] = adapters_nbytes(spec, machinery)
+            products += [half for number in spec.unlike for pair in adapter_weights(spec, number) for half in pair]
         token = activation_bytes(spec, layers, machinery)
         weights |= {"head": last.head_bytes, "norms": spec.small_nbytes(size)}
         return cls(
@@ -126,6 +130,7 @@ def _workspace(spec: ModelSpec, weights: Sequence[Loaded], machinery: Machinery)
         return 0  # see _moments
     copies = 0 if spec.latent is None else latent_copies(spec, spec.latent, machinery)
     workspace = max(product_workspace(spec, weights, machinery), attention_workspace(spec, machinery))
+    workspace += adapters_workspace(spec, machinery)
     return workspace + (activated(spec) if machinery.ops != "cpu" else 0) + copies  # see _moments
 
 

@@ -42,7 +42,7 @@ def measured(plan: MemoryPlan, reading: Reading, *, auto_length: bool) -> Memory
     Where they are fewer than one sequence of the longest length needs, ``auto_length`` makes that shorter; else, or where too few
     are left for any use, PlanError with what would fit.
     """
-    held, kv = reading.held(plan.device.available), plan.kv
+    held, kv = reading.held(plan.device.available) + plan.weights.get("adapters", 0), plan.kv  # these come later
     left = plan.budget - held - plan.graph_bytes
     blocks = min(plan.num_blocks, max(0, left) // kv.block_bytes)
     length = plan.max_model_len

@@ -150,17 +150,19 @@ def layer_weights(spec: ModelSpec, scheme: QuantScheme) -> Iterator[Loaded]:
     q, k and v, and gate and up, become one weight where they are stored alike; the order of an act-order down_proj moves into
     gate and up.
     """
-    return _joined(published_weights(spec, scheme))
+    return _joined(published_weights(spec, scheme), adapted=spec.adapters is not None)
 
 
-def _joined(published: Iterable[Loaded]) -> Iterator[Loaded]:
+def _joined(published: Iterable[Loaded], *, adapted: bool) -> Iterator[Loaded]:
+    """``adapted``: MLPs that all tokens go through may have adapters, and stay as they are published."""
     for (_, slot), run in groupby(published, key=lambda one: (one.parent, one.slot)):
         parts = list(run)
+        apart = adapted and parts[0].parent.endswith(".mlp")
         if slot in JOINED and len({(part.stored, part.scale_bytes) for part in parts}) == 1:
             module = replace(parts[0].module, N=sum(part.module.N for part in parts))
             alone = len(parts) == 1 and parts[0].module.name.endswith(".up_proj")  # an MLP without a gate
-            yield replace(parts[0], module=module, gated=slot == "gate_up" and not alone)
-        elif slot == "down":
+            yield replace(parts[0], module=module, gated=slot == "gate_up" and not (alone or apart))
+        elif slot == "down" and not apart:
             yield from map(_in_order, parts)
         else:
             yield from parts
@@ -185,16 +187,16 @@ def _known(spec: ModelSpec, scheme: QuantScheme) -> _Known:
     known: dict[ModelSpec, _Known] = scheme.__dict__.setdefault("_known", {})
     if spec not in known:
         published = [loaded(module, spec, scheme) for module in spec.modules() if module.in_layer]
-        known[spec] = _Known(published, _alike(published))
+        known[spec] = _Known(published, _alike(published, adapted=spec.adapters is not None))
     return known[spec]
 
 
-def _alike(published: Sequence[Loaded]) -> list[Parent]:
+def _alike(published: Sequence[Loaded], *, adapted: bool) -> list[Parent]:
     found: dict[tuple[object, ...], list[list[Loaded]]] = {}
     for _, run in groupby(published, key=attrgetter("parent")):
         weights = list(run)
         found.setdefault(tuple(map(_kind, weights)), []).append(weights)
-    return [Parent(same[0], list(_joined(same[0])), len(same)) for same in found.values()]
+    return [Parent(same[0], list(_joined(same[0], adapted=adapted)), len(same)) for same in found.values()]
 
 
 def _kind(one: Loaded) -> tuple[object, ...]:

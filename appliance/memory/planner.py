@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from shlex import quote
 
+from appliance.adapters import spec_of
 from appliance.config import EngineConfig
 from appliance.memory.advice import advise
 from appliance.memory.agreement import check_headers
@@ -47,7 +48,7 @@ def make_plan(directory: Path, config: EngineConfig, device: DeviceInfo | None =
     settings = read_settings(config, device)
     index = CheckpointIndex.open(Path(directory))
     published, scheme = read_scheme(index, config.quantization)
-    spec = ModelSpec.from_config(published)
+    spec = spec_of(published, config)
     check_headers(index, spec, scheme)
     machinery = Machinery.choose(config, spec.dtype, device, float16=spec.float16)
     check_states(spec, config, settings)

@@ -8,6 +8,7 @@ from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 
+from appliance.adapters import spec_of
 from appliance.config import EngineConfig
 from appliance.memory.advice import advise, remedies
 from appliance.memory.agreement import check_headers
@@ -88,7 +89,7 @@ class Study:
         settings = read_settings(config, device)
         index = CheckpointIndex.open(directory)
         published, scheme = read_scheme(index, config.quantization)
-        spec = ModelSpec.from_config(published)
+        spec = spec_of(published, config)
         check_headers(index, spec, scheme)
         machinery = Machinery.choose(config, spec.dtype, weakest or device, float16=spec.float16)
         check_states(spec, config, settings, ranks)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from appliance.core.request import Request
+from appliance.core.request import Adapter, Request
 from appliance.core.step import Chunk
 from appliance.runtime.sampler import uniform
+from kernels.adapters import AT_ONCE, Adapted, AdapterWeights
 from kernels.batch import PagedBatch, Wanted
 
 
@@ -30,6 +31,8 @@ class StepArrays:
     seats: np.ndarray | None = None  # int32 [S]; None where sequences have no states
     rows: np.ndarray | None = None  # int64 [R]: those whose hidden states are wanted; None: all are
     row_starts: np.ndarray | None = None  # int32 [s + 1]: where among these those of each of the first s chunks begin
+    adapters: tuple[tuple[Adapter, int], ...] = ()  # of the requests, each with the number of their rows
+    adapted: np.ndarray | None = None  # int64: these rows, of one adapter after another, each's rising
 
     @classmethod
     def build(
@@ -65,7 +68,23 @@ class StepArrays:
         singles = int(longer[0]) if len(longer) else len(chunks)
         seats = np.array([chunk.request.seat for chunk in chunks], dtype=np.int32) if states else None
         known, last = np.array(ids, dtype=np.int64), ends.astype(np.int32)
-        return cls(known, positions, slots, starts, last, tables, int(lengths.max()), singles, seats)
+        step = cls(known, positions, slots, starts, last, tables, int(lengths.max()), singles, seats)
+        return step._with_adapters([chunk.request.adapter for chunk in chunks])
+
+    def _with_adapters(self, each: Sequence[Adapter | None]) -> StepArrays:
+        """``each``: that of each chunk's request."""
+        if not any(each):
+            return self
+        chunks: dict[Adapter, list[int]] = {}
+        for number, adapter in enumerate(each):
+            if adapter is not None:
+                chunks.setdefault(adapter, []).append(number)
+        rows = [np.concatenate([np.arange(*self.starts[n : n + 2]) for n in own]) for own in chunks.values()]
+        return replace(
+            self,
+            adapters=tuple((adapter, len(own)) for adapter, own in zip(chunks, rows, strict=True)),
+            adapted=np.concatenate(rows).astype(np.int64),
+        )
 
     def padded(self, size: int, width: int, spare: int, block_size: int, seat: int | None = None) -> StepArrays:
         """A step of single tokens with ``size`` sequences and tables of ``width`` blocks.
@@ -121,20 +140,35 @@ class StepArrays:
     def arrays(self) -> list[np.ndarray]:
         """What ``batch`` wants on the device, in that order."""
         found = [self.ids, self.positions, self.slots, self.starts, self.ends, self.tables]
-        return found + [array for array in (self.seats, self.rows, self.row_starts) if array is not None]
+        return found + [array for array in (self.seats, self.rows, self.row_starts, self.adapted) if array is not None]
 
     @property
     def unknown(self) -> bool:
         """Whether there are tokens that are not known yet."""
         return bool((self.ids < 0).any())
 
-    def batch(self, tensors: Sequence[Tensor], max_seq: int | None = None) -> PagedBatch:
-        """Of the arrays, wherever they are now; ``max_seq`` bounds the lengths of sequences."""
+    def batch(
+        self, tensors: Sequence[Tensor], max_seq: int | None = None, adapters: Mapping[Adapter, AdapterWeights] | None = None
+    ) -> PagedBatch:
+        """Of the arrays, wherever they are now; ``max_seq`` bounds the lengths of sequences. ``adapters``: those of requests."""
         longest = int(self.ends.max()) if max_seq is None else max_seq
         _, positions, slots, starts, ends, tables, *more = tensors
         seats = None if self.seats is None else more.pop(0)
         whole = PagedBatch(positions, slots, starts, ends, tables, self.max_query, longest, self.singles, seats)
+        if self.adapted is not None:
+            return replace(whole, adapters=tuple(self._adapted(more.pop(), adapters or {})))
         return whole if self.row_starts is None else replace(whole, wanted=self._wanted(whole, *more))
+
+    def _adapted(self, sent: Tensor, adapters: Mapping[Adapter, AdapterWeights]) -> Iterator[Adapted]:
+        """By whom which rows are added to; ``sent``: ``adapted`` on the device. Rows that follow one another need no look-up."""
+        assert self.adapted is not None
+        first = 0
+        for adapter, count in self.adapters:
+            for begin in range(first, first + count, AT_ONCE):
+                end = min(begin + AT_ONCE, first + count)
+                low, high = int(self.adapted[begin]), int(self.adapted[end - 1]) + 1
+                yield Adapted(adapters[adapter], slice(low, high) if high - low == end - begin else sent[begin:end])
+            first += count
 
     def _wanted(self, whole: PagedBatch, rows: Tensor, starts: Tensor) -> Wanted:
         """Rows that are wanted; they read what all of the step have written."""

@@ -55,6 +55,7 @@ def check(directory: Path, config: EngineConfig) -> CheckReport:
         record_steps(plan.device, decoder.ops.name, code_words(plan.quantization, plan.dtype), meter.code)
     share, least = (CPU_SHARE, 0) if device.type == "cpu" else (CARD_SHARE, CARD_BYTES)
     later = plan.grammar_bytes if device.type == "cpu" else 0  # comes with the first answer that follows one
+    later += plan.weights.get("adapters", 0)  # and these when they are loaded
     allowed = max(int(share * (plan.total - later)), least)
     total = Row("all, while the largest steps run", plan.total - later, meter.peak(), allowed)
     after = Row("all, after them", plan.total - later, meter.now(), allowed, below=True)

@@ -13,15 +13,17 @@ from pathlib import Path
 import psutil
 import torch
 
+from appliance.adapters import read_names
 from appliance.config import EngineConfig
 from appliance.core.door import check_submit, hash_u64, make_requests
 from appliance.core.messages import EngineInfo, Event, RequestStat, Stats, Submit
-from appliance.core.request import Request
+from appliance.core.request import Adapter, Request
 from appliance.core.scheduler import Scheduler
 from appliance.core.scores import PromptLogprobs
 from appliance.core.step import Chunk, StepPlan
 from appliance.memory.devices import cpu_threads
 from appliance.memory.planner import make_plan
+from appliance.runtime.adapters import Adapters
 from appliance.runtime.beam import BeamGroup
 from appliance.runtime.failures import told
 from appliance.runtime.grammar import Grammars
@@ -51,6 +53,7 @@ class Engine:
         self._scores: dict[Request, PromptLogprobs] = {}  # prompt log-probabilities collected so far
         self._beams: dict[str, BeamGroup] = {}  # by request id
         self._grammars = Grammars(tokenizer or info.directory, info.vocab_size, info.eos_token_ids)
+        self._adapters = Adapters(runner)
         self._counts: Counter[str] = Counter()
         self._copied: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
@@ -98,7 +101,7 @@ class Engine:
         runner, plan = make_runner(decoder, plan, config, tools, timeline, device=device, alone=alone)
         if ops.name == "cpu-native":
             torch.set_num_threads(1)  # what is left to torch is small, and the kernels' threads have the cores
-        scheduler = make_scheduler(config, plan, spec)
+        scheduler, names = make_scheduler(config, plan, spec), read_names(config.lora_modules)
         ready_s = time.perf_counter() - begun
         log.info("ready in %.1f s: %s", import_s + ready_s, timeline)
         info = EngineInfo(
@@ -116,10 +119,15 @@ class Engine:
             priorities=scheduler.priorities,
             forks=not plan.sequence_bytes,
             hidden_size=spec.hidden,
+            max_loras=0 if spec.adapters is None else spec.adapters.count,
+            adapters=tuple(names),
             kernels=kernels,
             startup={**timeline.seconds, "ready": import_s + ready_s},
         )
-        return cls(runner, scheduler, info, seed=config.seed, tokenizer=config.tokenizer)
+        engine = cls(runner, scheduler, info, seed=config.seed, tokenizer=config.tokenizer)
+        for name, path in names.items():
+            engine.load_adapter(name, str(path))
+        return engine
 
     def prepare(self) -> None:
         """Begin, beside whatever comes, with what the first answer that follows a grammar would keep everybody waiting for."""
@@ -132,8 +140,10 @@ class Engine:
     def submit(self, submit: Submit) -> None:
         """Take a request, or raise RequestError when it can never be served."""
         check_submit(submit, self.info)
+        adapter = self._adapters.find(submit.adapter)
         self._counts["submitted"] += 1
-        requests = make_requests(submit, self.info, fallback_seed=hash_u64(self.seed, self._counts["submitted"]))
+        seed = hash_u64(self.seed, self._counts["submitted"])
+        requests = make_requests(submit, self.info, fallback_seed=seed, adapter=adapter)
         for request in requests:
             self._counts["requests"] += 1
             request.held = bool(submit.params.grammar)  # until that is compiled
@@ -142,6 +152,20 @@ class Engine:
             self._beams[submit.request_id] = BeamGroup(requests, submit.params)
         if submit.params.grammar:
             self._grammars.begin(requests)
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter from a directory, for requests that name it. Raises InputError with what is wrong."""
+        self._adapters.load(name, path, self._adapters_in_use())
+
+    def unload_adapter(self, name: str) -> None:
+        """No more requests can have it; those that do go on to their end. Raises InputError where there is none."""
+        self._adapters.unload(name, self._adapters_in_use())
+
+    def _adapters_in_use(self) -> set[Adapter]:
+        scheduler = self.scheduler
+        requests = [*scheduler.running, *scheduler.waiting, *scheduler.deferred]
+        requests += [] if self._flight is None else [chunk.request for chunk in self._flight.plan.chunks]
+        return {request.adapter for request in requests if request.adapter is not None}
 
     def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> list[Event]:
         """End a request (beams end together) and free its blocks; an Event with ``reason`` for each completion that was alive."""

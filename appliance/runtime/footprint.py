@@ -49,6 +49,7 @@ def footprint(plan: MemoryPlan, runner: Runner, loaded: Resident | None) -> dict
     """
     decoder = runner.decoder
     found = {"weights": decoder.nbytes - decoder.streamed - decoder.table_bytes + plan.offload.staging_bytes}
+    found["weights"] += plan.weights.get("adapters", 0)  # they come later, into what is set aside for them
     found["rotary table"] = decoder.table_bytes
     spare = plan.kv.block_bytes if plan.graphs else 0
     found["KV cache"] = sum(tensor.nbytes for cache in runner.caches for tensor in cache.tensors) - spare

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from appliance.core.messages import TokenLogprob
 from appliance.core.params import SamplingParams
-from appliance.core.request import Request
+from appliance.core.request import Adapter, Request
 from appliance.core.step import Chunk, StepPlan
 from appliance.core.store import Copy
 from appliance.memory.inputs import input_bytes
@@ -29,6 +29,7 @@ from appliance.runtime.mover import make_mover, rehearse
 from appliance.runtime.pooling import embeddings
 from appliance.runtime.sampler import Sampled, draws_on_device, sample, token_logprobs
 from appliance.runtime.staging import Lane, Staging, send_at_once
+from kernels.adapters import AdapterWeights
 from kernels.ops import Ops
 from models.decoder import Decoder
 from models.spec import ModelSpec
@@ -108,6 +109,7 @@ class Runner:
         spare = 0 if recorder is None else 1  # a block, and a seat, for what fills up recorded steps
         self.caches = allocate_caches(plan, plan.num_blocks + spare, device=device, given=decoder.given_scales(plan.kv.dtype))
         self.states = allocate_states(decoder.spec, plan.state_places + spare, device=device)
+        self.adapters: dict[Adapter, AdapterWeights] = {}  # that requests may have
         self._mover = make_mover(decoder.ops.name, self.caches, plan.swap_blocks)
         self._forward = decoder.bind(self.caches, states=self.states, max_tokens=plan.max_num_batched_tokens)
         self._staging = None if lane is None else Staging(_input_bytes(plan, decoder.spec), lane, device)
@@ -159,7 +161,7 @@ class Runner:
         self._mover.wait(chunks)
         step = StepArrays.build(chunks, self.block_size, self._rows, states=bool(self.states))
         recorded = None if self._graphs is None else self._graphs.prepare(step)
-        if recorded is None and any(self.decoder.spec.shared):
+        if recorded is None and any(self.decoder.spec.shared) and not step.adapters:  # whose rows are those of the whole step
             step = step.wanting([chunk.wanted for chunk in chunks])
         sampling, starts = [chunk for chunk in chunks if chunk.samples], step.result_starts
         last = np.array([end - 1 for chunk, end in zip(chunks, starts[1:], strict=False) if chunk.samples], dtype=np.int64)
@@ -200,7 +202,7 @@ class Runner:
             return self._graphs.replay(recorded)[: len(step.ids)]
         arrays = sent[: len(step.arrays)]
         ids = self._known(arrays[0]) if step.unknown else arrays[0]
-        return self._forward(ids, step.batch(arrays))
+        return self._forward(ids, step.batch(arrays, adapters=self.adapters))
 
     def _known(self, ids: Tensor) -> Tensor:
         """Token ids, with what the step before drew in place of -1 - row. One that it could not draw is 0: its request ends."""
@@ -300,4 +302,4 @@ def _nothing_to_wait_for() -> None:
 
 def _input_bytes(plan: MemoryPlan, spec: ModelSpec) -> int:
     sizes = plan.max_num_batched_tokens, plan.max_num_seqs, plan.kv.blocks(plan.max_model_len)
-    return input_bytes(*sizes, states=any(spec.linear), wanted=any(spec.shared))
+    return input_bytes(*sizes, states=any(spec.linear), wanted=any(spec.shared), adapters=spec.adapters is not None)

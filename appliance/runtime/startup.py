@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from appliance.adapters import spec_of
 from appliance.config import EngineConfig
 from appliance.memory.measure import Reading, measured, recorded
 from appliance.memory.planner import MemoryPlan
@@ -36,7 +37,6 @@ from appliance.runtime.staging import CudaLane, Lane
 from kernels.ops import get_ops
 from models.decoder import Decoder
 from models.loader import load_model
-from models.spec import ModelSpec
 from quant.checkpoint import Checkpoint
 
 log = logging.getLogger("appliance.startup")
@@ -200,7 +200,7 @@ def load_decoder(
         checkpoint = Checkpoint.open(Path(config.model), config.quantization)
         try:
             ops = get_ops(device.type, reference=config.reference_ops, threads=config.threads)
-            spec = ModelSpec.from_config(checkpoint.config)
+            spec = spec_of(checkpoint.config, config)
             packing = Stopwatch(ops.pack)
             decoder = load_model(
                 checkpoint,

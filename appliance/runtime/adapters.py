@@ -1,0 +1,64 @@
+"""The LoRA adapters of an engine: loaded under names, kept until the last request that has one has ended."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+
+from appliance.core.params import RequestError
+from appliance.core.request import Adapter
+from appliance.runtime.runner import Runner
+from models.adapters import load_adapter
+from quant.errors import InputError
+
+log = logging.getLogger("appliance.engine")
+
+
+class Adapters:
+    """No more than there is memory for, which was set aside."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner, self._limits = runner, runner.decoder.spec.adapters
+        self._named: dict[str, Adapter] = {}
+        self._loaded = 0  # since the beginning
+
+    def find(self, name: str) -> Adapter | None:
+        """That of a request. Raises RequestError where there is none of that name."""
+        if not name:
+            return None
+        if name not in self._named:
+            raise RequestError(f"there is no LoRA adapter {name!r:.200}", param="model", code="model_not_found", status=404)
+        return self._named[name]
+
+    def load(self, name: str, path: str, used: Collection[Adapter]) -> None:
+        """From a directory. ``used``: those of requests. Raises InputError, naming what is wrong."""
+        if self._limits is None:
+            raise InputError("there is no memory for LoRA adapters: start with --enable-lora")
+        if not name or name in self._named:
+            raise InputError(f"a LoRA adapter needs a name that no other has: {name!r:.200} is {'taken' if name else 'none'}")
+        self._sweep(used)
+        held = self._runner.adapters
+        if len(held) >= self._limits.count:
+            leaving = len(held) - len(self._named)
+            still = f", {leaving} of them unloaded, but still in use" if leaving else ""
+            raise InputError(f"{len(held)} LoRA adapters are loaded{still}, and --max-loras is {self._limits.count}")
+        decoder = self._runner.decoder
+        weights = load_adapter(Path(path), decoder.spec, decoder.ops, dtype=decoder.dtype, max_rank=self._limits.rank)
+        self._loaded += 1
+        self._named[name] = adapter = Adapter(name, self._loaded)
+        held[adapter] = weights
+        log.info("loaded LoRA adapter %s from %s", name, path)
+
+    def unload(self, name: str, used: Collection[Adapter]) -> None:
+        """No request can have it any more; its memory is free once none has. Raises InputError where there is none."""
+        if name not in self._named:
+            raise InputError(f"there is no LoRA adapter {name!r:.200}")
+        del self._named[name]
+        self._sweep(used)
+        log.info("unloaded LoRA adapter %s", name)
+
+    def _sweep(self, used: Collection[Adapter]) -> None:
+        kept = {*self._named.values(), *used}
+        for adapter in [one for one in self._runner.adapters if one not in kept]:
+            del self._runner.adapters[adapter]
