@@ -13,8 +13,6 @@ from kernels.parts import Norm, Weight
 if TYPE_CHECKING:
     from kernels.ops import MatMul
 
-AT_ONCE = 256  # rows: what is computed beside a product does not grow with the step
-
 
 @dataclass(frozen=True)
 class LowRank:
@@ -53,7 +51,7 @@ class AdapterWeights:
 
 @dataclass(frozen=True)
 class Adapted:
-    """The rows of a step that belong to requests with one adapter, at most AT_ONCE of them."""
+    """The rows of a step that belong to requests with one adapter, at most layout.ADAPTED_AT_ONCE of them."""
 
     weights: AdapterWeights
     rows: slice | Tensor  # int64, on the device

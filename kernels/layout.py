@@ -19,6 +19,7 @@ TRITON_SLAB_BYTES = 16 << 20  # the same of the Triton kernels (kernels/triton/s
 SEGMENT = 128  # inputs that share an activation scale in the native kernels, at most
 ACTIVATED_AT_ONCE = 1 << 20  # values that go through an activation without a gate at a time, where that takes memory
 CONV_ROWS = 256  # tokens at a time that go through a short convolution (kernels/conv.py)
+ADAPTED_AT_ONCE = 256  # rows of a step, at most, to which an adapter adds something at a time
 LATENT_ROWS = 64  # tokens at a time that go to the latents' space and back (kernels/latent.py)
 NATIVE_ROWS = 512  # rows that the native kernels prepare at a time
 NATIVE_QUERIES = 48  # rows of a tile of queries, tokens by heads, where the heads allow it

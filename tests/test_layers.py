@@ -26,10 +26,12 @@ MAY_IMPORT = {
     "appliance.version": [],
     "appliance.config": ["quant.errors"],
     "appliance.core": ["quant.errors", "appliance.config"],
-    "appliance.memory": ["quant", "kernels.layout", "models.spec", "appliance.config", "appliance.core"],
+    "appliance.adapters": ["quant.errors", "models.spec", "models.adaptable", "models.adapter_config", "appliance.config"],
+    "appliance.memory": ["quant", "kernels.layout", "models.spec", "models.adaptable", "models.module", "appliance.adapters",
+                         "appliance.config", "appliance.core"],
     "appliance.text": ["quant", "appliance.config", "appliance.core"],
-    "appliance.runtime": ["quant", "kernels", "models", "appliance.config", "appliance.core", "appliance.memory",
-                          "appliance.version", "appliance.text.files", "appliance.text.grammar", "appliance.text.tokenizer"],
+    "appliance.runtime": ["quant", "kernels", "models", "appliance.adapters", "appliance.config", "appliance.core",
+                          "appliance.memory", "appliance.version", "appliance.text.files", "appliance.text.grammar", "appliance.text.tokenizer"],
     "appliance.llm": ["quant", "models", "appliance.config", "appliance.core", "appliance.memory", "appliance.runtime",
                       "appliance.text", "appliance.hub", "appliance.inputs", "appliance.outputs", "appliance.pooling"],
     "appliance.inputs": ["quant.errors", "appliance.core"],
@@ -66,8 +68,8 @@ MAY_IMPORT = {
     "appliance.__main__": ["appliance.cli"],
 }  # fmt: skip
 NO_TORCH = ["quant.errors", "quant.extension", "quant.scheme", "quant.headers", "kernels.layout", "kernels.cpu.backend",
-            "models.spec", "appliance", "appliance.config", "appliance.core", "appliance.memory", "appliance.tui",
-            "appliance.version", "appliance.bench", "appliance.doctor"]  # fmt: skip
+            "models.spec", "models.adaptable", "appliance", "appliance.adapters", "appliance.config", "appliance.core",
+            "appliance.memory", "appliance.tui", "appliance.version", "appliance.bench", "appliance.doctor"]  # fmt: skip
 NO_DIRECT_TORCH = ["appliance.server", "appliance.cli", "appliance.chat", "appliance.web"]
 NO_EDGE = ["quant", "kernels", "models", "appliance.core", "appliance.memory", "appliance.runtime", "appliance.text",
            "appliance.llm", "appliance.config", "appliance.version"]  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any, NamedTuple
 
 from appliance.core.messages import Pooling
@@ -68,8 +67,8 @@ class Request:
     @property
     def root(self) -> bytes:
         """What the keys of its blocks begin with: those of other salts or adapters have other content for the same tokens."""
-        salt = sha256(self.salt.encode()).digest()
-        return salt if self.adapter is None else sha256(salt + self.adapter.number.to_bytes(8)).digest()
+        salt = self.salt.encode()
+        return salt if self.adapter is None else salt + b"\xff" + self.adapter.number.to_bytes(8)  # a byte that no text has
 
     @property
     def known(self) -> int:

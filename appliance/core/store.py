@@ -274,7 +274,7 @@ class Store:
         size, keys = self.pool.block_size, request.keys
         if not self.caching or len(keys) >= tokens // size:
             return
-        before = keys[-1] if keys else request.root
+        before = keys[-1] if keys else sha256(request.root).digest()
         for start in range(len(keys) * size, tokens - size + 1, size):
             before = sha256(before + array("q", request.tokens[start : start + size]).tobytes()).digest()
             keys.append(before)

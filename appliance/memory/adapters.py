@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from appliance.memory.modules import NATIVE, Loaded, Machinery
 from appliance.memory.settings import ITEM_SIZE
-from kernels.adapters import AT_ONCE
+from kernels.layout import ADAPTED_AT_ONCE
 from models.adaptable import adaptable
 from models.module import ModuleShape
 from models.spec import ModelSpec
@@ -12,7 +12,7 @@ from quant.rules import DENSE
 
 
 def adapter_weights(spec: ModelSpec, layer: int) -> list[tuple[Loaded, Loaded]]:
-    """Both matrices of each product of a layer that an adapter may add to, of the largest rank, as models/adapters.py has them."""
+    """Both matrices of each product of a layer that an adapter may add to, of the largest rank, as models/adapters.py makes it."""
     assert spec.adapters is not None
     found = []
     for modules in adaptable(spec, layer).values():
@@ -42,4 +42,4 @@ def adapters_workspace(spec: ModelSpec, machinery: Machinery) -> int:
         return 0
     size = ITEM_SIZE[machinery.dtype] + (0 if machinery.ops == NATIVE else 4)
     pairs = [pair for number in spec.unlike for pair in adapter_weights(spec, number)]
-    return AT_ONCE * size * max((a.module.K + a.module.N + 2 * b.module.N for a, b in pairs), default=0)
+    return ADAPTED_AT_ONCE * size * max((a.module.K + a.module.N + 2 * b.module.N for a, b in pairs), default=0)

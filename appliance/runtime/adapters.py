@@ -19,7 +19,7 @@ class Adapters:
     """No more than there is memory for, which was set aside."""
 
     def __init__(self, runner: Runner) -> None:
-        self._runner, self._limits = runner, runner.decoder.spec.adapters
+        self._runner = runner
         self._named: dict[str, Adapter] = {}
         self._loaded = 0  # since the beginning
 
@@ -33,18 +33,19 @@ class Adapters:
 
     def load(self, name: str, path: str, used: Collection[Adapter]) -> None:
         """From a directory. ``used``: those of requests. Raises InputError, naming what is wrong."""
-        if self._limits is None:
+        decoder = self._runner.decoder
+        limits = decoder.spec.adapters
+        if limits is None:
             raise InputError("there is no memory for LoRA adapters: start with --enable-lora")
         if not name or name in self._named:
             raise InputError(f"a LoRA adapter needs a name that no other has: {name!r:.200} is {'taken' if name else 'none'}")
         self._sweep(used)
         held = self._runner.adapters
-        if len(held) >= self._limits.count:
+        if len(held) >= limits.count:
             leaving = len(held) - len(self._named)
             still = f", {leaving} of them unloaded, but still in use" if leaving else ""
-            raise InputError(f"{len(held)} LoRA adapters are loaded{still}, and --max-loras is {self._limits.count}")
-        decoder = self._runner.decoder
-        weights = load_adapter(Path(path), decoder.spec, decoder.ops, dtype=decoder.dtype, max_rank=self._limits.rank)
+            raise InputError(f"{len(held)} LoRA adapters are loaded{still}, and --max-loras is {limits.count}")
+        weights = load_adapter(Path(path), decoder.spec, decoder.ops, dtype=decoder.dtype, max_rank=limits.rank)
         self._loaded += 1
         self._named[name] = adapter = Adapter(name, self._loaded)
         held[adapter] = weights

@@ -12,8 +12,9 @@ from torch import Tensor
 from appliance.core.request import Adapter, Request
 from appliance.core.step import Chunk
 from appliance.runtime.sampler import uniform
-from kernels.adapters import AT_ONCE, Adapted, AdapterWeights
+from kernels.adapters import Adapted, AdapterWeights
 from kernels.batch import PagedBatch, Wanted
+from kernels.layout import ADAPTED_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,8 @@ class StepArrays:
         assert self.adapted is not None
         first = 0
         for adapter, count in self.adapters:
-            for begin in range(first, first + count, AT_ONCE):
-                end = min(begin + AT_ONCE, first + count)
+            for begin in range(first, first + count, ADAPTED_AT_ONCE):
+                end = min(begin + ADAPTED_AT_ONCE, first + count)
                 low, high = int(self.adapted[begin]), int(self.adapted[end - 1]) + 1
                 yield Adapted(adapters[adapter], slice(low, high) if high - low == end - begin else sent[begin:end])
             first += count
