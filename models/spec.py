@@ -299,8 +299,7 @@ class ModelSpec:
     @property
     def one_by_one(self) -> bool:
         """Whether it has what no call for all layers at once does (Ops.bind)."""
-        norms = self.whole_qk_norm or self.late_qk_norm
-        return self.conv is not None or self.latent is not None or norms or bool(self.ungated or self.adapters)
+        return any((self.conv, self.latent, self.whole_qk_norm, self.late_qk_norm, self.ungated, self.adapters))
 
     @property
     def pre_norm(self) -> bool:

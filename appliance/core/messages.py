@@ -145,6 +145,7 @@ class RequestStat:
     preemptions: int
     cached_tokens: int = 0  # prompt tokens that were found in the cache
     host_blocks: int = 0  # blocks of host memory, while it is swapped out
+    adapter: str = ""  # the name of its LoRA adapter
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from appliance.core.messages import Pooling
+from appliance.core.messages import Pooling, RequestStat
 from appliance.core.params import SamplingParams
 from appliance.core.repetition import Repetition
 from appliance.core.thinking import Thinking
@@ -87,6 +87,23 @@ class Request:
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    def stat(self, now: float) -> RequestStat:
+        """As the dashboard shows it; ``now``: time.monotonic()."""
+        return RequestStat(
+            request_id=self.request_id,
+            index=self.index,
+            state="running" if self.running else "swapped" if self.host else "waiting",
+            prompt_tokens=self.prompt_len,
+            output_tokens=self.output_len,
+            computed_tokens=self.computed,
+            blocks=len(self.blocks),
+            age_s=now - self.arrival,
+            preemptions=self.preemptions,
+            cached_tokens=self.cached,
+            host_blocks=len(self.host),
+            adapter=self.adapter.name if self.adapter else "",
+        )
 
     def append(self, token: int) -> None:
         """Take a sampled token, and see whether it ends the request (stop strings are the text layer's)."""

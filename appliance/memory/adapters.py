@@ -12,7 +12,7 @@ from quant.rules import DENSE
 
 
 def adapter_weights(spec: ModelSpec, layer: int) -> list[tuple[Loaded, Loaded]]:
-    """Both matrices of each product of a layer that an adapter may add to, of the largest rank, as models/adapters.py makes it."""
+    """Both matrices of each product of a layer that an adapter may add to, of the largest rank, as models/adapters.py does."""
     assert spec.adapters is not None
     found = []
     for modules in adaptable(spec, layer).values():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from appliance.core.params import RequestError
-from appliance.core.request import Adapter
+from appliance.core.request import Adapter, Request
 from appliance.runtime.runner import Runner
 from models.adapters import load_adapter
 from quant.errors import InputError
@@ -18,8 +18,9 @@ log = logging.getLogger("appliance.engine")
 class Adapters:
     """No more than there is memory for, which was set aside."""
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+    def __init__(self, runner: Runner, requests: Callable[[], Iterable[Request]]) -> None:
+        """``requests``: all that may have some."""
+        self._runner, self._requests = runner, requests
         self._named: dict[str, Adapter] = {}
         self._loaded = 0  # since the beginning
 
@@ -31,15 +32,15 @@ class Adapters:
             raise RequestError(f"there is no LoRA adapter {name!r:.200}", param="model", code="model_not_found", status=404)
         return self._named[name]
 
-    def load(self, name: str, path: str, used: Collection[Adapter]) -> None:
-        """From a directory. ``used``: those of requests. Raises InputError, naming what is wrong."""
+    def load(self, name: str, path: str | Path) -> None:
+        """From a directory, for requests that name it. Raises InputError, naming what is wrong."""
         decoder = self._runner.decoder
         limits = decoder.spec.adapters
         if limits is None:
             raise InputError("there is no memory for LoRA adapters: start with --enable-lora")
         if not name or name in self._named:
             raise InputError(f"a LoRA adapter needs a name that no other has: {name!r:.200} is {'taken' if name else 'none'}")
-        self._sweep(used)
+        self._sweep()
         held = self._runner.adapters
         if len(held) >= limits.count:
             leaving = len(held) - len(self._named)
@@ -51,15 +52,15 @@ class Adapters:
         held[adapter] = weights
         log.info("loaded LoRA adapter %s from %s", name, path)
 
-    def unload(self, name: str, used: Collection[Adapter]) -> None:
-        """No request can have it any more; its memory is free once none has. Raises InputError where there is none."""
+    def unload(self, name: str) -> None:
+        """No more requests can have it; those that do go on to their end. Raises InputError where there is none."""
         if name not in self._named:
             raise InputError(f"there is no LoRA adapter {name!r:.200}")
         del self._named[name]
-        self._sweep(used)
+        self._sweep()
         log.info("unloaded LoRA adapter %s", name)
 
-    def _sweep(self, used: Collection[Adapter]) -> None:
-        kept = {*self._named.values(), *used}
+    def _sweep(self) -> None:
+        kept = {*self._named.values(), *(request.adapter for request in self._requests())}
         for adapter in [one for one in self._runner.adapters if one not in kept]:
             del self._runner.adapters[adapter]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import torch
 from appliance.adapters import read_names
 from appliance.config import EngineConfig
 from appliance.core.door import check_submit, hash_u64, make_requests
-from appliance.core.messages import EngineInfo, Event, RequestStat, Stats, Submit
-from appliance.core.request import Adapter, Request
+from appliance.core.messages import EngineInfo, Event, Stats, Submit
+from appliance.core.request import Request
 from appliance.core.scheduler import Scheduler
 from appliance.core.scores import PromptLogprobs
 from appliance.core.step import Chunk, StepPlan
@@ -53,7 +54,7 @@ class Engine:
         self._scores: dict[Request, PromptLogprobs] = {}  # prompt log-probabilities collected so far
         self._beams: dict[str, BeamGroup] = {}  # by request id
         self._grammars = Grammars(tokenizer or info.directory, info.vocab_size, info.eos_token_ids)
-        self._adapters = Adapters(runner)
+        self.adapters = Adapters(runner, self._requests)
         self._counts: Counter[str] = Counter()
         self._copied: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
@@ -125,8 +126,8 @@ class Engine:
             startup={**timeline.seconds, "ready": import_s + ready_s},
         )
         engine = cls(runner, scheduler, info, seed=config.seed, tokenizer=config.tokenizer)
-        for name, path in names.items():
-            engine.load_adapter(name, str(path))
+        for adapter in names.items():
+            engine.adapters.load(*adapter)
         return engine
 
     def prepare(self) -> None:
@@ -140,7 +141,7 @@ class Engine:
     def submit(self, submit: Submit) -> None:
         """Take a request, or raise RequestError when it can never be served."""
         check_submit(submit, self.info)
-        adapter = self._adapters.find(submit.adapter)
+        adapter = self.adapters.find(submit.adapter)
         self._counts["submitted"] += 1
         seed = hash_u64(self.seed, self._counts["submitted"])
         requests = make_requests(submit, self.info, fallback_seed=seed, adapter=adapter)
@@ -152,20 +153,6 @@ class Engine:
             self._beams[submit.request_id] = BeamGroup(requests, submit.params)
         if submit.params.grammar:
             self._grammars.begin(requests)
-
-    def load_adapter(self, name: str, path: str) -> None:
-        """Load a LoRA adapter from a directory, for requests that name it. Raises InputError with what is wrong."""
-        self._adapters.load(name, path, self._adapters_in_use())
-
-    def unload_adapter(self, name: str) -> None:
-        """No more requests can have it; those that do go on to their end. Raises InputError where there is none."""
-        self._adapters.unload(name, self._adapters_in_use())
-
-    def _adapters_in_use(self) -> set[Adapter]:
-        scheduler = self.scheduler
-        requests = [*scheduler.running, *scheduler.waiting, *scheduler.deferred]
-        requests += [] if self._flight is None else [chunk.request for chunk in self._flight.plan.chunks]
-        return {request.adapter for request in requests if request.adapter is not None}
 
     def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> list[Event]:
         """End a request (beams end together) and free its blocks; an Event with ``reason`` for each completion that was alive."""
@@ -381,8 +368,12 @@ class Engine:
             step_tokens=self._counts["step_tokens"],
             step_sizes=dict(self._sizes),
             rss_bytes=self._process.memory_info().rss,
-            requests_now=tuple(_stat(request, now) for request in shown[:SHOWN_REQUESTS]),
+            requests_now=tuple(request.stat(now) for request in shown[:SHOWN_REQUESTS]),
         )
+
+    def _requests(self) -> Iterator[Request]:
+        yield from chain(self.scheduler.running, self.scheduler.waiting, self.scheduler.deferred)
+        yield from () if self._flight is None else (chunk.request for chunk in self._flight.plan.chunks)
 
     def check(self) -> None:
         """Raise when pool and scheduler disagree."""
@@ -392,19 +383,3 @@ class Engine:
 def _tokens(chunk: Chunk, found: Sequence[Sampled]) -> int | tuple[int, ...] | None:
     """What ``Scheduler.commit`` wants of a chunk."""
     return tuple(one.token for one in found) if chunk.draft else found[0].token if found else None
-
-
-def _stat(request: Request, now: float) -> RequestStat:
-    return RequestStat(
-        request_id=request.request_id,
-        index=request.index,
-        state="running" if request.running else "swapped" if request.host else "waiting",
-        prompt_tokens=request.prompt_len,
-        output_tokens=request.output_len,
-        computed_tokens=request.computed,
-        blocks=len(request.blocks),
-        age_s=now - request.arrival,
-        preemptions=request.preemptions,
-        cached_tokens=request.cached,
-        host_blocks=len(request.host),
-    )

@@ -88,9 +88,9 @@ def _adapter(engine: Any, message: LoadAdapter | UnloadAdapter) -> str | None:
     """What is wrong with it, where it cannot be done."""
     try:
         if isinstance(message, LoadAdapter):
-            engine.load_adapter(message.name, message.path)
+            engine.adapters.load(message.name, message.path)
         else:
-            engine.unload_adapter(message.name)
+            engine.adapters.unload(message.name)
     except (InputError, OSError) as error:
         return str(error)
     return None
