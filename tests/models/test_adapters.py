@@ -1,4 +1,4 @@
-"""LoRA adapters of every architecture against PEFT in float32: all rows of a step, some of them, and those of several adapters."""
+"""LoRA adapters of every architecture against PEFT in float32: all rows of a step, and some of them."""
 
 from __future__ import annotations
 
@@ -111,7 +111,11 @@ def test_every_byte_is_planned(models: Path, name: str, kind: str, monkeypatch: 
     monkeypatch.setenv("APPLIANCE_CPU_ISA", "auto" if kind == "native" else "torch")
     decoder, adapter, expected = load(models, name, kind)
     config = EngineConfig(
-        max_model_len=len(expected["ids"]), dtype="float32", lm_head_dtype="model", max_loras=LIMITS.count, max_lora_rank=LIMITS.rank
+        max_model_len=len(expected["ids"]),
+        dtype="float32",
+        lm_head_dtype="model",
+        max_loras=LIMITS.count,
+        max_lora_rank=LIMITS.rank,
     )
     plan = make_plan(models / name, config, DeviceInfo("cpu", "some CPU", 8 << 30, 8 << 30))
     room = plan.weights["adapters"]
