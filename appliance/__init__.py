@@ -20,10 +20,12 @@ if TYPE_CHECKING:
         StructuredOutputsParams,
     )
     from appliance.llm import LLM
+    from appliance.lora import LoRARequest
 
 __all__ = [
     "LLM",
     "BeamSearchParams",
+    "LoRARequest",
     "PoolingParams",
     "RepetitionDetectionParams",
     "SamplingParams",
@@ -38,6 +40,10 @@ def __getattr__(name: str) -> Any:
         from appliance.llm import LLM
 
         return LLM
+    if name == "LoRARequest":
+        from appliance.lora import LoRARequest
+
+        return LoRARequest
     if name in __all__ and name.endswith("Params"):
         from appliance.core import params
 

@@ -26,22 +26,27 @@ def spec_of(published: Mapping[str, Any], config: EngineConfig) -> ModelSpec:
 
 def adapter_limits(config: EngineConfig) -> AdapterLimits | None:
     """None where there are to be none. Raises InputError, naming the option, or what is wrong with an adapter."""
-    given = {"--max-loras": config.max_loras, "--max-lora-rank": config.max_lora_rank}
-    for flag, value in given.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InputError(f"{flag} is {value!r:.60}: a whole number of at least 1 is needed")
-    named = read_names(config.lora_modules)
-    if not (config.enable_lora or named or any(given.values())):
+    named = check_adapters(config)
+    if not (config.enable_lora or named or config.max_loras or config.max_lora_rank):
         return None
     ranks = {path: AdapterConfig.read(path).largest for path in named.values()}
     rank = config.max_lora_rank or max([LEAST_RANK, *ranks.values()])
     for path, found in ranks.items():
         if found > rank:
             raise InputError(f"{path} has rank {found}, but --max-lora-rank is {rank}: give at least {found}, or leave it out")
-    count = config.max_loras or max(1, len(named))
-    if count < len(named):
-        raise InputError(f"--lora-modules names {len(named)} adapters, but --max-loras is {count}: give at least {len(named)}")
-    return AdapterLimits(count, rank)
+    return AdapterLimits(config.max_loras or max(1, len(named)), rank)
+
+
+def check_adapters(config: EngineConfig) -> dict[str, Path]:
+    """What can be said before a directory is looked at. Raises InputError naming the option."""
+    for flag, value in (("--max-loras", config.max_loras), ("--max-lora-rank", config.max_lora_rank)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InputError(f"{flag} is {value!r:.60}: a whole number of at least 1 is needed")
+    named = read_names(config.lora_modules)
+    if config.max_loras is not None and config.max_loras < len(named):
+        words = f"--lora-modules names {len(named)} adapters, but --max-loras is {config.max_loras}"
+        raise InputError(f"{words}: give at least {len(named)}, or leave it out")
+    return named
 
 
 def read_names(modules: Sequence[str]) -> dict[str, Path]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from appliance.adapters import read_names
 from appliance.config import EngineConfig
 from appliance.core.messages import Pooling, Submit
 from appliance.core.params import BeamSearchParams, PoolingParams, RequestError, SamplingParams, check_flags
@@ -32,6 +33,7 @@ from appliance.inputs import (
     read_prompt,
     template_arguments,
 )
+from appliance.lora import Loaded, LoRARequest, lora_list
 from appliance.memory.early import check_options
 from appliance.outputs import BeamSearchOutput, EmbeddingRequestOutput, Job, RequestOutput
 from appliance.pooling import embedding_params, read_pooler
@@ -46,6 +48,7 @@ from appliance.text.tools.choice import tool_choice
 from quant.errors import InputError
 
 StrPath = str | os.PathLike[str]
+LoraRequests = LoRARequest | Sequence[LoRARequest | None] | None
 
 log = logging.getLogger("appliance.llm")
 
@@ -112,6 +115,7 @@ class LLM:
             with _load_bar() as progress:
                 _PROCESSES.add(os.getpid())
                 self._engine = Engine.load(self._config, progress)
+        self._adapters = Loaded(self._engine.adapters, read_names(config.lora_modules), self._engine.info.max_loras)
         self._ids = count()
         self._turn = threading.Lock()
         self._empty, self._clean = deepcopy(self._engine.scheduler), True  # books without a request; whether the engine has none
@@ -132,31 +136,38 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
-        lora_request: None = None,
+        lora_request: LoraRequests = None,
     ) -> list[RequestOutput]:
         """Answer prompts (text, token ids, ``{"prompt": ...}``, ``{"prompt_token_ids": ...}``) together, in their order.
 
         ``priority``: one a prompt, lower goes first (scheduling_policy="priority"). A prompt with a ``cache_salt`` shares cached
-        prefixes only with those that have the same. ``lora_request`` is there for code that passes none.
+        prefixes only with those that have the same. ``lora_request``: an adapter for all prompts, or one (or None) a prompt.
         """
-        _refuse_lora(lora_request)
         many = prompt_list(prompts)
         params = params_list(sampling_params, len(many), self._defaults, self._max_logprobs)
         ranks = rank_list(priority, len(many))
         if any(ranks) and not self._engine.info.priorities:
             hint = 'requests are served in order of arrival: make the LLM with scheduling_policy="priority"'
             raise RequestError(f"priority is {next(filter(None, ranks))!r:.80}, but {hint}", param="priority")
-        jobs = [self._job(*one) for one in zip(many, params, ranks, strict=True)]
-        self._answer(jobs, use_tqdm)
+        loras = lora_list(lora_request, len(many))
+        jobs = [self._job(*one, lora=lora) for *one, lora in zip(many, params, ranks, loras, strict=True)]
+        self._answer(jobs, use_tqdm, loras)
         return [job.output() for job in jobs]
 
     def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = False,
+        lora_request: LoraRequests = None,
     ) -> list[BeamSearchOutput]:
         """The ``params.beam_width`` best answers to each prompt, as beam search finds them."""
         sampling = replace(beam_params(params).sampling(), logprobs=2 * params.beam_width)
-        jobs = [self._job(prompt, sampling) for prompt in prompt_list(prompts)]
-        self._answer(jobs, use_tqdm)
+        many = prompt_list(prompts)
+        loras = lora_list(lora_request, len(many))
+        jobs = [self._job(prompt, sampling, lora=lora) for prompt, lora in zip(many, loras, strict=True)]
+        self._answer(jobs, use_tqdm, loras)
         return [job.beams() for job in jobs]
 
     def embed(
@@ -165,7 +176,7 @@ class LLM:
         *,
         pooling_params: PoolingParams | None = None,
         use_tqdm: bool = True,
-        lora_request: None = None,
+        lora_request: LoraRequests = None,
     ) -> list[EmbeddingRequestOutput]:
         """The embeddings of prompts, in their order: float32, as many numbers as the model's hidden states have.
 
@@ -173,12 +184,12 @@ class LLM:
         """
         if self._pooler is None:
             raise InputError('this model generates text: make the LLM with runner="pooling" for its hidden states as embeddings')
-        _refuse_lora(lora_request)
-        asked = pooling_params or PoolingParams()
+        many = prompt_list(prompts)
+        loras, asked = lora_list(lora_request, len(many)), pooling_params or PoolingParams()
         normalize = self._pooler.normalize if asked.normalize is None else asked.normalize
         pooling, params = Pooling(asked.dimensions, normalize), embedding_params()
-        jobs = [self._job(prompt, params, pooling=pooling) for prompt in prompt_list(prompts)]
-        self._answer(jobs, use_tqdm)
+        jobs = [self._job(prompt, params, pooling=pooling, lora=lora) for prompt, lora in zip(many, loras, strict=True)]
+        self._answer(jobs, use_tqdm, loras)
         return [job.embedding() for job in jobs]
 
     def reset_prefix_cache(self) -> bool:
@@ -187,8 +198,9 @@ class LLM:
             self._engine.reset_prefix_cache()
         return True
 
-    def _answer(self, jobs: list[Job], use_tqdm: bool) -> None:
+    def _answer(self, jobs: list[Job], use_tqdm: bool, loras: Sequence[LoRARequest | None]) -> None:
         with self._alone():
+            self._adapters.bring(loras)
             try:
                 for job in jobs:
                     self._engine.submit(job.submit)
@@ -228,7 +240,7 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
         chat_template: StrPath | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        lora_request: None = None,
+        lora_request: LoraRequests = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, written with the model's own chat template, or with this one (Jinja, or its file).
 
@@ -255,7 +267,15 @@ class LLM:
         prompts = [{"prompt": t, "prompt_token_ids": tokenizer.encode(t, add_special_tokens=False)} for t in texts]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
-    def _job(self, prompt: Prompt, params: SamplingParams, priority: int = 0, *, pooling: Pooling | None = None) -> Job:
+    def _job(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int = 0,
+        *,
+        pooling: Pooling | None = None,
+        lora: LoRARequest | None = None,
+    ) -> Job:
         if pooling is None and self._pooler is not None:
             raise InputError('this model makes embeddings: use embed(), or make the LLM with runner="generate"')
         text, ids, salt = read_prompt(prompt)
@@ -268,7 +288,8 @@ class LLM:
         if pooling is None and params.max_tokens is not None and len(ids) < limit < len(ids) + params.max_tokens:
             params = replace(params, max_tokens=None)  # to the end of the context, and no further
         name, now = str(next(self._ids)), time.monotonic()
-        submit = Submit(name, tuple(ids), params, now, cache_salt=salt, priority=priority, pooling=pooling)
+        adapter = "" if lora is None else lora.lora_name
+        submit = Submit(name, tuple(ids), params, now, cache_salt=salt, priority=priority, pooling=pooling, adapter=adapter)
         return Job(text, submit, self._tokenizer, [OutputStream(self._tokenizer, params, ids) for _ in range(params.width)])
 
     def _run(self, jobs: dict[str, Job], use_tqdm: bool) -> None:
@@ -292,11 +313,6 @@ def _refuse_fork(what: str) -> None:
     if _PROCESSES and os.getpid() not in _PROCESSES:
         where = f"process {next(iter(_PROCESSES))}, in which a model was loaded, without its threads"
         raise RuntimeError(f"{what}: process {os.getpid()} is a fork of {where}. Start processes by 'spawn'")
-
-
-def _refuse_lora(lora_request: object) -> None:
-    if lora_request is not None:
-        raise RequestError("LoRA adapters are not supported: merge the adapter into the model", param="lora_request")
 
 
 def _text(path: Any) -> Any:

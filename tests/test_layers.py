@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "quant": [],
     "kernels": ["quant.tensor", "quant.errors", "quant.extension"],
     "models": ["quant", "kernels"],
-    "appliance": ["appliance.version", "appliance.core.params", "appliance.llm"],  # appliance/__init__.py: lazy names
+    # appliance/__init__.py: lazy names
+    "appliance": ["appliance.version", "appliance.core.params", "appliance.llm", "appliance.lora"],
     "appliance.version": [],
     "appliance.config": ["quant.errors"],
     "appliance.core": ["quant.errors", "appliance.config"],
@@ -34,7 +35,9 @@ MAY_IMPORT = {
                           "appliance.memory", "appliance.version", "appliance.text.files", "appliance.text.grammar",
                           "appliance.text.tokenizer"],
     "appliance.llm": ["quant", "models", "appliance.config", "appliance.core", "appliance.memory", "appliance.runtime",
-                      "appliance.text", "appliance.hub", "appliance.inputs", "appliance.outputs", "appliance.pooling"],
+                      "appliance.text", "appliance.hub", "appliance.inputs", "appliance.outputs", "appliance.pooling",
+                      "appliance.adapters", "appliance.lora"],
+    "appliance.lora": ["quant.errors", "appliance.core.params", "appliance.runtime.adapters"],
     "appliance.inputs": ["quant.errors", "appliance.core"],
     "appliance.outputs": ["appliance.core", "appliance.text", "appliance.pooling"],
     "appliance.pooling": ["quant", "models.architectures", "appliance.core"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import fields
 
+from appliance.adapters import check_adapters
 from appliance.config import EngineConfig
 from appliance.core.drafts import Drafts
 from appliance.memory.devices import DeviceInfo, this_device
@@ -26,6 +27,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "int | None": ((int, type(None)), "a whole number, or None,"),
     "str": ((Hashable,), "text"),  # a name from a list: what is not on it is told with the list, but looked for by its hash
     "str | None": ((str, type(None)), "text, or None,"),
+    "tuple[str, ...]": ((tuple, list), "a list of texts"),
 }
 
 
@@ -41,6 +43,7 @@ def check_options(config: EngineConfig, device: DeviceInfo | None = None) -> Non
     check_order(config)
     if config.runner not in RUNNERS:
         raise InputError(f"--runner is {config.runner!r}: one of {', '.join(RUNNERS)} is needed")
+    check_adapters(config)
     Drafts.of(config.speculative_config, device.kind)
 
 
