@@ -10,14 +10,17 @@ import torch
 
 from appliance.memory.modules import Machinery, ends
 from kernels import reference
+from kernels.adapters import Adapted
 from kernels.layout import HEADS
 from kernels.ops import KVCache, Ops
 from kernels.triton.ops import make_ops
+from models.adapters import load_adapter
 from models.decoder import Decoder
 from models.loader import load_model
-from models.spec import ModelSpec
+from models.spec import AdapterLimits, ModelSpec
 from quant.checkpoint import Checkpoint
 from quant.rows import quantize_rows
+from tests.adapters import write_adapter
 from tests.kernels.paged import make_step
 from tests.kernels.triton.conftest import DEVICE
 from tests.tiny_model import Shape, make_checkpoint
@@ -59,6 +62,34 @@ def test_a_model_agrees_with_the_reference(checkpoint: Path, head: str) -> None:
         assert torch.equal(mine[1].k.cpu().isnan(), theirs[1].k.isnan())  # the same slots are written
         values, picks = ours.ops.argmax(found.to(device))
         assert torch.equal(picks.cpu(), found.argmax(1)) and torch.equal(values.cpu(), found.amax(1))
+
+
+def test_adapters_agree_with_the_reference(checkpoint: Path, tmp_path: Path) -> None:
+    """Rows of two adapters and of none, some of which lie apart, in a step of prompts and single tokens."""
+    device, made = torch.device(DEVICE), []
+    for ops in (make_ops(device), reference.make_ops(torch.device("cpu"))):
+        with Checkpoint.open(checkpoint) as opened:
+            spec = replace(ModelSpec.from_config(opened.config), adapters=AdapterLimits(2, 8))
+            decoder = load_model(opened, spec, ops, dtype=torch.float16, max_len=128, lm_head_dtype="model")
+        paths = (write_adapter(tmp_path / str(seed), spec, seed=seed, rank=3 + seed, size=0.2) for seed in range(2))
+        made.append((decoder, [load_adapter(path, spec, ops, dtype=torch.float16, max_rank=8) for path in paths]))
+    batch, cache = make_step([(20, 1), (35, 1), (9, 1), (16, 1), (0, 17), (15, 3)], kv_heads=2, head_dim=32, dtype=torch.float16)
+    ids, rows = torch.randint(SHAPE.vocab, (len(batch.positions),)), (torch.tensor([0, 2, *range(21, 24)]), slice(4, 21))
+    found = []
+    for decoder, adapters in made:
+        there = decoder.ops.device
+        caches = [KVCache(cache.k.to(there, copy=True), cache.v.to(there, copy=True)) for _ in range(2)]
+        tensors = (batch.positions, batch.slots, batch.query_starts, batch.seq_lens, batch.block_tables)
+        more = [row if isinstance(row, slice) else row.to(there) for row in rows]
+        adapted = [tuple(map(Adapted, adapters, more)), ()]
+        for each in adapted:
+            step = type(batch)(*(t.to(there) for t in tensors), max_query=17, max_seq=batch.max_seq, singles=4, adapters=each)
+            found.append(decoder.bind(caches, max_tokens=64)(ids.to(there), step).float().cpu())
+    ours, ours_plain, theirs, theirs_plain = found
+    assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max()
+    changed = (theirs - theirs_plain).abs().amax(1)
+    assert [int(row) for row in changed.nonzero()] == [0, 2, *range(4, 24)] and changed[changed > 0].min() > 0.05
+    assert (ours_plain - theirs_plain).abs().max() < 0.02 * theirs_plain.abs().max()
 
 
 @pytest.mark.parametrize(("choice", "dtype"), [("int8", "float16"), ("int4", "bfloat16"), ("int8", "float32")])
