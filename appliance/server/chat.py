@@ -34,7 +34,7 @@ class ChatView:
         self.top = -1 if body.logprob_token_ids else (body.top_logprobs or 0) if body.logprobs else None  # beside each token
         self._chunk = Chunks(self._base("chat.completion.chunk"))
         if self.top is None and len(turn.parsers) == 1 and not turn.parsers[0].may_end:
-            self.job.shortcut = Shortcut(lambda delta: self._told(0, delta, turn.parsers[0].push(delta.text)))
+            self.job.shortcut = Shortcut(lambda delta: self._told(0, delta, turn.push(0, delta)))
 
     def _base(self, kind: str) -> dict[str, Any]:
         return {

@@ -41,7 +41,7 @@ class CompletionView:
         self.state, self.job, self.body = state, job, body
         self.top = -1 if body.logprob_token_ids else body.logprobs  # how many of those that come are told; None: none
         self.logprobs = Logprobs(state, job.pace, as_ids=body.return_tokens_as_token_ids)
-        self.hidden = 1 if body.max_tokens == 0 else 0  # the one token that the engine computed for echo alone
+        self.hidden = body.max_tokens == 0  # the one token that the engine computed for echo alone
         self.offsets = [0] * len(job.outputs)  # text offset of each choice's next token
         self._chunk = Chunks(self._base())
         if self.top is None and len(job.outputs) == 1:
@@ -76,7 +76,7 @@ class CompletionView:
                 prompt = await self.logprobs.prompt(self._prompt_scores(c), self.body.prompt_logprobs)
             choices.append({**await self._choice(c, whole, first=True), "prompt_logprobs": prompt})
             await self.job.pace()
-        return {**self._base(), "choices": choices, "usage": self.job.usage(self.hidden)}
+        return {**self._base(), "choices": choices, "usage": self.job.usage(hidden=self.hidden)}
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         options, seen = self.body.stream_options, set[int]()
@@ -87,7 +87,7 @@ class CompletionView:
                 if (told := self._told(await self._choice(c, delta, first))) is not None:
                     yield told
         if options and options.include_usage:
-            yield self._chunk(None, usage=self.job.usage(self.hidden))
+            yield self._chunk(None, usage=self.job.usage(hidden=self.hidden))
 
     def _told(self, choice: dict[str, Any]) -> bytes | None:
         """The chunk of a choice in which there is something to tell."""
@@ -95,7 +95,7 @@ class CompletionView:
             return None
         if (options := self.body.stream_options) is None or not options.include_usage:
             return self._chunk(choice)
-        return self._chunk(choice, usage=self.job.usage(self.hidden) if options.continuous_usage_stats else None)
+        return self._chunk(choice, usage=self.job.usage(hidden=self.hidden) if options.continuous_usage_stats else None)
 
     def _prompt_scores(self, c: int) -> Sequence[TokenLogprob | None] | None:
         return self.job.prompt_logprobs[c // self.job.params.n]

@@ -78,7 +78,10 @@ class Job:
         self.outputs = [
             OutputStream(state.tokenizer, self.params, p.token_ids, shown=shown) for p in prompts for _ in range(params.width)
         ]
-        self.cached_tokens = [0] * len(prompts)
+        # of what is counted the sums are kept: a stream may tell them with each of very many pieces
+        self.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        self.completion_tokens = self.cached_tokens = 0
+        self._cached = [0] * len(prompts)
         self.prompt_logprobs: list[Sequence[TokenLogprob | None] | None] = [None] * len(prompts)
         self.courses = [Course(self.arrived) for _ in self.outputs]
 
@@ -195,7 +198,8 @@ class Job:
         if event.prompt_logprobs is not None:
             self.prompt_logprobs[k] = event.prompt_logprobs
         if event.index == 0:  # the others share what this one computes
-            self.cached_tokens[k] = max(self.cached_tokens[k], event.cached_tokens)
+            self.cached_tokens += max(0, event.cached_tokens - self._cached[k])
+            self._cached[k] = max(self._cached[k], event.cached_tokens)
         if event.embedding is not None:
             self.embeddings[k] = event.embedding
         now = time.monotonic()
@@ -204,6 +208,7 @@ class Job:
             self.ticket.generated(len(event.token_ids))
             self.state.metrics.tokens(self.courses[choice], event, now)
         delta = self.outputs[choice].push(event)
+        self.completion_tokens += len(delta.token_ids)
         if delta.abort:
             self.state.client.abort(self.submits[k].request_id, event.index, "stop")
         if delta.finish_reason is not None:
@@ -237,15 +242,14 @@ class Job:
         for submit in self.submits:
             self.state.client.abort(submit.request_id)
 
-    def usage(self, hidden: int = 0) -> dict[str, Any]:
-        """OpenAI's usage object so far, with all that ``best_of`` generates; ``hidden`` tokens of each are not the client's."""
-        prompt = sum(len(p.token_ids) for p in self.prompts)
-        completion = sum(max(0, len(output.token_ids) - hidden) for output in self.outputs)
+    def usage(self, *, hidden: bool = False) -> dict[str, Any]:
+        """OpenAI's usage object so far, with all that ``best_of`` generates. ``hidden``: that is not the client's."""
+        completion = 0 if hidden else self.completion_tokens
         return {
-            "prompt_tokens": prompt,
-            "total_tokens": prompt + completion,
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens + completion,
             "completion_tokens": completion,
-            "prompt_tokens_details": {"cached_tokens": sum(self.cached_tokens)},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 

@@ -50,6 +50,8 @@ class Turn:
 
     def __init__(self, state: ServerState, job: Job, parsers: Sequence[AnswerParser]) -> None:
         self.state, self.job, self.parsers = state, job, parsers
+        self._thoughts, self._thought = [0] * len(parsers), 0  # tokens of reasoning, as counted last, and their sum
+        self._fresh = set[int]()  # choices of which there is news since
 
     async def run(self) -> AsyncGenerator[tuple[int, Delta, AnswerDelta], None]:
         """(choice, what is new of it, the same taken apart) until all have ended; as ``Job.run``.
@@ -58,12 +60,16 @@ class Turn:
         """
         async with aclosing(self.job.run()) as deltas:
             async for c, delta in deltas:
-                parser = self.parsers[c]
-                news = parser.push(delta.text, last=delta.finish_reason is not None)
-                if parser.satisfied and delta.finish_reason is None:
+                news = self.push(c, delta)
+                if self.parsers[c].satisfied and delta.finish_reason is None:
                     self.job.end(c)
                     delta = replace(delta, finish_reason="stop")
                 yield c, delta, news
+
+    def push(self, c: int, delta: Delta) -> AnswerDelta:
+        """What is new of a choice, taken apart."""
+        self._fresh.add(c)
+        return self.parsers[c].push(delta.text, last=delta.finish_reason is not None)
 
     async def announced(self) -> AsyncGenerator[tuple[int, Delta, AnswerDelta] | None, None]:
         """``run``, with None ahead: as soon as there is news, after PATIENCE_S at the latest. What fails before is raised."""
@@ -112,5 +118,9 @@ class Turn:
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object so far."""
-        reasoning = sum(map(self.reasoning_tokens, range(len(self.parsers))))
-        return {**self.job.usage(), "completion_tokens_details": {"reasoning_tokens": reasoning}}
+        while self._fresh:  # a stream may ask with each of very many choices' tokens
+            c = self._fresh.pop()
+            count = self.reasoning_tokens(c)
+            self._thought += count - self._thoughts[c]
+            self._thoughts[c] = count
+        return {**self.job.usage(), "completion_tokens_details": {"reasoning_tokens": self._thought}}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from appliance.server.turn import Turn
 from appliance.text.tools.formats import Hermes, nine_characters
 from tests.server.conftest import Served
 from tests.server.test_completions import events
@@ -79,6 +80,28 @@ def test_usage_counts_the_tokens_of_reasoning(hermes: Served) -> None:
         assert told[-1] == usage
         counts = [one["completion_tokens_details"]["reasoning_tokens"] for one in told]
         assert counts == sorted(counts)
+
+
+def test_usage_of_many_choices_is_not_counted_anew_with_each_piece(hermes: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece tells the tokens of all that came so far, and only its own choice's are looked at."""
+    looked: list[int] = []
+    count = Turn.reasoning_tokens
+    monkeypatch.setattr(Turn, "reasoning_tokens", lambda self, c: (looked.append(c), count(self, c))[1])
+    hermes.client.say("<think>Hm, well.</think>Yes, so it is.", 3)  # type: ignore[attr-defined]
+    monkeypatch.setattr(hermes.client, "cached", 2)
+    body: Any = {"messages": HELLO, "n": 40, "stream": True, "return_token_ids": True}
+    body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = events(hermes.post("/v1/chat/completions", **body).text)
+    come = 0
+    for chunk in chunks:
+        come += len(chunk["choices"][0].get("token_ids", ()))
+        opens = chunk["choices"][0]["delta"].get("role") == "assistant"  # told ahead of the tokens that it comes with
+        assert (chunk["usage"]["completion_tokens"] > come) if opens else (chunk["usage"]["completion_tokens"] == come)
+        assert chunk["usage"]["total_tokens"] == chunk["usage"]["prompt_tokens"] + chunk["usage"]["completion_tokens"]
+    assert last["usage"] == chunks[-1]["usage"] and last["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+    assert len(looked) == len(chunks) - 40
+    whole = hermes.post("/v1/chat/completions", **body | {"stream": False, "stream_options": None}).json()["usage"]
+    assert whole == last["usage"]
 
 
 def special(served: Served, text: str) -> bool:
