@@ -14,14 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import nlargest
+from typing import NamedTuple
+
+import numpy as np
 
 from appliance.core.door import beam_candidates
 from appliance.core.messages import Event, TokenLogprob
 from appliance.core.params import SamplingParams
 from appliance.core.request import Request
 
-Row = Sequence[tuple[int, float]]  # the most likely tokens with their log-probabilities, most likely first
+
+class Row(NamedTuple):
+    """What may follow a beam, most likely first. As arrays: a step of 256 beams looks at more than a hundred thousand tokens."""
+
+    ids: np.ndarray  # int64 [k]
+    logprobs: np.ndarray  # float64 [k]
+
+    def pairs(self, count: int | None) -> tuple[tuple[int, float], ...]:
+        """The first so many; None: all."""
+        return tuple(zip(self.ids[:count].tolist(), self.logprobs[:count].tolist(), strict=True))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -64,22 +75,25 @@ class BeamSearch:
 
         ``shown``: with how many of the most likely tokens a chosen one is noted (-1: all).
         """
-        candidates = []
-        for i, (beam, row) in enumerate(zip(self.beams, rows, strict=True)):
-            for place, (token, logprob) in enumerate(row[: beam_candidates(self.width, len(self.eos))]):
-                candidates.append((beam.cum_logprob + logprob, i, place, token in self.eos))
-        self.ended = self._best([*self.ended, *(self._grown(rows, one, shown) for one in candidates if one[3])])
-        best = nlargest(self.width, (one for one in candidates if not one[3]), key=lambda one: one[0])  # stable, as sorted() is
-        self.beams = [self._grown(rows, one, shown) for one in best]
-        return [parent for _, parent, _, _ in best]
+        most = beam_candidates(self.width, len(self.eos))
+        totals = np.concatenate([beam.cum_logprob + row.logprobs[:most] for beam, row in zip(self.beams, rows, strict=True)])
+        ends = np.isin(np.concatenate([row.ids[:most] for row in rows]), list(self.eos))
+        firsts = np.cumsum([0, *(len(row.ids[:most]) for row in rows)])  # candidates of beam i begin at firsts[i]
 
-    def _grown(self, rows: Sequence[Row], candidate: tuple[float, int, int, bool], shown: int) -> Beam:
-        total, parent, place, ended = candidate
-        row, beam = rows[parent], self.beams[parent]
-        token, logprob = row[place]
-        rank = 1 + sum(other > logprob for _, other in row[:place])
-        top = tuple(row) if shown == -1 else tuple(row[:shown])
-        return Beam(total, beam.length + 1, TokenLogprob(token, logprob, rank, top), beam, ended)
+        def grown(chosen: np.ndarray) -> tuple[list[int], list[Beam]]:
+            parents = np.searchsorted(firsts, chosen, side="right") - 1
+            each = zip(parents.tolist(), (chosen - firsts[parents]).tolist(), totals[chosen].tolist(), strict=True)
+            return parents.tolist(), [self._grown(rows[i], self.beams[i], place, total, shown) for i, place, total in each]
+
+        self.ended = self._best([*self.ended, *grown(np.flatnonzero(ends))[1]])
+        parents, self.beams = grown(_largest(totals, np.flatnonzero(~ends), self.width))
+        return parents
+
+    def _grown(self, row: Row, beam: Beam, place: int, total: float, shown: int) -> Beam:
+        token, logprob = int(row.ids[place]), float(row.logprobs[place])
+        rank = 1 + int(np.count_nonzero(row.logprobs[:place] > logprob))
+        last = TokenLogprob(token, logprob, rank, row.pairs(None if shown == -1 else shown))
+        return Beam(total, beam.length + 1, last, beam, token in self.eos)
 
     @property
     def over(self) -> bool:
@@ -101,6 +115,13 @@ class BeamSearch:
 
     def _best(self, beams: list[Beam]) -> list[Beam]:
         return sorted(beams, key=self.score, reverse=True)[: self.width]
+
+
+def _largest(values: np.ndarray, among: np.ndarray, count: int) -> np.ndarray:
+    """Of the indices ``among``, which ascend, those of the ``count`` largest values; these first, equal ones in their order."""
+    if len(among) > count:  # to sort all of them would take most of a step
+        among = among[values[among] >= np.partition(values[among], -count)[-count]]
+    return among[np.argsort(-values[among], kind="stable")[:count]]
 
 
 class BeamGroup:

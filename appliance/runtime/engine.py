@@ -287,7 +287,7 @@ class Engine:
     def _search(self, request: Request, row: Sampled) -> list[Event]:
         """Take what may follow one beam. Once it is known of all, they go on, or the request ends with the best of them."""
         group = self._beams.get(request.request_id)
-        if group is None or row.logprob is None or not group.take(request, row.logprob.top):
+        if group is None or row.likely is None or not group.take(request, row.likely):
             return []
         if moves := group.decide():
             self.scheduler.branch(moves)

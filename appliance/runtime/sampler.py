@@ -13,7 +13,9 @@ from torch.nn.functional import pad
 
 from appliance.core.door import hash_u64
 from appliance.core.messages import TokenLogprob, Unanswerable
+from appliance.core.params import SamplingParams
 from appliance.core.request import Request
+from appliance.runtime.beam import Row
 from appliance.runtime.penalties import adjust, touches_logits
 from kernels import reference
 from kernels.ops import ArgMax, KthLargest
@@ -32,6 +34,7 @@ class Sampled:
     token: int
     logprob: TokenLogprob | None = None
     error: str | None = None
+    likely: Row | None = None  # of a beam: what is looked at; the token is the first of it
 
     @classmethod
     def of(cls, token: int) -> Sampled:
@@ -133,6 +136,9 @@ def _sample_row(row: Tensor, request: Request, kth: KthLargest) -> Sampled:
     if best == math.inf:
         why = f"repetition_penalty {request.params.repetition_penalty} makes a logit infinite: use one nearer to 1"
         return Sampled(-1, error=Unanswerable(why))
+    if request.beam:
+        likely = _beam_row(row, request.params, kth)
+        return Sampled(int(likely.ids[0]), likely=likely)
     if request.params.greedy:
         token = int(row.argmax())
     elif request.guide is not None:
@@ -241,16 +247,24 @@ def _row_logprob(row: Tensor, token: int, others: int | tuple[int, ...], kth: Kt
     logprob = (row[token] - norm).item()
     rank = 1 + int((row > row[token]).count_nonzero())
     if isinstance(others, tuple):
-        values = (row[torch.tensor(others, device=row.device)] - norm).tolist()
-        return TokenLogprob(token, logprob, rank, tuple(zip(others, values, strict=True)))
+        told = (row[torch.tensor(others, device=row.device)] - norm).tolist()
+        return TokenLogprob(token, logprob, rank, tuple(zip(others, told, strict=True)))
     count = row.numel() if others == -1 else min(others, row.numel())
-    return TokenLogprob(token, logprob, rank, _most_likely(row, norm, count, kth))
+    ids, values = _most_likely(row, norm, count, kth)
+    return TokenLogprob(token, logprob, rank, tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
-def _most_likely(row: Tensor, norm: Tensor, k: int, kth: KthLargest) -> tuple[tuple[int, float], ...]:
+def _beam_row(row: Tensor, params: SamplingParams, kth: KthLargest) -> Row:
+    count = row.numel() if params.logprobs is None or params.logprobs == -1 else min(params.logprobs, row.numel())
+    ids, values = _most_likely(row, row.logsumexp(0), count, kth)
+    return Row(ids.cpu().numpy(), values.double().cpu().numpy())
+
+
+def _most_likely(row: Tensor, norm: Tensor, k: int, kth: KthLargest) -> tuple[Tensor, Tensor]:
+    """The ``k`` most likely tokens, the first ones first, and their log-probabilities; fewer where only so many are possible."""
     if k == 0:
-        return ()
+        return torch.empty(0, dtype=torch.int64), row[:0]
     ids = (row >= kth(row, k)).nonzero().view(-1) if k < row.numel() else torch.arange(k, device=row.device)
     values, order = row[ids].sort(descending=True, stable=True)
     k = min(k, int((values > -math.inf).count_nonzero()))
-    return tuple(zip(ids[order[:k]].tolist(), (values[:k] - norm).tolist(), strict=True))
+    return ids[order[:k]], values[:k] - norm

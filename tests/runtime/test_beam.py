@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.core.messages import Event
+from appliance.core.messages import Event, TokenLogprob
 from appliance.core.params import BeamSearchParams, RequestError, SamplingParams
-from appliance.runtime.beam import BeamSearch
+from appliance.runtime.beam import BeamSearch, Row
 from appliance.runtime.engine import Engine
 from kernels.ops import KVCache, PagedBatch
 from models.decoder import Decoder
@@ -295,6 +296,10 @@ def test_params() -> None:
         BeamSearchParams(0, 7)
 
 
+def row(pairs: list[tuple[int, float]]) -> Row:
+    return Row(np.array([token for token, _ in pairs]), np.array([logprob for _, logprob in pairs]))
+
+
 @settings(max_examples=300)
 @given(
     seed=st.integers(0, 10**9),
@@ -321,11 +326,43 @@ def test_decisions_are_vllms(seed: int, vocab: int, width: int, steps: int, pena
     prompt = [rng.randrange(vocab) for _ in range(rng.randint(1, 5))]
     search = BeamSearch(width, prompt_len=len(prompt), max_tokens=steps, length_penalty=penalty, eos=frozenset([0]))
     while not search.over:
-        rows = [model([*prompt, *(one.token_id for one in beam.scored)]) for beam in search.beams]
+        rows = [row(model([*prompt, *(one.token_id for one in beam.scored)])) for beam in search.beams]
         old = search.beams
         assert [old[i] for i in search.step(rows)] == [beam.parent for beam in search.beams]
     got = [([one.token_id for one in beam.scored], beam.cum_logprob) for beam in search.best()]
     assert got == beam_search(model, prompt, width, steps, penalty, 0)
+
+
+@pytest.mark.parametrize("shown", [0, 3, -1])
+def test_a_step_of_many_beams_is_one_of_lists(shown: int) -> None:
+    """What candidates are and which of them go on, written out token by token: equal to the bit, with many equal sums."""
+    rng, width, eos = random.Random(shown), 64, frozenset({5, 17, 90})
+    search = BeamSearch(width, prompt_len=3, max_tokens=9, length_penalty=0.7, eos=eos)
+    ended: list[tuple[float, list[int]]] = []
+    while not search.over:
+        tables = []
+        for _ in search.beams:
+            tokens = rng.sample(range(300), rng.choice([90, 128, 129, 300]))
+            values = [-rng.choice([0.25, 1 / 3, rng.random()]) * rng.choice([1, 2, 40]) for _ in tokens]
+            tables.append(list(zip(tokens, sorted(values, reverse=True), strict=True)))
+        candidates = [
+            (beam.cum_logprob + logprob, i, place)
+            for i, (beam, table) in enumerate(zip(search.beams, tables, strict=True))
+            for place, (_, logprob) in enumerate(table[: 2 * width])
+        ]
+        ends = [one for one in candidates if tables[one[1]][one[2]][0] in eos]
+        others = [one for one in candidates if tables[one[1]][one[2]][0] not in eos]
+        best = sorted(others, key=lambda one: one[0], reverse=True)[:width]
+        texts = [[one.token_id for one in beam.scored] for beam in search.beams]
+        ended += [(total, [*texts[i], tables[i][place][0]]) for total, i, place in ends]
+        ended = sorted(ended, key=lambda one: one[0] / (3 + len(one[1]) - 1) ** 0.7, reverse=True)[:width]
+        assert search.step([row(table) for table in tables], shown) == [i for _, i, _ in best]
+        assert [(beam.cum_logprob, [one.token_id for one in beam.scored]) for beam in search.ended] == ended
+        for (total, i, place), beam in zip(best, search.beams, strict=True):
+            token, logprob = tables[i][place]
+            rank = 1 + sum(other > logprob for _, other in tables[i])
+            top = tuple(tables[i] if shown == -1 else tables[i][:shown])
+            assert (beam.cum_logprob, beam.last) == (total, TokenLogprob(token, logprob, rank, top)) and not beam.ended
 
 
 @pytest.fixture(scope="module")
