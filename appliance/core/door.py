@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 from appliance.core.checks import check_number
 from appliance.core.messages import EngineInfo, Submit
@@ -99,13 +100,15 @@ def make_requests(submit: Submit, info: EngineInfo, *, fallback_seed: int, adapt
     max_total = info.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
     eos = frozenset() if params.ignore_eos else frozenset(info.eos_token_ids)
     seed = params.seed if params.seed is not None else fallback_seed
+    own = [_own(params, index, len(eos)) for index in range(min(2, params.width))]  # the others are as the second
+    made: dict[str, Any] = {}
     requests = [
         Request(
             request_id=submit.request_id,
             index=index,
             tokens=list(prompt),
             prompt_len=len(prompt),
-            params=_own(params, index, len(eos)),
+            params=own[min(index, 1)],
             max_total=max_total,
             seed=hash_u64(seed, index),
             arrival=submit.arrival,
@@ -115,6 +118,7 @@ def make_requests(submit: Submit, info: EngineInfo, *, fallback_seed: int, adapt
             salt=submit.cache_salt,
             adapter=adapter,
             beam=params.use_beam_search,
+            made=made,
             thinking=_thinking(params, len(prompt)),
             repetition=None if params.repetition_detection is None else Repetition(params.repetition_detection),
         )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from appliance.core.messages import Pooling, RequestStat
 from appliance.core.params import SamplingParams
 from appliance.core.repetition import Repetition
 from appliance.core.thinking import Thinking
+
+T = TypeVar("T")
 
 
 class Adapter(NamedTuple):
@@ -42,6 +45,7 @@ class Request:
     guide: Any = None  # where it is in its grammar; the runtime's
     thinking: Thinking | None = None  # what it has left to think
     repetition: Repetition | None = None  # whether it says the same again and again
+    made: dict[str, Any] = field(default_factory=dict)  # what ``once`` made, shared with its siblings
     said: Any = None  # what its next tokens are guessed from; appliance.core.drafts'
     computed: int = 0  # tokens whose keys and values are in the cache, or will be after the steps under way
     landed: int = 0  # of those, how many no step under way has still to compute
@@ -105,13 +109,19 @@ class Request:
             adapter=self.adapter.name if self.adapter else "",
         )
 
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What its parameters are in the form that each token asks for: lists may be as long as a vocabulary."""
+        if (found := self.made.get(name)) is None:
+            found = self.made[name] = make()
+        return found
+
     def append(self, token: int) -> None:
         """Take a sampled token, and see whether it ends the request (stop strings are the text layer's)."""
         self.tokens.append(token)
         if self.output_len >= self.params.min_tokens:
             if token in self.eos_token_ids:
                 self.finish_reason = "stop"
-            elif token in self.params.stop_token_ids:  # type: ignore[operator]  # a tuple since __post_init__
+            elif self.params.stop_token_ids and token in self.once("stop", lambda: frozenset(self.params.stop_token_ids or ())):
                 self.finish_reason, self.stop_reason = "stop", token
         if self.finish_reason is None and len(self.tokens) >= self.max_total:
             self.finish_reason = "length"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -36,18 +35,20 @@ def adjust(row: Tensor, request: Request) -> None:
     if forced is not None and row[forced] > _NEVER:  # else a grammar does not want it
         row.fill_(_NEVER)[forced] = 0.0
         return
-    if params.allowed_token_ids is not None:
-        allowed = _allowed(tuple(params.allowed_token_ids), row.numel(), row.device)
+    vocab = row.numel()
+    if (ids := params.allowed_token_ids) is not None:
+        allowed = _index(request.once("allowed", lambda: _known(ids, vocab)), row)
         values = row[allowed]
         row.fill_(_NEVER)[allowed] = values
-    row[_index(_ends_bad_word(request), row)] = _NEVER
+    if words := params.bad_words_token_ids:
+        _rule_out(row, request, request.once("bad words", lambda: _bad_words(words, vocab)))
     if request.output_len < params.min_tokens:
-        row[_index({*request.eos_token_ids, *(params.stop_token_ids or ())}, row)] = _NEVER
-    if params.logit_bias:
-        count = len(params.logit_bias)
-        ids = np.fromiter(params.logit_bias, np.int64, count)
-        biases = np.fromiter(params.logit_bias.values(), np.float32, count)[ids < row.numel()]
-        row[_index(params.logit_bias, row)] += torch.from_numpy(biases).to(row.device)
+        ends = request.once("ends", lambda: _known({*request.eos_token_ids, *(params.stop_token_ids or ())}, vocab))
+        row[_index(ends, row)] = _NEVER
+    if bias := params.logit_bias:
+        tokens = request.once("biased", lambda: _known(bias, vocab))
+        biases = request.once("biases", lambda: np.fromiter(map(bias.__getitem__, tokens.tolist()), np.float32, len(tokens)))
+        row[_index(tokens, row)] += _index(biases, row)
     _penalize(row, request)
 
 
@@ -55,33 +56,43 @@ def _penalize(row: Tensor, request: Request) -> None:
     """The repetition penalty of CTRL (Keskar et al. 2019, over prompt and output), then OpenAI's two (over the output)."""
     params = request.params
     if params.repetition_penalty != 1.0:
-        seen = _index(request.tokens, row)  # those that come twice are written the same value twice
+        seen = _index(_array(request.tokens), row)  # those that come twice are written the same value twice
         values, penalty = row[seen], params.repetition_penalty
         row[seen] = torch.where(values > 0, values / penalty, values * penalty)
     output = request.tokens[request.prompt_len :]
     if output and (params.frequency_penalty or params.presence_penalty):
-        ids, counts = torch.unique(_index(output, row), return_counts=True)
+        ids, counts = torch.unique(_index(_array(output), row), return_counts=True)
         row[ids] -= params.frequency_penalty * counts + params.presence_penalty
 
 
-def _ends_bad_word(request: Request) -> set[int]:
+BadWords = dict[int, dict[tuple[int, ...], np.ndarray]]  # by how many tokens come before the last, then by these: the last ones
+
+
+def _bad_words(words: Collection[tuple[int, ...]], vocab: int) -> BadWords:
+    found: dict[int, dict[tuple[int, ...], list[int]]] = {}
+    for *before, last in words:
+        found.setdefault(len(before), {}).setdefault(tuple(before), []).append(last)
+    return {length: {before: _known(last, vocab) for before, last in some.items()} for length, some in found.items()}
+
+
+def _rule_out(row: Tensor, request: Request, words: BadWords) -> None:
     """Tokens that would complete one of the request's bad words now; a match lies within the output, as in vLLM."""
-    banned = set()
-    for word in request.params.bad_words_token_ids:
-        prefix = word[:-1]
-        start = len(request.tokens) - len(prefix)
-        if start >= request.prompt_len and tuple(request.tokens[start:]) == prefix:
-            banned.add(word[-1])
-    return banned
+    for length, some in words.items():
+        start = len(request.tokens) - length
+        if start >= request.prompt_len and (last := some.get(tuple(request.tokens[start:]))) is not None:
+            row[_index(last, row)] = _NEVER
 
 
-def _index(ids: Collection[int], row: Tensor) -> Tensor:
-    """Token ids as an index into the row. A stop id or bad word beyond the model's vocabulary can never be drawn anyway."""
-    found = np.fromiter(ids, np.int64, len(ids))  # of a penalty: a whole context in every step
-    return torch.from_numpy(found[found < row.numel()]).to(row.device)
+def _known(ids: Collection[int], vocab: int) -> np.ndarray:
+    """Token ids, ascending. A stop id or bad word beyond the model's vocabulary can never be drawn anyway."""
+    found = np.sort(_array(ids))
+    return found[: found.searchsorted(vocab)]
 
 
-@lru_cache(8)
-def _allowed(ids: tuple[int, ...], vocab: int, device: torch.device) -> Tensor:
-    """The same of those that a request allows, in every step: they may be as many as the model has."""
-    return torch.tensor([t for t in ids if t < vocab], dtype=torch.int64, device=device)
+def _array(ids: Collection[int]) -> np.ndarray:
+    return np.fromiter(ids, np.int64, len(ids))
+
+
+def _index(values: np.ndarray, row: Tensor) -> Tensor:
+    """Where the row is."""
+    return torch.from_numpy(values).to(row.device)

@@ -10,13 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.core.messages import TokenLogprob
+from appliance.core.door import make_requests
+from appliance.core.messages import Submit, TokenLogprob
 from appliance.core.params import SamplingParams
 from appliance.core.request import Request
 from appliance.runtime import penalties, sampler
 from appliance.runtime.sampler import sample, token_logprobs
 from kernels import reference
 from tests import warm
+from tests.server.fake import info
 
 INF = math.inf
 
@@ -203,10 +205,80 @@ def test_masks_and_bias():
 def test_a_step_pays_once_for_ids_that_come_often():
     params = SamplingParams(allowed_token_ids=[4, 2] * 100_000, stop_token_ids=[7, 3, 7])
     assert params.allowed_token_ids == (4, 2) and params.stop_token_ids == (7, 3)
-    before = penalties._allowed.cache_info().misses
-    for _ in range(3):
-        assert greedy([5.0, 4.0, 3.0, 2.0, 1.0], allowed_token_ids=[4, 2, 4]) == 2
-    assert penalties._allowed.cache_info().misses <= before + 1
+
+
+class Read(tuple):
+    """Knows how often it was gone through, and is never searched."""
+
+    times = 0
+
+    def __iter__(self):
+        self.times += 1
+        return super().__iter__()
+
+    def __contains__(self, value):
+        raise AssertionError("searched")
+
+
+def test_lists_are_gone_through_once_and_not_for_each_token():
+    """Of all completions of a request together: some lists may be as long as the vocabulary."""
+    params = SamplingParams(temperature=0.0, ignore_eos=True, min_tokens=3, bad_words_token_ids=((3, 2), (4,)))
+    lists = {
+        "stop_token_ids": Read((7, 9)),
+        "allowed_token_ids": Read((0, 2, 3, 4, 7)),
+        "bad_words_token_ids": Read(params.bad_words_token_ids),
+    }
+    for name, values in lists.items():
+        setattr(params, name, values)
+    params.logit_bias = {0: -1.0, 7: 2.0}
+    one, other = (make(params) for _ in range(2))
+    other.made = one.made
+    for request in (one, other):
+        while not request.finished:
+            found = sample(torch.tensor([[5.0, 1.0, 4.5, 4.2, 9.0, 0.0, 0.0, 4.0, 0.0, 0.0]]), [request])[0]
+            request.append(found.token)
+        assert (request.tokens[2:], request.stop_reason) == ([2, 2, 2, 7], 7)
+    assert [values.times for values in lists.values()] == [2, 1, 1]  # the first: for min_tokens, and behind it
+
+
+@pytest.mark.parametrize("asked", [{"n": 9}, {"best_of": 9}, {"n": 9, "use_beam_search": True, "prompt_logprobs": 2}])
+def test_completions_of_a_request_have_one_copy_of_what_it_asks(asked):
+    submit = Submit("r", (5, 6), SamplingParams(**asked), 0.0)
+    first, second, *others = make_requests(submit, info(), fallback_seed=1)
+    assert all(one.params is second.params and one.made is first.made for one in (second, *others))
+    assert first.params.prompt_logprobs == asked.get("prompt_logprobs") and second.params.prompt_logprobs is None
+    assert first.params.logprobs == second.params.logprobs == {"best_of": 0, "prompt_logprobs": 18}.get([*asked][-1])
+
+
+@settings(max_examples=200)
+@given(st.integers(0, 10**9), st.integers(5, 40))
+def test_masks_and_biases_are_those_of_loops(seed, vocab):
+    """Whatever lies beyond the vocabulary, and whatever comes often."""
+    rng = np.random.default_rng(seed)
+    beyond = vocab + 4
+    words = tuple(tuple(map(int, rng.integers(0, 3, rng.integers(1, 4)))) for _ in range(6)) + ((vocab + 1,),)
+    params = SamplingParams(
+        stop_token_ids=rng.integers(0, beyond, 5).tolist(),
+        min_tokens=int(rng.integers(0, 4)),
+        allowed_token_ids=rng.integers(0, beyond, 2 * vocab).tolist() if rng.random() < 0.5 else None,
+        logit_bias={int(token): float(rng.normal()) for token in rng.integers(0, beyond, 6)},
+        bad_words_token_ids=words,
+        bad_words=("made of tokens",),
+    )
+    request = make(params, prompt=(0, 1), eos=(3, vocab + 2))
+    for _ in range(6):
+        row = rng.normal(size=vocab).astype(np.float32)
+        expected = row.copy()
+        output = request.tokens[2:]
+        for token in range(vocab):
+            banned = params.allowed_token_ids is not None and token not in params.allowed_token_ids
+            banned |= any(word[-1] == token and output[len(output) - len(word) + 1 :] == [*word[:-1]] for word in words)
+            banned |= len(output) < params.min_tokens and (token == 3 or token in params.stop_token_ids)
+            expected[token] = -INF if banned else expected[token] + np.float32(params.logit_bias.get(token, 0.0))
+        found = torch.from_numpy(row)
+        penalties.adjust(found, request)
+        assert found.tolist() == expected.tolist()
+        request.tokens.append(int(rng.integers(0, 3)))
 
 
 def test_min_tokens_holds_back_the_end_and_the_stop_ids():
