@@ -48,6 +48,7 @@ Sink = Callable[[Event | Exception], None]
 # Of engines: a process begins with the priority of the thread that starts it, and the event loop's may have less (give_way).
 _starter = ThreadPoolExecutor(1, "engine-starter")
 STILL_S = 30.0  # an engine that has work, says nothing for so long and used no processor time meanwhile: it is stopped, or waits
+READING_S = 60.0  # so long it may take at least to read a vocabulary for grammars, in which the engine says nothing
 STUCK_S = 5.0  # after so much of that it counts as stuck, though it may still go on
 LOOK_S = 2.0  # how often it is looked at, at least
 
@@ -80,6 +81,7 @@ class Client:
         self._heard = 0  # messages of the engine
         self._owed = False  # whether it has said nothing since it was told something
         self._still = 0.0  # seconds for which it has had work, said nothing and used no processor time
+        self._reading = False  # whether it has said that it reads a vocabulary
         self._watch: asyncio.Task[None] | None = None  # while there is work
 
     async def start(self) -> None:
@@ -236,8 +238,7 @@ class Client:
         """
         assert self._process is not None
         process, heard, before, silent = psutil.Process(self._process.pid), -1, 0.0, 0.0
-        limit = min(STILL_S, self.step_timeout)
-        look = min(LOOK_S, limit / 8)
+        look = min(LOOK_S, STILL_S / 8, self.step_timeout / 8)
         while (self._sinks or self._owed) and self.state == "ready":
             with contextlib.suppress(psutil.Error):  # it has just ended: the reader sees that too
                 used = sum(process.cpu_times()[:2])
@@ -245,7 +246,8 @@ class Client:
                     heard, before, silent = self._heard, used, 0.0
                 still = used - before < 0.01 * silent
                 self._still = silent if still else 0.0
-                if silent > self.step_timeout or (silent > limit and still):
+                most = max(self.step_timeout, READING_S) if self._reading else self.step_timeout
+                if silent > most or (silent > STILL_S and still):
                     why = "uses no processor time" if still else "finishes no step"
                     self.failure = f"the engine is stuck: it has work, but {why} since {silent:.0f} s"
                     log.error("%s; it is ended", self.failure)
@@ -305,6 +307,8 @@ class Client:
             case ("adapter", error):
                 if not (waiting := self._adapters.popleft()).done():  # whoever waited may have left
                     waiting.set_result(error)
+            case ("reading", reading):
+                self._reading = reading
             case ("loading", done, total):
                 self.loading = (done, total)
             case ("ready", info, stats):

@@ -135,6 +135,11 @@ class Engine:
         self._grammars.prepare()
 
     @property
+    def reading(self) -> bool:
+        """Whether a vocabulary is read for grammars, or will be in this step: for seconds nothing else may have its turn."""
+        return self._grammars.reading
+
+    @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._flight is not None
 

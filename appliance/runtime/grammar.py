@@ -82,22 +82,33 @@ class Grammars:
         self._directory, self._vocab, self._ends = directory, vocab, ends
         self._vocabulary: Any = None
         self._compiled: OrderedDict[str, Compiled] = OrderedDict()  # by grammar, those used last behind
+        self._prepared: Future[None] | None = None
+        self._begun: list[list[Request]] = []  # since the last ``settle``
         self._pending: deque[tuple[Future[Any], list[Request]]] = deque()  # in order of their turn
 
     def prepare(self) -> None:
         """Have the vocabulary read, which keeps everybody waiting for up to a second: before there is anybody, if it can be."""
         if self._ends:
-            deep_thread().submit(self._read)  # what is wrong with its files is told with the first grammar
+            self._prepared = deep_thread().submit(self._read)  # what is wrong with its files is told with the first grammar
 
     def begin(self, requests: list[Request]) -> None:
-        """Have the grammar of these completions of one request compiled."""
-        self._pending.append((deep_thread().submit(self._compile, requests[0].params.grammar), requests))
+        """Have the grammar of these completions of one request compiled, from the next ``settle`` on."""
+        self._begun.append(requests)
+
+    @property
+    def reading(self) -> bool:
+        """Whether the vocabulary is being read, or will be from the next ``settle`` on: it may take seconds in one go."""
+        prepares = self._prepared is not None and not self._prepared.done()
+        return self._vocabulary is None and (prepares or bool(self._begun or self._pending))
 
     def settle(self, seconds: float) -> list[tuple[Request, str]]:
         """The requests whose grammar has been compiled since, each with the reason why it cannot go on, or "".
 
         Waits for up to ``seconds`` where all are still being compiled.
         """
+        for requests in self._begun:
+            self._pending.append((deep_thread().submit(self._compile, requests[0].params.grammar), requests))
+        self._begun.clear()
         if self._pending:
             wait([self._pending[0][0]], seconds)
         settled = []

@@ -37,13 +37,14 @@ def serve(conn: Connection) -> None:
         conn.send(("failed", text or type(error).__name__, isinstance(error, InputError | OSError)))
         return
     conn.send(("ready", engine.info, engine.stats()))
-    last, prepared = time.monotonic(), config.skip_tokenizer_init
+    last, prepared, reading = time.monotonic(), config.skip_tokenizer_init, False
     while True:
         events: list[Event] = []
         try:
             if not (prepared or engine.has_work or conn.poll(QUIET_S)):  # there is nobody whom it would keep waiting
+                conn.send(("reading", True))  # before it keeps this thread waiting
                 engine.prepare()
-                prepared = True
+                prepared = reading = True
             while conn.poll(0 if engine.has_work else None):
                 message = conn.recv()
                 if message is None:
@@ -51,6 +52,9 @@ def serve(conn: Connection) -> None:
                 events += handle(engine, conn, message)
                 if not engine.has_work:
                     break
+            if engine.reading != reading:
+                reading = not reading
+                conn.send(("reading", reading))
             events += engine.step()
         except EOFError:
             return

@@ -18,9 +18,11 @@ import pytest
 
 from appliance.config import EngineConfig
 from appliance.core.messages import Event, Submit
-from appliance.core.params import RequestError
+from appliance.core.params import RequestError, SamplingParams, StructuredOutputsParams
 from appliance.runtime import engine, worker
 from appliance.runtime.client import Client, EngineDied
+from appliance.runtime.grammar import Grammars
+from appliance.text.grammar import compile_grammar, deep_thread
 from quant.errors import InputError
 from tests.runtime.conftest import submit
 from tests.tiny_model import Shape, make_checkpoint
@@ -302,6 +304,58 @@ def test_grammars_are_prepared_when_nothing_is_asked(tiny: Path, monkeypatch: py
     monkeypatch.setattr(engine.Engine, "prepare", lambda self: events.append("prepared"))
     worker.serve(conn)
     assert events == ["asked", "a", "b", "quiet", "prepared", "end"]
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["asked for", "prepared"])
+def test_reading_a_vocabulary_is_told_before_and_behind(tiny: Path, monkeypatch: pytest.MonkeyPatch, prepared: bool) -> None:
+    """For the thread that tells may not have its turn meanwhile."""
+    events: list[Any] = []
+    structured = StructuredOutputsParams(choice=["yes", "no"])
+    params = SamplingParams(max_tokens=4, structured_outputs=structured, grammar=compile_grammar(structured))
+    messages = [Submit("guided", (3, 4), params, 0.0), submit("plain", [5], max_tokens=2), None]
+    read = Grammars._read
+
+    def reads(self: Grammars) -> None:
+        if self._vocabulary is None:
+            events.append("reads")
+        read(self)
+
+    def poll(seconds: float | None) -> bool:
+        if seconds == worker.QUIET_S:
+            return not prepared
+        if seconds is None and prepared:
+            deep_thread().submit(int).result()  # what is under way is done before somebody asks
+        return seconds is None
+
+    def send(message: tuple[Any, ...]) -> None:
+        events.extend([message] if message[0] == "reading" else ())
+        assert message[0] != "events" or not any(event.error for event in message[1])
+
+    asked = iter([(config(tiny), 20)])
+    conn = Mock(poll=poll, recv=lambda: next(asked, None) or messages.pop(0), send=send)
+    monkeypatch.setattr(worker, "send_lines", lambda level: None)
+    monkeypatch.setattr(Grammars, "_read", reads)
+    worker.serve(conn)
+    assert events == [("reading", True), "reads", ("reading", False)]
+
+
+async def test_an_engine_that_reads_a_vocabulary_is_not_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until that takes far too long, or it has said that it is done."""
+    client = Client(EngineConfig(), step_timeout=0.2)
+    client._process = subprocess.Popen(["sleep", "60"])
+    client.state = "ready"
+    try:
+        client._inbox.append(("reading", True))
+        client.submit(submit("a", [3]), lambda item: None)
+        client._take_all()
+        await asyncio.sleep(1)
+        assert client._process.poll() is None and client.failure is None
+        monkeypatch.setattr("appliance.runtime.client.READING_S", 0.2)
+        while client._process.poll() is None:
+            await asyncio.sleep(0.02)
+        assert "the engine is stuck: it has work" in (client.failure or "")
+    finally:
+        client._process.kill()
 
 
 def test_whatever_fails_while_loading_is_told(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
