@@ -7,8 +7,10 @@ they are always sent.
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -41,9 +43,23 @@ class CudaRecorder:
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         work()  # what is made at first use (kernels, workspaces) must not become part of the graph
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with no_collections(), torch.cuda.graph(graph, pool=self.pool):
             result = work()
         return graph.replay, result
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Within it Python looks for no garbage: what an earlier engine has left (pinned memory, events, recorded steps) would be
+    given back amid a recording, by calls that may end it.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class DecodeGraphs:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from appliance.memory.graphs import capture_sizes
 from appliance.memory.planner import make_plan
 from appliance.runtime.batch import StepArrays
 from appliance.runtime.engine import Engine
-from appliance.runtime.graphs import DecodeGraphs
+from appliance.runtime.graphs import CudaRecorder, DecodeGraphs
 from appliance.runtime.runner import Runner
 from appliance.runtime.staging import Staging
 from kernels.ops import PagedBatch
@@ -136,3 +140,35 @@ def test_inputs_are_as_said() -> None:
 
 def tensors(batch: PagedBatch) -> tuple[Tensor, ...]:
     return batch.positions, batch.slots, batch.query_starts, batch.seq_lens, batch.block_tables
+
+
+class Left:
+    """What refers to itself."""
+
+    itself: Left
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_collected_while_a_step_is_recorded(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier engine has left would be given back amid a recording, which ends it; also the last step's, that failed."""
+    made = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
+    lives: list[bool] = []
+
+    def work() -> Tensor:
+        left = Left()
+        left.itself, seen = left, weakref.ref(left)
+        del left
+        kept = [[i] for i in range(100_000)]  # so many that a collection is due many times over
+        lives.append(seen() is not None)
+        if fails and len(lives) == 2:
+            raise RuntimeError
+        return torch.zeros(len(kept[:1]))
+
+    gc.collect()
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        CudaRecorder().record(work)
+    assert lives == [False, True], "the second time is recorded"
+    assert gc.isenabled()
