@@ -45,6 +45,7 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         with no_collections(), torch.cuda.graph(graph, pool=self.pool):
             result = work()
+        graph.replay()  # the driver brings a graph to the card with its first launch, and the memory that takes is to be measured
         return graph.replay, result
 
 

@@ -150,8 +150,9 @@ class Left:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_is_collected_while_a_step_is_recorded(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an earlier engine has left would be given back amid a recording, which ends it; also the last step's, that failed."""
-    made = SimpleNamespace(replay=lambda: None)
+    """What an earlier engine has left would be given back amid a recording, which ends it. What is recorded has run once."""
+    made = SimpleNamespace(runs=0)
+    made.replay = lambda: setattr(made, "runs", made.runs + 1)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
@@ -171,4 +172,4 @@ def test_nothing_is_collected_while_a_step_is_recorded(fails: bool, monkeypatch:
     with pytest.raises(RuntimeError) if fails else nullcontext():
         CudaRecorder().record(work)
     assert lives == [False, True], "the second time is recorded"
-    assert gc.isenabled()
+    assert gc.isenabled() and made.runs == (not fails)
