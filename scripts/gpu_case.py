@@ -23,6 +23,8 @@ from gpu_children import SILENT_S, own_folders
 from gpu_experts import experts
 from gpu_small import kernels
 
+from appliance.memory.devices import this_device
+
 Row = dict[str, Any]
 Case = Callable[[Bench, Any], Iterator[Row]]
 ROWS, FEW = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096), (1, 16, 128, 4096)
@@ -82,7 +84,9 @@ def machine(device: str) -> Row:
             "memory_gib": round(card.total_memory / 2**30, 1),
         }
         facts["capability"] = f"{card.major}.{card.minor}"
+        host = this_device("cpu")
         facts |= {"cuda": torch.version.cuda, "free_gib": round(torch.cuda.mem_get_info()[0] / 2**30, 1), "cpus": os.cpu_count()}
+        facts |= {"host_gib": round(host.total / 2**30, 1), "host_available_gib": round(host.available / 2**30, 1)}
         facts |= driver()
     return facts
 

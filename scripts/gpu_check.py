@@ -12,6 +12,7 @@ the card is in processes of its own: what crashes, hangs or loses the card is to
 it grows: gpu_check_PART.md, .json, .svg (roofline) and .log (what processes printed that failed; tests in which a process ended
 are in it once more, a launch at a time and under compute-sanitizer). The exit code is 1 if a test fails or is cut off.
 Needed: torch, triton, safetensors, tokenizers, numpy, psutil and pytest. gemlite is compared with where it is installed.
+On a virtual machine whose memory grows as it is used APPLIANCE_RAM=128GiB says how much that may be: engines plan with it.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from appliance.memory.sizes import parse_bytes
 from quant.errors import InputError
 
 MIB = 1024**2
@@ -66,10 +67,16 @@ class DeviceInfo:
 
 
 def this_device(kind: str) -> DeviceInfo:
-    """The machine's memory ("cpu") or its first card's ("cuda"). Raises InputError where there is no such device."""
+    """The machine's memory ("cpu") or its first card's ("cuda"). Raises InputError where there is no such device.
+
+    APPLIANCE_RAM in the environment says how much the machine has where that grows as it is used: some virtual ones begin small.
+    """
     if kind == "cpu":
         memory = psutil.virtual_memory()
         total, available = memory.total, memory.available
+        if said := os.environ.get("APPLIANCE_RAM"):
+            most = parse_bytes("APPLIANCE_RAM", said, least=1)
+            total, available = most, max(0, most - (total - available))
         for limit, free in cgroup_limits():
             total, available = min(total, limit), min(available, free)
         return DeviceInfo("cpu", _cpu_name(), total, available)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -13,7 +14,7 @@ from appliance.memory import devices
 from appliance.memory.devices import DeviceInfo, Holder, cgroup_limits, parse_card, parse_holders, this_device
 from quant.errors import InputError
 
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 
 
 def write(path: Path, **files: object) -> None:
@@ -89,6 +90,22 @@ def test_the_cpu_has_what_the_machine_has_or_the_group_allows(monkeypatch: pytes
     monkeypatch.setattr(devices, "cgroup_limits", lambda: [(64 * MIB, 32 * MIB), (1 << 60, 1 << 60)])
     limited = this_device("cpu")
     assert (limited.total, limited.available) == (64 * MIB, 32 * MIB)
+
+
+def test_memory_that_grows_is_as_large_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in use is in use."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=4 * GIB, available=GIB))
+    monkeypatch.setattr(devices, "cgroup_limits", list)
+    monkeypatch.setenv("APPLIANCE_RAM", "128GiB")
+    found = this_device("cpu")
+    assert (found.total, found.available) == (128 * GIB, 125 * GIB)
+    monkeypatch.setattr(devices, "cgroup_limits", lambda: [(16 * GIB, 10 * GIB)])
+    assert (this_device("cpu").total, this_device("cpu").available) == (16 * GIB, 10 * GIB)
+    monkeypatch.setenv("APPLIANCE_RAM", "2GiB")
+    assert this_device("cpu").available == 0
+    monkeypatch.setenv("APPLIANCE_RAM", "much")
+    with pytest.raises(InputError, match="APPLIANCE_RAM is 'much'"):
+        this_device("cpu")
 
 
 def test_a_card_as_nvidia_smi_describes_it() -> None:
