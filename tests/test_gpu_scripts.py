@@ -366,6 +366,39 @@ def test_a_card_that_is_lost_ends_its_process(at: str, tmp_path: Path, monkeypat
         list(bench.rows([("wrong", lambda: 1 // 0), ("right", lambda: {"a": 1})]))  # type: ignore[arg-type]
 
 
+class Cold:
+    """In place of torch.cuda: a card that takes ten times as long until it has worked for 20 ms."""
+
+    def __init__(self) -> None:
+        self.now = self.worked = 0.0
+        self.graph, self.synchronize = lambda graph: nullcontext(), lambda: None
+
+    def CUDAGraph(self) -> Any:
+        return SimpleNamespace(replay=self.replay)
+
+    def replay(self) -> None:
+        seconds = 1e-4 if self.worked > 0.02 else 1e-3
+        self.now, self.worked = self.now + seconds, self.worked + seconds
+
+    def Event(self, enable_timing: bool) -> Any:
+        event = SimpleNamespace(at=0.0, synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.now)
+        event.elapsed_time = lambda end: 1e3 * (end.at - event.at)
+        return event
+
+
+@pytest.mark.usefixtures("scripts")
+def test_what_is_timed_is_a_card_that_has_worked_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clocks are low where nothing has run."""
+    import gpu_bench
+
+    card = Cold()
+    monkeypatch.setattr(gpu_bench, "torch", SimpleNamespace(cuda=card))
+    monkeypatch.setattr(gpu_bench, "time", SimpleNamespace(perf_counter=lambda: card.now))
+    bench = gpu_bench.Bench(SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
+    assert bench.time(lambda item: None, [1, 2]) == pytest.approx(5e-5)
+
+
 @pytest.mark.usefixtures("scripts")
 def test_kernels_that_are_compiled_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each a sign of life; who listened before goes on."""
