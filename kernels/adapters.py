@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kernels.parts import Norm, Weight
@@ -51,25 +52,36 @@ class AdapterWeights:
 
 @dataclass(frozen=True)
 class Adapted:
-    """The rows of a step that belong to requests with one adapter, at most layout.ADAPTED_AT_ONCE of them."""
+    """Rows of a step that belong to requests with one adapter: all in one window of layout.ADAPTED_AT_ONCE rows."""
 
     weights: AdapterWeights
     rows: slice | Tensor  # int64, on the device
+    window: int  # where that begins
 
 
 class Additions:
-    """What adapters add to the products of one layer in one step."""
+    """What adapters add to the products of one layer in one step; false where they add nothing to any."""
 
     def __init__(self, matmul: MatMul, adapted: Sequence[Adapted], layer: int) -> None:
-        self._matmul, self._each = matmul, [(one.weights.layers[layer], one.rows) for one in adapted]
+        self._matmul, self._each = matmul, [(one.weights.layers[layer], one.rows, one.window) for one in adapted]
 
-    def __call__(self, slot: str, y: Tensor, x: Tensor, norm: Norm | None = None) -> Tensor:
-        """The product y [T, N] of x [T, K], normalized where there is a norm, with what adapters add; y may be overwritten."""
-        for layer, rows in self._each:
+    def __bool__(self) -> bool:
+        return bool(self._each)
+
+    def __call__(self, slot: str, y: Tensor, x: Tensor, norm: Norm | None = None, first: int = 0) -> Tensor:
+        """The product y [T, N] of x [T, K], normalized where there is a norm, with what adapters add; y may be overwritten.
+
+        ``first``: of whole windows, the row of the step with which y begins.
+        """
+        for layer, rows, window in self._each:
             pair: LowRank | None = getattr(layer, slot)
-            if pair is not None:
-                before = y[rows]
-                after = self._matmul(self._matmul(x[rows], pair.a, norm=norm), pair.b, residual=before)
-                if isinstance(rows, Tensor) or after.data_ptr() != before.data_ptr():
-                    y[rows] = after
+            if pair is not None and first <= window < first + len(y):
+                own = slice(rows.start - first, rows.stop - first) if isinstance(rows, slice) else rows - first
+                before, inner = y[own], self._matmul(x[own], pair.a, norm=norm)
+                if y.dtype != x.dtype:
+                    y[own] = before + self._matmul(inner, pair.b, out=torch.empty_like(before))
+                    continue
+                after = self._matmul(inner, pair.b, residual=before)
+                if isinstance(own, Tensor) or after.data_ptr() != before.data_ptr():
+                    y[own] = after
         return y

@@ -109,6 +109,15 @@ class Pack(Protocol):
         """
 
 
+class Ungated(Protocol):
+    def __call__(self, weight: Weight) -> Weight:
+        """The same storage of a gated weight with a product of its own, gate and up [T, 2 * outputs], gate first.
+
+        That is in the type in which the gated product multiplies both: what they make is then rounded to x's dtype, and rows to
+        which nothing was added are what they are in the gated product. ``matmul`` takes it without ``residual`` and ``out``.
+        """
+
+
 class MatMul(Protocol):
     def __call__(
         self,
@@ -318,6 +327,7 @@ class Ops:
     argmax: ArgMax
     kth_largest: KthLargest
     delta: Delta
+    ungated: Ungated
     gelu_mul: GateMul | None = None
     join_experts: JoinExperts | None = None  # None: each expert stays a weight of its own
     bind: Bind | None = None

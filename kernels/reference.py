@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -28,6 +28,7 @@ class ReferenceWeight:
     clamp: Clamp | None
     rows: int
     K: int
+    wide: bool = False  # the product is in float32
 
     @property
     def N(self) -> int:
@@ -51,6 +52,11 @@ def pack(
     if isinstance(weight, QuantTensor):
         return ReferenceWeight(weight, bias, gated, gelu, clamp, weight.N, weight.K)
     return ReferenceWeight(weight.to(dtype), bias, gated, gelu, clamp, *weight.shape)
+
+
+def ungated(weight: Weight) -> ReferenceWeight:
+    assert isinstance(weight, ReferenceWeight)
+    return replace(weight, gated=False, wide=True)
 
 
 def matmul(
@@ -78,6 +84,8 @@ def matmul(
         found = multiply(found) if weight.clamp is None else clamped_mul(found, weight.clamp)
     if residual is not None:
         found = found + residual.float()
+    if weight.wide:
+        return found
     return found.to(x.dtype) if out is None else out.copy_(found)
 
 
@@ -282,4 +290,5 @@ def make_ops(device: torch.device) -> Ops:
         mix=partial(mix, matmul, rms_norm, silu_mul, gelu_mul),
         sample=sample,
         delta=delta,
+        ungated=ungated,
     )

@@ -15,9 +15,9 @@ from kernels.batch import moved_up
 from kernels.conv import short_conv
 from kernels.kv_cache import LARGEST
 from kernels.latent import Latents
-from kernels.layout import SCALED_CACHES
+from kernels.layout import ADAPTED_AT_ONCE, SCALED_CACHES
 from kernels.mixture import gated
-from kernels.ops import Forward, KVCache, Layer, Linear, Mixture, Norm, Ops, PagedBatch, Stack, Told, Weight
+from kernels.ops import MLP, Forward, GateMul, KVCache, Layer, Linear, Mixture, Norm, Ops, PagedBatch, Stack, Told, Weight
 from kernels.states import DeltaRule, StateCache
 from models.latent import EPS
 from models.order import as_published
@@ -154,7 +154,10 @@ class Decoder:
         self._check(caches, states)
         each = [caches[number] for number in self.spec.caches]
         bound = None if bind is None else bind(self.stack, each, states=states, max_tokens=max_tokens)
-        return partial(self.forward, caches=caches, states=states) if bound is None else bound
+        one_by_one = partial(self.forward, caches=caches, states=states)
+        if bound is None or self.spec.adapters is None:
+            return bound or one_by_one
+        return lambda ids, batch: (one_by_one if batch.adapters else bound)(ids, batch)
 
     def _check(self, caches: Sequence[KVCache], states: Sequence[StateCache]) -> None:
         if (len(caches), len(states)) != (found := (self.spec.kv_layers, sum(self.spec.linear))):
@@ -255,8 +258,8 @@ class Decoder:
             return self._add(inner, layer.mlp.down, layer.mlp_norm, hidden, more, "down")
         mlp, multiply = layer.mlp, ops.gelu_mul if self.spec.gelu else ops.silu_mul
         assert multiply is not None  # the planner refuses such models where operators have none
-        if self.spec.adapters:
-            inner = multiply(more("gate_up", self._linear(hidden, mlp.gate_up, norm), hidden, norm))
+        if more:
+            inner = self._gated_apart(mlp, multiply, hidden, norm, more)
         else:
             inner = gated(ops.matmul, multiply, hidden, mlp.gate_up, norm)
         if layer.beside is None or layer.mlp_norm is None:
@@ -265,6 +268,16 @@ class Decoder:
         mixed = ops.rms_norm(mixed, **self._norm(layer.beside.mixture_norm)._asdict())
         mixed = self._add(inner, mlp.down, layer.beside.mlp_norm, mixed, more, "down")
         return ops.rms_norm(mixed, **self._norm(layer.mlp_norm)._asdict(), residual=hidden)
+
+    def _gated_apart(self, mlp: MLP, multiply: GateMul, hidden: Tensor, norm: Norm | None, more: Additions) -> Tensor:
+        """What ``multiply`` makes of gate and up with what adapters add to both, [T, intermediate]: some rows at a time."""
+        parts, made = mlp.gate_up, []
+        if len(parts) == 1:
+            parts = (self.ops.ungated(parts[0]),)
+        for first in range(0, len(hidden), ADAPTED_AT_ONCE):
+            x = hidden[first : first + ADAPTED_AT_ONCE]
+            made.append(multiply(more("gate_up", self._linear(x, parts, norm), x, norm, first)).to(hidden.dtype))
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     def _add(
         self, x: Tensor, weight: Weight, norm: Tensor | None, hidden: Tensor, more: Additions | None = None, slot: str = ""

@@ -253,10 +253,8 @@ class _Loader:
             parts = self._halves(self._read(prefix, "mlp.gate_up_proj"))
         else:
             parts = [self._read(prefix, f"mlp.{name}_proj") for name in names]
-        down = self._read(prefix, "mlp.down_proj")
-        if self.spec.adapters:  # what is added to gate, up and down knows them as they are published
-            return MLP(self._fuse(parts), self._pack(down))
-        return self._gated(parts, down, gated=not self.spec.ungated)
+        down, ordered = self._read(prefix, "mlp.down_proj"), self.spec.adapters is not None
+        return self._gated(parts, down, gated=not self.spec.ungated, ordered=ordered)
 
     def _mixture(self, prefix: str, mixture: MixtureSpec) -> Mixture:
         """Expert by expert: one is laid out (and in its place among the others, if they are joined) before the next is read."""
@@ -289,9 +287,10 @@ class _Loader:
             gate_up = [select(gate_up[0], torch.arange(2 * self.spec.intermediate).view(-1, 2).t().flatten())]
         return self._gated(gate_up, down)
 
-    def _gated(self, gate_up: list[Part], down: Part, *, gated: bool = True) -> MLP:
+    def _gated(self, gate_up: list[Part], down: Part, *, gated: bool = True, ordered: bool = False) -> MLP:
+        """``ordered``: what is between both stays in the order in which it is published, as what is added to either knows it."""
         weight, bias = down
-        if isinstance(weight, QuantTensor) and weight.perm is not None:
+        if isinstance(weight, QuantTensor) and weight.perm is not None and not ordered:
             # The inputs of down are the outputs of gate and up: put those in down's order once, and no step needs a gather.
             gate_up = [select(part, weight.perm) for part in gate_up]
             weight = weight.without_perm()

@@ -85,7 +85,7 @@ class ModelSpec:
     logit_cap: float | None = None  # the same of logits
     float16: bool = True  # whether activations stay within what float16 holds
     logit_divisor: float = 1.0
-    adapters: AdapterLimits | None = None  # what there may be; then gate and up are not multiplied by their product
+    adapters: AdapterLimits | None = None  # of LoRA, that requests may have
     ahead: tuple[str, ...] = ()  # how tensors begin that guess tokens ahead, and are left out
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -299,7 +299,7 @@ class ModelSpec:
     @property
     def one_by_one(self) -> bool:
         """Whether it has what no call for all layers at once does (Ops.bind)."""
-        return any((self.conv, self.latent, self.whole_qk_norm, self.late_qk_norm, self.ungated, self.adapters))
+        return any((self.conv, self.latent, self.whole_qk_norm, self.late_qk_norm, self.ungated))
 
     @property
     def pre_norm(self) -> bool:

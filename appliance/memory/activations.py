@@ -23,7 +23,9 @@ def activation_bytes(spec: ModelSpec, layers: Sequence[Loaded], machinery: Machi
     """
     size = ITEM_SIZE[machinery.dtype]
     if machinery.ops == NATIVE:
-        return _with_told(spec, _native_activations(spec, layers, size), machinery) + 24
+        found = _with_told(spec, _native_activations(spec, layers, size), machinery)
+        # Steps whose requests have adapters are computed operator by operator, beside the memory of the one call for all others.
+        return (2 if spec.adapters is not None and not spec.one_by_one else 1) * found + 24
     if machinery.ops == "reference":  # the residual stream; see appliance.memory.reference for what is beside it
         return _with_told(spec, spec.hidden * size, machinery) + 24
     found = torch_activations(spec, layers, machinery)
@@ -84,10 +86,8 @@ def _native_activations(spec: ModelSpec, layers: Sequence[Loaded], size: int) ->
     if spec.latent is not None:
         attention = max(_latent_sizes(spec, spec.latent, layers))
     attention = max(attention, delta)
-    both = [one for one in layers if one.slot == "gate_up"]
-    gated = all((one.gated or spec.ungated) and not one.stored.act_order for one in both)
-    joined = spec.adapters is not None and not any(one.module.name.endswith(".up_proj") for one in both)
-    mlp = ((inner if gated else (3 if joined else 4) * inner) + added) * size if inner else 0
+    gated = all((one.gated or spec.ungated) and not one.stored.act_order for one in layers if one.slot == "gate_up")
+    mlp = ((inner if gated else 4 * inner) + added) * size if inner else 0
     if spec.mixture is not None and not gated:
         mlp = (4 * spec.widest_mlp + added) * size + _mixed(spec, spec.mixture, size)
     beside = _beside(spec) - (spec.mlp_size if gated and spec.mixture is not None and spec.mixture.beside else 0)

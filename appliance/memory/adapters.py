@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from appliance.memory.modules import NATIVE, Loaded, Machinery
+from appliance.memory.reference import FLOAT
 from appliance.memory.settings import ITEM_SIZE
-from kernels.layout import ADAPTED_AT_ONCE
+from kernels.layout import ADAPTED_AT_ONCE, BLOCK_N, padded
 from models.adaptable import adaptable
 from models.module import ModuleShape
 from models.spec import ModelSpec
@@ -36,10 +37,12 @@ def adapters_nbytes(spec: ModelSpec, machinery: Machinery) -> int:
 def adapters_workspace(spec: ModelSpec, machinery: Machinery) -> int:
     """Bytes of some rows while something is added to them: those of the product and of its input, and what comes of both.
 
-    Torch's operators, and the reference, widen them.
+    Gate and up are apart then, in float32, as they are computed, joined, and multiplied. Other operators than native ones widen
+    the rest, too.
     """
     if spec.adapters is None:
         return 0
     size = ITEM_SIZE[machinery.dtype] + (0 if machinery.ops == NATIVE else 4)
     pairs = [pair for number in spec.unlike for pair in adapter_weights(spec, number)]
-    return ADAPTED_AT_ONCE * size * max((a.module.K + a.module.N + 2 * b.module.N for a, b in pairs), default=0)
+    beside = max((a.module.K + a.module.N + 2 * b.module.N for a, b in pairs), default=0)
+    return ADAPTED_AT_ONCE * (size * beside + 6 * FLOAT * padded(spec.mlp_size, BLOCK_N))

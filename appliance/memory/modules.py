@@ -154,15 +154,14 @@ def layer_weights(spec: ModelSpec, scheme: QuantScheme) -> Iterator[Loaded]:
 
 
 def _joined(published: Iterable[Loaded], *, adapted: bool) -> Iterator[Loaded]:
-    """``adapted``: MLPs that all tokens go through may have adapters, and stay as they are published."""
+    """``adapted``: MLPs that all tokens go through may have adapters, and what is in them stays in its order."""
     for (_, slot), run in groupby(published, key=lambda one: (one.parent, one.slot)):
         parts = list(run)
-        apart = adapted and parts[0].parent.endswith(".mlp")
         if slot in JOINED and len({(part.stored, part.scale_bytes) for part in parts}) == 1:
             module = replace(parts[0].module, N=sum(part.module.N for part in parts))
             alone = len(parts) == 1 and parts[0].module.name.endswith(".up_proj")  # an MLP without a gate
-            yield replace(parts[0], module=module, gated=slot == "gate_up" and not (alone or apart))
-        elif slot == "down" and not apart:
+            yield replace(parts[0], module=module, gated=slot == "gate_up" and not alone)
+        elif slot == "down" and not (adapted and parts[0].parent.endswith(".mlp")):
             yield from map(_in_order, parts)
         else:
             yield from parts

@@ -165,10 +165,12 @@ class StepArrays:
         assert self.adapted is not None
         first = 0
         for adapter, count in self.adapters:
-            for begin in range(first, first + count, ADAPTED_AT_ONCE):
-                end = min(begin + ADAPTED_AT_ONCE, first + count)
-                low, high = int(self.adapted[begin]), int(self.adapted[end - 1]) + 1
-                yield Adapted(adapters[adapter], slice(low, high) if high - low == end - begin else sent[begin:end])
+            own = self.adapted[first : first + count]
+            ends = np.flatnonzero(np.diff(own // ADAPTED_AT_ONCE, append=-1)) + 1  # of its rows in each window
+            for begin, end in zip([0, *ends[:-1]], ends, strict=True):
+                low, high = int(own[begin]), int(own[end - 1]) + 1
+                rows = slice(low, high) if high - low == end - begin else sent[first + begin : first + end]
+                yield Adapted(adapters[adapter], rows, low // ADAPTED_AT_ONCE * ADAPTED_AT_ONCE)
             first += count
 
     def _wanted(self, whole: PagedBatch, rows: Tensor, starts: Tensor) -> Wanted:

@@ -92,7 +92,7 @@ class DecodeGraphs:
 
     def prepare(self, step: StepArrays) -> StepArrays | None:
         """The step as it has to be sent before ``replay``; None where there is no graph for it."""
-        if step.max_query > 1 or len(step.ids) > self.sizes[-1]:
+        if step.max_query > 1 or step.adapters or len(step.ids) > self.sizes[-1]:
             return None
         return step.padded(self.sizes[bisect_left(self.sizes, len(step.ids))], *self._shape)
 

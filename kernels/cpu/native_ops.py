@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import backend, native_delta, native_stack, native_weights
-from kernels.cpu.native_weights import TYPES, NativeWeight, address
+from kernels.cpu.native_weights import TYPES, NativeWeight, address, halves_joined
 from kernels.layout import SCALED_CACHES
 from kernels.mixture import mix
 from kernels.ops import Clamp, Forward, KVCache, Mixture, Norm, Ops, PagedBatch, Stack, Weight
@@ -64,10 +64,10 @@ class NativeOps:
             raise TypeError(f"a {type(weight).__name__} was packed for other operators than the native ones")
         if x.stride(1) != 1:
             x = x.contiguous()
-        rows = x.shape[0]
+        rows, width = x.shape[0], weight.handle.panels * 64 if weight.paired else weight.N
         residual = None if residual is None else residual.contiguous()
         if out is None:
-            out = torch.empty(rows, weight.N, dtype=x.dtype) if residual is None else residual
+            out = torch.empty(rows, width, dtype=torch.float32 if weight.paired else x.dtype) if residual is None else residual
         elif out.shape != (rows, weight.N) or not out.is_contiguous():
             raise ValueError(f"out is {list(out.shape)}; [{rows}, {weight.N}] is needed, contiguous")
         if rows:
@@ -84,7 +84,11 @@ class NativeOps:
                 out.data_ptr(),
                 TYPES[out.dtype],
             )
-        return out
+        return halves_joined(out, weight.N) if weight.paired else out
+
+    def ungated(self, weight: Weight) -> Weight:
+        assert isinstance(weight, NativeWeight)
+        return native_weights.ungated(self.module, weight)
 
     def embedding(self, ids: Tensor, table: Tensor | Weight, dtype: torch.dtype) -> Tensor:
         if isinstance(table, Tensor) and table.dtype != dtype:
@@ -301,5 +305,6 @@ def make_ops(device: torch.device, threads: int | None = None) -> Ops:
         mix=native.mix,
         bind=native.bind,
         delta=native.delta,
+        ungated=native.ungated,
         sigmoid_mul=native.sigmoid_mul,
     )

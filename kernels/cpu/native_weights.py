@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class NativeWeight:
     perm: Tensor | None  # int32 [K]
     N: int  # outputs of the product
     K: int
+    options: dict[str, Any]  # of the handle, but for the addresses
+    paired: bool = False  # its product has 64 outputs of gate, 64 of up, and so on, each half padded
 
     @property
     def nbytes(self) -> int:
@@ -151,7 +153,25 @@ def _lay_out(
         perm=address(perm),
     )
     N = options["N"] // 2 if gated else options["N"]
-    return NativeWeight(handle, to_codes, to_scales, to_zeros, to_bias, to_factors, perm, N, options["K"])
+    return NativeWeight(handle, to_codes, to_scales, to_zeros, to_bias, to_factors, perm, N, options["K"], options)
+
+
+def ungated(module: Any, weight: NativeWeight) -> NativeWeight:
+    """Of a gated weight: the same panels, of which each gives its own outputs. Made once, and kept with it."""
+    if "_ungated" not in weight.__dict__:
+        plain = {"gated": False, "gelu": False, "limit": 0.0, "slope": 0.0, "N": weight.handle.panels * 64}
+        parts = ("scales", "zeros", "bias", "factors", "perm")
+        places = {"data": address(weight.codes)} | {name: address(getattr(weight, name)) for name in parts}
+        handle = module.Linear(**weight.options | plain, **places)
+        weight.__dict__["_ungated"] = replace(weight, handle=handle, N=2 * weight.N, paired=True)
+    found: NativeWeight = weight.__dict__["_ungated"]
+    return found
+
+
+def halves_joined(product: Tensor, outputs: int) -> Tensor:
+    """Of a product of paired panels gate and up, one behind the other: [T, outputs]."""
+    rows = product.shape[0]
+    return product.view(rows, -1, 2, 64).transpose(1, 2).reshape(rows, 2, -1)[:, :, : outputs // 2].reshape(rows, outputs)
 
 
 def panel_order(each: Tensor, outputs: int, gated: bool) -> Tensor:

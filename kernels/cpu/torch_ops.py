@@ -94,4 +94,5 @@ def make_ops(device: torch.device) -> Ops:
         mix=partial(mix, matmul, rms_norm, weights.silu_mul, weights.gelu_mul),
         pack_table=reference.pack,
         delta=delta,
+        ungated=weights.ungated,
     )

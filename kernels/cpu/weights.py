@@ -217,6 +217,11 @@ def _pack_fp8(weight: QuantTensor, perm: Tensor | None, bias: Tensor | None, rou
     return Fp8Weight(values, scales, weight.group_size, perm, bias, rounding, weight.N, weight.K)
 
 
+def ungated(weight: Weight) -> Weight:
+    assert isinstance(weight, GatedWeight)
+    return weight.both
+
+
 def matmul(x: Tensor, weight: Weight) -> Tensor:
     if not isinstance(weight, CpuWeight):
         raise TypeError(f"a {type(weight).__name__} was packed for other operators than the CPU's")

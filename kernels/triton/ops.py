@@ -58,6 +58,7 @@ def make_ops(device: torch.device) -> Ops:
         silu_mul=silu_mul,
         gelu_mul=gelu_mul,
         delta=delta,
+        ungated=weights.ungated,
         mix=partial(mix, card=card),
         join_experts=join_experts,
         argmax=argmax,

@@ -23,7 +23,7 @@ fit tiles) is kept dequantized, as a dense weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels.parts import Weight
 from kernels.triton.dequant import BASE, UNIT
 from kernels.triton.kv import capability
 from kernels.tune import AMPERE
@@ -132,6 +133,11 @@ def pack(
         fp8_rows=weight.activation == "fp8-token" and weight.kind == "fp8" and activation != "bf16" and slices == 1,
         gelu=gelu,
     )
+
+
+def ungated(weight: Weight) -> TritonWeight:
+    assert isinstance(weight, TritonWeight)
+    return replace(weight, gated=False)
 
 
 def rounding(weight: QuantTensor, dtype: torch.dtype, activation: str) -> str | None:

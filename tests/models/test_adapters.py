@@ -74,7 +74,7 @@ def feed(decoder: Decoder, ids: torch.Tensor, adapters: list[AdapterWeights | No
             block_tables=tables[:, : -(-end // size)].contiguous(),
             max_query=length,
             max_seq=end,
-            adapters=tuple(Adapted(weights, _rows(own)) for weights, own in named.items()),
+            adapters=tuple(Adapted(weights, _rows(own), 0) for weights, own in named.items()),
         )
         hidden = forward(ids[start:end].repeat(count), batch)
         logits = decoder.logits(hidden, torch.full((len(hidden), spec.vocab), float("nan")))

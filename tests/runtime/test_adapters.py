@@ -291,3 +291,24 @@ def test_room_is_planned_and_not_exceeded(load: Load, adapters: dict[str, Path])
     two.adapters.unload("a")
     two.adapters.load("full", full)
     assert 2 * next(one.nbytes for name, one in two.runner.adapters.items() if name.name == "full") == room
+
+
+@pytest.mark.skipif(backend.native() is None, reason="the native extension is not built")
+@pytest.mark.parametrize("dtype", ["auto", "float16", "float32"])
+def test_a_neighbour_with_an_adapter_changes_no_bit(
+    load: Load, adapters: dict[str, Path], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the log-probabilities of requests without one, with native kernels' own settings."""
+    monkeypatch.setenv("APPLIANCE_CPU_ISA", "auto")
+    engine = load(lora_modules=modules(adapters), dtype=dtype, reference_ops=False, enable_prefix_caching=False)
+    plain = [submit(f"p{n}", range(3 + n, 40 + 2 * n), max_tokens=6, logprobs=3) for n in range(3)]
+    beside = [having(name, submit(f"x{name}{n}", range(9, 30 + n), max_tokens=9)) for n, name in enumerate(("a", "b", "a"))]
+
+    def told(requests: list[Submit]) -> dict[tuple[str, int], list[Any]]:
+        for one in requests:
+            engine.submit(one)
+        found = finish(engine)
+        return {key: [one for event in news for one in event.logprobs or ()] for key, news in found.items() if key[0][0] == "p"}
+
+    expected = {key: news for one in plain for key, news in told([one]).items()}
+    assert told([one for pair in zip(beside, plain, strict=True) for one in pair]) == expected

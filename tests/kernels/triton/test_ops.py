@@ -81,7 +81,7 @@ def test_adapters_agree_with_the_reference(checkpoint: Path, tmp_path: Path) -> 
         caches = [KVCache(cache.k.to(there, copy=True), cache.v.to(there, copy=True)) for _ in range(2)]
         tensors = (batch.positions, batch.slots, batch.query_starts, batch.seq_lens, batch.block_tables)
         more = [row if isinstance(row, slice) else row.to(there) for row in rows]
-        adapted = [tuple(map(Adapted, adapters, more)), ()]
+        adapted = [tuple(map(Adapted, adapters, more, (0, 0))), ()]
         for each in adapted:
             step = type(batch)(*(t.to(there) for t in tensors), max_query=17, max_seq=batch.max_seq, singles=4, adapters=each)
             found.append(decoder.bind(caches, max_tokens=64)(ids.to(there), step).float().cpu())
