@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +34,17 @@ class Pair:
     scale: float
 
 
-def load_adapter(directory: Path, spec: ModelSpec, ops: Ops, *, dtype: torch.dtype, max_rank: int) -> AdapterWeights:
-    """Read an adapter for a model whose activations are of ``dtype``.
+def load_adapter(
+    directory: Path,
+    spec: ModelSpec,
+    ops: Ops,
+    *,
+    dtype: torch.dtype,
+    max_rank: int,
+    begin: Callable[[], None] = lambda: None,
+) -> AdapterWeights:
+    """Read an adapter for a model whose activations are of ``dtype``. ``begin``: called when nothing is wrong with it, before
+    it takes the memory of an adapter.
 
     Raises InputError naming the file, the tensor and what was found, where it is none for this model, or of a larger rank.
     """
@@ -43,6 +52,7 @@ def load_adapter(directory: Path, spec: ModelSpec, ops: Ops, *, dtype: torch.dty
     if config.largest > max_rank:
         raise InputError(f"{directory} has rank {config.largest}, but --max-lora-rank is {max_rank}")
     pairs = _pairs(directory, spec, config)
+    begin()
     return AdapterWeights(tuple(_layer(spec, number, pairs, ops, dtype) for number in range(spec.layers)))
 
 

@@ -52,6 +52,7 @@ class LoadAdapter:
 
     name: str
     path: str  # a directory as PEFT writes it
+    replace: bool = False  # in the place of the one of that name, where there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,8 @@ class Stats:
     step_sizes: dict[int, int] = field(default_factory=dict)  # counter: steps by k, of more than 2**(k-1) and up to 2**k tokens
     rss_bytes: int = 0
     requests_now: tuple[RequestStat, ...] = ()  # at most 64, oldest first
+    adapters_running: tuple[str, ...] = ()  # names of the LoRA adapters of those that run
+    adapters_waiting: tuple[str, ...] = ()  # and of those that wait
 
 
 COUNTERS = (

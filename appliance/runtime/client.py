@@ -133,9 +133,9 @@ class Client:
         """Whether it answers nothing, and does not even use the processor; known a few seconds after it was asked something."""
         return self.state == "ready" and self._still > STUCK_S
 
-    async def load_adapter(self, name: str, path: str) -> None:
+    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> None:
         """Load a LoRA adapter from a directory. Raises RequestError with what is wrong with it, or EngineDied."""
-        await self._change(LoadAdapter(name, path))
+        await self._change(LoadAdapter(name, path, replace))
 
     async def unload_adapter(self, name: str) -> None:
         """Let no more requests have a LoRA adapter. Raises RequestError where there is none, or EngineDied."""

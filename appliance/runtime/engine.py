@@ -24,7 +24,7 @@ from appliance.core.scores import PromptLogprobs
 from appliance.core.step import Chunk, StepPlan
 from appliance.memory.devices import cpu_threads
 from appliance.memory.planner import make_plan
-from appliance.runtime.adapters import Adapters
+from appliance.runtime.adapters import Adapters, names_of
 from appliance.runtime.beam import BeamGroup
 from appliance.runtime.failures import told
 from appliance.runtime.grammar import Grammars
@@ -374,6 +374,8 @@ class Engine:
             step_sizes=dict(self._sizes),
             rss_bytes=self._process.memory_info().rss,
             requests_now=tuple(request.stat(now) for request in shown[:SHOWN_REQUESTS]),
+            adapters_running=names_of(scheduler.running),
+            adapters_waiting=names_of(chain(scheduler.waiting, scheduler.deferred)),
         )
 
     def _requests(self) -> Iterator[Request]:

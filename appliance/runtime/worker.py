@@ -92,7 +92,7 @@ def _adapter(engine: Any, message: LoadAdapter | UnloadAdapter) -> str | None:
     """What is wrong with it, where it cannot be done."""
     try:
         if isinstance(message, LoadAdapter):
-            engine.adapters.load(message.name, message.path)
+            engine.adapters.load(message.name, message.path, replace=message.replace)
         else:
             engine.adapters.unload(message.name)
     except (InputError, OSError) as error:
