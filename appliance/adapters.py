@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,8 @@ from models.spec import ModelSpec
 from quant.errors import InputError
 
 LEAST_RANK = 16
+NAME = re.compile(r"[!-~]{1,200}")
+"""Of a model or an adapter: what clients can ask for, and logs and metrics can show."""
 
 
 def spec_of(published: Mapping[str, Any], config: EngineConfig) -> ModelSpec:
@@ -50,13 +54,29 @@ def check_adapters(config: EngineConfig) -> dict[str, Path]:
 
 
 def read_names(modules: Sequence[str]) -> dict[str, Path]:
-    """--lora-modules: names and directories."""
+    """--lora-modules: names and directories, of NAME=DIRECTORY or vLLM's {"name": NAME, "path": DIRECTORY}. Raises InputError."""
     found: dict[str, Path] = {}
-    for one in modules:
-        name, equals, path = str(one).partition("=")
-        if not (name and equals and path):
+    for one in map(str, modules):
+        name, path = _of_json(one) if one.lstrip().startswith("{") else one.partition("=")[::2]
+        if not (name and path):
             raise InputError(f"--lora-modules has {one!r:.200}: NAME=DIRECTORY is needed")
+        if not NAME.fullmatch(name):
+            raise InputError(f"--lora-modules: {name!r:.80} cannot be an adapter's name: printable ASCII without spaces is")
         if name in found:
-            raise InputError(f"--lora-modules names {name!r:.200} twice")
+            raise InputError(f"--lora-modules names {name!r} twice")
         found[name] = Path(path)
     return found
+
+
+def _of_json(text: str) -> tuple[str, str]:
+    """vLLM's ``base_model_name`` is what clients shall take for the parent: here that is the model."""
+    try:
+        found: Any = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"--lora-modules has {text!r:.200}, which is no JSON ({error}): NAME=DIRECTORY is needed") from None
+    if strange := sorted(found.keys() - {"name", "path", "base_model_name"}):
+        raise InputError(f"--lora-modules: there is no field {strange[0]!r:.80}: they are name and path")
+    name, path = found.get("name"), found.get("path")
+    if not isinstance(name, str) or not isinstance(path, str):
+        raise InputError(f"--lora-modules has {text!r:.200}: name and path are needed, as texts")
+    return name, path

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 
 from appliance.cli_foreign import (
     BENCH_INSTEAD,
@@ -25,7 +26,11 @@ from appliance.cli_foreign import (
     SWITCHES,
     VALUED,
 )
+from appliance.config import EngineConfig, ServerConfig
 from quant.errors import InputError
+
+NAMES = [field.name.replace("_", "-") for kind in (EngineConfig, ServerConfig) for field in fields(kind)]
+OWN = {f"--{no}{name}" for name in NAMES for no in ("", "no-")}
 
 
 def translate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -102,7 +107,7 @@ def _set(name: str, value: str, rest: list[str]) -> str:
 
 def _instead(name: str) -> str | None:
     """What to do instead of a flag that would change something; None for a flag that may be ours."""
-    if name in INSTEAD or "lora" in name:
+    if name in INSTEAD or ("lora" in name and name not in OWN):
         return INSTEAD.get(name, LORA)
     return SPECULATION if name.startswith("--speculative-") and name != "--speculative-config" else None
 
@@ -116,13 +121,20 @@ def _own(name: str, equals: str, value: str, rest: list[str]) -> list[str]:
         return [value if equals else _next(name, rest)]
     if name in LISTS and not equals:  # several values may follow, and the model behind them
         values = [_next(name, rest)]
-        while rest and not rest[0].startswith("-") and not os.path.isfile(os.path.join(rest[0], "config.json")):
+        while rest and not rest[0].startswith("-") and not _is_model(name, rest[0]):
             values.append(rest.pop(0))
         return [part for one in values for part in (name, one)]
     if name == "--allowed-origins":  # vLLM's is a list in JSON
         value = value if equals else _next(name, rest)
         return [f"{name}={one}" for one in _strings(name, value)]
     return [f"{name}={value}" if equals else name]
+
+
+def _is_model(name: str, value: str) -> bool:
+    """Whether it can be no value of that list."""
+    if name == "--lora-modules":
+        return "=" not in value and not value.startswith("{")
+    return os.path.isfile(os.path.join(value, "config.json"))
 
 
 def _strings(name: str, value: str) -> list[str]:

@@ -15,6 +15,7 @@ RENAMED = {
     "-cc": "--compilation-config",
     "-O": "--optimization-level",
     "-sc": "--speculative-config",
+    "--lora-paths": "--lora-modules",
 }
 
 # Other names for what the checkpoint says itself.
@@ -38,7 +39,7 @@ NOTHING = """
     --enable-prompt-tokens-details --enable-reasoning --enable-request-id-headers --enable-server-load-tracking
     --enable-tokenizer-info-endpoint --exclude-tools-when-tool-choice-none --guided-decoding-disable-fallback
     --interleave-mm-strings --jinja --kv-sharing-fast-prefill --kv-unified --language-model-only --log-error-stack --metrics
-    --multi-step-stream-outputs --no-context-shift --no-enable-lora --no-mmap --no-warmup --scheduler-reserve-full-isl
+    --multi-step-stream-outputs --no-context-shift --no-fully-sharded-loras --no-mmap --no-warmup --scheduler-reserve-full-isl
     --skip-mm-profiling --swa-full --trust-remote-code --use-tqdm-on-load --use-v2-block-manager -cb -kvu
 """
 SWITCHES = set(NOTHING.split())
@@ -79,6 +80,8 @@ VALUED: dict[str, tuple[str, ...] | None] = dict.fromkeys(ANY.split()) | {
     "--kv-offloading-backend": ("native",),
     "--load-format": ("auto", "safetensors"),
     "--logprobs-mode": ("raw_logprobs",),
+    "--lora-dtype": ("auto",),
+    "--lora-extra-vocab-size": ("0",),
     "--long-prefill-token-threshold": ("0",),
     "--model-impl": ("auto", "vllm"),
     "--nnodes": ("1",),
@@ -98,10 +101,10 @@ VALUED: dict[str, tuple[str, ...] | None] = dict.fromkeys(ANY.split()) | {
 SIZES = ("--cuda-graph-sizes", "--cudagraph-capture-sizes")  # of those, several numbers may follow
 
 # Flags of ours that take several values in a row.
-LISTS = ("--served-model-name", "--api-key")
+LISTS = ("--served-model-name", "--api-key", "--lora-modules")
 
 ONE_ENGINE = "one engine per server: start several servers"
-LORA = "LoRA adapters are not supported: merge the adapter into the model"
+LORA = "not supported: LoRA adapters are given with --lora-modules NAME=DIRECTORY, --max-loras and --max-lora-rank; leave it out"
 SPECULATION = (
     'there are no draft models; --speculative-config \'{"method": "ngram", "num_speculative_tokens": 5}\' guesses from the text'
 )
@@ -147,6 +150,8 @@ INSTEAD = {
     "--max-num-queued-tokens": "use --max-num-queued-reqs",
     "--middleware": "not supported: put a proxy in front of the server",
     "--mlock": "not supported: leave it out",
+    "--lora-dtype": "adapters are computed in what --dtype says: leave it out",
+    "--lora-extra-vocab-size": "adapters with tokens of their own are not supported: leave it out",
     "--mm-encoder-only": "only text is read: leave it out",
     "--no-enable-chunked-prefill": "prompts are always computed in chunks: raise --max-num-batched-tokens for larger ones",
     "--num-gpu-blocks-override": "use --kv-cache-memory-bytes",
@@ -195,7 +200,10 @@ SEVERAL = {
     ),
     "--otlp-traces-endpoint --collect-detailed-traces": "no traces are made: each request's X-Request-Id is in the log",
     "--ec-transfer-config --kv-events-config --weight-transfer-config": "the KV cache stays with its server: leave it out",
+    "--default-mm-loras --enable-tower-connector-lora": "only text is read: leave it out",
     "--enable-prompt-adapter --prompt-adapters": "prompt adapters are not supported: leave it out",
+    "--fully-sharded-loras": "only one device is supported: leave it out",
+    "--max-cpu-loras": "adapters stay where the model is, all that are loaded: use --max-loras",
     "--override-pooler-config --pooler-config": "embeddings are the last token's hidden state, as --runner pooling has it",
     "--pooling": "use --runner pooling, which takes the last token's hidden state",
     "--is-embedding": "use --runner pooling",
@@ -221,6 +229,8 @@ SEVERAL = {
     "-hff --hf-file": "a repository is served as a whole: name it as the first argument",
     "-cram --cache-ram": "use --swap-space",
     "-ot -cmoe -ncmoe --override-tensor --cpu-moe --n-cpu-moe": "use --cpu-offload-gb",
+    "--lora --lora-scaled": "use --lora-modules NAME=DIRECTORY, of an adapter as PEFT writes it; requests name it as their model",
+    "--lora-init-without-apply": "requests name an adapter as their model, or the model itself: leave it out",
     "-mm --mmproj": "only text is read: leave it out",
     "--log-file --log-disable": "the log goes to stderr: send it where it is to be",
     "--models-dir --models-preset": "use --models FILE",
@@ -243,6 +253,7 @@ SEVERAL = {
     "--disable-radix-cache": "use --no-enable-prefix-caching",
     "--disable-cuda-graph": "use --enforce-eager",
     "--schedule-policy": "use --scheduling-policy",
+    "--max-loras-per-batch --max-loaded-loras": "use --max-loras",
 }
 INSTEAD |= {name: told for names, told in SEVERAL.items() for name in names.split()}
 
@@ -251,7 +262,7 @@ BENCH_RENAMED = {"--url": "--base-url", "--plot": "--svg"}
 BENCH_NOTHING = {"--tokenizer": True, "--tokenizer-mode": True, "--trust-remote-code": False, "--skip-tokenizer-init": False}
 BENCH_INSTEAD = {
     "--profile": "not supported: leave it out",
-    "--lora-modules": LORA,
+    "--lora-modules": "an adapter is asked for as a model: use --model NAME",
     "--use-beam-search": "use --extra-body '{\"use_beam_search\": true}'",
     "--hf-name": "use --dataset-name text, custom or sharegpt with --dataset-path FILE",
 }

@@ -155,6 +155,9 @@ class ServerConfig:
     idle_unload: float = 0.0
     """Seconds without a request after which a model's engine ends, and its memory is free; the next request loads it again. 0: it
     stays."""
+    allow_runtime_lora_updating: bool = False
+    """Let whoever may ask the server load LoRA adapters from directories of its machine, and unload them
+    (/v1/load_lora_adapter, /v1/unload_lora_adapter)."""
     engine_step_timeout: float = 600.0
     """Seconds after which an engine that has work and finishes no step is stuck, is ended, and started again (sooner where it
     does not even use the processor). 0: it is waited for."""

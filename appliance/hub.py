@@ -9,11 +9,13 @@ import re
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from appliance.adapters import read_names
+from appliance.config import EngineConfig
 from models.spec import ModelSpec
 from quant.errors import ADAPTER, MERGE, InputError
 from quant.scheme import QuantScheme, load_configs
@@ -68,6 +70,20 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
         directory = _download(model, revision, WANTED)
     _check_files(model, {path.name for path in directory.iterdir()})
     return directory
+
+
+def with_adapters(engine: EngineConfig, *, weights: bool = True) -> EngineConfig:
+    """The same options with directories for ``lora_modules``, each a path or a repository on the hub, as PEFT writes them.
+
+    Without ``weights`` what of them a plan reads. Raises InputError as resolve() does.
+    """
+    wanted = [ADAPTER, *(["adapter_model.safetensors"] if weights else [])]
+    modules = []
+    for name, path in read_names(engine.lora_modules).items():
+        here = on_this_machine(str(path))
+        found = _download(called(str(path)), None, wanted) if here is None else here.absolute()
+        modules.append(f"{name}={found}")
+    return replace(engine, lora_modules=tuple(modules))
 
 
 @contextmanager

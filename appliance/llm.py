@@ -22,7 +22,7 @@ from appliance.adapters import read_names
 from appliance.config import EngineConfig
 from appliance.core.messages import Pooling, Submit
 from appliance.core.params import BeamSearchParams, PoolingParams, RequestError, SamplingParams, check_flags
-from appliance.hub import resolve
+from appliance.hub import resolve, with_adapters
 from appliance.inputs import (
     Prompt,
     beam_params,
@@ -108,7 +108,7 @@ class LLM:
                 explicit_template(template)
             directory = resolve(str(config.model), config.revision)
             source = resolve(config.tokenizer, config.revision, weights=False) if config.tokenizer else directory
-            self._config = replace(config, model=str(directory), tokenizer=str(source))
+            self._config = with_adapters(replace(config, model=str(directory), tokenizer=str(source)))
             self._tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(source, template)
             self._pooler = read_pooler(Path(directory), self._config.runner)
             self._defaults = SamplingParams(**model_defaults(Path(directory), defaults))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from appliance.adapters import NAME, read_names
 from appliance.config import EngineConfig, ServerConfig
 from quant.errors import InputError
 
@@ -26,7 +26,6 @@ OF_SERVER = (
 """Options of the server that each model may have for itself."""
 OF_ENGINE = tuple(f.name for f in fields(EngineConfig) if f.name not in ("device", "threads", "seed"))
 LOADS = ("start", "demand")
-NAME = re.compile(r"[!-~]{1,200}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def read_models(file: str, engine: EngineConfig, server: ServerConfig) -> list[E
     entries = [_entry(f"--models {file}: [{name}]", name, table, path.parent, engine, server) for name, table in tables.items()]
     seen: set[str] = set()
     for entry in entries:
-        for name in entry.server.served_model_name:
+        for name in (*entry.server.served_model_name, *read_names(entry.engine.lora_modules)):
             if not name.strip():
                 raise InputError(f"--models {file}: a name is empty: clients need one to ask for")
             if name in seen:
@@ -86,7 +85,10 @@ def _entry(where: str, name: str, table: Any, parent: Path, engine: EngineConfig
     made = replace(server, **_checked(where, ServerConfig, theirs), served_model_name=tuple(names))
     if not 0 <= made.idle_unload < math.inf:
         raise InputError(f"{where}: idle_unload is {made.idle_unload:g}: seconds, 0 or more, are needed")
-    return Entry(name, replace(engine, **_checked(where, EngineConfig, table)), made, load)
+    own = _checked(where, EngineConfig, table)
+    if "lora_modules" in own:
+        own["lora_modules"] = _located_adapters(where, own["lora_modules"], parent)
+    return Entry(name, replace(engine, **own), made, load)
 
 
 def _names(where: str, value: Any) -> list[str]:
@@ -98,6 +100,13 @@ def _names(where: str, value: Any) -> list[str]:
 def _located(model: str, parent: Path) -> str:
     beside = parent / model
     return str(beside) if os.path.isdir(beside) else model
+
+
+def _located_adapters(where: str, modules: tuple[str, ...], parent: Path) -> tuple[str, ...]:
+    try:
+        return tuple(f"{name}={_located(str(path), parent)}" for name, path in read_names(modules).items())
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _checked(where: str, kind: type, given: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from json import dumps
 from pathlib import Path
 
 from appliance.config import EngineConfig
-from appliance.hub import demo_model, headers_of, on_this_machine, resolve
+from appliance.hub import demo_model, headers_of, on_this_machine, resolve, with_adapters
 from appliance.memory.answers import Answers
 from appliance.memory.cards import find_cards
 from appliance.memory.devices import MIB, DeviceInfo, this_device
@@ -45,6 +45,7 @@ def plan_command(engine: EngineConfig, asked: Asked) -> int:
         return checked(engine, asked)
     check_options(engine, chosen_devices(engine, asked)[0])
     _context(asked.context)
+    engine = with_adapters(engine, weights=False)
     with headers_of(engine.model, engine.revision) if engine.model is not None else nullcontext(demo_model()) as directory:
         code = plan_of(directory, replace(engine, model=engine.model if engine.model is not None else str(directory)), asked)
     if code == 0 and not asked.json:
@@ -129,6 +130,7 @@ def checked(engine: EngineConfig, asked: Asked) -> int:
         raise InputError(f"--check loads the model on this machine, so {strange[0]} means nothing: leave out one of the two")
     check_options(engine)
     directory = resolve(engine.model, engine.revision) if engine.model is not None else demo_model()
+    engine = with_adapters(engine)
     try:
         report = check_apart(directory, engine)
     except PlanError as error:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from json import dumps
 
 from appliance.config import EngineConfig, ServerConfig
-from appliance.hub import headers_of
+from appliance.hub import headers_of, with_adapters
 from appliance.memory.early import check_options
 from appliance.memory.plan import PlanError
 from appliance.memory.together import Wish, named, seats
@@ -26,13 +26,15 @@ def plan_models(file: str, engine: EngineConfig, asked: Asked) -> int:
     if len(devices) > 1:
         raise InputError("--models plans for one card, and --gpu names several: name one")
     entries = read_models(file, engine, ServerConfig())
+    engines = []
     for one in entries:
         with named(one.name):
             check_options(one.engine, devices[0])
+            engines.append(with_adapters(one.engine, weights=False))
     with ExitStack() as stack:
         wishes = [
-            Wish(one.name, stack.enter_context(headers_of(str(one.engine.model), one.engine.revision)), one.engine)
-            for one in entries
+            Wish(one.name, stack.enter_context(headers_of(str(one.engine.model), one.engine.revision)), engine)
+            for one, engine in zip(entries, engines, strict=True)
         ]
         try:
             found = seats(wishes, engine, devices[0])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from appliance import cli
+from appliance.adapters import read_names
 from appliance.cli_flags import translate
 from appliance.cli_foreign import COMMANDS, INSTEAD, SWITCHES, VALUED
 from appliance.config import EngineConfig, ServerConfig
@@ -129,7 +130,20 @@ def test_which_source_wins(served: list[Any], tmp_path: Path, monkeypatch: pytes
         ("serve --config nowhere.toml", "--config nowhere.toml: No such file or directory"),
         ("serve -tp 2", "--tensor-parallel-size 2: only one device is supported: leave it out, or use 1"),
         ("serve --tensor_parallel_size=2", "--tensor-parallel-size 2: only one device"),
-        ("serve --enable-lora", "--enable-lora: LoRA adapters are not supported"),
+        ("serve --lora-modules", "--lora-modules needs a value"),
+        ("serve --lora-modules a", "--lora-modules has 'a': NAME=DIRECTORY is needed"),
+        ("serve --lora-modules a=x a=y", "--lora-modules names 'a' twice"),
+        ("serve --lora-modules demo=.", "--lora-modules: 'demo' is a name of the model itself"),
+        ("serve --lora-modules a=/no/such", "no such directory: /no/such"),
+        ("serve --lora-modules a=.", "/"),
+        ('serve --lora-modules {"name":"a"}', '--lora-modules has \'{"name":"a"}\': name and path are needed'),
+        ('serve --lora-modules {"name":"a","dir":"b"}', "--lora-modules: there is no field 'dir'"),
+        ("serve --lora-modules {", "--lora-modules has '{', which is no JSON"),
+        ("serve --max-loras 0", "--max-loras is 0: a whole number of at least 1 is needed"),
+        ("serve --max-cpu-loras 4", "--max-cpu-loras: adapters stay where the model is, all that are loaded: use --max-loras"),
+        ("serve --lora a.gguf", "--lora: use --lora-modules NAME=DIRECTORY, of an adapter as PEFT writes it"),
+        ("serve --lora-dtype float32", "--lora-dtype float32: adapters are computed in what --dtype says"),
+        ("serve --lora-unheard-of", "--lora-unheard-of: not supported: LoRA adapters are given with --lora-modules"),
         ("serve --allowed-origins [1]", "--allowed-origins is an origin, as https://chat.example, or a list of them in JSON"),
         ("plan --kv-cache-dtype fp7", "--kv-cache-dtype is 'fp7': one of auto, fp8, fp8_e4m3"),
         ("plan /no/such/model", "no such directory: /no/such/model"),
@@ -146,7 +160,7 @@ def test_which_source_wins(served: list[Any], tmp_path: Path, monkeypatch: pytes
         ("serve m -c 4096", "-c: use --max-model-len"),
         ("serve -hf org/model", "-hf: name the model as the first argument: organisation/model"),
         ("serve m -ctk q8_0", "-ctk: use --kv-cache-dtype, which is for keys and values: fp8, int8 or int4"),
-        ("serve m --fully-sharded-loras", "--fully-sharded-loras: LoRA adapters are not supported: merge the adapter"),
+        ("serve m --fully-sharded-loras", "--fully-sharded-loras: only one device is supported"),
         ("serve m --enable-chunked-prefill False", "--enable-chunked-prefill False: prompts are always computed in chunks"),
         ("serve m --speculative-disable-by-batch-size 4", "--speculative-disable-by-batch-size: there are no draft models"),
         (
@@ -211,12 +225,30 @@ def test_foreign_flags(capsys: pytest.CaptureFixture[str], served: list[Any]) ->
             "--enable-chunked-prefill",
             "True",
             "--no-enable-reasoning",
-            "--no-enable-lora",
+            "--no-fully-sharded-loras",
             "--enable-chunked-prefill=true",
         ]
     )[0] == ["serve"]
     assert not any(name.startswith("-") for name in COMMANDS) and not COMMANDS.keys() & set(cli.app)
     assert translate(["serve", "-q", "gptq_marlin"])[0] == ["serve", "--quantization", "gptq"]
+
+
+def test_adapters(served: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = ("a=/x", "b=/y")
+    assert cli.run(["serve", "--lora-modules", *two, "m", "--max-loras", "3"]) == 0
+    assert served.pop()[0] == EngineConfig(model="m", lora_modules=two, max_loras=3)
+    told = '{"name": "a", "path": "/x", "base_model_name": "m"}'
+    line = ["serve", "--lora-modules", told, "--lora-modules=b=/y", "--enable-lora", "--max-lora-rank", "8"]
+    assert cli.run([*line, "--allow-runtime-lora-updating"]) == 0
+    engine, server = served.pop()
+    assert engine == EngineConfig(lora_modules=(told, "b=/y"), enable_lora=True, max_lora_rank=8)
+    assert read_names(engine.lora_modules) == {"a": Path("/x"), "b": Path("/y")} and server.allow_runtime_lora_updating
+    (tmp_path / "a.toml").write_text('lora_modules = ["a=/with a space"]\nallow_runtime_lora_updating = true')
+    assert cli.run(["serve", "--config", str(tmp_path / "a.toml")]) == 0
+    assert served[-1] == (EngineConfig(lora_modules=("a=/with a space",)), ServerConfig(allow_runtime_lora_updating=True))
+    assert cli.run(["serve", "--lora-paths", "a=/x", "--no-enable-lora"]) == 0 and served.pop()[0].lora_modules == ("a=/x",)
+    monkeypatch.setenv("APPLIANCE_LORA_MODULES", "a=/x b=/y")
+    assert cli.run(["serve"]) == 0 and served.pop()[0].lora_modules == two
 
 
 def test_a_key_of_vllm_in_the_environment_is_asked_for(

@@ -154,7 +154,10 @@ def python(code: str, home: Path, endpoint: str, *arguments: str, **env: str) ->
     return warm.run("-c", code, *arguments, env=environment, cwd=home, imported=warm.DOWNLOADS)
 
 
-ADAPTER = "org/tiny: an adapter (adapter_config.json), no model: merge it into its model first"
+ADAPTER = (
+    "org/tiny: an adapter (adapter_config.json), no model: serve its model with --lora-modules NAME=ADAPTER, "
+    "or merge it into the model first"
+)
 
 
 def make_adapter(hub: Hub) -> None:
@@ -235,6 +238,27 @@ def test_refusals(hub: Hub, tmp_path: Path) -> None:
     make_adapter(hub)
     (tmp_path / "new").mkdir()
     assert ask(tmp_path / "new", hub.url) == f"refused: {ADAPTER}"
+
+
+def test_of_an_adapter_comes_what_peft_has_written(hub: Hub, tmp_path: Path) -> None:
+    make_adapter(hub)
+    hub.files["adapter_model.safetensors"] = WEIGHTS
+    code = (
+        "import sys\n"
+        "from appliance.config import EngineConfig\n"
+        "from appliance.hub import with_adapters\n"
+        "config = EngineConfig(lora_modules=('a=org/tiny', 'b=here'))\n"
+        "for weights in (False, True):\n    print(*with_adapters(config, weights=weights).lora_modules)\n"
+    )
+    (tmp_path / "here").mkdir()
+    found = python(code, tmp_path, hub.url)
+    lines = found.stdout.splitlines()
+    assert found.returncode == 0 and len(lines) == 2 and lines[0] == lines[1], found.stderr
+    hubs, local = (one.partition("=")[2] for one in lines[0].split())
+    assert sorted(path.name for path in Path(hubs).iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert local == str(tmp_path / "here"), "a whole path"
+    fetched = [path.rpartition("/")[2] for method, path, _ in hub.calls if method == "GET" and "/resolve/" in path]
+    assert fetched == ["adapter_config.json", "adapter_model.safetensors"], "a plan reads the first alone"
 
 
 def test_server_trouble(hub: Hub, tmp_path: Path) -> None:

@@ -43,6 +43,13 @@ def test_what_it_says(tmp_path: Path) -> None:
     assert (small.server.served_model_name, small.server.idle_unload, small.load) == (("small",), 60.0, "demand")
 
 
+def test_adapters_lie_beside_it_too(tmp_path: Path) -> None:
+    (tmp_path / "sql").mkdir()
+    text = '[chat]\nmodel = "m"\nlora_modules = ["sql=sql", "tone=org/tone"]\nmax_loras = 4'
+    (chat,) = read_models(write(tmp_path, text), EngineConfig(), ServerConfig())
+    assert chat.engine.lora_modules == (f"sql={tmp_path / 'sql'}", "tone=org/tone") and chat.engine.max_loras == 4
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -61,6 +68,9 @@ def test_what_it_says(tmp_path: Path) -> None:
         ('[a]\nmodel = "m"\naliases = "b"', "aliases is 'b': a list of names is needed"),
         ('["a b"]\nmodel = "m"', "'a b' cannot be a model's name"),
         ('[a]\nmodel = "m"\n[b]\nmodel = "m"\naliases = ["a"]', "two models answer to the name 'a'"),
+        ('[a]\nmodel = "m"\n[b]\nmodel = "m"\nlora_modules = ["a=x"]', "two models answer to the name 'a'"),
+        ('[a]\nmodel = "m"\nlora_modules = ["x"]', r"\[a\]: --lora-modules has 'x': NAME=DIRECTORY is needed"),
+        ('[a]\nmodel = "m"\nlora_modules = 3', r"\[a\]: lora_modules is 3: "),
     ],
 )
 def test_what_is_wrong_with_it(tmp_path: Path, text: str, message: str) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from appliance.adapters import adapter_limits, read_names
 from appliance.config import EngineConfig, ServerConfig
-from appliance.hub import called, demo_model, resolve
+from appliance.hub import called, demo_model, resolve, with_adapters
 from appliance.memory.early import check_options
 from appliance.memory.planner import MemoryPlan, make_plan
 from appliance.memory.proofs import untried
@@ -91,6 +92,7 @@ def check(engine: EngineConfig, server: ServerConfig) -> None:
     if not all(name.strip() for name in server.served_model_name):
         raise InputError("--served-model-name is empty: clients need a name to ask for")
     check_options(engine)
+    read_names(engine.lora_modules)
     Parsers.of(None, server)
     model_defaults(None, server.generation_config)
     if server.chat_template is not None:
@@ -144,4 +146,9 @@ def locate(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, Se
     names = server.served_model_name or (called(engine.model or "demo"),)
     directory = resolve(engine.model, engine.revision) if engine.model is not None else demo_model()
     tokenizer = resolve(engine.tokenizer, engine.revision, weights=False) if engine.tokenizer else directory
-    return replace(engine, model=str(directory), tokenizer=str(tokenizer)), replace(server, served_model_name=tuple(names))
+    engine = with_adapters(replace(engine, model=str(directory), tokenizer=str(tokenizer)))
+    if taken := sorted(read_names(engine.lora_modules).keys() & set(names)):
+        raise InputError(f"--lora-modules: {taken[0]!r} is a name of the model itself: give the adapter another one")
+    if limits := adapter_limits(engine):  # an engine that is started later, with other adapters, has as much room for them
+        engine = replace(engine, enable_lora=True, max_loras=limits.count, max_lora_rank=limits.rank)
+    return engine, replace(server, served_model_name=tuple(names))

@@ -135,7 +135,7 @@ def test_no_safetensors(tmp_path: Path, name: str | None, message: str) -> None:
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     write(tmp_path / "adapter_model.safetensors", "base_model.model.lm_head.lora_A.weight")
     (tmp_path / "adapter_config.json").write_text("{}")
-    refuses(tmp_path, r"an adapter \(adapter_config.json\), no model: merge it into its model first")
+    refuses(tmp_path, r"an adapter \(adapter_config.json\), no model: serve its model with --lora-modules NAME=ADAPTER")
     (tmp_path / "config.json").write_text("{}")  # a model that keeps what it was made with
     assert CheckpointIndex.open(tmp_path).tensors
 
