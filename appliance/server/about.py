@@ -14,12 +14,14 @@ Status = Literal["loading", "ok", "draining", "dead", "unloaded"]
 
 
 class Model(TypedDict):
+    """Of a LoRA adapter ``root`` is its directory, and ``parent`` the model that it belongs to."""
+
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     root: str
-    parent: None
+    parent: str | None
     max_model_len: int | None
     status: Status
     permission: list[Any]

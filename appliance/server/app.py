@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from appliance.config import EngineConfig, ServerConfig
 from appliance.runtime.client import EngineDied
-from appliance.server import catalog, chat, completions, embeddings, info, logs, openapi
+from appliance.server import catalog, chat, completions, embeddings, info, logs, lora, openapi
 from appliance.server.errors import EngineFailed, JSONResponse, about, error_body, error_response, failure, speaks_anthropic
 from appliance.server.guard import Guard
 from appliance.server.habits import Habits, methods, unserved
@@ -71,6 +71,7 @@ def app_of(site: Site, state: ServerState) -> FastAPI:
     app.include_router(catalog.router)
     app.include_router(info.router)
     app.include_router(logs.router)
+    app.include_router(lora.router)
     app.include_router(messages.router)
     app.include_router(openapi.router)
     app.include_router(responses.router)

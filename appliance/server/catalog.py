@@ -21,13 +21,15 @@ router = APIRouter()
 
 
 def _card(site: Site, host: Host, name: str) -> dict[str, Any]:
+    """Of the model under one of its names, or of an adapter of it."""
+    adapter = host.adapters.paths.get(name)
     return {
         "id": name,
         "object": "model",
         "created": int(site.shared.begun),
         "owned_by": "appliance",
-        "root": host.root,
-        "parent": None,
+        "root": adapter or host.root,
+        "parent": host.names[0] if adapter else None,
         "max_model_len": host.max_model_len,
         "status": host.status,
         "permission": [],
@@ -37,7 +39,7 @@ def _card(site: Site, host: Host, name: str) -> dict[str, Any]:
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
     site = site_of(request)
-    cards = [_card(site, host, name) for host in site.hosts for name in host.names]
+    cards = [_card(site, host, name) for host in site.hosts for name in (*host.names, *host.adapters.paths)]
     return JSONResponse(models_page(cards) if speaks_anthropic(request.scope) else {"object": "list", "data": cards})
 
 
@@ -72,7 +74,10 @@ async def load_model(request: Request) -> Response:
 async def unload_model(request: Request) -> Response:
     """Unload a model as soon as its requests are answered; the next request for it loads it again."""
     body = await read(request, ModelRequest)
-    site, host = site_of(request), _own(request, body.model)
+    site = site_of(request)
+    if body.model in site.find(body.model).adapters.paths:
+        raise RequestError(f"{body.model!r} is an adapter: POST /v1/unload_lora_adapter unloads it alone", param="model")
+    host = _own(request, body.model)
     await asyncio.shield(asyncio.ensure_future(site.send_away(host, wait=True)))
     return JSONResponse({"success": True, "model": host.names[0], "status": host.status})
 

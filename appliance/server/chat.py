@@ -41,7 +41,7 @@ class ChatView:
             "id": self.job.id,
             "object": kind,
             "created": int(self.job.begun),
-            "model": self.state.names[0],
+            "model": self.job.model,
             "system_fingerprint": f"appliance-{self.state.version}",
         }
 

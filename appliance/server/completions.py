@@ -52,7 +52,7 @@ class CompletionView:
             "id": self.job.id,
             "object": "text_completion",
             "created": int(self.job.begun),
-            "model": self.state.names[0],
+            "model": self.job.model,
             "system_fingerprint": f"appliance-{self.state.version}",
         }
 

@@ -41,7 +41,7 @@ async def answer(state: ServerState, request_id: str, body: EmbeddingRequest) ->
         "id": job.id,
         "object": "list",
         "created": int(job.begun),
-        "model": state.names[0],
+        "model": job.model,
         "data": data,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }

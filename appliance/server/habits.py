@@ -16,6 +16,8 @@ UNPREFIXED = (
     "/responses",
     "/messages",
     "/embeddings",
+    "/load_lora_adapter",
+    "/unload_lora_adapter",
 )  # where a base_url lacks its /v1
 # Routes of OpenAI, vLLM, llama.cpp, Ollama and others that are known, and not served.
 UNSERVED = {
@@ -56,9 +58,7 @@ UNSERVED = {
     "/is_sleeping": "GET /v1/models has the models' states",
     "/openai": "Azure's form is not spoken here: use /v1/chat/completions",
     "/v1beta": "Gemini's form is not spoken here: use /v1/chat/completions",
-    "/v1/load_lora_adapter": "LoRA adapters are not supported: merge the adapter into the model",
-    "/v1/unload_lora_adapter": "LoRA adapters are not supported: merge the adapter into the model",
-    "/lora-adapters": "LoRA adapters are not supported: merge the adapter into the model",
+    "/lora-adapters": "GET /v1/models has the LoRA adapters, and requests name one as their model",
     "/v1/alpha": "nothing is searched for here",
     "/v1/chat/completions/input_tokens": "POST /tokenize with messages counts them",
     "/v1/chat/completions/render": "POST /tokenize with messages has the tokens of the prompt",

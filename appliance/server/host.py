@@ -7,11 +7,14 @@ import logging
 import time
 from collections.abc import Callable
 from contextvars import Context
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+from appliance.core.messages import EngineInfo
 from appliance.core.params import RequestError
 from appliance.models_file import Entry
 from appliance.runtime.client import Client, EngineDied
+from appliance.server.adapters import Adapters
 from appliance.server.errors import unavailable
 from appliance.server.state import Outline, ServerState, Shared
 from appliance.text.tokenizer import Tokenizer
@@ -47,6 +50,8 @@ class Host(Protocol):
     def max_model_len(self) -> int | None:
         """Tokens; None where nobody knows before it is loaded."""
 
+    @property
+    def adapters(self) -> Adapters: ...
     @property
     def waiting(self) -> int:
         """Requests that wait for it to be loaded."""
@@ -91,6 +96,10 @@ class FixedHost:
         return self.state.client.info.max_model_len if self.state.client.info else None
 
     @property
+    def adapters(self) -> Adapters:
+        return self.state.adapters
+
+    @property
     def waiting(self) -> int:
         return 0
 
@@ -117,6 +126,8 @@ class EngineHost:
         self.used = time.monotonic()  # when the latest request came or ended
         self.closing = False  # whether it is to make room for another model
         self.hopeless = asyncio.Event()  # it died too often, and is not started again
+        self.adapters = Adapters(entry.engine)
+        self._furnished = True  # whether an engine that is ready has them
         self._make = make
         self._fresh = self._client()
         self._reading = asyncio.Lock()
@@ -129,7 +140,10 @@ class EngineHost:
         self._timer: asyncio.TimerHandle | None = None  # that unloads it when idle
 
     def _client(self) -> Client:
-        return self._make(self.entry.engine, step_timeout=self.entry.server.engine_step_timeout)
+        options = self.entry.engine
+        if isinstance(self.outline, EngineInfo):  # adapters that are gone shall not keep an engine that follows from starting
+            options = replace(options, lora_modules=())
+        return self._make(options, step_timeout=self.entry.server.engine_step_timeout)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -143,6 +157,8 @@ class EngineHost:
     def status(self) -> str:
         bare = {"ready": "loading", "stopped": "unloaded"}
         found = self.state.status if self.state else bare.get(self._fresh.state, self._fresh.state)
+        if found == "ok" and not self._furnished:
+            return "loading"
         return "unloaded" if found == "draining" and not self.shared.draining else found
 
     @property
@@ -182,13 +198,13 @@ class EngineHost:
                     tokenizer = await asyncio.to_thread(
                         Tokenizer.load, engine.tokenizer, server.chat_template, server.default_chat_template_kwargs
                     )
-                self.state = ServerState(self._fresh, tokenizer, engine, server, self.shared, self.outline)
+                self.state = ServerState(self._fresh, tokenizer, engine, server, self.shared, self.outline, self.adapters)
             return self.state
 
     async def load(self) -> None:
         """Start the engine and serve, from now on until ``unload``. Raises InputError or EngineDied with its words."""
         await self.unload()  # what is left of an earlier engine, and whoever would start it again
-        starting = asyncio.create_task(self.client.start())  # while this process reads the tokenizer
+        starting = asyncio.create_task(self._start())  # while this process reads the tokenizer
         try:
             await asyncio.sleep(0)
             await self.prepare()
@@ -202,6 +218,13 @@ class EngineHost:
         self._life = asyncio.create_task(self._keep())
         self.used = time.monotonic()
         self._rest()
+
+    async def _start(self) -> None:
+        """The engine, with all adapters: until they are there, it is loading."""
+        self._furnished = False
+        await self.client.start()
+        await self.adapters.bring_back(self.client, self.client.info.adapters if self.client.info else ())
+        self._furnished = True
 
     async def _renew(self) -> None:
         """A client for another engine process, in place of the one that is there."""
@@ -228,7 +251,7 @@ class EngineHost:
                     self.state.metrics.restarts += 1
                 await self._renew()
                 try:
-                    await self.client.start()
+                    await self._start()
                     log.info("%s: the engine is ready again", self.names[0])
                     self._rest()  # its time may have been up meanwhile
                 except (InputError, EngineDied) as error:

@@ -60,6 +60,8 @@ class Job:
             message = f"the request asks for {found}, {total}: at most {MAX_COMPLETIONS} in all are taken in one; send several"
             raise RequestError(message, param="n" if params.best_of is None else "best_of")
         self.state, self.request_id, self.prompts, self.body = state, request_id, prompts, body
+        self.adapter = state.adapter(body.model)
+        self.model = self.adapter or state.names[0]  # as answers call it
         self.id = f"{prefix}-{request_id}"
         self.begun, self.arrived = time.time(), time.monotonic()  # to tell, and to measure by: clocks may be set
         self.ticket = current.get() or Ticket()
@@ -98,6 +100,7 @@ class Job:
             cache_salt=self.body.cache_salt or "",
             priority=self.body.priority,
             pooling=self.pooling,
+            adapter=self.adapter,
         )
 
     def _limits(self, name: str) -> list[tuple[int, str]]:

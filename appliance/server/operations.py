@@ -11,8 +11,10 @@ from appliance.server.schemas import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    LoadAdapterRequest,
     ModelRequest,
     TokenizeRequest,
+    UnloadAdapterRequest,
 )
 
 HELLO = [{"role": "user", "content": "Hello!"}]
@@ -48,7 +50,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "GET /v1/models": Operation(
         tag="models",
-        summary="The models, under all their names",
+        summary="The models, under all their names, and their LoRA adapters",
         answer=about.Models | messages.ModelsPage,
         error=EITHER_ERROR,
     ),
@@ -71,6 +73,20 @@ OPERATIONS: dict[str, Operation] = {
         summary="Unload a model as soon as its requests are answered; the next request for it loads it again",
         body=ModelRequest,
         answer=about.ModelChange,
+        errors=COMPUTE,
+    ),
+    "POST /v1/load_lora_adapter": Operation(
+        tag="models",
+        summary="Load a LoRA adapter from a directory of the server's machine (with --allow-runtime-lora-updating)",
+        body=LoadAdapterRequest,
+        text="text/plain",
+        errors=COMPUTE,
+    ),
+    "POST /v1/unload_lora_adapter": Operation(
+        tag="models",
+        summary="Let no more requests ask for a LoRA adapter (with --allow-runtime-lora-updating)",
+        body=UnloadAdapterRequest,
+        text="text/plain",
         errors=COMPUTE,
     ),
     "POST /tokenize": Operation(

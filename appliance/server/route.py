@@ -46,7 +46,12 @@ async def serving(request: Request, model: str | None) -> ServerState:
 
     Raises RequestError: 404 where there is none of that name, 503 where it cannot be served now.
     """
-    host, visitor = asked(request, model), object()
+    return await staying(asked(request, model))
+
+
+async def staying(host: Host) -> ServerState:
+    """As ``serving``, of a model that is found already."""
+    visitor = object()
     state = await host.enter(visitor)
     (current.get() or Ticket()).held.callback(host.leave, visitor)
     return state

@@ -178,6 +178,19 @@ class ModelRequest(Fields):
     model: str
 
 
+class LoadAdapterRequest(Fields):
+    """POST /v1/load_lora_adapter. ``model``: that it is for, where the server has several."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+    model: str | None = None
+
+
+class UnloadAdapterRequest(Fields):
+    lora_name: str
+
+
 class TokenizeRequest(Fields):
     model: str | None = None
     prompt: str | None = None

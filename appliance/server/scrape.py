@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ class Model:
 
 
 Value = Callable[[Stats], float]
+LORA = (*LABELS, "max_lora", "running_lora_adapters", "waiting_lora_adapters")
 # Of the engine, one value a model: (kind, name, help, value, whether vLLM has or had the name and means the same)
 ENGINE: tuple[tuple[str, str, str, Value, bool], ...] = (
     ("gauge", "num_requests_running", "Completions in the running batch.", lambda s: s.running, True),
@@ -239,9 +241,8 @@ def vllm_only(models: Sequence[Model]) -> Iterator[Metric]:
     )
     waiting = GaugeMetricFamily("vllm:num_requests_waiting_by_reason", "Completions that wait.", labels=(*LABELS, "reason"))
     sleep = GaugeMetricFamily("vllm:engine_sleep_state", "Whether the model is loaded.", labels=(*LABELS, "sleep_state"))
-    config = GaugeMetricFamily(
-        "vllm:cache_config_info", "The cache's configuration.", labels=("model_name", "engine", *CACHE_CONFIG)
-    )
+    config = GaugeMetricFamily("vllm:cache_config_info", "The cache's configuration.", labels=(*LABELS, *CACHE_CONFIG))
+    adapters = GaugeMetricFamily("vllm:lora_requests_info", "Adapters of requests; the value is the time.", labels=LORA)
     for model in models:
         stats, labels = model.stats, model.labels
         prompts.add_metric(labels, stats.prompt_tokens + stats.prefix_hits)
@@ -258,7 +259,10 @@ def vllm_only(models: Sequence[Model]) -> Iterator[Metric]:
         sleep.add_metric((*labels, "discard_all"), model.status == "unloaded")
         if model.info:
             config.add_metric((*labels, *_cache_config(model)), 1)
-    yield from (prompts, cached, source, tier, waiting, sleep, config)
+            if most := model.info.max_loras:
+                names = map(",".join, (stats.adapters_running, stats.adapters_waiting))
+                adapters.add_metric((*labels, str(most), *names), time.time())
+    yield from (prompts, cached, source, tier, waiting, sleep, config, adapters)
 
 
 def _cache_config(model: Model) -> Iterable[str]:

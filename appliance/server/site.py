@@ -21,16 +21,17 @@ class Site:
         self.hosts, self.shared, self.budget = hosts, shared, budget
         self.starting = True  # until the models are loaded that are loaded at start
         self._change = asyncio.Lock()  # one model comes or goes at a time
+        self.adapting = asyncio.Lock()  # and so does one adapter
         for host in hosts:
             if isinstance(host, EngineHost):
                 host.site = self
 
     def find(self, name: str | None) -> Host:
-        """The model of that name, the first one where none is named. Raises RequestError (404)."""
+        """The model that has that name, or an adapter of it; the first one where none is named. Raises RequestError (404)."""
         for host in self.hosts:
-            if not name or name in host.names:
+            if not name or name in host.names or name in host.adapters.paths:
                 return host
-        names = ", ".join(one for host in self.hosts for one in host.names)
+        names = ", ".join(one for host in self.hosts for one in (*host.names, *host.adapters.paths))
         message = f"The model `{name}` does not exist. This server has: {names}"
         raise RequestError(message, param="model", code="model_not_found", status=404)
 

@@ -14,6 +14,7 @@ from appliance.config import EngineConfig, ServerConfig
 from appliance.core.messages import EngineInfo, Event, Stats, Submit, continued
 from appliance.core.params import RequestError
 from appliance.pooling import read_pooler
+from appliance.server.adapters import Adapters
 from appliance.server.audit import AuditLog
 from appliance.server.errors import unavailable
 from appliance.server.fields import unknown
@@ -52,6 +53,8 @@ class EngineClient(Protocol):
     @property
     def stuck(self) -> bool: ...
     async def stats(self) -> Stats: ...
+    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> None: ...
+    async def unload_adapter(self, name: str) -> None: ...
     async def stop(self, drain_s: float = 0.0) -> None: ...
 
 
@@ -100,12 +103,14 @@ class ServerState:
         server_config: ServerConfig,
         shared: Shared | None = None,
         outline: Outline | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        """``outline``: while the engine has said nothing of itself."""
+        """``outline``: while the engine has said nothing of itself. ``adapters``: where others than the options' may come."""
         self.client, self.tokenizer, self.outline = client, tokenizer, outline
         self.shared = shared = shared or Shared(server_config)
         self.keys, self.audit, self.jobs = shared.keys, shared.audit, shared.jobs
         self.engine_config, self.server_config = engine_config, server_config
+        self.adapters = Adapters(engine_config) if adapters is None else adapters
         self.names = tuple(server_config.served_model_name) or (engine_config.model or "demo",)
         directory = Path(engine_config.model) if engine_config.model else None
         self.defaults: dict[str, Any] = model_defaults(directory, server_config.generation_config)
@@ -166,6 +171,10 @@ class ServerState:
         """Another engine takes over."""
         self._counted = await self.stats()
         self.client, self.outline = client, outline
+
+    def adapter(self, model: str | None) -> str:
+        """The adapter that a request for ``model`` means, which the engine has or has not; "": the model itself."""
+        return "" if not model or model in self.names else model
 
     def refusal(self) -> RequestError:
         """Why no request is served now."""

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from appliance.core.messages import EngineInfo, Event, Stats, Submit, TokenLogprob, Unanswerable
-from appliance.core.params import SamplingParams
+from appliance.core.params import RequestError, SamplingParams
 from appliance.core.scores import PromptLogprobs
 from appliance.runtime.client import EngineDied
 
@@ -40,7 +40,8 @@ def info(max_model_len: int = 512) -> EngineInfo:
 
 
 class FakeClient:
-    """Answers a prompt with itself: output token k is prompt token ``(k + index) % len``, so every answer shows whose it is.
+    """Answers a prompt with itself: output token k is prompt token ``(k + index) % len``, so every answer shows whose it is;
+    with an adapter it begins so many tokens later as its name has characters.
 
     Its embedding are its token ids.
     """
@@ -61,6 +62,8 @@ class FakeClient:
         self.pumps: dict[str, asyncio.Task[None]] = {}
         self.prompt_scores: PromptLogprobs | None = None  # of every prompt, where they are asked for
         self.tokens = self.cached = self.resets = 0
+        self.adapters: dict[str, str] = {}  # name -> directory
+        self.refuses: str | None = None  # what is wrong with every adapter
         self.decay = 0.0  # added to a log-probability for each completion before it
         self._dead = asyncio.Event()
 
@@ -87,6 +90,8 @@ class FakeClient:
     async def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
         if self.state != "ready":
             raise EngineDied(self.failure or f"the engine is {self.state}")
+        if submit.adapter and submit.adapter not in self.adapters:
+            raise RequestError(f"there is no LoRA adapter {submit.adapter!r}", param="model", code="model_not_found", status=404)
         assert submit.request_id not in self.running
         self.submitted.append(submit)
         alive = self.running[submit.request_id] = set(range(submit.params.width))
@@ -130,7 +135,7 @@ class FakeClient:
         if submit.pooling is not None:
             vector = struct.pack(f"<{len(prompt)}f", *prompt)[: 4 * (submit.pooling.dimensions or len(prompt))]
             return Event(submit.request_id, index, finish_reason="stop", embedding=vector)
-        token = prompt[(step + index) % len(prompt)]
+        token = prompt[(step + index + len(submit.adapter)) % len(prompt)]
         self.tokens += 1
         limit = params.max_tokens or self.info.max_model_len - len(prompt)  # type: ignore[union-attr]
         reason = "stop" if token == END and not params.ignore_eos else "length" if step + 1 >= limit else None
@@ -154,6 +159,21 @@ class FakeClient:
             return (TokenLogprob(token, -0.5, 1, tuple((other, -1.0 * other) for other in params.scored)),)
         found = score(token, params.scored or 0)
         return (replace(found, logprob=found.logprob + index * self.decay),)
+
+    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> None:
+        await asyncio.sleep(self.delay_s)
+        if self.state != "ready":
+            raise EngineDied(self.failure or f"the engine is {self.state}")
+        if self.refuses is not None or (name in self.adapters and not replace):
+            raise RequestError(self.refuses or f"{name} is taken", param="lora_name")
+        self.adapters[name] = path
+
+    async def unload_adapter(self, name: str) -> None:
+        await asyncio.sleep(self.delay_s)
+        if self.state != "ready":
+            raise EngineDied(self.failure or f"the engine is {self.state}")
+        if self.adapters.pop(name, None) is None:
+            raise RequestError(f"there is no LoRA adapter {name!r}", param="lora_name")
 
     def give_way(self) -> None:
         """There is no engine to give way to."""

@@ -166,7 +166,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 def test_answers_are_as_described(tokenizer: Tokenizer, described: dict[str, Any], served: Served, ready: bool) -> None:
     conformity, done = Conformity(described), set[str]()
     engine, client = EngineConfig(model=str(served.state.engine_config.model)), FakeClient(state="ready" if ready else "loading")
-    with serve_in_thread(lambda: client, tokenizer, engine, ServerConfig(served_model_name=("tiny",))) as one, one.http as http:
+    server = ServerConfig(served_model_name=("tiny",), allow_runtime_lora_updating=True)
+    with serve_in_thread(lambda: client, tokenizer, engine, server) as one, one.http as http:
         for path, body in ASKED:
             operation = OPERATIONS[f"POST {path}"]
             for more in ({}, {"stream": True}, {"stream": True, **USAGE})[: 1 + 2 * bool(operation.events)]:
@@ -192,6 +193,12 @@ def test_answers_are_as_described(tokenizer: Tokenizer, described: dict[str, Any
             done.add(f"{method.upper()} /v1/responses/{{response_id}}{rest}")
         conformity.check(http.delete("/v1/requests/none"), "delete", "/v1/requests/{request_id}")
         conformity.check(http.get("/logs?after=x"), "get", "/logs")
+        for what in ("load", "load", "unload", "unload"):  # which the first time are done
+            path = f"/v1/{what}_lora_adapter"
+            conformity.check(response := http.post(path, json={"lora_name": "sql", "lora_path": "/"}), "post", path)
+            again = f"POST {path}" in done
+            assert not ready or response.status_code in ((400, 404) if again else (200,)), response.text
+            done.add(f"POST {path}")
         for path in ("/v1/models/load", "/v1/models/unload"):  # tests/server/test_models.py has a server that may
             conformity.check(http.post(path, json={"model": "tiny"}), "post", path)
             done.add(f"POST {path}")

@@ -388,7 +388,8 @@ def test_an_engine_that_dies_is_counted_and_counts_go_on(real: dict[str, Any]) -
     )
 
 
-# All that vLLM 0.33 documents and names that it had, but those of LoRA, single guesses, other nodes, and samples of blocks.
+# All that vLLM 0.33 documents and names that it had, but single guesses, other nodes, and samples of blocks.
+# (What it has of adapters is there where a server has some: tests/server/test_adapters.py.)
 VLLM = """
     num_requests_running num_requests_waiting num_requests_waiting_by_reason kv_cache_usage_perc engine_sleep_state
     cache_config_info prompt_tokens_total prompt_tokens_cached_total prompt_tokens_by_source_total generation_tokens_total

@@ -19,6 +19,7 @@ from appliance.tui.feed import Feed, FeedError
 from appliance.tui.run import Asked, main
 from appliance.tui.snapshot import snapshot
 from appliance.tui.widgets.memory import plan_parts
+from appliance.tui.widgets.requests import columns, table_lines
 from quant.errors import InputError
 from tests.tiny_model import make_checkpoint
 from tests.tui.fake_server import FakeServer
@@ -185,6 +186,18 @@ def test_snapshot_while_loading_and_in_a_narrow_place() -> None:
     feed.poll()
     head = next(line for line in snapshot(feed, 30).splitlines() if line.startswith("request "))
     assert head.split() == ["request", "key"], "columns that do not fit are left out"
+
+
+def test_adapters_have_a_column_where_there_are_some() -> None:
+    feed = Feed(busy())
+    feed.poll()
+    view = feed.view
+    assert view is not None and "adapter" not in {column.name for column, _ in columns(view.rows, 160)}
+    first, *others = view.rows
+    rows = [replace(first, stat=replace(first.stat, adapter="sql-expert")), *others]
+    assert ("adapter", len("sql-expert") + 2) in {(column.name, width) for column, width in columns(rows, 160)}
+    _, *lines = table_lines(replace(view, rows=tuple(rows)), 160)
+    assert sum("  sql-expert  " in f" {line} " for line in lines) == 1
 
 
 def test_state_of_a_request() -> None:

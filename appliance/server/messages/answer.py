@@ -132,7 +132,7 @@ class MessageView:
             "id": self.job.id,
             "type": "message",
             "role": "assistant",
-            "model": self.turn.state.names[0],
+            "model": self.job.model,
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,

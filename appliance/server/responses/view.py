@@ -97,7 +97,7 @@ class ResponseView:
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "max_tool_calls": body.max_tool_calls,
-            "model": self.state.names[0],
+            "model": self.job.model,
             "output": [] if status == "in_progress" else self.output.items,
             "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": body.previous_response_id,

@@ -16,7 +16,7 @@ from appliance.tui.view import Row
 
 TOLD = {  # of what the server says, what the lines above have already
     "request_id", "index", "state", "prompt_tokens", "output_tokens", "computed_tokens", "blocks", "age_s", "preemptions",
-    "cached_tokens", "host_blocks", "id", "key", "model", "prompt", "ttft_s", "n", "max_tokens", "priority",
+    "cached_tokens", "host_blocks", "adapter", "id", "key", "model", "prompt", "ttft_s", "n", "max_tokens", "priority",
 }  # fmt: skip
 Line = tuple[str, str]
 

@@ -39,6 +39,7 @@ def _or_less(value: float | None) -> float:
 COLUMNS = (
     Column("request", 0, lambda r: r.name, lambda r: r.name, words=True),
     Column("key", 10, lambda r: r.key or "-", lambda r: r.key or "", words=True),
+    Column("adapter", 10, lambda r: r.stat.adapter or "-", lambda r: r.stat.adapter, words=True),
     Column("state", 13, lambda r: r.state, lambda r: r.state, words=True),
     Column("prompt", 8, lambda r: f"{r.stat.prompt_tokens:,}", lambda r: r.stat.prompt_tokens),
     Column("output", 8, lambda r: f"{r.stat.output_tokens:,}", lambda r: r.stat.output_tokens),
@@ -72,11 +73,15 @@ def counters(stats: Stats, width: int) -> Content:
 
 
 def columns(rows: Sequence[Row], width: int) -> list[tuple[Column, int]]:
-    """The columns that fit, with their widths; the id is as wide as it needs and may. Keys only where there are some."""
-    key = max((len(row.key or "") + 2 for row in rows), default=0)  # 2: nobody has one
-    room = min(max(key, KEY_WIDTHS[0]), KEY_WIDTHS[1] if width >= 100 else 10)
-    sized = [replace(one, width=room) if one.name == "key" else one for one in COLUMNS]
-    first, *others = [column for column in sized if column.name != "key" or key > 2]
+    """The columns that fit, with their widths; the id is as wide as it needs and may. Keys and adapters where there are some."""
+    found = {
+        "key": max((len(row.key or "") for row in rows), default=0),
+        "adapter": max((len(row.stat.adapter) for row in rows), default=0),
+    }
+    most = KEY_WIDTHS[1] if width >= 100 else 10
+    wide = {name: min(max(longest + 2, KEY_WIDTHS[0]), most) for name, longest in found.items()}
+    sized = [replace(one, width=wide.get(one.name, one.width)) for one in COLUMNS]
+    first, *others = [column for column in sized if found.get(column.name, 1)]
     while others and width - sum(column.width for column in others) < ID_WIDTHS[0]:
         others.pop()
     longest = max((len(row.name) for row in rows), default=0) + 2
