@@ -34,4 +34,4 @@ class Adapters:
                     await client.load_adapter(name, path)
                 except RequestError as error:
                     log.error("the adapter %s cannot be loaded again, and is left out: %s", name, error)
-                    del self.paths[name]
+                    self.paths.pop(name, None)

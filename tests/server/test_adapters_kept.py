@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from appliance.adapters import read_names
 from appliance.config import EngineConfig
 from appliance.core.params import RequestError
 from appliance.models_file import Entry
+from appliance.server import host as host_module
 from appliance.server.app import app_of
 from tests.server.fake import info
 from tests.server.test_site import Engine, Street, soon
@@ -149,4 +151,53 @@ async def test_one_that_is_unloaded_while_its_model_comes(model_dir: Path) -> No
         street.slow.set()
         assert await asking == 200 and (await unloading).status_code == 200
         assert street.serving()[0].adapters == {} and await ask(http, "first") == 404
+    await street.end()
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_whatever_happens_engines_have_what_is_listed(
+    model_dir: Path, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters and models that come and go, engines that die, and requests, all at once, in any order."""
+    monkeypatch.setattr(host_module, "LIVED_S", 0.0)  # so many deaths are none too many
+    rng = random.Random(seed)
+    street = AdaptedStreet(model_dir, {"a": 4, "b": 6}, 8)
+    await street.ask("a")
+    names = ["first", "x", "y", "z"]
+    allowed = {
+        "load": {200, 400, 503}, "replace": {200, 400, 503}, "unload": {200, 404, 503}, "ask": {200, 404, 500, 503},
+        "model": {200, 503}, "die": {200},
+    }  # fmt: skip
+
+    async def act(http: httpx.AsyncClient, what: str, name: str) -> int:
+        await asyncio.sleep(rng.choice((0, 0, 0.001, 0.003)))
+        body = {"lora_name": name, "lora_path": str(tmp_path), "model": rng.choice(["a", "b"])}
+        match what:
+            case "load" | "replace":
+                return (await http.post("/v1/load_lora_adapter", json={**body, "load_inplace": what == "replace"})).status_code
+            case "unload":
+                return (await http.post("/v1/unload_lora_adapter", json=body)).status_code
+            case "ask":
+                return await ask(http, name)
+            case "model":
+                change = rng.choice(["load", "unload"])
+                return (await http.post(f"/v1/models/{change}", json={"model": body["model"]})).status_code
+        for engine in rng.sample(street.serving(), min(1, len(street.serving()))):
+            engine.die("exit code -9")
+        return 200
+
+    async with street.http as http:
+        for _ in range(25):
+            todo = [(rng.choice(list(allowed)), rng.choice(names)) for _ in range(rng.randrange(1, 7))]
+            async with asyncio.timeout(20):
+                found = await asyncio.gather(*(act(http, *one) for one in todo))
+            assert all(status in allowed[what] for (what, _), status in zip(todo, found, strict=True)), (todo, found)
+            await soon(lambda: all(host.status in ("ok", "unloaded") for host in street.hosts.values()))
+            engines = {engine.name: engine for engine in street.serving()}
+            owned = [name for host in street.hosts.values() for name in host.adapters.paths]
+            assert len(set(owned)) == len(owned)
+            for model, host in street.hosts.items():
+                assert (model in engines) == (host.status == "ok")
+                assert model not in engines or engines[model].adapters == host.adapters.paths
+        assert [await ask(http, name) for name in names] == [200 if name in owned else 404 for name in names]
     await street.end()
