@@ -21,7 +21,7 @@ from appliance.server import catalog, chat, completions, embeddings, info, logs,
 from appliance.server.errors import EngineFailed, JSONResponse, about, error_body, error_response, failure, speaks_anthropic
 from appliance.server.guard import Guard
 from appliance.server.habits import Habits, methods, unserved
-from appliance.server.host import FixedHost
+from appliance.server.hosts import FixedHost
 from appliance.server.messages import router as messages
 from appliance.server.pages import Cors
 from appliance.server.respond import read, while_connected

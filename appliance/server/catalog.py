@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 from appliance.core.params import RequestError
 from appliance.server.errors import RETRY_AFTER_S, JSONResponse, error_body, speaks_anthropic, unavailable
-from appliance.server.host import EngineHost, Host
+from appliance.server.host import EngineHost
+from appliance.server.hosts import Host
 from appliance.server.messages.models import model_info, models_page
 from appliance.server.respond import read
 from appliance.server.route import asked, site_of, state_of

@@ -13,7 +13,7 @@ from appliance.adapters import NAME
 from appliance.core.params import RequestError
 from appliance.runtime.client import EngineDied
 from appliance.server.guard import Ticket, current
-from appliance.server.host import Host
+from appliance.server.hosts import Host
 from appliance.server.redact import line
 from appliance.server.respond import read
 from appliance.server.route import site_of, state_of, staying

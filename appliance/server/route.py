@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import Request
 
 from appliance.server.guard import Ticket, current
-from appliance.server.host import Host
+from appliance.server.hosts import Host
 from appliance.server.redact import has_key
 from appliance.server.site import Site
 from appliance.server.state import ServerState

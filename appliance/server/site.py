@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from appliance.core.params import RequestError
 from appliance.runtime.client import EngineDied
-from appliance.server.host import EngineHost, Host
+from appliance.server.host import EngineHost
+from appliance.server.hosts import Host
 from appliance.server.state import Shared
 
 log = logging.getLogger("appliance.server")

@@ -11,7 +11,7 @@ from appliance.core.messages import RequestStat, Stats
 from appliance.version import __version__
 
 if TYPE_CHECKING:
-    from appliance.server.host import Host
+    from appliance.server.hosts import Host
     from appliance.server.job import Job
     from appliance.server.site import Site
     from appliance.server.state import ServerState
