@@ -78,10 +78,10 @@ class Additions:
             if pair is not None and first <= window < first + len(y):
                 own = slice(rows.start - first, rows.stop - first) if isinstance(rows, slice) else rows - first
                 before, inner = y[own], self._matmul(x[own], pair.a, norm=norm)
-                if y.dtype != x.dtype:
-                    y[own] = before + self._matmul(inner, pair.b, out=torch.empty_like(before))
-                    continue
-                after = self._matmul(inner, pair.b, residual=before)
+                if y.dtype == x.dtype:
+                    after = self._matmul(inner, pair.b, residual=before)
+                else:
+                    after = before.add_(self._matmul(inner, pair.b, out=torch.empty_like(before)))
                 if isinstance(own, Tensor) or after.data_ptr() != before.data_ptr():
                     y[own] = after
         return y
