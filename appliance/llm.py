@@ -198,7 +198,7 @@ class LLM:
             self._engine.reset_prefix_cache()
         return True
 
-    def _answer(self, jobs: list[Job], use_tqdm: bool, loras: Sequence[LoRARequest | None]) -> None:
+    def _answer(self, jobs: list[Job], use_tqdm: bool, loras: Sequence[LoRARequest | None] = ()) -> None:
         with self._alone():
             self._adapters.bring(loras)
             try:

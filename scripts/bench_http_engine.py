@@ -40,6 +40,8 @@ class Scripted:
     def prepare(self) -> None:
         """It follows no grammars."""
 
+    reading = False  # a vocabulary for grammars
+
     @property
     def has_work(self) -> bool:
         return bool(self.running)

@@ -25,6 +25,10 @@ class Adapters:
         self._named: dict[str, Adapter] = {}
         self._loaded = 0  # since the beginning
 
+    def __bool__(self) -> bool:
+        """Whether requests may have some."""
+        return bool(self._loaded)
+
     def find(self, name: str) -> Adapter | None:
         """That of a request. Raises RequestError where there is none of that name."""
         if not name:

@@ -374,8 +374,8 @@ class Engine:
             step_sizes=dict(self._sizes),
             rss_bytes=self._process.memory_info().rss,
             requests_now=tuple(request.stat(now) for request in shown[:SHOWN_REQUESTS]),
-            adapters_running=names_of(scheduler.running),
-            adapters_waiting=names_of(chain(scheduler.waiting, scheduler.deferred)),
+            adapters_running=names_of(scheduler.running) if self.adapters else (),
+            adapters_waiting=names_of(chain(scheduler.waiting, scheduler.deferred)) if self.adapters else (),
         )
 
     def _requests(self) -> Iterator[Request]:

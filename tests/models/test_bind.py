@@ -67,6 +67,7 @@ def make_ops(isa: str, threads: int = 2) -> Ops:
         "gelu_mul",
         "sigmoid_mul",
         "bind",
+        "ungated",
     )
     return Ops(name="cpu-native", device=torch.device("cpu"), **{name: getattr(native, name) for name in names})
 
