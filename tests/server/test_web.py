@@ -276,7 +276,7 @@ def test_the_servers_figures_live_while_somebody_looks(visit: Open, demo: Runnin
     expect(one.page.locator(".series strong").first).not_to_have_text("0")
     for words in ("KV cache", "Memory", "Machine", "demo", "awq", "blocks of 16 tokens", "Weights"):
         expect(one.page.locator("#metrics")).to_contain_text(words)
-    assert one.page.evaluate("lengths.size") >= 10, "the answer did not come in pieces"
+    one.page.wait_for_function("lengths.size >= 10")  # the answer comes in pieces, however slow the machine is
     one.page.click("#stop")
     one.answered()
     one.page.click("#close-side")
