@@ -261,6 +261,8 @@ def worker(fd: int) -> None:
     setup = json.loads(os.environ["BENCH_HTTP"])
     from appliance.runtime import worker as real
 
+    if not setup.get("first", True):
+        real.come_first = lambda: None
     if setup.get("pace") is not None:
         from bench_http_engine import Scripted
 

@@ -3,10 +3,11 @@
     .venv/bin/python scripts/bench_steps.py [--threads 1,2] [--rounds N] [--json FILE] [--model DIR --tokenizer DIR --tokens N]
 
 Without: the engine alone in its process. With: as it is, and then, where the engine has all processors, without what is done for
-it there (appliance/runtime/pace.py): with news told at once, with the event loop at the engine's own priority, and with both; and
-with clients of which half do not read at all. Clients run when nobody else does: they are not what is measured. Only steps in
-which all sequences took part count, and of these not the first fifth. The cases of a round follow one another, so that a machine
-whose speed moves is the same for all of them; the table has the medians of the rounds.
+it there (appliance/runtime/pace.py): with an engine that does not ask to come first, with news told at once, with the event loop
+at the engine's own priority, and with both of these; and with clients of which half do not read at all. Clients run when nobody
+else does: they are not what is measured. Only steps in which all sequences took part count, and of these not the first fifth. The
+cases of a round follow one another, so that a machine whose speed moves is the same for all of them; the table has the medians of
+the rounds.
 
 "waited" does not move with the machine's speed: so long, in a step, were threads of the engine ready to run while the processors
 ran something else (schedstat). It is all that another process can take from an engine that never waits for it.
@@ -28,6 +29,7 @@ from bench_http import CASES, Server, Stream, drive
 HOW = (
     "no API",
     "completions",
+    "completions, the engine not first",
     "completions, told at once",
     "completions, same priority",
     "completions, told at once, same priority",
@@ -46,7 +48,8 @@ COLUMNS = {
 
 def steps_of(case: str, threads: int, tokens: int = 400, streams: int = 64, **model: str | None) -> dict[str, float]:
     """Of the steps in which all sequences took part, in milliseconds. ``model``: its folder, and ``tokenizer``."""
-    alone, how = streams if case == "no API" else 0, {"aside": "same" not in case, "at_once": "at once" in case}
+    alone = streams if case == "no API" else 0
+    how = {"aside": "same" not in case, "at_once": "at once" in case, "first": "not first" not in case}
     server = Server(threads=threads, alone=alone, streams=streams, tokens=tokens, **how, **model, loop="asyncio", profile=None)
     if not alone:
         path, body = CASES["completions"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import platform
+import struct
 import sys
 import threading
 import time
@@ -13,6 +16,8 @@ from appliance.memory.devices import allowed_processors, cpu_threads
 SHARE = 0.1  # of the time, at most, the event loop works where the engine's threads have all processors
 LATE_S = 0.03  # and so long, at most, does news wait for it
 NICE = 10  # of the event loop's thread there: its weight beside an engine's thread is a tenth, as its share is
+SLICE_NS = 100_000  # the shortest that Linux gives
+SET_SCHEDULER = {"x86_64": 314, "aarch64": 274}  # the number of the call sched_setattr, for which libc has no function
 
 
 class Pace:
@@ -60,3 +65,15 @@ def step_aside() -> None:
         with contextlib.suppress(OSError):
             thread = threading.get_native_id()
             os.setpriority(os.PRIO_PROCESS, thread, max(NICE, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
+def come_first() -> None:
+    """The calling thread, and those that it starts from now on, get a processor from others as soon as they are ready.
+
+    Linux (6.12 and later; the ones before take no notice) lets a thread that wakes go before one that may stay on for longer, and
+    an engine's threads wake for each product. It changes nothing of the share that each of them has.
+    """
+    number = SET_SCHEDULER.get(platform.machine())
+    if sys.platform == "linux" and number and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        fields = (48, os.SCHED_OTHER, 0, os.getpriority(os.PRIO_PROCESS, 0), 0, SLICE_NS, 0, 0)  # sched_attr of sched_setattr(2)
+        ctypes.CDLL(None).syscall(number, 0, struct.pack("=IIQiIQQQ", *fields), 0)  # without it all is right, if a bit slower

@@ -13,6 +13,7 @@ from typing import Any
 from appliance.core.messages import Abort, Event, LoadAdapter, Nudge, ResetPrefixCache, Submit, UnloadAdapter
 from appliance.core.params import RequestError
 from appliance.runtime.logs import send_lines
+from appliance.runtime.pace import come_first
 from quant.errors import InputError
 
 log = logging.getLogger("appliance.worker")
@@ -25,6 +26,7 @@ def serve(conn: Connection) -> None:
     """The engine process: load, then take messages and step until the pipe closes or None arrives."""
     config, level = conn.recv()
     send_lines(level)
+    come_first()  # all threads begin later
     begun = time.perf_counter()
     from appliance.runtime.engine import Engine  # imports torch: seconds, and the client shall be told why it waits
 

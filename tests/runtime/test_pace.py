@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
+import platform
+import struct
+import sys
 import threading
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -15,7 +19,7 @@ from appliance.config import EngineConfig
 from appliance.core.messages import Event
 from appliance.runtime import pace
 from appliance.runtime.client import Client
-from appliance.runtime.pace import LATE_S, SHARE, Pace, pace_beside
+from appliance.runtime.pace import LATE_S, SHARE, SLICE_NS, Pace, come_first, pace_beside
 from tests.runtime.conftest import submit
 
 
@@ -78,6 +82,34 @@ def test_only_where_the_engine_has_all_processors(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(pace, "allowed_processors", lambda: 4)
     assert pace_beside("cpu", 4).share == SHARE and pace_beside("cpu", 8).share == SHARE
     assert pace_beside("cpu", 3).share == 1.0 and pace_beside("cuda", 4).share == 1.0
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="asks the kernel by its number of a call")
+@pytest.mark.skipif(tuple(map(int, platform.release().split(".")[:2])) < (6, 12), reason="the kernel takes no notice")
+def test_an_engines_threads_come_first() -> None:
+    """The thread's own, and one that it starts; others have what they had, and the priority stays."""
+
+    def asked() -> tuple[int, int]:
+        attributes = ctypes.create_string_buffer(48)
+        assert ctypes.CDLL(None).syscall(315, 0, attributes, len(attributes), 0) == 0  # sched_getattr
+        _, _, _, nice, _, length, _, _ = struct.unpack("=IIQiIQQQ", attributes.raw)
+        return nice, length
+
+    def engine() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 3)
+        come_first()
+        for _ in range(2):
+            found.append(asked())
+            later = threading.Thread(target=lambda: found.append(asked()))
+            later.start()
+            later.join()
+
+    found: list[tuple[int, int]] = []
+    before = asked()
+    thread = threading.Thread(target=engine)
+    thread.start()
+    thread.join()
+    assert found == [(3, SLICE_NS)] * 4 and asked() == before != (3, SLICE_NS)
 
 
 class Held(Pace):
