@@ -21,6 +21,7 @@ ACTIVATED_AT_ONCE = 1 << 20  # values that go through an activation without a ga
 CONV_ROWS = 256  # tokens at a time that go through a short convolution (kernels/conv.py)
 ADAPTED_AT_ONCE = 256  # rows of a step, at most, to which an adapter adds something at a time
 LATENT_ROWS = 64  # tokens at a time that go to the latents' space and back (kernels/latent.py)
+ADDED_INPUTS = 1024  # of a row, that the native kernels multiply with an adapter's first matrix at a time
 NATIVE_ROWS = 512  # rows that the native kernels prepare at a time
 NATIVE_QUERIES = 48  # rows of a tile of queries, tokens by heads, where the heads allow it
 HUGE_PAGE = 2 << 20

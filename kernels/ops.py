@@ -328,6 +328,7 @@ class Ops:
     kth_largest: KthLargest
     delta: Delta
     ungated: Ungated
+    adapts: Callable[[Stack], bool] | None = None  # whether what ``bind`` makes of a model takes steps with adapters, too
     gelu_mul: GateMul | None = None
     join_experts: JoinExperts | None = None  # None: each expert stays a weight of its own
     bind: Bind | None = None

@@ -155,7 +155,8 @@ class Decoder:
         each = [caches[number] for number in self.spec.caches]
         bound = None if bind is None else bind(self.stack, each, states=states, max_tokens=max_tokens)
         one_by_one = partial(self.forward, caches=caches, states=states)
-        if bound is None or self.spec.adapters is None:
+        adapts = self.spec.adapters is None or (self.ops.adapts is not None and self.ops.adapts(self.stack))
+        if bound is None or adapts:
             return bound or one_by_one
         return lambda ids, batch: (one_by_one if batch.adapters else bound)(ids, batch)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from appliance.memory.modules import NATIVE, Loaded, Machinery
 from appliance.memory.reference import FLOAT
 from appliance.memory.settings import ITEM_SIZE
-from kernels.layout import ADAPTED_AT_ONCE, BLOCK_N, padded
+from kernels.layout import ADAPTED_AT_ONCE, ADDED_INPUTS, BLOCK_N, NATIVE_ROWS, padded
 from models.adaptable import adaptable
 from models.module import ModuleShape
 from models.spec import ModelSpec
@@ -38,11 +38,15 @@ def adapters_workspace(spec: ModelSpec, machinery: Machinery) -> int:
     """Bytes of some rows while something is added to them: those of the product and of its input, and what comes of both.
 
     Gate and up are apart then, in float32, as they are computed, joined, and multiplied. Other operators than native ones widen
-    the rest, too.
+    the rest, too. Native ones, where they add within a product, need what is between both matrices alone (native/added.h).
     """
     if spec.adapters is None:
         return 0
     size = ITEM_SIZE[machinery.dtype] + (0 if machinery.ops == NATIVE else 4)
     pairs = [pair for number in spec.unlike for pair in adapter_weights(spec, number)]
     beside = max((a.module.K + a.module.N + 2 * b.module.N for a, b in pairs), default=0)
-    return ADAPTED_AT_ONCE * (size * beside + 6 * FLOAT * padded(spec.mlp_size, BLOCK_N))
+    apart = ADAPTED_AT_ONCE * (size * beside + 6 * FLOAT * padded(spec.mlp_size, BLOCK_N))
+    if machinery.ops != NATIVE:
+        return apart
+    pieces = (-(-a.module.K // ADDED_INPUTS) * padded(a.module.N, 16) for a, _ in pairs)
+    return max(apart, FLOAT * NATIVE_ROWS * max(pieces, default=0))

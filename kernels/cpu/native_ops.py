@@ -306,5 +306,6 @@ def make_ops(device: torch.device, threads: int | None = None) -> Ops:
         bind=native.bind,
         delta=native.delta,
         ungated=native.ungated,
+        adapts=native_stack.adapts,
         sigmoid_mul=native.sigmoid_mul,
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kernels.adapters import Adapted
 from kernels.batch import moved_up
 from kernels.cpu import native_delta
 from kernels.cpu.native_weights import TYPES, address
@@ -42,6 +43,7 @@ def bind(
         _rehearse(ops, layer, hidden.view(-1), workspace, min(max_tokens, NATIVE_ROWS))
 
     def run(handle: Any, tokens: int, batch: PagedBatch, told: Tensor | None) -> None:
+        adapted = [_adapted(ops, one) for one in batch.adapters]
         ops.machine.layers(
             handle,
             tokens,
@@ -55,6 +57,7 @@ def bind(
             address(batch.states),
             address(told),
             0 if told is None else told.stride(0),
+            adapted,
             hidden.data_ptr(),
             workspace.data_ptr(),
         )
@@ -82,6 +85,27 @@ def bind(
         return out
 
     return forward
+
+
+def adapts(stack: Stack) -> bool:
+    """Whether what adapters add to gate and up is in panels of its own for each of the two."""
+    gated = (layer.mlp.gate_up[0].N for layer in stack.layers if not isinstance(layer.mlp, Mixture))
+    return all(outputs % 64 == 0 for outputs in gated)
+
+
+def _adapted(ops: NativeOps, one: Adapted) -> Any:
+    """Rows with an adapter as the kernels see them; the adapter itself is kept with its weights."""
+    weights = one.weights
+    if "_native" not in weights.__dict__:
+        made = ops.module.Adapter(layers=len(weights.layers))
+        for number, layer in enumerate(weights.layers):
+            for slot, pair in enumerate((layer.qkv, layer.o, layer.gate_up, layer.down)):
+                if pair is not None:
+                    made.add(number, slot, pair.a.handle, pair.b.handle)  # type: ignore[attr-defined]
+        weights.__dict__["_native"] = made
+    rows = one.rows
+    where = (0, rows.start, rows.stop - rows.start) if isinstance(rows, slice) else (rows.data_ptr(), 0, len(rows))
+    return ops.module.Adapted(weights.__dict__["_native"], *where)
 
 
 def _rehearse(ops: NativeOps, layer: Layer, hidden: Tensor, workspace: Tensor, rows: int) -> None:

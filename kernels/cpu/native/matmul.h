@@ -3,6 +3,7 @@
 // Up to kBlock rows at a time. A thread accumulates a panel for all those rows in float32 (in its part of the L2 cache), a few
 // segments of the weight at a time (unpacked in its L1 cache when many rows use them), and then applies bias, gate and residual.
 #pragma once
+#include "added.h"
 #include "amx.h"
 #include "pool.h"
 #include "tiles.h"
@@ -27,6 +28,7 @@ struct Block {
     float* floats;           // or float32 in `chunks`
     uint16_t* pairs;         // or bfloat16
     Chunks chunks;
+    Between between{};       // of what is added
 };
 
 // Segments whose codes are unpacked at a time: 16 KiB.
@@ -195,7 +197,7 @@ struct Sizes {
         row = all * (w.quantize ? 1 : as_pairs(a) ? 2 : 4);
     }
     int64_t thread() const { return (wide + 63) / 64 * 64 + c + scratch; }
-    int64_t shared(const Linear& w) const { return rows * (row + (w.quantize ? w.segments * 8 : 0)) + 64; }
+    int64_t shared(const Linear& w) const { return (rows * (row + (w.quantize ? w.segments * 8 : 0)) + 127) / 64 * 64; }
 };
 
 // A thread's memory.
@@ -225,6 +227,10 @@ INLINE Block block_at(const MatmulArgs& a, int64_t first, int64_t rows, const Si
     } else {
         block.floats = reinterpret_cast<float*>(memory);
     }
+    if (a.additions != 0) {
+        block.between = Between(a, sizes.rows);
+        block.between.at = reinterpret_cast<float*>(memory + sizes.shared(*a.weight));
+    }
     return block;
 }
 
@@ -243,8 +249,14 @@ INLINE void panel_sums(const Block& block, int64_t panel, int v0, int v1, uint8_
 
 // A panel (with that of `up` behind it where the weight is gated) from the product to what is written.
 INLINE void run_panel(const Block& block, int64_t panel, int v0, int v1, const Desk& desk) {
+    if (block.a->additions != 0) ask_for_between(*block.a, block.first, block.rows, panel, desk.up != nullptr);
     panel_sums(block, panel, v0, v1, desk.scratch, desk.c);
     if (desk.up != nullptr) panel_sums(block, panel + 1, v0, v1, desk.scratch, desk.up);
+    if (block.a->additions != 0) {
+        float* scratch = reinterpret_cast<float*>(desk.scratch);
+        add_between(*block.a, block.first, block.rows, block.between, panel, v0, v1, scratch, desk.c);
+        if (desk.up != nullptr) add_between(*block.a, block.first, block.rows, block.between, panel + 1, v0, v1, scratch, desk.up);
+    }
     if (block.a->weight->limit > 0) finish_panel<Gate::clamp>(block, panel, v0, v1, desk.c, desk.up);
     else if (block.a->weight->gelu) finish_panel<Gate::gelu>(block, panel, v0, v1, desk.c, desk.up);
     else finish_panel<Gate::silu>(block, panel, v0, v1, desk.c, desk.up);
@@ -262,6 +274,8 @@ INLINE void run_block(Pool& pool, const Block& block, const Sizes& sizes) {
         const Desk desk(pool.scratch(thread, size_t(sizes.thread())), sizes, w);
         const int64_t n = pool.size();
         for (int64_t row = block.rows * thread / n; row < block.rows * (thread + 1) / n; ++row) prepare_row(block, row, desk.wide, desk.spare);
+        if (block.a->additions != 0)
+            make_between(*block.a, block.first, block.rows, block.between, thread, int(n), reinterpret_cast<float*>(desk.scratch));
         pool.barrier();
         start_tiles(w, block.rows);
         for (int64_t item; pool.next(thread, item);) {
@@ -276,7 +290,8 @@ inline void matmul(Pool& pool, const MatmulArgs& a) {
     const Linear& w = *a.weight;
     const Sizes sizes(a);
     for (int t = 0; t < pool.size(); ++t) pool.scratch(t, size_t(sizes.thread()));  // here, where a failure can be told
-    uint8_t* memory = pool.scratch(pool.size(), size_t(sizes.shared(w)));
+    const int64_t between = a.additions != 0 ? Between(a, sizes.rows).bytes() : 0;
+    uint8_t* memory = pool.scratch(pool.size(), size_t(sizes.shared(w) + between));
     for (int64_t first = 0; first < a.rows; first += kBlock)
         run_block(pool, block_at(a, first, a.rows - first < kBlock ? a.rows - first : kBlock, sizes, memory), sizes);
 }

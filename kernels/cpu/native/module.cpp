@@ -121,10 +121,11 @@ struct Machine {
     }
 
     void layers(const Stack& stack, int64_t tokens, int64_t sequences, uintptr_t positions, uintptr_t slots, uintptr_t starts, uintptr_t lengths,
-                uintptr_t tables, int64_t table_width, uintptr_t places, uintptr_t told, int64_t told_stride, uintptr_t hidden, uintptr_t workspace) {
+                uintptr_t tables, int64_t table_width, uintptr_t places, uintptr_t told, int64_t told_stride, const std::vector<Adapted>& adapted, uintptr_t hidden,
+                uintptr_t workspace) {
         const std::lock_guard lock(mutex);
         run_layers(*pool, *kernels, stack, {tokens, sequences, at<int64_t>(positions), at<int64_t>(slots), at<int32_t>(starts), at<int32_t>(lengths),
-                                            at<int32_t>(tables), table_width, at<int32_t>(places), at<void>(told), told_stride}, at<void>(hidden), at<void>(workspace));
+                                            at<int32_t>(tables), table_width, at<int32_t>(places), at<void>(told), told_stride, adapted}, at<void>(hidden), at<void>(workspace));
     }
 
     void pack(const Linear& w, uintptr_t codes, uintptr_t scales, uintptr_t zeros, uintptr_t to_codes, uintptr_t to_scales, uintptr_t to_zeros) {
@@ -241,6 +242,17 @@ NB_MODULE(_native, m) {
         }, nb::kw_only(), "qkv"_a, "o"_a, "gate_up"_a = nb::none(), "down"_a = nb::none(), "experts"_a = nb::none(), "input_norm"_a, "post_norm"_a,
            "q_norm"_a, "k_norm"_a, "attention_norm"_a, "mlp_norm"_a, "cos_sin"_a, "rotary"_a, "cache"_a = nb::none(), "shared"_a,
            "values"_a = nb::none(), "window"_a, "sinks"_a, "delta"_a = nb::none(), "beside"_a = nb::none(), "told"_a = nb::none(), "scalar"_a);
+
+    nb::class_<Adapter>(m, "Adapter", "Additions to the products of layers: queries, keys and values; output; gate and up; down.")
+        .def("__init__", [](Adapter* self, size_t layers) { new (self) Adapter{std::vector<AdapterLayer>(layers)}; }, "layers"_a)
+        .def("add", [](Adapter& self, int64_t layer, int64_t slot, const Linear& a, const Linear& b) {
+            if (slot < 0 || slot >= kSlots) throw std::out_of_range("a layer has four products");
+            self.add(layer, slot, a, b);
+        }, "layer"_a, "slot"_a, "a"_a, "b"_a);
+
+    nb::class_<Adapted>(m, "Adapted").def("__init__", [](Adapted* self, const Adapter& adapter, uintptr_t rows, int64_t first, int64_t count) {
+        new (self) Adapted{&adapter, at<int64_t>(rows), first, count};
+    });
 
     nb::class_<Stack>(m, "Stack")
         .def("__init__", [](Stack* self, const std::vector<Layer>& layers, int type, int64_t heads, float eps, float offset, float scale,

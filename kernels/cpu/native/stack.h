@@ -54,6 +54,24 @@ struct Layer {
     const void* scalar;  // what the layer gives is multiplied by it; null: 1
 };
 
+// What an adapter adds to the products of a layer; null: nothing.
+enum Slot { kQkv, kO, kGateUp, kDown, kSlots };
+struct AdapterLayer {
+    const Linear *a[kSlots] = {}, *b[kSlots] = {};
+    std::vector<int32_t> spans[kSlots];
+};
+struct Adapter {
+    std::vector<AdapterLayer> layers;
+    void add(int64_t layer, int64_t slot, const Linear& a, const Linear& b);
+};
+
+// Rows of a step that have one, as in Added.
+struct Adapted {
+    const Adapter* adapter;
+    const int64_t* rows;
+    int64_t first, count;
+};
+
 struct Stack {
     std::vector<Layer> layers;
     Type type;       // of activations
@@ -72,6 +90,7 @@ struct Batch {
     const int32_t* places;  // of the sequences' states; null where no layer has any
     const void* told;       // features for each layer, those of a token together, and tokens `told_stride` elements apart
     int64_t told_stride;
+    const std::vector<Adapted>& adapted;
 };
 
 // hidden [tokens, hidden] is overwritten with what the last layer gives; workspace: tokens * width() elements.

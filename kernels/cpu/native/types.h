@@ -43,6 +43,14 @@ struct Linear {
     int64_t groups() const { return (K + group - 1) / group; }
 };
 
+// What an adapter adds to a product, for some of its rows: all of them in one run of kBlock rows from a multiple of that on.
+struct Added {
+    const Linear *a, *b;   // dense, [ranks, K] and [N, ranks]; where the weight is gated, N / 2 is a multiple of kPanel
+    const int64_t* rows;   // [count], rising; null: they follow `first`
+    int64_t first, count;
+    const int32_t* spans;  // for each panel of B the first rank that counts, an even one, and the one behind the last: zeros beside
+};
+
 struct MatmulArgs {
     const Linear* weight;
     const void* x;         // [rows, K]
@@ -55,6 +63,8 @@ struct MatmulArgs {
     void* out;             // [rows, outputs]
     Type out_type;
     const int32_t* gather = nullptr;  // [rows] or null: the row of x that is the product's
+    const Added* added = nullptr;     // not where rows are gathered
+    int64_t additions = 0;
 };
 
 constexpr int64_t kMostGroups = 64;  // of experts; the bindings check it
